@@ -61,7 +61,11 @@ pub(crate) use abi_struct;
 
 /// The layouts of all mirrored structs, in the order of the header.
 pub fn layouts() -> Vec<StructLayout> {
-    use crate::*;
+    use crate::{
+        SpdApi, SpdBucket, SpdCompile, SpdDeviceInfo, SpdError, SpdHealth, SpdHost, SpdKvDesc, SpdKvInfo, SpdKvOp,
+        SpdMemInfo, SpdOp, SpdOpenOptions, SpdPlanInfo, SpdProfile, SpdProgram, SpdRow, SpdRun, SpdSource, SpdStep,
+        SpdTensor, SpdWeightDesc,
+    };
     alloc::vec![
         SpdError::LAYOUT,
         SpdHost::LAYOUT,

@@ -238,7 +238,10 @@ fn check(holds: bool, what: &'static str) -> Result<(), BlobError> {
 }
 
 fn read_table<T: crate::pod::Pod>(blob: &[u8], n: u32, stride: u32, offset: u32) -> Result<Vec<T>, BlobError> {
-    check(stride as usize >= size_of::<T>() && stride % 8 == 0 && offset % 8 == 0, "program: bad stride or offset")?;
+    check(
+        stride as usize >= size_of::<T>() && stride.is_multiple_of(8) && offset.is_multiple_of(8),
+        "program: bad stride or offset",
+    )?;
     let end = u64::from(offset) + u64::from(n) * u64::from(stride);
     check(end <= blob.len() as u64, "program: a table reaches past the blob")?;
     let (stride, offset) = (stride as usize, offset as usize);

@@ -1,1 +1,26 @@
-//! sparsed-backend
+//! Who computes it, and is it healthy?
+//!
+//! Finds plugins, refuses those that could be somebody else's code, loads them through the C ABI of `sparsed-abi`, and
+//! turns raw handles into values whose drop order is right by construction: a plan keeps its weights and pools, those
+//! keep the device, the device keeps the plugin. Nothing is ever unloaded.
+//!
+//! Knows no model, no session and no token. It is the only crate of the daemon with `unsafe`.
+#![allow(unsafe_code, reason = "the daemon's side of the C ABI")]
+
+mod call;
+mod device;
+mod discover;
+mod error;
+mod execute;
+mod host;
+mod load;
+mod manifest;
+mod memory;
+
+pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
+pub use discover::{Found, Refusal, Scan, SearchPath};
+pub use error::BackendError;
+pub use execute::{Plan, PlanInfo, Queue};
+pub use load::Plugin;
+pub use manifest::Manifest;
+pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};

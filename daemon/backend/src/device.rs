@@ -1,0 +1,268 @@
+//! Which device is it, and what does it have?
+
+use crate::call::{checked, struct_size, text};
+use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
+use crate::{BackendError, Plan, Plugin, Queue};
+use sparsed_abi::{
+    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, SpdApi, SpdBucket,
+    SpdDevice, SpdDeviceInfo, SpdMemInfo, SpdOpenOptions, dtype_bit,
+};
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+/// An open device. Cheap to clone; closed when the last weight, pool, plan and queue is gone.
+#[derive(Clone, Debug)]
+pub struct Backend {
+    device: Arc<Device>,
+}
+
+/// The device behind all handles.
+#[derive(Debug)]
+pub(crate) struct Device {
+    pub(crate) raw: NonNull<SpdDevice>,
+    pub(crate) plugin: Arc<Plugin>,
+    info: DeviceInfo,
+}
+
+// SAFETY: `[control]` functions are called under the plugin's lock, the others may be called from any thread.
+unsafe impl Send for Device {}
+// SAFETY: as above.
+unsafe impl Sync for Device {}
+
+/// What a device says about itself.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// The plugin's id.
+    pub plugin: String,
+    /// What kind of silicon.
+    pub kind: DeviceKind,
+    /// Stable over restarts.
+    pub id: String,
+    /// For people.
+    pub name: String,
+    /// Driver or, on a CPU, the instruction level in use.
+    pub driver: String,
+    /// Bytes of memory, 0 when unknown.
+    pub mem_total: u64,
+    /// `FEAT_*` of the ABI.
+    pub features: u64,
+    /// Bitmap over dtype numbers: weights that LINEAR takes.
+    weight_dtypes: [u64; sparsed_abi::DTYPE_WORDS],
+    /// Most tokens in a step, 0 without a limit.
+    pub max_tokens: u32,
+    /// Most tokens in a sequence, 0 without a limit.
+    pub max_context: u32,
+}
+
+/// What kind of silicon computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// The host's own cores.
+    Cpu,
+    /// A graphics processor.
+    Gpu,
+    /// A neural processor.
+    Npu,
+    /// Something newer than this daemon.
+    Other(u32),
+}
+
+/// How a device is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Compute threads of a CPU plugin; 0 leaves it to the plugin.
+    pub n_threads: u32,
+    /// Hard cap in bytes for all the plugin allocates on the device; 0 for none.
+    pub mem_budget: u64,
+}
+
+/// Memory of a device in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct MemoryInfo {
+    /// All of it.
+    pub total: u64,
+    /// Free now.
+    pub free: u64,
+    /// Held by uploaded weights (0 for weights read in place).
+    pub used_weights: u64,
+    /// Held by KV pools.
+    pub used_kv: u64,
+    /// Held by plans' workspaces.
+    pub used_workspace: u64,
+}
+
+impl Backend {
+    /// Opens device `index` of `plugin`.
+    ///
+    /// # Errors
+    /// [`BackendError::NoDevice`], or the plugin's own.
+    pub fn open(plugin: &Arc<Plugin>, index: u32, options: &OpenOptions) -> Result<Self, BackendError> {
+        let count = plugin.device_count()?;
+        if index >= count {
+            return Err(BackendError::NoDevice { plugin: plugin.manifest().id.clone(), count, index });
+        }
+        let options = SpdOpenOptions {
+            struct_size: struct_size::<SpdOpenOptions>(),
+            n_threads: options.n_threads,
+            mem_budget: options.mem_budget,
+            ..SpdOpenOptions::default()
+        };
+        let control = plugin.control();
+        let (api, instance, mut raw) = (plugin.api(), plugin.instance(), ptr::null_mut());
+        let open = api.device_open.expect("checked at load");
+        // SAFETY: the instance is alive; options live through the call; the out pointer and the error are ours.
+        checked("device_open", |e| unsafe { open(instance, index, &raw const options, &raw mut raw, e) })?;
+        let null = || BackendError::BadTable {
+            path: plugin.path().to_owned(),
+            reason: "device_open answered NULL".to_owned(),
+        };
+        let raw = NonNull::new(raw).ok_or_else(null)?;
+        // Asked after opening: what a device says may depend on how it was opened.
+        let info = device_info(plugin, api, index);
+        drop(control);
+        let device = |info| Arc::new(Device { raw, plugin: Arc::clone(plugin), info });
+        match info {
+            Ok(info) => Ok(Self { device: device(info) }),
+            Err(error) => {
+                let _control = plugin.control();
+                // SAFETY: the device was just opened and nothing of it is in use.
+                unsafe { api.device_close.expect("checked at load")(raw.as_ptr()) };
+                Err(error)
+            }
+        }
+    }
+
+    /// What the device says about itself.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.device.info
+    }
+
+    /// Memory as the driver sees it now.
+    ///
+    /// # Errors
+    /// The plugin's own.
+    pub fn memory(&self) -> Result<MemoryInfo, BackendError> {
+        let mut out = SpdMemInfo { struct_size: struct_size::<SpdMemInfo>(), ..SpdMemInfo::default() };
+        let call = self.device.api().mem_info.expect("checked at load");
+        // SAFETY: the device is alive; the out struct and the error are ours.
+        checked("mem_info", |e| unsafe { call(self.device.raw.as_ptr(), &raw mut out, e) })?;
+        Ok(MemoryInfo {
+            total: out.total,
+            free: out.free,
+            used_weights: out.used_weights,
+            used_kv: out.used_kv,
+            used_workspace: out.used_workspace,
+        })
+    }
+
+    /// Lets the device prove that it computes: level 0 takes under a second, level 1 is thorough.
+    ///
+    /// # Errors
+    /// The plugin's own.
+    pub fn self_test(&self, level: u32) -> Result<(), BackendError> {
+        let _control = self.device.plugin.control();
+        let call = self.device.api().self_test.expect("checked at load");
+        // SAFETY: the device is alive; the error is ours.
+        checked("self_test", |e| unsafe { call(self.device.raw.as_ptr(), level, e) })
+    }
+
+    /// Gives the device a weight. Where the device reads host memory in place, the bytes are not copied and stay
+    /// alive with the weight.
+    ///
+    /// # Errors
+    /// The plugin's own, for example a dtype it does not have.
+    pub fn upload(&self, weight: &WeightUpload) -> Result<Weight, BackendError> {
+        Weight::upload(&self.device, weight)
+    }
+
+    /// Creates a KV pool whose rows read as zero.
+    ///
+    /// # Errors
+    /// The plugin's own, for example `SPD_E_NOMEM_DEVICE`.
+    pub fn create_kv(&self, desc: &KvDesc) -> Result<KvPool, BackendError> {
+        KvPool::create(&self.device, desc)
+    }
+
+    /// Compiles a program for steps up to `bucket`. Weights and pools are bound in the order of their slots and stay
+    /// alive with the plan.
+    ///
+    /// # Errors
+    /// The plugin's own, naming the operator that it refuses.
+    pub fn compile(
+        &self,
+        blob: &Blob,
+        weights: &[&Weight],
+        pools: &[&KvPool],
+        bucket: SpdBucket,
+    ) -> Result<Plan, BackendError> {
+        Plan::compile(&self.device, blob, weights, pools, bucket)
+    }
+
+    /// A new queue.
+    ///
+    /// # Errors
+    /// The plugin's own.
+    pub fn queue(&self) -> Result<Queue, BackendError> {
+        Queue::create(&self.device)
+    }
+}
+
+impl DeviceInfo {
+    /// True when LINEAR takes weights of this dtype.
+    pub fn takes_weights(&self, dtype: u32) -> bool {
+        dtype_bit(dtype).is_some_and(|(word, mask)| self.weight_dtypes[word] & mask != 0)
+    }
+
+    /// True when the same step gives the same bits, whatever shares its batch and however the prompt was cut.
+    pub fn is_invariant(&self) -> bool {
+        self.features & (FEAT_DETERMINISTIC | FEAT_INVARIANT) == FEAT_DETERMINISTIC | FEAT_INVARIANT
+    }
+
+    /// True when weights are read where they lie in host memory.
+    pub fn reads_host_weights(&self) -> bool {
+        self.features & FEAT_HOST_WEIGHTS != 0
+    }
+}
+
+impl Device {
+    pub(crate) fn api(&self) -> &'static SpdApi {
+        self.plugin.api()
+    }
+
+    pub(crate) fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let _control = self.plugin.control();
+        let close = self.api().device_close.expect("checked at load");
+        // SAFETY: weights, pools, plans and queues hold an Arc of the device, so none is left.
+        unsafe { close(self.raw.as_ptr()) };
+    }
+}
+
+fn device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<DeviceInfo, BackendError> {
+    let mut out = SpdDeviceInfo { struct_size: struct_size::<SpdDeviceInfo>(), ..SpdDeviceInfo::default() };
+    let call = api.device_info.expect("checked at load");
+    // SAFETY: the instance is alive; the out struct and the error are ours.
+    checked("device_info", |e| unsafe { call(plugin.instance(), index, &raw mut out, e) })?;
+    Ok(DeviceInfo {
+        plugin: plugin.manifest().id.clone(),
+        kind: match out.kind {
+            DEV_CPU => DeviceKind::Cpu,
+            DEV_GPU => DeviceKind::Gpu,
+            DEV_NPU => DeviceKind::Npu,
+            other => DeviceKind::Other(other),
+        },
+        id: text(&out.id),
+        name: text(&out.name),
+        driver: text(&out.driver),
+        mem_total: out.mem_total,
+        features: out.features,
+        weight_dtypes: out.weight_dtypes,
+        max_tokens: out.max_tokens,
+        max_context: out.max_context,
+    })
+}

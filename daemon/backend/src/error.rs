@@ -1,0 +1,130 @@
+//! What can go wrong between the daemon and a plugin.
+
+use sparsed_abi::{E_UNSUPPORTED, SpdStatus, status_name};
+use std::path::PathBuf;
+
+/// Every failure of this crate. `Call` carries the plugin's own words.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BackendError {
+    /// No plugin was found, or none with the id asked for.
+    #[error("no usable plugin{}: looked in {}{}", id.as_ref().map(|id| format!(" '{id}'")).unwrap_or_default(), searched.join(", "),
+        if refused.is_empty() { "; run `make build`, or set plugins.dir".to_owned() } else { format!("; refused: {}", refused.join("; ")) })]
+    NoPlugin {
+        /// The id asked for, if any.
+        id: Option<String>,
+        /// The folders looked at.
+        searched: Vec<String>,
+        /// What was found there and refused, with the reason.
+        refused: Vec<String>,
+    },
+    /// A file could not be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// `plugin.toml` does not say what it must.
+    #[error("{}: {reason}", path.display())]
+    Manifest {
+        /// The manifest.
+        path: PathBuf,
+        /// What is wrong, with the key.
+        reason: String,
+    },
+    /// A file could have been written by somebody else.
+    #[error("{}: {reason}; plugins must belong to root or to the daemon's user and be writable by nobody else", path.display())]
+    Untrusted {
+        /// The file or folder.
+        path: PathBuf,
+        /// Owner or mode.
+        reason: String,
+    },
+    /// The library is not the one the manifest speaks of.
+    #[error("{}: sha256 is {found}, plugin.toml says {expected}; stage the plugin again", path.display())]
+    Checksum {
+        /// The library.
+        path: PathBuf,
+        /// As the manifest has it.
+        expected: String,
+        /// As it is.
+        found: String,
+    },
+    /// The dynamic linker refused the library.
+    #[error("{}: cannot be loaded: {reason}", path.display())]
+    Load {
+        /// The library.
+        path: PathBuf,
+        /// The linker's words.
+        reason: String,
+    },
+    /// The library does not export the entry symbol.
+    #[error("{}: does not export the symbol spd_get_api, so it is not a sparsed plugin", path.display())]
+    MissingSymbol {
+        /// The library.
+        path: PathBuf,
+    },
+    /// The library speaks another version of the ABI.
+    #[error("{}: speaks plugin ABI {found}, this daemon speaks {}.{}; build the plugin against this daemon's header",
+        path.display(), sparsed_abi::ABI_MAJOR, sparsed_abi::ABI_MINOR)]
+    AbiVersion {
+        /// The library.
+        path: PathBuf,
+        /// What it speaks, as far as it says.
+        found: String,
+    },
+    /// A mandatory function is missing from the table, or the table contradicts the manifest.
+    #[error("{}: {reason}", path.display())]
+    BadTable {
+        /// The library.
+        path: PathBuf,
+        /// Which.
+        reason: String,
+    },
+    /// A call into the plugin failed.
+    #[error("{call}: {} ({}){}", message, status_name(*status), op_index.map(|i| format!(" at operator {i}")).unwrap_or_default())]
+    Call {
+        /// The function of the ABI.
+        call: &'static str,
+        /// Its status.
+        status: SpdStatus,
+        /// The plugin's words.
+        message: String,
+        /// The operator that failed, if one did.
+        op_index: Option<u32>,
+    },
+    /// The plugin has no such device.
+    #[error("plugin {plugin} has {count} device(s), device {index} was asked for")]
+    NoDevice {
+        /// The plugin's id.
+        plugin: String,
+        /// How many it has.
+        count: u32,
+        /// Which was asked for.
+        index: u32,
+    },
+    /// Bytes do not have the size that their description says.
+    #[error("weight {name}: {found} bytes, but its description needs {expected}")]
+    WeightSize {
+        /// The weight.
+        name: String,
+        /// By its description.
+        expected: u64,
+        /// As given.
+        found: u64,
+    },
+}
+
+impl BackendError {
+    /// The plugin's status, when a call failed.
+    pub fn status(&self) -> Option<SpdStatus> {
+        if let Self::Call { status, .. } = self { Some(*status) } else { None }
+    }
+
+    /// True when the plugin says that it does not have what was asked for.
+    pub fn is_unsupported(&self) -> bool {
+        self.status() == Some(E_UNSUPPORTED)
+    }
+}

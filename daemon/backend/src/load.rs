@@ -1,0 +1,220 @@
+//! How does a file become code? Hash, dlopen, one symbol, one table; never unloaded.
+
+use crate::call::checked;
+use crate::discover::{Found, open_trusted};
+use crate::host::Host;
+use crate::{BackendError, Manifest};
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use sha2::{Digest, Sha256};
+use sparsed_abi::{ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, SpdApi, SpdGetApiFn, SpdInstance};
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::ptr::{self, NonNull};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A loaded plugin with its instance. Its code stays mapped until the process ends, so the table is `'static`.
+#[derive(Debug)]
+pub struct Plugin {
+    manifest: Manifest,
+    path: PathBuf,
+    api: &'static SpdApi,
+    instance: NonNull<SpdInstance>,
+    /// Guards every `[control]` function of this instance: the header allows one thread at a time.
+    control: Mutex<()>,
+    /// Must outlive the instance; fields drop after `Drop::drop`.
+    _host: Host,
+}
+
+// SAFETY: the instance is used through `[control]` functions under `control`, and through `[any]` functions.
+unsafe impl Send for Plugin {}
+// SAFETY: as above.
+unsafe impl Sync for Plugin {}
+
+impl Plugin {
+    /// Loads the library that the manifest names, after its owner, mode and sha256 have been checked, and creates the
+    /// plugin's instance with these settings.
+    ///
+    /// # Errors
+    /// Which file, and why it was refused.
+    pub fn load(found: &Found, settings: &BTreeMap<String, String>) -> Result<Arc<Self>, BackendError> {
+        let manifest = found.manifest.clone();
+        let library = manifest.choose(&found.dir.join("plugin.toml"))?;
+        let path = found.dir.join(&library.path);
+        let file = open_trusted(&path)?;
+        check_sha256(&path, &file, &library.sha256)?;
+        let api = table(&path, open_library(&path, file)?)?;
+        check_identity(&path, api, &manifest)?;
+        let host = Host::new(&manifest.id, settings);
+        let mut instance = ptr::null_mut();
+        let create = api.instance_create.expect("checked by table()");
+        // SAFETY: the host table lives as long as the instance; the out pointer and the error are ours.
+        checked("instance_create", |error| unsafe { create(host.as_ptr(), &raw mut instance, error) })?;
+        let bad = || BackendError::BadTable { path: path.clone(), reason: "instance_create answered NULL".to_owned() };
+        let instance = NonNull::new(instance).ok_or_else(bad)?;
+        log::info!(plugin = manifest.id.as_str(), version = manifest.version.as_str(), path:% = path.display(); "plugin loaded");
+        Ok(Arc::new(Self { manifest, path, api, instance, control: Mutex::new(()), _host: host }))
+    }
+
+    /// What the plugin says about itself.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The library file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How many devices the plugin sees.
+    ///
+    /// # Errors
+    /// The plugin's own.
+    pub fn device_count(&self) -> Result<u32, BackendError> {
+        let (_guard, mut count) = (self.control(), 0);
+        let call = self.api.device_count.expect("checked by table()");
+        // SAFETY: the instance is alive; the out pointer and the error are ours.
+        checked("device_count", |error| unsafe { call(self.instance.as_ptr(), &raw mut count, error) })?;
+        Ok(count)
+    }
+
+    pub(crate) fn api(&self) -> &'static SpdApi {
+        self.api
+    }
+
+    pub(crate) fn instance(&self) -> *mut SpdInstance {
+        self.instance.as_ptr()
+    }
+
+    /// Held during every `[control]` call. A panic elsewhere while it was held leaves nothing half-done here.
+    pub(crate) fn control(&self) -> MutexGuard<'_, ()> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Plugin {
+    fn drop(&mut self) {
+        let destroy = self.api.instance_destroy.expect("checked by table()");
+        // SAFETY: devices hold an Arc of the plugin, so none is left.
+        unsafe { destroy(self.instance.as_ptr()) };
+    }
+}
+
+fn check_sha256(path: &Path, mut file: &File, expected: &str) -> Result<(), BackendError> {
+    let io = |source| BackendError::Io { path: path.to_owned(), source };
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n = file.read(&mut buffer).map_err(io)?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+    }
+    let found = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    if found == expected {
+        return Ok(());
+    }
+    Err(BackendError::Checksum { path: path.to_owned(), expected: expected.to_owned(), found })
+}
+
+/// Opens exactly the file that was hashed, through its descriptor. The descriptor is kept open for ever: the linker
+/// knows the library by its number, which must not come to mean another file.
+fn open_library(path: &Path, file: File) -> Result<Library, BackendError> {
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    std::mem::forget(file);
+    // SAFETY: loading runs the library's initialisers. The file is trusted: owner, mode and sha256 were checked.
+    let opened = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
+    opened.map_err(|error| {
+        let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        BackendError::Load { path: path.to_owned(), reason: reason.replace(&name, &path.display().to_string()) }
+    })
+}
+
+/// Asks the library for its table and checks that it is whole.
+fn table(path: &Path, library: Library) -> Result<&'static SpdApi, BackendError> {
+    // SAFETY: the symbol, if it is there, has this type: that is what its name means.
+    let entry = unsafe { library.get::<SpdGetApiFn>(ENTRY_SYMBOL) };
+    let entry = *entry.map_err(|_| BackendError::MissingSymbol { path: path.to_owned() })?;
+    // Never closed: code and table live until the process ends.
+    std::mem::forget(library);
+    let version = |found: String| BackendError::AbiVersion { path: path.to_owned(), found };
+    // SAFETY: the library stays loaded; the function touches nothing and answers NULL or a static table.
+    let api = unsafe { entry(ABI_MAJOR, ABI_MINOR) };
+    // SAFETY: a non-NULL answer is a static table that begins with struct_size and abi_minor in every version.
+    let head = unsafe { api.cast::<[u32; 2]>().as_ref() };
+    let &[struct_size, minor] = head.ok_or_else(|| version(format!("not {ABI_MAJOR}.x")))?;
+    if minor != ABI_MINOR || (struct_size as usize) < size_of::<SpdApi>() {
+        return Err(version(format!("{ABI_MAJOR}.{minor} (table of {struct_size} bytes)")));
+    }
+    // SAFETY: as above, and the table is at least as long as the mirror.
+    let api: &'static SpdApi = unsafe { &*api };
+    let missing = missing_function(api);
+    match missing {
+        None => Ok(api),
+        Some(name) => Err(BackendError::BadTable {
+            path: path.to_owned(),
+            reason: format!("its table lacks the mandatory function {name}"),
+        }),
+    }
+}
+
+fn missing_function(api: &SpdApi) -> Option<&'static str> {
+    macro_rules! first_missing {
+        ($($name:ident),* $(,)?) => { $(if api.$name.is_none() { return Some(stringify!($name)); })* };
+    }
+    first_missing!(
+        instance_create,
+        instance_destroy,
+        device_count,
+        device_info,
+        device_open,
+        device_close,
+        self_test,
+        mem_info,
+        health,
+        supports,
+        host_alloc,
+        host_free,
+        weight_create,
+        weight_upload,
+        weight_commit,
+        weight_destroy,
+        kv_create,
+        kv_destroy,
+        plan_compile,
+        plan_destroy,
+        queue_create,
+        queue_destroy,
+        queue_run,
+        queue_kv,
+        queue_wait_queue,
+        queue_query,
+        queue_wait,
+        queue_cancel,
+        extension,
+    );
+    None
+}
+
+fn check_identity(path: &Path, api: &SpdApi, manifest: &Manifest) -> Result<(), BackendError> {
+    let refuse = |reason: String| Err(BackendError::BadTable { path: path.to_owned(), reason });
+    if api.plugin_id.is_null() || api.plugin_version.is_null() {
+        return refuse("its table has no id or no version".to_owned());
+    }
+    // SAFETY: not NULL, and the header says static NUL-terminated strings.
+    let id = unsafe { CStr::from_ptr(api.plugin_id) }.to_string_lossy();
+    // SAFETY: as above.
+    let version = unsafe { CStr::from_ptr(api.plugin_version) }.to_string_lossy();
+    if id != manifest.id || version != manifest.version {
+        let said = format!("{} {}", manifest.id, manifest.version);
+        return refuse(format!("the library is {id} {version}, plugin.toml says {said}"));
+    }
+    if api.required_host_features != 0 {
+        return refuse(format!("needs host features {:#x}, this daemon has none", api.required_host_features));
+    }
+    Ok(())
+}
