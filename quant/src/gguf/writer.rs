@@ -1,0 +1,183 @@
+//! How is a file written? Header first, then each tensor's bytes in the order they were announced.
+
+use super::value::{Array, Metadata, Value};
+use crate::{Format, QuantError};
+use std::io::{self, Write};
+
+/// Bytes between multiples of which tensors begin.
+const ALIGNMENT: usize = 32;
+
+/// A file's header under construction.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    metadata: Metadata,
+    tensors: Vec<(String, Vec<u64>, Format, usize)>,
+}
+
+/// The data section under construction.
+#[derive(Debug)]
+pub struct DataWriter<W: Write> {
+    out: W,
+    left: std::vec::IntoIter<usize>,
+}
+
+impl Writer {
+    /// A file with this metadata and no tensors yet. An alignment other than 32 in it is replaced.
+    pub fn new(mut metadata: Metadata) -> Self {
+        if metadata.get("general.alignment").is_some() {
+            metadata.set("general.alignment", Value::U32(32));
+        }
+        Self { metadata, tensors: Vec::new() }
+    }
+
+    /// Announces a tensor; `dims` has the fastest dimension first.
+    ///
+    /// # Errors
+    /// When a row is not whole blocks.
+    pub fn add(&mut self, name: &str, dims: &[u64], format: Format) -> Result<usize, QuantError> {
+        let too_large = || QuantError::TooLarge { format, values: usize::MAX };
+        let row = usize::try_from(dims.first().copied().unwrap_or(0)).map_err(|_| too_large())?;
+        let rows = dims.iter().skip(1).try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?));
+        let bytes = rows.and_then(|rows| format.row_bytes(row).ok()?.checked_mul(rows));
+        let bytes = match bytes {
+            Some(bytes) => bytes,
+            None => return Err(format.row_bytes(row).err().unwrap_or_else(too_large)),
+        };
+        self.tensors.push((name.to_owned(), dims.to_vec(), format, bytes));
+        Ok(bytes)
+    }
+
+    /// Writes the header; the tensors' bytes follow through the answer, in the order of [`Self::add`].
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn begin<W: Write>(self, mut out: W) -> io::Result<DataWriter<W>> {
+        let mut head = b"GGUF".to_vec();
+        head.extend(3u32.to_le_bytes());
+        head.extend((self.tensors.len() as u64).to_le_bytes());
+        head.extend((self.metadata.len() as u64).to_le_bytes());
+        for (key, value) in self.metadata.iter() {
+            put_string(&mut head, key);
+            put_value(&mut head, value);
+        }
+        let mut offset = 0usize;
+        let mut sizes = Vec::with_capacity(self.tensors.len());
+        for (name, dims, format, bytes) in self.tensors {
+            put_string(&mut head, &name);
+            head.extend(u32::try_from(dims.len()).expect("few dimensions").to_le_bytes());
+            dims.iter().for_each(|d| head.extend(d.to_le_bytes()));
+            head.extend(format.ggml_id().to_le_bytes());
+            head.extend((offset as u64).to_le_bytes());
+            offset += bytes.next_multiple_of(ALIGNMENT);
+            sizes.push(bytes);
+        }
+        head.resize(head.len().next_multiple_of(ALIGNMENT), 0);
+        out.write_all(&head)?;
+        Ok(DataWriter { out, left: sizes.into_iter() })
+    }
+}
+
+impl<W: Write> DataWriter<W> {
+    /// Writes the next tensor.
+    ///
+    /// # Errors
+    /// The sink's, or `InvalidInput` when the bytes are not those that were announced.
+    pub fn tensor(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.parts(&[bytes])
+    }
+
+    /// Writes the next tensor from pieces that follow each other.
+    ///
+    /// # Errors
+    /// As [`Self::tensor`].
+    pub fn parts(&mut self, parts: &[&[u8]]) -> io::Result<()> {
+        let length = parts.iter().map(|part| part.len()).sum::<usize>();
+        if self.left.next() != Some(length) {
+            let what = format!("{length} bytes are not the next tensor's");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        for part in parts {
+            self.out.write_all(part)?;
+        }
+        self.out.write_all(&[0; ALIGNMENT][..length.next_multiple_of(ALIGNMENT) - length])
+    }
+
+    /// Ends the file and gives the sink back.
+    ///
+    /// # Errors
+    /// The sink's, or `InvalidInput` when a tensor is missing.
+    pub fn finish(mut self) -> io::Result<W> {
+        if self.left.next().is_some() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a tensor that was announced is missing"));
+        }
+        self.out.flush()?;
+        Ok(self.out)
+    }
+}
+
+fn put_string(out: &mut Vec<u8>, text: &str) {
+    out.extend((text.len() as u64).to_le_bytes());
+    out.extend(text.as_bytes());
+}
+
+fn put_value(out: &mut Vec<u8>, value: &Value) {
+    macro_rules! number {
+        ($id:literal, $n:expr) => {{
+            out.extend(u32::to_le_bytes($id));
+            out.extend($n.to_le_bytes());
+        }};
+    }
+    match value {
+        Value::U8(n) => number!(0, n),
+        Value::I8(n) => number!(1, n),
+        Value::U16(n) => number!(2, n),
+        Value::I16(n) => number!(3, n),
+        Value::U32(n) => number!(4, n),
+        Value::I32(n) => number!(5, n),
+        Value::F32(n) => number!(6, n),
+        Value::Bool(b) => number!(7, u8::from(*b)),
+        Value::String(s) => {
+            out.extend(8u32.to_le_bytes());
+            put_string(out, s);
+        }
+        Value::Array(array) => {
+            out.extend(9u32.to_le_bytes());
+            put_array(out, array);
+        }
+        Value::U64(n) => number!(10, n),
+        Value::I64(n) => number!(11, n),
+        Value::F64(n) => number!(12, n),
+    }
+}
+
+fn put_array(out: &mut Vec<u8>, array: &Array) {
+    macro_rules! numbers {
+        ($id:literal, $list:expr) => {{
+            out.extend(u32::to_le_bytes($id));
+            out.extend(($list.len() as u64).to_le_bytes());
+            $list.iter().for_each(|n| out.extend(n.to_le_bytes()));
+        }};
+    }
+    match array {
+        Array::U8(list) => numbers!(0, list),
+        Array::I8(list) => numbers!(1, list),
+        Array::U16(list) => numbers!(2, list),
+        Array::I16(list) => numbers!(3, list),
+        Array::U32(list) => numbers!(4, list),
+        Array::I32(list) => numbers!(5, list),
+        Array::F32(list) => numbers!(6, list),
+        Array::Bool(list) => {
+            out.extend(7u32.to_le_bytes());
+            out.extend((list.len() as u64).to_le_bytes());
+            out.extend(list.iter().map(|b| u8::from(*b)));
+        }
+        Array::String(list) => {
+            out.extend(8u32.to_le_bytes());
+            out.extend((list.len() as u64).to_le_bytes());
+            list.iter().for_each(|s| put_string(out, s));
+        }
+        Array::U64(list) => numbers!(10, list),
+        Array::I64(list) => numbers!(11, list),
+        Array::F64(list) => numbers!(12, list),
+    }
+}
