@@ -1,1 +1,170 @@
-//! sparsed-plugin-kit
+//! How does a backend become a plugin without writing C?
+//!
+//! A plugin implements [`Plugin`] and [`Device`] in safe Rust; [`export_plugin!`] turns them into the one symbol and
+//! the table of `plugin.h`. The kit keeps the border's rules: no panic leaves, struct sizes are checked, errors are
+//! written into the caller's struct, handles are boxes that only this crate opens.
+//!
+//! Queues here are synchronous: work is done when the call returns. A plugin with a device queue of its own needs the
+//! asynchronous form, which comes with the CUDA slice (part 3).
+#![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
+
+mod border;
+mod table;
+
+pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
+pub use table::table;
+
+use sparsed_abi::{
+    Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc,
+};
+use std::ffi::CStr;
+use std::sync::Arc;
+
+/// What one call answers.
+pub type Result<T> = std::result::Result<T, PluginError>;
+
+/// A plugin: who it is and which devices it has.
+pub trait Plugin: Sized + Send + Sync + 'static {
+    /// Equal to the manifest's id.
+    const ID: &'static CStr;
+    /// Equal to the manifest's version.
+    const VERSION: &'static CStr;
+    /// Its devices.
+    type Device: Device;
+
+    /// Called once; must be quick.
+    ///
+    /// # Errors
+    /// Why the plugin cannot work here at all.
+    fn create(host: Host) -> Result<Self>;
+
+    /// How many devices there are.
+    fn device_count(&self) -> u32;
+
+    /// What device `index` is; `struct_size` is filled by the kit.
+    ///
+    /// # Errors
+    /// `SPD_E_INVALID` when there is no such device.
+    fn device_info(&self, index: u32) -> Result<SpdDeviceInfo>;
+
+    /// Opens device `index`.
+    ///
+    /// # Errors
+    /// Why it cannot be opened.
+    fn open(&self, index: u32, options: &OpenOptions) -> Result<Self::Device>;
+}
+
+/// How a device is opened; see `spd_open_options`.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    /// Compute threads, 0: the plugin's choice.
+    pub n_threads: u32,
+    /// Hard cap in bytes, 0: none.
+    pub mem_budget: u64,
+    /// Affinity words, empty: the process's own mask.
+    pub cpu_mask: Vec<u64>,
+}
+
+/// An open device. Methods are called as the header's tags allow.
+pub trait Device: Send + Sync + 'static {
+    /// A weight.
+    type Weight: Send + Sync + 'static;
+    /// A KV pool.
+    type Pool: Send + Sync + 'static;
+    /// A compiled program.
+    type Plan: Send + Sync + 'static;
+
+    /// Bytes in use and free.
+    fn mem_info(&self) -> SpdMemInfo;
+
+    /// How the device feels.
+    fn health(&self) -> SpdHealth;
+
+    /// Proves that the device computes.
+    ///
+    /// # Errors
+    /// What came out wrong.
+    fn self_test(&self, level: u32) -> Result<()>;
+
+    /// Says whether operator `op` of `program` can be run.
+    ///
+    /// # Errors
+    /// `SPD_E_UNSUPPORTED` and why.
+    fn supports(&self, program: &Program, op: usize) -> Result<()>;
+
+    /// Makes room for a weight.
+    ///
+    /// # Errors
+    /// An unknown dtype, or no memory.
+    fn weight_create(&self, desc: &SpdWeightDesc) -> Result<Self::Weight>;
+
+    /// Takes the bytes of `n_batch` matrices from `first_batch` on.
+    ///
+    /// # Errors
+    /// A wrong length, or a source that cannot be read.
+    fn weight_upload(&self, weight: &mut Self::Weight, first_batch: u32, n_batch: u32, source: Source) -> Result<()>;
+
+    /// Ends the upload; the weight does not change any more.
+    ///
+    /// # Errors
+    /// When a batch is missing.
+    fn weight_commit(&self, weight: &mut Self::Weight) -> Result<()>;
+
+    /// Makes a pool whose rows read as zero.
+    ///
+    /// # Errors
+    /// An unknown row format, or no memory.
+    fn kv_create(&self, desc: &SpdKvDesc) -> Result<(Self::Pool, SpdKvInfo)>;
+
+    /// Compiles a program for steps up to `bucket` (component-wise largest of those asked for).
+    ///
+    /// # Errors
+    /// Which operator is refused and why.
+    fn compile(
+        &self,
+        program: Program,
+        weights: Vec<Arc<Self::Weight>>,
+        pools: Vec<Arc<Self::Pool>>,
+        bucket: SpdBucket,
+    ) -> Result<(Self::Plan, PlanSizes)>;
+
+    /// Runs a step to its end.
+    ///
+    /// # Errors
+    /// `SPD_E_INVALID` for a step that does not fit the plan, `SPD_E_CANCELLED`, `SPD_E_DATA`.
+    fn run(&self, plan: &Self::Plan, run: Run<'_>) -> Result<()>;
+
+    /// Copies, exports, imports or discards blocks.
+    ///
+    /// # Errors
+    /// `SPD_E_INVALID` for a block or an offset out of range.
+    fn kv(&self, pool: &Self::Pool, ops: &[SpdKvOp], host: &mut [u8]) -> Result<()>;
+}
+
+/// What a plan needs, in bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct PlanSizes {
+    /// For tensors inside the plan.
+    pub workspace: u64,
+    /// The input arena of the largest step.
+    pub input: u64,
+    /// The output arena of the largest step.
+    pub output: u64,
+}
+
+/// Exports `$plugin` (a type that implements [`Plugin`]) as this library's plugin.
+#[macro_export]
+macro_rules! export_plugin {
+    ($plugin:ty) => {
+        static SPD_TABLE: $crate::abi::SpdApi = $crate::table::<$plugin>();
+
+        /// The one symbol of the library; see `plugin.h`.
+        #[unsafe(no_mangle)]
+        pub extern "C" fn spd_get_api(abi_major: u32, _host_minor: u32) -> *const $crate::abi::SpdApi {
+            if abi_major == $crate::abi::ABI_MAJOR { &raw const SPD_TABLE } else { ::core::ptr::null() }
+        }
+    };
+}
+
+#[doc(hidden)]
+pub use sparsed_abi as abi;

@@ -1,0 +1,190 @@
+//! Which device is this, and how is it opened?
+
+use crate::execute;
+use crate::level::Level;
+use crate::memory::{Pool, Usage, Weight};
+use crate::plan::Plan;
+use crate::threads::{Team, allowed_cpus};
+use crate::validate::Bound;
+use sparsed_abi::{
+    DEV_CPU, DT_BF16, DT_F16, DT_F32, DT_Q4_0, DT_Q4_1, DT_Q8_0, E_DATA, E_NOMEM_HOST, FEAT_CANCEL_MID,
+    FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_UNIFIED_MEM, LOG_INFO, Program, SpdBucket,
+    SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
+};
+use sparsed_plugin_kit::{Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, Source, put_text};
+use std::ffi::CStr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Most threads in a team.
+const THREADS_MAX: usize = 256;
+
+/// The plugin: one device, the host's cores.
+#[derive(Debug)]
+pub(crate) struct CpuPlugin {
+    host: Host,
+    level: Level,
+}
+
+/// The open device.
+#[derive(Debug)]
+pub(crate) struct CpuDevice {
+    pub(crate) level: Level,
+    pub(crate) team: Team,
+    usage: Arc<Usage>,
+}
+
+impl Plugin for CpuPlugin {
+    const ID: &'static CStr = c"cpu";
+    const VERSION: &'static CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes())
+    {
+        Ok(version) => version,
+        Err(_) => panic!("the version has no NUL inside"),
+    };
+    type Device = CpuDevice;
+
+    fn create(host: Host) -> Result<Self> {
+        let level = match host.config(c"level") {
+            Some(name) => Level::forced(&name)?,
+            None => Level::detect(),
+        };
+        Ok(Self { host, level })
+    }
+
+    fn device_count(&self) -> u32 {
+        1
+    }
+
+    fn device_info(&self, index: u32) -> Result<SpdDeviceInfo> {
+        check_index(index)?;
+        let mut info = SpdDeviceInfo {
+            kind: DEV_CPU,
+            score: 1,
+            numa_node: u32::MAX,
+            mem_total: total_memory(),
+            features: FEAT_HOST_WEIGHTS | FEAT_UNIFIED_MEM | FEAT_DETERMINISTIC | FEAT_INVARIANT | FEAT_CANCEL_MID,
+            block_tokens_align: 1,
+            ..SpdDeviceInfo::default()
+        };
+        put_text(&mut info.id, "cpu");
+        put_text(&mut info.name, std::env::consts::ARCH);
+        put_text(&mut info.driver, self.level.name());
+        for (map, dtypes) in [
+            (&mut info.weight_dtypes, &[DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_Q4_1][..]),
+            (&mut info.row_dtypes, &[DT_F32, DT_F16, DT_BF16, DT_Q8_0][..]),
+        ] {
+            for (word, mask) in dtypes.iter().filter_map(|&dtype| dtype_bit(dtype)) {
+                map[word] |= mask;
+            }
+        }
+        Ok(info)
+    }
+
+    fn open(&self, index: u32, options: &OpenOptions) -> Result<CpuDevice> {
+        check_index(index)?;
+        let cpus = allowed_cpus(&options.cpu_mask);
+        if cpus.is_empty() {
+            return Err(PluginError::invalid("the affinity mask leaves no processor"));
+        }
+        let n = if options.n_threads == 0 { cpus.len() } else { options.n_threads as usize };
+        if n > THREADS_MAX {
+            return Err(PluginError::invalid(format!("{n} threads, {THREADS_MAX} are allowed")));
+        }
+        // Pinned only where every thread has a processor of its own.
+        let pinned = if n <= cpus.len() { &cpus[..] } else { &[] };
+        let no_threads =
+            |error: std::io::Error| PluginError::new(E_NOMEM_HOST, format!("cannot start a thread: {error}"));
+        let team = Team::new(n, pinned).map_err(no_threads)?;
+        self.host.log(LOG_INFO, &format!("cpu device open: {n} threads, level {}", self.level.name()));
+        let usage = Arc::new(Usage { budget: options.mem_budget, ..Usage::default() });
+        Ok(CpuDevice { level: self.level, team, usage })
+    }
+}
+
+impl Device for CpuDevice {
+    type Weight = Weight;
+    type Pool = Pool;
+    type Plan = Plan;
+
+    fn mem_info(&self) -> SpdMemInfo {
+        let load = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
+        let usage = &*self.usage;
+        let used = load(&usage.weights) + load(&usage.kv) + load(&usage.workspace);
+        let total = total_memory();
+        SpdMemInfo {
+            total,
+            free: total.saturating_sub(used),
+            budget: usage.budget,
+            used_weights: load(&usage.weights),
+            used_kv: load(&usage.kv),
+            used_workspace: load(&usage.workspace),
+            ..SpdMemInfo::default()
+        }
+    }
+
+    fn health(&self) -> SpdHealth {
+        SpdHealth { temperature_millicelsius: i32::MIN, power_milliwatt: i32::MIN, ..SpdHealth::default() }
+    }
+
+    fn self_test(&self, _level: u32) -> Result<()> {
+        let (a, b) = ([1.5f32; 40], [2.0f32; 40]);
+        let found = crate::kernels::dot::dot(self.level, &a, &b);
+        if (found - 120.0).abs() > 1e-3 {
+            return Err(PluginError::new(E_DATA, format!("a dot product is {found}, not 120")));
+        }
+        let mut selected = [0; 2];
+        crate::kernels::select::top_k(&[0.0, 2.0, 1.0], &mut Vec::new(), &mut selected);
+        if selected != [1, 2] {
+            return Err(PluginError::new(E_DATA, "a selection came out wrong"));
+        }
+        Ok(())
+    }
+
+    fn supports(&self, program: &Program, op: usize) -> Result<()> {
+        Bound { program, weights: &[], pools: &[] }.check_op(&program.ops()[op]).map_err(|error| error.at(op))
+    }
+
+    fn weight_create(&self, desc: &SpdWeightDesc) -> Result<Weight> {
+        Weight::create(desc, &self.usage)
+    }
+
+    fn weight_upload(&self, weight: &mut Weight, first: u32, n: u32, source: Source) -> Result<()> {
+        weight.upload(first, n, source)
+    }
+
+    fn weight_commit(&self, weight: &mut Weight) -> Result<()> {
+        weight.commit()
+    }
+
+    fn kv_create(&self, desc: &SpdKvDesc) -> Result<(Pool, SpdKvInfo)> {
+        Pool::create(desc, &self.usage)
+    }
+
+    fn compile(
+        &self,
+        program: Program,
+        weights: Vec<Arc<Weight>>,
+        pools: Vec<Arc<Pool>>,
+        bucket: SpdBucket,
+    ) -> Result<(Plan, PlanSizes)> {
+        Plan::compile(program, weights, pools, bucket, &self.usage)
+    }
+
+    fn run(&self, plan: &Plan, run: Run<'_>) -> Result<()> {
+        execute::run(self, plan, run)
+    }
+
+    fn kv(&self, pool: &Pool, ops: &[SpdKvOp], host: &mut [u8]) -> Result<()> {
+        pool.apply(ops, host)
+    }
+}
+
+fn check_index(index: u32) -> Result<()> {
+    if index == 0 { Ok(()) } else { Err(PluginError::invalid(format!("device {index}; there is only device 0"))) }
+}
+
+fn total_memory() -> u64 {
+    let info = rustix::system::sysinfo();
+    let (ram, unit) = (u64::from(info.totalram), u64::from(info.mem_unit));
+    ram.saturating_mul(unit)
+}

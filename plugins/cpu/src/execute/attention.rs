@@ -1,0 +1,202 @@
+//! The operators that look back: indexer selection and attention over the KV pool.
+
+use super::Frame;
+use crate::kernels::attention::{HeadBlock, ROWS, Softmax, attend, index_scores};
+use crate::kernels::rows::{decode, decode_slice};
+use crate::kernels::select::top_k;
+use crate::memory::Pool;
+use crate::tensor::Tensor;
+use crate::threads::part;
+use sparsed_abi::{OP_SPARSE_MLA, SpdOp};
+use sparsed_plugin_kit::{PluginError, Result};
+use std::marker::PhantomData;
+
+impl Frame<'_> {
+    pub(super) fn idx_top_k(&self, op: &SpdOp, scores: &mut Vec<f32>) {
+        let (q, w) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.inputs[1]));
+        let sel = self.tensor::<i32>(op.outputs[0]);
+        let team = &self.device.team;
+        if q.n0 < team.len() {
+            // Few tokens: the team shares the keys of one token after another.
+            for t in 0..q.n0 {
+                self.select_shared(op, t, q, w, sel, scores);
+            }
+            return;
+        }
+        team.run(&|number| {
+            let (mut scores, mut keys) = (Vec::new(), Vec::new());
+            // Dealt out in turn: later tokens have more to score.
+            for t in (number..q.n0).step_by(team.len()) {
+                let visible = self.step.positions[t] as usize + 1;
+                if visible > sel.n2 {
+                    scores.resize(visible, 0.0);
+                    self.score(op, t, q, w, 0..visible, &mut scores);
+                }
+                // SAFETY: row t belongs to this thread.
+                self.select(visible, &scores, &mut keys, unsafe { sel.row_mut(t, 0) });
+            }
+        });
+    }
+
+    fn select_shared(
+        &self,
+        op: &SpdOp,
+        t: usize,
+        q: Tensor<'_, f32>,
+        w: Tensor<'_, f32>,
+        sel: Tensor<'_, i32>,
+        scores: &mut Vec<f32>,
+    ) {
+        let visible = self.step.positions[t] as usize + 1;
+        if visible > sel.n2 {
+            scores.resize(visible, 0.0);
+            let team = &self.device.team;
+            let all = Tensor { at: scores.as_mut_ptr(), n0: 1, n1: 1, n2: visible, s0: 0, s1: 0, life: PhantomData };
+            team.run(&|number| {
+                let blocks = part(visible.div_ceil(ROWS), number, team.len());
+                let range = blocks.start * ROWS..(blocks.end * ROWS).min(visible);
+                // SAFETY: threads have disjoint ranges inside the `visible` scores.
+                let own = unsafe { all.part_mut(range.clone()) };
+                self.score(op, t, q, w, range, own);
+            });
+        }
+        // SAFETY: one thread writes.
+        self.select(visible, scores, &mut Vec::new(), unsafe { sel.row_mut(t, 0) });
+    }
+
+    /// Scores of token t against the positions of `range`.
+    fn score(
+        &self,
+        op: &SpdOp,
+        t: usize,
+        q: Tensor<'_, f32>,
+        w: Tensor<'_, f32>,
+        range: std::ops::Range<usize>,
+        scores: &mut [f32],
+    ) {
+        let (pool, level) = (self.pool(), self.device.level);
+        let packed: Vec<f32> = (0..q.n1).flat_map(|head| q.row(t, head).iter().copied()).collect();
+        let scaled: Vec<f32> = w.row(t, 0).iter().map(|w| w * op.f[0]).collect();
+        let mut keys = vec![0f32; ROWS * q.n2];
+        for (block, scores) in scores.chunks_mut(ROWS).enumerate() {
+            let first = range.start + block * ROWS;
+            for (i, key) in keys.chunks_exact_mut(q.n2).enumerate().take(scores.len()) {
+                decode(level, pool.index.format, pool.index_row(op.layer as usize, self.slot(t, first + i)), key);
+            }
+            index_scores(level, &packed, &scaled, &keys[..scores.len() * q.n2], scores);
+        }
+    }
+
+    /// Writes the selection of a token that sees `visible` positions.
+    fn select(&self, visible: usize, scores: &[f32], keys: &mut Vec<u64>, sel: &mut [i32]) {
+        let n = visible.min(sel.len());
+        if visible > sel.len() {
+            top_k(&scores[..visible], keys, sel);
+        } else {
+            (0..).zip(&mut sel[..n]).for_each(|(position, to)| *to = position);
+        }
+        sel[n..].fill(-1);
+    }
+
+    pub(super) fn attention(&self, op: &SpdOp) -> Result<()> {
+        let sel = (op.kind == OP_SPARSE_MLA).then(|| self.tensor::<i32>(op.inputs[2]));
+        if let Some(sel) = sel {
+            self.check_selection(sel)?;
+        }
+        let job = Attention {
+            frame: self,
+            pool: self.pool(),
+            layer: op.layer as usize,
+            q_latent: self.optional(op.inputs[0]),
+            q_rope: self.tensor(op.inputs[1]),
+            sel,
+            out: self.tensor(op.outputs[0]),
+            groups: op.i[0].unsigned_abs() as usize,
+            scale: op.f[0],
+        };
+        let team = &self.device.team;
+        // A unit is some heads of one group at one token; a lone token's heads are dealt to the whole team.
+        let heads = job.q_rope.n1 / job.groups;
+        let split = if job.q_rope.n0 * job.groups >= team.len() { 1 } else { team.len().min(heads) };
+        let units = job.q_rope.n0 * job.groups * split;
+        team.run(&|number| {
+            let mut rows = (vec![0f32; ROWS * job.out.n2], vec![0f32; ROWS * job.q_rope.n2]);
+            for unit in (number..units).step_by(team.len()) {
+                let (t, group, piece) = (unit / split / job.groups, unit / split % job.groups, unit % split);
+                let own = part(heads, piece, split);
+                job.run(t, group, group * heads + own.start..group * heads + own.end, &mut rows);
+            }
+        });
+        Ok(())
+    }
+
+    /// Selections are data: a position past the token must not be followed.
+    fn check_selection(&self, sel: Tensor<'_, i32>) -> Result<()> {
+        for t in 0..sel.n0 {
+            let position = self.step.positions[t];
+            let outside = |&&s: &&i32| s >= 0 && s.unsigned_abs() > position;
+            if let Some(s) = sel.row(t, 0).iter().find(outside) {
+                return Err(PluginError::invalid(format!("selected position {s} is after the token's {position}")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One attention operator of a step.
+struct Attention<'a> {
+    frame: &'a Frame<'a>,
+    pool: &'a Pool,
+    layer: usize,
+    q_latent: Option<Tensor<'a, f32>>,
+    q_rope: Tensor<'a, f32>,
+    sel: Option<Tensor<'a, i32>>,
+    out: Tensor<'a, f32>,
+    groups: usize,
+    scale: f32,
+}
+
+impl Attention<'_> {
+    /// Heads `heads`, all of group `group`, of token t. Each listed row is decoded once for all of them.
+    fn run(&self, t: usize, group: usize, heads: std::ops::Range<usize>, rows: &mut (Vec<f32>, Vec<f32>)) {
+        let (frame, level) = (self.frame, self.frame.device.level);
+        let visible = frame.step.positions[t] as usize + 1;
+        let listed = match self.sel {
+            Some(sel) => sel.row(t, 0).iter().filter(|&&s| s >= 0).count(),
+            None => visible,
+        };
+        let position = |i: usize| match self.sel {
+            Some(sel) => sel.row(t, 0)[i].unsigned_abs() as usize,
+            None => i,
+        };
+        let (latent, rope) = rows;
+        let mut states = vec![Softmax::EMPTY; heads.len()];
+        for head in heads.clone() {
+            // SAFETY: this thread has these heads of this token.
+            unsafe { self.out.row_mut(t, head) }.fill(0.0);
+        }
+        for first in (0..listed).step_by(ROWS) {
+            let n = (listed - first).min(ROWS);
+            for i in 0..n {
+                let (latent_row, rope_row) = self.pool.latent_rows(self.layer, frame.slot(t, position(first + i)));
+                let (width, rope_width) = (self.out.n2, self.q_rope.n2);
+                let to = &mut latent[i * width..(i + 1) * width];
+                decode_slice(level, self.pool.latent.format, latent_row, group * width, to);
+                let to = &mut rope[i * rope_width..(i + 1) * rope_width];
+                decode_slice(level, self.pool.rope.format, rope_row, group * rope_width, to);
+            }
+            for (head, state) in heads.clone().zip(&mut states) {
+                let q_latent = self.q_latent.map_or(&[][..], |q| q.row(t, head));
+                let block =
+                    HeadBlock { q_latent, q_rope: self.q_rope.row(t, head), latent, rope, n, scale: self.scale };
+                // SAFETY: this thread has these heads of this token.
+                attend(level, block, state, unsafe { self.out.row_mut(t, head) });
+            }
+        }
+        for (head, state) in heads.zip(states) {
+            // SAFETY: as above.
+            unsafe { self.out.row_mut(t, head) }.iter_mut().for_each(|o| *o /= state.sum);
+        }
+        debug_assert!(self.groups * self.q_rope.n2 == self.pool.rope.width, "checked when the plan was compiled");
+    }
+}

@@ -1,0 +1,76 @@
+//! Dot products and scaled sums of f32 rows.
+
+use super::{Arithmetic, LANES, leveled};
+
+leveled! {
+    /// `sum a[i] b[i]`, in [`LANES`] interleaved sums that are added pairwise at the end.
+    fn dot(a: &[f32], b: &[f32]) -> f32 = dot_body
+}
+
+leveled! {
+    /// One row of a matrix against several rows: `out[r] = w . x[r]`, each as [`dot`] would have it.
+    fn dots(w: &[f32], x: &[&[f32]], out: &mut [f32]) = dots_body
+}
+
+#[inline(always)]
+pub(super) fn dot_body<A: Arithmetic>(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0f32; LANES];
+    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
+    let (b_lanes, b_rest) = b.as_chunks::<LANES>();
+    for (a, b) in a_lanes.iter().zip(b_lanes) {
+        for i in 0..LANES {
+            sums[i] = A::mul_add(a[i], b[i], sums[i]);
+        }
+    }
+    for (i, (a, b)) in a_rest.iter().zip(b_rest).enumerate() {
+        sums[i] = A::mul_add(*a, *b, sums[i]);
+    }
+    fold(sums)
+}
+
+#[inline(always)]
+fn dots_body<A: Arithmetic>(w: &[f32], x: &[&[f32]], out: &mut [f32]) {
+    for (x, out) in x.iter().zip(out) {
+        *out = dot_body::<A>(w, x);
+    }
+}
+
+#[inline(always)]
+pub(super) fn add_scaled_body<A: Arithmetic>(y: &mut [f32], scale: f32, x: &[f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = A::mul_add(scale, *x, *y);
+    }
+}
+
+/// The sum of the lanes in a fixed tree order.
+#[inline(always)]
+pub(super) fn fold(mut sums: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            sums[i] += sums[i + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::level::Level;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn every_level_agrees_with_f64(pairs in proptest::collection::vec((-10f32..10.0, -10f32..10.0), 0..200)) {
+            let (a, b): (Vec<f32>, Vec<f32>) = pairs.into_iter().unzip();
+            let exact: f64 = a.iter().zip(&b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let size: f64 = a.iter().zip(&b).map(|(a, b)| (f64::from(*a) * f64::from(*b)).abs()).sum();
+            for level in [Level::Scalar, Level::detect()] {
+                let found = f64::from(dot(level, &a, &b));
+                prop_assert!((found - exact).abs() <= 1e-5 * size + 1e-30, "{level:?}: {found} {exact}");
+            }
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! What does each operator do to its rows? Leaf functions without state: slices in, slices out.
+//!
+//! Float kernels are written once, in lanes of [`LANES`], and compiled per level; a level above scalar may fuse a
+//! multiplication and an addition, so levels differ in the last bits and each is constant in itself.
+
+pub(crate) mod attention;
+pub(crate) mod dot;
+pub(crate) mod elementwise;
+pub(crate) mod int8;
+pub(crate) mod norm;
+pub(crate) mod route;
+pub(crate) mod rows;
+pub(crate) mod select;
+
+/// Independent sums of every float reduction: one AVX-512 register, two of AVX2.
+pub(crate) const LANES: usize = 16;
+
+/// How a level multiplies and adds.
+pub(crate) trait Arithmetic {
+    fn mul_add(a: f32, b: f32, c: f32) -> f32;
+}
+
+/// Two roundings: what portable Rust does.
+pub(crate) struct Plain;
+/// One rounding: the FMA instruction.
+pub(crate) struct Fused;
+
+impl Arithmetic for Plain {
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a * b + c
+    }
+}
+
+impl Arithmetic for Fused {
+    #[inline(always)]
+    fn mul_add(a: f32, b: f32, c: f32) -> f32 {
+        a.mul_add(b, c)
+    }
+}
+
+/// Compiles the generic `$body::<Arithmetic>` once per level and chooses among them at run time.
+macro_rules! leveled {
+    ($(#[$meta:meta])* fn $name:ident($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? = $body:ident) => {
+        $(#[$meta])*
+        pub(crate) fn $name(level: $crate::level::Level, $($arg: $kind),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2($($arg: $kind),*) $(-> $out)? {
+                    $body::<$crate::kernels::Fused>($($arg),*)
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c")]
+                fn avx512($($arg: $kind),*) $(-> $out)? {
+                    $body::<$crate::kernels::Fused>($($arg),*)
+                }
+                match level {
+                    // SAFETY: a Level above Scalar exists only where the CPU has its instructions.
+                    $crate::level::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::level::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::level::Level::Scalar => {}
+                }
+            }
+            let _ = level;
+            $body::<$crate::kernels::Plain>($($arg),*)
+        }
+    };
+}
+pub(crate) use leveled;

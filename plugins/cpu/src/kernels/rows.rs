@@ -1,0 +1,110 @@
+//! Rows of the KV pool and of weights: decode, encode, rotate.
+
+use crate::level::Level;
+use half::f16;
+use sparsed_quant::Format;
+
+/// Decodes a whole row; exact at every level.
+pub(crate) fn decode(level: Level, format: Format, bytes: &[u8], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if format == Format::F16 && level != Level::Scalar {
+        // SAFETY: a Level above Scalar exists only where the CPU has F16C.
+        return unsafe { decode_f16(bytes, out) };
+    }
+    let _ = level;
+    sparsed_quant::decode(format, bytes, out).expect("row sizes were checked when the weight or pool was made");
+}
+
+/// Decodes `out.len()` values from value `start` on; both are multiples of the format's block.
+pub(crate) fn decode_slice(level: Level, format: Format, bytes: &[u8], start: usize, out: &mut [f32]) {
+    let at = |values: usize| values / format.block_values() * format.block_bytes();
+    decode(level, format, &bytes[at(start)..at(start + out.len())], out);
+}
+
+/// Encodes a row as the pool stores it.
+pub(crate) fn encode(format: Format, values: &[f32], bytes: &mut [u8]) {
+    sparsed_quant::encode(format, values, bytes).expect("row sizes were checked when the pool was made");
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn decode_f16(bytes: &[u8], out: &mut [f32]) {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+    let (from, from_rest) = bytes.as_chunks::<16>();
+    let (to, to_rest) = out.as_chunks_mut::<8>();
+    for (from, to) in from.iter().zip(to) {
+        // SAFETY: 16 readable bytes, 8 writable floats; unaligned access.
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()))) };
+    }
+    for (from, to) in from_rest.chunks_exact(2).zip(to_rest) {
+        *to = f16::from_le_bytes([from[0], from[1]]).to_f32();
+    }
+}
+
+/// Rotates values `start .. start + width` of `x` into `y` and copies the others. `angles` holds width / 2 cosines,
+/// then as many sines (OPS.md, ROPE).
+pub(crate) fn rope(x: &[f32], angles: &[f32], start: usize, half_split: bool, y: &mut [f32]) {
+    y.copy_from_slice(x);
+    let (cosines, sines) = angles.split_at(angles.len() / 2);
+    let half = cosines.len();
+    let (x, y) = (&x[start..start + 2 * half], &mut y[start..start + 2 * half]);
+    for (j, (c, s)) in cosines.iter().zip(sines).enumerate() {
+        let (a, b) = if half_split { (j, j + half) } else { (2 * j, 2 * j + 1) };
+        y[a] = x[a] * c - x[b] * s;
+        y[b] = x[b] * c + x[a] * s;
+    }
+}
+
+/// `y = H x / sqrt(n)`, H the Sylvester matrix of size n = x.len(), a power of two.
+pub(crate) fn hadamard(x: &[f32], y: &mut [f32]) {
+    y.copy_from_slice(x);
+    let mut half = 1;
+    while half < y.len() {
+        for chunk in y.chunks_exact_mut(2 * half) {
+            let (low, high) = chunk.split_at_mut(half);
+            for (a, b) in low.iter_mut().zip(high) {
+                (*a, *b) = (*a + *b, *a - *b);
+            }
+        }
+        half *= 2;
+    }
+    #[allow(clippy::cast_precision_loss, reason = "a small power of two")]
+    let scale = 1.0 / (y.len() as f32).sqrt();
+    y.iter_mut().for_each(|v| *v *= scale);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rope_turns_pairs_of_either_layout() {
+        let (x, angles) = ([9.0, 1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 1.0, 0.0]); // 90 degrees, then none
+        let mut y = [0.0; 5];
+        rope(&x, &angles, 1, false, &mut y);
+        assert_eq!(y, [9.0, -2.0, 1.0, 3.0, 4.0]);
+        rope(&x, &angles, 1, true, &mut y);
+        assert_eq!(y, [9.0, -3.0, 2.0, 1.0, 4.0]);
+    }
+
+    #[test]
+    fn hadamard_is_its_own_inverse() {
+        let x: Vec<f32> = (0..8u8).map(f32::from).collect();
+        let (mut y, mut z) = (vec![0.0; 8], vec![0.0; 8]);
+        hadamard(&x, &mut y);
+        assert!((y[1] - -4.0 / 8f32.sqrt()).abs() < 1e-6);
+        hadamard(&y, &mut z);
+        assert!(x.iter().zip(&z).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+
+    #[test]
+    fn f16_rows_decode_alike_at_every_level() {
+        let values: Vec<f32> = (0..37u8).map(|i| f32::from(i) * 0.37 - 5.0).collect();
+        let mut bytes = vec![0; 74];
+        encode(Format::F16, &values, &mut bytes);
+        let (mut scalar, mut best) = (vec![0.0; 37], vec![0.0; 37]);
+        decode(Level::Scalar, Format::F16, &bytes, &mut scalar);
+        decode(Level::detect(), Format::F16, &bytes, &mut best);
+        assert_eq!(scalar, best);
+    }
+}

@@ -1,0 +1,359 @@
+//! Where do weights and KV rows live? Weights where the daemon mapped them, KV rows in lazily committed memory.
+
+use memmap2::{MmapMut, UncheckedAdvice};
+use sparsed_abi::{
+    DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdKvDesc, SpdKvInfo,
+    SpdKvOp, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
+};
+use sparsed_plugin_kit::{PluginError, Result, Source};
+use sparsed_quant::Format;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Largest page of the machines we run on; giving back less than could be given is harmless.
+const PAGE_BYTES: usize = 1 << 16;
+
+/// Bytes in use on the device, by what they are for, under one cap.
+#[derive(Debug, Default)]
+pub(crate) struct Usage {
+    pub(crate) budget: u64,
+    pub(crate) weights: AtomicU64,
+    pub(crate) kv: AtomicU64,
+    pub(crate) workspace: AtomicU64,
+}
+
+/// Bytes counted against a [`Usage`] until dropped.
+#[derive(Debug)]
+pub(crate) struct Held {
+    usage: Arc<Usage>,
+    kind: fn(&Usage) -> &AtomicU64,
+    bytes: u64,
+}
+
+impl Usage {
+    /// Counts `bytes`, or refuses when the budget would be passed.
+    pub(crate) fn hold(self: &Arc<Self>, kind: fn(&Self) -> &AtomicU64, bytes: u64) -> Result<Held> {
+        let all = [&self.weights, &self.kv, &self.workspace].iter().map(|n| n.load(Ordering::Relaxed)).sum::<u64>();
+        if self.budget != 0 && all.saturating_add(bytes) > self.budget {
+            let message = format!("{bytes} bytes more than {all} in use would pass the budget of {}", self.budget);
+            return Err(PluginError::new(E_NOMEM_DEVICE, message));
+        }
+        kind(self).fetch_add(bytes, Ordering::Relaxed);
+        Ok(Held { usage: Arc::clone(self), kind, bytes })
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        (self.kind)(&self.usage).fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
+/// A weight: `batch` matrices `[rows, cols]`.
+#[derive(Debug)]
+pub(crate) struct Weight {
+    pub(crate) format: Format,
+    pub(crate) batch: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    row_bytes: usize,
+    in_place: bool,
+    bytes: Bytes,
+    uploaded: usize,
+    _held: Option<Held>,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Own(Vec<u8>),
+    Mapped(&'static [u8]),
+}
+
+impl Weight {
+    pub(crate) fn create(desc: &SpdWeightDesc, usage: &Arc<Usage>) -> Result<Self> {
+        let unknown = || PluginError::unsupported(format!("weights of dtype {}", desc.dtype));
+        let format = Format::from_ggml_id(desc.dtype).ok_or_else(unknown)?;
+        if desc.flags & !W_HOST_IN_PLACE != 0 {
+            return Err(PluginError::unsupported(format!("weight flags {:#x}", desc.flags)));
+        }
+        let too_large = || PluginError::invalid("a weight's size overflows");
+        let (rows, cols) = (small(desc.rows)?, small(desc.cols)?);
+        let row_bytes = format.row_bytes(cols).map_err(|error| PluginError::invalid(error.to_string()))?;
+        let batch = desc.batch as usize;
+        let total = row_bytes.checked_mul(rows).and_then(|n| n.checked_mul(batch)).ok_or_else(too_large)?;
+        let in_place = desc.flags & W_HOST_IN_PLACE != 0;
+        let held = if in_place { None } else { Some(usage.hold(|u| &u.weights, total as u64)?) };
+        let bytes = Bytes::Own(if in_place { Vec::new() } else { vec![0; total] });
+        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded: 0, _held: held })
+    }
+
+    pub(crate) fn upload(&mut self, first: u32, n: u32, source: Source) -> Result<()> {
+        let matrix = self.row_bytes * self.rows;
+        let (first, n) = (first as usize, n as usize);
+        if first.checked_add(n).is_none_or(|end| end > self.batch) || n == 0 {
+            return Err(PluginError::invalid(format!("batches {first}..+{n} of {}", self.batch)));
+        }
+        let source_length = source.bytes().len();
+        if source_length != matrix * n {
+            return Err(PluginError::invalid(format!("{source_length} bytes for {n} matrices of {matrix}")));
+        }
+        if self.in_place {
+            if n != self.batch {
+                return Err(PluginError::unsupported("a weight in place, uploaded in pieces"));
+            }
+            // SAFETY: created with W_HOST_IN_PLACE, and the slice lives in the weight, which the host destroys first.
+            self.bytes = Bytes::Mapped(unsafe { source.bytes_in_place() });
+        } else if let Bytes::Own(own) = &mut self.bytes {
+            own[first * matrix..(first + n) * matrix].copy_from_slice(source.bytes());
+        }
+        self.uploaded += n;
+        Ok(())
+    }
+
+    pub(crate) fn commit(&self) -> Result<()> {
+        if self.uploaded < self.batch {
+            return Err(PluginError::invalid(format!("{} of {} batches uploaded", self.uploaded, self.batch)));
+        }
+        Ok(())
+    }
+
+    /// Row `row` of matrix `batch`, encoded.
+    pub(crate) fn row(&self, batch: usize, row: usize) -> &[u8] {
+        let bytes = match &self.bytes {
+            Bytes::Own(own) => own,
+            Bytes::Mapped(mapped) => *mapped,
+        };
+        let at = (batch * self.rows + row) * self.row_bytes;
+        &bytes[at..at + self.row_bytes]
+    }
+}
+
+/// One kind of row in the pool.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowFormat {
+    pub(crate) format: Format,
+    pub(crate) width: usize,
+    pub(crate) bytes: usize,
+}
+
+impl RowFormat {
+    fn new(row: SpdRow) -> Result<Self> {
+        let width = row.width as usize;
+        if !matches!(row.dtype, DT_F32 | DT_F16 | DT_BF16 | DT_Q8_0) {
+            return Err(PluginError::unsupported(format!("KV rows of dtype {}", row.dtype)));
+        }
+        let format = Format::from_ggml_id(row.dtype).ok_or_else(|| PluginError::unsupported("KV dtype"))?;
+        let bytes = format.row_bytes(width).map_err(|error| PluginError::invalid(error.to_string()))?;
+        Ok(Self { format, width, bytes })
+    }
+}
+
+/// A KV pool. Rows are written by one step at a time, each by one thread.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    pub(crate) block_tokens: usize,
+    pub(crate) n_blocks: usize,
+    pub(crate) latent: RowFormat,
+    pub(crate) rope: RowFormat,
+    pub(crate) index: RowFormat,
+    pub(crate) n_layers: usize,
+    pub(crate) n_index_layers: usize,
+    latent_plane: Plane,
+    index_plane: Plane,
+    _held: Held,
+}
+
+/// Rows by block, layer and token: a block is one range, so that its memory can be given back.
+#[derive(Debug)]
+struct Plane {
+    map: MmapMut,
+    at: *mut u8,
+    block_bytes: usize,
+}
+
+// SAFETY: the mapping is reached through `at`; steps write disjoint rows, see Pool.
+unsafe impl Sync for Plane {}
+// SAFETY: as above.
+unsafe impl Send for Plane {}
+
+impl Plane {
+    fn new(block_bytes: usize, n_blocks: usize) -> Result<Self> {
+        let overflow = || PluginError::invalid("a KV pool's size overflows");
+        let total = block_bytes.checked_mul(n_blocks).ok_or_else(overflow)?.max(1);
+        let no_memory = |error: std::io::Error| PluginError::new(E_NOMEM_DEVICE, format!("{total} bytes: {error}"));
+        let mut map = MmapMut::map_anon(total).map_err(no_memory)?;
+        Ok(Self { at: map.as_mut_ptr(), map, block_bytes })
+    }
+
+    /// # Safety
+    /// Nobody else uses these bytes now.
+    #[allow(clippy::mut_from_ref, reason = "disjoint rows are written by several threads")]
+    unsafe fn bytes_mut(&self, at: usize, length: usize) -> &mut [u8] {
+        assert!(at + length <= self.map.len(), "outside the plane");
+        // SAFETY: inside the mapping; sole use by the caller's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(at), length) }
+    }
+
+    fn bytes(&self, at: usize, length: usize) -> &[u8] {
+        assert!(at + length <= self.map.len(), "outside the plane");
+        // SAFETY: inside the mapping; rows that are read are not written by the same operator.
+        unsafe { std::slice::from_raw_parts(self.at.add(at), length) }
+    }
+
+    fn discard(&self, block: usize) {
+        let range = block * self.block_bytes..(block + 1) * self.block_bytes;
+        // SAFETY: the host has let go of the block.
+        unsafe { self.bytes_mut(range.start, self.block_bytes) }.fill(0);
+        // Whole pages inside go back to the system; they read as zero afterwards, as they do now.
+        let page = PAGE_BYTES;
+        let (first, last) = (range.start.next_multiple_of(page), range.end / page * page);
+        if first < last {
+            // SAFETY: private anonymous pages without a reference into them; a refusal leaves zeroed pages.
+            drop(unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, last - first) });
+        }
+    }
+}
+
+impl Pool {
+    pub(crate) fn create(desc: &SpdKvDesc, usage: &Arc<Usage>) -> Result<(Self, SpdKvInfo)> {
+        let (latent, rope, index) =
+            (RowFormat::new(desc.latent)?, RowFormat::new(desc.rope)?, RowFormat::new(desc.index)?);
+        let overflow = || PluginError::invalid("a KV block's size overflows");
+        let plane = |row: usize, layers: u32| {
+            row.checked_mul(layers as usize)
+                .and_then(|n| n.checked_mul(desc.block_tokens as usize))
+                .ok_or_else(overflow)
+        };
+        let latent_block = plane(latent.bytes + rope.bytes, desc.n_layers)?;
+        let index_block = plane(index.bytes, desc.n_index_layers)?;
+        let image = latent_block.checked_add(index_block).ok_or_else(overflow)?;
+        let total = (image as u64).checked_mul(u64::from(desc.n_blocks)).ok_or_else(overflow)?;
+        let pool = Self {
+            block_tokens: desc.block_tokens as usize,
+            n_blocks: desc.n_blocks as usize,
+            latent,
+            rope,
+            index,
+            n_layers: desc.n_layers as usize,
+            n_index_layers: desc.n_index_layers as usize,
+            _held: usage.hold(|u| &u.kv, total)?,
+            latent_plane: Plane::new(latent_block, desc.n_blocks as usize)?,
+            index_plane: Plane::new(index_block, desc.n_blocks as usize)?,
+        };
+        let info = SpdKvInfo {
+            device_bytes: total,
+            image_bytes: image as u64,
+            image_latent_offset: index_block as u64,
+            ..SpdKvInfo::default()
+        };
+        Ok((pool, info))
+    }
+
+    /// The latent and rope rows of `slot` in `layer`, encoded.
+    pub(crate) fn latent_rows(&self, layer: usize, slot: usize) -> (&[u8], &[u8]) {
+        let row = self.latent.bytes + self.rope.bytes;
+        let bytes = self.latent_plane.bytes(self.offset(self.n_layers, layer, slot, row), row);
+        bytes.split_at(self.latent.bytes)
+    }
+
+    /// The index row of `slot` in `layer`, encoded.
+    pub(crate) fn index_row(&self, layer: usize, slot: usize) -> &[u8] {
+        let row = self.index.bytes;
+        self.index_plane.bytes(self.offset(self.n_index_layers, layer, slot, row), row)
+    }
+
+    /// As [`Self::latent_rows`], to write.
+    ///
+    /// # Safety
+    /// No other thread uses these rows now.
+    #[allow(clippy::mut_from_ref, reason = "disjoint rows are written by several threads")]
+    pub(crate) unsafe fn latent_rows_mut(&self, layer: usize, slot: usize) -> (&mut [u8], &mut [u8]) {
+        let row = self.latent.bytes + self.rope.bytes;
+        // SAFETY: the caller's contract.
+        let bytes = unsafe { self.latent_plane.bytes_mut(self.offset(self.n_layers, layer, slot, row), row) };
+        bytes.split_at_mut(self.latent.bytes)
+    }
+
+    /// As [`Self::index_row`], to write.
+    ///
+    /// # Safety
+    /// No other thread uses this row now.
+    #[allow(clippy::mut_from_ref, reason = "disjoint rows are written by several threads")]
+    pub(crate) unsafe fn index_row_mut(&self, layer: usize, slot: usize) -> &mut [u8] {
+        let row = self.index.bytes;
+        // SAFETY: the caller's contract.
+        unsafe { self.index_plane.bytes_mut(self.offset(self.n_index_layers, layer, slot, row), row) }
+    }
+
+    fn offset(&self, layers: usize, layer: usize, slot: usize, row: usize) -> usize {
+        ((slot / self.block_tokens * layers + layer) * self.block_tokens + slot % self.block_tokens) * row
+    }
+
+    /// Carries out block operations.
+    pub(crate) fn apply(&self, ops: &[SpdKvOp], host: &mut [u8]) -> Result<()> {
+        let (index, latent) = (self.index_plane.block_bytes, self.latent_plane.block_bytes);
+        for op in ops {
+            let block = |n: u32| {
+                let out = || PluginError::invalid(format!("block {n} of {}", self.n_blocks));
+                Some(n as usize).filter(|&n| n < self.n_blocks).ok_or_else(out)
+            };
+            let image = || {
+                let out = || PluginError::invalid("a host image reaches past the buffer");
+                let start = usize::try_from(op.host_offset).map_err(|_| out())?;
+                let end = start.checked_add(index + latent).filter(|&end| end <= host.len()).ok_or_else(out)?;
+                Ok::<_, PluginError>((start, start + index, end))
+            };
+            match op.kind {
+                KV_DISCARD => {
+                    let dst = block(op.dst_block)?;
+                    self.latent_plane.discard(dst);
+                    self.index_plane.discard(dst);
+                }
+                KV_EXPORT => {
+                    let (src, (start, middle, end)) = (block(op.src_block)?, image()?);
+                    host[start..middle].copy_from_slice(self.index_plane.bytes(src * index, index));
+                    host[middle..end].copy_from_slice(self.latent_plane.bytes(src * latent, latent));
+                }
+                KV_IMPORT => {
+                    let (dst, (start, middle, end)) = (block(op.dst_block)?, image()?);
+                    // SAFETY: the host owns the block and runs nothing on it now.
+                    unsafe { self.index_plane.bytes_mut(dst * index, index) }.copy_from_slice(&host[start..middle]);
+                    // SAFETY: as above.
+                    unsafe { self.latent_plane.bytes_mut(dst * latent, latent) }.copy_from_slice(&host[middle..end]);
+                }
+                KV_COPY => self.copy(block(op.src_block)?, block(op.dst_block)?, op.n_tokens as usize)?,
+                other => return Err(PluginError::unsupported(format!("KV operation {other}"))),
+            }
+        }
+        Ok(())
+    }
+
+    fn copy(&self, src: usize, dst: usize, n_tokens: usize) -> Result<()> {
+        if n_tokens > self.block_tokens {
+            return Err(PluginError::invalid(format!("{n_tokens} tokens of a block of {}", self.block_tokens)));
+        }
+        if src == dst {
+            return Ok(());
+        }
+        let (from, to) = (src * self.block_tokens, dst * self.block_tokens);
+        for token in 0..n_tokens {
+            for layer in 0..self.n_layers {
+                let (latent, rope) = self.latent_rows(layer, from + token);
+                // SAFETY: another block than the one that is read; the host runs nothing on it now.
+                let (latent_to, rope_to) = unsafe { self.latent_rows_mut(layer, to + token) };
+                latent_to.copy_from_slice(latent);
+                rope_to.copy_from_slice(rope);
+            }
+            for layer in 0..self.n_index_layers {
+                // SAFETY: as above.
+                unsafe { self.index_row_mut(layer, to + token) }.copy_from_slice(self.index_row(layer, from + token));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn small(n: u64) -> Result<usize> {
+    let too_large = || PluginError::invalid(format!("{n} rows or columns"));
+    usize::try_from(n).ok().filter(|&n| n <= 1 << 31).ok_or_else(too_large)
+}

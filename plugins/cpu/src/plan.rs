@@ -1,0 +1,166 @@
+//! What is prepared once so that a step only computes? Shapes checked, tensors placed.
+//!
+//! Tensors inside the plan share one arena: each lives from the operator that writes it to the last that reads it.
+
+use crate::memory::{Held, Pool, Usage, Weight};
+use crate::validate::Bound;
+use sparsed_abi::{
+    ARENA_ALIGN, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, NO_TENSOR, Program, SpdBucket, SpdTensor, T_ACTIVATION, T_INPUT,
+    T_OUTPUT, T_VIEW,
+};
+use sparsed_plugin_kit::{PlanSizes, PluginError, Result};
+use std::sync::{Arc, Mutex};
+
+/// Where a tensor's values are.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Place {
+    /// From this f32 of the workspace on.
+    Workspace(usize),
+    /// In the input arena, in order.
+    Input,
+    /// In the output arena, in order.
+    Output,
+    /// A bound weight.
+    Weight,
+    /// Inside another tensor.
+    View,
+}
+
+/// A compiled program.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    pub(crate) program: Program,
+    pub(crate) weights: Vec<Arc<Weight>>,
+    pub(crate) pools: Vec<Arc<Pool>>,
+    pub(crate) bucket: SpdBucket,
+    pub(crate) places: Vec<Place>,
+    /// Held for the whole of a step: a plan runs one step at a time.
+    pub(crate) workspace: Mutex<Workspace>,
+    _held: Held,
+}
+
+/// Memory of a running step.
+#[derive(Debug, Default)]
+pub(crate) struct Workspace {
+    /// The arena of the plan's own tensors.
+    pub(crate) arena: Vec<f32>,
+    /// Activations rounded to int8, their scales and sums.
+    pub(crate) q: Vec<i8>,
+    pub(crate) d: Vec<f32>,
+    pub(crate) sums: Vec<i32>,
+    /// Indexer scores of a single token.
+    pub(crate) scores: Vec<f32>,
+}
+
+/// A tensor's row count for these numbers of tokens, sequences and logits rows.
+pub(crate) fn rows_of(tensor: &SpdTensor, tokens: usize, seqs: usize, logits: usize) -> usize {
+    match tensor.dim[0] {
+        DIM_TOKENS => tokens,
+        DIM_SEQS => seqs,
+        DIM_LOGITS => logits,
+        n => n.unsigned_abs() as usize,
+    }
+}
+
+/// Values in one step of dim 0.
+pub(crate) fn row_len(tensor: &SpdTensor) -> usize {
+    tensor.dim[1..tensor.rank as usize].iter().map(|n| n.unsigned_abs() as usize).product()
+}
+
+/// Where each tensor of `kind` begins in its arena, in bytes, and the arena's length.
+pub(crate) fn arena(program: &Program, kind: u32, tokens: usize, seqs: usize, logits: usize) -> (Vec<usize>, usize) {
+    let mut at = 0usize;
+    let mut offsets = Vec::new();
+    for tensor in program.tensors().iter().filter(|tensor| tensor.kind == kind) {
+        at = at.next_multiple_of(ARENA_ALIGN);
+        offsets.push(at);
+        at += rows_of(tensor, tokens, seqs, logits) * row_len(tensor) * 4;
+    }
+    (offsets, at)
+}
+
+impl Plan {
+    pub(crate) fn compile(
+        program: Program,
+        weights: Vec<Arc<Weight>>,
+        pools: Vec<Arc<Pool>>,
+        bucket: SpdBucket,
+        usage: &Arc<Usage>,
+    ) -> Result<(Self, PlanSizes)> {
+        if bucket.max_tokens == 0 || bucket.max_tokens > 1 << 20 || bucket.max_logits > bucket.max_tokens {
+            return Err(PluginError::invalid("a bucket without tokens, of too many, or with more logits than tokens"));
+        }
+        let bound = Bound { program: &program, weights: &weights, pools: &pools };
+        for (index, op) in program.ops().iter().enumerate() {
+            bound.check_op(op).map_err(|error| error.at(index))?;
+        }
+        let (tokens, seqs, logits) = (bucket.max_tokens as usize, bucket.max_seqs as usize, bucket.max_logits as usize);
+        let (places, arena_len) = place(&program, tokens, seqs, logits)?;
+        let sizes = PlanSizes {
+            workspace: arena_len as u64 * 4,
+            input: arena(&program, T_INPUT, tokens, seqs, logits).1 as u64,
+            output: arena(&program, T_OUTPUT, tokens, seqs, logits).1 as u64,
+        };
+        let held = usage.hold(|u| &u.workspace, sizes.workspace)?;
+        let workspace = Mutex::new(Workspace { arena: vec![0.0; arena_len], ..Workspace::default() });
+        Ok((Self { program, weights, pools, bucket, places, workspace, _held: held }, sizes))
+    }
+}
+
+/// Gives every tensor inside the plan a range of the arena that no tensor alive at the same time has.
+fn place(program: &Program, tokens: usize, seqs: usize, logits: usize) -> Result<(Vec<Place>, usize)> {
+    let tensors = program.tensors();
+    let owner = |id: u32| {
+        let tensor = &tensors[id as usize];
+        if tensor.kind == T_VIEW { tensor.bind as usize } else { id as usize }
+    };
+    let mut last_use = vec![None; tensors.len()];
+    for (step, op) in program.ops().iter().enumerate() {
+        for &id in op.inputs.iter().chain(&op.outputs).filter(|&&id| id != NO_TENSOR) {
+            last_use[owner(id)] = Some(step);
+        }
+    }
+    let mut places: Vec<Place> = tensors
+        .iter()
+        .map(|tensor| match tensor.kind {
+            T_INPUT => Place::Input,
+            T_OUTPUT => Place::Output,
+            T_ACTIVATION => Place::Workspace(usize::MAX),
+            T_VIEW => Place::View,
+            _ => Place::Weight,
+        })
+        .collect();
+    let (mut alive, mut end): (Vec<(usize, usize, usize)>, usize) = (Vec::new(), 0); // (offset, length, tensor)
+    for (step, op) in program.ops().iter().enumerate() {
+        for &id in op.outputs.iter().filter(|&&id| id != NO_TENSOR) {
+            let id = id as usize;
+            if !matches!(places[id], Place::Workspace(usize::MAX)) {
+                continue;
+            }
+            let length = (rows_of(&tensors[id], tokens, seqs, logits) * row_len(&tensors[id])).next_multiple_of(16);
+            let at = first_gap(&mut alive, length);
+            alive.push((at, length, id));
+            end = end.max(at + length);
+            places[id] = Place::Workspace(at);
+        }
+        let unwritten = |&&id: &&u32| id != NO_TENSOR && matches!(places[owner(id)], Place::Workspace(usize::MAX));
+        if op.inputs.iter().any(|id| unwritten(&id)) {
+            return Err(PluginError::invalid("reads a tensor that nothing has written").at(step));
+        }
+        alive.retain(|&(_, _, id)| last_use[id].is_some_and(|last| last > step));
+    }
+    Ok((places, end))
+}
+
+/// The lowest offset at which `length` values fit between what is alive.
+fn first_gap(alive: &mut [(usize, usize, usize)], length: usize) -> usize {
+    alive.sort_unstable();
+    let mut at = 0;
+    for &(offset, taken, _) in alive.iter() {
+        if offset >= at + length {
+            break;
+        }
+        at = at.max(offset + taken);
+    }
+    at
+}
