@@ -1,0 +1,17 @@
+//! What can a caller do nothing about but wait or make room?
+
+/// Every failure of this crate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvError {
+    /// Fewer blocks are free and unreserved than were asked for; nothing has changed.
+    #[error("{wanted} KV blocks wanted, {available} of {total} available")]
+    OutOfBlocks {
+        /// Asked for.
+        wanted: u32,
+        /// Free and not reserved.
+        available: u32,
+        /// In the pool.
+        total: u32,
+    },
+}

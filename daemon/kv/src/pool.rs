@@ -1,0 +1,327 @@
+//! Which blocks are free, and who holds the others?
+//!
+//! Life of a block: `reserve` promises that it will be there, `acquire` hands it out with a `ref_count` of 1, `forfeit`
+//! gives unused promises back, `retain` and `release` count the holders. What was promised cannot run out, so a step
+//! that reserved everything first never fails half-way.
+//!
+//! Blocks are reused last in, first out: memory that was touched is touched again, and a pool that was never full has
+//! never touched its end.
+
+use crate::{BlockId, KvError};
+
+/// The blocks of one device pool.
+#[derive(Debug)]
+pub struct Pool {
+    free: Vec<BlockId>, // a stack; the top is handed out next
+    ref_counts: Vec<u32>,
+    n_reserved: u32,
+}
+
+/// A promise of blocks, to be spent with [`Pool::acquire`] and ended with [`Pool::forfeit`].
+///
+/// # Panics
+/// When dropped while it still promises something: those blocks would be lost.
+#[derive(Debug)]
+#[must_use = "reserved blocks are lost unless acquired or forfeited"]
+pub struct Reservation {
+    n_blocks: u32,
+}
+
+/// What became of a block that was given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "the content of a freed block has to be discarded on the device"]
+pub enum Released {
+    /// Nobody holds it now: discard its content before the next step runs.
+    Freed,
+    /// Somebody else still holds it.
+    Shared,
+}
+
+impl Pool {
+    /// A pool of `n_blocks` free blocks, the lowest handed out first.
+    pub fn new(n_blocks: u32) -> Self {
+        Self { free: (0..n_blocks).rev().map(BlockId).collect(), ref_counts: vec![0; n_blocks as usize], n_reserved: 0 }
+    }
+
+    /// All blocks of the pool.
+    pub fn n_blocks(&self) -> u32 {
+        count(self.ref_counts.len())
+    }
+
+    /// Blocks that somebody holds.
+    pub fn n_used(&self) -> u32 {
+        self.n_blocks() - count(self.free.len())
+    }
+
+    /// Blocks that are free and not promised to anyone.
+    pub fn n_available(&self) -> u32 {
+        count(self.free.len()) - self.n_reserved
+    }
+
+    /// How many hold `block`; 0 when it is free.
+    ///
+    /// # Panics
+    /// When the pool has no such block.
+    pub fn ref_count(&self, block: BlockId) -> u32 {
+        self.ref_counts[block.0 as usize]
+    }
+
+    /// Promises `n_blocks` blocks.
+    ///
+    /// # Errors
+    /// [`KvError::OutOfBlocks`] when fewer are available; nothing has changed then.
+    pub fn reserve(&mut self, n_blocks: u32) -> Result<Reservation, KvError> {
+        let available = self.n_available();
+        if n_blocks > available {
+            return Err(KvError::OutOfBlocks { wanted: n_blocks, available, total: self.n_blocks() });
+        }
+        self.n_reserved += n_blocks;
+        self.assert_counts();
+        Ok(Reservation { n_blocks })
+    }
+
+    /// Takes one promised block, whose only holder is now the caller.
+    ///
+    /// # Panics
+    /// When the reservation is used up, or was made by another pool and this one has none.
+    pub fn acquire(&mut self, reservation: &mut Reservation) -> BlockId {
+        assert!(reservation.n_blocks > 0, "the reservation is used up");
+        assert!(self.n_reserved > 0, "the reservation is not of this pool");
+        reservation.n_blocks -= 1;
+        self.n_reserved -= 1;
+        let block = self.free.pop().expect("reserved <= free");
+        let holders = &mut self.ref_counts[block.0 as usize];
+        assert!(*holders == 0, "block {} is on the free list with {holders} holders", block.0);
+        *holders = 1;
+        self.assert_counts();
+        block
+    }
+
+    /// Gives back what is left of a promise.
+    ///
+    /// # Panics
+    /// When the reservation is not of this pool, as far as that shows.
+    pub fn forfeit(&mut self, mut reservation: Reservation) {
+        assert!(reservation.n_blocks <= self.n_reserved, "the reservation is not of this pool");
+        self.n_reserved -= reservation.n_blocks;
+        reservation.n_blocks = 0;
+        self.assert_counts();
+    }
+
+    /// Counts one more holder of a held block.
+    ///
+    /// # Panics
+    /// When nobody holds the block.
+    pub fn retain(&mut self, block: BlockId) {
+        let holders = &mut self.ref_counts[block.0 as usize];
+        assert!(*holders > 0, "block {} is free and cannot be shared", block.0);
+        *holders = holders.checked_add(1).expect("far fewer than 2^32 holders");
+    }
+
+    /// Counts one holder less.
+    ///
+    /// # Panics
+    /// When nobody holds the block.
+    pub fn release(&mut self, block: BlockId) -> Released {
+        let holders = &mut self.ref_counts[block.0 as usize];
+        assert!(*holders > 0, "block {} is released twice", block.0);
+        *holders -= 1;
+        if *holders > 0 {
+            return Released::Shared;
+        }
+        self.free.push(block);
+        self.assert_counts();
+        Released::Freed
+    }
+
+    fn assert_counts(&self) {
+        assert!(self.free.len() <= self.ref_counts.len(), "more free blocks than blocks");
+        assert!(self.n_reserved as usize <= self.free.len(), "more blocks promised than free");
+    }
+}
+
+impl Reservation {
+    /// Blocks still promised.
+    pub fn n_blocks(&self) -> u32 {
+        self.n_blocks
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        // A second panic while unwinding would abort the daemon.
+        assert!(self.n_blocks == 0 || std::thread::panicking(), "{} reserved blocks were lost", self.n_blocks);
+    }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).expect("a pool has at most 2^32 - 1 blocks")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    #[test]
+    fn what_is_reserved_is_not_available_to_others() {
+        let mut pool = Pool::new(3);
+        let first = pool.reserve(2).unwrap();
+        assert_eq!(pool.reserve(2).unwrap_err(), KvError::OutOfBlocks { wanted: 2, available: 1, total: 3 });
+        pool.forfeit(first);
+        let second = pool.reserve(3).unwrap();
+        assert_eq!((pool.n_available(), pool.n_used()), (0, 0));
+        pool.forfeit(second);
+    }
+
+    #[test]
+    fn a_shared_block_is_freed_by_its_last_holder() {
+        let mut pool = Pool::new(1);
+        let mut reservation = pool.reserve(1).unwrap();
+        let block = pool.acquire(&mut reservation);
+        pool.forfeit(reservation);
+        pool.retain(block);
+        assert_eq!(pool.release(block), Released::Shared);
+        assert_eq!(pool.release(block), Released::Freed);
+        assert_eq!(pool.n_available(), 1);
+    }
+
+    #[test]
+    #[should_panic(expected = "released twice")]
+    fn a_double_release_is_caught() {
+        let mut pool = Pool::new(1);
+        let mut reservation = pool.reserve(1).unwrap();
+        let block = pool.acquire(&mut reservation);
+        pool.forfeit(reservation);
+        assert_eq!(pool.release(block), Released::Freed);
+        assert_eq!(pool.release(block), Released::Freed);
+    }
+
+    #[test]
+    #[should_panic(expected = "2 reserved blocks were lost")]
+    fn a_lost_reservation_is_caught() {
+        let mut pool = Pool::new(2);
+        drop(pool.reserve(2));
+    }
+
+    #[test]
+    #[should_panic(expected = "used up")]
+    fn a_reservation_gives_no_more_than_it_promised() {
+        let mut pool = Pool::new(2);
+        let mut reservation = pool.reserve(1).unwrap();
+        pool.acquire(&mut reservation);
+        pool.acquire(&mut reservation);
+    }
+
+    #[derive(Clone, Debug)]
+    enum Verb {
+        Reserve(u32),
+        Acquire(usize),
+        Forfeit(usize),
+        Retain(usize),
+        Release(usize),
+    }
+
+    fn verb() -> impl Strategy<Value = Verb> {
+        prop_oneof![
+            2 => (0..6_u32).prop_map(Verb::Reserve),
+            4 => any::<usize>().prop_map(Verb::Acquire),
+            1 => any::<usize>().prop_map(Verb::Forfeit),
+            1 => any::<usize>().prop_map(Verb::Retain),
+            3 => any::<usize>().prop_map(Verb::Release),
+        ]
+    }
+
+    /// The pool as plain sets: what is free, and who is held how often.
+    struct Model {
+        free: BTreeSet<BlockId>,
+        held: BTreeMap<BlockId, u32>,
+        promised: u32,
+    }
+
+    impl Model {
+        fn new(n_blocks: u32) -> Self {
+            Self { free: (0..n_blocks).map(BlockId).collect(), held: BTreeMap::new(), promised: 0 }
+        }
+
+        fn agrees_with(&self, pool: &Pool) {
+            assert_eq!(pool.n_blocks() as usize, self.free.len() + self.held.len());
+            assert_eq!(pool.n_used() as usize, self.held.len());
+            assert_eq!(pool.n_available() as usize, self.free.len() - self.promised as usize);
+            assert!(self.free.iter().all(|&block| pool.ref_count(block) == 0));
+            assert!(self.held.iter().all(|(&block, &holders)| pool.ref_count(block) == holders));
+        }
+    }
+
+    fn held_block(model: &Model, pick: usize) -> Option<BlockId> {
+        model.held.keys().nth(pick.checked_rem(model.held.len())?).copied()
+    }
+
+    fn apply(verb: &Verb, pool: &mut Pool, model: &mut Model, open: &mut Vec<Reservation>) {
+        match *verb {
+            Verb::Reserve(n) => {
+                let fits = n as usize <= model.free.len() - model.promised as usize;
+                let reserved = pool.reserve(n);
+                assert_eq!(reserved.is_ok(), fits);
+                if let Ok(reservation) = reserved {
+                    model.promised += n;
+                    open.push(reservation);
+                }
+            }
+            Verb::Acquire(pick) => {
+                let n_open = open.len().max(1);
+                if let Some(reservation) = open.get_mut(pick % n_open).filter(|r| r.n_blocks() > 0) {
+                    let block = pool.acquire(reservation);
+                    assert!(model.free.remove(&block), "a block was handed out twice");
+                    model.held.insert(block, 1);
+                    model.promised -= 1;
+                }
+            }
+            Verb::Forfeit(pick) if !open.is_empty() => {
+                let reservation = open.swap_remove(pick % open.len());
+                model.promised -= reservation.n_blocks();
+                pool.forfeit(reservation);
+            }
+            Verb::Forfeit(_) => {}
+            Verb::Retain(pick) => {
+                if let Some(block) = held_block(model, pick) {
+                    pool.retain(block);
+                    *model.held.get_mut(&block).unwrap() += 1;
+                }
+            }
+            Verb::Release(pick) => {
+                if let Some(block) = held_block(model, pick) {
+                    let holders = model.held.get_mut(&block).unwrap();
+                    *holders -= 1;
+                    let freed = *holders == 0;
+                    if freed {
+                        model.held.remove(&block);
+                        model.free.insert(block);
+                    }
+                    assert_eq!(pool.release(block) == Released::Freed, freed);
+                }
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn the_pool_agrees_with_plain_sets(n_blocks in 0..12_u32, verbs in prop::collection::vec(verb(), 0..200)) {
+            let (mut pool, mut model, mut open) = (Pool::new(n_blocks), Model::new(n_blocks), Vec::new());
+            for verb in &verbs {
+                apply(verb, &mut pool, &mut model, &mut open);
+                model.agrees_with(&pool);
+            }
+            for reservation in open {
+                pool.forfeit(reservation);
+            }
+            for (block, holders) in model.held {
+                for left in (0..holders).rev() {
+                    prop_assert_eq!(pool.release(block) == Released::Freed, left == 0);
+                }
+            }
+            prop_assert_eq!(pool.n_available(), n_blocks);
+        }
+    }
+}
