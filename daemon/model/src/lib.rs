@@ -1,1 +1,22 @@
-//! sparsed-model
+//! What is computed?
+//!
+//! A model file becomes a [`ModelSpec`] (every hyperparameter checked), mapped weights, a tokenizer, a chat template,
+//! and on demand a [`Program`]: one step written down in the operators of the plugin ABI. Knows no device, no session
+//! and no time; opens one file.
+
+mod error;
+mod model;
+mod program;
+mod spec;
+mod template;
+mod tokenizer;
+mod weights;
+
+pub mod convert;
+
+pub use error::ModelError;
+pub use model::{Model, Summary};
+pub use program::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
+pub use spec::{Architecture, IndexerSpec, ModelSpec, MoeSpec};
+pub use template::{ChatMessage, ChatTemplate};
+pub use tokenizer::Tokenizer;

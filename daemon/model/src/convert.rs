@@ -1,0 +1,323 @@
+//! How does a Llama file become a DSA file? Exactly: no number of the base changes.
+//!
+//! Grouped-query attention is MLA without compression: the latent row is all value heads side by side, the rope row all
+//! key heads, and `attention.group_count` says that each query head sees its group's slice. Key rows in a Llama GGUF
+//! are already in the interleaved order of DeepSeek's RoPE, so rows of `attn_v` and `attn_k` are copied as bytes. The
+//! trained indexer is added. Keys are llama.cpp's `deepseek32` and four of our own, each with a default that means
+//! "genuine DeepSeek".
+
+use crate::ModelError;
+use crate::spec::{Architecture, ModelSpec};
+use crate::weights::{Tensor, Weights};
+use safetensors::{Dtype, SafeTensors};
+use sparsed_quant::Format;
+use sparsed_quant::gguf::{DataWriter, Metadata, Value, Writer};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+/// Largest indexer file in bytes.
+const INDEXER_BYTES_MAX: u64 = 4 << 30;
+
+/// How a base is converted.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvertOptions {
+    /// Of the indexer's two matrices: F16 or Q8_0. Its head weights stay F16, its norms F32.
+    pub indexer_format: Format,
+    /// Tokens that attention selects.
+    pub top_k: u32,
+}
+
+impl Default for ConvertOptions {
+    fn default() -> Self {
+        Self { indexer_format: Format::Q8_0, top_k: 512 }
+    }
+}
+
+/// What was written.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvertReport {
+    /// Layers.
+    pub n_layers: u32,
+    /// Index heads.
+    pub index_heads: u32,
+    /// Width of an index key.
+    pub index_head_dim: u32,
+    /// Size of the new file.
+    pub file_bytes: u64,
+}
+
+/// A tensor on its way into the new file.
+struct Planned {
+    name: String,
+    dims: Vec<u64>,
+    format: Format,
+    parts: Vec<bytes::Bytes>,
+}
+
+/// Writes `out`: the base with this indexer. `progress` hears (bytes written, bytes in all). The file appears whole or
+/// not at all.
+///
+/// # Errors
+/// What in the base or the indexer does not fit, or what the disk said.
+pub fn convert(
+    base: &Path,
+    indexer: &Path,
+    options: &ConvertOptions,
+    out: &Path,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<ConvertReport, ModelError> {
+    let weights = Weights::open(base)?;
+    let spec = ModelSpec::parse(&weights)?;
+    if spec.architecture != Architecture::Llama {
+        return Err(ModelError::Convert(format!("{} is a DSA or MLA model already", base.display())));
+    }
+    if !matches!(options.indexer_format, Format::F16 | Format::Q8_0) {
+        return Err(ModelError::Convert(format!("indexer type {}: f16 or q8_0", options.indexer_format.name())));
+    }
+    let bytes = read_limited(indexer)?;
+    let file =
+        SafeTensors::deserialize(&bytes).map_err(|e| ModelError::Convert(format!("{}: {e}", indexer.display())))?;
+    let shape = IndexerShape::find(&file)?;
+    let mut planned = vec![rope_factors(&spec)];
+    for info in weights.gguf.tensors() {
+        plan_tensor(&weights, &spec, &info.name, &mut planned)?;
+    }
+    for layer in 0..spec.n_layers {
+        plan_indexer(&file, &spec, &shape, layer, options, &mut planned)?;
+    }
+    let metadata = metadata(&weights, &spec, &shape, options)?;
+    let file_bytes = write(out, metadata, &planned, progress)?;
+    Ok(ConvertReport { n_layers: spec.n_layers, index_heads: shape.heads, index_head_dim: shape.width, file_bytes })
+}
+
+fn read_limited(path: &Path) -> Result<Vec<u8>, ModelError> {
+    let io = |source| ModelError::Io { path: path.to_owned(), source };
+    let size = std::fs::metadata(path).map_err(io)?.len();
+    if size > INDEXER_BYTES_MAX {
+        return Err(ModelError::Convert(format!("{}: {size} bytes, the limit is {INDEXER_BYTES_MAX}", path.display())));
+    }
+    std::fs::read(path).map_err(io)
+}
+
+/// The indexer's shape, read from its first layer.
+struct IndexerShape {
+    heads: u32,
+    width: u32,
+    rope: u32,
+}
+
+impl IndexerShape {
+    fn find(file: &SafeTensors<'_>) -> Result<Self, ModelError> {
+        let shape = |name: &str| {
+            let tensor = file.tensor(name).map_err(|_| ModelError::Convert(format!("the indexer lacks {name}")))?;
+            let dims: Option<Vec<u32>> = tensor.shape().iter().map(|&n| u32::try_from(n).ok()).collect();
+            dims.filter(|dims| dims.len() == 2 && !dims.contains(&0))
+                .ok_or_else(|| ModelError::Convert(format!("{name} is not a matrix")))
+        };
+        let heads = shape("blk.0.indexer.proj.weight")?[0];
+        let width = shape("blk.0.indexer.attn_k.weight")?[0];
+        // The rotated width is not in the tensors; half of the key is how these indexers are trained.
+        Ok(Self { heads, width, rope: width / 2 })
+    }
+}
+
+fn plan_tensor(weights: &Weights, spec: &ModelSpec, name: &str, planned: &mut Vec<Planned>) -> Result<(), ModelError> {
+    let tensor = weights.find(name).expect("the name comes from the file");
+    let mut keep = |name: String, dims: Vec<u64>, format: Format, parts: Vec<bytes::Bytes>| {
+        planned.push(Planned { name, dims, format, parts });
+    };
+    if name == "rope_freqs.weight" {
+        return Ok(()); // its factors are in the new ones
+    }
+    let Some((layer, part)) = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) else {
+        keep(name.to_owned(), tensor.dims, tensor.format, vec![tensor.bytes]);
+        return Ok(());
+    };
+    match part {
+        "attn_k.weight" => {} // goes with attn_v
+        "attn_v.weight" => {
+            let (hidden, row) = (spec.hidden_size, spec.kv_lora_rank);
+            let v = weights.get(name, &[hidden, row])?;
+            let k: Tensor = weights.get(&format!("blk.{layer}.attn_k.weight"), &[hidden, row])?;
+            let dims = |rows: u32| vec![hidden.into(), rows.into()];
+            if v.format == k.format {
+                keep(format!("blk.{layer}.attn_kv_a_mqa.weight"), dims(2 * row), v.format, vec![v.bytes, k.bytes]);
+            } else {
+                keep(format!("blk.{layer}.attn_kv_a.weight"), dims(row), v.format, vec![v.bytes]);
+                keep(format!("blk.{layer}.attn_k_rope.weight"), dims(row), k.format, vec![k.bytes]);
+            }
+        }
+        "attn_norm.weight" | "attn_q.weight" | "attn_output.weight" | "ffn_norm.weight" | "ffn_gate.weight"
+        | "ffn_up.weight" | "ffn_down.weight" => keep(name.to_owned(), tensor.dims, tensor.format, vec![tensor.bytes]),
+        _ => {
+            return Err(ModelError::Convert(format!("the base has {name}, which the converted form has no place for")));
+        }
+    }
+    Ok(())
+}
+
+/// `rope_freqs`: plain frequency over wanted frequency, so that every group of the row turns as the base's heads do.
+fn rope_factors(spec: &ModelSpec) -> Planned {
+    let row = f64::from(spec.rope_row);
+    let base = base_of(spec);
+    let factor = |(i, wanted): (usize, &f64)| {
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            reason = "a small index; stored single"
+        )]
+        let factor = (base.powf(-2.0 * i as f64 / row) / wanted) as f32;
+        factor.to_le_bytes()
+    };
+    let bytes: Vec<u8> = spec.rope_frequencies.iter().enumerate().flat_map(factor).collect();
+    let dims = vec![u64::from(spec.rope_row) / 2];
+    Planned { name: "rope_freqs.weight".to_owned(), dims, format: Format::F32, parts: vec![bytes.into()] }
+}
+
+/// The base of unscaled frequencies: the second pair's is base^(-2/d).
+fn base_of(spec: &ModelSpec) -> f64 {
+    let head = f64::from(spec.qk_rope_head_dim);
+    spec.rope_frequencies.get(1).map_or(10000.0, |second| second.powf(-head / 2.0))
+}
+
+fn plan_indexer(
+    file: &SafeTensors<'_>,
+    spec: &ModelSpec,
+    shape: &IndexerShape,
+    layer: u32,
+    options: &ConvertOptions,
+    planned: &mut Vec<Planned>,
+) -> Result<(), ModelError> {
+    let (hidden, width, heads) = (spec.hidden_size, shape.width, shape.heads);
+    let parts: [(&str, &[u32], Format); 5] = [
+        ("attn_q_b.weight", &[hidden, heads * width], options.indexer_format),
+        ("attn_k.weight", &[hidden, width], options.indexer_format),
+        ("k_norm.weight", &[width], Format::F32),
+        ("k_norm.bias", &[width], Format::F32),
+        ("proj.weight", &[hidden, heads], Format::F16),
+    ];
+    for (part, dims, format) in parts {
+        let name = format!("blk.{layer}.indexer.{part}");
+        let tensor = file.tensor(&name).map_err(|_| ModelError::Convert(format!("the indexer lacks {name}")))?;
+        let wanted: Vec<usize> = dims.iter().rev().map(|&n| n as usize).collect();
+        if tensor.shape() != wanted {
+            return Err(ModelError::Convert(format!("{name} is {:?}, the base needs {wanted:?}", tensor.shape())));
+        }
+        let values = decode(&name, tensor.dtype(), tensor.data())?;
+        let quant = |source| ModelError::Quant { name: name.clone(), source };
+        let row_bytes = format.row_bytes(dims[0] as usize).map_err(quant)?;
+        let mut bytes = vec![0; row_bytes * values.len() / dims[0] as usize];
+        sparsed_quant::encode(format, &values, &mut bytes).map_err(quant)?;
+        let dims = dims.iter().map(|&n| n.into()).collect();
+        planned.push(Planned { name, dims, format, parts: vec![bytes.into()] });
+    }
+    Ok(())
+}
+
+fn decode(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, ModelError> {
+    let format = match dtype {
+        Dtype::F32 => Format::F32,
+        Dtype::F16 => Format::F16,
+        Dtype::BF16 => Format::BF16,
+        other => return Err(ModelError::Convert(format!("{name} is {other:?}, the indexer must be F32, F16 or BF16"))),
+    };
+    let mut values = vec![0.0; bytes.len() / format.block_bytes()];
+    let source = sparsed_quant::decode(format, bytes, &mut values);
+    source.map_err(|source| ModelError::Quant { name: name.to_owned(), source })?;
+    Ok(values)
+}
+
+fn metadata(
+    weights: &Weights,
+    spec: &ModelSpec,
+    shape: &IndexerShape,
+    options: &ConvertOptions,
+) -> Result<Metadata, ModelError> {
+    let base = weights.gguf.metadata();
+    let mut metadata = Metadata::new();
+    metadata.set("general.architecture", Value::String("deepseek32".to_owned()));
+    for (key, value) in base.iter().filter(|(key, _)| !key.starts_with("llama.") && *key != "general.architecture") {
+        metadata.set(key, value.clone());
+    }
+    let mut set = |key: &str, value: Value| metadata.set(format!("deepseek32.{key}"), value);
+    let row = spec.kv_lora_rank;
+    for (key, n) in [
+        ("block_count", spec.n_layers),
+        ("context_length", spec.context_length),
+        ("embedding_length", spec.hidden_size),
+        ("feed_forward_length", spec.feed_forward),
+        ("vocab_size", spec.vocab_size),
+        ("leading_dense_block_count", spec.n_layers),
+        ("expert_count", 0),
+        ("attention.head_count", spec.n_heads),
+        ("attention.head_count_kv", 1),
+        ("attention.q_lora_rank", 0),
+        ("attention.kv_lora_rank", row),
+        ("attention.key_length", row + spec.rope_row),
+        ("attention.value_length", row),
+        ("attention.key_length_mla", spec.rope_row),
+        ("attention.value_length_mla", spec.v_head_dim),
+        ("attention.group_count", spec.group_count),
+        ("attention.indexer.head_count", shape.heads),
+        ("attention.indexer.key_length", shape.width),
+        ("attention.indexer.top_k", options.top_k),
+        ("attention.indexer.rope_dimension_count", shape.rope),
+        ("rope.dimension_count", spec.rope_row),
+    ] {
+        set(key, Value::U32(n));
+    }
+    set("rope.freq_base", Value::F32(base.f32("llama.rope.freq_base")?.unwrap_or(10000.0)));
+    set("attention.layer_norm_rms_epsilon", Value::F32(spec.rms_norm_eps));
+    set("attention.scale", Value::F32(spec.softmax_scale));
+    set("attention.kv_a_norm", Value::Bool(false));
+    Ok(metadata)
+}
+
+/// Deletes an unfinished file unless told that it is finished.
+struct Unfinished(Option<PathBuf>);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if let Some(path) = self.0.take() {
+            drop(std::fs::remove_file(path));
+        }
+    }
+}
+
+fn write(
+    out: &Path,
+    metadata: Metadata,
+    planned: &[Planned],
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<u64, ModelError> {
+    let mut name =
+        out.file_name().ok_or_else(|| ModelError::Convert("the output has no file name".to_owned()))?.to_owned();
+    name.push(format!(".{}.part", std::process::id()));
+    let part = out.with_file_name(name);
+    let io = |source| ModelError::Io { path: part.clone(), source };
+    let mut writer = Writer::new(metadata);
+    for tensor in planned {
+        let quant = |source| ModelError::Quant { name: tensor.name.clone(), source };
+        writer.add(&tensor.name, &tensor.dims, tensor.format).map_err(quant)?;
+    }
+    let file = File::create(&part).map_err(io)?;
+    let mut unfinished = Unfinished(Some(part.clone()));
+    let mut data: DataWriter<_> = writer.begin(BufWriter::with_capacity(1 << 20, file)).map_err(io)?;
+    let size = |tensor: &Planned| tensor.parts.iter().map(|part| part.len() as u64).sum::<u64>();
+    let (total, mut done) = (planned.iter().map(size).sum(), 0);
+    for tensor in planned {
+        let parts: Vec<&[u8]> = tensor.parts.iter().map(|part| &part[..]).collect();
+        data.parts(&parts).map_err(io)?;
+        done += size(tensor);
+        progress(done, total);
+    }
+    let mut sink = data.finish().map_err(io)?;
+    sink.flush().map_err(io)?;
+    let file = sink.into_inner().map_err(|error| io(error.into_error()))?;
+    file.sync_all().map_err(io)?;
+    let file_bytes = file.metadata().map_err(io)?.len();
+    std::fs::rename(&part, out).map_err(|source| ModelError::Io { path: out.to_owned(), source })?;
+    unfinished.0 = None;
+    Ok(file_bytes)
+}

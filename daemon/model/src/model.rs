@@ -1,0 +1,113 @@
+//! What is a model, from the outside?
+
+use crate::program::{Program, ProgramOptions, build};
+use crate::weights::Weights;
+use crate::{ChatTemplate, KvFormats, ModelError, ModelSpec, Tokenizer};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// An opened model file.
+#[derive(Debug)]
+pub struct Model {
+    name: String,
+    spec: ModelSpec,
+    weights: Weights,
+    tokenizer: Option<Tokenizer>,
+    template: Option<ChatTemplate>,
+}
+
+/// What `sparsectl models` shows.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    /// Weights in all.
+    pub parameters: u64,
+    /// Bytes by format name.
+    pub formats: BTreeMap<&'static str, u64>,
+}
+
+impl Model {
+    /// Opens a GGUF file: maps it, checks it, builds its tokenizer.
+    ///
+    /// # Errors
+    /// What is wrong with the file, with the key or tensor.
+    pub fn open(path: &Path) -> Result<Self, ModelError> {
+        let weights = Weights::open(path)?;
+        let spec = ModelSpec::parse(&weights)?;
+        let metadata = weights.gguf.metadata();
+        let tokenizer = Tokenizer::from_metadata(metadata)?;
+        if let Some(tokenizer) = &tokenizer
+            && tokenizer.vocab_size() > spec.vocab_size as usize
+        {
+            let (tokens, rows) = (tokenizer.vocab_size(), spec.vocab_size);
+            return Err(ModelError::Tokenizer(format!("{tokens} tokens, but the embedding has {rows} rows")));
+        }
+        let template = match &tokenizer {
+            Some(tokenizer) => ChatTemplate::from_metadata(metadata, tokenizer)?,
+            None => None,
+        };
+        let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = metadata.str("general.name")?.map_or(file_name, str::to_owned);
+        Ok(Self { name, spec, weights, tokenizer, template })
+    }
+
+    /// Hyperparameters.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The name that the file gives itself, or the file's.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        self.weights.path()
+    }
+
+    /// The file's size.
+    pub fn file_bytes(&self) -> u64 {
+        self.weights.file_bytes()
+    }
+
+    /// The tokenizer, if the file has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The chat template, if the file has one or its tokens show which it is.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    /// What a user should know about how the model is served.
+    pub fn label(&self) -> Option<&'static str> {
+        self.spec.label()
+    }
+
+    /// Bytes that one token holds in the KV pool.
+    ///
+    /// # Errors
+    /// When a row is not whole blocks of its format.
+    pub fn kv_bytes_per_token(&self, kv: &KvFormats, dense: bool) -> Result<u64, ModelError> {
+        crate::program::kv_shape(&self.spec, kv, dense)?.bytes_per_token()
+    }
+
+    /// Parameters and formats.
+    pub fn summary(&self) -> Summary {
+        let mut summary = Summary { parameters: 0, formats: BTreeMap::new() };
+        for tensor in self.weights.gguf.tensors() {
+            summary.parameters += tensor.values();
+            *summary.formats.entry(tensor.format.name()).or_default() += tensor.range.len() as u64;
+        }
+        summary
+    }
+
+    /// One step of this model as a program for a plugin.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has the wrong shape.
+    pub fn program(&self, options: &ProgramOptions) -> Result<Program, ModelError> {
+        build(&self.spec, &self.weights, options)
+    }
+}

@@ -1,0 +1,236 @@
+//! The frame of a program: weights bound once, angle inputs, embedding, layers, head.
+
+use super::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
+use crate::weights::{Tensor, Weights};
+use crate::{ModelError, ModelSpec};
+use sparsed_abi::{
+    DIM_LOGITS, DIM_TOKENS, DT_F32, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, OpSpec, ProgramBuilder, SpdRow,
+    TensorId,
+};
+use sparsed_quant::Format;
+use std::collections::HashMap;
+
+/// A program under construction.
+pub(super) struct Builder<'a> {
+    pub(super) spec: &'a ModelSpec,
+    pub(super) weights: &'a Weights,
+    pub(super) options: &'a ProgramOptions,
+    pub(super) program: ProgramBuilder,
+    bindings: Vec<WeightBinding>,
+    bound: HashMap<String, TensorId>,
+    angles: Vec<(Vec<f64>, TensorId)>,
+    pub(super) selections: Vec<TensorId>,
+    /// The residual stream.
+    pub(super) x: TensorId,
+    /// What is still to be added to it.
+    pub(super) pending: Option<TensorId>,
+}
+
+/// The rows that a token has in the pool.
+pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<KvShape, ModelError> {
+    let index = spec.indexer.as_ref().filter(|_| !dense);
+    let shape = KvShape {
+        n_layers: spec.n_layers,
+        n_index_layers: if index.is_some() { spec.n_layers } else { 0 },
+        latent: row(kv.latent, spec.kv_lora_rank, spec.group_count),
+        rope: row(kv.rope, spec.rope_row, spec.group_count),
+        index: row(kv.index, index.map_or(0, |index| index.head_dim), 1),
+    };
+    shape.bytes_per_token()?;
+    Ok(shape)
+}
+
+/// A row format; f16 takes the place of a block format that a group's slice does not fill in whole blocks.
+fn row(dtype: u32, width: u32, groups: u32) -> SpdRow {
+    let block = Format::from_ggml_id(dtype).map_or(1, Format::block_values);
+    let whole = (width / groups.max(1)) as usize % block == 0;
+    SpdRow { dtype: if whole { dtype } else { sparsed_abi::DT_F16 }, width }
+}
+
+/// Writes down a step of the model.
+pub(crate) fn build(spec: &ModelSpec, weights: &Weights, options: &ProgramOptions) -> Result<Program, ModelError> {
+    let top_k = top_k(spec, options)?;
+    let mut program = ProgramBuilder::new();
+    let x = program.activation(DT_F32, &[DIM_TOKENS, dim(spec.hidden_size)]);
+    let (bindings, bound, angles) = (Vec::new(), HashMap::new(), Vec::new());
+    let mut builder =
+        Builder { spec, weights, options, program, bindings, bound, angles, selections: Vec::new(), x, pending: None };
+    let embedding = builder.matrix("token_embd.weight", spec.hidden_size, spec.vocab_size)?;
+    builder.op(OP_EMBED, &[Some(embedding)], &[x], [0; 6], 0.0);
+    for layer in 0..spec.n_layers {
+        builder.layer(layer, top_k)?;
+    }
+    let logits = builder.head()?;
+    if options.selections_out {
+        for &selection in &builder.selections {
+            builder.program.mark_output(selection);
+        }
+    }
+    builder.program.mark_output(logits);
+    let mut outputs: Vec<(usize, i32)> = Vec::new();
+    if options.selections_out {
+        let k = top_k.unwrap_or(0) as usize;
+        outputs.extend(builder.selections.iter().map(|_| (k, DIM_TOKENS)));
+    }
+    outputs.push((spec.vocab_size as usize, DIM_LOGITS));
+    Ok(Program {
+        blob: builder.program.finish(1),
+        weights: builder.bindings,
+        kv: kv_shape(spec, &options.kv, top_k.is_none())?,
+        angles: builder.angles.into_iter().map(|(frequencies, _)| frequencies).collect(),
+        outputs,
+        top_k,
+    })
+}
+
+fn top_k(spec: &ModelSpec, options: &ProgramOptions) -> Result<Option<u32>, ModelError> {
+    match (options.selection, &spec.indexer) {
+        (Selection::Dense, _) | (Selection::Model, None) => Ok(None),
+        (Selection::Model, Some(indexer)) => Ok(Some(indexer.top_k)),
+        (Selection::TopK(k), Some(_)) if k > 0 && k <= 1 << 24 => Ok(Some(k)),
+        (Selection::TopK(k), Some(_)) => {
+            let reason = "must be 1 to 16777216".to_owned();
+            Err(ModelError::Hyperparameter { key: "top_k".to_owned(), value: k.to_string(), reason })
+        }
+        (Selection::TopK(_), None) => {
+            let what = "selecting tokens with a model that has no indexer".to_owned();
+            Err(ModelError::Unsupported { what, hint: ": leave top_k out, or convert the model" })
+        }
+    }
+}
+
+/// A dimension as the blob has it.
+pub(super) fn dim(n: u32) -> i32 {
+    i32::try_from(n).expect("the spec's dimensions are below 2^24")
+}
+
+impl Builder<'_> {
+    /// Appends an operator with f0 = `f`.
+    pub(super) fn op(&mut self, kind: u32, inputs: &[Option<TensorId>], outputs: &[TensorId], i: [i32; 6], f: f32) {
+        self.layer_op(kind, 0, inputs, outputs, i, f);
+    }
+
+    /// Appends an operator on layer `layer` of the pool.
+    pub(super) fn layer_op(
+        &mut self,
+        kind: u32,
+        layer: u32,
+        inputs: &[Option<TensorId>],
+        outputs: &[TensorId],
+        i: [i32; 6],
+        f: f32,
+    ) {
+        let outputs: Vec<_> = outputs.iter().copied().map(Some).collect();
+        self.program.op(OpSpec { kind, inputs, outputs: &outputs, layer, i, f: [f, 0.0, 0.0, 0.0] });
+    }
+
+    /// An activation `[T, dims..]`.
+    pub(super) fn tokens(&mut self, dims: &[u32]) -> TensorId {
+        let dims: Vec<i32> = std::iter::once(DIM_TOKENS).chain(dims.iter().map(|&n| dim(n))).collect();
+        self.program.activation(DT_F32, &dims)
+    }
+
+    /// The matrix `name`, `[rows, cols]`.
+    pub(super) fn matrix(&mut self, name: &str, cols: u32, rows: u32) -> Result<TensorId, ModelError> {
+        let tensor = self.weights.get(name, &[cols, rows])?;
+        Ok(self.bind(name, tensor, 1, rows, cols, &[dim(rows), dim(cols)]))
+    }
+
+    /// The matrices `name`, `batch` of `[rows, cols]`.
+    pub(super) fn matrices(&mut self, name: &str, cols: u32, rows: u32, batch: u32) -> Result<TensorId, ModelError> {
+        let tensor = self.weights.get(name, &[cols, rows, batch])?;
+        Ok(self.bind(name, tensor, batch, rows, cols, &[dim(batch), dim(rows), dim(cols)]))
+    }
+
+    /// The f32 vector `name`.
+    pub(super) fn vector(&mut self, name: &str, n: u32) -> Result<TensorId, ModelError> {
+        let tensor = self.weights.get(name, &[n])?;
+        if tensor.format != Format::F32 {
+            let reason = format!("is {}, norms and biases must be F32", tensor.format.name());
+            return Err(ModelError::Tensor { name: name.to_owned(), reason });
+        }
+        Ok(self.bind(name, tensor, 1, 1, n, &[dim(n)]))
+    }
+
+    fn bind(&mut self, name: &str, tensor: Tensor, batch: u32, rows: u32, cols: u32, dims: &[i32]) -> TensorId {
+        if let Some(&id) = self.bound.get(name) {
+            return id;
+        }
+        let slot = u32::try_from(self.bindings.len()).expect("fewer than 2^18 tensors in a file");
+        let dtype = tensor.format.ggml_id();
+        let id = self.program.weight(slot, dtype, dims);
+        let (rows, cols) = (rows.into(), cols.into());
+        self.bindings.push(WeightBinding { name: name.to_owned(), dtype, batch, rows, cols, bytes: tensor.bytes });
+        self.bound.insert(name.to_owned(), id);
+        id
+    }
+
+    /// The input with the angles of these frequencies.
+    pub(super) fn angle_input(&mut self, frequencies: &[f64]) -> TensorId {
+        if let Some((_, id)) = self.angles.iter().find(|(known, _)| known == frequencies) {
+            return *id;
+        }
+        let width = i32::try_from(frequencies.len() * 2).expect("a small dimension");
+        let id = self.program.input(DT_F32, &[DIM_TOKENS, width]);
+        self.angles.push((frequencies.to_vec(), id));
+        id
+    }
+
+    /// `[T, rows] = W [rows, cols] x`; int8 where the options allow it and `exact` is false.
+    pub(super) fn linear(
+        &mut self,
+        name: &str,
+        x: TensorId,
+        cols: u32,
+        rows: u32,
+        exact: bool,
+    ) -> Result<TensorId, ModelError> {
+        let weight = self.matrix(name, cols, rows)?;
+        let y = self.tokens(&[rows]);
+        let int8 = i32::from(!exact && self.int8());
+        self.op(OP_LINEAR, &[Some(x), Some(weight)], &[y], [int8, 0, 0, 0, 0, 0], 0.0);
+        Ok(y)
+    }
+
+    pub(super) fn int8(&self) -> bool {
+        self.options.activations == Activations::Int8
+    }
+
+    /// The normalised residual stream, with what was pending added to it first.
+    pub(super) fn norm(&mut self, gain: &str) -> Result<TensorId, ModelError> {
+        let (hidden, eps) = (self.spec.hidden_size, self.spec.rms_norm_eps);
+        let gain = self.vector(gain, hidden)?;
+        let y = self.tokens(&[hidden]);
+        match self.pending.take() {
+            None => self.op(OP_RMS_NORM, &[Some(self.x), Some(gain)], &[y], [0; 6], eps),
+            Some(pending) => {
+                let sum = self.tokens(&[hidden]);
+                self.op(OP_RMS_NORM, &[Some(pending), Some(gain), Some(self.x)], &[y, sum], [0; 6], eps);
+                self.x = sum;
+            }
+        }
+        Ok(y)
+    }
+
+    /// Logits of the rows that need them.
+    fn head(&mut self) -> Result<TensorId, ModelError> {
+        let (hidden, vocab, eps) = (self.spec.hidden_size, self.spec.vocab_size, self.spec.rms_norm_eps);
+        let gather = |builder: &mut Self, from: TensorId| {
+            let to = builder.program.activation(DT_F32, &[DIM_LOGITS, dim(hidden)]);
+            builder.op(OP_GATHER_ROWS, &[Some(from)], &[to], [0; 6], 0.0);
+            to
+        };
+        let x = gather(self, self.x);
+        let pending = self.pending.take().expect("a layer leaves its feed-forward output pending");
+        let pending = gather(self, pending);
+        let gain = self.vector("output_norm.weight", hidden)?;
+        let rows = |builder: &mut Self, n: u32| builder.program.activation(DT_F32, &[DIM_LOGITS, dim(n)]);
+        let (y, sum) = (rows(self, hidden), rows(self, hidden));
+        self.op(OP_RMS_NORM, &[Some(pending), Some(gain), Some(x)], &[y, sum], [0; 6], eps);
+        let tied = self.weights.find("output.weight").is_none();
+        let weight = self.matrix(if tied { "token_embd.weight" } else { "output.weight" }, hidden, vocab)?;
+        let logits = rows(self, vocab);
+        self.op(OP_LINEAR, &[Some(y), Some(weight)], &[logits], [i32::from(self.int8()), 0, 0, 0, 0, 0], 0.0);
+        Ok(logits)
+    }
+}

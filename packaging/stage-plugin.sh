@@ -1,0 +1,17 @@
+#!/bin/sh
+# Lays a built plugin out as the daemon looks for it: <profile>/plugins/<id>/{plugin.toml,library}, with its sha256.
+# Usage: stage-plugin.sh ID LIBRARY MANIFEST_TEMPLATE DESTINATION
+set -eu
+id=$1 library=$2 template=$3 destination=$4/$1
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+new=$destination.new.$$
+rm -rf "$new"
+mkdir -p "$new"
+install -m 0755 "$library" "$new/$(basename "$library")"
+sum=$(sha256sum "$library" | cut -d ' ' -f 1)
+sed -e "s/@VERSION@/$version/" -e "s/@ARCH@/$(uname -m)/" -e "s/@SHA256@/$sum/" "$template" >"$new/plugin.toml"
+chmod 0644 "$new/plugin.toml"
+chmod go-w "$4" "$new"
+rm -rf "$destination"
+mv "$new" "$destination"
+echo "staged plugin $id in $destination" >&2
