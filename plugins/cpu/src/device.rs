@@ -185,6 +185,6 @@ fn check_index(index: u32) -> Result<()> {
 
 fn total_memory() -> u64 {
     let info = rustix::system::sysinfo();
-    let (ram, unit) = (u64::from(info.totalram), u64::from(info.mem_unit));
+    let (ram, unit) = (info.totalram, u64::from(info.mem_unit));
     ram.saturating_mul(unit)
 }

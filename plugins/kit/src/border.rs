@@ -189,7 +189,7 @@ pub(crate) unsafe fn read_in<T: Copy + Default>(from: *const T) -> crate::Result
     }
     // SAFETY: the struct begins with a u32 size.
     let known = unsafe { from.cast::<u32>().read() } as usize;
-    if known < 8 || known > 1 << 16 {
+    if !(8..=1 << 16).contains(&known) {
         return Err(PluginError::new(sparsed_abi::E_ABI, format!("struct_size {known} is not possible")));
     }
     // SAFETY: `known` bytes are readable.

@@ -39,9 +39,8 @@ impl Writer {
         let row = usize::try_from(dims.first().copied().unwrap_or(0)).map_err(|_| too_large())?;
         let rows = dims.iter().skip(1).try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?));
         let bytes = rows.and_then(|rows| format.row_bytes(row).ok()?.checked_mul(rows));
-        let bytes = match bytes {
-            Some(bytes) => bytes,
-            None => return Err(format.row_bytes(row).err().unwrap_or_else(too_large)),
+        let Some(bytes) = bytes else {
+            return Err(format.row_bytes(row).err().unwrap_or_else(too_large));
         };
         self.tensors.push((name.to_owned(), dims.to_vec(), format, bytes));
         Ok(bytes)

@@ -43,7 +43,7 @@ pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<
 /// A row format; f16 takes the place of a block format that a group's slice does not fill in whole blocks.
 fn row(dtype: u32, width: u32, groups: u32) -> SpdRow {
     let block = Format::from_ggml_id(dtype).map_or(1, Format::block_values);
-    let whole = (width / groups.max(1)) as usize % block == 0;
+    let whole = ((width / groups.max(1)) as usize).is_multiple_of(block);
     SpdRow { dtype: if whole { dtype } else { sparsed_abi::DT_F16 }, width }
 }
 

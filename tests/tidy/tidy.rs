@@ -1,0 +1,96 @@
+//! The house rules that a machine can check.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Who may import whom; `sparsed-tests` may import anything.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("sparsed-abi", &[]),
+    ("sparsed-quant", &[]),
+    ("sparsed-plugin-kit", &["sparsed-abi"]),
+    ("sparsed-plugin-cpu", &["sparsed-plugin-kit", "sparsed-abi", "sparsed-quant"]),
+    ("sparsed-kv", &["sparsed-quant"]),
+    ("sparsed-backend", &["sparsed-abi"]),
+    ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
+    ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
+    ("sparsed", &["sparsed-engine", "sparsed-model", "sparsed-backend", "sparsed-kv", "sparsed-quant"]),
+];
+
+fn files(extension: &str) -> Vec<PathBuf> {
+    let root = sparsed_tests::root();
+    let listed =
+        Command::new("git").arg("-C").arg(root).args(["ls-files", "-co", "--exclude-standard"]).output().unwrap();
+    let listed = String::from_utf8(listed.stdout).unwrap();
+    listed.lines().filter(|name| name.ends_with(extension)).map(|name| root.join(name)).filter(|p| p.exists()).collect()
+}
+
+/// An import that is not in the list of arrows.
+fn bad_arrow(from: &str, to: &str) -> bool {
+    from != "sparsed-tests" && !ARROWS.iter().any(|(name, may)| *name == from && may.contains(&to))
+}
+
+/// Lines before the tests of a file.
+fn code_lines(text: &str) -> usize {
+    text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().lines().count()
+}
+
+/// The first line that is wider than 120 columns.
+fn wide_line(text: &str) -> Option<usize> {
+    text.lines().position(|line| line.chars().count() > 120).map(|at| at + 1)
+}
+
+#[test]
+fn crates_import_along_the_arrows() {
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--no-deps", "--offline"])
+        .current_dir(sparsed_tests::root())
+        .output()
+        .unwrap();
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    assert!(packages.len() >= ARROWS.len());
+    for package in packages {
+        let from = package["name"].as_str().unwrap();
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let to = dependency["name"].as_str().unwrap();
+            assert!(!to.starts_with("sparsed") || !bad_arrow(from, to), "{from} imports {to}");
+        }
+    }
+}
+
+#[test]
+fn files_are_short_and_narrow() {
+    let all = files(".rs");
+    assert!(all.len() > 40);
+    for path in all {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let limit = if path.ends_with("plugins/kit/src/table.rs") { 560 } else { 440 };
+        assert!(code_lines(&text) <= limit, "{}: {} lines", path.display(), code_lines(&text));
+        assert_eq!(wide_line(&text), None, "{}: a wide line", path.display());
+    }
+}
+
+#[test]
+fn crates_without_hardware_forbid_unsafe_code() {
+    for name in ["quant", "daemon/kv", "daemon/engine", "daemon/app"] {
+        let text = std::fs::read_to_string(sparsed_tests::root().join(name).join("src/lib.rs")).unwrap();
+        assert!(text.contains("#![forbid(unsafe_code)]"), "{name}");
+    }
+}
+
+#[test]
+fn no_file_is_large_but_the_indexer() {
+    for path in files("") {
+        let size = std::fs::metadata(&path).unwrap().len();
+        let indexer = path.ends_with(Path::new("packaging/models/smollm2-135m-indexer.safetensors"));
+        assert!(size <= 1 << 20 || indexer, "{}: {size} bytes", path.display());
+    }
+}
+
+#[test]
+fn the_checks_can_fail() {
+    assert!(bad_arrow("sparsed-plugin-cpu", "sparsed-engine") && bad_arrow("sparsed-kv", "sparsed-backend"));
+    assert_eq!(code_lines("a\nb\n#[cfg(test)]\nmod tests {\n}"), 2);
+    assert_eq!(wide_line(&format!("a\n{}", "x".repeat(121))), Some(2));
+}
