@@ -35,9 +35,9 @@ fn code_lines(text: &str) -> usize {
     text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().lines().count()
 }
 
-/// The first line that is wider than 120 columns.
+/// The first line that is wider than 120 columns and could be broken: string literals are left whole.
 fn wide_line(text: &str) -> Option<usize> {
-    text.lines().position(|line| line.chars().count() > 120).map(|at| at + 1)
+    text.lines().position(|line| line.chars().count() > 120 && !line.contains('"')).map(|at| at + 1)
 }
 
 #[test]
@@ -65,7 +65,8 @@ fn files_are_short_and_narrow() {
     assert!(all.len() > 40);
     for path in all {
         let text = std::fs::read_to_string(&path).unwrap();
-        let limit = if path.ends_with("plugins/kit/src/table.rs") { 560 } else { 440 };
+        // One entry after another: the table of the ABI stays in one place.
+        let limit = if path.ends_with("plugins/kit/src/table.rs") { 640 } else { 400 };
         assert!(code_lines(&text) <= limit, "{}: {} lines", path.display(), code_lines(&text));
         assert_eq!(wide_line(&text), None, "{}: a wide line", path.display());
     }

@@ -1,7 +1,7 @@
 //! Which plugins are there, and may they be trusted?
 //!
-//! A plugin is a folder `<id>/` with `plugin.toml` and the libraries it names. Folders come from the configuration, from
-//! beside the executable and from `/usr/lib/sparsed/plugins`, in this order; the first folder that has an id wins.
+//! A plugin is a folder `<id>/` with `plugin.toml` and the libraries it names. Folders come from the configuration,
+//! from beside the executable and from `/usr/lib/sparsed/plugins`, in this order; the first folder that has an id wins.
 //! Environment variables and the working directory are never asked.
 
 use crate::BackendError;

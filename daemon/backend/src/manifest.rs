@@ -22,7 +22,8 @@ pub struct Manifest {
     /// The ABI it speaks.
     pub abi: AbiSection,
     /// Libraries, best first.
-    pub library: Vec<LibrarySection>,
+    #[serde(rename = "library")]
+    pub libraries: Vec<LibrarySection>,
 }
 
 /// `[abi]`
@@ -61,10 +62,10 @@ impl Manifest {
         if manifest.id != folder_name {
             return Err(refuse(format!("id is '{}', but the folder is '{folder_name}'", manifest.id)));
         }
-        if manifest.library.is_empty() || manifest.library.len() > 16 {
-            return Err(refuse(format!("{} [[library]] entries, 1 to 16 are allowed", manifest.library.len())));
+        if manifest.libraries.is_empty() || manifest.libraries.len() > 16 {
+            return Err(refuse(format!("{} [[library]] entries, 1 to 16 are allowed", manifest.libraries.len())));
         }
-        for library in &manifest.library {
+        for library in &manifest.libraries {
             let plain = !library.path.is_empty() && !library.path.contains('/') && !library.path.starts_with('.');
             if !plain {
                 return Err(refuse(format!("library.path '{}' is not the name of a file beside it", library.path)));
@@ -89,7 +90,7 @@ impl Manifest {
             let reason = format!("abi.arch is {}, this machine is {}", self.abi.arch, std::env::consts::ARCH);
             return Err(BackendError::Manifest { path: path.to_owned(), reason });
         }
-        let best = self.library.iter().max_by_key(|library| library.score);
+        let best = self.libraries.iter().max_by_key(|library| library.score);
         Ok(best.expect("parse refuses a manifest without a library"))
     }
 }
@@ -119,7 +120,7 @@ mod tests {
     #[test]
     fn a_good_manifest_is_read() {
         let manifest = Manifest::parse(Path::new("plugin.toml"), GOOD, "cpu").expect("good");
-        assert_eq!(manifest.library[0].path, "lib.so");
+        assert_eq!(manifest.libraries[0].path, "lib.so");
     }
 
     #[test]

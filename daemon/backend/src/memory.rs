@@ -158,7 +158,7 @@ impl KvPool {
         let _control = device.plugin.control();
         let (create, mut raw) = (device.api().kv_create.expect("checked at load"), ptr::null_mut());
         checked("kv_create", |e| {
-            // SAFETY: the device is alive; the description lives through the call; the out values and the error are ours.
+            // SAFETY: the device is alive; the description lives through the call; out values and error are ours.
             unsafe { create(device.raw.as_ptr(), &raw const raw_desc, &raw mut raw, &raw mut info, e) }
         })?;
         let Some(raw) = NonNull::new(raw) else {

@@ -111,7 +111,7 @@ fn check_step(plan: &Plan, run: &Run<'_>) -> Result<()> {
     }
 }
 
-// SAFETY: the addresses lead into arenas that the frame's maker holds for the frame's life; threads write disjoint rows.
+// SAFETY: the addresses lead into arenas that outlive the frame; threads write disjoint rows.
 unsafe impl Sync for Frame<'_> {}
 
 impl<'a> Frame<'a> {

@@ -405,7 +405,7 @@ unsafe fn largest_bucket(compile: &SpdCompile) -> crate::Result<SpdBucket> {
     }
     let mut largest = SpdBucket::default();
     for i in 0..compile.n_buckets as usize {
-        // SAFETY: element i of an array with this stride; u32 fields need alignment 4 only, read unaligned all the same.
+        // SAFETY: element i of an array with this stride, read unaligned.
         let bucket = unsafe { compile.buckets.cast::<u8>().add(i * stride).cast::<SpdBucket>().read_unaligned() };
         largest.max_tokens = largest.max_tokens.max(bucket.max_tokens);
         largest.max_seqs = largest.max_seqs.max(bucket.max_seqs);

@@ -28,8 +28,8 @@ pub(super) struct Local {
     /// Tokens that attention selects; 0: all. Default: as many as the model was made for.
     #[arg(long)]
     top_k: Option<u32>,
-    /// f32: activations, KV rows and index rows in f32. int8: int8 activations, f16 and q8_0 rows; faster, and near ties
-    /// between tokens may fall otherwise.
+    /// f32: activations, KV rows and index rows in f32. int8: int8 activations, f16 and q8_0 rows; faster, and near
+    /// ties between tokens may fall otherwise.
     #[arg(long, value_enum, default_value = "f32")]
     act: Act,
 }
