@@ -19,3 +19,10 @@ pub use block::{BLOCK_TOKENS, BlockId, blocks_for};
 pub use error::KvError;
 pub use pool::{Pool, Released, Reservation};
 pub use table::BlockTable;
+
+/// The same cases on every run, and no files written.
+#[cfg(test)]
+fn seeded() -> proptest::test_runner::Config {
+    use proptest::test_runner::{Config, RngSeed};
+    Config { rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..Config::default() }
+}

@@ -306,6 +306,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::seeded())]
+
         #[test]
         fn the_pool_agrees_with_plain_sets(n_blocks in 0..12_u32, verbs in prop::collection::vec(verb(), 0..200)) {
             let (mut pool, mut model, mut open) = (Pool::new(n_blocks), Model::new(n_blocks), Vec::new());

@@ -148,6 +148,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(crate::seeded())]
+
         /// The model of a table is the list of its slots.
         #[test]
         fn tables_agree_with_plain_lists_of_slots(

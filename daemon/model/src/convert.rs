@@ -18,6 +18,10 @@ use std::path::{Path, PathBuf};
 
 /// Largest indexer file in bytes.
 const INDEXER_BYTES_MAX: u64 = 4 << 30;
+/// Most index heads, and the widest index key.
+const INDEX_DIM_MAX: u32 = 1 << 12;
+/// An indexer's tensors in each layer.
+const INDEXER_PARTS: u32 = 5;
 
 /// How a base is converted.
 #[derive(Clone, Copy, Debug)]
@@ -79,7 +83,12 @@ pub fn convert(
     let file =
         SafeTensors::deserialize(&bytes).map_err(|e| ModelError::Convert(format!("{}: {e}", indexer.display())))?;
     let shape = IndexerShape::find(&file)?;
-    let mut planned = vec![rope_factors(&spec)];
+    let (found, wanted) = (file.len(), spec.n_layers * INDEXER_PARTS);
+    if found > wanted as usize {
+        let what = format!("the indexer has {found} tensors, {} layers need {wanted}", spec.n_layers);
+        return Err(ModelError::Convert(format!("{what}: it was trained for another base")));
+    }
+    let mut planned = vec![rope_factors(&spec, f64::from(freq_base(weights.gguf.metadata())?))];
     for info in weights.gguf.tensors() {
         plan_tensor(&weights, &spec, &info.name, &mut planned)?;
     }
@@ -117,6 +126,10 @@ impl IndexerShape {
         };
         let heads = shape("blk.0.indexer.proj.weight")?[0];
         let width = shape("blk.0.indexer.attn_k.weight")?[0];
+        if heads > INDEX_DIM_MAX || width > INDEX_DIM_MAX || !width.is_multiple_of(4) {
+            let limit = format!("at most {INDEX_DIM_MAX} each, and the key's width a multiple of 4");
+            return Err(ModelError::Convert(format!("the indexer has {heads} heads of {width}: {limit}")));
+        }
         // The rotated width is not in the tensors; half of the key is how these indexers are trained.
         Ok(Self { heads, width, rope: width / 2 })
     }
@@ -158,9 +171,8 @@ fn plan_tensor(weights: &Weights, spec: &ModelSpec, name: &str, planned: &mut Ve
 }
 
 /// `rope_freqs`: plain frequency over wanted frequency, so that every group of the row turns as the base's heads do.
-fn rope_factors(spec: &ModelSpec) -> Planned {
+fn rope_factors(spec: &ModelSpec, base: f64) -> Planned {
     let row = f64::from(spec.rope_row);
-    let base = base_of(spec);
     let factor = |(i, wanted): (usize, &f64)| {
         #[expect(
             clippy::cast_precision_loss,
@@ -175,10 +187,9 @@ fn rope_factors(spec: &ModelSpec) -> Planned {
     Planned { name: "rope_freqs.weight".to_owned(), dims, format: Format::F32, parts: vec![bytes.into()] }
 }
 
-/// The base of unscaled frequencies: the second pair's is base^(-2/d).
-fn base_of(spec: &ModelSpec) -> f64 {
-    let head = f64::from(spec.qk_rope_head_dim);
-    spec.rope_frequencies.get(1).map_or(10000.0, |second| second.powf(-head / 2.0))
+/// The base of unscaled frequencies, as the new file will carry it.
+fn freq_base(base: &Metadata) -> Result<f32, ModelError> {
+    Ok(base.f32("llama.rope.freq_base")?.unwrap_or(10000.0))
 }
 
 fn plan_indexer(
@@ -267,7 +278,7 @@ fn metadata(
     ] {
         set(key, Value::U32(n));
     }
-    set("rope.freq_base", Value::F32(base.f32("llama.rope.freq_base")?.unwrap_or(10000.0)));
+    set("rope.freq_base", Value::F32(freq_base(base)?));
     set("attention.layer_norm_rms_epsilon", Value::F32(spec.rms_norm_eps));
     set("attention.scale", Value::F32(spec.softmax_scale));
     set("attention.kv_a_norm", Value::Bool(false));
@@ -320,4 +331,164 @@ fn write(
     std::fs::rename(&part, out).map_err(|source| ModelError::Io { path: out.to_owned(), source })?;
     unfinished.0 = None;
     Ok(file_bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::tensor::TensorView;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    const HIDDEN: u64 = 32;
+
+    /// A folder of one test's own, gone at its end.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new() -> Self {
+            static NEXT: AtomicU32 = AtomicU32::new(0);
+            let n = NEXT.fetch_add(1, Ordering::Relaxed);
+            let path = std::env::temp_dir().join(format!("sparsed-convert-{}-{n}", std::process::id()));
+            std::fs::create_dir(&path).unwrap();
+            Self(path)
+        }
+
+        fn path(&self) -> &Path {
+            &self.0
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            drop(std::fs::remove_dir_all(&self.0));
+        }
+    }
+
+    /// A Llama base of one layer, 4 heads in 2 groups of 8, written by hand; `v_format` is that of the value rows.
+    fn base(dir: &Path, v_format: Format, extra: Option<&str>) -> PathBuf {
+        let mut metadata = Metadata::new();
+        metadata.set("general.architecture", Value::String("llama".to_owned()));
+        for (key, n) in [
+            ("block_count", 1),
+            ("context_length", 64),
+            ("embedding_length", 32),
+            ("feed_forward_length", 32),
+            ("attention.head_count", 4),
+            ("attention.head_count_kv", 2),
+        ] {
+            metadata.set(format!("llama.{key}"), Value::U32(n));
+        }
+        metadata.set("llama.rope.freq_base", Value::F32(500.0));
+        metadata.set("llama.attention.layer_norm_rms_epsilon", Value::F32(1e-5));
+        metadata.set("tokenizer.ggml.model", Value::String("gpt2".to_owned()));
+        let matrix = [
+            ("token_embd", 40, Format::F16),
+            ("blk.0.attn_q", 32, Format::F16),
+            ("blk.0.attn_k", 16, Format::Q8_0),
+            ("blk.0.attn_v", 16, v_format),
+            ("blk.0.attn_output", 32, Format::F16),
+        ];
+        let mut tensors: Vec<(String, Vec<u64>, Format)> = matrix
+            .iter()
+            .map(|(name, rows, format)| (format!("{name}.weight"), vec![HIDDEN, *rows], *format))
+            .collect();
+        tensors.push(("output_norm.weight".to_owned(), vec![HIDDEN], Format::F32));
+        tensors.extend(extra.map(|name| (name.to_owned(), vec![HIDDEN], Format::F32)));
+        let mut writer = Writer::new(metadata);
+        let sizes: Vec<usize> =
+            tensors.iter().map(|(name, dims, format)| writer.add(name, dims, *format).unwrap()).collect();
+        let path = dir.join("base.gguf");
+        let mut data = writer.begin(File::create(&path).unwrap()).unwrap();
+        for (fill, size) in (1u8..).zip(sizes) {
+            data.tensor(&vec![fill; size]).unwrap();
+        }
+        data.finish().unwrap();
+        path
+    }
+
+    /// An indexer of `layers` layers with 2 heads of `width`.
+    fn indexer(dir: &Path, layers: usize, width: usize) -> PathBuf {
+        let (hidden, bytes) = (usize::try_from(HIDDEN).unwrap(), vec![0u8; 1 << 14]);
+        let mut tensors = Vec::new();
+        for layer in 0..layers {
+            let shapes = [
+                ("attn_q_b.weight", vec![2 * width, hidden]),
+                ("attn_k.weight", vec![width, hidden]),
+                ("k_norm.weight", vec![width]),
+                ("k_norm.bias", vec![width]),
+                ("proj.weight", vec![2, hidden]),
+            ];
+            for (part, shape) in shapes {
+                let size = 4 * shape.iter().product::<usize>();
+                let view = TensorView::new(Dtype::F32, shape, &bytes[..size]).unwrap();
+                tensors.push((format!("blk.{layer}.indexer.{part}"), view));
+            }
+        }
+        let path = dir.join("indexer.safetensors");
+        std::fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        path
+    }
+
+    fn run(base: &Path, indexer: &Path, out: &Path) -> Result<ConvertReport, ModelError> {
+        convert(base, indexer, &ConvertOptions::default(), out, &mut |_, _| {})
+    }
+
+    #[test]
+    fn value_and_key_rows_are_copied_side_by_side_as_bytes() {
+        let dir = Scratch::new();
+        let base = base(dir.path(), Format::Q8_0, None);
+        let out = dir.path().join("out.gguf");
+        let mut last = (0, 0);
+        let options = ConvertOptions { indexer_format: Format::F16, top_k: 9 };
+        convert(&base, &indexer(dir.path(), 1, 8), &options, &out, &mut |done, all| last = (done, all)).unwrap();
+        assert!(last.0 == last.1 && last.0 > 0, "progress ends at the whole: {last:?}");
+        let (base, made) = (Weights::open(&base).unwrap(), Weights::open(&out).unwrap());
+        let rows = made.get("blk.0.attn_kv_a_mqa.weight", &[32, 32]).unwrap();
+        let bytes = |name: &str| base.find(name).unwrap().bytes;
+        assert_eq!(rows.bytes, [bytes("blk.0.attn_v.weight"), bytes("blk.0.attn_k.weight")].concat());
+        let spec = ModelSpec::parse(&made).unwrap();
+        assert_eq!((spec.kv_lora_rank, spec.rope_row, spec.group_count), (16, 16, 2));
+        assert_eq!(spec.indexer.as_ref().map(|i| (i.n_heads, i.head_dim, i.rope_dim, i.top_k)), Some((2, 8, 4, 9)));
+        assert_eq!(made.gguf.metadata().str("tokenizer.ggml.model"), Ok(Some("gpt2")));
+        assert_eq!(made.gguf.metadata().bool("deepseek32.attention.kv_a_norm"), Ok(Some(false)));
+        let wanted = ModelSpec::parse(&base).unwrap().rope_frequencies;
+        for (found, wanted) in spec.rope_frequencies.iter().zip(&wanted) {
+            assert!((found / wanted - 1.0).abs() < 1e-6, "each group turns as the base's heads do");
+        }
+        let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 3, "no unfinished file stays: {left:?}");
+    }
+
+    #[test]
+    fn value_and_key_rows_of_different_formats_stay_apart() {
+        let dir = Scratch::new();
+        let out = dir.path().join("out.gguf");
+        run(&base(dir.path(), Format::Q4_1, None), &indexer(dir.path(), 1, 8), &out).unwrap();
+        let made = Weights::open(&out).unwrap();
+        assert_eq!(made.get("blk.0.attn_kv_a.weight", &[32, 16]).unwrap().format, Format::Q4_1);
+        assert_eq!(made.get("blk.0.attn_k_rope.weight", &[32, 16]).unwrap().format, Format::Q8_0);
+        assert_eq!(made.get("blk.0.indexer.attn_q_b.weight", &[32, 16]).unwrap().format, Format::Q8_0);
+        assert_eq!(made.get("blk.0.indexer.proj.weight", &[32, 2]).unwrap().format, Format::F16);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_and_leaves_no_file() {
+        let dir = Scratch::new();
+        let out = dir.path().join("out.gguf");
+        let good = base(dir.path(), Format::Q8_0, None);
+        let reason = |base: &Path, indexer: &Path| {
+            let said = run(base, indexer, &out).expect_err("it does not fit").to_string();
+            assert!(!out.exists());
+            said
+        };
+        assert!(reason(&good, &indexer(dir.path(), 2, 8)).contains("another base"));
+        assert!(reason(&good, &indexer(dir.path(), 1, 6)).contains("multiple of 4"));
+        let file = indexer(dir.path(), 1, 8);
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() - 1]).unwrap();
+        assert!(reason(&good, &file).contains("indexer.safetensors"));
+        let file = indexer(dir.path(), 1, 8);
+        let odd = base(dir.path(), Format::Q8_0, Some("blk.0.attn_k.bias"));
+        assert!(reason(&odd, &file).contains("blk.0.attn_k.bias"));
+    }
 }
