@@ -209,4 +209,46 @@ mod tests {
             assert!(worst <= step * 0.56, "{}: {worst}", format.name());
         }
     }
+
+    /// 2048 blocks at eight scales from a small generator; some hold one value throughout, some only zeros.
+    fn generated() -> Vec<f32> {
+        let mut state = 0x2545_f491_u32;
+        let value = |i: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let block = i / 32;
+            #[expect(clippy::cast_precision_loss, reason = "24 bits are exact in f32")]
+            let signed = (state >> 8) as f32 - 8_388_608.0;
+            match block % 128 {
+                127 => 0.0,
+                63 => 0.75,
+                _ => signed / (1u32 << (20 + block % 8)) as f32,
+            }
+        };
+        (0..2048 * 32).map(value).collect()
+    }
+
+    fn fnv1a(bytes: &[u8]) -> u64 {
+        bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+    }
+
+    /// The sums were computed with the `gguf` package 0.19.0 (llama.cpp's own Python quantisers) over the same values.
+    #[test]
+    fn both_directions_equal_the_reference_quantiser_bit_for_bit() {
+        let values = generated();
+        for (format, encoded, decoded) in [
+            (Format::F16, 0x54f8_1666_2b4c_dae7, 0xaeac_78ef_a769_bcdb),
+            (Format::BF16, 0x17ea_b69e_7c68_decf, 0x7bf7_edc9_5687_e93f),
+            (Format::Q8_0, 0x186e_8747_8e27_582d, 0x9663_066e_d973_60be),
+            (Format::Q4_0, 0xe0c0_65e2_ab28_902b, 0x2374_5318_25f2_b19a),
+            (Format::Q4_1, 0x0922_5f9b_2ea8_ced5, 0x348d_ad33_6f89_4fbf),
+        ] {
+            let mut bytes = vec![0; format.row_bytes(values.len()).unwrap()];
+            encode(format, &values, &mut bytes).unwrap();
+            assert_eq!(fnv1a(&bytes), encoded, "{} encodes otherwise", format.name());
+            let mut back = vec![0.0; values.len()];
+            decode(format, &bytes, &mut back).unwrap();
+            let bits: Vec<u8> = back.iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
+            assert_eq!(fnv1a(&bits), decoded, "{} decodes otherwise", format.name());
+        }
+    }
 }

@@ -358,6 +358,58 @@ mod tests {
         assert!(reason(&crafted("t", &[4; 5], 0, 0)).contains("limit is 4"), "five dimensions");
     }
 
+    /// A file with one metadata entry of this type and these bytes.
+    fn entry(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
+        let mut file = b"GGUF".to_vec();
+        file.extend(3u32.to_le_bytes());
+        file.extend(0u64.to_le_bytes());
+        file.extend(1u64.to_le_bytes());
+        file.extend((key.len() as u64).to_le_bytes());
+        file.extend(key.as_bytes());
+        file.extend(kind.to_le_bytes());
+        file.extend(value);
+        file
+    }
+
+    #[test]
+    fn hostile_metadata_is_refused_with_the_reason() {
+        let reason = |kind: u32, value: &[u8]| {
+            Gguf::parse(&entry("general.alignment", kind, value)).expect_err("hostile").to_string()
+        };
+        assert!(Gguf::parse(&entry("general.alignment", 4, &64u32.to_le_bytes())).is_ok());
+        for alignment in [0u32, 3, 1 << 31] {
+            assert!(reason(4, &alignment.to_le_bytes()).contains("power of two"), "alignment {alignment}");
+        }
+        assert!(reason(5, &(-32i32).to_le_bytes()).contains("general.alignment"), "a negative alignment");
+        assert!(reason(u32::MAX, &[0; 8]).contains("type is unknown"), "a negative type");
+        assert!(reason(7, &[2]).contains("neither 0 nor 1"), "a bool of 2");
+        assert!(reason(8, &u64::MAX.to_le_bytes()).contains("limit"), "a string as long as memory");
+        assert!(reason(8, &1000u64.to_le_bytes()).contains("truncated"), "a string past the end");
+        assert!(reason(8, &[1, 0, 0, 0, 0, 0, 0, 0, 0xff]).contains("UTF-8"), "a string of half a character");
+        let array = |kind: u32, n: u64| [&kind.to_le_bytes()[..], &n.to_le_bytes()].concat();
+        assert!(reason(9, &array(4, 1 << 60)).contains("limit"), "an array as long as memory");
+        for kind in [0, 4, 7, 8, 12] {
+            assert!(reason(9, &array(kind, ARRAY_MAX)).contains("truncated"), "an array of {kind} past the end");
+        }
+        assert!(reason(9, &array(9, 1)).contains("array of arrays"), "arrays nest");
+        assert!(reason(9, &array(99, 0)).contains("type is unknown"), "an array of nothing known");
+    }
+
+    #[test]
+    fn a_tensor_name_may_stand_only_once() {
+        let mut writer = Writer::new(Metadata::new());
+        writer.add("t1", &[1], Format::F32).unwrap();
+        writer.add("t2", &[1], Format::F32).unwrap();
+        let mut file = Vec::new();
+        let mut data = writer.begin(&mut file).unwrap();
+        data.tensor(&[0; 4]).unwrap();
+        data.tensor(&[0; 4]).unwrap();
+        data.finish().unwrap();
+        let at = file.windows(2).position(|w| w == b"t2").unwrap();
+        file[at + 1] = b'1';
+        assert_eq!(Gguf::parse(&file).unwrap_err(), GgufError::Duplicate("t1".to_owned()));
+    }
+
     #[test]
     fn a_name_may_stand_only_once() {
         let mut metadata = Metadata::new();
