@@ -159,6 +159,10 @@ fn even(keys: &Keys<'_>, key: &str, value: u32) -> Result<u32, ModelError> {
 fn llama(weights: &Weights, keys: &Keys<'_>) -> Result<ModelSpec, ModelError> {
     keys.absent("expert_count", ": Llama with experts")?;
     keys.absent("attention.sliding_window", ": sliding windows")?;
+    if !matches!(keys.metadata.str(&keys.name("rope.scaling.type"))?, None | Some("none")) {
+        // Stretched frequencies alone would be wrong: attention's factor is not applied on this path.
+        return Err(ModelError::Unsupported { what: "rope scaling of a Llama file".to_owned(), hint: "" });
+    }
     if weights.gguf.tensor("blk.0.attn_q.bias").is_some() || weights.gguf.tensor("blk.0.attn_q_norm.weight").is_some() {
         return Err(ModelError::Unsupported { what: "a bias or norm on queries".to_owned(), hint: "" });
     }
