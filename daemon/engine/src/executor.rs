@@ -1,8 +1,9 @@
-//! How does a model run on a device? Weights uploaded, program compiled, one sequence stepped through.
+//! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
-use sparsed_abi::{Blob, SpdBucket, StepArrays};
+use crate::batch::{Batch, Rows};
+use sparsed_abi::{Blob, KV_DISCARD, SpdBucket, SpdKvOp};
 use sparsed_backend::{Backend, BackendError, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
-use sparsed_kv::{BLOCK_TOKENS, BlockTable, KvError, Pool, blocks_for};
+use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{Model, ModelError, Program, ProgramOptions};
 
 /// Why a model could not be loaded or run.
@@ -45,6 +46,12 @@ pub struct LoadOptions {
     pub max_context: u32,
     /// Most tokens of a step.
     pub max_step_tokens: u32,
+    /// Most sequences of a step.
+    pub max_seqs: u32,
+    /// Most rows of a step that give logits.
+    pub max_logits: u32,
+    /// Blocks of the KV pool.
+    pub n_blocks: u32,
 }
 
 /// A model on a device.
@@ -55,13 +62,9 @@ pub struct DeviceModel {
     queue: Queue,
     pool: KvPool,
     options: LoadOptions,
-}
-
-/// One sequence's place in the KV pool of a [`DeviceModel`].
-#[derive(Debug)]
-pub struct Sequence {
-    blocks: Pool,
-    table: BlockTable,
+    step_id: u64,
+    input: Blob,
+    output: Blob,
 }
 
 /// What a step gives out.
@@ -85,27 +88,10 @@ impl DeviceModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ExecutorError> {
         let program = model.program(&options.program)?;
-        let total = program.weights.iter().map(|weight| weight.bytes.len() as u64).sum();
-        let (mut weights, mut done) = (Vec::<Weight>::with_capacity(program.weights.len()), 0);
-        for weight in &program.weights {
-            if !backend.info().takes_weights(weight.dtype) {
-                return Err(ExecutorError::Dtype { name: weight.name.clone(), dtype: weight.dtype });
-            }
-            let upload = WeightUpload {
-                name: weight.name.clone(),
-                dtype: weight.dtype,
-                batch: weight.batch,
-                rows: weight.rows,
-                cols: weight.cols,
-                bytes: weight.bytes.clone(),
-            };
-            weights.push(backend.upload(&upload)?);
-            done += weight.bytes.len() as u64;
-            progress(done, total);
-        }
+        let weights = upload(backend, &program, progress)?;
         let pool = backend.create_kv(&KvDesc {
             block_tokens: BLOCK_TOKENS,
-            n_blocks: blocks_for(options.max_context),
+            n_blocks: options.n_blocks,
             n_layers: program.kv.n_layers,
             n_index_layers: program.kv.n_index_layers,
             latent: program.kv.latent,
@@ -114,23 +100,29 @@ impl DeviceModel {
         })?;
         let bucket = SpdBucket {
             max_tokens: options.max_step_tokens,
-            max_seqs: 1,
-            max_logits: options.max_step_tokens,
+            max_seqs: options.max_seqs,
+            max_logits: options.max_logits,
             max_context: options.max_context,
         };
         let plan = backend.compile(&program.blob, &weights.iter().collect::<Vec<_>>(), &[&pool], bucket)?;
         let queue = backend.queue()?;
-        Ok(Self { program, plan, queue, pool, options })
-    }
-
-    /// A new, empty sequence. The pool belongs to one sequence at a time: an older one must not be stepped any more.
-    pub fn sequence(&self) -> Sequence {
-        Sequence { blocks: Pool::new(self.pool.desc().n_blocks), table: BlockTable::new() }
+        let (input, output) = (Blob::default(), Blob::default());
+        Ok(Self { program, plan, queue, pool, options, step_id: 0, input, output })
     }
 
     /// Tokens that attention selects, `None` when it reads all.
     pub fn top_k(&self) -> Option<u32> {
         self.program.top_k()
+    }
+
+    /// Blocks of the KV pool.
+    pub fn n_blocks(&self) -> u32 {
+        self.pool.desc().n_blocks
+    }
+
+    /// Bytes of device memory for intermediate tensors.
+    pub fn workspace_bytes(&self) -> u64 {
+        self.plan.info().workspace_bytes
     }
 
     /// Bytes that one token holds in the KV pool.
@@ -141,46 +133,111 @@ impl DeviceModel {
         Ok(self.program.kv.bytes_per_token()?)
     }
 
-    /// Appends `tokens` to the sequence and gives out logits of the rows `rows` (ascending, of this step).
+    /// Runs one step. The same batch may be run again after a failure.
     ///
     /// # Errors
-    /// A step that is too large, a pool that is full, or the device's failure.
-    pub fn step(&mut self, sequence: &mut Sequence, tokens: &[u32], rows: &[u32]) -> Result<Outputs, ExecutorError> {
-        let max = self.options.max_step_tokens;
-        let count = u32::try_from(tokens.len()).ok().filter(|&n| n <= max);
-        let count = count.ok_or(ExecutorError::StepTooLarge { have: tokens.len(), max })?;
-        let first = sequence.table.n_tokens();
-        let needed = sequence.table.blocks_needed(count);
-        let mut reservation = sequence.blocks.reserve(needed)?;
-        let mut slots = Vec::with_capacity(tokens.len());
-        sequence.table.append(count, &mut sequence.blocks, &mut reservation, &mut slots);
-        sequence.blocks.forfeit(reservation);
-        let positions: Vec<u32> = (first..first + count).collect();
-        let block_ids: Vec<u32> = sequence.table.blocks().iter().map(|block| block.0).collect();
-        let n_blocks = u32::try_from(block_ids.len()).expect("fewer blocks than tokens");
-        let step = StepArrays {
-            step_id: u64::from(first),
-            flags: 0,
-            tokens,
-            positions: &positions,
-            slots: &slots,
-            seq_offsets: &[0, count],
-            contexts: &[first + count],
-            block_offsets: &[0, n_blocks],
-            block_ids: &block_ids,
-            rows,
-        };
-        let mut input = Blob::default();
-        self.program.fill_inputs(&positions, &mut input);
-        let mut output = Blob::zeroed(self.program.out_bytes(tokens.len(), rows.len()));
-        self.queue.run(&self.plan, &step.encode(), input.as_bytes(), output.as_bytes_mut())?;
-        let out = output.as_bytes();
-        let selections = self.program.selections(out, tokens.len(), rows.len());
+    /// A step that is too large, or the device's failure.
+    pub fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
+        let (have, max) = (batch.n_tokens(), self.options.max_step_tokens);
+        if have > max as usize {
+            return Err(ExecutorError::StepTooLarge { have, max });
+        }
+        self.step_id += 1;
+        self.program.fill_inputs(batch.positions(), &mut self.input);
+        let length = self.program.out_bytes(batch.n_tokens(), batch.n_rows());
+        if self.output.as_bytes().len() < length {
+            self.output = Blob::zeroed(length);
+        }
+        let out = &mut self.output.as_bytes_mut()[..length];
+        self.queue.run(&self.plan, &batch.encode(self.step_id), self.input.as_bytes(), out)?;
+        let selections = self.program.selections(out, batch.n_tokens(), batch.n_rows());
         Ok(Outputs {
-            logits: floats(self.program.logits(out, tokens.len(), rows.len())),
+            logits: floats(self.program.logits(out, batch.n_tokens(), batch.n_rows())),
             selections: selections.into_iter().map(integers).collect(),
         })
     }
+
+    /// Zeroes blocks that nobody holds any more and gives their memory back.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
+        let discard = |block: &BlockId| SpdKvOp { kind: KV_DISCARD, dst_block: block.0, ..SpdKvOp::default() };
+        let ops: Vec<SpdKvOp> = blocks.iter().map(discard).collect();
+        Ok(self.queue.kv(&self.pool, &ops, &mut [])?)
+    }
+}
+
+/// One sequence that has a [`DeviceModel`]'s whole KV pool to itself, for tools that need no scheduler.
+#[derive(Debug)]
+pub struct SoleSequence {
+    blocks: Pool,
+    table: BlockTable,
+    batch: Batch,
+    slots: Vec<u64>,
+}
+
+impl SoleSequence {
+    /// A new, empty sequence. An older one of the same model must not be stepped any more.
+    pub fn new(device: &DeviceModel) -> Self {
+        let blocks = Pool::new(device.n_blocks());
+        Self { blocks, table: BlockTable::new(), batch: Batch::default(), slots: Vec::new() }
+    }
+
+    /// Tokens in the cache.
+    pub fn n_tokens(&self) -> u32 {
+        self.table.n_tokens()
+    }
+
+    /// Forgets all tokens from `n_tokens` on. Their rows stay until others are written over them.
+    ///
+    /// # Panics
+    /// When the sequence has fewer tokens.
+    pub fn truncate(&mut self, n_tokens: u32) {
+        self.table.truncate(n_tokens, &mut self.blocks, &mut Vec::new());
+    }
+
+    /// Appends `tokens` and gives out the logits of `rows`.
+    ///
+    /// # Errors
+    /// A step that is too large, a pool that is full, or the device's failure.
+    pub fn step(&mut self, device: &mut DeviceModel, tokens: &[u32], rows: Rows) -> Result<Outputs, ExecutorError> {
+        let max = device.options.max_step_tokens;
+        let count = u32::try_from(tokens.len()).ok().filter(|&n| n <= max);
+        let count = count.ok_or(ExecutorError::StepTooLarge { have: tokens.len(), max })?;
+        let mut reservation = self.blocks.reserve(self.table.blocks_needed(count))?;
+        self.slots.clear();
+        self.table.append(count, &mut self.blocks, &mut reservation, &mut self.slots);
+        self.blocks.forfeit(reservation);
+        self.batch.clear();
+        self.batch.push(tokens, &self.slots, &self.table, rows);
+        device.run(&self.batch)
+    }
+}
+
+fn upload(
+    backend: &Backend,
+    program: &Program,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Vec<Weight>, ExecutorError> {
+    let total = program.weights.iter().map(|weight| weight.bytes.len() as u64).sum();
+    let (mut weights, mut done) = (Vec::with_capacity(program.weights.len()), 0);
+    for weight in &program.weights {
+        if !backend.info().takes_weights(weight.dtype) {
+            return Err(ExecutorError::Dtype { name: weight.name.clone(), dtype: weight.dtype });
+        }
+        weights.push(backend.upload(&WeightUpload {
+            name: weight.name.clone(),
+            dtype: weight.dtype,
+            batch: weight.batch,
+            rows: weight.rows,
+            cols: weight.cols,
+            bytes: weight.bytes.clone(),
+        })?);
+        done += weight.bytes.len() as u64;
+        progress(done, total);
+    }
+    Ok(weights)
 }
 
 fn floats(bytes: &[u8]) -> Vec<f32> {

@@ -1,9 +1,31 @@
 //! Whose token is next?
 //!
-//! So far this crate holds the executor: a model on a device, and one sequence that runs through it in chunks. The
-//! scheduler, sampler and engine thread are not there yet; nothing here pretends to be them.
+//! A request walks through it thus: a surface makes a prompt with [`ServedModel`] and hands a [`api::Generate`] to the
+//! [`Service`]; the engine thread (`runner`) queues it as a sequence; `scheduler` fills a [`Batch`] from the sequences;
+//! `step` has the [`DeviceModel`] compute it, samples, and delivers [`api::Event`]s to the request's sink.
+//!
+//! Only `runner` knows a thread or a clock; the rest decides and is told the time.
 #![forbid(unsafe_code)]
 
-mod executor;
+pub mod api;
 
-pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, Sequence};
+mod batch;
+mod executor;
+mod params;
+mod runner;
+mod sampler;
+mod scheduler;
+mod sequence;
+mod service;
+mod step;
+mod stream;
+
+pub use batch::{Batch, Rows};
+pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, SoleSequence};
+pub use params::{Sampling, checked_stops};
+pub use runner::{ModelOptions, start};
+pub use sampler::greedy;
+pub use scheduler::{Limits, Load};
+pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
+
+pub use sparsed_model::{ChatMessage, Summary};

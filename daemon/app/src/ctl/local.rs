@@ -1,10 +1,12 @@
 //! A model on a device in this process, for commands that need no daemon.
 
+use crate::assemble::{open_backend, program_options};
+use crate::config::{Activations, Config};
 use anyhow::Context;
-use sparsed_backend::{Backend, OpenOptions, Plugin, SearchPath};
+use sparsed_backend::Backend;
 use sparsed_engine::{DeviceModel, LoadOptions};
-use sparsed_model::{Activations, KvFormats, Model, ProgramOptions, Selection};
-use std::collections::BTreeMap;
+use sparsed_kv::blocks_for;
+use sparsed_model::{Model, ProgramOptions};
 use std::path::PathBuf;
 
 /// Which model, on which device, computed how.
@@ -24,7 +26,7 @@ pub(super) struct Local {
     plugin_set: Vec<(String, String)>,
     /// Compute threads; 0: the plugin's choice.
     #[arg(short, long, default_value_t = 0)]
-    threads: u32,
+    pub(super) threads: u32,
     /// Tokens that attention selects; 0: all. Default: as many as the model was made for.
     #[arg(long)]
     top_k: Option<u32>,
@@ -34,19 +36,42 @@ pub(super) struct Local {
     act: Act,
 }
 
+/// What a command needs of each step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LocalOutputs {
+    /// Logits of the last token.
+    LastRow,
+    /// Logits of every token.
+    EveryRow,
+    /// Logits of every token, and what attention selected.
+    EverythingWithSelections,
+}
+
+/// The values of `--act`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Act {
+pub(super) enum Act {
     F32,
     Int8,
 }
 
+impl Act {
+    /// As the configuration has it.
+    pub(super) fn activations(self) -> Activations {
+        match self {
+            Self::F32 => Activations::F32,
+            Self::Int8 => Activations::Int8,
+        }
+    }
+}
+
 impl Local {
     pub(super) fn open(&self) -> anyhow::Result<(Model, Backend)> {
-        let scan = SearchPath::standard(self.plugins_dir.as_deref()).scan();
-        let settings: BTreeMap<String, String> = self.plugin_set.iter().cloned().collect();
-        let plugin = Plugin::load(scan.select(Some(&self.plugin))?, &settings)?;
-        let options = OpenOptions { n_threads: self.threads, mem_budget: 0 };
-        let backend = Backend::open(&plugin, 0, &options)?;
+        let mut config = Config::default();
+        config.plugins.dir.clone_from(&self.plugins_dir);
+        config.engine.plugin.clone_from(&self.plugin);
+        config.engine.threads = self.threads;
+        config.engine.set = self.plugin_set.iter().cloned().collect();
+        let backend = open_backend(&config)?;
         let model = Model::open(&self.model).with_context(|| format!("cannot serve {}", self.model.display()))?;
         Ok((model, backend))
     }
@@ -58,24 +83,25 @@ impl Local {
         backend: &Backend,
         max_context: u32,
         max_step_tokens: u32,
-        selections_out: bool,
+        outputs: LocalOutputs,
     ) -> anyhow::Result<DeviceModel> {
-        let (activations, kv) = match self.act {
-            Act::F32 => (Activations::F32, KvFormats::exact()),
-            Act::Int8 => (Activations::Int8, KvFormats::default()),
+        let (path, activations) = (self.model.clone(), self.act.activations());
+        let configured = crate::config::Model { path, max_context: None, top_k: self.top_k, activations };
+        let selections_out = outputs == LocalOutputs::EverythingWithSelections;
+        let program = ProgramOptions { selections_out, ..program_options(&configured) };
+        let options = LoadOptions {
+            program,
+            max_context,
+            max_step_tokens,
+            max_seqs: 1,
+            max_logits: if outputs == LocalOutputs::LastRow { 1 } else { max_step_tokens },
+            n_blocks: blocks_for(max_context),
         };
-        let selection = match self.top_k {
-            None => Selection::Model,
-            Some(0) => Selection::Dense,
-            Some(k) => Selection::TopK(k),
-        };
-        let program = ProgramOptions { activations, selection, kv, selections_out };
-        let options = LoadOptions { program, max_context, max_step_tokens };
         Ok(DeviceModel::load(backend, model, options, &mut |_, _| {})?)
     }
 }
 
-fn key_value(text: &str) -> Result<(String, String), String> {
+pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').ok_or_else(|| format!("'{text}' is not KEY=VALUE"))?;
     Ok((pair.0.to_owned(), pair.1.to_owned()))
 }

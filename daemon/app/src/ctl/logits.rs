@@ -1,8 +1,9 @@
 //! `sparsectl logits`: what the model computes for given tokens, for comparison with other implementations.
 
-use super::local::Local;
+use super::local::{Local, LocalOutputs};
 use anyhow::{Context, ensure};
 use npyz::WriterBuilder;
+use sparsed_engine::{Rows, SoleSequence};
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -41,15 +42,18 @@ impl Logits {
             anyhow::bail!("token {bad} is past the vocabulary of {vocab}");
         }
         let length = u32::try_from(ids.len())?;
-        let mut device = self.local.load(&model, &backend, length, self.chunk.min(length), self.topk_out.is_some())?;
+        let outputs = match self.topk_out {
+            Some(_) => LocalOutputs::EverythingWithSelections,
+            None => LocalOutputs::EveryRow,
+        };
+        let mut device = self.local.load(&model, &backend, length, self.chunk.min(length), outputs)?;
         let k = device.top_k();
         ensure!(self.topk_out.is_none() || k.is_some(), "--topk-out: the model reads all tokens, nothing is selected");
         let mut logits = npy(&self.out, &[u64::from(length), vocab.into()])?;
-        let mut sequence = device.sequence();
+        let mut sequence = SoleSequence::new(&device);
         let mut selections: Vec<Vec<i32>> = Vec::new();
         for chunk in ids.chunks(self.chunk as usize) {
-            let rows: Vec<u32> = (0..u32::try_from(chunk.len())?).collect();
-            let out = device.step(&mut sequence, chunk, &rows)?;
+            let out = sequence.step(&mut device, chunk, Rows::All)?;
             logits.extend(out.logits)?;
             selections.resize(out.selections.len(), Vec::new());
             selections.iter_mut().zip(out.selections).for_each(|(all, new)| all.extend(new));

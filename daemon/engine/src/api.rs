@@ -1,0 +1,180 @@
+//! What can a surface ask, and what does it hear? The whole vocabulary between surfaces and engine.
+//!
+//! A surface hands a [`Generate`] and a [`Sink`] to [`Service::generate`](crate::Service::generate). The sink then
+//! hears [`Event`]s: [`Event::Queued`], any number of [`Event::Delta`], then exactly one [`Event::Finished`] or
+//! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
+
+use crate::Sampling;
+
+/// A request for an answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Generate {
+    /// The configured model's name.
+    pub model: String,
+    /// The prompt's tokens, at least one.
+    pub prompt: Vec<u32>,
+    /// Most tokens of the answer; `None`: as many as the context has room for.
+    pub max_tokens: Option<u32>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// Texts that end the answer; they are not part of it.
+    pub stops: Vec<String>,
+    /// Go on past end tokens, for benchmarks.
+    pub ignore_end: bool,
+}
+
+/// What a request hears.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// The request is taken.
+    Queued {
+        /// Requests of the same model that wait before it.
+        ahead: u32,
+    },
+    /// The answer goes on.
+    Delta {
+        /// Whole characters; empty when a token's text is held back, or the model has no tokenizer.
+        text: String,
+        /// The tokens behind it.
+        tokens: Vec<u32>,
+    },
+    /// The answer is complete.
+    Finished(Finished),
+    /// There is no answer, or no more of it.
+    Failed(Failure),
+}
+
+/// How an answer ended.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Finished {
+    /// Why.
+    pub reason: FinishReason,
+    /// Tokens counted.
+    pub usage: Usage,
+    /// Times taken.
+    pub timings: Timings,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended it, or a stop string.
+    Stop,
+    /// `max_tokens`, or the end of the context.
+    Length,
+}
+
+/// Tokens of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Of the prompt.
+    pub prompt_tokens: u32,
+    /// Of the answer, the end token included.
+    pub completion_tokens: u32,
+}
+
+/// Times of a request in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// From submission until the engine took it up.
+    pub queue_ms: f64,
+    /// From then until the first token.
+    pub prompt_ms: f64,
+    /// From the first token to the last.
+    pub predicted_ms: f64,
+}
+
+/// Where a request's events go. Never blocks.
+pub trait Sink: Send {
+    /// Takes an event.
+    ///
+    /// # Errors
+    /// [`Refused::Full`] gives the event back: the listener is slow. [`Refused::Closed`]: it is gone.
+    fn offer(&mut self, event: Event) -> Result<(), Refused>;
+
+    /// Whether the listener is gone.
+    fn is_closed(&self) -> bool;
+}
+
+/// Why a sink took nothing.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Refused {
+    /// No room now; the event is given back.
+    Full(Event),
+    /// No listener any more.
+    Closed,
+}
+
+/// Why a request failed. Surfaces map each variant to their own codes, in one table each.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// No such model is configured.
+    #[error("model '{name}' is not configured; known are: {known}")]
+    ModelNotFound {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// The model is still being loaded.
+    #[error("model '{name}' is loading")]
+    ModelLoading {
+        /// The model.
+        name: String,
+    },
+    /// The model could not be loaded.
+    #[error("model '{name}' cannot be served: {reason}")]
+    ModelUnavailable {
+        /// The model.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The prompt leaves no room for an answer.
+    #[error("the prompt has {have_tokens} tokens, the context holds {max_tokens}, the answer included")]
+    ContextTooLong {
+        /// Tokens of the prompt.
+        have_tokens: usize,
+        /// Tokens of the context.
+        max_tokens: u32,
+    },
+    /// A parameter is not what it must be.
+    #[error("'{param}' {reason}")]
+    InvalidRequest {
+        /// The parameter.
+        param: String,
+        /// What it must be.
+        reason: String,
+    },
+    /// Too many requests wait.
+    #[error("{limit} requests are waiting already; try again in {retry_after_s} s")]
+    QueueFull {
+        /// Requests that may wait.
+        limit: u32,
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// The listener did not read for too long.
+    #[error("the answer was not read for {limit_s} s")]
+    SlowConsumer {
+        /// How long a listener may be silent.
+        limit_s: u64,
+    },
+    /// The device failed.
+    #[error("the device failed: {reason}")]
+    BackendFailed {
+        /// What it said.
+        reason: String,
+    },
+    /// The daemon is stopping.
+    #[error("the daemon is stopping")]
+    ShuttingDown,
+}
+
+impl Failure {
+    /// [`Failure::InvalidRequest`] for `param`.
+    pub fn invalid(param: &str, reason: impl Into<String>) -> Self {
+        Self::InvalidRequest { param: param.to_owned(), reason: reason.into() }
+    }
+}

@@ -1,0 +1,260 @@
+//! Who runs in the next step? Continuous batching with chunked prefill.
+//!
+//! Every step carries one token of each running answer and, in the room that is left, pieces of prompts, the oldest
+//! first. Blocks for the whole step are reserved before any sequence is touched, so a step never runs out half-way. When
+//! the pool is short, the youngest running sequence gives its blocks back and waits again; its tokens are kept and its
+//! rows are computed again later, bit for bit where the device is invariant.
+//!
+//! Knows no device, no text and no clock: time is an argument.
+
+use crate::api::Failure;
+use crate::batch::{Batch, Rows};
+use crate::sequence::Sequence;
+use sparsed_kv::{BlockId, Pool, blocks_for};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// What the scheduler may use.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Most sequences in a step.
+    pub max_running: u32,
+    /// Most requests that wait.
+    pub max_waiting: u32,
+    /// Most tokens in a step.
+    pub max_batched_tokens: u32,
+    /// How long a listener may not read before its request is given up.
+    pub slow_consumer: Duration,
+}
+
+/// Counts for status pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Sequences in the pool.
+    pub running: u32,
+    /// Requests that wait.
+    pub waiting: u32,
+    /// Blocks held.
+    pub blocks_used: u32,
+    /// Blocks of the pool.
+    pub blocks_total: u32,
+}
+
+/// Sequences that wait and run on one device pool.
+#[derive(Debug)]
+pub(crate) struct Scheduler {
+    limits: Limits,
+    pool: Pool,
+    waiting: VecDeque<Sequence>,
+    /// Oldest first.
+    running: Vec<Sequence>,
+    /// Finished, with events not delivered yet; they hold no blocks.
+    leaving: Vec<Sequence>,
+    /// What the last step carries: index into `running` and tokens.
+    scheduled: Vec<(usize, u32)>,
+    freed: Vec<BlockId>,
+    slots: Vec<u64>,
+}
+
+impl Scheduler {
+    pub(crate) fn new(limits: Limits, n_blocks: u32) -> Self {
+        Self {
+            limits,
+            pool: Pool::new(n_blocks),
+            waiting: VecDeque::new(),
+            running: Vec::new(),
+            leaving: Vec::new(),
+            scheduled: Vec::new(),
+            freed: Vec::new(),
+            slots: Vec::new(),
+        }
+    }
+
+    pub(crate) fn load(&self) -> Load {
+        Load {
+            running: count(self.running.len()),
+            waiting: count(self.waiting.len()),
+            blocks_used: self.pool.n_used(),
+            blocks_total: self.pool.n_blocks(),
+        }
+    }
+
+    /// Queues a request, or tells its listener that too many wait.
+    pub(crate) fn submit(&mut self, mut sequence: Sequence, now: Duration) {
+        let limit = self.limits.max_waiting;
+        let ahead = count(self.waiting.len());
+        if ahead < limit {
+            sequence.queued(ahead, now);
+            self.waiting.push_back(sequence);
+            return;
+        }
+        sequence.fail(Failure::QueueFull { limit, retry_after_s: 1 });
+        self.leave(sequence, now);
+    }
+
+    /// Whether any sequence could run now.
+    pub(crate) fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || self.running.iter().any(Sequence::is_ready)
+    }
+
+    /// Whether any listener still has to be served.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.running.is_empty() && self.leaving.is_empty()
+    }
+
+    /// Blocks that nobody holds any more since the last call: to be discarded before the next step runs.
+    pub(crate) fn take_freed(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.freed)
+    }
+
+    /// Delivers what waits, and lets go of sequences whose listener is gone or has not read for too long.
+    pub(crate) fn tend(&mut self, now: Duration) {
+        self.waiting.retain(|sequence| !sequence.is_abandoned());
+        self.leaving.retain_mut(|sequence| !sequence.is_abandoned() && !sequence.deliver(now));
+        let limit = self.limits.slow_consumer;
+        let mut at = 0;
+        while at < self.running.len() {
+            let sequence = &mut self.running[at];
+            sequence.deliver(now);
+            if sequence.is_abandoned() {
+                self.release(at);
+            } else if sequence.parked_for(now) > limit {
+                let mut sequence = self.release(at);
+                sequence.fail(Failure::SlowConsumer { limit_s: limit.as_secs() });
+                self.leave(sequence, now);
+            } else {
+                at += 1;
+            }
+        }
+        self.leaving.retain(|sequence| sequence.parked_for(now) <= limit * 2);
+    }
+
+    /// Fills `batch` with the next step's work. Answers false when there is nothing to do.
+    pub(crate) fn schedule(&mut self, batch: &mut Batch, now: Duration) -> bool {
+        self.admit(now);
+        loop {
+            let blocks = self.plan();
+            if self.scheduled.is_empty() {
+                return false;
+            }
+            match self.pool.reserve(blocks) {
+                Ok(mut reservation) => {
+                    batch.clear();
+                    for &(index, n) in &self.scheduled {
+                        let sequence = &mut self.running[index];
+                        let first = sequence.table.n_tokens() as usize;
+                        self.slots.clear();
+                        sequence.table.append(n, &mut self.pool, &mut reservation, &mut self.slots);
+                        let rows = if sequence.n_pending() == 0 { Rows::Last } else { Rows::None };
+                        let tokens = &sequence.tokens[first..first + n as usize];
+                        batch.push(tokens, &self.slots, &sequence.table, rows);
+                    }
+                    self.pool.forfeit(reservation);
+                    return true;
+                }
+                // A lone sequence always fits: the context is no longer than the pool.
+                Err(_) => self.preempt(),
+            }
+        }
+    }
+
+    /// Sequences whose logits the last scheduled step gives, in the order of its rows.
+    pub(crate) fn sampled(&self) -> Vec<usize> {
+        let done = self.scheduled.iter().filter(|&&(index, _)| self.running[index].n_pending() == 0);
+        done.map(|&(index, _)| index).collect()
+    }
+
+    pub(crate) fn running_mut(&mut self, index: usize) -> &mut Sequence {
+        &mut self.running[index]
+    }
+
+    /// Takes finished sequences, given by ascending index, out of the pool.
+    pub(crate) fn finish(&mut self, indices: &[usize], now: Duration) {
+        for &index in indices.iter().rev() {
+            let sequence = self.release(index);
+            self.leave(sequence, now);
+        }
+    }
+
+    /// Ends every sequence of the last scheduled step with `failure`.
+    pub(crate) fn fail_scheduled(&mut self, failure: &Failure, now: Duration) {
+        let mut indices: Vec<usize> = self.scheduled.drain(..).map(|(index, _)| index).collect();
+        indices.sort_unstable();
+        for &index in &indices {
+            self.running[index].fail(failure.clone());
+        }
+        self.finish(&indices, now);
+    }
+
+    /// Ends everything with `failure`.
+    pub(crate) fn fail_all(&mut self, failure: &Failure, now: Duration) {
+        while !self.running.is_empty() {
+            let mut sequence = self.release(self.running.len() - 1);
+            sequence.fail(failure.clone());
+            self.leave(sequence, now);
+        }
+        for mut sequence in std::mem::take(&mut self.waiting) {
+            sequence.fail(failure.clone());
+            self.leave(sequence, now);
+        }
+    }
+
+    /// Moves waiting sequences into the batch while there is room for their prompts.
+    fn admit(&mut self, now: Duration) {
+        while let Some(next) = self.waiting.front() {
+            // One more block, so that the first tokens of the answer do not push somebody out at once.
+            let needed = blocks_for(next.n_pending()) + u32::from(!self.running.is_empty());
+            let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
+            let room = self.pool.n_available().saturating_sub(promised);
+            if count(self.running.len()) >= self.limits.max_running || needed > room {
+                return;
+            }
+            let mut sequence = self.waiting.pop_front().expect("it was just looked at");
+            sequence.start(now);
+            let at = self.running.partition_point(|other| other.id < sequence.id);
+            self.running.insert(at, sequence);
+        }
+    }
+
+    /// Chooses who runs and with how many tokens; answers the new blocks that takes.
+    fn plan(&mut self) -> u32 {
+        self.scheduled.clear();
+        let mut left = self.limits.max_batched_tokens;
+        for decodes in [true, false] {
+            for (index, sequence) in self.running.iter().enumerate() {
+                let pending = sequence.n_pending();
+                if sequence.is_ready() && (pending == 1) == decodes && left > 0 {
+                    let n = pending.min(left);
+                    left -= n;
+                    self.scheduled.push((index, n));
+                }
+            }
+        }
+        self.scheduled.iter().map(|&(index, n)| self.running[index].table.blocks_needed(n)).sum()
+    }
+
+    /// Sends the youngest running sequence back to wait.
+    fn preempt(&mut self) {
+        let youngest = self.running.len().checked_sub(1).expect("somebody holds the blocks");
+        assert!(youngest > 0, "a lone sequence does not fit the pool");
+        let sequence = self.release(youngest);
+        self.waiting.push_front(sequence);
+    }
+
+    /// Takes a sequence out of the pool.
+    fn release(&mut self, index: usize) -> Sequence {
+        let mut sequence = self.running.remove(index);
+        sequence.table.truncate(0, &mut self.pool, &mut self.freed);
+        sequence
+    }
+
+    fn leave(&mut self, mut sequence: Sequence, now: Duration) {
+        if !sequence.deliver(now) {
+            self.leaving.push(sequence);
+        }
+    }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).expect("limits are far below 2^32")
+}

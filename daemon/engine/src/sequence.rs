@@ -1,0 +1,190 @@
+//! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
+
+use crate::api::{Event, Failure, FinishReason, Finished, Generate, Refused, Sink, Timings, Usage};
+use crate::sampler::Sampler;
+use crate::stream::TextStream;
+use sparsed_kv::BlockTable;
+use std::time::Duration;
+
+/// Order of arrival.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct SequenceId(pub(crate) u64);
+
+/// What an answer needs to know of its model.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Vocabulary<'a> {
+    /// The text of each token, if the model has a tokenizer.
+    pub(crate) tokenizer: Option<&'a sparsed_model::Tokenizer>,
+    /// Tokens of prompt and answer together.
+    pub(crate) max_context: u32,
+}
+
+impl Vocabulary<'_> {
+    fn ends(&self, token: u32) -> bool {
+        self.tokenizer.is_some_and(|tokenizer| tokenizer.end_tokens().contains(&token))
+    }
+
+    fn bytes(&self, token: u32) -> &[u8] {
+        self.tokenizer.map_or(&[], |tokenizer| tokenizer.token_bytes(token))
+    }
+}
+
+/// A request that waits or runs.
+pub(crate) struct Sequence {
+    pub(crate) id: SequenceId,
+    /// Prompt, then answer. The last one has no KV rows yet while the sequence runs.
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) table: BlockTable,
+    n_prompt: usize,
+    max_tokens: Option<u32>,
+    ignore_end: bool,
+    sampler: Sampler,
+    stream: TextStream,
+    sink: Box<dyn Sink>,
+    /// Sent once the listener has room; at most a delta and the end.
+    outbox: Vec<Event>,
+    parked_since: Option<Duration>,
+    times: Times,
+}
+
+/// When things happened, since the engine's start.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    submitted: Duration,
+    started: Option<Duration>,
+    first_token: Option<Duration>,
+    last_token: Duration,
+}
+
+impl std::fmt::Debug for Sequence {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Tokens are what somebody said: they stay out of logs.
+        f.debug_struct("Sequence").field("id", &self.id).field("n_tokens", &self.tokens.len()).finish_non_exhaustive()
+    }
+}
+
+impl Sequence {
+    /// # Panics
+    /// When the prompt is empty; the service has checked it.
+    pub(crate) fn new(id: SequenceId, request: Generate, sink: Box<dyn Sink>, now: Duration) -> Self {
+        assert!(!request.prompt.is_empty(), "a request without a prompt");
+        Self {
+            id,
+            n_prompt: request.prompt.len(),
+            sampler: Sampler::new(request.sampling, &request.prompt),
+            tokens: request.prompt,
+            table: BlockTable::new(),
+            max_tokens: request.max_tokens,
+            ignore_end: request.ignore_end,
+            stream: TextStream::new(request.stops),
+            sink,
+            outbox: Vec::new(),
+            parked_since: None,
+            times: Times { submitted: now, started: None, first_token: None, last_token: now },
+        }
+    }
+
+    /// Tokens without KV rows: many while the prompt is read, then one.
+    pub(crate) fn n_pending(&self) -> u32 {
+        u32::try_from(self.tokens.len()).expect("fewer than 2^32 tokens") - self.table.n_tokens()
+    }
+
+    /// Tells the listener that the request is taken, with `ahead` waiting before it.
+    pub(crate) fn queued(&mut self, ahead: u32, now: Duration) {
+        self.outbox.push(Event::Queued { ahead });
+        self.deliver(now);
+    }
+
+    /// Notes that the engine took the sequence up; the first time counts.
+    pub(crate) fn start(&mut self, now: Duration) {
+        self.times.started.get_or_insert(now);
+    }
+
+    /// Samples the next token from its logits. The events it makes wait in the outbox.
+    ///
+    /// Answers whether the answer is complete.
+    pub(crate) fn advance(&mut self, logits: &mut [f32], vocabulary: Vocabulary<'_>, now: Duration) -> bool {
+        let token = self.sampler.next(logits);
+        self.tokens.push(token);
+        self.times.first_token.get_or_insert(now);
+        self.times.last_token = now;
+        let ended = !self.ignore_end && vocabulary.ends(token);
+        let piece = self.stream.push(if ended { &[] } else { vocabulary.bytes(token) });
+        let full = self.tokens.len() >= vocabulary.max_context as usize
+            || self.max_tokens.is_some_and(|max| self.n_answered() >= max as usize);
+        let reason = if ended || piece.stopped {
+            Some(FinishReason::Stop)
+        } else if full {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let mut text = piece.text;
+        if reason.is_some() && !piece.stopped {
+            // A stop string may be complete only now that nothing follows; then its start is not text.
+            text += &self.stream.finish().text;
+        }
+        self.outbox.push(Event::Delta { text, tokens: vec![token] });
+        if let Some(reason) = reason {
+            self.outbox.push(Event::Finished(Finished { reason, usage: self.usage(), timings: self.timings() }));
+        }
+        reason.is_some()
+    }
+
+    /// Ends the sequence with a failure.
+    pub(crate) fn fail(&mut self, failure: Failure) {
+        self.outbox.push(Event::Failed(failure));
+    }
+
+    /// Offers what waits in the outbox. Answers whether all of it is gone.
+    pub(crate) fn deliver(&mut self, now: Duration) -> bool {
+        while !self.outbox.is_empty() {
+            match self.sink.offer(self.outbox.remove(0)) {
+                Ok(()) => self.parked_since = None,
+                Err(Refused::Full(event)) => {
+                    self.outbox.insert(0, event);
+                    self.parked_since.get_or_insert(now);
+                    return false;
+                }
+                Err(Refused::Closed) => self.outbox.clear(),
+            }
+        }
+        true
+    }
+
+    /// Whether the listener is gone.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        self.sink.is_closed()
+    }
+
+    /// How long the listener has not read.
+    pub(crate) fn parked_for(&self, now: Duration) -> Duration {
+        self.parked_since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
+    }
+
+    /// Whether nothing waits to be delivered.
+    pub(crate) fn is_ready(&self) -> bool {
+        self.outbox.is_empty()
+    }
+
+    fn n_answered(&self) -> usize {
+        self.tokens.len() - self.n_prompt
+    }
+
+    fn usage(&self) -> Usage {
+        let count = |n: usize| u32::try_from(n).expect("fewer than 2^32 tokens");
+        Usage { prompt_tokens: count(self.n_prompt), completion_tokens: count(self.n_answered()) }
+    }
+
+    fn timings(&self) -> Timings {
+        let Times { submitted, started, first_token, last_token } = self.times;
+        let started = started.unwrap_or(submitted);
+        let first = first_token.unwrap_or(started);
+        let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3;
+        Timings {
+            queue_ms: ms(submitted, started),
+            prompt_ms: ms(started, first),
+            predicted_ms: ms(first, last_token),
+        }
+    }
+}

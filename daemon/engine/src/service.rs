@@ -1,0 +1,258 @@
+//! What do surfaces hold? Names of models, a way to make prompts, and a way to ask for answers.
+//!
+//! A [`Service`] is shared by all surfaces. It never waits for the engine: requests go into a bounded inbox, answers
+//! come back through each request's sink.
+
+use crate::api::{Failure, Generate, Sink};
+use crate::scheduler::Load;
+use sparsed_model::{ChatMessage, Model, ModelError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// The model of requests that name none.
+pub const DEFAULT_MODEL: &str = "default";
+
+/// Shared by all surfaces; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Service {
+    slots: Arc<[Arc<Slot>]>,
+    inbox: SyncSender<Command>,
+    stopping: Arc<AtomicBool>,
+    max_waiting: u32,
+}
+
+/// What the engine thread is told.
+pub(crate) enum Command {
+    /// Answer a request of the model `slot`.
+    Generate {
+        slot: usize,
+        request: Generate,
+        sink: Box<dyn Sink>,
+    },
+    /// Take nothing new; end when nothing runs any more.
+    Drain,
+    /// End now.
+    Stop,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // A prompt is what somebody said: it stays out of logs.
+        f.write_str(match self {
+            Self::Generate { .. } => "Generate",
+            Self::Drain => "Drain",
+            Self::Stop => "Stop",
+        })
+    }
+}
+
+/// A configured model, loaded or not.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) name: String,
+    /// Set once, when loading has ended: the model, or why there is none.
+    pub(crate) outcome: OnceLock<Result<Arc<ServedModel>, String>>,
+    /// Why a loaded model is not served any more.
+    pub(crate) lost: OnceLock<String>,
+    /// Bytes uploaded, in thousandths of all.
+    pub(crate) progress_permille: AtomicU64,
+    /// The engine thread writes it after each step, status pages read it.
+    pub(crate) stats: Mutex<Stats>,
+}
+
+/// A model that answers.
+#[derive(Debug)]
+pub struct ServedModel {
+    /// The file.
+    pub model: Model,
+    /// Tokens of prompt and answer together.
+    pub max_context: u32,
+    /// Bytes that one token holds in the KV pool.
+    pub kv_bytes_per_token: u64,
+    /// Tokens that attention selects, `None` when it reads all.
+    pub top_k: Option<u32>,
+    /// Seconds since 1970, when it was loaded.
+    pub created: u64,
+}
+
+/// What a model's engine has done and holds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    /// Now.
+    pub load: Load,
+    /// Prompt and answer tokens that went through the model, since the start.
+    pub computed_tokens: u64,
+    /// Tokens that were sampled, since the start.
+    pub sampled_tokens: u64,
+    /// Steps, since the start.
+    pub steps: u64,
+}
+
+/// What a configured model is doing.
+#[derive(Clone, Debug)]
+pub enum ModelState {
+    /// Being read and uploaded.
+    Loading {
+        /// Thousandths of the weights that are uploaded.
+        progress_permille: u64,
+    },
+    /// Answers.
+    Ready(Arc<ServedModel>),
+    /// Does not, and why.
+    Failed(String),
+}
+
+/// A configured model.
+#[derive(Clone, Debug)]
+pub struct ModelStatus {
+    /// Its name in the configuration.
+    pub name: String,
+    /// What it is doing.
+    pub state: ModelState,
+    /// What its engine has done.
+    pub stats: Stats,
+}
+
+impl Slot {
+    pub(crate) fn new(name: String) -> Self {
+        Self {
+            name,
+            outcome: OnceLock::new(),
+            lost: OnceLock::new(),
+            progress_permille: AtomicU64::new(0),
+            stats: Mutex::new(Stats::default()),
+        }
+    }
+
+    pub(crate) fn set_stats(&self, stats: Stats) {
+        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+    }
+
+    fn state(&self) -> ModelState {
+        match (self.outcome.get(), self.lost.get()) {
+            (None, _) => ModelState::Loading { progress_permille: self.progress_permille.load(Ordering::Relaxed) },
+            (Some(Err(reason)), _) | (_, Some(reason)) => ModelState::Failed(reason.clone()),
+            (Some(Ok(model)), None) => ModelState::Ready(Arc::clone(model)),
+        }
+    }
+}
+
+impl Service {
+    pub(crate) fn new(slots: Vec<Arc<Slot>>, inbox: SyncSender<Command>, max_waiting: u32) -> Self {
+        Self { slots: slots.into(), inbox, stopping: Arc::new(AtomicBool::new(false)), max_waiting }
+    }
+
+    /// Every configured model, in the order of the configuration.
+    pub fn models(&self) -> Vec<ModelStatus> {
+        let status = |slot: &Arc<Slot>| ModelStatus {
+            name: slot.name.clone(),
+            state: slot.state(),
+            stats: *slot.stats.lock().unwrap_or_else(PoisonError::into_inner),
+        };
+        self.slots.iter().map(status).collect()
+    }
+
+    /// The model `name`, if it answers.
+    ///
+    /// # Errors
+    /// Not configured, loading, or failed.
+    pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, Failure> {
+        match self.slot(name)?.1.state() {
+            ModelState::Ready(model) => Ok(model),
+            ModelState::Loading { .. } => Err(Failure::ModelLoading { name: name.to_owned() }),
+            ModelState::Failed(reason) => Err(Failure::ModelUnavailable { name: name.to_owned(), reason }),
+        }
+    }
+
+    /// Hands a request to the engine; its events go to `sink`.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or that it cannot be taken now. The sink has heard nothing then.
+    pub fn generate(&self, request: Generate, sink: Box<dyn Sink>) -> Result<(), Failure> {
+        if self.stopping.load(Ordering::Relaxed) {
+            return Err(Failure::ShuttingDown);
+        }
+        let (slot, _) = self.slot(&request.model)?;
+        let model = self.model(&request.model)?;
+        model.check(&request)?;
+        self.inbox.try_send(Command::Generate { slot, request, sink }).map_err(|error| match error {
+            TrySendError::Full(_) => Failure::QueueFull { limit: self.max_waiting, retry_after_s: 1 },
+            TrySendError::Disconnected(_) => Failure::ShuttingDown,
+        })
+    }
+
+    /// Takes no more requests; the engine ends when those it has are answered.
+    pub fn drain(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.tell(Command::Drain);
+    }
+
+    /// Ends the engine; requests that run hear [`Failure::ShuttingDown`].
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Relaxed);
+        self.tell(Command::Stop);
+    }
+
+    /// Blocks while the inbox is full, which lasts no longer than a step. Nobody to tell: it has ended already.
+    fn tell(&self, command: Command) {
+        let _ended = self.inbox.send(command).is_err();
+    }
+
+    /// The slot of model `name`. [`DEFAULT_MODEL`] is the first model where none is called so.
+    fn slot(&self, name: &str) -> Result<(usize, &Arc<Slot>), Failure> {
+        let found = self.slots.iter().enumerate().find(|(_, slot)| slot.name == name);
+        let first = || self.slots.first().filter(|_| name == DEFAULT_MODEL).map(|slot| (0, slot));
+        found.or_else(first).ok_or_else(|| Failure::ModelNotFound {
+            name: name.to_owned(),
+            known: self.slots.iter().map(|slot| slot.name.as_str()).collect::<Vec<_>>().join(", "),
+        })
+    }
+}
+
+impl ServedModel {
+    /// The tokens of a conversation, up to where the next answer begins. Takes long for long texts: not for threads
+    /// that must not wait.
+    ///
+    /// # Errors
+    /// A model without tokenizer or template, the template's own refusal, text that is too long.
+    pub fn chat_prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, Failure> {
+        let tokenizer = self.tokenizer("messages")?;
+        let template = self.model.chat_template().ok_or_else(|| {
+            Failure::invalid("messages", "cannot be used: the model has no chat template; use /v1/completions")
+        })?;
+        let refused = |error: ModelError| Failure::invalid("messages", format!("cannot be rendered: {error}"));
+        tokenizer.encode_chat(&template.render(messages).map_err(refused)?).map_err(refused)
+    }
+
+    /// The tokens of plain text. Takes long for long texts: not for threads that must not wait.
+    ///
+    /// # Errors
+    /// A model without tokenizer, text that is too long.
+    pub fn text_prompt(&self, text: &str) -> Result<Vec<u32>, Failure> {
+        let tokens = self.tokenizer("prompt")?.encode(text);
+        tokens.map_err(|error| Failure::invalid("prompt", format!("cannot be tokenized: {error}")))
+    }
+
+    fn tokenizer(&self, param: &str) -> Result<&sparsed_model::Tokenizer, Failure> {
+        let none = || Failure::invalid(param, "cannot be text: the model has no tokenizer; send a list of token ids");
+        self.model.tokenizer().ok_or_else(none)
+    }
+
+    fn check(&self, request: &Generate) -> Result<(), Failure> {
+        if request.prompt.is_empty() {
+            return Err(Failure::invalid("prompt", "is empty"));
+        }
+        if request.max_tokens == Some(0) {
+            return Err(Failure::invalid("max_tokens", "is 0, must be at least 1"));
+        }
+        if request.prompt.len() >= self.max_context as usize {
+            return Err(Failure::ContextTooLong { have_tokens: request.prompt.len(), max_tokens: self.max_context });
+        }
+        let vocab = self.model.spec().vocab_size;
+        match request.prompt.iter().find(|&&token| token >= vocab) {
+            Some(bad) => Err(Failure::invalid("prompt", format!("has token {bad}, the vocabulary ends at {vocab}"))),
+            None => Ok(()),
+        }
+    }
+}

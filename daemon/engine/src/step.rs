@@ -1,0 +1,431 @@
+//! What is one step? Schedule, run, sample, deliver.
+
+use crate::api::Failure;
+use crate::batch::Batch;
+use crate::executor::{DeviceModel, ExecutorError, Outputs};
+use crate::scheduler::Scheduler;
+use crate::sequence::Vocabulary;
+use sparsed_abi::{E_CANCELLED, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP, E_UNSUPPORTED};
+use sparsed_kv::BlockId;
+use std::time::Duration;
+
+/// How often a failed step is run in all; a step is idempotent.
+const TRIES: u32 = 3;
+
+/// What runs a batch: a model on a device, or a test's stand-in.
+pub(crate) trait Executor {
+    /// Computes the batch.
+    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError>;
+    /// Zeroes blocks that nobody holds any more.
+    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError>;
+}
+
+impl Executor for DeviceModel {
+    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
+        Self::run(self, batch)
+    }
+
+    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
+        Self::discard(self, blocks)
+    }
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Done {
+    /// Tokens that went through the model.
+    pub(crate) computed: usize,
+    /// Tokens that were sampled.
+    pub(crate) sampled: usize,
+}
+
+/// Runs one step. Answers `None` when there was nothing to do.
+///
+/// # Errors
+/// Only when the device is of no more use; a failure that concerns one step ends that step's sequences and is `Ok`.
+pub(crate) fn step(
+    scheduler: &mut Scheduler,
+    executor: &mut dyn Executor,
+    batch: &mut Batch,
+    vocabulary: Vocabulary<'_>,
+    clock: &dyn Fn() -> Duration,
+) -> Result<Option<Done>, ExecutorError> {
+    scheduler.tend(clock());
+    let scheduled = scheduler.schedule(batch, clock());
+    let freed = scheduler.take_freed();
+    if !freed.is_empty() {
+        executor.discard(&freed)?;
+    }
+    if !scheduled {
+        return Ok(None);
+    }
+    let mut outputs = match run_with_retries(executor, batch) {
+        Ok(outputs) => outputs,
+        Err(error) if concerns_one_step(&error) => {
+            log::error!(reason:% = error; "step failed");
+            scheduler.fail_scheduled(&Failure::BackendFailed { reason: error.to_string() }, clock());
+            return Ok(Some(Done::default()));
+        }
+        Err(error) => return Err(error),
+    };
+    let now = clock();
+    let rows = batch.n_rows();
+    let vocab = outputs.logits.len().checked_div(rows).unwrap_or(0);
+    let mut finished = Vec::new();
+    for (index, logits) in scheduler.sampled().into_iter().zip(outputs.logits.chunks_exact_mut(vocab.max(1))) {
+        if scheduler.running_mut(index).advance(logits, vocabulary, now) {
+            finished.push(index);
+        }
+    }
+    finished.sort_unstable();
+    scheduler.finish(&finished, now);
+    scheduler.tend(now);
+    Ok(Some(Done { computed: batch.n_tokens(), sampled: rows }))
+}
+
+fn run_with_retries(executor: &mut dyn Executor, batch: &Batch) -> Result<Outputs, ExecutorError> {
+    let mut tries = 1;
+    loop {
+        match executor.run(batch) {
+            Err(ExecutorError::Backend(error)) if error.status() == Some(E_STEP) && tries < TRIES => {
+                log::warn!(reason:% = error; "step failed, trying again");
+                tries += 1;
+            }
+            done => return done,
+        }
+    }
+}
+
+/// Whether the device can go on after this failure.
+fn concerns_one_step(error: &ExecutorError) -> bool {
+    match error {
+        ExecutorError::Backend(error) => matches!(
+            error.status(),
+            Some(E_STEP | E_DATA | E_INVALID | E_UNSUPPORTED | E_NOMEM_DEVICE | E_NOMEM_HOST | E_CANCELLED)
+        ),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{Event, FinishReason, Generate, Refused, Sink};
+    use crate::scheduler::Limits;
+    use crate::sequence::{Sequence, SequenceId};
+    use crate::{Sampling, params};
+    use proptest::prelude::*;
+    use sparsed_backend::BackendError;
+    use sparsed_kv::BLOCK_TOKENS;
+    use std::cell::Cell;
+    use std::collections::HashMap;
+    use std::sync::{Arc, Mutex};
+
+    const VOCAB: usize = 97;
+    const BLOCK: usize = BLOCK_TOKENS as usize;
+    const CONTEXT: u32 = 400;
+
+    /// A "model" whose next token is a function of the whole history, which it reads back through the block tables:
+    /// a block that is lost, shared by mistake or not rewritten shows in the answer.
+    #[derive(Default)]
+    struct Paged {
+        /// Token and position of each slot.
+        rows: HashMap<u64, (u32, u32)>,
+        /// Statuses of the next runs.
+        failures: Vec<i32>,
+        runs: usize,
+    }
+
+    fn next_token(history: impl Iterator<Item = u32>) -> u32 {
+        history.fold(7u32, |hash, token| (hash.wrapping_mul(31) ^ token) % 1_000_003) % VOCAB as u32
+    }
+
+    impl Executor for Paged {
+        fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
+            self.runs += 1;
+            if let Some(status) = self.failures.pop() {
+                let (call, message) = ("queue_run", "planted".to_owned());
+                return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
+            }
+            for ((&slot, &token), &position) in batch.slots.iter().zip(&batch.tokens).zip(&batch.positions) {
+                self.rows.insert(slot, (token, position));
+            }
+            let mut logits = vec![0.0; batch.rows.len() * VOCAB];
+            for (row, logits) in batch.rows.iter().zip(logits.chunks_exact_mut(VOCAB)) {
+                let sequence = batch.seq_offsets.iter().rposition(|&start| start <= *row).unwrap();
+                let blocks = batch.block_offsets[sequence] as usize..batch.block_offsets[sequence + 1] as usize;
+                let blocks = &batch.block_ids[blocks];
+                let history = (0..=batch.positions[*row as usize]).map(|position| {
+                    let slot = u64::from(blocks[position as usize / BLOCK]) * BLOCK as u64 + u64::from(position) % 64;
+                    let (token, written_at) = self.rows[&slot];
+                    assert_eq!(written_at, position, "the slot holds another position");
+                    token
+                });
+                logits[next_token(history) as usize] = 1.0;
+            }
+            Ok(Outputs { logits, selections: Vec::new() })
+        }
+
+        fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
+            self.rows.retain(|slot, _| !blocks.iter().any(|block| u64::from(block.0) == slot / BLOCK as u64));
+            Ok(())
+        }
+    }
+
+    /// What a test's listener has heard, and how much more it takes.
+    #[derive(Clone, Default)]
+    struct Listener(Arc<Mutex<(Vec<Event>, usize, bool)>>);
+
+    impl Listener {
+        fn with_room(room: usize) -> Self {
+            Self(Arc::new(Mutex::new((Vec::new(), room, false))))
+        }
+
+        fn set(&self, room: usize, gone: bool) {
+            let mut state = self.0.lock().unwrap();
+            (state.1, state.2) = (room, gone);
+        }
+
+        fn heard(&self) -> (Vec<u32>, Option<Event>) {
+            let events = self.0.lock().unwrap().0.clone();
+            let tokens = events.iter().filter_map(|event| match event {
+                Event::Delta { tokens, .. } => Some(tokens.clone()),
+                _ => None,
+            });
+            let end = events.iter().find(|event| !matches!(event, Event::Queued { .. } | Event::Delta { .. })).cloned();
+            (tokens.flatten().collect(), end)
+        }
+    }
+
+    impl Sink for Listener {
+        fn offer(&mut self, event: Event) -> Result<(), Refused> {
+            let mut state = self.0.lock().unwrap();
+            match *state {
+                (_, _, true) => Err(Refused::Closed),
+                (_, 0, _) => Err(Refused::Full(event)),
+                _ => {
+                    state.1 -= 1;
+                    state.0.push(event);
+                    Ok(())
+                }
+            }
+        }
+
+        fn is_closed(&self) -> bool {
+            self.0.lock().unwrap().2
+        }
+    }
+
+    struct Bench {
+        scheduler: Scheduler,
+        executor: Paged,
+        batch: Batch,
+        now: Cell<Duration>,
+        submitted: u64,
+    }
+
+    impl Bench {
+        fn new(n_blocks: u32, limits: Limits) -> Self {
+            let (scheduler, executor) = (Scheduler::new(limits, n_blocks), Paged::default());
+            Self { scheduler, executor, batch: Batch::default(), now: Cell::default(), submitted: 0 }
+        }
+
+        fn submit(&mut self, prompt: Vec<u32>, max_tokens: u32, listener: &Listener) {
+            let request = Generate {
+                model: "m".to_owned(),
+                prompt,
+                max_tokens: Some(max_tokens),
+                sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+                stops: params::checked_stops(Vec::new()).unwrap(),
+                ignore_end: false,
+            };
+            let id = SequenceId(self.submitted);
+            self.submitted += 1;
+            let sequence = Sequence::new(id, request, Box::new(listener.clone()), self.now.get());
+            self.scheduler.submit(sequence, self.now.get());
+        }
+
+        fn step(&mut self) -> Option<Done> {
+            let vocabulary = Vocabulary { tokenizer: None, max_context: CONTEXT };
+            let clock = || self.now.get();
+            step(&mut self.scheduler, &mut self.executor, &mut self.batch, vocabulary, &clock).unwrap()
+        }
+
+        fn steps(&mut self, n: usize) {
+            for _ in 0..n {
+                self.step();
+            }
+        }
+
+        fn run(&mut self) {
+            for _ in 0..10_000 {
+                if self.step().is_none() && self.scheduler.is_idle() {
+                    return;
+                }
+                self.now.set(self.now.get() + Duration::from_millis(1));
+            }
+            panic!("the engine does not come to rest");
+        }
+    }
+
+    fn limits() -> Limits {
+        let slow_consumer = Duration::from_millis(50);
+        Limits { max_running: 4, max_waiting: 8, max_batched_tokens: 48, slow_consumer }
+    }
+
+    fn prompt(seed: u32, n: u32) -> Vec<u32> {
+        (0..n).map(|i| (seed * 13 + i * 7) % VOCAB as u32).collect()
+    }
+
+    /// The answer of a model without batches, blocks or schedules.
+    fn naive(mut tokens: Vec<u32>, n: u32) -> Vec<u32> {
+        let start = tokens.len();
+        for _ in 0..n.min(CONTEXT - start as u32) {
+            tokens.push(next_token(tokens.iter().copied()));
+        }
+        tokens.split_off(start)
+    }
+
+    #[test]
+    fn eight_requests_share_steps_and_each_gets_its_own_answer() {
+        let mut bench = Bench::new(32, Limits { max_running: 8, ..limits() });
+        let listeners: Vec<Listener> = (0..8).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (0..).zip(&listeners) {
+            bench.submit(prompt(seed, 10 + seed), 20, listener);
+        }
+        bench.run();
+        for (seed, listener) in (0..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 10 + seed), 20), "request {seed}");
+        }
+        // 108 prompt tokens in steps of 48, and 20 tokens each: alone they would take 8 x 20 steps.
+        assert!(bench.executor.runs < 30, "{} steps", bench.executor.runs);
+        assert_eq!(bench.scheduler.load().blocks_used, 0);
+    }
+
+    #[test]
+    fn a_short_pool_sends_the_youngest_back_and_loses_nothing() {
+        let mut bench = Bench::new(4, limits()); // 256 tokens for three that grow to 130 each
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (0..).zip(&listeners) {
+            bench.submit(prompt(seed, 50), 80, listener);
+        }
+        bench.run();
+        for (seed, listener) in (0..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 50), 80), "request {seed}");
+        }
+    }
+
+    #[test]
+    fn a_listener_that_goes_away_frees_its_blocks() {
+        let mut bench = Bench::new(8, limits());
+        let listener = Listener::with_room(1000);
+        bench.submit(prompt(1, 100), 200, &listener);
+        (0..10).for_each(|_| assert!(bench.step().is_some()));
+        assert_eq!(bench.scheduler.load().blocks_used, 2);
+        listener.set(0, true);
+        assert_eq!(bench.step(), None);
+        assert_eq!(bench.scheduler.load(), crate::Load { blocks_total: 8, ..crate::Load::default() });
+        assert!(bench.executor.rows.is_empty(), "the device still holds rows of the request");
+    }
+
+    #[test]
+    fn a_slow_listener_pauses_only_itself_and_is_given_up_in_the_end() {
+        let mut bench = Bench::new(8, limits());
+        let (slow, quick) = (Listener::with_room(4), Listener::with_room(1000));
+        bench.submit(prompt(1, 5), 40, &slow);
+        bench.submit(prompt(2, 5), 40, &quick);
+        bench.steps(45);
+        assert_eq!(quick.heard().0, naive(prompt(2, 5), 40));
+        assert_eq!(slow.heard().0.len(), 3);
+        slow.set(10, false);
+        bench.steps(20);
+        assert_eq!(slow.heard().0, naive(prompt(1, 5), 40)[..13]);
+        bench.now.set(bench.now.get() + Duration::from_millis(51));
+        bench.step();
+        assert_eq!(bench.scheduler.load().running, 0);
+        slow.set(10, false);
+        bench.step();
+        assert!(matches!(slow.heard().1, Some(Event::Failed(Failure::SlowConsumer { .. }))));
+        assert!(bench.scheduler.is_idle());
+    }
+
+    #[test]
+    fn one_request_too_many_is_told_so_and_the_others_are_answered() {
+        let mut bench = Bench::new(8, Limits { max_waiting: 2, ..limits() });
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(100)).collect();
+        for listener in &listeners {
+            bench.submit(prompt(1, 5), 3, listener);
+        }
+        bench.run();
+        assert!(matches!(listeners[2].heard().1, Some(Event::Failed(Failure::QueueFull { limit: 2, .. }))));
+        assert!(matches!(listeners[1].heard().1, Some(Event::Finished(_))));
+    }
+
+    #[test]
+    fn answers_end_at_max_tokens_and_at_the_end_of_the_context() {
+        let mut bench = Bench::new(8, limits());
+        let (short, long) = (Listener::with_room(1000), Listener::with_room(1000));
+        bench.submit(prompt(1, 5), 7, &short);
+        bench.submit(prompt(2, CONTEXT - 5), 100, &long);
+        bench.run();
+        for (listener, n) in [(short, 7), (long, 5)] {
+            let (tokens, end) = listener.heard();
+            let Some(Event::Finished(finished)) = end else { panic!("{end:?}") };
+            assert_eq!((tokens.len(), finished.usage.completion_tokens), (n, n as u32));
+            assert_eq!(finished.reason, FinishReason::Length);
+        }
+    }
+
+    #[test]
+    fn a_failed_step_is_tried_again_and_then_fails_its_requests_only() {
+        let mut bench = Bench::new(8, limits());
+        let (first, second) = (Listener::with_room(100), Listener::with_room(100));
+        bench.submit(prompt(1, 5), 3, &first);
+        bench.executor.failures = vec![E_STEP, E_STEP];
+        bench.run();
+        assert_eq!(first.heard().0, naive(prompt(1, 5), 3));
+        bench.submit(prompt(2, 5), 3, &second);
+        bench.executor.failures = vec![E_STEP; 3];
+        bench.run();
+        assert!(matches!(second.heard().1, Some(Event::Failed(Failure::BackendFailed { .. }))));
+        assert_eq!(bench.scheduler.load().blocks_used, 0);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { rng_seed: proptest::test_runner::RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever shares the pool, an answer is the naive one; whoever goes away leaves nothing behind.
+        #[test]
+        fn answers_do_not_depend_on_company(
+            requests in proptest::collection::vec((0..50u32, 1..300u32, 1..120u32, 0..40usize, 0..5u8), 1..12),
+            n_blocks in 7..20u32,
+            max_batched_tokens in 4..200u32,
+        ) {
+            let mut bench = Bench::new(n_blocks, Limits { max_waiting: 100, max_batched_tokens, ..limits() });
+            let mut waiting = Vec::new();
+            for (seed, n_prompt, max_tokens, steps, fate) in requests {
+                let listener = Listener::with_room(if fate == 1 { 6 } else { 100_000 });
+                bench.submit(prompt(seed, n_prompt), max_tokens, &listener);
+                bench.steps(steps);
+                if fate == 0 {
+                    listener.set(0, true);
+                }
+                waiting.push((listener, seed, n_prompt, max_tokens, fate));
+            }
+            waiting.iter().filter(|w| w.4 == 1).for_each(|w| w.0.set(100_000, false));
+            bench.run();
+            for (listener, seed, n_prompt, max_tokens, fate) in waiting {
+                let (tokens, end) = listener.heard();
+                let expected = naive(prompt(seed, n_prompt), max_tokens);
+                if fate == 0 {
+                    prop_assert!(expected.starts_with(&tokens));
+                } else {
+                    prop_assert!(matches!(end, Some(Event::Finished(_))), "{:?}", end);
+                    prop_assert_eq!(tokens, expected);
+                }
+            }
+            prop_assert_eq!(bench.scheduler.load().blocks_used, 0);
+            prop_assert!(bench.executor.rows.is_empty(), "blocks were not discarded");
+        }
+    }
+}
