@@ -40,7 +40,8 @@ pub struct ModelOptions {
     pub kv_bytes: u64,
 }
 
-/// Starts the engine thread on `backend`. The service answers at once; models appear in it as they are loaded.
+/// Starts the engine thread on `backend`. The service answers at once; models appear in it as they are loaded. The
+/// thread ends when it is told to, or when none of the models can be served.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -56,6 +57,9 @@ pub fn start(
         let mut lanes = Vec::new();
         for (slot, options) in slots.into_iter().zip(models) {
             lanes.push(Lane::load(&backend, slot, &options, limits));
+        }
+        if lanes.iter().all(|lane| lane.live.is_none()) {
+            return; // nothing to serve: whoever waits for the thread says why
         }
         Engine { lanes, inbox, epoch: Instant::now(), n_sequences: 0, draining: false }.run();
     };
@@ -95,6 +99,7 @@ impl Lane {
                 let took_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 let (context, blocks) = (live.served.max_context, live.device.n_blocks());
                 log::info!(model:% = slot.name, took_ms, max_context = context, kv_blocks = blocks; "model ready");
+                slot.set_stats(live.stats);
                 let outcome = slot.outcome.set(Ok(Arc::clone(&live.served)));
                 outcome.expect("a model is loaded once");
                 Some(live)
@@ -158,11 +163,12 @@ impl Live {
         let top_k = device.top_k();
         let served = Arc::new(ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created });
         let scheduler = Scheduler::new(limits, n_blocks);
-        Ok(Self { served, device, scheduler, batch: Batch::default(), stats: Stats::default() })
+        let stats = Stats { load: scheduler.load(), ..Stats::default() };
+        Ok(Self { served, device, scheduler, batch: Batch::default(), stats })
     }
 
-    /// One step. Answers whether there was something to do.
-    fn turn(&mut self, clock: &dyn Fn() -> Duration) -> Result<bool, ExecutorError> {
+    /// One step, if there is something to do.
+    fn turn(&mut self, clock: &dyn Fn() -> Duration) -> Result<(), ExecutorError> {
         let model = &self.served.model;
         let vocabulary = Vocabulary { tokenizer: model.tokenizer(), max_context: self.served.max_context };
         let done = step(&mut self.scheduler, &mut self.device, &mut self.batch, vocabulary, clock)?;
@@ -172,7 +178,7 @@ impl Live {
             self.stats.sampled_tokens += done.sampled as u64;
         }
         self.stats.load = self.scheduler.load();
-        Ok(done.is_some())
+        Ok(())
     }
 }
 
@@ -187,9 +193,12 @@ impl Engine {
             for lane in &mut self.lanes {
                 let Some(live) = &mut lane.live else { continue };
                 match live.turn(&clock) {
-                    Ok(_) => lane.slot.set_stats(live.stats),
+                    Ok(()) => lane.slot.set_stats(live.stats),
                     Err(error) => lane.lose(&error, clock()),
                 }
+            }
+            if self.lanes.iter().all(|lane| lane.live.is_none()) {
+                return; // every device is lost: a restart is all that helps
             }
         }
         let now = self.epoch.elapsed();

@@ -181,10 +181,6 @@ impl Sequence {
         let started = started.unwrap_or(submitted);
         let first = first_token.unwrap_or(started);
         let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3;
-        Timings {
-            queue_ms: ms(submitted, started),
-            prompt_ms: ms(started, first),
-            predicted_ms: ms(first, last_token),
-        }
+        Timings { queue_ms: ms(submitted, started), prompt_ms: ms(started, first), predicted_ms: ms(first, last_token) }
     }
 }

@@ -25,11 +25,7 @@ pub struct Service {
 /// What the engine thread is told.
 pub(crate) enum Command {
     /// Answer a request of the model `slot`.
-    Generate {
-        slot: usize,
-        request: Generate,
-        sink: Box<dyn Sink>,
-    },
+    Generate { slot: usize, request: Generate, sink: Box<dyn Sink> },
     /// Take nothing new; end when nothing runs any more.
     Drain,
     /// End now.

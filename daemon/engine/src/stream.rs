@@ -45,7 +45,8 @@ impl TextStream {
             self.held.truncate(at);
             return Piece { text: std::mem::take(&mut self.held), stopped: true };
         }
-        let keep = if everything { 0 } else { self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0) };
+        let keep =
+            if everything { 0 } else { self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0) };
         let rest = self.held.split_off(self.held.len() - keep);
         Piece { text: std::mem::replace(&mut self.held, rest), stopped: false }
     }
