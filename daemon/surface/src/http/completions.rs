@@ -1,0 +1,134 @@
+//! `POST /v1/completions`: text or token ids in, their continuation out. Works for models without a tokenizer.
+
+use super::Shared;
+use super::body::JsonBody;
+use super::chat::StreamOptions;
+use super::error::HttpError;
+use super::generation::{Wire, answer};
+use super::sampling::SamplingFields;
+use axum::extract::State;
+use axum::response::Response;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sparsed_engine::DEFAULT_MODEL;
+use sparsed_engine::api::{Failure, Generate};
+
+/// Tokens of an answer when the request does not say, as OpenAI has it.
+const MAX_TOKENS_DEFAULT: u32 = 16;
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct CompletionRequest {
+    model: Option<String>,
+    prompt: Prompt,
+    #[serde(default)]
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    max_tokens: Option<u32>,
+    /// llama.cpp's name: the answer's token ids come along.
+    #[serde(default)]
+    return_tokens: bool,
+    echo: Option<bool>,
+    suffix: Option<String>,
+    best_of: Option<u32>,
+    #[serde(flatten)]
+    sampling: SamplingFields,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Prompt {
+    Text(String),
+    Tokens(Vec<u32>),
+    Texts(Vec<String>),
+    TokenLists(Vec<Vec<u32>>),
+}
+
+pub(crate) async fn create(
+    State(shared): State<Shared>,
+    JsonBody(request): JsonBody<CompletionRequest>,
+) -> Result<Response, HttpError> {
+    request.refuse_what_is_missing()?;
+    let sampling = request.sampling.sampling()?;
+    let stops = request.sampling.stops()?;
+    let model = request.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+    let served = shared.service.model(&model)?;
+    let with_tokens = request.return_tokens || served.model.tokenizer().is_none();
+    let prompt = match request.prompt.single()? {
+        Ok(text) => {
+            let prompt = tokio::task::spawn_blocking(move || served.text_prompt(&text));
+            prompt.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??
+        }
+        Err(tokens) => tokens,
+    };
+    let generate = Generate {
+        model,
+        prompt,
+        max_tokens: Some(request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)),
+        sampling,
+        stops,
+        ignore_end: request.sampling.ignore_end(),
+    };
+    let reply = StreamOptions::reply(request.stream_options, request.stream);
+    answer(&shared.service, generate, reply, CompletionWire { with_tokens }).await
+}
+
+impl CompletionRequest {
+    fn refuse_what_is_missing(&self) -> Result<(), HttpError> {
+        let asked = [
+            ("echo", self.echo == Some(true)),
+            ("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty())),
+            ("best_of", self.best_of.is_some_and(|n| n != 1)),
+        ];
+        match asked.iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => Err(HttpError::invalid(name, "is not served by this version")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Prompt {
+    /// The one prompt of the request: text, or else token ids.
+    fn single(self) -> Result<Result<String, Vec<u32>>, HttpError> {
+        let several = |n: usize| HttpError::invalid("prompt", format!("has {n} prompts, one is served per request"));
+        match self {
+            Self::Text(text) => Ok(Ok(text)),
+            Self::Tokens(tokens) => Ok(Err(tokens)),
+            Self::Texts(texts) => <[String; 1]>::try_from(texts).map(|[text]| Ok(text)).map_err(|t| several(t.len())),
+            Self::TokenLists(lists) => {
+                <[Vec<u32>; 1]>::try_from(lists).map(|[tokens]| Err(tokens)).map_err(|l| several(l.len()))
+            }
+        }
+    }
+}
+
+struct CompletionWire {
+    with_tokens: bool,
+}
+
+impl CompletionWire {
+    fn written(&self, text: &str, tokens: &[u32], finish_reason: Option<&str>) -> Value {
+        let mut choice = json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": finish_reason });
+        if self.with_tokens {
+            choice["tokens"] = json!(tokens);
+        }
+        choice
+    }
+}
+
+impl Wire for CompletionWire {
+    const ID_PREFIX: &'static str = "cmpl";
+    const OBJECT: &'static str = "text_completion";
+    const CHUNK_OBJECT: &'static str = "text_completion";
+
+    fn choice(&self, text: String, tokens: &[u32], finish_reason: &str) -> Value {
+        self.written(&text, tokens, Some(finish_reason))
+    }
+
+    fn opening(&self) -> Option<Value> {
+        None
+    }
+
+    fn chunk_choice(&self, text: &str, tokens: &[u32], finish_reason: Option<&str>) -> Value {
+        self.written(text, tokens, finish_reason)
+    }
+}

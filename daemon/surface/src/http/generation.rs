@@ -1,0 +1,236 @@
+//! How does an answer travel? From the engine's events to one JSON body or a stream of server-sent events.
+//!
+//! Both hold the receiving end of the request's channel: when the client goes away the handler or the stream is
+//! dropped, the engine sees the closed channel and frees the sequence.
+
+use super::error::HttpError;
+use axum::Json;
+use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::stream;
+use serde_json::{Value, json};
+use sparsed_engine::Service;
+use sparsed_engine::api::{Event, Failure, FinishReason, Finished, Generate, Refused, Sink};
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+/// Events between engine and client; a client that reads slower than this pauses its sequence.
+const CHANNEL: usize = 64;
+
+/// How the two kinds of answers are written.
+pub(crate) trait Wire: Send + 'static {
+    /// The id's prefix.
+    const ID_PREFIX: &'static str;
+    /// `object` of a whole answer.
+    const OBJECT: &'static str;
+    /// `object` of a piece.
+    const CHUNK_OBJECT: &'static str;
+    /// The choice of a whole answer.
+    fn choice(&self, text: String, tokens: &[u32], finish_reason: &str) -> Value;
+    /// The piece before any text, if the kind has one.
+    fn opening(&self) -> Option<Value>;
+    /// The choice of a piece; `finish_reason` only in the last.
+    fn chunk_choice(&self, text: &str, tokens: &[u32], finish_reason: Option<&str>) -> Value;
+}
+
+/// What a client wants back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reply {
+    /// Server-sent events instead of one body.
+    pub(crate) stream: bool,
+    /// A last piece with the usage.
+    pub(crate) include_usage: bool,
+}
+
+/// Who an answer says it is.
+#[derive(Clone, Debug)]
+struct Head {
+    id: String,
+    created: u64,
+    model: String,
+}
+
+struct ChannelSink(mpsc::Sender<Event>);
+
+impl Sink for ChannelSink {
+    fn offer(&mut self, event: Event) -> Result<(), Refused> {
+        self.0.try_send(event).map_err(|error| match error {
+            TrySendError::Full(event) => Refused::Full(event),
+            TrySendError::Closed(_) => Refused::Closed,
+        })
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.is_closed()
+    }
+}
+
+/// Hands the request to the engine and answers as the client wants it.
+pub(crate) async fn answer<W: Wire>(
+    service: &Service,
+    request: Generate,
+    reply: Reply,
+    wire: W,
+) -> Result<Response, HttpError> {
+    let head = Head::new::<W>(request.model.clone());
+    let (sender, mut events) = mpsc::channel(CHANNEL);
+    service.generate(request, Box::new(ChannelSink(sender)))?;
+    // Whether the queue had room is known before the first byte of an answer is sent.
+    match events.recv().await {
+        Some(Event::Queued { .. }) => {}
+        Some(Event::Failed(failure)) => return Err(failure.into()),
+        Some(_) => return Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into()),
+        None => return Err(Failure::ShuttingDown.into()),
+    }
+    if reply.stream {
+        return Ok(streamed(Stream::new(head, wire, reply.include_usage, events)));
+    }
+    collected(head, wire, events).await
+}
+
+async fn collected<W: Wire>(head: Head, wire: W, mut events: mpsc::Receiver<Event>) -> Result<Response, HttpError> {
+    let (mut text, mut tokens) = (String::new(), Vec::new());
+    loop {
+        match events.recv().await {
+            Some(Event::Queued { .. }) => {}
+            Some(Event::Delta { text: more, tokens: new }) => {
+                text += &more;
+                tokens.extend(new);
+            }
+            Some(Event::Finished(finished)) => {
+                let choice = wire.choice(text, &tokens, finish_reason(finished.reason));
+                let mut body = head.object(W::OBJECT, &[choice]);
+                body["usage"] = usage(&finished);
+                body["timings"] = timings(&finished);
+                return Ok(Json(body).into_response());
+            }
+            Some(Event::Failed(failure)) => return Err(failure.into()),
+            None => return Err(Failure::ShuttingDown.into()),
+        }
+    }
+}
+
+/// A stream of pieces, fed by events.
+struct Stream<W> {
+    head: Head,
+    wire: W,
+    include_usage: bool,
+    events: mpsc::Receiver<Event>,
+    /// Written, not sent yet.
+    ready: VecDeque<SseEvent>,
+    ended: bool,
+}
+
+impl<W: Wire> Stream<W> {
+    fn new(head: Head, wire: W, include_usage: bool, events: mpsc::Receiver<Event>) -> Self {
+        let mut stream = Self { head, wire, include_usage, events, ready: VecDeque::new(), ended: false };
+        if let Some(choice) = stream.wire.opening() {
+            stream.piece(&[choice], None);
+        }
+        stream
+    }
+
+    async fn next(&mut self) -> Option<SseEvent> {
+        while self.ready.is_empty() && !self.ended {
+            match self.events.recv().await {
+                Some(event) => self.write(event),
+                None => self.write(Event::Failed(Failure::ShuttingDown)),
+            }
+        }
+        self.ready.pop_front()
+    }
+
+    fn write(&mut self, event: Event) {
+        match event {
+            Event::Queued { .. } => {}
+            Event::Delta { text, tokens } => {
+                let choice = self.wire.chunk_choice(&text, &tokens, None);
+                // A token without text of its own (half a character, the end) is nothing to send.
+                if !text.is_empty() || choice.get("tokens").is_some() {
+                    self.piece(&[choice], None);
+                }
+            }
+            Event::Finished(finished) => {
+                let choice = self.wire.chunk_choice("", &[], Some(finish_reason(finished.reason)));
+                self.piece(&[choice], Some(timings(&finished)));
+                if self.include_usage {
+                    let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
+                    body["usage"] = usage(&finished);
+                    self.ready.push_back(SseEvent::default().data(body.to_string()));
+                }
+                self.ready.push_back(SseEvent::default().data("[DONE]"));
+                self.ended = true;
+            }
+            Event::Failed(failure) => {
+                let body = HttpError::from(failure).body();
+                self.ready.push_back(SseEvent::default().data(body.to_string()));
+                self.ended = true;
+            }
+        }
+    }
+
+    fn piece(&mut self, choices: &[Value], timings: Option<Value>) {
+        let mut body = self.head.object(W::CHUNK_OBJECT, choices);
+        if let Some(timings) = timings {
+            body["timings"] = timings;
+        }
+        self.ready.push_back(SseEvent::default().data(body.to_string()));
+    }
+}
+
+fn streamed<W: Wire>(stream: Stream<W>) -> Response {
+    let events = stream::unfold(stream, |mut stream| async move {
+        let event = stream.next().await?;
+        Some((Ok::<_, Infallible>(event), stream))
+    });
+    // Comments keep proxies awake during a long prefill.
+    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+}
+
+impl Head {
+    fn new<W: Wire>(model: String) -> Self {
+        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let id = format!("{}-{:016x}", W::ID_PREFIX, getrandom::u64().unwrap_or(created));
+        Self { id, created, model }
+    }
+
+    fn object(&self, object: &str, choices: &[Value]) -> Value {
+        json!({ "id": self.id, "object": object, "created": self.created, "model": self.model, "choices": choices })
+    }
+}
+
+fn finish_reason(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop => "stop",
+        FinishReason::Length => "length",
+    }
+}
+
+fn usage(finished: &Finished) -> Value {
+    let usage = finished.usage;
+    json!({
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
+        "prompt_tokens_details": { "cached_tokens": 0 },
+    })
+}
+
+/// As llama.cpp's server has them, and the time in the queue.
+fn timings(finished: &Finished) -> Value {
+    let (usage, timings) = (finished.usage, finished.timings);
+    let rate = |n: u32, ms: f64| if ms > 0.0 { f64::from(n) * 1e3 / ms } else { 0.0 };
+    let after_first = usage.completion_tokens.saturating_sub(1);
+    json!({
+        "queue_ms": timings.queue_ms,
+        "prompt_n": usage.prompt_tokens,
+        "prompt_ms": timings.prompt_ms,
+        "prompt_per_second": rate(usage.prompt_tokens, timings.prompt_ms),
+        "predicted_n": usage.completion_tokens,
+        "predicted_ms": timings.predicted_ms,
+        "predicted_per_second": rate(after_first, timings.predicted_ms),
+    })
+}

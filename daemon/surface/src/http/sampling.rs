@@ -1,0 +1,172 @@
+//! Which sampling parameters does a request carry? The fields that chat and completions share.
+
+use super::error::HttpError;
+use serde::Deserialize;
+use serde_json::Value;
+use sparsed_engine::{Sampling, checked_stops};
+use std::collections::BTreeMap;
+
+/// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM and llama.cpp have them.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct SamplingFields {
+    temperature: Option<f32>,
+    top_p: Option<f32>,
+    top_k: Option<i64>,
+    min_p: Option<f32>,
+    seed: Option<i64>,
+    repetition_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    logit_bias: Option<BTreeMap<String, f32>>,
+    stop: Option<Stop>,
+    ignore_eos: Option<bool>,
+    n: Option<u32>,
+    // What would change the answer and is not there yet.
+    logprobs: Option<Value>,
+    top_logprobs: Option<Value>,
+    response_format: Option<Value>,
+    grammar: Option<Value>,
+    tools: Option<Value>,
+    functions: Option<Value>,
+    modalities: Option<Value>,
+    audio: Option<Value>,
+    prediction: Option<Value>,
+    web_search_options: Option<Value>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Stop {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl SamplingFields {
+    /// The parameters, every one in its range.
+    pub(crate) fn sampling(&self) -> Result<Sampling, HttpError> {
+        self.refuse_what_is_missing()?;
+        let default = Sampling::default();
+        let top_k = match self.top_k {
+            // -1 is vLLM's and llama.cpp's "all".
+            None | Some(-1) => 0,
+            Some(k) => {
+                u32::try_from(k).map_err(|_| HttpError::invalid("top_k", format!("is {k}, must be 0 or more")))?
+            }
+        };
+        let seed = match self.seed {
+            Some(seed) => seed.cast_unsigned(),
+            None => getrandom::u64().unwrap_or_default(),
+        };
+        let sampling = Sampling {
+            temperature: self.temperature.unwrap_or(default.temperature),
+            top_k,
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            seed,
+            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
+            logit_bias: self.biases()?,
+        };
+        Ok(sampling.checked()?)
+    }
+
+    /// The stop strings.
+    pub(crate) fn stops(&self) -> Result<Vec<String>, HttpError> {
+        let stops = match &self.stop {
+            None => Vec::new(),
+            Some(Stop::One(stop)) => vec![stop.clone()],
+            Some(Stop::Several(stops)) => stops.clone(),
+        };
+        Ok(checked_stops(stops)?)
+    }
+
+    /// Whether the answer goes on past end tokens.
+    pub(crate) fn ignore_end(&self) -> bool {
+        self.ignore_eos.unwrap_or(false)
+    }
+
+    fn biases(&self) -> Result<Vec<(u32, f32)>, HttpError> {
+        let parse = |(id, bias): (&String, &f32)| {
+            let id =
+                id.parse().map_err(|_| HttpError::invalid("logit_bias", format!("has key '{id}', not a token id")))?;
+            Ok((id, *bias))
+        };
+        self.logit_bias.iter().flatten().map(parse).collect()
+    }
+
+    /// Refuses fields that ask for more than there is, rather than to answer something else than was asked for.
+    fn refuse_what_is_missing(&self) -> Result<(), HttpError> {
+        if self.n.is_some_and(|n| n != 1) {
+            return Err(HttpError::invalid("n", "must be 1: one answer per request is served"));
+        }
+        let text_only = |format: &Value| format.get("type").and_then(Value::as_str) == Some("text");
+        let asks = |value: &Option<Value>| match value {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(value) => !text_only(value),
+        };
+        let fields = [
+            ("logprobs", &self.logprobs),
+            ("top_logprobs", &self.top_logprobs),
+            ("response_format", &self.response_format),
+            ("grammar", &self.grammar),
+            ("tools", &self.tools),
+            ("functions", &self.functions),
+            ("audio", &self.audio),
+            ("prediction", &self.prediction),
+            ("web_search_options", &self.web_search_options),
+        ];
+        if let Some((name, _)) = fields.iter().find(|(_, value)| asks(value)) {
+            return Err(HttpError::invalid(name, "is not served by this version"));
+        }
+        match &self.modalities {
+            None | Some(Value::Null) => Ok(()),
+            Some(value) if *value == serde_json::json!(["text"]) => Ok(()),
+            Some(_) => Err(HttpError::invalid("modalities", "must be [\"text\"]")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fields(json: &str) -> SamplingFields {
+        serde_json::from_str(json).unwrap()
+    }
+
+    fn refused(json: &str) -> String {
+        let error = fields(json).sampling().unwrap_err();
+        error.body()["error"]["param"].as_str().unwrap().to_owned()
+    }
+
+    #[test]
+    fn fields_become_parameters() {
+        let sampling =
+            fields(r#"{"temperature": 0, "top_k": -1, "seed": -3, "logit_bias": {"7": 1.5}}"#).sampling().unwrap();
+        assert_eq!((sampling.temperature, sampling.top_k, sampling.seed), (0.0, 0, u64::MAX - 2));
+        assert_eq!(sampling.logit_bias, [(7, 1.5)]);
+        assert_eq!(fields(r#"{"stop": "x"}"#).stops().unwrap(), ["x"]);
+    }
+
+    #[test]
+    fn what_is_not_served_is_refused_by_name() {
+        for (json, param) in [
+            (r#"{"n": 2}"#, "n"),
+            (r#"{"tools": [{}]}"#, "tools"),
+            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
+            (r#"{"logprobs": true}"#, "logprobs"),
+            (r#"{"top_k": -2}"#, "top_k"),
+            (r#"{"temperature": -0.1}"#, "temperature"),
+            (r#"{"modalities": ["audio"]}"#, "modalities"),
+            (r#"{"logit_bias": {"x": 1}}"#, "logit_bias"),
+        ] {
+            assert_eq!(refused(json), param, "{json}");
+        }
+        let harmless =
+            r#"{"n": 1, "tools": [], "response_format": {"type": "text"}, "logprobs": false, "metadata": {}}"#;
+        assert!(fields(harmless).sampling().is_ok());
+    }
+}

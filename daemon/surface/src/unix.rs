@@ -1,0 +1,76 @@
+//! Who connects, and what may a connection cost? The accept loop of the Unix socket, with its limits.
+
+use crate::http;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use sparsed_engine::Service;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::Semaphore;
+
+/// Most bytes of a request's head; also the read buffer.
+const HEAD_BYTES_MAX: usize = 32 << 10;
+/// Most header lines of a request.
+const HEADERS_MAX: usize = 100;
+/// How long a request's head may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
+/// Pause after a failed accept: out of file descriptors, most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Limits of the socket.
+#[derive(Clone, Copy, Debug)]
+pub struct ServeOptions {
+    /// Most open connections; further ones wait to be accepted.
+    pub connections_max: usize,
+    /// Most bytes of a request's body.
+    pub body_bytes_max: usize,
+    /// How long running answers may go on after `stop`.
+    pub stop_timeout: Duration,
+}
+
+/// Serves HTTP/1.1 on `listener` until `stop` resolves, then lets running requests end.
+pub async fn serve(listener: UnixListener, service: Service, options: ServeOptions, stop: impl Future<Output = ()>) {
+    let router = TowerToHyperService::new(http::router(service, options.body_bytes_max));
+    let graceful = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(options.connections_max));
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut stop => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                log::warn!(reason:% = error; "connection not accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        log_peer(&stream);
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+        builder.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
+        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), router.clone()));
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                log::debug!(reason:% = error; "connection ended early");
+            }
+            drop(place);
+        });
+    }
+    drop(listener); // further clients are refused at once instead of waiting
+    if tokio::time::timeout(options.stop_timeout, graceful.shutdown()).await.is_err() {
+        log::warn!("answers were still running when the time to stop was over");
+    }
+}
+
+fn log_peer(stream: &UnixStream) {
+    if let Ok(peer) = stream.peer_cred() {
+        log::debug!(uid = peer.uid(), pid = peer.pid().unwrap_or(0); "connected");
+    }
+}
