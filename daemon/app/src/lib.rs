@@ -1,6 +1,11 @@
 //! Who starts what, and when does it stop?
 //!
-//! So far the tool `sparsectl` with the commands that need no daemon. The daemon itself is not there yet.
+//! The daemon `sparsed`: `config` says what is wanted, `assemble` puts it together, `lifecycle` runs and stops it. The
+//! tool `sparsectl` (`ctl`) is a client of the daemon's socket, and runs models by itself where no daemon is needed.
 #![forbid(unsafe_code)]
 
+pub mod assemble;
+pub mod config;
 pub mod ctl;
+pub mod lifecycle;
+pub mod logging;

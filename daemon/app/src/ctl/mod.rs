@@ -1,14 +1,21 @@
 //! The commands of `sparsectl`. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
+mod bench;
+mod client;
 mod convert;
 mod local;
 mod logits;
+mod private;
+mod repl;
 mod run;
+mod status;
 
 use clap::{Parser, Subcommand};
+use serde_json::Value;
+use std::io::Write;
 use std::process::ExitCode;
 
-/// Work with sparsed models.
+/// Work with sparsed and its models.
 #[derive(Debug, Parser)]
 #[command(name = "sparsectl", version)]
 struct Arguments {
@@ -18,18 +25,25 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(bench::Bench),
     Convert(convert::Convert),
     Logits(logits::Logits),
+    Models(status::Models),
     Run(run::Run),
+    Status(status::Status),
 }
 
 /// Parses the arguments, runs the command, reports a failure on standard error.
 pub fn main() -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::new().filter_or("SPARSED_LOG", "warn")).init();
-    let outcome = match Arguments::parse().command {
+    let arguments = Arguments::parse();
+    crate::logging::start(log::LevelFilter::Warn);
+    let outcome = match arguments.command {
+        Command::Bench(command) => command.run(),
         Command::Convert(command) => command.run(),
         Command::Logits(command) => command.run(),
+        Command::Models(command) => command.run(),
         Command::Run(command) => command.run(),
+        Command::Status(command) => command.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -43,4 +57,13 @@ pub fn main() -> ExitCode {
 #[expect(clippy::print_stderr, reason = "a command-line tool speaks on standard error")]
 fn report(error: &anyhow::Error) {
     eprintln!("error: {error:#}");
+}
+
+/// Writes a line to standard output.
+fn print(text: &str) -> anyhow::Result<()> {
+    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+}
+
+fn print_json(value: &Value) -> anyhow::Result<()> {
+    print(&serde_json::to_string_pretty(value)?)
 }

@@ -1,77 +1,181 @@
-//! `sparsectl run`: answers one prompt in this process, greedily. Becomes a client of the daemon when that is there.
+//! `sparsectl run`: asks a model of the daemon, or runs a model file in a private daemon of its own.
 
-use super::local::Local;
-use anyhow::{Context, ensure};
-use sparsed_model::ChatMessage;
-use std::io::Write;
+use super::client::Client;
+use super::private::{PrivateDaemon, PrivateOptions};
+use super::repl;
+use crate::config::{Config, Paths};
+use anyhow::bail;
+use serde_json::{Value, json};
+use sparsed_engine::DEFAULT_MODEL;
+use std::io::{IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
 
-/// Tokens of one prefill step.
-const CHUNK: u32 = 256;
+/// Longest prompt that is read from standard input.
+const STDIN_BYTES_MAX: u64 = 8 << 20;
 
-/// Answer one prompt at temperature 0, without a daemon.
+/// Ask a model: one answer for a prompt, a conversation on a terminal.
 #[derive(Debug, clap::Args)]
 pub(super) struct Run {
+    /// A configured model's name, or a model file (which needs no daemon), then the prompt. Without a name: `default`.
+    /// Without a prompt: a conversation on a terminal, or else the prompt is read from standard input.
+    #[arg(value_name = "MODEL_OR_FILE] [PROMPT", num_args = 0..=2)]
+    words: Vec<String>,
+    /// The daemon's socket.
+    #[arg(long, env = "SPARSED_SOCKET")]
+    socket: Option<PathBuf>,
     #[command(flatten)]
-    local: Local,
-    /// The user's message.
-    prompt: String,
-    /// Most tokens of the answer.
-    #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
-    max_tokens: u32,
+    options: ChatOptions,
+    #[command(flatten)]
+    private: PrivateOptions,
+    /// Print the whole answer as JSON instead of streaming it.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How the answer is made.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct ChatOptions {
+    /// The system message.
+    #[arg(long)]
+    pub(super) system: Option<String>,
+    /// Randomness; 0: always the likeliest token.
+    #[arg(long, default_value_t = 0.2)]
+    temperature: f32,
+    /// Only the likeliest tokens that make up this share.
+    #[arg(long, default_value_t = 0.9)]
+    top_p: f32,
+    /// Same seed, same answer.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Most tokens of an answer.
+    #[arg(long)]
+    max_tokens: Option<u32>,
+}
+
+impl ChatOptions {
+    /// A chat request with these messages.
+    pub(super) fn request(&self, model: &str, messages: &[Value], stream: bool) -> Value {
+        let mut body = json!({
+            "model": model,
+            "messages": messages,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "stream": stream,
+        });
+        if let Some(seed) = self.seed {
+            body["seed"] = json!(seed.cast_signed());
+        }
+        if let Some(max_tokens) = self.max_tokens {
+            body["max_tokens"] = json!(max_tokens);
+        }
+        body
+    }
+
+    /// The conversation before the first question.
+    pub(super) fn opening(&self) -> Vec<Value> {
+        self.system.iter().map(|text| json!({ "role": "system", "content": text })).collect()
+    }
+}
+
+/// What the words on the command line mean.
+#[derive(Debug, PartialEq, Eq)]
+enum Target {
+    Named(String),
+    File(PathBuf),
 }
 
 impl Run {
-    #[expect(clippy::print_stdout, reason = "the answer goes to standard output")]
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let (model, backend) = self.local.open()?;
-        let tokenizer = model.tokenizer().context("the model has no tokenizer: use `sparsectl logits`")?;
-        let template = model.chat_template().context("the model has no chat template")?;
-        let message = ChatMessage { role: "user".to_owned(), content: self.prompt.clone() };
-        let prompt = tokenizer.encode_chat(&template.render(&[message])?)?;
-        let length = u32::try_from(prompt.len())?;
-        let limit = model.spec().context_length;
-        ensure!(length < limit, "the prompt has {length} tokens, the model's context is {limit}");
-        let context = limit.min(length + self.max_tokens);
-        let mut device = self.local.load(&model, &backend, context, CHUNK, false)?;
-        let mut sequence = device.sequence();
-        let mut logits = Vec::new();
-        for chunk in prompt.chunks(CHUNK as usize) {
-            let last = u32::try_from(chunk.len() - 1)?;
-            logits = device.step(&mut sequence, chunk, &[last])?.logits;
-        }
-        let mut pending = Vec::new();
-        for position in length..context {
-            let token = greedy(&logits);
-            if tokenizer.end_tokens().contains(&token) {
-                break;
+        crate::lifecycle::runtime()?.block_on(self.converse())
+    }
+
+    async fn converse(self) -> anyhow::Result<()> {
+        let (target, prompt) = target(&self.words)?;
+        let (client, model, private) = match target {
+            Target::Named(name) => {
+                let socket = self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket);
+                (Client::new(&socket), name, None)
             }
-            pending.extend_from_slice(tokenizer.token_bytes(token));
-            print!("{}", whole_characters(&mut pending));
-            std::io::stdout().flush()?;
-            if position + 1 < context {
-                logits = device.step(&mut sequence, &[token], &[0])?.logits;
+            Target::File(file) => {
+                let private = PrivateDaemon::start(&file, &self.private).await?;
+                (Client::new(private.socket()), DEFAULT_MODEL.to_owned(), Some(private))
             }
+        };
+        let outcome = self.ask(&client, &model, prompt).await;
+        if let Some(private) = private {
+            private.stop().await?;
         }
-        println!("{}", String::from_utf8_lossy(&pending));
+        outcome
+    }
+
+    async fn ask(&self, client: &Client, model: &str, prompt: Option<String>) -> anyhow::Result<()> {
+        let prompt = match prompt {
+            Some(prompt) => prompt,
+            None if std::io::stdin().is_terminal() => return repl::run(client, model, &self.options).await,
+            None => {
+                let mut text = String::new();
+                std::io::stdin().take(STDIN_BYTES_MAX).read_to_string(&mut text)?;
+                text
+            }
+        };
+        let mut messages = self.options.opening();
+        messages.push(json!({ "role": "user", "content": prompt }));
+        if self.json {
+            let answer = client.post("/v1/chat/completions", &self.options.request(model, &messages, false)).await?;
+            return super::print_json(&answer);
+        }
+        let answer = stream_answer(client, &self.options.request(model, &messages, true)).await?;
+        if !answer.ends_with('\n') {
+            write_out("\n")?;
+        }
         Ok(())
     }
 }
 
-/// The token of greatest logit, the lowest of equals.
-fn greedy(logits: &[f32]) -> u32 {
-    let best =
-        (0u32..).zip(logits).fold((0, f32::NEG_INFINITY), |best, (id, &v)| if v > best.1 { (id, v) } else { best });
-    best.0
+/// Writes an answer to standard output as it comes, and gives it back whole.
+///
+/// # Errors
+/// The daemon's, or that nobody reads standard output.
+pub(super) async fn stream_answer(client: &Client, request: &Value) -> anyhow::Result<String> {
+    let mut events = client.stream("/v1/chat/completions", request).await?;
+    let mut answer = String::new();
+    while let Some(event) = events.next().await? {
+        if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {
+            write_out(text)?;
+            answer += text;
+        }
+    }
+    Ok(answer)
 }
 
-/// Takes the whole characters from the front; what may be the start of one stays.
-fn whole_characters(bytes: &mut Vec<u8>) -> String {
-    let end = match std::str::from_utf8(bytes) {
-        Ok(text) => text.len(),
-        Err(error) if error.error_len().is_none() => error.valid_up_to(),
-        Err(_) => bytes.len(),
-    };
-    String::from_utf8_lossy(&bytes.drain(..end).collect::<Vec<_>>()).into_owned()
+fn write_out(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    Ok(out.flush()?)
+}
+
+/// One word is a file if there is such a file, a model if it looks like a name, and a prompt otherwise.
+fn target(words: &[String]) -> anyhow::Result<(Target, Option<String>)> {
+    let is_file = |word: &str| Path::new(word).exists() || has_file_extension(word);
+    Ok(match words {
+        [] => (Target::Named(DEFAULT_MODEL.to_owned()), None),
+        [file] if is_file(file) => (Target::File(file.into()), None),
+        [name] if is_name(name) => (Target::Named(name.clone()), None),
+        [prompt] => (Target::Named(DEFAULT_MODEL.to_owned()), Some(prompt.clone())),
+        [file, prompt] if is_file(file) || file.contains('/') => (Target::File(file.into()), Some(prompt.clone())),
+        [name, prompt] => (Target::Named(name.clone()), Some(prompt.clone())),
+        _ => bail!("a model and a prompt are all that fits; put the prompt in quotes"),
+    })
+}
+
+fn has_file_extension(word: &str) -> bool {
+    Path::new(word).extension().is_some_and(|extension| extension == "gguf")
+}
+
+fn is_name(word: &str) -> bool {
+    !word.is_empty()
+        && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':'))
+        && !word.ends_with('.')
 }
 
 #[cfg(test)]
@@ -79,17 +183,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn characters_are_never_cut() {
-        let mut bytes = "h\u{e9}".as_bytes()[..2].to_vec();
-        assert_eq!(whole_characters(&mut bytes), "h");
-        bytes.push(0xa9);
-        assert_eq!(whole_characters(&mut bytes), "\u{e9}");
-        bytes.extend([0xff, b'x']);
-        assert_eq!(whole_characters(&mut bytes), "\u{fffd}x");
-    }
-
-    #[test]
-    fn greedy_takes_the_lowest_of_equals() {
-        assert_eq!(greedy(&[1.0, 3.0, 3.0, f32::NAN]), 1);
+    fn words_are_a_model_a_file_or_a_prompt() {
+        let words = |list: &[&str]| target(&list.iter().map(|&s| s.to_owned()).collect::<Vec<_>>()).unwrap();
+        let named = |name: &str| Target::Named(name.to_owned());
+        assert_eq!(words(&[]), (named("default"), None));
+        assert_eq!(words(&["default"]), (named("default"), None));
+        assert_eq!(words(&["What is 1 + 1?"]), (named("default"), Some("What is 1 + 1?".to_owned())));
+        assert_eq!(words(&["big", "Hi"]), (named("big"), Some("Hi".to_owned())));
+        assert_eq!(words(&["m.gguf", "Hi"]), (Target::File("m.gguf".into()), Some("Hi".to_owned())));
+        assert_eq!(words(&["./folder", "Hi"]), (Target::File("./folder".into()), Some("Hi".to_owned())));
     }
 }

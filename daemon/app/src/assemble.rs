@@ -1,0 +1,194 @@
+//! What is the daemon made of? Configuration to a device, an engine and a listening socket, in that order.
+//!
+//! Everything that can be wrong with the installation is found here, before the first client is accepted: the state
+//! folder, another daemon, the socket, the plugin. Models are loaded afterwards, by the engine thread.
+
+use crate::config::{Activations, Config, Model, Paths};
+use anyhow::{Context, bail};
+use rustix::fs::FlockOperation;
+use sparsed_backend::{Backend, OpenOptions, Plugin, SearchPath};
+use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Service};
+use sparsed_model::{KvFormats, ProgramOptions, Selection};
+use std::collections::BTreeMap;
+use std::fs::{DirBuilder, File, Permissions};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Who may connect to the socket: its owner and group.
+const SOCKET_MODE: u32 = 0o660;
+/// Share of the available memory that is used when the configuration does not say.
+const BUDGET_SHARE: u64 = 2;
+/// The budget where the available memory cannot be found out.
+const BUDGET_UNKNOWN_BYTES: u64 = 512 << 20;
+
+/// A daemon that is ready to run.
+#[derive(Debug)]
+pub struct Assembly {
+    /// What surfaces speak to.
+    pub service: Service,
+    /// The engine thread; it ends by itself when no model can be served.
+    pub engine: JoinHandle<()>,
+    /// Listening, non-blocking.
+    pub listener: UnixListener,
+    /// The places in use.
+    pub paths: Paths,
+    /// Held until the end: one daemon per state folder.
+    _lock: File,
+}
+
+impl Assembly {
+    /// Puts the daemon together.
+    ///
+    /// # Errors
+    /// What is wrong, with the file or key.
+    pub fn new(config: &Config) -> anyhow::Result<Self> {
+        let paths = Paths::of(config);
+        let lock = lock_state(&paths.state_dir)?;
+        let backend = open_backend(config)?;
+        let models = model_options(config, &paths);
+        let listener = listen(&paths.socket)?;
+        let limits = Limits {
+            max_running: config.limits.max_running,
+            max_waiting: config.limits.max_waiting,
+            max_batched_tokens: config.limits.max_batched_tokens,
+            slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
+        };
+        let (service, engine) = sparsed_engine::start(backend, models, limits).context("the engine thread")?;
+        Ok(Self { service, engine, listener, paths, _lock: lock })
+    }
+}
+
+/// Finds, checks and loads the plugin, and opens its device.
+///
+/// # Errors
+/// Which file is wrong and why.
+pub fn open_backend(config: &Config) -> anyhow::Result<Backend> {
+    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+    let plugin = Plugin::load(scan.select(Some(&config.engine.plugin))?, &config.engine.set)?;
+    let options = OpenOptions { n_threads: config.engine.threads, mem_budget: 0 };
+    let backend = Backend::open(&plugin, config.engine.device, &options)?;
+    log::info!(plugin:% = config.engine.plugin, device:% = backend.info().name; "device open");
+    Ok(backend)
+}
+
+/// What a configured model's steps compute.
+pub fn program_options(model: &Model) -> ProgramOptions {
+    let (activations, kv) = match model.activations {
+        Activations::F32 => (sparsed_model::Activations::F32, KvFormats::exact()),
+        Activations::Int8 => (sparsed_model::Activations::Int8, KvFormats::default()),
+    };
+    let selection = match model.top_k {
+        None => Selection::Model,
+        Some(0) => Selection::Dense,
+        Some(k) => Selection::TopK(k),
+    };
+    ProgramOptions { activations, selection, kv, selections_out: false }
+}
+
+fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
+    let mut models = config.model.clone();
+    if models.is_empty() {
+        let model = Model {
+            path: paths.default_model.clone(),
+            max_context: None,
+            top_k: None,
+            activations: Default::default(),
+        };
+        models = BTreeMap::from([(DEFAULT_MODEL.to_owned(), model)]);
+    }
+    let budget = config.memory.budget.map_or_else(available_share, |budget| budget.0);
+    let kv_bytes = budget / models.len() as u64;
+    let options = |(name, model): (String, Model)| ModelOptions {
+        name,
+        program: program_options(&model),
+        path: model.path,
+        max_context: model.max_context,
+        kv_bytes,
+    };
+    models.into_iter().map(options).collect()
+}
+
+/// Half of the memory that is available now, to the machine or to the cgroup.
+fn available_share() -> u64 {
+    let Ok(mut system) = sysinfo::System::new() else {
+        log::warn!("memory cannot be asked for; set memory.budget");
+        return BUDGET_UNKNOWN_BYTES;
+    };
+    system.refresh_memory();
+    let machine = system.available_memory();
+    let available = system.cgroup_limits().map_or(machine, |cgroup| cgroup.free_memory.min(machine));
+    available / BUDGET_SHARE
+}
+
+/// Makes the state folder and takes its lock.
+fn lock_state(dir: &Path) -> anyhow::Result<File> {
+    make_dir(dir, 0o700)?;
+    let path = dir.join("lock");
+    let file = File::create(&path).with_context(|| path.display().to_string())?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!("another sparsed uses the state folder {}; stop it, or set another state_dir", dir.display())
+        }
+        Err(error) => Err(error).with_context(|| path.display().to_string()),
+    }
+}
+
+fn make_dir(dir: &Path, mode: u32) -> anyhow::Result<()> {
+    DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(|| format!("cannot make {}", dir.display()))
+}
+
+/// Listens on `path`. A socket that nobody listens on any more is replaced, anything else is left alone.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        make_dir(dir, 0o755)?;
+    }
+    if let Ok(found) = path.symlink_metadata() {
+        use std::os::unix::fs::FileTypeExt;
+        if !found.file_type().is_socket() {
+            bail!("{} is there and is not a socket; remove it, or set another socket.path", path.display());
+        }
+        if UnixStream::connect(path).is_ok() {
+            bail!("another process listens on {}; stop it, or set another socket.path", path.display());
+        }
+        std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE)).with_context(|| path.display().to_string())?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_second_daemon_on_one_state_folder_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let _first = lock_state(dir.path()).unwrap();
+        assert!(lock_state(dir.path()).unwrap_err().to_string().contains("another sparsed"));
+    }
+
+    #[test]
+    fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/api.sock");
+        drop(listen(&path).unwrap());
+        let _live = listen(&path).unwrap();
+        assert!(listen(&path).unwrap_err().to_string().contains("another process"));
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, SOCKET_MODE);
+    }
+
+    #[test]
+    fn a_file_in_the_sockets_place_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(listen(&path).unwrap_err().to_string().contains("not a socket"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+}

@@ -1,0 +1,161 @@
+//! Is every key known? Answers with the line and the nearest known key.
+
+use super::ConfigError;
+use std::path::Path;
+use toml::de::{DeTable, DeValue};
+
+/// Every key; `*` stands for a name that the operator chooses, a last `*` for any value below.
+const KEYS: &[&str] = &[
+    "dbus.bus",
+    "engine.device",
+    "engine.plugin",
+    "engine.set.*",
+    "engine.threads",
+    "limits.body",
+    "limits.connections",
+    "limits.max_batched_tokens",
+    "limits.max_running",
+    "limits.max_waiting",
+    "limits.slow_consumer_s",
+    "limits.stop_s",
+    "memory.budget",
+    "model.*.activations",
+    "model.*.max_context",
+    "model.*.path",
+    "model.*.top_k",
+    "plugins.dir",
+    "socket.path",
+    "state_dir",
+];
+
+/// How like a key must be to be suggested, 0 to 1.
+const LIKENESS: f64 = 0.7;
+
+/// Refuses unknown keys in a file.
+pub(super) fn file(path: &Path, text: &str) -> Result<(), ConfigError> {
+    let table = DeTable::parse(text).map_err(|error| located(path, text, &error))?;
+    match unknown(table.get_ref(), &mut Vec::new()) {
+        None => Ok(()),
+        Some((key, offset)) => {
+            let origin = format!("{}:{}", path.display(), line(text, offset));
+            Err(ConfigError::Invalid { origin, reason: unknown_key(&key) })
+        }
+    }
+}
+
+/// An error of the TOML parser with file and line.
+pub(super) fn located(path: &Path, text: &str, error: &toml::de::Error) -> ConfigError {
+    let place = error.span().map_or(1, |span| line(text, span.start));
+    // The parser says what is wrong; the line's own text says where.
+    let quoted = text.lines().nth(place - 1).unwrap_or_default().trim();
+    let reason = format!("{} in: {quoted}", error.message());
+    ConfigError::Invalid { origin: format!("{}:{place}", path.display()), reason }
+}
+
+/// Applies `key=value` to `table`; the value is TOML, or else a bare string.
+pub(super) fn apply(set: &str, table: &mut toml::Table) -> Result<(), ConfigError> {
+    let fail = |reason: String| ConfigError::Invalid { origin: format!("--set {set}"), reason };
+    let (key, text) = set.split_once('=').ok_or_else(|| fail("must be key=value".to_owned()))?;
+    let parts: Vec<&str> = key.trim().split('.').collect();
+    if !known(&parts) {
+        return Err(fail(unknown_key(&parts.join("."))));
+    }
+    let value =
+        match format!("value = {text}").parse::<toml::Table>().ok().and_then(|mut parsed| parsed.remove("value")) {
+            Some(value) => value,
+            None => toml::Value::String(text.to_owned()),
+        };
+    let (last, tables) = parts.split_last().expect("split gives at least one part");
+    let mut table = table;
+    for part in tables {
+        let entry = table.entry((*part).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
+        table = entry.as_table_mut().ok_or_else(|| fail(format!("'{part}' is not a table")))?;
+    }
+    table.insert((*last).to_owned(), value);
+    Ok(())
+}
+
+/// The first unknown key below `table`, and where it stands.
+fn unknown(table: &DeTable<'_>, above: &mut Vec<String>) -> Option<(String, usize)> {
+    for (key, value) in table {
+        above.push(key.get_ref().to_string());
+        let parts: Vec<&str> = above.iter().map(String::as_str).collect();
+        let found = match value.get_ref() {
+            DeValue::Table(below) if is_table(&parts) => unknown(below, above),
+            _ if known(&parts) => None,
+            _ => Some((parts.join("."), key.span().start)),
+        };
+        if found.is_some() {
+            return found;
+        }
+        above.pop();
+    }
+    None
+}
+
+fn matches(pattern: &str, parts: &[&str]) -> bool {
+    let pattern: Vec<&str> = pattern.split('.').collect();
+    pattern.len() == parts.len() && pattern.iter().zip(parts).all(|(p, part)| *p == "*" || p == part)
+}
+
+fn known(parts: &[&str]) -> bool {
+    KEYS.iter().any(|pattern| matches(pattern, parts))
+}
+
+/// Whether keys stand below these parts.
+fn is_table(parts: &[&str]) -> bool {
+    KEYS.iter().any(|pattern| {
+        let head: Vec<&str> = pattern.split('.').take(parts.len()).collect();
+        pattern.split('.').count() > parts.len() && matches(&head.join("."), parts)
+    })
+}
+
+fn unknown_key(key: &str) -> String {
+    let parts: Vec<&str> = key.split('.').collect();
+    // The operator's own names stand in for the stars.
+    let concrete = |pattern: &&str| {
+        let filled = pattern.split('.').zip(parts.iter().chain(std::iter::repeat(&"NAME")));
+        filled.map(|(p, part)| if p == "*" { *part } else { p }).collect::<Vec<_>>().join(".")
+    };
+    let candidates = KEYS.iter().map(concrete).map(|known| (strsim::jaro_winkler(&known, key), known));
+    match candidates.filter(|(likeness, _)| *likeness >= LIKENESS).max_by(|a, b| a.0.total_cmp(&b.0)) {
+        Some((_, nearest)) => format!("unknown key '{key}'; did you mean '{nearest}'?"),
+        None => format!("unknown key '{key}'; known are {}", KEYS.join(", ")),
+    }
+}
+
+fn line(text: &str, offset: usize) -> usize {
+    text.get(..offset).unwrap_or(text).matches('\n').count() + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Bytes, Config, Model};
+
+    /// The list above and the types cannot drift apart: a full configuration has exactly these keys.
+    #[test]
+    fn the_list_of_keys_is_that_of_the_types() {
+        let mut config = Config { state_dir: Some("x".into()), ..Config::default() };
+        config.socket.path = Some("x".into());
+        config.plugins.dir = Some("x".into());
+        config.memory.budget = Some(Bytes(1));
+        config.engine.set.insert("*".to_owned(), "x".to_owned());
+        let model = Model { path: "x".into(), max_context: Some(1), top_k: Some(1), activations: Default::default() };
+        config.model.insert("*".to_owned(), model);
+        let mut found = Vec::new();
+        flatten(&toml::Table::try_from(config).unwrap(), "", &mut found);
+        found.sort();
+        assert_eq!(found, KEYS);
+    }
+
+    fn flatten(table: &toml::Table, above: &str, found: &mut Vec<String>) {
+        for (key, value) in table {
+            let name = if above.is_empty() { key.clone() } else { format!("{above}.{key}") };
+            match value {
+                toml::Value::Table(below) => flatten(below, &name, found),
+                _ => found.push(name),
+            }
+        }
+    }
+}

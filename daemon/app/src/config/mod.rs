@@ -1,0 +1,304 @@
+//! What did the operator ask for? One TOML file and `--set`, parsed into types, every key known.
+//!
+//! Order: built-in defaults, then the file, then `--set` from left to right. An unknown key is an error that names the
+//! line and the nearest known key; nothing is ignored.
+
+mod check;
+mod paths;
+mod size;
+
+pub use paths::Paths;
+pub use size::Bytes;
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Largest configuration file in bytes.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// What is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        source: std::io::Error,
+    },
+    /// A key or value is wrong.
+    #[error("{origin}: {reason}")]
+    Invalid {
+        /// File and line, or the `--set` argument.
+        origin: String,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+/// The whole configuration.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where the daemon keeps what must survive; `None`: see [`Paths`].
+    pub state_dir: Option<PathBuf>,
+    /// The Unix socket.
+    pub socket: Socket,
+    /// Plugins.
+    pub plugins: Plugins,
+    /// Which device computes.
+    pub engine: Engine,
+    /// Memory.
+    pub memory: Memory,
+    /// Limits of requests.
+    pub limits: Limits,
+    /// D-Bus.
+    pub dbus: Dbus,
+    /// Models by name. Without any, `default` is the packaged model.
+    pub model: BTreeMap<String, Model>,
+}
+
+/// `[socket]`
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Socket {
+    /// Where it is; `None`: see [`Paths`].
+    pub path: Option<PathBuf>,
+}
+
+/// `[plugins]`
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Plugins {
+    /// A folder that is searched before `plugins/` beside the executable and `/usr/lib/sparsed/plugins`.
+    pub dir: Option<PathBuf>,
+}
+
+/// `[engine]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Engine {
+    /// The plugin's id.
+    pub plugin: String,
+    /// Device of the plugin, from 0.
+    pub device: u32,
+    /// Compute threads; 0: the plugin's choice.
+    pub threads: u32,
+    /// Settings for the plugin.
+    pub set: BTreeMap<String, String>,
+}
+
+impl Default for Engine {
+    fn default() -> Self {
+        Self { plugin: "cpu".to_owned(), device: 0, threads: 0, set: BTreeMap::new() }
+    }
+}
+
+/// `[memory]`
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// Bytes for weights that are copied, workspace and KV cache; `None`: half of what is available at the start.
+    pub budget: Option<Bytes>,
+}
+
+/// `[limits]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Most answers that run at a time, per model.
+    pub max_running: u32,
+    /// Most requests that wait, per model.
+    pub max_waiting: u32,
+    /// Most tokens of a step.
+    pub max_batched_tokens: u32,
+    /// Most open connections.
+    pub connections: u32,
+    /// Most bytes of a request's body.
+    pub body: Bytes,
+    /// Seconds that a client may not read before its answer is given up.
+    pub slow_consumer_s: u64,
+    /// Seconds that running answers may go on when the daemon is told to stop.
+    pub stop_s: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_running: 16,
+            max_waiting: 256,
+            max_batched_tokens: 256,
+            connections: 512,
+            body: Bytes(8 << 20),
+            slow_consumer_s: 30,
+            stop_s: 20,
+        }
+    }
+}
+
+/// `[dbus]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Dbus {
+    /// `off`; this version serves no D-Bus.
+    pub bus: String,
+}
+
+impl Default for Dbus {
+    fn default() -> Self {
+        Self { bus: "off".to_owned() }
+    }
+}
+
+/// `[model.<name>]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The file.
+    pub path: PathBuf,
+    /// Most tokens of prompt and answer; `None`: as many as the model was trained for.
+    #[serde(default)]
+    pub max_context: Option<u32>,
+    /// Tokens that attention selects; `None`: as many as the model was made for, 0: all.
+    #[serde(default)]
+    pub top_k: Option<u32>,
+    /// How activations go into products.
+    #[serde(default)]
+    pub activations: Activations,
+}
+
+/// How activations go into products with quantised weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// As f32, and KV rows in f32.
+    #[default]
+    F32,
+    /// Rounded to int8 per 32 values, KV rows in f16 and q8_0; faster, and near ties between tokens may fall otherwise.
+    Int8,
+}
+
+impl Config {
+    /// Reads `file`, or the defaults without one, and applies `sets` (`key=value`).
+    ///
+    /// # Errors
+    /// A file that cannot be read, an unknown key, a value of the wrong type or out of its range.
+    pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Self, ConfigError> {
+        let mut table = match file {
+            Some(path) => read(path)?,
+            None => toml::Table::new(),
+        };
+        let mut config = Self::from_table(&table, &file.map_or_else(String::new, |path| path.display().to_string()))?;
+        for set in sets {
+            check::apply(set, &mut table)?;
+            config = Self::from_table(&table, &format!("--set {set}"))?;
+        }
+        config.checked()
+    }
+
+    fn from_table(table: &toml::Table, origin: &str) -> Result<Self, ConfigError> {
+        table.clone().try_into().map_err(|error: toml::de::Error| {
+            let reason = error.message().to_owned();
+            ConfigError::Invalid { origin: origin.to_owned(), reason }
+        })
+    }
+
+    fn checked(self) -> Result<Self, ConfigError> {
+        let limits = &self.limits;
+        let range = |key: &str, value: u64, low: u64, high: u64| {
+            if (low..=high).contains(&value) {
+                return Ok(());
+            }
+            let reason = format!("is {value}, must be {low} to {high}");
+            Err(ConfigError::Invalid { origin: key.to_owned(), reason })
+        };
+        range("limits.max_running", limits.max_running.into(), 1, 1024)?;
+        range("limits.max_waiting", limits.max_waiting.into(), 1, 65536)?;
+        range("limits.max_batched_tokens", limits.max_batched_tokens.into(), limits.max_running.into(), 65536)?;
+        range("limits.connections", limits.connections.into(), 1, 65536)?;
+        range("limits.body", limits.body.0, 1024, 1 << 30)?;
+        range("limits.slow_consumer_s", limits.slow_consumer_s, 1, 3600)?;
+        range("limits.stop_s", limits.stop_s, 0, 3600)?;
+        range("engine.threads", self.engine.threads.into(), 0, 1024)?;
+        for (name, model) in &self.model {
+            range(&format!("model.{name}.max_context"), model.max_context.unwrap_or(1).into(), 1, 1 << 24)?;
+            range(&format!("model.{name}.top_k"), model.top_k.unwrap_or(0).into(), 0, 1 << 24)?;
+        }
+        if self.dbus.bus != "off" {
+            let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
+            return Err(ConfigError::Invalid { origin: "dbus.bus".to_owned(), reason });
+        }
+        Ok(self)
+    }
+}
+
+fn read(path: &Path) -> Result<toml::Table, ConfigError> {
+    let io = |source| ConfigError::Io { path: path.to_owned(), source };
+    let bytes = std::fs::metadata(path).map_err(io)?.len();
+    if bytes > FILE_BYTES_MAX {
+        let reason = format!("{bytes} bytes, the limit is {FILE_BYTES_MAX}");
+        return Err(ConfigError::Invalid { origin: path.display().to_string(), reason });
+    }
+    let text = std::fs::read_to_string(path).map_err(io)?;
+    check::file(path, &text)?;
+    let at = |error: toml::de::Error| check::located(path, &text, &error);
+    // Once with the text at hand, so that a wrong type is named with its line.
+    toml::from_str::<Config>(&text).map_err(at)?;
+    toml::from_str(&text).map_err(at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn load(text: &str, sets: &[&str]) -> Result<Config, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("c.toml");
+        std::fs::write(&path, text).unwrap();
+        let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+        let said = |error: ConfigError| error.to_string().replace(&path.display().to_string(), "FILE");
+        Config::load(Some(&path), &sets).map_err(said)
+    }
+
+    #[test]
+    fn a_file_and_sets_are_read_in_order() {
+        let text = "state_dir = \"/s\"\n[memory]\nbudget = \"2GiB\"\n[model.small]\npath = \"/m.gguf\"\n";
+        let sets =
+            ["memory.budget=1000000000", "socket.path=/tmp/x.sock", "model.small.top_k=64", "limits.max_running=4"];
+        let config = load(text, &sets).unwrap();
+        assert_eq!(config.memory.budget, Some(Bytes(1_000_000_000)));
+        assert_eq!(config.socket.path.as_deref(), Some(Path::new("/tmp/x.sock")));
+        assert_eq!((config.model["small"].top_k, config.limits.max_running), (Some(64), 4));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line_and_the_nearest_key() {
+        let said = load("[socket]\n\npth = \"/x\"\n", &[]).unwrap_err();
+        assert_eq!(said, "FILE:3: unknown key 'socket.pth'; did you mean 'socket.path'?");
+        let said = load("[model.a]\npath = \"x\"\nmax_contxt = 1\n", &[]).unwrap_err();
+        assert_eq!(said, "FILE:3: unknown key 'model.a.max_contxt'; did you mean 'model.a.max_context'?");
+        let said = load("", &["memory.bugdet=1"]).unwrap_err();
+        assert_eq!(said, "--set memory.bugdet=1: unknown key 'memory.bugdet'; did you mean 'memory.budget'?");
+    }
+
+    #[test]
+    fn a_wrong_value_is_named_with_its_line_or_key() {
+        let said = load("[limits]\nmax_running = \"many\"\n", &[]).unwrap_err();
+        assert!(said.starts_with("FILE:2: ") && said.contains("max_running"), "{said}");
+        assert!(load("[limits]\nmax_running = 0\n", &[]).unwrap_err().contains("limits.max_running"));
+        assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
+        assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));
+        assert!(load("x = [\n", &[]).unwrap_err().starts_with("FILE:"));
+        assert!(load("", &["socket.path"]).unwrap_err().contains("key=value"));
+    }
+
+    #[test]
+    fn a_set_value_is_toml_or_else_a_bare_string() {
+        let config = load("", &["engine.threads=2", "engine.set.level=avx2", "state_dir=\"/a b\""]).unwrap();
+        assert_eq!((config.engine.threads, config.engine.set["level"].as_str()), (2, "avx2"));
+        assert_eq!(config.state_dir.as_deref(), Some(Path::new("/a b")));
+    }
+}

@@ -1,0 +1,73 @@
+//! Where is what, when the configuration does not say? System paths for root and the service, XDG's for a user.
+
+use super::Config;
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// The packaged model's file name.
+const DEFAULT_MODEL_FILE: &str = "smollm2-135m-dsa.gguf";
+
+/// Places, settled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Paths {
+    /// What must survive a restart.
+    pub state_dir: PathBuf,
+    /// The Unix socket.
+    pub socket: PathBuf,
+    /// The model `default` when none is configured.
+    pub default_model: PathBuf,
+}
+
+impl Paths {
+    /// The places of this process.
+    pub fn of(config: &Config) -> Self {
+        let is_root = rustix::process::geteuid().is_root();
+        Self::settle(config, is_root, &|name| std::env::var_os(name).filter(|value| !value.is_empty()))
+    }
+
+    fn settle(config: &Config, is_root: bool, variable: &dyn Fn(&str) -> Option<OsString>) -> Self {
+        let home = variable("HOME").map_or_else(|| PathBuf::from("/"), PathBuf::from);
+        let under = |name: &str, fallback: &str| variable(name).map_or_else(|| home.join(fallback), PathBuf::from);
+        // A unit's own folders, if systemd made some, win over the user's.
+        let unit = |name: &str| variable(name).map(PathBuf::from);
+        let xdg_state = || under("XDG_STATE_HOME", ".local/state").join("sparsed");
+        let system = |path: &str| is_root.then(|| PathBuf::from(path));
+        let state_dir = config.state_dir.clone().or_else(|| unit("STATE_DIRECTORY"));
+        let state_dir = state_dir.or_else(|| system("/var/lib/sparsed")).unwrap_or_else(xdg_state);
+        let socket = config.socket.path.clone().or_else(|| unit("RUNTIME_DIRECTORY").map(|dir| dir.join("api.sock")));
+        let socket =
+            socket.or_else(|| system("/run/sparsed/api.sock")).unwrap_or_else(|| match variable("XDG_RUNTIME_DIR") {
+                Some(dir) => PathBuf::from(dir).join("sparsed/api.sock"),
+                None => xdg_state().join("run/api.sock"),
+            });
+        let models = system("/var/lib/sparsed/models");
+        let models = models.unwrap_or_else(|| under("XDG_DATA_HOME", ".local/share").join("sparsed/models"));
+        Self { state_dir, socket, default_model: models.join(DEFAULT_MODEL_FILE) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settled(is_root: bool, variables: &[(&str, &str)]) -> [String; 3] {
+        let variable = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| OsString::from(v));
+        let paths = Paths::settle(&Config::default(), is_root, &variable);
+        [paths.state_dir, paths.socket, paths.default_model].map(|path| path.display().to_string())
+    }
+
+    #[test]
+    fn root_uses_the_systems_folders() {
+        let expected = ["/var/lib/sparsed", "/run/sparsed/api.sock", "/var/lib/sparsed/models/smollm2-135m-dsa.gguf"];
+        assert_eq!(settled(true, &[("HOME", "/root"), ("XDG_RUNTIME_DIR", "/run/user/0")]), expected);
+    }
+
+    #[test]
+    fn a_user_uses_xdgs_and_its_own_state_folder_without_a_runtime_folder() {
+        let [state, socket, model] = settled(false, &[("HOME", "/h"), ("XDG_RUNTIME_DIR", "/run/user/7")]);
+        assert_eq!((state.as_str(), socket.as_str()), ("/h/.local/state/sparsed", "/run/user/7/sparsed/api.sock"));
+        assert_eq!(model, "/h/.local/share/sparsed/models/smollm2-135m-dsa.gguf");
+        let [_, socket, _] = settled(false, &[("HOME", "/h"), ("XDG_STATE_HOME", "/s")]);
+        assert_eq!(socket, "/s/sparsed/run/api.sock");
+    }
+}

@@ -1,0 +1,203 @@
+//! `sparsectl bench`: how fast does a model run here? In the manner of llama-bench.
+//!
+//! For each depth the cache is filled to it once; then each prompt length is read and the decode steps are run from
+//! there, repeated, and cut off again. Times are wall times of the median repetition.
+
+use super::local::{Local, LocalOutputs};
+use anyhow::ensure;
+use serde_json::{Value, json};
+use sparsed_engine::{DeviceModel, Rows, SoleSequence};
+use std::time::{Duration, Instant};
+
+/// Tokens of one prefill step.
+const CHUNK: u32 = 256;
+/// Largest of any number of tokens.
+const TOKENS_MAX: u32 = 1 << 22;
+
+/// Measure prefill and decode speed.
+#[derive(Debug, clap::Args)]
+pub(super) struct Bench {
+    #[command(flatten)]
+    local: Local,
+    /// Prompt lengths to read.
+    #[arg(short = 'p', long = "prompt", value_delimiter = ',', default_value = "512")]
+    prompts: Vec<u32>,
+    /// Tokens to generate; 0: none.
+    #[arg(short = 'n', long = "generate", default_value_t = 128)]
+    generate: u32,
+    /// Tokens that are in the cache before.
+    #[arg(short = 'd', long = "depth", value_delimiter = ',', default_value = "0")]
+    depths: Vec<u32>,
+    /// Repetitions; the median is told.
+    #[arg(short = 'r', long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    repetitions: u32,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One line of the result.
+#[derive(Debug)]
+struct Row {
+    kind: &'static str,
+    n: u32,
+    depth: u32,
+    took: Duration,
+}
+
+impl Bench {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let longest = self.prompts.iter().copied().max().unwrap_or(0).max(self.generate);
+        let deepest = self.depths.iter().copied().max().unwrap_or(0);
+        ensure!(longest > 0, "nothing to measure: give -p or -n");
+        ensure!(longest <= TOKENS_MAX && deepest <= TOKENS_MAX, "at most {TOKENS_MAX} tokens can be asked for");
+        let began = Instant::now();
+        let (model, backend) = self.local.open()?;
+        let mut device = self.local.load(&model, &backend, deepest + longest, CHUNK, LocalOutputs::LastRow)?;
+        let load = began.elapsed();
+        let vocab = model.spec().vocab_size;
+        let rows = self.measure(&mut device, vocab)?;
+        let result = json!({
+            "model": model.name(),
+            "file_bytes": model.file_bytes(),
+            "top_k": device.top_k(),
+            "load_ms": load.as_secs_f64() * 1e3,
+            "kv_bytes_per_token": device.kv_bytes_per_token()?,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "results": rows.iter().map(|row| row.json(self.local.threads)).collect::<Vec<_>>(),
+        });
+        if self.json { super::print_json(&result) } else { super::print(&table(&result)) }
+    }
+
+    fn measure(&self, device: &mut DeviceModel, vocab: u32) -> anyhow::Result<Vec<Row>> {
+        let mut rows = Vec::new();
+        let mut sequence = SoleSequence::new(device);
+        let mut depths = self.depths.clone();
+        depths.sort_unstable();
+        for &depth in &depths {
+            let missing = depth - sequence.n_tokens();
+            prefill(device, &mut sequence, missing, vocab)?;
+            for &n in self.prompts.iter().filter(|&&n| n > 0) {
+                let took = self.median(|| {
+                    let took = prefill(device, &mut sequence, n, vocab);
+                    sequence.truncate(depth);
+                    took
+                })?;
+                rows.push(Row { kind: "prefill", n, depth, took });
+            }
+            if self.generate > 0 {
+                let took = self.median(|| {
+                    let took = decode(device, &mut sequence, self.generate, vocab);
+                    sequence.truncate(depth);
+                    took
+                })?;
+                rows.push(Row { kind: "decode", n: self.generate, depth, took });
+            }
+        }
+        Ok(rows)
+    }
+
+    /// The median time of the repetitions, after one that does not count.
+    fn median(&self, mut run: impl FnMut() -> anyhow::Result<Duration>) -> anyhow::Result<Duration> {
+        run()?;
+        let mut times = (0..self.repetitions).map(|_| run()).collect::<Result<Vec<_>, _>>()?;
+        times.sort_unstable();
+        Ok(times[times.len() / 2])
+    }
+}
+
+impl Row {
+    fn json(&self, threads: u32) -> Value {
+        let ms = self.took.as_secs_f64() * 1e3 / f64::from(self.n);
+        json!({
+            "kind": self.kind,
+            "n": self.n,
+            "depth": self.depth,
+            "threads": threads,
+            "tokens_per_second": 1e3 / ms,
+            "ms_per_token": ms,
+        })
+    }
+}
+
+/// Appends `n` tokens in chunks.
+fn prefill(device: &mut DeviceModel, sequence: &mut SoleSequence, n: u32, vocab: u32) -> anyhow::Result<Duration> {
+    let tokens: Vec<u32> = (0..n).map(|i| token(sequence.n_tokens() + i, vocab)).collect();
+    let began = Instant::now();
+    for chunk in tokens.chunks(CHUNK as usize) {
+        sequence.step(device, chunk, Rows::Last)?;
+    }
+    Ok(began.elapsed())
+}
+
+/// Appends `n` tokens one at a time.
+fn decode(device: &mut DeviceModel, sequence: &mut SoleSequence, n: u32, vocab: u32) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    for _ in 0..n {
+        let next = token(sequence.n_tokens(), vocab);
+        sequence.step(device, &[next], Rows::Last)?;
+    }
+    Ok(began.elapsed())
+}
+
+/// A token that looks like any other; the work does not depend on which it is.
+fn token(position: u32, vocab: u32) -> u32 {
+    position.wrapping_mul(2_654_435_761) % vocab
+}
+
+/// The process's largest resident memory so far; 0 where the kernel does not say.
+fn peak_rss_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+    kib.unwrap_or(0) * 1024
+}
+
+fn table(result: &Value) -> String {
+    let bytes = |key: &str| result[key].as_u64().unwrap_or(0);
+    let mut text = format!(
+        "{}: {} MB, {} KV bytes per token, loaded in {:.0} ms, peak memory {} MB\n{:<8} {:>8} {:>8} {:>12} {:>12}\n",
+        result["model"].as_str().unwrap_or_default(),
+        bytes("file_bytes") / 1_000_000,
+        bytes("kv_bytes_per_token"),
+        result["load_ms"].as_f64().unwrap_or(0.0),
+        bytes("peak_rss_bytes") / 1_000_000,
+        "TEST",
+        "TOKENS",
+        "DEPTH",
+        "TOKENS/S",
+        "MS/TOKEN",
+    );
+    for row in result["results"].as_array().into_iter().flatten() {
+        let number = |key: &str| row[key].as_f64().unwrap_or(0.0);
+        text += &format!(
+            "{:<8} {:>8} {:>8} {:>12.1} {:>12.3}\n",
+            row["kind"].as_str().unwrap_or_default(),
+            row["n"],
+            row["depth"],
+            number("tokens_per_second"),
+            number("ms_per_token"),
+        );
+    }
+    text.trim_end().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_follow_from_times() {
+        let row = Row { kind: "decode", n: 10, depth: 5, took: Duration::from_millis(50) }.json(2);
+        assert_eq!((row["ms_per_token"].as_f64(), row["tokens_per_second"].as_f64()), (Some(5.0), Some(200.0)));
+        assert_eq!(
+            (row["kind"].as_str(), row["depth"].as_u64(), row["threads"].as_u64()),
+            (Some("decode"), Some(5), Some(2))
+        );
+    }
+
+    #[test]
+    fn this_process_has_used_memory() {
+        assert!(peak_rss_bytes() > 1 << 20);
+    }
+}

@@ -1,0 +1,140 @@
+//! `sparsectl status` and `sparsectl models`: what the daemon does and serves.
+
+use super::client::Client;
+use crate::config::{Config, Paths};
+use serde_json::Value;
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// Show what the daemon is doing.
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+/// List the configured models.
+#[derive(Debug, clap::Args)]
+pub(super) struct Models {
+    #[command(flatten)]
+    daemon: Daemon,
+}
+
+#[derive(Debug, clap::Args)]
+struct Daemon {
+    /// The daemon's socket.
+    #[arg(long, env = "SPARSED_SOCKET")]
+    socket: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+impl Status {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        self.daemon.show(|status| status.clone(), status_text)
+    }
+}
+
+impl Models {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        self.daemon.show(|status| status["models"].clone(), models_text)
+    }
+}
+
+impl Daemon {
+    fn show(&self, part: fn(&Value) -> Value, text: fn(&Value, &str) -> String) -> anyhow::Result<()> {
+        let socket = self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket);
+        let client = Client::new(&socket);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let status = runtime.block_on(client.get("/v1/status"))?;
+        if self.json {
+            return super::print_json(&part(&status));
+        }
+        super::print(&text(&status, &socket.display().to_string()))
+    }
+}
+
+fn status_text(status: &Value, socket: &str) -> String {
+    let mut text = format!("sparsed {} (pid {}) on {socket}\n", word(&status["version"]), status["pid"]);
+    for model in status["models"].as_array().into_iter().flatten() {
+        let (used, total) = (&model["kv_blocks_used"], &model["kv_blocks_total"]);
+        let line = format!(
+            "  {:<16} {}; {} running, {} waiting; {used} of {total} KV blocks; {} tokens computed, {} sampled\n",
+            word(&model["name"]),
+            state(model),
+            model["running"],
+            model["waiting"],
+            model["computed_tokens"],
+            model["sampled_tokens"],
+        );
+        text += &line;
+    }
+    text.trim_end().to_owned()
+}
+
+fn models_text(status: &Value, _socket: &str) -> String {
+    let mut text =
+        format!("{:<16} {:<24} {:>8} {:>10} {:>8} {:>9}\n", "NAME", "STATE", "CONTEXT", "SIZE", "TOP_K", "KV/TOKEN");
+    for model in status["models"].as_array().into_iter().flatten() {
+        let meta = &model["detail"]["meta"];
+        let label = meta["label"].as_str().map_or(String::new(), |label| format!("  ({label})"));
+        let size = meta["size"].as_u64().map_or_else(|| "-".to_owned(), |bytes| format!("{} MB", bytes / 1_000_000));
+        let written = writeln!(
+            text,
+            "{:<16} {:<24} {:>8} {:>10} {:>8} {:>9}{label}",
+            word(&model["name"]),
+            state(model),
+            number(&model["detail"]["max_context"]),
+            size,
+            number(&meta["top_k"]),
+            number(&meta["kv_bytes_per_token"]),
+        );
+        written.expect("writing to a String cannot fail");
+    }
+    text.trim_end().to_owned()
+}
+
+fn state(model: &Value) -> String {
+    let detail = &model["detail"];
+    match word(&model["state"]) {
+        "loading" => format!("loading {} %", detail["progress_permille"].as_u64().unwrap_or(0) / 10),
+        "failed" => format!("failed: {}", word(&detail["reason"])),
+        other => other.to_owned(),
+    }
+}
+
+fn word(value: &Value) -> &str {
+    value.as_str().unwrap_or("-")
+}
+
+fn number(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn states_are_told_in_words() {
+        let loading = json!({ "state": "loading", "detail": { "progress_permille": 345 } });
+        assert_eq!(state(&loading), "loading 34 %");
+        let failed = json!({ "state": "failed", "detail": { "reason": "no file" } });
+        assert_eq!(state(&failed), "failed: no file");
+    }
+
+    #[test]
+    fn a_dense_model_says_so_in_the_list() {
+        let meta =
+            json!({ "label": "dense: no indexer", "size": 98_000_000, "kv_bytes_per_token": 11520, "top_k": null });
+        let model = json!({ "name": "a", "state": "ready", "detail": { "max_context": 8192, "meta": meta } });
+        let text = models_text(&json!({ "models": [model] }), "");
+        let row = text.lines().nth(1).unwrap();
+        assert_eq!(
+            row.split_whitespace().collect::<Vec<_>>(),
+            ["a", "ready", "8192", "98", "MB", "-", "11520", "(dense:", "no", "indexer)"]
+        );
+    }
+}

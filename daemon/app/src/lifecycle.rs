@@ -1,0 +1,170 @@
+//! When does the daemon stop? On a signal in good order, or when its engine has ended.
+//!
+//! A first SIGTERM or SIGINT: no new clients, running answers may end within `limits.stop_s`, then they hear that the
+//! daemon is stopping. A second signal ends it at once.
+
+use crate::assemble::Assembly;
+use crate::config::{Config, Paths};
+use anyhow::{Context, bail};
+use clap::Parser;
+use sparsed_engine::{ModelState, Service};
+use sparsed_surface::ServeOptions;
+use std::future::Future;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Threads that carry bytes between sockets and engine; they never compute.
+const SURFACE_THREADS: usize = 2;
+/// Most prompts that are tokenized at a time.
+const BLOCKING_THREADS_MAX: usize = 4;
+
+/// sparsed serves DSA models to the apps on this box.
+#[derive(Debug, Parser)]
+#[command(name = "sparsed", version)]
+struct Arguments {
+    /// The configuration; /etc/sparsed/config.toml if it is there.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// A setting on top of the configuration, key=value; may be repeated. The value is TOML, or else a bare string.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+/// Where the configuration is when the command line does not say.
+const CONFIG_FILE: &str = "/etc/sparsed/config.toml";
+
+/// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments.
+pub fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    crate::logging::start(log::LevelFilter::Info);
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    let standard = PathBuf::from(CONFIG_FILE);
+    let file = arguments.config.clone().or_else(|| standard.exists().then_some(standard));
+    let config = Config::load(file.as_deref(), &arguments.sets)?;
+    let assembly = Assembly::new(&config)?;
+    runtime()?.block_on(serve_until(assembly, &config, signalled()))
+}
+
+/// The runtime of the surfaces.
+///
+/// # Errors
+/// When threads cannot be started.
+pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(SURFACE_THREADS)
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .thread_name("surface")
+        .enable_all()
+        .build()
+        .context("the surface threads")
+}
+
+/// Serves until `stop` resolves or the engine ends by itself.
+///
+/// # Errors
+/// When no model can be served, or the engine failed.
+pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let Assembly { service, engine, listener, paths, .. } = assembly;
+    let listener = tokio::net::UnixListener::from_std(listener)?;
+    let options = ServeOptions {
+        connections_max: config.limits.connections as usize,
+        body_bytes_max: usize::try_from(config.limits.body.0)?,
+        stop_timeout: Duration::from_secs(config.limits.stop_s),
+    };
+    log::info!(socket:% = paths.socket.display(), state_dir:% = paths.state_dir.display(); "listening");
+    // The engine thread is waited for on a thread of its own: a blocking-pool place would be lost to tokenizing.
+    let (ended, mut engine_end) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("engine-end".to_owned()).spawn(move || {
+        // Whoever waited is gone only when the daemon ends.
+        let _unheard = ended.send(engine.join().is_ok()).is_err();
+    })?;
+    let (stop_serving, stopped) = tokio::sync::oneshot::channel::<()>();
+    let stopped = async move { drop(stopped.await) };
+    let serving = tokio::spawn(sparsed_surface::serve(listener, service.clone(), options, stopped));
+    let outcome = tokio::select! {
+        sound = &mut engine_end => Some(sound.unwrap_or(false)),
+        () = stop => None,
+    };
+    drop(stop_serving);
+    match outcome {
+        Some(sound) => {
+            remove_socket(&paths);
+            bail!("{}", why_ended(&service, sound))
+        }
+        None => {
+            log::info!("stopping");
+            remove_socket(&paths);
+            wind_down(&service, serving, engine_end, options.stop_timeout).await
+        }
+    }
+}
+
+/// Lets running answers end, within the time there is.
+async fn wind_down(
+    service: &Service,
+    serving: tokio::task::JoinHandle<()>,
+    engine_end: tokio::sync::oneshot::Receiver<bool>,
+    stop_timeout: Duration,
+) -> anyhow::Result<()> {
+    let drained = service.clone();
+    tokio::task::spawn_blocking(move || drained.drain()).await?;
+    let in_order = tokio::time::timeout(stop_timeout, engine_end).await;
+    if in_order.is_err() {
+        log::warn!("answers were cut off: the time to stop is over");
+        let stopped = service.clone();
+        tokio::task::spawn_blocking(move || stopped.stop()).await?;
+    }
+    serving.await?;
+    log::info!("stopped");
+    Ok(())
+}
+
+fn why_ended(service: &Service, sound: bool) -> String {
+    let failed = service.models().into_iter().filter_map(|model| match model.state {
+        ModelState::Failed(reason) => Some(format!("{}: {reason}", model.name)),
+        _ => None,
+    });
+    let failed: Vec<String> = failed.collect();
+    if sound && !failed.is_empty() {
+        return format!("no model can be served: {}", failed.join("; "));
+    }
+    "the engine thread failed; the lines above say why".to_owned()
+}
+
+fn remove_socket(paths: &Paths) {
+    if let Err(error) = std::fs::remove_file(&paths.socket) {
+        log::debug!(reason:% = error; "socket not removed");
+    }
+}
+
+/// Resolves at the first SIGTERM or SIGINT; at the second the process ends at once.
+async fn signalled() {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        log::warn!("signals cannot be caught: they end the daemon at once");
+        return std::future::pending().await;
+    };
+    let mut next = async move || {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    next().await;
+    tokio::spawn(async move {
+        next().await;
+        #[expect(clippy::exit, reason = "asked twice, the operator wants it now")]
+        std::process::exit(1);
+    });
+}
