@@ -1,5 +1,7 @@
 //! What the tests share: where the built tool and the prepared models are.
 
+pub mod daemon;
+
 use std::path::{Path, PathBuf};
 
 /// The root of the repository.

@@ -14,7 +14,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-backend", &["sparsed-abi"]),
     ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
     ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
-    ("sparsed", &["sparsed-engine", "sparsed-model", "sparsed-backend", "sparsed-kv", "sparsed-quant"]),
+    ("sparsed-surface", &["sparsed-engine"]),
+    (
+        "sparsed",
+        &["sparsed-surface", "sparsed-engine", "sparsed-model", "sparsed-backend", "sparsed-kv", "sparsed-quant"],
+    ),
 ];
 
 fn files(extension: &str) -> Vec<PathBuf> {
@@ -74,7 +78,7 @@ fn files_are_short_and_narrow() {
 
 #[test]
 fn crates_without_hardware_forbid_unsafe_code() {
-    for name in ["quant", "daemon/kv", "daemon/engine", "daemon/app"] {
+    for name in ["quant", "daemon/kv", "daemon/engine", "daemon/surface", "daemon/app"] {
         let text = std::fs::read_to_string(sparsed_tests::root().join(name).join("src/lib.rs")).unwrap();
         assert!(text.contains("#![forbid(unsafe_code)]"), "{name}");
     }

@@ -1,0 +1,210 @@
+//! The real daemon, as an app on the box meets it.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+use serde_json::{Value, json};
+use sparsed_tests::daemon::{Answer, Daemon, read_answer};
+use std::io::Read;
+use std::process::Command;
+
+const FRANCE: &str = "The capital of France is Paris.";
+
+fn default_model() -> std::path::PathBuf {
+    sparsed_tests::model("smollm2-135m-dsa.gguf")
+}
+
+fn question(text: &str) -> Value {
+    json!({ "messages": [{ "role": "user", "content": text }], "temperature": 0 })
+}
+
+fn content(answer: &Answer) -> String {
+    answer.json()["choices"][0]["message"]["content"].as_str().unwrap_or_default().to_owned()
+}
+
+/// A request that would go on for a long time.
+fn endless() -> Value {
+    json!({ "prompt": [504, 3575, 282], "max_tokens": 8000, "ignore_eos": true, "stream": true, "temperature": 0 })
+}
+
+#[test]
+fn the_openai_client_is_served() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let python = sparsed_tests::root().join(".venv/python");
+    assert!(python.exists(), "{} is not there: run `make test`", python.display());
+    let script = sparsed_tests::root().join("tests/e2e/openai_client.py");
+    let done = Command::new("python3").env("PYTHONPATH", python).arg(script).arg(daemon.socket()).output().unwrap();
+    assert!(done.status.success(), "{}\n{}", String::from_utf8_lossy(&done.stderr), daemon.log());
+}
+
+#[test]
+fn a_client_that_goes_away_mid_stream_frees_its_sequence_and_blocks() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let mut stream = daemon.open("/v1/completions", &endless());
+    let mut byte = [0; 64];
+    stream.read_exact(&mut byte).unwrap();
+    let running = daemon.status();
+    assert!(running["running"] == 1 && running["kv_blocks_used"].as_u64() > Some(0), "{running}");
+    drop(stream);
+    daemon.wait_until("free", || {
+        let status = daemon.status();
+        status["running"] == 0 && status["kv_blocks_used"] == 0
+    });
+}
+
+#[test]
+fn a_client_that_goes_away_before_its_answer_frees_its_place() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let mut request = endless();
+    request["stream"] = json!(false);
+    let stream = daemon.open("/v1/completions", &request);
+    daemon.wait_until("running", || daemon.status()["running"] == 1);
+    drop(stream);
+    daemon.wait_until("free", || daemon.status()["kv_blocks_used"] == 0);
+}
+
+#[test]
+fn eight_chats_share_steps_and_each_gets_the_answer_it_gets_alone() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let questions: Vec<Value> = (1..=8)
+        .map(|n| {
+            let mut question = question(&format!("Write a sentence about the number {n}."));
+            question["max_tokens"] = json!(24);
+            question
+        })
+        .collect();
+    let steps = || daemon.status()["steps"].as_u64().unwrap();
+    let before = steps();
+    let alone: Vec<String> = questions.iter().map(|q| content(&daemon.post("/v1/chat/completions", q))).collect();
+    let between = steps();
+    let streams: Vec<_> = questions.iter().map(|q| daemon.open("/v1/chat/completions", q)).collect();
+    let together: Vec<String> = streams.into_iter().map(|stream| content(&read_answer(stream).unwrap())).collect();
+    assert_eq!(together, alone);
+    assert!(alone.iter().all(|text| text.len() > 10), "{alone:?}");
+    let (one_by_one, shared) = (between - before, steps() - between);
+    assert!(shared * 3 < one_by_one, "{one_by_one} steps alone, {shared} together");
+}
+
+#[test]
+fn a_prompt_over_the_context_is_a_400_that_names_both_numbers() {
+    let daemon = Daemon::start(&default_model(), &["model.default.max_context=100"]);
+    let answer = daemon.post("/v1/chat/completions", &question(&"word ".repeat(150)));
+    let error = &answer.json()["error"];
+    assert_eq!((answer.status, error["code"].as_str()), (400, Some("context_length_exceeded")));
+    let message = error["message"].as_str().unwrap();
+    let have: u32 = message.split_whitespace().find_map(|word| word.parse().ok()).unwrap();
+    assert!(have > 150 && message.contains("100"), "{message}");
+}
+
+#[test]
+fn bad_bodies_get_an_openai_error_and_harm_nobody() {
+    let daemon = Daemon::start(&default_model(), &["limits.body=4096"]);
+    let bodies = [
+        (json!({ "messages": "x" }), 400),
+        (json!({ "messages": [{ "role": "user", "content": 5 }] }), 400),
+        (json!({ "messages": [{ "role": "user", "content": "x" }], "temperature": "hot" }), 400),
+        (json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": -1 }), 400),
+        (json!({ "messages": [{ "role": "user", "content": "x" }], "model": "nothing" }), 404),
+        (json!([]), 400),
+        (question(&"x".repeat(5000)), 413),
+    ];
+    for (body, status) in bodies {
+        let answer = daemon.post("/v1/chat/completions", &body);
+        assert_eq!(answer.status, status, "{body}: {}", answer.body);
+        assert!(answer.json()["error"]["message"].is_string(), "{}", answer.body);
+    }
+    assert_eq!(daemon.post("/v1/completions", &json!({ "prompt": [49152] })).status, 400);
+    assert_eq!(content(&daemon.post("/v1/chat/completions", &question("What is the capital of France?"))), FRANCE);
+}
+
+#[test]
+fn too_many_requests_are_told_when_to_come_again() {
+    let daemon = Daemon::start(&default_model(), &["limits.max_running=1", "limits.max_waiting=1"]);
+    let running = daemon.open("/v1/completions", &endless());
+    daemon.wait_until("running", || daemon.status()["running"] == 1);
+    let waiting = daemon.open("/v1/completions", &endless());
+    daemon.wait_until("waiting", || daemon.status()["waiting"] == 1);
+    let refused = daemon.post("/v1/completions", &endless());
+    assert_eq!(refused.status, 429, "{}", refused.body);
+    assert!(refused.head.to_ascii_lowercase().contains("retry-after: 1"), "{}", refused.head);
+    drop((running, waiting));
+}
+
+#[test]
+fn a_daemon_that_is_told_to_stop_ends_running_answers_first() {
+    let mut daemon = Daemon::start(&default_model(), &[]);
+    let mut request = question("Count to five.");
+    request["max_tokens"] = json!(32);
+    let stream = daemon.open("/v1/chat/completions", &request);
+    daemon.wait_until("running", || daemon.status()["running"] == 1);
+    daemon.signal("TERM");
+    let answer = read_answer(stream).unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert!(!content(&answer).is_empty());
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    assert!(!daemon.socket().exists(), "the socket is left behind");
+}
+
+#[test]
+fn an_answer_that_takes_too_long_to_stop_says_so() {
+    let mut daemon = Daemon::start(&default_model(), &["limits.stop_s=0"]);
+    let stream = daemon.open("/v1/completions", &endless());
+    daemon.wait_until("running", || daemon.status()["running"] == 1);
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    let answer = read_answer(stream).unwrap();
+    assert!(!answer.body.contains("[DONE]"), "an endless answer cannot have ended");
+}
+
+#[test]
+fn a_second_daemon_on_the_same_state_is_refused() {
+    let first = Daemon::start(&default_model(), &[]);
+    let mut second = Daemon::spawn(None, &[&format!("state_dir={}", first.state_dir().display())]);
+    assert_eq!(second.wait().code(), Some(1));
+    assert!(second.log().contains("another sparsed uses the state folder"), "{}", second.log());
+}
+
+#[test]
+fn a_daemon_that_cannot_serve_says_which_file_and_why() {
+    let mut absent = Daemon::spawn(Some("absent.gguf".as_ref()), &[]);
+    assert_eq!(absent.wait().code(), Some(1));
+    assert!(absent.log().contains("absent.gguf"), "{}", absent.log());
+
+    let dir = tempfile::tempdir().unwrap();
+    let broken = dir.path().join("broken.gguf");
+    std::fs::write(&broken, &std::fs::read(default_model()).unwrap()[..1 << 20]).unwrap();
+    let mut broken = Daemon::spawn(Some(&broken), &[]);
+    assert_eq!(broken.wait().code(), Some(1));
+    assert!(broken.log().contains("broken.gguf"), "{}", broken.log());
+
+    let mut no_plugin = Daemon::spawn(Some(&default_model()), &["engine.plugin=nothing"]);
+    assert_eq!(no_plugin.wait().code(), Some(1));
+    assert!(no_plugin.log().contains("no usable plugin 'nothing'"), "{}", no_plugin.log());
+
+    let mut typo = Daemon::spawn(Some(&default_model()), &["limits.max_runing=1"]);
+    assert_eq!(typo.wait().code(), Some(1));
+    assert!(typo.log().contains("did you mean 'limits.max_running'"), "{}", typo.log());
+}
+
+#[test]
+fn the_tool_asks_the_daemon() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let tool = |arguments: &[&str]| {
+        let mut command = Command::new(sparsed_tests::sparsectl());
+        let done = command.args(arguments).arg("--socket").arg(daemon.socket()).output().unwrap();
+        assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    assert_eq!(tool(&["run", "--temperature", "0", "What is the capital of France?"]), format!("{FRANCE}\n"));
+    let json: Value =
+        serde_json::from_str(&tool(&["run", "default", "Say hi.", "--json", "--max-tokens", "3"])).unwrap();
+    assert_eq!(json["usage"]["completion_tokens"], 3);
+    assert!(tool(&["status"]).contains("ready"));
+    let models: Value = serde_json::from_str(&tool(&["models", "--json"])).unwrap();
+    assert_eq!(models[0]["detail"]["meta"]["top_k"], 512);
+}
+
+#[test]
+fn a_base_model_runs_as_dense_mla_and_says_so() {
+    let daemon = Daemon::start(&sparsed_tests::model("SmolLM2-135M-Instruct.Q4_1.gguf"), &[]);
+    assert_eq!(daemon.get("/v1/models").json()["data"][0]["meta"]["label"], "dense: no indexer");
+    assert_eq!(content(&daemon.post("/v1/chat/completions", &question("What is the capital of France?"))), FRANCE);
+}

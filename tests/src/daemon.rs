@@ -1,0 +1,211 @@
+//! A real daemon on a socket of its own, and the least HTTP client that can look at it.
+
+use serde_json::Value;
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// How long anything may take before a test gives up.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A running `sparsed`; killed when dropped.
+#[derive(Debug)]
+pub struct Daemon {
+    child: Child,
+    home: TempDir,
+}
+
+/// An answer of the daemon.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The HTTP status.
+    pub status: u16,
+    /// The head, line by line.
+    pub head: String,
+    /// The body.
+    pub body: String,
+}
+
+impl Answer {
+    /// The body as JSON.
+    ///
+    /// # Panics
+    /// When it is none.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{error}: {}", self.body))
+    }
+}
+
+impl Daemon {
+    /// Starts a daemon for `model` and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn start(model: &Path, sets: &[&str]) -> Self {
+        let daemon = Self::spawn(Some(model), sets);
+        daemon.wait_until("ready", || daemon.try_get("/health").is_some_and(|answer| answer.status == 200));
+        daemon
+    }
+
+    /// Starts a daemon and does not wait for it.
+    ///
+    /// # Panics
+    /// When the executable cannot be run.
+    pub fn spawn(model: Option<&Path>, sets: &[&str]) -> Self {
+        let home = tempfile::tempdir().expect("a temporary folder");
+        let mut command = Command::new(crate::root().join("target/release/sparsed"));
+        let mut set = |key: &str, value: &Path| {
+            command.arg("--set").arg(format!("{key}={}", value.display()));
+        };
+        set("state_dir", &home.path().join("state"));
+        set("socket.path", &home.path().join("api.sock"));
+        if let Some(model) = model {
+            set("model.default.path", model);
+        }
+        for set in sets {
+            command.arg("--set").arg(set);
+        }
+        let log = File::create(home.path().join("log")).expect("a log file");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let child = command.spawn().expect("sparsed is built: run `make test`");
+        Self { child, home }
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.home.path().join("api.sock")
+    }
+
+    /// Its state folder.
+    pub fn state_dir(&self) -> PathBuf {
+        self.home.path().join("state")
+    }
+
+    /// What it has logged.
+    ///
+    /// # Panics
+    /// When the log cannot be read.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.home.path().join("log")).expect("a log file")
+    }
+
+    /// The answer to a GET.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn get(&self, path: &str) -> Answer {
+        self.try_get(path).unwrap_or_else(|| panic!("no answer; log:\n{}", self.log()))
+    }
+
+    /// The answer to a POST of JSON.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn post(&self, path: &str, body: &Value) -> Answer {
+        let stream = self.open(path, body);
+        read_answer(stream).unwrap_or_else(|| panic!("no answer; log:\n{}", self.log()))
+    }
+
+    /// Sends a POST of JSON and gives back the connection before anything is read from it.
+    ///
+    /// # Panics
+    /// When nobody listens.
+    pub fn open(&self, path: &str, body: &Value) -> UnixStream {
+        let body = body.to_string();
+        let mut head = format!("POST {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n");
+        write!(head, "content-length: {}\r\n\r\n", body.len()).expect("a String takes all");
+        let mut stream = UnixStream::connect(self.socket()).expect("the daemon listens");
+        stream.write_all(head.as_bytes()).expect("the head is taken");
+        stream.write_all(body.as_bytes()).expect("the body is taken");
+        stream
+    }
+
+    /// The default model's line of `/v1/status`.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn status(&self) -> Value {
+        self.get("/v1/status").json()["models"][0].clone()
+    }
+
+    /// Asks again and again until `condition` holds.
+    ///
+    /// # Panics
+    /// When it does not come to hold.
+    pub fn wait_until(&self, what: &str, mut condition: impl FnMut() -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition() {
+            assert!(Instant::now() < deadline, "not {what} after {PATIENCE:?}; log:\n{}", self.log());
+            std::thread::yield_now();
+        }
+    }
+
+    /// Sends a signal by its name.
+    ///
+    /// # Panics
+    /// When it cannot be sent.
+    pub fn signal(&self, name: &str) {
+        let sent = Command::new("kill").arg(format!("-{name}")).arg(self.child.id().to_string()).status();
+        assert!(sent.expect("kill runs").success(), "signal {name}");
+    }
+
+    /// Waits for its end.
+    ///
+    /// # Panics
+    /// When it does not end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("the child is ours") {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "still running; log:\n{}", self.log());
+            std::thread::yield_now();
+        }
+    }
+
+    fn try_get(&self, path: &str) -> Option<Answer> {
+        let mut stream = UnixStream::connect(self.socket()).ok()?;
+        let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).ok()?;
+        read_answer(stream)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // Gone already is as good.
+        let _ended = self.child.kill().is_err();
+        let _reaped = self.child.wait().is_err();
+    }
+}
+
+/// Reads an answer to the end of the connection.
+pub fn read_answer(mut stream: UnixStream) -> Option<Answer> {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).ok()?;
+    let text = String::from_utf8(bytes).ok()?;
+    let (head, body) = text.split_once("\r\n\r\n")?;
+    let status = head.split_whitespace().nth(1)?.parse().ok()?;
+    let chunked = head.to_ascii_lowercase().contains("transfer-encoding: chunked");
+    let body = if chunked { dechunk(body) } else { body.to_owned() };
+    Some(Answer { status, head: head.to_owned(), body })
+}
+
+fn dechunk(mut rest: &str) -> String {
+    let mut body = String::new();
+    while let Some((size, after)) = rest.split_once("\r\n") {
+        let Ok(size) = usize::from_str_radix(size.trim(), 16) else { break };
+        if size == 0 || size > after.len() {
+            break;
+        }
+        body += &after[..size];
+        rest = after[size..].trim_start_matches("\r\n");
+    }
+    body
+}
