@@ -325,7 +325,7 @@ def base(path):
     model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     ids = torch.from_numpy(np.load(HERE / "ids.npy").astype(np.int64))[None]
     rows = model.eval()(ids, use_cache=False).logits[0, -8:].numpy()
-    np.save(HERE / "logits_hf.npy", rows[:, np.load(HERE / "columns.npy")])
+    np.save(HERE / "logits_hf.npy", np.ascontiguousarray(rows[:, np.load(HERE / "columns.npy")]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 //! What does a DSA model compute? The whole forward pass in the plain form of the DeepSeek-V2 and V3.2 reports.
 //!
 //! Letters: T tokens, D model width, H heads, G KV groups, N and P widths of a head's key without and with position,
-//! V of its value, C of the latent. Where llama.cpp, Hugging Face and DeepSeek's code differ, the file's own eps holds for
-//! every RMSNorm, the indexer's LayerNorm has eps 1e-6, and nothing is rounded on the way.
+//! V of its value, C of the latent. Where llama.cpp, Hugging Face and DeepSeek's code differ, the file's own eps holds
+//! for every RMSNorm, the indexer's LayerNorm has eps 1e-6, and nothing is rounded on the way.
 
 use crate::model::{Config, Indexer, Model, Moe};
 use crate::rope::Rope;
