@@ -1,8 +1,10 @@
 //! `sparsectl logits` on tiny models of every kind, against Hugging Face and the oracle (tests/golden/README.md).
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
-use sparsed_oracle::{Model, Options, forward};
-use sparsed_tests::tiny::{TOLERANCE, Tiny};
+use sparsed_oracle::{Model, Options, Output, forward};
+use sparsed_quant::Format;
+use sparsed_tests::default_model::argmax;
+use sparsed_tests::tiny::{TOLERANCE, Tiny, rewrite};
 use sparsed_tests::{Answer, worst};
 use std::path::Path;
 
@@ -22,13 +24,18 @@ fn check(name: &str, tiny: &Tiny, model: &Path, expected: &[f32]) {
     }
 }
 
+/// Of a GGUF file, all rows.
+fn oracle(model: &Path, ids: &[u32]) -> (Vec<f32>, Output<f64>) {
+    let output = forward::<f64>(&Model::open(model).unwrap(), ids, &Options::default()).unwrap();
+    #[expect(clippy::cast_possible_truncation, reason = "compared in single precision")]
+    let logits = output.logits.values().iter().map(|&v| v as f32).collect();
+    (logits, output)
+}
+
 fn check_gguf(name: &str) {
     let tiny = Tiny::open(name);
     check(name, &tiny, &tiny.gguf(), &tiny.logits_of_gguf);
-    let oracle = forward::<f64>(&Model::open(&tiny.gguf()).unwrap(), &tiny.ids, &Options::default()).unwrap();
-    #[expect(clippy::cast_possible_truncation, reason = "compared in single precision")]
-    let oracle: Vec<f32> = oracle.logits.values().iter().map(|&v| v as f32).collect();
-    let worst = worst(&answer(&tiny, &tiny.gguf(), 256).logits, &oracle);
+    let worst = worst(&answer(&tiny, &tiny.gguf(), 256).logits, &oracle(&tiny.gguf(), &tiny.ids).0);
     assert!(worst < TOLERANCE, "{name}: logits differ from the oracle's by {worst}");
 }
 
@@ -36,4 +43,72 @@ fn check_gguf(name: &str) {
 fn a_v3_2_file_equals_hugging_face_and_the_oracle() {
     check_gguf("v32");
     check_gguf("v32-soft");
+}
+
+#[test]
+fn prompts_that_end_around_k_and_around_a_block_equal_hugging_face() {
+    let tiny = Tiny::open("v32");
+    let (vocab, layers) = (tiny.logits.len() / tiny.ids.len(), tiny.selections.len() / tiny.k / tiny.ids.len());
+    for n in [1, tiny.k - 1, tiny.k, tiny.k + 1, 63, 64, 65] {
+        let answer = sparsed_tests::logits(&tiny.gguf(), &tiny.ids[..n], true, &["--act", "f32", "--chunk", "5"]);
+        let worst = worst(&answer.logits, &tiny.logits[..n * vocab]);
+        assert!(worst < TOLERANCE, "{n} tokens: logits differ by {worst}");
+        for layer in 0..layers {
+            let expected = &tiny.selections[layer * tiny.ids.len() * tiny.k..][..n * tiny.k];
+            assert_eq!(&answer.selections[layer * n * tiny.k..][..n * tiny.k], expected, "{n} tokens, layer {layer}");
+        }
+    }
+}
+
+/// The same model with matrices in `format`; routers and `indexer.proj` stay as they are, the indexer is Q8_0 at least.
+fn quantised(tiny: &Tiny, format: Format, to: &Path) {
+    rewrite(&tiny.gguf(), to, |mut tensors| {
+        let matrices = tensors.iter_mut().filter(|tensor| tensor.dims.len() > 1);
+        for tensor in matrices.filter(|t| !t.name.ends_with("ffn_gate_inp.weight") && !t.name.ends_with("proj.weight"))
+        {
+            tensor.format = if tensor.name.contains("indexer") { Format::Q8_0 } else { format };
+        }
+        tensors
+    });
+}
+
+fn correlation(a: &[f32], b: &[f32]) -> f64 {
+    let mean = |x: &[f32]| x.iter().copied().map(f64::from).sum::<f64>() / x.len() as f64;
+    let (ma, mb) = (mean(a), mean(b));
+    let sum = |f: &dyn Fn(f64, f64) -> f64| a.iter().zip(b).map(|(&a, &b)| f(a.into(), b.into())).sum::<f64>();
+    let covariance = sum(&|a, b| (a - ma) * (b - mb));
+    covariance / (sum(&|a, _| (a - ma).powi(2)) * sum(&|_, b| (b - mb).powi(2))).sqrt()
+}
+
+/// Quantised weights lose what they must, against Hugging Face, and nothing more, against the oracle on the same file.
+fn check_quantised(format: Format, least_correlation: f64, least_argmax: f64) {
+    let tiny = Tiny::open("v32-soft");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    quantised(&tiny, format, &file);
+    let answer = answer(&tiny, &file, 256);
+    let (logits, output) = oracle(&file, &tiny.ids);
+    let worst = worst(&answer.logits, &logits);
+    assert!(worst < TOLERANCE, "{format:?}: logits differ from the oracle's by {worst}");
+    let positions = output.selections.iter().flat_map(|s| s.positions.iter().zip(&s.margins));
+    for ((expected, &margin), found) in positions.zip(answer.selections.chunks_exact(tiny.k)) {
+        let found: Vec<usize> = found.iter().filter_map(|&s| usize::try_from(s).ok()).collect();
+        assert!(margin < 1e-5 || found == *expected, "{format:?}: a selection differs");
+    }
+    let correlation = correlation(&answer.logits, &tiny.logits);
+    assert!(correlation >= least_correlation, "{format:?}: correlation {correlation}");
+    let vocab = tiny.logits.len() / tiny.ids.len();
+    let rows = answer.logits.chunks_exact(vocab).zip(tiny.logits.chunks_exact(vocab));
+    let same = rows.filter(|(a, b)| argmax(a) == argmax(b)).count() as f64 / tiny.ids.len() as f64;
+    assert!(same >= least_argmax, "{format:?}: argmax equal on {same} of the rows");
+}
+
+#[test]
+fn q8_0_weights_keep_nearly_every_answer() {
+    check_quantised(Format::Q8_0, 0.998, 0.96);
+}
+
+#[test]
+fn q4_0_weights_keep_most_answers() {
+    check_quantised(Format::Q4_0, 0.986, 0.74);
 }

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use sparsed_oracle::{Mistake, Model, Options, Output, Real, Selection, forward};
-use sparsed_tests::tiny::{TOLERANCE, Tiny};
+use sparsed_tests::tiny::{TOLERANCE, Tensor, Tiny, rewrite};
 use sparsed_tests::{default_model, worst};
 
 /// Of each kind one; the last two have no indexer.
@@ -75,6 +75,44 @@ fn every_kind_of_model_equals_hugging_face_in_f32() {
 #[test]
 fn every_kind_of_model_equals_hugging_face_in_f64() {
     KINDS.iter().for_each(|name| check_tiny::<f64>(name));
+}
+
+/// The tensors of `v3` as older files have them: `attn_kv_b` in one piece, and the two parts of `attn_kv_a_mqa` apart.
+fn older(tensors: Vec<Tensor>) -> Vec<Tensor> {
+    let (latent, nope, v_head) = (48, 24, 20);
+    let mut out: Vec<Tensor> = Vec::new();
+    for mut tensor in tensors {
+        if let Some(layer) = tensor.name.strip_suffix("attn_kv_a_mqa.weight").map(str::to_owned) {
+            let rope = tensor.values.split_off(latent * usize::try_from(tensor.dims[0]).unwrap());
+            let dims = vec![tensor.dims[0], tensor.dims[1] - latent as u64];
+            out.push(Tensor { name: format!("{layer}attn_k_rope.weight"), dims, values: rope, ..tensor.clone() });
+            (tensor.name, tensor.dims[1]) = (format!("{layer}attn_kv_a.weight"), latent as u64);
+        } else if let Some(layer) = tensor.name.strip_suffix("attn_v_b.weight") {
+            let name = format!("{layer}attn_kv_b.weight");
+            let k_b = out.pop().unwrap();
+            assert!(k_b.name.ends_with("attn_k_b.weight"), "{} comes before {}", k_b.name, tensor.name);
+            let heads = k_b.values.chunks_exact(latent * nope).zip(tensor.values.chunks_exact(v_head * latent));
+            let both = |(k, v): (&[f32], &[f32])| -> Vec<f32> {
+                let turned = (0..nope).flat_map(|n| k.iter().skip(n).step_by(nope));
+                turned.chain(v).copied().collect()
+            };
+            let values: Vec<f32> = heads.flat_map(both).collect();
+            tensor = Tensor { name, dims: vec![latent as u64, (values.len() / latent) as u64], values, ..tensor };
+        }
+        out.push(tensor);
+    }
+    out
+}
+
+#[test]
+fn the_older_division_of_tensors_is_the_same_model() {
+    let tiny = Tiny::open("v3");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    rewrite(&tiny.gguf(), &file, older);
+    let output = forward::<f32>(&Model::open(&file).unwrap(), &tiny.ids, &Options::default()).unwrap();
+    let worst = worst(&singles(&output), &tiny.logits);
+    assert!(worst < TOLERANCE, "logits differ by {worst}");
 }
 
 /// How much a deliberate mistake shows: the largest difference of a logit, and the share of other selections among

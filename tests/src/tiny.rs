@@ -1,7 +1,9 @@
 //! What must the tiny models answer? Hugging Face's outputs in `tests/golden/tiny`.
 
 use crate::{npy, root};
-use std::path::PathBuf;
+use sparsed_quant::gguf::{Gguf, Writer};
+use sparsed_quant::{Format, decode, encode};
+use std::path::{Path, PathBuf};
 
 /// Largest difference of a logit.
 pub const TOLERANCE: f32 = 1e-4;
@@ -54,7 +56,7 @@ impl Tiny {
     }
 
     /// The Hugging Face folder.
-    pub fn folder(&self) -> &std::path::Path {
+    pub fn folder(&self) -> &Path {
         &self.folder
     }
 
@@ -67,4 +69,46 @@ impl Tiny {
         let k = self.k.max(1);
         found.chunks_exact(k).zip(self.selections.chunks_exact(k)).filter(|(a, b)| a != b).count()
     }
+}
+
+/// A tensor of a GGUF file that a test changes.
+#[derive(Clone, Debug)]
+pub struct Tensor {
+    /// Its name.
+    pub name: String,
+    /// The fastest dimension first.
+    pub dims: Vec<u64>,
+    /// How it is stored.
+    pub format: Format,
+    /// Decoded.
+    pub values: Vec<f32>,
+}
+
+/// Writes the GGUF file `from` again as `to`, with its tensors changed.
+///
+/// # Panics
+/// When it cannot be read or written, or a tensor's parts do not belong together.
+pub fn rewrite(from: &Path, to: &Path, change: impl FnOnce(Vec<Tensor>) -> Vec<Tensor>) {
+    let checked = || -> Result<(), Box<dyn std::error::Error>> {
+        let file = std::fs::read(from)?;
+        let gguf = Gguf::parse(&file)?;
+        let mut tensors = Vec::new();
+        for info in gguf.tensors() {
+            let mut values = vec![0.0; usize::try_from(info.values())?];
+            decode(info.format, &file[info.range.clone()], &mut values)?;
+            tensors.push(Tensor { name: info.name.clone(), dims: info.dims.clone(), format: info.format, values });
+        }
+        let mut writer = Writer::new(gguf.metadata().clone());
+        let mut encoded = Vec::new();
+        for tensor in change(tensors) {
+            let mut bytes = vec![0; writer.add(&tensor.name, &tensor.dims, tensor.format)?];
+            encode(tensor.format, &tensor.values, &mut bytes)?;
+            encoded.push(bytes);
+        }
+        let mut out = writer.begin(std::fs::File::create(to)?)?;
+        encoded.iter().try_for_each(|bytes| out.tensor(bytes))?;
+        out.finish()?;
+        Ok(())
+    };
+    checked().unwrap_or_else(|error| panic!("{}: {error}", from.display()));
 }
