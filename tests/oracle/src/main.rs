@@ -1,9 +1,9 @@
 //! `sparsed-oracle`: the slow forward on a file, with outputs as `sparsectl logits` writes them.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Parser;
 use npyz::WriterBuilder;
-use sparsed_oracle::{Model, Options, Output, Real, forward};
+use sparsed_oracle::{Mistake, Model, Options, Output, Real, forward};
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -35,6 +35,18 @@ struct Arguments {
     /// Logits of the last so many rows only.
     #[arg(long)]
     last_rows: Option<usize>,
+    /// Do one thing wrong: indexer-rope-style, no-relu or no-k-norm-bias.
+    #[arg(long, value_parser = mistake)]
+    mistake: Option<Mistake>,
+}
+
+fn mistake(name: &str) -> Result<Mistake, String> {
+    match name {
+        "indexer-rope-style" => Ok(Mistake::IndexerRopeStyle),
+        "no-relu" => Ok(Mistake::NoRelu),
+        "no-k-norm-bias" => Ok(Mistake::NoKNormBias),
+        other => Err(format!("'{other}' is none of indexer-rope-style, no-relu, no-k-norm-bias")),
+    }
 }
 
 fn main() -> anyhow::Result<()> {
@@ -46,12 +58,13 @@ fn run<T: Real>(arguments: &Arguments) -> anyhow::Result<()> {
     let model = Model::open(&arguments.model)?;
     let text = std::fs::read_to_string(&arguments.ids).with_context(|| arguments.ids.display().to_string())?;
     let ids: Vec<u32> = serde_json::from_str(&text).with_context(|| arguments.ids.display().to_string())?;
-    let options = Options { top_k: arguments.top_k, last_rows: arguments.last_rows, mistake: None };
+    let options = Options { top_k: arguments.top_k, last_rows: arguments.last_rows, mistake: arguments.mistake };
     let Output { logits, selections } = forward::<T>(&model, &ids, &options)?;
     let shape = [logits.len() as u64, logits.width() as u64];
     #[expect(clippy::cast_possible_truncation, reason = "the output is single precision")]
     write(&arguments.out, &shape, logits.values().iter().map(|&v| Into::<f64>::into(v) as f32))?;
     let layers = [selections.len() as u64, ids.len() as u64];
+    ensure!(arguments.topk_out.is_none() || !selections.is_empty(), "--topk-out: nothing is selected");
     if let (Some(path), Some(indexer)) = (&arguments.topk_out, &model.config.indexer) {
         let k = arguments.top_k.unwrap_or(indexer.top_k);
         let rows = selections.iter().flat_map(|selection| &selection.positions);
