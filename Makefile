@@ -1,29 +1,56 @@
 # The project's verbs. `make` lists them.
 .DEFAULT_GOAL := help
 MODEL := models/smollm2-135m-dsa.gguf
-PROMPT ?= What is the capital of France?
+PROMPT ?=
+# Seconds that each fuzz target runs.
+FUZZ_SECONDS ?= 60
+FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
+export PROMPT
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z0-9]*\):.*## /\1\t/p' Makefile
 
-build: ## release build, plugins staged beside the executable
+needs:
+	@sh packaging/needs.sh build
+
+build: needs ## release build, plugins staged beside the executable
 	cargo build --release --locked -p sparsed -p sparsed-plugin-cpu
 	sh packaging/stage-plugin.sh cpu target/release/libsparsed_plugin_cpu.so plugins/cpu/plugin.toml.in target/release/plugins
 
 models: build ## the default model, from its Python package
 	sh packaging/models/fetch-default.sh
 
-chat: models ## one answer of the default model: make chat PROMPT="..." (in this process; the daemon is not there yet)
-	@target/release/sparsectl run --model $(MODEL) "$(PROMPT)"
+chat: models ## a chat with the default model through the daemon; one answer with PROMPT="..."
+	@sh packaging/chat.sh $(MODEL) "$$PROMPT"
 
-test: models ## all tests
+.venv/python/openai: tests/e2e/requirements.txt
+	rm -rf .venv/python
+	python3 -m pip install --quiet --disable-pip-version-check --target .venv/python -r tests/e2e/requirements.txt
+	touch $@
+
+testneeds:
+	@sh packaging/needs.sh test
+
+test: testneeds models .venv/python/openai ## all tests
 	cargo test --release --workspace --locked
+
+e2e: testneeds models .venv/python/openai ## the end-to-end tests alone
+	cargo test --release --locked -p sparsed-tests --test e2e
 
 lint: ## format and clippy
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
-bench fuzz sim e2e conform package: ## not there yet
+bench: models ## speed of the default model on this machine
+	target/release/sparsectl bench --model $(MODEL) -p 512 -n 64 -d 0,2048
+
+fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
+	for target in $(FUZZ_TARGETS); do \
+	  RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir tests/fuzz $$target tests/fuzz/seeds/$$target -- \
+	    -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	done
+
+sim conform package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 
-.PHONY: help build models chat test lint bench fuzz sim e2e conform package
+.PHONY: help needs testneeds build models chat test e2e lint bench fuzz sim conform package

@@ -39,10 +39,9 @@ fn the_openai_client_is_served() {
 fn a_client_that_goes_away_mid_stream_frees_its_sequence_and_blocks() {
     let daemon = Daemon::start(&default_model(), &[]);
     let mut stream = daemon.open("/v1/completions", &endless());
-    let mut byte = [0; 64];
-    stream.read_exact(&mut byte).unwrap();
-    let running = daemon.status();
-    assert!(running["running"] == 1 && running["kv_blocks_used"].as_u64() > Some(0), "{running}");
+    let mut some = [0; 1024];
+    stream.read_exact(&mut some).unwrap();
+    daemon.wait_until("running", || daemon.status()["kv_blocks_used"].as_u64() > Some(0));
     drop(stream);
     daemon.wait_until("free", || {
         let status = daemon.status();

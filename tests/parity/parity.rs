@@ -80,7 +80,7 @@ fn a_q8_0_indexer_selects_nearly_what_f16_does() {
 fn the_default_model_knows_the_capital_of_france_at_every_level() {
     for level in ["scalar", "avx2", "avx512"] {
         let done = Command::new(sparsed_tests::sparsectl())
-            .args(["run", "--plugin-set", &format!("level={level}"), "--model"])
+            .args(["run", "--temperature", "0", "--plugin-set", &format!("level={level}")])
             .arg(sparsed_tests::model("smollm2-135m-dsa.gguf"))
             .arg("What is the capital of France?")
             .output()

@@ -6,7 +6,7 @@ use std::process::{Command, Output};
 
 fn run(model: &Path, plugins: Option<&Path>) -> Output {
     let mut command = Command::new(sparsed_tests::sparsectl());
-    command.arg("run").arg("--model").arg(model);
+    command.arg("run").arg(model);
     if let Some(dir) = plugins {
         command.args(["--plugin", "other", "--plugins-dir"]).arg(dir);
     }

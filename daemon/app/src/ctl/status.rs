@@ -2,6 +2,7 @@
 
 use super::client::Client;
 use crate::config::{Config, Paths};
+use anyhow::ensure;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -11,6 +12,9 @@ use std::path::PathBuf;
 pub(super) struct Status {
     #[command(flatten)]
     daemon: Daemon,
+    /// Fail unless the default model answers, for scripts that wait for it.
+    #[arg(long)]
+    ready: bool,
 }
 
 /// List the configured models.
@@ -32,6 +36,10 @@ struct Daemon {
 
 impl Status {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        if self.ready {
+            let health = self.daemon.get("/health")?;
+            ensure!(health["status"] == "ok", "the default model is {}", word(&health["status"]));
+        }
         self.daemon.show(|status| status.clone(), status_text)
     }
 }
@@ -44,14 +52,20 @@ impl Models {
 
 impl Daemon {
     fn show(&self, part: fn(&Value) -> Value, text: fn(&Value, &str) -> String) -> anyhow::Result<()> {
-        let socket = self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket);
-        let client = Client::new(&socket);
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let status = runtime.block_on(client.get("/v1/status"))?;
+        let status = self.get("/v1/status")?;
         if self.json {
             return super::print_json(&part(&status));
         }
-        super::print(&text(&status, &socket.display().to_string()))
+        super::print(&text(&status, &self.socket().display().to_string()))
+    }
+
+    fn get(&self, path: &str) -> anyhow::Result<Value> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(Client::new(&self.socket()).get(path))
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket)
     }
 }
 
