@@ -1,10 +1,11 @@
 //! Which formats are there, and how large are they?
 
-use crate::{float, q4_0, q4_1, q8_0};
+use crate::{f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
 
-/// A storage format, with ggml's number and layout.
+/// A storage format, with ggml's number and layout where ggml has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
+#[allow(non_camel_case_types, reason = "ggml's names")]
 pub enum Format {
     /// IEEE single.
     F32,
@@ -18,18 +19,54 @@ pub enum Format {
     Q4_0,
     /// 32 x 4 bit, f16 scale and f16 minimum.
     Q4_1,
+    /// 32 x 5 bit, one f16 scale, offset 16.
+    Q5_0,
+    /// 32 x 5 bit, f16 scale and f16 minimum.
+    Q5_1,
+    /// 16 sub-blocks of 16 x 2 bit, each with 4-bit scale and minimum.
+    Q2_K,
+    /// 16 sub-blocks of 16 x 3 bit, each with a 6-bit scale.
+    Q3_K,
+    /// 8 sub-blocks of 32 x 4 bit, each with 6-bit scale and minimum.
+    Q4_K,
+    /// 8 sub-blocks of 32 x 5 bit, each with 6-bit scale and minimum.
+    Q5_K,
+    /// 16 sub-blocks of 16 x 6 bit, each with an int8 scale.
+    Q6_K,
+    /// 32 x 4 bit of an uneven table, one f16 scale.
+    IQ4_NL,
+    /// 8 sub-blocks of 32 x 4 bit of an uneven table, each with a 6-bit scale.
+    IQ4_XS,
+    /// 32 x e2m1, one power of two.
+    MXFP4,
+    /// e4m3fn, one byte a value. Not in GGUF: ggml has no number for it.
+    F8E4M3,
 }
 
 /// What is known about a format: number, name, values and bytes in a block.
 struct Row(Format, u32, &'static str, usize, usize);
 
-const TABLE: [Row; 6] = [
+/// The first number that is the plugin ABI's own and not ggml's.
+const OWN_IDS: u32 = 128;
+
+const TABLE: [Row; 17] = [
     Row(Format::F32, 0, "F32", 1, 4),
     Row(Format::F16, 1, "F16", 1, 2),
     Row(Format::BF16, 30, "BF16", 1, 2),
     Row(Format::Q8_0, 8, "Q8_0", 32, 34),
     Row(Format::Q4_0, 2, "Q4_0", 32, 18),
     Row(Format::Q4_1, 3, "Q4_1", 32, 20),
+    Row(Format::Q5_0, 6, "Q5_0", 32, 22),
+    Row(Format::Q5_1, 7, "Q5_1", 32, 24),
+    Row(Format::Q2_K, 10, "Q2_K", 256, 84),
+    Row(Format::Q3_K, 11, "Q3_K", 256, 110),
+    Row(Format::Q4_K, 12, "Q4_K", 256, 144),
+    Row(Format::Q5_K, 13, "Q5_K", 256, 176),
+    Row(Format::Q6_K, 14, "Q6_K", 256, 210),
+    Row(Format::IQ4_NL, 20, "IQ4_NL", 32, 18),
+    Row(Format::IQ4_XS, 23, "IQ4_XS", 256, 136),
+    Row(Format::MXFP4, 39, "MXFP4", 32, 17),
+    Row(Format::F8E4M3, 129, "F8E4M3", 1, 1),
 ];
 
 /// Why values could not be decoded or encoded.
@@ -64,6 +101,36 @@ pub enum QuantError {
         /// How many bytes there are.
         bytes: usize,
     },
+    /// Only decoding is there.
+    #[error("{} is read but not written", format.name())]
+    NotEncoded {
+        /// The format.
+        format: Format,
+    },
+    /// GGUF has no number for it.
+    #[error("{} cannot be in a GGUF file", format.name())]
+    NotInGguf {
+        /// The format.
+        format: Format,
+    },
+    /// A matrix does not have the factors that its shape needs.
+    #[error("{needed} factors are needed, there are {found}")]
+    Factors {
+        /// How many are needed.
+        needed: usize,
+        /// How many there are.
+        found: usize,
+    },
+    /// Values do not lie inside a matrix as whole rows.
+    #[error("{values} values from row {first} on are not whole rows of {cols} inside the matrix")]
+    Rows {
+        /// The first row.
+        first: usize,
+        /// How many values.
+        values: usize,
+        /// Columns of the matrix.
+        cols: usize,
+    },
 }
 
 impl Format {
@@ -75,17 +142,48 @@ impl Format {
             Self::Q8_0 => &TABLE[3],
             Self::Q4_0 => &TABLE[4],
             Self::Q4_1 => &TABLE[5],
+            Self::Q5_0 => &TABLE[6],
+            Self::Q5_1 => &TABLE[7],
+            Self::Q2_K => &TABLE[8],
+            Self::Q3_K => &TABLE[9],
+            Self::Q4_K => &TABLE[10],
+            Self::Q5_K => &TABLE[11],
+            Self::Q6_K => &TABLE[12],
+            Self::IQ4_NL => &TABLE[13],
+            Self::IQ4_XS => &TABLE[14],
+            Self::MXFP4 => &TABLE[15],
+            Self::F8E4M3 => &TABLE[16],
         }
     }
 
-    /// ggml's number, which is also the dtype of the plugin ABI.
+    /// ggml's number, or for a format that ggml lacks the plugin ABI's own, from 128 on. Also the dtype of that ABI.
     pub const fn ggml_id(self) -> u32 {
         self.row().1
     }
 
-    /// The format with this ggml number, if this version reads it.
+    /// The format with this number in a GGUF file, if this version reads it.
     pub fn from_ggml_id(id: u32) -> Option<Self> {
-        TABLE.iter().find(|row| row.1 == id).map(|row| row.0)
+        Self::from_dtype(id).filter(|format| format.is_in_gguf())
+    }
+
+    /// The format with this dtype of the plugin ABI, if this version reads it.
+    pub fn from_dtype(dtype: u32) -> Option<Self> {
+        TABLE.iter().find(|row| row.1 == dtype).map(|row| row.0)
+    }
+
+    /// The format of this name, in either case.
+    pub fn from_name(name: &str) -> Option<Self> {
+        TABLE.iter().find(|row| row.2.eq_ignore_ascii_case(name)).map(|row| row.0)
+    }
+
+    /// True when ggml has it, so that a GGUF file may.
+    pub const fn is_in_gguf(self) -> bool {
+        self.ggml_id() < OWN_IDS
+    }
+
+    /// True when [`encode`] makes it.
+    pub const fn is_encoded(self) -> bool {
+        !matches!(self, Self::Q2_K | Self::Q3_K | Self::IQ4_NL | Self::IQ4_XS | Self::MXFP4 | Self::F8E4M3)
     }
 
     /// ggml's name.
@@ -134,14 +232,26 @@ pub fn decode(format: Format, bytes: &[u8], values: &mut [f32]) -> Result<(), Qu
         Format::Q8_0 => blocks(bytes, values, q8_0::decode),
         Format::Q4_0 => blocks(bytes, values, q4_0::decode),
         Format::Q4_1 => blocks(bytes, values, q4_1::decode),
+        Format::Q5_0 => blocks(bytes, values, q5_0::decode),
+        Format::Q5_1 => blocks(bytes, values, q5_1::decode),
+        Format::Q2_K => blocks(bytes, values, q2_k::decode),
+        Format::Q3_K => blocks(bytes, values, q3_k::decode),
+        Format::Q4_K => blocks(bytes, values, q4_k::decode),
+        Format::Q5_K => blocks(bytes, values, q5_k::decode),
+        Format::Q6_K => blocks(bytes, values, q6_k::decode),
+        Format::IQ4_NL => blocks(bytes, values, iq4_nl::decode),
+        Format::IQ4_XS => blocks(bytes, values, iq4_xs::decode),
+        Format::MXFP4 => blocks(bytes, values, mxfp4::decode),
+        Format::F8E4M3 => f8_e4m3::decode(bytes, values),
     }
     Ok(())
 }
 
-/// Encodes `values` into `bytes` as ggml's reference quantiser does.
+/// Encodes `values` into `bytes`: to ggml's own bits in formats of up to 32 values, and in the others with an error no
+/// larger than its reference quantiser's.
 ///
 /// # Errors
-/// When the lengths do not belong together.
+/// When the lengths do not belong together, or the format is only decoded.
 pub fn encode(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), QuantError> {
     check(format, values.len(), bytes.len())?;
     match format {
@@ -151,6 +261,14 @@ pub fn encode(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), Qu
         Format::Q8_0 => blocks_mut(values, bytes, q8_0::encode),
         Format::Q4_0 => blocks_mut(values, bytes, q4_0::encode),
         Format::Q4_1 => blocks_mut(values, bytes, q4_1::encode),
+        Format::Q5_0 => blocks_mut(values, bytes, q5_0::encode),
+        Format::Q5_1 => blocks_mut(values, bytes, q5_1::encode),
+        Format::Q4_K => blocks_mut(values, bytes, q4_k::encode),
+        Format::Q5_K => blocks_mut(values, bytes, q5_k::encode),
+        Format::Q6_K => blocks_mut(values, bytes, q6_k::encode),
+        Format::Q2_K | Format::Q3_K | Format::IQ4_NL | Format::IQ4_XS | Format::MXFP4 | Format::F8E4M3 => {
+            return Err(QuantError::NotEncoded { format });
+        }
     }
     Ok(())
 }
@@ -175,9 +293,11 @@ mod tests {
     fn the_table_is_in_order_of_the_enum() {
         for row in &TABLE {
             assert_eq!(row.0.row().1, row.1);
-            assert_eq!(Format::from_ggml_id(row.1), Some(row.0));
+            assert_eq!(Format::from_dtype(row.1), Some(row.0));
+            assert_eq!(Format::from_name(row.2), Some(row.0));
         }
-        assert_eq!(Format::from_ggml_id(12), None);
+        assert_eq!(Format::from_ggml_id(9), None);
+        assert_eq!(Format::from_ggml_id(129), None, "a GGUF file has no FP8");
     }
 
     #[test]

@@ -354,7 +354,9 @@ mod tests {
         assert!(reason(&crafted("t", &[u64::MAX], 0, 0)).contains("impossible"), "a negative dimension");
         assert!(reason(&crafted("t", &[4], 0, 8)).contains("alignment"), "unaligned");
         assert!(reason(&crafted("t", &[33], 8, 0)).contains("Q8_0"), "a partial block");
-        assert!(reason(&crafted("t", &[256], 12, 0)).contains("12 (Q4_K)"), "a type that is not read");
+        assert!(reason(&crafted("t", &[255], 12, 0)).contains("Q4_K"), "a partial block of 256");
+        assert!(reason(&crafted("t", &[256], 16, 0)).contains("16 (IQ2_XXS)"), "a type that is not read");
+        assert!(reason(&crafted("t", &[32], 129, 0)).contains("129 (unknown)"), "a number of ours, not of ggml");
         assert!(reason(&crafted("t", &[4; 5], 0, 0)).contains("limit is 4"), "five dimensions");
     }
 
