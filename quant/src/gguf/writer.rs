@@ -18,7 +18,11 @@ pub struct Writer {
 #[derive(Debug)]
 pub struct DataWriter<W: Write> {
     out: W,
+    /// Sizes of the tensors that have not begun.
     left: std::vec::IntoIter<usize>,
+    /// Bytes of the tensor that has begun, and how many of them are missing.
+    size: usize,
+    missing: usize,
 }
 
 impl Writer {
@@ -33,8 +37,11 @@ impl Writer {
     /// Announces a tensor; `dims` has the fastest dimension first.
     ///
     /// # Errors
-    /// When a row is not whole blocks.
+    /// When a row is not whole blocks, or GGUF does not have the format.
     pub fn add(&mut self, name: &str, dims: &[u64], format: Format) -> Result<usize, QuantError> {
+        if !format.is_in_gguf() {
+            return Err(QuantError::NotInGguf { format });
+        }
         let too_large = || QuantError::TooLarge { format, values: usize::MAX };
         let row = usize::try_from(dims.first().copied().unwrap_or(0)).map_err(|_| too_large())?;
         let rows = dims.iter().skip(1).try_fold(1usize, |n, &d| n.checked_mul(usize::try_from(d).ok()?));
@@ -72,7 +79,7 @@ impl Writer {
         }
         head.resize(head.len().next_multiple_of(ALIGNMENT), 0);
         out.write_all(&head)?;
-        Ok(DataWriter { out, left: sizes.into_iter() })
+        Ok(DataWriter { out, left: sizes.into_iter(), size: 0, missing: 0 })
     }
 }
 
@@ -91,14 +98,27 @@ impl<W: Write> DataWriter<W> {
     /// As [`Self::tensor`].
     pub fn parts(&mut self, parts: &[&[u8]]) -> io::Result<()> {
         let length = parts.iter().map(|part| part.len()).sum::<usize>();
-        if self.left.next() != Some(length) {
-            let what = format!("{length} bytes are not the next tensor's");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        if self.missing != 0 || self.left.as_slice().first() != Some(&length) {
+            return Err(refused(format!("{length} bytes are not the next tensor's")));
         }
-        for part in parts {
-            self.out.write_all(part)?;
+        parts.iter().try_for_each(|part| self.piece(part))
+    }
+
+    /// Writes the next bytes of a tensor, which need not be all of them; after its last one the next tensor begins.
+    ///
+    /// # Errors
+    /// The sink's, or `InvalidInput` when the bytes reach past the tensor.
+    pub fn piece(&mut self, bytes: &[u8]) -> io::Result<()> {
+        if self.missing == 0 {
+            self.size = self.left.next().unwrap_or(0);
+            self.missing = self.size;
         }
-        self.out.write_all(&[0; ALIGNMENT][..length.next_multiple_of(ALIGNMENT) - length])
+        let missing = self.missing.checked_sub(bytes.len());
+        self.missing =
+            missing.ok_or_else(|| refused(format!("{} bytes, {} are missing", bytes.len(), self.missing)))?;
+        self.out.write_all(bytes)?;
+        let padding = if self.missing == 0 { self.size.next_multiple_of(ALIGNMENT) - self.size } else { 0 };
+        self.out.write_all(&[0; ALIGNMENT][..padding])
     }
 
     /// Ends the file and gives the sink back.
@@ -106,12 +126,16 @@ impl<W: Write> DataWriter<W> {
     /// # Errors
     /// The sink's, or `InvalidInput` when a tensor is missing.
     pub fn finish(mut self) -> io::Result<W> {
-        if self.left.next().is_some() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a tensor that was announced is missing"));
+        if self.missing != 0 || self.left.next().is_some() {
+            return Err(refused("a tensor that was announced is missing".to_owned()));
         }
         self.out.flush()?;
         Ok(self.out)
     }
+}
+
+fn refused(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, what)
 }
 
 fn put_string(out: &mut Vec<u8>, text: &str) {
@@ -178,5 +202,51 @@ fn put_array(out: &mut Vec<u8>, array: &Array) {
         Array::U64(list) => numbers!(10, list),
         Array::I64(list) => numbers!(11, list),
         Array::F64(list) => numbers!(12, list),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::Gguf;
+
+    fn begun(sizes: &[u64]) -> DataWriter<Vec<u8>> {
+        let mut writer = Writer::new(Metadata::new());
+        for (name, size) in ["a", "b", "c"].iter().zip(sizes) {
+            writer.add(name, &[*size], Format::F32).unwrap();
+        }
+        writer.begin(Vec::new()).unwrap()
+    }
+
+    #[test]
+    fn pieces_make_the_same_file_as_whole_tensors() {
+        let mut whole = begun(&[3, 8]);
+        whole.tensor(&[1; 12]).unwrap();
+        whole.parts(&[&[2; 30], &[3; 2]]).unwrap();
+        let whole = whole.finish().unwrap();
+        let mut pieces = begun(&[3, 8]);
+        for piece in [&[1; 5][..], &[1; 7], &[2; 30], &[3; 1], &[3; 1]] {
+            pieces.piece(piece).unwrap();
+        }
+        assert_eq!(pieces.finish().unwrap(), whole);
+        assert_eq!(Gguf::parse(&whole).unwrap().tensor("b").unwrap().range.len(), 32);
+    }
+
+    #[test]
+    fn bytes_that_were_not_announced_are_refused() {
+        let mut data = begun(&[3, 8]);
+        data.piece(&[1; 5]).unwrap();
+        assert!(data.piece(&[1; 8]).is_err(), "past the tensor");
+        assert!(data.tensor(&[1; 32]).is_err(), "a tensor inside another");
+        assert!(begun(&[1]).tensor(&[0; 8]).is_err());
+        assert!(begun(&[1]).finish().is_err(), "a tensor is missing");
+        let mut half = begun(&[2]);
+        half.piece(&[0; 4]).unwrap();
+        assert!(half.finish().is_err(), "half a tensor is missing");
+        let mut writer = Writer::new(Metadata::new());
+        assert_eq!(
+            writer.add("t", &[4], Format::F8E4M3).unwrap_err(),
+            QuantError::NotInGguf { format: Format::F8E4M3 }
+        );
     }
 }
