@@ -7,14 +7,21 @@ use crate::plan::Plan;
 use crate::threads::{Team, allowed_cpus};
 use crate::validate::Bound;
 use sparsed_abi::{
-    DEV_CPU, DT_BF16, DT_F16, DT_F32, DT_Q4_0, DT_Q4_1, DT_Q8_0, E_DATA, E_NOMEM_HOST, FEAT_CANCEL_MID,
-    FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_UNIFIED_MEM, LOG_INFO, Program, SpdBucket,
-    SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
+    DEV_CPU, DT_BF16, DT_F8E4M3, DT_F16, DT_F32, DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_Q2_K, DT_Q3_K, DT_Q4_0, DT_Q4_1,
+    DT_Q4_K, DT_Q5_0, DT_Q5_1, DT_Q5_K, DT_Q6_K, DT_Q8_0, E_DATA, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC,
+    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_UNIFIED_MEM, LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth,
+    SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, Source, put_text};
 use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+
+/// What a weight may be. Formats without a kernel of their own are decoded row by row.
+const WEIGHT_DTYPES: &[u32] = &[
+    DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_Q4_1, DT_Q5_0, DT_Q5_1, DT_Q2_K, DT_Q3_K, DT_Q4_K, DT_Q5_K, DT_Q6_K,
+    DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_F8E4M3,
+];
 
 /// Most threads in a team.
 const THREADS_MAX: usize = 256;
@@ -69,10 +76,9 @@ impl Plugin for CpuPlugin {
         put_text(&mut info.id, "cpu");
         put_text(&mut info.name, std::env::consts::ARCH);
         put_text(&mut info.driver, self.level.name());
-        for (map, dtypes) in [
-            (&mut info.weight_dtypes, &[DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_Q4_1][..]),
-            (&mut info.row_dtypes, &[DT_F32, DT_F16, DT_BF16, DT_Q8_0][..]),
-        ] {
+        for (map, dtypes) in
+            [(&mut info.weight_dtypes, WEIGHT_DTYPES), (&mut info.row_dtypes, &[DT_F32, DT_F16, DT_BF16, DT_Q8_0][..])]
+        {
             for (word, mask) in dtypes.iter().filter_map(|&dtype| dtype_bit(dtype)) {
                 map[word] |= mask;
             }

@@ -72,7 +72,7 @@ enum Bytes {
 impl Weight {
     pub(crate) fn create(desc: &SpdWeightDesc, usage: &Arc<Usage>) -> Result<Self> {
         let unknown = || PluginError::unsupported(format!("weights of dtype {}", desc.dtype));
-        let format = Format::from_ggml_id(desc.dtype).ok_or_else(unknown)?;
+        let format = Format::from_dtype(desc.dtype).ok_or_else(unknown)?;
         if desc.flags & !W_HOST_IN_PLACE != 0 {
             return Err(PluginError::unsupported(format!("weight flags {:#x}", desc.flags)));
         }

@@ -97,7 +97,7 @@ impl Bound<'_> {
         if let Some(bound) = self.weights.get(tensor.bind as usize) {
             let same = (bound.batch, bound.rows, bound.cols) == shape && bound.format.ggml_id() == tensor.dtype;
             check(same, "the bound weight has another shape or dtype")?;
-        } else if Format::from_ggml_id(tensor.dtype).is_none() {
+        } else if Format::from_dtype(tensor.dtype).is_none() {
             return Err(PluginError::unsupported(format!("weights of dtype {}", tensor.dtype)));
         }
         Ok(shape)
