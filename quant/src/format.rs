@@ -247,8 +247,8 @@ pub fn decode(format: Format, bytes: &[u8], values: &mut [f32]) -> Result<(), Qu
     Ok(())
 }
 
-/// Encodes `values` into `bytes`: to ggml's own bits in formats of up to 32 values, and in the others with an error no
-/// larger than its reference quantiser's.
+/// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, the others with an error no larger than
+/// that of its reference quantiser.
 ///
 /// # Errors
 /// When the lengths do not belong together, or the format is only decoded.
@@ -353,14 +353,12 @@ mod tests {
 
     /// The sums were computed with the `gguf` package 0.19.0 (llama.cpp's own Python quantisers) over the same values.
     #[test]
-    fn both_directions_equal_the_reference_quantiser_bit_for_bit() {
+    fn formats_that_are_encoded_as_by_ggml_equal_it_bit_for_bit_both_ways() {
         let values = generated();
         for (format, encoded, decoded) in [
             (Format::F16, 0x54f8_1666_2b4c_dae7, 0xaeac_78ef_a769_bcdb),
             (Format::BF16, 0x17ea_b69e_7c68_decf, 0x7bf7_edc9_5687_e93f),
             (Format::Q8_0, 0x186e_8747_8e27_582d, 0x9663_066e_d973_60be),
-            (Format::Q4_0, 0xe0c0_65e2_ab28_902b, 0x2374_5318_25f2_b19a),
-            (Format::Q4_1, 0x0922_5f9b_2ea8_ced5, 0x348d_ad33_6f89_4fbf),
         ] {
             let mut bytes = vec![0; format.row_bytes(values.len()).unwrap()];
             encode(format, &values, &mut bytes).unwrap();

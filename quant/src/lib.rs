@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod affine;
+mod block;
 mod f8_e4m3;
 mod float;
 mod format;

@@ -1,5 +1,6 @@
 //! Q4_0: 32 values as f16 scale d and 16 bytes of nibbles, the low ones first; value = d (q - 8).
 
+use crate::block;
 use half::f16;
 
 pub(crate) fn decode(block: &[u8; 18], values: &mut [f32; 32]) {
@@ -11,23 +12,11 @@ pub(crate) fn decode(block: &[u8; 18], values: &mut [f32; 32]) {
     }
 }
 
-/// The value of greatest magnitude, sign kept, lands on code 0.
 pub(crate) fn encode(values: &[f32; 32], block: &mut [u8; 18]) {
-    let extreme = values.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
-    let d = extreme / -8.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
-    let code = |value: f32| {
-        #[expect(
-            clippy::cast_possible_truncation,
-            clippy::cast_sign_loss,
-            reason = "truncation is ggml's rounding here"
-        )]
-        let q = (value * inverse + 8.5) as u8;
-        q.min(15)
-    };
+    let fit = block::symmetric(values, 8);
+    block[..2].copy_from_slice(&fit.d.to_le_bytes());
     for (i, byte) in block[2..].iter_mut().enumerate() {
-        *byte = code(values[i]) | code(values[i + 16]) << 4;
+        *byte = fit.codes[i] | fit.codes[i + 16] << 4;
     }
 }
 

@@ -1,5 +1,6 @@
 //! Q5_0: 32 values as f16 scale d, 4 bytes of fifth bits and 16 of nibbles, the low ones first; value = d (q - 16).
 
+use crate::block;
 use half::f16;
 
 pub(crate) fn decode(block: &[u8; 22], values: &mut [f32; 32]) {
@@ -11,15 +12,10 @@ pub(crate) fn decode(block: &[u8; 22], values: &mut [f32; 32]) {
     }
 }
 
-/// The value of greatest magnitude, sign kept, lands on code 0.
 pub(crate) fn encode(values: &[f32; 32], block: &mut [u8; 22]) {
-    let extreme = values.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
-    let d = extreme / -16.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    block[..2].copy_from_slice(&f16::from_f32(d).to_le_bytes());
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "truncation is ggml's rounding here")]
-    let codes = values.map(|value| ((value * inverse + 16.5) as u8).min(31));
-    pack(&codes, &mut block[2..]);
+    let fit = block::symmetric(values, 16);
+    block[..2].copy_from_slice(&fit.d.to_le_bytes());
+    pack(&fit.codes, &mut block[2..]);
 }
 
 /// 32 codes of 5 bits from 4 bytes of fifth bits (bit i: element i) and 16 bytes of nibbles; Q5_1 has the same.
