@@ -70,4 +70,7 @@ pub enum ModelError {
     /// Converting was refused.
     #[error("convert: {0}")]
     Convert(String),
+    /// Quantising was refused.
+    #[error("quantize: {0}")]
+    Quantize(String),
 }

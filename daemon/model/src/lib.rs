@@ -6,6 +6,7 @@
 
 mod error;
 mod model;
+mod new_file;
 mod program;
 mod spec;
 mod template;
@@ -13,6 +14,7 @@ mod tokenizer;
 mod weights;
 
 pub mod convert;
+pub mod quantize;
 
 pub use error::ModelError;
 pub use model::{Model, Summary};

@@ -26,13 +26,7 @@ pub(crate) struct Tensor {
 
 impl Weights {
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
-        let io = |source| ModelError::Io { path: path.to_owned(), source };
-        let handle = File::open(path).map_err(io)?;
-        if !handle.metadata().map_err(io)?.is_file() {
-            return Err(io(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
-        }
-        let file = map(&handle).map_err(io)?;
-        let gguf = Gguf::parse(&file).map_err(|source| ModelError::File { path: path.to_owned(), source })?;
+        let (_, file, gguf) = open_gguf(path)?;
         Ok(Self { gguf, file, path: path.to_owned() })
     }
 
@@ -73,6 +67,18 @@ impl Weights {
         source.map_err(|source| ModelError::Quant { name: name.to_owned(), source })?;
         Ok(Some(values))
     }
+}
+
+/// Opens and maps a GGUF file and reads its header.
+pub(crate) fn open_gguf(path: &Path) -> Result<(File, Bytes, Gguf), ModelError> {
+    let io = |source| ModelError::Io { path: path.to_owned(), source };
+    let handle = File::open(path).map_err(io)?;
+    if !handle.metadata().map_err(io)?.is_file() {
+        return Err(io(std::io::Error::new(std::io::ErrorKind::InvalidInput, "not a regular file")));
+    }
+    let file = map(&handle).map_err(io)?;
+    let gguf = Gguf::parse(&file).map_err(|source| ModelError::File { path: path.to_owned(), source })?;
+    Ok((handle, file, gguf))
 }
 
 #[allow(unsafe_code, reason = "a mapping is the only way to weights larger than memory")]

@@ -34,6 +34,11 @@ impl Writer {
         Self { metadata, tensors: Vec::new() }
     }
 
+    /// Sets a metadata entry.
+    pub fn set(&mut self, key: &str, value: Value) {
+        self.metadata.set(key, value);
+    }
+
     /// Announces a tensor; `dims` has the fastest dimension first.
     ///
     /// # Errors

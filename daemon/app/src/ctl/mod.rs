@@ -6,6 +6,7 @@ mod convert;
 mod local;
 mod logits;
 mod private;
+mod quantize;
 mod repl;
 mod run;
 mod status;
@@ -29,6 +30,7 @@ enum Command {
     Convert(convert::Convert),
     Logits(logits::Logits),
     Models(status::Models),
+    Quantize(quantize::Quantize),
     Run(run::Run),
     Status(status::Status),
 }
@@ -42,6 +44,7 @@ pub fn main() -> ExitCode {
         Command::Convert(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
+        Command::Quantize(command) => command.run(),
         Command::Run(command) => command.run(),
         Command::Status(command) => command.run(),
     };

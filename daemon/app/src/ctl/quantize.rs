@@ -1,0 +1,71 @@
+//! `sparsectl quantize`: a GGUF file becomes a smaller one.
+
+use clap::builder::PossibleValuesParser;
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use sparsed_model::quantize::{QuantizeOptions, QuantizeReport, Recipe, quantize};
+use std::path::PathBuf;
+
+/// Quantise a GGUF file.
+///
+/// The type is what most matrices become. Stored with more bits than that, or as they are:
+///
+///   - vectors, norms, biases, the router (ffn_gate_inp, exp_probs_b) and the indexer's head weights (indexer.proj)
+///     stay as they are
+///   - the indexer's matrices: at least Q8_0, since what it selects decides what attention reads
+///   - the output matrix, and an embedding that serves as one: at least Q6_K
+///   - Q4_K_M and Q5_K_M: attn_v and ffn_down are Q6_K in the first and last eighth of the layers and every third
+///     between; attn_kv_a likewise, and Q5_K in the other layers
+///   - rows that are not a multiple of 256 take formats with blocks of 32: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K
+///
+/// Start from an F16, BF16 or F32 file: errors of a file that was quantised before add up. Memory is 16 MiB a thread
+/// and what the file's header takes, whatever the file's size. The output appears whole or not at all, in place of a
+/// file that was there.
+#[derive(Debug, clap::Args)]
+#[command(verbatim_doc_comment)]
+pub(super) struct Quantize {
+    /// The model, GGUF.
+    input: PathBuf,
+    /// The new file.
+    output: PathBuf,
+    /// What most matrices become; from the largest to the smallest.
+    #[arg(long = "type", value_name = "TYPE", ignore_case = true,
+        value_parser = PossibleValuesParser::new(Recipe::names()))]
+    recipe: String,
+    /// Leave tensors of this name as they are; * stands for any run of characters. May be repeated.
+    #[arg(long, value_name = "PATTERN")]
+    keep: Vec<String>,
+    /// Threads; 0: one for each processor.
+    #[arg(short, long, default_value_t = 0)]
+    threads: u8,
+}
+
+impl Quantize {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let recipe = Recipe::from_name(&self.recipe).expect("clap lets only names of recipes pass");
+        let options = QuantizeOptions { recipe, keep: self.keep, n_threads: self.threads.into() };
+        let bar = ProgressBar::new(0);
+        bar.set_style(ProgressStyle::with_template("{wide_bar} {bytes}/{total_bytes} {eta}")?);
+        let mut progress = |done, total| {
+            bar.set_length(total);
+            bar.set_position(done);
+        };
+        let report = quantize(&self.input, &self.output, &options, &mut progress)?;
+        bar.finish_and_clear();
+        print(&report);
+        Ok(())
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the report goes to standard output")]
+fn print(report: &QuantizeReport) {
+    println!("{:<8} {:>8} {:>8} {:>12} {:>15}", "format", "tensors", "copied", "size", "relative error");
+    for (name, format) in &report.formats {
+        let error = format.relative_error().map_or_else(|| "-".to_owned(), |error| format!("{error:.5}"));
+        let size = HumanBytes(format.bytes).to_string();
+        println!("{name:<8} {:>8} {:>8} {size:>12} {error:>15}", format.tensors, format.copied);
+    }
+    println!("{} -> {}", HumanBytes(report.bytes_before), HumanBytes(report.bytes_after));
+    for note in &report.notes {
+        println!("note: {note}");
+    }
+}
