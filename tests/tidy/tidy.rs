@@ -65,6 +65,37 @@ fn crates_import_along_the_arrows() {
     }
 }
 
+/// The rules of `deny.toml` that need no network: every crate comes from the registry or is ours, and may be used.
+#[test]
+fn every_dependency_has_an_allowed_licence_and_source() {
+    let root = sparsed_tests::root();
+    let rules: toml::Table = std::fs::read_to_string(root.join("deny.toml")).unwrap().parse().unwrap();
+    let allowed: Vec<String> = rules["licenses"]["allow"].clone().try_into().unwrap();
+    let output = Command::new(env!("CARGO"))
+        .args(["metadata", "--format-version", "1", "--locked", "--offline", "--filter-platform"])
+        .arg(format!("{}-unknown-linux-gnu", std::env::consts::ARCH)) // what a build here has fetched
+        .current_dir(root)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    assert!(packages.len() > 100);
+    for package in packages {
+        let (name, licence) = (&package["name"], package["license"].as_str().unwrap_or_default());
+        assert!(may_be_used(licence, &allowed), "{name}: licence '{licence}' is not allowed by deny.toml");
+        let source = package["source"].as_str();
+        let from_registry = source.is_none_or(|source| source.starts_with("registry+"));
+        assert!(from_registry, "{name} comes from {source:?}");
+    }
+}
+
+fn may_be_used(licence: &str, allowed: &[String]) -> bool {
+    // Some older crates write "/" for OR.
+    let Ok(expression) = spdx::Expression::parse(&licence.replace('/', " OR ")) else { return false };
+    expression.evaluate(|requirement| allowed.iter().any(|name| *name == requirement.to_string()))
+}
+
 #[test]
 fn files_are_short_and_narrow() {
     let all = files(".rs");
@@ -100,4 +131,7 @@ fn the_checks_can_fail() {
     assert!(bad_arrow("sparsed-plugin-cpu", "sparsed-engine") && bad_arrow("sparsed-kv", "sparsed-backend"));
     assert_eq!(code_lines("a\nb\n#[cfg(test)]\nmod tests {\n}"), 2);
     assert_eq!(wide_line(&format!("a\n{}", "x".repeat(121))), Some(2));
+    let mit = ["MIT".to_owned()];
+    assert!(may_be_used("MIT/Apache-2.0", &mit) && may_be_used("(MIT OR GPL-3.0-only)", &mit));
+    assert!(!may_be_used("GPL-3.0-only", &mit) && !may_be_used("MIT AND Zlib", &mit) && !may_be_used("", &mit));
 }

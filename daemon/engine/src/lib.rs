@@ -29,3 +29,10 @@ pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
 
 pub use sparsed_model::{ChatMessage, Summary};
+
+/// The same cases on every run, and no files written.
+#[cfg(test)]
+fn seeded() -> proptest::test_runner::Config {
+    use proptest::test_runner::{Config, RngSeed};
+    Config { rng_seed: RngSeed::Fixed(1), failure_persistence: None, ..Config::default() }
+}

@@ -191,12 +191,16 @@ mod tests {
         assert_eq!(greedy_with(Sampling { logit_bias: vec![(2, 5.0), (99, 1.0)], ..seeded(0) }, &[], 1), [2]);
     }
 
+    fn logit() -> impl Strategy<Value = f32> {
+        prop_oneof![9 => -50f32..50.0, 1 => Just(f32::NAN), 1 => Just(f32::NEG_INFINITY)]
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig { rng_seed: proptest::test_runner::RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(crate::seeded())]
 
         #[test]
         fn any_logits_and_parameters_give_a_token_of_the_vocabulary(
-            logits in proptest::collection::vec(prop_oneof![9 => -50f32..50.0, 1 => Just(f32::NAN), 1 => Just(f32::NEG_INFINITY)], 1..50),
+            logits in proptest::collection::vec(logit(), 1..50),
             temperature in 0f32..3.0, top_k in 0u32..60, top_p in 0.01f32..=1.0, min_p in 0f32..=1.0, seed: u64,
         ) {
             let sampling = Sampling { temperature, top_k, top_p, min_p, seed, ..Sampling::default() };

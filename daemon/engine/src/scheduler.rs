@@ -1,9 +1,9 @@
 //! Who runs in the next step? Continuous batching with chunked prefill.
 //!
 //! Every step carries one token of each running answer and, in the room that is left, pieces of prompts, the oldest
-//! first. Blocks for the whole step are reserved before any sequence is touched, so a step never runs out half-way. When
-//! the pool is short, the youngest running sequence gives its blocks back and waits again; its tokens are kept and its
-//! rows are computed again later, bit for bit where the device is invariant.
+//! first. Blocks for the whole step are reserved before any sequence is touched, so a step never runs out half-way.
+//! When the pool is short, the youngest running sequence gives its blocks back and waits again; its tokens are kept and
+//! its rows are computed again later, bit for bit where the device is invariant.
 //!
 //! Knows no device, no text and no clock: time is an argument.
 

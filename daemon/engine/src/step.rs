@@ -392,7 +392,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { rng_seed: proptest::test_runner::RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(crate::seeded())]
 
         /// Whatever shares the pool, an answer is the naive one; whoever goes away leaves nothing behind.
         #[test]

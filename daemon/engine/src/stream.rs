@@ -129,11 +129,14 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { rng_seed: proptest::test_runner::RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::default() })]
+        #![proptest_config(crate::seeded())]
 
         /// However the bytes are cut, the text is the same.
         #[test]
-        fn cuts_do_not_change_the_text(bytes in proptest::collection::vec(prop_oneof![3 => 97u8..100, 1 => any::<u8>()], 0..60), cut in 1usize..7) {
+        fn cuts_do_not_change_the_text(
+            bytes in proptest::collection::vec(prop_oneof![3 => 97u8..100, 1 => any::<u8>()], 0..60),
+            cut in 1usize..7,
+        ) {
             let stops = ["abc", "bb"];
             let whole = streamed(&stops, &[&bytes]);
             let pieces: Vec<&[u8]> = bytes.chunks(cut).collect();
