@@ -88,14 +88,15 @@ pub fn convert(
         let what = format!("the indexer has {found} tensors, {} layers need {wanted}", spec.n_layers);
         return Err(ModelError::Convert(format!("{what}: it was trained for another base")));
     }
-    let mut planned = vec![rope_factors(&spec, f64::from(freq_base(weights.gguf.metadata())?))];
-    for info in weights.gguf.tensors() {
-        plan_tensor(&weights, &spec, &info.name, &mut planned)?;
+    let base_metadata = weights.metadata().expect("a Llama model is read from a GGUF only");
+    let mut planned = vec![rope_factors(&spec, f64::from(freq_base(base_metadata)?))];
+    for name in weights.names() {
+        plan_tensor(&weights, &spec, name, &mut planned)?;
     }
     for layer in 0..spec.n_layers {
         plan_indexer(&file, &spec, &shape, layer, options, &mut planned)?;
     }
-    let metadata = metadata(&weights, &spec, &shape, options)?;
+    let metadata = metadata(base_metadata, &spec, &shape, options)?;
     let file_bytes = write(out, metadata, &planned, progress)?;
     Ok(ConvertReport { n_layers: spec.n_layers, index_heads: shape.heads, index_head_dim: shape.width, file_bytes })
 }
@@ -136,7 +137,7 @@ impl IndexerShape {
 }
 
 fn plan_tensor(weights: &Weights, spec: &ModelSpec, name: &str, planned: &mut Vec<Planned>) -> Result<(), ModelError> {
-    let tensor = weights.find(name).expect("the name comes from the file");
+    let tensor = weights.find(name)?.expect("the name comes from the file");
     let mut keep = |name: String, dims: Vec<u64>, format: Format, parts: Vec<bytes::Bytes>| {
         planned.push(Planned { name, dims, format, parts });
     };
@@ -240,12 +241,11 @@ fn decode(name: &str, dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, ModelError
 }
 
 fn metadata(
-    weights: &Weights,
+    base: &Metadata,
     spec: &ModelSpec,
     shape: &IndexerShape,
     options: &ConvertOptions,
 ) -> Result<Metadata, ModelError> {
-    let base = weights.gguf.metadata();
     let mut metadata = Metadata::new();
     metadata.set("general.architecture", Value::String("deepseek32".to_owned()));
     for (key, value) in base.iter().filter(|(key, _)| !key.starts_with("llama.") && *key != "general.architecture") {
@@ -444,13 +444,13 @@ mod tests {
         assert!(last.0 == last.1 && last.0 > 0, "progress ends at the whole: {last:?}");
         let (base, made) = (Weights::open(&base).unwrap(), Weights::open(&out).unwrap());
         let rows = made.get("blk.0.attn_kv_a_mqa.weight", &[32, 32]).unwrap();
-        let bytes = |name: &str| base.find(name).unwrap().bytes;
+        let bytes = |name: &str| base.find(name).unwrap().unwrap().bytes;
         assert_eq!(rows.bytes, [bytes("blk.0.attn_v.weight"), bytes("blk.0.attn_k.weight")].concat());
         let spec = ModelSpec::parse(&made).unwrap();
         assert_eq!((spec.kv_lora_rank, spec.rope_row, spec.group_count), (16, 16, 2));
         assert_eq!(spec.indexer.as_ref().map(|i| (i.n_heads, i.head_dim, i.rope_dim, i.top_k)), Some((2, 8, 4, 9)));
-        assert_eq!(made.gguf.metadata().str("tokenizer.ggml.model"), Ok(Some("gpt2")));
-        assert_eq!(made.gguf.metadata().bool("deepseek32.attention.kv_a_norm"), Ok(Some(false)));
+        assert_eq!(made.metadata().unwrap().str("tokenizer.ggml.model"), Ok(Some("gpt2")));
+        assert_eq!(made.metadata().unwrap().bool("deepseek32.attention.kv_a_norm"), Ok(Some(false)));
         let wanted = ModelSpec::parse(&base).unwrap().rope_frequencies;
         for (found, wanted) in spec.rope_frequencies.iter().zip(&wanted) {
             assert!((found / wanted - 1.0).abs() < 1e-6, "each group turns as the base's heads do");

@@ -24,11 +24,27 @@ pub enum ModelError {
         /// What is wrong and where.
         source: GgufError,
     },
+    /// Parts of a split file do not belong together.
+    #[error("{}: {reason}", path.display())]
+    Split {
+        /// The part.
+        path: PathBuf,
+        /// What does not fit.
+        reason: String,
+    },
     /// A metadata entry has the wrong type or is missing.
     #[error(transparent)]
     Metadata(#[from] GgufError),
-    /// A hyperparameter is impossible.
-    #[error("metadata '{key}' is {value}: {reason}")]
+    /// A file of a Hugging Face folder is not what it must be.
+    #[error("{file}: {reason}")]
+    Config {
+        /// The file's name.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A hyperparameter is impossible or not served.
+    #[error("'{key}' is {value}: {reason}")]
     Hyperparameter {
         /// The key.
         key: String,

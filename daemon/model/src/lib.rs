@@ -1,8 +1,8 @@
 //! What is computed?
 //!
-//! A model file becomes a [`ModelSpec`] (every hyperparameter checked), mapped weights, a tokenizer, a chat template,
-//! and on demand a [`Program`]: one step written down in the operators of the plugin ABI. Knows no device, no session
-//! and no time; opens one file.
+//! A model file or folder becomes a [`ModelSpec`] (every hyperparameter checked), mapped weights, a tokenizer, a chat
+//! template, and on demand a [`Program`]: one step written down in the operators of the plugin ABI. Knows no device, no
+//! session and no time; opens the model's own files.
 
 mod error;
 mod model;
@@ -19,6 +19,7 @@ pub mod quantize;
 pub use error::ModelError;
 pub use model::{Model, Summary};
 pub use program::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
-pub use spec::{Architecture, IndexerSpec, ModelSpec, MoeSpec};
+pub use spec::{Architecture, GroupScore, IndexerSpec, ModelSpec, MoeSpec, RopeLayout, RouterScore};
 pub use template::{ChatMessage, ChatTemplate};
 pub use tokenizer::Tokenizer;
+pub use weights::SafetensorsHeader;

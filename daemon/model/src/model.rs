@@ -6,7 +6,7 @@ use crate::{ChatTemplate, KvFormats, ModelError, ModelSpec, Tokenizer};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// An opened model file.
+/// An opened model: a file or a folder.
 #[derive(Debug)]
 pub struct Model {
     name: String,
@@ -26,27 +26,34 @@ pub struct Summary {
 }
 
 impl Model {
-    /// Opens a GGUF file: maps it, checks it, builds its tokenizer.
+    /// Opens a GGUF file (the first part of a split one opens all) or a Hugging Face folder (`config.json` and
+    /// safetensors): maps it, checks it, builds its tokenizer. A folder has none yet.
     ///
     /// # Errors
     /// What is wrong with the file, with the key or tensor.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let weights = Weights::open(path)?;
         let spec = ModelSpec::parse(&weights)?;
-        let metadata = weights.gguf.metadata();
-        let tokenizer = Tokenizer::from_metadata(metadata)?;
+        let metadata = weights.metadata();
+        let tokenizer = match metadata {
+            Some(metadata) => Tokenizer::from_metadata(metadata)?,
+            None => None,
+        };
         if let Some(tokenizer) = &tokenizer
             && tokenizer.vocab_size() > spec.vocab_size as usize
         {
             let (tokens, rows) = (tokenizer.vocab_size(), spec.vocab_size);
             return Err(ModelError::Tokenizer(format!("{tokens} tokens, but the embedding has {rows} rows")));
         }
-        let template = match &tokenizer {
-            Some(tokenizer) => ChatTemplate::from_metadata(metadata, tokenizer)?,
-            None => None,
+        let template = match (metadata, &tokenizer) {
+            (Some(metadata), Some(tokenizer)) => ChatTemplate::from_metadata(metadata, tokenizer)?,
+            _ => None,
         };
-        let file_name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        let name = metadata.str("general.name")?.map_or(file_name, str::to_owned);
+        let said = metadata.map_or(Ok(None), |metadata| metadata.str("general.name"))?;
+        // A folder's name may have a dot, as in "V3.2".
+        let file_name = if metadata.is_some() { path.file_stem() } else { path.file_name() };
+        let file_name = file_name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = said.map_or(file_name, str::to_owned);
         Ok(Self { name, spec, weights, tokenizer, template })
     }
 
@@ -55,17 +62,17 @@ impl Model {
         &self.spec
     }
 
-    /// The name that the file gives itself, or the file's.
+    /// The name that the file gives itself, or the file's or folder's.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The file.
+    /// The file or folder.
     pub fn path(&self) -> &Path {
         self.weights.path()
     }
 
-    /// The file's size.
+    /// Bytes of all its files with tensors.
     pub fn file_bytes(&self) -> u64 {
         self.weights.file_bytes()
     }
@@ -96,9 +103,9 @@ impl Model {
     /// Parameters and formats.
     pub fn summary(&self) -> Summary {
         let mut summary = Summary { parameters: 0, formats: BTreeMap::new() };
-        for tensor in self.weights.gguf.tensors() {
-            summary.parameters += tensor.values();
-            *summary.formats.entry(tensor.format.name()).or_default() += tensor.range.len() as u64;
+        for tensor in self.weights.listed() {
+            summary.parameters += tensor.values;
+            *summary.formats.entry(tensor.format).or_default() += tensor.bytes;
         }
         summary
     }

@@ -138,6 +138,8 @@ pub struct Program {
     pub kv: KvShape,
     /// Frequencies of each angle input, in tensor order.
     angles: Vec<Vec<f64>>,
+    /// On every cosine and sine.
+    angle_factor: f64,
     /// Row length and dim 0 of each output, in tensor order; the last is the logits.
     outputs: Vec<(usize, i32)>,
     top_k: Option<u32>,
@@ -149,7 +151,8 @@ impl Program {
         self.top_k
     }
 
-    /// Fills the input arena of a step: per token cosines, then sines, of position times frequency.
+    /// Fills the input arena of a step: per token cosines, then sines, of position times frequency, with the model's
+    /// factor on them.
     pub fn fill_inputs(&self, positions: &[u32], arena: &mut Blob) {
         let sizes = self.angles.iter().map(|frequencies| positions.len() * frequencies.len() * 2 * 4);
         let mut end = 0usize;
@@ -173,7 +176,7 @@ impl Program {
                 {
                     let (sine, cosine) = (f64::from(position) * frequency).sin_cos();
                     #[expect(clippy::cast_possible_truncation, reason = "angles are computed wide and stored single")]
-                    let (cosine, sine) = (cosine as f32, sine as f32);
+                    let (cosine, sine) = ((cosine * self.angle_factor) as f32, (sine * self.angle_factor) as f32);
                     *c = cosine.to_le_bytes();
                     *s = sine.to_le_bytes();
                 }

@@ -1,20 +1,63 @@
 //! Which model is it? Hyperparameters, checked one by one.
 //!
-//! One [`ModelSpec`] covers what is served: genuine DeepSeek-V3.2 files (`deepseek32`), files made by
-//! `sparsectl convert` (the same architecture with four extension keys), and Llama files as exact dense MLA: the
-//! latent row is all value heads side by side, the rope row all rotated key heads, and each query head sees the slice
-//! of its group. Formulas: DeepSeek-V3.2-Exp `inference/model.py`, YaRN as in its `precompute_freqs_cis`.
+//! One [`ModelSpec`] covers what is served: MLA with a lightning indexer (DeepSeek-V3.2, GLM-5, GLM-5.1, GLM-5.2), dense
+//! MLA (DeepSeek-V2, V2-Lite, V3, R1, V3.1, GLM-4.7-Flash), files made by `sparsectl convert` (DeepSeek-V3.2 with four
+//! extension keys), and Llama files as exact dense MLA: the latent row is all value heads side by side, the rope row all
+//! rotated key heads, and each query head sees the slice of its group. A spec is read from a GGUF's metadata (llama.cpp's
+//! keys) or from a Hugging Face `config.json`; formulas are DeepSeek-V3.2-Exp `inference/model.py`.
+//!
+//! # Where implementations disagree
+//!
+//! | | what | who says what | here |
+//! |---|---|---|---|
+//! | D1 | RoPE of V3.2's indexer | DeepSeek's first code interleaved (a bug, since mended); all others half-split | half-split, unless `indexer_rope_interleave` says otherwise |
+//! | D2 | RoPE of GLM's indexer | transformers, llama.cpp, vLLM, SGLang interleaved; two ports half-split | interleaved, unless `indexer_rope_interleave` says otherwise |
+//! | D3 | eps of the q_a and kv_a norms | transformers 1e-6 always; llama.cpp, vLLM, SGLang `rms_norm_eps` | 1e-6 in a Hugging Face folder, the file's eps in a GGUF |
+//! | D4 | rounding inside RMSNorm | transformers rounds to the weight's type before the gain, DeepSeek after | none: f32 throughout |
+//! | D5 | eps of the index key's LayerNorm | 1e-6, but llama.cpp's glm-dsa leaves it 0 | 1e-6 |
+//! | D6 | Hadamard on index queries and keys | DeepSeek, SGLang, llama.cpp yes; transformers, vLLM no | no: scores are equal without rounding |
+//! | D7 | FP8 of index queries and keys | DeepSeek, vLLM, SGLang yes; transformers, llama.cpp no | no: keys are stored as the KV row format says |
+//! | D8 | rounding of cached latents | DeepSeek simulates FP8; transformers, llama.cpp no | no: rows are stored as the KV row format says |
+//! | D9 | precision of the index head weights | f32, or bf16 in vLLM's fused product | f32 |
+//! | D10 | multi-token prediction | llama.cpp dense, vLLM and SGLang sparse | those layers are skipped |
+//! | D11 | index sharing, frequency without offset | transformers and vLLM offset 2, SGLang the same by another formula | offset 2 |
+//! | D12 | whitespace of the tool prompt | vLLM and SGLang single newlines, llama.cpp blank lines | no part of the spec; the chat encoding decides |
+//! | D13 | score of an expert group | V2 takes the group's best expert, V3 its best two; llama.cpp always two | softmax scores: best one; sigmoid: best two |
+//! | D14 | YaRN without `mscale_all_dim` | transformers scales cosine and sine only; llama.cpp the scores as well | cosine and sine only |
+//! | D15 | YaRN's `mscale` in a GGUF, which has no key for it | llama.cpp: 1, and `mscale_all_dim` for deepseek2 | as llama.cpp |
 
+mod config;
+mod gguf_deepseek;
+mod gguf_llama;
+mod hf;
+mod json;
+mod keys;
 mod parse;
+mod yarn;
+
+pub(crate) use json::{CONFIG_BYTES_MAX, parse as parse_json};
 
 /// Which family of files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Architecture {
+    /// `deepseek2`: dense MLA.
+    DeepSeek2,
     /// `deepseek32`: MLA with a lightning indexer.
     DeepSeek32,
+    /// `glm-dsa`: the same with an indexer that rotates interleaved pairs and that layers may share.
+    GlmDsa,
     /// `llama`: grouped-query attention, served as dense MLA.
     Llama,
+}
+
+/// Which values RoPE turns as a pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// `(x[2j], x[2j + 1])`
+    Interleaved,
+    /// `(x[j], x[j + P / 2])`
+    HalfSplit,
 }
 
 /// A model's hyperparameters; names are DeepSeek's.
@@ -48,20 +91,26 @@ pub struct ModelSpec {
     pub group_count: u32,
     /// Of attention scores, YaRN's factor included.
     pub softmax_scale: f32,
-    /// Of RMS norms.
+    /// Of RMS norms over the hidden state.
     pub rms_norm_eps: f32,
+    /// Of RMS norms over the compressed query and the latent.
+    pub latent_norm_eps: f32,
     /// Whether the latent is normalised before it is cached.
     pub kv_a_norm: bool,
     /// Angle per position of each pair of a rope row, `[rope_row / 2]`.
     pub rope_frequencies: Vec<f64>,
+    /// Pairs of query and key rows.
+    pub rope_layout: RopeLayout,
+    /// YaRN's factor on every cosine and sine, the indexer's included; 1 without.
+    pub rope_factor: f64,
     /// The indexer, if the model has one.
     pub indexer: Option<IndexerSpec>,
     /// Width of a dense feed-forward layer.
     pub feed_forward: u32,
     /// Experts, if the model has them.
     pub moe: Option<MoeSpec>,
-    /// First layers that are dense although the model has experts.
-    pub n_dense_layers: u32,
+    /// Whether logits come from the embedding.
+    pub tied_embeddings: bool,
 }
 
 /// The lightning indexer.
@@ -73,15 +122,44 @@ pub struct IndexerSpec {
     pub head_dim: u32,
     /// Tokens selected per query.
     pub top_k: u32,
-    /// Values that are rotated, the first ones, half-split.
+    /// Values that are rotated, the first ones.
     pub rope_dim: u32,
+    /// Their pairs.
+    pub rope_layout: RopeLayout,
     /// Angle per position of each pair, `[rope_dim / 2]`.
     pub rope_frequencies: Vec<f64>,
     /// Of the key's LayerNorm.
     pub k_norm_eps: f32,
+    /// Per layer: whether it selects, or takes the selection of the layer before it. The first selects.
+    pub full: Vec<bool>,
 }
 
-/// Mixture of experts with sigmoid scores and grouped selection.
+impl IndexerSpec {
+    /// Layers that select, and have an index row.
+    pub fn n_full(&self) -> u32 {
+        u32::try_from(self.full.iter().filter(|full| **full).count()).expect("at most as many as layers")
+    }
+}
+
+/// How router logits become scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterScore {
+    /// Each by itself.
+    Sigmoid,
+    /// Over all experts.
+    Softmax,
+}
+
+/// How good a group of experts is for a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupScore {
+    /// The sum of its two best experts' scores.
+    BestTwo,
+    /// Its best expert's score.
+    Best,
+}
+
+/// Mixture of experts with grouped selection.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeSpec {
     /// Routed experts.
@@ -96,10 +174,18 @@ pub struct MoeSpec {
     pub n_groups: u32,
     /// Groups that a token may reach.
     pub n_groups_kept: u32,
+    /// How logits become scores.
+    pub score: RouterScore,
+    /// How groups are compared.
+    pub group_score: GroupScore,
+    /// Whether a bias per expert takes part in the choice, not in the weights.
+    pub correction_bias: bool,
     /// Whether the chosen weights are made to sum to 1.
     pub renormalise: bool,
     /// Factor on the weights.
     pub scale: f32,
+    /// Per layer: whether it has experts or is dense.
+    pub layers: Vec<bool>,
 }
 
 impl ModelSpec {
@@ -110,6 +196,6 @@ impl ModelSpec {
 
     /// Whether layer `layer` has experts.
     pub fn is_moe_layer(&self, layer: u32) -> bool {
-        self.moe.is_some() && layer >= self.n_dense_layers
+        self.moe.as_ref().is_some_and(|moe| moe.layers.get(layer as usize) == Some(&true))
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
 use crate::weights::{Tensor, Weights};
-use crate::{ModelError, ModelSpec};
+use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
     DIM_LOGITS, DIM_TOKENS, DT_F32, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, OpSpec, ProgramBuilder, SpdRow,
     TensorId,
@@ -31,7 +31,7 @@ pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<
     let index = spec.indexer.as_ref().filter(|_| !dense);
     let shape = KvShape {
         n_layers: spec.n_layers,
-        n_index_layers: if index.is_some() { spec.n_layers } else { 0 },
+        n_index_layers: index.map_or(0, IndexerSpec::n_full),
         latent: row(kv.latent, spec.kv_lora_rank, spec.group_count),
         rope: row(kv.rope, spec.rope_row, spec.group_count),
         index: row(kv.index, index.map_or(0, |index| index.head_dim), 1),
@@ -78,6 +78,7 @@ pub(crate) fn build(spec: &ModelSpec, weights: &Weights, options: &ProgramOption
         weights: builder.bindings,
         kv: kv_shape(spec, &options.kv, top_k.is_none())?,
         angles: builder.angles.into_iter().map(|(frequencies, _)| frequencies).collect(),
+        angle_factor: spec.rope_factor,
         outputs,
         top_k,
     })
@@ -142,13 +143,9 @@ impl Builder<'_> {
         Ok(self.bind(name, tensor, batch, rows, cols, &[dim(batch), dim(rows), dim(cols)]))
     }
 
-    /// The f32 vector `name`.
+    /// The vector `name` as f32, whatever it is in the file.
     pub(super) fn vector(&mut self, name: &str, n: u32) -> Result<TensorId, ModelError> {
-        let tensor = self.weights.get(name, &[n])?;
-        if tensor.format != Format::F32 {
-            let reason = format!("is {}, norms and biases must be F32", tensor.format.name());
-            return Err(ModelError::Tensor { name: name.to_owned(), reason });
-        }
+        let tensor = self.weights.get(name, &[n])?.single(name)?;
         Ok(self.bind(name, tensor, 1, 1, n, &[dim(n)]))
     }
 
@@ -227,8 +224,8 @@ impl Builder<'_> {
         let rows = |builder: &mut Self, n: u32| builder.program.activation(DT_F32, &[DIM_LOGITS, dim(n)]);
         let (y, sum) = (rows(self, hidden), rows(self, hidden));
         self.op(OP_RMS_NORM, &[Some(pending), Some(gain), Some(x)], &[y, sum], [0; 6], eps);
-        let tied = self.weights.find("output.weight").is_none();
-        let weight = self.matrix(if tied { "token_embd.weight" } else { "output.weight" }, hidden, vocab)?;
+        let head = if self.spec.tied_embeddings { "token_embd.weight" } else { "output.weight" };
+        let weight = self.matrix(head, hidden, vocab)?;
         let logits = rows(self, vocab);
         self.op(OP_LINEAR, &[Some(y), Some(weight)], &[logits], [i32::from(self.int8()), 0, 0, 0, 0, 0], 0.0);
         Ok(logits)

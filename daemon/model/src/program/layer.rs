@@ -1,16 +1,20 @@
 //! One transformer layer in operators: DeepSeek-V3.2-Exp `model.py` (MLA, Indexer, MoE), in the absorbed form.
 
 use super::build::{Builder, dim};
-use crate::{Architecture, ModelError, MoeSpec};
+use crate::{Architecture, GroupScore, IndexerSpec, ModelError, MoeSpec, RopeLayout, RouterScore};
 use sparsed_abi::{
     DIM_TOKENS, DT_I32, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM, OP_MLA_ABSORB,
     OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR, OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA,
     TensorId,
 };
 
-/// ROPE's layouts.
-const INTERLEAVED: i32 = 0;
-const HALF_SPLIT: i32 = 1;
+/// A layout by ROPE's number.
+fn rope_layout(layout: RopeLayout) -> i32 {
+    match layout {
+        RopeLayout::Interleaved => 0,
+        RopeLayout::HalfSplit => 1,
+    }
+}
 
 impl Builder<'_> {
     /// Appends layer `layer`; its feed-forward output stays pending.
@@ -21,7 +25,7 @@ impl Builder<'_> {
         let (q_latent, q_rope) = self.query(&name, compressed.unwrap_or(h))?;
         self.append(layer, &name, h)?;
         let selection = match top_k {
-            Some(k) => Some(self.select(layer, &name, h, compressed.unwrap_or(h), k)?),
+            Some(k) => Some(self.selection(layer, &name, h, compressed.unwrap_or(h), k)?),
             None => None,
         };
         let spec = self.spec;
@@ -48,7 +52,7 @@ impl Builder<'_> {
         let a = self.linear(&name("attn_q_a.weight"), h, self.spec.hidden_size, rank, false)?;
         let gain = self.vector(&name("attn_q_a_norm.weight"), rank)?;
         let normed = self.tokens(&[rank]);
-        self.op(OP_RMS_NORM, &[Some(a), Some(gain)], &[normed], [0; 6], self.spec.rms_norm_eps);
+        self.op(OP_RMS_NORM, &[Some(a), Some(gain)], &[normed], [0; 6], self.spec.latent_norm_eps);
         Ok(Some(normed))
     }
 
@@ -70,7 +74,7 @@ impl Builder<'_> {
         let q_rope = self.program.view(q, i64::from(nope), &part, &strides);
         // Groups share their frequencies, so a head turns by those of the first slice.
         let frequencies = &spec.rope_frequencies[..rope as usize / 2];
-        let rotated = self.rotate(q_rope, &[heads, rope], frequencies, INTERLEAVED);
+        let rotated = self.rotate(q_rope, &[heads, rope], frequencies, spec.rope_layout);
         if nope == 0 {
             return Ok((None, rotated));
         }
@@ -90,7 +94,7 @@ impl Builder<'_> {
         let (mut c, k) = if spec.architecture == Architecture::Llama {
             let c = self.linear(&name("attn_v.weight"), h, hidden, latent, false)?;
             (c, self.linear(&name("attn_k.weight"), h, hidden, rope, false)?)
-        } else if self.weights.find(&fused).is_some() {
+        } else if self.weights.has(&fused) {
             let both = self.linear(&fused, h, hidden, latent + rope, false)?;
             let stride = [dim(latent + rope)];
             let c = self.program.view(both, 0, &[DIM_TOKENS, dim(latent)], &stride);
@@ -102,16 +106,16 @@ impl Builder<'_> {
         if spec.kv_a_norm {
             let gain = self.vector(&name("attn_kv_a_norm.weight"), latent)?;
             let normed = self.tokens(&[latent]);
-            self.op(OP_RMS_NORM, &[Some(c), Some(gain)], &[normed], [0; 6], spec.rms_norm_eps);
+            self.op(OP_RMS_NORM, &[Some(c), Some(gain)], &[normed], [0; 6], spec.latent_norm_eps);
             c = normed;
         }
-        let k = self.rotate(k, &[rope], &spec.rope_frequencies, INTERLEAVED);
+        let k = self.rotate(k, &[rope], &spec.rope_frequencies, spec.rope_layout);
         self.layer_op(OP_KV_APPEND, layer, &[Some(c), Some(k)], &[], [0; 6], 0.0);
         Ok(())
     }
 
-    /// The lightning indexer: appends this token's key, selects k tokens.
-    fn select(
+    /// The tokens that layer `layer` attends to: its own selection, or that of the layer before it.
+    fn selection(
         &mut self,
         layer: u32,
         name: &dyn Fn(&str) -> String,
@@ -119,21 +123,38 @@ impl Builder<'_> {
         q_from: TensorId,
         k: u32,
     ) -> Result<TensorId, ModelError> {
+        let indexer = self.spec.indexer.as_ref().expect("top_k() asks for an indexer");
+        if indexer.full[layer as usize] {
+            return self.select(indexer, name, h, q_from, k);
+        }
+        Ok(*self.selections.last().expect("the first layer selects"))
+    }
+
+    /// The lightning indexer: appends this token's key, selects k tokens.
+    fn select(
+        &mut self,
+        indexer: &IndexerSpec,
+        name: &dyn Fn(&str) -> String,
+        h: TensorId,
+        q_from: TensorId,
+        k: u32,
+    ) -> Result<TensorId, ModelError> {
         let spec = self.spec;
-        let indexer = spec.indexer.as_ref().expect("top_k() asks for an indexer");
+        // Layers of the index plane are those that select, counted in order.
+        let layer = u32::try_from(self.selections.len()).expect("at most one for each layer");
         let (heads, width) = (indexer.n_heads, indexer.head_dim);
         let key = self.linear(&name("indexer.attn_k.weight"), h, spec.hidden_size, width, false)?;
         let gain = self.vector(&name("indexer.k_norm.weight"), width)?;
         let bias = self.vector(&name("indexer.k_norm.bias"), width)?;
         let normed = self.tokens(&[width]);
         self.op(OP_LAYER_NORM, &[Some(key), Some(gain), Some(bias)], &[normed], [0; 6], indexer.k_norm_eps);
-        let key = self.rotate(normed, &[width], &indexer.rope_frequencies, HALF_SPLIT);
+        let key = self.rotate(normed, &[width], &indexer.rope_frequencies, indexer.rope_layout);
         self.layer_op(OP_IDX_APPEND, layer, &[Some(key)], &[], [0; 6], 0.0);
         let cols = spec.q_lora_rank.unwrap_or(spec.hidden_size);
         let q = self.linear(&name("indexer.attn_q_b.weight"), q_from, cols, heads * width, false)?;
         let per_head = [DIM_TOKENS, dim(heads), dim(width)];
         let q = self.program.view(q, 0, &per_head, &[dim(heads * width), dim(width)]);
-        let q = self.rotate(q, &[heads, width], &indexer.rope_frequencies, HALF_SPLIT);
+        let q = self.rotate(q, &[heads, width], &indexer.rope_frequencies, indexer.rope_layout);
         let w = self.linear(&name("indexer.proj.weight"), h, spec.hidden_size, heads, true)?;
         let selection = self.program.activation(DT_I32, &[DIM_TOKENS, dim(k)]);
         #[expect(clippy::cast_possible_truncation, reason = "a scale in single precision")]
@@ -159,11 +180,11 @@ impl Builder<'_> {
     }
 
     /// Rotates the first `2 frequencies.len()` values of each row.
-    fn rotate(&mut self, x: TensorId, dims: &[u32], frequencies: &[f64], layout: i32) -> TensorId {
+    fn rotate(&mut self, x: TensorId, dims: &[u32], frequencies: &[f64], layout: RopeLayout) -> TensorId {
         let angles = self.angle_input(frequencies);
         let y = self.tokens(dims);
         let width = i32::try_from(frequencies.len() * 2).expect("a small dimension");
-        self.op(OP_ROPE, &[Some(x), Some(angles)], &[y], [0, width, layout, 0, 0, 0], 0.0);
+        self.op(OP_ROPE, &[Some(x), Some(angles)], &[y], [0, width, rope_layout(layout), 0, 0, 0], 0.0);
         y
     }
 
@@ -188,13 +209,12 @@ impl Builder<'_> {
         let (hidden, width, active) = (self.spec.hidden_size, moe.feed_forward, moe.n_active);
         let logits = self.linear(&name("ffn_gate_inp.weight"), y, hidden, moe.n_experts, true)?;
         let bias_name = name("exp_probs_b.bias");
-        let bias = match self.weights.find(&bias_name) {
-            Some(_) => Some(self.vector(&bias_name, moe.n_experts)?),
-            None => None,
-        };
+        let bias = if moe.correction_bias { Some(self.vector(&bias_name, moe.n_experts)?) } else { None };
         let ids = self.program.activation(DT_I32, &[DIM_TOKENS, dim(active)]);
         let weights = self.tokens(&[active]);
-        let route = [dim(active), dim(moe.n_groups), dim(moe.n_groups_kept), 0, i32::from(moe.renormalise), 0];
+        let (score, by) =
+            (i32::from(moe.score == RouterScore::Softmax), i32::from(moe.group_score == GroupScore::Best));
+        let route = [dim(active), dim(moe.n_groups), dim(moe.n_groups_kept), score, i32::from(moe.renormalise), by];
         self.op(OP_MOE_ROUTE, &[Some(logits), bias], &[ids, weights], route, moe.scale);
         let int8 = i32::from(self.int8());
         let project = |builder: &mut Self, what: &str, x: TensorId, cols: u32, rows: u32, per_expert: i32| {
