@@ -139,8 +139,8 @@ fn heads(keys: &Keys<'_>, architecture: Architecture) -> Result<Heads, ModelErro
     let nope = key_length.checked_sub(rope_row);
     let nope =
         nope.ok_or_else(|| keys.refuse("attention.key_length_mla", key_length, format!("is below {rope_row}")))?;
-    if groups > 1 && (nope != 0 || value != kv_lora_rank / groups) {
-        let reason = "the group form has no part without position, and heads as wide as a slice";
+    if (groups > 1 && nope != 0) || (nope == 0 && value != kv_lora_rank / groups) {
+        let reason = "the group form has no part without position, and values as wide as a slice";
         return Err(keys.refuse("attention.key_length_mla", key_length, reason));
     }
     Ok(Heads { n, groups, nope, rope_row, value, kv_lora_rank })

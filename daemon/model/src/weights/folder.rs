@@ -19,6 +19,8 @@ const INDEX_BYTES_MAX: usize = 64 << 20;
 const SHARDS_MAX: usize = 1 << 12;
 /// Largest side of an FP8 block.
 const BLOCK_MAX: u64 = 1 << 16;
+/// What follows a tensor's name in that of its FP8 scales.
+const SCALE: &str = "_scale_inv";
 /// Sides of an FP8 block when the configuration names none.
 const BLOCK: [usize; 2] = [128, 128];
 
@@ -79,7 +81,8 @@ impl Folder {
     pub(super) fn listed(&self) -> Vec<Listed> {
         let listed = |(_, entry): &(usize, Entry)| Listed {
             format: dtype_name(entry.dtype),
-            values: entry.shape.iter().product(),
+            // Scales are part of how other numbers are stored.
+            values: if entry.name.ends_with(SCALE) { 0 } else { entry.shape.iter().product() },
             bytes: entry.range.len() as u64,
         };
         self.tensors.values().map(listed).collect()
@@ -136,7 +139,7 @@ impl Folder {
 
     fn fp8(&self, name: &str, entry: &Entry, bytes: &[u8]) -> Result<Tensor, ModelError> {
         let refuse = |reason: String| ModelError::Tensor { name: name.to_owned(), reason };
-        let scale_name = format!("{name}_scale_inv");
+        let scale_name = format!("{name}{SCALE}");
         let Some(scales) = self.tensors.get(&scale_name).filter(|(_, scales)| scales.dtype != Dtype::F8_E4M3) else {
             return Err(refuse(format!("is F8_E4M3, but {scale_name} is missing")));
         };

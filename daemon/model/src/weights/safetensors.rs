@@ -2,6 +2,9 @@
 
 use crate::ModelError;
 use safetensors::{Dtype, SafeTensors};
+use serde::Deserializer;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
+use std::fmt;
 use std::ops::Range;
 
 /// Longest header in bytes.
@@ -49,6 +52,10 @@ impl SafetensorsHeader {
         if tensors.len() > TENSORS_MAX {
             return Err(refuse(format!("{} tensors, the limit is {TENSORS_MAX}", tensors.len())));
         }
+        let listed = bytes.get(8..start).and_then(count_keys);
+        if listed != Some(tensors.len() + usize::from(table.metadata().is_some())) {
+            return Err(refuse("a tensor is in the header twice".to_owned()));
+        }
         let mut entries = Vec::with_capacity(tensors.len());
         for (name, info) in tensors {
             let (from, to) = info.data_offsets;
@@ -69,6 +76,33 @@ impl SafetensorsHeader {
         entries.sort_by_key(|entry| entry.range.start);
         Ok(Self { entries })
     }
+
+    /// Each tensor's name and its bytes, counted from the start of the file.
+    pub fn tensors(&self) -> impl Iterator<Item = (&str, Range<usize>)> {
+        self.entries.iter().map(|entry| (entry.name.as_str(), entry.range.clone()))
+    }
+}
+
+/// Entries of a JSON object, those of one name counted each: a map of them would keep the last only, other readers
+/// perhaps the first.
+fn count_keys(json: &[u8]) -> Option<usize> {
+    struct Count;
+    impl<'de> Visitor<'de> for Count {
+        type Value = usize;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an object")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<usize, A::Error> {
+            let mut n = 0;
+            while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {
+                n += 1;
+            }
+            Ok(n)
+        }
+    }
+    serde_json::Deserializer::from_slice(json).deserialize_map(Count).ok()
 }
 
 /// The name of a dtype that is read, or of any.

@@ -2,7 +2,7 @@
 //! mathematics.
 //!
 //! Configurations carry all sorts of bookkeeping, so a key is refused by what it sounds like: one that is not listed
-//! here, is not switched off (null, false, empty), and contains a word such as `attn`, `rope` or `expert`.
+//! here, is not switched off (null, false, 0, empty) or private (`_...`), and contains a word such as `attn`, `rope` or `expert`.
 
 use super::super::Architecture;
 use super::super::json::Object;
@@ -61,10 +61,6 @@ const READ: &[&str] = &[
 
 /// Keys that sound like mathematics and are none: of training, of other engines, or implied by those that are read.
 const INERT: &[&str] = &[
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_attn_implementation_internal",
-    "_experts_implementation",
     "add_cross_attention",
     "attention_dropout",
     "attn_implementation",
@@ -88,7 +84,7 @@ const INERT: &[&str] = &[
 
 /// What a key sounds like that may change what is computed.
 const SOUNDS: &[&str] = &[
-    "act",
+    "activation",
     "attention",
     "attn",
     "bias",
@@ -133,13 +129,14 @@ pub(super) fn check(keys: Object<'_>, architecture: Architecture) -> Result<(), 
     let listed = |key: &str| READ.contains(&key) || INERT.contains(&key);
     let off = |value: &Value| match value {
         Value::Null | Value::Bool(false) => true,
+        Value::Number(number) => number.as_f64() == Some(0.0),
         Value::String(text) => text.is_empty(),
         Value::Array(list) => list.is_empty(),
         Value::Object(map) => map.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
+        Value::Bool(true) => false,
     };
     let strange = |(key, value): &(&String, &Value)| {
-        !listed(key) && !off(value) && SOUNDS.iter().any(|sound| key.contains(sound))
+        !listed(key) && !key.starts_with('_') && !off(value) && SOUNDS.iter().any(|sound| key.contains(sound))
     };
     if let Some((key, _)) = keys.map.iter().find(strange) {
         return Err(keys.unknown(key));

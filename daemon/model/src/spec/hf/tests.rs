@@ -141,7 +141,11 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
     assert!(refused(v32, "rope_scaling", json!({"type": "yarn", "wobble": 2})).contains("rope_scaling.wobble"));
     assert!(refused("deepseek_v3", "index_topk", json!(16)).contains("index_topk"));
     assert!(refused("deepseek_v4", "x", json!(1)).contains("deepseek_v4"));
-    with(v32, &[("sliding_window", Value::Null), ("attention_sinks", json!(false))]).expect("switched off");
+    let off = [("sliding_window", Value::Null), ("attention_sinks", json!(false)), ("router_jitter_noise", json!(0.0))];
+    with(v32, &off).expect("switched off");
+    let bookkeeping =
+        [("initializer_factor", json!(2)), ("_attn_implementation", json!("eager")), ("top_k", json!(50))];
+    with(v32, &bookkeeping).expect("no mathematics");
 }
 
 #[test]
@@ -168,4 +172,25 @@ fn impossible_numbers_are_refused_by_name() {
     assert!(ModelSpec::from_config(b"[1]").is_err() && ModelSpec::from_config(b"{").is_err());
     let deep = format!("{{\"a\":{}", "[".repeat(100_000));
     assert!(ModelSpec::from_config(deep.as_bytes()).unwrap_err().to_string().contains("recursion limit"));
+}
+
+/// A configuration as it was published, from the seeds of the fuzz target.
+fn published(name: &str) -> ModelSpec {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fuzz/seeds/config");
+    ModelSpec::from_config(&std::fs::read(dir.join(name)).unwrap()).unwrap()
+}
+
+#[test]
+fn published_configurations_are_read() {
+    let v32 = published("deepseek-v3.2.json");
+    assert!((v32.softmax_scale - 0.135_233_78).abs() < 1e-7, "{}", v32.softmax_scale);
+    let indexer = v32.indexer.as_ref().unwrap();
+    assert_eq!((indexer.n_heads, indexer.head_dim, indexer.top_k, indexer.n_full()), (64, 128, 2048, 61));
+    assert_eq!(v32.moe.as_ref().unwrap().layers.iter().filter(|sparse| **sparse).count(), 58);
+    let glm = published("glm-5.2.json");
+    assert!((glm.softmax_scale - 0.0625).abs() < 1e-9);
+    assert_eq!((glm.indexer.as_ref().unwrap().n_full(), glm.moe.as_ref().unwrap().n_groups), (21, 1));
+    let lite = published("deepseek-v2-lite.json");
+    assert_eq!((lite.q_lora_rank, lite.label()), (None, Some("dense: no indexer")));
+    assert!((lite.rope_factor - 1.0).abs() < 1e-12);
 }
