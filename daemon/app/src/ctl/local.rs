@@ -12,7 +12,7 @@ use std::path::PathBuf;
 /// Which model, on which device, computed how.
 #[derive(Debug, clap::Args)]
 pub(super) struct Local {
-    /// Model file (GGUF).
+    /// GGUF file (the first part of a split one) or Hugging Face folder.
     #[arg(long)]
     pub(super) model: PathBuf,
     /// Plugin id.

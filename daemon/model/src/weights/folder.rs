@@ -54,7 +54,7 @@ impl Folder {
     }
 
     fn add(&mut self, dir: &Path, file: &str) -> Result<(), ModelError> {
-        let bytes = open_mapped(&dir.join(file))?;
+        let (_, bytes) = open_mapped(&dir.join(file))?;
         let shard = self.shards.len();
         let refuse = |reason: String| ModelError::Config { file: file.to_owned(), reason };
         for entry in SafetensorsHeader::parse(file, &bytes)?.entries {
