@@ -1,30 +1,13 @@
 //! Which model is it? Hyperparameters, checked one by one.
 //!
-//! One [`ModelSpec`] covers what is served: MLA with a lightning indexer (DeepSeek-V3.2, GLM-5, GLM-5.1, GLM-5.2), dense
-//! MLA (DeepSeek-V2, V2-Lite, V3, R1, V3.1, GLM-4.7-Flash), files made by `sparsectl convert` (DeepSeek-V3.2 with four
-//! extension keys), and Llama files as exact dense MLA: the latent row is all value heads side by side, the rope row all
-//! rotated key heads, and each query head sees the slice of its group. A spec is read from a GGUF's metadata (llama.cpp's
-//! keys) or from a Hugging Face `config.json`; formulas are DeepSeek-V3.2-Exp `inference/model.py`.
+//! One [`ModelSpec`] covers what is served: MLA with a lightning indexer (DeepSeek-V3.2, GLM-5, GLM-5.1, GLM-5.2),
+//! dense MLA (DeepSeek-V2, V2-Lite, V3, R1, V3.1, GLM-4.7-Flash), files made by `sparsectl convert` (DeepSeek-V3.2
+//! with four extension keys), and Llama files as exact dense MLA: the latent row is all value heads side by side, the
+//! rope row all rotated key heads, and each query head sees the slice of its group. A spec is read from a GGUF's
+//! metadata (llama.cpp's keys) or from a Hugging Face `config.json`; formulas are DeepSeek-V3.2-Exp
+//! `inference/model.py`.
 //!
-//! # Where implementations disagree
-//!
-//! | | what | who says what | here |
-//! |---|---|---|---|
-//! | D1 | RoPE of V3.2's indexer | DeepSeek's first code interleaved (a bug, since mended); all others half-split | half-split, unless `indexer_rope_interleave` says otherwise |
-//! | D2 | RoPE of GLM's indexer | transformers, llama.cpp, vLLM, SGLang interleaved; two ports half-split | interleaved, unless `indexer_rope_interleave` says otherwise |
-//! | D3 | eps of the q_a and kv_a norms | transformers 1e-6 always; llama.cpp, vLLM, SGLang `rms_norm_eps` | 1e-6 in a Hugging Face folder, the file's eps in a GGUF |
-//! | D4 | rounding inside RMSNorm | transformers rounds to the weight's type before the gain, DeepSeek after | none: f32 throughout |
-//! | D5 | eps of the index key's LayerNorm | 1e-6, but llama.cpp's glm-dsa leaves it 0 | 1e-6 |
-//! | D6 | Hadamard on index queries and keys | DeepSeek, SGLang, llama.cpp yes; transformers, vLLM no | no: scores are equal without rounding |
-//! | D7 | FP8 of index queries and keys | DeepSeek, vLLM, SGLang yes; transformers, llama.cpp no | no: keys are stored as the KV row format says |
-//! | D8 | rounding of cached latents | DeepSeek simulates FP8; transformers, llama.cpp no | no: rows are stored as the KV row format says |
-//! | D9 | precision of the index head weights | f32, or bf16 in vLLM's fused product | f32 |
-//! | D10 | multi-token prediction | llama.cpp dense, vLLM and SGLang sparse | those layers are skipped |
-//! | D11 | index sharing, frequency without offset | transformers and vLLM offset 2, SGLang the same by another formula | offset 2 |
-//! | D12 | whitespace of the tool prompt | vLLM and SGLang single newlines, llama.cpp blank lines | no part of the spec; the chat encoding decides |
-//! | D13 | score of an expert group | V2 takes the group's best expert, V3 its best two; llama.cpp always two | softmax scores: best one; sigmoid: best two |
-//! | D14 | YaRN without `mscale_all_dim` | transformers scales cosine and sine only; llama.cpp the scores as well | cosine and sine only |
-//! | D15 | YaRN's `mscale` in a GGUF, which has no key for it | llama.cpp: 1, and `mscale_all_dim` for deepseek2 | as llama.cpp |
+#![doc = include_str!("spec/decisions.md")]
 
 mod config;
 mod gguf_deepseek;

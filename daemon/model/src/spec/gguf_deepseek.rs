@@ -1,5 +1,5 @@
-//! What does a GGUF of DeepSeek's family say? llama.cpp's keys for `deepseek2`, `deepseek32` and `glm-dsa`, and those of
-//! the converted form.
+//! What does a GGUF of DeepSeek's family say? llama.cpp's keys for `deepseek2`, `deepseek32` and `glm-dsa`, and those
+//! of the converted form.
 
 use super::config::{GLM_5_2_SCHEDULE, K_NORM_EPS, check_full, check_moe, group_score, schedule};
 use super::keys::{CONTEXT_MAX, DIM_MAX, Keys, LAYERS_MAX};

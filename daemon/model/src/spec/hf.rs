@@ -1,7 +1,7 @@
 //! What does a Hugging Face `config.json` say? Both styles: `rope_theta` with `rope_scaling`, and `rope_parameters`.
 //!
-//! Defaults of keys that are absent, and the maths behind each key, are those of transformers 5.23 (`configuration_*.py`
-//! and `modeling_*.py` of the model type).
+//! Defaults of keys that are absent, and the maths behind each key, are those of transformers 5.23
+//! (`configuration_*.py` and `modeling_*.py` of the model type).
 
 mod known;
 mod rope;

@@ -1,8 +1,8 @@
 //! What is an FP8 weight worth? e4m3 values times one scale per block of rows and columns, decoded without loss.
 //!
-//! DeepSeek's `weight_dequant`: value times `weight_scale_inv` of its block, blocks at the edges partial. A product with
-//! a power of two needs 4 bits of mantissa, so such a tensor (DeepSeek-V3.1 and later) becomes BF16, any other F32: 2 or
-//! 4 bytes of memory per byte of the file.
+//! DeepSeek's `weight_dequant`: value times `weight_scale_inv` of its block, blocks at the edges partial. A product
+//! with a power of two needs 4 bits of mantissa, so such a tensor (DeepSeek-V3.1 and later) becomes BF16, any other
+//! F32: 2 or 4 bytes of memory per byte of the file.
 
 use super::Tensor;
 use sparsed_quant::Format;

@@ -2,7 +2,8 @@
 //! mathematics.
 //!
 //! Configurations carry all sorts of bookkeeping, so a key is refused by what it sounds like: one that is not listed
-//! here, is not switched off (null, false, 0, empty) or private (`_...`), and contains a word such as `attn`, `rope` or `expert`.
+//! here, is not switched off (null, false, 0, empty) or private (`_...`), and contains a word such as `attn`, `rope`
+//! or `expert`.
 
 use super::super::Architecture;
 use super::super::json::Object;
