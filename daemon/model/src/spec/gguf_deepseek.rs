@@ -148,6 +148,9 @@ fn heads(keys: &Keys<'_>, architecture: Architecture) -> Result<Heads, ModelErro
 
 fn rope(keys: &Keys<'_>, architecture: Architecture) -> Result<Rope, ModelError> {
     let base = f64::from(keys.float("rope.freq_base", Some(10000.0))?);
+    if base <= 1.0 {
+        return Err(keys.refuse("rope.freq_base", base, "must be above 1"));
+    }
     match keys.str("rope.scaling.type")? {
         None | Some("none") => return Ok(Rope { base, yarn: None }),
         Some("yarn") => {}

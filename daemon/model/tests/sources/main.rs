@@ -315,11 +315,30 @@ fn a_key_that_may_change_the_mathematics_is_refused_in_a_file_too() {
         ("attention.key_length_mla", Value::U32(3)),
         ("expert_group_count", Value::U32(2)),
         ("block_count", Value::U32(0)),
+        ("rope.freq_base", Value::F32(1.0)),
         ("nextn_predict_layers", Value::U32(3)),
     ] {
         let said = said(key, value);
         assert!(said.contains(key) || said.contains("expert_count"), "{said}");
     }
+}
+
+#[test]
+fn a_glm_file_without_types_shares_as_glm_5_2_from_a_million_tokens_on() {
+    let (dir, planned) = (tempdir().unwrap(), tiny::planned(&tiny::tensors(), true));
+    let full = |arch: &str, context: u32| {
+        let mut metadata = Metadata::new();
+        for (key, value) in tiny::metadata(arch).iter().filter(|(key, _)| !key.ends_with("indexer.types")) {
+            metadata.set(key, value.clone());
+        }
+        metadata.set(format!("{arch}.block_count"), Value::U32(8));
+        metadata.set(format!("{arch}.context_length"), Value::U32(context));
+        let model = Model::open(&write_gguf(&dir.path().join("m.gguf"), metadata, &planned)).unwrap();
+        model.spec().indexer.clone().unwrap().full
+    };
+    assert_eq!(full("glm-dsa", 1_048_576), [true, true, true, false, false, false, true, false]);
+    assert_eq!(full("glm-dsa", 202_752), [true; 8]);
+    assert_eq!(full("deepseek32", 1_048_576), [true; 8]);
 }
 
 #[test]
