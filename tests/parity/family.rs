@@ -46,6 +46,42 @@ fn a_v3_2_file_equals_hugging_face_and_the_oracle() {
 }
 
 #[test]
+fn a_glm_5_file_equals_hugging_face_and_the_oracle() {
+    check_gguf("glm5");
+}
+
+#[test]
+fn a_glm_5_2_file_with_shared_indexers_equals_hugging_face_and_the_oracle() {
+    check_gguf("glm52");
+}
+
+#[test]
+fn dense_files_of_v3_and_v2_equal_hugging_face_and_the_oracle() {
+    check_gguf("v3");
+    check_gguf("v2");
+}
+
+/// The Hugging Face folder with its config in both styles.
+fn check_folder(name: &str) {
+    let tiny = Tiny::open(name);
+    check(name, &tiny, tiny.folder(), &tiny.logits);
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(tiny.folder().join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    std::fs::copy(tiny.folder().join("config.hub.json"), dir.path().join("config.json")).unwrap();
+    check(&format!("{name} in the style of model pages"), &tiny, dir.path(), &tiny.logits);
+}
+
+#[test]
+fn hugging_face_folders_with_an_indexer_equal_hugging_face() {
+    ["v32", "v32-soft", "glm5", "glm52"].into_iter().for_each(check_folder);
+}
+
+#[test]
+fn hugging_face_folders_without_an_indexer_equal_hugging_face() {
+    ["v3", "v2"].into_iter().for_each(check_folder);
+}
+
+#[test]
 fn prompts_that_end_around_k_and_around_a_block_equal_hugging_face() {
     let tiny = Tiny::open("v32");
     let (vocab, layers) = (tiny.logits.len() / tiny.ids.len(), tiny.selections.len() / tiny.k / tiny.ids.len());

@@ -102,6 +102,37 @@ fn the_group_form_with_an_indexer_that_rotates_fewer_values() {
     check(&Shape { n_heads, groups, latent, nope: 0, v_head, rope_row: 12, q_lora: None, index, ..base() });
 }
 
+#[test]
+fn a_glm_file_whose_layers_share_an_indexer() {
+    let full = Some(vec![true, false, true, false, false]);
+    let index = Some(Index { full, ..base().index.unwrap() });
+    check(&Shape { arch: "glm-dsa", n_layers: 5, index, ..base() });
+}
+
+#[test]
+fn a_glm_file_whose_layer_of_multi_token_prediction_is_in_the_list() {
+    let index = Some(Index { full: Some(vec![true, false, true]), ..base().index.unwrap() });
+    check(&Shape { arch: "glm-dsa", n_layers: 2, predicted: 1, index, ..base() });
+}
+
+#[test]
+fn dense_files_with_softmax_scores_in_groups_and_without() {
+    let dense = Shape { arch: "deepseek2", index: None, q_lora: None, ..base() };
+    let softmax = Experts { softmax: true, renormalise: false, ..experts() };
+    check(&Shape { experts: Some(softmax.clone()), ..dense.clone() });
+    check(&Shape { experts: Some(Experts { groups: 1, kept: 1, ..softmax }), ..dense });
+}
+
+#[test]
+fn yarn_with_other_factors_on_attention() {
+    // deepseek2: mscale is mscale_all_dim. Elsewhere it is 1, and cosines and sines grow by the quotient.
+    let dense = Shape { arch: "deepseek2", index: None, ..base() };
+    check(&Shape { yarn: Some((40.0, 64, Some(0.0707))), ..dense.clone() });
+    check(&Shape { yarn: Some((40.0, 64, None)), ..dense });
+    check(&Shape { yarn: Some((40.0, 64, Some(0.05))), ..base() });
+    check(&Shape { yarn: Some((40.0, 64, None)), ..base() });
+}
+
 /// Any shape at all, from a seed.
 fn any(seed: u64) -> Shape {
     let mut random = Rng::with_seed(1000 + seed);
