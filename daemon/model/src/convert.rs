@@ -7,14 +7,13 @@
 //! "genuine DeepSeek".
 
 use crate::ModelError;
+use crate::new_file::NewFile;
 use crate::spec::{Architecture, ModelSpec};
 use crate::weights::{Tensor, Weights};
 use safetensors::{Dtype, SafeTensors};
 use sparsed_quant::Format;
 use sparsed_quant::gguf::{DataWriter, Metadata, Value, Writer};
-use std::fs::File;
-use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Largest indexer file in bytes.
 const INDEXER_BYTES_MAX: u64 = 4 << 30;
@@ -285,36 +284,20 @@ fn metadata(
     Ok(metadata)
 }
 
-/// Deletes an unfinished file unless told that it is finished.
-struct Unfinished(Option<PathBuf>);
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if let Some(path) = self.0.take() {
-            drop(std::fs::remove_file(path));
-        }
-    }
-}
-
 fn write(
     out: &Path,
     metadata: Metadata,
     planned: &[Planned],
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<u64, ModelError> {
-    let mut name =
-        out.file_name().ok_or_else(|| ModelError::Convert("the output has no file name".to_owned()))?.to_owned();
-    name.push(format!(".{}.part", std::process::id()));
-    let part = out.with_file_name(name);
-    let io = |source| ModelError::Io { path: part.clone(), source };
     let mut writer = Writer::new(metadata);
     for tensor in planned {
         let quant = |source| ModelError::Quant { name: tensor.name.clone(), source };
         writer.add(&tensor.name, &tensor.dims, tensor.format).map_err(quant)?;
     }
-    let file = File::create(&part).map_err(io)?;
-    let mut unfinished = Unfinished(Some(part.clone()));
-    let mut data: DataWriter<_> = writer.begin(BufWriter::with_capacity(1 << 20, file)).map_err(io)?;
+    let io = |source| ModelError::Io { path: out.to_owned(), source };
+    let (new, sink) = NewFile::create(out).map_err(io)?;
+    let mut data: DataWriter<_> = writer.begin(sink).map_err(io)?;
     let size = |tensor: &Planned| tensor.parts.iter().map(|part| part.len() as u64).sum::<u64>();
     let (total, mut done) = (planned.iter().map(size).sum(), 0);
     for tensor in planned {
@@ -323,20 +306,15 @@ fn write(
         done += size(tensor);
         progress(done, total);
     }
-    let mut sink = data.finish().map_err(io)?;
-    sink.flush().map_err(io)?;
-    let file = sink.into_inner().map_err(|error| io(error.into_error()))?;
-    file.sync_all().map_err(io)?;
-    let file_bytes = file.metadata().map_err(io)?.len();
-    std::fs::rename(&part, out).map_err(|source| ModelError::Io { path: out.to_owned(), source })?;
-    unfinished.0 = None;
-    Ok(file_bytes)
+    new.arrive(data.finish().map_err(io)?).map_err(io)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use safetensors::tensor::TensorView;
+    use std::fs::File;
+    use std::path::PathBuf;
     use std::sync::atomic::{AtomicU32, Ordering};
 
     const HIDDEN: u64 = 32;

@@ -73,6 +73,22 @@ struct Heads {
     kv_lora_rank: u32,
 }
 
+/// How far the frequencies of two groups may be apart, relative: single-precision factors leave 1e-7.
+const SLICES_APART_MAX: f64 = 1e-6;
+
+/// The frequencies, if every group turns alike: all heads' queries are turned by those of the first group.
+fn equal_slices(frequencies: Vec<f64>, groups: u32) -> Result<Vec<f64>, ModelError> {
+    let first = &frequencies[..frequencies.len() / groups as usize];
+    let apart = |(at, frequency): (usize, &f64)| (frequency / first[at % first.len()] - 1.0).abs() > SLICES_APART_MAX;
+    match frequencies.iter().enumerate().position(apart) {
+        None => Ok(frequencies),
+        Some(pair) => Err(ModelError::Tensor {
+            name: "rope_freqs.weight".to_owned(),
+            reason: format!("must give all {groups} groups the same frequencies; pair {pair} differs from the first's"),
+        }),
+    }
+}
+
 pub(super) fn parse(weights: &Weights, keys: &Keys<'_>, architecture: Architecture) -> Result<ModelSpec, ModelError> {
     keys.only(KNOWN)?;
     let hidden_size = keys.count("embedding_length", DIM_MAX)?;
@@ -106,7 +122,7 @@ pub(super) fn parse(weights: &Weights, keys: &Keys<'_>, architecture: Architectu
         rms_norm_eps,
         latent_norm_eps: rms_norm_eps,
         kv_a_norm: keys.bool("attention.kv_a_norm", true)?,
-        rope_frequencies: apply_factors(weights, rope.frequencies(heads.rope_row))?,
+        rope_frequencies: equal_slices(apply_factors(weights, rope.frequencies(heads.rope_row))?, heads.groups)?,
         rope_layout: RopeLayout::Interleaved,
         rope_factor: rope.attention_factor(),
         indexer: match architecture {
@@ -293,4 +309,17 @@ fn moe(
     };
     check_moe(&moe).map_err(|reason| keys.refuse("expert_count", n_experts, reason))?;
     Ok(Some(moe))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_that_turn_differently_are_refused() {
+        assert!(equal_slices(vec![1.0, 0.1, 1.0, 0.1 + 1e-9], 2).is_ok());
+        assert!(equal_slices(vec![1.0, 0.1, 0.01, 0.001], 1).is_ok());
+        let refused = equal_slices(vec![1.0, 0.1, 0.01, 0.001], 2).unwrap_err().to_string();
+        assert!(refused.contains("rope_freqs.weight") && refused.contains("pair 2"), "{refused}");
+    }
 }
