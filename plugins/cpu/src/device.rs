@@ -173,7 +173,7 @@ impl Device for CpuDevice {
         pools: Vec<Arc<Pool>>,
         bucket: SpdBucket,
     ) -> Result<(Plan, PlanSizes)> {
-        Plan::compile(program, weights, pools, bucket, &self.usage)
+        Plan::compile(program, weights, pools, bucket, &self.team, &self.usage)
     }
 
     fn run(&self, plan: &Plan, run: Run<'_>) -> Result<()> {

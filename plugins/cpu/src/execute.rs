@@ -6,6 +6,8 @@ mod attention;
 mod matmul;
 mod rowwise;
 
+pub(crate) use matmul::Scratch;
+
 use crate::device::CpuDevice;
 use crate::memory::{Pool, Weight};
 use crate::plan::{Place, Plan, Workspace, arena, row_len, rows_of};
@@ -39,7 +41,8 @@ pub(crate) fn run(device: &CpuDevice, plan: &Plan, run: Run<'_>) -> Result<()> {
         return Ok(());
     }
     let mut workspace = plan.workspace.lock().unwrap_or_else(PoisonError::into_inner);
-    let Workspace { arena: own, q, d, sums, scores } = &mut *workspace;
+    let Workspace { arena: own, rounded, scores } = &mut *workspace;
+    rounded.forget();
     let mut base = vec![std::ptr::null_mut::<f32>(); plan.places.len()];
     let inputs = arena(&plan.program, T_INPUT, tokens, seqs, logits).0;
     let outputs = arena(&plan.program, T_OUTPUT, tokens, seqs, logits).0;
@@ -60,8 +63,8 @@ pub(crate) fn run(device: &CpuDevice, plan: &Plan, run: Run<'_>) -> Result<()> {
         if run.is_cancelled() {
             return Err(PluginError::new(E_CANCELLED, "cancelled between operators").at(index));
         }
-        let mut scratch = matmul::Scratch { q, d, sums };
-        frame.dispatch(op, &mut scratch, scores).map_err(|error| error.at(index))?;
+        frame.dispatch(op, rounded, scores).map_err(|error| error.at(index))?;
+        frame.written(op, rounded);
     }
     if run.step.flags & STEP_NAN_GUARD != 0
         && run.output.as_chunks::<4>().0.iter().any(|b| f32::from_le_bytes(*b).is_nan())
@@ -151,14 +154,8 @@ impl<'a> Frame<'a> {
     }
 
     /// The values of a f32 vector weight; empty when the operator has none.
-    pub(crate) fn vector(&self, id: u32) -> Vec<f32> {
-        if id == NO_TENSOR {
-            return Vec::new();
-        }
-        let weight = self.weight(id);
-        let mut values = vec![0.0; weight.cols];
-        crate::kernels::rows::decode(self.device.level, weight.format, weight.row(0, 0), &mut values);
-        values
+    pub(crate) fn vector(&self, id: u32) -> &'a [f32] {
+        if id == NO_TENSOR { &[] } else { self.weight(id).vector() }
     }
 
     pub(crate) fn pool(&self) -> &'a Pool {
@@ -172,7 +169,7 @@ impl<'a> Frame<'a> {
         self.step.block_ids[first + position / block_tokens] as usize * block_tokens + position % block_tokens
     }
 
-    fn dispatch(&self, op: &SpdOp, scratch: &mut matmul::Scratch<'_>, scores: &mut Vec<f32>) -> Result<()> {
+    fn dispatch(&self, op: &SpdOp, scratch: &mut Scratch, scores: &mut Vec<f32>) -> Result<()> {
         match op.kind {
             OP_EMBED => self.embed(op)?,
             OP_RMS_NORM => self.rms_norm(op),

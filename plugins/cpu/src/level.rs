@@ -19,6 +19,12 @@ impl Level {
         [Self::Avx512, Self::Avx2].into_iter().find(|level| level.is_here()).unwrap_or(Self::Scalar)
     }
 
+    /// Every level of this machine.
+    #[cfg(test)]
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        [Self::Scalar, Self::Avx2, Self::Avx512].into_iter().filter(|level| level.is_here())
+    }
+
     /// The level that the setting `level` names.
     pub(crate) fn forced(name: &str) -> Result<Self, PluginError> {
         let level = match name {

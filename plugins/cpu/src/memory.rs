@@ -1,5 +1,8 @@
 //! Where do weights and KV rows live? Weights where the daemon mapped them, KV rows in lazily committed memory.
 
+use crate::kernels::rows::decode;
+use crate::level::Level;
+use crate::packing::Packed;
 use memmap2::{MmapMut, UncheckedAdvice};
 use sparsed_abi::{
     DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdKvDesc, SpdKvInfo,
@@ -7,8 +10,8 @@ use sparsed_abi::{
 };
 use sparsed_plugin_kit::{PluginError, Result, Source};
 use sparsed_quant::Format;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Largest page of the machines we run on; giving back less than could be given is harmless.
 const PAGE_BYTES: usize = 1 << 16;
@@ -60,6 +63,10 @@ pub(crate) struct Weight {
     in_place: bool,
     bytes: Bytes,
     uploaded: usize,
+    /// The same values laid out for rounded activations, once a plan has asked for it.
+    pub(crate) packed: OnceLock<Packed>,
+    /// See [`Self::vector`].
+    vector: OnceLock<Vec<f32>>,
     _held: Option<Held>,
 }
 
@@ -84,7 +91,8 @@ impl Weight {
         let in_place = desc.flags & W_HOST_IN_PLACE != 0;
         let held = if in_place { None } else { Some(usage.hold(|u| &u.weights, total as u64)?) };
         let bytes = Bytes::Own(if in_place { Vec::new() } else { vec![0; total] });
-        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded: 0, _held: held })
+        let (packed, vector) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded: 0, packed, vector, _held: held })
     }
 
     pub(crate) fn upload(&mut self, first: u32, n: u32, source: Source) -> Result<()> {
@@ -115,6 +123,15 @@ impl Weight {
             return Err(PluginError::invalid(format!("{} of {} batches uploaded", self.uploaded, self.batch)));
         }
         Ok(())
+    }
+
+    /// The first row, decoded once and kept: for norms and biases.
+    pub(crate) fn vector(&self) -> &[f32] {
+        self.vector.get_or_init(|| {
+            let mut values = vec![0.0; self.cols];
+            decode(Level::Scalar, self.format, self.row(0, 0), &mut values);
+            values
+        })
     }
 
     /// Row `row` of matrix `batch`, encoded.

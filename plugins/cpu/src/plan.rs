@@ -2,11 +2,15 @@
 //!
 //! Tensors inside the plan share one arena: each lives from the operator that writes it to the last that reads it.
 
+use crate::execute::Scratch;
+use crate::kernels::activations::Rounding;
 use crate::memory::{Held, Pool, Usage, Weight};
+use crate::packing::pack;
+use crate::threads::Team;
 use crate::validate::Bound;
 use sparsed_abi::{
-    ARENA_ALIGN, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, NO_TENSOR, Program, SpdBucket, SpdTensor, T_ACTIVATION, T_INPUT,
-    T_OUTPUT, T_VIEW,
+    ARENA_ALIGN, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, NO_TENSOR, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_LINEAR,
+    Program, SpdBucket, SpdOp, SpdTensor, T_ACTIVATION, T_INPUT, T_OUTPUT, T_VIEW,
 };
 use sparsed_plugin_kit::{PlanSizes, PluginError, Result};
 use std::sync::{Arc, Mutex};
@@ -44,10 +48,8 @@ pub(crate) struct Plan {
 pub(crate) struct Workspace {
     /// The arena of the plan's own tensors.
     pub(crate) arena: Vec<f32>,
-    /// Activations rounded to int8, their scales and sums.
-    pub(crate) q: Vec<i8>,
-    pub(crate) d: Vec<f32>,
-    pub(crate) sums: Vec<i32>,
+    /// Rounded activations.
+    pub(crate) rounded: Scratch,
     /// Indexer scores of a single token.
     pub(crate) scores: Vec<f32>,
 }
@@ -85,6 +87,7 @@ impl Plan {
         weights: Vec<Arc<Weight>>,
         pools: Vec<Arc<Pool>>,
         bucket: SpdBucket,
+        team: &Team,
         usage: &Arc<Usage>,
     ) -> Result<(Self, PlanSizes)> {
         if bucket.max_tokens == 0 || bucket.max_tokens > 1 << 20 || bucket.max_logits > bucket.max_tokens {
@@ -94,6 +97,9 @@ impl Plan {
         for (index, op) in program.ops().iter().enumerate() {
             bound.check_op(op).map_err(|error| error.at(index))?;
         }
+        let multiplied = program.ops().iter().filter_map(rounded_weight);
+        let multiplied = multiplied.map(|id| &*weights[program.tensors()[id as usize].bind as usize]);
+        pack(&multiplied.collect::<Vec<_>>(), team, usage)?;
         let (tokens, seqs, logits) = (bucket.max_tokens as usize, bucket.max_seqs as usize, bucket.max_logits as usize);
         let (places, arena_len) = place(&program, tokens, seqs, logits)?;
         let sizes = PlanSizes {
@@ -105,6 +111,16 @@ impl Plan {
         let workspace = Mutex::new(Workspace { arena: vec![0.0; arena_len], ..Workspace::default() });
         Ok((Self { program, weights, pools, bucket, places, workspace, _held: held }, sizes))
     }
+}
+
+/// The weight that this operator multiplies with rounded activations, if it may.
+fn rounded_weight(op: &SpdOp) -> Option<u32> {
+    let attribute = match op.kind {
+        OP_LINEAR | OP_MLA_ABSORB | OP_MLA_EXPAND => op.i[0],
+        OP_MOE_LINEAR => op.i[1],
+        _ => return None,
+    };
+    Rounding::allowed(attribute).map(|_| op.inputs[1])
 }
 
 /// Gives every tensor inside the plan a range of the arena that no tensor alive at the same time has.

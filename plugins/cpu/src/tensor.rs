@@ -71,6 +71,18 @@ impl<'a, T: Copy> Tensor<'a, T> {
         unsafe { self.at.add(i / self.n1 * self.s0 + i % self.n1 * self.s1 + i2).write(value) };
     }
 
+    /// Values `range` of row `i` counted through, to write.
+    ///
+    /// # Safety
+    /// No other thread uses these values now.
+    #[allow(clippy::mut_from_ref, reason = "as row_mut")]
+    pub(crate) unsafe fn flat_part_mut(&self, i: usize, range: std::ops::Range<usize>) -> &'a mut [T] {
+        assert!(i < self.rows() && range.end <= self.n2, "values outside the tensor");
+        let at = i / self.n1 * self.s0 + i % self.n1 * self.s1 + range.start;
+        // SAFETY: inside a row, see `row`; sole use by the caller's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.at.add(at), range.len()) }
+    }
+
     /// Values `range` of the first row, to write.
     ///
     /// # Safety

@@ -144,6 +144,7 @@ impl Bound<'_> {
         let (x, y) = (self.f32(op.inputs[0])?, self.f32(op.outputs[0])?);
         let (batch, rows, cols) = self.weight(op.inputs[1])?;
         self.vector(op.inputs[2], rows, true)?;
+        check(matches!(op.i[0], 0..=2), "LINEAR: unknown rounding of activations")?;
         check(batch == 1 && x.n1 == 1 && x.n2 == cols, "LINEAR: x does not fit the weight")?;
         check(y.d0 == x.d0 && y.row() == rows, "LINEAR: y does not fit the weight")
     }
@@ -161,6 +162,7 @@ impl Bound<'_> {
     fn per_head(&self, op: &SpdOp) -> Result<()> {
         let (x, y) = (self.f32(op.inputs[0])?, self.f32(op.outputs[0])?);
         let (heads, rows, cols) = self.weight(op.inputs[1])?;
+        check(matches!(op.i[0], 0..=2), "unknown rounding of activations")?;
         check(x.n1 == heads && x.n2 == cols, "x does not fit the heads' weights")?;
         let whole =
             if op.kind == OP_MLA_ABSORB { y.n1 == heads && y.n2 == rows } else { y.n1 == 1 && y.n2 == heads * rows };
@@ -240,6 +242,7 @@ impl Bound<'_> {
         let ids = self.shape(op.inputs[2], DT_I32)?;
         let (_, rows, cols) = self.weight(op.inputs[1])?;
         let per_expert = if op.i[0] == 1 { ids.n2 } else { 1 };
+        check(matches!(op.i[1], 0..=2), "MOE_LINEAR: unknown rounding of activations")?;
         check(x.n1 == per_expert && x.n2 == cols && x.d0 == ids.d0, "MOE_LINEAR: x does not fit")?;
         check(y == Shape { d0: ids.d0, n1: ids.n2, n2: rows }, "MOE_LINEAR: y is not [T, A, O]")
     }

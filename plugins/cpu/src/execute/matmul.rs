@@ -1,48 +1,75 @@
 //! Every product with a weight: LINEAR, the per-head products of MLA, and the experts.
 //!
 //! One routine serves all: for each matrix of the weight a list of (row of x, row of y). Output values are spread over
-//! the team; a value's sum is the same whatever else is computed beside it.
+//! the team; a value's sum is the same whatever else is computed beside it. Where the operator allows rounded
+//! activations and the weight's format can be packed, 16 rows of the weight are multiplied at a time
+//! (`kernels::packed`); everything else decodes a row and multiplies in f32.
 
 use super::Frame;
-use crate::kernels::int8::{BLOCK, QuantisedRow, dots as int8_dots, has_kernel, quantise_row};
+use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
+use crate::kernels::packed::{Sums, TILE_ROWS, TOKENS_MAX, product, tokens_at_once};
 use crate::kernels::{dot, rows};
 use crate::memory::Weight;
+use crate::packing::Packed;
 use crate::tensor::Tensor;
 use crate::threads::part;
-use sparsed_abi::{NO_TENSOR, OP_MLA_EXPAND, SpdOp};
+use sparsed_abi::{NO_TENSOR, OP_MLA_EXPAND, SpdOp, T_VIEW};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::marker::PhantomData;
+use std::ops::Range;
 
-/// Rows of x that share one pass over a weight row.
-const TILE: usize = 4;
+/// Rows of x that share one pass over a decoded weight row.
+const DECODED_ROWS: usize = 4;
 
-/// Room for activations rounded to int8.
-pub(crate) struct Scratch<'a> {
-    pub(crate) q: &'a mut Vec<i8>,
-    pub(crate) d: &'a mut Vec<f32>,
-    pub(crate) sums: &'a mut Vec<i32>,
+/// Rounded activations, kept for the next operator that reads the same tensor.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    blocks: Vec<Block>,
+    /// The tensor and the rounding of what `blocks` holds.
+    holds: Option<(u32, Rounding)>,
+}
+
+impl Scratch {
+    /// Forgets what a tensor's values were.
+    pub(super) fn forget(&mut self) {
+        self.holds = None;
+    }
 }
 
 /// Which row of x goes through a matrix into which row of y.
 type Pair = (usize, usize);
 
+/// Rows of activations and where the products go.
+struct Product<'a> {
+    weight: &'a Weight,
+    x: Tensor<'a, f32>,
+    /// The tensor that `x` is, for [`Scratch`].
+    x_id: u32,
+    y: Tensor<'a, f32>,
+    /// Per matrix.
+    pairs: &'a [Vec<Pair>],
+    /// What the operator allows.
+    rounding: Option<Rounding>,
+}
+
 impl Frame<'_> {
-    pub(super) fn linear(&self, op: &SpdOp, scratch: &mut Scratch<'_>) {
+    pub(super) fn linear(&self, op: &SpdOp, scratch: &mut Scratch) {
         let (x, y) = (self.tensor(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
         let y = Tensor { n1: 1, n2: y.n1 * y.n2, s1: 0, ..y }; // heads side by side are one row
-        let pairs: Vec<Pair> = (0..x.n0).map(|row| (row, row)).collect();
-        let bias = self.vector(op.inputs[2]);
-        self.matmul(self.weight(op.inputs[1]), x, y, &[pairs], op.i[0] == 1, scratch);
+        let pairs: &[Vec<Pair>] = &[(0..x.n0).map(|row| (row, row)).collect()];
+        let (weight, rounding) = (self.weight(op.inputs[1]), Rounding::allowed(op.i[0]));
+        self.matmul(&Product { weight, x, x_id: op.inputs[0], y, pairs, rounding }, scratch);
         if op.inputs[2] != NO_TENSOR {
+            let bias = self.vector(op.inputs[2]);
             self.each(y.n0, |row| {
                 // SAFETY: each row belongs to one thread.
                 let y = unsafe { y.row_mut(row, 0) };
-                y.iter_mut().zip(&bias).for_each(|(y, b)| *y += b);
+                y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             });
         }
     }
 
-    pub(super) fn per_head(&self, op: &SpdOp, scratch: &mut Scratch<'_>) {
+    pub(super) fn per_head(&self, op: &SpdOp, scratch: &mut Scratch) {
         let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
         let weight = self.weight(op.inputs[1]);
         let y = if op.kind == OP_MLA_EXPAND {
@@ -51,12 +78,13 @@ impl Frame<'_> {
             y
         };
         let heads = weight.batch;
-        let pairs: Vec<Vec<Pair>> =
-            (0..heads).map(|head| (0..x.n0).map(|t| (t * heads + head, t * heads + head)).collect()).collect();
-        self.matmul(weight, x, y, &pairs, op.i[0] == 1, scratch);
+        let pairs: &Vec<Vec<Pair>> =
+            &(0..heads).map(|head| (0..x.n0).map(|t| (t * heads + head, t * heads + head)).collect()).collect();
+        let rounding = Rounding::allowed(op.i[0]);
+        self.matmul(&Product { weight, x, x_id: op.inputs[0], y, pairs, rounding }, scratch);
     }
 
-    pub(super) fn moe_linear(&self, op: &SpdOp, scratch: &mut Scratch<'_>) -> Result<()> {
+    pub(super) fn moe_linear(&self, op: &SpdOp, scratch: &mut Scratch) -> Result<()> {
         let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
         let ids = self.tensor::<i32>(op.inputs[2]);
         let weight = self.weight(op.inputs[1]);
@@ -68,77 +96,118 @@ impl Frame<'_> {
                 list.push((if op.i[0] == 1 { t * ids.n2 + a } else { t }, t * ids.n2 + a));
             }
         }
-        self.matmul(weight, x, y, &pairs, op.i[1] == 1, scratch);
+        let rounding = Rounding::allowed(op.i[1]);
+        self.matmul(&Product { weight, x, x_id: op.inputs[0], y, pairs: &pairs, rounding }, scratch);
         Ok(())
     }
 
     /// `y[pair.1] = W_b x[pair.0]` for every pair of every matrix b.
-    fn matmul(
-        &self,
-        weight: &Weight,
-        x: Tensor<'_, f32>,
-        y: Tensor<'_, f32>,
-        pairs: &[Vec<Pair>],
-        int8: bool,
-        scratch: &mut Scratch<'_>,
-    ) {
-        let quantised = int8 && has_kernel(weight.format) && weight.cols.is_multiple_of(BLOCK);
-        let rounded = quantised.then(|| self.quantise(x, scratch));
-        let used: Vec<usize> = (0..pairs.len()).filter(|&b| !pairs[b].is_empty()).collect();
+    fn matmul(&self, job: &Product<'_>, scratch: &mut Scratch) {
+        let used: &Vec<usize> = &(0..job.pairs.len()).filter(|&b| !job.pairs[b].is_empty()).collect();
         let team = &self.device.team;
-        team.run(&|number| {
-            let mut decoded = vec![0f32; if quantised { 0 } else { weight.cols }];
-            for unit in part(used.len() * weight.rows, number, team.len()) {
-                let (batch, out) = (used[unit / weight.rows], unit % weight.rows);
-                let row = weight.row(batch, out);
-                if !quantised {
-                    rows::decode(self.device.level, weight.format, row, &mut decoded);
-                }
-                for tile in pairs[batch].chunks(TILE) {
-                    let mut values = [0f32; TILE];
-                    match &rounded {
-                        Some(x) => self.tile_int8(weight, row, x, tile, &mut values),
-                        None => self.tile_f32(&decoded, x, tile, &mut values),
+        if let (Some(rounding), Some(packed)) = (job.rounding, job.weight.packed.get()) {
+            let x = self.round(job, rounding, scratch);
+            team.run(&|number| {
+                let mut beside = Vec::new();
+                let own = part(used.len() * packed.tiles, number, team.len());
+                for (at, &batch) in used.iter().enumerate() {
+                    let range = at * packed.tiles..(at + 1) * packed.tiles;
+                    let tiles = own.start.max(range.start)..own.end.min(range.end);
+                    if !tiles.is_empty() {
+                        let tiles = tiles.start - range.start..tiles.end - range.start;
+                        self.packed(job, packed, batch, tiles, x, &mut beside);
                     }
-                    for (&(_, to), value) in tile.iter().zip(values) {
-                        // SAFETY: value `out` of a row is written by the one thread that has this unit.
-                        unsafe { y.put(to, out, value) };
+                }
+            });
+        } else {
+            team.run(&|number| {
+                let mut decoded = vec![0f32; job.weight.cols];
+                for unit in part(used.len() * job.weight.rows, number, team.len()) {
+                    self.decoded(job, used[unit / job.weight.rows], unit % job.weight.rows, &mut decoded);
+                }
+            });
+        }
+    }
+
+    /// Row `out` of matrix `batch` in f32.
+    fn decoded(&self, job: &Product<'_>, batch: usize, out: usize, row: &mut [f32]) {
+        rows::decode(self.device.level, job.weight.format, job.weight.row(batch, out), row);
+        for pairs in job.pairs[batch].chunks(DECODED_ROWS) {
+            let (mut x, mut values) = ([&[][..]; DECODED_ROWS], [0f32; DECODED_ROWS]);
+            for (x, &(from, _)) in x.iter_mut().zip(pairs) {
+                *x = job.x.flat(from);
+            }
+            dot::dots(self.device.level, row, &x[..pairs.len()], &mut values[..pairs.len()]);
+            for (&(_, to), value) in pairs.iter().zip(values) {
+                // SAFETY: value `out` of a row is written by the one thread that has this unit.
+                unsafe { job.y.put(to, out, value) };
+            }
+        }
+    }
+
+    /// Tiles `tiles` of matrix `batch` with rounded activations `x`.
+    fn packed(
+        &self,
+        job: &Product<'_>,
+        packed: &Packed,
+        batch: usize,
+        tiles: Range<usize>,
+        x: &[Block],
+        beside: &mut Vec<Block>,
+    ) {
+        let (level, format, blocks) = (self.device.level, job.weight.format, job.weight.cols / BLOCK);
+        let row = |row: usize| &x[row * blocks..(row + 1) * blocks];
+        // Some tiles at a time, so that they are still in the cache for the next tokens.
+        for tiles in tiles
+            .clone()
+            .step_by(packed.tiles_in_cache())
+            .map(|first| first..tiles.end.min(first + packed.tiles_in_cache()))
+        {
+            let mut pairs = &job.pairs[batch][..];
+            while !pairs.is_empty() {
+                let (now, later) = pairs.split_at(tokens_at_once(level, pairs.len()));
+                pairs = later;
+                let x = if let [(from, _)] = now { row(*from) } else { interleave(now, &row, blocks, beside) };
+                let mut sums = [Sums::default(); TOKENS_MAX];
+                for tile in tiles.clone() {
+                    product(level, format, packed.tile(batch, tile), x, &mut sums[..now.len()]);
+                    let out = tile * TILE_ROWS..job.weight.rows.min((tile + 1) * TILE_ROWS);
+                    for (&(_, to), sums) in now.iter().zip(&sums) {
+                        // SAFETY: these values of a row are written by the one thread that has this tile.
+                        let y = unsafe { job.y.flat_part_mut(to, out.clone()) };
+                        y.copy_from_slice(&sums[..y.len()]);
                     }
                 }
             }
-        });
-    }
-
-    fn tile_f32(&self, w: &[f32], x: Tensor<'_, f32>, tile: &[Pair], out: &mut [f32; TILE]) {
-        let mut rows = [&[][..]; TILE];
-        for (row, &(from, _)) in rows.iter_mut().zip(tile) {
-            *row = x.flat(from);
         }
-        dot::dots(self.device.level, w, &rows[..tile.len()], &mut out[..tile.len()]);
     }
 
-    fn tile_int8(&self, weight: &Weight, w: &[u8], x: &Rounded<'_>, tile: &[Pair], out: &mut [f32; TILE]) {
-        let mut rows = [QuantisedRow { q: &[], d: &[], sums: &[] }; TILE];
-        for (row, &(from, _)) in rows.iter_mut().zip(tile) {
-            *row = x.row(from);
+    /// All rows of x, rounded; kept from the operator before if it read the same tensor.
+    fn round<'s>(&self, job: &Product<'_>, rounding: Rounding, scratch: &'s mut Scratch) -> &'s [Block] {
+        let (x, blocks) = (job.x, job.x.n2 / BLOCK);
+        let n = x.rows();
+        if scratch.holds != Some((job.x_id, rounding)) {
+            if scratch.blocks.len() < n * blocks {
+                scratch.blocks.resize(n * blocks, Block::default());
+            }
+            let to = shared(&mut scratch.blocks, n, blocks);
+            self.each(n, |row| {
+                // SAFETY: each row belongs to one thread.
+                round_row(self.device.level, rounding, x.flat(row), unsafe { to.row_mut(row, 0) });
+            });
+            scratch.holds = Some((job.x_id, rounding));
         }
-        int8_dots(self.device.level, weight.format, w, &rows[..tile.len()], &mut out[..tile.len()]);
+        &scratch.blocks[..n * blocks]
     }
 
-    /// All rows of x rounded to int8.
-    fn quantise<'s>(&self, x: Tensor<'_, f32>, scratch: &'s mut Scratch<'_>) -> Rounded<'s> {
-        let (n, cols, blocks) = (x.rows(), x.n2, x.n2 / BLOCK);
-        scratch.q.resize(n * cols, 0);
-        scratch.d.resize(n * blocks, 0.0);
-        scratch.sums.resize(n * blocks, 0);
-        let q = shared(scratch.q, n, cols);
-        let (d, sums) = (shared(scratch.d, n, blocks), shared(scratch.sums, n, blocks));
-        self.each(n, |row| {
-            // SAFETY: each row belongs to one thread.
-            let (q, d, sums) = unsafe { (q.row_mut(row, 0), d.row_mut(row, 0), sums.row_mut(row, 0)) };
-            quantise_row(x.flat(row), q, d, sums);
-        });
-        Rounded { q: scratch.q, d: scratch.d, sums: scratch.sums, cols }
+    /// Called after an operator: rounded activations of a tensor that it wrote are out of date.
+    pub(super) fn written(&self, op: &SpdOp, scratch: &mut Scratch) {
+        let tensors = self.plan.program.tensors();
+        let owner = |id: u32| if tensors[id as usize].kind == T_VIEW { tensors[id as usize].bind } else { id };
+        let outputs = || op.outputs.iter().filter(|&&id| id != NO_TENSOR);
+        if scratch.holds.is_some_and(|(held, _)| outputs().any(|&id| owner(id) == owner(held))) {
+            scratch.forget();
+        }
     }
 
     /// Runs `job` for 0 .. n, spread over the team in contiguous parts.
@@ -151,20 +220,19 @@ impl Frame<'_> {
     }
 }
 
-/// Activations rounded to int8, row by row.
-struct Rounded<'a> {
-    q: &'a [i8],
-    d: &'a [f32],
-    sums: &'a [i32],
-    cols: usize,
-}
-
-impl Rounded<'_> {
-    fn row(&self, row: usize) -> QuantisedRow<'_> {
-        let (cols, blocks) = (self.cols, self.cols / BLOCK);
-        let blocks = row * blocks..(row + 1) * blocks;
-        QuantisedRow { q: &self.q[row * cols..(row + 1) * cols], d: &self.d[blocks.clone()], sums: &self.sums[blocks] }
+/// The rows of these pairs block by block, as `packed::product` wants them.
+fn interleave<'a, 'x>(
+    pairs: &[Pair],
+    row: &impl Fn(usize) -> &'x [Block],
+    blocks: usize,
+    to: &'a mut Vec<Block>,
+) -> &'a [Block] {
+    let n = pairs.len();
+    to.resize(n * blocks, Block::default());
+    for (i, &(from, _)) in pairs.iter().enumerate() {
+        row(from).iter().zip(to[i..].iter_mut().step_by(n)).for_each(|(from, to)| *to = *from);
     }
+    to
 }
 
 /// Packed rows that several threads fill.

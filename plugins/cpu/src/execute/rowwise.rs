@@ -29,12 +29,12 @@ impl Frame<'_> {
             // SAFETY: each row belongs to one thread.
             let y = unsafe { y.flat_mut(row) };
             let (Some(residual), Some(sum)) = (residual, sum) else {
-                return norm::rms(level, x.flat(row), &gain, eps, y);
+                return norm::rms(level, x.flat(row), gain, eps, y);
             };
             // SAFETY: as above.
             let sum = unsafe { sum.flat_mut(row) };
             sum.iter_mut().zip(x.flat(row)).zip(residual.flat(row)).for_each(|((s, a), b)| *s = a + b);
-            norm::rms(level, sum, &gain, eps, y);
+            norm::rms(level, sum, gain, eps, y);
         });
     }
 
@@ -44,7 +44,7 @@ impl Frame<'_> {
         self.each(x.rows(), |row| {
             // SAFETY: each row belongs to one thread.
             let y = unsafe { y.flat_mut(row) };
-            norm::layer(self.device.level, x.flat(row), &gain, &bias, op.f[0], y);
+            norm::layer(self.device.level, x.flat(row), gain, bias, op.f[0], y);
         });
     }
 
@@ -74,8 +74,8 @@ impl Frame<'_> {
             let slot = usize::try_from(self.step.slots[t]).expect("checked against the pool");
             // SAFETY: the host gives each token of a step a slot of its own.
             let (latent_to, rope_to) = unsafe { pool.latent_rows_mut(op.layer as usize, slot) };
-            rows::encode(pool.latent.format, latent.row(t, 0), latent_to);
-            rows::encode(pool.rope.format, rope.row(t, 0), rope_to);
+            rows::encode(self.device.level, pool.latent.format, latent.row(t, 0), latent_to);
+            rows::encode(self.device.level, pool.rope.format, rope.row(t, 0), rope_to);
         });
     }
 
@@ -85,7 +85,9 @@ impl Frame<'_> {
         self.each(key.n0, |t| {
             let slot = usize::try_from(self.step.slots[t]).expect("checked against the pool");
             // SAFETY: as in kv_append.
-            rows::encode(pool.index.format, key.row(t, 0), unsafe { pool.index_row_mut(op.layer as usize, slot) });
+            rows::encode(self.device.level, pool.index.format, key.row(t, 0), unsafe {
+                pool.index_row_mut(op.layer as usize, slot)
+            });
         });
     }
 
@@ -104,7 +106,7 @@ impl Frame<'_> {
         self.each(logits.n0, |t| {
             // SAFETY: each row belongs to one thread.
             let (ids, weights) = unsafe { (ids.row_mut(t, 0), weights.row_mut(t, 0)) };
-            route(routing, logits.row(t, 0), &bias, ids, weights);
+            route(routing, logits.row(t, 0), bias, ids, weights);
         });
     }
 

@@ -3,11 +3,12 @@
 //! Float kernels are written once, in lanes of [`LANES`], and compiled per level; a level above scalar may fuse a
 //! multiplication and an addition, so levels differ in the last bits and each is constant in itself.
 
+pub(crate) mod activations;
 pub(crate) mod attention;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
-pub(crate) mod int8;
 pub(crate) mod norm;
+pub(crate) mod packed;
 pub(crate) mod route;
 pub(crate) mod rows;
 pub(crate) mod select;

@@ -1,17 +1,15 @@
 //! Rows of the KV pool and of weights: decode, encode, rotate.
 
 use crate::level::Level;
+use crate::simd::{Lanes, on_level};
 use half::f16;
 use sparsed_quant::Format;
 
 /// Decodes a whole row; exact at every level.
 pub(crate) fn decode(level: Level, format: Format, bytes: &[u8], out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if format == Format::F16 && level != Level::Scalar {
-        // SAFETY: a Level above Scalar exists only where the CPU has F16C.
-        return unsafe { decode_f16(bytes, out) };
+    if format == Format::F16 {
+        return decode_f16(level, bytes, out);
     }
-    let _ = level;
     sparsed_quant::decode(format, bytes, out).expect("row sizes were checked when the weight or pool was made");
 }
 
@@ -21,23 +19,38 @@ pub(crate) fn decode_slice(level: Level, format: Format, bytes: &[u8], start: us
     decode(level, format, &bytes[at(start)..at(start + out.len())], out);
 }
 
-/// Encodes a row as the pool stores it.
-pub(crate) fn encode(format: Format, values: &[f32], bytes: &mut [u8]) {
+/// Encodes a row as the pool stores it; the same at every level.
+pub(crate) fn encode(level: Level, format: Format, values: &[f32], bytes: &mut [u8]) {
+    if format == Format::F16 {
+        return encode_f16(level, values, bytes);
+    }
     sparsed_quant::encode(format, values, bytes).expect("row sizes were checked when the pool was made");
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,f16c")]
-fn decode_f16(bytes: &[u8], out: &mut [f32]) {
-    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
-    let (from, from_rest) = bytes.as_chunks::<16>();
-    let (to, to_rest) = out.as_chunks_mut::<8>();
-    for (from, to) in from.iter().zip(to) {
-        // SAFETY: 16 readable bytes, 8 writable floats; unaligned access.
-        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast()))) };
+on_level! {
+    fn decode_f16(bytes: &[u8], out: &mut [f32]) = decode_f16_body
+}
+on_level! {
+    fn encode_f16(values: &[f32], bytes: &mut [u8]) = encode_f16_body
+}
+
+#[inline(always)]
+fn decode_f16_body<L: Lanes>(l: L, bytes: &[u8], out: &mut [f32]) {
+    let (from, from_rest) = bytes.as_chunks();
+    let (to, to_rest) = out.as_chunks_mut();
+    from.iter().zip(to).for_each(|(from, to)| l.store(l.load_half(from), to));
+    for (from, to) in from_rest.as_chunks::<2>().0.iter().zip(to_rest) {
+        *to = f16::from_le_bytes(*from).to_f32();
     }
-    for (from, to) in from_rest.chunks_exact(2).zip(to_rest) {
-        *to = f16::from_le_bytes([from[0], from[1]]).to_f32();
+}
+
+#[inline(always)]
+fn encode_f16_body<L: Lanes>(l: L, values: &[f32], bytes: &mut [u8]) {
+    let (from, from_rest) = values.as_chunks();
+    let (to, to_rest) = bytes.as_chunks_mut();
+    from.iter().zip(to).for_each(|(from, to)| l.store_half(l.load(from), to));
+    for (from, to) in from_rest.iter().zip(to_rest.as_chunks_mut::<2>().0) {
+        *to = f16::from_f32(*from).to_le_bytes();
     }
 }
 
@@ -98,13 +111,18 @@ mod tests {
     }
 
     #[test]
-    fn f16_rows_decode_alike_at_every_level() {
+    fn f16_rows_are_the_same_at_every_level() {
         let values: Vec<f32> = (0..37u8).map(|i| f32::from(i) * 0.37 - 5.0).collect();
-        let mut bytes = vec![0; 74];
-        encode(Format::F16, &values, &mut bytes);
-        let (mut scalar, mut best) = (vec![0.0; 37], vec![0.0; 37]);
-        decode(Level::Scalar, Format::F16, &bytes, &mut scalar);
-        decode(Level::detect(), Format::F16, &bytes, &mut best);
-        assert_eq!(scalar, best);
+        let mut reference = vec![0; 74];
+        sparsed_quant::encode(Format::F16, &values, &mut reference).unwrap();
+        let mut decoded = vec![0.0; 37];
+        sparsed_quant::decode(Format::F16, &reference, &mut decoded).unwrap();
+        for level in Level::all() {
+            let (mut bytes, mut back) = (vec![0; 74], vec![0.0; 37]);
+            encode(level, Format::F16, &values, &mut bytes);
+            assert_eq!(bytes, reference);
+            decode(level, Format::F16, &bytes, &mut back);
+            assert_eq!(back, decoded);
+        }
     }
 }

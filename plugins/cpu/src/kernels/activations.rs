@@ -1,0 +1,137 @@
+//! Activations as integers: per block of 32 values a scale and codes of one or two bytes (OPS.md, LINEAR).
+
+use crate::simd::{LANES, Lanes, on_level};
+
+/// Values in a block.
+pub(crate) const BLOCK: usize = 32;
+
+/// 32 rounded activations, `x[i] = d (256 high[i] + low[i])`, bytes signed and in order, four to a lane.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[repr(C)]
+pub(crate) struct Block {
+    pub(crate) high: [i32; BLOCK / 4],
+    pub(crate) low: [i32; BLOCK / 4],
+    /// The scale.
+    pub(crate) d: f32,
+    /// `d` times the sum of the codes: what a weight's minimum is multiplied with.
+    pub(crate) sum: f32,
+    /// -8 times the sum of the codes: what the offset of Q4_0 adds to a product.
+    pub(crate) minus_8: i32,
+    /// -128 times the sum of the codes: what the offset of packed Q8_0 adds.
+    pub(crate) minus_128: i32,
+}
+
+/// How finely activations are rounded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rounding {
+    /// Codes up to 127: the low byte alone.
+    Int8,
+    /// Codes up to 32639 = 127 * 257, so that both bytes stay within -127 ..= 127 and -128 ..= 127.
+    Int16,
+}
+
+impl Rounding {
+    /// What an operator's attribute allows; `None`: nothing.
+    pub(crate) fn allowed(attribute: i32) -> Option<Self> {
+        match attribute {
+            1 => Some(Self::Int8),
+            2 => Some(Self::Int16),
+            _ => None,
+        }
+    }
+
+    const fn limit(self) -> f32 {
+        match self {
+            Self::Int8 => 127.0,
+            Self::Int16 => 32639.0,
+        }
+    }
+}
+
+/// Rounds a row of whole blocks: scale = largest magnitude / limit, codes to nearest even. A NaN or an infinity makes
+/// the scale of its block one.
+pub(crate) fn round_row(level: crate::level::Level, rounding: Rounding, x: &[f32], to: &mut [Block]) {
+    round_blocks(level, rounding.limit(), x, to);
+}
+
+on_level! {
+    fn round_blocks(limit: f32, x: &[f32], to: &mut [Block]) = round_body
+}
+
+#[inline(always)]
+fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block]) {
+    for (x, to) in x.as_chunks::<BLOCK>().0.iter().zip(to) {
+        let (halves, _) = x.as_chunks::<LANES>();
+        let (a, b) = (l.load(&halves[0]), l.load(&halves[1]));
+        let mut lanes = [0; LANES];
+        l.store_i(l.max_i(l.magnitude_bits(a), l.magnitude_bits(b)), &mut lanes);
+        let largest = f32::from_bits(lanes.into_iter().fold(0, i32::max).cast_unsigned());
+        to.d = largest / limit;
+        let inverse = l.splat(if largest > 0.0 { limit / largest } else { 0.0 });
+        let (a, b) = (l.round(l.mul(a, inverse)), l.round(l.mul(b, inverse)));
+        let (high, low) = l.split_bytes(a, b);
+        to.high = dwords(&high);
+        to.low = dwords(&low);
+        l.store_i(l.add_i(a, b), &mut lanes);
+        let sum = lanes.into_iter().fold(0, i32::wrapping_add);
+        #[allow(clippy::cast_precision_loss, reason = "rounded to nearest, the same at every level")]
+        let sum_float = sum as f32;
+        to.sum = to.d * sum_float;
+        to.minus_8 = sum.wrapping_mul(-8);
+        to.minus_128 = sum.wrapping_mul(-128);
+    }
+}
+
+#[inline(always)]
+fn dwords(bytes: &[u8; BLOCK]) -> [i32; BLOCK / 4] {
+    std::array::from_fn(|i| i32::from_le_bytes(bytes.as_chunks::<4>().0[i]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::level::Level;
+    use proptest::prelude::*;
+
+    fn codes(block: &Block) -> Vec<i32> {
+        let signed = |four: &i32| four.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
+        let (high, low) = (block.high.iter().flat_map(signed), block.low.iter().flat_map(signed));
+        high.zip(low).map(|(high, low)| 256 * high + low).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn codes_are_the_nearest_and_the_same_at_every_level(
+            x in proptest::collection::vec(-4f32..4.0, BLOCK), power in -20i32..20,
+        ) {
+            let x: Vec<f32> = x.into_iter().map(|v| v * 2f32.powi(power)).collect();
+            for (rounding, limit) in [(Rounding::Int8, 127), (Rounding::Int16, 32639)] {
+                let mut scalar = [Block::default()];
+                round_row(Level::Scalar, rounding, &x, &mut scalar);
+                let q = codes(&scalar[0]);
+                prop_assert!(q.iter().all(|q| q.abs() <= limit));
+                prop_assert_eq!(scalar[0].minus_8, -8 * q.iter().sum::<i32>());
+                for (x, q) in x.iter().zip(&q) {
+                    let back = f64::from(scalar[0].d) * f64::from(*q);
+                    prop_assert!((back - f64::from(*x)).abs() <= f64::from(scalar[0].d) * 0.51, "{x} became {back}");
+                }
+                for level in Level::all() {
+                    let mut found = [Block::default()];
+                    round_row(level, rounding, &x, &mut found);
+                    prop_assert_eq!(found, scalar);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_nan_is_not_rounded_away() {
+        for level in Level::all() {
+            let mut block = [Block::default()];
+            let mut x = [1.0; BLOCK];
+            x[17] = f32::NAN;
+            round_row(level, Rounding::Int16, &x, &mut block);
+            assert!(block[0].d.is_nan());
+        }
+    }
+}

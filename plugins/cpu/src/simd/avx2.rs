@@ -1,0 +1,134 @@
+//! The lanes as two AVX2 registers each.
+
+use super::{LANES, Lanes};
+#[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
+use std::arch::x86_64::*;
+
+/// AVX2, FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The CPU has AVX2, FMA and F16C.
+    #[inline(always)]
+    pub(crate) unsafe fn assume() -> Self {
+        Self(())
+    }
+}
+
+type F = [__m256; 2];
+type I = [__m256i; 2];
+
+/// Methods whose body is one expression of intrinsics.
+macro_rules! by_intrinsics {
+    ($(fn $name:ident $(<const $n:ident: $nt:ty>)? ($($arg:ident: $kind:ty),*) $(-> $out:ty)? { $body:expr })*) => {
+        $(
+            #[inline(always)]
+            fn $name $(<const $n: $nt>)? (self, $($arg: $kind),*) $(-> $out)? {
+                // SAFETY: `self` proves that the CPU has the instructions; references are valid for their whole array,
+                // and every load and store here is an unaligned one of exactly that size.
+                unsafe { $body }
+            }
+        )*
+    };
+}
+
+impl Lanes for Avx2 {
+    type F = F;
+    type I = I;
+
+    by_intrinsics! {
+        fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }
+        fn load(v: &[f32; LANES]) -> F { [_mm256_loadu_ps(v.as_ptr()), _mm256_loadu_ps(v.as_ptr().add(8))] }
+        fn store(v: F, to: &mut [f32; LANES]) {{
+            _mm256_storeu_ps(to.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), v[1]);
+        }}
+        fn load_half(v: &[u8; 2 * LANES]) -> F {
+            [
+                _mm256_cvtph_ps(_mm_loadu_si128(v.as_ptr().cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(v.as_ptr().add(16).cast())),
+            ]
+        }
+        fn store_half(v: F, to: &mut [u8; 2 * LANES]) {{
+            _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]));
+            _mm_storeu_si128(to.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]));
+        }}
+        fn add(a: F, b: F) -> F { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+        fn sub(a: F, b: F) -> F { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+        fn mul(a: F, b: F) -> F { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        fn mul_add(a: F, b: F, c: F) -> F { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        fn max(a: F, b: F) -> F { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        fn splat_i(v: i32) -> I { [_mm256_set1_epi32(v); 2] }
+        fn load_i(v: &[u8; 4 * LANES]) -> I {
+            [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(32).cast())]
+        }
+        fn store_i(v: I, to: &mut [i32; LANES]) {{
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), v[0]);
+            _mm256_storeu_si256(to.as_mut_ptr().add(8).cast(), v[1]);
+        }}
+        fn add_i(a: I, b: I) -> I { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
+        fn max_i(a: I, b: I) -> I { [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])] }
+        fn high_nibbles(v: I) -> I {{
+            let mask = _mm256_set1_epi8(15);
+            v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))
+        }}
+        fn low_nibbles(v: I) -> I { v.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(15))) }
+        fn dot_nibbles(acc: I, w: I, x: I) -> I {{
+            // A pair's sum is at most 2 * 15 * 128: nothing saturates.
+            let dot = |acc, w, x| {
+                _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
+            };
+            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+        }}
+        fn dot_bytes(acc: I, w: I, x: I) -> I {{
+            // Even and odd bytes as words; products of neighbouring words are summed in 32 bits.
+            let dot = |acc, w, x| {
+                let even = _mm256_madd_epi16(
+                    _mm256_and_si256(w, _mm256_set1_epi16(0xff)),
+                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
+                );
+                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
+                _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+            };
+            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+        }}
+        fn shl_byte(v: I) -> I { v.map(|v| _mm256_slli_epi32::<8>(v)) }
+        fn to_float(v: I) -> F { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
+        fn round(v: F) -> I { [_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])] }
+        fn magnitude_bits(v: F) -> I {{
+            let mask = _mm256_set1_epi32(0x7fff_ffff);
+            [_mm256_and_si256(_mm256_castps_si256(v[0]), mask), _mm256_and_si256(_mm256_castps_si256(v[1]), mask)]
+        }}
+        fn power_of_two(v: F) -> F {
+            v.map(|v| {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
+            })
+        }
+        fn round_f(v: F) -> F { v.map(|v| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v)) }
+    }
+
+    #[inline(always)]
+    fn split_bytes(self, low: I, high: I) -> ([u8; 2 * LANES], [u8; 2 * LANES]) {
+        super::portable::split_bytes(&ints(low), &ints(high))
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: &mut [F; LANES]) {
+        // Through memory: the 512-bit level is the fast one.
+        let mut values = [[0f32; LANES]; LANES];
+        for (row, to) in rows.iter().zip(&mut values) {
+            self.store(*row, to);
+        }
+        *rows = std::array::from_fn(|i| self.load(&std::array::from_fn(|j| values[j][i])));
+    }
+}
+
+/// The lanes as an array.
+#[inline(always)]
+fn ints(v: I) -> [i32; LANES] {
+    // SAFETY: both are 64 bytes, and any bytes are integers.
+    unsafe { std::mem::transmute(v) }
+}

@@ -1,0 +1,122 @@
+//! The lanes as one AVX-512 register each.
+
+use super::{LANES, Lanes};
+#[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
+use std::arch::x86_64::*;
+
+/// AVX-512 F, BW, DQ, VL and VNNI.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(());
+
+impl Avx512 {
+    /// # Safety
+    /// The CPU has AVX-512 F, BW, DQ, VL, VNNI, and AVX2, FMA and F16C.
+    #[inline(always)]
+    pub(crate) unsafe fn assume() -> Self {
+        Self(())
+    }
+}
+
+/// Methods whose body is one expression of intrinsics.
+macro_rules! by_intrinsics {
+    ($(fn $name:ident $(<const $n:ident: $nt:ty>)? ($($arg:ident: $kind:ty),*) $(-> $out:ty)? { $body:expr })*) => {
+        $(
+            #[inline(always)]
+            fn $name $(<const $n: $nt>)? (self, $($arg: $kind),*) $(-> $out)? {
+                // SAFETY: `self` proves that the CPU has the instructions; references are valid for their whole array,
+                // and every load and store here is an unaligned one of exactly that size.
+                unsafe { $body }
+            }
+        )*
+    };
+}
+
+impl Lanes for Avx512 {
+    type F = __m512;
+    type I = __m512i;
+
+    by_intrinsics! {
+        fn splat(v: f32) -> __m512 { _mm512_set1_ps(v) }
+        fn load(v: &[f32; LANES]) -> __m512 { _mm512_loadu_ps(v.as_ptr()) }
+        fn store(v: __m512, to: &mut [f32; LANES]) { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+        fn load_half(v: &[u8; 2 * LANES]) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())) }
+        fn store_half(v: __m512, to: &mut [u8; 2 * LANES]) {
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
+        }
+        fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
+        fn sub(a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
+        fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
+        fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+        fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+        fn splat_i(v: i32) -> __m512i { _mm512_set1_epi32(v) }
+        fn load_i(v: &[u8; 4 * LANES]) -> __m512i { _mm512_loadu_si512(v.as_ptr().cast()) }
+        fn store_i(v: __m512i, to: &mut [i32; LANES]) { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
+        fn add_i(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
+        fn max_i(a: __m512i, b: __m512i) -> __m512i { _mm512_max_epi32(a, b) }
+        fn high_nibbles(v: __m512i) -> __m512i {
+            _mm512_and_si512(_mm512_srli_epi16::<4>(v), _mm512_set1_epi8(15))
+        }
+        fn low_nibbles(v: __m512i) -> __m512i { _mm512_and_si512(v, _mm512_set1_epi8(15)) }
+        fn dot_nibbles(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
+        fn dot_bytes(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
+        fn shl_byte(v: __m512i) -> __m512i { _mm512_slli_epi32::<8>(v) }
+        fn to_float(v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
+        fn round(v: __m512) -> __m512i { _mm512_cvtps_epi32(v) }
+        fn magnitude_bits(v: __m512) -> __m512i {
+            _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff_ffff))
+        }
+        fn power_of_two(v: __m512) -> __m512 {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
+                _mm512_cvtps_epi32(v),
+                _mm512_set1_epi32(127),
+            )))
+        }
+        fn round_f(v: __m512) -> __m512 { _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(v) }
+    }
+
+    #[inline(always)]
+    fn split_bytes(self, low: __m512i, high: __m512i) -> ([u8; 2 * LANES], [u8; 2 * LANES]) {
+        let (mut nearest, mut rest) = ([0; 2 * LANES], [0; 2 * LANES]);
+        for (at, v) in [(0, low), (LANES, high)] {
+            // SAFETY: `self` proves that the CPU has the instructions; 16 bytes from `at` on are inside the arrays.
+            unsafe {
+                let near = _mm512_srai_epi32::<8>(_mm512_add_epi32(v, _mm512_set1_epi32(128)));
+                _mm_storeu_si128(nearest.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(near));
+                _mm_storeu_si128(rest.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(v));
+            }
+        }
+        (nearest, rest)
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: &mut [__m512; LANES]) {
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // Pairs of rows, then fours, then 128-bit lanes across.
+            let mut a = *rows;
+            for i in (0..LANES).step_by(2) {
+                a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+                a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+            }
+            let mut b = a;
+            for i in (0..LANES).step_by(4) {
+                for half in 0..2 {
+                    let (x, y) = (_mm512_castps_pd(a[i + half]), _mm512_castps_pd(a[i + 2 + half]));
+                    b[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+                    b[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+                }
+            }
+            // b[4 q + c], 128-bit lane l: column 4 l + c of rows 4 q .. 4 q + 4.
+            for c in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x44>(b[c], b[4 + c]); // q0: l0 l1, q1: l0 l1
+                let high = _mm512_shuffle_f32x4::<0xee>(b[c], b[4 + c]);
+                let low2 = _mm512_shuffle_f32x4::<0x44>(b[8 + c], b[12 + c]);
+                let high2 = _mm512_shuffle_f32x4::<0xee>(b[8 + c], b[12 + c]);
+                rows[c] = _mm512_shuffle_f32x4::<0x88>(low, low2);
+                rows[4 + c] = _mm512_shuffle_f32x4::<0xdd>(low, low2);
+                rows[8 + c] = _mm512_shuffle_f32x4::<0x88>(high, high2);
+                rows[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
+            }
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! Which vector instructions does a level have? Sixteen lanes of 32 bits, written three ways.
+//!
+//! A kernel is written once over [`Lanes`] and compiled per level by [`on_level`]. Every operation rounds as IEEE says
+//! and [`Lanes::mul_add`] rounds once, so a kernel gives the same bits at every level.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use avx512::Avx512;
+pub(crate) use portable::Portable;
+
+/// Lanes of a vector.
+pub(crate) const LANES: usize = 16;
+
+/// Vector instructions. A value of an implementing type is the proof that the CPU has them.
+pub(crate) trait Lanes: Copy {
+    /// 16 x f32.
+    type F: Copy;
+    /// 64 bytes or 16 x i32.
+    type I: Copy;
+
+    fn splat(self, v: f32) -> Self::F;
+    fn load(self, v: &[f32; LANES]) -> Self::F;
+    fn store(self, v: Self::F, to: &mut [f32; LANES]);
+    /// 16 x f16, little-endian, widened.
+    fn load_half(self, v: &[u8; 2 * LANES]) -> Self::F;
+    /// Rounded to nearest even f16, little-endian.
+    fn store_half(self, v: Self::F, to: &mut [u8; 2 * LANES]);
+    fn add(self, a: Self::F, b: Self::F) -> Self::F;
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    /// `a b + c`, rounded once.
+    fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// The greater; of no use where a NaN may be.
+    fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// Transposes 16 rows of 16 values.
+    fn transpose(self, rows: &mut [Self::F; LANES]);
+
+    fn splat_i(self, v: i32) -> Self::I;
+    fn load_i(self, v: &[u8; 4 * LANES]) -> Self::I;
+    fn store_i(self, v: Self::I, to: &mut [i32; LANES]);
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The greater of signed 32-bit lanes.
+    fn max_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// The high half of each byte, as a byte.
+    fn high_nibbles(self, v: Self::I) -> Self::I;
+    /// The low half of each byte.
+    fn low_nibbles(self, v: Self::I) -> Self::I;
+    /// Per 32-bit lane: `acc` plus the four products of unsigned bytes of `w`, at most 15, and signed bytes of `x`.
+    fn dot_nibbles(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// As [`Self::dot_nibbles`] for any unsigned bytes.
+    fn dot_bytes(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// 32-bit lanes times 256.
+    fn shl_byte(self, v: Self::I) -> Self::I;
+    /// The signed byte that is nearest to each 32-bit lane divided by 256, and what is left, again a signed byte, of 32
+    /// values from -32639 to 32639 in order.
+    fn split_bytes(self, low: Self::I, high: Self::I) -> ([u8; 2 * LANES], [u8; 2 * LANES]);
+    fn to_float(self, v: Self::I) -> Self::F;
+    /// To the nearest even integer; NaN and what does not fit is unspecified.
+    fn round(self, v: Self::F) -> Self::I;
+    /// The bits of the absolute value: order as integers is order as magnitudes, NaN above infinity.
+    fn magnitude_bits(self, v: Self::F) -> Self::I;
+    /// 2 to the power of each lane (an integer from -126 to 127).
+    fn power_of_two(self, v: Self::F) -> Self::F;
+    /// Rounded to integers, ties to even; for magnitudes below 2^22.
+    fn round_f(self, v: Self::F) -> Self::F;
+
+    /// The sum of the lanes in a fixed tree order: i + 8, i + 4, i + 2, i + 1.
+    #[inline(always)]
+    fn sum(self, v: Self::F) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        let mut width = LANES / 2;
+        while width > 0 {
+            for i in 0..width {
+                lanes[i] += lanes[i + width];
+            }
+            width /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// Compiles the generic `$body::<Lanes, ..>(lanes, ..)` once per level and chooses among them at run time.
+macro_rules! on_level {
+    (
+        $(#[$meta:meta])*
+        fn $name:ident $(<const $n:ident: $nt:ty>)? ($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? = $body:ident
+    ) => {
+        $(#[$meta])*
+        pub(crate) fn $name $(<const $n: $nt>)? (level: $crate::level::Level, $($arg: $kind),*) $(-> $out)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2 $(<const $n: $nt>)? ($($arg: $kind),*) $(-> $out)? {
+                    // SAFETY: this function is compiled for, and only called with, these features.
+                    $body::<_ $(, $n)?>(unsafe { $crate::simd::Avx2::assume() }, $($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+                fn avx512 $(<const $n: $nt>)? ($($arg: $kind),*) $(-> $out)? {
+                    // SAFETY: as above.
+                    $body::<_ $(, $n)?>(unsafe { $crate::simd::Avx512::assume() }, $($arg),*)
+                }
+                match level {
+                    // SAFETY: a Level above Scalar exists only where the CPU has its instructions.
+                    $crate::level::Level::Avx2 => return unsafe { avx2 $(::<$n>)? ($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::level::Level::Avx512 => return unsafe { avx512 $(::<$n>)? ($($arg),*) },
+                    $crate::level::Level::Scalar => {}
+                }
+            }
+            let _ = level;
+            $body::<_ $(, $n)?>($crate::simd::Portable, $($arg),*)
+        }
+    };
+}
+pub(crate) use on_level;

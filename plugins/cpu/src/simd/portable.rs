@@ -1,0 +1,148 @@
+//! The lanes in portable Rust: the definition.
+
+use super::{LANES, Lanes};
+use half::f16;
+
+/// No instructions beyond the target's own.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Portable;
+
+type F = [f32; LANES];
+type I = [i32; LANES];
+
+#[inline(always)]
+fn zip<T: Copy, U>(a: [T; LANES], b: [T; LANES], f: impl Fn(T, T) -> U) -> [U; LANES] {
+    std::array::from_fn(|i| f(a[i], b[i]))
+}
+
+/// See [`Lanes::split_bytes`].
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the low byte is what is wanted")]
+pub(super) fn split_bytes(low: &I, high: &I) -> ([u8; 2 * LANES], [u8; 2 * LANES]) {
+    let value = |i: usize| if i < LANES { low[i] } else { high[i - LANES] };
+    (std::array::from_fn(|i| ((value(i) + 128) >> 8) as u8), std::array::from_fn(|i| value(i) as u8))
+}
+
+impl Lanes for Portable {
+    type F = F;
+    type I = I;
+
+    #[inline(always)]
+    fn splat(self, v: f32) -> F {
+        [v; LANES]
+    }
+    #[inline(always)]
+    fn load(self, v: &[f32; LANES]) -> F {
+        *v
+    }
+    #[inline(always)]
+    fn store(self, v: F, to: &mut [f32; LANES]) {
+        *to = v;
+    }
+    #[inline(always)]
+    fn load_half(self, v: &[u8; 2 * LANES]) -> F {
+        std::array::from_fn(|i| f16::from_le_bytes([v[2 * i], v[2 * i + 1]]).to_f32())
+    }
+    #[inline(always)]
+    fn store_half(self, v: F, to: &mut [u8; 2 * LANES]) {
+        for (to, v) in to.as_chunks_mut::<2>().0.iter_mut().zip(v) {
+            *to = f16::from_f32(v).to_le_bytes();
+        }
+    }
+    #[inline(always)]
+    fn add(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn mul_add(self, a: F, b: F, c: F) -> F {
+        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+    }
+    #[inline(always)]
+    fn max(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    fn transpose(self, rows: &mut [F; LANES]) {
+        *rows = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
+    }
+
+    #[inline(always)]
+    fn splat_i(self, v: i32) -> I {
+        [v; LANES]
+    }
+    #[inline(always)]
+    fn load_i(self, v: &[u8; 4 * LANES]) -> I {
+        std::array::from_fn(|i| i32::from_le_bytes([v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]]))
+    }
+    #[inline(always)]
+    fn store_i(self, v: I, to: &mut [i32; LANES]) {
+        *to = v;
+    }
+    #[inline(always)]
+    fn add_i(self, a: I, b: I) -> I {
+        zip(a, b, i32::wrapping_add)
+    }
+    #[inline(always)]
+    fn max_i(self, a: I, b: I) -> I {
+        zip(a, b, i32::max)
+    }
+    #[inline(always)]
+    fn high_nibbles(self, v: I) -> I {
+        v.map(|v| v >> 4 & 0x0f0f_0f0f)
+    }
+    #[inline(always)]
+    fn low_nibbles(self, v: I) -> I {
+        v.map(|v| v & 0x0f0f_0f0f)
+    }
+    #[inline(always)]
+    fn dot_nibbles(self, acc: I, w: I, x: I) -> I {
+        self.dot_bytes(acc, w, x)
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: I, w: I, x: I) -> I {
+        std::array::from_fn(|i| {
+            let (w, x) = (w[i].to_le_bytes(), x[i].to_le_bytes());
+            let products = w.iter().zip(x).map(|(w, x)| i32::from(*w) * i32::from(x.cast_signed()));
+            products.fold(acc[i], i32::wrapping_add)
+        })
+    }
+    #[inline(always)]
+    fn shl_byte(self, v: I) -> I {
+        v.map(|v| v << 8)
+    }
+    #[inline(always)]
+    fn split_bytes(self, low: I, high: I) -> ([u8; 2 * LANES], [u8; 2 * LANES]) {
+        split_bytes(&low, &high)
+    }
+    #[inline(always)]
+    #[allow(clippy::cast_precision_loss, reason = "rounded to nearest, as the instruction does")]
+    fn to_float(self, v: I) -> F {
+        v.map(|v| v as f32)
+    }
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation, reason = "rounded first; callers stay in range")]
+    fn round(self, v: F) -> I {
+        v.map(|v| v.round_ties_even() as i32)
+    }
+    #[inline(always)]
+    fn magnitude_bits(self, v: F) -> I {
+        v.map(|v| (v.to_bits() & 0x7fff_ffff).cast_signed())
+    }
+    #[inline(always)]
+    #[allow(clippy::cast_possible_truncation, reason = "an integer from -126 to 127 by contract")]
+    fn power_of_two(self, v: F) -> F {
+        v.map(|v| f32::from_bits(((v as i32 + 127) << 23).cast_unsigned()))
+    }
+    #[inline(always)]
+    fn round_f(self, v: F) -> F {
+        v.map(f32::round_ties_even)
+    }
+}
