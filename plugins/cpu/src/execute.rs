@@ -3,6 +3,7 @@
 //! A thread's share is a function of its number; a row's arithmetic is a function of the row.
 
 mod attention;
+mod blocked;
 mod matmul;
 mod rowwise;
 

@@ -10,6 +10,7 @@ use crate::threads::part;
 use sparsed_abi::{OP_SPARSE_MLA, SpdOp};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::marker::PhantomData;
+use std::ops::Range;
 
 impl Frame<'_> {
     pub(super) fn idx_top_k(&self, op: &SpdOp, scores: &mut Vec<f32>) {
@@ -71,7 +72,7 @@ impl Frame<'_> {
         t: usize,
         q: Tensor<'_, f32>,
         w: Tensor<'_, f32>,
-        range: std::ops::Range<usize>,
+        range: Range<usize>,
         scores: &mut [f32],
     ) {
         let (pool, level) = (self.pool(), self.device.level);
@@ -114,6 +115,10 @@ impl Frame<'_> {
             groups: op.i[0].unsigned_abs() as usize,
             scale: op.f[0],
         };
+        if job.is_blocked() {
+            job.run_blocked();
+            return Ok(());
+        }
         let team = &self.device.team;
         // A unit is some heads of one group at one token; a lone token's heads are dealt to the whole team.
         let heads = job.q_rope.n1 / job.groups;
@@ -124,7 +129,7 @@ impl Frame<'_> {
             for unit in (number..units).step_by(team.len()) {
                 let (t, group, piece) = (unit / split / job.groups, unit / split % job.groups, unit % split);
                 let own = part(heads, piece, split);
-                job.run(t, group, group * heads + own.start..group * heads + own.end, &mut rows);
+                job.run_decoded(t, group, group * heads + own.start..group * heads + own.end, &mut rows);
             }
         });
         Ok(())
@@ -144,31 +149,46 @@ impl Frame<'_> {
 }
 
 /// One attention operator of a step.
-struct Attention<'a> {
-    frame: &'a Frame<'a>,
-    pool: &'a Pool,
-    layer: usize,
-    q_latent: Option<Tensor<'a, f32>>,
-    q_rope: Tensor<'a, f32>,
-    sel: Option<Tensor<'a, i32>>,
-    out: Tensor<'a, f32>,
-    groups: usize,
-    scale: f32,
+pub(super) struct Attention<'a> {
+    pub(super) frame: &'a Frame<'a>,
+    pub(super) pool: &'a Pool,
+    pub(super) layer: usize,
+    pub(super) q_latent: Option<Tensor<'a, f32>>,
+    pub(super) q_rope: Tensor<'a, f32>,
+    pub(super) sel: Option<Tensor<'a, i32>>,
+    pub(super) out: Tensor<'a, f32>,
+    pub(super) groups: usize,
+    pub(super) scale: f32,
 }
 
 impl Attention<'_> {
-    /// Heads `heads`, all of group `group`, of token t. Each listed row is decoded once for all of them.
-    fn run(&self, t: usize, group: usize, heads: std::ops::Range<usize>, rows: &mut (Vec<f32>, Vec<f32>)) {
-        let (frame, level) = (self.frame, self.frame.device.level);
-        let visible = frame.step.positions[t] as usize + 1;
-        let listed = match self.sel {
+    /// Positions that token t sees.
+    pub(super) fn visible(&self, t: usize) -> usize {
+        self.frame.step.positions[t] as usize + 1
+    }
+
+    /// How many rows token t reads.
+    pub(super) fn listed(&self, t: usize) -> usize {
+        match self.sel {
             Some(sel) => sel.row(t, 0).iter().filter(|&&s| s >= 0).count(),
-            None => visible,
-        };
-        let position = |i: usize| match self.sel {
+            None => self.visible(t),
+        }
+    }
+
+    /// The position of row `i` of token t's list.
+    pub(super) fn position(&self, t: usize, i: usize) -> usize {
+        match self.sel {
             Some(sel) => sel.row(t, 0)[i].unsigned_abs() as usize,
             None => i,
-        };
+        }
+    }
+
+    /// Heads `heads`, all of group `group`, of token t, from rows of any format. Each listed row is decoded once for
+    /// all of them.
+    fn run_decoded(&self, t: usize, group: usize, heads: Range<usize>, rows: &mut (Vec<f32>, Vec<f32>)) {
+        let (frame, level) = (self.frame, self.frame.device.level);
+        let listed = self.listed(t);
+        let position = |i: usize| self.position(t, i);
         let (latent, rope) = rows;
         let mut states = vec![Softmax::EMPTY; heads.len()];
         for head in heads.clone() {

@@ -5,6 +5,7 @@
 
 pub(crate) mod activations;
 pub(crate) mod attention;
+pub(crate) mod blocked;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod norm;
