@@ -55,9 +55,22 @@ fn the_converted_model_is_what_hugging_face_reads_in_the_base_file() {
 
 #[test]
 fn chunks_and_threads_do_not_change_a_bit() {
-    let (whole, _) = logits("smollm2-135m-dsa.gguf", 64, &["--act", "int8", "-t", "1"]);
-    let (pieces, _) = logits("smollm2-135m-dsa.gguf", 64, &["--act", "int8", "-t", "2", "--chunk", "5"]);
-    assert!(whole.iter().zip(&pieces).all(|(a, b)| a.to_bits() == b.to_bits()));
+    for act in ["int16", "int8"] {
+        let (whole, _) = logits("smollm2-135m-dsa.gguf", 64, &["--act", act, "-t", "1"]);
+        let (pieces, _) = logits("smollm2-135m-dsa.gguf", 64, &["--act", act, "-t", "2", "--chunk", "5"]);
+        assert!(whole.iter().zip(&pieces).all(|(a, b)| a.to_bits() == b.to_bits()), "{act}");
+    }
+}
+
+/// 16-bit activations, f16 latents and q8_0 index keys against the reference, which is f32 throughout.
+#[test]
+fn the_default_mode_chooses_the_tokens_that_f32_does() {
+    for (name, top_k) in [("k64", 64), ("dense", 0)] {
+        let (logits, _) = logits("smollm2-135m-dsa-f16.gguf", top_k, &[]);
+        let expected = golden::<u32>(&format!("argmax_{name}"));
+        let same = logits.chunks_exact(VOCAB).zip(expected).filter(|(row, id)| argmax(row) == *id).count();
+        assert!(same * 1000 >= 384 * 995, "{name}: argmax agrees on {same} of 384 rows");
+    }
 }
 
 #[test]

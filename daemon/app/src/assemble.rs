@@ -77,6 +77,7 @@ pub fn open_backend(config: &Config) -> anyhow::Result<Backend> {
 /// What a configured model's steps compute.
 pub fn program_options(model: &Model) -> ProgramOptions {
     let (activations, kv) = match model.activations {
+        Activations::Int16 => (sparsed_model::Activations::Int16, KvFormats::default()),
         Activations::F32 => (sparsed_model::Activations::F32, KvFormats::exact()),
         Activations::Int8 => (sparsed_model::Activations::Int8, KvFormats::default()),
     };

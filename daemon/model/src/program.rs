@@ -15,8 +15,21 @@ use sparsed_quant::Format;
 pub enum Activations {
     /// As f32.
     F32,
-    /// Rounded to int8 per 32 values where the plugin can.
+    /// Rounded to 16 bits per 32 values where the plugin can: as good as f32, several times as fast.
+    Int16,
+    /// Rounded to 8 bits per 32 values where the plugin can: near ties between tokens may fall otherwise.
     Int8,
+}
+
+impl Activations {
+    /// The attribute of the operators that multiply with a weight.
+    pub(crate) const fn attribute(self) -> i32 {
+        match self {
+            Self::F32 => 0,
+            Self::Int8 => 1,
+            Self::Int16 => 2,
+        }
+    }
 }
 
 /// Which cached tokens attention reads.
@@ -70,7 +83,7 @@ pub struct ProgramOptions {
 impl Default for ProgramOptions {
     fn default() -> Self {
         Self {
-            activations: Activations::Int8,
+            activations: Activations::Int16,
             selection: Selection::Model,
             kv: KvFormats::default(),
             selections_out: false,

@@ -174,8 +174,10 @@ pub struct Model {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
-    /// As f32, and KV rows in f32.
+    /// Rounded to 16 bits per 32 values; KV rows in f16 and q8_0.
     #[default]
+    Int16,
+    /// As f32, and KV rows in f32; for comparisons.
     F32,
     /// Rounded to int8 per 32 values, KV rows in f16 and q8_0; faster, and near ties between tokens may fall otherwise.
     Int8,

@@ -30,9 +30,9 @@ pub(super) struct Local {
     /// Tokens that attention selects; 0: all. Default: as many as the model was made for.
     #[arg(long)]
     top_k: Option<u32>,
-    /// f32: activations, KV rows and index rows in f32. int8: int8 activations, f16 and q8_0 rows; faster, and near
-    /// ties between tokens may fall otherwise.
-    #[arg(long, value_enum, default_value = "f32")]
+    /// int16: 16-bit activations, f16 and q8_0 rows. f32: activations, KV rows and index rows in f32, slow. int8: 8-bit
+    /// activations; near ties between tokens may fall otherwise.
+    #[arg(long, value_enum, default_value = "int16")]
     act: Act,
 }
 
@@ -50,6 +50,7 @@ pub(super) enum LocalOutputs {
 /// The values of `--act`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Act {
+    Int16,
     F32,
     Int8,
 }
@@ -58,6 +59,7 @@ impl Act {
     /// As the configuration has it.
     pub(super) fn activations(self) -> Activations {
         match self {
+            Self::Int16 => Activations::Int16,
             Self::F32 => Activations::F32,
             Self::Int8 => Activations::Int8,
         }

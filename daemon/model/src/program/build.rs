@@ -1,6 +1,6 @@
 //! The frame of a program: weights bound once, angle inputs, embedding, layers, head.
 
-use super::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
+use super::{KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
 use crate::weights::{Tensor, Weights};
 use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
@@ -173,7 +173,7 @@ impl Builder<'_> {
         id
     }
 
-    /// `[T, rows] = W [rows, cols] x`; int8 where the options allow it and `exact` is false.
+    /// `[T, rows] = W [rows, cols] x`; x rounded as the options allow unless `exact`.
     pub(super) fn linear(
         &mut self,
         name: &str,
@@ -184,13 +184,14 @@ impl Builder<'_> {
     ) -> Result<TensorId, ModelError> {
         let weight = self.matrix(name, cols, rows)?;
         let y = self.tokens(&[rows]);
-        let int8 = i32::from(!exact && self.int8());
-        self.op(OP_LINEAR, &[Some(x), Some(weight)], &[y], [int8, 0, 0, 0, 0, 0], 0.0);
+        let rounding = if exact { 0 } else { self.rounding() };
+        self.op(OP_LINEAR, &[Some(x), Some(weight)], &[y], [rounding, 0, 0, 0, 0, 0], 0.0);
         Ok(y)
     }
 
-    pub(super) fn int8(&self) -> bool {
-        self.options.activations == Activations::Int8
+    /// The attribute of products whose activations the options allow to round.
+    pub(super) fn rounding(&self) -> i32 {
+        self.options.activations.attribute()
     }
 
     /// The normalised residual stream, with what was pending added to it first.
@@ -227,7 +228,7 @@ impl Builder<'_> {
         let head = if self.spec.tied_embeddings { "token_embd.weight" } else { "output.weight" };
         let weight = self.matrix(head, hidden, vocab)?;
         let logits = rows(self, vocab);
-        self.op(OP_LINEAR, &[Some(y), Some(weight)], &[logits], [i32::from(self.int8()), 0, 0, 0, 0, 0], 0.0);
+        self.op(OP_LINEAR, &[Some(y), Some(weight)], &[logits], [self.rounding(), 0, 0, 0, 0, 0], 0.0);
         Ok(logits)
     }
 }

@@ -81,8 +81,8 @@ impl Builder<'_> {
         let q_nope = self.program.view(q, 0, &[DIM_TOKENS, dim(heads), dim(nope)], &strides);
         let weight = self.matrices(&name("attn_k_b.weight"), nope, spec.kv_lora_rank, heads)?;
         let q_latent = self.tokens(&[heads, spec.kv_lora_rank]);
-        let int8 = [i32::from(self.int8()), 0, 0, 0, 0, 0];
-        self.op(OP_MLA_ABSORB, &[Some(q_nope), Some(weight)], &[q_latent], int8, 0.0);
+        let rounding = [self.rounding(), 0, 0, 0, 0, 0];
+        self.op(OP_MLA_ABSORB, &[Some(q_nope), Some(weight)], &[q_latent], rounding, 0.0);
         Ok((Some(q_latent), rotated))
     }
 
@@ -174,8 +174,8 @@ impl Builder<'_> {
         }
         let weight = self.matrices(&name("attn_v_b.weight"), spec.kv_lora_rank, spec.v_head_dim, spec.n_heads)?;
         let y = self.tokens(&[width]);
-        let int8 = [i32::from(self.int8()), 0, 0, 0, 0, 0];
-        self.op(OP_MLA_EXPAND, &[Some(out), Some(weight)], &[y], int8, 0.0);
+        let rounding = [self.rounding(), 0, 0, 0, 0, 0];
+        self.op(OP_MLA_EXPAND, &[Some(out), Some(weight)], &[y], rounding, 0.0);
         Ok(y)
     }
 
@@ -216,11 +216,11 @@ impl Builder<'_> {
             (i32::from(moe.score == RouterScore::Softmax), i32::from(moe.group_score == GroupScore::Best));
         let route = [dim(active), dim(moe.n_groups), dim(moe.n_groups_kept), score, i32::from(moe.renormalise), by];
         self.op(OP_MOE_ROUTE, &[Some(logits), bias], &[ids, weights], route, moe.scale);
-        let int8 = i32::from(self.int8());
+        let rounding = self.rounding();
         let project = |builder: &mut Self, what: &str, x: TensorId, cols: u32, rows: u32, per_expert: i32| {
             let weight = builder.matrices(&name(what), cols, rows, moe.n_experts)?;
             let out = builder.tokens(&[active, rows]);
-            let i = [per_expert, int8, 0, 0, 0, 0];
+            let i = [per_expert, rounding, 0, 0, 0, 0];
             builder.op(OP_MOE_LINEAR, &[Some(x), Some(weight), Some(ids)], &[out], i, 0.0);
             Ok::<_, ModelError>(out)
         };
