@@ -1,25 +1,33 @@
 //! What is computed?
 //!
 //! A model file or folder becomes a [`ModelSpec`] (every hyperparameter checked), mapped weights, a tokenizer, a chat
-//! template, and on demand a [`Program`]: one step written down in the operators of the plugin ABI. Knows no device, no
+//! format, and on demand a [`Program`]: one step written down in the operators of the plugin ABI. Knows no device, no
 //! session and no time; opens the model's own files.
 
+mod chat;
 mod error;
+mod language;
 mod model;
 mod new_file;
 mod program;
 mod spec;
-mod template;
 mod tokenizer;
 mod weights;
 
 pub mod convert;
 pub mod quantize;
 
+pub use chat::{ChatFormat, ChatMessage, ChatRequest, OutputEvent, OutputParser, Prompt, Role, ToolCall};
 pub use error::ModelError;
 pub use model::{Model, Summary};
 pub use program::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
 pub use spec::{Architecture, GroupScore, IndexerSpec, ModelSpec, MoeSpec, RopeLayout, RouterScore};
-pub use template::{ChatMessage, ChatTemplate};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{TextStream, Tokenizer, TokenizerConfig};
 pub use weights::SafetensorsHeader;
+
+/// Properties are tried on the same cases in every run.
+#[cfg(test)]
+fn seeded(cases: u32) -> proptest::test_runner::Config {
+    use proptest::test_runner::{Config, RngSeed};
+    Config { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(0x5eed), ..Config::default() }
+}

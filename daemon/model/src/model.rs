@@ -1,8 +1,9 @@
 //! What is a model, from the outside?
 
+use crate::language::Language;
 use crate::program::{Program, ProgramOptions, build};
 use crate::weights::Weights;
-use crate::{ChatTemplate, KvFormats, ModelError, ModelSpec, Tokenizer};
+use crate::{ChatFormat, KvFormats, ModelError, ModelSpec, Tokenizer};
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -13,7 +14,7 @@ pub struct Model {
     spec: ModelSpec,
     weights: Weights,
     tokenizer: Option<Tokenizer>,
-    template: Option<ChatTemplate>,
+    chat: Option<ChatFormat>,
 }
 
 /// What `sparsectl models` shows.
@@ -27,34 +28,27 @@ pub struct Summary {
 
 impl Model {
     /// Opens a GGUF file (the first part of a split one opens all) or a Hugging Face folder (`config.json` and
-    /// safetensors): maps it, checks it, builds its tokenizer. A folder has none yet.
+    /// safetensors): maps it, checks it, builds its tokenizer.
     ///
     /// # Errors
     /// What is wrong with the file, with the key or tensor.
     pub fn open(path: &Path) -> Result<Self, ModelError> {
         let weights = Weights::open(path)?;
         let spec = ModelSpec::parse(&weights)?;
-        let metadata = weights.metadata();
-        let tokenizer = match metadata {
-            Some(metadata) => Tokenizer::from_metadata(metadata)?,
-            None => None,
-        };
+        let Language { tokenizer, chat } = Language::of(&weights)?;
         if let Some(tokenizer) = &tokenizer
             && tokenizer.vocab_size() > spec.vocab_size as usize
         {
             let (tokens, rows) = (tokenizer.vocab_size(), spec.vocab_size);
             return Err(ModelError::Tokenizer(format!("{tokens} tokens, but the embedding has {rows} rows")));
         }
-        let template = match (metadata, &tokenizer) {
-            (Some(metadata), Some(tokenizer)) => ChatTemplate::from_metadata(metadata, tokenizer)?,
-            _ => None,
-        };
+        let metadata = weights.metadata();
         let said = metadata.map_or(Ok(None), |metadata| metadata.str("general.name"))?;
         // A folder's name may have a dot, as in "V3.2".
         let file_name = if metadata.is_some() { path.file_stem() } else { path.file_name() };
         let file_name = file_name.map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let name = said.map_or(file_name, str::to_owned);
-        Ok(Self { name, spec, weights, tokenizer, template })
+        Ok(Self { name, spec, weights, tokenizer, chat })
     }
 
     /// Hyperparameters.
@@ -82,9 +76,9 @@ impl Model {
         self.tokenizer.as_ref()
     }
 
-    /// The chat template, if the file has one or its tokens show which it is.
-    pub fn chat_template(&self) -> Option<&ChatTemplate> {
-        self.template.as_ref()
+    /// How the model writes conversations, if the file says it or its tokens show it.
+    pub fn chat_format(&self) -> Option<&ChatFormat> {
+        self.chat.as_ref()
     }
 
     /// What a user should know about how the model is served.

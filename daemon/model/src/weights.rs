@@ -92,6 +92,14 @@ impl Weights {
         }
     }
 
+    /// A file beside a folder's weights, if it is there.
+    pub(crate) fn side_file(&self, name: &str, limit: usize) -> Result<Option<Vec<u8>>, ModelError> {
+        match &self.source {
+            Source::Gguf(_) => Ok(None),
+            Source::Folder(_) => folder::side_file(&self.path, name, limit),
+        }
+    }
+
     /// Names of the tensors of a GGUF, in the file's order.
     pub(crate) fn names(&self) -> Vec<&str> {
         match &self.source {

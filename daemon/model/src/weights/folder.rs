@@ -233,6 +233,12 @@ fn is_plain_name(name: &str) -> bool {
 }
 
 /// Reads a file of at most `limit` bytes.
+/// The file `name` of the folder, if it is there.
+pub(super) fn side_file(dir: &Path, name: &str, limit: usize) -> Result<Option<Vec<u8>>, ModelError> {
+    let path = dir.join(name);
+    if path.exists() { read(&path, limit).map(Some) } else { Ok(None) }
+}
+
 fn read(path: &Path, limit: usize) -> Result<Vec<u8>, ModelError> {
     let mut text = Vec::new();
     let file = File::open(path).map_err(|source| io(path, source))?;
