@@ -229,6 +229,7 @@ fn token_name(tokenizer: &Tokenizer, id: Option<u32>) -> String {
 pub(crate) mod tests {
     use super::*;
     use crate::tokenizer::tests::bytes_and;
+    use proptest::prelude::*;
     use serde_json::json;
 
     /// A request of one message.
@@ -371,5 +372,49 @@ pub(crate) mod tests {
         // Without tools a call is text.
         let mut parser = format.render(&user("x")).unwrap().parser();
         assert!(matches!(&parser.push("<｜DSML｜function_calls>")[..], [OutputEvent::Content(_)]));
+    }
+
+    /// Arguments that every grammar can write down and read back.
+    fn any_arguments() -> impl Strategy<Value = serde_json::Map<String, serde_json::Value>> {
+        let text = "[a-z0-9{}\"\\\\\n 世😀<>|]{0,12}";
+        let value = prop_oneof![
+            text.prop_map(serde_json::Value::from),
+            any::<i64>().prop_map(serde_json::Value::from),
+            any::<bool>().prop_map(serde_json::Value::from),
+            Just(serde_json::Value::Null),
+            prop::collection::vec(text, 0..3).prop_map(serde_json::Value::from),
+        ];
+        prop::collection::vec(("[a-z_]{1,6}", value), 0..4).prop_map(|pairs| pairs.into_iter().collect())
+    }
+
+    proptest! {
+        #![proptest_config(crate::seeded(200))]
+        #[test]
+        fn calls_that_were_rendered_are_read_back(arguments in any_arguments()) {
+            let strings = arguments.iter().filter(|(_, value)| value.is_string());
+            let properties: serde_json::Map<_, _> =
+                strings.map(|(key, _)| (key.clone(), json!({"type": "string"}))).collect();
+            let tool = json!({"type": "function", "function": {"name": "f_g", "parameters": {"properties": properties}}});
+            let made = call("1", "f_g", &json!(arguments).to_string());
+            for name in ["deepseek-v3.2", "deepseek-v3.1", "glm-5"] {
+                let format = built_in(name, &["<｜User｜>", "｜DSML｜", "<think>", "</think>", "<tool_call>"]);
+                let mut request = ChatRequest { tools: vec![tool.clone()], ..user("x") };
+                let open = format.render(&request).unwrap();
+                let tool_calls = vec![made.clone(), made.clone()];
+                request.messages.push(ChatMessage { tool_calls, ..ChatMessage::new(Role::Assistant, "Well.") });
+                let closed = format.render(&request).unwrap().text();
+                let answer = &closed[closed.rfind("Well.").unwrap()..];
+                let mut parser = OutputParser::new(OutputFormat { thinking: Thinking::None, ..open.output });
+                let events = parser.push(answer);
+                let mut read = Vec::new();
+                for event in &events {
+                    if let OutputEvent::ToolCall { name, arguments, .. } = event {
+                        read.push((name.as_str(), serde_json::from_str::<serde_json::Value>(arguments).unwrap()));
+                    }
+                }
+                let expect = ("f_g", json!(arguments));
+                prop_assert_eq!(read, [expect.clone(), expect], "{} {}", name, answer);
+            }
+        }
     }
 }

@@ -425,7 +425,7 @@ mod tests {
     fn a_block_that_breaks_after_a_call_keeps_the_call() {
         let good = "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"f\">\n</｜DSML｜invoke>\n";
         let f = call(0, "f", "{}");
-        assert_eq!(whole(Thinking::None, ToolSyntax::Dsml, good), [f.clone()]);
+        assert_eq!(whole(Thinking::None, ToolSyntax::Dsml, good), std::slice::from_ref(&f));
         let broken = format!("{good}and");
         assert_eq!(whole(Thinking::None, ToolSyntax::Dsml, &broken), [f.clone(), content("\nand")]);
         let closed = format!("{good}</｜DSML｜function_calls>\n\nDone.");
@@ -509,8 +509,9 @@ mod tests {
             sizes in prop::collection::vec(1usize..9, 1..6),
         ) {
             let expect = whole(thinking, syntax, &text);
-            prop_assert_eq!(read(parser(thinking, syntax), cut(&text, &[1])), expect.clone());
-            prop_assert_eq!(read(parser(thinking, syntax), cut(&text, &sizes)), expect);
+            for sizes in [&[1][..], &sizes] {
+                prop_assert_eq!(&read(parser(thinking, syntax), cut(&text, sizes)), &expect);
+            }
         }
 
         #[test]

@@ -7,6 +7,7 @@ use crate::ModelError;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
+use regex::Regex;
 use serde_json::{Map, Value as Json, json};
 use std::io::{self, Write};
 
@@ -49,7 +50,7 @@ impl ChatTemplate {
         });
         environment.add_filter("tojson", tojson);
         environment.add_filter("from_json", from_json);
-        environment.add_template_owned("chat", source.to_owned()).map_err(fail)?;
+        environment.add_template_owned("chat", without_generation(source)).map_err(fail)?;
         let (source, bos, eos) = (source.to_owned(), bos.to_owned(), eos.to_owned());
         let mut template = Self { environment, source, bos, eos, has_think, object_arguments: true };
         template.object_arguments = template.takes_objects();
@@ -152,6 +153,14 @@ impl ChatTemplate {
     }
 }
 
+/// Hugging Face marks the parts to train on with `{% generation %}`, a statement of its own; here it does nothing.
+fn without_generation(source: &str) -> String {
+    let open = Regex::new(r"\{%([-+]?)\s*generation\s*([-+]?)%\}").expect("a constant");
+    let close = Regex::new(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}").expect("a constant");
+    let source = open.replace_all(source, "{%$1 if true $2%}");
+    close.replace_all(&source, "{%$1 endif $2%}").into_owned()
+}
+
 /// The error with what caused it, as the limit of the output.
 fn fail(error: Error) -> ModelError {
     let causes = std::iter::successors(std::error::Error::source(&error), |cause| cause.source());
@@ -250,6 +259,12 @@ mod tests {
             &user("x"),
         );
         assert_eq!(text.unwrap(), "21");
+    }
+
+    #[test]
+    fn marks_for_training_do_nothing() {
+        let source = "a\n{%- generation -%}\n{{ messages[0].content }} {% endgeneration %}b";
+        assert_eq!(render(source, &user("x")).unwrap(), "ax b");
     }
 
     #[test]
