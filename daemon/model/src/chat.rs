@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | `deepseek-v3.2` | `deepseek32`, `deepseek_v32` | `encoding_dsv32.py`, see `deepseek_v32` |
 //! | `deepseek-v3.1` | DeepSeek vocabularies with `<｜search▁begin｜>` | the model's template and card |
-//! | `deepseek-r1` | the other DeepSeek vocabularies; `<think>` where there is one | the models' templates, without tools |
+//! | `deepseek-r1` | other DeepSeek vocabularies; `<think>` where there is one | the models' templates, no tools |
 //! | `glm-5` | vocabularies with `[gMASK]` | the template of GLM-4.7-Flash; GLM-5's own could not be had |
 //! | `chatml` | vocabularies with `<|im_start|>` | |
 
@@ -226,16 +226,11 @@ fn token_name(tokenizer: &Tokenizer, id: Option<u32>) -> String {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use crate::tokenizer::tests::bytes_and;
+    use crate::testing::{bytes_and, user};
     use proptest::prelude::*;
     use serde_json::json;
-
-    /// A request of one message.
-    pub(crate) fn user(content: &str) -> ChatRequest {
-        ChatRequest { messages: vec![ChatMessage::new(Role::User, content)], ..ChatRequest::default() }
-    }
 
     fn built_in(name: &str, tokens: &[&str]) -> ChatFormat {
         ChatFormat::built_in(name, &bytes_and(tokens)).unwrap()
@@ -388,7 +383,7 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::seeded(200))]
+        #![proptest_config(crate::testing::seeded(200))]
         #[test]
         fn calls_that_were_rendered_are_read_back(arguments in any_arguments()) {
             let strings = arguments.iter().filter(|(_, value)| value.is_string());

@@ -11,6 +11,8 @@ mod model;
 mod new_file;
 mod program;
 mod spec;
+#[cfg(test)]
+mod testing;
 mod tokenizer;
 mod weights;
 
@@ -24,10 +26,3 @@ pub use program::{Activations, KvFormats, KvShape, Program, ProgramOptions, Sele
 pub use spec::{Architecture, GroupScore, IndexerSpec, ModelSpec, MoeSpec, RopeLayout, RouterScore};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerConfig};
 pub use weights::SafetensorsHeader;
-
-/// Properties are tried on the same cases in every run.
-#[cfg(test)]
-fn seeded(cases: u32) -> proptest::test_runner::Config {
-    use proptest::test_runner::{Config, RngSeed};
-    Config { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(0x5eed), ..Config::default() }
-}

@@ -194,30 +194,11 @@ fn token_map(names: &[String]) -> Result<HashMap<String, u32>, ModelError> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use crate::chat::tests::user;
+    use crate::testing::{bytes_and, user};
     use crate::{ChatFormat, ChatRequest};
     use proptest::prelude::*;
-    use sparsed_quant::gguf::{Array, Value};
-
-    /// All bytes, the merge "ab", and the given tokens: control if they look like it, else added.
-    pub(crate) fn bytes_and(tokens: &[&str]) -> Tokenizer {
-        let mut names: Vec<String> = (0..=255u8).map(|b| Alphabet::new().char(b).to_string()).collect();
-        names.push("ab".to_owned());
-        let mut kinds = vec![1; names.len()];
-        names.extend(tokens.iter().map(|token| (*token).to_owned()));
-        kinds.extend(tokens.iter().map(|token| if token.contains(['|', '｜']) { 3 } else { 4 }));
-        let mut metadata = Metadata::new();
-        metadata.set("tokenizer.ggml.model", Value::String("gpt2".to_owned()));
-        metadata.set("tokenizer.ggml.tokens", Value::Array(Array::String(names)));
-        metadata.set("tokenizer.ggml.merges", Value::Array(Array::String(vec!["a b".to_owned()])));
-        metadata.set("tokenizer.ggml.token_type", Value::Array(Array::I32(kinds)));
-        if !tokens.is_empty() {
-            metadata.set("tokenizer.ggml.eos_token_id", Value::U32(257));
-        }
-        Tokenizer::from_metadata(&metadata).unwrap().unwrap()
-    }
 
     #[test]
     fn merges_apply_and_bytes_come_back() {
@@ -271,7 +252,7 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::seeded(256))]
+        #![proptest_config(crate::testing::seeded(256))]
         #[test]
         fn marks_do_not_change_the_tokens_of_a_message(text in "[ a-c<>|\\[\\]\n世😀\u{f0000}\u{f0001}]{0,30}") {
             let tokenizer = bytes_and(&["<|im_end|>", "<|im_start|>", "<a>", "[b]"]);
@@ -287,10 +268,9 @@ pub(crate) mod tests {
 
     #[test]
     fn json_files_say_the_same_as_metadata() {
-        let vocab: serde_json::Map<String, serde_json::Value> = (0..=255u8)
-            .map(|b| (Alphabet::new().char(b).to_string(), b.into()))
-            .chain([("ab".to_owned(), 256.into())])
-            .collect();
+        let names = crate::testing::byte_names().into_iter().chain(["ab".to_owned()]);
+        let vocab: serde_json::Map<_, _> =
+            names.zip(0..).map(|(name, id)| (name, serde_json::Value::from(id))).collect();
         let mut file = serde_json::json!({
             "added_tokens": [{"id": 257, "content": "<|end|>", "special": false}, {"id": 259, "content": "<t>", "special": false}],
             "normalizer": {"type": "Sequence", "normalizers": []},

@@ -19,7 +19,8 @@ static PROMPTS: LazyLock<Vec<Prompt>> = LazyLock::new(|| {
     formats.extend(ChatFormat::choose(Some(HERMES), "", &tokenizer).expect("it compiles"));
     let render = |format: &ChatFormat, thinking| {
         let messages = vec![ChatMessage::new(Role::User, "x")];
-        let request = ChatRequest { messages, tools: vec![tool.clone()], thinking: Some(thinking), ..ChatRequest::default() };
+        let tools = vec![tool.clone()];
+        let request = ChatRequest { messages, tools, thinking: Some(thinking), ..ChatRequest::default() };
         format.render(&request).expect("a plain request")
     };
     formats.iter().flat_map(|format| [true, false].map(|thinking| render(format, thinking))).collect()

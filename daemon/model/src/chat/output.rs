@@ -321,7 +321,8 @@ mod tests {
     const V31: &str = "Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{\"city\": \"Paris\"}<｜tool▁call▁end｜>\
         <｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>";
     const GLM: &str = "\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>75001</arg_value>\n\
-        <arg_key>days</arg_key><arg_value>3</arg_value><arg_key>note</arg_key><arg_value>no JSON</arg_value>\n</tool_call>\n\
+        <arg_key>days</arg_key><arg_value>3</arg_value>\
+        <arg_key>note</arg_key><arg_value>no JSON</arg_value>\n</tool_call>\n\
         <tool_call>now</tool_call>\n";
     const HERMES: &str = "Sure. <tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Paris\", \"a\": 1}}\n</tool_call>\
         \n<tool_call>{\"name\": \"now\"}</tool_call>";
@@ -502,7 +503,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::seeded(2000))]
+        #![proptest_config(crate::testing::seeded(2000))]
         #[test]
         fn any_cut_of_an_answer_reads_the_same(
             (thinking, syntax, text) in any_answer(),

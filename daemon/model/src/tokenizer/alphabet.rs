@@ -28,11 +28,6 @@ impl Alphabet {
         Self { chars, bytes }
     }
 
-    #[cfg(test)]
-    pub(super) fn char(&self, byte: u8) -> char {
-        self.chars[usize::from(byte)]
-    }
-
     /// `text` in the alphabet, into `out`, which is cleared.
     pub(super) fn write(&self, text: &str, out: &mut String) {
         out.clear();

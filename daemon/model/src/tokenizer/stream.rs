@@ -91,7 +91,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(crate::seeded(256))]
+        #![proptest_config(crate::testing::seeded(256))]
         #[test]
         fn any_bytes_in_any_pieces_give_the_lossy_text(
             // Bytes that begin, continue and break characters more often than chance has it.
