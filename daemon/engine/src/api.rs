@@ -1,13 +1,14 @@
 //! What can a surface ask, and what does it hear? The whole vocabulary between surfaces and engine.
 //!
 //! A surface hands a [`Generate`] and a [`Sink`] to [`Service::generate`](crate::Service::generate). The sink then
-//! hears [`Event`]s: [`Event::Queued`], any number of [`Event::Delta`], then exactly one [`Event::Finished`] or
+//! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
 use crate::Sampling;
+use sparsed_model::OutputParser;
 
 /// A request for an answer.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Generate {
     /// The configured model's name.
     pub model: String,
@@ -21,6 +22,25 @@ pub struct Generate {
     pub stops: Vec<String>,
     /// Go on past end tokens, for benchmarks.
     pub ignore_end: bool,
+    /// How reasoning and calls are told from content; `None`: all text is content.
+    pub reading: Option<Reading>,
+}
+
+/// A conversation as tokens, and how its answer is read.
+#[derive(Clone, Debug)]
+pub struct ChatPrompt {
+    /// The prompt.
+    pub tokens: Vec<u32>,
+    /// For [`Generate::reading`].
+    pub reading: Reading,
+}
+
+/// How the answer to a conversation is read.
+#[derive(Clone, Debug)]
+pub struct Reading {
+    pub(crate) parser: OutputParser,
+    /// Control tokens whose names the parser looks for.
+    pub(crate) visible: Vec<u32>,
 }
 
 /// What a request hears.
@@ -37,6 +57,20 @@ pub enum Event {
         text: String,
         /// The tokens behind it.
         tokens: Vec<u32>,
+    },
+    /// The model's reasoning goes on.
+    Reasoning {
+        /// Whole characters.
+        text: String,
+    },
+    /// The model calls a function.
+    ToolCall {
+        /// Counts the calls of the answer from 0.
+        index: u32,
+        /// The function; need not be one that was offered.
+        name: String,
+        /// A JSON object.
+        arguments: String,
     },
     /// The answer is complete.
     Finished(Finished),
@@ -62,6 +96,8 @@ pub enum FinishReason {
     Stop,
     /// `max_tokens`, or the end of the context.
     Length,
+    /// The model ended it after calling functions.
+    ToolCalls,
 }
 
 /// Tokens of a request.

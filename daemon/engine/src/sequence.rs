@@ -1,9 +1,10 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
-use crate::api::{Event, Failure, FinishReason, Finished, Generate, Refused, Sink, Timings, Usage};
+use crate::api::{Event, Failure, FinishReason, Finished, Generate, Reading, Refused, Sink, Timings, Usage};
 use crate::sampler::Sampler;
-use crate::stream::TextStream;
+use crate::stream::StopStrings;
 use sparsed_kv::BlockTable;
+use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
 use std::time::Duration;
 
 /// Order of arrival.
@@ -14,7 +15,7 @@ pub(crate) struct SequenceId(pub(crate) u64);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vocabulary<'a> {
     /// The text of each token, if the model has a tokenizer.
-    pub(crate) tokenizer: Option<&'a sparsed_model::Tokenizer>,
+    pub(crate) tokenizer: Option<&'a Tokenizer>,
     /// Tokens of prompt and answer together.
     pub(crate) max_context: u32,
 }
@@ -22,10 +23,6 @@ pub(crate) struct Vocabulary<'a> {
 impl Vocabulary<'_> {
     fn ends(&self, token: u32) -> bool {
         self.tokenizer.is_some_and(|tokenizer| tokenizer.end_tokens().contains(&token))
-    }
-
-    fn bytes(&self, token: u32) -> &[u8] {
-        self.tokenizer.map_or(&[], |tokenizer| tokenizer.token_bytes(token))
     }
 }
 
@@ -39,12 +36,21 @@ pub(crate) struct Sequence {
     max_tokens: Option<u32>,
     ignore_end: bool,
     sampler: Sampler,
-    stream: TextStream,
+    answer: Answer,
     sink: Box<dyn Sink>,
-    /// Sent once the listener has room; at most a delta and the end.
+    /// Sent once the listener has room; at most what one token makes.
     outbox: Vec<Event>,
     parked_since: Option<Duration>,
     times: Times,
+}
+
+/// The text of an answer on its way to the listener.
+#[derive(Debug)]
+struct Answer {
+    stream: TextStream,
+    stops: StopStrings,
+    parser: Option<OutputParser>,
+    has_called: bool,
 }
 
 /// When things happened, since the engine's start.
@@ -72,11 +78,11 @@ impl Sequence {
             id,
             n_prompt: request.prompt.len(),
             sampler: Sampler::new(request.sampling, &request.prompt),
+            answer: Answer::new(request.reading, request.stops),
             tokens: request.prompt,
             table: BlockTable::new(),
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
-            stream: TextStream::new(request.stops),
             sink,
             outbox: Vec::new(),
             parked_since: None,
@@ -109,26 +115,20 @@ impl Sequence {
         self.times.first_token.get_or_insert(now);
         self.times.last_token = now;
         let ended = !self.ignore_end && vocabulary.ends(token);
-        let piece = self.stream.push(if ended { &[] } else { vocabulary.bytes(token) });
+        let stopped = self.answer.take(token, ended, vocabulary.tokenizer, &mut self.outbox);
         let full = self.tokens.len() >= vocabulary.max_context as usize
             || self.max_tokens.is_some_and(|max| self.n_answered() >= max as usize);
-        let reason = if ended || piece.stopped {
-            Some(FinishReason::Stop)
-        } else if full {
-            Some(FinishReason::Length)
-        } else {
-            None
+        if !ended && !stopped && !full {
+            return false;
+        }
+        self.answer.finish(stopped, &mut self.outbox);
+        let reason = match (ended || stopped, self.answer.has_called) {
+            (true, true) => FinishReason::ToolCalls,
+            (true, false) => FinishReason::Stop,
+            (false, _) => FinishReason::Length,
         };
-        let mut text = piece.text;
-        if reason.is_some() && !piece.stopped {
-            // A stop string may be complete only now that nothing follows; then its start is not text.
-            text += &self.stream.finish().text;
-        }
-        self.outbox.push(Event::Delta { text, tokens: vec![token] });
-        if let Some(reason) = reason {
-            self.outbox.push(Event::Finished(Finished { reason, usage: self.usage(), timings: self.timings() }));
-        }
-        reason.is_some()
+        self.outbox.push(Event::Finished(Finished { reason, usage: self.usage(), timings: self.timings() }));
+        true
     }
 
     /// Ends the sequence with a failure.
@@ -182,5 +182,60 @@ impl Sequence {
         let first = first_token.unwrap_or(started);
         let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3;
         Timings { queue_ms: ms(submitted, started), prompt_ms: ms(started, first), predicted_ms: ms(first, last_token) }
+    }
+}
+
+impl Answer {
+    fn new(reading: Option<Reading>, stops: Vec<String>) -> Self {
+        let (parser, visible) = reading.map_or((None, Vec::new()), |r| (Some(r.parser), r.visible));
+        Self { stream: TextStream::new(&visible), stops: StopStrings::new(stops), parser, has_called: false }
+    }
+
+    /// Adds a token's text; an end token has none. Answers whether a stop string was reached.
+    fn take(&mut self, token: u32, is_end: bool, tokenizer: Option<&Tokenizer>, outbox: &mut Vec<Event>) -> bool {
+        let text = match tokenizer {
+            Some(tokenizer) if !is_end => self.stream.push(tokenizer, token),
+            _ => String::new(),
+        };
+        let piece = self.stops.push(&text);
+        match &mut self.parser {
+            Some(parser) => {
+                let events = parser.push(&piece.text);
+                self.tell(events, outbox);
+            }
+            None => outbox.push(Event::Delta { text: piece.text, tokens: vec![token] }),
+        }
+        piece.stopped
+    }
+
+    /// Adds what was held back: half a character, the start of a stop string or of a tag.
+    fn finish(&mut self, stopped: bool, outbox: &mut Vec<Event>) {
+        let mut rest = String::new();
+        if !stopped {
+            rest = self.stops.push(&self.stream.finish()).text;
+            rest += &self.stops.finish().text;
+        }
+        match &mut self.parser {
+            Some(parser) => {
+                let mut events = parser.push(&rest);
+                events.extend(parser.finish());
+                self.tell(events, outbox);
+            }
+            None if rest.is_empty() => {}
+            None => outbox.push(Event::Delta { text: rest, tokens: Vec::new() }),
+        }
+    }
+
+    fn tell(&mut self, events: Vec<OutputEvent>, outbox: &mut Vec<Event>) {
+        for event in events {
+            outbox.push(match event {
+                OutputEvent::Content(text) => Event::Delta { text, tokens: Vec::new() },
+                OutputEvent::Reasoning(text) => Event::Reasoning { text },
+                OutputEvent::ToolCall { index, name, arguments } => {
+                    self.has_called = true;
+                    Event::ToolCall { index, name, arguments }
+                }
+            });
+        }
     }
 }

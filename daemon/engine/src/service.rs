@@ -3,9 +3,9 @@
 //! A [`Service`] is shared by all surfaces. It never waits for the engine: requests go into a bounded inbox, answers
 //! come back through each request's sink.
 
-use crate::api::{Failure, Generate, Sink};
+use crate::api::{ChatPrompt, Failure, Generate, Reading, Sink};
 use crate::scheduler::Load;
-use sparsed_model::{ChatMessage, Model, ModelError};
+use sparsed_model::{ChatRequest, Model, ModelError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -211,14 +211,20 @@ impl ServedModel {
     /// that must not wait.
     ///
     /// # Errors
-    /// A model without tokenizer or template, the template's own refusal, text that is too long.
-    pub fn chat_prompt(&self, messages: &[ChatMessage]) -> Result<Vec<u32>, Failure> {
+    /// A model without tokenizer or chat format, the template's own refusal, text that is too long.
+    pub fn chat_prompt(&self, request: &ChatRequest) -> Result<ChatPrompt, Failure> {
         let tokenizer = self.tokenizer("messages")?;
-        let template = self.model.chat_template().ok_or_else(|| {
+        let format = self.model.chat_format().ok_or_else(|| {
             Failure::invalid("messages", "cannot be used: the model has no chat template; use /v1/completions")
         })?;
+        if !request.tools.is_empty() && !format.takes_tools() {
+            return Err(Failure::invalid("tools", "cannot be used: the model's chat template has no place for them"));
+        }
         let refused = |error: ModelError| Failure::invalid("messages", format!("cannot be rendered: {error}"));
-        tokenizer.encode_chat(&template.render(messages).map_err(refused)?).map_err(refused)
+        let prompt = format.render(request).map_err(refused)?;
+        let tokens = tokenizer.encode_prompt(&prompt).map_err(refused)?;
+        let reading = Reading { parser: prompt.parser(), visible: format.visible_tokens().to_vec() };
+        Ok(ChatPrompt { tokens, reading })
     }
 
     /// The tokens of plain text. Takes long for long texts: not for threads that must not wait.

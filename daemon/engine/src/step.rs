@@ -238,6 +238,7 @@ mod tests {
                 sampling: Sampling { temperature: 0.0, ..Sampling::default() },
                 stops: params::checked_stops(Vec::new()).unwrap(),
                 ignore_end: false,
+                reading: None,
             };
             let id = SequenceId(self.submitted);
             self.submitted += 1;

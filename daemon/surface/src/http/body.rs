@@ -8,15 +8,22 @@ use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use serde::de::DeserializeOwned;
 
-/// A JSON body. The content type is not looked at, as OpenAI's servers and llama.cpp's don't.
-pub(crate) struct JsonBody<T>(pub(crate) T);
+/// A body that has arrived. The content type is not looked at, as OpenAI's servers and llama.cpp's don't.
+pub(crate) struct Body(Bytes);
 
-impl<T: DeserializeOwned, S: Send + Sync> FromRequest<S> for JsonBody<T> {
+impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = HttpError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, HttpError> {
-        let bytes = Bytes::from_request(request, state).await.map_err(unread)?;
-        parse(&bytes).map(Self)
+        Bytes::from_request(request, state).await.map(Self).map_err(unread)
+    }
+}
+
+impl Body {
+    /// The fields of `T`, others ignored. Read once per kind of fields: a flattened struct would lose the names of
+    /// wrong fields.
+    pub(crate) fn parse<T: DeserializeOwned>(&self) -> Result<T, HttpError> {
+        parse(&self.0)
     }
 }
 

@@ -1,32 +1,38 @@
 //! `POST /v1/chat/completions`: a conversation in, the assistant's next message out.
 
 use super::Shared;
-use super::body::JsonBody;
+use super::body::Body;
 use super::error::HttpError;
-use super::generation::{Reply, Wire, answer};
+use super::generation::{Answer, Reply, Wire, answer};
 use super::sampling::SamplingFields;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
-use serde_json::{Value, json};
-use sparsed_engine::api::{Failure, Generate};
-use sparsed_engine::{ChatMessage, DEFAULT_MODEL};
+use serde_json::{Map, Value, json};
+use sparsed_engine::api::{Event, Failure, Generate};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
+/// Most functions that are offered.
+const TOOLS_MAX: usize = 128;
 
 /// The request; fields that are not named are ignored, as OpenAI's own servers do.
 #[derive(Debug, Deserialize)]
-pub(crate) struct ChatRequest {
+struct ChatFields {
     model: Option<String>,
-    messages: Vec<Message>,
-    #[serde(default)]
+    messages: Vec<ChatMessage>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
-    #[serde(flatten)]
-    sampling: SamplingFields,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Value>,
+    /// OpenAI's: `none` for an answer without reasoning.
+    reasoning_effort: Option<String>,
+    /// vLLM's and llama.cpp's: further variables of the template; `thinking` and `enable_thinking` turn reasoning on.
+    chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 /// What goes with `stream`.
@@ -43,104 +49,109 @@ impl StreamOptions {
     }
 }
 
-#[derive(Debug, Deserialize)]
-struct Message {
-    role: String,
-    #[serde(default)]
-    content: Option<Content>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Content {
-    Text(String),
-    Parts(Vec<Part>),
-}
-
-#[derive(Debug, Deserialize)]
-struct Part {
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    text: String,
-}
-
-pub(crate) async fn create(
-    State(shared): State<Shared>,
-    JsonBody(request): JsonBody<ChatRequest>,
-) -> Result<Response, HttpError> {
-    let sampling = request.sampling.sampling()?;
-    let stops = request.sampling.stops()?;
-    let messages = messages(request.messages)?;
-    let model = request.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
+    let (fields, sampling) = (body.parse::<ChatFields>()?, body.parse::<SamplingFields>()?);
+    drop(body);
+    let reply = StreamOptions::reply(fields.stream_options, fields.stream);
+    let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+    let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
+    let request = fields.request()?;
     let served = shared.service.model(&model)?;
-    let prompt = tokio::task::spawn_blocking(move || served.chat_prompt(&messages));
+    let prompt = tokio::task::spawn_blocking(move || served.chat_prompt(&request));
     let prompt = prompt.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
     let generate = Generate {
         model,
-        prompt,
-        max_tokens: request.max_completion_tokens.or(request.max_tokens),
-        sampling,
-        stops,
-        ignore_end: request.sampling.ignore_end(),
+        prompt: prompt.tokens,
+        max_tokens,
+        sampling: sampling.sampling()?,
+        stops: sampling.stops()?,
+        ignore_end: sampling.ignore_end(),
+        reading: Some(prompt.reading),
     };
-    let reply = StreamOptions::reply(request.stream_options, request.stream);
     answer(&shared.service, generate, reply, ChatWire).await
 }
 
-fn messages(messages: Vec<Message>) -> Result<Vec<ChatMessage>, HttpError> {
-    if messages.is_empty() || messages.len() > MESSAGES_MAX {
-        let reason = format!("has {} entries, 1 to {MESSAGES_MAX} are allowed", messages.len());
-        return Err(HttpError::invalid("messages", reason));
-    }
-    messages.into_iter().enumerate().map(|(at, message)| message.checked(at)).collect()
-}
-
-impl Message {
-    fn checked(self, at: usize) -> Result<ChatMessage, HttpError> {
-        if !["system", "developer", "user", "assistant"].contains(&self.role.as_str()) {
-            let reason = format!("is '{}'; system, developer, user and assistant are served", self.role);
-            return Err(HttpError::invalid(&format!("messages[{at}].role"), reason));
+impl ChatFields {
+    /// The conversation, as far as it can be checked without the model.
+    fn request(self) -> Result<ChatRequest, HttpError> {
+        let (messages, tools) = (self.messages, self.tools.unwrap_or_default());
+        if messages.is_empty() || messages.len() > MESSAGES_MAX {
+            let reason = format!("has {} entries, 1 to {MESSAGES_MAX} are allowed", messages.len());
+            return Err(HttpError::invalid("messages", reason));
         }
-        let content = match self.content {
-            None => String::new(),
-            Some(Content::Text(text)) => text,
-            Some(Content::Parts(parts)) => {
-                if let Some(part) = parts.iter().find(|part| part.kind != "text") {
-                    let reason = format!("has a part of type '{}'; only text is served", part.kind);
-                    return Err(HttpError::invalid(&format!("messages[{at}].content"), reason));
-                }
-                parts.into_iter().map(|part| part.text).collect()
-            }
+        if tools.len() > TOOLS_MAX {
+            return Err(HttpError::invalid("tools", format!("has {} entries, the limit is {TOOLS_MAX}", tools.len())));
+        }
+        let tools = match self.tool_choice {
+            None | Some(Value::Null) => tools,
+            Some(choice) if choice == "auto" => tools,
+            Some(choice) if choice == "none" => Vec::new(),
+            Some(_) => return Err(HttpError::invalid("tool_choice", "must be 'auto' or 'none'; no call is enforced")),
         };
-        Ok(ChatMessage { role: self.role, content })
+        let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
+        let asked = ["thinking", "enable_thinking"].map(|name| template_arguments.remove(name));
+        let asked = asked.into_iter().flatten().find_map(|value| value.as_bool());
+        let thinking = asked.or(self.reasoning_effort.map(|effort| effort != "none"));
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
+        let now = now.and_then(|since| i64::try_from(since.as_secs()).ok());
+        Ok(ChatRequest { messages, tools, thinking, template_arguments, now, ..ChatRequest::default() })
     }
 }
 
 struct ChatWire;
+
+impl ChatWire {
+    fn delta(delta: &Value, finish_reason: Option<&str>) -> Value {
+        json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason })
+    }
+}
+
+/// A call as OpenAI has it; its id is made up here, the model has none.
+fn call(name: &str, arguments: &str) -> Value {
+    let id = format!("call_{:016x}", getrandom::u64().unwrap_or_default());
+    json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
+}
 
 impl Wire for ChatWire {
     const ID_PREFIX: &'static str = "chatcmpl";
     const OBJECT: &'static str = "chat.completion";
     const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
 
-    fn choice(&self, text: String, _tokens: &[u32], finish_reason: &str) -> Value {
-        json!({
-            "index": 0,
-            "message": { "role": "assistant", "content": text },
-            "logprobs": null,
-            "finish_reason": finish_reason,
-        })
+    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value {
+        let mut message = json!({ "role": "assistant", "content": answer.text });
+        if !answer.reasoning.is_empty() {
+            message["reasoning_content"] = json!(answer.reasoning);
+        }
+        if !answer.calls.is_empty() {
+            message["tool_calls"] = answer.calls.iter().map(|(name, arguments)| call(name, arguments)).collect();
+            if answer.text.is_empty() {
+                message["content"] = Value::Null;
+            }
+        }
+        json!({ "index": 0, "message": message, "logprobs": null, "finish_reason": finish_reason })
     }
 
     fn opening(&self) -> Option<Value> {
-        let delta = json!({ "role": "assistant", "content": "" });
-        Some(json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": null }))
+        Some(Self::delta(&json!({ "role": "assistant", "content": "" }), None))
     }
 
-    fn chunk_choice(&self, text: &str, _tokens: &[u32], finish_reason: Option<&str>) -> Value {
-        let delta = if finish_reason.is_some() { json!({}) } else { json!({ "content": text }) };
-        json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason })
+    fn piece(&self, event: &Event) -> Option<Value> {
+        let delta = match event {
+            Event::Delta { text, .. } if text.is_empty() => return None,
+            Event::Delta { text, .. } => json!({ "content": text }),
+            Event::Reasoning { text } => json!({ "reasoning_content": text }),
+            Event::ToolCall { index, name, arguments } => {
+                let mut call = call(name, arguments);
+                call["index"] = json!(index);
+                json!({ "tool_calls": [call] })
+            }
+            _ => return None,
+        };
+        Some(Self::delta(&delta, None))
+    }
+
+    fn last(&self, finish_reason: &str) -> Value {
+        Self::delta(&json!({}), Some(finish_reason))
     }
 }
 
@@ -148,22 +159,39 @@ impl Wire for ChatWire {
 mod tests {
     use super::*;
 
-    fn parsed(json: &str) -> Result<Vec<ChatMessage>, String> {
-        let request: ChatRequest = serde_json::from_str(json).unwrap();
-        messages(request.messages).map_err(|error| error.body()["error"]["param"].as_str().unwrap().to_owned())
+    fn parsed(text: &str) -> Result<ChatRequest, HttpError> {
+        serde_json::from_str::<ChatFields>(text).unwrap().request()
     }
 
     #[test]
-    fn text_parts_are_joined() {
-        let parts = r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}"#;
-        assert_eq!(parsed(parts).unwrap(), [ChatMessage { role: "user".to_owned(), content: "ab".to_owned() }]);
+    fn wishes_become_a_request() {
+        let request = parsed(
+            r#"{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}], "tool_choice": "none",
+                "chat_template_kwargs": {"enable_thinking": false, "style": "short"}}"#,
+        );
+        let request = request.unwrap();
+        assert!(request.tools.is_empty());
+        assert_eq!((request.thinking, request.template_arguments.len()), (Some(false), 1));
     }
 
     #[test]
-    fn pictures_and_unknown_roles_are_refused_by_place() {
-        let picture = r#"{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}"#;
-        assert_eq!(parsed(picture).unwrap_err(), "messages[0].content");
-        assert_eq!(parsed(r#"{"messages": [{"role": "boss", "content": "x"}]}"#).unwrap_err(), "messages[0].role");
-        assert_eq!(parsed(r#"{"messages": []}"#).unwrap_err(), "messages");
+    fn what_cannot_be_kept_is_refused_by_name() {
+        let param = |text: &str| parsed(text).unwrap_err().body()["error"]["param"].as_str().unwrap().to_owned();
+        assert_eq!(param(r#"{"messages": []}"#), "messages");
+        assert_eq!(
+            param(r#"{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}"#),
+            "tool_choice"
+        );
+    }
+
+    #[test]
+    fn calls_and_reasoning_stand_beside_the_content() {
+        let calls = vec![("f".to_owned(), "{}".to_owned())];
+        let answer = Answer { reasoning: "hm".to_owned(), calls, ..Answer::default() };
+        let message = &ChatWire.choice(&answer, "tool_calls")["message"];
+        assert!(message["content"].is_null() && message["reasoning_content"] == "hm");
+        assert_eq!(message["tool_calls"][0]["function"]["name"], "f");
+        let event = Event::ToolCall { index: 2, name: "f".to_owned(), arguments: "{}".to_owned() };
+        assert_eq!(ChatWire.piece(&event).unwrap()["delta"]["tool_calls"][0]["index"], 2);
     }
 }

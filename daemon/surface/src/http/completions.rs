@@ -1,17 +1,17 @@
 //! `POST /v1/completions`: text or token ids in, their continuation out. Works for models without a tokenizer.
 
 use super::Shared;
-use super::body::JsonBody;
+use super::body::Body;
 use super::chat::StreamOptions;
 use super::error::HttpError;
-use super::generation::{Wire, answer};
+use super::generation::{Answer, Wire, answer};
 use super::sampling::SamplingFields;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::DEFAULT_MODEL;
-use sparsed_engine::api::{Failure, Generate};
+use sparsed_engine::api::{Event, Failure, Generate};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
 const MAX_TOKENS_DEFAULT: u32 = 16;
@@ -30,8 +30,6 @@ pub(crate) struct CompletionRequest {
     echo: Option<bool>,
     suffix: Option<String>,
     best_of: Option<u32>,
-    #[serde(flatten)]
-    sampling: SamplingFields,
 }
 
 #[derive(Debug, Deserialize)]
@@ -43,13 +41,10 @@ enum Prompt {
     TokenLists(Vec<Vec<u32>>),
 }
 
-pub(crate) async fn create(
-    State(shared): State<Shared>,
-    JsonBody(request): JsonBody<CompletionRequest>,
-) -> Result<Response, HttpError> {
+pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
+    let (request, fields) = (body.parse::<CompletionRequest>()?, body.parse::<SamplingFields>()?);
     request.refuse_what_is_missing()?;
-    let sampling = request.sampling.sampling()?;
-    let stops = request.sampling.stops()?;
+    let (sampling, stops) = (fields.sampling()?, fields.stops()?);
     let model = request.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
     let served = shared.service.model(&model)?;
     let with_tokens = request.return_tokens || served.model.tokenizer().is_none();
@@ -66,7 +61,8 @@ pub(crate) async fn create(
         max_tokens: Some(request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)),
         sampling,
         stops,
-        ignore_end: request.sampling.ignore_end(),
+        ignore_end: fields.ignore_end(),
+        reading: None,
     };
     let reply = StreamOptions::reply(request.stream_options, request.stream);
     answer(&shared.service, generate, reply, CompletionWire { with_tokens }).await
@@ -120,15 +116,24 @@ impl Wire for CompletionWire {
     const OBJECT: &'static str = "text_completion";
     const CHUNK_OBJECT: &'static str = "text_completion";
 
-    fn choice(&self, text: String, tokens: &[u32], finish_reason: &str) -> Value {
-        self.written(&text, tokens, Some(finish_reason))
+    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value {
+        self.written(&answer.text, &answer.tokens, Some(finish_reason))
     }
 
     fn opening(&self) -> Option<Value> {
         None
     }
 
-    fn chunk_choice(&self, text: &str, tokens: &[u32], finish_reason: Option<&str>) -> Value {
-        self.written(text, tokens, finish_reason)
+    fn piece(&self, event: &Event) -> Option<Value> {
+        match event {
+            // A token whose text is held back is nothing to send, unless its id is wanted.
+            Event::Delta { text, .. } if text.is_empty() && !self.with_tokens => None,
+            Event::Delta { text, tokens } => Some(self.written(text, tokens, None)),
+            _ => None,
+        }
+    }
+
+    fn last(&self, finish_reason: &str) -> Value {
+        self.written("", &[], Some(finish_reason))
     }
 }

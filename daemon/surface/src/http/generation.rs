@@ -29,11 +29,26 @@ pub(crate) trait Wire: Send + 'static {
     /// `object` of a piece.
     const CHUNK_OBJECT: &'static str;
     /// The choice of a whole answer.
-    fn choice(&self, text: String, tokens: &[u32], finish_reason: &str) -> Value;
+    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value;
     /// The piece before any text, if the kind has one.
     fn opening(&self) -> Option<Value>;
-    /// The choice of a piece; `finish_reason` only in the last.
-    fn chunk_choice(&self, text: &str, tokens: &[u32], finish_reason: Option<&str>) -> Value;
+    /// The choice of a piece, if the event is one for this kind.
+    fn piece(&self, event: &Event) -> Option<Value>;
+    /// The choice of the last piece.
+    fn last(&self, finish_reason: &str) -> Value;
+}
+
+/// A whole answer.
+#[derive(Debug, Default)]
+pub(crate) struct Answer {
+    /// Content.
+    pub(crate) text: String,
+    /// What the model thought before.
+    pub(crate) reasoning: String,
+    /// Name and arguments of each function called.
+    pub(crate) calls: Vec<(String, String)>,
+    /// The tokens, where the engine gives them out.
+    pub(crate) tokens: Vec<u32>,
 }
 
 /// What a client wants back.
@@ -92,16 +107,18 @@ pub(crate) async fn answer<W: Wire>(
 }
 
 async fn collected<W: Wire>(head: Head, wire: W, mut events: mpsc::Receiver<Event>) -> Result<Response, HttpError> {
-    let (mut text, mut tokens) = (String::new(), Vec::new());
+    let mut answer = Answer::default();
     loop {
         match events.recv().await {
             Some(Event::Queued { .. }) => {}
-            Some(Event::Delta { text: more, tokens: new }) => {
-                text += &more;
-                tokens.extend(new);
+            Some(Event::Delta { text, tokens }) => {
+                answer.text += &text;
+                answer.tokens.extend(tokens);
             }
+            Some(Event::Reasoning { text }) => answer.reasoning += &text,
+            Some(Event::ToolCall { name, arguments, .. }) => answer.calls.push((name, arguments)),
             Some(Event::Finished(finished)) => {
-                let choice = wire.choice(text, &tokens, finish_reason(finished.reason));
+                let choice = wire.choice(&answer, finish_reason(finished.reason));
                 let mut body = head.object(W::OBJECT, &[choice]);
                 body["usage"] = usage(&finished);
                 body["timings"] = timings(&finished);
@@ -146,15 +163,13 @@ impl<W: Wire> Stream<W> {
     fn write(&mut self, event: Event) {
         match event {
             Event::Queued { .. } => {}
-            Event::Delta { text, tokens } => {
-                let choice = self.wire.chunk_choice(&text, &tokens, None);
-                // A token without text of its own (half a character, the end) is nothing to send.
-                if !text.is_empty() || choice.get("tokens").is_some() {
+            Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => {
+                if let Some(choice) = self.wire.piece(&event) {
                     self.piece(&[choice], None);
                 }
             }
             Event::Finished(finished) => {
-                let choice = self.wire.chunk_choice("", &[], Some(finish_reason(finished.reason)));
+                let choice = self.wire.last(finish_reason(finished.reason));
                 self.piece(&[choice], Some(timings(&finished)));
                 if self.include_usage {
                     let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
@@ -206,6 +221,7 @@ fn finish_reason(reason: FinishReason) -> &'static str {
     match reason {
         FinishReason::Stop => "stop",
         FinishReason::Length => "length",
+        FinishReason::ToolCalls => "tool_calls",
     }
 }
 

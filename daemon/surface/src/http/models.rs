@@ -67,7 +67,7 @@ fn meta(served: &ServedModel) -> Value {
         "top_k": served.top_k,
         "kv_bytes_per_token": served.kv_bytes_per_token,
         "label": served.model.label(),
-        "has_chat_template": served.model.chat_template().is_some(),
+        "has_chat_template": served.model.chat_format().is_some(),
     })
 }
 

@@ -27,7 +27,6 @@ pub(crate) struct SamplingFields {
     top_logprobs: Option<Value>,
     response_format: Option<Value>,
     grammar: Option<Value>,
-    tools: Option<Value>,
     functions: Option<Value>,
     modalities: Option<Value>,
     audio: Option<Value>,
@@ -112,7 +111,6 @@ impl SamplingFields {
             ("top_logprobs", &self.top_logprobs),
             ("response_format", &self.response_format),
             ("grammar", &self.grammar),
-            ("tools", &self.tools),
             ("functions", &self.functions),
             ("audio", &self.audio),
             ("prediction", &self.prediction),
@@ -155,7 +153,7 @@ mod tests {
     fn what_is_not_served_is_refused_by_name() {
         for (json, param) in [
             (r#"{"n": 2}"#, "n"),
-            (r#"{"tools": [{}]}"#, "tools"),
+            (r#"{"functions": [{}]}"#, "functions"),
             (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
             (r#"{"logprobs": true}"#, "logprobs"),
             (r#"{"top_k": -2}"#, "top_k"),
@@ -166,7 +164,7 @@ mod tests {
             assert_eq!(refused(json), param, "{json}");
         }
         let harmless =
-            r#"{"n": 1, "tools": [], "response_format": {"type": "text"}, "logprobs": false, "metadata": {}}"#;
+            r#"{"n": 1, "functions": [], "response_format": {"type": "text"}, "logprobs": false, "metadata": {}}"#;
         assert!(fields(harmless).sampling().is_ok());
     }
 }
