@@ -5,7 +5,7 @@ use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
 /// Every key; `*` stands for a name that the operator chooses, a last `*` for any value below.
-const KEYS: &[&str] = &[
+pub(super) const KEYS: &[&str] = &[
     "dbus.bus",
     "engine.device",
     "engine.plugin",

@@ -276,6 +276,17 @@ mod tests {
         assert_eq!((config.model["small"].top_k, config.limits.max_running), (Some(64), 4));
     }
 
+    /// The commented file names every key, and what it sets is the default.
+    #[test]
+    fn the_example_is_the_defaults() {
+        let text = include_str!("../../../../packaging/config.toml");
+        let config = load(text, &[]).unwrap();
+        let written = |config: &Config| toml::to_string(config).unwrap();
+        assert_eq!(written(&config), written(&Config::default()));
+        let keys = check::KEYS.iter().map(|key| key.rsplit('.').next().unwrap()).filter(|key| *key != "*");
+        keys.for_each(|key| assert!(text.contains(&format!("{key} = ")), "{key} is not in the example"));
+    }
+
     #[test]
     fn an_unknown_key_is_named_with_its_line_and_the_nearest_key() {
         let said = load("[socket]\n\npth = \"/x\"\n", &[]).unwrap_err();
