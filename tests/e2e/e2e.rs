@@ -202,6 +202,19 @@ fn the_tool_asks_the_daemon() {
 }
 
 #[test]
+fn models_without_a_tokenizer_go_on_from_token_ids() {
+    for file in ["model.gguf", ""] {
+        let model = sparsed_tests::root().join("tests/golden/tiny/v32").join(file);
+        let daemon = Daemon::start(&model, &[]);
+        let request = json!({ "prompt": [1, 2, 3], "max_tokens": 5, "temperature": 0 });
+        let choice = daemon.post("/v1/completions", &request).json()["choices"][0].clone();
+        assert_eq!((choice["tokens"].as_array().map(Vec::len), &choice["finish_reason"]), (Some(5), &json!("length")));
+        let refused = daemon.post("/v1/chat/completions", &question("Hi"));
+        assert!(refused.status == 400 && refused.body.contains("no tokenizer"), "{}", refused.body);
+    }
+}
+
+#[test]
 fn a_base_model_runs_as_dense_mla_and_says_so() {
     let daemon = Daemon::start(&sparsed_tests::model("SmolLM2-135M-Instruct.Q4_1.gguf"), &[]);
     assert_eq!(daemon.get("/v1/models").json()["data"][0]["meta"]["label"], "dense: no indexer");

@@ -228,7 +228,7 @@ impl Engine {
             match received {
                 Ok(Command::Generate { slot, request, sink }) => {
                     let now = self.epoch.elapsed();
-                    let sequence = Sequence::new(SequenceId(self.n_sequences), request, sink, now);
+                    let sequence = Sequence::new(SequenceId(self.n_sequences), *request, sink, now);
                     self.n_sequences += 1;
                     self.submit(slot, sequence, now);
                 }

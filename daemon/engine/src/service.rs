@@ -25,7 +25,7 @@ pub struct Service {
 /// What the engine thread is told.
 pub(crate) enum Command {
     /// Answer a request of the model `slot`.
-    Generate { slot: usize, request: Generate, sink: Box<dyn Sink> },
+    Generate { slot: usize, request: Box<Generate>, sink: Box<dyn Sink> },
     /// Take nothing new; end when nothing runs any more.
     Drain,
     /// End now.
@@ -172,7 +172,7 @@ impl Service {
         let (slot, _) = self.slot(&request.model)?;
         let model = self.model(&request.model)?;
         model.check(&request)?;
-        self.inbox.try_send(Command::Generate { slot, request, sink }).map_err(|error| match error {
+        self.inbox.try_send(Command::Generate { slot, request: Box::new(request), sink }).map_err(|error| match error {
             TrySendError::Full(_) => Failure::QueueFull { limit: self.max_waiting, retry_after_s: 1 },
             TrySendError::Disconnected(_) => Failure::ShuttingDown,
         })

@@ -91,7 +91,7 @@ impl ChatFields {
         let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
         let asked = ["thinking", "enable_thinking"].map(|name| template_arguments.remove(name));
         let asked = asked.into_iter().flatten().find_map(|value| value.as_bool());
-        let thinking = asked.or(self.reasoning_effort.map(|effort| effort != "none"));
+        let thinking = asked.or_else(|| self.reasoning_effort.map(|effort| effort != "none"));
         let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
         let now = now.and_then(|since| i64::try_from(since.as_secs()).ok());
         Ok(ChatRequest { messages, tools, thinking, template_arguments, now, ..ChatRequest::default() })
