@@ -139,7 +139,7 @@ impl Device for CpuDevice {
             return Err(PluginError::new(E_DATA, format!("a dot product is {found}, not 120")));
         }
         let mut selected = [0; 2];
-        crate::kernels::select::top_k(&[0.0, 2.0, 1.0], &mut Vec::new(), &mut selected);
+        crate::kernels::select::top_k(&[0.0, 2.0, 1.0], &mut Default::default(), &mut selected);
         if selected != [1, 2] {
             return Err(PluginError::new(E_DATA, "a selection came out wrong"));
         }

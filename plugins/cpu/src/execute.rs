@@ -6,6 +6,7 @@ mod attention;
 mod blocked;
 mod matmul;
 mod rowwise;
+mod select;
 
 pub(crate) use matmul::Scratch;
 

@@ -1,104 +1,16 @@
-//! The operators that look back: indexer selection and attention over the KV pool.
+//! Attention over the KV pool, for rows of any format; `blocked` is the fast path.
 
 use super::Frame;
-use crate::kernels::attention::{HeadBlock, ROWS, Softmax, attend, index_scores};
-use crate::kernels::rows::{decode, decode_slice};
-use crate::kernels::select::top_k;
+use crate::kernels::attention::{HeadBlock, ROWS, Softmax, attend};
+use crate::kernels::rows::decode_slice;
 use crate::memory::Pool;
 use crate::tensor::Tensor;
 use crate::threads::part;
 use sparsed_abi::{OP_SPARSE_MLA, SpdOp};
 use sparsed_plugin_kit::{PluginError, Result};
-use std::marker::PhantomData;
 use std::ops::Range;
 
 impl Frame<'_> {
-    pub(super) fn idx_top_k(&self, op: &SpdOp, scores: &mut Vec<f32>) {
-        let (q, w) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.inputs[1]));
-        let sel = self.tensor::<i32>(op.outputs[0]);
-        let team = &self.device.team;
-        if q.n0 < team.len() {
-            // Few tokens: the team shares the keys of one token after another.
-            for t in 0..q.n0 {
-                self.select_shared(op, t, q, w, sel, scores);
-            }
-            return;
-        }
-        team.run(&|number| {
-            let (mut scores, mut keys) = (Vec::new(), Vec::new());
-            // Dealt out in turn: later tokens have more to score.
-            for t in (number..q.n0).step_by(team.len()) {
-                let visible = self.step.positions[t] as usize + 1;
-                if visible > sel.n2 {
-                    scores.resize(visible, 0.0);
-                    self.score(op, t, q, w, 0..visible, &mut scores);
-                }
-                // SAFETY: row t belongs to this thread.
-                self.select(visible, &scores, &mut keys, unsafe { sel.row_mut(t, 0) });
-            }
-        });
-    }
-
-    fn select_shared(
-        &self,
-        op: &SpdOp,
-        t: usize,
-        q: Tensor<'_, f32>,
-        w: Tensor<'_, f32>,
-        sel: Tensor<'_, i32>,
-        scores: &mut Vec<f32>,
-    ) {
-        let visible = self.step.positions[t] as usize + 1;
-        if visible > sel.n2 {
-            scores.resize(visible, 0.0);
-            let team = &self.device.team;
-            let all = Tensor { at: scores.as_mut_ptr(), n0: 1, n1: 1, n2: visible, s0: 0, s1: 0, life: PhantomData };
-            team.run(&|number| {
-                let blocks = part(visible.div_ceil(ROWS), number, team.len());
-                let range = blocks.start * ROWS..(blocks.end * ROWS).min(visible);
-                // SAFETY: threads have disjoint ranges inside the `visible` scores.
-                let own = unsafe { all.part_mut(range.clone()) };
-                self.score(op, t, q, w, range, own);
-            });
-        }
-        // SAFETY: one thread writes.
-        self.select(visible, scores, &mut Vec::new(), unsafe { sel.row_mut(t, 0) });
-    }
-
-    /// Scores of token t against the positions of `range`.
-    fn score(
-        &self,
-        op: &SpdOp,
-        t: usize,
-        q: Tensor<'_, f32>,
-        w: Tensor<'_, f32>,
-        range: Range<usize>,
-        scores: &mut [f32],
-    ) {
-        let (pool, level) = (self.pool(), self.device.level);
-        let packed: Vec<f32> = (0..q.n1).flat_map(|head| q.row(t, head).iter().copied()).collect();
-        let scaled: Vec<f32> = w.row(t, 0).iter().map(|w| w * op.f[0]).collect();
-        let mut keys = vec![0f32; ROWS * q.n2];
-        for (block, scores) in scores.chunks_mut(ROWS).enumerate() {
-            let first = range.start + block * ROWS;
-            for (i, key) in keys.chunks_exact_mut(q.n2).enumerate().take(scores.len()) {
-                decode(level, pool.index.format, pool.index_row(op.layer as usize, self.slot(t, first + i)), key);
-            }
-            index_scores(level, &packed, &scaled, &keys[..scores.len() * q.n2], scores);
-        }
-    }
-
-    /// Writes the selection of a token that sees `visible` positions.
-    fn select(&self, visible: usize, scores: &[f32], keys: &mut Vec<u64>, sel: &mut [i32]) {
-        let n = visible.min(sel.len());
-        if visible > sel.len() {
-            top_k(&scores[..visible], keys, sel);
-        } else {
-            (0..).zip(&mut sel[..n]).for_each(|(position, to)| *to = position);
-        }
-        sel[n..].fill(-1);
-    }
-
     pub(super) fn attention(&self, op: &SpdOp) -> Result<()> {
         let sel = (op.kind == OP_SPARSE_MLA).then(|| self.tensor::<i32>(op.inputs[2]));
         if let Some(sel) = sel {

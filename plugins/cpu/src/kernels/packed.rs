@@ -66,6 +66,52 @@ pub(crate) fn pack_tile<'a>(format: Format, cols: usize, row: impl Fn(usize) -> 
     }
 }
 
+/// Packs up to 16 rows of q8_0 as [`pack_tile`] does, fast enough to be done anew for every query.
+pub(crate) fn pack_keys(level: Level, cols: usize, rows: &[&[u8]], to: &mut [u8]) {
+    if rows.len() < TILE_ROWS || !cols.is_multiple_of(2 * BLOCK) {
+        return pack_tile(Format::Q8_0, cols, |lane| rows.get(lane).copied(), to);
+    }
+    pack_pairs(level, rows, to);
+}
+
+on_level! {
+    fn pack_pairs(rows: &[&[u8]], to: &mut [u8]) = pack_pairs_body
+}
+
+/// 16 rows of an even number of blocks: the codes of two blocks are one vector of each row, transposed.
+#[inline(always)]
+fn pack_pairs_body<L: Lanes>(l: L, rows: &[&[u8]], to: &mut [u8]) {
+    const ENCODED: usize = 2 + BLOCK;
+    for (pair, to) in to.as_chunks_mut::<{ 2 * Q8_0_BYTES }>().0.iter_mut().enumerate() {
+        let (first, second) = to.split_at_mut(Q8_0_BYTES);
+        let mut lanes = [l.splat(0.0); LANES];
+        for (lane, (row, vector)) in rows.iter().zip(&mut lanes).enumerate() {
+            let blocks = row[pair * 2 * ENCODED..].as_chunks::<ENCODED>().0;
+            first[512 + 2 * lane..514 + 2 * lane].copy_from_slice(&blocks[0][..2]);
+            second[512 + 2 * lane..514 + 2 * lane].copy_from_slice(&blocks[1][..2]);
+            let codes = |block: &[u8; ENCODED]| *block.last_chunk::<BLOCK>().expect("32 of 34");
+            *vector = l.join(&codes(&blocks[0]), &codes(&blocks[1]));
+        }
+        l.transpose(&mut lanes);
+        let to = first.as_chunks_mut().0[..8].iter_mut().chain(&mut second.as_chunks_mut().0[..8]);
+        lanes.into_iter().zip(to).for_each(|(vector, to)| l.store_offset(vector, to));
+    }
+}
+
+on_level! {
+    /// Adds `w[h] max(sums[h], 0)` of every head h to `scores`.
+    fn weigh(sums: &[Sums], w: &[f32], scores: &mut Sums) = weigh_body
+}
+
+#[inline(always)]
+fn weigh_body<L: Lanes>(l: L, sums: &[Sums], w: &[f32], scores: &mut Sums) {
+    let mut total = l.load(scores);
+    for (sums, w) in sums.iter().zip(w) {
+        total = l.mul_add(l.splat(*w), l.max(l.splat(0.0), l.load(sums)), total);
+    }
+    l.store(total, scores);
+}
+
 /// How many of `left` tokens the level takes through a tile together.
 pub(crate) fn tokens_at_once(level: Level, left: usize) -> usize {
     let sizes: &[usize] = if level == Level::Avx512 { &[8, 6, 4, 3, 2] } else { &[2] };
@@ -215,6 +261,25 @@ mod tests {
         let mut tile = vec![0xff; tile_bytes(format, cols)];
         pack_tile(format, cols, |r| encoded.get(r).map(|row| &row[..]), &mut tile);
         (tile, decoded)
+    }
+
+    #[test]
+    fn keys_are_packed_as_weights_are_at_every_level() {
+        for (blocks, n) in [(2, 16), (4, 16), (4, 9), (3, 16)] {
+            let mut rows: Vec<Vec<u8>> = Vec::new();
+            for r in 0..n {
+                rows.push((0..34 * blocks).map(|i| u8::try_from((i * 7 + r * 31) % 251).unwrap()).collect());
+            }
+            let rows: Vec<&[u8]> = rows.iter().map(|row| &row[..]).collect();
+            let cols = blocks * BLOCK;
+            let mut expected = vec![0; tile_bytes(Format::Q8_0, cols)];
+            pack_tile(Format::Q8_0, cols, |lane| rows.get(lane).copied(), &mut expected);
+            for level in Level::all() {
+                let mut found = vec![1; expected.len()];
+                pack_keys(level, cols, &rows, &mut found);
+                assert_eq!(found, expected, "{level:?}, {blocks} blocks, {n} rows");
+            }
+        }
     }
 
     proptest! {

@@ -60,6 +60,14 @@ impl Lanes for Avx2 {
         fn mul(a: F, b: F) -> F { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
         fn mul_add(a: F, b: F, c: F) -> F { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         fn max(a: F, b: F) -> F { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+        fn join(low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> F {
+            [low, high].map(|half| _mm256_castsi256_ps(_mm256_loadu_si256(half.as_ptr().cast())))
+        }
+        fn store_offset(v: F, to: &mut [u8; 4 * LANES]) {{
+            let offset = v.map(|v| _mm256_xor_si256(_mm256_castps_si256(v), _mm256_set1_epi8(-128)));
+            _mm256_storeu_si256(to.as_mut_ptr().cast(), offset[0]);
+            _mm256_storeu_si256(to.as_mut_ptr().add(32).cast(), offset[1]);
+        }}
         fn splat_i(v: i32) -> I { [_mm256_set1_epi32(v); 2] }
         fn load_i(v: &[u8; 4 * LANES]) -> I {
             [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(32).cast())]

@@ -48,6 +48,18 @@ impl Lanes for Avx512 {
         fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
         fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+        fn join(low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> __m512 {
+            _mm512_castsi512_ps(_mm512_inserti64x4::<1>(
+                _mm512_castsi256_si512(_mm256_loadu_si256(low.as_ptr().cast())),
+                _mm256_loadu_si256(high.as_ptr().cast()),
+            ))
+        }
+        fn store_offset(v: __m512, to: &mut [u8; 4 * LANES]) {
+            _mm512_storeu_si512(
+                to.as_mut_ptr().cast(),
+                _mm512_xor_si512(_mm512_castps_si512(v), _mm512_set1_epi8(-128)),
+            )
+        }
         fn splat_i(v: i32) -> __m512i { _mm512_set1_epi32(v) }
         fn load_i(v: &[u8; 4 * LANES]) -> __m512i { _mm512_loadu_si512(v.as_ptr().cast()) }
         fn store_i(v: __m512i, to: &mut [i32; LANES]) { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }

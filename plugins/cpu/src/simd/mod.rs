@@ -39,6 +39,10 @@ pub(crate) trait Lanes: Copy {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The greater; of no use where a NaN may be.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
+    /// 64 bytes, whatever they mean, to be transposed.
+    fn join(self, low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> Self::F;
+    /// The bytes of `v`, 128 added to each.
+    fn store_offset(self, v: Self::F, to: &mut [u8; 4 * LANES]);
     /// Transposes 16 rows of 16 values.
     fn transpose(self, rows: &mut [Self::F; LANES]);
 

@@ -70,6 +70,17 @@ impl Lanes for Portable {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
+    fn join(self, low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> F {
+        let (low, high) = (low.as_chunks().0, high.as_chunks().0);
+        std::array::from_fn(|i| f32::from_le_bytes(if i < LANES / 2 { low[i] } else { high[i - LANES / 2] }))
+    }
+    #[inline(always)]
+    fn store_offset(self, v: F, to: &mut [u8; 4 * LANES]) {
+        for (to, v) in to.as_chunks_mut().0.iter_mut().zip(v) {
+            *to = v.to_le_bytes().map(|byte| byte ^ 0x80);
+        }
+    }
+    #[inline(always)]
     fn transpose(self, rows: &mut [F; LANES]) {
         *rows = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
     }
