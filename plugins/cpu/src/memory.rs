@@ -268,9 +268,16 @@ impl Pool {
 
     /// The latent and rope rows of `slot` in `layer`, encoded.
     pub(crate) fn latent_rows(&self, layer: usize, slot: usize) -> (&[u8], &[u8]) {
+        let (_, latent, rope) = self.whole_latent_row(layer, slot);
+        (latent, rope)
+    }
+
+    /// As [`Self::latent_rows`], with both rows as one before them.
+    pub(crate) fn whole_latent_row(&self, layer: usize, slot: usize) -> (&[u8], &[u8], &[u8]) {
         let row = self.latent.bytes + self.rope.bytes;
         let bytes = self.latent_plane.bytes(self.offset(self.n_layers, layer, slot, row), row);
-        bytes.split_at(self.latent.bytes)
+        let (latent, rope) = bytes.split_at(self.latent.bytes);
+        (bytes, latent, rope)
     }
 
     /// The index row of `slot` in `layer`, encoded.

@@ -17,7 +17,8 @@ const RUN_TOKENS: usize = 16;
 /// What a thread keeps from unit to unit.
 #[derive(Debug, Default)]
 struct Room {
-    block: Block,
+    /// One per group.
+    blocks: Vec<Block>,
     /// Queries `[token][head][key width]`.
     q: Vec<f32>,
     /// `[token][head]`
@@ -35,16 +36,16 @@ impl Attention<'_> {
     pub(super) fn run_blocked(&self) {
         let (runs, team) = (self.runs(), &self.frame.device.team);
         let heads = self.q_rope.n1 / self.groups;
-        // A lone token's heads are dealt to the whole team.
-        let split = if runs.len() * self.groups >= team.len() { 1 } else { team.len().min(heads) };
-        let units = runs.len() * self.groups * split;
+        // Few tokens: their groups, or the heads of a lone group, are dealt to the whole team.
+        let parts = team.len().div_ceil(runs.len().max(1));
+        let (groups, split) = if self.groups > 1 { (parts.min(self.groups), 1) } else { (1, parts.min(heads)) };
+        let units = runs.len() * groups * split;
         team.run(&|number| {
             let mut room = Room::default();
             // Dealt out in turn: later tokens have more to read.
             for unit in (number..units).step_by(team.len()) {
-                let (run, group) = (&runs[unit / split / self.groups], unit / split % self.groups);
-                let own = part(heads, unit % split, split);
-                self.run(run, group, group * heads + own.start..group * heads + own.end, &mut room);
+                let (run, groups) = (&runs[unit / split / groups], part(self.groups, unit / split % groups, groups));
+                self.run(run, groups, part(heads, unit % split, split), &mut room);
             }
         });
     }
@@ -78,60 +79,81 @@ impl Attention<'_> {
         visible <= sel.n2 && (0..).zip(&sel.row(t, 0)[..visible]).all(|(i, &s): (i32, _)| i == s)
     }
 
-    fn run(&self, tokens: &Range<usize>, group: usize, heads: Range<usize>, room: &mut Room) {
-        let (level, width) = (self.frame.device.level, self.out.n2);
-        let key_width = self.q_rope.n2 + self.q_latent.map_or(0, |q| q.n2);
-        room.states.clear();
-        room.states.resize(tokens.len() * heads.len(), Softmax::EMPTY);
-        room.q.clear();
-        for (t, head) in tokens.clone().flat_map(|t| heads.clone().map(move |head| (t, head))) {
-            room.q.extend_from_slice(self.q_rope.row(t, head));
-            room.q.extend_from_slice(self.q_latent.map_or(&[], |q| q.row(t, head)));
+    /// Heads `own` of each of `groups`, for some tokens.
+    fn run(&self, tokens: &Range<usize>, groups: Range<usize>, own: Range<usize>, room: &mut Room) {
+        let per_group = self.q_rope.n1 / self.groups;
+        let heads = |group: usize| group * per_group + own.start..group * per_group + own.end;
+        let Room { blocks, q, states } = room;
+        blocks.resize_with(groups.len(), Block::default);
+        states.clear();
+        states.resize(groups.len() * tokens.len() * own.len(), Softmax::EMPTY);
+        q.clear();
+        for group in groups.clone() {
+            for (t, head) in tokens.clone().flat_map(|t| heads(group).map(move |head| (t, head))) {
+                q.extend_from_slice(self.q_rope.row(t, head));
+                q.extend_from_slice(self.q_latent.map_or(&[], |q| q.row(t, head)));
+                self.out_of(t, head..head + 1).fill(0.0);
+            }
         }
-        // Heads side by side are one row.
-        let out = Tensor { n1: 1, n2: self.out.n1 * width, s1: 0, ..self.out };
-        for t in tokens.clone() {
-            // SAFETY: this thread has these heads of these tokens.
-            unsafe { out.flat_part_mut(t, heads.start * width..heads.end * width) }.fill(0.0);
-        }
+        let key_width = q.len() / states.len();
         let listed = tokens.clone().map(|t| self.listed(t)).max().unwrap_or(0);
         for first in (0..listed).step_by(ROWS) {
-            self.load(tokens.end - 1, group, first..listed.min(first + ROWS), &mut room.block);
-            for (i, t) in tokens.clone().enumerate() {
-                let n = self.listed(t).saturating_sub(first).min(ROWS);
-                for own in (0..heads.len()).step_by(HEADS_MAX).map(|h| h..heads.len().min(h + HEADS_MAX)) {
-                    let at = i * heads.len() + own.start..i * heads.len() + own.end;
-                    let place = (heads.start + own.start) * width..(heads.start + own.end) * width;
-                    if n > 0 {
-                        let q = &room.q[at.start * key_width..at.end * key_width];
-                        // SAFETY: as above.
-                        let out = unsafe { out.flat_part_mut(t, place) };
-                        let states = &mut room.states[at];
-                        attend(level, &room.block, &mut Heads { q, n, scale: self.scale, states, out });
+            let list = first..listed.min(first + ROWS);
+            self.load(tokens.end - 1, groups.clone(), list, blocks);
+            let mut at = 0; // the state of the next head
+            for (group, block) in groups.clone().zip(&*blocks) {
+                for t in tokens.clone() {
+                    let n = self.listed(t).saturating_sub(first).min(ROWS);
+                    for head in heads(group).step_by(HEADS_MAX) {
+                        let some = head..heads(group).end.min(head + HEADS_MAX);
+                        let now = at..at + some.len();
+                        at = now.end;
+                        if n > 0 {
+                            let q = &q[now.start * key_width..now.end * key_width];
+                            let (states, out) = (&mut states[now], self.out_of(t, some));
+                            let mut heads = Heads { q, n, scale: self.scale, states, out };
+                            attend(self.frame.device.level, block, &mut heads);
+                        }
                     }
                 }
             }
         }
-        for (i, t) in tokens.clone().enumerate() {
-            for (own, head) in heads.clone().enumerate() {
-                // SAFETY: as above.
-                let out = unsafe { out.flat_part_mut(t, head * width..(head + 1) * width) };
-                room.states[i * heads.len() + own].finish(out);
+        let mut states = states.iter();
+        for group in groups {
+            for (t, head) in tokens.clone().flat_map(|t| heads(group).map(move |head| (t, head))) {
+                states.next().expect("one per head").finish(self.out_of(t, head..head + 1));
             }
         }
     }
 
-    /// Decodes rows `list` of token t's list, the slices of `group`.
-    fn load(&self, t: usize, group: usize, list: Range<usize>, block: &mut Block) {
+    /// The sums of `heads` of token t, to write: only the thread that has these heads of this token calls it.
+    #[allow(clippy::mut_from_ref, reason = "disjoint heads are written by several threads")]
+    fn out_of(&self, t: usize, heads: Range<usize>) -> &mut [f32] {
+        let width = self.out.n2;
+        // Heads side by side are one row.
+        let out = Tensor { n1: 1, n2: self.out.n1 * width, s1: 0, ..self.out };
+        // SAFETY: units are disjoint in tokens or heads, and `run` holds one of these slices at a time.
+        unsafe { out.flat_part_mut(t, heads.start * width..heads.end * width) }
+    }
+
+    /// Decodes rows `list` of token t's list, the slices of each group into its block.
+    fn load(&self, t: usize, groups: Range<usize>, list: Range<usize>, blocks: &mut [Block]) {
         let (latent, rope) = (self.out.n2 * 2, self.q_rope.n2 * 2); // bytes of a slice
-        let mut rows = [Row { latent: &[], rope: &[] }; ROWS];
+        let mut whole = [(&[][..], &[][..], &[][..]); ROWS];
         let n = list.len();
-        for (row, i) in rows.iter_mut().zip(list) {
-            let slot = self.frame.slot(t, self.position(t, i));
-            let (latent_row, rope_row) = self.pool.latent_rows(self.layer, slot);
-            row.latent = &latent_row[group * latent..(group + 1) * latent];
-            row.rope = &rope_row[group * rope..(group + 1) * rope];
+        for (row, i) in whole.iter_mut().zip(list) {
+            *row = self.pool.whole_latent_row(self.layer, self.frame.slot(t, self.position(t, i)));
         }
-        load(self.frame.device.level, &rows[..n], self.q_latent.is_some(), block);
+        let mut rows = [Row { latent: &[], rope: &[], whole: &[] }; ROWS];
+        for (i, (group, block)) in groups.zip(blocks).enumerate() {
+            for (row, (both, latent_row, rope_row)) in rows.iter_mut().zip(&whole[..n]) {
+                *row = Row {
+                    latent: &latent_row[group * latent..(group + 1) * latent],
+                    rope: &rope_row[group * rope..(group + 1) * rope],
+                    whole: if i == 0 { both } else { &[] },
+                };
+            }
+            load(self.frame.device.level, &rows[..n], self.q_latent.is_some(), block);
+        }
     }
 }

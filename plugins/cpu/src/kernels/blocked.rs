@@ -27,11 +27,16 @@ pub(crate) struct Block {
     n: usize,
 }
 
+/// Rows that are asked for ahead of the one that is decoded: what memory delivers within its latency.
+const AHEAD: usize = 8;
+
 /// The encoded slices of a row that a head group sees.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Row<'a> {
     pub(crate) latent: &'a [u8],
     pub(crate) rope: &'a [u8],
+    /// All bytes of the row if other groups come after this one, else none: they are asked for ahead.
+    pub(crate) whole: &'a [u8],
 }
 
 /// The running softmax of one head.
@@ -74,7 +79,10 @@ fn load_body<L: Lanes>(l: L, rows: &[Row<'_>], absorbed: bool, block: &mut Block
     block.keys.resize(if absorbed { rope + latent } else { rope }, [0.0; ROWS]);
     block.values.resize(ROWS * latent, 0.0);
     block.n = rows.len();
-    for (row, to) in rows.iter().zip(block.values.chunks_exact_mut(latent)) {
+    for (i, (row, to)) in rows.iter().zip(block.values.chunks_exact_mut(latent)).enumerate() {
+        for line in rows.get(i + AHEAD).map_or(&[][..], |row| row.whole).chunks(64) {
+            l.prefetch(&line[0]);
+        }
         for (from, to) in row.latent.as_chunks().0.iter().zip(to.as_chunks_mut().0) {
             l.store(l.load_half(from), to);
         }
@@ -274,7 +282,7 @@ mod tests {
             let (mut out, mut states) = (vec![0.0; heads * LATENT], vec![Softmax::EMPTY; heads]);
             let mut block = Block::default();
             let rows: Vec<Row<'_>> =
-                self.latent.iter().zip(&self.rope).map(|(latent, rope)| Row { latent, rope }).collect();
+                self.latent.iter().zip(&self.rope).map(|(latent, rope)| Row { latent, rope, whole: latent }).collect();
             for rows in rows.chunks(ROWS) {
                 load(level, rows, self.absorbed, &mut block);
                 let q = &self.q[first * self.key_width()..][..heads * self.key_width()];
@@ -339,7 +347,7 @@ mod tests {
     #[test]
     fn rows_after_the_first_n_do_not_matter() {
         let rows: Vec<Vec<u8>> = (0..9u8).map(|r| halves(&[if r < 5 { f32::from(r) } else { f32::NAN }; 16])).collect();
-        let rows: Vec<Row<'_>> = rows.iter().map(|row| Row { latent: row, rope: row }).collect();
+        let rows: Vec<Row<'_>> = rows.iter().map(|row| Row { latent: row, rope: row, whole: row }).collect();
         for level in Level::all() {
             let mut found = Vec::new();
             for rows in [&rows[..5], &rows[..]] {

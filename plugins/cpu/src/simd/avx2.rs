@@ -72,6 +72,7 @@ impl Lanes for Avx2 {
         fn load_i(v: &[u8; 4 * LANES]) -> I {
             [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(32).cast())]
         }
+        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
         fn store_i(v: I, to: &mut [i32; LANES]) {{
             _mm256_storeu_si256(to.as_mut_ptr().cast(), v[0]);
             _mm256_storeu_si256(to.as_mut_ptr().add(8).cast(), v[1]);

@@ -62,6 +62,7 @@ impl Lanes for Avx512 {
         }
         fn splat_i(v: i32) -> __m512i { _mm512_set1_epi32(v) }
         fn load_i(v: &[u8; 4 * LANES]) -> __m512i { _mm512_loadu_si512(v.as_ptr().cast()) }
+        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
         fn store_i(v: __m512i, to: &mut [i32; LANES]) { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
         fn add_i(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn max_i(a: __m512i, b: __m512i) -> __m512i { _mm512_max_epi32(a, b) }

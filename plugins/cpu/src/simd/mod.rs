@@ -48,6 +48,8 @@ pub(crate) trait Lanes: Copy {
 
     fn splat_i(self, v: i32) -> Self::I;
     fn load_i(self, v: &[u8; 4 * LANES]) -> Self::I;
+    /// Asks for the cache line of a byte.
+    fn prefetch(self, at: &u8);
     fn store_i(self, v: Self::I, to: &mut [i32; LANES]);
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// The greater of signed 32-bit lanes.

@@ -94,6 +94,8 @@ impl Lanes for Portable {
         std::array::from_fn(|i| i32::from_le_bytes([v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]]))
     }
     #[inline(always)]
+    fn prefetch(self, _: &u8) {}
+    #[inline(always)]
     fn store_i(self, v: I, to: &mut [i32; LANES]) {
         *to = v;
     }
