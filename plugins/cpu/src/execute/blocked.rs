@@ -23,6 +23,8 @@ struct Room {
     q: Vec<f32>,
     /// `[token][head]`
     states: Vec<Softmax>,
+    /// Rows that each token lists.
+    listed: Vec<usize>,
 }
 
 impl Attention<'_> {
@@ -83,7 +85,7 @@ impl Attention<'_> {
     fn run(&self, tokens: &Range<usize>, groups: Range<usize>, own: Range<usize>, room: &mut Room) {
         let per_group = self.q_rope.n1 / self.groups;
         let heads = |group: usize| group * per_group + own.start..group * per_group + own.end;
-        let Room { blocks, q, states } = room;
+        let Room { blocks, q, states, listed } = room;
         blocks.resize_with(groups.len(), Block::default);
         states.clear();
         states.resize(groups.len() * tokens.len() * own.len(), Softmax::EMPTY);
@@ -96,14 +98,16 @@ impl Attention<'_> {
             }
         }
         let key_width = q.len() / states.len();
-        let listed = tokens.clone().map(|t| self.listed(t)).max().unwrap_or(0);
-        for first in (0..listed).step_by(ROWS) {
-            let list = first..listed.min(first + ROWS);
+        listed.clear();
+        listed.extend(tokens.clone().map(|t| self.listed(t)));
+        let longest = listed.iter().copied().max().unwrap_or(0);
+        for first in (0..longest).step_by(ROWS) {
+            let list = first..longest.min(first + ROWS);
             self.load(tokens.end - 1, groups.clone(), list, blocks);
             let mut at = 0; // the state of the next head
             for (group, block) in groups.clone().zip(&*blocks) {
-                for t in tokens.clone() {
-                    let n = self.listed(t).saturating_sub(first).min(ROWS);
+                for (t, listed) in tokens.clone().zip(&*listed) {
+                    let n = listed.saturating_sub(first).min(ROWS);
                     for head in heads(group).step_by(HEADS_MAX) {
                         let some = head..heads(group).end.min(head + HEADS_MAX);
                         let now = at..at + some.len();

@@ -1,6 +1,8 @@
 //! The exact k best of many scores, in linear time: a histogram finds the bin of the k-th best, only that bin is sorted
 //! out.
 
+use crate::simd::LANES;
+
 /// Bins of the histogram.
 const BINS: usize = 1024;
 
@@ -53,7 +55,7 @@ pub(crate) fn top_k(scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) {
     out.iter_mut().zip(sure).for_each(|(to, position)| *to = position.cast_signed());
 }
 
-/// Bins of equal width between the least and the greatest finite score.
+/// Bins of equal width between the least and the greatest score.
 struct Bins {
     least: f32,
     per_unit: f32,
@@ -61,14 +63,20 @@ struct Bins {
 
 impl Bins {
     fn over(scores: &[f32]) -> Self {
-        let finite = |score: &&f32| score.is_finite();
-        let (least, greatest) = scores
-            .iter()
-            .filter(finite)
-            .fold((f32::INFINITY, f32::NEG_INFINITY), |(least, greatest), &s| (least.min(s), greatest.max(s)));
+        // By lanes, so that it becomes vector code; a NaN compares false and is passed over.
+        let (mut least, mut greatest) = ([f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]);
+        let (chunks, rest) = scores.as_chunks::<LANES>();
+        for chunk in chunks {
+            for ((least, greatest), &score) in least.iter_mut().zip(&mut greatest).zip(chunk) {
+                *least = if score < *least { score } else { *least };
+                *greatest = if score > *greatest { score } else { *greatest };
+            }
+        }
+        let least = least.iter().chain(rest).fold(f32::INFINITY, |a, &b| a.min(b));
+        let greatest = greatest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b));
         #[allow(clippy::cast_precision_loss, reason = "a small number")]
         let per_unit = (BINS - 2) as f32 / (greatest - least);
-        // All equal, or none finite, or too far apart: one bin is right, only slower.
+        // All equal, or an infinity among them: one bin is right, only slower.
         Self { least, per_unit: if per_unit.is_finite() { per_unit } else { 0.0 } }
     }
 
