@@ -96,8 +96,9 @@ fn check_step(plan: &Plan, run: &Run<'_>) -> Result<()> {
             return Err(PluginError::invalid(format!("{name} arena: {length} bytes, {needed} are needed")));
         }
     }
-    let aligned = run.input.as_ptr().align_offset(4) == 0 && run.output.as_ptr().align_offset(4) == 0;
-    if !aligned {
+    // An empty arena is read by nobody, wherever its address leads.
+    let aligned = |at: *const u8, length: usize| length == 0 || at.align_offset(4) == 0;
+    if !aligned(run.input.as_ptr(), run.input.len()) || !aligned(run.output.as_ptr(), run.output.len()) {
         return Err(PluginError::invalid("an arena is not 4-aligned"));
     }
     let Some(pool) = plan.pools.first() else { return Ok(()) };
