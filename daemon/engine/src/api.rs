@@ -203,6 +203,9 @@ pub enum Failure {
         /// What it said.
         reason: String,
     },
+    /// The answer ended without a last event: its listener did not read in time, or the engine is gone.
+    #[error("the answer was cut off: it was not read for too long, or the engine has ended")]
+    CutOff,
     /// The daemon is stopping.
     #[error("the daemon is stopping")]
     ShuttingDown,

@@ -28,7 +28,7 @@ pub use sampler::greedy;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
 
-pub use sparsed_model::{ChatMessage, ChatRequest};
+pub use sparsed_model::{ChatMessage, ChatRequest, Role};
 
 /// The same cases on every run, and no files written.
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! The thread loads the configured models one after another, then turns: take requests from the inbox, give each model
 //! one step. With nothing to do it blocks in the inbox, so an idle engine uses no CPU.
+#![expect(clippy::disallowed_methods, reason = "the one place of this crate that knows the time")]
 
 use crate::api::Failure;
 use crate::batch::Batch;
@@ -21,7 +22,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Requests on their way to the engine thread.
-const INBOX: usize = 256;
+const INBOX: u32 = 256;
 /// Pause between looks at listeners that do not read, when nothing else is to do.
 const PARKED_PAUSE: Duration = Duration::from_millis(10);
 
@@ -51,13 +52,20 @@ pub fn start(
     limits: Limits,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
     let slots: Vec<_> = models.iter().map(|options| Arc::new(Slot::new(options.name.clone()))).collect();
-    let (sender, inbox) = sync_channel(INBOX);
-    let service = Service::new(slots.clone(), sender, limits.max_waiting);
+    let (sender, inbox) = sync_channel(INBOX as usize);
+    let service = Service::new(slots.clone(), sender, INBOX);
+    let watched = service.clone();
     let run = move || {
         let mut lanes = Vec::new();
         for (slot, options) in slots.into_iter().zip(models) {
+            if watched.is_stopping() {
+                return;
+            }
             lanes.push(Lane::load(&backend, slot, &options, limits));
         }
+        // Requests would wait for the models that are still to be loaded, so none is called ready before.
+        lanes.iter().for_each(Lane::announce);
+        drop(watched);
         if lanes.iter().all(|lane| lane.live.is_none()) {
             return; // nothing to serve: whoever waits for the thread says why
         }
@@ -100,8 +108,6 @@ impl Lane {
                 let (context, blocks) = (live.served.max_context, live.device.n_blocks());
                 log::info!(model:% = slot.name, took_ms, max_context = context, kv_blocks = blocks; "model ready");
                 slot.set_stats(live.stats);
-                let outcome = slot.outcome.set(Ok(Arc::clone(&live.served)));
-                outcome.expect("a model is loaded once");
                 Some(live)
             }
             Err(reason) => {
@@ -111,6 +117,13 @@ impl Lane {
             }
         };
         Self { slot, live }
+    }
+
+    /// Lets requests come.
+    fn announce(&self) {
+        if let Some(live) = &self.live {
+            self.slot.outcome.set(Ok(Arc::clone(&live.served))).expect("a model is loaded once");
+        }
     }
 
     /// Takes the model out of service: its device is of no more use.
@@ -135,7 +148,7 @@ impl Live {
         }
         let room = options.kv_bytes / (kv * u64::from(BLOCK_TOKENS)).max(1);
         let all = u64::from(limits.max_running) * u64::from(blocks_for(wanted));
-        let n_blocks = u32::try_from(room.min(all)).unwrap_or(u32::MAX >> 6);
+        let n_blocks = u32::try_from(room.min(all)).unwrap_or(u32::MAX).min(u32::MAX / BLOCK_TOKENS);
         if n_blocks < 2 {
             let needed = 2 * kv * u64::from(BLOCK_TOKENS);
             return Err(format!(

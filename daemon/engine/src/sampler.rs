@@ -30,15 +30,19 @@ impl Sampler {
         Self { sampling, rng, answered: HashMap::new(), seen, candidates: Vec::new() }
     }
 
-    /// The next token. `logits` has one value per token of the vocabulary; NaN counts as impossible.
-    pub(crate) fn next(&mut self, logits: &mut [f32]) -> u32 {
+    /// The next token. `logits` has one value per token of the vocabulary; NaN counts as impossible. `None`: every
+    /// token is impossible, so whoever made the logits is at fault.
+    pub(crate) fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
         self.adjust(logits);
+        if !logits.iter().any(|logit| *logit > f32::NEG_INFINITY) {
+            return None;
+        }
         let token = if self.sampling.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
         *self.answered.entry(token).or_insert(0) += 1;
         if has_repetition_penalty(&self.sampling) {
             self.seen.insert(token);
         }
-        token
+        Some(token)
     }
 
     fn adjust(&self, logits: &mut [f32]) {
@@ -73,8 +77,8 @@ impl Sampler {
             return greedy(logits);
         }
         self.candidates.clear();
-        // Below this a candidate's weight is under min_p of the greatest, or under the smallest f32.
-        let floor = if min_p > 0.0 { greatest + temperature * min_p.ln() } else { greatest - 100.0 * temperature };
+        // Below this a candidate's weight is under the smallest f32.
+        let floor = greatest - 100.0 * temperature;
         self.candidates.extend((0u32..).zip(logits.iter().copied()).filter(|&(_, logit)| logit >= floor));
         let by_logit = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         let keep = top_k as usize;
@@ -87,7 +91,6 @@ impl Sampler {
             candidate.1 = ((candidate.1 - greatest) / temperature).exp();
         }
         let total: f32 = self.candidates.iter().map(|&(_, weight)| weight).sum();
-        let mut kept = total;
         if top_p < 1.0 {
             let mut sum = 0.0;
             let enough = self.candidates.iter().position(|&(_, weight)| {
@@ -95,8 +98,10 @@ impl Sampler {
                 sum >= top_p * total
             });
             self.candidates.truncate(enough.map_or(self.candidates.len(), |at| at + 1));
-            kept = self.candidates.iter().map(|&(_, weight)| weight).sum();
         }
+        // The greatest has weight 1.
+        self.candidates.retain(|&(_, weight)| weight >= min_p);
+        let kept: f32 = self.candidates.iter().map(|&(_, weight)| weight).sum();
         let mut left = uniform(self.rng.next_u64()) * kept;
         for &(id, weight) in &self.candidates {
             left -= weight;
@@ -134,7 +139,7 @@ mod tests {
 
     fn drawn(sampling: Sampling, logits: &[f32], n: usize) -> Vec<u32> {
         let mut sampler = Sampler::new(sampling, &[]);
-        (0..n).map(|_| sampler.next(&mut logits.to_vec())).collect()
+        (0..n).filter_map(|_| sampler.next(&mut logits.to_vec())).collect()
     }
 
     fn seeded(seed: u64) -> Sampling {
@@ -177,13 +182,23 @@ mod tests {
         only(Sampling { top_p: 0.64, ..seeded(1) }, &[3]);
         only(Sampling { min_p: 0.1, ..seeded(1) }, &[1, 2, 3]);
         only(Sampling { temperature: 0.0, ..seeded(1) }, &[3]);
+        // top-p counts the tail that min-p would cut.
+        only(Sampling { top_p: 0.7, min_p: 0.2, ..seeded(1) }, &[2, 3]);
+    }
+
+    #[test]
+    fn logits_without_a_number_give_no_token() {
+        for temperature in [0.0, 1.0] {
+            let mut sampler = Sampler::new(Sampling { temperature, ..seeded(1) }, &[]);
+            assert_eq!(sampler.next(&mut [f32::NAN, f32::NEG_INFINITY]), None);
+        }
     }
 
     #[test]
     fn penalties_and_bias_move_the_choice() {
         let greedy_with = |sampling: Sampling, prompt: &[u32], n| {
             let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..sampling }, prompt);
-            (0..n).map(|_| sampler.next(&mut [1.0, 0.9, -0.5])).collect::<Vec<_>>()
+            (0..n).filter_map(|_| sampler.next(&mut [1.0, 0.9, -0.5])).collect::<Vec<_>>()
         };
         assert_eq!(greedy_with(Sampling { presence_penalty: 0.2, ..seeded(0) }, &[], 3), [0, 1, 0]);
         assert_eq!(greedy_with(Sampling { frequency_penalty: 0.2, ..seeded(0) }, &[], 4), [0, 1, 0, 1]);

@@ -94,7 +94,7 @@ impl Scheduler {
 
     /// Whether any sequence could run now.
     pub(crate) fn has_work(&self) -> bool {
-        !self.waiting.is_empty() || self.running.iter().any(Sequence::is_ready)
+        self.can_admit() || self.running.iter().any(Sequence::is_ready)
     }
 
     /// Whether any listener still has to be served.
@@ -109,7 +109,11 @@ impl Scheduler {
 
     /// Delivers what waits, and lets go of sequences whose listener is gone or has not read for too long.
     pub(crate) fn tend(&mut self, now: Duration) {
-        self.waiting.retain(|sequence| !sequence.is_abandoned());
+        // One that was sent back may still have something to deliver.
+        self.waiting.retain_mut(|sequence| {
+            sequence.deliver(now);
+            !sequence.is_abandoned()
+        });
         self.leaving.retain_mut(|sequence| !sequence.is_abandoned() && !sequence.deliver(now));
         let limit = self.limits.slow_consumer;
         let mut at = 0;
@@ -201,19 +205,22 @@ impl Scheduler {
 
     /// Moves waiting sequences into the batch while there is room for their prompts.
     fn admit(&mut self, now: Duration) {
-        while let Some(next) = self.waiting.front() {
-            // One more block, so that the first tokens of the answer do not push somebody out at once.
-            let needed = blocks_for(next.n_pending()) + u32::from(!self.running.is_empty());
-            let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
-            let room = self.pool.n_available().saturating_sub(promised);
-            if count(self.running.len()) >= self.limits.max_running || needed > room {
-                return;
-            }
-            let mut sequence = self.waiting.pop_front().expect("it was just looked at");
+        while self.can_admit() {
+            let mut sequence = self.waiting.pop_front().expect("can_admit looked at it");
             sequence.start(now);
             let at = self.running.partition_point(|other| other.id < sequence.id);
             self.running.insert(at, sequence);
         }
+    }
+
+    /// Whether there is a place and room for the prompt of the sequence that waits longest.
+    fn can_admit(&self) -> bool {
+        let Some(next) = self.waiting.front() else { return false };
+        // One more block, so that the first tokens of the answer do not push somebody out at once.
+        let needed = blocks_for(next.n_pending()) + u32::from(!self.running.is_empty());
+        let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
+        let room = self.pool.n_available().saturating_sub(promised);
+        count(self.running.len()) < self.limits.max_running && needed <= room
     }
 
     /// Chooses who runs and with how many tokens; answers the new blocks that takes.

@@ -108,9 +108,12 @@ impl Sequence {
 
     /// Samples the next token from its logits. The events it makes wait in the outbox.
     ///
-    /// Answers whether the answer is complete.
+    /// Answers whether the answer is at its end.
     pub(crate) fn advance(&mut self, logits: &mut [f32], vocabulary: Vocabulary<'_>, now: Duration) -> bool {
-        let token = self.sampler.next(logits);
+        let Some(token) = self.sampler.next(logits) else {
+            self.fail(Failure::BackendFailed { reason: "it gave no number for any token".to_owned() });
+            return true;
+        };
         self.tokens.push(token);
         self.times.first_token.get_or_insert(now);
         self.times.last_token = now;

@@ -19,7 +19,8 @@ pub struct Service {
     slots: Arc<[Arc<Slot>]>,
     inbox: SyncSender<Command>,
     stopping: Arc<AtomicBool>,
-    max_waiting: u32,
+    /// Requests that the inbox holds.
+    inbox_limit: u32,
 }
 
 /// What the engine thread is told.
@@ -135,8 +136,13 @@ impl Slot {
 }
 
 impl Service {
-    pub(crate) fn new(slots: Vec<Arc<Slot>>, inbox: SyncSender<Command>, max_waiting: u32) -> Self {
-        Self { slots: slots.into(), inbox, stopping: Arc::new(AtomicBool::new(false)), max_waiting }
+    pub(crate) fn new(slots: Vec<Arc<Slot>>, inbox: SyncSender<Command>, inbox_limit: u32) -> Self {
+        Self { slots: slots.into(), inbox, stopping: Arc::new(AtomicBool::new(false)), inbox_limit }
+    }
+
+    /// Whether the engine has been told to end.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Relaxed)
     }
 
     /// Every configured model, in the order of the configuration.
@@ -166,14 +172,14 @@ impl Service {
     /// # Errors
     /// What is wrong with the request, or that it cannot be taken now. The sink has heard nothing then.
     pub fn generate(&self, request: Generate, sink: Box<dyn Sink>) -> Result<(), Failure> {
-        if self.stopping.load(Ordering::Relaxed) {
+        if self.is_stopping() {
             return Err(Failure::ShuttingDown);
         }
         let (slot, _) = self.slot(&request.model)?;
         let model = self.model(&request.model)?;
         model.check(&request)?;
         self.inbox.try_send(Command::Generate { slot, request: Box::new(request), sink }).map_err(|error| match error {
-            TrySendError::Full(_) => Failure::QueueFull { limit: self.max_waiting, retry_after_s: 1 },
+            TrySendError::Full(_) => Failure::QueueFull { limit: self.inbox_limit, retry_after_s: 1 },
             TrySendError::Disconnected(_) => Failure::ShuttingDown,
         })
     }
@@ -190,7 +196,7 @@ impl Service {
         self.tell(Command::Stop);
     }
 
-    /// Blocks while the inbox is full, which lasts no longer than a step. Nobody to tell: it has ended already.
+    /// Blocks while the inbox is full: for a step, or until models are loaded. Nobody to tell: it has ended already.
     fn tell(&self, command: Command) {
         let _ended = self.inbox.send(command).is_err();
     }
@@ -252,6 +258,9 @@ impl ServedModel {
             return Err(Failure::ContextTooLong { have_tokens: request.prompt.len(), max_tokens: self.max_context });
         }
         let vocab = self.model.spec().vocab_size;
+        if let Some((bad, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
+            return Err(Failure::invalid("logit_bias", format!("has token {bad}, the vocabulary ends at {vocab}")));
+        }
         match request.prompt.iter().find(|&&token| token >= vocab) {
             Some(bad) => Err(Failure::invalid("prompt", format!("has token {bad}, the vocabulary ends at {vocab}"))),
             None => Ok(()),

@@ -351,6 +351,15 @@ mod tests {
     }
 
     #[test]
+    fn an_engine_whose_only_sequence_is_paused_has_nothing_to_do() {
+        let mut bench = Bench::new(8, Limits { max_running: 1, ..limits() });
+        bench.submit(prompt(1, 5), 40, &Listener::with_room(3));
+        bench.submit(prompt(2, 5), 40, &Listener::with_room(1000));
+        bench.steps(5);
+        assert!(!bench.scheduler.has_work() && !bench.scheduler.is_idle());
+    }
+
+    #[test]
     fn one_request_too_many_is_told_so_and_the_others_are_answered() {
         let mut bench = Bench::new(8, Limits { max_waiting: 2, ..limits() });
         let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(100)).collect();
