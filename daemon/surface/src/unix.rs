@@ -37,20 +37,28 @@ pub async fn serve(listener: UnixListener, service: Service, options: ServeOptio
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(options.connections_max));
     let mut stop = std::pin::pin!(stop);
+    let mut is_failing = false;
     loop {
-        let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+        let accepted = async {
+            let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = tokio::select! {
+            accepted = accepted => accepted,
             () = &mut stop => break,
         };
         let stream = match accepted {
             Ok((stream, _)) => stream,
             Err(error) => {
-                log::warn!(reason:% = error; "connection not accepted");
+                // Once per episode: out of file descriptors lasts.
+                if !std::mem::replace(&mut is_failing, true) {
+                    log::warn!(reason:% = error; "connection not accepted");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
+        is_failing = false;
         log_peer(&stream);
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);

@@ -18,7 +18,7 @@ pub(super) struct Message {
 }
 
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of parts")]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
@@ -53,6 +53,7 @@ impl Content {
         };
         let text = |part: Part| match part.text {
             Some(text) if part.kind == "text" => Ok(text),
+            None if part.kind == "text" => Err("a part of type 'text' has no 'text'".to_owned()),
             _ => Err(format!("content of type '{}' is not supported, only 'text' is", part.kind)),
         };
         Ok(parts.into_iter().map(text).collect::<Result<Vec<_>, _>>()?.join(BETWEEN_PARTS))

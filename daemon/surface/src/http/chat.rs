@@ -10,7 +10,7 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sparsed_engine::api::{Event, Failure, Generate};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Most messages of a conversation.
@@ -51,13 +51,20 @@ impl StreamOptions {
 
 pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
     let (fields, sampling) = (body.parse::<ChatFields>()?, body.parse::<SamplingFields>()?);
-    drop(body);
+    let share = body.into_share();
     let reply = StreamOptions::reply(fields.stream_options, fields.stream);
     let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+    if fields.max_completion_tokens == Some(0) {
+        return Err(HttpError::invalid("max_completion_tokens", "is 0, must be at least 1"));
+    }
     let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
     let request = fields.request()?;
     let served = shared.service.model(&model)?;
-    let prompt = tokio::task::spawn_blocking(move || served.chat_prompt(&request));
+    let prompt = tokio::task::spawn_blocking(move || {
+        let prompt = served.chat_prompt(&request);
+        drop(share);
+        prompt
+    });
     let prompt = prompt.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
     let generate = Generate {
         model,
@@ -78,6 +85,13 @@ impl ChatFields {
         if messages.is_empty() || messages.len() > MESSAGES_MAX {
             let reason = format!("has {} entries, 1 to {MESSAGES_MAX} are allowed", messages.len());
             return Err(HttpError::invalid("messages", reason));
+        }
+        let silent = |message: &ChatMessage| message.content.is_none() && message.role != Role::Assistant;
+        if let Some(at) = messages.iter().position(silent) {
+            return Err(HttpError::invalid(&format!("messages[{at}].content"), "is missing"));
+        }
+        if tools.iter().any(|tool| !tool.is_object()) {
+            return Err(HttpError::invalid("tools", "must be a list of objects with 'type' and 'function'"));
         }
         if tools.len() > TOOLS_MAX {
             return Err(HttpError::invalid("tools", format!("has {} entries, the limit is {TOOLS_MAX}", tools.len())));

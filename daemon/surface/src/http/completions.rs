@@ -25,15 +25,14 @@ pub(crate) struct CompletionRequest {
     stream_options: Option<StreamOptions>,
     max_tokens: Option<u32>,
     /// llama.cpp's name: the answer's token ids come along.
-    #[serde(default)]
-    return_tokens: bool,
+    return_tokens: Option<bool>,
     echo: Option<bool>,
     suffix: Option<String>,
     best_of: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of token ids (whole numbers from 0)")]
 enum Prompt {
     Text(String),
     Tokens(Vec<u32>),
@@ -43,14 +42,19 @@ enum Prompt {
 
 pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
     let (request, fields) = (body.parse::<CompletionRequest>()?, body.parse::<SamplingFields>()?);
+    let share = body.into_share();
     request.refuse_what_is_missing()?;
     let (sampling, stops) = (fields.sampling()?, fields.stops()?);
     let model = request.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
     let served = shared.service.model(&model)?;
-    let with_tokens = request.return_tokens || served.model.tokenizer().is_none();
+    let with_tokens = request.return_tokens == Some(true) || served.model.tokenizer().is_none();
     let prompt = match request.prompt.single()? {
         Ok(text) => {
-            let prompt = tokio::task::spawn_blocking(move || served.text_prompt(&text));
+            let prompt = tokio::task::spawn_blocking(move || {
+                let prompt = served.text_prompt(&text);
+                drop(share);
+                prompt
+            });
             prompt.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??
         }
         Err(tokens) => tokens,
@@ -65,7 +69,7 @@ pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<R
         reading: None,
     };
     let reply = StreamOptions::reply(request.stream_options, request.stream);
-    answer(&shared.service, generate, reply, CompletionWire { with_tokens }).await
+    answer(&shared.service, generate, reply, CompletionWire { with_tokens }).await.map_err(HttpError::about_prompt)
 }
 
 impl CompletionRequest {

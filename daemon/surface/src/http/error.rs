@@ -33,6 +33,21 @@ impl HttpError {
         Self { status, kind: INVALID, code, param, retry_after_s: None, message }
     }
 
+    /// Bodies hold all the memory they may for now.
+    pub(crate) fn too_many_bodies() -> Self {
+        let message = "too many large requests at a time; try again in a second".to_owned();
+        let (status, kind) = (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error");
+        Self { status, kind, code: "too_many_bodies", param: None, retry_after_s: Some(1), message }
+    }
+
+    /// The same failure, where the prompt stands in another field than `messages`.
+    pub(crate) fn about_prompt(mut self) -> Self {
+        if self.code == "context_length_exceeded" {
+            self.param = Some("prompt".to_owned());
+        }
+        self
+    }
+
     /// The error object, as it also stands in a stream that has begun.
     pub(crate) fn body(&self) -> Value {
         json!({ "error": { "message": self.message, "type": self.kind, "param": self.param, "code": self.code } })
@@ -50,6 +65,7 @@ impl From<Failure> for HttpError {
             Failure::InvalidRequest { .. } => (StatusCode::BAD_REQUEST, INVALID, "invalid_value"),
             Failure::QueueFull { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full"),
             Failure::SlowConsumer { .. } => (StatusCode::REQUEST_TIMEOUT, INVALID, "slow_consumer"),
+            Failure::CutOff => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "cut_off"),
             Failure::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
             Failure::BackendFailed { .. } => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "backend_failed"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error"),

@@ -98,7 +98,7 @@ pub(crate) async fn answer<W: Wire>(
         Some(Event::Queued { .. }) => {}
         Some(Event::Failed(failure)) => return Err(failure.into()),
         Some(_) => return Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into()),
-        None => return Err(Failure::ShuttingDown.into()),
+        None => return Err(Failure::CutOff.into()),
     }
     if reply.stream {
         return Ok(streamed(Stream::new(head, wire, reply.include_usage, events)));
@@ -125,7 +125,7 @@ async fn collected<W: Wire>(head: Head, wire: W, mut events: mpsc::Receiver<Even
                 return Ok(Json(body).into_response());
             }
             Some(Event::Failed(failure)) => return Err(failure.into()),
-            None => return Err(Failure::ShuttingDown.into()),
+            None => return Err(Failure::CutOff.into()),
         }
     }
 }
@@ -154,7 +154,7 @@ impl<W: Wire> Stream<W> {
         while self.ready.is_empty() && !self.ended {
             match self.events.recv().await {
                 Some(event) => self.write(event),
-                None => self.write(Event::Failed(Failure::ShuttingDown)),
+                None => self.write(Event::Failed(Failure::CutOff)),
             }
         }
         self.ready.pop_front()

@@ -12,15 +12,24 @@ use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use sparsed_engine::Service;
+use std::sync::Arc;
+use tokio::sync::Semaphore;
+
+/// Largest bodies that are held at a time, before they are prompts; smaller ones in proportion.
+const BODIES_MAX: usize = 8;
 
 /// What handlers share.
 #[derive(Clone, Debug)]
 struct Shared {
     service: Service,
+    body_bytes_max: usize,
+    /// Bytes of bodies that may still come, in KiB.
+    bodies: Arc<Semaphore>,
 }
 
 /// The whole HTTP interface.
 pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
+    let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     Router::new()
         .route("/health", get(models::health))
         .route("/v1/status", get(models::status))
@@ -31,5 +40,5 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))
-        .with_state(Shared { service })
+        .with_state(Shared { service, body_bytes_max, bodies })
 }

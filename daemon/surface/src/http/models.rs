@@ -3,6 +3,7 @@
 use super::Shared;
 use super::error::HttpError;
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
@@ -32,7 +33,13 @@ pub(crate) async fn list(State(shared): State<Shared>) -> Json<Value> {
 }
 
 /// `GET /v1/models/{id}`.
-pub(crate) async fn one(State(shared): State<Shared>, Path(id): Path<String>) -> Result<Json<Value>, HttpError> {
+pub(crate) async fn one(
+    State(shared): State<Shared>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, HttpError> {
+    let Path(id) = id.map_err(|error| {
+        HttpError::unreadable(StatusCode::BAD_REQUEST, "invalid_path", Some("model".to_owned()), error.body_text())
+    })?;
     let served = shared.service.model(&id)?;
     Ok(Json(entry(&id, &served)))
 }

@@ -35,7 +35,7 @@ pub(crate) struct SamplingFields {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a string or a list of strings")]
 enum Stop {
     One(String),
     Several(Vec<String>),
