@@ -32,6 +32,9 @@ struct Arguments {
     sets: Vec<String>,
 }
 
+/// How long tasks that nobody waits for may still take at the end.
+const LAST_TASKS: Duration = Duration::from_secs(1);
+
 /// Where the configuration is when the command line does not say.
 const CONFIG_FILE: &str = "/etc/sparsed/config.toml";
 
@@ -53,7 +56,11 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let file = arguments.config.clone().or_else(|| standard.exists().then_some(standard));
     let config = Config::load(file.as_deref(), &arguments.sets)?;
     let assembly = Assembly::new(&config)?;
-    runtime()?.block_on(serve_until(assembly, &config, signalled()))
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));
+    // A prompt that is being made for a client that is gone must not hold the end up.
+    runtime.shutdown_timeout(LAST_TASKS);
+    outcome
 }
 
 /// The runtime of the surfaces.
@@ -117,15 +124,18 @@ async fn wind_down(
     engine_end: tokio::sync::oneshot::Receiver<bool>,
     stop_timeout: Duration,
 ) -> anyhow::Result<()> {
+    // Told on threads of their own: the inbox may be full, and the blocking pool busy with prompts.
     let drained = service.clone();
-    tokio::task::spawn_blocking(move || drained.drain()).await?;
+    std::thread::spawn(move || drained.drain());
     let in_order = tokio::time::timeout(stop_timeout, engine_end).await;
     if in_order.is_err() {
         log::warn!("answers were cut off: the time to stop is over");
         let stopped = service.clone();
-        tokio::task::spawn_blocking(move || stopped.stop()).await?;
+        std::thread::spawn(move || stopped.stop());
     }
-    serving.await?;
+    if tokio::time::timeout(stop_timeout + LAST_TASKS, serving).await.is_err() {
+        log::warn!("connections were cut off: the time to stop is over");
+    }
     log::info!("stopped");
     Ok(())
 }
@@ -161,6 +171,13 @@ async fn signalled() {
             _ = interrupt.recv() => {}
         }
     };
+    tokio::spawn(async {
+        // The terminal's end, or an operator's habit: nothing is reloaded yet, and nothing is to die of it.
+        let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
+        while hangup.recv().await.is_some() {
+            log::info!("SIGHUP: this version reloads nothing; restart it for a new configuration");
+        }
+    });
     next().await;
     tokio::spawn(async move {
         next().await;

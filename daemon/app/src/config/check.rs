@@ -1,6 +1,6 @@
 //! Is every key known? Answers with the line and the nearest known key.
 
-use super::ConfigError;
+use super::{Config, ConfigError};
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
@@ -31,14 +31,55 @@ pub(super) const KEYS: &[&str] = &[
 /// How like a key must be to be suggested, 0 to 1.
 const LIKENESS: f64 = 0.7;
 
-/// Refuses unknown keys in a file.
-pub(super) fn file(path: &Path, text: &str) -> Result<(), ConfigError> {
-    let table = DeTable::parse(text).map_err(|error| located(path, text, &error))?;
-    match unknown(table.get_ref(), &mut Vec::new()) {
-        None => Ok(()),
-        Some((key, offset)) => {
-            let origin = format!("{}:{}", path.display(), line(text, offset));
-            Err(ConfigError::Invalid { origin, reason: unknown_key(&key) })
+/// A file's table; refuses unknown keys and values of a wrong type, with the line.
+pub(super) fn parse(path: &Path, text: &str) -> Result<toml::Table, ConfigError> {
+    let at = |error: toml::de::Error| located(path, text, &error);
+    let table = DeTable::parse(text).map_err(at)?;
+    if let Some((key, offset)) = unknown(table.get_ref(), &mut Vec::new()) {
+        let origin = format!("{}:{}", path.display(), line(text, offset));
+        return Err(ConfigError::Invalid { origin, reason: unknown_key(&key) });
+    }
+    // Once into the types with the text at hand, so that a wrong one is named with its line.
+    toml::from_str::<Config>(text).map_err(at)?;
+    toml::from_str(text).map_err(at)
+}
+
+/// Where the value of `key` comes from: the last setting of it, or its line in the file.
+pub(super) fn origin(key: &str, file: Option<(&Path, &str)>, sets: &[String]) -> String {
+    let path = key_parts(key).unwrap_or_default();
+    let of_key = |set: &&String| set.split_once('=').and_then(|(name, _)| key_parts(name)).is_some_and(|p| p == path);
+    let by_set = sets.iter().rfind(of_key).map(|set| format!("--set {set}"));
+    let by_file = || {
+        let (file, text) = file?;
+        let table = DeTable::parse(text).ok()?;
+        let offset = offset_of(table.get_ref(), &path)?;
+        Some(format!("{}:{}", file.display(), line(text, offset)))
+    };
+    // Without a key, one of the settings does not fit its type.
+    by_set
+        .or_else(by_file)
+        .unwrap_or_else(|| sets.iter().map(|set| format!("--set {set}")).collect::<Vec<_>>().join(" "))
+}
+
+fn offset_of(table: &DeTable<'_>, path: &[String]) -> Option<usize> {
+    let (first, below) = path.split_first()?;
+    let (key, value) = table.iter().find(|(key, _)| key.get_ref() == first.as_str())?;
+    match value.get_ref() {
+        DeValue::Table(table) if !below.is_empty() => offset_of(table, below),
+        _ => Some(key.span().start),
+    }
+}
+
+/// The parts of a TOML key: dots part them but in quotes.
+fn key_parts(key: &str) -> Option<Vec<String>> {
+    let mut table: toml::Table = format!("{key} = 0").parse().ok()?;
+    let mut parts = Vec::new();
+    loop {
+        let (part, value) = std::mem::take(&mut table).into_iter().next()?;
+        parts.push(part);
+        match value {
+            toml::Value::Table(below) => table = below,
+            _ => return Some(parts),
         }
     }
 }
@@ -53,10 +94,11 @@ pub(super) fn located(path: &Path, text: &str, error: &toml::de::Error) -> Confi
 }
 
 /// Applies `key=value` to `table`; the value is TOML, or else a bare string.
-pub(super) fn apply(set: &str, table: &mut toml::Table) -> Result<(), ConfigError> {
+pub(super) fn apply(set: &str, root: &mut toml::Table) -> Result<(), ConfigError> {
     let fail = |reason: String| ConfigError::Invalid { origin: format!("--set {set}"), reason };
     let (key, text) = set.split_once('=').ok_or_else(|| fail("must be key=value".to_owned()))?;
-    let parts: Vec<&str> = key.trim().split('.').collect();
+    let parts = key_parts(key).ok_or_else(|| fail(format!("'{key}' is not a key")))?;
+    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     if !known(&parts) {
         return Err(fail(unknown_key(&parts.join("."))));
     }
@@ -66,13 +108,15 @@ pub(super) fn apply(set: &str, table: &mut toml::Table) -> Result<(), ConfigErro
             None => toml::Value::String(text.to_owned()),
         };
     let (last, tables) = parts.split_last().expect("split gives at least one part");
-    let mut table = table;
+    let mut table = &mut *root;
     for part in tables {
         let entry = table.entry((*part).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
         table = entry.as_table_mut().ok_or_else(|| fail(format!("'{part}' is not a table")))?;
     }
     table.insert((*last).to_owned(), value);
-    Ok(())
+    // Types are checked one by one; what is still missing may come with the next setting.
+    let wrong = root.clone().try_into::<Config>().err().filter(|error| !error.message().starts_with("missing field"));
+    wrong.map_or(Ok(()), |error| Err(fail(error.message().to_owned())))
 }
 
 /// The first unknown key below `table`, and where it stands.
@@ -131,7 +175,7 @@ fn line(text: &str, offset: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Bytes, Config, Model};
+    use crate::config::{Bytes, Model};
 
     /// The list above and the types cannot drift apart: a full configuration has exactly these keys.
     #[test]

@@ -12,6 +12,8 @@ pub use size::Bytes;
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 /// Largest configuration file in bytes.
@@ -22,12 +24,12 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 #[non_exhaustive]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {cause}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
         /// The system's answer.
-        source: std::io::Error,
+        cause: std::io::Error,
     },
     /// A key or value is wrong.
     #[error("{origin}: {reason}")]
@@ -101,7 +103,7 @@ impl Default for Engine {
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Memory {
-    /// Bytes for weights that are copied, workspace and KV cache; `None`: half of what is available at the start.
+    /// Bytes for the KV caches of all models together; `None`: half of what is available at the start.
     pub budget: Option<Bytes>,
 }
 
@@ -189,67 +191,82 @@ impl Config {
     /// # Errors
     /// A file that cannot be read, an unknown key, a value of the wrong type or out of its range.
     pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Self, ConfigError> {
-        let mut table = match file {
-            Some(path) => read(path)?,
-            None => toml::Table::new(),
+        let text = file.map(read).transpose()?;
+        let mut table: toml::Table = match (file, &text) {
+            (Some(path), Some(text)) => check::parse(path, text)?,
+            _ => toml::Table::new(),
         };
-        let mut config = Self::from_table(&table, &file.map_or_else(String::new, |path| path.display().to_string()))?;
         for set in sets {
             check::apply(set, &mut table)?;
-            config = Self::from_table(&table, &format!("--set {set}"))?;
         }
-        config.checked()
-    }
-
-    fn from_table(table: &toml::Table, origin: &str) -> Result<Self, ConfigError> {
-        table.clone().try_into().map_err(|error: toml::de::Error| {
-            let reason = error.message().to_owned();
-            ConfigError::Invalid { origin: origin.to_owned(), reason }
-        })
-    }
-
-    fn checked(self) -> Result<Self, ConfigError> {
-        let limits = &self.limits;
-        let range = |key: &str, value: u64, low: u64, high: u64| {
-            if (low..=high).contains(&value) {
-                return Ok(());
-            }
-            let reason = format!("is {value}, must be {low} to {high}");
-            Err(ConfigError::Invalid { origin: key.to_owned(), reason })
+        let wrong = match table.try_into::<Self>() {
+            Ok(config) => match config.wrong_value() {
+                None => return Ok(config),
+                Some(wrong) => wrong,
+            },
+            // Only a setting can be at fault: the file was read as it is before.
+            Err(error) => (String::new(), error.message().to_owned()),
         };
-        range("limits.max_running", limits.max_running.into(), 1, 1024)?;
-        range("limits.max_waiting", limits.max_waiting.into(), 1, 65536)?;
-        range("limits.max_batched_tokens", limits.max_batched_tokens.into(), limits.max_running.into(), 65536)?;
-        range("limits.connections", limits.connections.into(), 1, 65536)?;
-        range("limits.body", limits.body.0, 1024, 1 << 30)?;
-        range("limits.slow_consumer_s", limits.slow_consumer_s, 1, 3600)?;
-        range("limits.stop_s", limits.stop_s, 0, 3600)?;
-        range("engine.threads", self.engine.threads.into(), 0, 1024)?;
+        let (key, reason) = wrong;
+        let origin = check::origin(&key, file.zip(text.as_deref()), sets);
+        Err(ConfigError::Invalid { origin, reason: if key.is_empty() { reason } else { format!("{key} {reason}") } })
+    }
+
+    /// The first value out of its range, and what it must be.
+    fn wrong_value(&self) -> Option<(String, String)> {
+        let limits = &self.limits;
+        let mut ranges = vec![
+            ("limits.max_running".to_owned(), limits.max_running.into(), 1, 1024),
+            ("limits.max_waiting".to_owned(), limits.max_waiting.into(), 1, 65536),
+            (
+                "limits.max_batched_tokens".to_owned(),
+                limits.max_batched_tokens.into(),
+                limits.max_running.into(),
+                65536,
+            ),
+            ("limits.connections".to_owned(), limits.connections.into(), 1, 65536),
+            ("limits.body".to_owned(), limits.body.0, 1024, 1 << 30),
+            ("limits.slow_consumer_s".to_owned(), limits.slow_consumer_s, 1, 3600),
+            ("limits.stop_s".to_owned(), limits.stop_s, 0, 3600),
+            ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
+        ];
+        let paths =
+            [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
+        let mut paths: Vec<_> =
+            paths.into_iter().filter_map(|(key, path)| Some((key.to_owned(), path.as_ref()?))).collect();
         for (name, model) in &self.model {
-            range(&format!("model.{name}.max_context"), model.max_context.unwrap_or(1).into(), 1, 1 << 24)?;
-            range(&format!("model.{name}.top_k"), model.top_k.unwrap_or(0).into(), 0, 1 << 24)?;
+            if name.is_empty() {
+                return Some(("model".to_owned(), "has a model without a name".to_owned()));
+            }
+            ranges.push((format!("model.{name}.max_context"), model.max_context.unwrap_or(1).into(), 1, 1 << 24));
+            ranges.push((format!("model.{name}.top_k"), model.top_k.unwrap_or(0).into(), 0, 1 << 24));
+            paths.push((format!("model.{name}.path"), &model.path));
         }
-        if self.dbus.bus != "off" {
-            let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
-            return Err(ConfigError::Invalid { origin: "dbus.bus".to_owned(), reason });
+        let out = |(key, value, low, high): &(String, u64, u64, u64)| {
+            let inside = (low..=high).contains(&value);
+            (!inside).then(|| (key.clone(), format!("is {value}, must be {low} to {high}")))
+        };
+        if let Some(wrong) = ranges.iter().find_map(out) {
+            return Some(wrong);
         }
-        Ok(self)
+        if let Some((key, _)) = paths.into_iter().find(|(_, path)| path.as_os_str().is_empty()) {
+            return Some((key, "is empty, must be a path".to_owned()));
+        }
+        let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
+        (self.dbus.bus != "off").then(|| ("dbus.bus".to_owned(), reason))
     }
 }
 
-fn read(path: &Path) -> Result<toml::Table, ConfigError> {
-    let io = |source| ConfigError::Io { path: path.to_owned(), source };
-    let bytes = std::fs::metadata(path).map_err(io)?.len();
-    if bytes > FILE_BYTES_MAX {
-        let reason = format!("{bytes} bytes, the limit is {FILE_BYTES_MAX}");
+fn read(path: &Path) -> Result<String, ConfigError> {
+    let io = |cause| ConfigError::Io { path: path.to_owned(), cause };
+    let mut text = String::new();
+    let file = File::open(path).map_err(io)?;
+    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(io)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        let reason = format!("more than {FILE_BYTES_MAX} bytes");
         return Err(ConfigError::Invalid { origin: path.display().to_string(), reason });
     }
-    let text = std::fs::read_to_string(path).map_err(io)?;
-    check::file(path, &text)?;
-    let at = |error: toml::de::Error| check::located(path, &text, &error);
-    // Once with the text at hand, so that a wrong type is named with its line.
-    toml::from_str::<Config>(&text).map_err(at)?;
-    toml::from_str(&text).map_err(at)
+    Ok(text)
 }
 
 #[cfg(test)]
@@ -301,11 +318,23 @@ mod tests {
     fn a_wrong_value_is_named_with_its_line_or_key() {
         let said = load("[limits]\nmax_running = \"many\"\n", &[]).unwrap_err();
         assert!(said.starts_with("FILE:2: ") && said.contains("max_running"), "{said}");
-        assert!(load("[limits]\nmax_running = 0\n", &[]).unwrap_err().contains("limits.max_running"));
+        let said = load("\n[limits]\nmax_running = 0\n", &[]).unwrap_err();
+        assert_eq!(said, "FILE:3: limits.max_running is 0, must be 1 to 1024");
+        let said = load("", &["engine.threads=1", "limits.stop_s=9999"]).unwrap_err();
+        assert_eq!(said, "--set limits.stop_s=9999: limits.stop_s is 9999, must be 0 to 3600");
         assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
+        assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
         assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));
+        assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));
         assert!(load("x = [\n", &[]).unwrap_err().starts_with("FILE:"));
         assert!(load("", &["socket.path"]).unwrap_err().contains("key=value"));
+    }
+
+    #[test]
+    fn settings_may_come_in_any_order_and_name_models_with_dots() {
+        let sets = ["model.\"smol-1.7\".top_k=5", "model.\"smol-1.7\".path=/x"];
+        assert_eq!(load("", &sets).unwrap().model["smol-1.7"].top_k, Some(5));
+        assert!(load("", &["model.a.top_k=5"]).unwrap_err().contains("path"));
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl FromStr for Bytes {
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
-        #[serde(untagged)]
+        #[serde(untagged, expecting = "expected a size: a number of bytes, or a text like '2GiB'")]
         enum Written {
             Number(u64),
             Text(String),

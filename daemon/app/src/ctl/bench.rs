@@ -64,9 +64,15 @@ impl Bench {
             "load_ms": load.as_secs_f64() * 1e3,
             "kv_bytes_per_token": device.kv_bytes_per_token()?,
             "peak_rss_bytes": peak_rss_bytes(),
-            "results": rows.iter().map(|row| row.json(self.local.threads)).collect::<Vec<_>>(),
+            "results": rows.iter().map(|row| row.json(self.threads())).collect::<Vec<_>>(),
         });
         if self.json { super::print_json(&result) } else { super::print(&table(&result)) }
+    }
+
+    /// Threads asked for, or else what a plugin has by itself: one for each processor it may use.
+    fn threads(&self) -> u32 {
+        let available = || std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
+        if self.local.threads > 0 { self.local.threads } else { available() }
     }
 
     fn measure(&self, device: &mut DeviceModel, vocab: u32) -> anyhow::Result<Vec<Row>> {
@@ -173,8 +179,8 @@ fn table(result: &Value) -> String {
         text += &format!(
             "{:<8} {:>8} {:>8} {:>12.1} {:>12.3}\n",
             row["kind"].as_str().unwrap_or_default(),
-            row["n"],
-            row["depth"],
+            row["n"].to_string(),
+            row["depth"].to_string(),
             number("tokens_per_second"),
             number("ms_per_token"),
         );

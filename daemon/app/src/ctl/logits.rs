@@ -32,6 +32,7 @@ pub(super) struct Logits {
 
 impl Logits {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        ensure!(self.topk_out.as_ref() != Some(&self.out), "--out and --topk-out are the same file");
         let text = std::fs::read_to_string(&self.ids).with_context(|| self.ids.display().to_string())?;
         let ids: Vec<u32> =
             serde_json::from_str(&text).with_context(|| format!("{}: not a list of token ids", self.ids.display()))?;

@@ -93,6 +93,11 @@ impl Run {
         let (target, prompt) = target(&self.words)?;
         let (client, model, private) = match target {
             Target::Named(name) => {
+                if self.private.any() {
+                    bail!(
+                        "options for a model file do not go with a model of the daemon; set them in its configuration"
+                    );
+                }
                 let socket = self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket);
                 (Client::new(&socket), name, None)
             }
@@ -101,7 +106,14 @@ impl Run {
                 (Client::new(private.socket()), DEFAULT_MODEL.to_owned(), Some(private))
             }
         };
-        let outcome = self.ask(&client, &model, prompt).await;
+        let outcome = match &private {
+            // So that a private daemon's folder goes too. A conversation takes Ctrl-C itself.
+            Some(_) if prompt.is_some() => tokio::select! {
+                outcome = self.ask(&client, &model, prompt) => outcome,
+                _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("stopped")),
+            },
+            _ => self.ask(&client, &model, prompt).await,
+        };
         if let Some(private) = private {
             private.stop().await?;
         }
@@ -114,7 +126,10 @@ impl Run {
             None if std::io::stdin().is_terminal() => return repl::run(client, model, &self.options).await,
             None => {
                 let mut text = String::new();
-                std::io::stdin().take(STDIN_BYTES_MAX).read_to_string(&mut text)?;
+                std::io::stdin().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text)?;
+                if text.len() as u64 > STDIN_BYTES_MAX {
+                    bail!("the prompt on standard input has more than {STDIN_BYTES_MAX} bytes");
+                }
                 text
             }
         };
