@@ -12,7 +12,8 @@ end() {
 }
 trap end EXIT
 trap 'exit 130' INT TERM
-target/release/sparsed --set state_dir="$home/state" --set socket.path="$home/api.sock" \
+# In a session of its own, so that Ctrl-C on the terminal stops an answer and not the daemon.
+setsid target/release/sparsed --set state_dir="$home/state" --set socket.path="$home/api.sock" \
   --set model.default.path="$model" 2>"$home/log" &
 daemon=$!
 until target/release/sparsectl status --ready --socket "$home/api.sock" >/dev/null 2>&1; do
@@ -20,7 +21,7 @@ until target/release/sparsectl status --ready --socket "$home/api.sock" >/dev/nu
   sleep 0.1
 done
 if [ -n "$prompt" ]; then
-  target/release/sparsectl run --socket "$home/api.sock" --temperature 0 default "$prompt"
+  target/release/sparsectl run --socket "$home/api.sock" --temperature 0 -- default "$prompt"
 else
   trap : INT # Ctrl-C stops an answer, not the conversation
   target/release/sparsectl run --socket "$home/api.sock" default

@@ -14,9 +14,9 @@ fi
 echo 'int main(void) { return 0; }' | cc -x c - -o /dev/null 2>/dev/null || missing="$missing libc6-dev"
 if [ -n "$missing" ]; then
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    apt-get update -q
+    apt-get update -q >&2
     # shellcheck disable=SC2086 # a list of packages
-    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $missing
+    DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $missing >&2
   else
     echo "missing: run  sudo apt-get install$missing" >&2
     exit 2

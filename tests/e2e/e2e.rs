@@ -3,7 +3,8 @@
 
 use serde_json::{Value, json};
 use sparsed_tests::daemon::{Answer, Daemon, read_answer};
-use std::io::Read;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 const FRANCE: &str = "The capital of France is Paris.";
@@ -151,6 +152,57 @@ fn an_answer_that_takes_too_long_to_stop_says_so() {
     assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
     let answer = read_answer(stream).unwrap();
     assert!(!answer.body.contains("[DONE]"), "an endless answer cannot have ended");
+}
+
+#[test]
+fn a_daemon_with_every_connection_taken_can_be_stopped() {
+    let mut daemon = Daemon::start(&default_model(), &["limits.connections=2", "limits.stop_s=1"]);
+    let idle: Vec<_> = (0..3).map(|_| UnixStream::connect(daemon.socket()).unwrap()).collect();
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    drop(idle);
+}
+
+#[test]
+fn a_body_that_is_announced_too_large_is_refused_before_it_comes() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 99999999999\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    let answer = read_answer(stream).unwrap();
+    assert_eq!(answer.status, 413, "{}", answer.body);
+    assert!(answer.body.contains("limits.body"), "{}", answer.body);
+}
+
+#[test]
+fn nothing_is_ready_before_every_model_is_loaded() {
+    let second = format!("model.second.path={}", default_model().display());
+    let daemon = Daemon::spawn(Some(&default_model()), &[&second]);
+    daemon.wait_until("listening", || daemon.socket().exists() && UnixStream::connect(daemon.socket()).is_ok());
+    let first = daemon.get("/health");
+    let states = daemon.get("/v1/status").json();
+    let ready = states["models"].as_array().unwrap().iter().all(|model| model["state"] == "ready");
+    assert!(ready || first.status == 503, "healthy while a model is loading: {states}");
+    assert!(first.status == 200 || first.json()["status"] == "loading", "{}", first.body);
+    daemon.wait_until("ready", || daemon.get("/health").status == 200);
+    assert_eq!(daemon.get("/v1/models").json()["data"].as_array().map(Vec::len), Some(2));
+}
+
+#[test]
+fn a_hangup_harms_nobody() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    daemon.signal("HUP");
+    daemon.wait_until("told", || daemon.log().contains("SIGHUP"));
+    assert_eq!(daemon.get("/health").status, 200);
+}
+
+#[test]
+fn ctrl_c_in_a_chat_stops_the_answer_and_not_the_conversation() {
+    let root = sparsed_tests::root();
+    let mut command = Command::new("python3");
+    command.arg(root.join("tests/e2e/interrupt.py")).arg("packaging/chat.sh").arg(default_model());
+    let done = command.current_dir(root).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
 }
 
 #[test]

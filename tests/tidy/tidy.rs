@@ -96,6 +96,18 @@ fn may_be_used(licence: &str, allowed: &[String]) -> bool {
     expression.evaluate(|requirement| allowed.iter().any(|name| *name == requirement.to_string()))
 }
 
+/// A nearer clippy.toml replaces the root's, so it must repeat it.
+#[test]
+fn every_clippy_toml_has_the_roots_keys() {
+    let root = std::fs::read_to_string(sparsed_tests::root().join("clippy.toml")).unwrap();
+    let nearer: Vec<PathBuf> = files("/clippy.toml");
+    assert!(nearer.len() >= 3);
+    for path in nearer {
+        let text = std::fs::read_to_string(&path).unwrap();
+        root.lines().for_each(|line| assert!(text.contains(line), "{}: '{line}' is missing", path.display()));
+    }
+}
+
 #[test]
 fn files_are_short_and_narrow() {
     let all = files(".rs");
