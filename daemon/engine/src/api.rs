@@ -4,11 +4,11 @@
 //! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
-use crate::Sampling;
+use crate::{Grammar, Sampling};
 use sparsed_model::OutputParser;
 
 /// A request for an answer.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Generate {
     /// The configured model's name.
     pub model: String,
@@ -18,6 +18,8 @@ pub struct Generate {
     pub max_tokens: Option<u32>,
     /// How tokens are chosen.
     pub sampling: Sampling,
+    /// What the answer must be; it ends when it is that and nothing can follow.
+    pub grammar: Option<Grammar>,
     /// Texts that end the answer; they are not part of it.
     pub stops: Vec<String>,
     /// Go on past end tokens, for benchmarks.
@@ -196,6 +198,12 @@ pub enum Failure {
     SlowConsumer {
         /// How long a listener may be silent.
         limit_s: u64,
+    },
+    /// The answer cannot go on under its grammar: nothing is allowed, or a limit is reached.
+    #[error("the answer cannot go on under its grammar: {reason}")]
+    GrammarFailed {
+        /// What happened.
+        reason: String,
     },
     /// The device failed.
     #[error("the device failed: {reason}")]

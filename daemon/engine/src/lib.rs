@@ -11,6 +11,7 @@ pub mod api;
 
 mod batch;
 mod executor;
+mod grammar;
 mod params;
 mod runner;
 mod sampler;
@@ -22,6 +23,7 @@ mod stream;
 
 pub use batch::{Batch, Rows};
 pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, SoleSequence};
+pub use grammar::{Grammar, GrammarSpec};
 pub use params::{Sampling, checked_stops};
 pub use runner::{ModelOptions, start};
 pub use sampler::greedy;

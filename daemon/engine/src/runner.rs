@@ -7,6 +7,7 @@
 use crate::api::Failure;
 use crate::batch::Batch;
 use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
+use crate::grammar::Compiler;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::service::{Command, ServedModel, Service, Slot, Stats};
@@ -174,7 +175,9 @@ impl Live {
         let device = DeviceModel::load(backend, &model, load, &mut progress).map_err(|error| error.to_string())?;
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let top_k = device.top_k();
-        let served = Arc::new(ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created });
+        let grammars = Compiler::default();
+        let served = ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created, grammars };
+        let served = Arc::new(served);
         let scheduler = Scheduler::new(limits, n_blocks);
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
         Ok(Self { served, device, scheduler, batch: Batch::default(), stats })

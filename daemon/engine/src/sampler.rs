@@ -1,10 +1,11 @@
 //! Which token comes next? Logits in, one token out.
 //!
-//! Order of the steps, as in Hugging Face `transformers` and vLLM: bias, penalties, temperature, top-k, top-p, min-p.
+//! Order of the steps, as in Hugging Face `transformers` and vLLM: the grammar's mask, bias, penalties, temperature, top-k, top-p, min-p.
 //! The random number of a token is a function of the seed and of how many were drawn before, so a sampler that is
 //! rebuilt at token n draws on as the first one would have.
 
-use crate::Sampling;
+use crate::api::Failure;
+use crate::{Grammar, Sampling};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use std::collections::{HashMap, HashSet};
@@ -14,6 +15,7 @@ use std::collections::{HashMap, HashSet};
 pub(crate) struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
+    grammar: Option<Grammar>,
     /// Occurrences in the answer.
     answered: HashMap<u32, u32>,
     /// Tokens of prompt and answer; kept only when the repetition penalty needs them.
@@ -24,25 +26,39 @@ pub(crate) struct Sampler {
 
 impl Sampler {
     /// A sampler for a sequence that begins with `prompt`.
-    pub(crate) fn new(sampling: Sampling, prompt: &[u32]) -> Self {
+    pub(crate) fn new(sampling: Sampling, grammar: Option<Grammar>, prompt: &[u32]) -> Self {
         let seen = if has_repetition_penalty(&sampling) { prompt.iter().copied().collect() } else { HashSet::new() };
         let rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-        Self { sampling, rng, answered: HashMap::new(), seen, candidates: Vec::new() }
+        Self { sampling, rng, grammar, answered: HashMap::new(), seen, candidates: Vec::new() }
     }
 
-    /// The next token. `logits` has one value per token of the vocabulary; NaN counts as impossible. `None`: every
-    /// token is impossible, so whoever made the logits is at fault.
-    pub(crate) fn next(&mut self, logits: &mut [f32]) -> Option<u32> {
-        self.adjust(logits);
+    /// The next token. `logits` has one value per token of the vocabulary; NaN counts as impossible.
+    ///
+    /// # Errors
+    /// The grammar's; every token is impossible, so whoever made the logits is at fault.
+    pub(crate) fn next(&mut self, logits: &mut [f32]) -> Result<u32, Failure> {
         if !logits.iter().any(|logit| *logit > f32::NEG_INFINITY) {
-            return None;
+            return Err(Failure::BackendFailed { reason: "it gave no number for any token".to_owned() });
         }
-        let token = if self.sampling.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
+        if let Some(grammar) = &mut self.grammar {
+            grammar.mask(logits)?;
+        }
+        self.adjust(logits);
+        let mut token = if self.sampling.temperature == 0.0 { greedy(logits) } else { self.draw(logits) };
+        if let Some(grammar) = &mut self.grammar {
+            token = grammar.allowed(token);
+            grammar.commit(token)?;
+        }
         *self.answered.entry(token).or_insert(0) += 1;
         if has_repetition_penalty(&self.sampling) {
             self.seen.insert(token);
         }
-        Some(token)
+        Ok(token)
+    }
+
+    /// Whether there is a grammar and the answer is all that it can be.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.grammar.as_ref().is_some_and(Grammar::is_complete)
     }
 
     fn adjust(&self, logits: &mut [f32]) {
@@ -138,8 +154,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn drawn(sampling: Sampling, logits: &[f32], n: usize) -> Vec<u32> {
-        let mut sampler = Sampler::new(sampling, &[]);
-        (0..n).filter_map(|_| sampler.next(&mut logits.to_vec())).collect()
+        let mut sampler = Sampler::new(sampling, None, &[]);
+        (0..n).map(|_| sampler.next(&mut logits.to_vec()).unwrap()).collect()
     }
 
     fn seeded(seed: u64) -> Sampling {
@@ -189,16 +205,17 @@ mod tests {
     #[test]
     fn logits_without_a_number_give_no_token() {
         for temperature in [0.0, 1.0] {
-            let mut sampler = Sampler::new(Sampling { temperature, ..seeded(1) }, &[]);
-            assert_eq!(sampler.next(&mut [f32::NAN, f32::NEG_INFINITY]), None);
+            let mut sampler = Sampler::new(Sampling { temperature, ..seeded(1) }, None, &[]);
+            let failed = sampler.next(&mut [f32::NAN, f32::NEG_INFINITY]).unwrap_err();
+            assert!(matches!(failed, Failure::BackendFailed { .. }));
         }
     }
 
     #[test]
     fn penalties_and_bias_move_the_choice() {
         let greedy_with = |sampling: Sampling, prompt: &[u32], n| {
-            let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..sampling }, prompt);
-            (0..n).filter_map(|_| sampler.next(&mut [1.0, 0.9, -0.5])).collect::<Vec<_>>()
+            let mut sampler = Sampler::new(Sampling { temperature: 0.0, ..sampling }, None, prompt);
+            (0..n).map(|_| sampler.next(&mut [1.0, 0.9, -0.5]).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(greedy_with(Sampling { presence_penalty: 0.2, ..seeded(0) }, &[], 3), [0, 1, 0]);
         assert_eq!(greedy_with(Sampling { frequency_penalty: 0.2, ..seeded(0) }, &[], 4), [0, 1, 0, 1]);

@@ -77,7 +77,7 @@ impl Sequence {
         Self {
             id,
             n_prompt: request.prompt.len(),
-            sampler: Sampler::new(request.sampling, &request.prompt),
+            sampler: Sampler::new(request.sampling, request.grammar, &request.prompt),
             answer: Answer::new(request.reading, request.stops),
             tokens: request.prompt,
             table: BlockTable::new(),
@@ -110,22 +110,26 @@ impl Sequence {
     ///
     /// Answers whether the answer is at its end.
     pub(crate) fn advance(&mut self, logits: &mut [f32], vocabulary: Vocabulary<'_>, now: Duration) -> bool {
-        let Some(token) = self.sampler.next(logits) else {
-            self.fail(Failure::BackendFailed { reason: "it gave no number for any token".to_owned() });
-            return true;
+        let token = match self.sampler.next(logits) {
+            Ok(token) => token,
+            Err(failure) => {
+                self.fail(failure);
+                return true;
+            }
         };
         self.tokens.push(token);
         self.times.first_token.get_or_insert(now);
         self.times.last_token = now;
-        let ended = !self.ignore_end && vocabulary.ends(token);
+        let complete = self.sampler.is_complete();
+        let ended = (complete || !self.ignore_end) && vocabulary.ends(token);
         let stopped = self.answer.take(token, ended, vocabulary.tokenizer, &mut self.outbox);
         let full = self.tokens.len() >= vocabulary.max_context as usize
             || self.max_tokens.is_some_and(|max| self.n_answered() >= max as usize);
-        if !ended && !stopped && !full {
+        if !ended && !complete && !stopped && !full {
             return false;
         }
         self.answer.finish(stopped, &mut self.outbox);
-        let reason = match (ended || stopped, self.answer.has_called) {
+        let reason = match (ended || complete || stopped, self.answer.has_called) {
             (true, true) => FinishReason::ToolCalls,
             (true, false) => FinishReason::Stop,
             (false, _) => FinishReason::Length,

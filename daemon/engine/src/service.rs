@@ -4,6 +4,7 @@
 //! come back through each request's sink.
 
 use crate::api::{ChatPrompt, Failure, Generate, Reading, Sink};
+use crate::grammar::{Compiler, Grammar, GrammarSpec};
 use crate::scheduler::Load;
 use sparsed_model::{ChatRequest, Model, ModelError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -71,6 +72,8 @@ pub struct ServedModel {
     pub top_k: Option<u32>,
     /// Seconds since 1970, when it was loaded.
     pub created: u64,
+    /// Of requests that say what the answer must be.
+    pub(crate) grammars: Compiler,
 }
 
 /// What a model's engine has done and holds.
@@ -240,6 +243,16 @@ impl ServedModel {
     pub fn text_prompt(&self, text: &str) -> Result<Vec<u32>, Failure> {
         let tokens = self.tokenizer("prompt")?.encode(text);
         tokens.map_err(|error| Failure::invalid("prompt", format!("cannot be tokenized: {error}")))
+    }
+
+    /// The grammar of an answer. Takes long, for some schemas: not for threads that must not wait.
+    ///
+    /// # Errors
+    /// A model without tokenizer; a schema or grammar that is broken or too large, with its place.
+    pub fn grammar(&self, spec: GrammarSpec) -> Result<Grammar, Failure> {
+        let none = || Failure::invalid(spec.param(), "cannot be used: the model has no tokenizer");
+        let tokenizer = self.model.tokenizer().ok_or_else(none)?;
+        self.grammars.compile(spec, tokenizer)
     }
 
     fn tokenizer(&self, param: &str) -> Result<&sparsed_model::Tokenizer, Failure> {

@@ -236,6 +236,7 @@ mod tests {
                 prompt,
                 max_tokens: Some(max_tokens),
                 sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+                grammar: None,
                 stops: params::checked_stops(Vec::new()).unwrap(),
                 ignore_end: false,
                 reading: None,

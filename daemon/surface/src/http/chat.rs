@@ -52,6 +52,7 @@ impl StreamOptions {
 pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
     let (fields, sampling) = (body.parse::<ChatFields>()?, body.parse::<SamplingFields>()?);
     let share = body.into_share();
+    let grammar = sampling.grammar()?;
     let reply = StreamOptions::reply(fields.stream_options, fields.stream);
     let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
     if fields.max_completion_tokens == Some(0) {
@@ -60,17 +61,18 @@ pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<R
     let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
     let request = fields.request()?;
     let served = shared.service.model(&model)?;
-    let prompt = tokio::task::spawn_blocking(move || {
-        let prompt = served.chat_prompt(&request);
+    let made = tokio::task::spawn_blocking(move || {
+        let prompt = served.chat_prompt(&request)?;
         drop(share);
-        prompt
+        Ok::<_, Failure>((prompt, grammar.map(|spec| served.grammar(spec)).transpose()?))
     });
-    let prompt = prompt.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
+    let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
     let generate = Generate {
         model,
         prompt: prompt.tokens,
         max_tokens,
         sampling: sampling.sampling()?,
+        grammar,
         stops: sampling.stops()?,
         ignore_end: sampling.ignore_end(),
         reading: Some(prompt.reading),

@@ -44,26 +44,23 @@ pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<R
     let (request, fields) = (body.parse::<CompletionRequest>()?, body.parse::<SamplingFields>()?);
     let share = body.into_share();
     request.refuse_what_is_missing()?;
-    let (sampling, stops) = (fields.sampling()?, fields.stops()?);
+    let (sampling, stops, grammar) = (fields.sampling()?, fields.stops()?, fields.grammar()?);
     let model = request.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
     let served = shared.service.model(&model)?;
     let with_tokens = request.return_tokens == Some(true) || served.model.tokenizer().is_none();
-    let prompt = match request.prompt.single()? {
-        Ok(text) => {
-            let prompt = tokio::task::spawn_blocking(move || {
-                let prompt = served.text_prompt(&text);
-                drop(share);
-                prompt
-            });
-            prompt.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??
-        }
-        Err(tokens) => tokens,
-    };
+    let prompt = request.prompt.single()?;
+    let made = tokio::task::spawn_blocking(move || {
+        let prompt = prompt.map_or_else(|text| served.text_prompt(&text), Ok)?;
+        drop(share);
+        Ok::<_, Failure>((prompt, grammar.map(|spec| served.grammar(spec)).transpose()?))
+    });
+    let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
     let generate = Generate {
         model,
         prompt,
         max_tokens: Some(request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)),
         sampling,
+        grammar,
         stops,
         ignore_end: fields.ignore_end(),
         reading: None,
@@ -87,15 +84,15 @@ impl CompletionRequest {
 }
 
 impl Prompt {
-    /// The one prompt of the request: text, or else token ids.
-    fn single(self) -> Result<Result<String, Vec<u32>>, HttpError> {
+    /// The one prompt of the request: token ids, or else text.
+    fn single(self) -> Result<Result<Vec<u32>, String>, HttpError> {
         let several = |n: usize| HttpError::invalid("prompt", format!("has {n} prompts, one is served per request"));
         match self {
-            Self::Text(text) => Ok(Ok(text)),
-            Self::Tokens(tokens) => Ok(Err(tokens)),
-            Self::Texts(texts) => <[String; 1]>::try_from(texts).map(|[text]| Ok(text)).map_err(|t| several(t.len())),
+            Self::Text(text) => Ok(Err(text)),
+            Self::Tokens(tokens) => Ok(Ok(tokens)),
+            Self::Texts(texts) => <[String; 1]>::try_from(texts).map(|[text]| Err(text)).map_err(|t| several(t.len())),
             Self::TokenLists(lists) => {
-                <[Vec<u32>; 1]>::try_from(lists).map(|[tokens]| Err(tokens)).map_err(|l| several(l.len()))
+                <[Vec<u32>; 1]>::try_from(lists).map(|[tokens]| Ok(tokens)).map_err(|l| several(l.len()))
             }
         }
     }

@@ -67,6 +67,7 @@ impl From<Failure> for HttpError {
             Failure::SlowConsumer { .. } => (StatusCode::REQUEST_TIMEOUT, INVALID, "slow_consumer"),
             Failure::CutOff => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "cut_off"),
             Failure::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
+            Failure::GrammarFailed { .. } => (StatusCode::BAD_REQUEST, INVALID, "grammar_failed"),
             Failure::BackendFailed { .. } => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "backend_failed"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error"),
         };

@@ -3,7 +3,7 @@
 use super::error::HttpError;
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::{Sampling, checked_stops};
+use sparsed_engine::{GrammarSpec, Sampling, checked_stops};
 use std::collections::BTreeMap;
 
 /// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM and llama.cpp have them.
@@ -22,16 +22,32 @@ pub(crate) struct SamplingFields {
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
     n: Option<u32>,
+    response_format: Option<ResponseFormat>,
+    /// llama.cpp's name; here in llguidance's dialect of Lark.
+    grammar: Option<String>,
     // What would change the answer and is not there yet.
     logprobs: Option<Value>,
     top_logprobs: Option<Value>,
-    response_format: Option<Value>,
-    grammar: Option<Value>,
     functions: Option<Value>,
     modalities: Option<Value>,
     audio: Option<Value>,
     prediction: Option<Value>,
     web_search_options: Option<Value>,
+}
+
+/// OpenAI's `response_format`; `schema` beside `json_object` as llama.cpp has it.
+#[derive(Clone, Debug, Deserialize)]
+struct ResponseFormat {
+    #[serde(rename = "type")]
+    kind: String,
+    schema: Option<Value>,
+    json_schema: Option<JsonSchema>,
+}
+
+/// Its `name`, `description` and `strict` change nothing: a schema is always followed.
+#[derive(Clone, Debug, Deserialize)]
+struct JsonSchema {
+    schema: Option<Value>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -81,6 +97,30 @@ impl SamplingFields {
         Ok(checked_stops(stops)?)
     }
 
+    /// What the answer must be, if the request says so.
+    pub(crate) fn grammar(&self) -> Result<Option<GrammarSpec>, HttpError> {
+        let format = match &self.response_format {
+            None => None,
+            Some(ResponseFormat { kind, schema, json_schema }) => match kind.as_str() {
+                "text" => None,
+                "json_object" => Some(schema.clone().map_or(GrammarSpec::JsonObject, GrammarSpec::JsonSchema)),
+                "json_schema" => {
+                    let schema = json_schema.as_ref().and_then(|format| format.schema.clone());
+                    let none = || HttpError::invalid("response_format", "has no json_schema.schema");
+                    Some(GrammarSpec::JsonSchema(schema.ok_or_else(none)?))
+                }
+                other => {
+                    let reason = format!("is of type '{other}'; text, json_object and json_schema are served");
+                    return Err(HttpError::invalid("response_format", reason));
+                }
+            },
+        };
+        match (format, &self.grammar) {
+            (Some(_), Some(_)) => Err(HttpError::invalid("grammar", "and response_format exclude each other")),
+            (format, grammar) => Ok(format.or_else(|| grammar.clone().map(GrammarSpec::Lark))),
+        }
+    }
+
     /// Whether the answer goes on past end tokens.
     pub(crate) fn ignore_end(&self) -> bool {
         self.ignore_eos.unwrap_or(false)
@@ -100,17 +140,14 @@ impl SamplingFields {
         if self.n.is_some_and(|n| n != 1) {
             return Err(HttpError::invalid("n", "must be 1: one answer per request is served"));
         }
-        let text_only = |format: &Value| format.get("type").and_then(Value::as_str) == Some("text");
         let asks = |value: &Option<Value>| match value {
             None | Some(Value::Null | Value::Bool(false)) => false,
             Some(Value::Array(list)) => !list.is_empty(),
-            Some(value) => !text_only(value),
+            Some(_) => true,
         };
         let fields = [
             ("logprobs", &self.logprobs),
             ("top_logprobs", &self.top_logprobs),
-            ("response_format", &self.response_format),
-            ("grammar", &self.grammar),
             ("functions", &self.functions),
             ("audio", &self.audio),
             ("prediction", &self.prediction),
@@ -150,11 +187,32 @@ mod tests {
     }
 
     #[test]
+    fn a_request_says_what_the_answer_must_be() {
+        let spec = |json: &str| fields(json).grammar().map_err(|error| error.body()["error"]["param"].clone());
+        let schema = |value: Value| Ok(Some(GrammarSpec::JsonSchema(value)));
+        let any = serde_json::json!({ "type": "array" });
+        assert_eq!(spec("{}"), Ok(None));
+        assert_eq!(spec(r#"{"response_format": {"type": "text"}}"#), Ok(None));
+        assert_eq!(spec(r#"{"response_format": {"type": "json_object"}}"#), Ok(Some(GrammarSpec::JsonObject)));
+        let openai = r#"{"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": true, "schema": {"type": "array"}}}}"#;
+        assert_eq!(spec(openai), schema(any.clone()));
+        let llama = r#"{"response_format": {"type": "json_object", "schema": {"type": "array"}}}"#;
+        assert_eq!(spec(llama), schema(any));
+        assert_eq!(spec(r#"{"grammar": "start: \"a\""}"#), Ok(Some(GrammarSpec::Lark("start: \"a\"".to_owned()))));
+        for (json, param) in [
+            (r#"{"response_format": {"type": "xml"}}"#, "response_format"),
+            (r#"{"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}"#, "response_format"),
+            (r#"{"response_format": {"type": "json_object"}, "grammar": "start: \"a\""}"#, "grammar"),
+        ] {
+            assert_eq!(spec(json), Err(param.into()), "{json}");
+        }
+    }
+
+    #[test]
     fn what_is_not_served_is_refused_by_name() {
         for (json, param) in [
             (r#"{"n": 2}"#, "n"),
             (r#"{"functions": [{}]}"#, "functions"),
-            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
             (r#"{"logprobs": true}"#, "logprobs"),
             (r#"{"top_k": -2}"#, "top_k"),
             (r#"{"temperature": -0.1}"#, "temperature"),

@@ -1,0 +1,216 @@
+//! What does a request's grammar cost, and is it one? Limits, the model's vocabulary as a trie, the compilation.
+//!
+//! Everything here happens on a thread that may wait. One grammar per model is compiled at a time, so the memory of a
+//! compilation is there once; `llguidance` recurses along references, so it runs on a stack of its own that is large
+//! enough for the longest chain which `guard`'s limit on its length has room for.
+
+use super::locate::failing_place;
+use super::{Grammar, GrammarSpec, guard};
+use crate::api::Failure;
+use llguidance::api::{ParserLimits, TopLevelGrammar};
+use llguidance::toktrie::{ApproximateTokEnv, TokEnv, TokRxInfo, TokTrie};
+use llguidance::{ParserFactory, panic_utils};
+use serde_json::{Value, json};
+use sparsed_model::Tokenizer;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// Stack of a compilation; only what is used of it is ever in memory.
+const STACK_BYTES: usize = 256 << 20;
+/// Longest token that a grammar can use; longer ones are left out. The trie can hold 1024.
+const TOKEN_BYTES_MAX: usize = 1000;
+/// What may stand between the tokens of JSON: small models otherwise write blanks until `max_tokens`.
+const WHITESPACE: &str = r"[ \n\r\t]{1,40}";
+/// Longest message about a grammar.
+const MESSAGE_CHARS_MAX: usize = 200;
+/// `llguidance`'s token id for "none".
+const NO_TOKEN: u32 = u32::MAX;
+
+/// `llguidance` counts its work, so the same grammar is refused on every machine.
+fn limits() -> ParserLimits {
+    ParserLimits {
+        max_items_in_row: 1_000,
+        initial_lexer_fuel: 1_000_000,
+        step_lexer_fuel: 100_000,
+        step_max_items: 10_000,
+        max_lexer_states: 50_000,
+        max_grammar_size: 200_000,
+        precompute_large_lexemes: true,
+        // They hold the state of the answer.
+        verbose_errors: false,
+    }
+}
+
+/// Compiles the grammars of one model's requests.
+#[derive(Default)]
+pub(crate) struct Compiler {
+    /// Made when the first grammar is asked for: the trie takes time and memory.
+    factory: OnceLock<Result<ParserFactory, String>>,
+    /// Guards no data: one compilation at a time.
+    turn: Mutex<()>,
+}
+
+impl std::fmt::Debug for Compiler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Compiler").field("used", &self.factory.get().is_some()).finish_non_exhaustive()
+    }
+}
+
+impl Compiler {
+    /// The grammar for `spec` over the tokens of `tokenizer`.
+    ///
+    /// # Errors
+    /// [`Failure::InvalidRequest`] that says where the schema or grammar is broken, or which limit it exceeds.
+    pub(crate) fn compile(&self, spec: GrammarSpec, tokenizer: &Tokenizer) -> Result<Grammar, Failure> {
+        self.compile_with(spec, || Vocabulary::of(tokenizer))
+    }
+
+    pub(super) fn compile_with(
+        &self,
+        spec: GrammarSpec,
+        vocabulary: impl FnOnce() -> Vocabulary + Send,
+    ) -> Result<Grammar, Failure> {
+        let param = spec.param();
+        let refuse = |reason: String| Failure::invalid(param, reason);
+        let source = match spec {
+            GrammarSpec::JsonObject => Source::Schema(json!({ "type": "object" })),
+            GrammarSpec::JsonSchema(schema) => Source::Schema(schema),
+            GrammarSpec::Lark(text) => Source::Lark(text),
+        };
+        source.check().map_err(refuse)?;
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let work = || {
+            let factory = self.factory.get_or_init(|| vocabulary().factory()).as_ref().map_err(Clone::clone)?;
+            build(factory, &source)
+        };
+        let compiled = std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK_BYTES);
+            let thread =
+                thread.spawn_scoped(scope, work).map_err(|error| format!("cannot be compiled now: {error}"))?;
+            thread.join().map_err(|_| "cannot be compiled: llguidance panicked".to_owned())?
+        });
+        compiled.map_err(refuse)
+    }
+}
+
+enum Source {
+    Schema(Value),
+    Lark(String),
+}
+
+impl Source {
+    fn check(&self) -> Result<(), String> {
+        match self {
+            Self::Schema(schema) if schema.is_object() => guard::check_schema(schema),
+            Self::Schema(schema) => Err(format!("has a schema that is not an object: {}", cut(&schema.to_string()))),
+            Self::Lark(text) => guard::check_lark(text),
+        }
+    }
+}
+
+fn build(factory: &ParserFactory, source: &Source) -> Result<Grammar, String> {
+    match source {
+        Source::Lark(text) => {
+            let grammar = TopLevelGrammar::from_lark(text.clone());
+            compile(factory, grammar).map_err(|error| format!("cannot be used: {error}"))
+        }
+        Source::Schema(schema) => {
+            let compile = |schema: &Value| {
+                let mut schema = schema.clone();
+                if let Some(members) = schema.as_object_mut() {
+                    members.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": WHITESPACE }));
+                }
+                compile(factory, TopLevelGrammar::from_json_schema(schema))
+            };
+            compile(schema).map_err(|error| {
+                let place = failing_place(schema, &error, &|part| compile(part).err());
+                format!("has a schema that cannot be used, at '{place}': {error}")
+            })
+        }
+    }
+}
+
+fn compile(factory: &ParserFactory, grammar: TopLevelGrammar) -> Result<Grammar, String> {
+    let made = factory.create_parser(grammar).map_err(|error| error.to_string()).and_then(Grammar::new);
+    made.map_err(|error| message(&error))
+}
+
+/// The bytes of each token of a model, as a grammar sees them.
+pub(super) struct Vocabulary {
+    /// Nothing for a token that no grammar can use.
+    pub(super) words: Vec<Vec<u8>>,
+    pub(super) ends: Vec<u32>,
+}
+
+impl Vocabulary {
+    fn of(tokenizer: &Tokenizer) -> Self {
+        let ends = tokenizer.end_tokens().to_vec();
+        let ids = 0..u32::try_from(tokenizer.vocab_size()).unwrap_or(u32::MAX);
+        let word = |id: u32| {
+            let bytes = tokenizer.token_bytes(id);
+            let word = if bytes.is_empty() || ends.contains(&id) {
+                // A control token: no text, only a grammar's own `<name>` can ask for it.
+                let name = tokenizer.token_name(id).filter(|name| !name.is_empty());
+                name.map_or(Vec::new(), |name| [&[TokTrie::SPECIAL_TOKEN_MARKER], name.as_bytes()].concat())
+            } else if bytes.contains(&TokTrie::SPECIAL_TOKEN_MARKER) {
+                // Never part of UTF-8, and the trie's mark of control tokens.
+                Vec::new()
+            } else {
+                bytes.to_vec()
+            };
+            if word.len() > TOKEN_BYTES_MAX { Vec::new() } else { word }
+        };
+        Self { words: ids.map(word).collect(), ends }
+    }
+
+    /// One token per ASCII byte, then `words`, then the control token `<|end|>` that ends an answer.
+    #[cfg(test)]
+    pub(super) fn tiny(words: &[&str]) -> Self {
+        let mut all: Vec<Vec<u8>> = (0..128u8).map(|byte| vec![byte]).collect();
+        all.extend(words.iter().map(|word| word.as_bytes().to_vec()));
+        all.push(b"\xff<|end|>".to_vec());
+        let end = u32::try_from(all.len() - 1).expect("few words");
+        Self { words: all, ends: vec![end] }
+    }
+
+    fn factory(self) -> Result<ParserFactory, String> {
+        let Self { words, ends } = self;
+        let made = panic_utils::catch_unwind(move || {
+            let size = u32::try_from(words.len())?;
+            let info = TokRxInfo::new(size, ends.first().copied().unwrap_or(NO_TOKEN));
+            let mut trie = TokTrie::from(&info, &words);
+            if !ends.is_empty() {
+                trie = trie.with_eos_tokens(&ends);
+            }
+            let env: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
+            let mut factory = ParserFactory::new_simple(&env)?;
+            factory.quiet();
+            *factory.limits_mut() = limits();
+            Ok(factory)
+        });
+        made.map_err(|error| format!("cannot be used with this model's tokens: {}", message(&error.to_string())))
+    }
+}
+
+/// What `llguidance` says, in one line: states, backtraces and copies of the text follow in others.
+pub(super) fn message(error: &str) -> String {
+    let mut lines = error.lines();
+    let first = lines.next().unwrap_or_default().trim_end();
+    if first.starts_with("panic: ") {
+        return "llguidance cannot do this".to_owned();
+    }
+    if first == "NoExtensionBias" {
+        return "no token of the model may come".to_owned();
+    }
+    // A regular expression's own message comes last.
+    match lines.rev().find_map(|line| line.trim().strip_prefix("error: ")) {
+        Some(regex) => format!("{}: {regex}", cut(first).trim_end_matches(':')),
+        None => cut(first),
+    }
+}
+
+fn cut(text: &str) -> String {
+    match text.char_indices().nth(MESSAGE_CHARS_MAX) {
+        Some((at, _)) => format!("{}...", &text[..at]),
+        None => text.to_owned(),
+    }
+}
