@@ -53,6 +53,14 @@ impl std::fmt::Debug for Grammar {
 }
 
 impl Grammar {
+    /// A Lark grammar whose tokens are the ASCII bytes.
+    #[cfg(test)]
+    pub(crate) fn over_bytes(lark: &str) -> Self {
+        let made =
+            Compiler::default().compile_with(GrammarSpec::Lark(lark.to_owned()), || compiler::Vocabulary::tiny(&[]));
+        made.expect("a grammar")
+    }
+
     /// Computes the first mask, which costs most and shows whether there is any answer.
     fn new(parser: TokenParser) -> Result<Self, String> {
         let mut matcher = Matcher::new(Ok(parser));

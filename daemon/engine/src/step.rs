@@ -113,7 +113,7 @@ mod tests {
     use crate::api::{Event, FinishReason, Generate, Refused, Sink};
     use crate::scheduler::Limits;
     use crate::sequence::{Sequence, SequenceId};
-    use crate::{Sampling, params};
+    use crate::{Grammar, Sampling, params};
     use proptest::prelude::*;
     use sparsed_backend::BackendError;
     use sparsed_kv::BLOCK_TOKENS;
@@ -134,6 +134,7 @@ mod tests {
         /// Statuses of the next runs.
         failures: Vec<i32>,
         runs: usize,
+        computed: usize,
     }
 
     fn next_token(history: impl Iterator<Item = u32>) -> u32 {
@@ -143,6 +144,7 @@ mod tests {
     impl Executor for Paged {
         fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
             self.runs += 1;
+            self.computed += batch.n_tokens();
             if let Some(status) = self.failures.pop() {
                 let (call, message) = ("queue_run", "planted".to_owned());
                 return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
@@ -231,12 +233,16 @@ mod tests {
         }
 
         fn submit(&mut self, prompt: Vec<u32>, max_tokens: u32, listener: &Listener) {
+            self.submit_under(None, prompt, max_tokens, listener);
+        }
+
+        fn submit_under(&mut self, grammar: Option<Grammar>, prompt: Vec<u32>, max_tokens: u32, listener: &Listener) {
             let request = Generate {
                 model: "m".to_owned(),
                 prompt,
                 max_tokens: Some(max_tokens),
                 sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-                grammar: None,
+                grammar,
                 stops: params::checked_stops(Vec::new()).unwrap(),
                 ignore_end: false,
                 reading: None,
@@ -314,6 +320,29 @@ mod tests {
         bench.run();
         for (seed, listener) in (0..).zip(&listeners) {
             assert_eq!(listener.heard().0, naive(prompt(seed, 50), 80), "request {seed}");
+        }
+    }
+
+    #[test]
+    fn a_grammar_goes_on_where_it_was_when_a_sequence_is_computed_again() {
+        let answers = |n_blocks: u32| {
+            let mut bench = Bench::new(n_blocks, limits());
+            let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(1000)).collect();
+            for (seed, listener) in (0..).zip(&listeners) {
+                let grammar = Grammar::over_bytes("start: (/[ -@]/ /[A-_]/)*");
+                bench.submit_under(Some(grammar), prompt(seed, 50), 80, listener);
+            }
+            bench.run();
+            let answers: Vec<Vec<u32>> = listeners.iter().map(|listener| listener.heard().0).collect();
+            (answers, bench.executor.computed)
+        };
+        let (short, again) = answers(4); // 256 tokens for three that grow to 130 each
+        let (roomy, once) = answers(32);
+        assert!(again > once, "nothing was computed again");
+        assert_eq!(short, roomy);
+        for answer in short {
+            assert_eq!(answer.len(), 80);
+            assert!(answer.chunks(2).all(|pair| (32..=64).contains(&pair[0]) && (65..=95).contains(&pair[1])));
         }
     }
 
