@@ -124,7 +124,7 @@ fn least_common_multiple(a: u64, b: u64) -> Option<u64> {
         (divisor, rest) = (rest, divisor % rest);
     }
     // 0 is no multiple; llguidance says so itself.
-    if divisor == 0 { Some(0) } else { (a / divisor).checked_mul(b) }
+    a.checked_div(divisor).map_or(Some(0), |part| part.checked_mul(b))
 }
 
 #[cfg(test)]
