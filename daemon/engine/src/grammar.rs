@@ -281,8 +281,13 @@ mod tests {
         assert!(matches!(failed, Err(Failure::GrammarFailed { .. })), "{failed:?}");
     }
 
+    fn seeded() -> ProptestConfig {
+        let rng_seed = proptest::test_runner::RngSeed::Fixed(1);
+        ProptestConfig { rng_seed, failure_persistence: None, ..ProptestConfig::with_cases(64) }
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig { rng_seed: proptest::test_runner::RngSeed::Fixed(1), failure_persistence: None, ..ProptestConfig::with_cases(64) })]
+        #![proptest_config(seeded())]
 
         #[test]
         fn any_seed_gives_json_of_the_schema(seed: u64, temperature in 0f32..2.0) {
@@ -291,7 +296,8 @@ mod tests {
                 "properties": { "n": { "type": "integer" }, "s": { "type": "string", "maxLength": 5 }, "b": { "const": true } },
             });
             let grammar = compiled(GrammarSpec::JsonSchema(schema)).unwrap();
-            let (tokens, complete) = answer(grammar, Sampling { seed, temperature, ..Sampling::default() }, 2000).unwrap();
+            let sampling = Sampling { seed, temperature, ..Sampling::default() };
+            let (tokens, complete) = answer(grammar, sampling, 2000).unwrap();
             prop_assert!(complete, "{}", text(&tokens));
             let value: Value = serde_json::from_str(&text(&tokens)).unwrap();
             prop_assert!(value["n"].is_number() && value["s"].as_str().unwrap().chars().count() <= 5, "{value}");

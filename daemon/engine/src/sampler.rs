@@ -1,6 +1,7 @@
 //! Which token comes next? Logits in, one token out.
 //!
-//! Order of the steps, as in Hugging Face `transformers` and vLLM: the grammar's mask, bias, penalties, temperature, top-k, top-p, min-p.
+//! Order of the steps, as in Hugging Face `transformers` and vLLM: the grammar's mask, bias, penalties, temperature,
+//! top-k, top-p, min-p.
 //! The random number of a token is a function of the seed and of how many were drawn before, so a sampler that is
 //! rebuilt at token n draws on as the first one would have.
 
