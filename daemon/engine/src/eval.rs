@@ -1,0 +1,13 @@
+//! How good is a model's answer? The arithmetic of `sparsectl eval`: losses, windows of text, recall prompts.
+//!
+//! Pure: everything random comes from a seed, nothing here knows a device.
+
+mod loss;
+mod recall;
+mod windows;
+
+pub use loss::{Comparison, LossError, WindowLoss, compare, cross_entropy, mean, standard_error};
+pub use recall::{
+    Answered, RecallError, RecallPrompt, RecallShape, RecallSummary, Vocabulary, recall_prompts, windowed,
+};
+pub use windows::windows;
