@@ -7,7 +7,7 @@ use sparsed_backend::Backend;
 use sparsed_engine::{DeviceModel, LoadOptions};
 use sparsed_kv::blocks_for;
 use sparsed_model::{Model, ProgramOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Which model, on which device, computed how.
 #[derive(Debug, clap::Args)]
@@ -15,6 +15,16 @@ pub(super) struct Local {
     /// GGUF file (the first part of a split one) or Hugging Face folder.
     #[arg(long)]
     pub(super) model: PathBuf,
+    #[command(flatten)]
+    pub(super) device: LocalDevice,
+    /// Tokens that attention selects; 0: all. Default: as many as the model was made for.
+    #[arg(long)]
+    top_k: Option<u32>,
+}
+
+/// On which device, computed how.
+#[derive(Debug, clap::Args)]
+pub(super) struct LocalDevice {
     /// Plugin id.
     #[arg(long, default_value = "cpu")]
     plugin: String,
@@ -27,13 +37,10 @@ pub(super) struct Local {
     /// Compute threads; 0: the plugin's choice.
     #[arg(short, long, default_value_t = 0)]
     pub(super) threads: u32,
-    /// Tokens that attention selects; 0: all. Default: as many as the model was made for.
-    #[arg(long)]
-    top_k: Option<u32>,
     /// int16: 16-bit activations, f16 and q8_0 rows. f32: activations, KV rows and index rows in f32, slow. int8: 8-bit
     /// activations; near ties between tokens may fall otherwise.
     #[arg(long, value_enum, default_value = "int16")]
-    act: Act,
+    pub(super) act: Act,
 }
 
 /// What a command needs of each step.
@@ -68,14 +75,7 @@ impl Act {
 
 impl Local {
     pub(super) fn open(&self) -> anyhow::Result<(Model, Backend)> {
-        let mut config = Config::default();
-        config.plugins.dir.clone_from(&self.plugins_dir);
-        config.engine.plugin.clone_from(&self.plugin);
-        config.engine.threads = self.threads;
-        config.engine.set = self.plugin_set.iter().cloned().collect();
-        let backend = open_backend(&config)?;
-        let model = Model::open(&self.model).with_context(|| format!("cannot serve {}", self.model.display()))?;
-        Ok((model, backend))
+        self.device.open(&self.model)
     }
 
     /// Puts the model on the device for one sequence.
@@ -87,8 +87,35 @@ impl Local {
         max_step_tokens: u32,
         outputs: LocalOutputs,
     ) -> anyhow::Result<DeviceModel> {
-        let (path, activations) = (self.model.clone(), self.act.activations());
-        let configured = crate::config::Model { path, max_context: None, top_k: self.top_k, activations };
+        self.device.load(model, backend, self.top_k, max_context, max_step_tokens, outputs)
+    }
+}
+
+impl LocalDevice {
+    /// Opens the model and the device.
+    pub(super) fn open(&self, path: &Path) -> anyhow::Result<(Model, Backend)> {
+        let mut config = Config::default();
+        config.plugins.dir.clone_from(&self.plugins_dir);
+        config.engine.plugin.clone_from(&self.plugin);
+        config.engine.threads = self.threads;
+        config.engine.set = self.plugin_set.iter().cloned().collect();
+        let backend = open_backend(&config)?;
+        let model = Model::open(path).with_context(|| format!("cannot serve {}", path.display()))?;
+        Ok((model, backend))
+    }
+
+    /// Puts the model on the device for one sequence; `top_k` as in [`Local`].
+    pub(super) fn load(
+        &self,
+        model: &Model,
+        backend: &Backend,
+        top_k: Option<u32>,
+        max_context: u32,
+        max_step_tokens: u32,
+        outputs: LocalOutputs,
+    ) -> anyhow::Result<DeviceModel> {
+        let (path, activations) = (model.path().to_owned(), self.act.activations());
+        let configured = crate::config::Model { path, max_context: None, top_k, activations };
         let selections_out = outputs == LocalOutputs::EverythingWithSelections;
         let program = ProgramOptions { selections_out, ..program_options(&configured) };
         let options = LoadOptions {

@@ -3,6 +3,7 @@
 mod bench;
 mod client;
 mod convert;
+mod eval;
 mod local;
 mod logits;
 mod private;
@@ -28,6 +29,7 @@ struct Arguments {
 enum Command {
     Bench(bench::Bench),
     Convert(convert::Convert),
+    Eval(Box<eval::Eval>),
     Logits(logits::Logits),
     Models(status::Models),
     Quantize(quantize::Quantize),
@@ -42,6 +44,7 @@ pub fn main() -> ExitCode {
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),
         Command::Convert(command) => command.run(),
+        Command::Eval(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
         Command::Quantize(command) => command.run(),

@@ -1,0 +1,104 @@
+//! How is an evaluation shown to people? Tables of what the JSON holds.
+
+use serde_json::Value;
+use std::fmt::Write;
+
+/// The whole result as text.
+pub(super) fn table(result: &Value) -> String {
+    let mut text = format!(
+        "{}: {} MB, activations {}; {} tokens of text in {} documents\n",
+        result["model"].as_str().unwrap_or_default(),
+        result["file_bytes"].as_u64().unwrap_or(0) / 1_000_000,
+        result["activations"].as_str().unwrap_or_default(),
+        result["texts"]["tokens"],
+        result["texts"]["documents"],
+    );
+    for table in result["perplexity"].as_array().into_iter().flatten() {
+        text += &perplexity(table);
+    }
+    for table in result["recall"].as_array().into_iter().flatten() {
+        text += &recall(table);
+    }
+    text.trim_end().to_owned()
+}
+
+fn perplexity(table: &Value) -> String {
+    let mut text = format!(
+        "\nPerplexity, context {}: {} windows, {} tokens scored\n{:<8} {:>8} {:>17} {:>16} {:>17} {:>16}\n",
+        table["context"],
+        table["windows"],
+        table["scored_tokens"],
+        "K",
+        "PPL",
+        "CROSS-ENTROPY",
+        "RATIO",
+        "LATE ENTROPY",
+        "LATE RATIO",
+    );
+    for row in table["rows"].as_array().into_iter().flatten() {
+        let k = row["top_k"].as_u64().map_or_else(|| "dense".to_owned(), |k| k.to_string());
+        let (all, late) = (&row["all"], &row["late"]);
+        let line = format!(
+            "{k:<8} {:>8.3} {:>17} {:>16} {:>17} {:>16}\n",
+            all["perplexity"].as_f64().unwrap_or(f64::NAN),
+            with_error(&all["cross_entropy"], &all["cross_entropy_error"]),
+            with_error(&all["ratio"], &all["ratio_error"]),
+            with_error(&late["cross_entropy"], &late["cross_entropy_error"]),
+            with_error(&late["ratio"], &late["ratio_error"]),
+        );
+        text += &line;
+    }
+    text
+}
+
+fn recall(table: &Value) -> String {
+    let prompts = table["prompts"].as_u64().unwrap_or(0);
+    let mut text = format!(
+        "\nRecall, {} tokens: {prompts} prompts\n{:<12} {:>9} {:>8} {:>17}\n",
+        table["length"], "ATTENTION", "EXACT", "DIGITS", "LOG-PROBABILITY",
+    );
+    for row in table["rows"].as_array().into_iter().flatten() {
+        let size = row["size"].as_u64().map_or(String::new(), |size| format!(" {size}"));
+        let written = writeln!(
+            text,
+            "{:<12} {:>9} {:>8.3} {:>17}",
+            format!("{}{size}", row["attention"].as_str().unwrap_or_default()),
+            format!("{}/{prompts}", row["exact"]),
+            row["digit_accuracy"].as_f64().unwrap_or(f64::NAN),
+            with_error(&row["log_probability"], &row["log_probability_error"]),
+        );
+        written.expect("writing to a String cannot fail");
+    }
+    text
+}
+
+/// A number and its standard error, if it has one.
+fn with_error(value: &Value, error: &Value) -> String {
+    let value = value.as_f64().unwrap_or(f64::NAN);
+    error.as_f64().map_or_else(|| format!("{value:.4}"), |error| format!("{value:.4} +-{error:.4}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn tables_have_a_row_for_each_kind_of_attention() {
+        let part = |ratio: f64| json!({ "cross_entropy": 3.0, "cross_entropy_error": null, "perplexity": 20.09, "ratio": ratio, "ratio_error": 0.001 });
+        let result = json!({
+            "model": "m", "file_bytes": 5_000_000, "activations": "f32", "texts": { "tokens": 9, "documents": 1 },
+            "perplexity": [{ "context": 8, "windows": 1, "scored_tokens": 7, "rows": [
+                { "top_k": null, "all": part(1.0), "late": part(1.0) },
+                { "top_k": 4, "all": part(1.25), "late": part(1.5) },
+            ]}],
+            "recall": [{ "length": 8, "prompts": 3, "rows": [
+                { "attention": "window", "size": 4, "exact": 1, "digit_accuracy": 0.5, "log_probability": -1.0, "log_probability_error": 0.25 },
+            ]}],
+        });
+        let text = table(&result);
+        let rows: Vec<Vec<&str>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert!(rows.contains(&vec!["4", "20.090", "3.0000", "1.2500", "+-0.0010", "3.0000", "1.5000", "+-0.0010"]));
+        assert!(rows.contains(&vec!["window", "4", "1/3", "0.500", "-1.0000", "+-0.2500"]), "{text}");
+    }
+}
