@@ -6,6 +6,7 @@
 
 mod chat;
 mod error;
+mod inspect;
 mod language;
 mod model;
 mod new_file;
@@ -21,6 +22,7 @@ pub mod quantize;
 
 pub use chat::{ChatFormat, ChatMessage, ChatRequest, OutputEvent, OutputParser, Prompt, Role, ToolCall};
 pub use error::ModelError;
+pub use inspect::{FormatCount, Inspection};
 pub use model::{Model, Summary};
 pub use program::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
 pub use spec::{Architecture, GroupScore, IndexerSpec, ModelSpec, MoeSpec, RopeLayout, RouterScore};

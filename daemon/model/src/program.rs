@@ -112,14 +112,22 @@ impl KvShape {
     /// # Errors
     /// When a row is not whole blocks of its format.
     pub fn bytes_per_token(&self) -> Result<u64, ModelError> {
+        self.plane_bytes_per_token().map(|(latent, index)| latent + index)
+    }
+
+    /// Bytes that one token holds in the latent plane and in the index plane.
+    ///
+    /// # Errors
+    /// When a row is not whole blocks of its format.
+    pub fn plane_bytes_per_token(&self) -> Result<(u64, u64), ModelError> {
         let bytes = |row: SpdRow| {
             let unknown = || ModelError::Unsupported { what: format!("KV rows of dtype {}", row.dtype), hint: "" };
             let format = Format::from_ggml_id(row.dtype).ok_or_else(unknown)?;
             let source = |source| ModelError::Quant { name: "a KV row".to_owned(), source };
             format.row_bytes(row.width as usize).map(|n| n as u64).map_err(source)
         };
-        Ok((bytes(self.latent)? + bytes(self.rope)?) * u64::from(self.n_layers)
-            + bytes(self.index)? * u64::from(self.n_index_layers))
+        let latent = (bytes(self.latent)? + bytes(self.rope)?) * u64::from(self.n_layers);
+        Ok((latent, bytes(self.index)? * u64::from(self.n_index_layers)))
     }
 }
 

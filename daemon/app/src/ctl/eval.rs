@@ -38,8 +38,8 @@ const TOKENS_MAX: u32 = 1 << 24;
 /// sliding window could carry a little more from layer to layer. This one cannot.)
 ///
 /// A k of the context's length or more reads everything, as dense does, and is left out. Not measured: how much
-/// attention mass the selection keeps, against the best k and against a window. The queries that it takes do not leave
-/// the device.
+/// attention mass the selection keeps, against the best k and against a window: that takes every query of attention, and
+/// a program gives out selections and logits only.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Eval {

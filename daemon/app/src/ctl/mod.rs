@@ -4,6 +4,7 @@ mod bench;
 mod client;
 mod convert;
 mod eval;
+mod inspect;
 mod local;
 mod logits;
 mod private;
@@ -30,6 +31,7 @@ enum Command {
     Bench(bench::Bench),
     Convert(convert::Convert),
     Eval(Box<eval::Eval>),
+    Inspect(inspect::Inspect),
     Logits(logits::Logits),
     Models(status::Models),
     Quantize(quantize::Quantize),
@@ -45,6 +47,7 @@ pub fn main() -> ExitCode {
         Command::Bench(command) => command.run(),
         Command::Convert(command) => command.run(),
         Command::Eval(command) => command.run(),
+        Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
         Command::Quantize(command) => command.run(),

@@ -1,0 +1,183 @@
+//! What is in a file, even one that is not served? Everything that can be read, and every reason against serving it.
+//!
+//! Reads headers and metadata only; weights stay where they are.
+
+use crate::program::kv_shape;
+use crate::weights::Weights;
+use crate::{KvFormats, KvShape, Model, ModelError, ModelSpec, ProgramOptions, Selection};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Tensors of one format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FormatCount {
+    /// How many.
+    pub tensors: u64,
+    /// Numbers in them.
+    pub values: u64,
+    /// Their bytes in the file.
+    pub bytes: u64,
+}
+
+/// What was found in a model file or folder.
+#[derive(Debug)]
+pub struct Inspection {
+    /// What the file calls itself.
+    pub name: Option<String>,
+    /// `general.architecture` of a GGUF, `model_type` of a folder.
+    pub architecture: Option<String>,
+    /// Whether it is a Hugging Face folder.
+    pub is_folder: bool,
+    /// Bytes of all its files with tensors.
+    pub file_bytes: u64,
+    /// By format name.
+    pub formats: BTreeMap<&'static str, FormatCount>,
+    /// The hyperparameters, if they are served.
+    pub spec: Option<ModelSpec>,
+    /// The tokenizer's kind and pre-tokenizer, and how many tokens it has.
+    pub tokenizer: Option<(String, usize)>,
+    /// Whether there is a chat template, the file's own or one that its tokens show.
+    pub has_template: bool,
+    /// Why it is not served; the first is what [`Model::open`] answers.
+    pub refusals: Vec<String>,
+}
+
+impl Inspection {
+    /// Reads what can be read.
+    ///
+    /// # Errors
+    /// A file that is not a model at all, or whose table of tensors cannot be read.
+    pub fn read(path: &Path) -> Result<Self, ModelError> {
+        let weights = Weights::open(path)?;
+        let text = |key: &str| match (weights.metadata(), weights.config()) {
+            (Some(metadata), _) => metadata.str(key).ok().flatten().map(str::to_owned),
+            (None, Some(config)) => config.get(key).and_then(Value::as_str).map(str::to_owned),
+            (None, None) => None,
+        };
+        let is_folder = weights.metadata().is_none();
+        let mut refusals: Vec<String> = Vec::new();
+        let mut refuse = |error: ModelError| {
+            let said = error.to_string();
+            if !refusals.contains(&said) {
+                refusals.push(said);
+            }
+        };
+        let spec = ModelSpec::parse(&weights);
+        let model = Model::open(path);
+        let served = model.as_ref().ok().and_then(|model| model.chat_template()).is_some();
+        match model {
+            Err(error) => refuse(error),
+            // Where tensors would have to be made from others, that work is left to serving.
+            Ok(model) if has_tensors_as_asked(&weights) => {
+                let options = ProgramOptions { selection: Selection::Model, ..ProgramOptions::default() };
+                model.program(&options).err().into_iter().for_each(&mut refuse);
+            }
+            Ok(_) => {}
+        }
+        let spec = spec.map_err(&mut refuse).ok();
+        if let Some(metadata) = weights.metadata() {
+            crate::Tokenizer::from_metadata(metadata).err().into_iter().for_each(&mut refuse);
+        }
+        Ok(Self {
+            name: text(if is_folder { "_name_or_path" } else { "general.name" }),
+            architecture: text(if is_folder { "model_type" } else { "general.architecture" }),
+            is_folder,
+            file_bytes: weights.file_bytes(),
+            formats: formats(&weights),
+            spec,
+            tokenizer: tokenizer(&weights),
+            has_template: served || text("tokenizer.chat_template").is_some(),
+            refusals,
+        })
+    }
+
+    /// The rows that a token has in the KV pool; `None` without hyperparameters, an error where rows are not whole
+    /// blocks of their formats.
+    pub fn kv(&self, formats: &KvFormats, dense: bool) -> Option<Result<KvShape, ModelError>> {
+        self.spec.as_ref().map(|spec| kv_shape(spec, formats, dense))
+    }
+
+    /// Numbers in all tensors.
+    pub fn parameters(&self) -> u64 {
+        self.formats.values().map(|format| format.values).sum()
+    }
+}
+
+/// Whether a program is bound to mapped tensors alone: a GGUF file without unsplit parts and single experts.
+fn has_tensors_as_asked(weights: &Weights) -> bool {
+    let made = |name: &&str| name.contains(".attn_kv_b.") || is_single_expert(name);
+    weights.metadata().is_some() && !weights.names().iter().any(made)
+}
+
+/// `blk.N.ffn_gate.E.weight` and its like, as old files have them.
+fn is_single_expert(name: &str) -> bool {
+    let Some((_, after)) = name.split_once(".ffn_") else { return false };
+    after.split('.').nth(1).is_some_and(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+fn formats(weights: &Weights) -> BTreeMap<&'static str, FormatCount> {
+    let mut formats: BTreeMap<&'static str, FormatCount> = BTreeMap::new();
+    for tensor in weights.listed() {
+        let format = formats.entry(tensor.format).or_default();
+        format.tensors += 1;
+        // A table of tensors may claim more than there is; what is told must not wrap round.
+        format.values = format.values.saturating_add(tensor.values);
+        format.bytes = format.bytes.saturating_add(tensor.bytes);
+    }
+    formats
+}
+
+/// What the metadata say, whether the tokenizer is served or not.
+fn tokenizer(weights: &Weights) -> Option<(String, usize)> {
+    let metadata = weights.metadata()?;
+    let kind = metadata.str("tokenizer.ggml.model").ok()??;
+    if matches!(kind, "none" | "no_vocab") {
+        return None;
+    }
+    let tokens = metadata.strings("tokenizer.ggml.tokens").ok()?.map_or(0, <[String]>::len);
+    let pre = metadata.str("tokenizer.ggml.pre").ok().flatten();
+    Some((pre.map_or_else(|| kind.to_owned(), |pre| format!("{kind}, {pre}")), tokens))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_quant::Format;
+    use sparsed_quant::gguf::{Metadata, Value as Entry, Writer};
+
+    /// A GGUF file with an architecture, a tokenizer and one tensor.
+    fn inspected(architecture: &str, tokenizer: &str) -> Inspection {
+        let mut metadata = Metadata::new();
+        metadata.set("general.architecture", Entry::String(architecture.to_owned()));
+        metadata.set("general.name", Entry::String("A name".to_owned()));
+        metadata.set("tokenizer.ggml.model", Entry::String(tokenizer.to_owned()));
+        let mut writer = Writer::new(metadata);
+        let bytes = vec![0; writer.add("token_embd.weight", &[32, 3], Format::Q8_0).unwrap()];
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        let mut out = writer.begin(std::fs::File::create(&path).unwrap()).unwrap();
+        out.tensor(&bytes).unwrap();
+        out.finish().unwrap();
+        Inspection::read(&path).unwrap()
+    }
+
+    #[test]
+    fn a_refused_file_is_still_read_and_every_reason_is_told() {
+        let found = inspected("mamba", "llama");
+        assert_eq!((found.architecture.as_deref(), found.name.as_deref()), (Some("mamba"), Some("A name")));
+        let format = FormatCount { tensors: 1, values: 96, bytes: 102 };
+        assert_eq!(found.formats, BTreeMap::from([("Q8_0", format)]));
+        assert_eq!(found.tokenizer, Some(("llama".to_owned(), 0)));
+        assert!(found.spec.is_none() && !found.has_template && found.kv(&KvFormats::exact(), false).is_none());
+        let [architecture, tokenizer] = &found.refusals[..] else { panic!("{:?}", found.refusals) };
+        assert!(architecture.contains("'mamba'") && tokenizer.contains("'llama'"));
+    }
+
+    #[test]
+    fn single_experts_are_told_from_other_parts() {
+        assert!(is_single_expert("blk.3.ffn_gate.17.weight"));
+        assert!(!is_single_expert("blk.3.ffn_gate.weight") && !is_single_expert("blk.3.ffn_gate_exps.weight"));
+        assert!(!is_single_expert("blk.3.attn_q.weight"));
+    }
+}
