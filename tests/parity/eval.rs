@@ -82,6 +82,18 @@ fn the_default_model_recalls_what_a_window_has_lost() {
 }
 
 #[test]
+fn lengths_that_were_not_asked_for_and_that_the_text_does_not_fill_are_left_out() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.md"), "A short text of a few words.\n".repeat(10)).unwrap();
+    let arguments = ["eval", "--json", "--context", "32", "--tokens", "32", "--text"];
+    let model = sparsed_tests::model("smollm2-135m-dsa.gguf");
+    let (code, found, said) = run(&arguments, &[dir.path(), Path::new("--"), &model]);
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(found["recall"].as_array().map(Vec::len), Some(0));
+    assert!(found["notes"][0].as_str().unwrap().contains("recall at 1024 tokens is left out"), "{found}");
+}
+
+#[test]
 fn what_cannot_be_measured_is_said() {
     let tiny = Tiny::open("v32");
     let dir = tempfile::tempdir().unwrap();

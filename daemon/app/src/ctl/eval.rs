@@ -13,6 +13,7 @@ use recall::Recall;
 use serde_json::json;
 use sparsed_backend::Backend;
 use sparsed_engine::DeviceModel;
+use sparsed_engine::eval::RecallError;
 use sparsed_model::Model;
 use std::path::PathBuf;
 use texts::Texts;
@@ -61,7 +62,7 @@ pub(super) struct Eval {
     #[arg(long, default_value_t = 20_480, value_parser = clap::value_parser!(u32).range(1..=i64::from(TOKENS_MAX)))]
     tokens: u32,
     /// Tokens of a recall prompt, a table for each; 0: no recall. Default: 1024, 2048, 4096 and 8192, as far as the model
-    /// was trained.
+    /// was trained and the text suffices.
     #[arg(long, value_delimiter = ',')]
     recall_lengths: Option<Vec<u32>>,
     /// Recall prompts of each length.
@@ -130,10 +131,8 @@ impl Eval {
             .iter()
             .map(|&context| Perplexity::plan(&texts, context, self.tokens, &top_k))
             .collect::<Result<_, _>>()?;
-        let recalls: Vec<Recall> = lengths
-            .iter()
-            .map(|&length| Recall::plan(&texts, &model, length, self.recall_prompts, self.seed, &top_k))
-            .collect::<Result<_, _>>()?;
+        let (recalls, notes) = self.plan_recalls(&lengths, &texts, &model, &top_k)?;
+        ensure!(!perplexities.is_empty() || !recalls.is_empty(), "nothing to measure: {}", notes.join("; "));
         let progress = ProgressBar::new(
             perplexities.iter().map(Perplexity::n_tokens).chain(recalls.iter().map(Recall::n_tokens)).sum(),
         );
@@ -152,8 +151,29 @@ impl Eval {
             "texts": texts.json(),
             "perplexity": perplexities,
             "recall": recalls,
+            "notes": notes,
         });
         if self.json { super::print_json(&result) } else { super::print(&report::table(&result)) }
+    }
+
+    /// The prompts of each length, and what is left out: a length that was not asked for and that the text does not fill.
+    fn plan_recalls(
+        &self,
+        lengths: &[u32],
+        texts: &Texts,
+        model: &Model,
+        top_k: &[u32],
+    ) -> anyhow::Result<(Vec<Recall>, Vec<String>)> {
+        let (mut recalls, mut notes) = (Vec::new(), Vec::new());
+        for &length in lengths {
+            match Recall::plan(texts, model, length, self.recall_prompts, self.seed, top_k) {
+                Err(error) if self.recall_lengths.is_none() && is_too_little_text(&error) => {
+                    notes.push(format!("recall at {length} tokens is left out: {error}"));
+                }
+                planned => recalls.push(planned?),
+            }
+        }
+        Ok((recalls, notes))
     }
 
     fn top_k(&self, model: &Model) -> anyhow::Result<Vec<u32>> {
@@ -176,6 +196,10 @@ impl Eval {
         let default = || [1024, 2048, 4096, 8192].into_iter().filter(|&length| length <= trained).collect();
         checked(&self.recall_lengths.clone().unwrap_or_else(default), "--recall-lengths")
     }
+}
+
+fn is_too_little_text(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(RecallError::TooLittleText { .. }))
 }
 
 /// The lengths asked for; 0 stands for none.

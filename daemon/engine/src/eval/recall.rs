@@ -10,10 +10,10 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 /// Notes in a prompt; one of them is asked for.
 const NOTES: usize = 4;
+/// Digits of a code.
+const CODE_DIGITS: u32 = 5;
 /// Notes lie in this share of the filler, from its start, so that the question is far from all of them.
 const NOTES_WITHIN: f64 = 0.7;
-/// Attempts to find a start for the filler.
-const STARTS_MAX: usize = 1 << 16;
 
 const ADJECTIVES: [&str; 16] = [
     "blue", "narrow", "copper", "quiet", "upper", "round", "wooden", "eastern", "heavy", "plain", "silver", "lower",
@@ -193,6 +193,10 @@ fn prompt(
     // What the question and its answer have in common as tokens is the question.
     let shared = encode(&question)?.iter().zip(&whole).take_while(|(a, b)| a == b).count();
     let answer = whole.len() - shared;
+    let digits: Vec<u32> = whole[shared..].iter().map(|&token| vocabulary.digits(token)).collect();
+    if digits.iter().sum::<u32>() != CODE_DIGITS {
+        return Err(RecallError::Tokenizer(format!("the tokenizer does not write {} with its digits", codes[asked])));
+    }
     let taken = shape.prefix.len() + notes.iter().map(Vec::len).sum::<usize>() + whole.len();
     let too_short = RecallError::TooShort { length: shape.length, taken };
     let room = shape.length.checked_sub(taken).filter(|&room| room >= taken).ok_or(too_short)?;
@@ -206,7 +210,6 @@ fn prompt(
         tokens.extend_from_slice(line);
     }
     tokens.extend(&whole);
-    let digits = whole[shared..].iter().map(|&token| vocabulary.digits(token)).collect();
     Ok(RecallPrompt { tokens, answer, digits })
 }
 
@@ -219,26 +222,24 @@ fn names(rng: &mut ChaCha8Rng) -> Vec<String> {
 
 /// Lines of just `room` tokens together, the last cut short, from a random line on.
 fn filler<'a>(lines: &[&'a [u32]], room: usize, rng: &mut ChaCha8Rng) -> Result<Vec<&'a [u32]>, RecallError> {
-    let have: usize = lines.iter().map(|line| line.len()).sum();
-    if have < room || lines.len() > u32::MAX as usize {
-        return Err(RecallError::TooLittleText { have, needed: room });
-    }
-    for _ in 0..STARTS_MAX {
-        let start = below(rng, lines.len() as u32) as usize;
-        if lines[start..].iter().map(|line| line.len()).sum::<usize>() < room {
-            continue;
-        }
-        let (mut taken, mut left) = (Vec::new(), room);
-        for line in &lines[start..] {
-            let part = &line[..line.len().min(left)];
-            left -= part.len();
-            taken.push(part);
-            if left == 0 {
-                return Ok(taken);
-            }
+    // Lines from which on there is enough text: all up to one.
+    let mut have = 0;
+    let enough = lines.iter().rev().position(|line| {
+        have += line.len();
+        have >= room
+    });
+    let too_little = RecallError::TooLittleText { have, needed: room };
+    let starts = enough.and_then(|from_end| u32::try_from(lines.len() - from_end).ok()).ok_or(too_little)?;
+    let (mut taken, mut left) = (Vec::new(), room);
+    for line in &lines[below(rng, starts) as usize..] {
+        let part = &line[..line.len().min(left)];
+        left -= part.len();
+        taken.push(part);
+        if left == 0 {
+            break;
         }
     }
-    Err(RecallError::TooLittleText { have, needed: room })
+    Ok(taken)
 }
 
 /// Before which line of the filler each note stands.
@@ -318,9 +319,38 @@ mod tests {
     }
 
     #[test]
+    fn a_tokenizer_that_loses_digits_is_refused() {
+        struct Deaf;
+        impl Vocabulary for Deaf {
+            fn encode(&self, text: &str) -> Result<Vec<u32>, String> {
+                Ok(text.bytes().filter(|byte| !byte.is_ascii_digit()).map(u32::from).collect())
+            }
+
+            fn digits(&self, _: u32) -> u32 {
+                0
+            }
+        }
+        let shape = RecallShape { length: 1500, count: 1, seed: 1, prefix: Vec::new() };
+        let refused = recall_prompts(&shape, &[vec![vec![9; 10]; 1000]], &Deaf).unwrap_err();
+        assert!(refused.to_string().contains("digits"), "{refused}");
+    }
+
+    #[test]
     fn no_room_and_no_text_are_told_apart() {
         assert!(matches!(made(200, 3), Err(RecallError::TooShort { length: 200, .. })));
         assert!(matches!(made(9000, 3), Err(RecallError::TooLittleText { have: 4950, .. })));
+    }
+
+    #[test]
+    fn a_text_of_just_the_tokens_needed_is_enough() {
+        let lines: Vec<Vec<u32>> = vec![vec![1; 3], vec![2; 4]];
+        let lines: Vec<&[u32]> = lines.iter().map(Vec::as_slice).collect();
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        assert_eq!(filler(&lines, 7, &mut rng).unwrap().concat(), [1, 1, 1, 2, 2, 2, 2]);
+        let starts: Vec<u32> = (0..20).map(|_| filler(&lines, 4, &mut rng).unwrap()[0][0]).collect();
+        assert!(starts.contains(&1) && starts.contains(&2), "{starts:?}");
+        assert_eq!(filler(&lines, 8, &mut rng), Err(RecallError::TooLittleText { have: 7, needed: 8 }));
+        assert!(filler(&[], 1, &mut rng).is_err());
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub(super) fn table(result: &Value) -> String {
     for table in result["recall"].as_array().into_iter().flatten() {
         text += &recall(table);
     }
+    for note in result["notes"].as_array().into_iter().flatten() {
+        text += &format!("\nnote: {}\n", note.as_str().unwrap_or_default());
+    }
     text.trim_end().to_owned()
 }
 
