@@ -65,7 +65,7 @@ impl Inspection {
         };
         let spec = ModelSpec::parse(&weights);
         let model = Model::open(path);
-        let served = model.as_ref().ok().and_then(|model| model.chat_template()).is_some();
+        let served = model.as_ref().ok().and_then(|model| model.chat_format()).is_some();
         match model {
             Err(error) => refuse(error),
             // Where tensors would have to be made from others, that work is left to serving.
