@@ -1,5 +1,5 @@
-//! `sparsectl eval` against losses that are computed here from `sparsectl logits`, and `sparsectl inspect` on files that
-//! are served and files that are not.
+//! `sparsectl eval` against losses that are computed here from `sparsectl logits`, and `sparsectl inspect` on files
+//! that are served and files that are not.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! `sparsectl eval`: what does a model lose by selecting? Measured on text and on recall prompts, before speed is tuned.
+//! `sparsectl eval`: what does a model lose by selecting? Measured on text and on recall prompts.
 
 mod perplexity;
 mod recall;
@@ -32,15 +32,15 @@ const TOKENS_MAX: u32 = 1 << 24;
 /// the second half of each window, where a selection leaves most out. RATIO is the perplexity over dense attention's;
 /// +- is the standard error over windows, of a ratio from each window's own difference.
 ///
-/// Recall: four notes "The access code for the NAME is 12345." lie in the first 70 % of other text, and one is asked for
-/// at the end. The answer is teacher-forced: a digit counts as right if it is the likeliest token after the right
-/// ones before it. Perplexity hardly shows that a selection has lost this; look at both. The control that must fail is
-/// "window": the model is given only the first 4 and the last tokens, k in all, and reads them densely. (A real
+/// Recall: four notes "The access code for the NAME is 12345." lie in the first 70 % of other text, and one is
+/// asked for at the end. The answer is teacher-forced: a digit counts as right if it is the likeliest token
+/// after the right ones before it. Perplexity hardly shows that a selection has lost this; look at both. The control that must fail
+/// is "window": the model is given only the first 4 and the last tokens, k in all, and reads them densely. (A real
 /// sliding window could carry a little more from layer to layer. This one cannot.)
 ///
 /// A k of the context's length or more reads everything, as dense does, and is left out. Not measured: how much
-/// attention mass the selection keeps, against the best k and against a window: that takes every query of attention, and
-/// a program gives out selections and logits only.
+/// attention mass the selection keeps, against the best k and against a window: that takes every query of
+/// attention, and a program gives out selections and logits only.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Eval {
@@ -61,8 +61,8 @@ pub(super) struct Eval {
     /// Tokens that are read for each row of a table: as many whole windows as it takes, if the text has so many.
     #[arg(long, default_value_t = 20_480, value_parser = clap::value_parser!(u32).range(1..=i64::from(TOKENS_MAX)))]
     tokens: u32,
-    /// Tokens of a recall prompt, a table for each; 0: no recall. Default: 1024, 2048, 4096 and 8192, as far as the model
-    /// was trained and the text suffices.
+    /// Tokens of a recall prompt, a table for each; 0: no recall. Default: 1024, 2048, 4096 and 8192, as far as
+    /// the model was trained and the text suffices.
     #[arg(long, value_delimiter = ',')]
     recall_lengths: Option<Vec<u32>>,
     /// Recall prompts of each length.
@@ -156,7 +156,8 @@ impl Eval {
         if self.json { super::print_json(&result) } else { super::print(&report::table(&result)) }
     }
 
-    /// The prompts of each length, and what is left out: a length that was not asked for and that the text does not fill.
+    /// The prompts of each length, and what is left out: a length that was not asked for and that the text does
+    /// not fill.
     fn plan_recalls(
         &self,
         lengths: &[u32],
