@@ -33,10 +33,10 @@ const TOKENS_MAX: u32 = 1 << 24;
 /// +- is the standard error over windows, of a ratio from each window's own difference.
 ///
 /// Recall: four notes "The access code for the NAME is 12345." lie in the first 70 % of other text, and one is
-/// asked for at the end. The answer is teacher-forced: a digit counts as right if it is the likeliest token
-/// after the right ones before it. Perplexity hardly shows that a selection has lost this; look at both. The control that must fail
-/// is "window": the model is given only the first 4 and the last tokens, k in all, and reads them densely. (A real
-/// sliding window could carry a little more from layer to layer. This one cannot.)
+/// asked for at the end. The answer is teacher-forced: a digit counts as right if it is the likeliest token after
+/// the right ones before it. Perplexity hardly shows that a selection has lost this; look at both. The control that
+/// must fail is "window": the model is given only the first 4 and the last tokens, k in all, and reads them
+/// densely. (A real sliding window could carry a little more from layer to layer. This one cannot.)
 ///
 /// A k of the context's length or more reads everything, as dense does, and is left out. Not measured: how much
 /// attention mass the selection keeps, against the best k and against a window: that takes every query of
