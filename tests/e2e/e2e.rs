@@ -95,6 +95,19 @@ fn a_prompt_over_the_context_is_a_400_that_names_both_numbers() {
 }
 
 #[test]
+fn a_prompt_of_several_steps_is_answered_as_in_one() {
+    let long = format!("{} What is the capital of France?", "The sun is warm. ".repeat(120));
+    let small = Daemon::start(&default_model(), &["limits.max_batched_tokens=64"]);
+    let large = Daemon::start(&default_model(), &["limits.max_batched_tokens=2048"]);
+    let mut request = question(&long);
+    request["max_tokens"] = json!(24);
+    let answers = [small, large].map(|daemon| daemon.post("/v1/chat/completions", &request));
+    assert!(answers[0].json()["usage"]["prompt_tokens"].as_u64() > Some(500), "{}", answers[0].body);
+    assert!(!content(&answers[0]).is_empty());
+    assert_eq!(content(&answers[0]), content(&answers[1]));
+}
+
+#[test]
 fn bad_bodies_get_an_openai_error_and_harm_nobody() {
     let daemon = Daemon::start(&default_model(), &["limits.body=4096"]);
     let bodies = [

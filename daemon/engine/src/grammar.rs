@@ -215,8 +215,10 @@ mod tests {
         assert_eq!(first(&greedy, logits), u32::from(b'y'));
         assert_eq!(first(&Sampling { top_k: 1, ..Sampling::default() }, logits), u32::from(b'y'));
         assert_eq!(first(&Sampling { logit_bias: vec![(5, 100.0)], ..greedy }, logits), u32::from(b'y'));
-        assert_eq!(first(&greedy, [f32::NAN; VOCAB]), u32::from(b'x'));
-        assert_eq!(first(&Sampling::default(), [f32::NAN; VOCAB]), u32::from(b'x'));
+        let mut only_outside = [f32::NAN; VOCAB];
+        only_outside[5] = 1.0;
+        assert_eq!(first(&greedy, only_outside), u32::from(b'x'));
+        assert_eq!(first(&Sampling::default(), only_outside), u32::from(b'x'));
     }
 
     #[test]

@@ -236,6 +236,7 @@ mod tests {
             logits in proptest::collection::vec(logit(), 1..50),
             temperature in 0f32..3.0, top_k in 0u32..60, top_p in 0.01f32..=1.0, min_p in 0f32..=1.0, seed: u64,
         ) {
+            prop_assume!(logits.iter().any(|logit| *logit > f32::NEG_INFINITY));
             let sampling = Sampling { temperature, top_k, top_p, min_p, seed, ..Sampling::default() };
             for token in drawn(sampling, &logits, 5) {
                 prop_assert!((token as usize) < logits.len());
