@@ -132,7 +132,7 @@ fn long_functions(text: &str, limit: usize) -> Vec<usize> {
     let lines: Vec<&str> = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default().lines().collect();
     let indent = |line: &str| line.len() - line.trim_start().len();
     let is_function = |line: &str| {
-        let words = line.trim_start().split_whitespace();
+        let words = line.split_whitespace();
         let mut words = words.skip_while(|word| {
             word.starts_with("pub") || ["async", "const", "unsafe", "extern", "\"C\""].contains(word)
         });
