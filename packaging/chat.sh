@@ -11,7 +11,7 @@ end() {
   rm -rf "$home"
 }
 trap end EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' HUP INT TERM
 # In a session of its own, so that Ctrl-C on the terminal stops an answer and not the daemon.
 setsid target/release/sparsed --set state_dir="$home/state" --set socket.path="$home/api.sock" \
   --set model.default.path="$model" 2>"$home/log" &
