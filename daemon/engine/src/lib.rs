@@ -27,7 +27,6 @@ pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, SoleSequenc
 pub use grammar::{Grammar, GrammarSpec};
 pub use params::{Sampling, checked_stops};
 pub use runner::{ModelOptions, start};
-pub use sampler::greedy;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
 

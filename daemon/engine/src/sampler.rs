@@ -143,7 +143,7 @@ fn has_repetition_penalty(sampling: &Sampling) -> bool {
 }
 
 /// The token of greatest logit, the lowest of equals.
-pub fn greedy(logits: &[f32]) -> u32 {
+pub(crate) fn greedy(logits: &[f32]) -> u32 {
     let best =
         (0u32..).zip(logits).fold((0, f32::NEG_INFINITY), |best, (id, &v)| if v > best.1 { (id, v) } else { best });
     best.0

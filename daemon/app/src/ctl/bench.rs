@@ -72,7 +72,7 @@ impl Bench {
     /// Threads asked for, or else what a plugin has by itself: one for each processor it may use.
     fn threads(&self) -> u32 {
         let available = || std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1));
-        if self.local.device.threads > 0 { self.local.device.threads } else { available() }
+        if self.local.device.threads() > 0 { self.local.device.threads() } else { available() }
     }
 
     fn measure(&self, device: &mut DeviceModel, vocab: u32) -> anyhow::Result<Vec<Row>> {

@@ -1,5 +1,6 @@
 //! How does the tool speak to the daemon? HTTP/1.1 over its Unix socket.
 
+use crate::config::{Config, Paths};
 use anyhow::{Context, bail};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -14,6 +15,11 @@ use tokio::net::UnixStream;
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest line of an event stream.
 const LINE_BYTES_MAX: usize = 16 << 20;
+
+/// The socket that was named, or else where a daemon without a configuration listens.
+pub(super) fn socket_or_default(named: Option<&Path>) -> PathBuf {
+    named.map_or_else(|| Paths::of(&Config::default()).socket, Path::to_owned)
+}
 
 /// A daemon's socket.
 #[derive(Clone, Debug)]

@@ -144,7 +144,7 @@ impl Eval {
         let result = json!({
             "model": model.name(),
             "file_bytes": model.file_bytes(),
-            "activations": format!("{:?}", self.device.act).to_lowercase(),
+            "activations": self.device.activations(),
             "context_length": model.spec().context_length,
             "top_k": model.spec().indexer.as_ref().map(|indexer| indexer.top_k),
             "seed": self.seed,

@@ -123,7 +123,7 @@ fn workspace_bytes(spec: &ModelSpec) -> u64 {
 
 fn table(report: &Value) -> String {
     let word = |key: &str| report[key].as_str().unwrap_or("-");
-    let number = |key: &str| integer(&report[key]);
+    let number = |key: &str| super::number(&report[key]);
     let mut text = format!(
         "name          {}\narchitecture  {} ({})\nparameters    {}\nfile          {}\nlayers        {}\ncontext       {}\n",
         word("name"),
@@ -144,7 +144,7 @@ fn table(report: &Value) -> String {
     text += &format!("attention     {attention}\ntokenizer     {tokenizer}\ntemplate      {template}\n");
     text += &format!("\n{:<8} {:>8} {:>16} {:>12}\n", "FORMAT", "TENSORS", "VALUES", "SIZE");
     for (name, count) in report["formats"].as_object().into_iter().flatten() {
-        let (tensors, values) = (integer(&count["tensors"]), integer(&count["values"]));
+        let (tensors, values) = (super::number(&count["tensors"]), super::number(&count["values"]));
         let written = writeln!(text, "{name:<8} {tensors:>8} {values:>16} {:>12}", size(&count["bytes"]));
         written.expect("writing to a String cannot fail");
     }
@@ -159,8 +159,8 @@ fn table(report: &Value) -> String {
             let written = writeln!(
                 text,
                 "{kind:<8} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12}",
-                integer(&kv["latent_bytes_per_token"]),
-                integer(&kv["index_bytes_per_token"]),
+                super::number(&kv["latent_bytes_per_token"]),
+                super::number(&kv["index_bytes_per_token"]),
                 size(&kv["kv_bytes"]),
                 size(&memory["weights_bytes"]),
                 size(&memory["workspace_bytes_estimated"]),
@@ -170,11 +170,6 @@ fn table(report: &Value) -> String {
         }
     }
     text.trim_end().to_owned()
-}
-
-/// As text, since a JSON value is not padded.
-fn integer(value: &Value) -> String {
-    value.as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string())
 }
 
 fn size(bytes: &Value) -> String {

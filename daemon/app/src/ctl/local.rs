@@ -22,25 +22,24 @@ pub(super) struct Local {
     top_k: Option<u32>,
 }
 
-/// On which device, computed how.
-#[derive(Debug, clap::Args)]
+/// On which device, computed how. What is not given is as in a configuration without that key.
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct LocalDevice {
-    /// Plugin id.
-    #[arg(long, default_value = "cpu")]
-    plugin: String,
+    /// Plugin id; cpu without it.
+    #[arg(long)]
+    plugin: Option<String>,
     /// Folder with plugins, searched first.
     #[arg(long)]
     plugins_dir: Option<PathBuf>,
     /// Setting for the plugin, for example level=scalar; may be repeated.
     #[arg(long = "plugin-set", value_name = "KEY=VALUE", value_parser = key_value)]
     plugin_set: Vec<(String, String)>,
-    /// Compute threads; 0: the plugin's choice.
-    #[arg(short, long, default_value_t = 0)]
-    pub(super) threads: u32,
-    /// int16: 16-bit activations, f16 and q8_0 rows. f32: activations, KV rows and index rows in f32, slow. int8: 8-bit
-    /// activations; near ties between tokens may fall otherwise.
-    #[arg(long, value_enum, default_value = "int16")]
-    pub(super) act: Act,
+    /// Compute threads; 0 or without it: the plugin's choice.
+    #[arg(short, long)]
+    threads: Option<u32>,
+    /// How activations go into products; int16 without it.
+    #[arg(long, value_enum)]
+    act: Option<Activations>,
 }
 
 /// What a command needs of each step.
@@ -52,25 +51,6 @@ pub(super) enum LocalOutputs {
     EveryRow,
     /// Logits of every token, and what attention selected.
     EverythingWithSelections,
-}
-
-/// The values of `--act`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum Act {
-    Int16,
-    F32,
-    Int8,
-}
-
-impl Act {
-    /// As the configuration has it.
-    pub(super) fn activations(self) -> Activations {
-        match self {
-            Self::Int16 => Activations::Int16,
-            Self::F32 => Activations::F32,
-            Self::Int8 => Activations::Int8,
-        }
-    }
 }
 
 impl Local {
@@ -92,13 +72,43 @@ impl Local {
 }
 
 impl LocalDevice {
+    /// Whether anything is given.
+    pub(super) fn any(&self) -> bool {
+        let Self { plugin, plugins_dir, plugin_set, threads, act } = self;
+        let any = plugin.is_some() || plugins_dir.is_some() || !plugin_set.is_empty();
+        any || threads.is_some() || act.is_some()
+    }
+
+    /// Puts the device into a configuration.
+    pub(super) fn configure(&self, config: &mut Config) {
+        config.plugins.dir.clone_from(&self.plugins_dir);
+        if let Some(plugin) = &self.plugin {
+            config.engine.plugin.clone_from(plugin);
+        }
+        config.engine.threads = self.threads();
+        config.engine.set = self.plugin_set.iter().cloned().collect();
+    }
+
+    /// A model as a configuration would have it.
+    pub(super) fn configured(&self, path: &Path, top_k: Option<u32>) -> crate::config::Model {
+        let activations = self.activations();
+        crate::config::Model { path: path.to_owned(), max_context: None, top_k, activations }
+    }
+
+    /// Compute threads; 0: the plugin's choice.
+    pub(super) fn threads(&self) -> u32 {
+        self.threads.unwrap_or(0)
+    }
+
+    /// How activations go into products.
+    pub(super) fn activations(&self) -> Activations {
+        self.act.unwrap_or_default()
+    }
+
     /// Opens the model and the device.
     pub(super) fn open(&self, path: &Path) -> anyhow::Result<(Model, Backend)> {
         let mut config = Config::default();
-        config.plugins.dir.clone_from(&self.plugins_dir);
-        config.engine.plugin.clone_from(&self.plugin);
-        config.engine.threads = self.threads;
-        config.engine.set = self.plugin_set.iter().cloned().collect();
+        self.configure(&mut config);
         let backend = open_backend(&config)?;
         let model = Model::open(path).with_context(|| format!("cannot serve {}", path.display()))?;
         Ok((model, backend))
@@ -114,10 +124,8 @@ impl LocalDevice {
         max_step_tokens: u32,
         outputs: LocalOutputs,
     ) -> anyhow::Result<DeviceModel> {
-        let (path, activations) = (model.path().to_owned(), self.act.activations());
-        let configured = crate::config::Model { path, max_context: None, top_k, activations };
         let selections_out = outputs == LocalOutputs::EverythingWithSelections;
-        let program = ProgramOptions { selections_out, ..program_options(&configured) };
+        let program = ProgramOptions { selections_out, ..program_options(&self.configured(model.path(), top_k)) };
         let options = LoadOptions {
             program,
             max_context,
@@ -130,7 +138,7 @@ impl LocalDevice {
     }
 }
 
-pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
+fn key_value(text: &str) -> Result<(String, String), String> {
     let pair = text.split_once('=').ok_or_else(|| format!("'{text}' is not KEY=VALUE"))?;
     Ok((pair.0.to_owned(), pair.1.to_owned()))
 }

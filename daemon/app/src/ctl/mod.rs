@@ -76,3 +76,8 @@ fn print(text: &str) -> anyhow::Result<()> {
 fn print_json(value: &Value) -> anyhow::Result<()> {
     print(&serde_json::to_string_pretty(value)?)
 }
+
+/// A whole number as text, which a JSON value is not when it is padded; `-` where there is none.
+fn number(value: &Value) -> String {
+    value.as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string())
+}

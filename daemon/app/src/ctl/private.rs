@@ -1,8 +1,8 @@
 //! How does the tool run a model file? As the daemon does: a whole one in this process, on a socket nobody else knows.
 
-use super::local::Act;
+use super::local::LocalDevice;
 use crate::assemble::Assembly;
-use crate::config::{Activations, Config, Model};
+use crate::config::Config;
 use crate::lifecycle::serve_until;
 use anyhow::Context;
 use sparsed_engine::{DEFAULT_MODEL, ModelState};
@@ -18,24 +18,11 @@ const LOADING_PAUSE: Duration = Duration::from_millis(5);
 /// How a model file is run; not for models of the daemon, which are configured there.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct PrivateOptions {
-    /// Plugin id (for a model file).
-    #[arg(long)]
-    plugin: Option<String>,
-    /// Folder with plugins, searched first (for a model file).
-    #[arg(long)]
-    plugins_dir: Option<PathBuf>,
-    /// Setting for the plugin, for example level=scalar; may be repeated (for a model file).
-    #[arg(long = "plugin-set", value_name = "KEY=VALUE", value_parser = super::local::key_value)]
-    plugin_set: Vec<(String, String)>,
-    /// Compute threads; without it the plugin's choice (for a model file).
-    #[arg(short, long)]
-    threads: Option<u32>,
-    /// Tokens that attention selects; 0: all (for a model file).
+    #[command(flatten, next_help_heading = "For a model file")]
+    device: LocalDevice,
+    /// Tokens that attention selects; 0: all.
     #[arg(long)]
     top_k: Option<u32>,
-    /// How activations go into products (for a model file).
-    #[arg(long, value_enum)]
-    act: Option<Act>,
 }
 
 /// A daemon in this process.
@@ -88,23 +75,14 @@ impl PrivateDaemon {
 impl PrivateOptions {
     /// Whether any is given: a model of the daemon takes none.
     pub(super) fn any(&self) -> bool {
-        let Self { plugin, plugins_dir, plugin_set, threads, top_k, act } = self;
-        let any = plugin.is_some() || plugins_dir.is_some() || !plugin_set.is_empty() || threads.is_some();
-        any || top_k.is_some() || act.is_some()
+        self.device.any() || self.top_k.is_some()
     }
 
     fn config(&self, file: &Path, home: &Path) -> Config {
         let mut config = Config { state_dir: Some(home.join("state")), ..Config::default() };
         config.socket.path = Some(home.join("api.sock"));
-        config.plugins.dir.clone_from(&self.plugins_dir);
-        if let Some(plugin) = &self.plugin {
-            config.engine.plugin.clone_from(plugin);
-        }
-        config.engine.threads = self.threads.unwrap_or(0);
-        config.engine.set = self.plugin_set.iter().cloned().collect();
-        let activations = self.act.map_or_else(Activations::default, Act::activations);
-        let model = Model { path: file.to_owned(), max_context: None, top_k: self.top_k, activations };
-        config.model.insert(DEFAULT_MODEL.to_owned(), model);
+        self.device.configure(&mut config);
+        config.model.insert(DEFAULT_MODEL.to_owned(), self.device.configured(file, self.top_k));
         config
     }
 }

@@ -1,9 +1,8 @@
 //! `sparsectl run`: asks a model of the daemon, or runs a model file in a private daemon of its own.
 
-use super::client::Client;
+use super::client::{Client, socket_or_default};
 use super::private::{PrivateDaemon, PrivateOptions};
 use super::repl;
-use crate::config::{Config, Paths};
 use anyhow::bail;
 use serde_json::{Value, json};
 use sparsed_engine::DEFAULT_MODEL;
@@ -25,11 +24,12 @@ pub(super) struct Run {
     socket: Option<PathBuf>,
     #[command(flatten)]
     options: ChatOptions,
-    #[command(flatten)]
-    private: PrivateOptions,
     /// Print the whole answer as JSON instead of streaming it.
     #[arg(long)]
     json: bool,
+    // Last: its heading would go on over what follows.
+    #[command(flatten)]
+    private: PrivateOptions,
 }
 
 /// How the answer is made.
@@ -98,8 +98,7 @@ impl Run {
                         "options for a model file do not go with a model of the daemon; set them in its configuration"
                     );
                 }
-                let socket = self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket);
-                (Client::new(&socket), name, None)
+                (Client::new(&socket_or_default(self.socket.as_deref())), name, None)
             }
             Target::File(file) => {
                 let private = PrivateDaemon::start(&file, &self.private).await?;

@@ -1,7 +1,6 @@
 //! `sparsectl status` and `sparsectl models`: what the daemon does and serves.
 
-use super::client::Client;
-use crate::config::{Config, Paths};
+use super::client::{Client, socket_or_default};
 use anyhow::ensure;
 use serde_json::Value;
 use std::fmt::Write;
@@ -65,7 +64,7 @@ impl Daemon {
     }
 
     fn socket(&self) -> PathBuf {
-        self.socket.clone().unwrap_or_else(|| Paths::of(&Config::default()).socket)
+        socket_or_default(self.socket.as_deref())
     }
 }
 
@@ -99,10 +98,10 @@ fn models_text(status: &Value, _socket: &str) -> String {
             "{:<16} {:<24} {:>8} {:>10} {:>8} {:>9}{label}",
             word(&model["name"]),
             state(model),
-            number(&model["detail"]["max_context"]),
+            super::number(&model["detail"]["max_context"]),
             size,
-            number(&meta["top_k"]),
-            number(&meta["kv_bytes_per_token"]),
+            super::number(&meta["top_k"]),
+            super::number(&meta["kv_bytes_per_token"]),
         );
         written.expect("writing to a String cannot fail");
     }
@@ -120,10 +119,6 @@ fn state(model: &Value) -> String {
 
 fn word(value: &Value) -> &str {
     value.as_str().unwrap_or("-")
-}
-
-fn number(value: &Value) -> String {
-    value.as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string())
 }
 
 #[cfg(test)]

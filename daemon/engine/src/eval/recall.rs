@@ -4,7 +4,7 @@
 //! every fact further back hardly shows in it. Here nothing but the fact helps, and a window without it must fail.
 
 use super::loss::{LossError, cross_entropy, mean, standard_error};
-use crate::greedy;
+use crate::sampler::greedy;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
