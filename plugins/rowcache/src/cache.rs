@@ -238,7 +238,7 @@ impl RowCache {
             return Err(error);
         }
         let Lookup { misses, slots, .. } = lookup;
-        for same_row in misses[span].chunk_by(|a, b| (a.block, a.row) == (b.block, b.row)) {
+        for same_row in misses[span].chunk_by(|a, b| a.row == b.row) {
             let miss = &same_row[0];
             let slot = self.present(miss, self.layout.row_of(page_of(miss), miss.row as usize));
             same_row.iter().for_each(|miss| slots[miss.index as usize] = slot);
@@ -248,9 +248,9 @@ impl RowCache {
         Ok(())
     }
 
-    /// Checks the pages of these misses, each once.
+    /// Checks the pages of these misses of one read, each once.
     fn check<'a>(&self, misses: &[Miss], page_of: impl Fn(&Miss) -> &'a PageBytes) -> Result<()> {
-        for same_page in misses.chunk_by(|a, b| (a.offset, a.block) == (b.offset, b.block)) {
+        for same_page in misses.chunk_by(|a, b| a.offset == b.offset) {
             let miss = &same_page[0];
             let (block, page) = (miss.block, self.layout.locate(miss.row as usize).0);
             let layer = self.layout.layer_of_page(page);

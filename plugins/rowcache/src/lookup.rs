@@ -20,9 +20,11 @@ pub struct RowKey {
     pub token: u32,
 }
 
-/// Neighbouring pages to be read at once.
+/// Neighbouring pages of one block to be read at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Read {
+    /// Whose pages they are: when they cannot be read, this block must be computed again.
+    pub block: u32,
     /// First byte in the slow tier, a multiple of [`PAGE_BYTES`].
     pub offset: u64,
     /// 1 to [`READ_PAGES_MAX`]
@@ -107,20 +109,21 @@ impl Lookup {
         let mut last: Option<Miss> = None;
         for (at, miss) in (0..).zip(&self.misses) {
             let page_offset = |n: u32| u64::from(n) * PAGE_BYTES as u64;
-            match (self.reads.last_mut(), self.spans.last_mut()) {
+            let last_read = self.reads.last_mut().zip(self.spans.last_mut());
+            match last_read.filter(|(read, _)| read.block == miss.block) {
                 // Its page is the read's last.
-                (Some(read), Some(span)) if read.offset + page_offset(read.n_pages - 1) == miss.offset => {
+                Some((read, span)) if read.offset + page_offset(read.n_pages - 1) == miss.offset => {
                     span.end = at + 1;
                 }
                 // Its page is the next one.
-                (Some(read), Some(span))
+                Some((read, span))
                     if read.n_pages < READ_PAGES_MAX && read.offset + page_offset(read.n_pages) == miss.offset =>
                 {
                     read.n_pages += 1;
                     span.end = at + 1;
                 }
                 _ => {
-                    self.reads.push(Read { offset: miss.offset, n_pages: 1 });
+                    self.reads.push(Read { block: miss.block, offset: miss.offset, n_pages: 1 });
                     self.spans.push(at..at + 1);
                 }
             }

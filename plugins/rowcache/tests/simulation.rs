@@ -269,7 +269,7 @@ fn a_read_with_any_wrong_byte_is_refused_whole() {
     let keys: Vec<RowKey> = (0..64).map(|token| RowKey { block: 0, layer: 0, token }).collect();
     let mut lookup = Lookup::with_capacity(64);
     cache.lookup(&keys, &mut lookup).unwrap();
-    assert_eq!(lookup.reads(), [Read { offset: 0, n_pages: 11 }]);
+    assert_eq!(lookup.reads(), [Read { block: 0, offset: 0, n_pages: 11 }]);
     for at in 0..image.len() {
         let bits = random.u8(1..);
         image[at] ^= bits;
