@@ -38,6 +38,8 @@ abi_struct! {
     SpdApi = "spd_api" {
         struct_size: u32,
         abi_minor: u32,
+        #[doc = "[`LAYOUT_DIGEST`](crate::LAYOUT_DIGEST) of the header that the plugin was compiled with."]
+        layout: u64,
         plugin_id: *const c_char,
         plugin_version: *const c_char,
         required_host_features: u64,
@@ -55,6 +57,8 @@ abi_struct! {
         supports: Option<unsafe extern "C" fn(*mut SpdDevice, *const c_void, u64, u32, Err) -> SpdStatus>,
         host_alloc: Option<unsafe extern "C" fn(*mut SpdDevice, u64, u64, *mut *mut c_void, Err) -> SpdStatus>,
         host_free: Option<unsafe extern "C" fn(*mut SpdDevice, *mut c_void)>,
+        host_register: Option<unsafe extern "C" fn(*mut SpdDevice, *mut c_void, u64, Err) -> SpdStatus>,
+        host_unregister: Option<unsafe extern "C" fn(*mut SpdDevice, *mut c_void)>,
         weight_create: Option<
             unsafe extern "C" fn(*mut SpdDevice, *const SpdWeightDesc, *mut *mut SpdWeight, Err) -> SpdStatus,
         >,

@@ -1,8 +1,6 @@
 //! Which byte holds which field? Sizes and offsets of every mirrored struct, for the test that compares them with a
 //! C compiler's view of the header and with the snapshot `layout.txt`.
 
-use alloc::vec::Vec;
-
 /// One field of a mirrored struct: name in the header, offset and size in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FieldLayout {
@@ -59,35 +57,61 @@ macro_rules! abi_struct {
 }
 pub(crate) use abi_struct;
 
+/// Every mirrored struct, in the order of the header, with the number of fields it had in [`ABI_MINOR_FIRST`].
+///
+/// [`ABI_MINOR_FIRST`]: crate::ABI_MINOR_FIRST
+const STRUCTS: [(StructLayout, usize); 23] = [
+    (crate::SpdError::LAYOUT, 7),
+    (crate::SpdHost::LAYOUT, 13),
+    (crate::SpdDeviceInfo::LAYOUT, 21),
+    (crate::SpdOpenOptions::LAYOUT, 7),
+    (crate::SpdMemInfo::LAYOUT, 10),
+    (crate::SpdHealth::LAYOUT, 8),
+    (crate::SpdWeightDesc::LAYOUT, 7),
+    (crate::SpdSource::LAYOUT, 5),
+    (crate::SpdRow::LAYOUT, 2),
+    (crate::SpdKvSlow::LAYOUT, 8),
+    (crate::SpdKvDesc::LAYOUT, 10),
+    (crate::SpdKvInfo::LAYOUT, 5),
+    (crate::SpdKvOp::LAYOUT, 7),
+    (crate::SpdProgram::LAYOUT, 14),
+    (crate::SpdTensor::LAYOUT, 8),
+    (crate::SpdOp::LAYOUT, 11),
+    (crate::SpdBucket::LAYOUT, 4),
+    (crate::SpdCompile::LAYOUT, 12),
+    (crate::SpdPlanInfo::LAYOUT, 10),
+    (crate::SpdStep::LAYOUT, 17),
+    (crate::SpdProfile::LAYOUT, 4),
+    (crate::SpdRun::LAYOUT, 11),
+    (crate::SpdApi::LAYOUT, 37),
+];
+
+/// `SPD_LAYOUT` of the header: where the first minor's fields lie, in one number. Appending leaves it as it is.
+pub const LAYOUT_DIGEST: u64 = digest();
+
+const fn digest() -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+    let mut s = 0;
+    while s < STRUCTS.len() {
+        let (layout, n_fields) = &STRUCTS[s];
+        let mut first = 0;
+        while first < *n_fields {
+            let (mut word, mut k) = (0, 0);
+            while k < 4 {
+                // The header names the last field again where a struct's fields are no multiple of four.
+                let field = if first + k < *n_fields { first + k } else { *n_fields - 1 };
+                word |= (layout.fields[field].offset as u64) << (12 * k);
+                k += 1;
+            }
+            hash = (hash ^ word).wrapping_mul(0x0100_0000_01b3);
+            first += 4;
+        }
+        s += 1;
+    }
+    hash
+}
+
 /// The layouts of all mirrored structs, in the order of the header.
-pub fn layouts() -> Vec<StructLayout> {
-    use crate::{
-        SpdApi, SpdBucket, SpdCompile, SpdDeviceInfo, SpdError, SpdHealth, SpdHost, SpdKvDesc, SpdKvInfo, SpdKvOp,
-        SpdMemInfo, SpdOp, SpdOpenOptions, SpdPlanInfo, SpdProfile, SpdProgram, SpdRow, SpdRun, SpdSource, SpdStep,
-        SpdTensor, SpdWeightDesc,
-    };
-    alloc::vec![
-        SpdError::LAYOUT,
-        SpdHost::LAYOUT,
-        SpdDeviceInfo::LAYOUT,
-        SpdOpenOptions::LAYOUT,
-        SpdMemInfo::LAYOUT,
-        SpdHealth::LAYOUT,
-        SpdWeightDesc::LAYOUT,
-        SpdSource::LAYOUT,
-        SpdRow::LAYOUT,
-        SpdKvDesc::LAYOUT,
-        SpdKvInfo::LAYOUT,
-        SpdKvOp::LAYOUT,
-        SpdProgram::LAYOUT,
-        SpdTensor::LAYOUT,
-        SpdOp::LAYOUT,
-        SpdBucket::LAYOUT,
-        SpdCompile::LAYOUT,
-        SpdPlanInfo::LAYOUT,
-        SpdStep::LAYOUT,
-        SpdProfile::LAYOUT,
-        SpdRun::LAYOUT,
-        SpdApi::LAYOUT,
-    ]
+pub fn layouts() -> impl Iterator<Item = StructLayout> {
+    STRUCTS.into_iter().map(|(layout, _)| layout)
 }

@@ -30,7 +30,7 @@ pub use builder::{Blob, OpSpec, ProgramBuilder, TensorId};
 pub use device::*;
 pub use dtype::*;
 pub use host::*;
-pub use layout::{FieldLayout, Layout, StructLayout, layouts};
+pub use layout::{FieldLayout, LAYOUT_DIGEST, Layout, StructLayout, layouts};
 pub use memory::*;
 pub use program::*;
 pub use status::*;
@@ -40,7 +40,9 @@ pub use view::{BlobError, Program, StepArrays};
 /// The major this crate mirrors: the argument of `spd_get_api`.
 pub const ABI_MAJOR: u32 = 0;
 /// The minor this crate mirrors.
-pub const ABI_MINOR: u32 = 1;
+pub const ABI_MINOR: u32 = 2;
+/// The first minor whose layout every later one keeps: plugins from here on are taken.
+pub const ABI_MINOR_FIRST: u32 = 2;
 /// The name of the one exported symbol.
 pub const ENTRY_SYMBOL: &core::ffi::CStr = c"spd_get_api";
 /// Arenas begin every INPUT and OUTPUT tensor at a multiple of this.

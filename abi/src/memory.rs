@@ -37,6 +37,20 @@ abi_struct! {
 
 abi_struct! {
     #[derive(PartialEq, Eq)]
+    SpdKvSlow = "spd_kv_slow" {
+        struct_size: u32,
+        flags: u32,
+        fd: i32,
+        page_bytes: u32,
+        ptr: *const c_void,
+        offset: u64,
+        length: u64,
+        cache_bytes: u64,
+    }
+}
+
+abi_struct! {
+    #[derive(PartialEq, Eq)]
     SpdKvDesc = "spd_kv_desc" {
         struct_size: u32,
         flags: u32,
@@ -47,6 +61,7 @@ abi_struct! {
         latent: SpdRow,
         rope: SpdRow,
         index: SpdRow,
+        slow: *const SpdKvSlow,
     }
 }
 
@@ -64,6 +79,8 @@ pub const KV_COPY: u32 = 1;
 pub const KV_EXPORT: u32 = 2;
 pub const KV_IMPORT: u32 = 3;
 pub const KV_DISCARD: u32 = 4;
+pub const KV_TO_SLOW: u32 = 5;
+pub const KV_TO_FAST: u32 = 6;
 
 abi_struct! {
     SpdKvOp = "spd_kv_op" {
@@ -72,5 +89,7 @@ abi_struct! {
         dst_block: u32,
         n_tokens: u32,
         host_offset: u64,
+        slow_offset: u64,
+        tag: u64,
     }
 }

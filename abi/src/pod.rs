@@ -15,7 +15,7 @@ unsafe impl Pod for SpdTensor {}
 unsafe impl Pod for SpdOp {}
 // SAFETY: u32 x 6, u64 (8-aligned at 24), u32 x 10: 72 bytes without gaps.
 unsafe impl Pod for SpdStep {}
-// SAFETY: u32 x 4, u64 (8-aligned at 16).
+// SAFETY: u32 x 4, u64 x 3 (8-aligned at 16): 40 bytes without gaps.
 unsafe impl Pod for SpdKvOp {}
 // SAFETY: an integer.
 unsafe impl Pod for u32 {}
@@ -41,6 +41,19 @@ pub(crate) fn read_prefix<T: Pod>(bytes: &[u8]) -> Option<T> {
     }
     // SAFETY: there are size_of::<T>() readable bytes; Pod takes any of them; unaligned is allowed here.
     Some(unsafe { core::ptr::read_unaligned(bytes.as_ptr().cast::<T>()) })
+}
+
+/// The value in an element or header of exactly these bytes, written by a side that knows fewer or more fields: what is
+/// missing reads as zero, what is unknown must be zero.
+pub(crate) fn read_extended<T: Pod>(bytes: &[u8]) -> Option<T> {
+    if bytes.iter().skip(size_of::<T>()).any(|&byte| byte != 0) {
+        return None;
+    }
+    // SAFETY: Pod takes any bytes, zeros too.
+    let mut value: T = unsafe { core::mem::zeroed() };
+    let known = bytes.len().min(size_of::<T>());
+    bytes_of_mut(core::slice::from_mut(&mut value))[..known].copy_from_slice(&bytes[..known]);
+    Some(value)
 }
 
 /// `bytes` as a slice of `count` values, if they fit and are aligned.

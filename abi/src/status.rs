@@ -33,7 +33,8 @@ abi_struct! {
         flags: u32,
         op_index: u32,
         vendor_code: i64,
-        message: [c_char; 232],
+        block: u64,
+        message: [c_char; 224],
     }
 }
 

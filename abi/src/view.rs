@@ -1,6 +1,6 @@
 //! How is a program or a step read? Bytes become checked values here, once, for both sides of the border.
 
-use crate::pod::{bytes_of, cast_slice, read_prefix};
+use crate::pod::{bytes_of, cast_slice, read_extended, read_prefix};
 use crate::{
     Blob, DIM_LOGITS, DIM_TOKENS, NO_TENSOR, PROGRAM_MAGIC, SpdOp, SpdProgram, SpdStep, SpdTensor, T_VIEW, T_WEIGHT,
 };
@@ -8,6 +8,8 @@ use alloc::vec::Vec;
 
 /// Largest program in bytes: a 100-layer model needs less than a hundredth.
 const PROGRAM_BYTES_MAX: usize = 64 << 20;
+/// Largest header in bytes.
+const HEADER_BYTES_MAX: usize = 4096;
 /// Largest dimension or stride in elements.
 const DIM_MAX: i32 = 1 << 30;
 
@@ -38,9 +40,8 @@ impl Program {
     /// # Errors
     /// The first thing that is wrong with it.
     pub fn parse(blob: &[u8]) -> Result<Self, BlobError> {
-        let header: SpdProgram = read_prefix(blob).ok_or(BlobError("program: shorter than its header"))?;
+        let header: SpdProgram = header(blob, 4)?;
         check(header.magic == PROGRAM_MAGIC, "program: wrong magic")?;
-        check(header.struct_size as usize >= size_of::<SpdProgram>(), "program: header too small")?;
         check(header.flags == 0 && header.reserved == 0, "program: unknown flag")?;
         check(blob.len() <= PROGRAM_BYTES_MAX, "program: larger than 64 MiB")?;
         check(header.total_size as usize == blob.len(), "program: total_size is not the blob's length")?;
@@ -185,8 +186,7 @@ impl<'a> StepArrays<'a> {
     /// # Errors
     /// The first thing that is wrong with it.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, BlobError> {
-        let h: SpdStep = read_prefix(bytes).ok_or(BlobError("step: shorter than its header"))?;
-        check(h.struct_size as usize >= size_of::<SpdStep>(), "step: header too small")?;
+        let h: SpdStep = header(bytes, 0)?;
         check(h.total_size as usize <= bytes.len(), "step: total_size past the buffer")?;
         let bytes = &bytes[..h.total_size as usize];
         let (t, s) = (h.n_tokens as usize, h.n_seqs as usize);
@@ -237,19 +237,23 @@ fn check(holds: bool, what: &'static str) -> Result<(), BlobError> {
     if holds { Ok(()) } else { Err(BlobError(what)) }
 }
 
+/// The header at the start of a blob, as long as its `struct_size`, which lies at byte `at`, says.
+fn header<T: crate::pod::Pod>(blob: &[u8], at: usize) -> Result<T, BlobError> {
+    let size = blob.get(at..).and_then(read_prefix::<u32>).ok_or(BlobError("shorter than a header"))? as usize;
+    check((8..=HEADER_BYTES_MAX).contains(&size), "header: an impossible struct_size")?;
+    let bytes = blob.get(..size).ok_or(BlobError("header: longer than the blob"))?;
+    read_extended(bytes).ok_or(BlobError("header: an unknown field is set"))
+}
+
 fn read_table<T: crate::pod::Pod>(blob: &[u8], n: u32, stride: u32, offset: u32) -> Result<Vec<T>, BlobError> {
-    check(
-        stride as usize >= size_of::<T>() && stride.is_multiple_of(8) && offset.is_multiple_of(8),
-        "program: bad stride or offset",
-    )?;
+    check(stride > 0 && stride.is_multiple_of(8) && offset.is_multiple_of(8), "program: bad stride or offset")?;
     let end = u64::from(offset) + u64::from(n) * u64::from(stride);
     check(end <= blob.len() as u64, "program: a table reaches past the blob")?;
     let (stride, offset) = (stride as usize, offset as usize);
     let element = |i: usize| &blob[offset + i * stride..offset + (i + 1) * stride];
     let mut table = Vec::with_capacity(n as usize);
     for i in 0..n as usize {
-        check(element(i)[size_of::<T>()..].iter().all(|&b| b == 0), "program: an unknown field is set")?;
-        table.push(read_prefix(element(i)).ok_or(BlobError("program: a table reaches past the blob"))?);
+        table.push(read_extended(element(i)).ok_or(BlobError("program: an unknown field is set"))?);
     }
     Ok(table)
 }
@@ -285,6 +289,41 @@ mod tests {
     fn a_step_survives_encoding() {
         let blob = STEP.encode();
         assert_eq!(StepArrays::parse(blob.as_bytes()), Ok(STEP));
+    }
+
+    /// The step as a side writes it whose header has eight bytes more.
+    fn from_a_newer_minor(tail: u64) -> Vec<u64> {
+        let old = STEP.encode();
+        let header = size_of::<SpdStep>();
+        let mut h: SpdStep = read_prefix(old.as_bytes()).expect("a header");
+        h.struct_size += 8;
+        for offset in [
+            &mut h.token_offset,
+            &mut h.position_offset,
+            &mut h.slot_offset,
+            &mut h.seq_offset,
+            &mut h.context_offset,
+            &mut h.block_offset,
+            &mut h.block_id_offset,
+            &mut h.row_offset,
+            &mut h.total_size,
+        ] {
+            *offset += 8;
+        }
+        let mut words = alloc::vec![0; (old.as_bytes().len() + 8) / 8];
+        let bytes = crate::pod::bytes_of_mut(&mut words);
+        bytes[..header].copy_from_slice(bytes_of(&[h]));
+        bytes[header..header + 8].copy_from_slice(&tail.to_le_bytes());
+        bytes[header + 8..].copy_from_slice(&old.as_bytes()[header..]);
+        words
+    }
+
+    #[test]
+    fn a_newer_header_is_read_unless_its_new_field_is_set() {
+        let (unset, set) = (from_a_newer_minor(0), from_a_newer_minor(1));
+        assert_eq!(StepArrays::parse(bytes_of(&unset)), Ok(STEP));
+        let refused = StepArrays::parse(bytes_of(&set));
+        assert_eq!(refused, Err(BlobError("header: an unknown field is set")));
     }
 
     #[test]

@@ -16,6 +16,7 @@ fn mirror() -> String {
             writeln!(text, "  {} {} {}", c_name(field.name), field.offset, field.size).unwrap();
         }
     }
+    writeln!(text, "digest {:x}", sparsed_abi::LAYOUT_DIGEST).unwrap();
     text
 }
 
@@ -41,7 +42,7 @@ fn compiled(compiler: &str, standard: &str, extension: &str) -> String {
             .unwrap();
         }
     }
-    source.push_str("return 0; }\n");
+    source.push_str("printf(\"digest %llx\\n\", (unsigned long long)SPD_LAYOUT);\nreturn 0; }\n");
     let dir = tempfile::tempdir().unwrap();
     let (file, program) = (dir.path().join(format!("layout.{extension}")), dir.path().join("layout"));
     std::fs::write(&file, source).unwrap();
@@ -75,7 +76,7 @@ fn the_layout_is_the_committed_one() {
         std::fs::write(path, mirror()).unwrap();
     }
     let committed = std::fs::read_to_string(path).unwrap_or_default();
-    assert_eq!(committed, mirror(), "the layout changed: raise SPD_ABI_MINOR and bless the snapshot");
+    assert_eq!(committed, mirror(), "the layout changed: append only, raise SPD_ABI_MINOR, and bless the snapshot");
 }
 
 #[test]

@@ -18,8 +18,11 @@
  * Tags say who may call: [control] one thread at a time per instance, may take seconds; [queue] one thread at a time
  * per queue, different queues in parallel; [any] any thread at any time.
  *
- * Major 0: the layout may change from minor to minor, with a new snapshot in abi/layout.txt.  Compiles as C11 and
- * C++17 without warnings.
+ * How it grows: from minor to minor, fields are appended to structs, functions to the table, operators and flags take
+ * new numbers; nothing moves, is renamed or changes its meaning, and abi/layout.txt records every offset.  A plugin
+ * runs under every daemon of its major: SPD_LAYOUT, compiled into its table, tells the daemon that the plugin's
+ * compiler saw every field where the daemon sees it.  The major stays 0 until vendor plugins have run on their chips.
+ * Compiles as C11 and C++17 without warnings.
  */
 #ifndef SPARSED_PLUGIN_H
 #define SPARSED_PLUGIN_H
@@ -36,7 +39,7 @@ extern "C" {
 #define SPD_EXPORT __attribute__((visibility("default")))
 
 #define SPD_ABI_MAJOR 0u
-#define SPD_ABI_MINOR 1u
+#define SPD_ABI_MINOR 2u
 
 SPD_STATIC_ASSERT(sizeof(void *) == 8, "sparsed plugins are 64-bit only");
 
@@ -82,7 +85,8 @@ typedef struct spd_error {
   uint32_t flags;      /* SPD_ERR_*                                       */
   uint32_t op_index;   /* the operator that failed, or 0xffffffff         */
   int64_t vendor_code; /* cudaError_t, aclError, cnrtRet_t or errno       */
-  char message[232];   /* UTF-8, always NUL-terminated                    */
+  uint64_t block;      /* SPD_E_DATA from the slow tier: the block        */
+  char message[224];   /* UTF-8, always NUL-terminated                    */
 } spd_error;
 SPD_STATIC_ASSERT(sizeof(spd_error) == 256, "spd_error");
 
@@ -140,6 +144,8 @@ typedef struct spd_host {
 #define SPD_FEAT_DETERMINISTIC (1ull << 7) /* the same step gives the same bits                            */
 #define SPD_FEAT_INVARIANT (1ull << 8)     /* a row's bits depend on its own sequence only: not on what shares its
                                               batch, nor on how the prompt was cut into chunks */
+#define SPD_FEAT_SLOW_FILE (1ull << 9)     /* takes spd_kv_slow.fd                                         */
+#define SPD_FEAT_SLOW_HOST (1ull << 10)    /* takes spd_kv_slow.ptr                                        */
 
 #define SPD_DTYPE_WORDS 4
 typedef struct spd_device_info {
@@ -189,7 +195,7 @@ typedef struct spd_health {
   uint64_t ecc_corrected, ecc_uncorrected;
 } spd_health;
 
-/* ---- dtypes: ggml's numbers where ggml has one; ours begin at 128 ----------------------------------------------- */
+/* ---- dtypes: ggml's numbers where ggml has one; ours begin at 128 ---------------------------------------------- */
 
 #define SPD_DT_F32 0u
 #define SPD_DT_F16 1u
@@ -214,7 +220,7 @@ typedef struct spd_health {
 #define SPD_DT_F8E4M3 129u     /* e4m3fn, one byte a value                                   */
 #define SPD_DT_F8E4M3_B128 130u /* e4m3fn with one f32 scale per 128 x 128 weights            */
 
-/* ---- weights ---------------------------------------------------------------------------------------------------- */
+/* ---- weights --------------------------------------------------------------------------------------------------- */
 
 #define SPD_W_HOST_IN_PLACE 1u /* the uploaded bytes stay valid and unchanged until weight_destroy */
 
@@ -229,7 +235,8 @@ typedef struct spd_weight_desc {
   char name[64];       /* for messages only  */
 } spd_weight_desc;
 
-/* Where bytes come from: `ptr` when it is not NULL, otherwise `length` bytes at `offset` of the file `fd`. */
+/* Where bytes come from: at `ptr`, or, when it is NULL, `length` bytes at `offset` of the file `fd`.  With both, they
+ * are the same bytes, and whoever passes them on to another process may pass the file.  fd is 0 or less without one. */
 typedef struct spd_source {
   uint32_t struct_size;
   int32_t fd;
@@ -237,12 +244,25 @@ typedef struct spd_source {
   uint64_t offset, length;
 } spd_source;
 
-/* ---- the KV pool -------------------------------------------------------------------------------------------------- */
+/* ---- the KV pool ----------------------------------------------------------------------------------------------- */
 
 /* How one row of a plane is stored: `width` values as `dtype` (F32, F16, BF16 or Q8_0).  Width 0: no such row. */
 typedef struct spd_row {
   uint32_t dtype, width;
 } spd_row;
+
+/* The slow tier of a pool: an area, in a file or in host memory, where the latent planes of blocks may lie that have no
+ * room on the device.  The daemon writes it, the plugin only reads it, inside a step, and keeps what it read in a row
+ * cache of cache_bytes.  SPD_KV_TO_SLOW says where a block lies; abi/OPS.md defines its pages. */
+typedef struct spd_kv_slow {
+  uint32_t struct_size, flags;
+  int32_t fd;            /* open for reading as long as the pool lives; 0 or less: `ptr`        */
+  uint32_t page_bytes;   /* 4096                                                                */
+  const void *ptr;       /* host memory, 4096-aligned, as long as the pool lives                */
+  uint64_t offset;       /* where the area begins in the file or at ptr, a multiple of a page   */
+  uint64_t length;       /* of the area                                                         */
+  uint64_t cache_bytes;  /* memory of the row cache, on top of the pool's                       */
+} spd_kv_slow;
 
 /* n_blocks blocks of block_tokens tokens.  Two planes: an index plane with one index row per index layer and token,
  * and a latent plane with one latent row followed by one rope row per layer and token.  Layers of a plane are counted
@@ -252,6 +272,7 @@ typedef struct spd_kv_desc {
   uint32_t block_tokens, n_blocks;
   uint32_t n_layers, n_index_layers;
   spd_row latent, rope, index;
+  const spd_kv_slow *slow; /* NULL: none; read during the call */
 } spd_kv_desc;
 
 /* Sizes of a pool.  The host image of a block is the same for every plugin: for each index layer, for each token, the
@@ -268,14 +289,27 @@ typedef struct spd_kv_info {
 #define SPD_KV_EXPORT 2u  /* the host image at host_offset = src_block                                  */
 #define SPD_KV_IMPORT 3u  /* dst_block = the host image at host_offset                                  */
 #define SPD_KV_DISCARD 4u /* dst_block's content is not needed any more: zero it, give its memory back  */
+#define SPD_KV_TO_SLOW 5u /* dst_block's latent plane lies at slow_offset: read it there, give its memory back; no
+                             token may be appended to it any more.  Its index plane stays.            */
+#define SPD_KV_TO_FAST 6u /* dst_block's latent plane is read back into the pool                         */
 typedef struct spd_kv_op {
   uint32_t kind, src_block, dst_block, n_tokens;
-  uint64_t host_offset; /* into the host buffer of the call */
+  uint64_t host_offset; /* into the host buffer of the call                       */
+  uint64_t slow_offset; /* TO_SLOW: into the slow area, a multiple of a page      */
+  uint64_t tag;         /* TO_SLOW: what every page of the block carries          */
 } spd_kv_op;
 
-/* ---- programs -------------------------------------------------------------------------------------------------------- */
+/* EXPORT, COPY and DISCARD take slow blocks too; TO_SLOW of a slow block moves where it is read; IMPORT makes it fast.
+ * A page that is not what it should be fails the step or the operation with SPD_E_DATA and spd_error.block; nothing is
+ * lost by it, the step may be repeated once the block has been made good. */
 
-/* A blob without pointers: header | tensors | operators | attribute bytes, offsets from the start of the blob, all
+/* ---- programs -------------------------------------------------------------------------------------------------- */
+
+/* What a device refuses need not be a program's end: a program may be cut at any tensor, which becomes an OUTPUT of one
+ * part and an INPUT of the next, each part compiled where it can run (`supports` says where).  Both parts see the same
+ * step.
+ *
+ * A blob without pointers: header | tensors | operators | attribute bytes, offsets from the start of the blob, all
  * 8-aligned.  The same bytes are compiled, hashed, fuzzed and copied to another process. */
 #define SPD_PROGRAM_MAGIC 0x50445053u /* "SPDP" */
 typedef struct spd_program {
@@ -344,7 +378,7 @@ SPD_STATIC_ASSERT(sizeof(spd_op) == 104, "spd_op");
 #define SPD_OP_HADAMARD 19u
 #define SPD_OP_EXT_BASE 0x80000000u /* vendor operators */
 
-/* ---- compile and run ------------------------------------------------------------------------------------------------- */
+/* ---- compile and run ------------------------------------------------------------------------------------------- */
 
 /* The largest step a plan must take. */
 typedef struct spd_bucket {
@@ -414,9 +448,10 @@ typedef struct spd_run {
   uint32_t profile_capacity, reserved;
 } spd_run;
 
-/* ---- the table --------------------------------------------------------------------------------------------------------- */
+/* ---- the table ------------------------------------------------------------------------------------------------- */
 
-/* Static, valid for the life of the process.  Every pointer up to `extension` is set.
+/* Static, valid for the life of the process.  Every pointer up to `extension` is set; what later minors append may be
+ * NULL.
  *
  * Lifetimes: an instance outlives its devices; a device outlives its weights, pools, plans and queues; weights and
  * pools outlive the plans bound to them.  The host drains a queue before it destroys anything the queue may use.
@@ -425,6 +460,7 @@ typedef struct spd_run {
  * A step is idempotent: the same tokens into the same slots write the same rows, so a failed step may be repeated. */
 typedef struct spd_api {
   uint32_t struct_size, abi_minor;
+  uint64_t layout; /* SPD_LAYOUT */
   const char *plugin_id, *plugin_version;
   uint64_t required_host_features;
 
@@ -447,6 +483,10 @@ typedef struct spd_api {
   /* Memory that both sides reach, for arenas. */
   spd_status (*host_alloc)(spd_device *, uint64_t length, uint64_t align, void **, spd_error *);
   void (*host_free)(spd_device *, void *);
+  /* Lets the device reach memory of the host's (pinned, mapped) until host_unregister; SPD_E_UNSUPPORTED where it
+   * cannot, then arenas there are copied. */
+  spd_status (*host_register)(spd_device *, void *, uint64_t length, spd_error *);
+  void (*host_unregister)(spd_device *, void *);
 
   /* [control]  create, upload every batch, commit; only then bind. */
   spd_status (*weight_create)(spd_device *, const spd_weight_desc *, spd_weight **, spd_error *);
@@ -466,19 +506,101 @@ typedef struct spd_api {
   spd_status (*queue_create)(spd_device *, uint32_t priority, uint64_t cookie, spd_queue **, spd_error *);
   void (*queue_destroy)(spd_queue *);
   /* [queue]  Each gives the work a timeline value greater than any before it; values complete in that order.  Without
-   * SPD_FEAT_ASYNC the work is done when the call returns, and its status is the work's. */
+   * SPD_FEAT_ASYNC the work is done when the call returns, and its status is the work's.  With it, the call's status
+   * says that the work was taken; what became of it is the answer of queue_wait for its value.  Handles that the work
+   * uses, `profile` and `cancel` stay valid until then. */
   spd_status (*queue_run)(spd_queue *, spd_plan *, const spd_run *, uint64_t *timeline, spd_error *);
   spd_status (*queue_kv)(spd_queue *, spd_kvpool *, const spd_kv_op *, uint32_t n_ops, uint32_t stride, void *host,
                          uint64_t host_length, uint64_t *timeline, spd_error *);
   /* Work enqueued from now on waits for `timeline` of `other`. */
   spd_status (*queue_wait_queue)(spd_queue *, spd_queue *other, uint64_t timeline, spd_error *);
-  /* [any] */
+  /* [any]  The greatest value that has completed, well or badly. */
   spd_status (*queue_query)(spd_queue *, uint64_t *completed, spd_error *);
+  /* Waits until `timeline` has completed and answers with that work's status and error, SPD_E_TIMEOUT before. */
   spd_status (*queue_wait)(spd_queue *, uint64_t timeline, uint64_t timeout_ns, spd_error *);
+  /* Work from this value on that has not completed ends with SPD_E_CANCELLED, as soon as the device can. */
   spd_status (*queue_cancel)(spd_queue *, uint64_t from_timeline, spd_error *);
   /* [any]  An optional capability by id, or NULL. */
   const void *(*extension)(spd_instance *, const char *id);
 } spd_api;
+
+/* A digest of where the compiler put every field above: a field inserted, moved or resized gives another one, a field
+ * appended does not.  Compiled into spd_api.layout, so that the daemon refuses a plugin whose header was changed
+ * otherwise than by the rules. */
+#define SPD_MIX(h, s, a, b, c, d)                                                                              \
+  (((h) ^ ((uint64_t)offsetof(s, a) | (uint64_t)offsetof(s, b) << 12 | (uint64_t)offsetof(s, c) << 24 |          \
+           (uint64_t)offsetof(s, d) << 36)) *                                                                    \
+   0x100000001b3ull)
+#define SPD_L0 SPD_MIX(0xcbf29ce484222325ull, spd_error, struct_size, status, flags, op_index)
+#define SPD_L1 SPD_MIX(SPD_L0, spd_error, vendor_code, block, message, message)
+#define SPD_L2 SPD_MIX(SPD_L1, spd_host, struct_size, abi_minor, context, name)
+#define SPD_L3 SPD_MIX(SPD_L2, spd_host, version, max_log_level, flags, log)
+#define SPD_L4 SPD_MIX(SPD_L3, spd_host, notify, device_event, now_ns, config)
+#define SPD_L5 SPD_MIX(SPD_L4, spd_host, extension, extension, extension, extension)
+#define SPD_L6 SPD_MIX(SPD_L5, spd_device_info, struct_size, kind, id, name)
+#define SPD_L7 SPD_MIX(SPD_L6, spd_device_info, driver, pci_vendor, pci_device, score)
+#define SPD_L8 SPD_MIX(SPD_L7, spd_device_info, compute_major, compute_minor, numa_node, mem_total)
+#define SPD_L9 SPD_MIX(SPD_L8, spd_device_info, features, weight_dtypes, row_dtypes, max_tokens)
+#define SPD_L10 SPD_MIX(SPD_L9, spd_device_info, max_seqs, max_context, max_topk, block_tokens_align)
+#define SPD_L11 SPD_MIX(SPD_L10, spd_device_info, reserved, reserved, reserved, reserved)
+#define SPD_L12 SPD_MIX(SPD_L11, spd_open_options, struct_size, n_threads, device_cookie, mem_budget)
+#define SPD_L13 SPD_MIX(SPD_L12, spd_open_options, cpu_mask, cpu_mask_words, flags, flags)
+#define SPD_L14 SPD_MIX(SPD_L13, spd_mem_info, struct_size, reserved, total, free)
+#define SPD_L15 SPD_MIX(SPD_L14, spd_mem_info, budget, used_weights, used_kv, used_workspace)
+#define SPD_L16 SPD_MIX(SPD_L15, spd_mem_info, used_plans, used_other, used_other, used_other)
+#define SPD_L17 SPD_MIX(SPD_L16, spd_health, struct_size, state, temperature_millicelsius, power_milliwatt)
+#define SPD_L18 SPD_MIX(SPD_L17, spd_health, utilisation_permille, throttle_bits, ecc_corrected, ecc_uncorrected)
+#define SPD_L19 SPD_MIX(SPD_L18, spd_weight_desc, struct_size, dtype, batch, flags)
+#define SPD_L20 SPD_MIX(SPD_L19, spd_weight_desc, rows, cols, name, name)
+#define SPD_L21 SPD_MIX(SPD_L20, spd_source, struct_size, fd, ptr, offset)
+#define SPD_L22 SPD_MIX(SPD_L21, spd_source, length, length, length, length)
+#define SPD_L23 SPD_MIX(SPD_L22, spd_row, dtype, width, width, width)
+#define SPD_L24 SPD_MIX(SPD_L23, spd_kv_slow, struct_size, flags, fd, page_bytes)
+#define SPD_L25 SPD_MIX(SPD_L24, spd_kv_slow, ptr, offset, length, cache_bytes)
+#define SPD_L26 SPD_MIX(SPD_L25, spd_kv_desc, struct_size, flags, block_tokens, n_blocks)
+#define SPD_L27 SPD_MIX(SPD_L26, spd_kv_desc, n_layers, n_index_layers, latent, rope)
+#define SPD_L28 SPD_MIX(SPD_L27, spd_kv_desc, index, slow, slow, slow)
+#define SPD_L29 SPD_MIX(SPD_L28, spd_kv_info, struct_size, reserved, device_bytes, image_bytes)
+#define SPD_L30 SPD_MIX(SPD_L29, spd_kv_info, image_latent_offset, image_latent_offset, image_latent_offset, \
+                        image_latent_offset)
+#define SPD_L31 SPD_MIX(SPD_L30, spd_kv_op, kind, src_block, dst_block, n_tokens)
+#define SPD_L32 SPD_MIX(SPD_L31, spd_kv_op, host_offset, slow_offset, tag, tag)
+#define SPD_L33 SPD_MIX(SPD_L32, spd_program, magic, struct_size, abi_minor, flags)
+#define SPD_L34 SPD_MIX(SPD_L33, spd_program, n_tensors, tensor_stride, tensor_offset, n_ops)
+#define SPD_L35 SPD_MIX(SPD_L34, spd_program, op_stride, op_offset, total_size, n_weights)
+#define SPD_L36 SPD_MIX(SPD_L35, spd_program, n_kvpools, reserved, reserved, reserved)
+#define SPD_L37 SPD_MIX(SPD_L36, spd_tensor, kind, dtype, rank, bind)
+#define SPD_L38 SPD_MIX(SPD_L37, spd_tensor, dim, view_offset, stride, flags)
+#define SPD_L39 SPD_MIX(SPD_L38, spd_op, kind, flags, in, out)
+#define SPD_L40 SPD_MIX(SPD_L39, spd_op, layer, kvpool, i, f)
+#define SPD_L41 SPD_MIX(SPD_L40, spd_op, attr_offset, attr_length, reserved, reserved)
+#define SPD_L42 SPD_MIX(SPD_L41, spd_bucket, max_tokens, max_seqs, max_logits, max_context)
+#define SPD_L43 SPD_MIX(SPD_L42, spd_compile, struct_size, flags, blob, blob_length)
+#define SPD_L44 SPD_MIX(SPD_L43, spd_compile, weights, kvpools, n_weights, n_kvpools)
+#define SPD_L45 SPD_MIX(SPD_L44, spd_compile, buckets, n_buckets, bucket_stride, cache_dir)
+#define SPD_L46 SPD_MIX(SPD_L45, spd_plan_info, struct_size, flags, workspace_bytes, graph_bytes)
+#define SPD_L47 SPD_MIX(SPD_L46, spd_plan_info, host_bytes, in_bytes, out_bytes, compile_ns)
+#define SPD_L48 SPD_MIX(SPD_L47, spd_plan_info, unsupported_op, n_launches, n_launches, n_launches)
+#define SPD_L49 SPD_MIX(SPD_L48, spd_step, struct_size, flags, n_tokens, n_seqs)
+#define SPD_L50 SPD_MIX(SPD_L49, spd_step, n_logits, n_blocks, step_id, token_offset)
+#define SPD_L51 SPD_MIX(SPD_L50, spd_step, position_offset, slot_offset, seq_offset, context_offset)
+#define SPD_L52 SPD_MIX(SPD_L51, spd_step, block_offset, block_id_offset, row_offset, total_size)
+#define SPD_L53 SPD_MIX(SPD_L52, spd_step, reserved, reserved, reserved, reserved)
+#define SPD_L54 SPD_MIX(SPD_L53, spd_profile, first_op, n_ops, begin_ns, end_ns)
+#define SPD_L55 SPD_MIX(SPD_L54, spd_run, struct_size, flags, step, in)
+#define SPD_L56 SPD_MIX(SPD_L55, spd_run, in_length, out, out_length, cancel)
+#define SPD_L57 SPD_MIX(SPD_L56, spd_run, profile, profile_capacity, reserved, reserved)
+#define SPD_L58 SPD_MIX(SPD_L57, spd_api, struct_size, abi_minor, layout, plugin_id)
+#define SPD_L59 SPD_MIX(SPD_L58, spd_api, plugin_version, required_host_features, instance_create, instance_destroy)
+#define SPD_L60 SPD_MIX(SPD_L59, spd_api, device_count, device_info, device_open, device_close)
+#define SPD_L61 SPD_MIX(SPD_L60, spd_api, self_test, mem_info, health, supports)
+#define SPD_L62 SPD_MIX(SPD_L61, spd_api, host_alloc, host_free, host_register, host_unregister)
+#define SPD_L63 SPD_MIX(SPD_L62, spd_api, weight_create, weight_upload, weight_commit, weight_destroy)
+#define SPD_L64 SPD_MIX(SPD_L63, spd_api, kv_create, kv_destroy, plan_compile, plan_destroy)
+#define SPD_L65 SPD_MIX(SPD_L64, spd_api, queue_create, queue_destroy, queue_run, queue_kv)
+#define SPD_L66 SPD_MIX(SPD_L65, spd_api, queue_wait_queue, queue_query, queue_wait, queue_cancel)
+#define SPD_L67 SPD_MIX(SPD_L66, spd_api, extension, extension, extension, extension)
+#define SPD_LAYOUT SPD_L67
 
 /* The only exported symbol.  Called once per major the host speaks, newest first; answers with a static table or NULL.
  * Touches no device, allocates nothing. */

@@ -6,7 +6,9 @@ use crate::host::Host;
 use crate::{BackendError, Manifest};
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sha2::{Digest, Sha256};
-use sparsed_abi::{ABI_MAJOR, ABI_MINOR, ENTRY_SYMBOL, SpdApi, SpdGetApiFn, SpdInstance};
+use sparsed_abi::{
+    ABI_MAJOR, ABI_MINOR, ABI_MINOR_FIRST, ENTRY_SYMBOL, LAYOUT_DIGEST, SpdApi, SpdGetApiFn, SpdInstance,
+};
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::fs::File;
@@ -15,6 +17,11 @@ use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Length of the first minor's table: `spd_api` up to and including `extension`.
+const TABLE_BYTES_MIN: usize = std::mem::offset_of!(SpdApi, extension) + size_of::<usize>();
+/// A longer table is nonsense.
+const TABLE_BYTES_MAX: usize = 1 << 16;
 
 /// A loaded plugin with its instance. Its code stays mapped until the process ends, so the table is `'static`.
 #[derive(Debug)]
@@ -147,11 +154,26 @@ fn table(path: &Path, library: Library) -> Result<&'static SpdApi, BackendError>
     // SAFETY: a non-NULL answer is a static table that begins with struct_size and abi_minor in every version.
     let head = unsafe { api.cast::<[u32; 2]>().as_ref() };
     let &[struct_size, minor] = head.ok_or_else(|| version(format!("not {ABI_MAJOR}.x")))?;
-    if minor != ABI_MINOR || (struct_size as usize) < size_of::<SpdApi>() {
+    let struct_size = struct_size as usize;
+    if minor < ABI_MINOR_FIRST || !(TABLE_BYTES_MIN..=TABLE_BYTES_MAX).contains(&struct_size) {
         return Err(version(format!("{ABI_MAJOR}.{minor} (table of {struct_size} bytes)")));
     }
-    // SAFETY: as above, and the table is at least as long as the mirror.
-    let api: &'static SpdApi = unsafe { &*api };
+    let mut known = SpdApi::default();
+    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied. What
+    // an older plugin does not have stays NULL.
+    unsafe {
+        let length = struct_size.min(size_of::<SpdApi>());
+        ptr::copy_nonoverlapping(api.cast::<u8>(), (&raw mut known).cast::<u8>(), length);
+    }
+    if known.layout != LAYOUT_DIGEST {
+        let reason = format!(
+            "its header was changed otherwise than by appending (SPD_LAYOUT {:#018x}, this daemon has \
+             {LAYOUT_DIGEST:#018x})",
+            known.layout
+        );
+        return Err(BackendError::BadTable { path: path.to_owned(), reason });
+    }
+    let api: &'static SpdApi = Box::leak(Box::new(known)); // as long as the code, which is never unloaded
     let missing = missing_function(api);
     match missing {
         None => Ok(api),
@@ -179,6 +201,8 @@ fn missing_function(api: &SpdApi) -> Option<&'static str> {
         supports,
         host_alloc,
         host_free,
+        host_register,
+        host_unregister,
         weight_create,
         weight_upload,
         weight_commit,

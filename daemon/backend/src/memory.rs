@@ -153,6 +153,7 @@ impl KvPool {
             latent: desc.latent,
             rope: desc.rope,
             index: desc.index,
+            slow: ptr::null(),
         };
         let mut info = SpdKvInfo { struct_size: struct_size::<SpdKvInfo>(), ..SpdKvInfo::default() };
         let _control = device.plugin.control();

@@ -205,6 +205,28 @@ pub(crate) unsafe fn read_in<T: Copy + Default>(from: *const T) -> crate::Result
     Ok(value)
 }
 
+/// Element `index` of a C array with this stride; read as [`read_in`] reads a struct.
+///
+/// # Safety
+/// The array has more than `index` elements of `stride` readable bytes. All-zero bytes are a value of `T`.
+pub(crate) unsafe fn element<T: Copy + Default>(array: *const T, stride: u32, index: usize) -> crate::Result<T> {
+    if array.is_null() || stride < 8 {
+        return Err(PluginError::invalid("an array is NULL, or its stride is too small"));
+    }
+    let stride = stride as usize;
+    // SAFETY: inside the array by the caller's contract.
+    let at = unsafe { array.cast::<u8>().add(index * stride) };
+    // SAFETY: as above.
+    let bytes = unsafe { std::slice::from_raw_parts(at, stride) };
+    if bytes.iter().skip(size_of::<T>()).any(|&b| b != 0) {
+        return Err(PluginError::new(sparsed_abi::E_ABI, "a field newer than this plugin is set"));
+    }
+    let mut value = T::default();
+    // SAFETY: both sides have that many bytes; T takes the caller's bytes, which are fields of the same layout.
+    unsafe { std::ptr::copy_nonoverlapping(at, (&raw mut value).cast::<u8>(), stride.min(size_of::<T>())) };
+    Ok(value)
+}
+
 /// A reference to what a handle stands for.
 ///
 /// # Safety

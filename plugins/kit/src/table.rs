@@ -1,6 +1,6 @@
 //! Which C function does what? Every entry of the table, generic over the plugin.
 
-use crate::border::{Host, PluginError, Run, Source, borrow, entry, read_in, write_out};
+use crate::border::{Host, PluginError, Run, Source, borrow, element, entry, read_in, write_out};
 use crate::{Device, OpenOptions, Plugin};
 use sparsed_abi::{
     ABI_MINOR, E_INVALID, SpdApi, SpdBucket, SpdCompile, SpdDevice, SpdDeviceInfo, SpdError, SpdHealth, SpdHost,
@@ -37,6 +37,7 @@ pub const fn table<P: Plugin>() -> SpdApi {
     SpdApi {
         struct_size: size_of::<SpdApi>() as u32,
         abi_minor: ABI_MINOR,
+        layout: sparsed_abi::LAYOUT_DIGEST,
         plugin_id: P::ID.as_ptr(),
         plugin_version: P::VERSION.as_ptr(),
         required_host_features: 0,
@@ -52,6 +53,8 @@ pub const fn table<P: Plugin>() -> SpdApi {
         supports: Some(supports::<P::Device>),
         host_alloc: Some(host_alloc),
         host_free: Some(host_free),
+        host_register: Some(host_register),
+        host_unregister: Some(host_unregister),
         weight_create: Some(weight_create::<P::Device>),
         weight_upload: Some(weight_upload::<P::Device>),
         weight_commit: Some(weight_commit::<P::Device>),
@@ -282,6 +285,12 @@ unsafe extern "C" fn host_free(_: *mut SpdDevice, memory: *mut c_void) {
     }
 }
 
+unsafe extern "C" fn host_register(_: *mut SpdDevice, _: *mut c_void, _: u64, e: Err) -> SpdStatus {
+    entry(e, || Err(PluginError::unsupported("host_register: this device reads the host's memory as it is")))
+}
+
+unsafe extern "C" fn host_unregister(_: *mut SpdDevice, _: *mut c_void) {}
+
 unsafe extern "C" fn weight_create<D: Device>(
     handle: *mut SpdDevice,
     desc: *const SpdWeightDesc,
@@ -365,6 +374,9 @@ unsafe extern "C" fn kv_create<D: Device>(
         if desc.block_tokens == 0 || desc.n_blocks == 0 || desc.flags != 0 {
             return Err(PluginError::invalid("a pool without blocks, or an unknown flag"));
         }
+        if !desc.slow.is_null() {
+            return Err(PluginError::unsupported("a slow tier"));
+        }
         let (pool, sizes) = device.kv_create(&desc)?;
         // SAFETY: checked above; the caller's out pointer.
         unsafe {
@@ -399,14 +411,13 @@ unsafe fn handles<'a, H>(handles: *const *mut H, n: u32) -> crate::Result<&'a [*
 /// # Safety
 /// `compile` describes a readable array of buckets.
 unsafe fn largest_bucket(compile: &SpdCompile) -> crate::Result<SpdBucket> {
-    let stride = compile.bucket_stride as usize;
-    if compile.n_buckets == 0 || compile.buckets.is_null() || stride < size_of::<SpdBucket>() {
+    if compile.n_buckets == 0 {
         return Err(PluginError::invalid("no buckets"));
     }
     let mut largest = SpdBucket::default();
     for i in 0..compile.n_buckets as usize {
-        // SAFETY: element i of an array with this stride, read unaligned.
-        let bucket = unsafe { compile.buckets.cast::<u8>().add(i * stride).cast::<SpdBucket>().read_unaligned() };
+        // SAFETY: element i of the caller's array.
+        let bucket = unsafe { element(compile.buckets, compile.bucket_stride, i) }?;
         largest.max_tokens = largest.max_tokens.max(bucket.max_tokens);
         largest.max_seqs = largest.max_seqs.max(bucket.max_seqs);
         largest.max_logits = largest.max_logits.max(bucket.max_logits);
@@ -575,13 +586,10 @@ unsafe extern "C" fn queue_kv<D: Device>(
         let (queue, pool, host) = unsafe {
             (borrow::<Queue<D>>(queue.cast())?, borrow::<Pool<D>>(pool.cast())?, arena_mut(host, host_length)?)
         };
-        if n_ops > 0 && (ops.is_null() || (stride as usize) < size_of::<SpdKvOp>()) {
-            return Err(PluginError::invalid("KV operations: NULL or too small a stride"));
-        }
         let mut list = Vec::with_capacity(n_ops as usize);
         for i in 0..n_ops as usize {
-            // SAFETY: element i of an array with this stride.
-            list.push(unsafe { ops.cast::<u8>().add(i * stride as usize).cast::<SpdKvOp>().read_unaligned() });
+            // SAFETY: element i of the caller's array.
+            list.push(unsafe { element(ops, stride, i) }?);
         }
         queue.device.kv(&pool.0, &list, host)?;
         // SAFETY: the caller's out pointer.
