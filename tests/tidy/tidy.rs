@@ -9,7 +9,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-abi", &[]),
     ("sparsed-quant", &[]),
     ("sparsed-rowcache", &[]),
-    ("sparsed-plugin-kit", &["sparsed-abi"]),
+    ("sparsed-plugin-kit", &["sparsed-abi", "sparsed-rowcache"]),
     ("sparsed-plugin-cpu", &["sparsed-plugin-kit", "sparsed-abi", "sparsed-quant"]),
     ("sparsed-kv", &[]),
     // The oracle shares the reader of files with the product, and nothing else.

@@ -9,6 +9,7 @@
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 mod border;
+pub mod slow;
 mod table;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};

@@ -25,6 +25,8 @@ pub struct RowCache {
     free: Vec<u32>,
     replacement: Replacement,
     blocks: Vec<Option<Attached>>,
+    /// Length of the slow area.
+    area_bytes: u64,
     epoch: u64,
     /// Slots that were asked for in this epoch.
     n_used: usize,
@@ -84,11 +86,12 @@ impl<'a> Rows<'a> {
 }
 
 impl RowCache {
-    /// A cache for a pool of `n_blocks` blocks that takes `limit_bytes` besides the maps of attached blocks.
+    /// A cache for a pool of `n_blocks` blocks whose slow area has `area_bytes`; it takes `limit_bytes` besides the maps
+    /// of attached blocks.
     ///
     /// # Errors
     /// [`RowCacheError::TooSmall`] when no row fits, [`RowCacheError::Size`] when 2^32 - 1 rows or more would.
-    pub fn new(layout: SlowLayout, policy: Policy, n_blocks: u32, limit_bytes: usize) -> Result<Self> {
+    pub fn new(layout: SlowLayout, policy: Policy, n_blocks: u32, area_bytes: u64, limit_bytes: usize) -> Result<Self> {
         let n_slots = limit_bytes / (layout.row_bytes() + SLOT_OVERHEAD_BYTES);
         if n_slots == 0 {
             return Err(RowCacheError::TooSmall { needed: 1, slots: 0 });
@@ -103,6 +106,7 @@ impl RowCache {
             free: (0..end).rev().collect(),
             replacement: Replacement::new(policy, n_slots),
             blocks: (0..n_blocks).map(|_| None).collect(),
+            area_bytes,
             epoch: 1,
             n_used: 0,
             n_promised: 0,
@@ -135,10 +139,10 @@ impl RowCache {
     ///
     /// # Errors
     /// [`RowCacheError::NoSuchBlock`], [`RowCacheError::Attached`], or [`RowCacheError::Offset`] when the offset is not
-    /// a page's or the image would end past 2^63 bytes.
+    /// a page's or the image would end outside the area.
     pub fn attach(&mut self, block: u32, slow_offset: u64, tag: u64) -> Result<()> {
         let image = self.layout.block_bytes() as u64;
-        let end = slow_offset.checked_add(image).filter(|&end| i64::try_from(end).is_ok());
+        let end = slow_offset.checked_add(image).filter(|&end| end <= self.area_bytes);
         if end.is_none() || !slow_offset.is_multiple_of(PAGE_BYTES as u64) {
             return Err(RowCacheError::Offset { block, slow_offset });
         }
@@ -339,11 +343,14 @@ mod tests {
     use super::*;
 
     const ROW_BYTES: usize = 1152;
+    /// Room for three blocks of 6 pages.
+    const AREA_BYTES: u64 = 18 * PAGE_BYTES as u64;
 
     /// A cache of `n_slots` rows over two blocks of 8 tokens in 2 layers, and the blocks' images one after another.
     fn cache(n_slots: usize) -> (RowCache, Vec<u8>) {
         let layout = SlowLayout::new(ROW_BYTES, 8, 2).unwrap();
-        let mut cache = RowCache::new(layout, Policy::Clock, 3, n_slots * (ROW_BYTES + SLOT_OVERHEAD_BYTES)).unwrap();
+        let mut cache =
+            RowCache::new(layout, Policy::Clock, 3, AREA_BYTES, n_slots * (ROW_BYTES + SLOT_OVERHEAD_BYTES)).unwrap();
         assert_eq!(cache.n_slots(), n_slots);
         let mut images = vec![0; 2 * layout.block_bytes()];
         for (block, image) in (0..).zip(images.chunks_mut(layout.block_bytes())) {
@@ -476,15 +483,20 @@ mod tests {
         let mut lookup = Lookup::default();
         assert_eq!(cache.attach(0, 0, 0), Err(RowCacheError::Attached { block: 0 }));
         assert_eq!(cache.attach(3, 0, 0), Err(RowCacheError::NoSuchBlock { block: 3, n_blocks: 3 }));
-        for slow_offset in [1, 512, i64::MAX as u64 + 1, u64::MAX - 4095] {
+        for slow_offset in [1, 512, AREA_BYTES - 5 * 4096, AREA_BYTES, u64::MAX - 4095] {
             assert_eq!(cache.attach(2, slow_offset, 0), Err(RowCacheError::Offset { block: 2, slow_offset }));
         }
+        cache.attach(2, AREA_BYTES - 6 * 4096, 0).unwrap();
+        cache.detach(2).unwrap();
         assert!(!cache.is_attached(2) && !cache.is_attached(3) && cache.is_attached(1));
         assert!(matches!(cache.lookup(&[key(3, 0, 0)], &mut lookup), Err(RowCacheError::NoSuchBlock { .. })));
         assert!(matches!(cache.lookup(&[key(0, 2, 0)], &mut lookup), Err(RowCacheError::NoSuchRow { .. })));
         assert!(matches!(cache.lookup(&[key(0, 0, 8)], &mut lookup), Err(RowCacheError::NoSuchRow { .. })));
         let layout = cache.layout;
-        assert!(matches!(RowCache::new(layout, Policy::Lru, 1, ROW_BYTES), Err(RowCacheError::TooSmall { .. })));
+        assert!(matches!(
+            RowCache::new(layout, Policy::Lru, 1, AREA_BYTES, ROW_BYTES),
+            Err(RowCacheError::TooSmall { .. })
+        ));
     }
 
     #[test]

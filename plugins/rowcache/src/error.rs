@@ -70,8 +70,8 @@ pub enum RowCacheError {
         /// Which.
         block: u32,
     },
-    /// A block's image does not start at a page, or ends past what a file can have.
-    #[error("block {block}: an image at byte {slow_offset}")]
+    /// A block's image does not start at a page, or ends outside the slow area.
+    #[error("block {block}: no image fits at byte {slow_offset} of the slow area")]
     Offset {
         /// Which.
         block: u32,

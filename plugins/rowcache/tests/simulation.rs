@@ -50,9 +50,9 @@ impl Simulation {
         let layout = SlowLayout::new(random.usize(100..2000), random.u32(1..20), random.u32(1..4)).unwrap();
         let n_slots = random.usize(1..60);
         let limit_bytes = n_slots * (layout.row_bytes() + SLOT_OVERHEAD_BYTES);
-        let cache = RowCache::new(layout, policy, N_BLOCKS, limit_bytes).unwrap();
-        assert_eq!(cache.n_slots(), n_slots);
         let disk = vec![0; N_PLACES * layout.block_bytes()];
+        let cache = RowCache::new(layout, policy, N_BLOCKS, disk.len() as u64, limit_bytes).unwrap();
+        assert_eq!(cache.n_slots(), n_slots);
         let (blocks, spoilt) = (BTreeMap::new(), BTreeSet::new());
         Self { random, layout, cache, disk, blocks, spoilt, next_tag: 1, log: 0, seen: Seen::default() }
     }
@@ -260,7 +260,7 @@ fn one_seed_gives_one_run() {
 #[test]
 fn a_read_with_any_wrong_byte_is_refused_whole() {
     let layout = SlowLayout::new(656, 64, 1).unwrap();
-    let mut cache = RowCache::new(layout, Policy::Clock, 1, 1 << 20).unwrap();
+    let mut cache = RowCache::new(layout, Policy::Clock, 1, layout.block_bytes() as u64, 1 << 20).unwrap();
     let mut random = Rng::with_seed(2);
     let plane: Vec<u8> = (0..layout.plane_bytes()).map(|_| random.u8(..)).collect();
     let mut image = vec![0; layout.block_bytes()];
