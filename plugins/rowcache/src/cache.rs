@@ -65,26 +65,6 @@ pub struct Counters {
     pub bad_reads: u64,
 }
 
-/// The rows of a complete lookup.
-#[derive(Clone, Copy, Debug)]
-pub struct Rows<'a> {
-    bytes: &'a [u8],
-    slots: &'a [u32],
-    row_bytes: usize,
-}
-
-impl<'a> Rows<'a> {
-    /// The row that was asked for as the `index`-th: latent bytes, then rope bytes.
-    ///
-    /// # Panics
-    /// When fewer rows were asked for.
-    #[inline]
-    pub fn row(&self, index: usize) -> &'a [u8] {
-        let at = self.slots[index] as usize * self.row_bytes;
-        &self.bytes[at..at + self.row_bytes]
-    }
-}
-
 impl RowCache {
     /// A cache for a pool of `n_blocks` blocks whose slow area has `area_bytes`; it takes `limit_bytes` besides the maps
     /// of attached blocks.
@@ -134,12 +114,12 @@ impl RowCache {
         self.blocks.get(block as usize).is_some_and(Option::is_some)
     }
 
-    /// From now on the latent plane of `block` lies at byte `slow_offset`, in pages with this tag. Ends the epoch as
-    /// [`Self::release`] does.
+    /// From now on the latent plane of `block` lies at byte `slow_offset`, in pages with this tag; rows from where it lay
+    /// before are forgotten. Ends the epoch as [`Self::release`] does.
     ///
     /// # Errors
-    /// [`RowCacheError::NoSuchBlock`], [`RowCacheError::Attached`], or [`RowCacheError::Offset`] when the offset is not
-    /// a page's or the image would end outside the area.
+    /// [`RowCacheError::NoSuchBlock`], or [`RowCacheError::Offset`] when the offset is not a page's or the image would
+    /// end outside the area. Nothing has changed then.
     pub fn attach(&mut self, block: u32, slow_offset: u64, tag: u64) -> Result<()> {
         let image = self.layout.block_bytes() as u64;
         let end = slow_offset.checked_add(image).filter(|&end| end <= self.area_bytes);
@@ -147,22 +127,27 @@ impl RowCache {
             return Err(RowCacheError::Offset { block, slow_offset });
         }
         let n_blocks = self.blocks.len() as u32;
-        let place = self.blocks.get_mut(block as usize).ok_or(RowCacheError::NoSuchBlock { block, n_blocks })?;
-        if place.is_some() {
-            return Err(RowCacheError::Attached { block });
+        if block >= n_blocks {
+            return Err(RowCacheError::NoSuchBlock { block, n_blocks });
         }
-        *place = Some(Attached { slow_offset, tag, slots: vec![NO_SLOT; self.layout.block_rows()].into() });
-        self.release();
+        self.forget(block);
+        let slots = vec![NO_SLOT; self.layout.block_rows()].into();
+        self.blocks[block as usize] = Some(Attached { slow_offset, tag, slots });
         Ok(())
     }
 
-    /// The block does not lie in the slow tier any more, or no longer there: its rows are zeroed and forgotten. Ends
-    /// the epoch as [`Self::release`] does.
+    /// The block does not lie in the slow tier any more: its rows are zeroed and forgotten. Ends the epoch as
+    /// [`Self::release`] does.
     ///
     /// # Errors
     /// [`RowCacheError::NotAttached`], [`RowCacheError::NoSuchBlock`]
     pub fn detach(&mut self, block: u32) -> Result<()> {
         self.attached(block)?;
+        self.forget(block);
+        Ok(())
+    }
+
+    fn forget(&mut self, block: u32) {
         let attached = self.blocks[block as usize].take();
         let row_bytes = self.layout.row_bytes();
         for slot in attached.iter().flat_map(|attached| &attached.slots).filter(|&&slot| slot != NO_SLOT) {
@@ -170,7 +155,6 @@ impl RowCache {
             self.free.push(*slot);
         }
         self.release();
-        Ok(())
     }
 
     /// Finds `keys` and plans what must be read for those that are not present. All of them stay from now on, or from
@@ -186,6 +170,7 @@ impl RowCache {
             lookup.begin();
             return found;
         }
+        let n_hits = keys.len() - lookup.misses.len();
         let n_missing = lookup.plan();
         let needed = self.n_used + self.n_promised + n_missing;
         if needed > self.n_slots() {
@@ -193,27 +178,26 @@ impl RowCache {
             return Err(RowCacheError::TooSmall { needed, slots: self.n_slots() });
         }
         self.n_promised += n_missing;
-        self.counters.hits += (keys.len() - lookup.misses.len()) as u64;
+        self.counters.hits += n_hits as u64;
         self.counters.misses += n_missing as u64;
         lookup.epoch = self.epoch;
         Ok(())
     }
 
-    /// Fills the slots and the misses of a lookup.
+    /// Marks the rows that are present and lists the others.
     fn find(&mut self, keys: &[RowKey], lookup: &mut Lookup) -> Result<()> {
         u32::try_from(keys.len()).map_err(|_| RowCacheError::Size { what: "a list of rows" })?;
-        for (index, key) in (0..).zip(keys) {
+        for key in keys {
             let row = self.layout.row_index(key.layer, key.token)?;
             let attached = self.attached(key.block)?;
             let slot = attached.slots[row];
             if slot == NO_SLOT {
                 let page = u64::from(self.layout.locate(row).0);
                 let offset = attached.slow_offset + page * PAGE_BYTES as u64;
-                lookup.misses.push(Miss { offset, block: key.block, row: row as u32, index });
+                lookup.misses.push(Miss { offset, block: key.block, row: row as u32 });
             } else {
                 self.keep(slot as usize);
             }
-            lookup.slots.push(slot);
         }
         Ok(())
     }
@@ -241,11 +225,8 @@ impl RowCache {
             self.counters.bad_reads += 1;
             return Err(error);
         }
-        let Lookup { misses, slots, .. } = lookup;
-        for same_row in misses[span].chunk_by(|a, b| a.row == b.row) {
-            let miss = &same_row[0];
-            let slot = self.present(miss, self.layout.row_of(page_of(miss), miss.row as usize));
-            same_row.iter().for_each(|miss| slots[miss.index as usize] = slot);
+        for miss in &lookup.misses[span] {
+            self.present(miss, self.layout.row_of(page_of(miss), miss.row as usize));
         }
         self.counters.pages += u64::from(wanted.n_pages);
         lookup.finish(read);
@@ -264,13 +245,11 @@ impl RowCache {
         Ok(())
     }
 
-    /// The slot of a promised row, which gets one unless it has come with another lookup.
-    fn present(&mut self, miss: &Miss, row: &[u8]) -> u32 {
+    /// Gives a promised row its slot, unless it has come with another lookup of this epoch.
+    fn present(&mut self, miss: &Miss, row: &[u8]) {
         self.n_promised -= 1;
-        let known = self.blocks[miss.block as usize].as_ref().map_or(NO_SLOT, |to| to.slots[miss.row as usize]);
-        if known != NO_SLOT {
-            // It has come in this epoch, so it stays.
-            return known;
+        if *self.map(miss.block, miss.row) != NO_SLOT {
+            return;
         }
         let slot = self.empty_slot();
         self.rows[slot as usize * row.len()..][..row.len()].copy_from_slice(row);
@@ -279,7 +258,6 @@ impl RowCache {
         self.replacement.filled(slot as usize);
         self.used[slot as usize] = self.epoch;
         self.n_used += 1;
-        slot
     }
 
     /// A slot without a row, if need be by forgetting one that nobody asked for in this epoch.
@@ -306,15 +284,25 @@ impl RowCache {
         }
     }
 
-    /// The rows of a lookup whose reads have all been admitted.
-    ///
-    /// # Panics
-    /// When a read is missing, or `lookup` is older than the last [`Self::release`], [`Self::attach`] or
-    /// [`Self::detach`].
-    pub fn rows<'a>(&'a self, lookup: &'a Lookup) -> Rows<'a> {
-        assert_eq!(lookup.epoch, self.epoch, "a lookup ends with its epoch");
-        assert!(lookup.is_complete(), "{} reads are missing", lookup.reads_left);
-        Rows { bytes: &self.rows, slots: &lookup.slots, row_bytes: self.layout.row_bytes() }
+    /// The row of `key`: latent bytes, then rope bytes. None when it is not present; a row that was asked for since the
+    /// last [`Self::release`] is present once its lookup is complete.
+    #[inline]
+    pub fn row(&self, key: RowKey) -> Option<&[u8]> {
+        let attached = self.blocks.get(key.block as usize)?.as_ref()?;
+        let slot = attached.slots[self.layout.row_index(key.layer, key.token).ok()?];
+        let at = slot as usize * self.layout.row_bytes();
+        (slot != NO_SLOT).then(|| &self.rows[at..at + self.layout.row_bytes()])
+    }
+
+    /// Where the image of `block` lies in the slow area, and its tag; None when it is not attached.
+    pub fn place(&self, block: u32) -> Option<(u64, u64)> {
+        let attached = self.blocks.get(block as usize)?.as_ref()?;
+        Some((attached.slow_offset, attached.tag))
+    }
+
+    /// The layout of the blocks' images.
+    pub const fn layout(&self) -> &SlowLayout {
+        &self.layout
     }
 
     /// Nothing that was asked for is needed any more: rows may make room for others, and no lookup holds.
@@ -374,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_come_in_the_order_they_were_asked_for() {
+    fn rows_are_read_once_and_then_present() {
         let (mut cache, images) = cache(6);
         let mut lookup = Lookup::with_capacity(6);
         let keys = [key(1, 1, 7), key(0, 0, 0), key(1, 1, 7), key(0, 1, 2), key(0, 0, 1)];
@@ -382,8 +370,8 @@ mod tests {
             cache.lookup(&keys, &mut lookup).unwrap();
             assert_eq!(lookup.reads().len(), expected_reads);
             admit_all(&mut cache, &mut lookup, &images).unwrap();
-            let rows = cache.rows(&lookup);
-            let first: Vec<u8> = (0..keys.len()).map(|at| rows.row(at)[0]).collect();
+            assert!(lookup.is_complete());
+            let first: Vec<u8> = keys.iter().map(|&key| cache.row(key).unwrap()[0]).collect();
             assert_eq!(first, [115, 0, 115, 10, 1]);
             cache.release();
         }
@@ -404,7 +392,7 @@ mod tests {
         cache.release();
         cache.lookup(&keys[3..], &mut lookup).unwrap();
         admit_all(&mut cache, &mut lookup, &images).unwrap();
-        assert_eq!(cache.rows(&lookup).row(0)[0], 3);
+        assert_eq!(cache.row(keys[3]).unwrap()[0], 3);
         assert_eq!((cache.n_rows(), cache.counters().evictions), (3, 1));
     }
 
@@ -426,7 +414,7 @@ mod tests {
         cache.release();
         cache.lookup(&keys, &mut lookup).unwrap();
         admit_all(&mut cache, &mut lookup, &images).unwrap();
-        assert_eq!(cache.rows(&lookup).row(2)[0], 115);
+        assert_eq!(cache.row(keys[2]).unwrap()[0], 115);
     }
 
     #[test]
@@ -438,7 +426,8 @@ mod tests {
         admit_all(&mut cache, &mut second, &images).unwrap();
         admit_all(&mut cache, &mut first, &images).unwrap();
         assert_eq!((cache.n_rows(), cache.n_promised, cache.n_used), (1, 0, 1));
-        assert_eq!(cache.rows(&first).row(0), cache.rows(&second).row(0));
+        assert!(first.is_complete() && second.is_complete());
+        assert_eq!(cache.row(key(0, 0, 0)).unwrap(), [0; ROW_BYTES]);
     }
 
     #[test]
@@ -453,9 +442,24 @@ mod tests {
         let gone = RowCacheError::NotAttached { block: 1 };
         assert_eq!(cache.lookup(&[key(1, 0, 1)], &mut lookup), Err(gone));
         assert_eq!(cache.detach(1), Err(gone));
-        // Attached with another tag, the old pages are refused.
-        cache.attach(1, 6 * PAGE_BYTES as u64, 77).unwrap();
-        cache.lookup(&[key(1, 0, 1)], &mut lookup).unwrap();
+        assert_eq!((cache.place(0), cache.place(1), cache.place(9)), (Some((0, 0)), None, None));
+    }
+
+    #[test]
+    fn a_block_that_was_moved_is_read_where_it_lies_now() {
+        let (mut cache, images) = cache(4);
+        let mut lookup = Lookup::default();
+        cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
+        admit_all(&mut cache, &mut lookup, &images).unwrap();
+        // The image and the tag of block 1.
+        cache.attach(0, 6 * PAGE_BYTES as u64, 1).unwrap();
+        assert_eq!((cache.n_rows(), cache.row(key(0, 0, 1))), (0, None));
+        cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
+        admit_all(&mut cache, &mut lookup, &images).unwrap();
+        assert_eq!(cache.row(key(0, 0, 1)).unwrap()[0], 101);
+        // With another tag, the pages are refused.
+        cache.attach(0, 6 * PAGE_BYTES as u64, 77).unwrap();
+        cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
         assert!(matches!(admit_all(&mut cache, &mut lookup, &images), Err(RowCacheError::BadPage { .. })));
     }
 
@@ -481,7 +485,6 @@ mod tests {
     fn what_is_no_block_row_or_place_is_refused() {
         let (mut cache, _) = cache(4);
         let mut lookup = Lookup::default();
-        assert_eq!(cache.attach(0, 0, 0), Err(RowCacheError::Attached { block: 0 }));
         assert_eq!(cache.attach(3, 0, 0), Err(RowCacheError::NoSuchBlock { block: 3, n_blocks: 3 }));
         for slow_offset in [1, 512, AREA_BYTES - 5 * 4096, AREA_BYTES, u64::MAX - 4095] {
             assert_eq!(cache.attach(2, slow_offset, 0), Err(RowCacheError::Offset { block: 2, slow_offset }));
@@ -501,21 +504,21 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "a lookup ends with its epoch")]
-    fn rows_of_an_old_lookup_are_not_given_out() {
+    fn reads_of_an_old_lookup_are_not_taken() {
+        let (mut cache, images) = cache(4);
+        let mut lookup = Lookup::default();
+        cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
+        cache.release();
+        admit_all(&mut cache, &mut lookup, &images).unwrap();
+    }
+
+    #[test]
+    #[should_panic(expected = "a read is admitted once")]
+    fn a_read_is_not_taken_twice() {
         let (mut cache, images) = cache(4);
         let mut lookup = Lookup::default();
         cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
         admit_all(&mut cache, &mut lookup, &images).unwrap();
-        cache.release();
-        cache.rows(&lookup);
-    }
-
-    #[test]
-    #[should_panic(expected = "1 reads are missing")]
-    fn rows_are_not_given_out_before_all_are_there() {
-        let (mut cache, _) = cache(4);
-        let mut lookup = Lookup::default();
-        cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
-        cache.rows(&lookup);
+        admit_all(&mut cache, &mut lookup, &images).unwrap();
     }
 }

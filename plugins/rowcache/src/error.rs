@@ -58,12 +58,6 @@ pub enum RowCacheError {
         /// In the pool.
         n_blocks: u32,
     },
-    /// The block lies in the slow tier already.
-    #[error("block {block} is attached already")]
-    Attached {
-        /// Which.
-        block: u32,
-    },
     /// The block does not lie in the slow tier.
     #[error("block {block} is not in the slow tier")]
     NotAttached {

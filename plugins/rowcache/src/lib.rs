@@ -6,7 +6,7 @@
 //! 1. [`RowCache::lookup`] takes the selected rows and answers with [`Read`]s, sorted and merged.
 //! 2. Somebody reads them, in any order ([`RowCache`] knows no file, clock or thread).
 //! 3. [`RowCache::admit`] checks each page and keeps the rows that were asked for.
-//! 4. [`RowCache::rows`] gives every row that was asked for, until [`RowCache::release`].
+//! 4. [`RowCache::row`] gives every row that was asked for, until [`RowCache::release`].
 //!
 //! [`SlowLayout`] is the format of the pages, for both sides.
 //!
@@ -21,7 +21,7 @@ mod layout;
 mod lookup;
 mod replacement;
 
-pub use cache::{Counters, RowCache, Rows, SLOT_OVERHEAD_BYTES};
+pub use cache::{Counters, RowCache, SLOT_OVERHEAD_BYTES};
 pub use error::{Result, RowCacheError};
 pub use layout::{BLOCK_PAGES_MAX, PAGE_BYTES, Page, PageBytes, PageFault, SlowLayout, TRAILER_BYTES};
 pub use lookup::{Lookup, READ_PAGES_MAX, Read, RowKey};

@@ -46,8 +46,6 @@ pub(crate) struct Miss {
     pub(crate) block: u32,
     /// See `SlowLayout::row_index`.
     pub(crate) row: u32,
-    /// Where in the list it was asked for.
-    pub(crate) index: u32,
 }
 
 /// One list of rows on its way into memory. Kept by the caller and used again, so that steps do not allocate.
@@ -55,14 +53,12 @@ pub(crate) struct Miss {
 pub struct Lookup {
     /// The cache's epoch in which it holds; 0: in none.
     pub(crate) epoch: u64,
-    /// Of each row asked for; NO_SLOT until it is admitted.
-    pub(crate) slots: Vec<u32>,
-    /// Sorted by page and row; a row that was asked for twice is there twice.
+    /// Sorted by page and row, each once.
     pub(crate) misses: Vec<Miss>,
     reads: Vec<Read>,
     /// The misses of each read; empty once it is admitted.
     spans: Vec<Range<u32>>,
-    pub(crate) reads_left: usize,
+    reads_left: usize,
 }
 
 impl Lookup {
@@ -70,7 +66,6 @@ impl Lookup {
     pub fn with_capacity(n_rows: usize) -> Self {
         Self {
             epoch: 0,
-            slots: Vec::with_capacity(n_rows),
             misses: Vec::with_capacity(n_rows),
             reads: Vec::with_capacity(n_rows),
             spans: Vec::with_capacity(n_rows),
@@ -89,13 +84,12 @@ impl Lookup {
     }
 
     #[cfg(test)]
-    pub(crate) fn capacities(&self) -> [usize; 4] {
-        [self.slots.capacity(), self.misses.capacity(), self.reads.capacity(), self.spans.capacity()]
+    pub(crate) fn capacities(&self) -> [usize; 3] {
+        [self.misses.capacity(), self.reads.capacity(), self.spans.capacity()]
     }
 
     pub(crate) fn begin(&mut self) {
         self.epoch = 0;
-        self.slots.clear();
         self.misses.clear();
         self.reads.clear();
         self.spans.clear();
@@ -105,8 +99,7 @@ impl Lookup {
     /// Sorts the misses and makes reads of their pages; says how many different rows are missing.
     pub(crate) fn plan(&mut self) -> usize {
         self.misses.sort_unstable_by_key(|miss| (miss.offset, miss.block, miss.row));
-        let mut n_rows = 0;
-        let mut last: Option<Miss> = None;
+        self.misses.dedup_by_key(|miss| (miss.block, miss.row));
         for (at, miss) in (0..).zip(&self.misses) {
             let page_offset = |n: u32| u64::from(n) * PAGE_BYTES as u64;
             let last_read = self.reads.last_mut().zip(self.spans.last_mut());
@@ -127,11 +120,9 @@ impl Lookup {
                     self.spans.push(at..at + 1);
                 }
             }
-            n_rows += usize::from(last.is_none_or(|last| (last.block, last.row) != (miss.block, miss.row)));
-            last = Some(*miss);
         }
         self.reads_left = self.reads.len();
-        n_rows
+        self.misses.len()
     }
 
     /// The misses that read `read` answers.
@@ -157,13 +148,13 @@ mod tests {
     /// The reads, in pages, for misses on these pages.
     fn reads(pages: &[u64]) -> (usize, Vec<(u64, u32)>) {
         let mut lookup = Lookup::with_capacity(pages.len());
-        for (index, &page) in (0..).zip(pages) {
+        for &page in pages {
             let row = u32::try_from(page * 3).unwrap();
-            lookup.misses.push(Miss { offset: page * PAGE_BYTES as u64, block: 0, row, index });
+            lookup.misses.push(Miss { offset: page * PAGE_BYTES as u64, block: 0, row });
         }
         let n_rows = lookup.plan();
         let covered: Vec<usize> = (0..lookup.reads.len()).flat_map(|read| lookup.misses_of(read)).collect();
-        assert_eq!(covered, (0..pages.len()).collect::<Vec<_>>(), "each miss belongs to one read");
+        assert_eq!(covered, (0..n_rows).collect::<Vec<_>>(), "each miss belongs to one read");
         (n_rows, lookup.reads().iter().map(|read| (read.offset / PAGE_BYTES as u64, read.n_pages)).collect())
     }
 

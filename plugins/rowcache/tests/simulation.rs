@@ -65,7 +65,7 @@ impl Simulation {
                 2 if self.random.u32(..8) == 0 => self.spoil(),
                 _ => self.step(),
             }
-            assert!(self.cache.n_rows() <= self.cache.n_slots());
+            self.check_all();
         }
         (self.log, self.seen)
     }
@@ -74,14 +74,9 @@ impl Simulation {
         self.log = (self.log ^ value).wrapping_mul(0x100_0000_01b3).rotate_left(17);
     }
 
-    /// A block moves to the slow tier; its image is written, or the write is lost.
+    /// A block moves to the slow tier, or to another place of it; its image is written, or the write is lost.
     fn attach(&mut self) {
         let block = self.random.u32(..N_BLOCKS);
-        if self.blocks.contains_key(&block) {
-            let again = self.cache.attach(block, 0, 0);
-            assert_eq!(again, Err(RowCacheError::Attached { block }));
-            return;
-        }
         let taken: Vec<usize> = self.blocks.values().map(|block| block.place).collect();
         let empty: Vec<usize> = (0..N_PLACES).filter(|place| !taken.contains(place)).collect();
         let place = *self.random.choice(&empty).unwrap();
@@ -219,12 +214,27 @@ impl Simulation {
         places.any(|place| self.spoilt.contains(&place))
     }
 
+    /// What was asked for is there.
     fn check_rows(&self, keys: &[RowKey], lookup: &Lookup) {
-        let (rows, width) = (self.cache.rows(lookup), self.layout.row_bytes());
-        for (at, key) in keys.iter().enumerate() {
-            let index = (key.layer * self.tokens() + key.token) as usize;
-            assert!(rows.row(at) == &self.blocks[&key.block].plane[index * width..][..width], "row {at}: {key:?}");
+        assert!(lookup.is_complete());
+        keys.iter().for_each(|&key| assert!(self.cache.row(key).is_some(), "{key:?}"));
+        self.check_all();
+    }
+
+    /// What is there is right, and no more than there is room for.
+    fn check_all(&self) {
+        let (width, mut present) = (self.layout.row_bytes(), 0);
+        for block in 0..N_BLOCKS {
+            for (layer, token) in (0..self.layers()).flat_map(|layer| (0..self.tokens()).map(move |t| (layer, t))) {
+                let key = RowKey { block, layer, token };
+                let Some(row) = self.cache.row(key) else { continue };
+                let at = (layer * self.tokens() + token) as usize * width;
+                assert!(row == &self.blocks[&block].plane[at..at + width], "{key:?}");
+                present += 1;
+            }
         }
+        assert_eq!(present, self.cache.n_rows());
+        assert!(present <= self.cache.n_slots());
     }
 
     fn tokens(&self) -> u32 {
