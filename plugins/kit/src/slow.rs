@@ -1,5 +1,7 @@
 //! How do pages of the slow tier come into memory?
 //!
+//! [`SlowTier`] is what a plugin uses: the row cache of a pool and the reader that fills it.
+//!
 //! A [`Reader`] reads a list of [`Read`]s from one file and hands out each as it arrives: by io_uring where the kernel
 //! allows it, else by threads that call `pread`. Both give the same bytes and the same errors. Buffers belong to the
 //! reader, as many as reads are in flight, aligned for `O_DIRECT`: memory does not grow with the list, and pages are
@@ -8,9 +10,11 @@
 //! Measured depths: `tests/bench/RESULTS.md`.
 
 mod threads;
+mod tier;
 mod uring;
 
 pub use sparsed_rowcache as rowcache;
+pub use tier::{SlowFile, SlowTier};
 
 use rowcache::{PAGE_BYTES, READ_PAGES_MAX, Read};
 use std::fs::File;

@@ -60,23 +60,6 @@ pub enum PageFault {
     },
 }
 
-/// A page whose checksum, tag and number are right.
-#[derive(Clone, Copy, Debug)]
-pub struct Page<'a> {
-    rows: &'a [u8],
-    row_bytes: usize,
-}
-
-impl<'a> Page<'a> {
-    /// Row `row` of the page: latent bytes, then rope bytes.
-    ///
-    /// # Panics
-    /// When the page has no such row; [`SlowLayout::locate`] says which it has.
-    pub fn row(&self, row: usize) -> &'a [u8] {
-        &self.rows[row * self.row_bytes..(row + 1) * self.row_bytes]
-    }
-}
-
 impl SlowLayout {
     /// The layout of blocks of `block_tokens` tokens in `n_layers` layers with `row_bytes` bytes (latent and rope row)
     /// per token and layer.
@@ -183,23 +166,18 @@ impl SlowLayout {
         Ok(())
     }
 
-    /// The rows of a page that was read as page `page` of the block with tag `tag`.
+    /// Checks a page that was read as page `page` of the block with tag `tag`.
     ///
     /// # Errors
     /// What is wrong with it; nothing of such a page may be used.
-    pub fn check_page<'a>(
-        &self,
-        bytes: &'a PageBytes,
-        tag: u64,
-        page: u32,
-    ) -> std::result::Result<Page<'a>, PageFault> {
+    pub fn check_page(&self, bytes: &PageBytes, tag: u64, page: u32) -> std::result::Result<(), PageFault> {
         let (covered, crc) = bytes.split_last_chunk().expect("a page is longer than its checksum");
         let (stored, computed) = (u32::from_le_bytes(*crc), crc32c::crc32c(covered));
         if stored != computed {
             return Err(PageFault::Crc { stored, computed });
         }
         let (covered, number) = covered.split_last_chunk().expect("a page is longer than its trailer");
-        let (rows, found_tag) = covered.split_last_chunk().expect("a page is longer than its trailer");
+        let (_, found_tag) = covered.split_last_chunk().expect("a page is longer than its trailer");
         let (number, found_tag) = (u32::from_le_bytes(*number), u64::from_le_bytes(*found_tag));
         if found_tag != tag {
             return Err(PageFault::Tag { stored: found_tag, expected: tag });
@@ -207,24 +185,21 @@ impl SlowLayout {
         if number != page {
             return Err(PageFault::Number { stored: number });
         }
-        Ok(Page { rows, row_bytes: self.row_bytes })
+        Ok(())
     }
 
-    /// Reads a whole block back: the inverse of [`Self::encode_block`]. `block` is named in errors only.
+    /// Reads page `page` back into its place of the latent plane: the inverse of [`Self::encode_page`]. `block` is named
+    /// in errors only.
     ///
     /// # Errors
-    /// [`RowCacheError::Length`] for buffers of a wrong size, [`RowCacheError::BadPage`] for the first page that is not
-    /// what was written; `plane` is then half filled.
-    pub fn decode_block(&self, block: u32, image: &[u8], tag: u64, plane: &mut [u8]) -> Result<()> {
-        check_length("a block's image", image.len(), self.block_bytes())?;
+    /// [`RowCacheError::Length`] for a plane of another size, [`RowCacheError::NoSuchPage`], and
+    /// [`RowCacheError::BadPage`] for a page that is not what was written; `plane` is unchanged.
+    pub fn decode_page(&self, block: u32, bytes: &PageBytes, tag: u64, page: u32, plane: &mut [u8]) -> Result<()> {
         check_length("a latent plane", plane.len(), self.plane_bytes())?;
-        for (page, bytes) in (0..).zip(image.as_chunks().0) {
-            let layer = self.layer_of_page(page);
-            let bad = |fault| RowCacheError::BadPage { block, layer, page, fault };
-            let rows = self.check_page(bytes, tag, page).map_err(bad)?.rows;
-            let to = &mut plane[self.plane_range(page)?];
-            to.copy_from_slice(&rows[..to.len()]);
-        }
+        let to = &mut plane[self.plane_range(page)?];
+        let bad = |fault| RowCacheError::BadPage { block, layer: self.layer_of_page(page), page, fault };
+        self.check_page(bytes, tag, page).map_err(bad)?;
+        to.copy_from_slice(&bytes[..to.len()]);
         Ok(())
     }
 
@@ -275,11 +250,14 @@ mod tests {
                 assert_eq!(page as usize, layer as usize * pages_per_layer + token as usize / rows_per_page);
                 assert_eq!(layout.layer_of_page(page), layer);
                 let bytes = image.as_chunks().0[page as usize];
-                let found = layout.check_page(&bytes, 7, page).unwrap();
-                assert_eq!(found.row(row), &plane[index * row_bytes..(index + 1) * row_bytes]);
+                layout.check_page(&bytes, 7, page).unwrap();
+                assert_eq!(bytes[row * row_bytes..][..row_bytes], plane[index * row_bytes..][..row_bytes]);
+                assert_eq!(layout.row_of(&bytes, index), &plane[index * row_bytes..][..row_bytes]);
             }
             let mut back = vec![0; plane.len()];
-            layout.decode_block(0, &image, 7, &mut back).unwrap();
+            for (page, bytes) in (0..).zip(image.as_chunks().0) {
+                layout.decode_page(0, bytes, 7, page, &mut back).unwrap();
+            }
             assert_eq!(back, plane);
         }
     }
@@ -315,10 +293,13 @@ mod tests {
         let page = image.as_chunks().0[4];
         assert_eq!(layout.check_page(&page, 2, 4).unwrap_err(), PageFault::Tag { stored: 3, expected: 2 });
         assert_eq!(layout.check_page(&page, 3, 5).unwrap_err(), PageFault::Number { stored: 4 });
-        let mut swapped = image;
-        swapped[4 * PAGE_BYTES..][..PAGE_BYTES].copy_from_slice(&[0; PAGE_BYTES]);
-        let error = layout.decode_block(9, &swapped, 3, &mut vec![0; layout.plane_bytes()]).unwrap_err();
-        assert!(matches!(error, RowCacheError::BadPage { block: 9, layer: 0, page: 4, .. }), "{error}");
+        let mut plane = vec![0; layout.plane_bytes()];
+        let error = layout.decode_page(9, &page, 3, 15, &mut plane).unwrap_err();
+        let fault = PageFault::Number { stored: 4 };
+        assert_eq!(error, RowCacheError::BadPage { block: 9, layer: 1, page: 15, fault });
+        assert!(plane.iter().all(|&byte| byte == 0), "nothing of it is used");
+        let no_page = RowCacheError::NoSuchPage { page: 22, block_pages: 22 };
+        assert_eq!(layout.decode_page(9, &page, 3, 22, &mut plane), Err(no_page));
     }
 
     #[test]

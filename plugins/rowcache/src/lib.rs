@@ -23,6 +23,6 @@ mod replacement;
 
 pub use cache::{Counters, RowCache, SLOT_OVERHEAD_BYTES};
 pub use error::{Result, RowCacheError};
-pub use layout::{BLOCK_PAGES_MAX, PAGE_BYTES, Page, PageBytes, PageFault, SlowLayout, TRAILER_BYTES};
+pub use layout::{BLOCK_PAGES_MAX, PAGE_BYTES, PageBytes, PageFault, SlowLayout, TRAILER_BYTES};
 pub use lookup::{Lookup, READ_PAGES_MAX, Read, RowKey};
 pub use replacement::{HITS_MAX, Policy, Replacement};
