@@ -58,7 +58,7 @@ impl std::fmt::Display for PluginError {
 impl std::error::Error for PluginError {}
 
 /// The daemon's services.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Host(*const SpdHost);
 
 // SAFETY: the header says that the table lives as long as the instance and that its functions are `[any]`.
@@ -67,6 +67,11 @@ unsafe impl Send for Host {}
 unsafe impl Sync for Host {}
 
 impl Host {
+    /// No services: no setting is there, and nobody reads the log.
+    pub const fn none() -> Self {
+        Self(std::ptr::null())
+    }
+
     pub(crate) fn new(raw: *const SpdHost) -> Self {
         Self(raw)
     }
@@ -129,7 +134,12 @@ pub struct Run<'a> {
     pub(crate) cancel: Option<&'a AtomicU32>,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    /// A step that nobody will cancel.
+    pub fn new(step: StepArrays<'a>, input: &'a [u8], output: &'a mut [u8]) -> Self {
+        Self { step, input, output, cancel: None }
+    }
+
     /// True once the caller wants the step to end.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0)

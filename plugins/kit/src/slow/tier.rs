@@ -1,11 +1,13 @@
 //! Are a step's slow rows there? The row cache and the reader of one pool together.
 
 use super::{ReadError, Reader};
+use crate::border::read_in;
 use crate::{PluginError, Result};
 use rowcache::{Lookup, PAGE_BYTES, Policy, READ_PAGES_MAX, Read, RowCache, RowCacheError, RowKey, SlowLayout};
-use sparsed_abi::{E_DATA, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP};
+use sparsed_abi::{E_DATA, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP, SpdKvSlow};
 use sparsed_rowcache as rowcache;
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 
 /// A slow tier in a file, as `spd_kv_slow` describes it.
 #[derive(Debug)]
@@ -20,27 +22,64 @@ pub struct SlowFile {
     pub cache_bytes: u64,
 }
 
+impl SlowFile {
+    /// Takes a description apart; the file is duplicated.
+    ///
+    /// # Errors
+    /// `SPD_E_UNSUPPORTED` for a tier in host memory, `SPD_E_INVALID` for an area that no file can have.
+    ///
+    /// # Safety
+    /// `from` points to a struct that begins with its `struct_size` and has that many readable bytes; its file is open.
+    pub(crate) unsafe fn read(from: *const SpdKvSlow) -> Result<Self> {
+        // SAFETY: the caller's contract.
+        let slow = unsafe { read_in(from) }?;
+        if slow.fd <= 0 {
+            return Err(PluginError::unsupported("a slow tier in host memory"));
+        }
+        if slow.flags != 0 || slow.page_bytes as usize != PAGE_BYTES {
+            let (flags, page_bytes) = (slow.flags, slow.page_bytes);
+            return Err(PluginError::unsupported(format!("a slow tier of flags {flags:#x}, pages of {page_bytes}")));
+        }
+        let end = slow.offset.checked_add(slow.length).filter(|&end| i64::try_from(end).is_ok());
+        if end.is_none() || !slow.offset.is_multiple_of(PAGE_BYTES as u64) {
+            let (offset, length) = (slow.offset, slow.length);
+            return Err(PluginError::invalid(format!("a slow area of {length} bytes at byte {offset}")));
+        }
+        // SAFETY: the caller's contract: it is open now.
+        let fd = unsafe { BorrowedFd::borrow_raw(slow.fd) };
+        let no_file = |error| PluginError::new(E_NOMEM_HOST, format!("cannot duplicate the slow tier's file: {error}"));
+        let file = File::from(fd.try_clone_to_owned().map_err(no_file)?);
+        Ok(Self { file, offset: slow.offset, length: slow.length, cache_bytes: slow.cache_bytes })
+    }
+}
+
 /// The slow tier of one pool. Used by one thread at a time.
 #[derive(Debug)]
 pub struct SlowTier {
     cache: RowCache,
     reader: Reader,
+    no_uring: Option<std::io::Error>,
     lookup: Lookup,
     /// Those of the lookup, while it takes what they bring.
     reads: Vec<Read>,
 }
 
 impl SlowTier {
-    /// For a pool of `n_blocks` blocks of this layout; with the reason if io_uring cannot be used.
+    /// For a pool of `n_blocks` blocks of this layout.
     ///
     /// # Errors
     /// `SPD_E_NOMEM_DEVICE` when the cache holds no row, `SPD_E_NOMEM_HOST` when the system gives no threads.
-    pub fn new(slow: SlowFile, layout: SlowLayout, n_blocks: u32) -> Result<(Self, Option<std::io::Error>)> {
+    pub fn new(slow: SlowFile, layout: SlowLayout, n_blocks: u32) -> Result<Self> {
         let limit_bytes = usize::try_from(slow.cache_bytes).unwrap_or(usize::MAX);
         let cache = RowCache::new(layout, Policy::Clock, n_blocks, slow.length, limit_bytes)?;
         let no_reader = |error| PluginError::new(E_NOMEM_HOST, format!("cannot read the slow tier: {error}"));
-        let (reader, reason) = Reader::open(slow.file, slow.offset).map_err(no_reader)?;
-        Ok((Self { cache, reader, lookup: Lookup::default(), reads: Vec::new() }, reason))
+        let (reader, no_uring) = Reader::open(slow.file, slow.offset).map_err(no_reader)?;
+        Ok(Self { cache, reader, no_uring, lookup: Lookup::default(), reads: Vec::new() })
+    }
+
+    /// Why threads read instead of io_uring, if they do.
+    pub const fn no_uring(&self) -> Option<&std::io::Error> {
+        self.no_uring.as_ref()
     }
 
     /// Which rows and blocks are there.
@@ -60,7 +99,7 @@ impl SlowTier {
     /// the rows do not fit into the cache together, `SPD_E_INVALID` for a row that is not in the slow tier. What was
     /// present stays right; the step may be repeated after a release.
     pub fn fetch(&mut self, keys: &[RowKey]) -> Result<()> {
-        let Self { cache, reader, lookup, reads } = self;
+        let Self { cache, reader, lookup, reads, .. } = self;
         cache.lookup(keys, lookup)?;
         reads.clear();
         reads.extend_from_slice(lookup.reads());
@@ -140,7 +179,7 @@ mod tests {
             length: 2 * layout.block_bytes() as u64,
             cache_bytes: n_slots * (656 + rowcache::SLOT_OVERHEAD_BYTES as u64),
         };
-        let (mut tier, _) = SlowTier::new(slow, layout, 5).unwrap();
+        let mut tier = SlowTier::new(slow, layout, 5).unwrap();
         // Block 4 is the first image, block 2 the second.
         tier.cache_mut().attach(4, 0, TAG).unwrap();
         tier.cache_mut().attach(2, layout.block_bytes() as u64, TAG + 1).unwrap();
