@@ -16,6 +16,10 @@ impl Attention<'_> {
     /// `SPD_E_DATA` for a page that is not what was written, `SPD_E_NOMEM_DEVICE` when one token lists more slow rows
     /// than the row cache holds.
     pub(super) fn compute_slow(&self, slow: &mut SlowTier) -> Result<()> {
+        if !self.frame.step.block_ids.iter().any(|&block| slow.cache().is_attached(block)) {
+            self.compute();
+            return Ok(());
+        }
         let mut keys = Vec::new();
         let mut next = self.tokens.start;
         while next < self.tokens.end {
@@ -110,13 +114,10 @@ mod tests {
         let (q, w, q_latent, q_rope) = (input(&[2, 32]), input(&[2]), input(&[4, 32]), input(&[4, 32]));
         let groups = [groups, 0, 0, 0, 0, 0];
         for layer in 0..N_LAYERS {
-            let op = |builder: &mut ProgramBuilder,
-                      kind,
-                      inputs: &[Option<TensorId>],
-                      outputs: &[Option<TensorId>],
-                      i| {
-                builder.op(OpSpec { kind, inputs, outputs, layer, i, f: [0.3, 0.0, 0.0, 0.0], ..OpSpec::default() });
-            };
+            let op =
+                |builder: &mut ProgramBuilder, kind, inputs: &[Option<TensorId>], outputs: &[Option<TensorId>], i| {
+                    builder.op(OpSpec { kind, inputs, outputs, layer, i, f: [0.3, 0.0, 0.0, 0.0] });
+                };
             op(&mut builder, OP_KV_APPEND, &[Some(latent), Some(rope)], &[], [0; 6]);
             op(&mut builder, OP_IDX_APPEND, &[Some(key)], &[], [0; 6]);
             let sel = builder.activation(DT_I32, &[DIM_TOKENS, TOP_K as i32]);

@@ -249,4 +249,37 @@ mod tests {
         let too_long: PluginError = SlowLayout::new(4081, 64, 3).unwrap_err().into();
         assert_eq!(too_long.status, sparsed_abi::E_UNSUPPORTED);
     }
+
+    #[test]
+    fn a_description_of_a_slow_tier_is_taken_apart_or_refused() {
+        use std::os::fd::AsRawFd;
+        let file = tempfile::tempfile().unwrap();
+        let good = SpdKvSlow {
+            struct_size: crate::struct_size::<SpdKvSlow>(),
+            fd: file.as_raw_fd(),
+            page_bytes: 4096,
+            offset: 8192,
+            length: 1 << 30,
+            cache_bytes: 77,
+            ..SpdKvSlow::default()
+        };
+        // SAFETY: a whole struct, and the file is open.
+        let read = |slow: SpdKvSlow| unsafe { SlowFile::read(&raw const slow) };
+        let slow = read(good).unwrap();
+        assert_eq!((slow.offset, slow.length, slow.cache_bytes), (8192, 1 << 30, 77));
+        assert_ne!(slow.file.as_raw_fd(), file.as_raw_fd(), "the plugin's own");
+        let (invalid, unsupported) = (sparsed_abi::E_INVALID, sparsed_abi::E_UNSUPPORTED);
+        for (bad, status) in [
+            (SpdKvSlow { fd: 0, ..good }, unsupported),
+            (SpdKvSlow { fd: -1, ..good }, unsupported),
+            (SpdKvSlow { flags: 1, ..good }, unsupported),
+            (SpdKvSlow { page_bytes: 512, ..good }, unsupported),
+            (SpdKvSlow { offset: 4097, ..good }, invalid),
+            (SpdKvSlow { length: u64::MAX, ..good }, invalid),
+            (SpdKvSlow { length: i64::MAX as u64, ..good }, invalid),
+            (SpdKvSlow { struct_size: 4, ..good }, sparsed_abi::E_ABI),
+        ] {
+            assert_eq!(read(bad).unwrap_err().status, status, "{bad:?}");
+        }
+    }
 }
