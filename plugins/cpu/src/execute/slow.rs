@@ -73,7 +73,7 @@ mod tests {
         T_OUTPUT, TensorId,
     };
     use sparsed_plugin_kit::slow::rowcache::{SLOT_OVERHEAD_BYTES, SlowLayout};
-    use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowFile};
+    use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowFile, Synchronous};
     use std::fs::File;
     use std::ops::Range;
     use std::os::unix::fs::FileExt;
