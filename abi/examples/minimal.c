@@ -1,8 +1,8 @@
 /* minimal.c - what is the least that a sparsed plugin must do?
  *
- * A complete plugin in plain C11: host memory, the calling thread, every operator (operators.h) the naive way.  Copy it,
- * then move memory and operators to your device one by one; README.md says how to build it.  What comes from the caller
- * is checked by sparsed/kit.h before it is used here.  queue_run allocates nothing.
+ * A complete plugin in plain C11: host memory, the calling thread, every operator (operators.h) the naive way.  Copy
+ * it, then move memory and operators to your device one by one; README.md says how to build it.  What comes from the
+ * caller is checked by sparsed/kit.h and program.h before it is used.  queue_run allocates nothing.
  */
 #define _POSIX_C_SOURCE 200809L /* pread, sysconf */
 #include "operators.h"
@@ -17,26 +17,15 @@ enum { WEIGHTS, KV, WORKSPACE, N_USES };
 struct spd_instance { const spd_host *host; };
 struct spd_device { uint64_t budget; _Atomic uint64_t used[N_USES]; };
 struct spd_queue { spd_device *device; _Atomic uint64_t completed; };
-struct spd_weight {
-  spd_device *device;
-  spd_weight_desc desc;
-  matrices m;
-  uint64_t bytes;
-  uint8_t *uploaded; /* [batch] */
-  int committed;
-};
-struct spd_kvpool {
-  spd_device *device;
-  pool_rows rows;
-};
+struct spd_kvpool { spd_device *device; pool_rows rows; };
+struct spd_weight { spd_device *device; matrices m; int committed; uint8_t uploaded[]; }; /* [batch] */
 struct spd_plan {
   spd_device *device;
   spd_program_view program;
   spd_bucket bucket;
   spd_weight **weights;
   spd_kvpool **pools;
-  spd_place *places;
-  uint64_t *offsets; /* of INPUT and OUTPUT tensors in the arenas of this step */
+  spd_place *places; /* those of INPUT and OUTPUT tensors are this step's */
   float *workspace;  /* the plan's own tensors, then the scratch of an operator */
   uint64_t scratch_at, bytes;
   mtx_t running; /* two queues may run one plan */
@@ -62,29 +51,25 @@ static void release(spd_device *d, int use, uint64_t bytes, void *memory) {
 }
 
 static void weight_destroy(spd_weight *w) {
-  if (!w) return;
-  release(w->device, WEIGHTS, w->bytes, w->m.data);
-  free(w->uploaded);
+  if (w) release(w->device, WEIGHTS, w->m.bytes, w->m.data);
   free(w);
 }
 
 static spd_status weight_create(spd_device *d, const spd_weight_desc *desc, spd_weight **out, spd_error *e) {
-  spd_weight_desc w;
-  SPD_TRY(spd_take(&w, desc, sizeof w, e));
-  SPD_VALID(d && out && w.batch && w.rows && w.cols, "weight: NULL, or without batch, rows or columns");
-  SPD_HAVE(w.flags == 0 && in_set(WEIGHT_DTYPES, w.dtype), "weight: dtype %u, flags %#x", w.dtype, w.flags);
-  uint64_t row_bytes = spd_row_bytes(w.dtype, w.cols), bytes = spd_times(spd_times(row_bytes, w.rows), w.batch);
-  SPD_VALID(row_bytes, "weight: a row of %llu values is not whole blocks", (unsigned long long)w.cols);
-  spd_weight *made = calloc(1, sizeof *made);
-  SPD_CHECK(made, SPD_E_NOMEM_HOST, "weight: no memory for its handle");
-  uint8_t *data = hold(d, WEIGHTS, bytes, e);
-  *made = (spd_weight){d, w, {w.dtype, w.batch, w.rows, w.cols, row_bytes, data}, bytes, NULL, 0};
-  if (data) made->uploaded = calloc(w.batch, 1);
-  if (!made->uploaded) {
-    weight_destroy(made);
-    return data ? spd_fail(e, SPD_E_NOMEM_HOST, "weight: no memory for its handle") : SPD_E_NOMEM_DEVICE;
-  }
-  *out = made;
+  matrices m;
+  SPD_TRY(spd_take(&m.desc, desc, sizeof m.desc, e));
+  SPD_VALID(d && out && m.desc.batch && m.desc.rows && m.desc.cols, "weight: NULL, or without batch, rows or columns");
+  SPD_HAVE(m.desc.flags == 0, "weight: flags %#x", m.desc.flags);
+  SPD_HAVE(in_set(WEIGHT_DTYPES, m.desc.dtype), "weight: dtype %u", m.desc.dtype);
+  m.row_bytes = spd_row_bytes(m.desc.dtype, m.desc.cols);
+  SPD_VALID(m.row_bytes, "weight: a row of %llu values is not whole blocks", (unsigned long long)m.desc.cols);
+  m.bytes = spd_times(spd_times(m.row_bytes, m.desc.rows), m.desc.batch);
+  m.data = hold(d, WEIGHTS, m.bytes, e);
+  if (!m.data) return SPD_E_NOMEM_DEVICE;
+  *out = calloc(1, sizeof **out + m.desc.batch);
+  if (!*out) release(d, WEIGHTS, m.bytes, m.data);
+  SPD_CHECK(*out, SPD_E_NOMEM_HOST, "weight: no memory for its handle");
+  (*out)->device = d, (*out)->m = m;
   return SPD_OK;
 }
 
@@ -92,8 +77,9 @@ static spd_status weight_upload(spd_weight *w, uint32_t first, uint32_t n, const
   spd_source s;
   SPD_TRY(spd_take(&s, source, sizeof s, e));
   SPD_VALID(w && !w->committed, "weight: NULL or committed");
-  SPD_VALID(n && first < w->m.batch && n <= w->m.batch - first, "weight: batches %u + %u of %u", first, n, w->m.batch);
-  uint64_t matrix = w->bytes / w->m.batch;
+  const uint32_t batch = w->m.desc.batch;
+  const uint64_t matrix = w->m.bytes / batch;
+  SPD_VALID(n && first < batch && n <= batch - first, "weight: batches %u + %u of %u", first, n, batch);
   uint8_t *to = w->m.data + first * matrix;
   SPD_VALID(s.length == n * matrix, "weight: a source of another length than %u matrices", n);
   if (s.ptr) memcpy(to, s.ptr, s.length);
@@ -108,7 +94,7 @@ static spd_status weight_upload(spd_weight *w, uint32_t first, uint32_t n, const
 
 static spd_status weight_commit(spd_weight *w, spd_error *e) {
   SPD_VALID(w && !w->committed, "weight: NULL or committed");
-  SPD_VALID(!memchr(w->uploaded, 0, w->m.batch), "weight: a batch has not been uploaded");
+  SPD_VALID(!memchr(w->uploaded, 0, w->m.desc.batch), "weight: a batch has not been uploaded");
   w->committed = 1;
   return SPD_OK;
 }
@@ -125,19 +111,17 @@ static spd_status kv_create(spd_device *d, const spd_kv_desc *desc, spd_kvpool *
   SPD_TRY(spd_take(&kv, desc, sizeof kv, e));
   SPD_TRY(spd_take(&filled, info, sizeof filled, e));
   SPD_VALID(d && out, "pool: NULL");
-  int known = in_set(ROW_DTYPES, kv.latent.dtype) && in_set(ROW_DTYPES, kv.rope.dtype) && in_set(ROW_DTYPES, kv.index.dtype);
-  SPD_HAVE(known, "pool: rows of dtypes %u, %u, %u", kv.latent.dtype, kv.rope.dtype, kv.index.dtype);
+  const uint32_t dtypes[3] = {kv.latent.dtype, kv.rope.dtype, kv.index.dtype};
+  for (int k = 0; k < 3; k++) SPD_HAVE(in_set(ROW_DTYPES, dtypes[k]), "pool: rows of dtype %u", dtypes[k]);
   SPD_TRY(spd_measure_kv(&bytes, &kv, e));
-  spd_kvpool *made = calloc(1, sizeof *made);
-  SPD_CHECK(made, SPD_E_NOMEM_HOST, "pool: no memory for its handle");
-  *made = (spd_kvpool){d, {kv, bytes, hold(d, KV, bytes.pool, e)}};
-  if (!made->rows.blocks) {
-    free(made);
-    return SPD_E_NOMEM_DEVICE;
-  }
+  uint8_t *blocks = hold(d, KV, bytes.pool, e);
+  if (!blocks) return SPD_E_NOMEM_DEVICE;
+  *out = calloc(1, sizeof **out);
+  if (!*out) release(d, KV, bytes.pool, blocks);
+  SPD_CHECK(*out, SPD_E_NOMEM_HOST, "pool: no memory for its handle");
+  **out = (spd_kvpool){d, {kv, bytes, blocks}};
   filled.device_bytes = bytes.pool, filled.image_bytes = bytes.image, filled.image_latent_offset = bytes.latent_offset;
   spd_give(info, &filled, sizeof filled);
-  *out = made;
   return SPD_OK;
 }
 
@@ -172,7 +156,7 @@ static void plan_destroy(spd_plan *plan) {
   if (!plan) return;
   release(plan->device, WORKSPACE, plan->bytes, plan->workspace);
   spd_free_program(&plan->program);
-  free(plan->weights), free(plan->pools), free(plan->places), free(plan->offsets);
+  free(plan->weights), free(plan->pools), free(plan->places);
   mtx_destroy(&plan->running);
   free(plan);
 }
@@ -180,7 +164,7 @@ static void plan_destroy(spd_plan *plan) {
 static spd_status prepare(spd_plan *plan, const spd_compile *c, spd_plan_info *info, spd_error *e) {
   const spd_program_view *p = &plan->program;
   const spd_bucket *b = &plan->bucket;
-  uint64_t width = 0; /* of the widest row, */
+  uint64_t width = 0; /* of the widest row */
   SPD_TRY(spd_read_program(&plan->program, c->blob, c->blob_length, e));
   SPD_TRY(spd_largest_bucket(&plan->bucket, c, e));
   SPD_VALID(c->n_weights == p->head.n_weights && (c->weights || !c->n_weights), "not the weights of the program");
@@ -188,8 +172,7 @@ static spd_status prepare(spd_plan *plan, const spd_compile *c, spd_plan_info *i
   plan->weights = calloc(c->n_weights + 1ull, sizeof *plan->weights);
   plan->pools = calloc(c->n_kvpools + 1ull, sizeof *plan->pools);
   plan->places = calloc(p->head.n_tensors + 1ull, sizeof *plan->places);
-  plan->offsets = calloc(p->head.n_tensors + 1ull, sizeof *plan->offsets);
-  SPD_CHECK(plan->weights && plan->pools && plan->places && plan->offsets, SPD_E_NOMEM_HOST, "no memory for a plan");
+  SPD_CHECK(plan->weights && plan->pools && plan->places, SPD_E_NOMEM_HOST, "no memory for a plan");
   for (uint32_t k = 0; k < c->n_weights; k++) {
     spd_weight *w = plan->weights[k] = c->weights[k];
     SPD_VALID(w && w->committed && w->device == plan->device, "weight %u is not ready on this device", k);
@@ -197,11 +180,13 @@ static spd_status prepare(spd_plan *plan, const spd_compile *c, spd_plan_info *i
   for (uint32_t k = 0; k < c->n_kvpools; k++) {
     spd_kvpool *pool = plan->pools[k] = c->kvpools[k];
     SPD_VALID(pool && pool->device == plan->device, "pool %u is not on this device", k);
-    width = LARGER(width, LARGER(pool->rows.desc.latent.width + (uint64_t)pool->rows.desc.rope.width, pool->rows.desc.index.width));
+    const spd_kv_desc *kv = &pool->rows.desc;
+    width = LARGER(width, LARGER((uint64_t)kv->latent.width + kv->rope.width, kv->index.width));
   }
   for (uint32_t k = 0; k < p->head.n_tensors; k++) {
     const spd_tensor *t = &p->tensors[k];
-    SPD_VALID(t->kind != SPD_T_WEIGHT || spd_is_weight_of(t, &plan->weights[t->bind]->desc), "weight %u is another", t->bind);
+    int fits = t->kind != SPD_T_WEIGHT || spd_is_weight_of(t, &plan->weights[t->bind]->m.desc);
+    SPD_VALID(fits, "weight %u has another shape or dtype than its tensor", t->bind);
     width = LARGER(width, (uint64_t)t->dim[t->rank - 1]);
   }
   for (uint32_t k = 0; k < p->head.n_ops; k++) {
@@ -218,7 +203,8 @@ static spd_status prepare(spd_plan *plan, const spd_compile *c, spd_plan_info *i
   return SPD_OK;
 }
 
-static spd_status plan_compile(spd_device *d, const spd_compile *compile, spd_plan **out, spd_plan_info *info, spd_error *e) {
+static spd_status plan_compile(spd_device *d, const spd_compile *compile, spd_plan **out, spd_plan_info *info,
+                               spd_error *e) {
   spd_compile c;
   spd_plan_info filled;
   SPD_TRY(spd_take(&c, compile, sizeof c, e));
@@ -226,7 +212,8 @@ static spd_status plan_compile(spd_device *d, const spd_compile *compile, spd_pl
   SPD_HAVE((c.flags & ~SPD_COMPILE_DRY_RUN) == 0, "compile: flags %#x", c.flags);
   SPD_VALID(d && (out || c.flags), "compile: NULL");
   spd_plan *plan = calloc(1, sizeof *plan);
-  SPD_CHECK(plan && mtx_init(&plan->running, mtx_plain) == thrd_success, SPD_E_NOMEM_HOST, "no memory for a plan");
+  if (plan && mtx_init(&plan->running, mtx_plain) != thrd_success) free(plan), plan = NULL;
+  SPD_CHECK(plan, SPD_E_NOMEM_HOST, "no memory for a plan");
   memset(&filled, 0, sizeof filled);
   filled.unsupported_op = SPD_NO_OP, plan->device = d;
   spd_status status = prepare(plan, &c, &filled, e);
@@ -252,21 +239,16 @@ static void queue_destroy(spd_queue *q) { free(q); }
 
 /* Where tensor `id` is in this step, with its strides. */
 static tensor resolve(const spd_plan *plan, const job *j, const spd_run *run, uint32_t id) {
-  tensor x = {0};
-  if (id == SPD_NO_TENSOR) return x;
+  if (id == SPD_NO_TENSOR) return (tensor){0};
   const spd_tensor *t = &plan->program.tensors[id];
   const uint32_t owner = spd_owner(&plan->program, id), kind = plan->program.tensors[owner].kind;
-  if (kind == SPD_T_WEIGHT) {
-    x.weight = &plan->weights[t->bind]->m;
-    return x;
-  }
+  if (kind == SPD_T_WEIGHT) return (tensor){.weight = &plan->weights[t->bind]->m};
+  tensor x = {.n0 = spd_dim_rows(t->dim[0], j->step.head.n_tokens, j->step.head.n_seqs, j->step.head.n_logits)};
   const int is_view = t->kind == SPD_T_VIEW && t->stride[0] > 0, is_cube = t->rank == 3;
-  x.n0 = spd_dim_rows(t->dim[0], j->step.head.n_tokens, j->step.head.n_seqs, j->step.head.n_logits);
   x.n1 = is_cube ? (uint64_t)t->dim[1] : 1, x.n2 = (uint64_t)t->dim[t->rank - 1];
   x.s0 = is_view ? (uint64_t)t->stride[0] : x.n1 * x.n2, x.s1 = is_view && is_cube ? (uint64_t)t->stride[1] : x.n2;
-  if (kind == SPD_T_ACTIVATION) x.at = plan->workspace + plan->places[owner].at;
-  else x.at = (float *)((kind == SPD_T_INPUT ? (char *)(uintptr_t)run->in : (char *)run->out) + plan->offsets[owner]);
-  if (is_view) x.at += t->view_offset;
+  x.at = kind == SPD_T_ACTIVATION ? plan->workspace : kind == SPD_T_OUTPUT ? run->out : (float *)(uintptr_t)run->in;
+  if (x.n0) x.at += plan->places[owner].at + (uint64_t)(is_view ? t->view_offset : 0);
   return x;
 }
 
@@ -303,13 +285,12 @@ static spd_status queue_run(spd_queue *q, spd_plan *plan, const spd_run *run, ui
   SPD_HAVE((s->flags & SPD_STEP_PROFILE) == 0, "step: profiles");
   for (uint32_t k = 0; k < plan->program.head.n_kvpools; k++)
     SPD_TRY(spd_check_blocks(&j.step, &plan->pools[k]->rows.desc, e));
-  SPD_VALID((uintptr_t)r.in % 4 == 0 && (uintptr_t)r.out % 4 == 0, "run: an arena is not 4-aligned");
   mtx_lock(&plan->running);
-  uint64_t in = spd_arena(&plan->program, SPD_T_INPUT, s->n_tokens, s->n_seqs, s->n_logits, plan->offsets);
-  uint64_t out = spd_arena(&plan->program, SPD_T_OUTPUT, s->n_tokens, s->n_seqs, s->n_logits, plan->offsets);
+  uint64_t in = spd_arena(&plan->program, SPD_T_INPUT, s->n_tokens, s->n_seqs, s->n_logits, plan->places);
+  uint64_t out = spd_arena(&plan->program, SPD_T_OUTPUT, s->n_tokens, s->n_seqs, s->n_logits, plan->places);
   spd_status status;
-  if (in > (r.in ? r.in_length : 0) || out > (r.out ? r.out_length : 0)) {
-    status = spd_fail(e, SPD_E_INVALID, "run: the arenas need %.0f and %.0f bytes", (double)in, (double)out);
+  if ((in && (!r.in || (uintptr_t)r.in % 4 || r.in_length < in)) || (out && (!r.out || (uintptr_t)r.out % 4 || r.out_length < out))) {
+    status = spd_fail(e, SPD_E_INVALID, "run: not aligned arenas of %.0f and %.0f bytes", (double)in, (double)out);
   } else {
     j.scratch = plan->workspace + plan->scratch_at;
     status = run_operators(plan, &j, &r);
@@ -319,22 +300,8 @@ static spd_status queue_run(spd_queue *q, spd_plan *plan, const spd_run *run, ui
   return status;
 }
 
-static void apply_kv_op(const pool_rows *p, const spd_kv_op *op, uint8_t *host) {
-  uint8_t *src = p->blocks + op->src_block * p->bytes.image, *dst = p->blocks + op->dst_block * p->bytes.image;
-  if (op->kind == SPD_KV_EXPORT) memcpy(host + op->host_offset, src, p->bytes.image);
-  if (op->kind == SPD_KV_IMPORT) memcpy(dst, host + op->host_offset, p->bytes.image);
-  if (op->kind == SPD_KV_DISCARD) memset(dst, 0, p->bytes.image);
-  if (op->kind != SPD_KV_COPY || src == dst) return;
-  const uint64_t n = op->n_tokens, src_slot = (uint64_t)op->src_block * p->desc.block_tokens,
-                 dst_slot = (uint64_t)op->dst_block * p->desc.block_tokens;
-  for (uint32_t k = 0; k < p->desc.n_index_layers; k++)
-    memcpy(kv_row(p, 1, k, dst_slot), kv_row(p, 1, k, src_slot), n * p->bytes.index);
-  for (uint32_t k = 0; k < p->desc.n_layers; k++)
-    memcpy(kv_row(p, 0, k, dst_slot), kv_row(p, 0, k, src_slot), n * (p->bytes.latent + p->bytes.rope));
-}
-
-static spd_status queue_kv(spd_queue *q, spd_kvpool *p, const spd_kv_op *ops, uint32_t n_ops, uint32_t stride, void *host,
-                           uint64_t host_length, uint64_t *timeline, spd_error *e) {
+static spd_status queue_kv(spd_queue *q, spd_kvpool *p, const spd_kv_op *ops, uint32_t n_ops, uint32_t stride,
+                           void *host, uint64_t host_length, uint64_t *timeline, spd_error *e) {
   SPD_VALID(q && p && timeline && q->device == p->device, "KV operations: NULL, or a pool of another device");
   for (int pass = 0; pass < 2; pass++) /* nothing is done before all has been checked */
     for (uint32_t k = 0; k < n_ops; k++) {
@@ -456,26 +423,20 @@ static spd_status host_alloc(spd_device *d, uint64_t length, uint64_t align, voi
   return SPD_OK;
 }
 
-static void host_free(spd_device *d, void *memory) {
-  (void)d;
-  free(memory);
-}
+static void host_free(spd_device *d, void *memory) { (void)d, free(memory); }
 
-static const void *extension(spd_instance *instance, const char *id) {
-  (void)instance, (void)id;
-  return NULL;
-}
+static const void *extension(spd_instance *instance, const char *id) { return (void)instance, (void)id, NULL; }
 
 static const spd_api API = {
-    .struct_size = sizeof(spd_api), .abi_minor = SPD_ABI_MINOR, .plugin_id = "minimal", .plugin_version = PLUGIN_VERSION,
-    .instance_create = instance_create, .instance_destroy = instance_destroy, .device_count = device_count,
-    .device_info = device_info, .device_open = device_open, .device_close = device_close, .self_test = self_test,
-    .mem_info = mem_info, .health = health, .supports = supports, .host_alloc = host_alloc, .host_free = host_free,
-    .weight_create = weight_create, .weight_upload = weight_upload, .weight_commit = weight_commit,
-    .weight_destroy = weight_destroy, .kv_create = kv_create, .kv_destroy = kv_destroy, .plan_compile = plan_compile,
-    .plan_destroy = plan_destroy, .queue_create = queue_create, .queue_destroy = queue_destroy, .queue_run = queue_run,
-    .queue_kv = queue_kv, .queue_wait_queue = queue_wait_queue, .queue_query = queue_query, .queue_wait = queue_wait,
-    .queue_cancel = queue_cancel, .extension = extension,
+  .struct_size = sizeof(spd_api), .abi_minor = SPD_ABI_MINOR, .plugin_id = "minimal",
+  .plugin_version = PLUGIN_VERSION, .instance_create = instance_create, .instance_destroy = instance_destroy,
+  .device_count = device_count, .device_info = device_info, .device_open = device_open, .device_close = device_close,
+  .self_test = self_test, .mem_info = mem_info, .health = health, .supports = supports, .host_alloc = host_alloc,
+  .host_free = host_free, .weight_create = weight_create, .weight_upload = weight_upload,
+  .weight_commit = weight_commit, .weight_destroy = weight_destroy, .kv_create = kv_create, .kv_destroy = kv_destroy,
+  .plan_compile = plan_compile, .plan_destroy = plan_destroy, .queue_create = queue_create,
+  .queue_destroy = queue_destroy, .queue_run = queue_run, .queue_kv = queue_kv, .queue_wait_queue = queue_wait_queue,
+  .queue_query = queue_query, .queue_wait = queue_wait, .queue_cancel = queue_cancel, .extension = extension,
 };
 
 const spd_api *spd_get_api(uint32_t abi_major, uint32_t host_minor) {

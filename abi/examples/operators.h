@@ -2,14 +2,14 @@
  *
  * All of them the naive way, on host memory, in f32 with sums in double; a row's bits depend on its own sequence only.
  * This is the half of the example that a vendor replaces; minimal.c is the half that stays.  Shapes and attributes have
- * been checked when the plan was made (sparsed/kit.h); what is data (tokens, experts, positions) is checked here.
+ * been checked when the plan was made (sparsed/program.h); what is data (tokens, experts, positions) is checked here.
  */
 #ifndef OPERATORS_H
 #define OPERATORS_H
 
 #include <float.h>
 #include <math.h>
-#include <sparsed/kit.h>
+#include <sparsed/program.h>
 
 #define BIT(dtype) (1ull << (dtype))
 #define ROW_DTYPES (BIT(SPD_DT_F32) | BIT(SPD_DT_F16) | BIT(SPD_DT_BF16) | BIT(SPD_DT_Q8_0))
@@ -60,16 +60,19 @@ static void decode(uint32_t dtype, const uint8_t *from, uint64_t n, float *to) {
 static void encode(uint32_t dtype, const float *from, uint64_t n, uint8_t *to) {
   spd_block_size block = spd_block_of(dtype);
   for (const float *end = from + n; from < end; from += block.values, to += block.bytes) {
-    uint32_t bits = bits_of(*from);
+    uint32_t bits = bits_of(*from), half = bits >> 16;
     if (dtype == SPD_DT_F32) memcpy(to, from, 4);
-    else if (dtype == SPD_DT_BF16) store16(to, isnan(*from) ? bits >> 16 | 64 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    else if (dtype == SPD_DT_BF16) store16(to, isnan(*from) ? half | 64 : (bits + 0x7fff + (half & 1)) >> 16);
     else if (dtype == SPD_DT_F16) store16(to, to_f16(*from));
     else {
       float largest = 0;
       for (int k = 0; k < 32; k++) largest = fmaxf(largest, fabsf(from[k]));
       float scale = largest / 127, inverse = scale == 0 ? 0 : 1 / scale;
       store16(to, to_f16(scale));
-      for (int k = 0; k < 32; k++) to[2 + k] = (uint8_t)(int8_t)(isfinite(from[k] * inverse) ? roundf(from[k] * inverse) : 0);
+      for (int k = 0; k < 32; k++) {
+        float code = roundf(from[k] * inverse);
+        to[2 + k] = (uint8_t)(int8_t)(isfinite(code) ? code : 0);
+      }
     }
   }
 }
@@ -92,7 +95,7 @@ static uint64_t rank(const float *x, uint64_t n, uint64_t k, uint64_t limit) {
 /* ---- what operators work on ---- */
 
 /* A weight: `batch` matrices of `rows` encoded rows. */
-typedef struct { uint32_t dtype, batch; uint64_t rows, cols, row_bytes; uint8_t *data; } matrices;
+typedef struct { spd_weight_desc desc; uint64_t row_bytes, bytes; uint8_t *data; } matrices;
 /* A KV pool: blocks one after another, each as its host image. */
 typedef struct { spd_kv_desc desc; spd_kv_sizes bytes; uint8_t *blocks; } pool_rows;
 /* A tensor in a step: rows [n0, n1] of n2 values, or a weight; both NULL where the operator has none. */
@@ -117,6 +120,20 @@ static uint8_t *kv_row(const pool_rows *p, int index, uint32_t layer, uint64_t s
   return block + (index ? n * p->bytes.index : p->bytes.latent_offset + n * (p->bytes.latent + p->bytes.rope));
 }
 
+static void apply_kv_op(const pool_rows *p, const spd_kv_op *op, uint8_t *host) {
+  uint8_t *src = p->blocks + op->src_block * p->bytes.image, *dst = p->blocks + op->dst_block * p->bytes.image;
+  if (op->kind == SPD_KV_EXPORT) memcpy(host + op->host_offset, src, p->bytes.image);
+  if (op->kind == SPD_KV_IMPORT) memcpy(dst, host + op->host_offset, p->bytes.image);
+  if (op->kind == SPD_KV_DISCARD) memset(dst, 0, p->bytes.image);
+  if (op->kind != SPD_KV_COPY || src == dst) return;
+  const uint64_t n = op->n_tokens, src_slot = (uint64_t)op->src_block * p->desc.block_tokens,
+                 dst_slot = (uint64_t)op->dst_block * p->desc.block_tokens;
+  for (uint32_t k = 0; k < p->desc.n_index_layers; k++)
+    memcpy(kv_row(p, 1, k, dst_slot), kv_row(p, 1, k, src_slot), n * p->bytes.index);
+  for (uint32_t k = 0; k < p->desc.n_layers; k++)
+    memcpy(kv_row(p, 0, k, dst_slot), kv_row(p, 0, k, src_slot), n * (p->bytes.latent + p->bytes.rope));
+}
+
 static float *row(const tensor *x, uint64_t i, uint64_t h) { return x->at + i * x->s0 + h * x->s1; }
 static int32_t *ids(const tensor *x, uint64_t i) { return (int32_t *)row(x, i, 0); }
 static const float *vector(const tensor *x) { return x->weight ? (const float *)x->weight->data : NULL; }
@@ -125,7 +142,7 @@ static void embed(job *j) {
   const matrices *w = j->in->weight;
   for (uint64_t t = 0; t < j->out->n0 && !j->status; t++) {
     uint32_t token = j->step.token[t];
-    if (token < w->rows) decode(w->dtype, w->data + token * w->row_bytes, w->cols, row(j->out, t, 0));
+    if (token < w->desc.rows) decode(w->desc.dtype, w->data + token * w->row_bytes, w->desc.cols, row(j->out, t, 0));
     else j->status = spd_fail(j->e, SPD_E_INVALID, "token %u is not in the vocabulary", token);
   }
 }
@@ -153,17 +170,20 @@ static void multiply(job *j) {
   const tensor *x = j->in, *experts = j->op->kind == SPD_OP_MOE_LINEAR ? &j->in[2] : NULL;
   const float *bias = experts ? NULL : vector(&j->in[2]);
   const matrices *w = j->in[1].weight;
-  const uint64_t n_rows = w->rows, n_cols = w->cols;
-  for (uint64_t b = 0; b < w->batch; b++)
+  const uint64_t n_rows = w->desc.rows, n_cols = w->desc.cols;
+  for (uint64_t b = 0; b < w->desc.batch; b++)
     for (uint64_t o = 0; o < n_rows; o++) {
       int is_decoded = 0; /* once for all that need it */
       for (uint64_t t = 0; t < x->n0; t++)
         for (uint64_t a = experts ? 0 : b; a < (experts ? experts->n2 : b + 1); a++) {
           int64_t id = experts ? ids(experts, t)[a] : (int64_t)b;
-          if (id < 0 || id >= w->batch) j->status = spd_fail(j->e, SPD_E_INVALID, "there is no expert %d", (int)id);
-          if (j->status) return;
+          if (id < 0 || id >= w->desc.batch) {
+            j->status = spd_fail(j->e, SPD_E_INVALID, "there is no expert %d", (int)id);
+            return;
+          }
           if ((uint64_t)id != b) continue;
-          if (!is_decoded++) decode(w->dtype, w->data + (b * n_rows + o) * w->row_bytes, n_cols, j->scratch);
+          if (!is_decoded) decode(w->desc.dtype, w->data + (b * n_rows + o) * w->row_bytes, n_cols, j->scratch);
+          is_decoded = 1;
           double product = dot(j->scratch, row(x, t, x->n1 == 1 ? 0 : a), n_cols);
           row(j->out, t, 0)[a * n_rows + o] = (float)(product + (bias ? bias[o] : 0));
         }
@@ -314,8 +334,8 @@ static void hadamard(job *j) {
 
 /* In the order of SPD_OP_*. */
 static void (*const RUN[])(job *) = {
-  NULL, embed, norm, norm, multiply, rope, multiply, multiply, append, append, idx_topk, attention, attention, moe_route,
-  multiply, moe_combine, pairwise, pairwise, gather_rows, hadamard,
+  NULL, embed, norm, norm, multiply, rope, multiply, multiply, append, append, idx_topk, attention, attention,
+  moe_route, multiply, moe_combine, pairwise, pairwise, gather_rows, hadamard,
 };
 
 #endif /* OPERATORS_H */
