@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #define LARGER(a, b) ((a) > (b) ? (a) : (b))
+#define NEW(out) SPD_CHECK(*(out) = calloc(1, sizeof **(out)), SPD_E_NOMEM_HOST, "no memory for a handle")
 
 enum { WEIGHTS, KV, WORKSPACE, N_USES };
 struct spd_instance { const spd_host *host; };
@@ -59,8 +60,8 @@ static spd_status weight_create(spd_device *d, const spd_weight_desc *desc, spd_
   matrices m;
   SPD_TRY(spd_take(&m.desc, desc, sizeof m.desc, e));
   SPD_VALID(d && out && m.desc.batch && m.desc.rows && m.desc.cols, "weight: NULL, or without batch, rows or columns");
-  SPD_HAVE(m.desc.flags == 0, "weight: flags %#x", m.desc.flags);
-  SPD_HAVE(in_set(WEIGHT_DTYPES, m.desc.dtype), "weight: dtype %u", m.desc.dtype);
+  const int known = m.desc.flags == 0 && in_set(WEIGHT_DTYPES, m.desc.dtype);
+  SPD_HAVE(known, "weight: dtype %u, flags %#x", m.desc.dtype, m.desc.flags);
   m.row_bytes = spd_row_bytes(m.desc.dtype, m.desc.cols);
   SPD_VALID(m.row_bytes, "weight: a row of %llu values is not whole blocks", (unsigned long long)m.desc.cols);
   m.bytes = spd_times(spd_times(m.row_bytes, m.desc.rows), m.desc.batch);
@@ -77,11 +78,10 @@ static spd_status weight_upload(spd_weight *w, uint32_t first, uint32_t n, const
   spd_source s;
   SPD_TRY(spd_take(&s, source, sizeof s, e));
   SPD_VALID(w && !w->committed, "weight: NULL or committed");
-  const uint32_t batch = w->m.desc.batch;
-  const uint64_t matrix = w->m.bytes / batch;
-  SPD_VALID(n && first < batch && n <= batch - first, "weight: batches %u + %u of %u", first, n, batch);
-  uint8_t *to = w->m.data + first * matrix;
+  const uint64_t batch = w->m.desc.batch, matrix = w->m.bytes / batch;
+  SPD_VALID(n && first < batch && n <= batch - first, "weight: batches %u + %u of %u", first, n, w->m.desc.batch);
   SPD_VALID(s.length == n * matrix, "weight: a source of another length than %u matrices", n);
+  uint8_t *to = w->m.data + first * matrix;
   if (s.ptr) memcpy(to, s.ptr, s.length);
   for (uint64_t done = s.ptr ? s.length : 0; done < s.length;) {
     ssize_t got = pread(s.fd, to + done, s.length - done, (off_t)(s.offset + done));
@@ -111,6 +111,7 @@ static spd_status kv_create(spd_device *d, const spd_kv_desc *desc, spd_kvpool *
   SPD_TRY(spd_take(&kv, desc, sizeof kv, e));
   SPD_TRY(spd_take(&filled, info, sizeof filled, e));
   SPD_VALID(d && out, "pool: NULL");
+  SPD_HAVE(!kv.slow, "pool: a slow tier");
   const uint32_t dtypes[3] = {kv.latent.dtype, kv.rope.dtype, kv.index.dtype};
   for (int k = 0; k < 3; k++) SPD_HAVE(in_set(ROW_DTYPES, dtypes[k]), "pool: rows of dtype %u", dtypes[k]);
   SPD_TRY(spd_measure_kv(&bytes, &kv, e));
@@ -214,8 +215,8 @@ static spd_status plan_compile(spd_device *d, const spd_compile *compile, spd_pl
   spd_plan *plan = calloc(1, sizeof *plan);
   if (plan && mtx_init(&plan->running, mtx_plain) != thrd_success) free(plan), plan = NULL;
   SPD_CHECK(plan, SPD_E_NOMEM_HOST, "no memory for a plan");
-  memset(&filled, 0, sizeof filled);
-  filled.unsupported_op = SPD_NO_OP, plan->device = d;
+  filled = (spd_plan_info){.unsupported_op = SPD_NO_OP};
+  plan->device = d;
   spd_status status = prepare(plan, &c, &filled, e);
   if (!status && !c.flags && !(plan->workspace = hold(d, WORKSPACE, plan->bytes, e))) status = SPD_E_NOMEM_DEVICE;
   spd_give(info, &filled, sizeof filled);
@@ -229,8 +230,7 @@ static spd_status plan_compile(spd_device *d, const spd_compile *compile, spd_pl
 static spd_status queue_create(spd_device *d, uint32_t priority, uint64_t cookie, spd_queue **out, spd_error *e) {
   (void)priority, (void)cookie; /* one queue is as good as another, and nobody is notified */
   SPD_VALID(d && out, "queue: NULL");
-  *out = calloc(1, sizeof **out);
-  SPD_CHECK(*out, SPD_E_NOMEM_HOST, "no memory for a queue");
+  NEW(out);
   (*out)->device = d;
   return SPD_OK;
 }
@@ -274,6 +274,10 @@ static spd_status run_operators(const spd_plan *plan, job *j, const spd_run *run
   return SPD_OK;
 }
 
+static int is_arena(const void *at, uint64_t length, uint64_t needed) {
+  return needed == 0 || (at && (uintptr_t)at % 4 == 0 && length >= needed);
+}
+
 static spd_status queue_run(spd_queue *q, spd_plan *plan, const spd_run *run, uint64_t *timeline, spd_error *e) {
   spd_run r;
   job j = {.e = e};
@@ -289,12 +293,9 @@ static spd_status queue_run(spd_queue *q, spd_plan *plan, const spd_run *run, ui
   uint64_t in = spd_arena(&plan->program, SPD_T_INPUT, s->n_tokens, s->n_seqs, s->n_logits, plan->places);
   uint64_t out = spd_arena(&plan->program, SPD_T_OUTPUT, s->n_tokens, s->n_seqs, s->n_logits, plan->places);
   spd_status status;
-  if ((in && (!r.in || (uintptr_t)r.in % 4 || r.in_length < in)) || (out && (!r.out || (uintptr_t)r.out % 4 || r.out_length < out))) {
-    status = spd_fail(e, SPD_E_INVALID, "run: not aligned arenas of %.0f and %.0f bytes", (double)in, (double)out);
-  } else {
-    j.scratch = plan->workspace + plan->scratch_at;
-    status = run_operators(plan, &j, &r);
-  }
+  j.scratch = plan->workspace + plan->scratch_at;
+  if (is_arena(r.in, r.in_length, in) && is_arena(r.out, r.out_length, out)) status = run_operators(plan, &j, &r);
+  else status = spd_fail(e, SPD_E_INVALID, "run: no aligned arenas of %.0f and %.0f bytes", (double)in, (double)out);
   mtx_unlock(&plan->running);
   if (!status) *timeline = ++q->completed;
   return status;
@@ -321,8 +322,7 @@ static spd_status queue_wait(spd_queue *q, uint64_t timeline, uint64_t timeout_n
 }
 
 static spd_status queue_wait_queue(spd_queue *q, spd_queue *other, uint64_t timeline, spd_error *e) {
-  SPD_VALID(q, "wait: NULL");
-  return queue_wait(other, timeline, 0, e);
+  return q ? queue_wait(other, timeline, 0, e) : spd_fail(e, SPD_E_INVALID, "wait: NULL");
 }
 
 static spd_status queue_query(spd_queue *q, uint64_t *completed, spd_error *e) {
@@ -341,8 +341,7 @@ static spd_status queue_cancel(spd_queue *q, uint64_t from_timeline, spd_error *
 
 static spd_status instance_create(const spd_host *host, spd_instance **out, spd_error *e) {
   SPD_VALID(out, "instance: NULL");
-  *out = calloc(1, sizeof **out);
-  SPD_CHECK(*out, SPD_E_NOMEM_HOST, "no memory for an instance");
+  NEW(out);
   (*out)->host = host;
   return SPD_OK;
 }
@@ -374,8 +373,7 @@ static spd_status device_open(spd_instance *instance, uint32_t index, const spd_
   SPD_TRY(spd_take(&o, options, sizeof o, e));
   SPD_VALID(instance && out && index == 0, "there is no device %u", index);
   SPD_HAVE(o.flags == 0, "open: flags %#x", o.flags);
-  *out = calloc(1, sizeof **out);
-  SPD_CHECK(*out, SPD_E_NOMEM_HOST, "no memory for a device");
+  NEW(out);
   (*out)->budget = o.mem_budget;
   return SPD_OK;
 }
@@ -398,8 +396,7 @@ static spd_status mem_info(spd_device *d, spd_mem_info *out, spd_error *e) {
   spd_mem_info info;
   SPD_TRY(spd_take(&info, out, sizeof info, e));
   SPD_VALID(d, "mem_info: NULL");
-  uint64_t total = memory_total(), used = memory_used(d);
-  info = (spd_mem_info){.total = total, .free = total > used ? total - used : 0, .budget = d->budget,
+  info = (spd_mem_info){.total = memory_total(), .free = memory_total() - memory_used(d), .budget = d->budget,
                         .used_weights = d->used[WEIGHTS], .used_kv = d->used[KV], .used_workspace = d->used[WORKSPACE]};
   spd_give(out, &info, sizeof info);
   return SPD_OK;
@@ -423,20 +420,27 @@ static spd_status host_alloc(spd_device *d, uint64_t length, uint64_t align, voi
   return SPD_OK;
 }
 
+static spd_status host_register(spd_device *d, void *memory, uint64_t length, spd_error *e) {
+  (void)d, (void)memory, (void)length;
+  return spd_fail(e, SPD_E_UNSUPPORTED, "host_register: the host's memory is read as it is");
+}
+
+static void host_unregister(spd_device *d, void *memory) { (void)d, (void)memory; }
 static void host_free(spd_device *d, void *memory) { (void)d, free(memory); }
 
 static const void *extension(spd_instance *instance, const char *id) { return (void)instance, (void)id, NULL; }
 
 static const spd_api API = {
-  .struct_size = sizeof(spd_api), .abi_minor = SPD_ABI_MINOR, .plugin_id = "minimal",
+  .struct_size = sizeof(spd_api), .abi_minor = SPD_ABI_MINOR, .layout = SPD_LAYOUT, .plugin_id = "minimal",
   .plugin_version = PLUGIN_VERSION, .instance_create = instance_create, .instance_destroy = instance_destroy,
   .device_count = device_count, .device_info = device_info, .device_open = device_open, .device_close = device_close,
   .self_test = self_test, .mem_info = mem_info, .health = health, .supports = supports, .host_alloc = host_alloc,
-  .host_free = host_free, .weight_create = weight_create, .weight_upload = weight_upload,
-  .weight_commit = weight_commit, .weight_destroy = weight_destroy, .kv_create = kv_create, .kv_destroy = kv_destroy,
-  .plan_compile = plan_compile, .plan_destroy = plan_destroy, .queue_create = queue_create,
-  .queue_destroy = queue_destroy, .queue_run = queue_run, .queue_kv = queue_kv, .queue_wait_queue = queue_wait_queue,
-  .queue_query = queue_query, .queue_wait = queue_wait, .queue_cancel = queue_cancel, .extension = extension,
+  .host_free = host_free, .host_register = host_register, .host_unregister = host_unregister,
+  .weight_create = weight_create, .weight_upload = weight_upload, .weight_commit = weight_commit,
+  .weight_destroy = weight_destroy, .kv_create = kv_create, .kv_destroy = kv_destroy, .plan_compile = plan_compile,
+  .plan_destroy = plan_destroy, .queue_create = queue_create, .queue_destroy = queue_destroy, .queue_run = queue_run,
+  .queue_kv = queue_kv, .queue_wait_queue = queue_wait_queue, .queue_query = queue_query, .queue_wait = queue_wait,
+  .queue_cancel = queue_cancel, .extension = extension,
 };
 
 const spd_api *spd_get_api(uint32_t abi_major, uint32_t host_minor) {

@@ -48,20 +48,21 @@ static inline spd_status spd_fail(spd_error *e, spd_status status, const char *f
   return status;
 }
 
-/* Whether bytes begin .. end are zero: fields that only the other side knows. */
-static inline int spd_is_zero(const uint8_t *bytes, uint32_t begin, uint32_t end) {
-  while (begin < end && bytes[begin] == 0) begin++;
-  return begin >= end;
+/* Reads `known` bytes of the other side: what it does not know is zero.  Answers 0 when what we do not know is set. */
+static inline int spd_extend(void *to, uint32_t size, const void *from, uint32_t known) {
+  memset(to, 0, size);
+  memcpy(to, from, known < size ? known : size);
+  for (uint32_t k = size; k < known; k++)
+    if (((const uint8_t *)from)[k]) return 0;
+  return 1;
 }
 
-/* Reads the caller's struct: what it does not know is zero, what we do not know must be zero. */
+/* Reads the caller's struct. */
 static inline spd_status spd_take(void *to, const void *from, uint32_t size, spd_error *e) {
   SPD_VALID(from, "a struct is NULL");
   uint32_t known = *(const uint32_t *)from;
   SPD_CHECK(known >= 8 && known <= SPD_STRUCT_BYTES_MAX, SPD_E_ABI, "struct_size %u is not possible", known);
-  SPD_CHECK(spd_tail_zero(from, size), SPD_E_ABI, "a field that is newer than this plugin is set");
-  memset(to, 0, size);
-  memcpy(to, from, known < size ? known : size);
+  SPD_CHECK(spd_extend(to, size, from, known), SPD_E_ABI, "a field that is newer than this plugin is set");
   return SPD_OK;
 }
 
@@ -117,8 +118,9 @@ typedef struct spd_step_view {
   const uint64_t *slot;
 } spd_step_view;
 
-static inline const void *spd_step_array_(const spd_step *s, uint32_t offset, uint64_t n, uint32_t size) {
-  return offset % 8 == 0 && offset + n * size <= s->total_size ? (const uint8_t *)s + offset : NULL;
+static inline const void *spd_step_array_(const void *step, uint32_t total, uint32_t offset, uint64_t n,
+                                          uint32_t size) {
+  return offset % 8 == 0 && offset + n * size <= total ? (const uint8_t *)step + offset : NULL;
 }
 
 static inline int spd_is_partition_(const uint32_t *offsets, uint32_t n, uint32_t end) {
@@ -130,22 +132,22 @@ static inline int spd_is_partition_(const uint32_t *offsets, uint32_t n, uint32_
 /* Reads a step for a plan of this bucket. */
 static inline spd_status spd_read_step(spd_step_view *v, const spd_step *s, const spd_bucket *b, spd_error *e) {
   SPD_VALID(s && (uintptr_t)s % 8 == 0, "step: NULL or not 8-aligned");
-  SPD_CHECK(s->struct_size >= sizeof *s, SPD_E_ABI, "step: struct_size %u", s->struct_size);
+  SPD_TRY(spd_take(&v->head, s, sizeof *s, e));
+  const void *base = s;
+  s = &v->head;
   SPD_VALID(s->total_size >= s->struct_size, "step: total_size is less than struct_size");
-  SPD_CHECK(spd_tail_zero(s, sizeof *s), SPD_E_ABI, "step: a field that is newer than this plugin is set");
   SPD_HAVE((s->flags & ~(SPD_STEP_PROFILE | SPD_STEP_NAN_GUARD)) == 0 && s->reserved == 0, "step: flags %#x", s->flags);
   SPD_VALID(s->n_tokens <= b->max_tokens && s->n_seqs <= b->max_seqs && s->n_logits <= b->max_logits,
             "step: %u tokens, %u sequences or %u logits are more than the plan takes", s->n_tokens, s->n_seqs,
             s->n_logits);
-  v->head = *s;
-  v->token = (const uint32_t *)spd_step_array_(s, s->token_offset, s->n_tokens, 4);
-  v->position = (const uint32_t *)spd_step_array_(s, s->position_offset, s->n_tokens, 4);
-  v->slot = (const uint64_t *)spd_step_array_(s, s->slot_offset, s->n_tokens, 8);
-  v->seq = (const uint32_t *)spd_step_array_(s, s->seq_offset, (uint64_t)s->n_seqs + 1, 4);
-  v->context = (const uint32_t *)spd_step_array_(s, s->context_offset, s->n_seqs, 4);
-  v->block = (const uint32_t *)spd_step_array_(s, s->block_offset, (uint64_t)s->n_seqs + 1, 4);
-  v->block_id = (const uint32_t *)spd_step_array_(s, s->block_id_offset, s->n_blocks, 4);
-  v->row = (const uint32_t *)spd_step_array_(s, s->row_offset, s->n_logits, 4);
+  v->token = (const uint32_t *)spd_step_array_(base, s->total_size, s->token_offset, s->n_tokens, 4);
+  v->position = (const uint32_t *)spd_step_array_(base, s->total_size, s->position_offset, s->n_tokens, 4);
+  v->slot = (const uint64_t *)spd_step_array_(base, s->total_size, s->slot_offset, s->n_tokens, 8);
+  v->seq = (const uint32_t *)spd_step_array_(base, s->total_size, s->seq_offset, (uint64_t)s->n_seqs + 1, 4);
+  v->context = (const uint32_t *)spd_step_array_(base, s->total_size, s->context_offset, s->n_seqs, 4);
+  v->block = (const uint32_t *)spd_step_array_(base, s->total_size, s->block_offset, (uint64_t)s->n_seqs + 1, 4);
+  v->block_id = (const uint32_t *)spd_step_array_(base, s->total_size, s->block_id_offset, s->n_blocks, 4);
+  v->row = (const uint32_t *)spd_step_array_(base, s->total_size, s->row_offset, s->n_logits, 4);
   SPD_VALID(v->token && v->position && v->slot && v->seq && v->context && v->block && v->block_id && v->row,
             "step: an array is not aligned or reaches past the end");
   SPD_VALID(spd_is_partition_(v->seq, s->n_seqs, s->n_tokens), "step: seq_offset is no partition of the tokens");
@@ -175,12 +177,11 @@ static inline spd_status spd_check_blocks(const spd_step_view *v, const spd_kv_d
 /* The component-wise largest bucket. */
 static inline spd_status spd_largest_bucket(spd_bucket *to, const spd_compile *c, spd_error *e) {
   memset(to, 0, sizeof *to);
-  SPD_VALID(c->buckets && c->n_buckets && c->bucket_stride >= sizeof *to, "no buckets");
+  SPD_VALID(c->buckets && c->n_buckets && c->bucket_stride >= 8, "no buckets");
   for (uint32_t k = 0; k < c->n_buckets; k++) {
     const uint8_t *from = (const uint8_t *)c->buckets + (uint64_t)k * c->bucket_stride;
     spd_bucket b;
-    memcpy(&b, from, sizeof b);
-    SPD_CHECK(spd_is_zero(from, sizeof b, c->bucket_stride), SPD_E_ABI, "bucket: an unknown field is set");
+    SPD_CHECK(spd_extend(&b, sizeof b, from, c->bucket_stride), SPD_E_ABI, "bucket: an unknown field is set");
     if (to->max_tokens < b.max_tokens) to->max_tokens = b.max_tokens;
     if (to->max_seqs < b.max_seqs) to->max_seqs = b.max_seqs;
     if (to->max_logits < b.max_logits) to->max_logits = b.max_logits;
@@ -197,10 +198,9 @@ static inline spd_status spd_largest_bucket(spd_bucket *to, const spd_compile *c
 static inline spd_status spd_read_kv_op(spd_kv_op *op, const void *ops, uint32_t stride, uint32_t k,
                                         const spd_kv_desc *kv, uint64_t image_bytes, const void *host,
                                         uint64_t host_length, spd_error *e) {
-  SPD_VALID(ops && stride >= sizeof *op, "KV operations: NULL, or a stride of %u", stride);
+  SPD_VALID(ops && stride >= 8, "KV operations: NULL, or a stride of %u", stride);
   const uint8_t *from = (const uint8_t *)ops + (uint64_t)k * stride;
-  memcpy(op, from, sizeof *op);
-  SPD_CHECK(spd_is_zero(from, sizeof *op, stride), SPD_E_ABI, "KV operation %u: an unknown field is set", k);
+  SPD_CHECK(spd_extend(op, sizeof *op, from, stride), SPD_E_ABI, "KV operation %u: an unknown field is set", k);
   SPD_HAVE(op->kind >= SPD_KV_COPY && op->kind <= SPD_KV_DISCARD, "KV operation %u: kind %u", k, op->kind);
   int reads = op->kind == SPD_KV_COPY || op->kind == SPD_KV_EXPORT, writes = op->kind != SPD_KV_EXPORT;
   SPD_VALID(!reads || op->src_block < kv->n_blocks, "KV operation %u: there is no block %u", k, op->src_block);

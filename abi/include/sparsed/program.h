@@ -124,14 +124,14 @@ static inline spd_status spd_check_references_(const spd_program_view *p, const 
 /* Copies n elements of at least `size` bytes out of the blob. */
 static inline spd_status spd_read_table_(void **to, uint32_t size, const uint8_t *blob, uint64_t length, uint32_t n,
                                          uint32_t stride, uint32_t offset, spd_error *e) {
-  SPD_VALID(stride >= size && stride % 8 == 0 && offset % 8 == 0, "program: stride %u, offset %u", stride, offset);
+  SPD_VALID(stride > 0 && stride % 8 == 0 && offset % 8 == 0, "program: stride %u, offset %u", stride, offset);
   SPD_VALID(offset + (uint64_t)n * stride <= length, "program: a table reaches past the blob");
   *to = malloc((uint64_t)n * size + 1);
   SPD_CHECK(*to, SPD_E_NOMEM_HOST, "program: no memory for its tables");
   for (uint32_t i = 0; i < n; i++) {
     const uint8_t *from = blob + offset + (uint64_t)i * stride;
-    SPD_CHECK(spd_is_zero(from, size, stride), SPD_E_ABI, "program: a field newer than this plugin is set");
-    memcpy((uint8_t *)*to + (uint64_t)i * size, from, size);
+    int is_known = spd_extend((uint8_t *)*to + (uint64_t)i * size, size, from, stride);
+    SPD_CHECK(is_known, SPD_E_ABI, "program: a field that is newer than this plugin is set");
   }
   return SPD_OK;
 }
@@ -145,12 +145,12 @@ static inline void spd_free_program(spd_program_view *p) {
 static inline spd_status spd_read_program(spd_program_view *p, const void *blob, uint64_t length, spd_error *e) {
   const uint8_t *bytes = (const uint8_t *)blob;
   spd_program *h = &p->head;
-  SPD_VALID(blob && length >= sizeof *h && length <= SPD_PROGRAM_BYTES_MAX, "program: NULL, too short or too long");
-  memcpy(h, blob, sizeof *h);
+  SPD_VALID(blob && length >= 8 && length <= SPD_PROGRAM_BYTES_MAX, "program: NULL, too short or too long");
+  uint32_t known;
+  memcpy(&known, bytes + offsetof(spd_program, struct_size), 4);
+  SPD_CHECK(known >= 8 && known <= length, SPD_E_ABI, "program: struct_size %u is not possible", known);
+  SPD_CHECK(spd_extend(h, sizeof *h, bytes, known), SPD_E_ABI, "program: a field newer than this plugin is set");
   SPD_VALID(h->magic == SPD_PROGRAM_MAGIC && h->total_size == length, "program: wrong magic or total_size");
-  uint32_t known = h->struct_size;
-  SPD_CHECK(known >= sizeof *h && known <= length, SPD_E_ABI, "program: struct_size %u is not possible", known);
-  SPD_CHECK(spd_is_zero(bytes, sizeof *h, known), SPD_E_ABI, "program: a field newer than this plugin is set");
   SPD_HAVE(h->flags == 0 && h->reserved == 0, "program: flags %#x", h->flags);
   void *tensors = NULL, *ops = NULL;
   spd_status status = spd_read_table_(&tensors, sizeof *p->tensors, bytes, length, h->n_tensors, h->tensor_stride,
