@@ -109,6 +109,7 @@ static inline spd_status spd_check_tensor_(const spd_program_view *p, const spd_
 
 static inline spd_status spd_check_references_(const spd_program_view *p, const spd_op *op, spd_error *e) {
   SPD_HAVE(op->flags == 0 && op->reserved == 0 && op->attr_length == 0, "operator: an unknown flag or attribute");
+  SPD_VALID(op->attr_offset <= p->head.total_size, "operator: attributes outside the blob");
   for (int k = 0; k < 6; k++)
     SPD_VALID(op->in[k] == SPD_NO_TENSOR || op->in[k] < p->head.n_tensors, "operator: no input tensor %u", op->in[k]);
   for (int k = 0; k < 3; k++) {
