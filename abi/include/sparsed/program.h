@@ -103,6 +103,7 @@ static inline spd_status spd_check_tensor_(const spd_program_view *p, const spd_
     SPD_VALID(values <= SPD_TENSOR_VALUES_MAX / n, "tensor: more than 2^40 values");
     values *= n;
   }
+  SPD_HAVE(t->kind == SPD_T_VIEW || t->view_offset == 0, "tensor: an offset, but no view");
   if (t->kind == SPD_T_WEIGHT) SPD_VALID(t->bind < p->head.n_weights, "tensor: there is no weight %u", t->bind);
   return SPD_OK;
 }
