@@ -1,5 +1,5 @@
-//! The plain C example, `abi/examples/minimal.c`: it answers as the CPU plugin and the references do, it chats, and what
-//! the Rust reader of programs and steps refuses, its reader refuses too.
+//! The plain C example, `abi/examples/minimal.c`: it answers as the CPU plugin and the references do, it chats, and
+//! what the Rust reader of programs and steps refuses, its reader refuses too.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use fastrand::Rng;
