@@ -15,7 +15,7 @@ help: ## this list
 needs:
 	@sh packaging/needs.sh build
 
-$(MINIMAL): $(wildcard abi/examples/*.[ch] abi/include/sparsed/*.h) Cargo.toml
+$(MINIMAL): $(wildcard abi/examples/*.[ch] abi/include/sparsed/*.h) Cargo.toml | needs
 	mkdir -p $(@D)
 	cc -std=c11 -O2 -Wall -Wextra -Wpedantic -Werror -shared -fPIC -fvisibility=hidden -pthread -Wl,-z,nodelete \
 	  -DPLUGIN_VERSION='"$(VERSION)"' -Iabi/include abi/examples/minimal.c -o $@ -lm
