@@ -66,8 +66,8 @@ pub struct Counters {
 }
 
 impl RowCache {
-    /// A cache for a pool of `n_blocks` blocks whose slow area has `area_bytes`; it takes `limit_bytes` besides the maps
-    /// of attached blocks.
+    /// A cache for a pool of `n_blocks` blocks whose slow area has `area_bytes`; it takes `limit_bytes` besides the
+    /// maps of attached blocks.
     ///
     /// # Errors
     /// [`RowCacheError::TooSmall`] when no row fits, [`RowCacheError::Size`] when 2^32 - 1 rows or more would.
@@ -114,8 +114,8 @@ impl RowCache {
         self.blocks.get(block as usize).is_some_and(Option::is_some)
     }
 
-    /// From now on the latent plane of `block` lies at byte `slow_offset`, in pages with this tag; rows from where it lay
-    /// before are forgotten. Ends the epoch as [`Self::release`] does.
+    /// From now on the latent plane of `block` lies at byte `slow_offset`, in pages with this tag; rows from where it
+    /// lay before are forgotten. Ends the epoch as [`Self::release`] does.
     ///
     /// # Errors
     /// [`RowCacheError::NoSuchBlock`], or [`RowCacheError::Offset`] when the offset is not a page's or the image would

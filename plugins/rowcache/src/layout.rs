@@ -2,9 +2,9 @@
 //!
 //! The format is normative in `abi/OPS.md`. A *block image* is `n_layers * pages_per_layer` pages of [`PAGE_BYTES`];
 //! a layer's rows begin on a new page. A page has whole rows (latent bytes, then rope bytes) from its start, zero
-//! filler, and 16 bytes at its end: `u64 tag, u32 page, u32 crc`, little-endian. The tag is the daemon's choice per block, so
-//! that a page of an older owner of the same place is refused; `page` is its number in the block, so that a page at a
-//! wrong place is refused; the CRC32C covers all bytes before it.
+//! filler, and 16 bytes at its end: `u64 tag, u32 page, u32 crc`, little-endian. The tag is the daemon's choice per
+//! block, so that a page of an older owner of the same place is refused; `page` is its number in the block, so that a
+//! page at a wrong place is refused; the CRC32C covers all bytes before it.
 
 use crate::error::{Result, RowCacheError};
 
@@ -188,8 +188,8 @@ impl SlowLayout {
         Ok(())
     }
 
-    /// Reads page `page` back into its place of the latent plane: the inverse of [`Self::encode_page`]. `block` is named
-    /// in errors only.
+    /// Reads page `page` back into its place of the latent plane: the inverse of [`Self::encode_page`]. `block` is
+    /// named in errors only.
     ///
     /// # Errors
     /// [`RowCacheError::Length`] for a plane of another size, [`RowCacheError::NoSuchPage`], and
