@@ -14,8 +14,9 @@ struct Image {
 }
 
 impl Pool {
-    /// Carries out block operations, in order.
+    /// Carries out block operations, in order. A list with an impossible one changes nothing.
     pub(crate) fn apply(&self, ops: &[SpdKvOp], host: &mut [u8]) -> Result<()> {
+        ops.iter().try_for_each(|op| self.check(op, host.len()))?;
         for op in ops {
             match op.kind {
                 KV_DISCARD => self.discard(self.block(op.dst_block)?),
@@ -41,6 +42,20 @@ impl Pool {
             }
         }
         Ok(())
+    }
+
+    /// Whether the operation is possible, whatever the ones before it do.
+    fn check(&self, op: &SpdKvOp, host_length: usize) -> Result<()> {
+        match op.kind {
+            KV_DISCARD | KV_TO_SLOW | KV_TO_FAST => self.block(op.dst_block).map(drop),
+            KV_EXPORT => self.block(op.src_block).and_then(|_| self.image(op, host_length)).map(drop),
+            KV_IMPORT => self.block(op.dst_block).and_then(|_| self.image(op, host_length)).map(drop),
+            KV_COPY if op.n_tokens as usize > self.block_tokens => {
+                Err(PluginError::invalid(format!("{} tokens of a block of {}", op.n_tokens, self.block_tokens)))
+            }
+            KV_COPY => self.block(op.src_block).and_then(|_| self.block(op.dst_block)).map(drop),
+            other => Err(PluginError::unsupported(format!("KV operation {other}"))),
+        }
     }
 
     fn block(&self, n: u32) -> Result<usize> {
@@ -116,9 +131,6 @@ impl Pool {
     }
 
     fn copy(&self, src: usize, dst: usize, n_tokens: usize) -> Result<()> {
-        if n_tokens > self.block_tokens {
-            return Err(PluginError::invalid(format!("{n_tokens} tokens of a block of {}", self.block_tokens)));
-        }
         if self.is_slow(dst) {
             return Err(PluginError::invalid(format!("a copy into block {dst}, which is in the slow tier")));
         }

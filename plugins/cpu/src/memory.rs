@@ -63,7 +63,8 @@ pub(crate) struct Weight {
     row_bytes: usize,
     in_place: bool,
     bytes: Bytes,
-    uploaded: usize,
+    /// Which batches have been.
+    uploaded: Vec<bool>,
     /// The same values laid out for rounded activations, once a plan has asked for it.
     pub(crate) packed: OnceLock<Packed>,
     /// See [`Self::vector`].
@@ -93,7 +94,8 @@ impl Weight {
         let held = if in_place { None } else { Some(usage.hold(|u| &u.weights, total as u64)?) };
         let bytes = Bytes::Own(if in_place { Vec::new() } else { vec![0; total] });
         let (packed, vector) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded: 0, packed, vector, _held: held })
+        let uploaded = vec![false; batch];
+        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded, packed, vector, _held: held })
     }
 
     pub(crate) fn upload(&mut self, first: u32, n: u32, source: Source) -> Result<()> {
@@ -115,15 +117,15 @@ impl Weight {
         } else if let Bytes::Own(own) = &mut self.bytes {
             own[first * matrix..(first + n) * matrix].copy_from_slice(source.bytes());
         }
-        self.uploaded += n;
+        self.uploaded[first..first + n].fill(true);
         Ok(())
     }
 
     pub(crate) fn commit(&self) -> Result<()> {
-        if self.uploaded < self.batch {
-            return Err(PluginError::invalid(format!("{} of {} batches uploaded", self.uploaded, self.batch)));
+        match self.uploaded.iter().position(|&uploaded| !uploaded) {
+            Some(missing) => Err(PluginError::invalid(format!("batch {missing} of {} was not uploaded", self.batch))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The first row, decoded once and kept: for norms and biases.

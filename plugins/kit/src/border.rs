@@ -175,7 +175,7 @@ pub(crate) fn entry(error: *mut SpdError, body: impl FnOnce() -> crate::Result<(
             struct_size: 0,
             status: failure.status,
             op_index: failure.op_index.unwrap_or(u32::MAX),
-            block: failure.block.map_or(0, u64::from),
+            block: failure.block.map_or(u64::MAX, u64::from),
             ..SpdError::default()
         };
         put_text(&mut full.message, &failure.message);

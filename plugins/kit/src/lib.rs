@@ -4,8 +4,8 @@
 //! the table of `plugin.h`. The kit keeps the border's rules: no panic leaves, struct sizes are checked, errors are
 //! written into the caller's struct, handles are boxes that only this crate opens.
 //!
-//! A device that computes inside the call implements [`Synchronous`] and takes [`InOrder`] for its queue; one with queues
-//! of its own implements [`Queue`].
+//! A device that computes inside the call implements [`Synchronous`] and takes [`InOrder`] for its queue; one with
+//! queues of its own implements [`Queue`].
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 mod border;
