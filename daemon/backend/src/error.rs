@@ -52,6 +52,14 @@ pub enum BackendError {
         /// As it is.
         found: String,
     },
+    /// No library of the plugin can run on this machine.
+    #[error("{}: no library for this machine: {lacks}", path.display())]
+    NoVariant {
+        /// The manifest.
+        path: PathBuf,
+        /// What each library lacks.
+        lacks: String,
+    },
     /// The dynamic linker refused the library.
     #[error("{}: cannot be loaded: {reason}", path.display())]
     Load {
