@@ -52,6 +52,14 @@ pub enum BackendError {
         /// As it is.
         found: String,
     },
+    /// The library is not built as a plugin must be.
+    #[error("{}: {reason}", path.display())]
+    Elf {
+        /// The library.
+        path: PathBuf,
+        /// The rule it breaks.
+        reason: String,
+    },
     /// No library of the plugin can run on this machine.
     #[error("{}: no library for this machine: {lacks}", path.display())]
     NoVariant {
@@ -129,6 +137,11 @@ impl BackendError {
     /// The plugin's status, when a call failed.
     pub fn status(&self) -> Option<SpdStatus> {
         if let Self::Call { status, .. } = self { Some(*status) } else { None }
+    }
+
+    /// True when a file or folder is not there.
+    pub(crate) fn is_missing_file(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
     }
 
     /// True when the plugin says that it does not have what was asked for.

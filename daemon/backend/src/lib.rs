@@ -10,18 +10,25 @@
 mod call;
 mod device;
 mod discover;
+mod elf;
 mod error;
 mod execute;
+#[cfg(test)]
+mod fixture;
+mod folder;
 mod host;
 mod isa;
+mod library;
 mod load;
 mod manifest;
 mod memory;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
+pub use elf::ElfFacts;
 pub use error::BackendError;
 pub use execute::{Plan, PlanInfo, Queue};
+pub use library::inspect_library;
 pub use load::Plugin;
 pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};
