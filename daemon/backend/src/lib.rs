@@ -22,6 +22,7 @@ mod library;
 mod load;
 mod manifest;
 mod memory;
+mod taint;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
@@ -32,3 +33,4 @@ pub use library::inspect_library;
 pub use load::Plugin;
 pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};
+pub use taint::third_party;

@@ -4,7 +4,7 @@ use crate::call::checked;
 use crate::discover::Found;
 use crate::host::Host;
 use crate::library::Library;
-use crate::{BackendError, Manifest};
+use crate::{BackendError, Manifest, taint};
 use libloading::os::unix::{Library as Mapped, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::{
     ABI_MAJOR, ABI_MINOR, ABI_MINOR_FIRST, ENTRY_SYMBOL, LAYOUT_DIGEST, SpdApi, SpdGetApiFn, SpdInstance,
@@ -52,6 +52,7 @@ impl Plugin {
         let path = library.path.clone();
         let api = table_of(&section.sha256, library)?;
         check_identity(&path, api, &manifest)?;
+        taint::note(&manifest);
         let host = Host::new(&manifest.id, settings);
         let mut instance = ptr::null_mut();
         let create = api.instance_create.expect("checked by table()");
@@ -243,6 +244,7 @@ fn check_identity(path: &Path, api: &SpdApi, manifest: &Manifest) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use crate::fixture::Fixture;
+    use crate::taint::third_party;
     use std::sync::Arc;
 
     #[test]
@@ -267,5 +269,24 @@ mod tests {
     fn a_library_that_contradicts_its_manifest_is_refused() {
         let said = Fixture::build(&["-DVERSION=\"9.9\""]).load().unwrap_err().to_string();
         assert!(said.contains("the library is fixture 9.9, plugin.toml says fixture 1.2.3"), "{said}");
+    }
+
+    #[test]
+    fn a_third_party_plugin_taints_and_one_of_ours_does_not() {
+        let theirs = Fixture::build(&["-DVERSION=\"7.7\""]);
+        theirs.write_manifest("7.7", "");
+        assert!(!third_party().contains(&"fixture 7.7".to_owned()));
+        let (_first, _second) = (theirs.load().unwrap(), theirs.load().unwrap());
+        assert_eq!(third_party().iter().filter(|name| *name == "fixture 7.7").count(), 1);
+        // Ours by id and version; the same id in another version is not.
+        let ours = format!("-DVERSION=\"{}\"", env!("CARGO_PKG_VERSION"));
+        for (version, taints) in [(env!("CARGO_PKG_VERSION"), false), ("0.0.1", true)] {
+            let fixture = Fixture::empty("cuda");
+            let version_argument = if taints { "-DVERSION=\"0.0.1\"" } else { ours.as_str() };
+            fixture.compile(&["-DID=\"cuda\"", version_argument]);
+            fixture.write_manifest(version, "");
+            let _plugin = fixture.load().unwrap();
+            assert_eq!(third_party().contains(&format!("cuda {version}")), taints);
+        }
     }
 }
