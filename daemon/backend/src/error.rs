@@ -1,5 +1,6 @@
 //! What can go wrong between the daemon and a plugin.
 
+use crate::quarantine::{Left, Quarantined};
 use sparsed_abi::{E_UNSUPPORTED, SpdStatus, status_name};
 use std::path::PathBuf;
 
@@ -67,6 +68,15 @@ pub enum BackendError {
         path: PathBuf,
         /// What each library lacks.
         lacks: String,
+    },
+    /// The library has failed too often.
+    #[error("plugin {} is quarantined for another {left} (time {}): {}; `sparsectl plugins unquarantine {}` lifts it",
+        library.plugin, library.times, library.reason, library.plugin)]
+    Quarantined {
+        /// Which, and why.
+        library: Quarantined,
+        /// How long it lasts.
+        left: Left,
     },
     /// The dynamic linker refused the library.
     #[error("{}: cannot be loaded: {reason}", path.display())]

@@ -22,6 +22,7 @@ mod library;
 mod load;
 mod manifest;
 mod memory;
+mod quarantine;
 mod taint;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
@@ -33,4 +34,5 @@ pub use library::inspect_library;
 pub use load::Plugin;
 pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};
+pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};
 pub use taint::third_party;
