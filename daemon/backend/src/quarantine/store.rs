@@ -248,7 +248,7 @@ mod tests {
         };
         let good = document(&sha(1), record);
         assert_eq!(parse(&good).unwrap().quarantined(0).len(), 1);
-        let mut large = good.clone();
+        let mut large = good;
         large.resize(FILE_BYTES_MAX as usize + 1, b' ');
         let long = format!("\"reason\":\"{}\"", "x".repeat(REASON_BYTES_MAX + 1));
         let many = format!("\"strikes_ms\":{:?}", [0; STRIKES_MAX as usize + 1]);
