@@ -69,6 +69,11 @@ impl Plugin {
         &self.manifest
     }
 
+    /// The ABI that its table is of: major and minor.
+    pub fn abi(&self) -> (u32, u32) {
+        (ABI_MAJOR, self.api.abi_minor)
+    }
+
     /// The library file.
     pub fn path(&self) -> &Path {
         &self.path
