@@ -67,6 +67,9 @@ impl Assembly {
 /// Which file is wrong and why.
 pub fn open_backend(config: &Config) -> anyhow::Result<Backend> {
     let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+    for refusal in &scan.refused {
+        log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
+    }
     let found = scan.select(Some(&config.engine.plugin))?;
     quarantine(config).admit(found, now_ms())?;
     let plugin = Plugin::load(found, &config.engine.set)?;

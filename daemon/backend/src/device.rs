@@ -211,7 +211,7 @@ impl Backend {
 }
 
 impl DeviceInfo {
-    /// The devices that a plugin sees, none of them opened: what depends on how a device is opened may still be missing.
+    /// The devices that a plugin sees, none of them opened: what depends on how one is opened may still be missing.
     ///
     /// # Errors
     /// The plugin's own, or that it claims more than [`DEVICES_MAX`].

@@ -84,7 +84,7 @@ impl ElfFacts {
     ///
     /// # Errors
     /// What makes the file unreadable.
-    pub(crate) fn parse(bytes: &[u8]) -> Result<Self, String> {
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         match bytes.get(..6) {
             Some([0x7f, b'E', b'L', b'F', 2, 1]) => {}
             Some([0x7f, b'E', b'L', b'F', ..]) => return Err("is not a 64-bit little-endian ELF file".to_owned()),

@@ -131,6 +131,15 @@ mod tests {
     }
 
     #[test]
+    fn the_manifests_text_lists_every_name() {
+        let text = include_str!("../../../abi/MANIFEST.md").split_whitespace().collect::<Vec<_>>().join(" ");
+        for (title, arch) in [("x86-64", Arch::X86_64), ("aarch64", Arch::Aarch64)] {
+            let line = format!("- {title}: `{}`", arch.features().join(" "));
+            assert!(text.contains(&line), "{line}");
+        }
+    }
+
+    #[test]
     fn an_architecture_is_known_by_its_name() {
         for arch in [Arch::X86_64, Arch::Aarch64] {
             assert_eq!(Arch::of(arch.name()), Some(arch));

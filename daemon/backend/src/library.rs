@@ -67,8 +67,8 @@ impl Library {
     pub(crate) fn seal(self) -> Result<OwnedFd, BackendError> {
         let io = |errno: Errno| BackendError::Io { path: self.path.clone(), source: errno.into() };
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        // Mapped as code, but never a program: that is said where the kernel knows the flag (6.3), and must be said where
-        // vm.memfd_noexec is 2.
+        // Mapped as code, but never a program: that is said where the kernel knows the flag (6.3), and must be said
+        // where vm.memfd_noexec is 2.
         let fd = match rustix::fs::memfd_create(c"sparsed-plugin", flags | MemfdFlags::NOEXEC_SEAL) {
             Err(Errno::INVAL) => rustix::fs::memfd_create(c"sparsed-plugin", flags),
             made => made,

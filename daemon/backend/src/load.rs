@@ -40,8 +40,8 @@ unsafe impl Send for Plugin {}
 unsafe impl Sync for Plugin {}
 
 impl Plugin {
-    /// Loads the library that the manifest has for this machine, after its owner, mode, sha256 and ELF headers have been
-    /// checked, and creates the plugin's instance with these settings.
+    /// Loads the library that the manifest has for this machine, after its owner, mode, sha256 and ELF headers have
+    /// been checked, and creates the plugin's instance with these settings.
     ///
     /// # Errors
     /// Which file, and why it was refused.
@@ -162,8 +162,8 @@ fn table(path: &Path, library: Mapped) -> Result<&'static SpdApi, BackendError> 
         return Err(version(format!("{ABI_MAJOR}.{minor} (table of {struct_size} bytes)")));
     }
     let mut known = SpdApi::default();
-    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied. What
-    // an older plugin does not have stays NULL.
+    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied.
+    // What an older plugin does not have stays NULL.
     unsafe {
         let length = struct_size.min(size_of::<SpdApi>());
         ptr::copy_nonoverlapping(api.cast::<u8>(), (&raw mut known).cast::<u8>(), length);

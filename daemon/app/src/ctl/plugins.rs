@@ -1,7 +1,7 @@
 //! `sparsectl plugins`: which plugins are there, what is each one's state, and why?
 //!
-//! Checks each as the daemon does when it loads one. Plugins of this release are then loaded into this process and asked
-//! for their devices; code of others is not run for a list.
+//! Checks each as the daemon does when it loads one. Plugins of this release are then loaded into this process and
+//! asked for their devices; code of others is not run for a list.
 
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Source};

@@ -1,8 +1,8 @@
 //! Where is the quarantine kept? `plugins/quarantine.json` under the state folder, shared by all processes.
 //!
 //! Every change reads the file, applies itself and writes it anew, under a lock on its folder: the daemon and
-//! `sparsectl` may change it at once. It is replaced whole: a crash leaves the old one or the new one. A file that cannot
-//! be understood is kept aside as `quarantine.json.bad`; the quarantine then begins empty.
+//! `sparsectl` may change it at once. It is replaced whole: a crash leaves the old one or the new one. A file that
+//! cannot be understood is kept aside as `quarantine.json.bad`; the quarantine then begins empty.
 
 use super::{Outcome, Quarantine, QuarantinePolicy, Quarantined, REASON_BYTES_MAX, RECORDS_MAX, Record, STRIKES_MAX};
 use crate::{BackendError, Found};
