@@ -36,7 +36,7 @@ pub enum BackendError {
         reason: String,
     },
     /// A file could have been written by somebody else.
-    #[error("{}: {reason}; plugins must belong to root or to the daemon's user and be writable by nobody else", path.display())]
+    #[error("{}: {reason}; plugins and the folders above them must belong to root or to the daemon's user and be writable by nobody else", path.display())]
     Untrusted {
         /// The file or folder.
         path: PathBuf,

@@ -26,6 +26,7 @@ const TABLE_BYTES_MAX: usize = 1 << 16;
 pub struct Plugin {
     manifest: Manifest,
     path: PathBuf,
+    sha256: String,
     api: &'static SpdApi,
     instance: NonNull<SpdInstance>,
     /// Guards every `[control]` function of this instance: the header allows one thread at a time.
@@ -50,9 +51,11 @@ impl Plugin {
         let section = found.library()?;
         let library = found.open_library(section)?;
         let path = library.path.clone();
-        let api = table_of(&section.sha256, library)?;
-        check_identity(&path, api, &manifest)?;
+        let sha256 = section.sha256.clone();
+        // Before its initialisers run, whatever comes of it then.
         taint::note(&manifest);
+        let api = table_of(&sha256, library)?;
+        check_identity(&path, api, &manifest)?;
         let host = Host::new(&manifest.id, settings);
         let mut instance = ptr::null_mut();
         let create = api.instance_create.expect("checked by table()");
@@ -61,7 +64,7 @@ impl Plugin {
         let bad = || BackendError::BadTable { path: path.clone(), reason: "instance_create answered NULL".to_owned() };
         let instance = NonNull::new(instance).ok_or_else(bad)?;
         log::info!(plugin = manifest.id.as_str(), version = manifest.version.as_str(), path:% = path.display(); "plugin loaded");
-        Ok(Arc::new(Self { manifest, path, api, instance, control: Mutex::new(()), _host: host }))
+        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control: Mutex::new(()), _host: host }))
     }
 
     /// What the plugin says about itself.
@@ -77,6 +80,11 @@ impl Plugin {
     /// The library file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Of the library, in lower-case hexadecimal; what quarantines go by.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
     }
 
     /// How many devices the plugin sees.
@@ -259,6 +267,7 @@ mod tests {
         std::fs::write(fixture.library(), "").unwrap();
         assert_eq!(plugin.device_count().unwrap(), 0);
         assert_eq!(plugin.path(), fixture.library());
+        assert_eq!(plugin.sha256(), plugin.manifest().libraries[0].sha256);
     }
 
     #[test]

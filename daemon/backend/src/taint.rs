@@ -24,7 +24,7 @@ pub fn third_party() -> Vec<String> {
     THIRD_PARTY.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
-/// Notes a plugin that is loaded here or in a host process of ours, and says so the first time.
+/// Notes a plugin that is going to be loaded here or in a host process of ours, and says so the first time.
 pub(crate) fn note(manifest: &Manifest) {
     if manifest.is_ours() {
         return;
@@ -33,7 +33,7 @@ pub(crate) fn note(manifest: &Manifest) {
     let mut list = THIRD_PARTY.lock().unwrap_or_else(PoisonError::into_inner);
     if !list.contains(&name) {
         let vendor = manifest.vendor.as_deref().unwrap_or("unknown");
-        log::warn!(plugin:% = name, vendor; "third-party plugin loaded: the daemon is tainted");
+        log::warn!(plugin:% = name, vendor; "a third-party plugin is loaded: the daemon is tainted");
         list.push(name);
     }
 }
