@@ -20,6 +20,8 @@ use std::fmt;
 const RECORDS_MAX: usize = 64;
 /// Most strikes that quarantine a library, and so most that are remembered of one.
 pub const STRIKES_MAX: u32 = 16;
+/// Longest plugin id in bytes, as in a manifest.
+const ID_BYTES_MAX: usize = 64;
 /// Longest reason in bytes; the rest is cut off.
 const REASON_BYTES_MAX: usize = 200;
 /// Shortest beginning of a sha256 that names a library.
@@ -97,6 +99,9 @@ struct Record {
 
 impl Quarantine {
     /// Notes a failure of the library `sha256` of `plugin`. A library in quarantine stays there as it is.
+    ///
+    /// # Panics
+    /// When `plugin` and `sha256` are not as a manifest has them.
     pub fn strike(
         &mut self,
         policy: &QuarantinePolicy,
@@ -105,6 +110,7 @@ impl Quarantine {
         reason: &str,
         now_ms: u64,
     ) -> Outcome {
+        assert!(plugin.len() <= ID_BYTES_MAX && is_sha256(sha256), "not from a manifest: '{plugin}' '{sha256}'");
         self.settle(policy, now_ms);
         if let Some(quarantined) = self.check(sha256, now_ms) {
             return Outcome::Quarantined(quarantined);
@@ -214,6 +220,11 @@ impl fmt::Display for Left {
             _ => write!(f, "{} h", seconds.div_ceil(3600)),
         }
     }
+}
+
+/// 64 lower-case hexadecimal digits.
+fn is_sha256(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// At most [`REASON_BYTES_MAX`] bytes of text on one line.

@@ -4,7 +4,10 @@
 //! `sparsectl` may change it at once. It is replaced whole: a crash leaves the old one or the new one. A file that
 //! cannot be understood is kept aside as `quarantine.json.bad`; the quarantine then begins empty.
 
-use super::{Outcome, Quarantine, QuarantinePolicy, Quarantined, REASON_BYTES_MAX, RECORDS_MAX, Record, STRIKES_MAX};
+use super::{
+    ID_BYTES_MAX, Outcome, Quarantine, QuarantinePolicy, Quarantined, REASON_BYTES_MAX, RECORDS_MAX, Record,
+    STRIKES_MAX, is_sha256,
+};
 use crate::{BackendError, Found};
 use rustix::fd::OwnedFd;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -20,9 +23,6 @@ use std::path::{Path, PathBuf};
 const FILE_BYTES_MAX: u64 = 256 << 10;
 /// The format's number.
 const VERSION: u32 = 1;
-/// Longest id in bytes.
-const ID_BYTES_MAX: usize = 64;
-
 /// The quarantine on disk.
 #[derive(Clone, Debug)]
 pub struct QuarantineStore {
@@ -150,7 +150,9 @@ impl QuarantineStore {
             _ => {}
         }
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let mut file = File::from(rustix::fs::open(&new, flags, Mode::from_raw_mode(0o644))?);
+        let mut file = File::from(rustix::fs::open(&new, flags, Mode::from_raw_mode(0o600))?);
+        // Said in so many words: the umask of whoever writes it does not count.
+        rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))?;
         let document = Document { version: VERSION, libraries: quarantine.records.clone() };
         file.write_all(&serde_json::to_vec_pretty(&document)?)?;
         file.sync_all()?;
@@ -174,10 +176,9 @@ fn parse(bytes: &[u8]) -> Result<Quarantine, String> {
     if document.libraries.len() > RECORDS_MAX {
         return Err(format!("more than {RECORDS_MAX} libraries"));
     }
-    let hexadecimal = |text: &str| text.len() == 64 && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     let wrong = |(sha256, record): (&String, &Record)| {
         let short = record.plugin.len() <= ID_BYTES_MAX && record.reason.len() <= REASON_BYTES_MAX;
-        let sound = hexadecimal(sha256) && short && record.strikes_ms.len() <= STRIKES_MAX as usize;
+        let sound = is_sha256(sha256) && short && record.strikes_ms.len() <= STRIKES_MAX as usize;
         (!sound || record.since_ms > record.until_ms).then(|| format!("a wrong entry '{sha256}'"))
     };
     let found = document.libraries.iter().find_map(wrong);
@@ -188,6 +189,7 @@ fn parse(bytes: &[u8]) -> Result<Quarantine, String> {
 mod tests {
     use super::*;
     use crate::fixture::Fixture;
+    use std::os::unix::fs::PermissionsExt;
 
     const POLICY: QuarantinePolicy = QuarantinePolicy { strikes: 3, window_ms: 100, first_ms: 1000, max_ms: 4000 };
 
@@ -305,6 +307,7 @@ mod tests {
         store.strike("acme", &sha(2), "", 0).unwrap();
         assert!(store.check(&sha(1), 0).unwrap().is_some());
         assert!(!store.dir.join("quarantine.json.new").exists());
+        assert_eq!(std::fs::metadata(store.path()).unwrap().permissions().mode() & 0o777, 0o644);
     }
 
     #[test]
