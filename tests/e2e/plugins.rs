@@ -103,7 +103,7 @@ fn a_quarantined_plugin_keeps_the_daemon_from_starting_until_it_is_let_go() {
     let state = tempfile::tempdir().unwrap();
     let state_dir = set("state_dir", state.path());
     let scan = SearchPath::only(vec![staged()]).scan();
-    let sha256 = scan.select(Some("cpu")).unwrap().library().unwrap().sha256.clone();
+    let sha256 = scan.select(Some("cpu")).unwrap().variant().unwrap().sha256.clone();
     let now_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
     let store = QuarantineStore::new(state.path(), QuarantinePolicy::default());
     (0..3).for_each(|_| drop(store.strike("cpu", &sha256, "killed by signal 11", now_ms).unwrap()));

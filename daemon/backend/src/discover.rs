@@ -117,7 +117,7 @@ impl Found {
     ///
     /// # Errors
     /// As [`Manifest::choose`].
-    pub fn library(&self) -> Result<&LibrarySection, BackendError> {
+    pub fn variant(&self) -> Result<&LibrarySection, BackendError> {
         self.manifest.choose(&self.dir.join(MANIFEST))
     }
 
@@ -126,7 +126,7 @@ impl Found {
     /// # Errors
     /// Why it would not be loaded.
     pub fn verify(&self) -> Result<(), BackendError> {
-        self.open_library(self.library()?).map(drop)
+        self.open_library(self.variant()?).map(drop)
     }
 
     pub(crate) fn open_library(&self, section: &LibrarySection) -> Result<Library, BackendError> {

@@ -39,14 +39,14 @@ impl Fixture {
         let mut cc = Command::new("cc");
         cc.args(["-std=gnu11", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-z,nodelete,-z,now", "-I"]);
         cc.arg(crate_dir.join("../../abi/include")).arg(crate_dir.join("fixtures/plugin.c"));
-        let built = cc.args(arguments).arg("-o").arg(self.library()).output().expect("cc runs");
+        let built = cc.args(arguments).arg("-o").arg(self.file()).output().expect("cc runs");
         assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
         self.set_mode("lib.so", 0o755);
     }
 
     /// Writes a manifest for the library as it is, with these lines in its section.
     pub(crate) fn write_manifest(&self, version: &str, library_lines: &str) {
-        let bytes = std::fs::read(self.library()).unwrap_or_default();
+        let bytes = std::fs::read(self.file()).unwrap_or_default();
         let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
         let (id, arch) = (&self.id, std::env::consts::ARCH);
         let text = format!(
@@ -60,9 +60,9 @@ impl Fixture {
 
     /// Changes bytes of the library and the manifest with it.
     pub(crate) fn patch(&self, change: impl FnOnce(&mut Vec<u8>)) {
-        let mut bytes = std::fs::read(self.library()).unwrap();
+        let mut bytes = std::fs::read(self.file()).unwrap();
         change(&mut bytes);
-        std::fs::write(self.library(), bytes).unwrap();
+        std::fs::write(self.file(), bytes).unwrap();
         self.write_manifest("1.2.3", "");
     }
 
@@ -74,7 +74,7 @@ impl Fixture {
         self.root().join(&self.id)
     }
 
-    pub(crate) fn library(&self) -> PathBuf {
+    pub(crate) fn file(&self) -> PathBuf {
         self.dir().join("lib.so")
     }
 

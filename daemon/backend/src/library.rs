@@ -134,7 +134,7 @@ mod tests {
     fn a_plugin_that_keeps_the_rules_is_verified() {
         let fixture = Fixture::build(&[]);
         fixture.found().verify().unwrap();
-        let facts = inspect_library(&fixture.library()).unwrap();
+        let facts = inspect_library(&fixture.file()).unwrap();
         assert_eq!(
             (facts.exports.as_slice(), facts.machine.as_str()),
             (&["spd_get_api".to_owned()][..], std::env::consts::ARCH)
@@ -213,15 +213,15 @@ mod tests {
         fixture.found().verify().unwrap();
         // Verified, but this machine does not have it: the linker's words, with the library's own path.
         let said = fixture.load().unwrap_err().to_string();
-        assert!(said.starts_with(&fixture.library().display().to_string()) && said.contains("libother.so.1"), "{said}");
+        assert!(said.starts_with(&fixture.file().display().to_string()) && said.contains("libother.so.1"), "{said}");
     }
 
     #[test]
     fn other_bytes_than_those_of_the_manifest_are_refused() {
         let fixture = Fixture::build(&[]);
-        let mut bytes = std::fs::read(fixture.library()).unwrap();
+        let mut bytes = std::fs::read(fixture.file()).unwrap();
         bytes.push(0);
-        std::fs::write(fixture.library(), bytes).unwrap();
+        std::fs::write(fixture.file(), bytes).unwrap();
         assert!(fixture.refusal().contains("sha256"));
     }
 
@@ -231,18 +231,18 @@ mod tests {
         fixture.set_mode("lib.so", 0o775);
         assert!(fixture.refusal().contains("mode 775 lets others write"));
         fixture.set_mode("lib.so", 0o755);
-        std::fs::rename(fixture.library(), fixture.dir().join("real.so")).unwrap();
-        std::os::unix::fs::symlink("real.so", fixture.library()).unwrap();
+        std::fs::rename(fixture.file(), fixture.dir().join("real.so")).unwrap();
+        std::os::unix::fs::symlink("real.so", fixture.file()).unwrap();
         assert!(fixture.refusal().contains("lib.so: is a symbolic link"));
     }
 
     #[test]
     fn sealed_bytes_are_those_that_were_checked_and_cannot_be_written() {
         let fixture = Fixture::build(&[]);
-        let before = std::fs::read(fixture.library()).unwrap();
+        let before = std::fs::read(fixture.file()).unwrap();
         let found = fixture.found();
-        let library = found.open_library(found.library().unwrap()).unwrap();
-        std::fs::write(fixture.library(), "swapped after the check").unwrap();
+        let library = found.open_library(found.variant().unwrap()).unwrap();
+        std::fs::write(fixture.file(), "swapped after the check").unwrap();
         let mut sealed = File::from(library.seal().unwrap());
         let mut bytes = Vec::new();
         std::io::Seek::rewind(&mut sealed).unwrap();
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn no_damage_to_a_header_makes_the_parser_panic() {
         let fixture = Fixture::build(&[]);
-        let whole = std::fs::read(fixture.library()).unwrap();
+        let whole = std::fs::read(fixture.file()).unwrap();
         let mut noise = 0x2545_f491_4f6c_dd1d_u64;
         let mut next = |below: usize| {
             noise ^= noise << 13;

@@ -48,7 +48,7 @@ impl Plugin {
     /// Which file, and why it was refused.
     pub fn load(found: &Found, settings: &BTreeMap<String, String>) -> Result<Arc<Self>, BackendError> {
         let manifest = found.manifest.clone();
-        let section = found.library()?;
+        let section = found.variant()?;
         let library = found.open_library(section)?;
         let path = library.path.clone();
         let sha256 = section.sha256.clone();
@@ -264,9 +264,9 @@ mod tests {
     fn a_plugin_is_loaded_from_the_bytes_that_were_checked() {
         let fixture = Fixture::build(&[]);
         let plugin = fixture.load().unwrap();
-        std::fs::write(fixture.library(), "").unwrap();
+        std::fs::write(fixture.file(), "").unwrap();
         assert_eq!(plugin.device_count().unwrap(), 0);
-        assert_eq!(plugin.path(), fixture.library());
+        assert_eq!(plugin.path(), fixture.file());
         assert_eq!(plugin.sha256(), plugin.manifest().libraries[0].sha256);
     }
 

@@ -88,7 +88,7 @@ fn usable(found: &Found, settings: &BTreeMap<String, String>) -> Result<Usable, 
 }
 
 fn describe(found: &Found, outcome: Result<Usable, BackendError>, is_selected: bool) -> Value {
-    let (manifest, library) = (&found.manifest, found.library().ok());
+    let (manifest, library) = (&found.manifest, found.variant().ok());
     let mut value = json!({
         "id": manifest.id,
         "version": manifest.version,

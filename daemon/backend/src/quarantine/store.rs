@@ -84,7 +84,7 @@ impl QuarantineStore {
     /// # Errors
     /// [`BackendError::Quarantined`] with the way out; no library for this machine; as [`QuarantineStore::strike`].
     pub fn admit(&self, found: &Found, now_ms: u64) -> Result<(), BackendError> {
-        let quarantined = self.check(&found.library()?.sha256, now_ms)?;
+        let quarantined = self.check(&found.variant()?.sha256, now_ms)?;
         quarantined.map_or(Ok(()), |library| Err(library.refusal(now_ms)))
     }
 
@@ -230,13 +230,13 @@ mod tests {
         let fixture = Fixture::build(&[]);
         let found = fixture.found();
         store.admit(&found, 0).unwrap();
-        strike_out(&store, &found.library().unwrap().sha256);
+        strike_out(&store, &found.variant().unwrap().sha256);
         let said = store.admit(&found, 1).unwrap_err().to_string();
         assert!(said.contains("plugin acme is quarantined for another 1 s (time 1): it hung"), "{said}");
         assert!(said.contains("`sparsectl plugins unquarantine acme`"), "{said}");
         store.admit(&found, 1000).unwrap();
         // A new build has another sha256.
-        strike_out(&store, &found.library().unwrap().sha256);
+        strike_out(&store, &found.variant().unwrap().sha256);
         fixture.compile(&["-DVERSION=\"1.2.4\""]);
         fixture.write_manifest("1.2.4", "");
         store.admit(&fixture.found(), 1).unwrap();
