@@ -10,10 +10,12 @@
 
 mod border;
 mod queue;
+pub mod slow;
 mod table;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
 pub use queue::{InOrder, Queue, Synchronous};
+pub use slow::SlowFile;
 pub use table::table;
 
 use sparsed_abi::{Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc};
@@ -112,11 +114,11 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// When a batch is missing.
     fn weight_commit(&self, weight: &mut Self::Weight) -> Result<()>;
 
-    /// Makes a pool whose rows read as zero.
+    /// Makes a pool whose rows read as zero; `slow` is its slow tier (`desc.slow` is not to be followed).
     ///
     /// # Errors
     /// An unknown row format, or no memory.
-    fn kv_create(&self, desc: &SpdKvDesc) -> Result<(Self::Pool, SpdKvInfo)>;
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Self::Pool, SpdKvInfo)>;
 
     /// Compiles a program for steps up to `bucket` (component-wise largest of those asked for).
     ///
