@@ -2,8 +2,9 @@
 .DEFAULT_GOAL := help
 MODEL := models/smollm2-135m-dsa.gguf
 PROMPT ?=
-# Seconds that each fuzz target runs.
+# Seconds that each fuzz target runs, and that one input may take at most.
 FUZZ_SECONDS ?= 60
+FUZZ_INPUT_SECONDS ?= 30
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
@@ -48,7 +49,7 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 	for target in $(FUZZ_TARGETS); do \
 	  mkdir -p tests/fuzz/corpus/$$target && \
 	  RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir tests/fuzz $$target tests/fuzz/corpus/$$target tests/fuzz/seeds/$$target \
-	    -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	    -- -max_total_time=$(FUZZ_SECONDS) -timeout=$(FUZZ_INPUT_SECONDS) -print_final_stats=1 || exit 1; \
 	done
 
 sim conform package: ## not there yet
