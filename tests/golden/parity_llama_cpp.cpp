@@ -79,7 +79,7 @@ int main(int argc, char ** argv) {
     Selections selections;
     llama_context_params params = llama_context_default_params();
     params.n_ctx = params.n_batch = params.n_ubatch = ids.size();
-    params.n_threads = params.n_threads_batch = 2;
+    params.n_threads = params.n_threads_batch = 1;
     params.cb_eval = keep_selections;
     params.cb_eval_user_data = &selections;
     if (!strcmp(argv[4], "f32")) {

@@ -47,7 +47,7 @@ def widening(width):
 
 
 def widen_indexer(name, values, width):
-    """A tensor of an indexer for keys of WIDE values: all scores are scaled by one constant, so none changes its rank."""
+    """A tensor of an indexer for keys of WIDE values: one constant scales all scores, so none changes its rank."""
     if name.endswith("indexer.attn_k.weight"):
         return widening(width) @ values
     if "indexer.k_norm" in name:
@@ -98,8 +98,8 @@ def llama_cpp(file, ids, cache, step):
     command = [WORK / "dump", file, WORK / "ids.txt", WORK / "out", cache, str(step)]
     done = subprocess.run(command, capture_output=True, text=True, env={"GGML_NO_BACKTRACE": "1"})
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        return re.sub(r"/\S*/", "", said[0]) if said else f"ended with {done.returncode}"
+        said = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        return re.sub(r"/\S*/|^not loaded: |llama_model_load: |error loading model[^:]*: ", "", said[0])
     logits = np.fromfile(WORK / "out.logits", "<f4").reshape(len(ids), -1)
     files = sorted(WORK.glob("out.top_k.*"), key=lambda path: int(path.suffix[1:]))
     found = [np.fromfile(path, "<i4").reshape(len(ids), -1) for path in files]
