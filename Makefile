@@ -4,7 +4,7 @@ MODEL := models/smollm2-135m-dsa.gguf
 PROMPT ?=
 # Seconds that each fuzz target runs, and that one input may take at most.
 FUZZ_SECONDS ?= 60
-FUZZ_INPUT_SECONDS ?= 30
+FUZZ_INPUT_SECONDS ?= 100
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
