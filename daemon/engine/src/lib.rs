@@ -24,7 +24,7 @@ mod stream;
 
 pub use batch::{Batch, Rows};
 pub use executor::{CachedRows, DeviceModel, ExecutorError, LoadOptions, Outputs, Queries, SoleSequence};
-pub use grammar::{Grammar, GrammarSpec};
+pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
 pub use params::{Sampling, checked_stops};
 pub use runner::{ModelOptions, start};
 pub use scheduler::{Limits, Load};
