@@ -4,9 +4,9 @@ MODEL := models/smollm2-135m-dsa.gguf
 PROMPT ?=
 # Seconds that each fuzz target runs, and that one input may take at most.
 FUZZ_SECONDS ?= 60
+FUZZ_INPUT_SECONDS ?= 100
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MINIMAL := target/release/libsparsed_plugin_minimal.so
-FUZZ_INPUT_SECONDS ?= 100
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
