@@ -19,7 +19,7 @@ mod memory;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
-pub use error::BackendError;
+pub use error::{BackendError, Fault};
 pub use execute::{Plan, PlanInfo, Queue};
 pub use load::Plugin;
 pub use manifest::Manifest;
