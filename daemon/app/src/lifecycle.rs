@@ -5,6 +5,7 @@
 
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths};
+use crate::watchdog;
 use anyhow::{Context, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
@@ -56,6 +57,7 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let file = arguments.config.clone().or_else(|| standard.exists().then_some(standard));
     let config = Config::load(file.as_deref(), &arguments.sets)?;
     let assembly = Assembly::new(&config)?;
+    watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));
     // A prompt that is being made for a client that is gone must not hold the end up.
@@ -179,6 +181,7 @@ async fn signalled() {
         }
     });
     next().await;
+    watchdog::stopping();
     tokio::spawn(async move {
         next().await;
         #[expect(clippy::exit, reason = "asked twice, the operator wants it now")]

@@ -2,9 +2,10 @@
 
 use crate::batch::{Batch, Rows};
 use sparsed_abi::{Blob, KV_DISCARD, SpdBucket, SpdKvOp};
-use sparsed_backend::{Backend, BackendError, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
+use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{Model, ModelError, Program, ProgramOptions};
+use std::sync::Arc;
 
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +36,20 @@ pub enum ExecutorError {
         /// Tokens the plan takes.
         max: u32,
     },
+    /// The device gave logits that are not numbers.
+    #[error("a logit is not a number")]
+    NotANumber,
+}
+
+impl ExecutorError {
+    /// What the failure says about the device.
+    pub(crate) fn fault(&self) -> Fault {
+        match self {
+            Self::Backend(error) => error.fault(),
+            Self::NotANumber => Fault::Step,
+            Self::Model(_) | Self::Kv(_) | Self::Dtype { .. } | Self::StepTooLarge { .. } => Fault::Caller,
+        }
+    }
 }
 
 /// How a model is put on a device.
@@ -57,7 +72,8 @@ pub struct LoadOptions {
 /// A model on a device.
 #[derive(Debug)]
 pub struct DeviceModel {
-    program: Program,
+    backend: Backend,
+    program: Arc<Program>,
     plan: Plan,
     queue: Queue,
     pool: KvPool,
@@ -88,6 +104,16 @@ impl DeviceModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ExecutorError> {
         let program = model.program(&options.program)?;
+        Self::load_program(backend, Arc::new(program), options, progress)
+    }
+
+    /// As [`load`](Self::load), with the model's program at hand.
+    pub(crate) fn load_program(
+        backend: &Backend,
+        program: Arc<Program>,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, ExecutorError> {
         let weights = upload(backend, &program, progress)?;
         let pool = backend.create_kv(&KvDesc {
             block_tokens: BLOCK_TOKENS,
@@ -107,7 +133,8 @@ impl DeviceModel {
         let plan = backend.compile(&program.blob, &weights.iter().collect::<Vec<_>>(), &[&pool], bucket)?;
         let queue = backend.queue()?;
         let (input, output) = (Blob::default(), Blob::default());
-        Ok(Self { program, plan, queue, pool, options, step_id: 0, input, output })
+        let backend = backend.clone();
+        Ok(Self { backend, program, plan, queue, pool, options, step_id: 0, input, output })
     }
 
     /// Tokens that attention selects, `None` when it reads all.
@@ -155,6 +182,15 @@ impl DeviceModel {
             logits: floats(self.program.logits(out, batch.n_tokens(), batch.n_rows())),
             selections: selections.into_iter().map(integers).collect(),
         })
+    }
+
+    /// Takes a new queue in place of one that is lost. Rows in the pool stay.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn renew_queue(&mut self) -> Result<(), ExecutorError> {
+        self.queue = self.backend.queue()?;
+        Ok(())
     }
 
     /// Zeroes blocks that nobody holds any more and gives their memory back.
