@@ -4,6 +4,8 @@ MODEL := models/smollm2-135m-dsa.gguf
 PROMPT ?=
 # Seconds that each fuzz target runs.
 FUZZ_SECONDS ?= 60
+VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+MINIMAL := target/release/libsparsed_plugin_minimal.so
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
@@ -13,9 +15,15 @@ help: ## this list
 needs:
 	@sh packaging/needs.sh build
 
-build: needs ## release build, plugins staged beside the executable
+$(MINIMAL): $(wildcard abi/examples/*.[ch] abi/include/sparsed/*.h) Cargo.toml | needs
+	mkdir -p $(@D)
+	cc -std=c11 -O2 -Wall -Wextra -Wpedantic -Werror -shared -fPIC -fvisibility=hidden -pthread -Wl,-z,nodelete \
+	  -DPLUGIN_VERSION='"$(VERSION)"' -Iabi/include abi/examples/minimal.c -o $@ -lm
+
+build: needs $(MINIMAL) ## release build, plugins staged beside the executable
 	cargo build --release --locked -p sparsed -p sparsed-plugin-cpu
 	sh packaging/stage-plugin.sh cpu target/release/libsparsed_plugin_cpu.so plugins/cpu/plugin.toml.in target/release/plugins
+	sh packaging/stage-plugin.sh minimal $(MINIMAL) abi/examples/plugin.toml.in target/release/plugins
 
 models: build ## the default model, from its Python package
 	sh packaging/models/fetch-default.sh

@@ -28,9 +28,11 @@ fn c_name(field: &str) -> &str {
     }
 }
 
-/// A compiler's view of the header.
+/// A compiler's view of the header. Includes the headers that check what crosses the border, so that they are compiled.
 fn compiled(compiler: &str, standard: &str, extension: &str) -> String {
-    let mut source = String::from("#include <sparsed/plugin.h>\n#include <stdio.h>\nint main(void) {\n");
+    let mut source = String::from(
+        "#include <sparsed/plugin.h>\n#include <sparsed/program.h>\n#include <stdio.h>\nint main(void) {\n",
+    );
     for layout in layouts() {
         let name = layout.name;
         writeln!(source, "printf(\"{name} %zu\\n\", sizeof({name}));").unwrap();

@@ -12,6 +12,8 @@ use sparsed_model::OutputParser;
 pub struct Generate {
     /// The configured model's name.
     pub model: String,
+    /// Who asks.
+    pub owner: Owner,
     /// The prompt's tokens, at least one.
     pub prompt: Vec<u32>,
     /// Most tokens of the answer; `None`: as many as the context has room for.
@@ -26,6 +28,22 @@ pub struct Generate {
     pub ignore_end: bool,
     /// How reasoning and calls are told from content; `None`: all text is content.
     pub reading: Option<Reading>,
+}
+
+/// Who asks. Different owners share nothing, not even time saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Owner {
+    /// A user of this box.
+    Uid(u32),
+}
+
+impl Owner {
+    /// Different for different owners.
+    pub(crate) fn number(self) -> u64 {
+        match self {
+            Self::Uid(uid) => u64::from(uid),
+        }
+    }
 }
 
 /// A conversation as tokens, and how its answer is read.
@@ -107,6 +125,8 @@ pub enum FinishReason {
 pub struct Usage {
     /// Of the prompt.
     pub prompt_tokens: u32,
+    /// Of these, tokens whose rows an earlier request had left in the KV pool.
+    pub cached_tokens: u32,
     /// Of the answer, the end token included.
     pub completion_tokens: u32,
 }

@@ -138,7 +138,7 @@ mod tests {
     fn a_sequence_alone_is_what_it_is_in_company() {
         let mut pool = Pool::new(8);
         let (mut all, mut one, mut expected) = (Batch::default(), Batch::default(), Batch::default());
-        let mut reservation = pool.reserve(5).unwrap();
+        let mut reservation = pool.reserve(5, &mut Vec::new()).unwrap();
         let mut parts = Vec::new();
         for (n, rows) in [(70, Rows::None), (1, Rows::Last), (65, Rows::All)] {
             let (mut table, mut slots) = (BlockTable::new(), Vec::new());

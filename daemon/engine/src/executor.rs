@@ -241,7 +241,8 @@ impl SoleSequence {
         let max = device.options.max_step_tokens;
         let count = u32::try_from(tokens.len()).ok().filter(|&n| n <= max);
         let count = count.ok_or(ExecutorError::StepTooLarge { have: tokens.len(), max })?;
-        let mut reservation = self.blocks.reserve(self.table.blocks_needed(count))?;
+        // Nothing is sealed here, so nothing can have to go for it.
+        let mut reservation = self.blocks.reserve(self.table.blocks_needed(count), &mut Vec::new())?;
         self.slots.clear();
         self.table.append(count, &mut self.blocks, &mut reservation, &mut self.slots);
         self.blocks.forfeit(reservation);

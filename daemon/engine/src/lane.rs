@@ -9,7 +9,7 @@ use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
 use crate::step::{Done, step};
 use sparsed_backend::Backend;
-use sparsed_kv::{BLOCK_TOKENS, blocks_for};
+use sparsed_kv::{BLOCK_TOKENS, PrefixHasher, blocks_for};
 use sparsed_model::{Model, Program, ProgramOptions, Selection};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -123,7 +123,9 @@ impl Live {
         let (top_k, grammars) = (program.top_k(), Compiler::default());
         let served = ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created, grammars };
         let served = Arc::new(served);
-        let scheduler = Scheduler::new(limits, n_blocks);
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
+        let scheduler = Scheduler::new(limits, n_blocks, PrefixHasher::new(secret));
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
         Ok(Self { served, program, load, device: None, scheduler, batch: Batch::default(), stats })
     }

@@ -5,12 +5,14 @@
 //! When the pool is short, the youngest running sequence gives its blocks back and waits again; its tokens are kept and
 //! its rows are computed again later, bit for bit where the device is invariant.
 //!
+//! A sequence begins with the blocks that an earlier one of the same owner has left for the same tokens.
+//!
 //! Knows no device, no text and no clock: time is an argument.
 
 use crate::api::Failure;
 use crate::batch::{Batch, Rows};
 use crate::sequence::Sequence;
-use sparsed_kv::{BlockId, Pool, blocks_for};
+use sparsed_kv::{BlockId, Pool, PrefixHasher, blocks_for};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -36,6 +38,8 @@ pub struct Load {
     pub waiting: u32,
     /// Blocks held.
     pub blocks_used: u32,
+    /// Blocks that nobody holds, kept for sequences that begin alike.
+    pub blocks_cached: u32,
     /// Blocks of the pool.
     pub blocks_total: u32,
 }
@@ -45,6 +49,7 @@ pub struct Load {
 pub(crate) struct Scheduler {
     limits: Limits,
     pool: Pool,
+    hasher: PrefixHasher,
     waiting: VecDeque<Sequence>,
     /// Oldest first.
     running: Vec<Sequence>,
@@ -57,10 +62,11 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
-    pub(crate) fn new(limits: Limits, n_blocks: u32) -> Self {
+    pub(crate) fn new(limits: Limits, n_blocks: u32, hasher: PrefixHasher) -> Self {
         Self {
             limits,
             pool: Pool::new(n_blocks),
+            hasher,
             waiting: VecDeque::new(),
             running: Vec::new(),
             leaving: Vec::new(),
@@ -75,6 +81,7 @@ impl Scheduler {
             running: count(self.running.len()),
             waiting: count(self.waiting.len()),
             blocks_used: self.pool.n_used(),
+            blocks_cached: self.pool.n_kept(),
             blocks_total: self.pool.n_blocks(),
         }
     }
@@ -85,6 +92,7 @@ impl Scheduler {
         let ahead = count(self.waiting.len());
         if ahead < limit {
             sequence.queued(ahead, now);
+            sequence.hash(&self.hasher);
             self.waiting.push_back(sequence);
             return;
         }
@@ -141,7 +149,7 @@ impl Scheduler {
             if self.scheduled.is_empty() {
                 return false;
             }
-            match self.pool.reserve(blocks) {
+            match self.pool.reserve(blocks, &mut self.freed) {
                 Ok(mut reservation) => {
                     batch.clear();
                     for &(index, n) in &self.scheduled {
@@ -159,6 +167,13 @@ impl Scheduler {
                 // A lone sequence always fits: the context is no longer than the pool.
                 Err(_) => self.preempt(),
             }
+        }
+    }
+
+    /// Notes that the last scheduled step's rows are computed, but for the sequences `failed`, given by index.
+    pub(crate) fn computed(&mut self, failed: &[usize]) {
+        for &(index, _) in self.scheduled.iter().filter(|(index, _)| !failed.contains(index)) {
+            self.running[index].seal(&self.hasher, &mut self.pool);
         }
     }
 
@@ -216,6 +231,7 @@ impl Scheduler {
         while self.can_admit() {
             let mut sequence = self.waiting.pop_front().expect("can_admit looked at it");
             sequence.start(now);
+            sequence.adopt_beginning(&mut self.pool);
             let at = self.running.partition_point(|other| other.id < sequence.id);
             self.running.insert(at, sequence);
         }
@@ -223,12 +239,15 @@ impl Scheduler {
 
     /// Whether there is a place and room for the prompt of the sequence that waits longest.
     fn can_admit(&self) -> bool {
+        if count(self.running.len()) >= self.limits.max_running {
+            return false;
+        }
         let Some(next) = self.waiting.front() else { return false };
+        let (found, idle) = self.pool.shareable(next.beginning());
         // One more block, so that the first tokens of the answer do not push somebody out at once.
-        let needed = blocks_for(next.n_pending()) + u32::from(!self.running.is_empty());
+        let needed = blocks_for(next.n_pending()) - found + u32::from(!self.running.is_empty());
         let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
-        let room = self.pool.n_available().saturating_sub(promised);
-        count(self.running.len()) < self.limits.max_running && needed <= room
+        needed + idle + promised <= self.pool.n_available()
     }
 
     /// Chooses who runs and with how many tokens; answers the new blocks that takes.
@@ -259,7 +278,7 @@ impl Scheduler {
     /// Takes a sequence out of the pool.
     fn release(&mut self, index: usize) -> Sequence {
         let mut sequence = self.running.remove(index);
-        sequence.table.truncate(0, &mut self.pool, &mut self.freed);
+        sequence.leave_pool(&mut self.pool, &mut self.freed);
         sequence
     }
 

@@ -1,9 +1,9 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
-use crate::api::{Event, Failure, FinishReason, Finished, Generate, Reading, Refused, Sink, Timings, Usage};
+use crate::api::{Event, Failure, FinishReason, Finished, Generate, Owner, Reading, Refused, Sink, Timings, Usage};
 use crate::sampler::Sampler;
 use crate::stream::StopStrings;
-use sparsed_kv::BlockTable;
+use sparsed_kv::{BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
 use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
 use std::time::Duration;
 
@@ -32,6 +32,13 @@ pub(crate) struct Sequence {
     /// Prompt, then answer. The last one has no KV rows yet while the sequence runs.
     pub(crate) tokens: Vec<u32>,
     pub(crate) table: BlockTable,
+    owner: Owner,
+    /// What each full block of `tokens` contains, as far as that was asked.
+    hashes: Vec<BlockHash>,
+    /// Blocks of the table whose content the pool has been told.
+    n_sealed: usize,
+    /// Prompt tokens that were there when the sequence was first taken up.
+    n_cached: Option<u32>,
     n_prompt: usize,
     max_tokens: Option<u32>,
     ignore_end: bool,
@@ -81,6 +88,10 @@ impl Sequence {
             answer: Answer::new(request.reading, request.stops),
             tokens: request.prompt,
             table: BlockTable::new(),
+            owner: request.owner,
+            hashes: Vec::new(),
+            n_sealed: 0,
+            n_cached: None,
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
             sink,
@@ -93,6 +104,38 @@ impl Sequence {
     /// Tokens without KV rows: many while the prompt is read, then one.
     pub(crate) fn n_pending(&self) -> u32 {
         u32::try_from(self.tokens.len()).expect("fewer than 2^32 tokens") - self.table.n_tokens()
+    }
+
+    /// Hashes of the beginning that could be taken from other sequences: all full blocks, but at least one token is left
+    /// to be computed, whose logits give the next.
+    pub(crate) fn beginning(&self) -> &[BlockHash] {
+        &self.hashes[..self.hashes.len().min((self.tokens.len() - 1) / BLOCK_TOKENS as usize)]
+    }
+
+    /// Makes the hashes of the blocks that have become full.
+    pub(crate) fn hash(&mut self, hasher: &PrefixHasher) {
+        hasher.extend(self.owner.number(), &self.tokens, &mut self.hashes);
+    }
+
+    /// Takes what the pool has of the sequence's beginning.
+    pub(crate) fn adopt_beginning(&mut self, pool: &mut Pool) {
+        let mut table = std::mem::take(&mut self.table);
+        let cached = table.adopt(self.beginning(), pool);
+        self.table = table;
+        self.n_sealed = self.table.blocks().len();
+        self.n_cached.get_or_insert(cached);
+    }
+
+    /// Tells the pool what the blocks contain that have become full; their rows are computed.
+    pub(crate) fn seal(&mut self, hasher: &PrefixHasher, pool: &mut Pool) {
+        self.hash(hasher);
+        self.n_sealed = self.table.seal(self.n_sealed, &self.hashes, pool);
+    }
+
+    /// Gives all blocks back; the tokens stay.
+    pub(crate) fn leave_pool(&mut self, pool: &mut Pool, freed: &mut Vec<BlockId>) {
+        self.table.truncate(0, pool, freed);
+        self.n_sealed = 0;
     }
 
     /// Tells the listener that the request is taken, with `ahead` waiting before it.
@@ -180,7 +223,11 @@ impl Sequence {
 
     fn usage(&self) -> Usage {
         let count = |n: usize| u32::try_from(n).expect("fewer than 2^32 tokens");
-        Usage { prompt_tokens: count(self.n_prompt), completion_tokens: count(self.n_answered()) }
+        Usage {
+            prompt_tokens: count(self.n_prompt),
+            cached_tokens: self.n_cached.unwrap_or(0),
+            completion_tokens: count(self.n_answered()),
+        }
     }
 
     fn timings(&self) -> Timings {

@@ -3,21 +3,25 @@
 //! A *block* is 64 consecutive tokens of one sequence in every layer. [`Pool`] says which blocks of a device are free
 //! and how many hold on to the others; [`BlockTable`] is one sequence's blocks in order and turns tokens into slots.
 //!
-//! Knows no time, no file, no device and no token ids: it decides, others carry out. Whoever gives a block back gets
+//! [`PrefixHasher`] names full blocks by what they contain, so that sequences that begin alike share them.
+//!
+//! Knows no time, no file and no device: it decides, others carry out. Whoever gives a block back gets
 //! told when nobody holds it any more and must have the device discard its content before the next step runs.
 //!
-//! Invariants, asserted in release too: free + held = all blocks; reserved <= free; a held block has `ref_count` >= 1;
-//! nobody writes into a block that somebody else holds as well.
+//! Invariants, asserted in release too: free + kept + held = all blocks; reserved <= free + kept; a held block has
+//! `ref_count` >= 1; nobody writes into a block that somebody else holds as well, or that was sealed.
 #![forbid(unsafe_code)]
 
 mod block;
 mod error;
 mod pool;
+mod prefix;
 mod table;
 
 pub use block::{BLOCK_TOKENS, BlockId, blocks_for};
 pub use error::KvError;
 pub use pool::{Pool, Released, Reservation};
+pub use prefix::{BlockHash, PrefixHasher};
 pub use table::BlockTable;
 
 /// The same cases on every run, and no files written.

@@ -2,12 +2,14 @@
 //!
 //! Life of a block: `reserve` promises that it will be there, `acquire` hands it out with a `ref_count` of 1, `forfeit`
 //! gives unused promises back, `retain` and `release` count the holders. What was promised cannot run out, so a step
-//! that reserved everything first never fails half-way.
+//! that reserved everything first never fails half-way. A block that was sealed is kept when its last holder is gone,
+//! until `share` finds it a new one or `reserve` needs its place.
 //!
 //! Blocks are reused last in, first out: memory that was touched is touched again, and a pool that was never full has
 //! never touched its end.
 
-use crate::{BlockId, KvError};
+use crate::prefix::Prefixes;
+use crate::{BlockHash, BlockId, KvError};
 
 /// The blocks of one device pool.
 #[derive(Debug)]
@@ -15,6 +17,7 @@ pub struct Pool {
     free: Vec<BlockId>, // a stack; the top is handed out next
     ref_counts: Vec<u32>,
     n_reserved: u32,
+    prefixes: Prefixes,
 }
 
 /// A promise of blocks, to be spent with [`Pool::acquire`] and ended with [`Pool::forfeit`].
@@ -33,6 +36,8 @@ pub struct Reservation {
 pub enum Released {
     /// Nobody holds it now: discard its content before the next step runs.
     Freed,
+    /// Nobody holds it now, but its content is known and stays until its place is needed.
+    Kept,
     /// Somebody else still holds it.
     Shared,
 }
@@ -40,7 +45,12 @@ pub enum Released {
 impl Pool {
     /// A pool of `n_blocks` free blocks, the lowest handed out first.
     pub fn new(n_blocks: u32) -> Self {
-        Self { free: (0..n_blocks).rev().map(BlockId).collect(), ref_counts: vec![0; n_blocks as usize], n_reserved: 0 }
+        Self {
+            free: (0..n_blocks).rev().map(BlockId).collect(),
+            ref_counts: vec![0; n_blocks as usize],
+            n_reserved: 0,
+            prefixes: Prefixes::new(n_blocks as usize),
+        }
     }
 
     /// All blocks of the pool.
@@ -50,12 +60,17 @@ impl Pool {
 
     /// Blocks that somebody holds.
     pub fn n_used(&self) -> u32 {
-        self.n_blocks() - count(self.free.len())
+        self.n_blocks() - count(self.free.len()) - self.n_kept()
     }
 
-    /// Blocks that are free and not promised to anyone.
+    /// Blocks that nobody holds and that are kept for what they contain.
+    pub fn n_kept(&self) -> u32 {
+        count(self.prefixes.n_idle())
+    }
+
+    /// Blocks that are free or kept, and not promised to anyone.
     pub fn n_available(&self) -> u32 {
-        count(self.free.len()) - self.n_reserved
+        count(self.free.len()) + self.n_kept() - self.n_reserved
     }
 
     /// How many hold `block`; 0 when it is free.
@@ -66,18 +81,56 @@ impl Pool {
         self.ref_counts[block.0 as usize]
     }
 
-    /// Promises `n_blocks` blocks.
+    /// Promises `n_blocks` blocks. Kept blocks whose place that takes go to `freed`, to be discarded.
     ///
     /// # Errors
     /// [`KvError::OutOfBlocks`] when fewer are available; nothing has changed then.
-    pub fn reserve(&mut self, n_blocks: u32) -> Result<Reservation, KvError> {
+    pub fn reserve(&mut self, n_blocks: u32, freed: &mut Vec<BlockId>) -> Result<Reservation, KvError> {
         let available = self.n_available();
         if n_blocks > available {
             return Err(KvError::OutOfBlocks { wanted: n_blocks, available, total: self.n_blocks() });
         }
         self.n_reserved += n_blocks;
+        while self.free.len() < self.n_reserved as usize {
+            let block = self.prefixes.evict().expect("available counts the kept blocks");
+            self.free.push(block);
+            freed.push(block);
+        }
         self.assert_counts();
         Ok(Reservation { n_blocks })
+    }
+
+    /// Notes that a held block is full and what it contains, once its rows are computed. Nobody may write into it any
+    /// more.
+    ///
+    /// # Panics
+    /// When nobody holds the block, or it was sealed with another hash.
+    pub fn seal(&mut self, block: BlockId, hash: BlockHash) {
+        assert!(self.ref_counts[block.0 as usize] > 0, "block {} is free and cannot be sealed", block.0);
+        self.prefixes.seal(block, hash);
+    }
+
+    /// Whether the block's content is known.
+    pub fn is_sealed(&self, block: BlockId) -> bool {
+        self.prefixes.is_sealed(block)
+    }
+
+    /// How many blocks, from the first hash on, are there to be shared, and how many of them nobody holds.
+    pub fn shareable(&self, hashes: &[BlockHash]) -> (u32, u32) {
+        let found = hashes.iter().map_while(|&hash| self.prefixes.find(hash));
+        found.fold((0, 0), |(all, idle), block| (all + 1, idle + u32::from(self.ref_count(block) == 0)))
+    }
+
+    /// A block with this content, with one holder more.
+    pub fn share(&mut self, hash: BlockHash) -> Option<BlockId> {
+        let block = self.prefixes.find(hash)?;
+        let holders = &mut self.ref_counts[block.0 as usize];
+        if *holders == 0 {
+            self.prefixes.take(block);
+        }
+        *holders = holders.checked_add(1).expect("far fewer than 2^32 holders");
+        self.assert_counts();
+        Some(block)
     }
 
     /// Takes one promised block, whose only holder is now the caller.
@@ -129,6 +182,9 @@ impl Pool {
         if *holders > 0 {
             return Released::Shared;
         }
+        if self.prefixes.keep(block) {
+            return Released::Kept;
+        }
         self.free.push(block);
         self.assert_counts();
         Released::Freed
@@ -136,7 +192,10 @@ impl Pool {
 
     fn assert_counts(&self) {
         assert!(self.free.len() <= self.ref_counts.len(), "more free blocks than blocks");
-        assert!(self.n_reserved as usize <= self.free.len(), "more blocks promised than free");
+        assert!(
+            self.n_reserved as usize <= self.free.len() + self.prefixes.n_idle(),
+            "more blocks promised than there are"
+        );
     }
 }
 
@@ -167,10 +226,13 @@ mod tests {
     #[test]
     fn what_is_reserved_is_not_available_to_others() {
         let mut pool = Pool::new(3);
-        let first = pool.reserve(2).unwrap();
-        assert_eq!(pool.reserve(2).unwrap_err(), KvError::OutOfBlocks { wanted: 2, available: 1, total: 3 });
+        let first = pool.reserve(2, &mut Vec::new()).unwrap();
+        assert_eq!(
+            pool.reserve(2, &mut Vec::new()).unwrap_err(),
+            KvError::OutOfBlocks { wanted: 2, available: 1, total: 3 }
+        );
         pool.forfeit(first);
-        let second = pool.reserve(3).unwrap();
+        let second = pool.reserve(3, &mut Vec::new()).unwrap();
         assert_eq!((pool.n_available(), pool.n_used()), (0, 0));
         pool.forfeit(second);
     }
@@ -178,7 +240,7 @@ mod tests {
     #[test]
     fn a_shared_block_is_freed_by_its_last_holder() {
         let mut pool = Pool::new(1);
-        let mut reservation = pool.reserve(1).unwrap();
+        let mut reservation = pool.reserve(1, &mut Vec::new()).unwrap();
         let block = pool.acquire(&mut reservation);
         pool.forfeit(reservation);
         pool.retain(block);
@@ -191,7 +253,7 @@ mod tests {
     #[should_panic(expected = "released twice")]
     fn a_double_release_is_caught() {
         let mut pool = Pool::new(1);
-        let mut reservation = pool.reserve(1).unwrap();
+        let mut reservation = pool.reserve(1, &mut Vec::new()).unwrap();
         let block = pool.acquire(&mut reservation);
         pool.forfeit(reservation);
         assert_eq!(pool.release(block), Released::Freed);
@@ -202,14 +264,14 @@ mod tests {
     #[should_panic(expected = "2 reserved blocks were lost")]
     fn a_lost_reservation_is_caught() {
         let mut pool = Pool::new(2);
-        drop(pool.reserve(2));
+        drop(pool.reserve(2, &mut Vec::new()));
     }
 
     #[test]
     #[should_panic(expected = "used up")]
     fn a_reservation_gives_no_more_than_it_promised() {
         let mut pool = Pool::new(2);
-        let mut reservation = pool.reserve(1).unwrap();
+        let mut reservation = pool.reserve(1, &mut Vec::new()).unwrap();
         pool.acquire(&mut reservation);
         pool.acquire(&mut reservation);
     }
@@ -221,6 +283,8 @@ mod tests {
         Forfeit(usize),
         Retain(usize),
         Release(usize),
+        Seal(usize, u8),
+        Share(u8),
     }
 
     fn verb() -> impl Strategy<Value = Verb> {
@@ -230,26 +294,36 @@ mod tests {
             1 => any::<usize>().prop_map(Verb::Forfeit),
             1 => any::<usize>().prop_map(Verb::Retain),
             3 => any::<usize>().prop_map(Verb::Release),
+            2 => (any::<usize>(), 0..8_u8).prop_map(|(pick, content)| Verb::Seal(pick, content)),
+            2 => (0..8_u8).prop_map(Verb::Share),
         ]
     }
 
-    /// The pool as plain sets: what is free, and who is held how often.
+    /// The pool as plain sets: what is free, what is kept (the longest first), who is held how often and contains what.
     struct Model {
         free: BTreeSet<BlockId>,
+        kept: Vec<BlockId>,
         held: BTreeMap<BlockId, u32>,
+        contents: BTreeMap<BlockId, u8>,
         promised: u32,
     }
 
     impl Model {
         fn new(n_blocks: u32) -> Self {
-            Self { free: (0..n_blocks).map(BlockId).collect(), held: BTreeMap::new(), promised: 0 }
+            let free = (0..n_blocks).map(BlockId).collect();
+            Self { free, kept: Vec::new(), held: BTreeMap::new(), contents: BTreeMap::new(), promised: 0 }
+        }
+
+        fn block_with(&self, content: u8) -> Option<BlockId> {
+            self.contents.iter().find(|&(_, &c)| c == content).map(|(&block, _)| block)
         }
 
         fn agrees_with(&self, pool: &Pool) {
-            assert_eq!(pool.n_blocks() as usize, self.free.len() + self.held.len());
-            assert_eq!(pool.n_used() as usize, self.held.len());
-            assert_eq!(pool.n_available() as usize, self.free.len() - self.promised as usize);
-            assert!(self.free.iter().all(|&block| pool.ref_count(block) == 0));
+            assert_eq!(pool.n_blocks() as usize, self.free.len() + self.kept.len() + self.held.len());
+            assert_eq!((pool.n_used() as usize, pool.n_kept() as usize), (self.held.len(), self.kept.len()));
+            assert_eq!(pool.n_available() as usize, self.free.len() + self.kept.len() - self.promised as usize);
+            assert!((0..pool.n_blocks()).map(BlockId).all(|b| pool.is_sealed(b) == self.contents.contains_key(&b)));
+            assert!(self.free.iter().chain(&self.kept).all(|&block| pool.ref_count(block) == 0));
             assert!(self.held.iter().all(|(&block, &holders)| pool.ref_count(block) == holders));
         }
     }
@@ -258,14 +332,43 @@ mod tests {
         model.held.keys().nth(pick.checked_rem(model.held.len())?).copied()
     }
 
+    fn release(pick: usize, pool: &mut Pool, model: &mut Model) {
+        if let Some(block) = held_block(model, pick) {
+            let holders = model.held.get_mut(&block).unwrap();
+            *holders -= 1;
+            let expected = match (*holders, model.contents.contains_key(&block)) {
+                (0, false) => Released::Freed,
+                (0, true) => Released::Kept,
+                _ => Released::Shared,
+            };
+            match expected {
+                Released::Freed => drop(model.free.insert(block)),
+                Released::Kept => model.kept.push(block),
+                Released::Shared => {}
+            }
+            if expected != Released::Shared {
+                model.held.remove(&block);
+            }
+            assert_eq!(pool.release(block), expected);
+        }
+    }
+
     fn apply(verb: &Verb, pool: &mut Pool, model: &mut Model, open: &mut Vec<Reservation>) {
         match *verb {
             Verb::Reserve(n) => {
-                let fits = n as usize <= model.free.len() - model.promised as usize;
-                let reserved = pool.reserve(n);
+                let fits = n as usize <= model.free.len() + model.kept.len() - model.promised as usize;
+                let mut freed = Vec::new();
+                let reserved = pool.reserve(n, &mut freed);
                 assert_eq!(reserved.is_ok(), fits);
                 if let Ok(reservation) = reserved {
                     model.promised += n;
+                    let short = (model.promised as usize).saturating_sub(model.free.len());
+                    let evicted: Vec<BlockId> = model.kept.drain(..short).collect();
+                    assert_eq!(freed, evicted, "kept the longest, gone the first");
+                    for block in evicted {
+                        model.contents.remove(&block);
+                        model.free.insert(block);
+                    }
                     open.push(reservation);
                 }
             }
@@ -290,16 +393,25 @@ mod tests {
                     *model.held.get_mut(&block).unwrap() += 1;
                 }
             }
-            Verb::Release(pick) => {
-                if let Some(block) = held_block(model, pick) {
-                    let holders = model.held.get_mut(&block).unwrap();
-                    *holders -= 1;
-                    let freed = *holders == 0;
-                    if freed {
-                        model.held.remove(&block);
-                        model.free.insert(block);
+            Verb::Release(pick) => release(pick, pool, model),
+            Verb::Seal(pick, content) => {
+                let unsealed = held_block(model, pick).filter(|block| !model.contents.contains_key(block));
+                if let Some(block) = unsealed {
+                    pool.seal(block, BlockHash([content; 32]));
+                    if model.block_with(content).is_none() {
+                        model.contents.insert(block, content);
                     }
-                    assert_eq!(pool.release(block) == Released::Freed, freed);
+                }
+            }
+            Verb::Share(content) => {
+                let hash = BlockHash([content; 32]);
+                let known = model.block_with(content);
+                let idle = known.is_some_and(|block| model.kept.contains(&block));
+                assert_eq!(pool.shareable(&[hash]), (u32::from(known.is_some()), u32::from(idle)));
+                assert_eq!(pool.share(hash), known);
+                if let Some(block) = known {
+                    model.kept.retain(|&kept| kept != block);
+                    *model.held.entry(block).or_default() += 1;
                 }
             }
         }
@@ -320,7 +432,7 @@ mod tests {
             }
             for (block, holders) in model.held {
                 for left in (0..holders).rev() {
-                    prop_assert_eq!(pool.release(block) == Released::Freed, left == 0);
+                    prop_assert_eq!(pool.release(block) == Released::Shared, left > 0);
                 }
             }
             prop_assert_eq!(pool.n_available(), n_blocks);

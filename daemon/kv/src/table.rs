@@ -3,7 +3,7 @@
 //! A table holds a sequence's blocks, the first block first, all full but the last. It never takes a block by itself:
 //! who appends has reserved the blocks before.
 
-use crate::{BLOCK_TOKENS, BlockId, Pool, Released, Reservation, blocks_for};
+use crate::{BLOCK_TOKENS, BlockHash, BlockId, Pool, Released, Reservation, blocks_for};
 
 /// The blocks of one sequence in order.
 ///
@@ -42,7 +42,7 @@ impl BlockTable {
     /// Gives `n_tokens` more tokens their slots, in order, pushed onto `slots`; new blocks come from `reservation`.
     ///
     /// # Panics
-    /// When the reservation is too small, or the last block is shared (a writer must own it alone).
+    /// When the reservation is too small, or the last block is shared or sealed (a writer must own it alone).
     pub fn append(&mut self, n_tokens: u32, pool: &mut Pool, reservation: &mut Reservation, slots: &mut Vec<u64>) {
         let end = self.after(n_tokens);
         if let Some(&last) = self.blocks.last()
@@ -50,6 +50,7 @@ impl BlockTable {
             && n_tokens > 0
         {
             assert!(pool.ref_count(last) == 1, "block {} is shared and cannot be written", last.0);
+            assert!(!pool.is_sealed(last), "block {} is sealed and cannot be written", last.0);
         }
         for token in self.n_tokens..end {
             let offset = token % BLOCK_TOKENS;
@@ -63,13 +64,39 @@ impl BlockTable {
         self.assert_shape();
     }
 
+    /// Takes the longest known beginning of a sequence from the pool, for a table without tokens. Answers its tokens.
+    ///
+    /// # Panics
+    /// When the table has tokens.
+    pub fn adopt(&mut self, hashes: &[BlockHash], pool: &mut Pool) -> u32 {
+        assert!(self.n_tokens == 0, "a table with tokens cannot adopt a beginning");
+        self.blocks.extend(hashes.iter().map_while(|&hash| pool.share(hash)));
+        self.n_tokens = self.n_blocks() * BLOCK_TOKENS;
+        self.assert_shape();
+        self.n_tokens
+    }
+
+    /// Tells the pool what the full blocks from `first` on contain; their rows are computed. Answers how many blocks of
+    /// the table are sealed then.
+    ///
+    /// # Panics
+    /// When there are fewer hashes than full blocks.
+    pub fn seal(&self, first: usize, hashes: &[BlockHash], pool: &mut Pool) -> usize {
+        let full = (self.n_tokens / BLOCK_TOKENS) as usize;
+        for (&block, &hash) in self.blocks[first..full].iter().zip(&hashes[first..full]) {
+            pool.seal(block, hash);
+        }
+        full
+    }
+
     /// Forgets all tokens from `n_tokens` on; blocks that nobody else holds go to `freed`, to be discarded.
     ///
     /// # Panics
     /// When the table has fewer tokens.
     pub fn truncate(&mut self, n_tokens: u32, pool: &mut Pool, freed: &mut Vec<BlockId>) {
         assert!(n_tokens <= self.n_tokens, "{} tokens cannot be cut to {n_tokens}", self.n_tokens);
-        for block in self.blocks.drain(blocks_for(n_tokens) as usize..) {
+        // The last first: of what is kept, the end of a sequence goes before its beginning.
+        for block in self.blocks.drain(blocks_for(n_tokens) as usize..).rev() {
             if pool.release(block) == Released::Freed {
                 freed.push(block);
             }
@@ -99,7 +126,7 @@ mod tests {
 
     fn append(table: &mut BlockTable, n_tokens: u32, pool: &mut Pool) -> Vec<u64> {
         let mut slots = Vec::new();
-        let mut reservation = pool.reserve(table.blocks_needed(n_tokens)).unwrap();
+        let mut reservation = pool.reserve(table.blocks_needed(n_tokens), &mut Vec::new()).unwrap();
         table.append(n_tokens, pool, &mut reservation, &mut slots);
         assert_eq!(reservation.n_blocks(), 0, "blocks_needed asks for too much");
         pool.forfeit(reservation);

@@ -3,8 +3,8 @@
 use crate::http;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use sparsed_engine::Service;
+use sparsed_engine::api::Owner;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub struct ServeOptions {
 
 /// Serves HTTP/1.1 on `listener` until `stop` resolves, then lets running requests end.
 pub async fn serve(listener: UnixListener, service: Service, options: ServeOptions, stop: impl Future<Output = ()>) {
-    let router = TowerToHyperService::new(http::router(service, options.body_bytes_max));
+    let router = http::router(service, options.body_bytes_max);
     let graceful = GracefulShutdown::new();
     let places = Arc::new(Semaphore::new(options.connections_max));
     let mut stop = std::pin::pin!(stop);
@@ -59,11 +59,11 @@ pub async fn serve(listener: UnixListener, service: Service, options: ServeOptio
             }
         };
         is_failing = false;
-        log_peer(&stream);
+        let Some(owner) = owner(&stream) else { continue };
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
         builder.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
-        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), router.clone()));
+        let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), http::of(&router, owner)));
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 log::debug!(reason:% = error; "connection ended early");
@@ -77,8 +77,9 @@ pub async fn serve(listener: UnixListener, service: Service, options: ServeOptio
     }
 }
 
-fn log_peer(stream: &UnixStream) {
-    if let Ok(peer) = stream.peer_cred() {
-        log::debug!(uid = peer.uid(), pid = peer.pid().unwrap_or(0); "connected");
-    }
+/// Who is at the other end. `None` when the kernel does not say, which happens to a client that is gone already.
+fn owner(stream: &UnixStream) -> Option<Owner> {
+    let peer = stream.peer_cred().ok()?;
+    log::debug!(uid = peer.uid(), pid = peer.pid().unwrap_or(0); "connected");
+    Some(Owner::Uid(peer.uid()))
 }

@@ -12,7 +12,9 @@ use sparsed_abi::{
     FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_UNIFIED_MEM, LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth,
     SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
-use sparsed_plugin_kit::{Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, Source, put_text};
+use sparsed_plugin_kit::{
+    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, Source, Synchronous, put_text,
+};
 use std::ffi::CStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -111,6 +113,7 @@ impl Device for CpuDevice {
     type Weight = Weight;
     type Pool = Pool;
     type Plan = Plan;
+    type Queue = InOrder<Self>;
 
     fn mem_info(&self) -> SpdMemInfo {
         let load = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
@@ -176,6 +179,12 @@ impl Device for CpuDevice {
         Plan::compile(program, weights, pools, bucket, &self.team, &self.usage)
     }
 
+    fn queue(self: &Arc<Self>, _priority: u32) -> Result<InOrder<Self>> {
+        Ok(InOrder::new(self))
+    }
+}
+
+impl Synchronous for CpuDevice {
     fn run(&self, plan: &Plan, run: Run<'_>) -> Result<()> {
         execute::run(self, plan, run)
     }

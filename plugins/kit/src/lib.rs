@@ -4,19 +4,19 @@
 //! the table of `plugin.h`. The kit keeps the border's rules: no panic leaves, struct sizes are checked, errors are
 //! written into the caller's struct, handles are boxes that only this crate opens.
 //!
-//! Queues here are synchronous: work is done when the call returns. A plugin with a device queue of its own needs the
-//! asynchronous form, which comes with the CUDA slice (part 3).
+//! A device that computes inside the call implements [`Synchronous`] and takes [`InOrder`] for its queue; one with queues
+//! of its own implements [`Queue`].
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 mod border;
+mod queue;
 mod table;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
+pub use queue::{InOrder, Queue, Synchronous};
 pub use table::table;
 
-use sparsed_abi::{
-    Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc,
-};
+use sparsed_abi::{Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc};
 use std::ffi::CStr;
 use std::sync::Arc;
 
@@ -66,13 +66,15 @@ pub struct OpenOptions {
 }
 
 /// An open device. Methods are called as the header's tags allow.
-pub trait Device: Send + Sync + 'static {
+pub trait Device: Sized + Send + Sync + 'static {
     /// A weight.
     type Weight: Send + Sync + 'static;
     /// A KV pool.
     type Pool: Send + Sync + 'static;
     /// A compiled program.
     type Plan: Send + Sync + 'static;
+    /// A line of work.
+    type Queue: Queue<Self>;
 
     /// Bytes in use and free.
     fn mem_info(&self) -> SpdMemInfo;
@@ -128,17 +130,11 @@ pub trait Device: Send + Sync + 'static {
         bucket: SpdBucket,
     ) -> Result<(Self::Plan, PlanSizes)>;
 
-    /// Runs a step to its end.
+    /// Makes a queue; of several, the one with the higher priority goes first where the device knows such a thing.
     ///
     /// # Errors
-    /// `SPD_E_INVALID` for a step that does not fit the plan, `SPD_E_CANCELLED`, `SPD_E_DATA`.
-    fn run(&self, plan: &Self::Plan, run: Run<'_>) -> Result<()>;
-
-    /// Copies, exports, imports or discards blocks.
-    ///
-    /// # Errors
-    /// `SPD_E_INVALID` for a block or an offset out of range.
-    fn kv(&self, pool: &Self::Pool, ops: &[SpdKvOp], host: &mut [u8]) -> Result<()>;
+    /// The device's own.
+    fn queue(self: &Arc<Self>, priority: u32) -> Result<Self::Queue>;
 }
 
 /// What a plan needs, in bytes.

@@ -1,16 +1,17 @@
 //! Which C function does what? Every entry of the table, generic over the plugin.
 
 use crate::border::{Host, PluginError, Run, Source, borrow, element, entry, read_in, write_out};
-use crate::{Device, OpenOptions, Plugin};
+use crate::{Device, OpenOptions, Plugin, Queue};
 use sparsed_abi::{
-    ABI_MINOR, E_INVALID, SpdApi, SpdBucket, SpdCompile, SpdDevice, SpdDeviceInfo, SpdError, SpdHealth, SpdHost,
-    SpdInstance, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdKvPool, SpdMemInfo, SpdOpenOptions, SpdPlan, SpdPlanInfo, SpdQueue,
-    SpdRun, SpdSource, SpdStatus, SpdStep, SpdWeight, SpdWeightDesc, StepArrays,
+    ABI_MINOR, SpdApi, SpdBucket, SpdCompile, SpdDevice, SpdDeviceInfo, SpdError, SpdHealth, SpdHost, SpdInstance,
+    SpdKvDesc, SpdKvInfo, SpdKvOp, SpdKvPool, SpdMemInfo, SpdOpenOptions, SpdPlan, SpdPlanInfo, SpdQueue, SpdRun,
+    SpdSource, SpdStatus, SpdStep, SpdWeight, SpdWeightDesc, StepArrays,
 };
 use std::alloc::Layout;
 use std::ffi::{c_char, c_void};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::AtomicU32;
+use std::time::Duration;
 
 type Err = *mut SpdError;
 
@@ -26,11 +27,7 @@ enum WeightState<W> {
     Failed,
 }
 struct Pool<D: Device>(Arc<D::Pool>);
-struct Plan<D: Device>(D::Plan);
-struct Queue<D> {
-    device: Arc<D>,
-    submitted: AtomicU64,
-}
+struct Plan<D: Device>(Arc<D::Plan>);
 
 /// The table of plugin `P`.
 pub const fn table<P: Plugin>() -> SpdApi {
@@ -67,10 +64,10 @@ pub const fn table<P: Plugin>() -> SpdApi {
         queue_destroy: Some(queue_destroy::<P::Device>),
         queue_run: Some(queue_run::<P::Device>),
         queue_kv: Some(queue_kv::<P::Device>),
-        queue_wait_queue: Some(queue_wait_queue),
+        queue_wait_queue: Some(queue_wait_queue::<P::Device>),
         queue_query: Some(queue_query::<P::Device>),
         queue_wait: Some(queue_wait::<P::Device>),
-        queue_cancel: Some(queue_cancel),
+        queue_cancel: Some(queue_cancel::<P::Device>),
         extension: Some(extension),
     }
 }
@@ -479,7 +476,7 @@ unsafe extern "C" fn plan_compile<D: Device>(
             return Ok(());
         }
         // SAFETY: the caller's out pointer.
-        unsafe { give(out, Plan::<D>(plan)) }
+        unsafe { give(out, Plan::<D>(Arc::new(plan))) }
     })
 }
 
@@ -490,20 +487,22 @@ unsafe extern "C" fn plan_destroy<D: Device>(handle: *mut SpdPlan) {
 
 unsafe extern "C" fn queue_create<D: Device>(
     handle: *mut SpdDevice,
-    _priority: u32,
+    priority: u32,
     _cookie: u64,
     out: *mut *mut SpdQueue,
     e: Err,
 ) -> SpdStatus {
     entry(e, || {
-        // SAFETY: a living handle; the caller's out pointer.
-        unsafe { give(out, Queue { device: Arc::clone(device::<D>(handle)?), submitted: AtomicU64::new(0) }) }
+        // SAFETY: a living handle.
+        let queue = unsafe { device::<D>(handle) }?.queue(priority)?;
+        // SAFETY: the caller's out pointer.
+        unsafe { give(out, queue) }
     })
 }
 
 unsafe extern "C" fn queue_destroy<D: Device>(handle: *mut SpdQueue) {
     // SAFETY: the handle came from queue_create and is not used again.
-    unsafe { take::<Queue<D>>(handle.cast()) };
+    unsafe { take::<D::Queue>(handle.cast()) };
 }
 
 unsafe extern "C" fn queue_run<D: Device>(
@@ -516,12 +515,12 @@ unsafe extern "C" fn queue_run<D: Device>(
     entry(e, || {
         // SAFETY: living handles; the caller's struct states its size.
         let (queue, plan, run) =
-            unsafe { (borrow::<Queue<D>>(queue.cast())?, borrow::<Plan<D>>(plan.cast())?, read_in(run)?) };
+            unsafe { (borrow::<D::Queue>(queue.cast())?, borrow::<Plan<D>>(plan.cast())?, read_in(run)?) };
         // SAFETY: the header's rules for step and arenas.
         let arguments = unsafe { arguments(&run) }?;
-        queue.device.run(&plan.0, arguments)?;
+        let value = queue.run(&plan.0, arguments)?;
         // SAFETY: the caller's out pointer.
-        unsafe { put(timeline, queue.submitted.fetch_add(1, Ordering::Relaxed) + 1) }
+        unsafe { put(timeline, value) }
     })
 }
 
@@ -584,43 +583,47 @@ unsafe extern "C" fn queue_kv<D: Device>(
     entry(e, || {
         // SAFETY: living handles; the caller's buffer.
         let (queue, pool, host) = unsafe {
-            (borrow::<Queue<D>>(queue.cast())?, borrow::<Pool<D>>(pool.cast())?, arena_mut(host, host_length)?)
+            (borrow::<D::Queue>(queue.cast())?, borrow::<Pool<D>>(pool.cast())?, arena_mut(host, host_length)?)
         };
         let mut list = Vec::with_capacity(n_ops as usize);
         for i in 0..n_ops as usize {
             // SAFETY: element i of the caller's array.
             list.push(unsafe { element(ops, stride, i) }?);
         }
-        queue.device.kv(&pool.0, &list, host)?;
+        let value = queue.kv(&pool.0, &list, host)?;
         // SAFETY: the caller's out pointer.
-        unsafe { put(timeline, queue.submitted.fetch_add(1, Ordering::Relaxed) + 1) }
+        unsafe { put(timeline, value) }
     })
 }
 
-unsafe extern "C" fn queue_wait_queue(_: *mut SpdQueue, _: *mut SpdQueue, _: u64, _: Err) -> SpdStatus {
-    sparsed_abi::OK // every value a caller can know has completed
+unsafe extern "C" fn queue_wait_queue<D: Device>(
+    queue: *mut SpdQueue,
+    other: *mut SpdQueue,
+    timeline: u64,
+    e: Err,
+) -> SpdStatus {
+    entry(e, || {
+        // SAFETY: living handles.
+        let (queue, other) = unsafe { (borrow::<D::Queue>(queue.cast())?, borrow::<D::Queue>(other.cast())?) };
+        queue.wait_queue(other, timeline)
+    })
 }
 
 unsafe extern "C" fn queue_query<D: Device>(queue: *mut SpdQueue, completed: *mut u64, e: Err) -> SpdStatus {
     entry(e, || {
         // SAFETY: a living handle and the caller's out pointer.
-        unsafe { put(completed, borrow::<Queue<D>>(queue.cast())?.submitted.load(Ordering::Relaxed)) }
+        unsafe { put(completed, borrow::<D::Queue>(queue.cast())?.completed()) }
     })
 }
 
-unsafe extern "C" fn queue_wait<D: Device>(queue: *mut SpdQueue, timeline: u64, _: u64, e: Err) -> SpdStatus {
-    entry(e, || {
-        // SAFETY: a living handle.
-        let submitted = unsafe { borrow::<Queue<D>>(queue.cast()) }?.submitted.load(Ordering::Relaxed);
-        if timeline > submitted {
-            return Err(PluginError::new(E_INVALID, format!("timeline {timeline} was never given, {submitted} was")));
-        }
-        Ok(())
-    })
+unsafe extern "C" fn queue_wait<D: Device>(queue: *mut SpdQueue, timeline: u64, timeout_ns: u64, e: Err) -> SpdStatus {
+    // SAFETY: a living handle.
+    entry(e, || unsafe { borrow::<D::Queue>(queue.cast()) }?.wait(timeline, Duration::from_nanos(timeout_ns)))
 }
 
-unsafe extern "C" fn queue_cancel(_: *mut SpdQueue, _: u64, _: Err) -> SpdStatus {
-    sparsed_abi::OK // nothing waits; a running step is cancelled through spd_run.cancel
+unsafe extern "C" fn queue_cancel<D: Device>(queue: *mut SpdQueue, from: u64, e: Err) -> SpdStatus {
+    // SAFETY: a living handle.
+    entry(e, || unsafe { borrow::<D::Queue>(queue.cast()) }?.cancel(from))
 }
 
 unsafe extern "C" fn extension(_: *mut SpdInstance, _: *const c_char) -> *const c_void {

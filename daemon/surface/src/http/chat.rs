@@ -5,11 +5,12 @@ use super::body::Body;
 use super::error::HttpError;
 use super::generation::{Answer, Reply, Wire, answer};
 use super::sampling::SamplingFields;
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::api::{Event, Failure, Generate};
+use sparsed_engine::api::{Event, Failure, Generate, Owner};
 use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -49,7 +50,11 @@ impl StreamOptions {
     }
 }
 
-pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
+pub(crate) async fn create(
+    State(shared): State<Shared>,
+    Extension(owner): Extension<Owner>,
+    body: Body,
+) -> Result<Response, HttpError> {
     let (fields, sampling) = (body.parse::<ChatFields>()?, body.parse::<SamplingFields>()?);
     let share = body.into_share();
     let grammar = sampling.grammar()?;
@@ -69,6 +74,7 @@ pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<R
     let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
     let generate = Generate {
         model,
+        owner,
         prompt: prompt.tokens,
         max_tokens,
         sampling: sampling.sampling()?,

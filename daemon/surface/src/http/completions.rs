@@ -6,12 +6,13 @@ use super::chat::StreamOptions;
 use super::error::HttpError;
 use super::generation::{Answer, Wire, answer};
 use super::sampling::SamplingFields;
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::DEFAULT_MODEL;
-use sparsed_engine::api::{Event, Failure, Generate};
+use sparsed_engine::api::{Event, Failure, Generate, Owner};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
 const MAX_TOKENS_DEFAULT: u32 = 16;
@@ -40,7 +41,11 @@ enum Prompt {
     TokenLists(Vec<Vec<u32>>),
 }
 
-pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<Response, HttpError> {
+pub(crate) async fn create(
+    State(shared): State<Shared>,
+    Extension(owner): Extension<Owner>,
+    body: Body,
+) -> Result<Response, HttpError> {
     let (request, fields) = (body.parse::<CompletionRequest>()?, body.parse::<SamplingFields>()?);
     let share = body.into_share();
     request.refuse_what_is_missing()?;
@@ -57,6 +62,7 @@ pub(crate) async fn create(State(shared): State<Shared>, body: Body) -> Result<R
     let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
     let generate = Generate {
         model,
+        owner,
         prompt,
         max_tokens: Some(request.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)),
         sampling,

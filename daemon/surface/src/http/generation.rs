@@ -231,7 +231,7 @@ fn usage(finished: &Finished) -> Value {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
-        "prompt_tokens_details": { "cached_tokens": 0 },
+        "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
     })
 }
 
@@ -239,12 +239,14 @@ fn usage(finished: &Finished) -> Value {
 fn timings(finished: &Finished) -> Value {
     let (usage, timings) = (finished.usage, finished.timings);
     let rate = |n: u32, ms: f64| if ms > 0.0 { f64::from(n) * 1e3 / ms } else { 0.0 };
+    let read = usage.prompt_tokens - usage.cached_tokens;
     let after_first = usage.completion_tokens.saturating_sub(1);
     json!({
         "queue_ms": timings.queue_ms,
-        "prompt_n": usage.prompt_tokens,
+        "cache_n": usage.cached_tokens,
+        "prompt_n": read,
         "prompt_ms": timings.prompt_ms,
-        "prompt_per_second": rate(usage.prompt_tokens, timings.prompt_ms),
+        "prompt_per_second": rate(read, timings.prompt_ms),
         "predicted_n": usage.completion_tokens,
         "predicted_ms": timings.predicted_ms,
         "predicted_per_second": rate(after_first, timings.predicted_ms),

@@ -8,10 +8,12 @@ mod generation;
 mod models;
 mod sampling;
 
-use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
+use axum::{Extension, Router};
+use hyper_util::service::TowerToHyperService;
 use sparsed_engine::Service;
+use sparsed_engine::api::Owner;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -41,4 +43,9 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))
         .with_state(Shared { service, body_bytes_max, bodies })
+}
+
+/// The interface as one connection's client sees it.
+pub(crate) fn of(router: &Router, owner: Owner) -> TowerToHyperService<Router> {
+    TowerToHyperService::new(router.clone().layer(Extension(owner)))
 }

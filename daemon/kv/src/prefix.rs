@@ -1,0 +1,216 @@
+//! Which block already holds what a prompt begins with?
+//!
+//! A sealed block is known by a hash over its tokens and those of all blocks before it, so equal hashes mean equal rows.
+//! The hash is keyed (BLAKE3) with a secret of this process and salted with the owner: nobody can find out by timing what
+//! somebody else has said, and no collision can be made on purpose.
+//!
+//! Blocks that nobody holds any more stay here until their place is needed, the one left longest ago first. A table
+//! gives its blocks back from the last to the first, so the end of a conversation goes before its beginning.
+
+use crate::{BLOCK_TOKENS, BlockId};
+use std::collections::HashMap;
+
+/// What a block and all before it contain, for one owner and model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BlockHash(pub(crate) [u8; 32]);
+
+/// Makes the hashes of one model's blocks.
+#[derive(Clone)]
+pub struct PrefixHasher {
+    key: [u8; 32],
+}
+
+impl std::fmt::Debug for PrefixHasher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("PrefixHasher") // the key is a secret
+    }
+}
+
+impl PrefixHasher {
+    /// Hashes with this secret, which should be random and as old as the pool.
+    pub fn new(key: [u8; 32]) -> Self {
+        Self { key }
+    }
+
+    /// Extends `hashes`, one for each full block of `tokens` in order, by those that are missing. Owners do not share.
+    ///
+    /// # Panics
+    /// When there are more hashes than full blocks.
+    pub fn extend(&self, owner: u64, tokens: &[u32], hashes: &mut Vec<BlockHash>) {
+        let mut blocks = tokens.chunks_exact(BLOCK_TOKENS as usize);
+        assert!(hashes.len() <= blocks.len(), "{} hashes of {} full blocks", hashes.len(), blocks.len());
+        let mut before = hashes.last().copied();
+        if let Some(done) = hashes.len().checked_sub(1) {
+            blocks.nth(done);
+        }
+        for block in blocks {
+            let mut hash = blake3::Hasher::new_keyed(&self.key);
+            hash.update(&owner.to_le_bytes());
+            hash.update(&before.map_or([0; 32], |BlockHash(bytes)| bytes));
+            for token in block {
+                hash.update(&token.to_le_bytes());
+            }
+            let next = BlockHash(*hash.finalize().as_bytes());
+            hashes.push(next);
+            before = Some(next);
+        }
+    }
+}
+
+/// Blocks with known content, and the order in which those without a holder go.
+#[derive(Debug)]
+pub(crate) struct Prefixes {
+    by_hash: HashMap<BlockHash, BlockId>,
+    hash_of: Vec<Option<BlockHash>>,
+    idle: IdleList,
+}
+
+impl Prefixes {
+    pub(crate) fn new(n_blocks: usize) -> Self {
+        Self { by_hash: HashMap::new(), hash_of: vec![None; n_blocks], idle: IdleList::new(n_blocks) }
+    }
+
+    /// Blocks without a holder.
+    pub(crate) fn n_idle(&self) -> usize {
+        self.idle.n
+    }
+
+    pub(crate) fn is_sealed(&self, block: BlockId) -> bool {
+        self.hash_of[block.0 as usize].is_some()
+    }
+
+    pub(crate) fn find(&self, hash: BlockHash) -> Option<BlockId> {
+        self.by_hash.get(&hash).copied()
+    }
+
+    /// Notes what a block contains. Of two blocks with the same content the first stays known.
+    pub(crate) fn seal(&mut self, block: BlockId, hash: BlockHash) {
+        assert!(self.hash_of[block.0 as usize].is_none_or(|old| old == hash), "block {} is sealed already", block.0);
+        if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
+            entry.insert(block);
+            self.hash_of[block.0 as usize] = Some(hash);
+        }
+    }
+
+    /// Keeps a block whose last holder is gone, if its content is known.
+    pub(crate) fn keep(&mut self, block: BlockId) -> bool {
+        let known = self.is_sealed(block);
+        if known {
+            self.idle.push(block);
+        }
+        known
+    }
+
+    /// A kept block has a holder again.
+    pub(crate) fn take(&mut self, block: BlockId) {
+        self.idle.remove(block);
+    }
+
+    /// Forgets the block that was left longest ago.
+    pub(crate) fn evict(&mut self) -> Option<BlockId> {
+        let block = self.idle.oldest()?;
+        self.idle.remove(block);
+        let hash = self.hash_of[block.0 as usize].take().expect("only known blocks are kept");
+        self.by_hash.remove(&hash);
+        Some(block)
+    }
+}
+
+/// A queue of blocks, linked through arrays: every change takes the same few steps and no memory.
+#[derive(Debug)]
+struct IdleList {
+    /// The neighbours of each block, older and newer; the last entry is the head, older = newest, newer = oldest.
+    links: Vec<(u32, u32)>,
+    n: usize,
+}
+
+impl IdleList {
+    fn new(n_blocks: usize) -> Self {
+        let head = u32::try_from(n_blocks).expect("a pool has at most 2^32 - 1 blocks");
+        Self { links: vec![(head, head); n_blocks + 1], n: 0 }
+    }
+
+    fn head(&self) -> u32 {
+        u32::try_from(self.links.len() - 1).expect("checked in new")
+    }
+
+    fn oldest(&self) -> Option<BlockId> {
+        (self.n > 0).then(|| BlockId(self.links[self.head() as usize].1))
+    }
+
+    fn push(&mut self, block: BlockId) {
+        let head = self.head();
+        let newest = self.links[head as usize].0;
+        self.links[block.0 as usize] = (newest, head);
+        self.links[newest as usize].1 = block.0;
+        self.links[head as usize].0 = block.0;
+        self.n += 1;
+    }
+
+    fn remove(&mut self, block: BlockId) {
+        let (older, newer) = self.links[block.0 as usize];
+        self.links[older as usize].1 = newer;
+        self.links[newer as usize].0 = older;
+        self.n -= 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hashes(key: u8, owner: u64, tokens: &[u32]) -> Vec<BlockHash> {
+        let mut hashes = Vec::new();
+        PrefixHasher::new([key; 32]).extend(owner, tokens, &mut hashes);
+        hashes
+    }
+
+    #[test]
+    fn a_hash_covers_all_tokens_before_it() {
+        let tokens: Vec<u32> = (0..200).collect();
+        let mut other = tokens.clone();
+        other[3] = 77;
+        let (a, b) = (hashes(1, 5, &tokens), hashes(1, 5, &other));
+        assert_eq!(a.len(), 3);
+        assert!(a.iter().zip(&b).all(|(a, b)| a != b), "a change in the first block shows in every hash");
+        other[3] = 3;
+        other[150] = 77;
+        let b = hashes(1, 5, &other);
+        assert_eq!(a[..2], b[..2]);
+        assert_ne!(a[2], b[2]);
+    }
+
+    #[test]
+    fn owners_and_processes_do_not_share() {
+        let tokens: Vec<u32> = (0..64).collect();
+        let all = [hashes(1, 5, &tokens), hashes(1, 6, &tokens), hashes(2, 5, &tokens)].concat();
+        assert!(all[0] != all[1] && all[0] != all[2] && all[1] != all[2]);
+    }
+
+    #[test]
+    fn hashes_made_bit_by_bit_are_those_made_at_once() {
+        let tokens: Vec<u32> = (0..400).collect();
+        let mut grown = Vec::new();
+        let hasher = PrefixHasher::new([9; 32]);
+        for n in [0, 63, 64, 65, 191, 192, 400] {
+            hasher.extend(1, &tokens[..n], &mut grown);
+        }
+        assert_eq!(grown, hashes(9, 1, &tokens));
+    }
+
+    #[test]
+    fn idle_blocks_go_in_the_order_they_came() {
+        let mut list = IdleList::new(5);
+        for block in [3, 0, 4, 1] {
+            list.push(BlockId(block));
+        }
+        list.remove(BlockId(4));
+        list.push(BlockId(4));
+        let mut order = Vec::new();
+        while let Some(block) = list.oldest() {
+            list.remove(block);
+            order.push(block.0);
+        }
+        assert_eq!(order, [3, 0, 1, 4]);
+    }
+}
