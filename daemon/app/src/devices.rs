@@ -1,7 +1,8 @@
 //! Which devices may compute? The configured plugin's, and the CPU's when it is lost for good.
 
+use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Engine};
-use sparsed_backend::{Backend, BackendError, Fault, OpenOptions, Plugin, SearchPath};
+use sparsed_backend::{Backend, BackendError, Fault, Found, OpenOptions, Plugin, QuarantineStore, SearchPath};
 use sparsed_engine::DeviceSource;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,8 +16,9 @@ pub struct PluginDevice {
     /// Searched first.
     plugins_dir: Option<PathBuf>,
     engine: Engine,
+    quarantine: QuarantineStore,
     /// Loaded, and kept: its code stays in the process in any case, so loading it again would gain nothing.
-    plugin: Option<Arc<Plugin>>,
+    plugin: Option<(Found, Arc<Plugin>)>,
     /// Opened ahead of the engine's first question.
     opened: Option<Backend>,
 }
@@ -45,13 +47,14 @@ impl PluginDevice {
     /// The configured one.
     pub fn configured(config: &Config) -> Self {
         let (plugins_dir, engine) = (config.plugins.dir.clone(), config.engine.clone());
-        Self { plugins_dir, engine, plugin: None, opened: None }
+        Self { plugins_dir, engine, quarantine: quarantine(config), plugin: None, opened: None }
     }
 
     /// The CPU in its place. Settings are for the configured plugin, so they are left out.
     fn cpu(&self) -> Self {
         let engine = Engine { plugin: CPU.to_owned(), threads: self.engine.threads, ..Engine::default() };
-        Self { plugins_dir: self.plugins_dir.clone(), engine, plugin: None, opened: None }
+        let (plugins_dir, quarantine) = (self.plugins_dir.clone(), self.quarantine.clone());
+        Self { plugins_dir, engine, quarantine, plugin: None, opened: None }
     }
 
     fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
@@ -60,9 +63,14 @@ impl PluginDevice {
     }
 
     /// Finds, checks and loads the plugin.
-    fn load(&self) -> Result<Arc<Plugin>, BackendError> {
+    fn load(&self) -> Result<(Found, Arc<Plugin>), BackendError> {
         let scan = SearchPath::standard(self.plugins_dir.as_deref()).scan();
-        Plugin::load(scan.select(Some(&self.engine.plugin))?, &self.engine.set)
+        for refusal in &scan.refused {
+            log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
+        }
+        let found = scan.select(Some(&self.engine.plugin))?;
+        self.quarantine.admit(found, now_ms())?;
+        Ok((found.clone(), Plugin::load(found, &self.engine.set)?))
     }
 }
 
@@ -76,8 +84,11 @@ impl DeviceSource for PluginDevice {
             return Ok(backend);
         }
         let plugin = match &self.plugin {
-            Some(plugin) => Arc::clone(plugin),
-            None => Arc::clone(self.plugin.insert(self.load()?)),
+            Some((found, plugin)) => {
+                self.quarantine.admit(found, now_ms())?;
+                Arc::clone(plugin)
+            }
+            None => Arc::clone(&self.plugin.insert(self.load()?).1),
         };
         let backend = self.device(&plugin)?;
         log::info!(plugin:% = self.engine.plugin, device:% = backend.info().name; "device open");
@@ -85,8 +96,13 @@ impl DeviceSource for PluginDevice {
     }
 
     fn strike(&mut self, reason: &str) {
-        // Strikes will be counted where libraries are put into quarantine, and a plugin in a process of its own will be
-        // let go of, so that the next opening starts another one; neither is there yet.
-        log::warn!(plugin:% = self.engine.plugin, reason; "strike against the plugin");
+        // A plugin in a process of its own will be let go of here, so that the next opening starts another one.
+        let Some((found, _)) = &self.plugin else { return };
+        let struck = found.variant().map(|library| library.sha256.clone());
+        let struck = struck.and_then(|sha256| self.quarantine.strike(&self.engine.plugin, &sha256, reason, now_ms()));
+        match struck {
+            Ok(outcome) => log::warn!(plugin:% = self.engine.plugin, reason, outcome:?; "strike against the plugin"),
+            Err(error) => log::error!(plugin:% = self.engine.plugin, reason:% = error; "strike not noted"),
+        }
     }
 }

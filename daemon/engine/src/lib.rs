@@ -32,7 +32,7 @@ mod stream;
 
 pub use batch::{Batch, Rows};
 pub use device::{DeviceSource, DeviceState, DeviceStatus};
-pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, SoleSequence};
+pub use executor::{CachedRows, DeviceModel, ExecutorError, LoadOptions, Outputs, Queries, SoleSequence};
 pub use grammar::{Grammar, GrammarSpec};
 pub use ladder::Recovery;
 pub use lane::ModelOptions;

@@ -140,7 +140,7 @@ mod tests {
                     logits[0] = f32::NAN;
                 }
             }
-            Ok(Outputs { logits, selections: Vec::new() })
+            Ok(Outputs { logits, ..Outputs::default() })
         }
 
         fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {

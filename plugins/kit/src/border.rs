@@ -10,16 +10,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub struct PluginError {
     /// `SPD_E_*`
     pub status: SpdStatus,
-    /// For people; cut at 231 bytes.
+    /// For people; cut at 223 bytes.
     pub message: String,
     /// The operator that failed, if one did.
     pub op_index: Option<u32>,
+    /// The block whose slow pages are bad, with `SPD_E_DATA`.
+    pub block: Option<u32>,
 }
 
 impl PluginError {
     /// A failure with this status.
     pub fn new(status: SpdStatus, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), op_index: None }
+        Self { status, message: message.into(), op_index: None, block: None }
     }
 
     /// The caller broke the contract.
@@ -30,6 +32,13 @@ impl PluginError {
     /// The plugin does not have this.
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new(E_UNSUPPORTED, message)
+    }
+
+    /// The same failure, because of what the slow tier has of `block`.
+    #[must_use]
+    pub fn of_block(mut self, block: u32) -> Self {
+        self.block = Some(block);
+        self
     }
 
     /// The same failure, at operator `index`.
@@ -49,7 +58,7 @@ impl std::fmt::Display for PluginError {
 impl std::error::Error for PluginError {}
 
 /// The daemon's services.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Host(*const SpdHost);
 
 // SAFETY: the header says that the table lives as long as the instance and that its functions are `[any]`.
@@ -58,6 +67,11 @@ unsafe impl Send for Host {}
 unsafe impl Sync for Host {}
 
 impl Host {
+    /// No services: no setting is there, and nobody reads the log.
+    pub const fn none() -> Self {
+        Self(std::ptr::null())
+    }
+
     pub(crate) fn new(raw: *const SpdHost) -> Self {
         Self(raw)
     }
@@ -120,7 +134,12 @@ pub struct Run<'a> {
     pub(crate) cancel: Option<&'a AtomicU32>,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    /// A step that nobody will cancel.
+    pub fn new(step: StepArrays<'a>, input: &'a [u8], output: &'a mut [u8]) -> Self {
+        Self { step, input, output, cancel: None }
+    }
+
     /// True once the caller wants the step to end.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0)
@@ -156,6 +175,7 @@ pub(crate) fn entry(error: *mut SpdError, body: impl FnOnce() -> crate::Result<(
             struct_size: 0,
             status: failure.status,
             op_index: failure.op_index.unwrap_or(u32::MAX),
+            block: failure.block.map_or(u64::MAX, u64::from),
             ..SpdError::default()
         };
         put_text(&mut full.message, &failure.message);

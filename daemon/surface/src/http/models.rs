@@ -48,12 +48,19 @@ pub(crate) async fn one(
     Ok(Json(entry(&id, &served)))
 }
 
-/// `GET /v1/status`: the device, and every configured model with its state and load; what `sparsectl status` shows.
+/// `GET /v1/status`: the device, every configured model with its state and load, and whether code of others runs in the daemon;
+/// what `sparsectl status` shows.
 pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
     let models: Vec<Value> = shared.service.models().iter().map(model_status).collect();
-    let device = device_status(&shared.service.device());
-    let version = env!("CARGO_PKG_VERSION");
-    Json(json!({ "version": version, "pid": std::process::id(), "device": device, "models": models }))
+    let third_party = shared.service.third_party_plugins();
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+        "tainted": !third_party.is_empty(),
+        "third_party_plugins": third_party,
+        "device": device_status(&shared.service.device()),
+        "models": models,
+    }))
 }
 
 fn device_status(device: &DeviceStatus) -> Value {
