@@ -40,10 +40,14 @@ chat: models ## a chat with the default model through the daemon; one answer wit
 testneeds:
 	@sh packaging/needs.sh test
 
-test: testneeds models .venv/python/openai ## all tests
+testplugins: build
+	cargo build --release --locked -p sparsed-faulty
+	sh packaging/stage-plugin.sh faulty target/release/libsparsed_faulty.so tests/faulty/plugin.toml.in target/release/test-plugins
+
+test: testneeds models testplugins .venv/python/openai ## all tests
 	cargo test --release --workspace --locked
 
-e2e: testneeds models .venv/python/openai ## the end-to-end tests alone
+e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
 lint: ## format and clippy
@@ -63,4 +67,4 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 sim conform package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 
-.PHONY: help needs testneeds build models chat test e2e lint bench fuzz sim conform package
+.PHONY: help needs testneeds testplugins build models chat test e2e lint bench fuzz sim conform package

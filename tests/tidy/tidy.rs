@@ -14,6 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-kv", &[]),
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
+    ("sparsed-faulty", &["sparsed-abi"]),
     ("sparsed-backend", &["sparsed-abi"]),
     ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
     ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),

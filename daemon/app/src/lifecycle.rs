@@ -5,6 +5,7 @@
 
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
+use crate::watchdog;
 use anyhow::{Context, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
@@ -46,6 +47,7 @@ pub fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = arguments.source.load()?;
     let assembly = Assembly::new(&config)?;
+    watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));
     // A prompt that is being made for a client that is gone must not hold the end up.
@@ -169,6 +171,7 @@ async fn signalled() {
         }
     });
     next().await;
+    watchdog::stopping();
     tokio::spawn(async move {
         next().await;
         #[expect(clippy::exit, reason = "asked twice, the operator wants it now")]

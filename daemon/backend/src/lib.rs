@@ -28,7 +28,7 @@ mod taint;
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
 pub use elf::ElfFacts;
-pub use error::BackendError;
+pub use error::{BackendError, Fault};
 pub use execute::{Plan, PlanInfo, Queue};
 pub use library::inspect_library;
 pub use load::Plugin;

@@ -8,9 +8,13 @@ use toml::de::{DeTable, DeValue};
 pub(super) const KEYS: &[&str] = &[
     "dbus.bus",
     "engine.device",
+    "engine.failover",
     "engine.plugin",
+    "engine.retry.backoff_ms",
+    "engine.retry.forget_ms",
     "engine.set.*",
     "engine.threads",
+    "engine.watchdog_ms",
     "limits.body",
     "limits.connections",
     "limits.max_batched_tokens",

@@ -1,10 +1,11 @@
 //! A model on a device in this process, for commands that need no daemon.
 
-use crate::assemble::{open_backend, program_options};
+use crate::assemble::program_options;
 use crate::config::{Activations, Config};
+use crate::devices::PluginDevice;
 use anyhow::Context;
 use sparsed_backend::Backend;
-use sparsed_engine::{DeviceModel, LoadOptions};
+use sparsed_engine::{DeviceModel, DeviceSource, LoadOptions};
 use sparsed_kv::blocks_for;
 use sparsed_model::{Model, ProgramOptions};
 use std::path::{Path, PathBuf};
@@ -111,7 +112,7 @@ impl LocalDevice {
     pub(super) fn open(&self, path: &Path) -> anyhow::Result<(Model, Backend)> {
         let mut config = Config::default();
         self.configure(&mut config);
-        let backend = open_backend(&config)?;
+        let backend = PluginDevice::configured(&config).open()?;
         let model = Model::open(path).with_context(|| format!("cannot serve {}", path.display()))?;
         Ok((model, backend))
     }
