@@ -12,7 +12,7 @@ mod border;
 mod table;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
-pub use table::table;
+pub use table::{instance, table};
 
 use sparsed_abi::{
     Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc,
