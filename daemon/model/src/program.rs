@@ -9,6 +9,8 @@ use crate::ModelError;
 use bytes::Bytes;
 use sparsed_abi::{ARENA_ALIGN, Blob, DIM_LOGITS, DT_F16, DT_F32, DT_Q8_0, SpdRow};
 use sparsed_quant::Format;
+use std::fs::File;
+use std::sync::Arc;
 
 /// How activations go into products with quantised weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -144,8 +146,10 @@ pub struct WeightBinding {
     pub rows: u64,
     /// Values of a row.
     pub cols: u64,
-    /// The bytes, in the mapped file.
+    /// The bytes, in the mapped file or made of it.
     pub bytes: Bytes,
+    /// The file and where they lie in it, if they are not made.
+    pub file: Option<(Arc<File>, u64)>,
 }
 
 /// A step of a model, for steps of any size.
