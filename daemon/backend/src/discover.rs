@@ -95,7 +95,7 @@ impl Scan {
     }
 }
 
-fn inspect(dir: &Path) -> Result<Found, BackendError> {
+pub(crate) fn inspect(dir: &Path) -> Result<Found, BackendError> {
     check_trusted_dir(dir)?;
     let path = dir.join("plugin.toml");
     let io = |source| BackendError::Io { path: path.clone(), source };

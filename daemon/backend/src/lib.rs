@@ -16,6 +16,7 @@ mod host;
 mod load;
 mod manifest;
 mod memory;
+mod remote;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
@@ -23,4 +24,5 @@ pub use error::BackendError;
 pub use execute::{Plan, PlanInfo, Queue};
 pub use load::Plugin;
 pub use manifest::Manifest;
-pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};
+pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightFile, WeightUpload};
+pub use remote::{HostOptions, run_plugin_host};

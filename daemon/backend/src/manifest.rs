@@ -6,6 +6,8 @@ use std::path::Path;
 
 /// Largest manifest in bytes.
 pub(crate) const MANIFEST_BYTES_MAX: u64 = 64 << 10;
+/// Most entries of `devices`.
+const DEVICES_MAX: usize = 32;
 
 /// A parsed `plugin.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -19,6 +21,9 @@ pub struct Manifest {
     pub version: String,
     /// An SPDX expression.
     pub license: String,
+    /// Device nodes that a plugin in a process of its own may open: `/dev/name`, or `/dev/prefix*`.
+    #[serde(default)]
+    pub devices: Vec<String>,
     /// The ABI it speaks.
     pub abi: AbiSection,
     /// Libraries, best first.
@@ -64,6 +69,11 @@ impl Manifest {
         }
         if manifest.libraries.is_empty() || manifest.libraries.len() > 16 {
             return Err(refuse(format!("{} [[library]] entries, 1 to 16 are allowed", manifest.libraries.len())));
+        }
+        let is_device = |path: &String| path.starts_with("/dev/") && !path.contains("..") && !path.ends_with("/*");
+        if manifest.devices.len() > DEVICES_MAX || !manifest.devices.iter().all(is_device) {
+            let shape = "at most 32 of the form /dev/name or /dev/prefix*";
+            return Err(refuse(format!("devices {:?}: {shape}", manifest.devices)));
         }
         for library in &manifest.libraries {
             let plain = !library.path.is_empty() && !library.path.contains('/') && !library.path.starts_with('.');
@@ -132,6 +142,10 @@ mod tests {
         assert!(refusal(&GOOD.replace("lib.so", "../lib.so")).contains("library.path"));
         assert!(refusal(&GOOD.replace("cdef\"", "CDEF\"")).contains("library.sha256"));
         assert!(refusal(&GOOD.replace("license", "licence")).contains("licence"));
+        for devices in ["/etc/passwd", "/dev/../etc", "/dev/*"] {
+            let with = format!("devices = [\"/dev/null\", \"{devices}\"]\n{GOOD}");
+            assert!(refusal(&with).contains(devices), "{devices}");
+        }
     }
 
     #[test]

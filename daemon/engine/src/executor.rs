@@ -2,7 +2,7 @@
 
 use crate::batch::{Batch, Rows};
 use sparsed_abi::{Blob, KV_DISCARD, SpdBucket, SpdKvOp};
-use sparsed_backend::{Backend, BackendError, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
+use sparsed_backend::{Backend, BackendError, KvDesc, KvPool, Plan, Queue, Weight, WeightFile, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{Model, ModelError, Program, ProgramOptions};
 
@@ -233,6 +233,7 @@ fn upload(
             rows: weight.rows,
             cols: weight.cols,
             bytes: weight.bytes.clone(),
+            file: weight.file.clone().map(|(file, offset)| WeightFile { file, offset }),
         })?);
         done += weight.bytes.len() as u64;
         progress(done, total);
