@@ -3,17 +3,18 @@
 //! Everything that can be wrong with the installation is found here, before the first client is accepted: the state
 //! folder, another daemon, the socket, the plugin. Models are loaded afterwards, by the engine thread.
 
-use crate::config::{Activations, Config, Model, Paths};
+use crate::config::{Activations, Config, Engine, Isolation, Model, Paths};
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
-use sparsed_backend::{Backend, OpenOptions, Plugin, SearchPath};
+use sparsed_backend::{Backend, Found, HostOptions, OpenOptions, Plugin, SearchPath};
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Service};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, Permissions};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -67,11 +68,40 @@ impl Assembly {
 /// Which file is wrong and why.
 pub fn open_backend(config: &Config) -> anyhow::Result<Backend> {
     let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
-    let plugin = Plugin::load(scan.select(Some(&config.engine.plugin))?, &config.engine.set)?;
+    let plugin = load_plugin(config, scan.select(Some(&config.engine.plugin))?)?;
     let options = OpenOptions { n_threads: config.engine.threads, mem_budget: 0 };
     let backend = Backend::open(&plugin, config.engine.device, &options)?;
     log::info!(plugin:% = config.engine.plugin, device:% = backend.info().name; "device open");
     Ok(backend)
+}
+
+/// Loads a plugin where the configuration wants it.
+fn load_plugin(config: &Config, found: &Found) -> anyhow::Result<Arc<Plugin>> {
+    let (id, engine) = (found.manifest.id.as_str(), &config.engine);
+    let is_cpu = id == Engine::default().plugin;
+    match engine.isolation {
+        Isolation::Auto if !is_cpu => {}
+        Isolation::Process => {}
+        Isolation::Auto => return Ok(Plugin::load(found, &engine.set)?),
+        Isolation::None => {
+            if !is_cpu {
+                log::warn!(plugin = id; "engine.isolation is none: what this plugin breaks ends the daemon");
+            }
+            return Ok(Plugin::load(found, &engine.set)?);
+        }
+    }
+    let step_timeout = Duration::from_millis(engine.step_timeout_ms);
+    let options = HostOptions { program: host_program()?, step_timeout, ..HostOptions::default() };
+    Ok(Plugin::load_isolated(found, &engine.set, &options)?)
+}
+
+/// The executable of plugin hosts: the daemon's own, even when its file has been replaced, or the daemon's beside a tool.
+fn host_program() -> anyhow::Result<PathBuf> {
+    const DAEMON: &str = "sparsed";
+    let exe = std::env::current_exe().context("the path of this executable")?;
+    // The kernel writes " (deleted)" behind the name of a file that is gone.
+    let is_daemon = exe.file_name().is_some_and(|name| name.to_string_lossy().split(' ').next() == Some(DAEMON));
+    Ok(if is_daemon { PathBuf::from("/proc/self/exe") } else { exe.with_file_name(DAEMON) })
 }
 
 /// What a configured model's steps compute.

@@ -8,8 +8,10 @@ use toml::de::{DeTable, DeValue};
 pub(super) const KEYS: &[&str] = &[
     "dbus.bus",
     "engine.device",
+    "engine.isolation",
     "engine.plugin",
     "engine.set.*",
+    "engine.step_timeout_ms",
     "engine.threads",
     "limits.body",
     "limits.connections",

@@ -91,11 +91,35 @@ pub struct Engine {
     pub threads: u32,
     /// Settings for the plugin.
     pub set: BTreeMap<String, String>,
+    /// Where the plugin's code runs.
+    pub isolation: Isolation,
+    /// Milliseconds that a step may take in a process of the plugin's own before it is cancelled.
+    pub step_timeout_ms: u64,
+}
+
+/// Where a plugin's code runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// The CPU plugin in the daemon, every other one in a process of its own.
+    #[default]
+    Auto,
+    /// In a process of its own.
+    Process,
+    /// In the daemon; what the plugin breaks is then broken for everybody.
+    None,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { plugin: "cpu".to_owned(), device: 0, threads: 0, set: BTreeMap::new() }
+        Self {
+            plugin: "cpu".to_owned(),
+            device: 0,
+            threads: 0,
+            set: BTreeMap::new(),
+            isolation: Isolation::Auto,
+            step_timeout_ms: 60_000,
+        }
     }
 }
 
@@ -230,6 +254,7 @@ impl Config {
             ("limits.slow_consumer_s".to_owned(), limits.slow_consumer_s, 1, 3600),
             ("limits.stop_s".to_owned(), limits.stop_s, 0, 3600),
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
+            ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, 3_600_000),
         ];
         let paths =
             [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
