@@ -95,7 +95,7 @@ fn load_plugin(config: &Config, found: &Found) -> anyhow::Result<Arc<Plugin>> {
     Ok(Plugin::load_isolated(found, &engine.set, &options)?)
 }
 
-/// The executable of plugin hosts: the daemon's own, even when its file has been replaced, or the daemon's beside a tool.
+/// The executable of plugin hosts: the daemon's own, even when its file has been replaced, or the one beside a tool.
 fn host_program() -> anyhow::Result<PathBuf> {
     const DAEMON: &str = "sparsed";
     let exe = std::env::current_exe().context("the path of this executable")?;

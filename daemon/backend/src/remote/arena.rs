@@ -1,9 +1,10 @@
 //! Which bytes do the daemon and a plugin host share? A sealed memory file per lane: a header, then one job's bytes.
 //!
-//! The daemon writes a job and then `submitted` (release); the host reads `submitted` (acquire) and then the job, works,
-//! writes the outcome and then `completed` (release); the daemon reads `completed` (acquire) and then the outcome. One
-//! job is under way at a time, so neither side touches what the other is writing. The host may break this rule:
-//! therefore the daemon copies bytes in and out and never holds a reference to them, and believes no length but its own.
+//! The daemon writes a job and then `submitted` (release); the host reads `submitted` (acquire) and then the job,
+//! works, writes the outcome and then `completed` (release); the daemon reads `completed` (acquire) and then the
+//! outcome. One job is under way at a time, so neither side touches what the other is writing. The host may break this
+//! rule: therefore the daemon copies bytes in and out, never holds a reference to them, and believes no length but its
+//! own.
 
 use memmap2::MmapRaw;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -161,6 +162,7 @@ impl Arena {
     /// # Safety
     /// The daemon has submitted a job of this layout and it is not completed: until then the daemon leaves the body
     /// alone, and the caller holds no other view of it.
+    #[expect(clippy::mut_from_ref, reason = "memory shared with another process has no owner here")]
     pub(super) unsafe fn job(&self, layout: &Layout) -> (&[u8], &[u8], &mut [u8]) {
         assert!(layout.total <= self.capacity(), "the daemon made the lane for it");
         let part = |n: usize| (self.map.as_mut_ptr().wrapping_add(layout.at[n]), layout.lengths[n]);

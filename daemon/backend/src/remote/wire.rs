@@ -28,20 +28,62 @@ const MESSAGE_BYTES_MAX: usize = 128 << 10;
 /// Most descriptors beside a message.
 pub(super) const FDS_MAX: usize = 3;
 
-/// What the daemon asks. Descriptors that come with it are named in comments.
+/// What the daemon asks.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Request {
     Start(Start),
-    DeviceInfo { index: u32 },
-    Open { device: u32, index: u32, n_threads: u32, mem_budget: u64 },
-    Memory { device: u32 },
-    Health { device: u32 },
-    SelfTest { device: u32, level: u32 },
-    Supports { device: u32, op: u32, blob_bytes: u64 }, // the program
-    Upload { device: u32, weight: u32, desc: Plain<SpdWeightDesc>, source: Source },
-    CreateKv { device: u32, pool: u32, shape: PoolShape },
-    Compile { device: u32, plan: u32, weights: Vec<u32>, pools: Vec<u32>, bucket: Plain<SpdBucket>, blob_bytes: u64 }, // the program
-    Lane { device: u32, lane: u32, arena_bytes: u64 }, // arena, eventfd to the host, eventfd to the daemon
+    DeviceInfo {
+        index: u32,
+    },
+    Open {
+        device: u32,
+        index: u32,
+        n_threads: u32,
+        mem_budget: u64,
+    },
+    Memory {
+        device: u32,
+    },
+    Health {
+        device: u32,
+    },
+    SelfTest {
+        device: u32,
+        level: u32,
+    },
+    /// Comes with the program.
+    Supports {
+        device: u32,
+        op: u32,
+        blob_bytes: u64,
+    },
+    /// Comes with what [`Source`] says.
+    Upload {
+        device: u32,
+        weight: u32,
+        desc: Plain<SpdWeightDesc>,
+        source: Source,
+    },
+    CreateKv {
+        device: u32,
+        pool: u32,
+        shape: PoolShape,
+    },
+    /// Comes with the program.
+    Compile {
+        device: u32,
+        plan: u32,
+        weights: Vec<u32>,
+        pools: Vec<u32>,
+        bucket: Plain<SpdBucket>,
+        blob_bytes: u64,
+    },
+    /// Comes with the arena, the host's doorbell and the daemon's.
+    Lane {
+        device: u32,
+        lane: u32,
+        arena_bytes: u64,
+    },
     Drop(Object),
 }
 
@@ -100,7 +142,7 @@ impl Object {
 pub(super) enum Reply {
     Done,
     Started { device_count: u32 },
-    DeviceInfo(Plain<SpdDeviceInfo>),
+    DeviceInfo(Box<Plain<SpdDeviceInfo>>),
     Memory(Plain<SpdMemInfo>),
     Health(Plain<SpdHealth>),
     Pool(Plain<SpdKvInfo>),

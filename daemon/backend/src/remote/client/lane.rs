@@ -1,12 +1,12 @@
 //! How does a step reach the host and come back? Through shared memory, with a doorbell each way.
 //!
-//! A lane carries one job at a time. Both sides look at the shared counters for a few microseconds before they sleep,
-//! and the doorbell is rung always: who sees the counter first only finds the bell rung later.
+//! A lane carries one job at a time. Where there are processors enough, both sides look at the shared counters for a
+//! few microseconds before they sleep. The doorbell is rung always: who sees the counter first only finds it rung.
 
 use super::link::Link;
 use crate::remote::arena::{Arena, Layout};
-use crate::remote::timespec;
 use crate::remote::wire::{Object, Request};
+use crate::remote::{spin_time, timespec};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use sparsed_abi::{E_DEVICE_LOST, E_NOMEM_HOST, E_STEP, OK};
 use sparsed_plugin_kit::{PluginError, Result};
@@ -15,8 +15,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long the counter is looked at before this side sleeps.
-const SPIN: Duration = Duration::from_micros(20);
 /// Pause between looks at the caller's cancel flag, where there is one.
 const CANCEL_PAUSE: Duration = Duration::from_millis(1);
 
@@ -30,6 +28,7 @@ pub(super) struct Lane {
     from_host: OwnedFd,
     /// The number of the last job.
     turn: u32,
+    spin_time: Duration,
 }
 
 /// A step or a list of KV operations.
@@ -66,7 +65,7 @@ impl Lane {
         let (to_host, from_host, id) = (bell()?, bell()?, link.new_id());
         let request = Request::Lane { device, lane: id, arena_bytes: bytes as u64 };
         link.tell(&request, &[file.as_fd(), to_host.as_fd(), from_host.as_fd()])?;
-        Ok(Self { link: Arc::clone(link), id, arena, to_host, from_host, turn: 0 })
+        Ok(Self { link: Arc::clone(link), id, arena, to_host, from_host, turn: 0, spin_time: spin_time() })
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -122,7 +121,7 @@ impl Lane {
     /// the host its life.
     fn wait(&self, cancel: Option<&AtomicU32>) -> Result<bool> {
         let began = Instant::now();
-        while began.elapsed() < SPIN {
+        while began.elapsed() < self.spin_time {
             if self.is_done() {
                 return Ok(false);
             }

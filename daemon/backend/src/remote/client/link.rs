@@ -136,7 +136,7 @@ impl Link {
     pub(super) fn lose(&self, symptom: &str) -> PluginError {
         let reason = self.lost.get_or_init(|| {
             let (died, _) = if self.has_ended() { self.keeper.report(KILL_PATIENCE) } else { (None, Vec::new()) };
-            let what = died.clone().unwrap_or_else(|| symptom.to_owned());
+            let what = died.unwrap_or_else(|| symptom.to_owned());
             self.keeper.kill();
             let (_, tail) = self.keeper.report(KILL_PATIENCE);
             let (plugin, last) = (self.plugin.as_str(), tail.last().map_or("", String::as_str));

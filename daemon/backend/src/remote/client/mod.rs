@@ -90,7 +90,7 @@ impl Plugin for RemotePlugin {
 
     fn device_info(&self, index: u32) -> Result<SpdDeviceInfo> {
         match self.link.call(&Request::DeviceInfo { index }, &[])? {
-            Reply::DeviceInfo(Plain(info)) => Ok(SpdDeviceInfo { features: info.features & FEATURES, ..info }),
+            Reply::DeviceInfo(info) => Ok(SpdDeviceInfo { features: info.0.features & FEATURES, ..info.0 }),
             _ => Err(self.link.nonsense()),
         }
     }

@@ -2,7 +2,7 @@
 
 use super::objects::{JobObjects, refuse};
 use crate::remote::arena::{Arena, KIND_KV, KIND_RUN, Layout};
-use crate::remote::timespec;
+use crate::remote::{spin_time, timespec};
 use crate::{BackendError, Queue};
 use rustix::event::{PollFd, PollFlags, poll};
 use sparsed_abi::{Blob, E_INTERNAL, E_INVALID, OK, SpdKvOp, SpdStatus, read_exact};
@@ -13,8 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long the next job is looked out for before the thread sleeps.
-const SPIN: Duration = Duration::from_micros(50);
 /// How long one sleep lasts; only a pause between looks.
 const SLEEP: Duration = Duration::from_secs(3600);
 
@@ -31,6 +29,7 @@ struct Lane {
     bell: OwnedFd,
     answer: OwnedFd,
     stops: AtomicBool,
+    spin_time: Duration,
 }
 
 impl LaneThread {
@@ -45,7 +44,7 @@ impl LaneThread {
     ) -> Result<Self, Error> {
         let bytes = usize::try_from(bytes).map_err(|_| std::io::ErrorKind::InvalidData)?;
         let arena = Arena::open(arena, bytes)?;
-        let shared = Arc::new(Lane { arena, bell, answer, stops: AtomicBool::new(false) });
+        let shared = Arc::new(Lane { arena, bell, answer, stops: AtomicBool::new(false), spin_time: spin_time() });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("lane".to_owned()).spawn(move || theirs.work(queue, &jobs))?;
         Ok(Self { shared, thread: Some(thread) })
@@ -96,7 +95,7 @@ impl Lane {
             if self.stops.load(Ordering::Acquire) {
                 return None;
             }
-            if began.elapsed() < SPIN {
+            if began.elapsed() < self.spin_time {
                 std::hint::spin_loop();
                 continue;
             }
@@ -113,7 +112,7 @@ impl Lane {
         let lengths = length(0).zip(length(1)).zip(length(2)).map(|((a, b), c)| [a, b, c]);
         let layout = lengths.and_then(Layout::of).filter(|layout| layout.total <= self.arena.capacity());
         let layout = layout.ok_or_else(|| refuse(E_INVALID, "a job that does not fit its lane".to_owned()))?;
-        // SAFETY: the daemon has submitted this job; `work` completes it after this call. One thread does one at a time.
+        // SAFETY: the daemon has submitted this job, which `work` completes after this call; one thread does them all.
         let (first, input, output) = unsafe { self.arena.job(&layout) };
         let object = header.object.load(Ordering::Relaxed);
         match header.kind.load(Ordering::Relaxed) {

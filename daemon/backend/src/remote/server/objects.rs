@@ -56,7 +56,8 @@ impl Objects {
             Request::Start(_) => return Err(refuse(E_INVALID, "started already".to_owned())),
             Request::DeviceInfo { index } => {
                 let _control = plugin.control();
-                return raw_device_info(plugin, plugin.api(), index).map(|info| Reply::DeviceInfo(Plain(info)));
+                return raw_device_info(plugin, plugin.api(), index)
+                    .map(|info| Reply::DeviceInfo(Box::new(Plain(info))));
             }
             Request::Open { device, index, n_threads, mem_budget } => {
                 let backend = Backend::open(plugin, index, &OpenOptions { n_threads, mem_budget })?;
