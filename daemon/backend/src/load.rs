@@ -179,8 +179,8 @@ fn table(path: &Path, library: Library) -> Result<&'static SpdApi, BackendError>
         return Err(version(format!("{ABI_MAJOR}.{minor} (table of {struct_size} bytes)")));
     }
     let mut known = SpdApi::default();
-    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied. What
-    // an older plugin does not have stays NULL.
+    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied.
+    // What an older plugin does not have stays NULL.
     unsafe {
         let length = struct_size.min(size_of::<SpdApi>());
         ptr::copy_nonoverlapping(api.cast::<u8>(), (&raw mut known).cast::<u8>(), length);
