@@ -161,6 +161,15 @@ fn a_stopped_host_is_killed_by_the_watchdog() {
 }
 
 #[test]
+fn dropping_what_a_stopped_host_has_ends() {
+    let probe = Probe::open(&[]);
+    let pid = probe.plugin.host_process().unwrap();
+    signal(pid, "STOP");
+    drop(probe);
+    assert!(!probe::exists(pid));
+}
+
+#[test]
 fn a_step_past_its_time_is_cancelled_and_the_host_goes_on() {
     let probe = Probe::open_with(&[], &HostOptions { step_timeout: Duration::from_millis(50), ..host_options() });
     let failed = probe.run(b"w").unwrap_err();

@@ -130,7 +130,13 @@ fn keep(mut child: Child, pidfd: BorrowedFd<'_>, plugin: &str, shared: &Shared) 
             break;
         }
         let ended = !fds[0].revents().is_empty();
-        streams.retain_mut(|stream| stream.read(&mut said));
+        streams.retain_mut(|stream| {
+            let is_open = stream.read(&mut said);
+            if !is_open {
+                stream.finish(&mut said);
+            }
+            is_open
+        });
         if ended {
             break;
         }

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 /// How long the kernel may take to end a killed process.
 const KILL_PATIENCE: Duration = Duration::from_secs(2);
+/// How long the host may take to free an object. Drops must not hold the daemon up.
+const DROP_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a service manager has given the daemon and not its children.
 const NOT_FOR_CHILDREN: &[&str] =
     &["NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES"];
@@ -115,16 +117,21 @@ impl Link {
 
     /// Asks for something that has no answer but that it is done.
     pub(super) fn tell(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        match self.call(request, fds)? {
-            Reply::Done => Ok(()),
-            _ => Err(self.nonsense()),
-        }
+        self.done(self.call(request, fds)?)
     }
 
     /// Lets the host forget an object. With a lost host it is forgotten already.
     pub(super) fn discard(&self, object: Object) {
         // The first failure has been logged where the host was lost.
-        let _lost = self.tell(&Request::Drop(object), &[]).is_err();
+        let answer = self.call_within(&Request::Drop(object), &[], DROP_TIMEOUT);
+        let _lost = answer.and_then(|reply| self.done(reply)).is_err();
+    }
+
+    fn done(&self, reply: Reply) -> Result<()> {
+        match reply {
+            Reply::Done => Ok(()),
+            _ => Err(self.nonsense()),
+        }
     }
 
     /// The error for an answer to another question.
