@@ -161,6 +161,15 @@ fn a_stopped_host_is_killed_by_the_watchdog() {
 }
 
 #[test]
+fn an_interrupt_of_the_terminal_does_not_reach_a_host() {
+    let probe = Probe::open(&[]);
+    let pid = probe.plugin.host_process().unwrap();
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let group = stat.rsplit_once(')').unwrap().1.split_whitespace().nth(2).unwrap().to_owned();
+    assert_eq!(group, pid.to_string());
+}
+
+#[test]
 fn dropping_what_a_stopped_host_has_ends() {
     let probe = Probe::open(&[]);
     let pid = probe.plugin.host_process().unwrap();

@@ -13,6 +13,7 @@ use sparsed_abi::{E_DEVICE_LOST, E_INVALID};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::io::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -48,6 +49,8 @@ impl Link {
         for name in NOT_FOR_CHILDREN {
             command.env_remove(name);
         }
+        // In a group of its own: a terminal's interrupt is for the daemon, which lets running answers end first.
+        command.process_group(0);
         command.current_dir("/").stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(Stdio::piped());
         let keeper = Keeper::start(command, plugin.to_owned())?;
         log::info!(plugin, host = keeper.pid; "plugin host started");
