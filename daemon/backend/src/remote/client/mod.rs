@@ -50,7 +50,7 @@ impl Loaded {
         let start = Request::Start(Start {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             layout: LAYOUT_DIGEST,
-            dir: found.dir.clone(),
+            dir: std::path::absolute(&found.dir).map_err(|e| refuse(e.to_string()))?, // the host works in /
             id: id.clone(),
             plugin_version: version.clone(),
             settings: settings.clone(),
