@@ -15,7 +15,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
     ("sparsed-faulty", &["sparsed-abi"]),
-    ("sparsed-backend", &["sparsed-abi"]),
+    // What runs in a process of its own stands behind the same table as a plugin, made by the same kit.
+    ("sparsed-backend", &["sparsed-abi", "sparsed-plugin-kit"]),
     ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
     ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
     ("sparsed-surface", &["sparsed-engine"]),

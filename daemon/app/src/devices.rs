@@ -1,11 +1,14 @@
 //! Which devices may compute? The configured plugin's, and the CPU's when it is lost for good.
 
 use crate::assemble::{now_ms, quarantine};
-use crate::config::{Config, Engine};
-use sparsed_backend::{Backend, BackendError, Fault, Found, OpenOptions, Plugin, QuarantineStore, SearchPath};
+use crate::config::{Config, Engine, Isolation};
+use sparsed_backend::{
+    Backend, BackendError, Fault, Found, HostOptions, OpenOptions, Plugin, QuarantineStore, SearchPath,
+};
 use sparsed_engine::DeviceSource;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// The plugin that every installation has.
 const CPU: &str = "cpu";
@@ -17,7 +20,7 @@ pub struct PluginDevice {
     plugins_dir: Option<PathBuf>,
     engine: Engine,
     quarantine: QuarantineStore,
-    /// Loaded, and kept: its code stays in the process in any case, so loading it again would gain nothing.
+    /// Loaded, and kept if its code is in this process, where it stays in any case.
     plugin: Option<(Found, Arc<Plugin>)>,
     /// Opened ahead of the engine's first question.
     opened: Option<Backend>,
@@ -70,8 +73,38 @@ impl PluginDevice {
         }
         let found = scan.select(Some(&self.engine.plugin))?;
         self.quarantine.admit(found, now_ms())?;
-        Ok((found.clone(), Plugin::load(found, &self.engine.set)?))
+        Ok((found.clone(), self.load_found(found)?))
     }
+
+    /// Loads a plugin where the configuration wants it.
+    fn load_found(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
+        let (id, engine) = (found.manifest.id.as_str(), &self.engine);
+        match engine.isolation {
+            Isolation::None if id != CPU => {
+                log::warn!(plugin = id; "engine.isolation is none: what this plugin breaks ends the daemon");
+            }
+            Isolation::Auto if id != CPU => return self.load_isolated(found),
+            Isolation::Process => return self.load_isolated(found),
+            Isolation::Auto | Isolation::None => {}
+        }
+        Plugin::load(found, &engine.set)
+    }
+
+    fn load_isolated(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
+        let step_timeout = Duration::from_millis(self.engine.step_timeout_ms);
+        let options = HostOptions { program: host_program(), step_timeout, ..HostOptions::default() };
+        Plugin::load_isolated(found, &self.engine.set, &options)
+    }
+}
+
+/// The executable of plugin hosts: the daemon's own, even when its file has been replaced, or the one beside a tool.
+fn host_program() -> PathBuf {
+    const DAEMON: &str = "sparsed";
+    let own = PathBuf::from("/proc/self/exe");
+    let Ok(exe) = std::env::current_exe() else { return own };
+    // The kernel writes " (deleted)" behind the name of a file that is gone.
+    let is_daemon = exe.file_name().is_some_and(|name| name.to_string_lossy().split(' ').next() == Some(DAEMON));
+    if is_daemon { own } else { exe.with_file_name(DAEMON) }
 }
 
 impl DeviceSource for PluginDevice {
@@ -83,6 +116,8 @@ impl DeviceSource for PluginDevice {
         if let Some(backend) = self.opened.take() {
             return Ok(backend);
         }
+        // A host that was lost is not asked again: a new one is started.
+        self.plugin.take_if(|(_, plugin)| plugin.host_process().is_some());
         let plugin = match &self.plugin {
             Some((found, plugin)) => {
                 self.quarantine.admit(found, now_ms())?;
@@ -96,7 +131,6 @@ impl DeviceSource for PluginDevice {
     }
 
     fn strike(&mut self, reason: &str) {
-        // A plugin in a process of its own will be let go of here, so that the next opening starts another one.
         let Some((found, _)) = &self.plugin else { return };
         let struck = found.variant().map(|library| library.sha256.clone());
         let struck = struck.and_then(|sha256| self.quarantine.strike(&self.engine.plugin, &sha256, reason, now_ms()));

@@ -26,6 +26,20 @@ const BLOCKING_THREADS_MAX: usize = 4;
 struct Arguments {
     #[command(flatten)]
     source: Source,
+    #[command(subcommand)]
+    role: Option<Role>,
+}
+
+/// What this executable is besides the daemon.
+#[derive(Clone, Debug, clap::Subcommand)]
+enum Role {
+    /// A plugin's process: serves it to the daemon that started it.
+    #[command(hide = true)]
+    PluginHost {
+        /// Where the daemon's log ends.
+        #[arg(long, default_value_t = log::LevelFilter::Info)]
+        log_level: log::LevelFilter,
+    },
 }
 
 /// How long tasks that nobody waits for may still take at the end.
@@ -34,8 +48,17 @@ const LAST_TASKS: Duration = Duration::from_secs(1);
 /// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    crate::logging::start(log::LevelFilter::Info);
-    match run(&arguments) {
+    let outcome = match arguments.role {
+        Some(Role::PluginHost { log_level }) => {
+            crate::logging::start_for_daemon(log_level);
+            sparsed_backend::run_plugin_host().context("plugin host")
+        }
+        None => {
+            crate::logging::start(log::LevelFilter::Info);
+            run(&arguments)
+        }
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error!("{error:#}");

@@ -124,6 +124,14 @@ pub enum BackendError {
         /// The operator that failed, if one did.
         op_index: Option<u32>,
     },
+    /// A plugin host could not be started, or refused the plugin.
+    #[error("plugin {plugin} in a process of its own: {reason}")]
+    Host {
+        /// The plugin's id.
+        plugin: String,
+        /// Why.
+        reason: String,
+    },
     /// The plugin has no such device.
     #[error("plugin {plugin} has {count} device(s), device {index} was asked for")]
     NoDevice {

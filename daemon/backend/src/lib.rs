@@ -23,6 +23,7 @@ mod load;
 mod manifest;
 mod memory;
 mod quarantine;
+mod remote;
 mod taint;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
@@ -33,6 +34,7 @@ pub use execute::{Plan, PlanInfo, Queue};
 pub use library::inspect_library;
 pub use load::Plugin;
 pub use manifest::{AbiSection, LibrarySection, Manifest};
-pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};
+pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightFile, WeightUpload};
 pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};
+pub use remote::{HostOptions, run_plugin_host};
 pub use taint::third_party;

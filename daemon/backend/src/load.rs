@@ -31,8 +31,10 @@ pub struct Plugin {
     instance: NonNull<SpdInstance>,
     /// Guards every `[control]` function of this instance: the header allows one thread at a time.
     control: Mutex<()>,
-    /// Must outlive the instance; fields drop after `Drop::drop`.
-    _host: Host,
+    /// Must outlive the instance; fields drop after `Drop::drop`. None for a plugin in a process of its own.
+    _host: Option<Host>,
+    /// The process, if it is not this one.
+    host_process: Option<u32>,
 }
 
 // SAFETY: the instance is used through `[control]` functions under `control`, and through `[any]` functions.
@@ -64,7 +66,26 @@ impl Plugin {
         let bad = || BackendError::BadTable { path: path.clone(), reason: "instance_create answered NULL".to_owned() };
         let instance = NonNull::new(instance).ok_or_else(bad)?;
         log::info!(plugin = manifest.id.as_str(), version = manifest.version.as_str(), path:% = path.display(); "plugin loaded");
-        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control: Mutex::new(()), _host: host }))
+        let control = Mutex::new(());
+        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control, _host: Some(host), host_process: None }))
+    }
+
+    /// A plugin whose instance stands for the process `host`.
+    pub(crate) fn of_table(
+        manifest: Manifest,
+        path: PathBuf,
+        sha256: String,
+        api: &'static SpdApi,
+        instance: NonNull<SpdInstance>,
+        host: u32,
+    ) -> Arc<Self> {
+        let control = Mutex::new(());
+        Arc::new(Self { manifest, path, sha256, api, instance, control, _host: None, host_process: Some(host) })
+    }
+
+    /// The id of the process that the plugin runs in, if it is not this one.
+    pub fn host_process(&self) -> Option<u32> {
+        self.host_process
     }
 
     /// What the plugin says about itself.

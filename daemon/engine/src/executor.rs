@@ -2,7 +2,7 @@
 
 use crate::batch::{Batch, Rows};
 use sparsed_abi::{Blob, KV_DISCARD, KV_EXPORT, SpdBucket, SpdKvOp};
-use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
+use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightFile, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{KvShape, LayerRows, Model, ModelError, Program, ProgramOptions};
 use std::sync::Arc;
@@ -348,6 +348,7 @@ fn upload(
             rows: weight.rows,
             cols: weight.cols,
             bytes: weight.bytes.clone(),
+            file: weight.file.clone().map(|(file, offset)| WeightFile { file, offset }),
         })?);
         done += weight.bytes.len() as u64;
         progress(done, total);

@@ -9,6 +9,7 @@ use sparsed_abi::{
 };
 use std::alloc::Layout;
 use std::ffi::{c_char, c_void};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -113,6 +114,12 @@ unsafe fn put<T>(to: *mut T, value: T) -> crate::Result<()> {
 unsafe extern "C" fn instance_create<P: Plugin>(host: *const SpdHost, out: *mut *mut SpdInstance, e: Err) -> SpdStatus {
     // SAFETY: out is the caller's; the host table outlives the instance by the header's rule.
     entry(e, || unsafe { give(out, P::create(Host::new(host))?) })
+}
+
+/// The instance handle of a plugin that exists already, for a daemon that puts something of its own behind the table
+/// [`table`] of the same type. Given back to `instance_destroy`.
+pub fn instance<P: Plugin>(plugin: P) -> NonNull<SpdInstance> {
+    NonNull::from(Box::leak(Box::new(plugin))).cast()
 }
 
 unsafe extern "C" fn instance_destroy<P: Plugin>(instance: *mut SpdInstance) {
@@ -329,7 +336,7 @@ unsafe extern "C" fn weight_upload<D: Device>(
             return Err(PluginError::unsupported("upload from a file descriptor"));
         }
         let length = usize::try_from(source.length).map_err(|_| PluginError::invalid("source: too long"))?;
-        let source = Source { ptr: source.ptr.cast(), length };
+        let source = Source { ptr: source.ptr.cast(), length, fd: source.fd, offset: source.offset };
         match &mut weight.state {
             WeightState::Open(state) => weight.device.weight_upload(state, first, n, source),
             _ => Err(PluginError::invalid("the weight is committed")),
@@ -543,7 +550,7 @@ unsafe fn arguments<'a>(run: &SpdRun) -> crate::Result<Run<'a>> {
     let (input, output) = unsafe { (arena(run.input, run.in_length)?, arena_mut(run.out, run.out_length)?) };
     // SAFETY: NULL or a u32 that the host may change at any time, which is what an atomic is for.
     let cancel = unsafe { run.cancel.cast::<AtomicU32>().as_ref() };
-    Ok(Run { step, input, output, cancel })
+    Ok(Run { step, step_bytes: bytes, input, output, cancel })
 }
 
 /// # Safety

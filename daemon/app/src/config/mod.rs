@@ -140,6 +140,23 @@ pub struct Engine {
     pub retry: Retry,
     /// Settings for the plugin.
     pub set: BTreeMap<String, String>,
+    /// Where the plugin's code runs.
+    pub isolation: Isolation,
+    /// Milliseconds that a step may take in a process of the plugin's own before it is cancelled.
+    pub step_timeout_ms: u64,
+}
+
+/// Where a plugin's code runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// The CPU plugin in the daemon, every other one in a process of its own.
+    #[default]
+    Auto,
+    /// In a process of its own.
+    Process,
+    /// In the daemon; what the plugin breaks is then broken for everybody.
+    None,
 }
 
 impl Default for Engine {
@@ -152,6 +169,8 @@ impl Default for Engine {
             watchdog_ms: 60_000,
             retry: Retry::default(),
             set: BTreeMap::new(),
+            isolation: Isolation::Auto,
+            step_timeout_ms: 60_000,
         }
     }
 }
@@ -309,6 +328,7 @@ impl Config {
             ("plugins.strike_window_ms".to_owned(), plugins.strike_window_ms, 1, YEAR_MS),
             ("plugins.quarantine_ms".to_owned(), plugins.quarantine_ms, 1, plugins.quarantine_max_ms),
             ("plugins.quarantine_max_ms".to_owned(), plugins.quarantine_max_ms, 1, YEAR_MS),
+            ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, 3_600_000),
         ];
         let pauses = &self.engine.retry.backoff_ms;
         if !(1..=PAUSES_MAX).contains(&pauses.len()) {
