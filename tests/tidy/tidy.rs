@@ -15,12 +15,22 @@ const ARROWS: &[(&str, &[&str])] = &[
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
     ("sparsed-backend", &["sparsed-abi"]),
+    ("sparsed-conform", &["sparsed-abi", "sparsed-backend", "sparsed-quant"]),
     ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
     ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
     ("sparsed-surface", &["sparsed-engine"]),
     (
         "sparsed",
-        &["sparsed-surface", "sparsed-engine", "sparsed-model", "sparsed-backend", "sparsed-kv", "sparsed-quant"],
+        // sparsed-conform is the one part of the tests that the product ships: `sparsectl conform`.
+        &[
+            "sparsed-surface",
+            "sparsed-engine",
+            "sparsed-model",
+            "sparsed-backend",
+            "sparsed-kv",
+            "sparsed-quant",
+            "sparsed-conform",
+        ],
     ),
 ];
 
