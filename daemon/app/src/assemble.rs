@@ -102,7 +102,7 @@ pub fn program_options(model: &Model) -> ProgramOptions {
         Some(0) => Selection::Dense,
         Some(k) => Selection::TopK(k),
     };
-    ProgramOptions { activations, selection, kv, selections_out: false }
+    ProgramOptions { activations, selection, kv, selections_out: false, queries_out: false }
 }
 
 fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
