@@ -139,8 +139,8 @@ struct Table(&'static SpdApi);
 // SAFETY: a plugin's table is static and never written; its functions say by their tags who may call them.
 unsafe impl Send for Table {}
 
-/// Loads the library that the manifest has for this machine, checked as [`Plugin::load`] does, and finds its one symbol.
-/// Asks it nothing.
+/// Loads the library that the manifest has for this machine, checked as [`Plugin::load`] does, and finds its one
+/// symbol. Asks it nothing.
 ///
 /// # Errors
 /// Which file, and why it was refused.
