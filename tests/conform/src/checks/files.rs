@@ -16,11 +16,11 @@ pub(crate) const RULES: &[Rule] = &[
         // The kit has found the plugin in the daemon's own way; what was wrong with it is said in place of this check.
         |_| Ok(()),
     ),
-    file_rule("manifest.library", "one library is for this machine, and can be read", "plugin.toml", &[], |found| {
+    file_rule("manifest.variant", "one library is for this machine, and can be read", "plugin.toml", &[], |found| {
         elf(found).map(drop)
     }),
-    file_rule("elf.exports", "spd_get_api is the only exported symbol", ELF, &["manifest.library"], exports),
-    file_rule("elf.text_relocations", "code is position-independent", ELF, &["manifest.library"], |found| {
+    file_rule("elf.exports", "spd_get_api is the only exported symbol", ELF, &["manifest.variant"], exports),
+    file_rule("elf.text_relocations", "code is position-independent", ELF, &["manifest.variant"], |found| {
         ensure!(!elf(found)?.has_text_relocations, "text relocations (TEXTREL); compile all of it with -fPIC");
         Ok(())
     }),
@@ -28,14 +28,14 @@ pub(crate) const RULES: &[Rule] = &[
         "elf.executable_memory",
         "neither stack nor data is executable",
         ELF,
-        &["manifest.library"],
+        &["manifest.variant"],
         executable_memory,
     ),
     file_rule(
         "elf.run_path",
         "no run path leads to libraries that nobody has checked",
         ELF,
-        &["manifest.library"],
+        &["manifest.variant"],
         |found| {
             let paths = elf(found)?.run_paths;
             ensure!(paths.is_empty(), "RPATH or RUNPATH {}", paths.join(":"));
