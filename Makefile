@@ -7,6 +7,8 @@ FUZZ_SECONDS ?= 60
 FUZZ_INPUT_SECONDS ?= 100
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MINIMAL := target/release/libsparsed_plugin_minimal.so
+# The folder of the plugin that is tried by make conform.
+PLUGIN ?= target/release/plugins/minimal
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
@@ -64,7 +66,10 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 	    -- -max_total_time=$(FUZZ_SECONDS) -timeout=$(FUZZ_INPUT_SECONDS) -print_final_stats=1 || exit 1; \
 	done
 
-sim conform package: ## not there yet
+conform: build ## tries the plugin in PLUGIN (default: the C example) against the contract
+	target/release/sparsectl conform $(PLUGIN)
+
+sim package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 
 .PHONY: help needs testneeds testplugins build models chat test e2e lint bench fuzz sim conform package

@@ -32,7 +32,7 @@ pub use elf::ElfFacts;
 pub use error::{BackendError, Fault};
 pub use execute::{Plan, PlanInfo, Queue};
 pub use library::inspect_library;
-pub use load::Plugin;
+pub use load::{Plugin, entry_point};
 pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightFile, WeightUpload};
 pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};

@@ -149,8 +149,8 @@ fn table_of(sha256: &str, library: Library) -> Result<&'static SpdApi, BackendEr
     if let Some(Table(api)) = tables.get(sha256) {
         return Ok(api);
     }
-    let path = library.path.clone();
-    let api = table(&path, open_library(&path, library.seal()?)?)?;
+    let (path, entry) = entry_of(library)?;
+    let api = table(&path, entry)?;
     tables.insert(sha256.to_owned(), Table(api));
     Ok(api)
 }
@@ -159,6 +159,26 @@ struct Table(&'static SpdApi);
 
 // SAFETY: a plugin's table is static and never written; its functions say by their tags who may call them.
 unsafe impl Send for Table {}
+
+/// Loads the library that the manifest has for this machine, checked as [`Plugin::load`] does, and finds its one
+/// symbol. Asks it nothing.
+///
+/// # Errors
+/// Which file, and why it was refused.
+pub fn entry_point(found: &Found) -> Result<SpdGetApiFn, BackendError> {
+    Ok(entry_of(found.open_library(found.variant()?)?)?.1)
+}
+
+fn entry_of(library: Library) -> Result<(PathBuf, SpdGetApiFn), BackendError> {
+    let path = library.path.clone();
+    let mapped = open_library(&path, library.seal()?)?;
+    // SAFETY: the symbol, if it is there, has this type: that is what its name means.
+    let entry = unsafe { mapped.get::<SpdGetApiFn>(ENTRY_SYMBOL) };
+    let entry = *entry.map_err(|_| BackendError::MissingSymbol { path: path.clone() })?;
+    // Never closed: code and table live until the process ends.
+    std::mem::forget(mapped);
+    Ok((path, entry))
+}
 
 /// Opens the sealed bytes through their descriptor, which is kept open for ever: the linker knows the library by its
 /// number, which must not come to mean another file.
@@ -174,12 +194,7 @@ fn open_library(path: &Path, sealed: OwnedFd) -> Result<Mapped, BackendError> {
 }
 
 /// Asks the library for its table and checks that it is whole.
-fn table(path: &Path, library: Mapped) -> Result<&'static SpdApi, BackendError> {
-    // SAFETY: the symbol, if it is there, has this type: that is what its name means.
-    let entry = unsafe { library.get::<SpdGetApiFn>(ENTRY_SYMBOL) };
-    let entry = *entry.map_err(|_| BackendError::MissingSymbol { path: path.to_owned() })?;
-    // Never closed: code and table live until the process ends.
-    std::mem::forget(library);
+fn table(path: &Path, entry: SpdGetApiFn) -> Result<&'static SpdApi, BackendError> {
     let version = |found: String| BackendError::AbiVersion { path: path.to_owned(), found };
     // SAFETY: the library stays loaded; the function touches nothing and answers NULL or a static table.
     let api = unsafe { entry(ABI_MAJOR, ABI_MINOR) };

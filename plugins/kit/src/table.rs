@@ -111,6 +111,12 @@ unsafe fn put<T>(to: *mut T, value: T) -> crate::Result<()> {
     Ok(())
 }
 
+/// Refuses a flag that this ABI does not have.
+fn known_flags(flags: u32, known: u32) -> crate::Result<()> {
+    let unknown = flags & !known;
+    if unknown == 0 { Ok(()) } else { Err(PluginError::unsupported(format!("unknown flags {unknown:#x}"))) }
+}
+
 unsafe extern "C" fn instance_create<P: Plugin>(host: *const SpdHost, out: *mut *mut SpdInstance, e: Err) -> SpdStatus {
     // SAFETY: out is the caller's; the host table outlives the instance by the header's rule.
     entry(e, || unsafe { give(out, P::create(Host::new(host))?) })
@@ -159,6 +165,7 @@ unsafe extern "C" fn device_open<P: Plugin>(
     entry(e, || {
         // SAFETY: the caller's struct states its size.
         let raw = unsafe { read_in(options) }?;
+        known_flags(raw.flags, 0)?;
         let words = if raw.cpu_mask.is_null() { 0 } else { raw.cpu_mask_words.min(1024) as usize };
         // SAFETY: the header says that many words at cpu_mask.
         let mask = if words == 0 { &[][..] } else { unsafe { std::slice::from_raw_parts(raw.cpu_mask, words) } };
@@ -442,6 +449,7 @@ unsafe extern "C" fn plan_compile<D: Device>(
             read_in(info.cast_const())?;
             (read_in(compile)?, device::<D>(handle)?)
         };
+        known_flags(compile.flags, sparsed_abi::COMPILE_DRY_RUN)?;
         // SAFETY: the header's rules for the arrays of spd_compile.
         let (program, bucket, raw_weights, raw_pools) = unsafe {
             (
@@ -522,6 +530,7 @@ unsafe extern "C" fn queue_run<D: Device>(
         // SAFETY: living handles; the caller's struct states its size.
         let (queue, plan, run) =
             unsafe { (borrow::<D::Queue>(queue.cast())?, borrow::<Plan<D>>(plan.cast())?, read_in(run)?) };
+        known_flags(run.flags, 0)?;
         // SAFETY: the header's rules for step and arenas.
         let arguments = unsafe { arguments(&run) }?;
         let value = queue.run(&plan.0, arguments)?;
