@@ -101,6 +101,11 @@ impl Daemon {
         self.home.path().join("api.sock")
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its state folder.
     pub fn state_dir(&self) -> PathBuf {
         self.home.path().join("state")

@@ -1,0 +1,165 @@
+//! A plugin's process is killed, stopped, corrupted and starved while chats stream: no stream is lost and none changes.
+//! `LONG=1` does it 200 times with the default model instead of 40 times with a tiny one.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+use serde_json::{Value, json};
+use sparsed_tests::daemon::{Daemon, read_answer};
+use std::fs;
+use std::io::{Seek, SeekFrom, Write};
+use std::path::PathBuf;
+use std::process::Command;
+
+/// What is done to the process.
+#[derive(Clone, Copy, Debug)]
+enum Blow {
+    /// As the kernel does when memory is short, or a person.
+    Kill,
+    /// It hangs: only the step's time limit shows it.
+    Stop,
+    /// A crash.
+    Segv,
+    /// The plugin's code is overwritten.
+    Corrupt,
+    /// It can map no more memory.
+    Starve,
+}
+const BLOWS: [Blow; 5] = [Blow::Kill, Blow::Stop, Blow::Segv, Blow::Corrupt, Blow::Starve];
+
+struct Plan {
+    model: PathBuf,
+    blows: usize,
+    tokens: u32,
+    /// Tokens of all streams between two blows, at most.
+    pace: u64,
+}
+
+fn plan() -> Plan {
+    if std::env::var_os("LONG").is_some() {
+        let model = sparsed_tests::model("smollm2-135m-dsa.gguf");
+        return Plan { model, blows: 200, tokens: 120, pace: 90 };
+    }
+    let model = sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf");
+    Plan { model, blows: 40, tokens: 1200, pace: 900 }
+}
+
+const SETS: &[&str] = &[
+    "engine.isolation=process",
+    "engine.threads=1",
+    "engine.step_timeout_ms=400",
+    "engine.retry.backoff_ms=[1]",
+    // A blow is nobody's fault here; a strike is forgotten at once.
+    "plugins.strike_window_ms=1",
+];
+
+/// The process of the plugin, once it is there.
+fn host(daemon: &Daemon) -> u32 {
+    let mut found = None;
+    daemon.wait_until("a plugin host runs", || {
+        let children = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+            let status = fs::read_to_string(entry.path().join("status")).ok()?;
+            let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
+            let alive = !line("State:")?.starts_with('Z');
+            (line("PPid:")?.parse() == Ok(daemon.pid()) && alive).then_some(pid)
+        });
+        found = children.last();
+        found.is_some()
+    });
+    found.unwrap()
+}
+
+fn strike(pid: u32, blow: Blow) {
+    let signal = |name: &str| drop(Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).output());
+    match blow {
+        Blow::Kill => signal("KILL"),
+        Blow::Stop => signal("STOP"),
+        Blow::Segv => signal("SEGV"),
+        Blow::Corrupt => drop(corrupt(pid)),
+        Blow::Starve => drop(Command::new("prlimit").arg(format!("--pid={pid}")).arg("--as=1").output()),
+    }
+}
+
+/// Overwrites the code of the plugin, which lies in a memory file.
+fn corrupt(pid: u32) -> std::io::Result<()> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let code = maps.lines().filter(|line| line.contains(" r-xp ") && line.contains("/memfd:"));
+    let mut memory = fs::File::options().write(true).open(format!("/proc/{pid}/mem"))?;
+    for line in code {
+        let (start, end) = line.split_once(' ').and_then(|(range, _)| range.split_once('-')).unwrap();
+        let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+        memory.seek(SeekFrom::Start(start))?;
+        memory.write_all(&vec![0xcc; usize::try_from(end - start).unwrap()])?;
+    }
+    Ok(())
+}
+
+fn requests(plan: &Plan) -> Vec<Value> {
+    let request = |first: u32, temperature: f64| {
+        json!({
+            "prompt": (0..30).map(|i| (first + 7 * i) % 131).collect::<Vec<u32>>(), "return_tokens": true,
+            "max_tokens": plan.tokens, "ignore_eos": true, "stream": true, "temperature": temperature, "seed": 11,
+        })
+    };
+    vec![request(1, 0.0), request(2, 0.0), request(3, 0.9)]
+}
+
+type Streams = Vec<std::thread::JoinHandle<Vec<u64>>>;
+
+fn begin(daemon: &Daemon, plan: &Plan) -> Streams {
+    let streams = requests(plan).into_iter().map(|request| daemon.open("/v1/completions", &request));
+    streams.map(|stream| std::thread::spawn(move || tokens(&read_answer(stream).unwrap().body))).collect()
+}
+
+fn tokens(body: &str) -> Vec<u64> {
+    assert!(body.ends_with("data: [DONE]\n\n"), "the stream does not end in order: ...{}", &body[body.len() - 300..]);
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|event| *event != "[DONE]");
+    let events = events.map(|event| serde_json::from_str::<Value>(event).unwrap());
+    let tokens = events.flat_map(|event| event["choices"][0]["tokens"].as_array().cloned().unwrap_or_default());
+    tokens.map(|token| token.as_u64().unwrap()).collect()
+}
+
+fn sampled(daemon: &Daemon) -> u64 {
+    daemon.status()["sampled_tokens"].as_u64().unwrap()
+}
+
+/// Descriptors of the daemon and KiB of its memory.
+fn footprint(daemon: &Daemon) -> (usize, u64) {
+    let proc = PathBuf::from(format!("/proc/{}", daemon.pid()));
+    let status = fs::read_to_string(proc.join("status")).unwrap();
+    let resident = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    let kib = resident.trim().trim_end_matches(" kB").parse().unwrap();
+    (fs::read_dir(proc.join("fd")).unwrap().count(), kib)
+}
+
+#[test]
+fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() {
+    let plan = plan();
+    let undisturbed = Daemon::start(&plan.model, &["engine.threads=1"]);
+    let expected: Vec<Vec<u64>> = begin(&undisturbed, &plan).into_iter().map(|stream| stream.join().unwrap()).collect();
+    drop(undisturbed);
+    assert!(expected.iter().all(|answer| answer.len() == plan.tokens as usize));
+    let daemon = Daemon::start(&plan.model, SETS);
+    let mut random = fastrand::Rng::with_seed(7);
+    let (mut blows, mut base) = (0, None);
+    while blows < plan.blows {
+        let streams = begin(&daemon, &plan);
+        let mut next = sampled(&daemon) + random.u64(1..plan.pace);
+        while !streams.iter().all(|stream| stream.is_finished()) {
+            if blows < plan.blows && sampled(&daemon) >= next {
+                strike(host(&daemon), BLOWS[random.usize(..BLOWS.len())]);
+                blows += 1;
+                next = sampled(&daemon) + random.u64(1..plan.pace);
+            }
+            std::thread::yield_now();
+        }
+        let answers: Vec<Vec<u64>> = streams.into_iter().map(|stream| stream.join().unwrap()).collect();
+        assert_eq!(answers, expected, "after {blows} blows; log:\n{}", daemon.log());
+        daemon.wait_until("idle", || daemon.status()["running"] == 0);
+        base.get_or_insert_with(|| footprint(&daemon));
+    }
+    let (base, end) = (base.unwrap(), footprint(&daemon));
+    assert!(end.0 <= base.0 + 1, "{} descriptors, {} after the first round", end.0, base.0);
+    assert!(end.1 < base.1 + (16 << 10), "{} KiB, {} after the first round", end.1, base.1);
+    let faults = daemon.get("/v1/status").json()["device"]["faults"].as_u64().unwrap();
+    assert!(faults * 2 >= plan.blows as u64, "{faults} faults of {} blows", plan.blows);
+}
