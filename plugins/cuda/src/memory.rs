@@ -133,13 +133,13 @@ impl Weight {
         Ok(())
     }
 
-    /// Ends the upload. The driver copies pageable memory through buffers of its own and may return before those have
-    /// been read, and our streams do not wait for its default stream: here is where the bytes are known to be there.
+    /// Ends the upload, of which every part has arrived.
     pub(crate) fn commit(&self, context: &Context) -> Result<()> {
-        if let Some(missing) = self.uploaded.iter().position(|uploaded| !uploaded) {
-            return Err(PluginError::invalid(format!("matrix {missing} of the batch was not uploaded")));
+        context.enter()?;
+        match self.uploaded.iter().position(|uploaded| !uploaded) {
+            Some(missing) => Err(PluginError::invalid(format!("matrix {missing} of the batch was not uploaded"))),
+            None => Ok(()),
         }
-        context.synchronize()
     }
 
     pub(crate) fn address(&self) -> Address {

@@ -70,7 +70,6 @@ impl Plan {
             Frame::new(context, usage, layout, scratch).map(Arc::new)
         });
         let frames = frames.collect::<Result<Vec<_>>>()?;
-        context.synchronize()?; // the frames' zeros have arrived
         let sizes = PlanSizes { workspace: workspace_bytes, input: input_bytes, output: output_bytes };
         let (turn, _workspace) = (Mutex::new(None), workspace);
         Ok((Self { launches, frames, turn, layout, program, weights, bucket, vocabulary, _workspace }, sizes))

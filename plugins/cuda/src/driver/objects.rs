@@ -89,8 +89,8 @@ impl DeviceMemory {
         self.address
     }
 
-    /// Copies `from` to byte `at` on. The bytes have been read when this returns; that they have arrived is known only
-    /// after the context has been synchronised.
+    /// Copies `from` to byte `at` on, and waits until it has arrived. The driver copies pageable memory through buffers
+    /// of its own and may return before those have been read, and our streams do not wait for its default stream.
     ///
     /// # Safety
     /// `at + from.len()` is not past the end.
@@ -99,7 +99,8 @@ impl DeviceMemory {
         // SAFETY: the context is current; the range is the caller's promise.
         let code =
             unsafe { (self.context.driver.memcpy_htod)(self.address + at as u64, from.as_ptr().cast(), from.len()) };
-        self.context.check(code, "cuMemcpyHtoD")
+        self.context.check(code, "cuMemcpyHtoD")?;
+        self.context.synchronize()
     }
 }
 

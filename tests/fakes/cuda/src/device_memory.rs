@@ -4,7 +4,7 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
 use std::collections::BTreeMap;
 
 /// Bytes of addresses that are reserved; they are never used twice.
-const RESERVED: usize = 1 << 40;
+const RESERVED: usize = 1 << 36;
 /// Distance of allocations, and what the driver promises of their alignment at least.
 const ALIGN: u64 = 256;
 /// Bytes in front of and behind each allocation that nobody may change.
