@@ -159,3 +159,22 @@ fn gather_rows_takes_the_rows_that_need_logits_and_none_of_none() {
         assert_close(&found, &gather(&wide(&input), &step.rows, 6), "GATHER_ROWS");
     }
 }
+
+#[test]
+fn a_tensor_keeps_its_values_until_it_is_last_read() {
+    let (rig, mut random) = (Rig::open(&[]), Rng::with_seed(8));
+    let blob = program(|b| {
+        let x = b.input(DT_F32, &[DIM_TOKENS, 7]);
+        let [double, triple, six, all] = [0; 4].map(|_| b.activation(DT_F32, &[DIM_TOKENS, 7]));
+        for (left, right, y) in [(x, x, double), (double, x, triple), (triple, triple, six), (six, double, all)] {
+            b.op(OpSpec { kind: OP_ADD, inputs: &[Some(left), Some(right)], outputs: &[Some(y)], ..OpSpec::default() });
+        }
+        b.mark_output(all);
+    });
+    let plan = rig.plan(&blob, &[]).unwrap();
+    let step = Step::random(&mut random, 10);
+    let input = singles(&mut random, step.tokens.len() * 7);
+    let found = run(&rig, &plan, &step, &input, input.len());
+    let expected: Vec<f64> = wide(&input).iter().map(|x| 8.0 * x).collect();
+    assert_close(&found, &expected, "8 x");
+}

@@ -175,6 +175,7 @@ fn cancelled_steps_say_so_and_write_nothing_and_the_queue_goes_on() {
         assert_close(after.out.values(), &after.expected, "the step after");
     }
     assert!(caught > 20, "only {caught} steps were caught");
+    assert!(rig.counter("skipped") > 20, "kernels of cancelled steps still compute");
 }
 
 #[test]

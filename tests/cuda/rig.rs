@@ -280,6 +280,14 @@ handle!(Queue, SpdQueue, queue_destroy);
 /// An output arena that the plugin may write to until the step has completed.
 pub struct Arena(Vec<f32>);
 
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            std::mem::forget(std::mem::take(&mut self.0)); // steps in flight may still write to it
+        }
+    }
+}
+
 impl Arena {
     /// `n` values that no operator makes.
     pub fn new(n: usize) -> Self {

@@ -19,18 +19,18 @@ pub(crate) fn find(name: &str) -> Option<(Block, &'static [usize])> {
     })
 }
 
-/// Runs all blocks of a launch, unless its cancel word says otherwise.
-pub(crate) fn run(memory: &mut DeviceMemory, launch: &Launch) -> Result<(), Wild> {
+/// Runs all blocks of a launch, unless its cancel word says otherwise; true when it ran.
+pub(crate) fn run(memory: &mut DeviceMemory, launch: &Launch) -> Result<bool, Wild> {
     let (block, _) = find(&launch.name).ok_or(Wild)?;
     if word(memory, launch.words[0])? != 0 {
-        return Ok(());
+        return Ok(false);
     }
     for y in 0..launch.grid.1 {
         for x in 0..launch.grid.0 {
             block(memory, (x, y), launch)?;
         }
     }
-    Ok(())
+    Ok(true)
 }
 
 fn word(memory: &DeviceMemory, at: u64) -> Result<u32, Wild> {

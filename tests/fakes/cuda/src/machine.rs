@@ -29,6 +29,8 @@ pub(crate) struct Machine {
     pub(crate) launches: u64,
     /// Kernels that have begun.
     pub(crate) executed: u64,
+    /// Of those, the ones that found themselves cancelled.
+    pub(crate) skipped: u64,
     /// Calls that were wrong in themselves: an answer of 1, 201, 400 or 500.
     pub(crate) misuses: u64,
     next_handle: u64,
@@ -48,6 +50,7 @@ static MACHINE: LazyLock<Mutex<Machine>> = LazyLock::new(|| {
         allocations: 0,
         launches: 0,
         executed: 0,
+        skipped: 0,
         misuses: 0,
         next_handle: HANDLE_FIRST,
         faults,
@@ -79,6 +82,7 @@ impl Machine {
             "allocations" => self.allocations,
             "launches" => self.launches,
             "executed" => self.executed,
+            "skipped" => self.skipped,
             "misuses" => self.misuses,
             "overruns" => self.memory.overruns,
             "live_device" => n(self.memory.live()),

@@ -142,7 +142,7 @@ impl Machine {
                     launch.hangs = true;
                     return Err(Failure::Hangs(launch));
                 }
-                crate::kernels::run(&mut self.memory, &launch)?;
+                self.skipped += u64::from(!crate::kernels::run(&mut self.memory, &launch)?);
             }
             Operation::Record { event, record } => {
                 if let Some(state) = self.streams.events.get_mut(&event) {
