@@ -1,7 +1,7 @@
 //! The daemon's loader takes the staged plugin, and its types drive it.
 
 use crate::rig::{built, driver_folder};
-use sparsed_abi::{DIM_TOKENS, DT_F16, DT_F32, E_DRIVER, OP_ADD, OpSpec, SpdBucket, StepArrays};
+use sparsed_abi::{DIM_TOKENS, DT_F16, DT_F32, DT_Q8_0, E_DRIVER, OP_ADD, OpSpec, SpdBucket, StepArrays};
 use sparsed_backend::{Backend, DeviceKind, OpenOptions, Plugin, SearchPath};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,7 +28,7 @@ fn the_daemon_loads_the_plugin_and_runs_a_step() {
     let backend = Backend::open(&load(dir.path(), driver.path()), 0, &OpenOptions::default()).unwrap();
     let info = backend.info();
     assert_eq!((info.kind, &*info.id, &*info.driver), (DeviceKind::Gpu, "0000:01:00.0", "CUDA 12.6"));
-    assert!(info.takes_weights(DT_F16) && !info.takes_weights(DT_F32) && !info.is_invariant());
+    assert!(info.takes_weights(DT_F16) && !info.takes_weights(DT_Q8_0) && !info.is_invariant());
     let blob = crate::rig::program(|b| {
         let (x, y) = (b.input(DT_F32, &[DIM_TOKENS, 2]), b.activation(DT_F32, &[DIM_TOKENS, 2]));
         b.op(OpSpec { kind: OP_ADD, inputs: &[Some(x), Some(x)], outputs: &[Some(y)], ..OpSpec::default() });

@@ -15,21 +15,32 @@ fn run(rig: &Rig, plan: &Plan<'_>, step: &Step, input: &[f32], n: usize) -> Vec<
     out.values().to_vec()
 }
 
+/// The bytes and the values of a matrix.
+fn matrix(random: &mut Rng, dtype: u32, n: usize) -> (Vec<u8>, Vec<f64>) {
+    if dtype == DT_F16 {
+        return halves(random, n);
+    }
+    let values = singles(random, n);
+    (bytes(&values), wide(&values))
+}
+
 #[test]
 fn embed_looks_rows_up() {
     let (rig, mut random) = (Rig::open(&[]), Rng::with_seed(1));
-    let (data, values) = halves(&mut random, 10 * 48);
-    let weight = rig.weight(DT_F16, 10, 48, data).unwrap();
-    let blob = program(|b| {
-        let (w, y) = (b.weight(0, DT_F16, &[10, 48]), b.activation(DT_F32, &[DIM_TOKENS, 48]));
-        b.op(OpSpec { kind: OP_EMBED, inputs: &[Some(w)], outputs: &[Some(y)], ..OpSpec::default() });
-        b.mark_output(y);
-    });
-    let plan = rig.plan(&blob, &[&weight]).unwrap();
-    for _ in 0..5 {
-        let step = Step::random(&mut random, 10);
-        let found = run(&rig, &plan, &step, &[], step.tokens.len() * 48);
-        assert_close(&found, &embed(&values, &step.tokens, 48), "EMBED");
+    for dtype in [DT_F16, DT_F32] {
+        let (data, values) = matrix(&mut random, dtype, 10 * 48);
+        let weight = rig.weight(dtype, 10, 48, data).unwrap();
+        let blob = program(|b| {
+            let (w, y) = (b.weight(0, dtype, &[10, 48]), b.activation(DT_F32, &[DIM_TOKENS, 48]));
+            b.op(OpSpec { kind: OP_EMBED, inputs: &[Some(w)], outputs: &[Some(y)], ..OpSpec::default() });
+            b.mark_output(y);
+        });
+        let plan = rig.plan(&blob, &[&weight]).unwrap();
+        for _ in 0..5 {
+            let step = Step::random(&mut random, 10);
+            let found = run(&rig, &plan, &step, &[], step.tokens.len() * 48);
+            assert_close(&found, &embed(&values, &step.tokens, 48), &format!("EMBED, dtype {dtype}"));
+        }
     }
 }
 
@@ -91,16 +102,17 @@ fn rms_norm_scales_rows_with_and_without_gain_and_residual() {
 #[test]
 fn linear_multiplies_every_row() {
     let (rig, mut random) = (Rig::open(&[]), Rng::with_seed(3));
-    for (outputs, cols, with_bias) in [(1, 1, false), (4, 32, true), (7, 33, true), (129, 8, false)] {
-        let (data, values) = halves(&mut random, outputs * cols);
-        let weight = rig.weight(DT_F16, outputs as u64, cols as u64, data).unwrap();
+    let cases = [(1, 1, false), (4, 32, true), (7, 33, true), (129, 8, false)];
+    for (dtype, (outputs, cols, with_bias)) in [DT_F16, DT_F32].into_iter().flat_map(|d| cases.map(|case| (d, case))) {
+        let (data, values) = matrix(&mut random, dtype, outputs * cols);
+        let weight = rig.weight(dtype, outputs as u64, cols as u64, data).unwrap();
         let biases = singles(&mut random, outputs);
         let bias = rig.weight(DT_F32, 1, outputs as u64, bytes(&biases)).unwrap();
         let (o, c) = (i32::try_from(outputs).unwrap(), i32::try_from(cols).unwrap());
         let blob = program(|b| {
             let row = b.input(DT_F32, &[DIM_TOKENS, c + 3]);
             let x = b.view(row, 3, &[DIM_TOKENS, c], &[c + 3]);
-            let (w, bias) = (b.weight(0, DT_F16, &[o, c]), b.weight(1, DT_F32, &[o]));
+            let (w, bias) = (b.weight(0, dtype, &[o, c]), b.weight(1, DT_F32, &[o]));
             let y = b.activation(DT_F32, &[DIM_TOKENS, o]);
             let inputs = [Some(x), Some(w), with_bias.then_some(bias)];
             b.op(OpSpec { kind: OP_LINEAR, inputs: &inputs, outputs: &[Some(y)], ..OpSpec::default() });
@@ -112,7 +124,7 @@ fn linear_multiplies_every_row() {
         let found = run(&rig, &plan, &step, &input, step.tokens.len() * outputs);
         let x: Vec<f64> = wide(&input).chunks(cols + 3).flat_map(|row| row[3..].to_vec()).collect();
         let expected = linear(&x, &values, with_bias.then_some(&wide(&biases)[..]), cols);
-        assert_close(&found, &expected, &format!("LINEAR [{outputs}, {cols}]"));
+        assert_close(&found, &expected, &format!("LINEAR [{outputs}, {cols}], dtype {dtype}"));
     }
 }
 

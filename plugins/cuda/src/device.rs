@@ -7,8 +7,8 @@ use crate::memory::{Usage, Weight};
 use crate::plan::Plan;
 use crate::queue::CudaQueue;
 use sparsed_abi::{
-    DEV_GPU, DT_F16, E_DATA, E_DRIVER, E_TIMEOUT, FEAT_ASYNC, FEAT_UNIFIED_MEM, HEALTH_LOST, HEALTH_OK, LOG_INFO,
-    Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc, dtype_bit,
+    DEV_GPU, DT_F16, DT_F32, E_DATA, E_DRIVER, E_TIMEOUT, FEAT_ASYNC, FEAT_UNIFIED_MEM, HEALTH_LOST, HEALTH_OK,
+    LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, Source, put_text};
 use std::ffi::{CStr, c_char, c_int};
@@ -141,7 +141,7 @@ impl Plugin for CudaPlugin {
         put_text(&mut info.id, &text(driver, "cuDeviceGetPCIBusId", driver.device_get_pci_bus_id, device)?);
         put_text(&mut info.name, &text(driver, "cuDeviceGetName", driver.device_get_name, device)?);
         put_text(&mut info.driver, &format!("CUDA {}", driver.version()));
-        if let Some((word, mask)) = dtype_bit(DT_F16) {
+        for (word, mask) in [DT_F16, DT_F32].into_iter().filter_map(dtype_bit) {
             info.weight_dtypes[word] |= mask;
         }
         Ok(info)

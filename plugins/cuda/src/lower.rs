@@ -2,12 +2,13 @@
 
 use crate::check::{Bound, Values, check, only};
 use sparsed_abi::{
-    DIM_LOGITS, DIM_TOKENS, DT_F16, NO_TENSOR, OP_ADD, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, SpdOp, op_name,
+    DIM_LOGITS, DIM_TOKENS, DT_F16, DT_F32, NO_TENSOR, OP_ADD, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, SpdOp,
+    op_name,
 };
 use sparsed_plugin_kit::{PluginError, Result};
 use std::ffi::CStr;
 
-/// Warps of a block of `linear_f16`, and so the outputs that it computes.
+/// Warps of a block of `linear_*`, and so the outputs that it computes.
 const LINEAR_WARPS: u32 = 4;
 /// Most blocks along y (the driver's reference, table of compute capabilities).
 const GRID_Y_MAX: usize = 65_535;
@@ -18,18 +19,22 @@ const GRID_X_MAX: usize = (1 << 31) - 1;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
     EmbedF16,
+    EmbedF32,
     RmsNorm,
     LinearF16,
+    LinearF32,
     Add,
     GatherRows,
 }
 
 impl Kernel {
     /// All, in the order of their discriminants.
-    pub(crate) const ALL: [(Self, &CStr); 5] = [
+    pub(crate) const ALL: [(Self, &CStr); 7] = [
         (Self::EmbedF16, c"embed_f16"),
+        (Self::EmbedF32, c"embed_f32"),
         (Self::RmsNorm, c"rms_norm"),
         (Self::LinearF16, c"linear_f16"),
+        (Self::LinearF32, c"linear_f32"),
         (Self::Add, c"add"),
         (Self::GatherRows, c"gather_rows"),
     ];
@@ -120,14 +125,19 @@ fn optional(slot: Option<u32>) -> Parameter {
     slot.map_or(Parameter::Null, Parameter::Weight)
 }
 
-fn f16(dtype: u32) -> Result<()> {
-    if dtype == DT_F16 { Ok(()) } else { Err(PluginError::unsupported(format!("a matrix of dtype {dtype}, not F16"))) }
+/// The kernel for matrices of this dtype.
+fn of_dtype(dtype: u32, f16: Kernel, f32: Kernel) -> Result<Kernel> {
+    match dtype {
+        DT_F16 => Ok(f16),
+        DT_F32 => Ok(f32),
+        _ => Err(PluginError::unsupported(format!("a matrix of dtype {dtype}; this slice has F16 and F32"))),
+    }
 }
 
 fn embed(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {
     only(op, 1, 1, 0, 0)?;
     let (weight, y) = (bound.matrix(op.inputs[0])?, bound.values(op.outputs[0])?);
-    f16(weight.dtype)?;
+    let kernel = of_dtype(weight.dtype, Kernel::EmbedF16, Kernel::EmbedF32)?;
     check(y.shape() == (DIM_TOKENS, 1, weight.cols), "y is not [T, D]")?;
     let parameters = vec![
         Parameter::Cancel,
@@ -137,7 +147,7 @@ fn embed(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {
         Parameter::Dim(y.d0),
         Parameter::Word(y.n2),
     ];
-    Ok(Lowered { kernel: Kernel::EmbedF16, grid: Grid::Rows { d0: y.d0, n1: 1 }, parameters })
+    Ok(Lowered { kernel, grid: Grid::Rows { d0: y.d0, n1: 1 }, parameters })
 }
 
 fn rms_norm(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {
@@ -165,7 +175,7 @@ fn linear(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {
     only(op, 3, 1, 1, 0)?;
     let (x, y) = (bound.values(op.inputs[0])?, bound.values(op.outputs[0])?);
     let weight = bound.matrix(op.inputs[1])?;
-    f16(weight.dtype)?;
+    let kernel = of_dtype(weight.dtype, Kernel::LinearF16, Kernel::LinearF32)?;
     let bias = bound.vector(op.inputs[2], weight.rows)?;
     check(matches!(op.i[0], 0..=2), "unknown rounding of activations")?; // allowed, and not made use of
     check(x.n1 == 1 && x.n2 == weight.cols, "x does not fit the weight")?;
@@ -181,7 +191,7 @@ fn linear(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {
         Parameter::Word(weight.cols),
         Parameter::Word(weight.rows),
     ];
-    Ok(Lowered { kernel: Kernel::LinearF16, grid: Grid::Product { d0: x.d0, outputs: weight.rows }, parameters })
+    Ok(Lowered { kernel, grid: Grid::Product { d0: x.d0, outputs: weight.rows }, parameters })
 }
 
 fn add(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {

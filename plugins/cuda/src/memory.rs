@@ -99,8 +99,10 @@ impl Weight {
     pub(crate) fn create(desc: &SpdWeightDesc, context: &Arc<Context>, usage: &Arc<Usage>) -> Result<Self> {
         let value_bytes = match desc.dtype {
             DT_F16 => 2,
-            DT_F32 => 4, // gains and biases
-            dtype => return Err(PluginError::unsupported(format!("weights of dtype {dtype}; this slice has F16"))),
+            DT_F32 => 4,
+            dtype => {
+                return Err(PluginError::unsupported(format!("weights of dtype {dtype}; this slice has F16 and F32")));
+            }
         };
         if desc.flags != 0 {
             return Err(PluginError::unsupported(format!("weight flags {:#x}", desc.flags)));
