@@ -40,6 +40,7 @@ testneeds:
 	@sh packaging/needs.sh test
 
 test: testneeds models .venv/python/openai ## all tests
+	cargo build --release --locked -p sparsed-plugin-cuda -p sparsed-fake-cuda
 	cargo test --release --workspace --locked
 
 e2e: testneeds models .venv/python/openai ## the end-to-end tests alone

@@ -99,8 +99,13 @@ impl Rig {
         std::mem::forget(plugin);
         let mut lib_dir = Box::new(CString::new(dir.path().to_str().unwrap()).unwrap());
         let context = (&raw mut *lib_dir).cast();
-        let host =
-            SpdHost { struct_size: size::<SpdHost>(), abi_minor: 2, context, config: Some(config), ..EMPTY_HOST };
+        let host = SpdHost {
+            struct_size: size::<SpdHost>(),
+            abi_minor: 2,
+            context,
+            config: Some(config),
+            ..SpdHost::default()
+        };
         let host = Box::new(host);
         let mut instance = null_mut();
         // SAFETY: the host lives as long as the instance.
@@ -218,7 +223,7 @@ impl Rig {
             buckets: &raw const BUCKET,
             n_buckets: 1,
             bucket_stride: size::<SpdBucket>(),
-            ..EMPTY_COMPILE
+            ..SpdCompile::default()
         };
         let mut info = SpdPlanInfo { struct_size: size::<SpdPlanInfo>(), ..SpdPlanInfo::default() };
         let mut raw = null_mut();
@@ -328,7 +333,7 @@ impl Queue<'_> {
             out: out.0.as_mut_ptr().cast(),
             out_length: size_of_val(&out.0[..]) as u64,
             cancel: cancel.map_or(null(), |flag| flag.as_ptr().cast_const()),
-            ..EMPTY_RUN
+            ..SpdRun::default()
         };
         let mut timeline = 0;
         // SAFETY: living handles; the arena lives until the test has waited.
@@ -366,51 +371,6 @@ impl Queue<'_> {
         call(|e| unsafe { self.rig.api.queue_cancel.unwrap()(self.raw, from, e) })
     }
 }
-
-const EMPTY_HOST: SpdHost = SpdHost {
-    struct_size: 0,
-    abi_minor: 0,
-    context: null_mut(),
-    name: c"test".as_ptr(),
-    version: c"1".as_ptr(),
-    max_log_level: 0,
-    flags: 0,
-    log: None,
-    notify: None,
-    device_event: None,
-    now_ns: None,
-    config: None,
-    extension: None,
-};
-
-const EMPTY_COMPILE: SpdCompile = SpdCompile {
-    struct_size: 0,
-    flags: 0,
-    blob: null(),
-    blob_length: 0,
-    weights: null(),
-    kvpools: null(),
-    n_weights: 0,
-    n_kvpools: 0,
-    buckets: null(),
-    n_buckets: 0,
-    bucket_stride: 0,
-    cache_dir: null(),
-};
-
-const EMPTY_RUN: SpdRun = SpdRun {
-    struct_size: 0,
-    flags: 0,
-    step: null(),
-    input: null(),
-    in_length: 0,
-    out: null_mut(),
-    out_length: 0,
-    cancel: null(),
-    profile: null_mut(),
-    profile_capacity: 0,
-    reserved: 0,
-};
 
 /// A program made by `build`.
 pub fn program(build: impl FnOnce(&mut ProgramBuilder)) -> Blob {

@@ -10,6 +10,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-quant", &[]),
     ("sparsed-plugin-kit", &["sparsed-abi"]),
     ("sparsed-plugin-cpu", &["sparsed-plugin-kit", "sparsed-abi", "sparsed-quant"]),
+    ("sparsed-plugin-cuda", &["sparsed-plugin-kit", "sparsed-abi"]),
+    // Shares nothing with what it tests.
+    ("sparsed-fake-cuda", &[]),
     ("sparsed-kv", &[]),
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
