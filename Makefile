@@ -2,10 +2,11 @@
 .DEFAULT_GOAL := help
 MODEL := models/smollm2-135m-dsa.gguf
 PROMPT ?=
-# Seconds that each fuzz target runs.
+# Seconds that each fuzz target runs, and that one input may take at most.
 FUZZ_SECONDS ?= 60
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MINIMAL := target/release/libsparsed_plugin_minimal.so
+FUZZ_INPUT_SECONDS ?= 100
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
@@ -57,7 +58,7 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 	for target in $(FUZZ_TARGETS); do \
 	  mkdir -p tests/fuzz/corpus/$$target && \
 	  RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir tests/fuzz $$target tests/fuzz/corpus/$$target tests/fuzz/seeds/$$target \
-	    -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	    -- -max_total_time=$(FUZZ_SECONDS) -timeout=$(FUZZ_INPUT_SECONDS) -print_final_stats=1 || exit 1; \
 	done
 
 sim conform package: ## not there yet

@@ -139,7 +139,7 @@ static spd_status check_op(const spd_program_view *p, uint32_t k, spd_kvpool *co
       return spd_at_op(p, k, spd_fail(e, SPD_E_UNSUPPORTED, "weights of dtype %u", t->dtype), e);
     for (int o = 0; t && o < 3; o++)
       if (op->out[o] == spd_owner(p, op->in[i]))
-        return spd_at_op(p, k, spd_fail(e, SPD_E_UNSUPPORTED, "writes over its own input"), e);
+        return spd_at_op(p, k, spd_fail(e, SPD_E_INVALID, "writes over its own input"), e);
   }
   return SPD_OK;
 }

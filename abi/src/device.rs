@@ -16,6 +16,7 @@ pub const FEAT_PROFILE: u64 = 1 << 5;
 pub const FEAT_CANCEL_MID: u64 = 1 << 6;
 pub const FEAT_DETERMINISTIC: u64 = 1 << 7;
 pub const FEAT_INVARIANT: u64 = 1 << 8;
+pub const FEAT_SLOW_FILE: u64 = 1 << 9;
 
 pub const DTYPE_WORDS: usize = 4;
 

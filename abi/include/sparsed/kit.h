@@ -40,7 +40,7 @@ static inline spd_status spd_fail(spd_error *e, spd_status status, const char *f
   spd_error full;
   va_list arguments;
   memset(&full, 0, sizeof full);
-  full.status = status, full.op_index = SPD_NO_OP;
+  full.status = status, full.op_index = SPD_NO_OP, full.block = UINT64_MAX;
   va_start(arguments, format);
   vsnprintf(full.message, sizeof full.message, format, arguments);
   va_end(arguments);

@@ -85,7 +85,7 @@ typedef struct spd_error {
   uint32_t flags;      /* SPD_ERR_*                                       */
   uint32_t op_index;   /* the operator that failed, or 0xffffffff         */
   int64_t vendor_code; /* cudaError_t, aclError, cnrtRet_t or errno       */
-  uint64_t block;      /* SPD_E_DATA from the slow tier: the block        */
+  uint64_t block;      /* the KV block whose data is bad, or UINT64_MAX   */
   char message[224];   /* UTF-8, always NUL-terminated                    */
 } spd_error;
 SPD_STATIC_ASSERT(sizeof(spd_error) == 256, "spd_error");

@@ -6,7 +6,7 @@
 use crate::config::{Activations, Config, Model, Paths};
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
-use sparsed_backend::{Backend, OpenOptions, Plugin, SearchPath};
+use sparsed_backend::{Backend, OpenOptions, Plugin, QuarantineStore, SearchPath};
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Service};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// Who may connect to the socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
@@ -67,11 +67,27 @@ impl Assembly {
 /// Which file is wrong and why.
 pub fn open_backend(config: &Config) -> anyhow::Result<Backend> {
     let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
-    let plugin = Plugin::load(scan.select(Some(&config.engine.plugin))?, &config.engine.set)?;
+    for refusal in &scan.refused {
+        log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
+    }
+    let found = scan.select(Some(&config.engine.plugin))?;
+    quarantine(config).admit(found, now_ms())?;
+    let plugin = Plugin::load(found, &config.engine.set)?;
     let options = OpenOptions { n_threads: config.engine.threads, mem_budget: 0 };
     let backend = Backend::open(&plugin, config.engine.device, &options)?;
     log::info!(plugin:% = config.engine.plugin, device:% = backend.info().name; "device open");
     Ok(backend)
+}
+
+/// The plugins that have failed too often for the daemon of this configuration.
+pub fn quarantine(config: &Config) -> QuarantineStore {
+    QuarantineStore::new(&Paths::of(config).state_dir, config.plugins.quarantine_policy())
+}
+
+/// Milliseconds since 1970, by a clock that goes on between two starts; before 1970 it is 1970.
+pub fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
 /// What a configured model's steps compute.
@@ -86,7 +102,7 @@ pub fn program_options(model: &Model) -> ProgramOptions {
         Some(0) => Selection::Dense,
         Some(k) => Selection::TopK(k),
     };
-    ProgramOptions { activations, selection, kv, selections_out: false }
+    ProgramOptions { activations, selection, kv, selections_out: false, queries_out: false }
 }
 
 fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {

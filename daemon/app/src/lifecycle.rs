@@ -4,13 +4,12 @@
 //! daemon is stopping. A second signal ends it at once.
 
 use crate::assemble::Assembly;
-use crate::config::{Config, Paths};
+use crate::config::{Config, Paths, Source};
 use anyhow::{Context, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
 use sparsed_surface::ServeOptions;
 use std::future::Future;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,19 +23,12 @@ const BLOCKING_THREADS_MAX: usize = 4;
 #[derive(Debug, Parser)]
 #[command(name = "sparsed", version)]
 struct Arguments {
-    /// The configuration; /etc/sparsed/config.toml if it is there.
-    #[arg(long)]
-    config: Option<PathBuf>,
-    /// A setting on top of the configuration, key=value; may be repeated. The value is TOML, or else a bare string.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    sets: Vec<String>,
+    #[command(flatten)]
+    source: Source,
 }
 
 /// How long tasks that nobody waits for may still take at the end.
 const LAST_TASKS: Duration = Duration::from_secs(1);
-
-/// Where the configuration is when the command line does not say.
-const CONFIG_FILE: &str = "/etc/sparsed/config.toml";
 
 /// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments.
 pub fn main() -> ExitCode {
@@ -52,9 +44,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let standard = PathBuf::from(CONFIG_FILE);
-    let file = arguments.config.clone().or_else(|| standard.exists().then_some(standard));
-    let config = Config::load(file.as_deref(), &arguments.sets)?;
+    let config = arguments.source.load()?;
     let assembly = Assembly::new(&config)?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));

@@ -9,7 +9,8 @@ use std::ffi::c_char;
 /// # Errors
 /// [`BackendError::Call`] with the plugin's words when the status is not `SPD_OK`.
 pub(crate) fn checked(name: &'static str, call: impl FnOnce(*mut SpdError) -> SpdStatus) -> Result<(), BackendError> {
-    let mut error = SpdError { struct_size: struct_size::<SpdError>(), op_index: u32::MAX, ..SpdError::default() };
+    let mut error =
+        SpdError { struct_size: struct_size::<SpdError>(), op_index: u32::MAX, block: u64::MAX, ..SpdError::default() };
     let status = call(&raw mut error);
     if status == OK {
         return Ok(());

@@ -10,6 +10,9 @@ use sparsed_abi::{
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
+/// Most devices of a plugin that are listed.
+const DEVICES_MAX: u32 = 64;
+
 /// An open device. Cheap to clone; closed when the last weight, pool, plan and queue is gone.
 #[derive(Clone, Debug)]
 pub struct Backend {
@@ -208,6 +211,20 @@ impl Backend {
 }
 
 impl DeviceInfo {
+    /// The devices that a plugin sees, none of them opened: what depends on how one is opened may still be missing.
+    ///
+    /// # Errors
+    /// The plugin's own, or that it claims more than [`DEVICES_MAX`].
+    pub fn list(plugin: &Plugin) -> Result<Vec<Self>, BackendError> {
+        let count = plugin.device_count()?;
+        if count > DEVICES_MAX {
+            let reason = format!("it claims {count} devices, {DEVICES_MAX} are possible");
+            return Err(BackendError::BadTable { path: plugin.path().to_owned(), reason });
+        }
+        let _control = plugin.control();
+        (0..count).map(|index| device_info(plugin, plugin.api(), index)).collect()
+    }
+
     /// True when LINEAR takes weights of this dtype.
     pub fn takes_weights(&self, dtype: u32) -> bool {
         dtype_bit(dtype).is_some_and(|(word, mask)| self.weight_dtypes[word] & mask != 0)

@@ -5,15 +5,16 @@
 //! Environment variables and the working directory are never asked.
 
 use crate::BackendError;
-use crate::manifest::{MANIFEST_BYTES_MAX, Manifest};
-use rustix::fs::{FileType, Mode, OFlags};
-use rustix::process::geteuid;
-use std::fs::File;
+use crate::folder::Folder;
+use crate::library::Library;
+use crate::manifest::{LibrarySection, MANIFEST_BYTES_MAX, Manifest};
+use std::ffi::OsStr;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-/// Most folders looked at in one place.
-const PLUGINS_MAX: usize = 64;
+/// The manifest's file name.
+const MANIFEST: &str = "plugin.toml";
 
 /// The folders in which plugins are looked for, in order.
 #[derive(Clone, Debug)]
@@ -26,9 +27,11 @@ pub struct Found {
     pub dir: PathBuf,
     /// What it says about itself.
     pub manifest: Manifest,
+    /// Held open: the library is taken from the folder that was checked.
+    folder: Arc<Folder>,
 }
 
-/// A folder that looked like a plugin and was refused.
+/// A folder of plugins, or one plugin, that was refused.
 #[derive(Debug)]
 pub struct Refusal {
     /// The folder.
@@ -65,15 +68,8 @@ impl SearchPath {
     pub fn scan(&self) -> Scan {
         let mut scan = Scan { searched: self.0.clone(), found: Vec::new(), refused: Vec::new() };
         for root in &self.0 {
-            let Ok(entries) = std::fs::read_dir(root) else { continue };
-            let mut dirs: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).take(PLUGINS_MAX).collect();
-            dirs.sort();
-            for dir in dirs.into_iter().filter(|dir| dir.join("plugin.toml").exists()) {
-                match check_trusted_dir(root).and_then(|()| inspect(&dir)) {
-                    Ok(found) if scan.found.iter().any(|f| f.manifest.id == found.manifest.id) => {}
-                    Ok(found) => scan.found.push(found),
-                    Err(error) => scan.refused.push(Refusal { dir, error }),
-                }
+            if let Err(error) = scan.look_into(root) {
+                scan.refused.push(Refusal { dir: root.clone(), error });
             }
         }
         scan
@@ -81,6 +77,27 @@ impl SearchPath {
 }
 
 impl Scan {
+    /// Looks at all folders in `root`; a root that does not exist has none.
+    fn look_into(&mut self, root: &Path) -> Result<(), BackendError> {
+        let folder = match Folder::open(root) {
+            Err(error) if error.is_missing_file() => return Ok(()),
+            opened => opened?,
+        };
+        for name in folder.names()? {
+            let dir = folder.path().join(&name);
+            if !dir.join(MANIFEST).exists() {
+                continue;
+            }
+            match folder.folder(&name).and_then(read_plugin) {
+                Ok(Some(found)) if self.found.iter().any(|f| f.manifest.id == found.manifest.id) => {}
+                Ok(Some(found)) => self.found.push(found),
+                Ok(None) => {}
+                Err(error) => self.refused.push(Refusal { dir, error }),
+            }
+        }
+        Ok(())
+    }
+
     /// The plugin with this id, or the first one.
     ///
     /// # Errors
@@ -95,109 +112,125 @@ impl Scan {
     }
 }
 
-fn inspect(dir: &Path) -> Result<Found, BackendError> {
-    check_trusted_dir(dir)?;
-    let path = dir.join("plugin.toml");
-    let io = |source| BackendError::Io { path: path.clone(), source };
+impl Found {
+    /// The library for this machine.
+    ///
+    /// # Errors
+    /// As [`Manifest::choose`].
+    pub fn variant(&self) -> Result<&LibrarySection, BackendError> {
+        self.manifest.choose(&self.dir.join(MANIFEST))
+    }
+
+    /// Checks the library for this machine as loading does, and runs none of it.
+    ///
+    /// # Errors
+    /// Why it would not be loaded.
+    pub fn verify(&self) -> Result<(), BackendError> {
+        self.open_library(self.variant()?).map(drop)
+    }
+
+    pub(crate) fn open_library(&self, section: &LibrarySection) -> Result<Library, BackendError> {
+        Library::open(&self.folder, section)
+    }
+}
+
+fn read_plugin(folder: Folder) -> Result<Option<Found>, BackendError> {
+    let file = match folder.file(OsStr::new(MANIFEST)) {
+        Ok(file) => file,
+        // A folder of something else.
+        Err(error) if error.is_missing_file() => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let (dir, path) = (folder.path().to_owned(), folder.path().join(MANIFEST));
     let mut text = String::new();
-    let mut file = open_trusted(&path)?.take(MANIFEST_BYTES_MAX + 1);
-    file.read_to_string(&mut text).map_err(io)?;
+    let read = file.take(MANIFEST_BYTES_MAX + 1).read_to_string(&mut text);
+    read.map_err(|source| BackendError::Io { path: path.clone(), source })?;
     if text.len() as u64 > MANIFEST_BYTES_MAX {
         let reason = format!("larger than {MANIFEST_BYTES_MAX} bytes");
         return Err(BackendError::Manifest { path, reason });
     }
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let manifest = Manifest::parse(&path, &text, &name)?;
-    Ok(Found { dir: dir.to_owned(), manifest })
-}
-
-/// Opens a regular file that is not a link, belongs to root or to us, and is writable by nobody else.
-pub(crate) fn open_trusted(path: &Path) -> Result<File, BackendError> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
-    let opened = rustix::fs::open(path, flags, Mode::empty());
-    let fd = opened.map_err(|errno| BackendError::Io { path: path.to_owned(), source: errno.into() })?;
-    check_trusted(path, &fd, FileType::RegularFile)?;
-    Ok(fd.into())
-}
-
-fn check_trusted_dir(path: &Path) -> Result<(), BackendError> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY;
-    let opened = rustix::fs::open(path, flags, Mode::empty());
-    let fd = opened.map_err(|errno| BackendError::Io { path: path.to_owned(), source: errno.into() })?;
-    check_trusted(path, &fd, FileType::Directory)
-}
-
-fn check_trusted(path: &Path, fd: &rustix::fd::OwnedFd, kind: FileType) -> Result<(), BackendError> {
-    let refuse = |reason: String| Err(BackendError::Untrusted { path: path.to_owned(), reason });
-    let stat =
-        rustix::fs::fstat(fd).map_err(|errno| BackendError::Io { path: path.to_owned(), source: errno.into() })?;
-    if FileType::from_raw_mode(stat.st_mode) != kind {
-        return refuse("not a regular file or folder".to_owned());
-    }
-    if stat.st_uid != 0 && stat.st_uid != geteuid().as_raw() {
-        return refuse(format!("belongs to uid {}", stat.st_uid));
-    }
-    if stat.st_mode & 0o022 != 0 {
-        return refuse(format!("mode {:o} lets others write (chmod go-w)", stat.st_mode & 0o7777));
-    }
-    Ok(())
+    Ok(Some(Found { dir, manifest, folder: Arc::new(folder) }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use crate::fixture::Fixture;
+    use std::os::unix::fs::symlink;
 
-    const MANIFEST: &str = "manifest_version = 1\nid = \"a\"\nversion = \"1\"\nlicense = \"MIT\"\n[abi]\nmajor = [0]\n\
-        arch = \"x86_64\"\n[[library]]\npath = \"a.so\"\nscore = 1\n\
-        sha256 = \"0000000000000000000000000000000000000000000000000000000000000000\"\n";
+    /// A plugin folder whose library is never read.
+    fn folder() -> Fixture {
+        let fixture = Fixture::empty("a");
+        fixture.write_manifest("1", "");
+        fixture
+    }
 
-    fn folder() -> tempfile::TempDir {
-        let root = tempfile::tempdir().expect("a temporary folder");
-        let dir = root.path().join("a");
-        std::fs::create_dir(&dir).expect("a folder");
-        std::fs::write(dir.join("plugin.toml"), MANIFEST).expect("a manifest");
-        for path in [root.path(), &dir] {
-            std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).expect("a mode");
-        }
-        std::fs::set_permissions(dir.join("plugin.toml"), std::fs::Permissions::from_mode(0o644)).expect("a mode");
-        root
+    fn refusal(fixture: &Fixture) -> String {
+        let scan = fixture.scan();
+        assert!(scan.found.is_empty() && scan.refused.len() == 1, "{scan:?}");
+        scan.select(None).expect_err("refused").to_string()
     }
 
     #[test]
     fn a_plugin_folder_is_found_by_its_id() {
-        let root = folder();
-        let scan = SearchPath::only(vec![root.path().to_owned()]).scan();
-        assert_eq!(scan.select(Some("a")).expect("found").dir, root.path().join("a"));
+        let fixture = folder();
+        std::fs::create_dir(fixture.root().join("something-else")).unwrap();
+        let scan = fixture.scan();
+        assert!(scan.refused.is_empty());
+        assert_eq!(scan.select(Some("a")).expect("found").dir, fixture.dir());
         let error = scan.select(Some("b")).expect_err("there is no b").to_string();
-        assert!(error.contains("'b'") && error.contains(&root.path().display().to_string()), "{error}");
+        assert!(error.contains("'b'") && error.contains(&fixture.root().display().to_string()), "{error}");
+    }
+
+    #[test]
+    fn the_first_folder_that_has_an_id_wins() {
+        let (first, second, nowhere) = (folder(), folder(), PathBuf::from("/nowhere"));
+        let scan = SearchPath::only(vec![nowhere, second.root().to_owned(), first.root().to_owned()]).scan();
+        assert!(scan.refused.is_empty());
+        assert_eq!(scan.found.iter().map(|found| &found.dir).collect::<Vec<_>>(), [&second.dir()]);
     }
 
     #[test]
     fn a_manifest_that_others_may_write_is_refused() {
-        let root = folder();
-        let path = root.path().join("a/plugin.toml");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).expect("a mode");
-        let scan = SearchPath::only(vec![root.path().to_owned()]).scan();
-        let error = scan.select(None).expect_err("refused").to_string();
+        let fixture = folder();
+        fixture.set_mode("plugin.toml", 0o666);
+        let error = refusal(&fixture);
         assert!(error.contains("plugin.toml") && error.contains("666"), "{error}");
     }
 
     #[test]
     fn a_folder_that_others_may_write_is_refused() {
-        let root = folder();
-        std::fs::set_permissions(root.path().join("a"), std::fs::Permissions::from_mode(0o777)).expect("a mode");
-        let scan = SearchPath::only(vec![root.path().to_owned()]).scan();
-        assert!(matches!(scan.refused[0].error, BackendError::Untrusted { .. }));
+        let fixture = folder();
+        fixture.set_mode("", 0o777);
+        assert!(refusal(&fixture).contains("mode 777"));
+        fixture.set_mode("", 0o755);
+        fixture.set_mode("..", 0o775);
+        assert!(refusal(&fixture).contains(&format!("{}: mode 775", fixture.root().display())));
     }
 
     #[test]
-    fn a_manifest_that_is_a_link_is_refused() {
-        let root = folder();
-        let path = root.path().join("a/plugin.toml");
-        std::fs::rename(&path, root.path().join("real.toml")).expect("moved");
-        std::os::unix::fs::symlink(root.path().join("real.toml"), &path).expect("a link");
-        let scan = SearchPath::only(vec![root.path().to_owned()]).scan();
-        assert!(scan.found.is_empty() && scan.refused.len() == 1);
+    fn a_manifest_or_a_plugin_that_is_a_link_is_refused() {
+        let fixture = folder();
+        let path = fixture.dir().join("plugin.toml");
+        std::fs::rename(&path, fixture.root().join("real.toml")).unwrap();
+        symlink(fixture.root().join("real.toml"), &path).unwrap();
+        assert!(refusal(&fixture).contains("plugin.toml: is a symbolic link"));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::rename(fixture.root().join("real.toml"), &path).unwrap();
+        let elsewhere = tempfile::tempdir().unwrap();
+        std::fs::rename(fixture.dir(), elsewhere.path().join("a")).unwrap();
+        symlink(elsewhere.path().join("a"), fixture.dir()).unwrap();
+        assert!(refusal(&fixture).contains("/a: is a symbolic link"));
+    }
+
+    #[test]
+    fn a_large_manifest_is_refused() {
+        let fixture = folder();
+        let path = fixture.dir().join("plugin.toml");
+        let limit = usize::try_from(MANIFEST_BYTES_MAX).unwrap();
+        std::fs::write(&path, vec![b'#'; limit + 1]).unwrap();
+        assert!(refusal(&fixture).contains("larger than 65536 bytes"));
     }
 }

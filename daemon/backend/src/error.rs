@@ -1,5 +1,6 @@
 //! What can go wrong between the daemon and a plugin.
 
+use crate::quarantine::{Left, Quarantined};
 use sparsed_abi::{E_UNSUPPORTED, SpdStatus, status_name};
 use std::path::PathBuf;
 
@@ -35,7 +36,7 @@ pub enum BackendError {
         reason: String,
     },
     /// A file could have been written by somebody else.
-    #[error("{}: {reason}; plugins must belong to root or to the daemon's user and be writable by nobody else", path.display())]
+    #[error("{}: {reason}; plugins and the folders above them must belong to root or to the daemon's user and be writable by nobody else", path.display())]
     Untrusted {
         /// The file or folder.
         path: PathBuf,
@@ -51,6 +52,31 @@ pub enum BackendError {
         expected: String,
         /// As it is.
         found: String,
+    },
+    /// The library is not built as a plugin must be.
+    #[error("{}: {reason}", path.display())]
+    Elf {
+        /// The library.
+        path: PathBuf,
+        /// The rule it breaks.
+        reason: String,
+    },
+    /// No library of the plugin can run on this machine.
+    #[error("{}: no library for this machine: {lacks}", path.display())]
+    NoVariant {
+        /// The manifest.
+        path: PathBuf,
+        /// What each library lacks.
+        lacks: String,
+    },
+    /// The library has failed too often.
+    #[error("plugin {} is quarantined for another {left} (time {}): {}; `sparsectl plugins unquarantine {}` lifts it",
+        library.plugin, library.times, library.reason, library.plugin)]
+    Quarantined {
+        /// Which, and why.
+        library: Quarantined,
+        /// How long it lasts.
+        left: Left,
     },
     /// The dynamic linker refused the library.
     #[error("{}: cannot be loaded: {reason}", path.display())]
@@ -121,6 +147,11 @@ impl BackendError {
     /// The plugin's status, when a call failed.
     pub fn status(&self) -> Option<SpdStatus> {
         if let Self::Call { status, .. } = self { Some(*status) } else { None }
+    }
+
+    /// True when a file or folder is not there.
+    pub(crate) fn is_missing_file(&self) -> bool {
+        matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound)
     }
 
     /// True when the plugin says that it does not have what was asked for.

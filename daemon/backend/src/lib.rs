@@ -10,17 +10,29 @@
 mod call;
 mod device;
 mod discover;
+mod elf;
 mod error;
 mod execute;
+#[cfg(test)]
+mod fixture;
+mod folder;
 mod host;
+mod isa;
+mod library;
 mod load;
 mod manifest;
 mod memory;
+mod quarantine;
+mod taint;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
+pub use elf::ElfFacts;
 pub use error::BackendError;
 pub use execute::{Plan, PlanInfo, Queue};
+pub use library::inspect_library;
 pub use load::Plugin;
-pub use manifest::Manifest;
+pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightUpload};
+pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};
+pub use taint::third_party;

@@ -1,19 +1,17 @@
-//! How does a file become code? Hash, dlopen, one symbol, one table; never unloaded.
+//! How do checked bytes become code? dlopen, one symbol, one table; never unloaded.
 
 use crate::call::checked;
-use crate::discover::{Found, open_trusted};
+use crate::discover::Found;
 use crate::host::Host;
-use crate::{BackendError, Manifest};
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
-use sha2::{Digest, Sha256};
+use crate::library::Library;
+use crate::{BackendError, Manifest, taint};
+use libloading::os::unix::{Library as Mapped, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::{
     ABI_MAJOR, ABI_MINOR, ABI_MINOR_FIRST, ENTRY_SYMBOL, LAYOUT_DIGEST, SpdApi, SpdGetApiFn, SpdInstance,
 };
 use std::collections::BTreeMap;
 use std::ffi::CStr;
-use std::fs::File;
-use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -28,6 +26,7 @@ const TABLE_BYTES_MAX: usize = 1 << 16;
 pub struct Plugin {
     manifest: Manifest,
     path: PathBuf,
+    sha256: String,
     api: &'static SpdApi,
     instance: NonNull<SpdInstance>,
     /// Guards every `[control]` function of this instance: the header allows one thread at a time.
@@ -42,18 +41,20 @@ unsafe impl Send for Plugin {}
 unsafe impl Sync for Plugin {}
 
 impl Plugin {
-    /// Loads the library that the manifest names, after its owner, mode and sha256 have been checked, and creates the
-    /// plugin's instance with these settings.
+    /// Loads the library that the manifest has for this machine, after its owner, mode, sha256 and ELF headers have
+    /// been checked, and creates the plugin's instance with these settings.
     ///
     /// # Errors
     /// Which file, and why it was refused.
     pub fn load(found: &Found, settings: &BTreeMap<String, String>) -> Result<Arc<Self>, BackendError> {
         let manifest = found.manifest.clone();
-        let library = manifest.choose(&found.dir.join("plugin.toml"))?;
-        let path = found.dir.join(&library.path);
-        let file = open_trusted(&path)?;
-        check_sha256(&path, &file, &library.sha256)?;
-        let api = table(&path, open_library(&path, file)?)?;
+        let section = found.variant()?;
+        let library = found.open_library(section)?;
+        let path = library.path.clone();
+        let sha256 = section.sha256.clone();
+        // Before its initialisers run, whatever comes of it then.
+        taint::note(&manifest);
+        let api = table_of(&sha256, library)?;
         check_identity(&path, api, &manifest)?;
         let host = Host::new(&manifest.id, settings);
         let mut instance = ptr::null_mut();
@@ -63,7 +64,7 @@ impl Plugin {
         let bad = || BackendError::BadTable { path: path.clone(), reason: "instance_create answered NULL".to_owned() };
         let instance = NonNull::new(instance).ok_or_else(bad)?;
         log::info!(plugin = manifest.id.as_str(), version = manifest.version.as_str(), path:% = path.display(); "plugin loaded");
-        Ok(Arc::new(Self { manifest, path, api, instance, control: Mutex::new(()), _host: host }))
+        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control: Mutex::new(()), _host: host }))
     }
 
     /// What the plugin says about itself.
@@ -71,9 +72,19 @@ impl Plugin {
         &self.manifest
     }
 
+    /// The ABI that its table is of: major and minor.
+    pub fn abi(&self) -> (u32, u32) {
+        (ABI_MAJOR, self.api.abi_minor)
+    }
+
     /// The library file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Of the library, in lower-case hexadecimal; what quarantines go by.
+    pub fn sha256(&self) -> &str {
+        &self.sha256
     }
 
     /// How many devices the plugin sees.
@@ -110,31 +121,31 @@ impl Drop for Plugin {
     }
 }
 
-fn check_sha256(path: &Path, mut file: &File, expected: &str) -> Result<(), BackendError> {
-    let io = |source| BackendError::Io { path: path.to_owned(), source };
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 16];
-    loop {
-        let n = file.read(&mut buffer).map_err(io)?;
-        if n == 0 {
-            break;
-        }
-        hash.update(&buffer[..n]);
+/// The table of a library; the same bytes are mapped once in a process, however often they are loaded.
+fn table_of(sha256: &str, library: Library) -> Result<&'static SpdApi, BackendError> {
+    static TABLES: Mutex<BTreeMap<String, Table>> = Mutex::new(BTreeMap::new());
+    let mut tables = TABLES.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(Table(api)) = tables.get(sha256) {
+        return Ok(api);
     }
-    let found = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-    if found == expected {
-        return Ok(());
-    }
-    Err(BackendError::Checksum { path: path.to_owned(), expected: expected.to_owned(), found })
+    let path = library.path.clone();
+    let api = table(&path, open_library(&path, library.seal()?)?)?;
+    tables.insert(sha256.to_owned(), Table(api));
+    Ok(api)
 }
 
-/// Opens exactly the file that was hashed, through its descriptor. The descriptor is kept open for ever: the linker
-/// knows the library by its number, which must not come to mean another file.
-fn open_library(path: &Path, file: File) -> Result<Library, BackendError> {
-    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
-    std::mem::forget(file);
-    // SAFETY: loading runs the library's initialisers. The file is trusted: owner, mode and sha256 were checked.
-    let opened = unsafe { Library::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
+struct Table(&'static SpdApi);
+
+// SAFETY: a plugin's table is static and never written; its functions say by their tags who may call them.
+unsafe impl Send for Table {}
+
+/// Opens the sealed bytes through their descriptor, which is kept open for ever: the linker knows the library by its
+/// number, which must not come to mean another file.
+fn open_library(path: &Path, sealed: OwnedFd) -> Result<Mapped, BackendError> {
+    let name = format!("/proc/self/fd/{}", sealed.as_raw_fd());
+    std::mem::forget(sealed);
+    // SAFETY: loading runs the library's initialisers. Owner, mode, sha256 and ELF headers of its file were checked.
+    let opened = unsafe { Mapped::open(Some(&name), RTLD_NOW | RTLD_LOCAL) };
     opened.map_err(|error| {
         let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
         BackendError::Load { path: path.to_owned(), reason: reason.replace(&name, &path.display().to_string()) }
@@ -142,7 +153,7 @@ fn open_library(path: &Path, file: File) -> Result<Library, BackendError> {
 }
 
 /// Asks the library for its table and checks that it is whole.
-fn table(path: &Path, library: Library) -> Result<&'static SpdApi, BackendError> {
+fn table(path: &Path, library: Mapped) -> Result<&'static SpdApi, BackendError> {
     // SAFETY: the symbol, if it is there, has this type: that is what its name means.
     let entry = unsafe { library.get::<SpdGetApiFn>(ENTRY_SYMBOL) };
     let entry = *entry.map_err(|_| BackendError::MissingSymbol { path: path.to_owned() })?;
@@ -159,8 +170,8 @@ fn table(path: &Path, library: Library) -> Result<&'static SpdApi, BackendError>
         return Err(version(format!("{ABI_MAJOR}.{minor} (table of {struct_size} bytes)")));
     }
     let mut known = SpdApi::default();
-    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied. What
-    // an older plugin does not have stays NULL.
+    // SAFETY: the plugin's table has struct_size bytes and lives for ever; ours has at least as many as are copied.
+    // What an older plugin does not have stays NULL.
     unsafe {
         let length = struct_size.min(size_of::<SpdApi>());
         ptr::copy_nonoverlapping(api.cast::<u8>(), (&raw mut known).cast::<u8>(), length);
@@ -241,4 +252,55 @@ fn check_identity(path: &Path, api: &SpdApi, manifest: &Manifest) -> Result<(), 
         return refuse(format!("needs host features {:#x}, this daemon has none", api.required_host_features));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::fixture::Fixture;
+    use crate::taint::third_party;
+    use std::sync::Arc;
+
+    #[test]
+    fn a_plugin_is_loaded_from_the_bytes_that_were_checked() {
+        let fixture = Fixture::build(&[]);
+        let plugin = fixture.load().unwrap();
+        std::fs::write(fixture.file(), "").unwrap();
+        assert_eq!(plugin.device_count().unwrap(), 0);
+        assert_eq!(plugin.path(), fixture.file());
+        assert_eq!(plugin.sha256(), plugin.manifest().libraries[0].sha256);
+    }
+
+    #[test]
+    fn the_same_bytes_are_mapped_once() {
+        let fixture = Fixture::build(&["-DMAPPED_ONCE"]);
+        let (first, second) = (fixture.load().unwrap(), fixture.load().unwrap());
+        assert!(std::ptr::eq(first.api(), second.api()) && !Arc::ptr_eq(&first, &second));
+        let other = Fixture::build(&["-DMAPPED_ONCE", "-O2", "-g"]).load().unwrap();
+        assert!(!std::ptr::eq(first.api(), other.api()));
+    }
+
+    #[test]
+    fn a_library_that_contradicts_its_manifest_is_refused() {
+        let said = Fixture::build(&["-DVERSION=\"9.9\""]).load().unwrap_err().to_string();
+        assert!(said.contains("the library is fixture 9.9, plugin.toml says fixture 1.2.3"), "{said}");
+    }
+
+    #[test]
+    fn a_third_party_plugin_taints_and_one_of_ours_does_not() {
+        let theirs = Fixture::build(&["-DVERSION=\"7.7\""]);
+        theirs.write_manifest("7.7", "");
+        assert!(!third_party().contains(&"fixture 7.7".to_owned()));
+        let (_first, _second) = (theirs.load().unwrap(), theirs.load().unwrap());
+        assert_eq!(third_party().iter().filter(|name| *name == "fixture 7.7").count(), 1);
+        // Ours by id and version; the same id in another version is not.
+        let ours = format!("-DVERSION=\"{}\"", env!("CARGO_PKG_VERSION"));
+        for (version, taints) in [(env!("CARGO_PKG_VERSION"), false), ("0.0.1", true)] {
+            let fixture = Fixture::empty("cuda");
+            let version_argument = if taints { "-DVERSION=\"0.0.1\"" } else { ours.as_str() };
+            fixture.compile(&["-DID=\"cuda\"", version_argument]);
+            fixture.write_manifest(version, "");
+            let _plugin = fixture.load().unwrap();
+            assert_eq!(third_party().contains(&format!("cuda {version}")), taints);
+        }
+    }
 }

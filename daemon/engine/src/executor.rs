@@ -1,10 +1,10 @@
 //! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
 use crate::batch::{Batch, Rows};
-use sparsed_abi::{Blob, KV_DISCARD, SpdBucket, SpdKvOp};
+use sparsed_abi::{Blob, KV_DISCARD, KV_EXPORT, SpdBucket, SpdKvOp};
 use sparsed_backend::{Backend, BackendError, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
-use sparsed_model::{Model, ModelError, Program, ProgramOptions};
+use sparsed_model::{KvShape, LayerRows, Model, ModelError, Program, ProgramOptions};
 
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +34,14 @@ pub enum ExecutorError {
         have: usize,
         /// Tokens the plan takes.
         max: u32,
+    },
+    /// The plugin's host image is not what the program's rows take.
+    #[error("the host image of a KV block is {have} bytes, its rows take {expected}")]
+    Image {
+        /// Bytes, as the plugin says.
+        have: u64,
+        /// Bytes of the rows.
+        expected: u64,
     },
 }
 
@@ -74,6 +82,42 @@ pub struct Outputs {
     pub logits: Vec<f32>,
     /// Per index layer `[tokens, k]`, ascending, -1 padded; empty unless the program gives selections out.
     pub selections: Vec<Vec<i32>>,
+    /// What attention asks, per layer; empty unless the program gives queries out.
+    pub queries: Vec<Queries>,
+}
+
+/// Queries of one layer in the letters of `abi/OPS.md`: genuine MLA's are absorbed, all are rotated.
+#[derive(Clone, Debug, Default)]
+pub struct Queries {
+    /// `[tokens, H, Rk/G]`; empty in the group form.
+    pub latent: Vec<f32>,
+    /// `[tokens, H, P/G]`
+    pub rope: Vec<f32>,
+}
+
+/// The rows of a sequence, copied out of its device.
+#[derive(Debug)]
+pub struct CachedRows {
+    shape: KvShape,
+    n_tokens: usize,
+    /// Of each block, the first tokens' first.
+    images: Vec<u8>,
+    image_bytes: usize,
+}
+
+impl CachedRows {
+    /// The rows of one layer.
+    ///
+    /// # Errors
+    /// A layer that is not there.
+    pub fn layer(&self, layer: u32) -> Result<LayerRows, ExecutorError> {
+        let (mut rows, block) = (LayerRows::default(), BLOCK_TOKENS as usize);
+        for (first, image) in (0..self.n_tokens).step_by(block).zip(self.images.chunks_exact(self.image_bytes)) {
+            let n_tokens = block.min(self.n_tokens - first);
+            self.shape.decode_image(image, block, layer, n_tokens, &mut rows)?;
+        }
+        Ok(rows)
+    }
 }
 
 impl DeviceModel {
@@ -150,10 +194,14 @@ impl DeviceModel {
         }
         let out = &mut self.output.as_bytes_mut()[..length];
         self.queue.run(&self.plan, &batch.encode(self.step_id), self.input.as_bytes(), out)?;
-        let selections = self.program.selections(out, batch.n_tokens(), batch.n_rows());
+        let (tokens, rows) = (batch.n_tokens(), batch.n_rows());
+        let queries = self.program.queries(out, tokens, rows).into_iter();
         Ok(Outputs {
-            logits: floats(self.program.logits(out, batch.n_tokens(), batch.n_rows())),
-            selections: selections.into_iter().map(integers).collect(),
+            logits: floats(self.program.logits(out, tokens, rows)),
+            selections: self.program.selections(out, tokens, rows).into_iter().map(integers).collect(),
+            queries: queries
+                .map(|layer| Queries { latent: layer.latent.map_or_else(Vec::new, floats), rope: floats(layer.rope) })
+                .collect(),
         })
     }
 
@@ -165,6 +213,25 @@ impl DeviceModel {
         let discard = |block: &BlockId| SpdKvOp { kind: KV_DISCARD, dst_block: block.0, ..SpdKvOp::default() };
         let ops: Vec<SpdKvOp> = blocks.iter().map(discard).collect();
         Ok(self.queue.kv(&self.pool, &ops, &mut [])?)
+    }
+
+    /// Host images of `blocks`, one after another, and the bytes of one.
+    fn export(&mut self, blocks: &[BlockId]) -> Result<(Vec<u8>, usize), ExecutorError> {
+        let have = self.pool.info().image_bytes;
+        let expected = self.program.kv.bytes_per_token()? * u64::from(BLOCK_TOKENS);
+        if have != expected {
+            return Err(ExecutorError::Image { have, expected });
+        }
+        let image_bytes = usize::try_from(have).map_err(|_| ExecutorError::Image { have, expected })?;
+        let ops = blocks.iter().zip(0..).map(|(block, i)| SpdKvOp {
+            kind: KV_EXPORT,
+            src_block: block.0,
+            host_offset: have * i,
+            ..SpdKvOp::default()
+        });
+        let mut images = vec![0; image_bytes * blocks.len()];
+        self.queue.kv(&self.pool, &ops.collect::<Vec<_>>(), &mut images)?;
+        Ok((images, image_bytes))
     }
 }
 
@@ -213,6 +280,15 @@ impl SoleSequence {
         self.batch.clear();
         self.batch.push(tokens, &self.slots, &self.table, rows);
         device.run(&self.batch)
+    }
+
+    /// Copies what the cache holds of the sequence out of the device: as many bytes again as it takes there.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn export(&self, device: &mut DeviceModel) -> Result<CachedRows, ExecutorError> {
+        let (images, image_bytes) = device.export(self.table.blocks())?;
+        Ok(CachedRows { shape: device.program.kv, n_tokens: self.table.n_tokens() as usize, images, image_bytes })
     }
 }
 

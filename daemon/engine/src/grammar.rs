@@ -11,7 +11,7 @@ mod compiler;
 mod guard;
 mod locate;
 
-pub(crate) use compiler::Compiler;
+pub use compiler::Compiler;
 
 use crate::api::Failure;
 use llguidance::toktrie::SimpleVob;

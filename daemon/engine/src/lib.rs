@@ -23,8 +23,8 @@ mod step;
 mod stream;
 
 pub use batch::{Batch, Rows};
-pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, SoleSequence};
-pub use grammar::{Grammar, GrammarSpec};
+pub use executor::{CachedRows, DeviceModel, ExecutorError, LoadOptions, Outputs, Queries, SoleSequence};
+pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
 pub use params::{Sampling, checked_stops};
 pub use runner::{ModelOptions, start};
 pub use scheduler::{Limits, Load};

@@ -106,8 +106,8 @@ impl Sequence {
         u32::try_from(self.tokens.len()).expect("fewer than 2^32 tokens") - self.table.n_tokens()
     }
 
-    /// Hashes of the beginning that could be taken from other sequences: all full blocks, but at least one token is left
-    /// to be computed, whose logits give the next.
+    /// Hashes of the beginning that could be taken from other sequences: all full blocks, but at least one token is
+    /// left to be computed, whose logits give the next.
     pub(crate) fn beginning(&self) -> &[BlockHash] {
         &self.hashes[..self.hashes.len().min((self.tokens.len() - 1) / BLOCK_TOKENS as usize)]
     }

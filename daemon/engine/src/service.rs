@@ -158,6 +158,11 @@ impl Service {
         self.slots.iter().map(status).collect()
     }
 
+    /// Plugins of others that were loaded, as `id version`; any marks the daemon as tainted.
+    pub fn third_party_plugins(&self) -> Vec<String> {
+        sparsed_backend::third_party()
+    }
+
     /// The model `name`, if it answers.
     ///
     /// # Errors

@@ -166,7 +166,7 @@ mod tests {
                 });
                 logits[next_token(history) as usize] = 1.0;
             }
-            Ok(Outputs { logits, selections: Vec::new() })
+            Ok(Outputs { logits, ..Outputs::default() })
         }
 
         fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {

@@ -1,8 +1,8 @@
 //! Which block already holds what a prompt begins with?
 //!
-//! A sealed block is known by a hash over its tokens and those of all blocks before it, so equal hashes mean equal rows.
-//! The hash is keyed (BLAKE3) with a secret of this process and salted with the owner: nobody can find out by timing what
-//! somebody else has said, and no collision can be made on purpose.
+//! A sealed block is known by a hash over its tokens and those of all blocks before it, so equal hashes mean equal
+//! rows. The hash is keyed (BLAKE3) with a secret of this process and salted with the owner: nobody can find out by
+//! timing what somebody else has said, and no collision can be made on purpose.
 //!
 //! Blocks that nobody holds any more stay here until their place is needed, the one left longest ago first. A table
 //! gives its blocks back from the last to the first, so the end of a conversation goes before its beginning.

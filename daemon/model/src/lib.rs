@@ -24,7 +24,9 @@ pub use chat::{ChatFormat, ChatMessage, ChatRequest, OutputEvent, OutputParser, 
 pub use error::ModelError;
 pub use inspect::{FormatCount, Inspection};
 pub use model::{Model, Summary};
-pub use program::{Activations, KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
+pub use program::{
+    Activations, KvFormats, KvShape, LayerQueries, LayerRows, Program, ProgramOptions, Selection, WeightBinding,
+};
 pub use spec::{Architecture, GroupScore, IndexerSpec, ModelSpec, MoeSpec, RopeLayout, RouterScore};
 pub use tokenizer::{TextStream, Tokenizer, TokenizerConfig};
 pub use weights::SafetensorsHeader;

@@ -1,14 +1,17 @@
 //! How is a step of a model written down?
 
 mod build;
+mod image;
 mod layer;
 
 pub(crate) use build::{build, kv_shape};
+pub use image::LayerRows;
 
 use crate::ModelError;
 use bytes::Bytes;
-use sparsed_abi::{ARENA_ALIGN, Blob, DIM_LOGITS, DT_F16, DT_F32, DT_Q8_0, SpdRow};
-use sparsed_quant::Format;
+use sparsed_abi::{ARENA_ALIGN, Blob, DT_F16, DT_F32, DT_Q8_0, SpdRow};
+use sparsed_quant::{Format, QuantError};
+use std::ops::Range;
 
 /// How activations go into products with quantised weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,6 +81,8 @@ pub struct ProgramOptions {
     pub kv: KvFormats,
     /// Whether selections are outputs.
     pub selections_out: bool,
+    /// Whether attention's queries are outputs.
+    pub queries_out: bool,
 }
 
 impl Default for ProgramOptions {
@@ -87,6 +92,7 @@ impl Default for ProgramOptions {
             selection: Selection::Model,
             kv: KvFormats::default(),
             selections_out: false,
+            queries_out: false,
         }
     }
 }
@@ -120,15 +126,22 @@ impl KvShape {
     /// # Errors
     /// When a row is not whole blocks of its format.
     pub fn plane_bytes_per_token(&self) -> Result<(u64, u64), ModelError> {
-        let bytes = |row: SpdRow| {
-            let unknown = || ModelError::Unsupported { what: format!("KV rows of dtype {}", row.dtype), hint: "" };
-            let format = Format::from_ggml_id(row.dtype).ok_or_else(unknown)?;
-            let source = |source| ModelError::Quant { name: "a KV row".to_owned(), source };
-            format.row_bytes(row.width as usize).map(|n| n as u64).map_err(source)
-        };
-        let latent = (bytes(self.latent)? + bytes(self.rope)?) * u64::from(self.n_layers);
-        Ok((latent, bytes(self.index)? * u64::from(self.n_index_layers)))
+        let latent = (row_bytes(self.latent)? + row_bytes(self.rope)?) as u64 * u64::from(self.n_layers);
+        Ok((latent, row_bytes(self.index)? as u64 * u64::from(self.n_index_layers)))
     }
+}
+
+fn row_format(row: SpdRow) -> Result<Format, ModelError> {
+    let unknown = || ModelError::Unsupported { what: format!("KV rows of dtype {}", row.dtype), hint: "" };
+    Format::from_ggml_id(row.dtype).ok_or_else(unknown)
+}
+
+fn row_bytes(row: SpdRow) -> Result<usize, ModelError> {
+    row_format(row)?.row_bytes(row.width as usize).map_err(bad_row)
+}
+
+fn bad_row(source: QuantError) -> ModelError {
+    ModelError::Quant { name: "a KV row".to_owned(), source }
 }
 
 /// A weight that a program is bound to; see `spd_weight_desc`.
@@ -161,9 +174,35 @@ pub struct Program {
     angles: Vec<Vec<f64>>,
     /// On every cosine and sine.
     angle_factor: f64,
-    /// Row length and dim 0 of each output, in tensor order; the last is the logits.
-    outputs: Vec<(usize, i32)>,
+    /// In the order of their tensors.
+    outputs: Vec<Output>,
     top_k: Option<u32>,
+}
+
+/// A tensor of the output arena: rows of 32-bit values.
+#[derive(Clone, Copy, Debug)]
+struct Output {
+    kind: OutputKind,
+    /// Values of a row.
+    width: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OutputKind {
+    /// A row for each token that needs logits; the others have one for each token of the step.
+    Logits,
+    Selection,
+    QueryLatent,
+    QueryRope,
+}
+
+/// Queries of one layer in an output arena, as little-endian f32; in the letters of `abi/OPS.md`.
+#[derive(Clone, Copy, Debug)]
+pub struct LayerQueries<'a> {
+    /// `[T, H, Rk/G]`; `None` in the group form, whose keys are rope rows only.
+    pub latent: Option<&'a [u8]>,
+    /// `[T, H, P/G]`
+    pub rope: &'a [u8],
 }
 
 impl Program {
@@ -207,28 +246,40 @@ impl Program {
 
     /// Bytes of the output arena of a step.
     pub fn out_bytes(&self, n_tokens: usize, n_logits: usize) -> usize {
-        self.ranges(n_tokens, n_logits).last().map_or(0, |range| range.end)
+        self.ranges(n_tokens, n_logits).last().map_or(0, |(_, range)| range.end)
     }
 
     /// The logits in an output arena, `[n_logits, vocab]` as little-endian f32.
     pub fn logits<'a>(&self, out: &'a [u8], n_tokens: usize, n_logits: usize) -> &'a [u8] {
-        let ranges = self.ranges(n_tokens, n_logits);
-        &out[ranges.last().expect("every program has logits").clone()]
+        let logits = self.outputs_of(OutputKind::Logits, out, n_tokens, n_logits);
+        logits.into_iter().next().expect("every program has logits")
     }
 
     /// The selections in an output arena: per index layer `[n_tokens, k]` as little-endian i32, ascending, -1 padded.
     /// Empty unless the program was built to give them out.
     pub fn selections<'a>(&self, out: &'a [u8], n_tokens: usize, n_logits: usize) -> Vec<&'a [u8]> {
-        let ranges = self.ranges(n_tokens, n_logits);
-        ranges[..ranges.len() - 1].iter().map(|range| &out[range.clone()]).collect()
+        self.outputs_of(OutputKind::Selection, out, n_tokens, n_logits)
     }
 
-    fn ranges(&self, n_tokens: usize, n_logits: usize) -> Vec<std::ops::Range<usize>> {
+    /// Attention's queries in an output arena, layer by layer. Empty unless the program was built to give them out.
+    pub fn queries<'a>(&self, out: &'a [u8], n_tokens: usize, n_logits: usize) -> Vec<LayerQueries<'a>> {
+        let latent = self.outputs_of(OutputKind::QueryLatent, out, n_tokens, n_logits);
+        let latent = latent.into_iter().map(Some).chain(std::iter::repeat(None));
+        let rope = self.outputs_of(OutputKind::QueryRope, out, n_tokens, n_logits);
+        rope.into_iter().zip(latent).map(|(rope, latent)| LayerQueries { latent, rope }).collect()
+    }
+
+    fn outputs_of<'a>(&self, kind: OutputKind, out: &'a [u8], n_tokens: usize, n_logits: usize) -> Vec<&'a [u8]> {
+        let ranges = self.ranges(n_tokens, n_logits).into_iter();
+        ranges.filter(|(found, _)| *found == kind).map(|(_, range)| &out[range]).collect()
+    }
+
+    fn ranges(&self, n_tokens: usize, n_logits: usize) -> Vec<(OutputKind, Range<usize>)> {
         let mut at = 0usize;
-        let place = |&(row, dim): &(usize, i32)| {
+        let place = |output: &Output| {
             let start = at.next_multiple_of(ARENA_ALIGN);
-            at = start + row * 4 * if dim == DIM_LOGITS { n_logits } else { n_tokens };
-            start..at
+            at = start + output.width * 4 * if output.kind == OutputKind::Logits { n_logits } else { n_tokens };
+            (output.kind, start..at)
         };
         self.outputs.iter().map(place).collect()
     }

@@ -9,11 +9,12 @@ use crate::validate::Bound;
 use sparsed_abi::{
     DEV_CPU, DT_BF16, DT_F8E4M3, DT_F16, DT_F32, DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_Q2_K, DT_Q3_K, DT_Q4_0, DT_Q4_1,
     DT_Q4_K, DT_Q5_0, DT_Q5_1, DT_Q5_K, DT_Q6_K, DT_Q8_0, E_DATA, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC,
-    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_UNIFIED_MEM, LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth,
-    SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
+    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, FEAT_UNIFIED_MEM, LOG_INFO, LOG_WARN, Program, SpdBucket,
+    SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{
-    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, Source, Synchronous, put_text,
+    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowFile, Source, Synchronous,
+    put_text,
 };
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -40,7 +41,8 @@ pub(crate) struct CpuPlugin {
 pub(crate) struct CpuDevice {
     pub(crate) level: Level,
     pub(crate) team: Team,
-    usage: Arc<Usage>,
+    pub(crate) host: Host,
+    pub(crate) usage: Arc<Usage>,
 }
 
 impl Plugin for CpuPlugin {
@@ -71,7 +73,12 @@ impl Plugin for CpuPlugin {
             score: 1,
             numa_node: u32::MAX,
             mem_total: total_memory(),
-            features: FEAT_HOST_WEIGHTS | FEAT_UNIFIED_MEM | FEAT_DETERMINISTIC | FEAT_INVARIANT | FEAT_CANCEL_MID,
+            features: FEAT_HOST_WEIGHTS
+                | FEAT_UNIFIED_MEM
+                | FEAT_DETERMINISTIC
+                | FEAT_INVARIANT
+                | FEAT_CANCEL_MID
+                | FEAT_SLOW_FILE,
             block_tokens_align: 1,
             ..SpdDeviceInfo::default()
         };
@@ -105,7 +112,7 @@ impl Plugin for CpuPlugin {
         let team = Team::new(n, pinned).map_err(no_threads)?;
         self.host.log(LOG_INFO, &format!("cpu device open: {n} threads, level {}", self.level.name()));
         let usage = Arc::new(Usage { budget: options.mem_budget, ..Usage::default() });
-        Ok(CpuDevice { level: self.level, team, usage })
+        Ok(CpuDevice { level: self.level, team, host: self.host.clone(), usage })
     }
 }
 
@@ -165,8 +172,12 @@ impl Device for CpuDevice {
         weight.commit()
     }
 
-    fn kv_create(&self, desc: &SpdKvDesc) -> Result<(Pool, SpdKvInfo)> {
-        Pool::create(desc, &self.usage)
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Pool, SpdKvInfo)> {
+        let (pool, info) = Pool::create(desc, slow, &self.usage)?;
+        if let Some(reason) = pool.slow().as_ref().and_then(|slow| slow.no_uring()) {
+            self.host.log(LOG_WARN, &format!("the slow tier is read by threads, as io_uring cannot be used: {reason}"));
+        }
+        Ok((pool, info))
     }
 
     fn compile(

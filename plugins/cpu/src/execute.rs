@@ -7,6 +7,7 @@ mod blocked;
 mod matmul;
 mod rowwise;
 mod select;
+mod slow;
 
 pub(crate) use matmul::Scratch;
 
@@ -110,10 +111,13 @@ fn check_step(plan: &Plan, run: &Run<'_>) -> Result<()> {
         .windows(2)
         .zip(step.contexts)
         .all(|(range, &context)| (range[1] - range[0]) as usize * pool.block_tokens >= context as usize);
-    if ids_fit && blocks_fit {
-        Ok(())
-    } else {
-        Err(PluginError::invalid("step: a slot or block outside the pool or the context"))
+    if !ids_fit || !blocks_fit {
+        return Err(PluginError::invalid("step: a slot or block outside the pool or the context"));
+    }
+    let block = |slot: u64| usize::try_from(slot).expect("inside the pool") / pool.block_tokens;
+    match step.slots.iter().map(|&slot| block(slot)).find(|&block| pool.is_slow(block)) {
+        None => Ok(()),
+        Some(block) => Err(PluginError::invalid(format!("step: a token for block {block}, which is in the slow tier"))),
     }
 }
 

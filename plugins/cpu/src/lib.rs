@@ -5,6 +5,7 @@
 //! depend on its own sequence only: every sum has one fixed order, whatever shares the batch, however many threads.
 #![allow(unsafe_code, reason = "SIMD kernels, and tensors that several threads write at disjoint places")]
 
+mod blocks;
 mod device;
 mod execute;
 mod kernels;

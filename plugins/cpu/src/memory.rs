@@ -5,13 +5,14 @@ use crate::level::Level;
 use crate::packing::Packed;
 use memmap2::{MmapMut, UncheckedAdvice};
 use sparsed_abi::{
-    DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdKvDesc, SpdKvInfo,
-    SpdKvOp, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
+    DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
 };
-use sparsed_plugin_kit::{PluginError, Result, Source};
+use sparsed_plugin_kit::slow::SlowTier;
+use sparsed_plugin_kit::slow::rowcache::SlowLayout;
+use sparsed_plugin_kit::{PluginError, Result, SlowFile, Source};
 use sparsed_quant::Format;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Largest page of the machines we run on; giving back less than could be given is harmless.
 const PAGE_BYTES: usize = 1 << 16;
@@ -62,7 +63,8 @@ pub(crate) struct Weight {
     row_bytes: usize,
     in_place: bool,
     bytes: Bytes,
-    uploaded: usize,
+    /// Which batches have been.
+    uploaded: Vec<bool>,
     /// The same values laid out for rounded activations, once a plan has asked for it.
     pub(crate) packed: OnceLock<Packed>,
     /// See [`Self::vector`].
@@ -92,7 +94,8 @@ impl Weight {
         let held = if in_place { None } else { Some(usage.hold(|u| &u.weights, total as u64)?) };
         let bytes = Bytes::Own(if in_place { Vec::new() } else { vec![0; total] });
         let (packed, vector) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded: 0, packed, vector, _held: held })
+        let uploaded = vec![false; batch];
+        Ok(Self { format, batch, rows, cols, row_bytes, in_place, bytes, uploaded, packed, vector, _held: held })
     }
 
     pub(crate) fn upload(&mut self, first: u32, n: u32, source: Source) -> Result<()> {
@@ -114,15 +117,15 @@ impl Weight {
         } else if let Bytes::Own(own) = &mut self.bytes {
             own[first * matrix..(first + n) * matrix].copy_from_slice(source.bytes());
         }
-        self.uploaded += n;
+        self.uploaded[first..first + n].fill(true);
         Ok(())
     }
 
     pub(crate) fn commit(&self) -> Result<()> {
-        if self.uploaded < self.batch {
-            return Err(PluginError::invalid(format!("{} of {} batches uploaded", self.uploaded, self.batch)));
+        match self.uploaded.iter().position(|&uploaded| !uploaded) {
+            Some(missing) => Err(PluginError::invalid(format!("batch {missing} of {} was not uploaded", self.batch))),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// The first row, decoded once and kept: for norms and biases.
@@ -175,17 +178,19 @@ pub(crate) struct Pool {
     pub(crate) index: RowFormat,
     pub(crate) n_layers: usize,
     pub(crate) n_index_layers: usize,
-    latent_plane: Plane,
-    index_plane: Plane,
+    pub(crate) latent_plane: Plane,
+    pub(crate) index_plane: Plane,
+    /// Where latent rows of some blocks lie instead; see `blocks.rs`.
+    slow: Option<Mutex<SlowTier>>,
     _held: Held,
 }
 
 /// Rows by block, layer and token: a block is one range, so that its memory can be given back.
 #[derive(Debug)]
-struct Plane {
+pub(crate) struct Plane {
     map: MmapMut,
     at: *mut u8,
-    block_bytes: usize,
+    pub(crate) block_bytes: usize,
 }
 
 // SAFETY: the mapping is reached through `at`; steps write disjoint rows, see Pool.
@@ -205,19 +210,19 @@ impl Plane {
     /// # Safety
     /// Nobody else uses these bytes now.
     #[allow(clippy::mut_from_ref, reason = "disjoint rows are written by several threads")]
-    unsafe fn bytes_mut(&self, at: usize, length: usize) -> &mut [u8] {
+    pub(crate) unsafe fn bytes_mut(&self, at: usize, length: usize) -> &mut [u8] {
         assert!(at + length <= self.map.len(), "outside the plane");
         // SAFETY: inside the mapping; sole use by the caller's contract.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(at), length) }
     }
 
-    fn bytes(&self, at: usize, length: usize) -> &[u8] {
+    pub(crate) fn bytes(&self, at: usize, length: usize) -> &[u8] {
         assert!(at + length <= self.map.len(), "outside the plane");
         // SAFETY: inside the mapping; rows that are read are not written by the same operator.
         unsafe { std::slice::from_raw_parts(self.at.add(at), length) }
     }
 
-    fn discard(&self, block: usize) {
+    pub(crate) fn discard(&self, block: usize) {
         let range = block * self.block_bytes..(block + 1) * self.block_bytes;
         // SAFETY: the host has let go of the block.
         unsafe { self.bytes_mut(range.start, self.block_bytes) }.fill(0);
@@ -232,7 +237,7 @@ impl Plane {
 }
 
 impl Pool {
-    pub(crate) fn create(desc: &SpdKvDesc, usage: &Arc<Usage>) -> Result<(Self, SpdKvInfo)> {
+    pub(crate) fn create(desc: &SpdKvDesc, slow: Option<SlowFile>, usage: &Arc<Usage>) -> Result<(Self, SpdKvInfo)> {
         let (latent, rope, index) =
             (RowFormat::new(desc.latent)?, RowFormat::new(desc.rope)?, RowFormat::new(desc.index)?);
         let overflow = || PluginError::invalid("a KV block's size overflows");
@@ -245,6 +250,12 @@ impl Pool {
         let index_block = plane(index.bytes, desc.n_index_layers)?;
         let image = latent_block.checked_add(index_block).ok_or_else(overflow)?;
         let total = (image as u64).checked_mul(u64::from(desc.n_blocks)).ok_or_else(overflow)?;
+        let cached = slow.as_ref().map_or(0, |slow| slow.cache_bytes);
+        let held = usage.hold(|u| &u.kv, total.checked_add(cached).ok_or_else(overflow)?)?;
+        let slow = slow.map(|slow| {
+            let layout = SlowLayout::new(latent.bytes + rope.bytes, desc.block_tokens, desc.n_layers)?;
+            Ok::<_, PluginError>(Mutex::new(SlowTier::new(slow, layout, desc.n_blocks)?))
+        });
         let pool = Self {
             block_tokens: desc.block_tokens as usize,
             n_blocks: desc.n_blocks as usize,
@@ -253,7 +264,8 @@ impl Pool {
             index,
             n_layers: desc.n_layers as usize,
             n_index_layers: desc.n_index_layers as usize,
-            _held: usage.hold(|u| &u.kv, total)?,
+            slow: slow.transpose()?,
+            _held: held,
             latent_plane: Plane::new(latent_block, desc.n_blocks as usize)?,
             index_plane: Plane::new(index_block, desc.n_blocks as usize)?,
         };
@@ -266,18 +278,16 @@ impl Pool {
         Ok((pool, info))
     }
 
-    /// The latent and rope rows of `slot` in `layer`, encoded.
-    pub(crate) fn latent_rows(&self, layer: usize, slot: usize) -> (&[u8], &[u8]) {
-        let (_, latent, rope) = self.whole_latent_row(layer, slot);
-        (latent, rope)
+    /// The latent and the rope row of `slot` in `layer` together, encoded; its block is not in the slow tier.
+    pub(crate) fn latent_row(&self, layer: usize, slot: usize) -> &[u8] {
+        let row = self.latent.bytes + self.rope.bytes;
+        self.latent_plane.bytes(self.offset(self.n_layers, layer, slot, row), row)
     }
 
-    /// As [`Self::latent_rows`], with both rows as one before them.
-    pub(crate) fn whole_latent_row(&self, layer: usize, slot: usize) -> (&[u8], &[u8], &[u8]) {
-        let row = self.latent.bytes + self.rope.bytes;
-        let bytes = self.latent_plane.bytes(self.offset(self.n_layers, layer, slot, row), row);
-        let (latent, rope) = bytes.split_at(self.latent.bytes);
-        (bytes, latent, rope)
+    /// The slow tier, if the pool has one, for as long as the guard lives.
+    pub(crate) fn slow(&self) -> Option<MutexGuard<'_, SlowTier>> {
+        // A panic leaves at most rows that are marked as in use, until the next release.
+        self.slow.as_ref().map(|slow| slow.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// The index row of `slot` in `layer`, encoded.
@@ -286,7 +296,7 @@ impl Pool {
         self.index_plane.bytes(self.offset(self.n_index_layers, layer, slot, row), row)
     }
 
-    /// As [`Self::latent_rows`], to write.
+    /// The latent and the rope row of `slot` in `layer`, to write.
     ///
     /// # Safety
     /// No other thread uses these rows now.
@@ -311,69 +321,6 @@ impl Pool {
 
     fn offset(&self, layers: usize, layer: usize, slot: usize, row: usize) -> usize {
         ((slot / self.block_tokens * layers + layer) * self.block_tokens + slot % self.block_tokens) * row
-    }
-
-    /// Carries out block operations.
-    pub(crate) fn apply(&self, ops: &[SpdKvOp], host: &mut [u8]) -> Result<()> {
-        let (index, latent) = (self.index_plane.block_bytes, self.latent_plane.block_bytes);
-        for op in ops {
-            let block = |n: u32| {
-                let out = || PluginError::invalid(format!("block {n} of {}", self.n_blocks));
-                Some(n as usize).filter(|&n| n < self.n_blocks).ok_or_else(out)
-            };
-            let image = || {
-                let out = || PluginError::invalid("a host image reaches past the buffer");
-                let start = usize::try_from(op.host_offset).map_err(|_| out())?;
-                let end = start.checked_add(index + latent).filter(|&end| end <= host.len()).ok_or_else(out)?;
-                Ok::<_, PluginError>((start, start + index, end))
-            };
-            match op.kind {
-                KV_DISCARD => {
-                    let dst = block(op.dst_block)?;
-                    self.latent_plane.discard(dst);
-                    self.index_plane.discard(dst);
-                }
-                KV_EXPORT => {
-                    let (src, (start, middle, end)) = (block(op.src_block)?, image()?);
-                    host[start..middle].copy_from_slice(self.index_plane.bytes(src * index, index));
-                    host[middle..end].copy_from_slice(self.latent_plane.bytes(src * latent, latent));
-                }
-                KV_IMPORT => {
-                    let (dst, (start, middle, end)) = (block(op.dst_block)?, image()?);
-                    // SAFETY: the host owns the block and runs nothing on it now.
-                    unsafe { self.index_plane.bytes_mut(dst * index, index) }.copy_from_slice(&host[start..middle]);
-                    // SAFETY: as above.
-                    unsafe { self.latent_plane.bytes_mut(dst * latent, latent) }.copy_from_slice(&host[middle..end]);
-                }
-                KV_COPY => self.copy(block(op.src_block)?, block(op.dst_block)?, op.n_tokens as usize)?,
-                other => return Err(PluginError::unsupported(format!("KV operation {other}"))),
-            }
-        }
-        Ok(())
-    }
-
-    fn copy(&self, src: usize, dst: usize, n_tokens: usize) -> Result<()> {
-        if n_tokens > self.block_tokens {
-            return Err(PluginError::invalid(format!("{n_tokens} tokens of a block of {}", self.block_tokens)));
-        }
-        if src == dst {
-            return Ok(());
-        }
-        let (from, to) = (src * self.block_tokens, dst * self.block_tokens);
-        for token in 0..n_tokens {
-            for layer in 0..self.n_layers {
-                let (latent, rope) = self.latent_rows(layer, from + token);
-                // SAFETY: another block than the one that is read; the host runs nothing on it now.
-                let (latent_to, rope_to) = unsafe { self.latent_rows_mut(layer, to + token) };
-                latent_to.copy_from_slice(latent);
-                rope_to.copy_from_slice(rope);
-            }
-            for layer in 0..self.n_index_layers {
-                // SAFETY: as above.
-                unsafe { self.index_row_mut(layer, to + token) }.copy_from_slice(self.index_row(layer, from + token));
-            }
-        }
-        Ok(())
     }
 }
 

@@ -2,9 +2,9 @@
 
 use crate::memory::{Pool, Weight};
 use sparsed_abi::{
-    DT_F32, DT_I32, NO_TENSOR, OP_ADD, OP_DENSE_MLA, OP_EMBED, OP_GATHER_ROWS, OP_HADAMARD, OP_IDX_APPEND, OP_IDX_TOPK,
-    OP_KV_APPEND, OP_LAYER_NORM, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR, OP_MOE_ROUTE,
-    OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA, Program, SpdOp, SpdTensor, T_WEIGHT,
+    DIM_TOKENS, DT_F32, DT_I32, NO_TENSOR, OP_ADD, OP_DENSE_MLA, OP_EMBED, OP_GATHER_ROWS, OP_HADAMARD, OP_IDX_APPEND,
+    OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR,
+    OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA, Program, SpdOp, SpdTensor, T_VIEW, T_WEIGHT,
 };
 use sparsed_plugin_kit::{PluginError, Result};
 use sparsed_quant::Format;
@@ -47,10 +47,17 @@ fn check(holds: bool, what: &str) -> Result<()> {
     if holds { Ok(()) } else { Err(PluginError::invalid(what)) }
 }
 
+/// A shape with a row for each token of the step, as slots and positions have.
+fn per_token(shape: Shape) -> Result<Shape> {
+    check(shape.d0 == DIM_TOKENS, "a tensor that goes with the tokens has another first dimension than T")?;
+    Ok(shape)
+}
+
 impl Bound<'_> {
     /// Checks operator `op`.
     pub(crate) fn check_op(&self, op: &SpdOp) -> Result<()> {
         check(op.kvpool == 0, "kvpool is not 0")?;
+        check(!self.overwrites_its_input(op), "an output is one of the operator's inputs")?;
         match op.kind {
             OP_EMBED => self.embed(op),
             OP_RMS_NORM | OP_LAYER_NORM => self.norm(op),
@@ -73,6 +80,15 @@ impl Bound<'_> {
     fn tensor(&self, id: u32) -> Result<&SpdTensor> {
         check(id != NO_TENSOR, "a mandatory tensor is absent")?;
         Ok(&self.program.tensors()[id as usize])
+    }
+
+    fn overwrites_its_input(&self, op: &SpdOp) -> bool {
+        let tensors = self.program.tensors();
+        let owner = |id: u32| match tensors.get(id as usize) {
+            Some(tensor) if tensor.kind == T_VIEW => tensor.bind,
+            _ => id,
+        };
+        op.inputs.iter().filter(|&&id| id != NO_TENSOR).any(|&id| op.outputs.contains(&owner(id)))
     }
 
     /// The shape of an activation of dtype `dtype`.
@@ -122,7 +138,7 @@ impl Bound<'_> {
     fn embed(&self, op: &SpdOp) -> Result<()> {
         let (batch, _, cols) = self.weight(op.inputs[0])?;
         let out = self.f32(op.outputs[0])?;
-        check(batch == 1 && out == Shape { d0: sparsed_abi::DIM_TOKENS, n1: 1, n2: cols }, "EMBED: shapes differ")
+        check(batch == 1 && out == Shape { d0: DIM_TOKENS, n1: 1, n2: cols }, "EMBED: shapes differ")
     }
 
     fn norm(&self, op: &SpdOp) -> Result<()> {
@@ -170,7 +186,7 @@ impl Bound<'_> {
     }
 
     fn append(&self, op: &SpdOp) -> Result<()> {
-        let row = self.f32(op.inputs[0])?;
+        let row = per_token(self.f32(op.inputs[0])?)?;
         let Some(pool) = self.pool()? else { return Ok(()) };
         if op.kind == OP_IDX_APPEND {
             check((op.layer as usize) < pool.n_index_layers, "IDX_APPEND: layer outside the pool")?;
@@ -182,7 +198,7 @@ impl Bound<'_> {
     }
 
     fn index_top_k(&self, op: &SpdOp) -> Result<()> {
-        let (q, w) = (self.f32(op.inputs[0])?, self.f32(op.inputs[1])?);
+        let (q, w) = (per_token(self.f32(op.inputs[0])?)?, self.f32(op.inputs[1])?);
         let sel = self.shape(op.outputs[0], DT_I32)?;
         check(q.d0 == w.d0 && w.n1 == 1 && w.n2 == q.n1, "IDX_TOPK: w is not [T, heads]")?;
         let k = usize::try_from(op.i[0]).unwrap_or(0);
@@ -195,7 +211,7 @@ impl Bound<'_> {
     }
 
     fn attention(&self, op: &SpdOp) -> Result<()> {
-        let (q, out) = (self.f32(op.inputs[1])?, self.f32(op.outputs[0])?);
+        let (q, out) = (per_token(self.f32(op.inputs[1])?)?, self.f32(op.outputs[0])?);
         let groups = usize::try_from(op.i[0]).unwrap_or(0);
         check(groups > 0 && q.n1 % groups.max(1) == 0, "attention: heads do not divide into groups")?;
         check(out.d0 == q.d0 && out.n1 == q.n1, "attention: output heads differ")?;
@@ -222,7 +238,7 @@ impl Bound<'_> {
     }
 
     fn route(&self, op: &SpdOp) -> Result<()> {
-        let logits = self.f32(op.inputs[0])?;
+        let logits = per_token(self.f32(op.inputs[0])?)?;
         let (ids, weights) = (self.shape(op.outputs[0], DT_I32)?, self.f32(op.outputs[1])?);
         self.vector(op.inputs[1], logits.n2, true)?;
         let [active, groups, kept, score, renormalise, by] = op.i.map(|i| usize::try_from(i).unwrap_or(usize::MAX));
@@ -239,7 +255,7 @@ impl Bound<'_> {
 
     fn moe_linear(&self, op: &SpdOp) -> Result<()> {
         let (x, y) = (self.f32(op.inputs[0])?, self.f32(op.outputs[0])?);
-        let ids = self.shape(op.inputs[2], DT_I32)?;
+        let ids = per_token(self.shape(op.inputs[2], DT_I32)?)?;
         let (_, rows, cols) = self.weight(op.inputs[1])?;
         let per_expert = if op.i[0] == 1 { ids.n2 } else { 1 };
         check(matches!(op.i[1], 0..=2), "MOE_LINEAR: unknown rounding of activations")?;
@@ -261,7 +277,7 @@ impl Bound<'_> {
 
     fn gather(&self, op: &SpdOp) -> Result<()> {
         let (x, y) = (self.f32(op.inputs[0])?, self.f32(op.outputs[0])?);
-        let dims = x.d0 == sparsed_abi::DIM_TOKENS && y.d0 == sparsed_abi::DIM_LOGITS;
+        let dims = x.d0 == DIM_TOKENS && y.d0 == sparsed_abi::DIM_LOGITS;
         check(dims && (x.n1, x.n2) == (y.n1, y.n2), "GATHER_ROWS: not [T, C] to [L, C]")
     }
 

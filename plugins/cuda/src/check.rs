@@ -101,6 +101,20 @@ impl Bound<'_> {
         Ok(Some(vector.slot))
     }
 
+    /// Refuses an operator that writes to what it reads, or twice to the same.
+    pub(crate) fn distinct_outputs(&self, op: &SpdOp) -> Result<()> {
+        let tensors = self.program.tensors();
+        let owner = |id: u32| match tensors.get(id as usize) {
+            Some(tensor) if tensor.kind == T_VIEW => tensor.bind,
+            _ => id,
+        };
+        let outputs = || op.outputs.iter().filter(|&&id| id != NO_TENSOR);
+        let reads = |id: u32| op.inputs.iter().any(|&input| input != NO_TENSOR && owner(input) == id);
+        check(!outputs().any(|&id| reads(id)), "an output is one of the operator's inputs")?;
+        let writes = |id: u32| outputs().filter(|&&other| other == id).count();
+        check(outputs().all(|&id| writes(id) == 1), "two outputs are one tensor")
+    }
+
     fn tensor(&self, id: u32) -> Result<&SpdTensor> {
         check(id != NO_TENSOR, "a mandatory tensor is absent")?;
         Ok(&self.program.tensors()[id as usize])

@@ -10,7 +10,9 @@ use sparsed_abi::{
     DEV_GPU, DT_F16, DT_F32, E_DATA, E_DRIVER, E_TIMEOUT, FEAT_ASYNC, FEAT_UNIFIED_MEM, HEALTH_LOST, HEALTH_OK,
     LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
-use sparsed_plugin_kit::{Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, Source, put_text};
+use sparsed_plugin_kit::{
+    Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowFile, Source, put_text,
+};
 use std::ffi::{CStr, c_char, c_int};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -257,7 +259,7 @@ impl Device for CudaDevice {
         weight.commit(&self.context)
     }
 
-    fn kv_create(&self, _desc: &SpdKvDesc) -> Result<((), SpdKvInfo)> {
+    fn kv_create(&self, _desc: &SpdKvDesc, _slow: Option<SlowFile>) -> Result<((), SpdKvInfo)> {
         Err(PluginError::unsupported("a KV pool: this slice has none"))
     }
 

@@ -99,6 +99,7 @@ impl Grid {
 /// `SPD_E_UNSUPPORTED` for an operator or a dtype that this slice does not have, `SPD_E_INVALID` for tensors that do
 /// not fit it.
 pub(crate) fn lower(bound: Bound<'_>, op: &SpdOp) -> Result<Lowered> {
+    bound.distinct_outputs(op)?;
     match op.kind {
         OP_EMBED => embed(bound, op),
         OP_RMS_NORM => rms_norm(bound, op),

@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub struct PluginError {
     /// `SPD_E_*`
     pub status: SpdStatus,
-    /// For people; cut at 231 bytes.
+    /// For people; cut at 223 bytes.
     pub message: String,
     /// The operator that failed, if one did.
     pub op_index: Option<u32>,
+    /// The block whose slow pages are bad, with `SPD_E_DATA`.
+    pub block: Option<u32>,
     /// What the driver said, as a number of its own; 0: it said nothing.
     pub vendor_code: i64,
 }
@@ -21,7 +23,7 @@ pub struct PluginError {
 impl PluginError {
     /// A failure with this status.
     pub fn new(status: SpdStatus, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), op_index: None, vendor_code: 0 }
+        Self { status, message: message.into(), op_index: None, block: None, vendor_code: 0 }
     }
 
     /// The caller broke the contract.
@@ -38,6 +40,13 @@ impl PluginError {
     #[must_use]
     pub fn with_vendor_code(mut self, code: i64) -> Self {
         self.vendor_code = code;
+        self
+    }
+
+    /// The same failure, because of what the slow tier has of `block`.
+    #[must_use]
+    pub fn of_block(mut self, block: u32) -> Self {
+        self.block = Some(block);
         self
     }
 
@@ -58,7 +67,7 @@ impl std::fmt::Display for PluginError {
 impl std::error::Error for PluginError {}
 
 /// The daemon's services.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Host(*const SpdHost);
 
 // SAFETY: the header says that the table lives as long as the instance and that its functions are `[any]`.
@@ -67,6 +76,11 @@ unsafe impl Send for Host {}
 unsafe impl Sync for Host {}
 
 impl Host {
+    /// No services: no setting is there, and nobody reads the log.
+    pub const fn none() -> Self {
+        Self(std::ptr::null())
+    }
+
     pub(crate) fn new(raw: *const SpdHost) -> Self {
         Self(raw)
     }
@@ -129,7 +143,12 @@ pub struct Run<'a> {
     pub(crate) cancel: Option<&'a AtomicU32>,
 }
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    /// A step that nobody will cancel.
+    pub fn new(step: StepArrays<'a>, input: &'a [u8], output: &'a mut [u8]) -> Self {
+        Self { step, input, output, cancel: None }
+    }
+
     /// True once the caller wants the step to end.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0)
@@ -165,6 +184,7 @@ pub(crate) fn entry(error: *mut SpdError, body: impl FnOnce() -> crate::Result<(
             struct_size: 0,
             status: failure.status,
             op_index: failure.op_index.unwrap_or(u32::MAX),
+            block: failure.block.map_or(u64::MAX, u64::from),
             vendor_code: failure.vendor_code,
             ..SpdError::default()
         };

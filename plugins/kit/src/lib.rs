@@ -4,16 +4,18 @@
 //! the table of `plugin.h`. The kit keeps the border's rules: no panic leaves, struct sizes are checked, errors are
 //! written into the caller's struct, handles are boxes that only this crate opens.
 //!
-//! A device that computes inside the call implements [`Synchronous`] and takes [`InOrder`] for its queue; one with queues
-//! of its own implements [`Queue`].
+//! A device that computes inside the call implements [`Synchronous`] and takes [`InOrder`] for its queue; one with
+//! queues of its own implements [`Queue`].
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 mod border;
 mod queue;
+pub mod slow;
 mod table;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
 pub use queue::{InOrder, Queue, Synchronous};
+pub use slow::SlowFile;
 pub use table::table;
 
 use sparsed_abi::{Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc};
@@ -115,11 +117,11 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// When a batch is missing.
     fn weight_commit(&self, weight: &mut Self::Weight) -> Result<()>;
 
-    /// Makes a pool whose rows read as zero.
+    /// Makes a pool whose rows read as zero; `slow` is its slow tier (`desc.slow` is not to be followed).
     ///
     /// # Errors
     /// An unknown row format, or no memory.
-    fn kv_create(&self, desc: &SpdKvDesc) -> Result<(Self::Pool, SpdKvInfo)>;
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Self::Pool, SpdKvInfo)>;
 
     /// Compiles a program for steps up to `bucket` (component-wise largest of those asked for).
     ///

@@ -1,7 +1,7 @@
 //! Which C function does what? Every entry of the table, generic over the plugin.
 
 use crate::border::{Host, PluginError, Run, Source, borrow, element, entry, read_in, write_out};
-use crate::{Device, OpenOptions, Plugin, Queue};
+use crate::{Device, OpenOptions, Plugin, Queue, SlowFile};
 use sparsed_abi::{
     ABI_MINOR, SpdApi, SpdBucket, SpdCompile, SpdDevice, SpdDeviceInfo, SpdError, SpdHealth, SpdHost, SpdInstance,
     SpdKvDesc, SpdKvInfo, SpdKvOp, SpdKvPool, SpdMemInfo, SpdOpenOptions, SpdPlan, SpdPlanInfo, SpdQueue, SpdRun,
@@ -371,10 +371,9 @@ unsafe extern "C" fn kv_create<D: Device>(
         if desc.block_tokens == 0 || desc.n_blocks == 0 || desc.flags != 0 {
             return Err(PluginError::invalid("a pool without blocks, or an unknown flag"));
         }
-        if !desc.slow.is_null() {
-            return Err(PluginError::unsupported("a slow tier"));
-        }
-        let (pool, sizes) = device.kv_create(&desc)?;
+        // SAFETY: NULL, or the description of a slow tier whose file is open during the call.
+        let slow = if desc.slow.is_null() { None } else { Some(unsafe { SlowFile::read(desc.slow) }?) };
+        let (pool, sizes) = device.kv_create(&desc, slow)?;
         // SAFETY: checked above; the caller's out pointer.
         unsafe {
             write_out(info, sizes);

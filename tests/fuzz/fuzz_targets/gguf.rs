@@ -1,7 +1,8 @@
-//! Can any bytes make the GGUF reader or a decoder panic, or reach outside the file?
+//! Can any bytes make the GGUF reader, a decoder or the reader of its tokenizer panic, or reach outside the file?
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use sparsed_model::Tokenizer;
 use sparsed_quant::gguf::Gguf;
 
 fuzz_target!(|file: &[u8]| {
@@ -18,4 +19,5 @@ fuzz_target!(|file: &[u8]| {
         drop((metadata.u32(key), metadata.u64(key), metadata.f32(key), metadata.bool(key)));
         drop((metadata.str(key), metadata.array(key), metadata.strings(key)));
     }
+    drop(Tokenizer::from_metadata(gguf.metadata()));
 });

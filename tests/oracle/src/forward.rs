@@ -34,6 +34,8 @@ pub struct Options {
     pub last_rows: Option<usize>,
     /// The deliberate mistake.
     pub mistake: Option<Mistake>,
+    /// Whether [`Output::attention`] is wanted: T x T values for each layer.
+    pub attention: bool,
 }
 
 /// What one indexer selected.
@@ -52,7 +54,13 @@ pub struct Output<T> {
     pub logits: Rows<T>,
     /// One per layer that owns an indexer; empty when dense.
     pub selections: Vec<Selection>,
+    /// What attention over all tokens would weigh, `[T, T]` for each layer, the mean over the heads: the queries and
+    /// keys are those of the run, only the mask is left out. Empty unless wanted.
+    pub attention: Vec<Rows<T>>,
 }
+
+/// [`Output::selections`] and [`Output::attention`] so far.
+type Found<T> = (Vec<Selection>, Vec<Rows<T>>);
 
 /// Runs all tokens of one sequence through the model.
 ///
@@ -63,10 +71,10 @@ pub fn forward<T: Real>(model: &Model, ids: &[u32], options: &Options) -> anyhow
     ensure!(!ids.is_empty() && ids.iter().all(|&id| (id as usize) < c.vocab), "tokens must be 0 to {}", c.vocab - 1);
     let embedding = model.matrix::<T>("token_embd.weight", c.vocab, c.hidden)?;
     let mut x = Rows::new(c.hidden, ids.iter().flat_map(|&id| embedding.row(id as usize).to_vec()).collect());
-    let mut selections = Vec::new();
+    let mut found = (Vec::new(), Vec::new());
     for n in 0..c.n_layers {
         let layer = Layer { model, c, n };
-        x = layer.forward(x, options, &mut selections)?;
+        x = layer.forward(x, options, &mut found)?;
     }
     let rows = options.last_rows.unwrap_or(x.len()).min(x.len());
     let x = rms_norm(&x.slice(x.len() - rows, rows), &model.vector("output_norm.weight", c.hidden)?, c.eps);
@@ -74,7 +82,8 @@ pub fn forward<T: Real>(model: &Model, ids: &[u32], options: &Options) -> anyhow
         true => model.matrix("output.weight", c.vocab, c.hidden)?,
         false => embedding,
     };
-    Ok(Output { logits: linear(&x, &head), selections })
+    let (selections, attention) = found;
+    Ok(Output { logits: linear(&x, &head), selections, attention })
 }
 
 /// One layer's weights.
@@ -103,8 +112,8 @@ impl Layer<'_> {
         Ok((0..n).map(|i| all.slice(i * rows, rows)).collect())
     }
 
-    fn forward<T: Real>(&self, x: Rows<T>, options: &Options, found: &mut Vec<Selection>) -> anyhow::Result<Rows<T>> {
-        let c = self.c;
+    fn forward<T: Real>(&self, x: Rows<T>, options: &Options, found: &mut Found<T>) -> anyhow::Result<Rows<T>> {
+        let (c, (selections, attention)) = (self.c, found);
         let h = rms_norm(&x, &self.vector("attn_norm.weight", c.hidden)?, c.eps);
         // MLA's query and the indexer's come from the same compressed row, where there is one.
         let q_from = match c.q_lora {
@@ -117,10 +126,12 @@ impl Layer<'_> {
         if let Some(indexer) = c.indexer.as_ref().filter(|_| options.top_k != Some(0))
             && indexer.full[self.n]
         {
-            found.push(self.select(indexer, &h, &q_from, options)?);
+            selections.push(self.select(indexer, &h, &q_from, options)?);
         }
         // A layer without an indexer of its own attends to what the last one with it selected.
-        let attended = self.attention(&h, &q_from, found.last())?;
+        let mut weights = options.attention.then(|| Rows::zeros(h.len(), h.len()));
+        let attended = self.attention(&h, &q_from, selections.last(), weights.as_mut())?;
+        attention.extend(weights);
         let x = x.plus(&linear(&attended, &self.matrix("attn_output", c.hidden, c.n_heads * c.v_head)?));
         let y = rms_norm(&x, &self.vector("ffn_norm.weight", c.hidden)?, c.eps);
         let fed = match c.moe.as_ref().filter(|moe| self.n >= moe.first_layer) {
@@ -162,12 +173,13 @@ impl Layer<'_> {
         Ok(Selection { positions, margins })
     }
 
-    /// Multi-head attention over the selected tokens: `[T, H V]`.
+    /// Multi-head attention over the selected tokens: `[T, H V]`. Adds to `weights` what it would weigh without a mask.
     fn attention<T: Real>(
         &self,
         h: &Rows<T>,
         q_from: &Rows<T>,
         selection: Option<&Selection>,
+        mut weights: Option<&mut Rows<T>>,
     ) -> anyhow::Result<Rows<T>> {
         let c = self.c;
         let key = c.nope + c.rope_head;
@@ -185,6 +197,12 @@ impl Layer<'_> {
                 let mut query = q.row(t)[head * key..][..key].to_vec();
                 rotate(&mut query[c.nope..], t, &rope, true);
                 let mut scores: Vec<T> = keys[..=t].iter().map(|k| dot(&query, k) * T::of(c.scale)).collect();
+                if let Some(weights) = &mut weights {
+                    let mut full = scores.clone();
+                    softmax(&mut full);
+                    let heads = T::of(c.n_heads as f64);
+                    weights.row_mut(t).iter_mut().zip(full).for_each(|(mean, p)| *mean += p / heads);
+                }
                 if let Some(selection) = selection {
                     let chosen = &selection.positions[t];
                     let masked = (0..=t).filter(|s| chosen.binary_search(s).is_err());

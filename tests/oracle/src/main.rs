@@ -58,8 +58,9 @@ fn run<T: Real>(arguments: &Arguments) -> anyhow::Result<()> {
     let model = Model::open(&arguments.model)?;
     let text = std::fs::read_to_string(&arguments.ids).with_context(|| arguments.ids.display().to_string())?;
     let ids: Vec<u32> = serde_json::from_str(&text).with_context(|| arguments.ids.display().to_string())?;
-    let options = Options { top_k: arguments.top_k, last_rows: arguments.last_rows, mistake: arguments.mistake };
-    let Output { logits, selections } = forward::<T>(&model, &ids, &options)?;
+    let (top_k, last_rows, mistake) = (arguments.top_k, arguments.last_rows, arguments.mistake);
+    let options = Options { top_k, last_rows, mistake, attention: false };
+    let Output { logits, selections, .. } = forward::<T>(&model, &ids, &options)?;
     let shape = [logits.len() as u64, logits.width() as u64];
     #[expect(clippy::cast_possible_truncation, reason = "the output is single precision")]
     write(&arguments.out, &shape, logits.values().iter().map(|&v| Into::<f64>::into(v) as f32))?;

@@ -24,6 +24,10 @@ pub(super) const KEYS: &[&str] = &[
     "model.*.path",
     "model.*.top_k",
     "plugins.dir",
+    "plugins.quarantine_max_ms",
+    "plugins.quarantine_ms",
+    "plugins.strike_window_ms",
+    "plugins.strikes",
     "socket.path",
     "state_dir",
 ];

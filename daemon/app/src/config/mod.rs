@@ -6,11 +6,14 @@
 mod check;
 mod paths;
 mod size;
+mod source;
 
 pub use paths::Paths;
 pub use size::Bytes;
+pub use source::Source;
 
 use serde::{Deserialize, Serialize};
+use sparsed_backend::{QuarantinePolicy, STRIKES_MAX};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
@@ -18,6 +21,8 @@ use std::path::{Path, PathBuf};
 
 /// Largest configuration file in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// The longest time that can be configured.
+const YEAR_MS: u64 = 365 * 86_400_000;
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -72,11 +77,44 @@ pub struct Socket {
 }
 
 /// `[plugins]`
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Plugins {
     /// A folder that is searched before `plugins/` beside the executable and `/usr/lib/sparsed/plugins`.
     pub dir: Option<PathBuf>,
+    /// Failures of a library that quarantine it.
+    pub strikes: u32,
+    /// How long a failure counts, in milliseconds.
+    pub strike_window_ms: u64,
+    /// The first quarantine in milliseconds; each further one is twice as long.
+    pub quarantine_ms: u64,
+    /// The longest quarantine in milliseconds.
+    pub quarantine_max_ms: u64,
+}
+
+impl Default for Plugins {
+    fn default() -> Self {
+        let policy = QuarantinePolicy::default();
+        Self {
+            dir: None,
+            strikes: policy.strikes,
+            strike_window_ms: policy.window_ms,
+            quarantine_ms: policy.first_ms,
+            quarantine_max_ms: policy.max_ms,
+        }
+    }
+}
+
+impl Plugins {
+    /// When a library is quarantined, and for how long.
+    pub fn quarantine_policy(&self) -> QuarantinePolicy {
+        QuarantinePolicy {
+            strikes: self.strikes,
+            window_ms: self.strike_window_ms,
+            first_ms: self.quarantine_ms,
+            max_ms: self.quarantine_max_ms,
+        }
+    }
 }
 
 /// `[engine]`
@@ -215,7 +253,7 @@ impl Config {
 
     /// The first value out of its range, and what it must be.
     fn wrong_value(&self) -> Option<(String, String)> {
-        let limits = &self.limits;
+        let (limits, plugins) = (&self.limits, &self.plugins);
         let mut ranges = vec![
             ("limits.max_running".to_owned(), limits.max_running.into(), 1, 1024),
             ("limits.max_waiting".to_owned(), limits.max_waiting.into(), 1, 65536),
@@ -230,6 +268,10 @@ impl Config {
             ("limits.slow_consumer_s".to_owned(), limits.slow_consumer_s, 1, 3600),
             ("limits.stop_s".to_owned(), limits.stop_s, 0, 3600),
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
+            ("plugins.strikes".to_owned(), plugins.strikes.into(), 1, STRIKES_MAX.into()),
+            ("plugins.strike_window_ms".to_owned(), plugins.strike_window_ms, 1, YEAR_MS),
+            ("plugins.quarantine_ms".to_owned(), plugins.quarantine_ms, 1, plugins.quarantine_max_ms),
+            ("plugins.quarantine_max_ms".to_owned(), plugins.quarantine_max_ms, 1, YEAR_MS),
         ];
         let paths =
             [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
@@ -323,6 +365,10 @@ mod tests {
         assert_eq!(said, "FILE:3: limits.max_running is 0, must be 1 to 1024");
         let said = load("", &["engine.threads=1", "limits.stop_s=9999"]).unwrap_err();
         assert_eq!(said, "--set limits.stop_s=9999: limits.stop_s is 9999, must be 0 to 3600");
+        let said = load("[plugins]\nquarantine_ms = 9\n", &["plugins.quarantine_max_ms=8"]).unwrap_err();
+        assert_eq!(said, "FILE:2: plugins.quarantine_ms is 9, must be 1 to 8");
+        assert!(load("", &["plugins.strikes=0"]).unwrap_err().contains("must be 1 to 16"));
+        assert!(load("", &["plugins.strike=1"]).unwrap_err().contains("did you mean 'plugins.strikes'?"));
         assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
         assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));

@@ -1,5 +1,6 @@
 //! `sparsectl eval`: what does a model lose by selecting? Measured on text and on recall prompts.
 
+mod mass;
 mod perplexity;
 mod recall;
 mod report;
@@ -22,6 +23,10 @@ use texts::Texts;
 const CONTEXT_MAX: u32 = 1 << 22;
 /// Largest k.
 const TOP_K_MAX: u32 = 1 << 24;
+/// Queries of a window whose attention is looked at, without the option.
+const MASS_QUERIES: u32 = 64;
+/// Most of them.
+const MASS_QUERIES_MAX: u32 = 1 << 16;
 /// Most tokens that are scored for one perplexity.
 const TOKENS_MAX: u32 = 1 << 24;
 
@@ -38,9 +43,14 @@ const TOKENS_MAX: u32 = 1 << 24;
 /// must fail is "window": the model is given only the first 4 and the last tokens, k in all, and reads them
 /// densely. (A real sliding window could carry a little more from layer to layer. This one cannot.)
 ///
-/// A k of the context's length or more reads everything, as dense does, and is left out. Not measured: how much
-/// attention mass the selection keeps, against the best k and against a window: that takes every query of
-/// attention, and a program gives out selections and logits only.
+/// Attention mass: how much of the softmax weight of full attention, over all tokens up to the query's own, lies on
+/// the k selected ones, in the run that selects. It is looked at for --mass-queries queries of each window's second
+/// half, in every layer; a token's weight is the mean over the heads, which share the selection. Beside it what other
+/// choices of k tokens keep of the same attention: the "oracle" those of greatest weight, the "window" the first 4 and
+/// the last, "random" ones on average. SHARE is selection over oracle; the worst layer is the one where it is least.
+/// A high share does not prove recall: a fact far back is one token of many.
+///
+/// A k of the context's length or more reads everything, as dense does, and is left out.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Eval {
@@ -61,6 +71,10 @@ pub(super) struct Eval {
     /// Tokens that are read for each row of a table: as many whole windows as it takes, if the text has so many.
     #[arg(long, default_value_t = 20_480, value_parser = clap::value_parser!(u32).range(1..=i64::from(TOKENS_MAX)))]
     tokens: u32,
+    /// Queries of each window whose attention mass is compared, at most half the window; 0: none. Takes memory for a
+    /// copy of the window's KV cache. Default: 64, none for a model without an indexer.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=i64::from(MASS_QUERIES_MAX)))]
+    mass_queries: Option<u32>,
     /// Tokens of a recall prompt, a table for each; 0: no recall. Default: 1024, 2048, 4096 and 8192, as far as
     /// the model was trained and the text suffices.
     #[arg(long, value_delimiter = ',')]
@@ -68,7 +82,7 @@ pub(super) struct Eval {
     /// Recall prompts of each length.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     recall_prompts: u32,
-    /// Same seed, same recall prompts.
+    /// Same seed, same recall prompts, same queries for the attention mass.
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// Tokens of one step.
@@ -108,7 +122,11 @@ impl Bench<'_> {
             Attention::Sparse(k) => Some(k),
         };
         let chunk = self.eval.chunk.min(context);
-        self.eval.device.load(self.model, self.backend, top_k, context, chunk, LocalOutputs::EveryRow)
+        let outputs = match attention {
+            Attention::Sparse(_) if self.eval.mass_queries() > 0 => LocalOutputs::EverythingWithQueries,
+            _ => LocalOutputs::EveryRow,
+        };
+        self.eval.device.load(self.model, self.backend, top_k, context, chunk, outputs)
     }
 
     fn chunk(&self) -> usize {
@@ -131,6 +149,9 @@ impl Eval {
             .iter()
             .map(|&context| Perplexity::plan(&texts, context, self.tokens, &top_k))
             .collect::<Result<_, _>>()?;
+        let asked = self.mass_queries.unwrap_or(0) > 0;
+        let possible = perplexities.iter().any(Perplexity::selects);
+        ensure!(!asked || possible, "--mass-queries: no window of --context is read with fewer tokens than it has");
         let (recalls, notes) = self.plan_recalls(&lengths, &texts, &model, &top_k)?;
         ensure!(!perplexities.is_empty() || !recalls.is_empty(), "nothing to measure: {}", notes.join("; "));
         let progress = ProgressBar::new(
@@ -175,6 +196,10 @@ impl Eval {
             }
         }
         Ok((recalls, notes))
+    }
+
+    fn mass_queries(&self) -> u32 {
+        self.mass_queries.unwrap_or(MASS_QUERIES)
     }
 
     fn top_k(&self, model: &Model) -> anyhow::Result<Vec<u32>> {

@@ -51,6 +51,8 @@ pub(super) enum LocalOutputs {
     EveryRow,
     /// Logits of every token, and what attention selected.
     EverythingWithSelections,
+    /// That, and what attention asked.
+    EverythingWithQueries,
 }
 
 impl Local {
@@ -124,8 +126,10 @@ impl LocalDevice {
         max_step_tokens: u32,
         outputs: LocalOutputs,
     ) -> anyhow::Result<DeviceModel> {
-        let selections_out = outputs == LocalOutputs::EverythingWithSelections;
-        let program = ProgramOptions { selections_out, ..program_options(&self.configured(model.path(), top_k)) };
+        let queries_out = outputs == LocalOutputs::EverythingWithQueries;
+        let selections_out = queries_out || outputs == LocalOutputs::EverythingWithSelections;
+        let configured = program_options(&self.configured(model.path(), top_k));
+        let program = ProgramOptions { selections_out, queries_out, ..configured };
         let options = LoadOptions {
             program,
             max_context,

@@ -7,6 +7,7 @@ mod eval;
 mod inspect;
 mod local;
 mod logits;
+mod plugins;
 mod private;
 mod quantize;
 mod repl;
@@ -34,6 +35,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
     Models(status::Models),
+    Plugins(plugins::Plugins),
     Quantize(quantize::Quantize),
     Run(run::Run),
     Status(status::Status),
@@ -50,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
+        Command::Plugins(command) => command.run(),
         Command::Quantize(command) => command.run(),
         Command::Run(command) => command.run(),
         Command::Status(command) => command.run(),

@@ -83,6 +83,11 @@ fn status_text(status: &Value, socket: &str) -> String {
         );
         text += &line;
     }
+    let third_party = status["third_party_plugins"].as_array().into_iter().flatten();
+    let third_party: Vec<&str> = third_party.map(word).collect();
+    if !third_party.is_empty() {
+        text += &format!("  tainted by third-party plugins: {}\n", third_party.join(", "));
+    }
     text.trim_end().to_owned()
 }
 
@@ -132,6 +137,14 @@ mod tests {
         assert_eq!(state(&loading), "loading 34 %");
         let failed = json!({ "state": "failed", "detail": { "reason": "no file" } });
         assert_eq!(state(&failed), "failed: no file");
+    }
+
+    #[test]
+    fn a_tainted_daemon_says_by_what() {
+        let mut status = json!({ "version": "1", "pid": 7, "third_party_plugins": [], "models": [] });
+        assert_eq!(status_text(&status, "/s"), "sparsed 1 (pid 7) on /s");
+        status["third_party_plugins"] = json!(["acme 2.0"]);
+        assert!(status_text(&status, "/s").ends_with("\n  tainted by third-party plugins: acme 2.0"));
     }
 
     #[test]

@@ -255,7 +255,7 @@ fn starts(filler: &[&[u32]], rng: &mut ChaCha8Rng) -> Vec<usize> {
 }
 
 /// A random number below `n`; the bias of the remainder is below n / 2^64.
-fn below(rng: &mut ChaCha8Rng, n: u32) -> u32 {
+pub(super) fn below(rng: &mut ChaCha8Rng, n: u32) -> u32 {
     u32::try_from(rng.next_u64() % u64::from(n)).expect("the remainder is below n")
 }
 

@@ -40,9 +40,10 @@ fn limits() -> ParserLimits {
     }
 }
 
-/// Compiles the grammars of one model's requests.
+/// Compiles the grammars of one model's requests. Public for its fuzz target; a surface asks a
+/// [`ServedModel`](crate::ServedModel).
 #[derive(Default)]
-pub(crate) struct Compiler {
+pub struct Compiler {
     /// Made when the first grammar is asked for: the trie takes time and memory.
     factory: OnceLock<Result<ParserFactory, String>>,
     /// Guards no data: one compilation at a time.
@@ -60,7 +61,7 @@ impl Compiler {
     ///
     /// # Errors
     /// [`Failure::InvalidRequest`] that says where the schema or grammar is broken, or which limit it exceeds.
-    pub(crate) fn compile(&self, spec: GrammarSpec, tokenizer: &Tokenizer) -> Result<Grammar, Failure> {
+    pub fn compile(&self, spec: GrammarSpec, tokenizer: &Tokenizer) -> Result<Grammar, Failure> {
         self.compile_with(spec, || Vocabulary::of(tokenizer))
     }
 

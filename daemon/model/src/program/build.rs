@@ -1,6 +1,6 @@
 //! The frame of a program: weights bound once, angle inputs, embedding, layers, head.
 
-use super::{KvFormats, KvShape, Program, ProgramOptions, Selection, WeightBinding};
+use super::{KvFormats, KvShape, Output, OutputKind, Program, ProgramOptions, Selection, WeightBinding};
 use crate::weights::{Tensor, Weights};
 use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
@@ -20,6 +20,7 @@ pub(super) struct Builder<'a> {
     bound: HashMap<String, TensorId>,
     angles: Vec<(Vec<f64>, TensorId)>,
     pub(super) selections: Vec<TensorId>,
+    outputs: Vec<(TensorId, Output)>,
     /// The residual stream.
     pub(super) x: TensorId,
     /// What is still to be added to it.
@@ -52,34 +53,35 @@ pub(crate) fn build(spec: &ModelSpec, weights: &Weights, options: &ProgramOption
     let top_k = top_k(spec, options)?;
     let mut program = ProgramBuilder::new();
     let x = program.activation(DT_F32, &[DIM_TOKENS, dim(spec.hidden_size)]);
-    let (bindings, bound, angles) = (Vec::new(), HashMap::new(), Vec::new());
-    let mut builder =
-        Builder { spec, weights, options, program, bindings, bound, angles, selections: Vec::new(), x, pending: None };
+    let mut builder = Builder {
+        spec,
+        weights,
+        options,
+        program,
+        bindings: Vec::new(),
+        bound: HashMap::new(),
+        angles: Vec::new(),
+        selections: Vec::new(),
+        outputs: Vec::new(),
+        x,
+        pending: None,
+    };
     let embedding = builder.matrix("token_embd.weight", spec.hidden_size, spec.vocab_size)?;
     builder.op(OP_EMBED, &[Some(embedding)], &[x], [0; 6], 0.0);
     for layer in 0..spec.n_layers {
         builder.layer(layer, top_k)?;
     }
     let logits = builder.head()?;
-    if options.selections_out {
-        for &selection in &builder.selections {
-            builder.program.mark_output(selection);
-        }
-    }
-    builder.program.mark_output(logits);
-    let mut outputs: Vec<(usize, i32)> = Vec::new();
-    if options.selections_out {
-        let k = top_k.unwrap_or(0) as usize;
-        outputs.extend(builder.selections.iter().map(|_| (k, DIM_TOKENS)));
-    }
-    outputs.push((spec.vocab_size as usize, DIM_LOGITS));
+    builder.output(logits, OutputKind::Logits, spec.vocab_size);
+    // The arena holds them in the order of their tensors.
+    builder.outputs.sort_unstable_by_key(|(tensor, _)| *tensor);
     Ok(Program {
         blob: builder.program.finish(1),
         weights: builder.bindings,
         kv: kv_shape(spec, &options.kv, top_k.is_none())?,
         angles: builder.angles.into_iter().map(|(frequencies, _)| frequencies).collect(),
         angle_factor: spec.rope_factor,
-        outputs,
+        outputs: builder.outputs.into_iter().map(|(_, output)| output).collect(),
         top_k,
     })
 }
@@ -123,6 +125,12 @@ impl Builder<'_> {
     ) {
         let outputs: Vec<_> = outputs.iter().copied().map(Some).collect();
         self.program.op(OpSpec { kind, inputs, outputs: &outputs, layer, i, f: [f, 0.0, 0.0, 0.0] });
+    }
+
+    /// Makes an activation an output whose rows have `width` values.
+    pub(super) fn output(&mut self, tensor: TensorId, kind: OutputKind, width: u32) {
+        self.program.mark_output(tensor);
+        self.outputs.push((tensor, Output { kind, width: width as usize }));
     }
 
     /// An activation `[T, dims..]`.

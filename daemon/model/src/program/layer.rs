@@ -1,5 +1,6 @@
 //! One transformer layer in operators: DeepSeek-V3.2-Exp `model.py` (MLA, Indexer, MoE), in the absorbed form.
 
+use super::OutputKind;
 use super::build::{Builder, dim};
 use crate::{Architecture, GroupScore, IndexerSpec, ModelError, MoeSpec, RopeLayout, RouterScore};
 use sparsed_abi::{
@@ -23,6 +24,13 @@ impl Builder<'_> {
         let h = self.norm(&name("attn_norm.weight"))?;
         let compressed = self.compressed_query(&name, h)?;
         let (q_latent, q_rope) = self.query(&name, compressed.unwrap_or(h))?;
+        if self.options.queries_out {
+            let spec = self.spec;
+            self.output(q_rope, OutputKind::QueryRope, spec.n_heads * spec.qk_rope_head_dim);
+            if let Some(q_latent) = q_latent {
+                self.output(q_latent, OutputKind::QueryLatent, spec.n_heads * spec.kv_lora_rank);
+            }
+        }
         self.append(layer, &name, h)?;
         let selection = match top_k {
             Some(k) => Some(self.selection(layer, &name, h, compressed.unwrap_or(h), k)?),
@@ -161,6 +169,9 @@ impl Builder<'_> {
         let scale = (1.0 / f64::from(heads * width).sqrt()) as f32;
         self.layer_op(OP_IDX_TOPK, layer, &[Some(q), Some(w)], &[selection], [dim(k), 0, 0, 0, 0, 0], scale);
         self.selections.push(selection);
+        if self.options.selections_out {
+            self.output(selection, OutputKind::Selection, k);
+        }
         Ok(selection)
     }
 

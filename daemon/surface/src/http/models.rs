@@ -44,10 +44,18 @@ pub(crate) async fn one(
     Ok(Json(entry(&id, &served)))
 }
 
-/// `GET /v1/status`: every configured model with its state and load; what `sparsectl status` shows.
+/// `GET /v1/status`: every configured model with its state and load, and whether code of others runs in the daemon;
+/// what `sparsectl status` shows.
 pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
     let models: Vec<Value> = shared.service.models().iter().map(model_status).collect();
-    Json(json!({ "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id(), "models": models }))
+    let third_party = shared.service.third_party_plugins();
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "pid": std::process::id(),
+        "tainted": !third_party.is_empty(),
+        "third_party_plugins": third_party,
+        "models": models,
+    }))
 }
 
 /// A model as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.

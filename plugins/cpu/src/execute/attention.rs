@@ -7,6 +7,7 @@ use crate::memory::Pool;
 use crate::tensor::Tensor;
 use crate::threads::part;
 use sparsed_abi::{OP_SPARSE_MLA, SpdOp};
+use sparsed_plugin_kit::slow::rowcache::RowCache;
 use sparsed_plugin_kit::{PluginError, Result};
 use std::ops::Range;
 
@@ -19,6 +20,8 @@ impl Frame<'_> {
         let job = Attention {
             frame: self,
             pool: self.pool(),
+            slow: None,
+            tokens: 0..self.tensor::<f32>(op.inputs[1]).n0,
             layer: op.layer as usize,
             q_latent: self.optional(op.inputs[0]),
             q_rope: self.tensor(op.inputs[1]),
@@ -27,23 +30,10 @@ impl Frame<'_> {
             groups: op.i[0].unsigned_abs() as usize,
             scale: op.f[0],
         };
-        if job.is_blocked() {
-            job.run_blocked();
-            return Ok(());
+        match self.pool().slow() {
+            None => job.compute(),
+            Some(mut slow) => job.compute_slow(&mut slow)?,
         }
-        let team = &self.device.team;
-        // A unit is some heads of one group at one token; a lone token's heads are dealt to the whole team.
-        let heads = job.q_rope.n1 / job.groups;
-        let split = if job.q_rope.n0 * job.groups >= team.len() { 1 } else { team.len().min(heads) };
-        let units = job.q_rope.n0 * job.groups * split;
-        team.run(&|number| {
-            let mut rows = (vec![0f32; ROWS * job.out.n2], vec![0f32; ROWS * job.q_rope.n2]);
-            for unit in (number..units).step_by(team.len()) {
-                let (t, group, piece) = (unit / split / job.groups, unit / split % job.groups, unit % split);
-                let own = part(heads, piece, split);
-                job.run_decoded(t, group, group * heads + own.start..group * heads + own.end, &mut rows);
-            }
-        });
         Ok(())
     }
 
@@ -64,6 +54,10 @@ impl Frame<'_> {
 pub(super) struct Attention<'a> {
     pub(super) frame: &'a Frame<'a>,
     pub(super) pool: &'a Pool,
+    /// Has the slow rows of `tokens`.
+    pub(super) slow: Option<&'a RowCache>,
+    /// Those that are computed now.
+    pub(super) tokens: Range<usize>,
     pub(super) layer: usize,
     pub(super) q_latent: Option<Tensor<'a, f32>>,
     pub(super) q_rope: Tensor<'a, f32>,
@@ -74,6 +68,37 @@ pub(super) struct Attention<'a> {
 }
 
 impl Attention<'_> {
+    /// Computes its tokens.
+    pub(super) fn compute(&self) {
+        if self.is_blocked() {
+            return self.run_blocked();
+        }
+        let team = &self.frame.device.team;
+        // A unit is some heads of one group at one token; a lone token's heads are dealt to the whole team.
+        let heads = self.q_rope.n1 / self.groups;
+        let split = if self.tokens.len() * self.groups >= team.len() { 1 } else { team.len().min(heads) };
+        let units = self.tokens.len() * self.groups * split;
+        team.run(&|number| {
+            let mut rows = (vec![0f32; ROWS * self.out.n2], vec![0f32; ROWS * self.q_rope.n2]);
+            for unit in (number..units).step_by(team.len()) {
+                let (t, group, piece) = (unit / split / self.groups, unit / split % self.groups, unit % split);
+                let own = part(heads, piece, split);
+                let own = group * heads + own.start..group * heads + own.end;
+                self.run_decoded(self.tokens.start + t, group, own, &mut rows);
+            }
+        });
+    }
+
+    /// The latent and the rope row of `slot` together, wherever they lie.
+    pub(super) fn row(&self, slot: usize) -> &[u8] {
+        match self.slow {
+            Some(cache) if cache.is_attached(self.key(slot).block) => {
+                cache.row(self.key(slot)).expect("rows of these tokens were fetched")
+            }
+            _ => self.pool.latent_row(self.layer, slot),
+        }
+    }
+
     /// Positions that token t sees.
     pub(super) fn visible(&self, t: usize) -> usize {
         self.frame.step.positions[t] as usize + 1
@@ -110,7 +135,8 @@ impl Attention<'_> {
         for first in (0..listed).step_by(ROWS) {
             let n = (listed - first).min(ROWS);
             for i in 0..n {
-                let (latent_row, rope_row) = self.pool.latent_rows(self.layer, frame.slot(t, position(first + i)));
+                let row = self.row(frame.slot(t, position(first + i)));
+                let (latent_row, rope_row) = row.split_at(self.pool.latent.bytes);
                 let (width, rope_width) = (self.out.n2, self.q_rope.n2);
                 let to = &mut latent[i * width..(i + 1) * width];
                 decode_slice(level, self.pool.latent.format, latent_row, group * width, to);

@@ -56,7 +56,7 @@ impl Attention<'_> {
     fn runs(&self) -> Vec<Range<usize>> {
         let mut runs: Vec<Range<usize>> = Vec::new();
         let mut shared = false;
-        for t in 0..self.q_rope.n0 {
+        for t in self.tokens.clone() {
             let all = self.reads_all(t);
             match runs.last_mut() {
                 Some(run)
@@ -146,7 +146,9 @@ impl Attention<'_> {
         let mut whole = [(&[][..], &[][..], &[][..]); ROWS];
         let n = list.len();
         for (row, i) in whole.iter_mut().zip(list) {
-            *row = self.pool.whole_latent_row(self.layer, self.frame.slot(t, self.position(t, i)));
+            let both = self.row(self.frame.slot(t, self.position(t, i)));
+            let (latent, rope) = both.split_at(self.pool.latent.bytes);
+            *row = (both, latent, rope);
         }
         let mut rows = [Row { latent: &[], rope: &[], whole: &[] }; ROWS];
         for (i, (group, block)) in groups.zip(blocks).enumerate() {

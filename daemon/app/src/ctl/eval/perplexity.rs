@@ -1,10 +1,12 @@
-//! How well is text predicted? Windows read under each kind of attention, and their losses compared.
+//! How well is text predicted? Windows read under each kind of attention, and their losses compared; and on the way,
+//! what a selection keeps of attention.
 
+use super::mass::{Picked, WindowMass, mass_json};
 use super::texts::Texts;
 use super::{Attention, Bench};
 use anyhow::ensure;
 use serde_json::{Value, json};
-use sparsed_engine::eval::{Comparison, WindowLoss, compare, cross_entropy, windows};
+use sparsed_engine::eval::{Comparison, WindowLoss, compare, cross_entropy, query_positions, windows};
 use sparsed_engine::{DeviceModel, Rows, SoleSequence};
 
 /// Windows of one length, to be read under several kinds of attention.
@@ -35,51 +37,91 @@ impl Perplexity {
         u64::from(self.context) * self.windows.len() as u64 * self.rows.len() as u64
     }
 
+    /// Whether a row selects, so that there is something to compare with full attention.
+    pub(super) fn selects(&self) -> bool {
+        self.rows.iter().any(|row| matches!(row, Attention::Sparse(_)))
+    }
+
     /// Reads the windows under each kind of attention.
     ///
     /// # Errors
     /// The device's.
     pub(super) fn measure(&self, bench: &Bench<'_>) -> anyhow::Result<Value> {
-        let losses = self.rows.iter().map(|&row| self.losses(bench, row)).collect::<Result<Vec<_>, _>>()?;
-        let rows: Vec<Value> =
-            self.rows.iter().zip(&losses).map(|(&row, own)| row_json(row, own, &losses[0])).collect();
+        let read = self.rows.iter().map(|&row| self.read(bench, row)).collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<Value> = self.rows.iter().zip(&read).map(|(&row, own)| row_json(row, own, &read[0])).collect();
         Ok(json!({
             "context": self.context,
             "windows": self.windows.len(),
+            "mass_queries": self.positions(bench, 0).len(),
             "scored_tokens": self.windows.iter().map(|window| window.len() - 1).sum::<usize>(),
             "rows": rows,
         }))
     }
 
-    fn losses(&self, bench: &Bench<'_>, attention: Attention) -> anyhow::Result<Vec<WindowLoss>> {
+    fn read(&self, bench: &Bench<'_>, attention: Attention) -> anyhow::Result<Read> {
         let mut device = bench.load(attention, self.context)?;
-        self.windows.iter().map(|window| window_loss(bench, &mut device, window)).collect()
+        let selects = matches!(attention, Attention::Sparse(_));
+        let mut read = Read { losses: Vec::new(), masses: Vec::new() };
+        for (number, window) in (0..).zip(&self.windows) {
+            let positions = if selects { self.positions(bench, number) } else { Vec::new() };
+            let (loss, mass) = read_window(bench, &mut device, window, positions)?;
+            read.losses.push(loss);
+            read.masses.extend(mass);
+        }
+        Ok(read)
+    }
+
+    /// Whose attention is looked at in window number `window`: the same queries for every k.
+    fn positions(&self, bench: &Bench<'_>, window: u64) -> Vec<usize> {
+        query_positions(self.context as usize, bench.eval.mass_queries() as usize, bench.eval.seed, window)
     }
 }
 
-/// The loss of a window that is read from its first token; memory for one chunk's logits.
-fn window_loss(bench: &Bench<'_>, device: &mut DeviceModel, window: &[u32]) -> anyhow::Result<WindowLoss> {
+/// What came of the windows under one kind of attention.
+struct Read {
+    losses: Vec<WindowLoss>,
+    /// Empty when nothing is selected, or no query was looked at.
+    masses: Vec<WindowMass>,
+}
+
+/// The loss of a window that is read from its first token, and what its selections keep of the attention of the queries
+/// at `positions`, if there are any; memory for one chunk's outputs.
+fn read_window(
+    bench: &Bench<'_>,
+    device: &mut DeviceModel,
+    window: &[u32],
+    positions: Vec<usize>,
+) -> anyhow::Result<(WindowLoss, Option<WindowMass>)> {
     let mut sequence = SoleSequence::new(device);
     let mut losses = Vec::with_capacity(window.len());
+    let mut picked = Picked::new(positions);
     // What each token is followed by; the last one's row is not needed.
     let mut next = window.iter().skip(1);
     for chunk in window.chunks(bench.chunk()) {
-        let logits = sequence.step(device, chunk, Rows::All)?.logits;
+        let first = sequence.n_tokens() as usize;
+        let outputs = sequence.step(device, chunk, Rows::All)?;
+        picked.take(first, chunk.len(), &outputs);
+        let logits = outputs.logits;
         for (row, &token) in logits.chunks_exact(logits.len() / chunk.len()).zip(next.by_ref().take(chunk.len())) {
             losses.push(cross_entropy(row, token)?);
         }
         bench.progress.inc(chunk.len() as u64);
     }
-    Ok(WindowLoss::new(&losses))
+    let mass = match picked.is_empty() {
+        true => None,
+        false => Some(picked.weigh(bench.model.spec(), &sequence, device)?),
+    };
+    Ok((WindowLoss::new(&losses), mass))
 }
 
-fn row_json(attention: Attention, own: &[WindowLoss], dense: &[WindowLoss]) -> Value {
+fn row_json(attention: Attention, own: &Read, dense: &Read) -> Value {
     let part = |of: fn(&WindowLoss) -> f64| {
         let list = |losses: &[WindowLoss]| losses.iter().map(of).collect::<Vec<_>>();
-        comparison_json(&compare(&list(own), &list(dense)))
+        comparison_json(&compare(&list(&own.losses), &list(&dense.losses)))
     };
     let top_k = if let Attention::Sparse(k) = attention { Some(k) } else { None };
-    json!({ "top_k": top_k, "all": part(|loss| loss.all), "late": part(|loss| loss.late) })
+    let mass = if own.masses.is_empty() { Value::Null } else { mass_json(&own.masses) };
+    json!({ "top_k": top_k, "all": part(|loss| loss.all), "late": part(|loss| loss.late), "mass": mass })
 }
 
 fn comparison_json(compared: &Comparison) -> Value {

@@ -4,12 +4,11 @@ use super::texts::Texts;
 use super::{Attention, Bench};
 use anyhow::Context;
 use serde_json::{Value, json};
-use sparsed_engine::eval::{Answered, RecallPrompt, RecallShape, RecallSummary, Vocabulary, recall_prompts, windowed};
+use sparsed_engine::eval::{
+    Answered, RecallPrompt, RecallShape, RecallSummary, SINKS, Vocabulary, recall_prompts, windowed,
+};
 use sparsed_engine::{DeviceModel, Rows, SoleSequence};
 use sparsed_model::{Model, Tokenizer};
-
-/// First tokens that a window keeps, as StreamingLLM does (arXiv 2309.17453).
-const SINKS: usize = 4;
 
 /// Prompts of one length, to be answered under several kinds of attention.
 #[derive(Debug)]

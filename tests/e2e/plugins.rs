@@ -1,0 +1,138 @@
+//! Plugins as an operator meets them: listed, refused, quarantined, and of others.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+use serde_json::Value;
+use sparsed_backend::{QuarantinePolicy, QuarantineStore, SearchPath};
+use sparsed_tests::daemon::Daemon;
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tempfile::TempDir;
+
+fn staged() -> PathBuf {
+    sparsed_tests::root().join("target/release/plugins")
+}
+
+fn model() -> PathBuf {
+    sparsed_tests::model("smollm2-135m-dsa.gguf")
+}
+
+/// What `sparsectl plugins` says, on standard output if it succeeds.
+fn plugins(arguments: &[&str], sets: &[&str]) -> Result<String, String> {
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let done = Command::new(sparsed_tests::sparsectl()).arg("plugins").args(arguments).args(sets).output().unwrap();
+    let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if done.status.success() { Ok(said(&done.stdout)) } else { Err(said(&done.stderr)) }
+}
+
+/// The entry of the plugin `id`.
+fn listed(id: &str, sets: &[&str]) -> Value {
+    let report: Value = serde_json::from_str(&plugins(&["--json"], sets).unwrap()).unwrap();
+    report["plugins"].as_array().unwrap().iter().find(|plugin| plugin["id"] == id).unwrap().clone()
+}
+
+/// A copy of the staged CPU plugin, with its library and manifest as `change` leaves them.
+fn copy_of_cpu(change: impl FnOnce(Vec<u8>, String) -> (Vec<u8>, String)) -> TempDir {
+    let root = tempfile::tempdir().unwrap();
+    let (from, to) = (staged().join("cpu"), root.path().join("cpu"));
+    std::fs::create_dir(&to).unwrap();
+    let library = "libsparsed_plugin_cpu.so";
+    let manifest = std::fs::read_to_string(from.join("plugin.toml")).unwrap();
+    let (bytes, manifest) = change(std::fs::read(from.join(library)).unwrap(), manifest);
+    std::fs::write(to.join(library), bytes).unwrap();
+    let sum = Command::new("sha256sum").arg(to.join(library)).output().unwrap().stdout;
+    let sum = String::from_utf8(sum).unwrap()[..64].to_owned();
+    let with_sum = |line: &str| {
+        if line.starts_with("sha256") { format!("sha256 = \"{sum}\"\n") } else { format!("{line}\n") }
+    };
+    std::fs::write(to.join("plugin.toml"), manifest.lines().map(with_sum).collect::<String>()).unwrap();
+    for (path, mode) in [(to.clone(), 0o755), (to.join("plugin.toml"), 0o644), (to.join(library), 0o755)] {
+        std::fs::set_permissions(path, Permissions::from_mode(mode)).unwrap();
+    }
+    root
+}
+
+/// The CPU plugin as another version of somebody else.
+fn third_party() -> TempDir {
+    let (ours, theirs) = (format!("{}\0", env!("CARGO_PKG_VERSION")), "9.9.9\0");
+    assert_eq!(ours.len(), theirs.len());
+    copy_of_cpu(|mut bytes, manifest| {
+        let found = |at: &usize| bytes[*at..].starts_with(ours.as_bytes());
+        let places: Vec<usize> = (0..bytes.len()).filter(found).collect();
+        assert!(!places.is_empty());
+        places.into_iter().for_each(|at| bytes[at..at + theirs.len()].copy_from_slice(theirs.as_bytes()));
+        (bytes, manifest.replace(env!("CARGO_PKG_VERSION"), "9.9.9"))
+    })
+}
+
+fn set(key: &str, path: &Path) -> String {
+    format!("{key}={}", path.display())
+}
+
+#[test]
+fn the_cpu_plugin_is_listed_with_its_device() {
+    let state = tempfile::tempdir().unwrap();
+    let state = set("state_dir", state.path());
+    let cpu = listed("cpu", &[&state]);
+    assert_eq!((&cpu["state"], &cpu["third_party"], &cpu["selected"]), (&"ok".into(), &false.into(), &true.into()));
+    assert_eq!(cpu["devices"][0]["kind"], "cpu");
+    assert_eq!(cpu["devices"].as_array().map(Vec::len), Some(1));
+    let text = plugins(&[], &[&state, "engine.set.level=scalar"]).unwrap();
+    assert!(text.contains(concat!("cpu ", env!("CARGO_PKG_VERSION"), ": ok")) && text.contains("device 0:"), "{text}");
+}
+
+#[test]
+fn a_refused_plugin_is_listed_with_the_reason() {
+    let state = tempfile::tempdir().unwrap();
+    let state = set("state_dir", state.path());
+    let damaged = copy_of_cpu(|bytes, manifest| (bytes[..bytes.len() / 20].to_vec(), manifest));
+    let cpu = listed("cpu", &[&state, &set("plugins.dir", damaged.path())]);
+    assert_eq!(cpu["state"], "refused");
+    assert!(cpu["reason"].as_str().unwrap().contains("damaged ELF file"), "{cpu}");
+    let newer = copy_of_cpu(|bytes, manifest| (bytes, manifest + "requires = [\"avx512fp16\"]\n"));
+    let cpu = listed("cpu", &[&state, &set("plugins.dir", newer.path())]);
+    let has = std::fs::read_to_string("/proc/cpuinfo").unwrap().contains("avx512_fp16");
+    assert_eq!(cpu["state"], if has { "ok" } else { "refused" });
+    assert!(has || cpu["reason"].as_str().unwrap().contains("needs avx512fp16"), "{cpu}");
+}
+
+#[test]
+fn a_quarantined_plugin_keeps_the_daemon_from_starting_until_it_is_let_go() {
+    let state = tempfile::tempdir().unwrap();
+    let state_dir = set("state_dir", state.path());
+    let scan = SearchPath::only(vec![staged()]).scan();
+    let sha256 = scan.select(Some("cpu")).unwrap().variant().unwrap().sha256.clone();
+    let now_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
+    let store = QuarantineStore::new(state.path(), QuarantinePolicy::default());
+    (0..3).for_each(|_| drop(store.strike("cpu", &sha256, "killed by signal 11", now_ms).unwrap()));
+    let mut refused = Daemon::spawn(Some(&model()), &[&state_dir]);
+    assert!(!refused.wait().success());
+    let log = refused.log();
+    assert!(log.contains("plugin cpu is quarantined for another 60 min (time 1): killed by signal 11"), "{log}");
+    assert!(log.contains("sparsectl plugins unquarantine cpu"), "{log}");
+    assert_eq!(listed("cpu", &[&state_dir])["state"], "quarantined");
+    let said = plugins(&["unquarantine", &sha256[..8]], &[&state_dir]).unwrap();
+    assert_eq!(said.trim_end(), format!("may be used again: {sha256}"));
+    assert!(plugins(&["unquarantine", "cpu"], &[&state_dir]).unwrap_err().contains("no library of 'cpu'"));
+    let daemon = Daemon::start(&model(), &[&state_dir]);
+    assert_eq!(daemon.get("/v1/status").json()["tainted"], false);
+    assert!(!daemon.log().contains("tainted"));
+}
+
+#[test]
+fn a_third_party_plugin_taints_the_daemon_and_is_not_run_for_a_list() {
+    let state = tempfile::tempdir().unwrap();
+    let theirs = third_party();
+    let dir = set("plugins.dir", theirs.path());
+    let cpu = listed("cpu", &[&set("state_dir", state.path()), &dir]);
+    assert_eq!((&cpu["state"], &cpu["third_party"], &cpu["devices"]), (&"ok".into(), &true.into(), &Value::Null));
+    let daemon = Daemon::start(&model(), &[&dir]);
+    let status = daemon.get("/v1/status").json();
+    assert_eq!((&status["tainted"], &status["third_party_plugins"][0]), (&true.into(), &"cpu 9.9.9".into()));
+    assert_eq!(daemon.log().matches("tainted").count(), 1, "{}", daemon.log());
+    let said = Command::new(sparsed_tests::sparsectl()).args(["status", "--socket"]).arg(daemon.socket()).output();
+    let said = String::from_utf8(said.unwrap().stdout).unwrap();
+    assert!(said.contains("tainted by third-party plugins: cpu 9.9.9"), "{said}");
+}
