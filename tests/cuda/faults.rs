@@ -213,3 +213,25 @@ fn what_the_slice_does_not_have_is_refused_by_name() {
     }
     rig.supports(&blob(), 1).unwrap();
 }
+
+#[test]
+fn a_kernel_that_hangs_lets_waits_time_out_and_the_queue_end() {
+    let rig = Rig::open(&[("hang_at", 2)]);
+    rig.expect_lost(); // what the kernel may still write to is not freed
+    let weights = weights(&rig).unwrap();
+    let (plan, queue, other) = (plan(&rig, &weights).unwrap(), rig.queue().unwrap(), rig.queue().unwrap());
+    let step = Step::random(&mut Rng::with_seed(9), 5);
+    let mut outs = [Arena::new(64), Arena::new(64)];
+    let timeline = queue.run(&plan, &step.arrays(), &[], &mut outs[0]).unwrap();
+    assert_eq!(queue.wait_for(timeline, 20_000_000).unwrap_err().status, E_TIMEOUT);
+    queue.cancel(timeline).unwrap();
+    assert_eq!(queue.wait_for(timeline, 20_000_000).unwrap_err().status, E_TIMEOUT, "a kernel cannot be stopped");
+    // The plan's workspace is not free, so a step of it behind another queue waits too.
+    let behind = other.run(&plan, &step.arrays(), &[], &mut outs[1]).unwrap();
+    assert_eq!(other.wait_for(behind, 20_000_000).unwrap_err().status, E_TIMEOUT);
+    assert_eq!((queue.completed(), other.completed(), rig.health()), (0, 0, HEALTH_OK));
+    drop((queue, other));
+    assert!(outs.iter().all(Arena::is_untouched));
+    assert_eq!(rig.counter("live_pinned"), 3, "the frames stay");
+    std::mem::forget(outs);
+}
