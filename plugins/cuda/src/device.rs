@@ -5,6 +5,7 @@ use crate::driver::{Context, Driver, Function, Launch, Module, PinnedMemory, Str
 use crate::lower::{Kernel, lower};
 use crate::memory::{Usage, Weight};
 use crate::plan::Plan;
+use crate::pool::{Pool, ROW_DTYPES};
 use crate::queue::CudaQueue;
 use sparsed_abi::{
     DEV_GPU, DT_F16, DT_F32, E_DATA, E_DRIVER, E_TIMEOUT, FEAT_ASYNC, FEAT_UNIFIED_MEM, HEALTH_LOST, HEALTH_OK,
@@ -146,6 +147,9 @@ impl Plugin for CudaPlugin {
         for (word, mask) in [DT_F16, DT_F32].into_iter().filter_map(dtype_bit) {
             info.weight_dtypes[word] |= mask;
         }
+        for (word, mask) in ROW_DTYPES.into_iter().filter_map(dtype_bit) {
+            info.row_dtypes[word] |= mask;
+        }
         Ok(info)
     }
 
@@ -187,7 +191,7 @@ impl CudaDevice {
 
 impl Device for CudaDevice {
     type Weight = Weight;
-    type Pool = ();
+    type Pool = Pool;
     type Plan = Plan;
     type Queue = CudaQueue;
 
@@ -200,6 +204,7 @@ impl Device for CudaDevice {
             free: free.min(left),
             budget: usage.budget,
             used_weights: usage.weights.load(Ordering::Relaxed),
+            used_kv: usage.kv.load(Ordering::Relaxed),
             used_workspace: usage.workspace.load(Ordering::Relaxed),
             used_plans: usage.frames.load(Ordering::Relaxed),
             ..SpdMemInfo::default()
@@ -259,19 +264,22 @@ impl Device for CudaDevice {
         weight.commit(&self.context)
     }
 
-    fn kv_create(&self, _desc: &SpdKvDesc, _slow: Option<SlowFile>) -> Result<((), SpdKvInfo)> {
-        Err(PluginError::unsupported("a KV pool: this slice has none"))
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Pool, SpdKvInfo)> {
+        if slow.is_some() {
+            return Err(PluginError::unsupported("a slow tier"));
+        }
+        Pool::create(desc, &self.context, &self.usage)
     }
 
     fn compile(
         &self,
         program: Program,
         weights: Vec<Arc<Weight>>,
-        _pools: Vec<Arc<()>>,
+        pools: Vec<Arc<Pool>>,
         bucket: SpdBucket,
     ) -> Result<(Plan, PlanSizes)> {
         self.context.enter()?;
-        Plan::compile(program, weights, bucket, &self.context, &self.usage)
+        Plan::compile(program, weights, pools, bucket, &self.context, &self.usage)
     }
 
     fn queue(self: &Arc<Self>, priority: u32) -> Result<CudaQueue> {

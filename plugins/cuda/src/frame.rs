@@ -22,7 +22,7 @@ pub(crate) struct Layout {
     pub(crate) end: u64,
 }
 
-/// Room for one step of a plan.
+/// Room for one step of a plan, or for the images of one call on a pool.
 #[derive(Debug)]
 pub(crate) struct Frame {
     pub(crate) event: Event,
@@ -41,18 +41,32 @@ pub(crate) struct Frame {
 pub(crate) struct Scratch {
     /// The device address of each tensor; 0 for weights and views.
     pub(crate) addresses: Vec<Address>,
-    /// Offset and bytes of each tensor of the output arena.
-    pub(crate) outputs: Vec<(u64, u64)>,
+    /// What goes to the caller.
+    pub(crate) outputs: Vec<Copied>,
+}
+
+/// Bytes that go from a frame's output part to the caller's memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Copied {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) bytes: u64,
 }
 
 impl Frame {
-    pub(crate) fn new(context: &Arc<Context>, usage: &Arc<Usage>, layout: Layout, scratch: Scratch) -> Result<Self> {
+    /// A free frame, whose first `device_bytes` have memory on the device too.
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        usage: &Arc<Usage>,
+        layout: Layout,
+        device_bytes: u64,
+        scratch: Scratch,
+    ) -> Result<Self> {
         let bytes = usize::try_from(layout.end).map_err(|_| PluginError::invalid("arenas too large"))?;
         let pinned = PinnedMemory::new(context, CANCEL_BYTES + bytes)?;
-        let device = usage.allocate(context, |u| &u.frames, layout.end)?;
+        let device = usage.allocate(context, |u| &u.frames, device_bytes)?;
         // What an earlier owner of the device's memory has left must not come out of an output that nothing writes.
-        // SAFETY: the pinned memory has that many bytes, all zero.
-        device.upload(0, unsafe { std::slice::from_raw_parts(pinned.as_ptr().add(CANCEL_BYTES), bytes) })?;
+        device.zero(device_bytes)?;
         let (cancel, event) = (pinned.device_address()?, Event::new(context)?);
         let (is_taken, owner, scratch) = (AtomicBool::new(false), Mutex::new(Weak::new()), Mutex::new(scratch));
         Ok(Self { event, layout, device, pinned, cancel, is_taken, owner, scratch })
@@ -79,6 +93,10 @@ impl Frame {
 
     pub(crate) fn scratch(&self) -> MutexGuard<'_, Scratch> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn layout(&self) -> Layout {
+        self.layout
     }
 
     /// Where kernels read the cancel word.

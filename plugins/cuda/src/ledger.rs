@@ -1,8 +1,9 @@
 //! What became of the work? A queue's timeline: what is in flight, what has completed, what has failed.
 
 use crate::driver::Context;
-use crate::frame::Frame;
+use crate::frame::{Copied, Frame};
 use crate::plan::Plan;
+use crate::pool::Pool;
 use sparsed_abi::{E_CANCELLED, E_DATA, E_INVALID};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::collections::{BTreeMap, VecDeque};
@@ -32,13 +33,20 @@ struct State {
     forgotten: u64,
 }
 
-/// A step in flight.
+/// A plan with its weights and workspace, or a pool.
+#[derive(Debug)]
+pub(crate) enum Object {
+    Plan(#[expect(dead_code, reason = "only kept")] Arc<Plan>),
+    Pool(#[expect(dead_code, reason = "only kept")] Arc<Pool>),
+}
+
+/// Work in flight.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) frame: Arc<Frame>,
-    /// Kept alive with its weights and workspace until the step is over.
-    pub(crate) _plan: Arc<Plan>,
-    /// The caller's output arena; ours until the value completes.
+    /// Kept alive until the work is over.
+    pub(crate) _object: Object,
+    /// The caller's output arena or image buffer; ours until the value completes.
     pub(crate) out: NonNull<u8>,
     /// A NaN in an output is a failure.
     pub(crate) guards_nan: bool,
@@ -155,16 +163,16 @@ impl Entry {
             return Err(failure.clone());
         }
         if self.is_cancelled {
-            return Err(PluginError::new(E_CANCELLED, "the step was cancelled"));
+            return Err(PluginError::new(E_CANCELLED, "the work was cancelled"));
         }
-        for &(at, bytes) in &self.frame.scratch().outputs {
-            // SAFETY: the frame is taken by this step, which is over; its list has the output arena's tensors.
-            let values = unsafe { self.frame.output(at, bytes) };
+        for &Copied { from, to, bytes } in &self.frame.scratch().outputs {
+            // SAFETY: the frame is taken by this work, which is over; its list lies in its output part.
+            let values = unsafe { self.frame.output(from, bytes) };
             if self.guards_nan && values.as_chunks::<4>().0.iter().any(|b| f32::from_le_bytes(*b).is_nan()) {
                 return Err(PluginError::new(E_DATA, "a NaN in an output"));
             }
-            // SAFETY: the arena was long enough, and is the plugin's until the value completes.
-            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.out.as_ptr().add(at as usize), values.len()) };
+            // SAFETY: the caller's memory was long enough, and is the plugin's until the value completes.
+            unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.out.as_ptr().add(to as usize), values.len()) };
         }
         Ok(())
     }

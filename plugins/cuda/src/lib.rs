@@ -13,6 +13,7 @@ mod lower;
 mod memory;
 mod place;
 mod plan;
+mod pool;
 mod queue;
 
 sparsed_plugin_kit::export_plugin!(device::CudaPlugin);

@@ -15,6 +15,7 @@ pub(crate) struct Usage {
     /// 0: no cap.
     pub(crate) budget: u64,
     pub(crate) weights: AtomicU64,
+    pub(crate) kv: AtomicU64,
     pub(crate) workspace: AtomicU64,
     /// Arenas of the steps in flight.
     pub(crate) frames: AtomicU64,
@@ -32,7 +33,7 @@ pub(crate) struct Counted {
 impl Usage {
     /// All that is counted.
     pub(crate) fn used(&self) -> u64 {
-        [&self.weights, &self.workspace, &self.frames].iter().map(|n| n.load(Ordering::Relaxed)).sum()
+        [&self.weights, &self.kv, &self.workspace, &self.frames].iter().map(|n| n.load(Ordering::Relaxed)).sum()
     }
 
     /// Allocates `bytes` on the device, or refuses when the budget would be passed. `[control]`: calls do not overlap.
@@ -60,6 +61,18 @@ impl Usage {
 impl Counted {
     pub(crate) fn address(&self) -> Address {
         self.memory.address()
+    }
+
+    /// Zeroes the first `bytes`, no more than there are, and waits for it.
+    ///
+    /// # Errors
+    /// The driver's own.
+    pub(crate) fn zero(&self, bytes: u64) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: no more than there are.
+        unsafe { self.memory.zero(bytes.min(self.bytes) as usize) }
     }
 
     /// Copies `from` to byte `at` on; see [`DeviceMemory::upload`].

@@ -2,11 +2,12 @@
 
 use crate::check::Bound;
 use crate::driver::{Address, Context};
-use crate::frame::{Frame, Layout, Scratch};
+use crate::frame::{Copied, Frame, Layout, Scratch};
 use crate::ledger::Ledger;
 use crate::lower::{Lowered, Parameter, lower};
 use crate::memory::{Counted, Usage, Weight};
 use crate::place::{ALIGN, Sizes, arena, place};
+use crate::pool::Pool;
 use sparsed_abi::{OP_EMBED, Program, STEP_NAN_GUARD, SpdBucket, StepArrays, T_INPUT, T_OUTPUT};
 use sparsed_plugin_kit::{PlanSizes, PluginError, Result, Run};
 use std::sync::{Arc, Mutex, Weak};
@@ -28,6 +29,7 @@ pub(crate) struct Plan {
     pub(crate) layout: Layout,
     program: Program,
     weights: Vec<Arc<Weight>>,
+    pools: Vec<Arc<Pool>>,
     bucket: SpdBucket,
     /// Token ids are less than this.
     vocabulary: u32,
@@ -38,6 +40,7 @@ impl Plan {
     pub(crate) fn compile(
         program: Program,
         weights: Vec<Arc<Weight>>,
+        pools: Vec<Arc<Pool>>,
         bucket: SpdBucket,
         context: &Arc<Context>,
         usage: &Arc<Usage>,
@@ -67,12 +70,12 @@ impl Plan {
         let n_outputs = program.tensors().iter().filter(|tensor| tensor.kind == T_OUTPUT).count();
         let frames = (0..FRAMES).map(|_| {
             let scratch = Scratch { addresses: addresses.clone(), outputs: Vec::with_capacity(n_outputs) };
-            Frame::new(context, usage, layout, scratch).map(Arc::new)
+            Frame::new(context, usage, layout, layout.end, scratch).map(Arc::new)
         });
         let frames = frames.collect::<Result<Vec<_>>>()?;
         let sizes = PlanSizes { workspace: workspace_bytes, input: input_bytes, output: output_bytes };
         let (turn, _workspace) = (Mutex::new(None), workspace);
-        Ok((Self { launches, frames, turn, layout, program, weights, bucket, vocabulary, _workspace }, sizes))
+        Ok((Self { launches, frames, turn, layout, program, weights, pools, bucket, vocabulary, _workspace }, sizes))
     }
 
     /// Whether a step fits.
@@ -95,6 +98,7 @@ impl Plan {
         if let Some(token) = step.tokens.iter().find(|&&token| token >= self.vocabulary) {
             return Err(PluginError::invalid(format!("token {token} of a vocabulary of {}", self.vocabulary)));
         }
+        self.pools.iter().try_for_each(|pool| pool.check_step(step))?;
         let sizes = Sizes::of_step(step);
         for (kind, length, name) in [(T_INPUT, run.input.len(), "input"), (T_OUTPUT, run.output.len(), "output")] {
             let needed = arena(&self.program, kind, sizes, |_, _, _| ())?;
@@ -118,7 +122,7 @@ impl Plan {
         outputs.clear();
         let output_bytes = arena(&self.program, T_OUTPUT, sizes, |id, at, bytes| {
             addresses[id] = frame.address(layout.output + at);
-            outputs.push((at, bytes));
+            outputs.push(Copied { from: at, to: at, bytes });
         })?;
         // SAFETY: the step is inside the bucket that the layout was made for; the frame is taken.
         unsafe {

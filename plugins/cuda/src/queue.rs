@@ -7,8 +7,9 @@
 use crate::device::CudaDevice;
 use crate::driver::{Context, Function, Launch, Stream};
 use crate::frame::Frame;
-use crate::ledger::{Entry, Ledger};
+use crate::ledger::{Entry, Ledger, Object};
 use crate::plan::Plan;
+use crate::pool::Pool;
 use sparsed_abi::{E_BUSY, E_CANCELLED, E_TIMEOUT, LOG_ERROR, STEP_NAN_GUARD, SpdKvOp, StepArrays};
 use sparsed_plugin_kit::{PluginError, Queue, Result, Run};
 use std::ptr::NonNull;
@@ -52,20 +53,20 @@ impl CudaQueue {
         Ok(Self { device: Arc::clone(device), stream, ledger })
     }
 
-    /// A frame of the plan for us, once one is free.
-    fn take_frame(&self, plan: &Plan) -> Result<Arc<Frame>> {
+    /// One of these frames for us, once one is free.
+    fn take_frame(&self, frames: &[Arc<Frame>]) -> Result<Arc<Frame>> {
         let (begun, mut pause) = (Instant::now(), Pause(0));
         loop {
-            if let Some(frame) = plan.frames.iter().find(|frame| frame.take(&self.ledger)) {
+            if let Some(frame) = frames.iter().find(|frame| frame.take(&self.ledger)) {
                 return Ok(Arc::clone(frame));
             }
             // Steps of other queues too: their owners may not look for long.
-            plan.frames.iter().filter_map(|frame| frame.owner()).for_each(|owner| {
+            frames.iter().filter_map(|frame| frame.owner()).for_each(|owner| {
                 owner.advance();
             });
             self.stream.context().enter()?;
             if begun.elapsed() > FRAME_WAIT_MAX {
-                let message = format!("{} steps of the plan are in flight, and none ends", plan.frames.len());
+                let message = format!("{} pieces of work are in flight, and none ends", frames.len());
                 return Err(PluginError::new(E_BUSY, message));
             }
             pause.rest();
@@ -110,7 +111,7 @@ impl Queue<CudaDevice> for CudaQueue {
         if run.is_cancelled() {
             return Err(PluginError::new(E_CANCELLED, "cancelled before it began"));
         }
-        let frame = self.take_frame(plan)?;
+        let frame = self.take_frame(&plan.frames)?;
         let bytes = plan.stage(&frame, &run).inspect_err(|_| frame.release())?;
         let mut turn = plan.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((last, before)) = &*turn
@@ -126,12 +127,31 @@ impl Queue<CudaDevice> for CudaQueue {
         *turn = Some((Arc::downgrade(&self.ledger), Arc::clone(&frame)));
         let out = NonNull::from(run.output).cast();
         let guards_nan = run.step.flags & STEP_NAN_GUARD != 0;
-        let _plan = Arc::clone(plan);
-        Ok(self.ledger.push(Entry { frame, _plan, out, guards_nan, is_cancelled: false, failure }))
+        let _object = Object::Plan(Arc::clone(plan));
+        Ok(self.ledger.push(Entry { frame, _object, out, guards_nan, is_cancelled: false, failure }))
     }
 
-    fn kv(&self, _pool: &Arc<()>, _ops: &[SpdKvOp], _host: &mut [u8]) -> Result<u64> {
-        Err(PluginError::unsupported("KV operations: this slice has no KV pool"))
+    /// A list with more images than a frame takes has several values, of which the last is the answer.
+    fn kv(&self, pool: &Arc<Pool>, ops: &[SpdKvOp], host: &mut [u8]) -> Result<u64> {
+        self.stream.context().enter()?;
+        pool.check(ops, host.len())?;
+        let (mut rest, mut first_failure) = (ops, None);
+        loop {
+            let (part, later) = rest.split_at(pool.part(rest).min(rest.len()));
+            let frame = self.take_frame(&pool.frames)?;
+            // SAFETY: taken; the entry keeps it until its event is over.
+            let failure = unsafe { pool.enqueue(&self.stream, &frame, part, host) }.err();
+            frame.event.record(&self.stream)?;
+            first_failure = first_failure.or(failure);
+            let (out, _object) = (NonNull::from(&mut *host).cast(), Object::Pool(Arc::clone(pool)));
+            let failure = first_failure.clone();
+            let value =
+                self.ledger.push(Entry { frame, _object, out, guards_nan: false, is_cancelled: false, failure });
+            if later.is_empty() {
+                return Ok(value);
+            }
+            rest = later;
+        }
     }
 
     fn wait_queue(&self, other: &Self, timeline: u64) -> Result<()> {

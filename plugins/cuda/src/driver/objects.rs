@@ -102,6 +102,18 @@ impl DeviceMemory {
         self.context.check(code, "cuMemcpyHtoD")?;
         self.context.synchronize()
     }
+
+    /// Zeroes the first `bytes`, and waits until they are.
+    ///
+    /// # Safety
+    /// The memory has as many.
+    pub(crate) unsafe fn zero(&self, bytes: usize) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: the caller's contract; the default stream is waited for below.
+        let code = unsafe { (self.context.driver.memset_d8_async)(self.address, 0, bytes, null_mut()) };
+        self.context.check(code, "cuMemsetD8Async")?;
+        self.context.synchronize()
+    }
 }
 
 impl PinnedMemory {
@@ -180,6 +192,32 @@ impl Stream {
         // SAFETY: as above.
         let code = unsafe { (self.context.driver.memcpy_dtoh_async)(to.as_ptr().cast(), from, bytes, self.raw) };
         self.context.check(code, "cuMemcpyDtoHAsync")
+    }
+
+    /// Enqueues a copy on the device; of 0 bytes none.
+    ///
+    /// # Safety
+    /// Both ranges lie inside their memory and stay so until the copy is over; they do not overlap.
+    pub(crate) unsafe fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: as above.
+        let code = unsafe { (self.context.driver.memcpy_dtod_async)(to, from, bytes, self.raw) };
+        self.context.check(code, "cuMemcpyDtoDAsync")
+    }
+
+    /// Enqueues zeros; of 0 bytes none.
+    ///
+    /// # Safety
+    /// The range lies inside its memory and stays so until it is over.
+    pub(crate) unsafe fn fill_zero(&self, to: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: as above.
+        let code = unsafe { (self.context.driver.memset_d8_async)(to, 0, bytes, self.raw) };
+        self.context.check(code, "cuMemsetD8Async")
     }
 
     /// Enqueues a kernel.

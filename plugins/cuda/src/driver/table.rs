@@ -6,7 +6,7 @@
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::E_DRIVER;
 use sparsed_plugin_kit::{PluginError, Result};
-use std::ffi::{c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uchar, c_uint, c_void};
 use std::mem::ManuallyDrop;
 use std::path::Path;
 
@@ -70,6 +70,8 @@ driver! {
     memcpy_htod = c"cuMemcpyHtoD_v2"(Address, *const c_void, usize);
     memcpy_htod_async = c"cuMemcpyHtoDAsync_v2"(Address, *const c_void, usize, Handle);
     memcpy_dtoh_async = c"cuMemcpyDtoHAsync_v2"(*mut c_void, Address, usize, Handle);
+    memcpy_dtod_async = c"cuMemcpyDtoDAsync_v2"(Address, Address, usize, Handle);
+    memset_d8_async = c"cuMemsetD8Async"(Address, c_uchar, usize, Handle);
     stream_create_with_priority = c"cuStreamCreateWithPriority"(*mut Handle, c_uint, c_int);
     stream_destroy = c"cuStreamDestroy_v2"(Handle);
     stream_wait_event = c"cuStreamWaitEvent"(Handle, Handle, c_uint);

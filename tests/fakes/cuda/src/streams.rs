@@ -28,6 +28,12 @@ pub(crate) enum Operation {
         from: u64,
         bytes: usize,
     },
+    /// On the device.
+    Copy {
+        to: u64,
+        from: u64,
+        bytes: usize,
+    },
     Launch(Launch),
     /// The event has this many records behind it.
     Record {
@@ -130,6 +136,10 @@ impl Machine {
             }
             Operation::CopyOut { to, from, bytes } => {
                 self.pinned(to, bytes)?;
+                let copied = self.memory.read(from, bytes)?.to_vec();
+                self.memory.write(to, bytes)?.copy_from_slice(&copied);
+            }
+            Operation::Copy { to, from, bytes } => {
                 let copied = self.memory.read(from, bytes)?.to_vec();
                 self.memory.write(to, bytes)?.copy_from_slice(&copied);
             }

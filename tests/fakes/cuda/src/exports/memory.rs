@@ -2,7 +2,7 @@
 
 use super::{INVALID_VALUE, OUT_OF_MEMORY, bound, has_zero_flags, host_bytes, put, stream};
 use crate::streams::Operation;
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{c_int, c_uchar, c_uint, c_void};
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> c_int {
@@ -89,6 +89,28 @@ pub extern "C" fn cuMemcpyDtoHAsync_v2(to: *mut c_void, from: u64, bytes: usize,
             return Err(INVALID_VALUE);
         }
         stream(machine, queue)?.push_back(Operation::CopyOut { to, from, bytes });
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, queue: *mut c_void) -> c_int {
+    bound(|machine| {
+        if bytes == 0 || machine.memory.read(from, bytes).is_err() || machine.memory.read(to, bytes).is_err() {
+            return Err(INVALID_VALUE);
+        }
+        stream(machine, queue)?.push_back(Operation::Copy { to, from, bytes });
+        Ok(())
+    })
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemsetD8Async(to: u64, value: c_uchar, n: usize, queue: *mut c_void) -> c_int {
+    bound(|machine| {
+        if n == 0 || machine.memory.read(to, n).is_err() {
+            return Err(INVALID_VALUE);
+        }
+        stream(machine, queue)?.push_back(Operation::Bytes { to, bytes: vec![value; n] });
         Ok(())
     })
 }
