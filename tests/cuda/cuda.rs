@@ -5,6 +5,7 @@ mod driver;
 mod faults;
 mod loading;
 mod operators;
+mod pools;
 mod queues;
 mod reference;
 mod rig;

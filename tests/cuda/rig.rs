@@ -2,8 +2,8 @@
 
 use sparsed_abi::{
     Blob, ProgramBuilder, SpdApi, SpdBucket, SpdCompile, SpdDevice, SpdError, SpdGetApiFn, SpdHealth, SpdHost,
-    SpdInstance, SpdMemInfo, SpdOpenOptions, SpdPlan, SpdPlanInfo, SpdQueue, SpdRun, SpdSource, SpdStatus, SpdWeight,
-    SpdWeightDesc, StepArrays,
+    SpdInstance, SpdKvPool, SpdMemInfo, SpdOpenOptions, SpdPlan, SpdPlanInfo, SpdQueue, SpdRun, SpdSource, SpdStatus,
+    SpdWeight, SpdWeightDesc, StepArrays,
 };
 use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -27,11 +27,11 @@ pub static BUCKET: SpdBucket = SpdBucket { max_tokens: 8, max_seqs: 1, max_logit
 
 /// A host, an instance of the plugin, a driver of its own, and an open device.
 pub struct Rig {
-    api: &'static SpdApi,
+    pub api: &'static SpdApi,
     _host: Box<SpdHost>,
     _lib_dir: Box<CString>,
     instance: *mut SpdInstance,
-    device: *mut SpdDevice,
+    pub device: *mut SpdDevice,
     fake: Option<libloading::Library>,
     is_lost: Cell<bool>,
     _dir: tempfile::TempDir,
@@ -67,12 +67,12 @@ pub fn set(fake: &libloading::Library, key: &str, value: u64) {
     assert_eq!(answer, 0, "{key:?} is a setting");
 }
 
-fn size<T>() -> u32 {
+pub fn size<T>() -> u32 {
     u32::try_from(size_of::<T>()).unwrap()
 }
 
 /// Calls into the plugin.
-fn call(body: impl FnOnce(*mut SpdError) -> SpdStatus) -> Result<()> {
+pub fn call(body: impl FnOnce(*mut SpdError) -> SpdStatus) -> Result<()> {
     let mut error = SpdError { struct_size: size::<SpdError>(), ..SpdError::default() };
     let status = body(&raw mut error);
     if status == 0 {
@@ -265,8 +265,8 @@ impl Drop for Rig {
 macro_rules! handle {
     ($name:ident, $raw:ty, $destroy:ident) => {
         pub struct $name<'a> {
-            rig: &'a Rig,
-            raw: *mut $raw,
+            pub rig: &'a Rig,
+            pub raw: *mut $raw,
         }
 
         impl Drop for $name<'_> {
@@ -281,6 +281,7 @@ macro_rules! handle {
 handle!(Weight, SpdWeight, weight_destroy);
 handle!(Plan, SpdPlan, plan_destroy);
 handle!(Queue, SpdQueue, queue_destroy);
+handle!(Pool, SpdKvPool, kv_destroy);
 
 /// An output arena that the plugin may write to until the step has completed.
 pub struct Arena(Vec<f32>);
