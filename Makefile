@@ -4,9 +4,11 @@ MODEL := models/smollm2-135m-dsa.gguf
 PROMPT ?=
 # Seconds that each fuzz target runs, and that one input may take at most.
 FUZZ_SECONDS ?= 60
+FUZZ_INPUT_SECONDS ?= 100
 VERSION := $(shell sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
 MINIMAL := target/release/libsparsed_plugin_minimal.so
-FUZZ_INPUT_SECONDS ?= 100
+# The folder of the plugin that is tried by make conform.
+PLUGIN ?= target/release/plugins/minimal
 FUZZ_TARGETS := $(basename $(notdir $(wildcard tests/fuzz/fuzz_targets/*.rs)))
 export PROMPT
 
@@ -40,11 +42,14 @@ chat: models ## a chat with the default model through the daemon; one answer wit
 testneeds:
 	@sh packaging/needs.sh test
 
-test: testneeds models .venv/python/openai ## all tests
-	cargo build --release --locked -p sparsed-plugin-cuda -p sparsed-fake-cuda
+testplugins: build
+	cargo build --release --locked -p sparsed-faulty -p sparsed-plugin-cuda -p sparsed-fake-cuda
+	sh packaging/stage-plugin.sh faulty target/release/libsparsed_faulty.so tests/faulty/plugin.toml.in target/release/test-plugins
+
+test: testneeds models testplugins .venv/python/openai ## all tests
 	cargo test --release --workspace --locked
 
-e2e: testneeds models .venv/python/openai ## the end-to-end tests alone
+e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
 lint: ## format and clippy
@@ -61,7 +66,10 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 	    -- -max_total_time=$(FUZZ_SECONDS) -timeout=$(FUZZ_INPUT_SECONDS) -print_final_stats=1 || exit 1; \
 	done
 
-sim conform package: ## not there yet
+conform: build ## tries the plugin in PLUGIN (default: the C example) against the contract
+	target/release/sparsectl conform $(PLUGIN)
+
+sim package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 
-.PHONY: help needs testneeds build models chat test e2e lint bench fuzz sim conform package
+.PHONY: help needs testneeds testplugins build models chat test e2e lint bench fuzz sim conform package

@@ -32,6 +32,7 @@ pub use dtype::*;
 pub use host::*;
 pub use layout::{FieldLayout, LAYOUT_DIGEST, Layout, StructLayout, layouts};
 pub use memory::*;
+pub use pod::{Pod, bytes_of, read_exact};
 pub use program::*;
 pub use status::*;
 pub use step::*;

@@ -1,12 +1,15 @@
 //! How do pointer-free structs become bytes and back?
 
-use crate::{SpdKvOp, SpdOp, SpdProgram, SpdStep, SpdTensor};
+use crate::{
+    SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdOp, SpdProgram, SpdRow, SpdStep, SpdTensor,
+    SpdWeightDesc,
+};
 
 /// A mirrored struct of integers and floats without padding: any bytes of its size are a value of it.
 ///
 /// # Safety
 /// The type has no padding, no pointer and no field with forbidden bit patterns.
-pub(crate) unsafe trait Pod: Copy {}
+pub unsafe trait Pod: Copy {}
 // SAFETY: u32 fields only, 14 of them.
 unsafe impl Pod for SpdProgram {}
 // SAFETY: u32 x 4, i32 x 4, i64 (8-aligned at 32), i32 x 3, u32: 56 bytes without gaps.
@@ -17,13 +20,27 @@ unsafe impl Pod for SpdOp {}
 unsafe impl Pod for SpdStep {}
 // SAFETY: u32 x 4, u64 x 3 (8-aligned at 16): 40 bytes without gaps.
 unsafe impl Pod for SpdKvOp {}
+// SAFETY: u32 x 4.
+unsafe impl Pod for SpdBucket {}
+// SAFETY: u32 x 2, 192 bytes of text, u32 x 6, u64 x 10 (8-aligned at 224), u32 x 6: 328 bytes without gaps.
+unsafe impl Pod for SpdDeviceInfo {}
+// SAFETY: 6 fields of 4 bytes, u64 x 2 (8-aligned at 24).
+unsafe impl Pod for SpdHealth {}
+// SAFETY: u32 x 2, u64 x 3.
+unsafe impl Pod for SpdKvInfo {}
+// SAFETY: u32 x 2, u64 x 8.
+unsafe impl Pod for SpdMemInfo {}
+// SAFETY: u32 x 2.
+unsafe impl Pod for SpdRow {}
+// SAFETY: u32 x 4, u64 x 2 (8-aligned at 16), 64 bytes of text.
+unsafe impl Pod for SpdWeightDesc {}
 // SAFETY: an integer.
 unsafe impl Pod for u32 {}
 // SAFETY: an integer.
 unsafe impl Pod for u64 {}
 
 /// The bytes of a slice of plain values.
-pub(crate) fn bytes_of<T: Pod>(values: &[T]) -> &[u8] {
+pub fn bytes_of<T: Pod>(values: &[T]) -> &[u8] {
     // SAFETY: Pod has no padding, so every byte is initialised; the length is the slice's size in bytes.
     unsafe { core::slice::from_raw_parts(values.as_ptr().cast::<u8>(), size_of_val(values)) }
 }
@@ -41,6 +58,11 @@ pub(crate) fn read_prefix<T: Pod>(bytes: &[u8]) -> Option<T> {
     }
     // SAFETY: there are size_of::<T>() readable bytes; Pod takes any of them; unaligned is allowed here.
     Some(unsafe { core::ptr::read_unaligned(bytes.as_ptr().cast::<T>()) })
+}
+
+/// The value that `bytes` are; `None` when they are fewer or more than it has.
+pub fn read_exact<T: Pod>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() == size_of::<T>() { read_prefix(bytes) } else { None }
 }
 
 /// The value in an element or header of exactly these bytes, written by a side that knows fewer or more fields: what is

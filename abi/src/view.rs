@@ -32,6 +32,7 @@ pub struct Program {
     header: SpdProgram,
     tensors: Vec<SpdTensor>,
     ops: Vec<SpdOp>,
+    bytes: Vec<u8>,
 }
 
 impl Program {
@@ -47,7 +48,7 @@ impl Program {
         check(header.total_size as usize == blob.len(), "program: total_size is not the blob's length")?;
         let tensors = read_table(blob, header.n_tensors, header.tensor_stride, header.tensor_offset)?;
         let ops = read_table(blob, header.n_ops, header.op_stride, header.op_offset)?;
-        let program = Self { header, tensors, ops };
+        let program = Self { header, tensors, ops, bytes: blob.to_vec() };
         for tensor in &program.tensors {
             program.check_tensor(tensor)?;
         }
@@ -67,6 +68,11 @@ impl Program {
 
     pub fn ops(&self) -> &[SpdOp] {
         &self.ops
+    }
+
+    /// The blob it was read from, for whoever passes it on.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     fn check_tensor(&self, tensor: &SpdTensor) -> Result<(), BlobError> {

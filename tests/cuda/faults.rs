@@ -4,8 +4,9 @@ use crate::reference::{Step, bytes, halves, singles};
 use crate::rig::{Arena, Plan, Result, Rig, Weight, driver_folder, fake, program, set};
 use fastrand::Rng;
 use sparsed_abi::{
-    Blob, DIM_TOKENS, DT_F16, DT_F32, DT_Q8_0, E_DEVICE_LOST, E_DRIVER, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP,
-    E_TIMEOUT, E_UNSUPPORTED, HEALTH_LOST, HEALTH_OK, OP_EMBED, OP_LINEAR, OP_RMS_NORM, OP_SILU_MUL, OpSpec,
+    Blob, DIM_TOKENS, DT_F16, DT_F32, DT_Q8_0, E_DEVICE_LOST, E_DRIVER, E_INVALID, E_NOMEM_DEVICE, E_NOMEM_HOST,
+    E_STEP, E_TIMEOUT, E_UNSUPPORTED, HEALTH_LOST, HEALTH_OK, OP_ADD, OP_EMBED, OP_LINEAR, OP_RMS_NORM, OP_SILU_MUL,
+    OpSpec,
 };
 
 /// `norm(embed(token))`: two kernels.
@@ -212,6 +213,28 @@ fn what_the_slice_does_not_have_is_refused_by_name() {
         assert!(failure.message.contains(text), "{failure:?}");
     }
     rig.supports(&blob(), 1).unwrap();
+}
+
+#[test]
+fn an_operator_that_writes_to_what_it_reads_is_refused() {
+    let rig = Rig::open(&[]);
+    let in_place = program(|b| {
+        let (x, y) = (b.input(DT_F32, &[DIM_TOKENS, 4]), b.activation(DT_F32, &[DIM_TOKENS, 4]));
+        let view = b.view(y, 1, &[DIM_TOKENS, 3], &[4]);
+        let (z, first) = (b.activation(DT_F32, &[DIM_TOKENS, 3]), b.activation(DT_F32, &[DIM_TOKENS, 4]));
+        b.op(OpSpec { kind: OP_ADD, inputs: &[Some(x), Some(x)], outputs: &[Some(y)], ..OpSpec::default() });
+        b.op(OpSpec { kind: OP_ADD, inputs: &[Some(x), Some(y)], outputs: &[Some(y)], ..OpSpec::default() });
+        b.op(OpSpec { kind: OP_ADD, inputs: &[Some(view), Some(view)], outputs: &[Some(z)], ..OpSpec::default() });
+        let inputs = [Some(x), None, Some(y)];
+        b.op(OpSpec { kind: OP_RMS_NORM, inputs: &inputs, outputs: &[Some(first); 2], ..OpSpec::default() });
+        b.mark_output(z);
+    });
+    for (op, text) in [(1, "one of the operator's inputs"), (3, "two outputs are one tensor")] {
+        let failure = rig.supports(&in_place, op).unwrap_err();
+        assert_eq!((failure.status, failure.op_index), (E_INVALID, op), "{failure:?}");
+        assert!(failure.message.contains(text), "{failure:?}");
+    }
+    rig.supports(&in_place, 2).unwrap();
 }
 
 #[test]

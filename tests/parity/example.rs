@@ -90,7 +90,9 @@ impl Bench {
         let weights = shapes.map(|(batch, rows, cols)| {
             let values = (0..batch as usize * rows as usize * cols as usize).map(|_| random.f32() - 0.5);
             let bytes = values.flat_map(f32::to_le_bytes).collect::<Vec<_>>().into();
-            backend.upload(&WeightUpload { name: "w".to_owned(), dtype: DT_F32, batch, rows, cols, bytes }).unwrap()
+            backend
+                .upload(&WeightUpload { name: "w".to_owned(), dtype: DT_F32, batch, rows, cols, bytes, file: None })
+                .unwrap()
         });
         let row = SpdRow { dtype: DT_F16, width: 8 };
         let shape =
@@ -284,7 +286,7 @@ fn the_budget_is_kept_and_what_was_held_is_given_back() {
     assert!(used().iter().all(|&bytes| bytes > 0), "{:?}", used());
     let held = used();
     let (rows, bytes) = (SMALL / 4, vec![0; usize::try_from(SMALL).unwrap()].into());
-    let large = WeightUpload { name: "large".to_owned(), dtype: DT_F32, batch: 1, rows, cols: 1, bytes };
+    let large = WeightUpload { name: "large".to_owned(), dtype: DT_F32, batch: 1, rows, cols: 1, bytes, file: None };
     assert_eq!(backend.upload(&large).unwrap_err().status(), Some(E_NOMEM_DEVICE));
     assert_eq!(used(), held);
     drop((plan, bench));

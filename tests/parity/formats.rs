@@ -53,6 +53,7 @@ fn blocks(format: Format, noise: &mut Noise) -> Vec<u8> {
 /// What the device makes of a weight: `[tokens, ROWS]` of LINEAR over what EMBED gives, and that, `[tokens, COLS]`.
 fn compute(backend: &Backend, format: Format, bytes: &[u8]) -> (Vec<f32>, Vec<f32>) {
     let upload = WeightUpload {
+        file: None,
         name: format.name().to_owned(),
         dtype: format.ggml_id(),
         batch: 1,

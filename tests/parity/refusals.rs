@@ -20,7 +20,10 @@ fn with_plugin(source: &str) -> String {
     std::fs::create_dir(&folder).unwrap();
     let (c, library) = (dir.path().join("p.c"), folder.join("p.so"));
     std::fs::write(&c, source).unwrap();
-    let built = Command::new("cc").args(["-shared", "-fPIC", "-o"]).arg(&library).arg(&c).status().unwrap();
+    let include = sparsed_tests::root().join("abi/include");
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-I"]).arg(include).arg("-o").arg(&library).arg(&c);
+    let built = cc.status().unwrap();
     assert!(built.success());
     let sum = Command::new("sha256sum").arg(&library).output().unwrap();
     let sum = String::from_utf8(sum.stdout).unwrap()[..64].to_owned();
@@ -47,14 +50,16 @@ fn a_library_without_the_entry_symbol_is_named() {
 fn another_abi_version_is_named() {
     let said = with_plugin("const void *spd_get_api(unsigned a, unsigned b) { (void)a; (void)b; return 0; }");
     assert!(said.contains("p.so") && said.contains("ABI"), "{said}");
-    let newer = "static unsigned t[512] = {2048, 99}; const void *spd_get_api(unsigned a, unsigned b) { return t; }";
-    let said = with_plugin(newer);
-    assert!(said.contains("0.99"), "{said}");
+    let older = "static unsigned t[512] = {2048, 1}; const void *spd_get_api(unsigned a, unsigned b) { return t; }";
+    let said = with_plugin(older);
+    assert!(said.contains("0.1"), "{said}");
 }
 
 #[test]
 fn a_table_with_holes_is_named() {
-    let holes = "static unsigned t[512] = {2048, 1}; const void *spd_get_api(unsigned a, unsigned b) { return t; }";
+    let holes = "#include <sparsed/plugin.h>\nstatic const spd_api t = {.struct_size = sizeof t, \
+        .abi_minor = SPD_ABI_MINOR, .layout = SPD_LAYOUT};\nconst spd_api *spd_get_api(uint32_t a, uint32_t b) \
+        { (void)a; (void)b; return &t; }";
     let said = with_plugin(holes);
     assert!(said.contains("instance_create"), "{said}");
 }

@@ -50,9 +50,17 @@ impl Daemon {
     /// # Panics
     /// When it does not.
     pub fn start(model: &Path, sets: &[&str]) -> Self {
-        let daemon = Self::spawn(Some(model), sets);
-        daemon.wait_until("ready", || daemon.try_get("/health").is_some_and(|answer| answer.status == 200));
-        daemon
+        Self::spawn(Some(model), sets).ready()
+    }
+
+    /// Waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    #[must_use]
+    pub fn ready(self) -> Self {
+        self.wait_until("ready", || self.try_get("/health").is_some_and(|answer| answer.status == 200));
+        self
     }
 
     /// Starts a daemon and does not wait for it.
@@ -60,6 +68,14 @@ impl Daemon {
     /// # Panics
     /// When the executable cannot be run.
     pub fn spawn(model: Option<&Path>, sets: &[&str]) -> Self {
+        Self::spawn_in(&[], model, sets)
+    }
+
+    /// As [`spawn`](Self::spawn), with these variables in its environment.
+    ///
+    /// # Panics
+    /// When the executable cannot be run.
+    pub fn spawn_in(environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Self {
         let home = tempfile::tempdir().expect("a temporary folder");
         let mut command = Command::new(crate::root().join("target/release/sparsed"));
         let mut set = |key: &str, value: &Path| {
@@ -73,6 +89,7 @@ impl Daemon {
         for set in sets {
             command.arg("--set").arg(set);
         }
+        command.envs(environment.iter().copied());
         let log = File::create(home.path().join("log")).expect("a log file");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         let child = command.spawn().expect("sparsed is built: run `make test`");

@@ -17,13 +17,25 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-kv", &[]),
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
-    ("sparsed-backend", &["sparsed-abi"]),
+    ("sparsed-faulty", &["sparsed-abi"]),
+    // What runs in a process of its own stands behind the same table as a plugin, made by the same kit.
+    ("sparsed-backend", &["sparsed-abi", "sparsed-plugin-kit"]),
+    ("sparsed-conform", &["sparsed-abi", "sparsed-backend", "sparsed-quant"]),
     ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
     ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
     ("sparsed-surface", &["sparsed-engine"]),
     (
         "sparsed",
-        &["sparsed-surface", "sparsed-engine", "sparsed-model", "sparsed-backend", "sparsed-kv", "sparsed-quant"],
+        // sparsed-conform is the one part of the tests that the product ships: `sparsectl conform`.
+        &[
+            "sparsed-surface",
+            "sparsed-engine",
+            "sparsed-model",
+            "sparsed-backend",
+            "sparsed-kv",
+            "sparsed-quant",
+            "sparsed-conform",
+        ],
     ),
 ];
 

@@ -10,6 +10,8 @@
  *  - A struct passed to or from a call starts with struct_size, the bytes its *caller* knows.  A callee reads the
  *    part it knows, takes what is missing as zero, and answers SPD_E_ABI when the part it does not know is not all
  *    zero (spd_tail_zero).  Into an out-struct it writes min(own size, struct_size) bytes and nothing beyond.
+ *    The two tables, spd_host and spd_api, are read as far as they are known: who does not know a function does not
+ *    call it.
  *  - Array elements carry no struct_size: the array's container says the stride.
  *  - Zero is the default of every field, and an unknown flag, operator or dtype is refused, never ignored.
  *  - Nobody frees the other side's memory.  Errors are owned by the caller, strings are static or copied.

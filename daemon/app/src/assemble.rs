@@ -4,10 +4,11 @@
 //! folder, another daemon, the socket, the plugin. Models are loaded afterwards, by the engine thread.
 
 use crate::config::{Activations, Config, Model, Paths};
+use crate::devices;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
-use sparsed_backend::{Backend, OpenOptions, Plugin, QuarantineStore, SearchPath};
-use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Service};
+use sparsed_backend::QuarantineStore;
+use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, Permissions};
@@ -47,7 +48,7 @@ impl Assembly {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let paths = Paths::of(config);
         let lock = lock_state(&paths.state_dir)?;
-        let backend = open_backend(config)?;
+        let devices = devices::open(config)?;
         let models = model_options(config, &paths);
         let listener = listen(&paths.socket)?;
         let limits = Limits {
@@ -56,27 +57,16 @@ impl Assembly {
             max_batched_tokens: config.limits.max_batched_tokens,
             slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
         };
-        let (service, engine) = sparsed_engine::start(backend, models, limits).context("the engine thread")?;
+        let retry = &config.engine.retry;
+        let recovery = Recovery {
+            backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
+            forget: Duration::from_millis(retry.forget_ms),
+            watchdog: Duration::from_millis(config.engine.watchdog_ms),
+        };
+        let started = sparsed_engine::start(devices, models, limits, &recovery);
+        let (service, engine) = started.context("the engine thread")?;
         Ok(Self { service, engine, listener, paths, _lock: lock })
     }
-}
-
-/// Finds, checks and loads the plugin, and opens its device.
-///
-/// # Errors
-/// Which file is wrong and why.
-pub fn open_backend(config: &Config) -> anyhow::Result<Backend> {
-    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
-    for refusal in &scan.refused {
-        log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
-    }
-    let found = scan.select(Some(&config.engine.plugin))?;
-    quarantine(config).admit(found, now_ms())?;
-    let plugin = Plugin::load(found, &config.engine.set)?;
-    let options = OpenOptions { n_threads: config.engine.threads, mem_budget: 0 };
-    let backend = Backend::open(&plugin, config.engine.device, &options)?;
-    log::info!(plugin:% = config.engine.plugin, device:% = backend.info().name; "device open");
-    Ok(backend)
 }
 
 /// The plugins that have failed too often for the daemon of this configuration.

@@ -1,11 +1,14 @@
 //! Who starts what, and when does it stop?
 //!
-//! The daemon `sparsed`: `config` says what is wanted, `assemble` puts it together, `lifecycle` runs and stops it. The
+//! The daemon `sparsed`: `config` says what is wanted, `assemble` puts it together, `lifecycle` runs and stops it,
+//! `watchdog` tells the service manager. The
 //! tool `sparsectl` (`ctl`) is a client of the daemon's socket, and runs models by itself where no daemon is needed.
 #![forbid(unsafe_code)]
 
 pub mod assemble;
 pub mod config;
 pub mod ctl;
+pub mod devices;
 pub mod lifecycle;
 pub mod logging;
+pub mod watchdog;

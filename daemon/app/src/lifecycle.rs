@@ -5,6 +5,7 @@
 
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
+use crate::watchdog;
 use anyhow::{Context, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
@@ -25,6 +26,20 @@ const BLOCKING_THREADS_MAX: usize = 4;
 struct Arguments {
     #[command(flatten)]
     source: Source,
+    #[command(subcommand)]
+    role: Option<Role>,
+}
+
+/// What this executable is besides the daemon.
+#[derive(Clone, Debug, clap::Subcommand)]
+enum Role {
+    /// A plugin's process: serves it to the daemon that started it.
+    #[command(hide = true)]
+    PluginHost {
+        /// Where the daemon's log ends.
+        #[arg(long, default_value_t = log::LevelFilter::Info)]
+        log_level: log::LevelFilter,
+    },
 }
 
 /// How long tasks that nobody waits for may still take at the end.
@@ -33,8 +48,17 @@ const LAST_TASKS: Duration = Duration::from_secs(1);
 /// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    crate::logging::start(log::LevelFilter::Info);
-    match run(&arguments) {
+    let outcome = match arguments.role {
+        Some(Role::PluginHost { log_level }) => {
+            crate::logging::start_for_daemon(log_level);
+            sparsed_backend::run_plugin_host().context("plugin host")
+        }
+        None => {
+            crate::logging::start(log::LevelFilter::Info);
+            run(&arguments)
+        }
+    };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error!("{error:#}");
@@ -46,6 +70,7 @@ pub fn main() -> ExitCode {
 fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let config = arguments.source.load()?;
     let assembly = Assembly::new(&config)?;
+    watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
     let runtime = runtime()?;
     let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));
     // A prompt that is being made for a client that is gone must not hold the end up.
@@ -169,6 +194,7 @@ async fn signalled() {
         }
     });
     next().await;
+    watchdog::stopping();
     tokio::spawn(async move {
         next().await;
         #[expect(clippy::exit, reason = "asked twice, the operator wants it now")]

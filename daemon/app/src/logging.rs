@@ -1,10 +1,27 @@
 //! Where do log lines go? To the journal under systemd, to standard error otherwise.
 
 use log::LevelFilter;
+use std::io::Write;
 use std::str::FromStr;
 
 /// The variable that sets the level: `error`, `warn`, `info`, `debug`, `trace` or `off`.
 pub const LEVEL_VARIABLE: &str = "SPARSED_LOG";
+
+/// Starts logging to standard error for the daemon to read: `<priority>message`, as services write it.
+pub fn start_for_daemon(level: LevelFilter) {
+    let mut logger = env_logger::Builder::new();
+    logger.filter_level(level).format(|to, record| {
+        let priority = match record.level() {
+            log::Level::Error => 3,
+            log::Level::Warn => 4,
+            log::Level::Info => 6,
+            log::Level::Debug | log::Level::Trace => 7,
+        };
+        writeln!(to, "<{priority}>{}", record.args())
+    });
+    // A logger that is installed already (a test's) stays.
+    let _installed = logger.try_init().is_ok();
+}
 
 /// Starts logging; `default` is the level when the variable says nothing.
 pub fn start(default: LevelFilter) {

@@ -5,7 +5,7 @@ use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
     Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, SpdApi, SpdBucket,
-    SpdDevice, SpdDeviceInfo, SpdMemInfo, SpdOpenOptions, dtype_bit,
+    SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
 };
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -158,6 +158,31 @@ impl Backend {
         })
     }
 
+    /// How the device feels: state, temperature, errors.
+    ///
+    /// # Errors
+    /// The plugin's own.
+    pub fn health(&self) -> Result<SpdHealth, BackendError> {
+        let mut out = SpdHealth { struct_size: struct_size::<SpdHealth>(), ..SpdHealth::default() };
+        let call = self.device.api().health.expect("checked at load");
+        // SAFETY: the device is alive; the out struct and the error are ours.
+        checked("health", |e| unsafe { call(self.device.raw.as_ptr(), &raw mut out, e) })?;
+        Ok(out)
+    }
+
+    /// Succeeds when the device can run operator `op` of a program.
+    ///
+    /// # Errors
+    /// The plugin's own, saying why not.
+    pub fn supports(&self, blob: &Blob, op: u32) -> Result<(), BackendError> {
+        let _control = self.device.plugin.control();
+        let (call, bytes) = (self.device.api().supports.expect("checked at load"), blob.as_bytes());
+        // SAFETY: the device is alive; the blob lives through the call; the error is ours.
+        checked("supports", |e| unsafe {
+            call(self.device.raw.as_ptr(), bytes.as_ptr().cast(), bytes.len() as u64, op, e)
+        })
+    }
+
     /// Lets the device prove that it computes: level 0 takes under a second, level 1 is thorough.
     ///
     /// # Errors
@@ -260,11 +285,17 @@ impl Drop for Device {
     }
 }
 
-fn device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<DeviceInfo, BackendError> {
+/// What the plugin says about device `index`; the caller holds the plugin's lock.
+pub(crate) fn raw_device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<SpdDeviceInfo, BackendError> {
     let mut out = SpdDeviceInfo { struct_size: struct_size::<SpdDeviceInfo>(), ..SpdDeviceInfo::default() };
     let call = api.device_info.expect("checked at load");
     // SAFETY: the instance is alive; the out struct and the error are ours.
     checked("device_info", |e| unsafe { call(plugin.instance(), index, &raw mut out, e) })?;
+    Ok(out)
+}
+
+fn device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<DeviceInfo, BackendError> {
+    let out = raw_device_info(plugin, api, index)?;
     Ok(DeviceInfo {
         plugin: plugin.manifest().id.clone(),
         kind: match out.kind {

@@ -113,6 +113,15 @@ impl Scan {
 }
 
 impl Found {
+    /// The plugin in the folder `dir`.
+    ///
+    /// # Errors
+    /// Why it is refused, or that there is none.
+    pub(crate) fn open(dir: &Path) -> Result<Self, BackendError> {
+        let none = || BackendError::Manifest { path: dir.join(MANIFEST), reason: "is not there".to_owned() };
+        read_plugin(Folder::open(dir)?)?.ok_or_else(none)
+    }
+
     /// The library for this machine.
     ///
     /// # Errors

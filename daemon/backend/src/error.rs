@@ -1,7 +1,10 @@
 //! What can go wrong between the daemon and a plugin.
 
 use crate::quarantine::{Left, Quarantined};
-use sparsed_abi::{E_UNSUPPORTED, SpdStatus, status_name};
+use sparsed_abi::{
+    E_ABI, E_BUSY, E_CANCELLED, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_NOMEM_HOST, E_QUEUE_LOST, E_STEP, E_UNSUPPORTED,
+    SpdStatus, status_name,
+};
 use std::path::PathBuf;
 
 /// Every failure of this crate. `Call` carries the plugin's own words.
@@ -121,6 +124,14 @@ pub enum BackendError {
         /// The operator that failed, if one did.
         op_index: Option<u32>,
     },
+    /// A plugin host could not be started, or refused the plugin.
+    #[error("plugin {plugin} in a process of its own: {reason}")]
+    Host {
+        /// The plugin's id.
+        plugin: String,
+        /// Why.
+        reason: String,
+    },
     /// The plugin has no such device.
     #[error("plugin {plugin} has {count} device(s), device {index} was asked for")]
     NoDevice {
@@ -143,7 +154,39 @@ pub enum BackendError {
     },
 }
 
+/// What a failure says about the device: from here the daemon decides what it tries next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The work was called off; nothing is broken.
+    Cancelled,
+    /// This step failed, or its numbers are no numbers; the queue can go on.
+    Step,
+    /// There was no memory for it.
+    Memory,
+    /// The queue is poisoned; another one of the same device may work.
+    Queue,
+    /// The device is gone, hangs or has contradicted itself: it has to be opened again.
+    Device,
+    /// What was asked for is refused, and would be again; the device is sound.
+    Caller,
+}
+
 impl BackendError {
+    /// What the failure says about the device.
+    pub fn fault(&self) -> Fault {
+        // Without a call there was no device yet: a file, a manifest or a table is not as it must be.
+        let Some(status) = self.status() else { return Fault::Caller };
+        match status {
+            E_CANCELLED => Fault::Cancelled,
+            E_STEP | E_DATA => Fault::Step,
+            E_NOMEM_DEVICE | E_NOMEM_HOST => Fault::Memory,
+            E_QUEUE_LOST => Fault::Queue,
+            E_INVALID | E_UNSUPPORTED | E_ABI | E_BUSY => Fault::Caller,
+            // E_DEVICE_LOST, E_INTERNAL, a driver's trouble, and what no header knows.
+            _ => Fault::Device,
+        }
+    }
+
     /// The plugin's status, when a call failed.
     pub fn status(&self) -> Option<SpdStatus> {
         if let Self::Call { status, .. } = self { Some(*status) } else { None }
@@ -157,5 +200,31 @@ impl BackendError {
     /// True when the plugin says that it does not have what was asked for.
     pub fn is_unsupported(&self) -> bool {
         self.status() == Some(E_UNSUPPORTED)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_abi::{E_DEVICE_LOST, E_DRIVER, E_INTERNAL, E_TIMEOUT, NOT_READY};
+
+    fn call(status: SpdStatus) -> BackendError {
+        BackendError::Call { call: "queue_run", status, message: String::new(), op_index: None }
+    }
+
+    #[test]
+    fn every_status_has_its_fault() {
+        let table = [
+            (Fault::Cancelled, &[E_CANCELLED][..]),
+            (Fault::Step, &[E_STEP, E_DATA]),
+            (Fault::Memory, &[E_NOMEM_DEVICE, E_NOMEM_HOST]),
+            (Fault::Queue, &[E_QUEUE_LOST]),
+            (Fault::Device, &[E_DEVICE_LOST, E_INTERNAL, E_DRIVER, E_TIMEOUT, NOT_READY, -99]),
+            (Fault::Caller, &[E_INVALID, E_UNSUPPORTED, E_ABI, E_BUSY]),
+        ];
+        for (fault, statuses) in table {
+            statuses.iter().for_each(|&status| assert_eq!(call(status).fault(), fault, "{}", status_name(status)));
+        }
+        assert_eq!(BackendError::MissingSymbol { path: PathBuf::new() }.fault(), Fault::Caller);
     }
 }

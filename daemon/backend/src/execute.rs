@@ -7,6 +7,7 @@ use crate::memory::{KvPool, Weight};
 use sparsed_abi::{Blob, E_TIMEOUT, SpdBucket, SpdCompile, SpdKvOp, SpdPlan, SpdPlanInfo, SpdQueue, SpdRun, SpdStep};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 /// How long one wait lasts before it is asked again, in nanoseconds. Only a pause between questions, not a limit.
 const WAIT_NS: u64 = 1_000_000_000;
@@ -131,6 +132,21 @@ impl Queue {
     /// # Errors
     /// The plugin's own; after `SPD_E_STEP` the same step may be run again.
     pub fn run(&mut self, plan: &Plan, step: &Blob, input: &[u8], output: &mut [u8]) -> Result<(), BackendError> {
+        self.run_cancellable(plan, step, input, output, None)
+    }
+
+    /// As [`Self::run`]; the step ends with `SPD_E_CANCELLED` once `cancel` is not 0, as soon as the device can.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn run_cancellable(
+        &mut self,
+        plan: &Plan,
+        step: &Blob,
+        input: &[u8],
+        output: &mut [u8],
+        cancel: Option<&AtomicU32>,
+    ) -> Result<(), BackendError> {
         let run = SpdRun {
             struct_size: struct_size::<SpdRun>(),
             step: step.as_bytes().as_ptr().cast::<SpdStep>(),
@@ -138,11 +154,12 @@ impl Queue {
             in_length: input.len() as u64,
             out: output.as_mut_ptr().cast(),
             out_length: output.len() as u64,
+            cancel: cancel.map_or(ptr::null(), |flag| flag.as_ptr().cast_const()),
             ..SpdRun::default()
         };
         let (call, mut timeline) = (self.device.api().queue_run.expect("checked at load"), 0);
         checked("queue_run", |e| {
-            // SAFETY: queue and plan are alive; step and arenas are borrowed until the work is done, below.
+            // SAFETY: queue and plan are alive; step, arenas and flag are borrowed until the work is done, below.
             unsafe { call(self.raw.as_ptr(), plan.raw.as_ptr(), &raw const run, &raw mut timeline, e) }
         })?;
         self.wait(timeline)

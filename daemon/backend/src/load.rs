@@ -31,8 +31,10 @@ pub struct Plugin {
     instance: NonNull<SpdInstance>,
     /// Guards every `[control]` function of this instance: the header allows one thread at a time.
     control: Mutex<()>,
-    /// Must outlive the instance; fields drop after `Drop::drop`.
-    _host: Host,
+    /// Must outlive the instance; fields drop after `Drop::drop`. None for a plugin in a process of its own.
+    _host: Option<Host>,
+    /// The process, if it is not this one.
+    host_process: Option<u32>,
 }
 
 // SAFETY: the instance is used through `[control]` functions under `control`, and through `[any]` functions.
@@ -64,7 +66,26 @@ impl Plugin {
         let bad = || BackendError::BadTable { path: path.clone(), reason: "instance_create answered NULL".to_owned() };
         let instance = NonNull::new(instance).ok_or_else(bad)?;
         log::info!(plugin = manifest.id.as_str(), version = manifest.version.as_str(), path:% = path.display(); "plugin loaded");
-        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control: Mutex::new(()), _host: host }))
+        let control = Mutex::new(());
+        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control, _host: Some(host), host_process: None }))
+    }
+
+    /// A plugin whose instance stands for the process `host`.
+    pub(crate) fn of_table(
+        manifest: Manifest,
+        path: PathBuf,
+        sha256: String,
+        api: &'static SpdApi,
+        instance: NonNull<SpdInstance>,
+        host: u32,
+    ) -> Arc<Self> {
+        let control = Mutex::new(());
+        Arc::new(Self { manifest, path, sha256, api, instance, control, _host: None, host_process: Some(host) })
+    }
+
+    /// The id of the process that the plugin runs in, if it is not this one.
+    pub fn host_process(&self) -> Option<u32> {
+        self.host_process
     }
 
     /// What the plugin says about itself.
@@ -128,8 +149,8 @@ fn table_of(sha256: &str, library: Library) -> Result<&'static SpdApi, BackendEr
     if let Some(Table(api)) = tables.get(sha256) {
         return Ok(api);
     }
-    let path = library.path.clone();
-    let api = table(&path, open_library(&path, library.seal()?)?)?;
+    let (path, entry) = entry_of(library)?;
+    let api = table(&path, entry)?;
     tables.insert(sha256.to_owned(), Table(api));
     Ok(api)
 }
@@ -138,6 +159,26 @@ struct Table(&'static SpdApi);
 
 // SAFETY: a plugin's table is static and never written; its functions say by their tags who may call them.
 unsafe impl Send for Table {}
+
+/// Loads the library that the manifest has for this machine, checked as [`Plugin::load`] does, and finds its one
+/// symbol. Asks it nothing.
+///
+/// # Errors
+/// Which file, and why it was refused.
+pub fn entry_point(found: &Found) -> Result<SpdGetApiFn, BackendError> {
+    Ok(entry_of(found.open_library(found.variant()?)?)?.1)
+}
+
+fn entry_of(library: Library) -> Result<(PathBuf, SpdGetApiFn), BackendError> {
+    let path = library.path.clone();
+    let mapped = open_library(&path, library.seal()?)?;
+    // SAFETY: the symbol, if it is there, has this type: that is what its name means.
+    let entry = unsafe { mapped.get::<SpdGetApiFn>(ENTRY_SYMBOL) };
+    let entry = *entry.map_err(|_| BackendError::MissingSymbol { path: path.clone() })?;
+    // Never closed: code and table live until the process ends.
+    std::mem::forget(mapped);
+    Ok((path, entry))
+}
 
 /// Opens the sealed bytes through their descriptor, which is kept open for ever: the linker knows the library by its
 /// number, which must not come to mean another file.
@@ -153,12 +194,7 @@ fn open_library(path: &Path, sealed: OwnedFd) -> Result<Mapped, BackendError> {
 }
 
 /// Asks the library for its table and checks that it is whole.
-fn table(path: &Path, library: Mapped) -> Result<&'static SpdApi, BackendError> {
-    // SAFETY: the symbol, if it is there, has this type: that is what its name means.
-    let entry = unsafe { library.get::<SpdGetApiFn>(ENTRY_SYMBOL) };
-    let entry = *entry.map_err(|_| BackendError::MissingSymbol { path: path.to_owned() })?;
-    // Never closed: code and table live until the process ends.
-    std::mem::forget(library);
+fn table(path: &Path, entry: SpdGetApiFn) -> Result<&'static SpdApi, BackendError> {
     let version = |found: String| BackendError::AbiVersion { path: path.to_owned(), found };
     // SAFETY: the library stays loaded; the function touches nothing and answers NULL or a static table.
     let api = unsafe { entry(ABI_MAJOR, ABI_MINOR) };

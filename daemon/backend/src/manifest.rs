@@ -15,6 +15,8 @@ const LIBRARIES_MAX: usize = 16;
 const LIST_MAX: usize = 64;
 /// Longest id in bytes.
 const ID_BYTES_MAX: usize = 64;
+/// Most entries of `devices`.
+const DEVICES_MAX: usize = 32;
 
 /// A parsed `plugin.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -34,6 +36,9 @@ pub struct Manifest {
     pub description: Option<String>,
     /// Kept for signed manifests; nothing checks it yet.
     pub signature: Option<String>,
+    /// Device nodes that a plugin in a process of its own may open: `/dev/name`, or `/dev/prefix*`.
+    #[serde(default)]
+    pub devices: Vec<String>,
     /// The ABI it speaks.
     pub abi: AbiSection,
     /// Variants; the one with the highest score of those that run here is loaded.
@@ -130,6 +135,11 @@ impl Manifest {
         }
         if self.libraries.is_empty() || self.libraries.len() > LIBRARIES_MAX {
             return Some(format!("{} [[library]] entries, 1 to {LIBRARIES_MAX} are allowed", self.libraries.len()));
+        }
+        let is_device = |path: &String| path.starts_with("/dev/") && !path.contains("..") && !path.ends_with("/*");
+        if self.devices.len() > DEVICES_MAX || !self.devices.iter().all(is_device) {
+            let shape = "at most 32 of the form /dev/name or /dev/prefix*";
+            return Some(format!("devices {:?}: {shape}", self.devices));
         }
         self.libraries.iter().find_map(|library| library.wrong(&self.abi))
     }
@@ -260,6 +270,10 @@ mod tests {
         let text = with_variant("arch = \"aarch64\"").replace("score = 1\n", "score = 1\nrequires = [\"avx512f\"]\n");
         let lacks = parse(&text).unwrap().choose_for(Some(Arch::X86_64), &|_| false).unwrap_err();
         assert_eq!(lacks, ["lib.so needs avx512f", "best.so is for aarch64"]);
+        for devices in ["/etc/passwd", "/dev/../etc", "/dev/*"] {
+            let with = format!("devices = [\"/dev/null\", \"{devices}\"]\n{GOOD}");
+            assert!(refusal(&with).contains(devices), "{devices}");
+        }
     }
 
     #[test]

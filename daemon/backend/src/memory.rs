@@ -5,6 +5,8 @@ use crate::call::{checked, put_text, struct_size};
 use crate::device::Device;
 use bytes::Bytes;
 use sparsed_abi::{SpdKvDesc, SpdKvInfo, SpdKvPool, SpdRow, SpdSource, SpdWeight, SpdWeightDesc, W_HOST_IN_PLACE};
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
@@ -23,6 +25,17 @@ pub struct WeightUpload {
     pub cols: u64,
     /// The weight as it lies in the file.
     pub bytes: Bytes,
+    /// Where the same bytes lie in a file, if they do: a plugin in another process maps it instead of copying them.
+    pub file: Option<WeightFile>,
+}
+
+/// A place in a file.
+#[derive(Clone, Debug)]
+pub struct WeightFile {
+    /// Open for reading.
+    pub file: Arc<File>,
+    /// In bytes from its start.
+    pub offset: u64,
 }
 
 /// A weight on a device.
@@ -57,9 +70,9 @@ impl Weight {
         put_text(&mut desc.name, &weight.name);
         let source = SpdSource {
             struct_size: struct_size::<SpdSource>(),
-            fd: -1,
+            fd: weight.file.as_ref().map_or(-1, |at| at.file.as_raw_fd()),
             ptr: weight.bytes.as_ptr().cast(),
-            offset: 0,
+            offset: weight.file.as_ref().map_or(0, |at| at.offset),
             length: weight.bytes.len() as u64,
         };
         let control = device.plugin.control();
@@ -177,6 +190,13 @@ impl KvPool {
     /// The shape it was created with.
     pub fn desc(&self) -> &KvDesc {
         &self.0.desc
+    }
+
+    /// Its sizes as the border has them.
+    pub(crate) fn raw_info(&self) -> SpdKvInfo {
+        let KvInfo { device_bytes, image_bytes, image_latent_offset } = self.0.info;
+        let struct_size = struct_size::<SpdKvInfo>();
+        SpdKvInfo { struct_size, device_bytes, image_bytes, image_latent_offset, ..SpdKvInfo::default() }
     }
 
     /// Its sizes.

@@ -66,6 +66,32 @@ impl Batch {
         }
     }
 
+    /// Makes `one` a step of sequence `index` alone, with the same slots and rows.
+    pub(crate) fn isolate(&self, index: usize, one: &mut Self) {
+        let range = |offsets: &[u32]| offsets[index] as usize..offsets[index + 1] as usize;
+        let (tokens, blocks) = (range(&self.seq_offsets), range(&self.block_offsets));
+        one.clear();
+        one.tokens.extend_from_slice(&self.tokens[tokens.clone()]);
+        one.positions.extend_from_slice(&self.positions[tokens.clone()]);
+        one.slots.extend_from_slice(&self.slots[tokens.clone()]);
+        one.contexts.push(self.contexts[index]);
+        one.block_ids.extend_from_slice(&self.block_ids[blocks]);
+        one.seq_offsets.push(count(tokens.len()));
+        one.block_offsets.push(count(one.block_ids.len()));
+        let rows = self.rows.iter().map(|&row| row as usize).filter(|row| tokens.contains(row));
+        one.rows.extend(rows.map(|row| count(row - tokens.start)));
+    }
+
+    /// The sequence of each row that gives logits.
+    pub(crate) fn row_sequences(&self) -> impl Iterator<Item = usize> {
+        self.rows.iter().map(|row| self.seq_offsets.partition_point(|start| start <= row) - 1)
+    }
+
+    /// Sequences of the step.
+    pub(crate) fn n_sequences(&self) -> usize {
+        self.contexts.len()
+    }
+
     /// Tokens of the step.
     pub fn n_tokens(&self) -> usize {
         self.tokens.len()
@@ -101,4 +127,33 @@ impl Batch {
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).expect("a step has far fewer than 2^32 tokens and blocks")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_kv::Pool;
+
+    #[test]
+    fn a_sequence_alone_is_what_it_is_in_company() {
+        let mut pool = Pool::new(8);
+        let (mut all, mut one, mut expected) = (Batch::default(), Batch::default(), Batch::default());
+        let mut reservation = pool.reserve(5, &mut Vec::new()).unwrap();
+        let mut parts = Vec::new();
+        for (n, rows) in [(70, Rows::None), (1, Rows::Last), (65, Rows::All)] {
+            let (mut table, mut slots) = (BlockTable::new(), Vec::new());
+            table.append(n, &mut pool, &mut reservation, &mut slots);
+            parts.push(((100..100 + n).collect::<Vec<u32>>(), slots, table, rows));
+        }
+        pool.forfeit(reservation);
+        parts.iter().for_each(|(tokens, slots, table, rows)| all.push(tokens, slots, table, *rows));
+        assert_eq!(all.row_sequences().collect::<Vec<_>>(), [vec![1], vec![2; 65]].concat());
+        for (index, (tokens, slots, table, rows)) in parts.iter().enumerate() {
+            all.isolate(index, &mut one);
+            expected.clear();
+            expected.push(tokens, slots, table, *rows);
+            assert!(one.row_sequences().all(|sequence| sequence == 0));
+            assert_eq!(one.encode(7).as_bytes(), expected.encode(7).as_bytes(), "sequence {index}");
+        }
+    }
 }

@@ -2,9 +2,10 @@
 
 use crate::batch::{Batch, Rows};
 use sparsed_abi::{Blob, KV_DISCARD, KV_EXPORT, SpdBucket, SpdKvOp};
-use sparsed_backend::{Backend, BackendError, KvDesc, KvPool, Plan, Queue, Weight, WeightUpload};
+use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightFile, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{KvShape, LayerRows, Model, ModelError, Program, ProgramOptions};
+use std::sync::Arc;
 
 /// Why a model could not be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +44,22 @@ pub enum ExecutorError {
         /// Bytes of the rows.
         expected: u64,
     },
+    /// The device gave logits that are not numbers.
+    #[error("a logit is not a number")]
+    NotANumber,
+}
+
+impl ExecutorError {
+    /// What the failure says about the device.
+    pub(crate) fn fault(&self) -> Fault {
+        match self {
+            Self::Backend(error) => error.fault(),
+            Self::NotANumber => Fault::Step,
+            Self::Model(_) | Self::Kv(_) | Self::Dtype { .. } | Self::StepTooLarge { .. } | Self::Image { .. } => {
+                Fault::Caller
+            }
+        }
+    }
 }
 
 /// How a model is put on a device.
@@ -65,7 +82,8 @@ pub struct LoadOptions {
 /// A model on a device.
 #[derive(Debug)]
 pub struct DeviceModel {
-    program: Program,
+    backend: Backend,
+    program: Arc<Program>,
     plan: Plan,
     queue: Queue,
     pool: KvPool,
@@ -132,6 +150,16 @@ impl DeviceModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ExecutorError> {
         let program = model.program(&options.program)?;
+        Self::load_program(backend, Arc::new(program), options, progress)
+    }
+
+    /// As [`load`](Self::load), with the model's program at hand.
+    pub(crate) fn load_program(
+        backend: &Backend,
+        program: Arc<Program>,
+        options: LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, ExecutorError> {
         let weights = upload(backend, &program, progress)?;
         let pool = backend.create_kv(&KvDesc {
             block_tokens: BLOCK_TOKENS,
@@ -151,7 +179,8 @@ impl DeviceModel {
         let plan = backend.compile(&program.blob, &weights.iter().collect::<Vec<_>>(), &[&pool], bucket)?;
         let queue = backend.queue()?;
         let (input, output) = (Blob::default(), Blob::default());
-        Ok(Self { program, plan, queue, pool, options, step_id: 0, input, output })
+        let backend = backend.clone();
+        Ok(Self { backend, program, plan, queue, pool, options, step_id: 0, input, output })
     }
 
     /// Tokens that attention selects, `None` when it reads all.
@@ -203,6 +232,15 @@ impl DeviceModel {
                 .map(|layer| Queries { latent: layer.latent.map_or_else(Vec::new, floats), rope: floats(layer.rope) })
                 .collect(),
         })
+    }
+
+    /// Takes a new queue in place of one that is lost. Rows in the pool stay.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn renew_queue(&mut self) -> Result<(), ExecutorError> {
+        self.queue = self.backend.queue()?;
+        Ok(())
     }
 
     /// Zeroes blocks that nobody holds any more and gives their memory back.
@@ -310,6 +348,7 @@ fn upload(
             rows: weight.rows,
             cols: weight.cols,
             bytes: weight.bytes.clone(),
+            file: weight.file.clone().map(|(file, offset)| WeightFile { file, offset }),
         })?);
         done += weight.bytes.len() as u64;
         progress(done, total);

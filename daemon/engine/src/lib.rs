@@ -4,16 +4,24 @@
 //! [`Service`]; the engine thread (`runner`) queues it as a sequence; `scheduler` fills a [`Batch`] from the sequences;
 //! `step` has the [`DeviceModel`] compute it, samples, and delivers [`api::Event`]s to the request's sink.
 //!
+//! When a device fails, `attempt` climbs the rungs of `ladder` that keep the device, `runner` the others; requests keep
+//! their place and their tokens.
+//!
 //! Only `runner` knows a thread or a clock; the rest decides and is told the time.
 #![forbid(unsafe_code)]
 
 pub mod api;
 pub mod eval;
 
+mod attempt;
 mod batch;
+mod device;
 mod executor;
 mod grammar;
+mod ladder;
+mod lane;
 mod params;
+mod progress;
 mod runner;
 mod sampler;
 mod scheduler;
@@ -23,10 +31,13 @@ mod step;
 mod stream;
 
 pub use batch::{Batch, Rows};
+pub use device::{DeviceSource, DeviceState, DeviceStatus};
 pub use executor::{CachedRows, DeviceModel, ExecutorError, LoadOptions, Outputs, Queries, SoleSequence};
 pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
+pub use ladder::Recovery;
+pub use lane::ModelOptions;
 pub use params::{Sampling, checked_stops};
-pub use runner::{ModelOptions, start};
+pub use runner::start;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
 

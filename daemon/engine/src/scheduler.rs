@@ -170,9 +170,9 @@ impl Scheduler {
         }
     }
 
-    /// Notes that the last scheduled step's rows are computed.
-    pub(crate) fn computed(&mut self) {
-        for &(index, _) in &self.scheduled {
+    /// Notes that the last scheduled step's rows are computed, but for the sequences `failed`, given by index.
+    pub(crate) fn computed(&mut self, failed: &[usize]) {
+        for &(index, _) in self.scheduled.iter().filter(|(index, _)| !failed.contains(index)) {
             self.running[index].seal(&self.hasher, &mut self.pool);
         }
     }
@@ -195,14 +195,22 @@ impl Scheduler {
         }
     }
 
-    /// Ends every sequence of the last scheduled step with `failure`.
-    pub(crate) fn fail_scheduled(&mut self, failure: &Failure, now: Duration) {
-        let mut indices: Vec<usize> = self.scheduled.drain(..).map(|(index, _)| index).collect();
-        indices.sort_unstable();
-        for &index in &indices {
-            self.running[index].fail(failure.clone());
+    /// The sequence at `place` of the last scheduled step: its index, and how many of its tokens the step carries.
+    pub(crate) fn scheduled(&self, place: usize) -> (usize, u32) {
+        self.scheduled[place]
+    }
+
+    /// Sends all that run back to wait, before those that wait already: the device has lost their rows. Their tokens
+    /// stay, and with them sampler, grammar and stream; their rows are computed again.
+    pub(crate) fn requeue(&mut self) {
+        while let Some(youngest) = self.running.len().checked_sub(1) {
+            let sequence = self.release(youngest);
+            self.waiting.push_front(sequence);
         }
-        self.finish(&indices, now);
+        self.scheduled.clear();
+        // The device's next pool begins with zeroes: there is nothing to discard, and nothing to be found in it.
+        self.freed.clear();
+        self.pool = Pool::new(self.pool.n_blocks());
     }
 
     /// Ends everything with `failure`.

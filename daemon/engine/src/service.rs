@@ -4,12 +4,15 @@
 //! come back through each request's sink.
 
 use crate::api::{ChatPrompt, Failure, Generate, Reading, Sink};
+use crate::device::DeviceStatus;
 use crate::grammar::{Compiler, Grammar, GrammarSpec};
+use crate::progress::Progress;
 use crate::scheduler::Load;
 use sparsed_model::{ChatRequest, Model, ModelError};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
 
 /// The model of requests that name none.
 pub const DEFAULT_MODEL: &str = "default";
@@ -19,9 +22,24 @@ pub const DEFAULT_MODEL: &str = "default";
 pub struct Service {
     slots: Arc<[Arc<Slot>]>,
     inbox: SyncSender<Command>,
-    stopping: Arc<AtomicBool>,
+    shared: Arc<Shared>,
     /// Requests that the inbox holds.
     inbox_limit: u32,
+}
+
+/// What the engine thread and the service tell each other beside requests.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    /// No new requests are taken.
+    pub(crate) stopping: AtomicBool,
+    /// Requests that are under way are given up too.
+    pub(crate) ending: AtomicBool,
+    /// Written by the engine when the device changes its state.
+    pub(crate) device: Mutex<DeviceStatus>,
+    /// Written by the engine at each turn.
+    pub(crate) progress: Mutex<Progress>,
+    /// The engine's time begins here.
+    pub(crate) epoch: Instant,
 }
 
 /// What the engine thread is told.
@@ -51,8 +69,6 @@ pub(crate) struct Slot {
     pub(crate) name: String,
     /// Set once, when loading has ended: the model, or why there is none.
     pub(crate) outcome: OnceLock<Result<Arc<ServedModel>, String>>,
-    /// Why a loaded model is not served any more.
-    pub(crate) lost: OnceLock<String>,
     /// Bytes uploaded, in thousandths of all.
     pub(crate) progress_permille: AtomicU64,
     /// The engine thread writes it after each step, status pages read it.
@@ -114,47 +130,58 @@ pub struct ModelStatus {
     pub stats: Stats,
 }
 
+/// Values behind these locks are whole at any time, so a panic elsewhere has spoilt nothing.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Slot {
     pub(crate) fn new(name: String) -> Self {
         Self {
             name,
             outcome: OnceLock::new(),
-            lost: OnceLock::new(),
             progress_permille: AtomicU64::new(0),
             stats: Mutex::new(Stats::default()),
         }
     }
 
     pub(crate) fn set_stats(&self, stats: Stats) {
-        *self.stats.lock().unwrap_or_else(PoisonError::into_inner) = stats;
+        *lock(&self.stats) = stats;
     }
 
     fn state(&self) -> ModelState {
-        match (self.outcome.get(), self.lost.get()) {
-            (None, _) => ModelState::Loading { progress_permille: self.progress_permille.load(Ordering::Relaxed) },
-            (Some(Err(reason)), _) | (_, Some(reason)) => ModelState::Failed(reason.clone()),
-            (Some(Ok(model)), None) => ModelState::Ready(Arc::clone(model)),
+        match self.outcome.get() {
+            None => ModelState::Loading { progress_permille: self.progress_permille.load(Ordering::Relaxed) },
+            Some(Err(reason)) => ModelState::Failed(reason.clone()),
+            Some(Ok(model)) => ModelState::Ready(Arc::clone(model)),
         }
     }
 }
 
 impl Service {
-    pub(crate) fn new(slots: Vec<Arc<Slot>>, inbox: SyncSender<Command>, inbox_limit: u32) -> Self {
-        Self { slots: slots.into(), inbox, stopping: Arc::new(AtomicBool::new(false)), inbox_limit }
+    pub(crate) fn new(
+        slots: Vec<Arc<Slot>>,
+        inbox: SyncSender<Command>,
+        inbox_limit: u32,
+        shared: Arc<Shared>,
+    ) -> Self {
+        Self { slots: slots.into(), inbox, shared, inbox_limit }
     }
 
-    /// Whether the engine has been told to end.
-    pub(crate) fn is_stopping(&self) -> bool {
-        self.stopping.load(Ordering::Relaxed)
+    /// The device in use and how it is.
+    pub fn device(&self) -> DeviceStatus {
+        lock(&self.shared.device).clone()
+    }
+
+    /// Whether the engine gets anywhere, as of `now`: the service's watchdog is fed while it does.
+    pub fn is_alive(&self, now: Instant) -> bool {
+        lock(&self.shared.progress).is_alive(now.saturating_duration_since(self.shared.epoch))
     }
 
     /// Every configured model, in the order of the configuration.
     pub fn models(&self) -> Vec<ModelStatus> {
-        let status = |slot: &Arc<Slot>| ModelStatus {
-            name: slot.name.clone(),
-            state: slot.state(),
-            stats: *slot.stats.lock().unwrap_or_else(PoisonError::into_inner),
-        };
+        let status =
+            |slot: &Arc<Slot>| ModelStatus { name: slot.name.clone(), state: slot.state(), stats: *lock(&slot.stats) };
         self.slots.iter().map(status).collect()
     }
 
@@ -180,7 +207,7 @@ impl Service {
     /// # Errors
     /// What is wrong with the request, or that it cannot be taken now. The sink has heard nothing then.
     pub fn generate(&self, request: Generate, sink: Box<dyn Sink>) -> Result<(), Failure> {
-        if self.is_stopping() {
+        if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Failure::ShuttingDown);
         }
         let (slot, _) = self.slot(&request.model)?;
@@ -194,13 +221,14 @@ impl Service {
 
     /// Takes no more requests; the engine ends when those it has are answered.
     pub fn drain(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
+        self.shared.stopping.store(true, Ordering::Relaxed);
         self.tell(Command::Drain);
     }
 
     /// Ends the engine; requests that run hear [`Failure::ShuttingDown`].
     pub fn stop(&self) {
-        self.stopping.store(true, Ordering::Relaxed);
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.shared.ending.store(true, Ordering::Relaxed);
         self.tell(Command::Stop);
     }
 

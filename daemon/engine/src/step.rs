@@ -1,39 +1,17 @@
 //! What is one step? Schedule, run, sample, deliver.
 
 use crate::api::Failure;
+use crate::attempt::{Executor, compute, discard};
 use crate::batch::Batch;
-use crate::executor::{DeviceModel, ExecutorError, Outputs};
+use crate::executor::ExecutorError;
 use crate::scheduler::Scheduler;
 use crate::sequence::Vocabulary;
-use sparsed_abi::{E_CANCELLED, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP, E_UNSUPPORTED};
-use sparsed_kv::BlockId;
 use std::time::Duration;
-
-/// How often a failed step is run in all; a step is idempotent.
-const TRIES: u32 = 3;
-
-/// What runs a batch: a model on a device, or a test's stand-in.
-pub(crate) trait Executor {
-    /// Computes the batch.
-    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError>;
-    /// Zeroes blocks that nobody holds any more.
-    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError>;
-}
-
-impl Executor for DeviceModel {
-    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
-        Self::run(self, batch)
-    }
-
-    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
-        Self::discard(self, blocks)
-    }
-}
 
 /// What a step did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Done {
-    /// Tokens that went through the model.
+    /// Tokens that went through the model; none when the step failed for all its sequences.
     pub(crate) computed: usize,
     /// Tokens that were sampled.
     pub(crate) sampled: usize,
@@ -42,7 +20,8 @@ pub(crate) struct Done {
 /// Runs one step. Answers `None` when there was nothing to do.
 ///
 /// # Errors
-/// Only when the device is of no more use; a failure that concerns one step ends that step's sequences and is `Ok`.
+/// Only when the device is of no more use as it is. Nothing of the step is done then; the sequences are as they were
+/// but for rows that the device was to hold. A sequence that fails alone has heard of it, and the answer is `Ok`.
 pub(crate) fn step(
     scheduler: &mut Scheduler,
     executor: &mut dyn Executor,
@@ -54,26 +33,26 @@ pub(crate) fn step(
     let scheduled = scheduler.schedule(batch, clock());
     let freed = scheduler.take_freed();
     if !freed.is_empty() {
-        executor.discard(&freed)?;
+        discard(executor, &freed)?;
     }
     if !scheduled {
         return Ok(None);
     }
-    let mut outputs = match run_with_retries(executor, batch) {
-        Ok(outputs) => outputs,
-        Err(error) if concerns_one_step(&error) => {
-            log::error!(reason:% = error; "step failed");
-            scheduler.fail_scheduled(&Failure::BackendFailed { reason: error.to_string() }, clock());
-            return Ok(Some(Done::default()));
-        }
-        Err(error) => return Err(error),
-    };
-    scheduler.computed();
+    let mut computed = compute(executor, batch)?;
     let now = clock();
-    let rows = batch.n_rows();
-    let vocab = outputs.logits.len().checked_div(rows).unwrap_or(0);
     let mut finished = Vec::new();
-    for (index, logits) in scheduler.sampled().into_iter().zip(outputs.logits.chunks_exact_mut(vocab.max(1))) {
+    let mut n_failed_tokens = 0;
+    for (place, error) in computed.failed {
+        log::error!(reason:% = error; "step failed for a sequence alone, which ends");
+        let (index, n_tokens) = scheduler.scheduled(place);
+        scheduler.running_mut(index).fail(Failure::BackendFailed { reason: error.to_string() });
+        finished.push(index);
+        n_failed_tokens += n_tokens as usize;
+    }
+    scheduler.computed(&finished);
+    let sampled: Vec<usize> = scheduler.sampled().into_iter().filter(|index| !finished.contains(index)).collect();
+    let vocab = computed.logits.len().checked_div(sampled.len()).unwrap_or(0);
+    for (&index, logits) in sampled.iter().zip(computed.logits.chunks_exact_mut(vocab.max(1))) {
         if scheduler.running_mut(index).advance(logits, vocabulary, now) {
             finished.push(index);
         }
@@ -81,43 +60,21 @@ pub(crate) fn step(
     finished.sort_unstable();
     scheduler.finish(&finished, now);
     scheduler.tend(now);
-    Ok(Some(Done { computed: batch.n_tokens(), sampled: rows }))
-}
-
-fn run_with_retries(executor: &mut dyn Executor, batch: &Batch) -> Result<Outputs, ExecutorError> {
-    let mut tries = 1;
-    loop {
-        match executor.run(batch) {
-            Err(ExecutorError::Backend(error)) if error.status() == Some(E_STEP) && tries < TRIES => {
-                log::warn!(reason:% = error; "step failed, trying again");
-                tries += 1;
-            }
-            done => return done,
-        }
-    }
-}
-
-/// Whether the device can go on after this failure.
-fn concerns_one_step(error: &ExecutorError) -> bool {
-    match error {
-        ExecutorError::Backend(error) => matches!(
-            error.status(),
-            Some(E_STEP | E_DATA | E_INVALID | E_UNSUPPORTED | E_NOMEM_DEVICE | E_NOMEM_HOST | E_CANCELLED)
-        ),
-        _ => true,
-    }
+    Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: sampled.len() }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::api::{Event, FinishReason, Generate, Owner, Refused, Sink, Usage};
+    use crate::executor::Outputs;
     use crate::scheduler::Limits;
     use crate::sequence::{Sequence, SequenceId};
     use crate::{Grammar, Sampling, params};
     use proptest::prelude::*;
+    use sparsed_abi::{E_DATA, E_DEVICE_LOST, E_INTERNAL, E_NOMEM_DEVICE, E_QUEUE_LOST, E_STEP, SpdStatus};
     use sparsed_backend::BackendError;
-    use sparsed_kv::{BLOCK_TOKENS, PrefixHasher};
+    use sparsed_kv::{BLOCK_TOKENS, BlockId, PrefixHasher};
     use std::cell::Cell;
     use std::collections::{BTreeSet, HashMap};
     use std::sync::{Arc, Mutex};
@@ -132,8 +89,14 @@ mod tests {
     struct Paged {
         /// Token and position of each slot.
         rows: HashMap<u64, (u32, u32)>,
-        /// Statuses of the next runs.
-        failures: Vec<i32>,
+        /// Statuses of the next runs, the last one first; 0 is none.
+        failures: Vec<SpdStatus>,
+        /// A token that no step with it survives.
+        poison: Option<u32>,
+        /// A token after which the logits are no numbers, how often.
+        not_a_number: Option<(u32, usize)>,
+        /// Since a queue was lost, until there is a new one.
+        poisoned: bool,
         runs: usize,
         computed: usize,
     }
@@ -146,7 +109,11 @@ mod tests {
         fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
             self.runs += 1;
             self.computed += batch.n_tokens();
-            if let Some(status) = self.failures.pop() {
+            let planted = self.failures.pop().filter(|&status| status != 0);
+            let poison = self.poison.is_some_and(|token| batch.tokens.contains(&token)).then_some(E_STEP);
+            let poisoned = self.poisoned.then_some(E_QUEUE_LOST);
+            if let Some(status) = poisoned.or(planted).or(poison) {
+                self.poisoned |= status == E_QUEUE_LOST;
                 let (call, message) = ("queue_run", "planted".to_owned());
                 return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
             }
@@ -165,12 +132,24 @@ mod tests {
                     token
                 });
                 logits[next_token(history) as usize] = 1.0;
+                if let Some((token, times)) = &mut self.not_a_number
+                    && *times > 0
+                    && batch.tokens[*row as usize] == *token
+                {
+                    *times -= 1;
+                    logits[0] = f32::NAN;
+                }
             }
             Ok(Outputs { logits, ..Outputs::default() })
         }
 
         fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
             self.rows.retain(|slot, _| !blocks.iter().any(|block| u64::from(block.0) == slot / BLOCK as u64));
+            Ok(())
+        }
+
+        fn renew_queue(&mut self) -> Result<(), ExecutorError> {
+            self.poisoned = false;
             Ok(())
         }
     }
@@ -261,9 +240,32 @@ mod tests {
         }
 
         fn step(&mut self) -> Option<Done> {
+            self.try_step().unwrap()
+        }
+
+        fn try_step(&mut self) -> Result<Option<Done>, ExecutorError> {
             let vocabulary = Vocabulary { tokenizer: None, max_context: CONTEXT };
             let clock = || self.now.get();
-            step(&mut self.scheduler, &mut self.executor, &mut self.batch, vocabulary, &clock).unwrap()
+            step(&mut self.scheduler, &mut self.executor, &mut self.batch, vocabulary, &clock)
+        }
+
+        /// As `run`, on a new device whenever one is lost; answers how many were.
+        fn run_on_devices(&mut self) -> usize {
+            let mut n_lost = 0;
+            for _ in 0..10_000 {
+                match self.try_step() {
+                    Ok(None) if self.scheduler.is_idle() => return n_lost,
+                    Ok(_) => {}
+                    Err(_) => {
+                        n_lost += 1;
+                        self.executor.rows.clear();
+                        self.executor.poisoned = false;
+                        self.scheduler.requeue();
+                    }
+                }
+                self.now.set(self.now.get() + Duration::from_millis(1));
+            }
+            panic!("the engine does not come to rest");
         }
 
         fn steps(&mut self, n: usize) {
@@ -428,14 +430,129 @@ mod tests {
         let mut bench = Bench::new(8, limits());
         let (first, second) = (Listener::with_room(100), Listener::with_room(100));
         bench.submit(prompt(1, 5), 3, &first);
-        bench.executor.failures = vec![E_STEP, E_STEP];
+        bench.executor.failures = vec![E_STEP];
         bench.run();
         assert_eq!(first.heard().0, naive(prompt(1, 5), 3));
         bench.submit(prompt(2, 5), 3, &second);
-        bench.executor.failures = vec![E_STEP; 3];
+        bench.executor.failures = vec![E_STEP; 2];
         bench.run();
         assert!(matches!(second.heard().1, Some(Event::Failed(Failure::BackendFailed { .. }))));
         assert_eq!(bench.scheduler.load().blocks_used, 0);
+    }
+
+    /// Three requests of which the second is bad, run to the end; answers how the second ended.
+    fn one_bad_among_three(bench: &mut Bench) -> (Vec<u32>, Option<Event>) {
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(1000)).collect();
+        for (listener, first) in listeners.iter().zip([1, BAD, 2]) {
+            bench.submit([vec![first], vec![3; 9]].concat(), 30, listener);
+        }
+        bench.run();
+        for (listener, first) in [(&listeners[0], 1), (&listeners[2], 2)] {
+            assert_eq!(listener.heard().0, naive([vec![first], vec![3; 9]].concat(), 30));
+        }
+        assert_eq!(bench.scheduler.load().blocks_used, 0);
+        listeners[1].heard()
+    }
+
+    /// A token that no answer of [`one_bad_among_three`] has.
+    const BAD: u32 = 96;
+
+    #[test]
+    fn a_poisoned_sequence_ends_alone_and_its_company_goes_on() {
+        let mut bench = Bench::new(8, limits());
+        bench.executor.poison = Some(BAD);
+        let (tokens, end) = one_bad_among_three(&mut bench);
+        assert!(tokens.is_empty() && matches!(end, Some(Event::Failed(Failure::BackendFailed { .. }))), "{end:?}");
+        // Twice together; then one, the bad one twice, and one; then 29 steps for the tokens that follow.
+        assert_eq!(bench.executor.runs, 2 + 4 + 29);
+    }
+
+    #[test]
+    fn a_row_that_is_no_number_ends_its_sequence_alone() {
+        let mut bench = Bench::new(8, limits());
+        bench.executor.not_a_number = Some((BAD, usize::MAX));
+        let listeners: Vec<Listener> = (0..2).map(|_| Listener::with_room(1000)).collect();
+        bench.submit(vec![1, 2, 3], 30, &listeners[0]);
+        bench.submit(vec![1, 2, BAD], 30, &listeners[1]);
+        bench.run();
+        assert_eq!(listeners[0].heard().0, naive(vec![1, 2, 3], 30));
+        let (tokens, end) = listeners[1].heard();
+        let Some(Event::Failed(failure)) = end else { panic!("{end:?}") };
+        assert!(tokens.is_empty() && failure.to_string().contains("not a number"), "{failure}");
+        assert_eq!(bench.executor.runs, 2 + 29, "once more, and not sequence by sequence");
+    }
+
+    #[test]
+    fn a_number_that_is_none_only_once_harms_nobody() {
+        let mut bench = Bench::new(8, limits());
+        bench.executor.not_a_number = Some((BAD, 1));
+        let listener = Listener::with_room(1000);
+        bench.submit(vec![1, 2, BAD], 30, &listener);
+        bench.run();
+        assert_eq!(listener.heard().0, naive(vec![1, 2, BAD], 30));
+    }
+
+    #[test]
+    fn a_lost_queue_is_replaced_once_and_then_the_device_is_lost() {
+        let mut bench = Bench::new(8, limits());
+        let listener = Listener::with_room(100);
+        bench.submit(prompt(1, 5), 3, &listener);
+        bench.executor.failures = vec![E_QUEUE_LOST];
+        assert!(matches!(bench.try_step(), Ok(Some(_))));
+        bench.executor.failures = vec![E_QUEUE_LOST; 2];
+        assert!(bench.try_step().is_err());
+        bench.scheduler.requeue();
+        assert_eq!(bench.scheduler.load(), crate::Load { waiting: 1, blocks_total: 8, ..crate::Load::default() });
+        bench.run();
+        assert_eq!(listener.heard().0, naive(prompt(1, 5), 3));
+    }
+
+    #[test]
+    fn sequences_wait_in_their_order_when_the_device_is_lost() {
+        let mut bench = Bench::new(32, Limits { max_running: 3, ..limits() });
+        let listeners: Vec<Listener> = (0..5).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (0..).zip(&listeners) {
+            bench.submit(prompt(seed, 5), 20, listener);
+        }
+        bench.steps(5);
+        bench.scheduler.requeue();
+        bench.executor.rows.clear();
+        bench.steps(3);
+        let heard: Vec<usize> = listeners.iter().map(|listener| listener.heard().0.len()).collect();
+        assert_eq!(heard, [8, 8, 8, 0, 0], "the first three go on");
+        listeners[0].set(1000, true);
+        bench.run();
+        for (seed, listener) in (0..).zip(&listeners).skip(1) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 5), 20), "request {seed}");
+        }
+    }
+
+    #[test]
+    fn what_was_cached_on_a_lost_device_is_not_found_on_the_next() {
+        let mut bench = Bench::new(32, limits());
+        for _ in 0..2 {
+            let listener = Listener::with_room(1000);
+            bench.submit(prompt(1, 128), 5, &listener);
+            bench.run();
+            assert_eq!((listener.heard().0, usage(&listener).cached_tokens), (naive(prompt(1, 128), 5), 0));
+            bench.scheduler.requeue();
+            bench.executor.rows.clear();
+        }
+        assert_eq!(bench.scheduler.load().blocks_cached, 0);
+    }
+
+    #[test]
+    fn a_block_of_a_sequence_that_failed_is_not_found_by_the_next() {
+        let mut bench = Bench::new(32, Limits { max_batched_tokens: 200, ..limits() });
+        bench.executor.not_a_number = Some((BAD, 2));
+        let beginning = [prompt(1, 128), vec![BAD]].concat();
+        let listeners = [(); 2].map(|()| Listener::with_room(1000));
+        for listener in &listeners {
+            bench.submit(beginning.clone(), 5, listener);
+            bench.run();
+        }
+        assert!(matches!(listeners[0].heard().1, Some(Event::Failed(_))));
+        assert_eq!((listeners[1].heard().0, usage(&listeners[1]).cached_tokens), (naive(beginning, 5), 0));
     }
 
     fn usage(listener: &Listener) -> Usage {
@@ -522,6 +639,39 @@ mod tests {
             prop_assert_eq!(bench.scheduler.load().blocks_used, 0);
             let written: BTreeSet<u64> = bench.executor.rows.keys().map(|slot| slot / BLOCK as u64).collect();
             prop_assert_eq!(written.len() as u32, bench.scheduler.load().blocks_cached, "a freed block was not discarded");
+        }
+
+        /// Whatever fails when, an answer is the naive one as long as no step fails three times in a row.
+        #[test]
+        fn answers_do_not_depend_on_faults(
+            requests in proptest::collection::vec((0..6u32, 1..200u32, 1..80u32), 1..6),
+            faults in proptest::collection::vec((0..6usize, 0..12usize), 1..60),
+            n_blocks in 7..20u32,
+        ) {
+            let mut bench = Bench::new(n_blocks, limits());
+            // Each fault comes alone or twice, and one run between two faults goes well.
+            for (status, gap) in faults {
+                let status = [E_STEP, E_DATA, E_QUEUE_LOST, E_DEVICE_LOST, E_INTERNAL, E_NOMEM_DEVICE][status];
+                let times = if [E_STEP, E_DATA, E_NOMEM_DEVICE].contains(&status) { 1 } else { 1 + gap % 2 };
+                bench.executor.failures.extend(vec![0; gap + 1]);
+                bench.executor.failures.extend(vec![status; times]);
+            }
+            let grammar = || Grammar::over_bytes("start: (/[ -@]/ /[A-_]/)*");
+            let listeners: Vec<_> = requests.iter().map(|_| Listener::with_room(100_000)).collect();
+            for (&(seed, n_prompt, max_tokens), listener) in requests.iter().zip(&listeners) {
+                let grammar = (seed % 5 == 0).then(grammar);
+                bench.submit_under(grammar, prompt(seed, n_prompt), max_tokens, listener);
+            }
+            bench.run_on_devices();
+            for ((seed, n_prompt, max_tokens), listener) in requests.into_iter().zip(listeners) {
+                let (tokens, end) = listener.heard();
+                prop_assert!(matches!(end, Some(Event::Finished(_))), "{:?}", end);
+                prop_assert_eq!(tokens.len() as u32, max_tokens);
+                if seed % 5 != 0 {
+                    prop_assert_eq!(tokens, naive(prompt(seed, n_prompt), max_tokens));
+                }
+            }
+            prop_assert_eq!(bench.scheduler.load().blocks_used, 0);
         }
     }
 }

@@ -11,7 +11,9 @@ use crate::ModelError;
 use bytes::Bytes;
 use sparsed_abi::{ARENA_ALIGN, Blob, DT_F16, DT_F32, DT_Q8_0, SpdRow};
 use sparsed_quant::{Format, QuantError};
+use std::fs::File;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How activations go into products with quantised weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,8 +159,10 @@ pub struct WeightBinding {
     pub rows: u64,
     /// Values of a row.
     pub cols: u64,
-    /// The bytes, in the mapped file.
+    /// The bytes, in the mapped file or made of it.
     pub bytes: Bytes,
+    /// The file and where they lie in it, if they are not made.
+    pub file: Option<(Arc<File>, u64)>,
 }
 
 /// A step of a model, for steps of any size.

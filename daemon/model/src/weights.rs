@@ -22,6 +22,7 @@ use sparsed_quant::Format;
 use sparsed_quant::gguf::{Gguf, Metadata};
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// An opened model's tensors.
 #[derive(Clone, Debug)]
@@ -56,6 +57,22 @@ pub(crate) struct Listed {
     pub(crate) bytes: u64,
 }
 
+/// A whole file, mapped.
+#[derive(Clone, Debug)]
+struct Mapped {
+    file: Arc<File>,
+    bytes: Bytes,
+}
+
+impl Mapped {
+    /// The file and where in it `part` begins, if it is a piece of this mapping.
+    fn place(&self, part: &Bytes) -> Option<(Arc<File>, u64)> {
+        let offset = part.as_ptr().addr().checked_sub(self.bytes.as_ptr().addr())?;
+        let end = offset.checked_add(part.len())?;
+        (end <= self.bytes.len()).then(|| (Arc::clone(&self.file), offset as u64))
+    }
+}
+
 impl Weights {
     /// Opens a GGUF file, the first of split ones with all of them, or a Hugging Face folder.
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
@@ -73,6 +90,14 @@ impl Weights {
         match &self.source {
             Source::Gguf(files) => files.file_bytes(),
             Source::Folder(folder) => folder.file_bytes(),
+        }
+    }
+
+    /// The file and the offset of a tensor's bytes, where they are mapped and not made.
+    pub(crate) fn place(&self, bytes: &Bytes) -> Option<(Arc<File>, u64)> {
+        match &self.source {
+            Source::Gguf(files) => files.mapped().find_map(|file| file.place(bytes)),
+            Source::Folder(folder) => folder.mapped().find_map(|file| file.place(bytes)),
         }
     }
 

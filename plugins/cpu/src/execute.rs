@@ -145,9 +145,11 @@ impl<'a> Frame<'a> {
         };
         let s1 = if tensor.rank == 3 { stride(1, n2) } else { n2 };
         let s0 = stride(0, row_len(tensor));
-        let offset = usize::try_from(tensor.view_offset).expect("the parser refuses a negative offset");
+        // Only views are checked by the parser, and only they have an offset.
+        let offset = if view { tensor.view_offset } else { 0 };
+        let offset = usize::try_from(offset).expect("the parser refuses a view before its parent");
         // SAFETY: the parser refuses a view outside its parent; other tensors have offset 0.
-        let at = unsafe { base.add(if view { offset } else { 0 }) };
+        let at = unsafe { base.add(offset) };
         Tensor { at: at.cast(), n0, n1, n2, s0, s1, life: PhantomData }
     }
 

@@ -2,6 +2,7 @@
 
 use sparsed_abi::{E_INTERNAL, E_INVALID, E_UNSUPPORTED, OK, SpdError, SpdHost, SpdStatus, StepArrays};
 use std::ffi::{CStr, CString, c_char, c_void};
+use std::os::fd::BorrowedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -111,6 +112,9 @@ impl Host {
 pub struct Source {
     pub(crate) ptr: *const u8,
     pub(crate) length: usize,
+    /// 0 or less: none.
+    pub(crate) fd: i32,
+    pub(crate) offset: u64,
 }
 
 impl Source {
@@ -118,6 +122,12 @@ impl Source {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: the header says that `length` bytes at `ptr` are readable during the call; NULL was refused.
         unsafe { std::slice::from_raw_parts(self.ptr, self.length) }
+    }
+
+    /// The file in which the same bytes lie, if there is one, and where they begin in it.
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        // SAFETY: the header says that a positive fd is an open file during the call, which `self` is not kept past.
+        (self.fd > 0).then(|| (unsafe { BorrowedFd::borrow_raw(self.fd) }, self.offset))
     }
 
     /// The bytes for as long as the weight lives.
@@ -136,6 +146,8 @@ impl Source {
 pub struct Run<'a> {
     /// What it works on.
     pub step: StepArrays<'a>,
+    /// The same as it came, for whoever passes it on.
+    pub step_bytes: &'a [u8],
     /// INPUT tensors.
     pub input: &'a [u8],
     /// OUTPUT tensors.
@@ -144,9 +156,14 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// A step that nobody will cancel.
-    pub fn new(step: StepArrays<'a>, input: &'a [u8], output: &'a mut [u8]) -> Self {
-        Self { step, input, output, cancel: None }
+    /// A step that nobody will cancel. `step_bytes` is what `step` was read from.
+    pub fn new(step: StepArrays<'a>, step_bytes: &'a [u8], input: &'a [u8], output: &'a mut [u8]) -> Self {
+        Self { step, step_bytes, input, output, cancel: None }
+    }
+
+    /// The caller's flag, which it may set at any time; `None` when it never will.
+    pub fn cancel_flag(&self) -> Option<&'a AtomicU32> {
+        self.cancel
     }
 
     /// True once the caller wants the step to end.

@@ -16,7 +16,7 @@ mod table;
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
 pub use queue::{InOrder, Queue, Synchronous};
 pub use slow::SlowFile;
-pub use table::table;
+pub use table::{instance, table};
 
 use sparsed_abi::{Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc};
 use std::ffi::CStr;

@@ -9,6 +9,7 @@ use sparsed_abi::{
 };
 use std::alloc::Layout;
 use std::ffi::{c_char, c_void};
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
@@ -110,9 +111,21 @@ unsafe fn put<T>(to: *mut T, value: T) -> crate::Result<()> {
     Ok(())
 }
 
+/// Refuses a flag that this ABI does not have.
+fn known_flags(flags: u32, known: u32) -> crate::Result<()> {
+    let unknown = flags & !known;
+    if unknown == 0 { Ok(()) } else { Err(PluginError::unsupported(format!("unknown flags {unknown:#x}"))) }
+}
+
 unsafe extern "C" fn instance_create<P: Plugin>(host: *const SpdHost, out: *mut *mut SpdInstance, e: Err) -> SpdStatus {
     // SAFETY: out is the caller's; the host table outlives the instance by the header's rule.
     entry(e, || unsafe { give(out, P::create(Host::new(host))?) })
+}
+
+/// The instance handle of a plugin that exists already, for a daemon that puts something of its own behind the table
+/// [`table`] of the same type. Given back to `instance_destroy`.
+pub fn instance<P: Plugin>(plugin: P) -> NonNull<SpdInstance> {
+    NonNull::from(Box::leak(Box::new(plugin))).cast()
 }
 
 unsafe extern "C" fn instance_destroy<P: Plugin>(instance: *mut SpdInstance) {
@@ -152,6 +165,7 @@ unsafe extern "C" fn device_open<P: Plugin>(
     entry(e, || {
         // SAFETY: the caller's struct states its size.
         let raw = unsafe { read_in(options) }?;
+        known_flags(raw.flags, 0)?;
         let words = if raw.cpu_mask.is_null() { 0 } else { raw.cpu_mask_words.min(1024) as usize };
         // SAFETY: the header says that many words at cpu_mask.
         let mask = if words == 0 { &[][..] } else { unsafe { std::slice::from_raw_parts(raw.cpu_mask, words) } };
@@ -329,7 +343,7 @@ unsafe extern "C" fn weight_upload<D: Device>(
             return Err(PluginError::unsupported("upload from a file descriptor"));
         }
         let length = usize::try_from(source.length).map_err(|_| PluginError::invalid("source: too long"))?;
-        let source = Source { ptr: source.ptr.cast(), length };
+        let source = Source { ptr: source.ptr.cast(), length, fd: source.fd, offset: source.offset };
         match &mut weight.state {
             WeightState::Open(state) => weight.device.weight_upload(state, first, n, source),
             _ => Err(PluginError::invalid("the weight is committed")),
@@ -435,6 +449,7 @@ unsafe extern "C" fn plan_compile<D: Device>(
             read_in(info.cast_const())?;
             (read_in(compile)?, device::<D>(handle)?)
         };
+        known_flags(compile.flags, sparsed_abi::COMPILE_DRY_RUN)?;
         // SAFETY: the header's rules for the arrays of spd_compile.
         let (program, bucket, raw_weights, raw_pools) = unsafe {
             (
@@ -515,6 +530,7 @@ unsafe extern "C" fn queue_run<D: Device>(
         // SAFETY: living handles; the caller's struct states its size.
         let (queue, plan, run) =
             unsafe { (borrow::<D::Queue>(queue.cast())?, borrow::<Plan<D>>(plan.cast())?, read_in(run)?) };
+        known_flags(run.flags, 0)?;
         // SAFETY: the header's rules for step and arenas.
         let arguments = unsafe { arguments(&run) }?;
         let value = queue.run(&plan.0, arguments)?;
@@ -543,7 +559,7 @@ unsafe fn arguments<'a>(run: &SpdRun) -> crate::Result<Run<'a>> {
     let (input, output) = unsafe { (arena(run.input, run.in_length)?, arena_mut(run.out, run.out_length)?) };
     // SAFETY: NULL or a u32 that the host may change at any time, which is what an atomic is for.
     let cancel = unsafe { run.cancel.cast::<AtomicU32>().as_ref() };
-    Ok(Run { step, input, output, cancel })
+    Ok(Run { step, step_bytes: bytes, input, output, cancel })
 }
 
 /// # Safety

@@ -24,6 +24,11 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 /// The longest time that can be configured.
 const YEAR_MS: u64 = 365 * 86_400_000;
 
+/// Most pauses between attempts to open a device.
+const PAUSES_MAX: usize = 16;
+/// The longest time of the ladder and the watchdog.
+const DAY_MS: u64 = 24 * 3600 * 1000;
+
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -127,13 +132,62 @@ pub struct Engine {
     pub device: u32,
     /// Compute threads; 0: the plugin's choice.
     pub threads: u32,
+    /// Whether the CPU plugin takes over when another one's device is lost for good.
+    pub failover: bool,
+    /// Milliseconds without progress after which the service manager is not told any more that all is well.
+    pub watchdog_ms: u64,
+    /// How a lost device is treated.
+    pub retry: Retry,
     /// Settings for the plugin.
     pub set: BTreeMap<String, String>,
+    /// Where the plugin's code runs.
+    pub isolation: Isolation,
+    /// Milliseconds that a step may take in a process of the plugin's own before it is cancelled.
+    pub step_timeout_ms: u64,
+}
+
+/// Where a plugin's code runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Isolation {
+    /// The CPU plugin in the daemon, every other one in a process of its own.
+    #[default]
+    Auto,
+    /// In a process of its own.
+    Process,
+    /// In the daemon; what the plugin breaks is then broken for everybody.
+    None,
 }
 
 impl Default for Engine {
     fn default() -> Self {
-        Self { plugin: "cpu".to_owned(), device: 0, threads: 0, set: BTreeMap::new() }
+        Self {
+            plugin: "cpu".to_owned(),
+            device: 0,
+            threads: 0,
+            failover: true,
+            watchdog_ms: 60_000,
+            retry: Retry::default(),
+            set: BTreeMap::new(),
+            isolation: Isolation::Auto,
+            step_timeout_ms: 60_000,
+        }
+    }
+}
+
+/// `[engine.retry]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Retry {
+    /// Pauses in milliseconds before a lost device is opened again.
+    pub backoff_ms: Vec<u64>,
+    /// A device that was up for so many milliseconds begins with the first pause again.
+    pub forget_ms: u64,
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self { backoff_ms: vec![1000, 5000, 30_000], forget_ms: 600_000 }
     }
 }
 
@@ -268,11 +322,20 @@ impl Config {
             ("limits.slow_consumer_s".to_owned(), limits.slow_consumer_s, 1, 3600),
             ("limits.stop_s".to_owned(), limits.stop_s, 0, 3600),
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
+            ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
+            ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
             ("plugins.strikes".to_owned(), plugins.strikes.into(), 1, STRIKES_MAX.into()),
             ("plugins.strike_window_ms".to_owned(), plugins.strike_window_ms, 1, YEAR_MS),
             ("plugins.quarantine_ms".to_owned(), plugins.quarantine_ms, 1, plugins.quarantine_max_ms),
             ("plugins.quarantine_max_ms".to_owned(), plugins.quarantine_max_ms, 1, YEAR_MS),
+            ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, 3_600_000),
         ];
+        let pauses = &self.engine.retry.backoff_ms;
+        if !(1..=PAUSES_MAX).contains(&pauses.len()) {
+            let reason = format!("has {} pauses, must have 1 to {PAUSES_MAX}", pauses.len());
+            return Some(("engine.retry.backoff_ms".to_owned(), reason));
+        }
+        ranges.extend(pauses.iter().map(|&pause| ("engine.retry.backoff_ms".to_owned(), pause, 0, DAY_MS)));
         let paths =
             [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
         let mut paths: Vec<_> =
@@ -373,6 +436,8 @@ mod tests {
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
         assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));
         assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));
+        assert!(load("", &["engine.retry.backoff_ms=[]"]).unwrap_err().contains("must have 1 to 16"));
+        assert!(load("", &["engine.retry.backoff_ms=[1, 86400001]"]).unwrap_err().contains("must be 0 to 86400000"));
         assert!(load("x = [\n", &[]).unwrap_err().starts_with("FILE:"));
         assert!(load("", &["socket.path"]).unwrap_err().contains("key=value"));
     }

@@ -1,10 +1,11 @@
 //! A model on a device in this process, for commands that need no daemon.
 
-use crate::assemble::{open_backend, program_options};
-use crate::config::{Activations, Config};
+use crate::assemble::program_options;
+use crate::config::{Activations, Config, Isolation};
+use crate::devices::PluginDevice;
 use anyhow::Context;
 use sparsed_backend::Backend;
-use sparsed_engine::{DeviceModel, LoadOptions};
+use sparsed_engine::{DeviceModel, DeviceSource, LoadOptions};
 use sparsed_kv::blocks_for;
 use sparsed_model::{Model, ProgramOptions};
 use std::path::{Path, PathBuf};
@@ -37,6 +38,9 @@ pub(super) struct LocalDevice {
     /// Compute threads; 0 or without it: the plugin's choice.
     #[arg(short, long)]
     threads: Option<u32>,
+    /// Where the plugin's code runs; auto without it: cpu in this process, others in one of their own.
+    #[arg(long, value_enum)]
+    isolation: Option<Isolation>,
     /// How activations go into products; int16 without it.
     #[arg(long, value_enum)]
     act: Option<Activations>,
@@ -76,8 +80,8 @@ impl Local {
 impl LocalDevice {
     /// Whether anything is given.
     pub(super) fn any(&self) -> bool {
-        let Self { plugin, plugins_dir, plugin_set, threads, act } = self;
-        let any = plugin.is_some() || plugins_dir.is_some() || !plugin_set.is_empty();
+        let Self { plugin, plugins_dir, plugin_set, threads, isolation, act } = self;
+        let any = plugin.is_some() || plugins_dir.is_some() || !plugin_set.is_empty() || isolation.is_some();
         any || threads.is_some() || act.is_some()
     }
 
@@ -88,6 +92,7 @@ impl LocalDevice {
             config.engine.plugin.clone_from(plugin);
         }
         config.engine.threads = self.threads();
+        config.engine.isolation = self.isolation.unwrap_or_default();
         config.engine.set = self.plugin_set.iter().cloned().collect();
     }
 
@@ -111,7 +116,7 @@ impl LocalDevice {
     pub(super) fn open(&self, path: &Path) -> anyhow::Result<(Model, Backend)> {
         let mut config = Config::default();
         self.configure(&mut config);
-        let backend = open_backend(&config)?;
+        let backend = PluginDevice::configured(&config).open()?;
         let model = Model::open(path).with_context(|| format!("cannot serve {}", path.display()))?;
         Ok((model, backend))
     }

@@ -2,6 +2,7 @@
 
 mod bench;
 mod client;
+mod conform;
 mod convert;
 mod eval;
 mod inspect;
@@ -30,6 +31,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    Conform(conform::Conform),
     Convert(convert::Convert),
     Eval(Box<eval::Eval>),
     Inspect(inspect::Inspect),
@@ -47,6 +49,7 @@ pub fn main() -> ExitCode {
     crate::logging::start(log::LevelFilter::Warn);
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),
+        Command::Conform(command) => command.run(),
         Command::Convert(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Inspect(command) => command.run(),

@@ -37,7 +37,8 @@ impl Status {
     pub(super) fn run(self) -> anyhow::Result<()> {
         if self.ready {
             let health = self.daemon.get("/health")?;
-            ensure!(health["status"] == "ok", "the default model is {}", word(&health["status"]));
+            let answers = ["ok", "degraded"].contains(&word(&health["status"]));
+            ensure!(answers, "the default model is {}", word(&health["status"]));
         }
         self.daemon.show(|status| status.clone(), status_text)
     }
@@ -70,6 +71,7 @@ impl Daemon {
 
 fn status_text(status: &Value, socket: &str) -> String {
     let mut text = format!("sparsed {} (pid {}) on {socket}\n", word(&status["version"]), status["pid"]);
+    text += &device(&status["device"]);
     for model in status["models"].as_array().into_iter().flatten() {
         let (used, total) = (&model["kv_blocks_used"], &model["kv_blocks_total"]);
         let line = format!(
@@ -89,6 +91,17 @@ fn status_text(status: &Value, socket: &str) -> String {
         text += &format!("  tainted by third-party plugins: {}\n", third_party.join(", "));
     }
     text.trim_end().to_owned()
+}
+
+/// A line about the device, if there is something to say.
+fn device(device: &Value) -> String {
+    let changed = if device["backend_changed"] == true { ", which took over" } else { "" };
+    match device["last_fault"].as_str() {
+        Some(fault) => {
+            format!("  device {}{changed}: {}; last fault: {fault}\n", word(&device["name"]), word(&device["state"]))
+        }
+        None => String::new(),
+    }
 }
 
 fn models_text(status: &Value, _socket: &str) -> String {
@@ -137,6 +150,15 @@ mod tests {
         assert_eq!(state(&loading), "loading 34 %");
         let failed = json!({ "state": "failed", "detail": { "reason": "no file" } });
         assert_eq!(state(&failed), "failed: no file");
+    }
+
+    #[test]
+    fn a_device_is_told_of_once_it_has_failed() {
+        let mut status = json!({ "name": "cpu", "state": "ready", "last_fault": null, "backend_changed": false });
+        assert_eq!(device(&status), "");
+        status["last_fault"] = json!("gone");
+        status["backend_changed"] = json!(true);
+        assert_eq!(device(&status), "  device cpu, which took over: ready; last fault: gone\n");
     }
 
     #[test]

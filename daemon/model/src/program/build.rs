@@ -165,7 +165,9 @@ impl Builder<'_> {
         let dtype = tensor.format.ggml_id();
         let id = self.program.weight(slot, dtype, dims);
         let (rows, cols) = (rows.into(), cols.into());
-        self.bindings.push(WeightBinding { name: name.to_owned(), dtype, batch, rows, cols, bytes: tensor.bytes });
+        let file = self.weights.place(&tensor.bytes);
+        let bytes = tensor.bytes;
+        self.bindings.push(WeightBinding { name: name.to_owned(), dtype, batch, rows, cols, bytes, file });
         self.bound.insert(name.to_owned(), id);
         id
     }

@@ -1,10 +1,9 @@
 //! Which tensors does a Hugging Face folder hold? `config.json` and safetensors, one file or several with an index.
 
 use super::safetensors::{Entry, SafetensorsHeader, TENSORS_MAX, dtype_name};
-use super::{Listed, Tensor, fp8, io, names, open_mapped, reshape};
+use super::{Listed, Mapped, Tensor, fp8, io, names, open_mapped, reshape};
 use crate::ModelError;
 use crate::spec::{CONFIG_BYTES_MAX, parse_json};
-use bytes::Bytes;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use sparsed_quant::Format;
@@ -12,6 +11,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Component, Path};
+use std::sync::Arc;
 
 /// Largest index in bytes.
 const INDEX_BYTES_MAX: usize = 64 << 20;
@@ -28,7 +28,7 @@ const BLOCK: [usize; 2] = [128, 128];
 #[derive(Clone, Debug)]
 pub(super) struct Folder {
     config: Map<String, Value>,
-    shards: Vec<Bytes>,
+    shards: Vec<Mapped>,
     /// By Hugging Face's name.
     tensors: HashMap<String, (usize, Entry)>,
     /// Rows and columns under one FP8 scale.
@@ -54,7 +54,7 @@ impl Folder {
     }
 
     fn add(&mut self, dir: &Path, file: &str) -> Result<(), ModelError> {
-        let (_, bytes) = open_mapped(&dir.join(file))?;
+        let (handle, bytes) = open_mapped(&dir.join(file))?;
         let shard = self.shards.len();
         let refuse = |reason: String| ModelError::Config { file: file.to_owned(), reason };
         for entry in SafetensorsHeader::parse(file, &bytes)?.entries {
@@ -66,7 +66,7 @@ impl Folder {
         if self.tensors.len() > TENSORS_MAX {
             return Err(refuse(format!("more than {TENSORS_MAX} tensors so far")));
         }
-        self.shards.push(bytes);
+        self.shards.push(Mapped { file: Arc::new(handle), bytes });
         Ok(())
     }
 
@@ -74,8 +74,12 @@ impl Folder {
         &self.config
     }
 
+    pub(super) fn mapped(&self) -> impl Iterator<Item = &Mapped> {
+        self.shards.iter()
+    }
+
     pub(super) fn file_bytes(&self) -> u64 {
-        self.shards.iter().map(|shard| shard.len() as u64).sum()
+        self.shards.iter().map(|shard| shard.bytes.len() as u64).sum()
     }
 
     pub(super) fn listed(&self) -> Vec<Listed> {
@@ -126,7 +130,7 @@ impl Folder {
         if entry.shape.is_empty() || entry.shape.contains(&0) {
             return Err(refuse(format!("has shape {:?}", entry.shape)));
         }
-        let bytes = self.shards[*shard].slice(entry.range.clone());
+        let bytes = self.shards[*shard].bytes.slice(entry.range.clone());
         let format = match entry.dtype {
             Dtype::F32 => Format::F32,
             Dtype::F16 => Format::F16,

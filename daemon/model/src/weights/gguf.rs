@@ -1,11 +1,11 @@
 //! Which tensors do GGUF files hold? One file, or all parts of a split one (llama.cpp's `split.*` keys).
 
-use super::{Listed, Tensor, open_gguf};
+use super::{Listed, Mapped, Tensor, open_gguf};
 use crate::ModelError;
-use bytes::Bytes;
 use sparsed_quant::gguf::{Gguf, Metadata, TENSORS_MAX, TensorInfo};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Most parts of a split file.
 const PARTS_MAX: u32 = 1 << 10;
@@ -22,13 +22,13 @@ pub(super) struct GgufFiles {
 #[derive(Clone, Debug)]
 struct Part {
     gguf: Gguf,
-    file: Bytes,
+    file: Mapped,
 }
 
 impl Part {
     fn open(path: &Path) -> Result<Self, ModelError> {
-        let (_, file, gguf) = open_gguf(path)?;
-        Ok(Self { gguf, file })
+        let (file, bytes, gguf) = open_gguf(path)?;
+        Ok(Self { gguf, file: Mapped { file: Arc::new(file), bytes } })
     }
 }
 
@@ -81,8 +81,12 @@ impl GgufFiles {
         Ok(())
     }
 
+    pub(super) fn mapped(&self) -> impl Iterator<Item = &Mapped> {
+        self.parts.iter().map(|part| &part.file)
+    }
+
     pub(super) fn file_bytes(&self) -> u64 {
-        self.parts.iter().map(|part| part.file.len() as u64).sum()
+        self.parts.iter().map(|part| part.file.bytes.len() as u64).sum()
     }
 
     pub(super) fn metadata(&self) -> &Metadata {
@@ -114,7 +118,7 @@ impl GgufFiles {
 
     pub(super) fn find(&self, name: &str) -> Option<Tensor> {
         let (part, info) = self.place(name)?;
-        Some(Tensor { format: info.format, dims: info.dims.clone(), bytes: part.file.slice(info.range.clone()) })
+        Some(Tensor { format: info.format, dims: info.dims.clone(), bytes: part.file.bytes.slice(info.range.clone()) })
     }
 }
 

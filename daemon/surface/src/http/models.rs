@@ -9,11 +9,15 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use sparsed_engine::api::Failure;
-use sparsed_engine::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel};
+use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel};
 
 /// `GET /health`: 200 once a request for the default model would be served, 503 before, as llama.cpp's server does.
+/// Without a device it is 503 too, though requests are taken and wait; `degraded` is served by another device.
 pub(crate) async fn health(State(shared): State<Shared>) -> Response {
+    let device = shared.service.device();
     let (status, text) = match shared.service.model(DEFAULT_MODEL) {
+        Ok(_) if device.state == DeviceState::Recovering => (StatusCode::SERVICE_UNAVAILABLE, "recovering"),
+        Ok(_) if device.backend_changed => (StatusCode::OK, "degraded"),
         Ok(_) => (StatusCode::OK, "ok"),
         Err(Failure::ModelLoading { .. }) => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
         Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "failed"),
@@ -44,7 +48,7 @@ pub(crate) async fn one(
     Ok(Json(entry(&id, &served)))
 }
 
-/// `GET /v1/status`: every configured model with its state and load, and whether code of others runs in the daemon;
+/// `GET /v1/status`: the device, every configured model with its state and load, and whether code of others runs in the daemon;
 /// what `sparsectl status` shows.
 pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
     let models: Vec<Value> = shared.service.models().iter().map(model_status).collect();
@@ -54,8 +58,24 @@ pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
         "pid": std::process::id(),
         "tainted": !third_party.is_empty(),
         "third_party_plugins": third_party,
+        "device": device_status(&shared.service.device()),
         "models": models,
     }))
+}
+
+fn device_status(device: &DeviceStatus) -> Value {
+    let state = match device.state {
+        DeviceState::Loading => "loading",
+        DeviceState::Ready => "ready",
+        DeviceState::Recovering => "recovering",
+    };
+    json!({
+        "name": device.name,
+        "state": state,
+        "faults": device.n_faults,
+        "last_fault": device.last_fault,
+        "backend_changed": device.backend_changed,
+    })
 }
 
 /// A model as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.

@@ -211,7 +211,8 @@ mod tests {
                 }
             }
             let mut output = Blob::zeroed(arena(&self.plan.program, T_OUTPUT, at.len(), 2, 0).1);
-            self.device.run(&self.plan, Run::new(step, input.as_bytes(), output.as_bytes_mut()))?;
+            let bytes = step.encode();
+            self.device.run(&self.plan, Run::new(step, bytes.as_bytes(), input.as_bytes(), output.as_bytes_mut()))?;
             Ok(output.as_bytes().to_vec())
         }
 

@@ -1,0 +1,142 @@
+//! Which devices may compute? The configured plugin's, and the CPU's when it is lost for good.
+
+use crate::assemble::{now_ms, quarantine};
+use crate::config::{Config, Engine, Isolation};
+use sparsed_backend::{
+    Backend, BackendError, Fault, Found, HostOptions, OpenOptions, Plugin, QuarantineStore, SearchPath,
+};
+use sparsed_engine::DeviceSource;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The plugin that every installation has.
+const CPU: &str = "cpu";
+
+/// One device of one plugin.
+#[derive(Debug)]
+pub struct PluginDevice {
+    /// Searched first.
+    plugins_dir: Option<PathBuf>,
+    engine: Engine,
+    quarantine: QuarantineStore,
+    /// Loaded, and kept if its code is in this process, where it stays in any case.
+    plugin: Option<(Found, Arc<Plugin>)>,
+    /// Opened ahead of the engine's first question.
+    opened: Option<Backend>,
+}
+
+/// The devices in order of preference. The first is opened, so that what is wrong with the installation shows at once.
+///
+/// # Errors
+/// Which file is wrong and why; the device's own failure where no other device may take over.
+pub fn open(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError> {
+    let mut first = PluginDevice::configured(config);
+    let failover = (config.engine.failover && config.engine.plugin != CPU).then(|| first.cpu());
+    match first.open() {
+        Ok(backend) => first.opened = Some(backend),
+        // The ladder begins with it.
+        Err(error) if failover.is_some() && error.fault() != Fault::Caller => {
+            log::warn!(device = first.name(), reason:% = error; "device cannot be opened yet");
+        }
+        Err(error) => return Err(error),
+    }
+    let mut devices: Vec<Box<dyn DeviceSource>> = vec![Box::new(first)];
+    devices.extend(failover.map(|cpu| Box::new(cpu) as Box<dyn DeviceSource>));
+    Ok(devices)
+}
+
+impl PluginDevice {
+    /// The configured one.
+    pub fn configured(config: &Config) -> Self {
+        let (plugins_dir, engine) = (config.plugins.dir.clone(), config.engine.clone());
+        Self { plugins_dir, engine, quarantine: quarantine(config), plugin: None, opened: None }
+    }
+
+    /// The CPU in its place. Settings are for the configured plugin, so they are left out.
+    fn cpu(&self) -> Self {
+        let engine = Engine { plugin: CPU.to_owned(), threads: self.engine.threads, ..Engine::default() };
+        let (plugins_dir, quarantine) = (self.plugins_dir.clone(), self.quarantine.clone());
+        Self { plugins_dir, engine, quarantine, plugin: None, opened: None }
+    }
+
+    fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
+        let options = OpenOptions { n_threads: self.engine.threads, mem_budget: 0 };
+        Backend::open(plugin, self.engine.device, &options)
+    }
+
+    /// Finds, checks and loads the plugin.
+    fn load(&self) -> Result<(Found, Arc<Plugin>), BackendError> {
+        let scan = SearchPath::standard(self.plugins_dir.as_deref()).scan();
+        for refusal in &scan.refused {
+            log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
+        }
+        let found = scan.select(Some(&self.engine.plugin))?;
+        self.quarantine.admit(found, now_ms())?;
+        Ok((found.clone(), self.load_found(found)?))
+    }
+
+    /// Loads a plugin where the configuration wants it.
+    fn load_found(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
+        let (id, engine) = (found.manifest.id.as_str(), &self.engine);
+        match engine.isolation {
+            Isolation::None if id != CPU => {
+                log::warn!(plugin = id; "engine.isolation is none: what this plugin breaks ends the daemon");
+            }
+            Isolation::Auto if id != CPU => return self.load_isolated(found),
+            Isolation::Process => return self.load_isolated(found),
+            Isolation::Auto | Isolation::None => {}
+        }
+        Plugin::load(found, &engine.set)
+    }
+
+    fn load_isolated(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
+        let step_timeout = Duration::from_millis(self.engine.step_timeout_ms);
+        let options = HostOptions { program: host_program(), step_timeout, ..HostOptions::default() };
+        Plugin::load_isolated(found, &self.engine.set, &options)
+    }
+}
+
+/// The executable of plugin hosts: the daemon's own, even when its file has been replaced, or the one beside a tool.
+fn host_program() -> PathBuf {
+    const DAEMON: &str = "sparsed";
+    let own = PathBuf::from("/proc/self/exe");
+    let Ok(exe) = std::env::current_exe() else { return own };
+    // The kernel writes " (deleted)" behind the name of a file that is gone.
+    let is_daemon = exe.file_name().is_some_and(|name| name.to_string_lossy().split(' ').next() == Some(DAEMON));
+    if is_daemon { own } else { exe.with_file_name(DAEMON) }
+}
+
+impl DeviceSource for PluginDevice {
+    fn name(&self) -> &str {
+        &self.engine.plugin
+    }
+
+    fn open(&mut self) -> Result<Backend, BackendError> {
+        if let Some(backend) = self.opened.take() {
+            return Ok(backend);
+        }
+        // A host that was lost is not asked again: a new one is started.
+        self.plugin.take_if(|(_, plugin)| plugin.host_process().is_some());
+        let plugin = match &self.plugin {
+            Some((found, plugin)) => {
+                self.quarantine.admit(found, now_ms())?;
+                Arc::clone(plugin)
+            }
+            None => Arc::clone(&self.plugin.insert(self.load()?).1),
+        };
+        let backend = self.device(&plugin)?;
+        log::info!(plugin:% = self.engine.plugin, device:% = backend.info().name; "device open");
+        Ok(backend)
+    }
+
+    fn strike(&mut self, reason: &str) {
+        let Some((found, _)) = &self.plugin else { return };
+        let struck = found.variant().map(|library| library.sha256.clone());
+        let struck = struck.and_then(|sha256| self.quarantine.strike(&self.engine.plugin, &sha256, reason, now_ms()));
+        match struck {
+            Ok(outcome) => log::warn!(plugin:% = self.engine.plugin, reason, outcome:?; "strike against the plugin"),
+            Err(error) => log::error!(plugin:% = self.engine.plugin, reason:% = error; "strike not noted"),
+        }
+    }
+}

@@ -1,0 +1,59 @@
+//! How does a plugin compute in a process of its own? The host process is one more plugin behind the same table.
+//!
+//! In the daemon, [`client`] implements the traits of the plugin kit by asking a child process, and the kit makes the
+//! C table of it: everything above the table cannot tell it from a loaded library. In the child, [`server`] loads the
+//! library and drives it as the daemon would. Between them are a socket for control calls ([`wire`]) and, for each
+//! queue that is in use, a lane: a piece of shared memory with a doorbell each way ([`arena`]).
+
+mod arena;
+mod client;
+mod server;
+mod wire;
+
+pub use server::run_plugin_host;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How a plugin host is started and watched.
+#[derive(Clone, Debug)]
+pub struct HostOptions {
+    /// The executable that answers to `plugin-host`.
+    pub program: PathBuf,
+    /// For starting, loading the library and creating its instance.
+    pub start_timeout: Duration,
+    /// For any other control call: an upload, a compilation.
+    pub call_timeout: Duration,
+    /// For a step or a list of KV operations; then it is cancelled.
+    pub step_timeout: Duration,
+    /// For a cancelled step to end, and for the process when it is not needed any more; then it is killed.
+    pub grace: Duration,
+    /// Most bytes of shared memory of one lane: a step with its input and output.
+    pub arena_bytes_max: u64,
+}
+
+impl Default for HostOptions {
+    fn default() -> Self {
+        Self {
+            program: PathBuf::from("/proc/self/exe"),
+            start_timeout: Duration::from_secs(30),
+            call_timeout: Duration::from_secs(300),
+            step_timeout: Duration::from_secs(60),
+            grace: Duration::from_secs(1),
+            arena_bytes_max: 8 << 30,
+        }
+    }
+}
+
+/// How long a side of a lane looks at the other's counter before it sleeps. On few processors looking keeps the other
+/// side from running: the kernel tends to wake it on the processor that rang.
+fn spin_time() -> Duration {
+    const PROCESSORS_MIN: usize = 4;
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if processors < PROCESSORS_MIN { Duration::ZERO } else { Duration::from_micros(20) }
+}
+
+/// A time as poll(2) takes it.
+fn timespec(time: Duration) -> rustix::time::Timespec {
+    rustix::time::Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: time.subsec_nanos().into() }
+}

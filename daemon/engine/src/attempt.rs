@@ -1,0 +1,151 @@
+//! How is a batch computed although steps fail? By the rungs of the ladder that keep the device.
+
+use crate::batch::Batch;
+use crate::executor::{DeviceModel, ExecutorError, Outputs};
+use crate::ladder::{StepLadder, StepRung};
+use sparsed_kv::BlockId;
+
+/// What runs a batch: a model on a device, or a test's stand-in.
+pub(crate) trait Executor {
+    /// Computes the batch.
+    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError>;
+    /// Zeroes blocks that nobody holds any more.
+    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError>;
+    /// Takes a new queue in place of a poisoned one.
+    fn renew_queue(&mut self) -> Result<(), ExecutorError>;
+}
+
+impl Executor for DeviceModel {
+    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
+        Self::run(self, batch)
+    }
+
+    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
+        Self::discard(self, blocks)
+    }
+
+    fn renew_queue(&mut self) -> Result<(), ExecutorError> {
+        Self::renew_queue(self)
+    }
+}
+
+/// What a batch gave.
+#[derive(Debug, Default)]
+pub(crate) struct Computed {
+    /// `[rows of the sequences that did not fail, vocab]`
+    pub(crate) logits: Vec<f32>,
+    /// Sequences that failed alone, by their place in the batch, and why. Their rows in the pool are not to be trusted.
+    pub(crate) failed: Vec<(usize, ExecutorError)>,
+}
+
+impl Computed {
+    /// Takes out the rows that are no numbers: their sequences fail.
+    fn of(outputs: Outputs, batch: &Batch) -> Self {
+        if !has_nan(&outputs.logits) {
+            return Self { logits: outputs.logits, failed: Vec::new() };
+        }
+        let mut computed = Self::default();
+        let vocab = outputs.logits.len() / batch.n_rows();
+        for (place, logits) in batch.row_sequences().zip(outputs.logits.chunks_exact(vocab)) {
+            if has_nan(logits) {
+                computed.failed.push((place, ExecutorError::NotANumber));
+            } else {
+                computed.logits.extend_from_slice(logits);
+            }
+        }
+        computed
+    }
+}
+
+/// Why an attempt gave nothing.
+enum Failed {
+    /// The device is sound: something in the step is not.
+    Step(ExecutorError),
+    /// The device is of no more use as it is.
+    Lost(ExecutorError),
+}
+
+/// Computes a batch. Whom it fails for alone is in the answer; the others are computed.
+///
+/// # Errors
+/// Only when the device is of no more use as it is; nothing of the batch is done then.
+pub(crate) fn compute(executor: &mut dyn Executor, batch: &Batch) -> Result<Computed, ExecutorError> {
+    let alone = batch.n_sequences() == 1;
+    match run(executor, batch, alone) {
+        Ok(outputs) => Ok(Computed::of(outputs, batch)),
+        Err(Failed::Step(error)) if alone => Ok(Computed { logits: Vec::new(), failed: vec![(0, error)] }),
+        Err(Failed::Step(error)) => {
+            log::warn!(reason:% = error, sequences = batch.n_sequences(); "step failed again, each sequence runs alone");
+            each_alone(executor, batch)
+        }
+        Err(Failed::Lost(error)) => Err(error),
+    }
+}
+
+/// Zeroes blocks that nobody holds any more.
+///
+/// # Errors
+/// When the device is of no more use as it is: rows of somebody who is gone must not stay.
+pub(crate) fn discard(executor: &mut dyn Executor, blocks: &[BlockId]) -> Result<(), ExecutorError> {
+    climb(executor, true, |executor| executor.discard(blocks)).map_err(|failed| match failed {
+        Failed::Step(error) | Failed::Lost(error) => error,
+    })
+}
+
+fn each_alone(executor: &mut dyn Executor, batch: &Batch) -> Result<Computed, ExecutorError> {
+    let (mut computed, mut one) = (Computed::default(), Batch::default());
+    for index in 0..batch.n_sequences() {
+        batch.isolate(index, &mut one);
+        match run(executor, &one, true) {
+            Ok(outputs) => {
+                let own = Computed::of(outputs, &one);
+                computed.logits.extend(own.logits);
+                computed.failed.extend(own.failed.into_iter().map(|(_, error)| (index, error)));
+            }
+            Err(Failed::Step(error)) => computed.failed.push((index, error)),
+            Err(Failed::Lost(error)) => return Err(error),
+        }
+    }
+    Ok(computed)
+}
+
+/// Runs a batch. Logits that are no numbers are computed once more: what comes out then stays, since each row has its
+/// own sequence, which fails alone.
+fn run(executor: &mut dyn Executor, batch: &Batch, alone: bool) -> Result<Outputs, Failed> {
+    let mut is_last = false;
+    climb(executor, alone, |executor| {
+        let outputs = executor.run(batch)?;
+        if has_nan(&outputs.logits) && !std::mem::replace(&mut is_last, true) {
+            return Err(ExecutorError::NotANumber);
+        }
+        Ok(outputs)
+    })
+}
+
+fn has_nan(logits: &[f32]) -> bool {
+    logits.iter().any(|logit| logit.is_nan())
+}
+
+/// Calls until it works, or until the ladder has no rung left that keeps the device.
+fn climb<T>(
+    executor: &mut dyn Executor,
+    alone: bool,
+    mut call: impl FnMut(&mut dyn Executor) -> Result<T, ExecutorError>,
+) -> Result<T, Failed> {
+    let mut ladder = StepLadder::default();
+    loop {
+        let error = match call(executor) {
+            Ok(done) => return Ok(done),
+            Err(error) => error,
+        };
+        match ladder.next(error.fault(), alone) {
+            StepRung::Again => log::warn!(reason:% = error; "step failed, trying again"),
+            StepRung::NewQueue => {
+                log::warn!(reason:% = error; "queue lost, trying again on a new one");
+                executor.renew_queue().map_err(Failed::Lost)?;
+            }
+            StepRung::Isolate | StepRung::GiveUp => return Err(Failed::Step(error)),
+            StepRung::Lost => return Err(Failed::Lost(error)),
+        }
+    }
+}

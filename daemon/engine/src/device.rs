@@ -1,0 +1,146 @@
+//! Which device computes, and what if it is lost? The devices in order of preference, and what they have been through.
+
+use crate::executor::ExecutorError;
+use crate::ladder::{DeviceLadder, DeviceRung, Recovery};
+use crate::service::{Shared, lock};
+use sparsed_backend::{Backend, BackendError, Fault};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// A device that can be opened, and opened again after it was lost.
+pub trait DeviceSource: Send {
+    /// What people call it.
+    fn name(&self) -> &str;
+
+    /// Opens it. Nothing of an earlier opening is in use any more.
+    ///
+    /// # Errors
+    /// Why it cannot be opened; [`Fault::Caller`] when it would be refused again.
+    fn open(&mut self) -> Result<Backend, BackendError>;
+
+    /// Takes note that it was lost, or could not be opened or loaded.
+    fn strike(&mut self, reason: &str);
+}
+
+/// The device in use, for status pages.
+#[derive(Clone, Debug)]
+pub struct DeviceStatus {
+    /// Which.
+    pub name: String,
+    /// How it is.
+    pub state: DeviceState,
+    /// Why a device was lost or could not be had, the last time.
+    pub last_fault: Option<String>,
+    /// How often that happened since the start.
+    pub n_faults: u64,
+    /// Another device than the preferred one: greedy answers may differ in near ties.
+    pub backend_changed: bool,
+}
+
+/// How a device is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceState {
+    /// Opened, and given its models, for the first time.
+    Loading,
+    /// Computes.
+    Ready,
+    /// Lost; requests wait until it, or another one, computes.
+    Recovering,
+}
+
+/// The devices, and which of them is in use.
+pub(crate) struct Devices {
+    sources: Vec<Box<dyn DeviceSource>>,
+    ladder: DeviceLadder,
+    /// When a device is to be opened; `None` while one is in use.
+    due: Option<Duration>,
+    /// When the preferred one is tried again, while another one is in use.
+    prefer_at: Duration,
+    shared: Arc<Shared>,
+}
+
+impl DeviceStatus {
+    pub(crate) fn new(name: &str) -> Self {
+        let (name, state) = (name.to_owned(), DeviceState::Loading);
+        Self { name, state, last_fault: None, n_faults: 0, backend_changed: false }
+    }
+}
+
+impl Devices {
+    /// The first source is preferred, and due at once.
+    ///
+    /// # Panics
+    /// Without a source.
+    pub(crate) fn new(sources: Vec<Box<dyn DeviceSource>>, recovery: &Recovery, shared: Arc<Shared>) -> Self {
+        let ladder = DeviceLadder::new(recovery, sources.len());
+        Self { sources, ladder, due: Some(Duration::ZERO), prefer_at: Duration::ZERO, shared }
+    }
+
+    /// When a device is to be opened; `None` while one is in use.
+    pub(crate) fn due(&self) -> Option<Duration> {
+        self.due
+    }
+
+    /// When the preferred device is to be tried, while another one is in use.
+    pub(crate) fn prefer_at(&self) -> Option<Duration> {
+        (self.due.is_none() && self.ladder.current() != 0).then_some(self.prefer_at)
+    }
+
+    /// The device in use, or to be opened.
+    pub(crate) fn current(&self) -> usize {
+        self.ladder.current()
+    }
+
+    /// Opens a device.
+    pub(crate) fn open(&mut self, device: usize) -> Result<Backend, ExecutorError> {
+        Ok(self.sources[device].open()?)
+    }
+
+    /// Device `device` is open and its models are loaded.
+    pub(crate) fn up(&mut self, device: usize, now: Duration) {
+        self.ladder.up(device, now);
+        self.due = None;
+        self.prefer_at = now + self.ladder.longest_pause();
+        let name = self.sources[device].name();
+        let mut status = lock(&self.shared.device);
+        name.clone_into(&mut status.name);
+        status.state = DeviceState::Ready;
+        status.backend_changed = device != 0;
+    }
+
+    /// The device in use was lost, or could not be opened or loaded.
+    pub(crate) fn lost(&mut self, error: &ExecutorError, now: Duration) {
+        let (fault, reason) = (error.fault(), error.to_string());
+        let lost = self.ladder.current();
+        self.strike(lost, fault, &reason);
+        let (device, after) = match self.ladder.lost(fault, now) {
+            DeviceRung::Reopen { after } => (lost, after),
+            DeviceRung::Failover { device, after } => (device, after),
+        };
+        self.due = Some(now + after);
+        let (from, to) = (self.sources[lost].name(), self.sources[device].name());
+        let after_ms = u64::try_from(after.as_millis()).unwrap_or(u64::MAX);
+        log::error!(device = from, reason:%, next = to, after_ms; "device lost, requests wait");
+        let mut status = lock(&self.shared.device);
+        to.clone_into(&mut status.name);
+        if status.state == DeviceState::Ready {
+            status.state = DeviceState::Recovering;
+        }
+        status.n_faults += 1;
+        status.last_fault = Some(reason);
+    }
+
+    /// The preferred device is not back yet.
+    pub(crate) fn not_yet(&mut self, error: &ExecutorError, now: Duration) {
+        log::info!(device = self.sources[0].name(), reason:% = error; "preferred device is not back yet");
+        self.strike(0, error.fault(), &error.to_string());
+        self.prefer_at = now + self.ladder.longest_pause();
+    }
+
+    fn strike(&mut self, device: usize, fault: Fault, reason: &str) {
+        // A refusal is no crash.
+        if fault != Fault::Caller {
+            self.sources[device].strike(reason);
+        }
+    }
+}

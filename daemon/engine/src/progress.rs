@@ -1,0 +1,203 @@
+//! Does the engine get anywhere? What the service's watchdog is fed by.
+//!
+//! It does while steps are done, while there is nothing to do, and while weights are being uploaded. It does not when
+//! for the watchdog's time every step has failed, no device could be had, or one call has not come back.
+//!
+//! Knows no clock: time is an argument.
+
+use std::time::Duration;
+
+/// What the engine has told of itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Progress {
+    limit: Duration,
+    doing: Doing,
+    /// When all was well for the last time.
+    sound: Duration,
+    /// The last failure since then.
+    failed: Option<Duration>,
+    /// The last sign of an upload that is going on.
+    upload: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Doing {
+    /// Nothing: there are no requests, or all wait for their listeners.
+    Idle,
+    /// Steps.
+    Stepping,
+    /// It has no usable device.
+    Recovering,
+}
+
+impl Progress {
+    pub(crate) fn new(limit: Duration) -> Self {
+        Self { limit, doing: Doing::Idle, sound: Duration::ZERO, failed: None, upload: None }
+    }
+
+    /// A usable device has nothing to do.
+    pub(crate) fn idle(&mut self, now: Duration) {
+        if self.doing == Doing::Recovering {
+            (self.sound, self.failed) = (now, None);
+        }
+        self.doing = Doing::Idle;
+    }
+
+    /// A step is about to run.
+    pub(crate) fn stepping(&mut self, now: Duration) {
+        let is_failing = self.failed.is_some_and(|at| now.saturating_sub(at) < self.limit);
+        if self.doing == Doing::Idle && !is_failing {
+            (self.sound, self.failed) = (now, None);
+        }
+        self.doing = Doing::Stepping;
+    }
+
+    /// A step was done for at least one sequence.
+    pub(crate) fn done(&mut self, now: Duration) {
+        (self.sound, self.failed) = (now, None);
+    }
+
+    /// A step failed for all its sequences.
+    pub(crate) fn failed(&mut self, now: Duration) {
+        self.failed = Some(now);
+    }
+
+    /// The device is lost, or could not be had.
+    pub(crate) fn lost(&mut self, now: Duration) {
+        self.stepping(now);
+        self.failed(now);
+        (self.doing, self.upload) = (Doing::Recovering, None);
+    }
+
+    /// A weight has been uploaded: the time from the first to the last is not counted, however long it takes.
+    pub(crate) fn uploading(&mut self, now: Duration) {
+        let since = self.upload.replace(now).unwrap_or(now);
+        self.sound += now.saturating_sub(since);
+    }
+
+    /// All weights are there.
+    pub(crate) fn uploaded(&mut self) {
+        self.upload = None;
+    }
+
+    /// Whether the watchdog may be fed.
+    pub(crate) fn is_alive(&self, now: Duration) -> bool {
+        let within = |since: Duration| now.saturating_sub(since) < self.limit;
+        match (self.doing, self.failed) {
+            (Doing::Idle, None) => true,
+            // Requests that come and fail, one after another: idle only in between.
+            (Doing::Idle, Some(failed)) => !within(failed) || failed.saturating_sub(self.sound) < self.limit,
+            (Doing::Stepping | Doing::Recovering, _) => match self.upload {
+                Some(last) => within(last) && last.saturating_sub(self.sound) < self.limit,
+                None => within(self.sound),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn s(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    fn progress() -> Progress {
+        Progress::new(s(60))
+    }
+
+    #[test]
+    fn an_idle_engine_is_alive_for_ever() {
+        let mut progress = progress();
+        progress.idle(s(0));
+        assert!(progress.is_alive(s(1_000_000)));
+        progress.stepping(s(1_000_000));
+        assert!(progress.is_alive(s(1_000_001)), "it has only just begun");
+    }
+
+    #[test]
+    fn a_call_that_does_not_come_back_is_no_life() {
+        let mut progress = progress();
+        progress.stepping(s(10));
+        assert!(progress.is_alive(s(69)) && !progress.is_alive(s(70)));
+        progress.done(s(71));
+        assert!(progress.is_alive(s(100)));
+    }
+
+    #[test]
+    fn an_engine_without_a_device_is_alive_for_the_watchdogs_time() {
+        let mut progress = progress();
+        progress.idle(s(0));
+        for now in [1000, 1001, 1006, 1036] {
+            progress.lost(s(now));
+        }
+        assert!(progress.is_alive(s(1059)) && !progress.is_alive(s(1060)));
+        progress.idle(s(1070)); // a device at last
+        assert!(progress.is_alive(s(1070)));
+    }
+
+    #[test]
+    fn devices_that_come_back_only_to_fail_at_once_are_no_life() {
+        let mut progress = progress();
+        for now in (0..100).step_by(10) {
+            progress.stepping(s(now));
+            progress.lost(s(now + 1));
+        }
+        assert!(!progress.is_alive(s(99)));
+    }
+
+    #[test]
+    fn devices_that_take_their_weights_only_to_fail_are_no_life_not_even_meanwhile() {
+        let mut progress = progress();
+        progress.stepping(s(0));
+        for now in (0..200).step_by(20) {
+            progress.lost(s(now));
+            progress.uploading(s(now + 10));
+            progress.uploading(s(now + 15));
+        }
+        assert!(!progress.is_alive(s(196)), "five of twenty seconds are uploads, the others are not");
+    }
+
+    #[test]
+    fn requests_that_all_fail_are_no_life_though_the_engine_rests_between_them() {
+        let mut progress = progress();
+        for now in (100..170).step_by(5) {
+            progress.stepping(s(now));
+            progress.failed(s(now));
+            progress.idle(s(now));
+        }
+        assert!(!progress.is_alive(s(170)));
+        assert!(progress.is_alive(s(300)), "nobody has asked for a long time");
+        progress.stepping(s(301));
+        progress.done(s(302));
+        progress.idle(s(302));
+        assert!(progress.is_alive(s(303)));
+    }
+
+    #[test]
+    fn one_request_that_fails_harms_nothing() {
+        let mut progress = progress();
+        for now in [100, 1000] {
+            progress.stepping(s(now));
+            progress.failed(s(now));
+            progress.idle(s(now));
+            assert!([0, 30, 59, 60, 500].iter().all(|&later| progress.is_alive(s(now + later))));
+        }
+    }
+
+    #[test]
+    fn a_long_upload_is_progress_and_a_stuck_one_is_not() {
+        let mut progress = progress();
+        progress.lost(s(0));
+        for now in (10..300).step_by(10) {
+            progress.uploading(s(now));
+        }
+        assert!(progress.is_alive(s(349)) && !progress.is_alive(s(360)));
+        progress.uploading(s(300));
+        progress.uploaded();
+        progress.stepping(s(300));
+        assert!(progress.is_alive(s(340)), "ten seconds of it were no upload");
+        assert!(!progress.is_alive(s(350)));
+    }
+}

@@ -1,0 +1,54 @@
+//! What does the kit offer to a plugin? A host that has a clock, drops the log and has no settings.
+
+use sparsed_abi::{ABI_MINOR, LOG_ERROR, SpdHost, SpdStatus};
+use std::ffi::{c_char, c_void};
+use std::ptr;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+/// The table for `instance_create`; lives as long as the process.
+pub(crate) fn host() -> *const SpdHost {
+    struct Table(SpdHost);
+    // SAFETY: never written after it is made; its pointers lead to static strings and code.
+    unsafe impl Send for Table {}
+    // SAFETY: as above.
+    unsafe impl Sync for Table {}
+    static TABLE: OnceLock<Table> = OnceLock::new();
+    let table = TABLE.get_or_init(|| {
+        Table(SpdHost {
+            struct_size: super::struct_size::<SpdHost>(),
+            abi_minor: ABI_MINOR,
+            context: ptr::null_mut(),
+            name: c"sparsed".as_ptr(),
+            version: c"conform".as_ptr(),
+            max_log_level: LOG_ERROR,
+            flags: 0,
+            log: Some(log),
+            notify: Some(notify),
+            device_event: Some(device_event),
+            now_ns: Some(now_ns),
+            config: Some(config),
+            extension: Some(extension),
+        })
+    });
+    &raw const table.0
+}
+
+unsafe extern "C" fn log(_: *mut c_void, _: i32, _: *const c_char, _: *const c_char, _: u64) {}
+
+unsafe extern "C" fn notify(_: *mut c_void, _: u64, _: u64, _: SpdStatus) {}
+
+unsafe extern "C" fn device_event(_: *mut c_void, _: u64, _: u32, _: i64) {}
+
+unsafe extern "C" fn now_ns(_: *mut c_void) -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    u64::try_from(START.get_or_init(Instant::now).elapsed().as_nanos()).unwrap_or(u64::MAX)
+}
+
+unsafe extern "C" fn config(_: *mut c_void, _: *const c_char) -> *const c_char {
+    ptr::null()
+}
+
+unsafe extern "C" fn extension(_: *mut c_void, _: *const c_char) -> *const c_void {
+    ptr::null()
+}

@@ -1,0 +1,202 @@
+//! Streams outlive the device they run on: the real daemon on a plugin with planted faults.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+use serde_json::{Value, json};
+use sparsed_tests::daemon::{Daemon, read_answer};
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+const E_DATA: i32 = -9;
+const E_STEP: i32 = -11;
+const E_QUEUE_LOST: i32 = -12;
+const E_DEVICE_LOST: i32 = -13;
+const E_INTERNAL: i32 = -14;
+
+fn tiny() -> PathBuf {
+    sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf")
+}
+
+/// A daemon on the plugin with planted faults.
+fn faulty(environment: &[(&str, &Path)], sets: &[&str]) -> Daemon {
+    faulty_with(&tiny(), environment, sets)
+}
+
+fn faulty_with(model: &Path, environment: &[(&str, &Path)], sets: &[&str]) -> Daemon {
+    let release = sparsed_tests::root().join("target/release");
+    let plugins = release.join("test-plugins");
+    assert!(plugins.join("faulty").exists(), "{} is not there: run `make test`", plugins.display());
+    let wrapped = release.join("plugins/cpu/libsparsed_plugin_cpu.so");
+    let environment = [environment, &[("SPARSED_WRAPPED", wrapped.as_path())]].concat();
+    let dir = format!("plugins.dir={}", plugins.display());
+    let sets = [&["engine.plugin=faulty", "plugins.strikes=16", dir.as_str()][..], sets].concat();
+    Daemon::spawn_in(&environment, Some(model), &sets).ready()
+}
+
+/// Three requests; the last one is drawn with a seed.
+fn requests() -> Vec<Value> {
+    let request = |first: u32, temperature: f64| {
+        json!({
+            "prompt": (0..30).map(|i| (first + 7 * i) % 131).collect::<Vec<u32>>(),
+            "max_tokens": 80, "ignore_eos": true, "stream": true, "temperature": temperature, "seed": 11,
+        })
+    };
+    vec![request(1, 0.0), request(2, 0.0), request(3, 0.9)]
+}
+
+/// The tokens of each answer; all stream at a time.
+fn streamed(daemon: &Daemon) -> Vec<Vec<u64>> {
+    let streams: Vec<_> = requests().iter().map(|request| daemon.open("/v1/completions", request)).collect();
+    streams.into_iter().map(|stream| tokens(&read_answer(stream).unwrap().body)).collect()
+}
+
+fn tokens(body: &str) -> Vec<u64> {
+    assert!(body.ends_with("data: [DONE]\n\n"), "the stream does not end in order: {body}");
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|event| *event != "[DONE]");
+    let events = events.map(|event| serde_json::from_str::<Value>(event).unwrap());
+    let tokens = events.flat_map(|event| event["choices"][0]["tokens"].as_array().cloned().unwrap_or_default());
+    tokens.map(|token| token.as_u64().unwrap()).collect()
+}
+
+fn undisturbed() -> Vec<Vec<u64>> {
+    let answers = streamed(&Daemon::start(&tiny(), &[]));
+    assert!(answers.iter().all(|answer| answer.len() == 80), "{answers:?}");
+    answers
+}
+
+#[test]
+fn no_stream_is_lost_to_any_fault_and_none_changes() {
+    let expected = undisturbed();
+    for seed in 1..=3 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let kinds = [E_STEP, E_DATA, E_QUEUE_LOST, E_DEVICE_LOST, E_INTERNAL];
+        let mut statuses: Vec<i32> = kinds.into_iter().cycle().take(20).collect();
+        random.shuffle(&mut statuses);
+        // At most two in a row: a step that fails, and again, fails its sequence.
+        let faults: BTreeMap<u64, i32> =
+            (0..20).zip(statuses).map(|(i, s)| (2 + 4 * i + random.u64(0..4), s)).collect();
+        let list: Vec<String> = faults.iter().map(|(run, status)| format!("{run}:{status}")).collect();
+        let faults_set = format!("engine.set.faults={}", list.join(" "));
+        let sets = [faults_set.as_str(), "engine.retry.backoff_ms=[1, 2, 3]", "engine.retry.forget_ms=0"];
+        let daemon = faulty(&[], &sets);
+        assert_eq!(streamed(&daemon), expected, "seed {seed}; {list:?}; log:\n{}", daemon.log());
+        let log = daemon.log();
+        let missed: Vec<_> =
+            faults.keys().filter(|run| !log.contains(&format!("planted fault at run {run} "))).collect();
+        assert!(missed.is_empty(), "seed {seed}: no fault at runs {missed:?}; log:\n{log}");
+        let status = daemon.get("/v1/status").json();
+        assert_eq!(status["device"]["backend_changed"], false, "{status}");
+        // Eight times the device is lost; two queues in a row would be a device too.
+        assert!(status["device"]["faults"].as_u64() >= Some(8), "{status}");
+        assert_eq!((status["models"][0]["running"].as_u64(), daemon.get("/health").status), (Some(0), 200));
+    }
+}
+
+#[test]
+fn a_chat_says_the_same_although_its_device_is_lost_in_its_prompt_and_in_its_answer() {
+    let model = sparsed_tests::model("smollm2-135m-dsa.gguf");
+    let sets = ["engine.set.faults=1:-13 4:-14 6:-12 8:-11", "engine.retry.backoff_ms=[1, 1, 1]"];
+    let daemon = faulty_with(&model, &[], &sets);
+    let question = json!({ "role": "user", "content": "What is the capital of France?" });
+    let request = json!({ "messages": [question], "temperature": 0, "stop": ["Paris."], "max_tokens": 40 });
+    let answer = daemon.post("/v1/chat/completions", &request).json();
+    assert_eq!(answer["choices"][0]["message"]["content"], "The capital of France is ", "{}", daemon.log());
+    assert_eq!(daemon.log().matches("trying again").count(), 2, "{}", daemon.log());
+    assert_eq!(daemon.get("/v1/status").json()["device"]["faults"], 2);
+}
+
+#[test]
+fn a_device_that_is_lost_for_good_hands_its_streams_to_the_cpu() {
+    let daemon = faulty(&[], &["engine.set.broken_from=\"20\"", "engine.retry.backoff_ms=[1, 1]"]);
+    assert_eq!(streamed(&daemon), undisturbed());
+    let status = daemon.get("/v1/status").json();
+    let device = &status["device"];
+    assert_eq!(
+        (&device["name"], &device["state"], &device["backend_changed"]),
+        (&json!("cpu"), &json!("ready"), &json!(true))
+    );
+    assert!(device["last_fault"].as_str().unwrap().contains("broken"), "{status}");
+    let health = daemon.get("/health");
+    assert_eq!((health.status, &health.json()["status"]), (200, &json!("degraded")));
+    let tool = std::process::Command::new(sparsed_tests::sparsectl())
+        .args(["status", "--ready", "--socket"])
+        .arg(daemon.socket())
+        .output()
+        .unwrap();
+    let said = String::from_utf8(tool.stdout).unwrap();
+    assert!(tool.status.success() && said.contains("device cpu, which took over: ready"), "{said}");
+}
+
+#[test]
+fn the_preferred_device_is_used_again_once_it_opens_and_nobody_is_served() {
+    let sets = ["engine.set.broken_from=\"20\"", "engine.set.broken_opens=\"5\"", "engine.retry.backoff_ms=[1, 1]"];
+    let daemon = faulty(&[], &sets);
+    let expected = undisturbed();
+    assert_eq!(streamed(&daemon), expected);
+    daemon.wait_until("back", || daemon.get("/health").json()["status"] == "ok");
+    let device = daemon.get("/v1/status").json()["device"].clone();
+    assert_eq!((&device["name"], &device["backend_changed"]), (&json!("faulty"), &json!(false)));
+    assert_eq!(streamed(&daemon), expected);
+    // A loss and two openings; then the CPU, and not yet, three times.
+    assert_eq!(device["faults"], 3, "{device}");
+    assert_eq!(daemon.log().matches("preferred device is not back yet").count(), 3, "{}", daemon.log());
+}
+
+#[test]
+fn requests_wait_while_there_is_no_device_and_the_daemon_can_be_stopped() {
+    let sets =
+        ["engine.set.broken_from=\"5\"", "engine.failover=false", "engine.retry.backoff_ms=[20]", "limits.stop_s=0"];
+    let mut daemon = faulty(&[], &sets);
+    let first = daemon.open("/v1/completions", &requests()[0]);
+    daemon.wait_until("recovering", || daemon.get("/health").json()["status"] == "recovering");
+    let second = daemon.open("/v1/completions", &requests()[1]);
+    daemon.wait_until("waiting", || daemon.status()["waiting"] == 2);
+    let status = daemon.get("/v1/status").json();
+    assert_eq!((&status["device"]["state"], &status["models"][0]["state"]), (&json!("recovering"), &json!("ready")));
+    drop(second);
+    daemon.wait_until("one left", || daemon.status()["waiting"] == 1);
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    let answer = read_answer(first).unwrap();
+    assert!(answer.body.contains("\"tokens\"") && !answer.body.contains("[DONE]"), "{}", answer.body);
+}
+
+#[test]
+fn the_watchdog_is_fed_until_the_engine_has_had_no_device_for_too_long() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    let environment = [("NOTIFY_SOCKET", path.as_path()), ("WATCHDOG_USEC", Path::new("80000"))];
+    let sets = [
+        "engine.set.broken_from=\"5\"",
+        "engine.failover=false",
+        "engine.retry.backoff_ms=[5]",
+        "engine.watchdog_ms=300",
+    ];
+    let mut daemon = faulty(&environment, &sets);
+    let hear = || {
+        let mut bytes = [0; 512];
+        socket.recv(&mut bytes).map(|n| String::from_utf8_lossy(&bytes[..n]).into_owned())
+    };
+    let hear_until = |what: &str| -> Vec<String> {
+        let mut heard = Vec::new();
+        while !heard.last().is_some_and(|last: &String| last.starts_with(what)) {
+            heard.push(hear().unwrap_or_else(|_| panic!("no {what} after {heard:?}")));
+        }
+        heard
+    };
+    hear_until("READY=1");
+    // Longer than the watchdog's time, at every 20 ms: an idle engine is a healthy one.
+    (0..30).for_each(|_| drop(hear_until("WATCHDOG=1")));
+    let waiting = daemon.open("/v1/completions", &requests()[0]);
+    hear_until("STATUS=stuck: no device, faulty is next");
+    socket.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+    assert!(hear().is_err(), "the watchdog is fed though nothing works");
+    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    drop(waiting);
+    daemon.signal("TERM");
+    hear_until("STOPPING=1");
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+}

@@ -1,0 +1,228 @@
+//! Does the daemon survive its devices? The CPU plugin with planted faults, id `faulty`.
+//!
+//! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Settings:
+//! `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process; `broken_from`, the
+//! step at which the device is lost and does not open again, or not before `broken_opens` attempts. As a real device does, a lost queue fails until there
+//! is a new one, and a lost device until it is opened again. Every other step that fails has done its work before, and
+//! leaves nonsense in its output.
+#![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
+
+use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use sparsed_abi::{
+    ABI_MAJOR, ABI_MINOR, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, ENTRY_SYMBOL, SpdApi, SpdDevice,
+    SpdError, SpdGetApiFn, SpdHost, SpdInstance, SpdKvOp, SpdKvPool, SpdOpenOptions, SpdPlan, SpdQueue, SpdRun,
+    SpdStatus,
+};
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_void};
+use std::ptr;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Of the wrapped library and of this one.
+static TABLES: OnceLock<Option<(&'static SpdApi, SpdApi)>> = OnceLock::new();
+static PLANTED: OnceLock<Planted> = OnceLock::new();
+static RUNS: AtomicU64 = AtomicU64::new(0);
+/// Attempts to open the broken device.
+static OPENS: AtomicU64 = AtomicU64::new(0);
+static QUEUE_LOST: AtomicBool = AtomicBool::new(false);
+static DEVICE_LOST: AtomicBool = AtomicBool::new(false);
+
+/// What is to fail.
+#[derive(Debug, Default)]
+struct Planted {
+    /// Status by step.
+    faults: BTreeMap<u64, SpdStatus>,
+    broken_from: Option<u64>,
+    /// Attempts to open the broken device that fail; `None`: all.
+    broken_opens: Option<u64>,
+}
+
+/// The one symbol of the library; see `plugin.h`.
+#[unsafe(no_mangle)]
+pub extern "C" fn spd_get_api(abi_major: u32, _host_minor: u32) -> *const SpdApi {
+    let tables = TABLES.get_or_init(wrap).as_ref().filter(|_| abi_major == ABI_MAJOR);
+    tables.map_or(ptr::null(), |(_, own)| ptr::from_ref(own))
+}
+
+fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
+    let path = std::env::var_os("SPARSED_WRAPPED")?;
+    // SAFETY: the test names the CPU plugin, whose initialisers do nothing.
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.ok()?;
+    // SAFETY: the symbol has this type in every plugin.
+    let entry = *unsafe { library.get::<SpdGetApiFn>(ENTRY_SYMBOL) }.ok()?;
+    std::mem::forget(library);
+    // SAFETY: the library stays loaded; the answer is NULL or a static table.
+    let real: &'static SpdApi = unsafe { entry(ABI_MAJOR, ABI_MINOR).as_ref() }?;
+    let own = SpdApi {
+        plugin_id: c"faulty".as_ptr(),
+        instance_create: Some(instance_create),
+        device_open: Some(device_open),
+        queue_create: Some(queue_create),
+        queue_run: Some(queue_run),
+        queue_kv: Some(queue_kv),
+        ..*real
+    };
+    Some((real, own))
+}
+
+fn real() -> &'static SpdApi {
+    let tables = TABLES.get().and_then(Option::as_ref).expect("our functions are known by our table only");
+    tables.0
+}
+
+/// A setting of the plugin.
+///
+/// # Safety
+/// `host` is the daemon's table.
+unsafe fn setting(host: *const SpdHost, key: &CStr) -> Option<String> {
+    // SAFETY: the caller's contract.
+    let host = unsafe { host.as_ref() }?;
+    let config = host.config?;
+    // SAFETY: context is passed back as given, the key is a C string.
+    let value = unsafe { config(host.context, key.as_ptr()) };
+    // SAFETY: the answer is NULL or a C string that lives as long as the instance.
+    (!value.is_null()).then(|| unsafe { CStr::from_ptr(value) }.to_string_lossy().into_owned())
+}
+
+impl Planted {
+    /// Whether the device is broken now.
+    fn is_broken(&self) -> bool {
+        self.broken_from.is_some_and(|run| RUNS.load(Ordering::Relaxed) >= run)
+            && self.broken_opens.is_none_or(|opens| OPENS.load(Ordering::Relaxed) < opens)
+    }
+}
+
+/// The settings, if they are what they must be.
+fn parse(faults: Option<String>, broken_from: Option<String>, broken_opens: Option<String>) -> Option<Planted> {
+    let pair = |pair: &str| {
+        let (run, status) = pair.split_once(':')?;
+        Some((run.parse().ok()?, status.parse().ok()?))
+    };
+    let faults = faults.unwrap_or_default().split_whitespace().map(pair).collect::<Option<_>>()?;
+    let number = |text: Option<String>| text.map(|text| text.parse().ok()).map_or(Some(None), |n| n.map(Some));
+    Some(Planted { faults, broken_from: number(broken_from)?, broken_opens: number(broken_opens)? })
+}
+
+/// Writes why into the caller's error.
+///
+/// # Safety
+/// `error` is NULL or the caller's own.
+unsafe fn refuse(error: *mut SpdError, status: SpdStatus, why: &str) -> SpdStatus {
+    // SAFETY: the caller's contract.
+    if let Some(error) = unsafe { error.as_mut() } {
+        error.status = status;
+        let bytes = why.bytes().take(error.message.len() - 1).chain([0]);
+        error.message.iter_mut().zip(bytes).for_each(|(to, from)| *to = from.cast_signed());
+    }
+    status
+}
+
+/// The status of a queue or device that is lost.
+fn lost() -> Option<SpdStatus> {
+    if DEVICE_LOST.load(Ordering::Relaxed) {
+        return Some(E_DEVICE_LOST);
+    }
+    QUEUE_LOST.load(Ordering::Relaxed).then_some(E_QUEUE_LOST)
+}
+
+unsafe extern "C" fn instance_create(
+    host: *const SpdHost,
+    out: *mut *mut SpdInstance,
+    error: *mut SpdError,
+) -> SpdStatus {
+    // SAFETY: the daemon's table.
+    let [faults, from, opens] = [c"faults", c"broken_from", c"broken_opens"].map(|key| unsafe { setting(host, key) });
+    let Some(planted) = parse(faults, from, opens) else {
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, E_INVALID, "faults must be a list of run:status, the others numbers") };
+    };
+    PLANTED.get_or_init(|| planted);
+    let create = real().instance_create.expect("a whole table");
+    // SAFETY: as we were called.
+    unsafe { create(host, out, error) }
+}
+
+unsafe extern "C" fn device_open(
+    instance: *mut SpdInstance,
+    index: u32,
+    options: *const SpdOpenOptions,
+    out: *mut *mut SpdDevice,
+    error: *mut SpdError,
+) -> SpdStatus {
+    if PLANTED.get().is_some_and(Planted::is_broken) {
+        OPENS.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, E_DEVICE_LOST, "broken") };
+    }
+    DEVICE_LOST.store(false, Ordering::Relaxed);
+    QUEUE_LOST.store(false, Ordering::Relaxed);
+    let open = real().device_open.expect("a whole table");
+    // SAFETY: as we were called.
+    unsafe { open(instance, index, options, out, error) }
+}
+
+unsafe extern "C" fn queue_create(
+    device: *mut SpdDevice,
+    priority: u32,
+    flags: u64,
+    out: *mut *mut SpdQueue,
+    error: *mut SpdError,
+) -> SpdStatus {
+    QUEUE_LOST.store(false, Ordering::Relaxed);
+    let create = real().queue_create.expect("a whole table");
+    // SAFETY: as we were called.
+    unsafe { create(device, priority, flags, out, error) }
+}
+
+unsafe extern "C" fn queue_run(
+    queue: *mut SpdQueue,
+    plan: *mut SpdPlan,
+    run: *const SpdRun,
+    timeline: *mut u64,
+    error: *mut SpdError,
+) -> SpdStatus {
+    if let Some(status) = lost() {
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, status, "still lost") };
+    }
+    let number = RUNS.fetch_add(1, Ordering::Relaxed) + 1;
+    let planted = PLANTED.get().expect("set by instance_create");
+    let place = planted.faults.keys().position(|&run| run == number);
+    let status = planted.is_broken().then_some(E_DEVICE_LOST).or_else(|| planted.faults.get(&number).copied());
+    let call = real().queue_run.expect("a whole table");
+    let Some(status) = status else {
+        // SAFETY: as we were called.
+        return unsafe { call(queue, plan, run, timeline, error) };
+    };
+    if place.is_some_and(|place| place % 2 == 1) {
+        // SAFETY: as we were called; the CPU's queues are synchronous, so the work is done when the call returns.
+        unsafe { call(queue, plan, run, timeline, error) };
+        // SAFETY: the daemon gives an output arena of this size.
+        unsafe { ptr::write_bytes((*run).out.cast::<u8>(), 0xff, usize::try_from((*run).out_length).unwrap_or(0)) };
+    }
+    QUEUE_LOST.store(status == E_QUEUE_LOST, Ordering::Relaxed);
+    DEVICE_LOST.store([E_DEVICE_LOST, E_INTERNAL].contains(&status), Ordering::Relaxed);
+    // SAFETY: the daemon's error.
+    unsafe { refuse(error, status, &format!("planted fault at run {number}")) }
+}
+
+unsafe extern "C" fn queue_kv(
+    queue: *mut SpdQueue,
+    pool: *mut SpdKvPool,
+    ops: *const SpdKvOp,
+    count: u32,
+    stride: u32,
+    host: *mut c_void,
+    length: u64,
+    timeline: *mut u64,
+    error: *mut SpdError,
+) -> SpdStatus {
+    if let Some(status) = lost() {
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, status, "still lost") };
+    }
+    let call = real().queue_kv.expect("a whole table");
+    // SAFETY: as we were called.
+    unsafe { call(queue, pool, ops, count, stride, host, length, timeline, error) }
+}
