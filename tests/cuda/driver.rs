@@ -8,7 +8,7 @@ type Handle = *mut c_void;
 
 /// A driver of its own, called as the plugin calls it.
 struct Driver {
-    library: libloading::Library,
+    loaded: libloading::Library,
     _dir: tempfile::TempDir,
 }
 
@@ -18,7 +18,7 @@ macro_rules! calls {
             $(fn $method(&self, $($name: $type),*) -> c_int {
                 // SAFETY: the signature is the fake's; tests pass pointers to what is theirs.
                 unsafe {
-                    self.library.get::<unsafe extern "C" fn($($type),*) -> c_int>($symbol).unwrap()($($name),*)
+                    self.loaded.get::<unsafe extern "C" fn($($type),*) -> c_int>($symbol).unwrap()($($name),*)
                 }
             })*
         }
@@ -53,7 +53,7 @@ calls! {
 impl Driver {
     fn new() -> Self {
         let dir = driver_folder();
-        Self { library: fake(dir.path()), _dir: dir }
+        Self { loaded: fake(dir.path()), _dir: dir }
     }
 
     /// With the context current in this thread.

@@ -8,8 +8,8 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-/// Stages the plugin into `dir` as an operator would, and loads it.
-fn load(dir: &Path, lib_dir: &Path) -> Arc<Plugin> {
+/// Stages the plugin into `dir` as an operator would.
+fn stage(dir: &Path) {
     let staged = Command::new("sh")
         .current_dir(sparsed_tests::root())
         .args(["packaging/stage-plugin.sh", "cuda"])
@@ -17,6 +17,11 @@ fn load(dir: &Path, lib_dir: &Path) -> Arc<Plugin> {
         .output()
         .unwrap();
     assert!(staged.status.success(), "{}", String::from_utf8_lossy(&staged.stderr));
+}
+
+/// Stages the plugin and loads it.
+fn load(dir: &Path, lib_dir: &Path) -> Arc<Plugin> {
+    stage(dir);
     let settings = BTreeMap::from([("lib_dir".to_owned(), lib_dir.to_str().unwrap().to_owned())]);
     let scan = SearchPath::only(vec![dir.to_owned()]).scan();
     Plugin::load(scan.select(Some("cuda")).unwrap(), &settings).unwrap()
@@ -58,4 +63,34 @@ fn the_daemon_hears_why_a_box_has_no_device() {
     let error = load(dir.path(), Path::new("/nonexistent")).device_count().unwrap_err();
     assert_eq!(error.status(), Some(E_DRIVER));
     assert!(error.to_string().contains("/nonexistent/libcuda.so.1 cannot be loaded"), "{error}");
+}
+
+#[test]
+fn the_conformance_kit_finds_no_broken_rule_and_tries_every_operator_of_the_slice() {
+    let (dir, driver) = (tempfile::tempdir().unwrap(), driver_folder());
+    stage(dir.path());
+    let tried = Command::new(sparsed_tests::sparsectl())
+        .arg("conform")
+        .arg(dir.path().join("cuda"))
+        .env("SPARSED_CUDA_LIB_DIR", driver.path())
+        .output()
+        .unwrap();
+    let report = String::from_utf8(tried.stdout).unwrap();
+    assert!(tried.status.success(), "{report}");
+    for rule in [
+        "op.embed.golden",
+        "op.rms_norm.golden",
+        "op.linear.golden",
+        "op.add.golden",
+        "op.gather_rows.golden",
+        "op.views",
+        "kv.create",
+        "queue.timeline",
+        "mem.budget",
+        "mem.counted",
+        "run.nan_guard",
+    ] {
+        let line = report.lines().find(|line| line.contains(&format!(" - {rule}"))).unwrap_or_default();
+        assert!(line.starts_with("ok") && !line.contains("SKIP"), "{rule}: {line}");
+    }
 }
