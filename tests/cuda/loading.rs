@@ -76,7 +76,7 @@ fn the_conformance_kit_finds_no_broken_rule_and_tries_every_operator_of_the_slic
         .output()
         .unwrap();
     let report = String::from_utf8(tried.stdout).unwrap();
-    assert!(tried.status.success(), "{report}");
+    assert!(tried.status.success(), "{report}{}", String::from_utf8_lossy(&tried.stderr));
     for rule in [
         "op.embed.golden",
         "op.rms_norm.golden",
