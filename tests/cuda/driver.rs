@@ -15,7 +15,8 @@ struct Driver {
 macro_rules! calls {
     ($($method:ident = $symbol:literal ($($name:ident: $type:ty),*);)*) => {
         impl Driver {
-            $(fn $method(&self, $($name: $type),*) -> c_int {
+            $(#[allow(clippy::too_many_arguments, reason = "the driver's")]
+            fn $method(&self, $($name: $type),*) -> c_int {
                 // SAFETY: the signature is the fake's; tests pass pointers to what is theirs.
                 unsafe {
                     self.loaded.get::<unsafe extern "C" fn($($type),*) -> c_int>($symbol).unwrap()($($name),*)
