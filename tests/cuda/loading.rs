@@ -63,6 +63,7 @@ fn the_daemon_hears_why_a_box_has_no_device() {
     let error = load(dir.path(), Path::new("/nonexistent")).device_count().unwrap_err();
     assert_eq!(error.status(), Some(E_DRIVER));
     assert!(error.to_string().contains("/nonexistent/libcuda.so.1 cannot be loaded"), "{error}");
+    assert!(error.to_string().contains("No such file or directory"), "the dynamic linker's reason: {error}");
 }
 
 #[test]

@@ -104,7 +104,11 @@ impl Driver {
         let path = dir.map_or_else(|| LIBRARY.into(), |dir| dir.join(LIBRARY));
         // SAFETY: the operator names the driver's folder; its initialisers are NVIDIA's.
         let library = unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_LOCAL) };
-        let library = library.map_err(|error| unavailable(&format!("{} cannot be loaded: {error}", path.display())))?;
+        let library = library.map_err(|error| {
+            // libloading has the linker's words as the cause.
+            let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            unavailable(&format!("{} cannot be loaded: {reason}", path.display()))
+        })?;
         let driver = Self::bind(library)
             .map_err(|symbol| unavailable(&format!("{} does not have {symbol}; update the driver", path.display())))?;
         // SAFETY: any thread may call it; the flags must be 0.
