@@ -43,7 +43,7 @@ testneeds:
 	@sh packaging/needs.sh test
 
 testplugins: build
-	cargo build --release --locked -p sparsed-faulty
+	cargo build --release --locked -p sparsed-faulty -p sparsed-plugin-cuda -p sparsed-fake-cuda
 	sh packaging/stage-plugin.sh faulty target/release/libsparsed_faulty.so tests/faulty/plugin.toml.in target/release/test-plugins
 
 test: testneeds models testplugins .venv/python/openai ## all tests

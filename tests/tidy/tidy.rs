@@ -11,6 +11,9 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-rowcache", &[]),
     ("sparsed-plugin-kit", &["sparsed-abi", "sparsed-rowcache"]),
     ("sparsed-plugin-cpu", &["sparsed-plugin-kit", "sparsed-abi", "sparsed-quant"]),
+    ("sparsed-plugin-cuda", &["sparsed-plugin-kit", "sparsed-abi"]),
+    // Shares nothing with what it tests.
+    ("sparsed-fake-cuda", &[]),
     ("sparsed-kv", &[]),
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),

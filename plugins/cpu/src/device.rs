@@ -62,8 +62,8 @@ impl Plugin for CpuPlugin {
         Ok(Self { host, level })
     }
 
-    fn device_count(&self) -> u32 {
-        1
+    fn device_count(&self) -> Result<u32> {
+        Ok(1)
     }
 
     fn device_info(&self, index: u32) -> Result<SpdDeviceInfo> {

@@ -17,12 +17,14 @@ pub struct PluginError {
     pub op_index: Option<u32>,
     /// The block whose slow pages are bad, with `SPD_E_DATA`.
     pub block: Option<u32>,
+    /// What the driver said, as a number of its own; 0: it said nothing.
+    pub vendor_code: i64,
 }
 
 impl PluginError {
     /// A failure with this status.
     pub fn new(status: SpdStatus, message: impl Into<String>) -> Self {
-        Self { status, message: message.into(), op_index: None, block: None }
+        Self { status, message: message.into(), op_index: None, block: None, vendor_code: 0 }
     }
 
     /// The caller broke the contract.
@@ -33,6 +35,13 @@ impl PluginError {
     /// The plugin does not have this.
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::new(E_UNSUPPORTED, message)
+    }
+
+    /// The same failure, with the driver's own number for it.
+    #[must_use]
+    pub fn with_vendor_code(mut self, code: i64) -> Self {
+        self.vendor_code = code;
+        self
     }
 
     /// The same failure, because of what the slow tier has of `block`.
@@ -193,6 +202,7 @@ pub(crate) fn entry(error: *mut SpdError, body: impl FnOnce() -> crate::Result<(
             status: failure.status,
             op_index: failure.op_index.unwrap_or(u32::MAX),
             block: failure.block.map_or(u64::MAX, u64::from),
+            vendor_code: failure.vendor_code,
             ..SpdError::default()
         };
         put_text(&mut full.message, &failure.message);

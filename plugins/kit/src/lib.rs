@@ -40,8 +40,11 @@ pub trait Plugin: Sized + Send + Sync + 'static {
     /// Why the plugin cannot work here at all.
     fn create(host: Host) -> Result<Self>;
 
-    /// How many devices there are.
-    fn device_count(&self) -> u32;
+    /// How many devices there are. The first call that may load a vendor's libraries.
+    ///
+    /// # Errors
+    /// Why there can be none: a library, a symbol or a driver that is missing or too old.
+    fn device_count(&self) -> Result<u32>;
 
     /// What device `index` is; `struct_size` is filled by the kit.
     ///

@@ -135,7 +135,7 @@ unsafe extern "C" fn instance_destroy<P: Plugin>(instance: *mut SpdInstance) {
 
 unsafe extern "C" fn device_count<P: Plugin>(instance: *mut SpdInstance, out: *mut u32, e: Err) -> SpdStatus {
     // SAFETY: a living handle and the caller's out pointer.
-    entry(e, || unsafe { put(out, borrow::<P>(instance.cast())?.device_count()) })
+    entry(e, || unsafe { put(out, borrow::<P>(instance.cast())?.device_count()?) })
 }
 
 unsafe extern "C" fn device_info<P: Plugin>(

@@ -106,7 +106,7 @@ impl Lane {
         }
         let op_index = header.op_index.load(Ordering::Relaxed);
         let op_index = (op_index != u32::MAX).then_some(op_index);
-        Err(PluginError { status, message: self.arena.message(), op_index, block: None })
+        Err(PluginError { status, message: self.arena.message(), op_index, block: None, vendor_code: 0 })
     }
 
     fn is_done(&self) -> bool {

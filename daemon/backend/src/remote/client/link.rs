@@ -109,7 +109,7 @@ impl Link {
         }
         match receive::<Reply>(socket.as_fd()) {
             Ok(Some((Reply::Failed { status, op_index, message }, _))) if status < 0 => {
-                Err(PluginError { status, message, op_index, block: None })
+                Err(PluginError { status, message, op_index, block: None, vendor_code: 0 })
             }
             Ok(Some((Reply::Failed { .. }, _))) => Err(self.nonsense()),
             Ok(Some((reply, _))) => Ok(reply),

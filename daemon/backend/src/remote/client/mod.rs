@@ -87,8 +87,8 @@ impl Plugin for RemotePlugin {
         Err(PluginError::unsupported("a plugin host is started by the daemon, not through its table"))
     }
 
-    fn device_count(&self) -> u32 {
-        self.device_count
+    fn device_count(&self) -> Result<u32> {
+        Ok(self.device_count)
     }
 
     fn device_info(&self, index: u32) -> Result<SpdDeviceInfo> {
