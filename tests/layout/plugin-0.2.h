@@ -437,7 +437,7 @@ typedef struct spd_profile {
 
 /* INPUT and OUTPUT tensors lie in their arenas in order of tensor number, each packed and begun at a multiple of 64
  * bytes, with this step's T, S and L.  `in` and `step` may be reused after the call; `out` belongs to the plugin until
- * the step's timeline value completes. */
+ * the step's timeline value completes, and what lies between its tensors may be written. */
 typedef struct spd_run {
   uint32_t struct_size, flags;
   const spd_step *step;
@@ -510,15 +510,19 @@ typedef struct spd_api {
   /* [queue]  Each gives the work a timeline value greater than any before it; values complete in that order.  Without
    * SPD_FEAT_ASYNC the work is done when the call returns, and its status is the work's.  With it, the call's status
    * says that the work was taken; what became of it is the answer of queue_wait for its value.  Handles that the work
-   * uses, `profile` and `cancel` stay valid until then. */
+   * uses, `profile` and `cancel` stay valid until then.  A call waits while no more work can be in flight; SPD_E_BUSY
+   * says that this took too long, and nothing was taken.  One plan may be in flight on several queues, and its steps
+   * may then run one after another.  Without SPD_FEAT_CANCEL_MID, `cancel` is looked at when the work is taken. */
   spd_status (*queue_run)(spd_queue *, spd_plan *, const spd_run *, uint64_t *timeline, spd_error *);
   spd_status (*queue_kv)(spd_queue *, spd_kvpool *, const spd_kv_op *, uint32_t n_ops, uint32_t stride, void *host,
                          uint64_t host_length, uint64_t *timeline, spd_error *);
-  /* Work enqueued from now on waits for `timeline` of `other`. */
+  /* Work enqueued from now on waits until `timeline` of `other`, a queue of the same device, has completed, well or
+   * badly: this orders, it carries no failure. */
   spd_status (*queue_wait_queue)(spd_queue *, spd_queue *other, uint64_t timeline, spd_error *);
   /* [any]  The greatest value that has completed, well or badly. */
   spd_status (*queue_query)(spd_queue *, uint64_t *completed, spd_error *);
-  /* Waits until `timeline` has completed and answers with that work's status and error, SPD_E_TIMEOUT before. */
+  /* Waits until `timeline` has completed and answers with that work's status and error, SPD_E_TIMEOUT before.  A plugin
+   * remembers at least the last 1000 values; SPD_E_INVALID for those it has forgotten or never gave. */
   spd_status (*queue_wait)(spd_queue *, uint64_t timeline, uint64_t timeout_ns, spd_error *);
   /* Work from this value on that has not completed ends with SPD_E_CANCELLED, as soon as the device can. */
   spd_status (*queue_cancel)(spd_queue *, uint64_t from_timeline, spd_error *);

@@ -48,8 +48,8 @@ pub(crate) async fn one(
     Ok(Json(entry(&id, &served)))
 }
 
-/// `GET /v1/status`: the device, every configured model with its state and load, and whether code of others runs in the daemon;
-/// what `sparsectl status` shows.
+/// `GET /v1/status`: the device, every configured model with its state and load, and whether code of others runs in
+/// the daemon; what `sparsectl status` shows.
 pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
     let models: Vec<Value> = shared.service.models().iter().map(model_status).collect();
     let third_party = shared.service.third_party_plugins();
