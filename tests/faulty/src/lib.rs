@@ -2,9 +2,9 @@
 //!
 //! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Settings:
 //! `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process; `broken_from`, the
-//! step at which the device is lost and does not open again, or not before `broken_opens` attempts. As a real device does, a lost queue fails until there
-//! is a new one, and a lost device until it is opened again. Every other step that fails has done its work before, and
-//! leaves nonsense in its output.
+//! step at which the device is lost and does not open again, or not before `broken_opens` attempts. As a real device
+//! does, a lost queue fails until there is a new one, and a lost device until it is opened again. Every other step that
+//! fails has done its work before, and leaves nonsense in its output.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
