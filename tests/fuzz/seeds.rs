@@ -118,7 +118,7 @@ fn manifest(text: &[u8]) -> Result<String, String> {
 }
 
 fn elf(bytes: &[u8]) -> Result<String, String> {
-    let facts = ElfFacts::parse(bytes).map_err(|error| error.to_string())?;
+    let facts = ElfFacts::parse(bytes)?;
     facts.check(Path::new("lib.so"), &[]).map(|()| "read".to_owned()).map_err(|error| error.to_string())
 }
 
