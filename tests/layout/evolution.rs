@@ -41,9 +41,9 @@ fn staged(header: &Path, edits: &[(&str, &str)]) -> TempDir {
     }
     std::fs::write(include.join("plugin.h"), text).unwrap();
     let library = dir.path().join("libsparsed_plugin_minimal.so");
-    compile(&root, dir.path(), &library);
+    compile(root, dir.path(), &library);
     let stage = Command::new("sh")
-        .current_dir(&root)
+        .current_dir(root)
         .arg("packaging/stage-plugin.sh")
         .args(["minimal".as_ref(), library.as_os_str(), "abi/examples/plugin.toml.in".as_ref()])
         .arg(plugins(&dir))
