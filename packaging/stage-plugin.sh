@@ -1,9 +1,11 @@
 #!/bin/sh
 # Lays a built plugin out as the daemon looks for it: <profile>/plugins/<id>/{plugin.toml,library}, with its sha256.
-# Usage: stage-plugin.sh ID LIBRARY MANIFEST_TEMPLATE DESTINATION
+# Usage: stage-plugin.sh ID LIBRARY MANIFEST_TEMPLATE DESTINATION [VERSION]
+# Without VERSION it is that of the Cargo.toml here.
 set -eu
 id=$1 library=$2 template=$3 destination=$4/$1
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)
+version=${5:-$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)}
+[ -n "$version" ] || { echo "stage-plugin.sh: no VERSION given, and no Cargo.toml here has one" >&2; exit 2; }
 new=$destination.new.$$
 rm -rf "$new"
 mkdir -p "$new"

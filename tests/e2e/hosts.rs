@@ -1,4 +1,4 @@
-//! A plugin's process is killed, stopped, corrupted and starved while chats stream: no stream is lost and none changes.
+//! A plugin's process is killed, stopped, crashed and corrupted while chats stream: no stream is lost and none changes.
 //! `LONG=1` does it 200 times with the default model instead of 40 times with a tiny one.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
@@ -12,7 +12,7 @@ use std::process::Command;
 /// What is done to the process.
 #[derive(Clone, Copy, Debug)]
 enum Blow {
-    /// As the kernel does when memory is short, or a person.
+    /// As a person does, or the kernel when memory is short: the OOM killer's signal is this one.
     Kill,
     /// It hangs: only the step's time limit shows it.
     Stop,
@@ -20,10 +20,8 @@ enum Blow {
     Segv,
     /// The plugin's code is overwritten.
     Corrupt,
-    /// It can map no more memory.
-    Starve,
 }
-const BLOWS: [Blow; 5] = [Blow::Kill, Blow::Stop, Blow::Segv, Blow::Corrupt, Blow::Starve];
+const BLOWS: [Blow; 4] = [Blow::Kill, Blow::Stop, Blow::Segv, Blow::Corrupt];
 
 struct Plan {
     model: PathBuf,
@@ -75,7 +73,6 @@ fn strike(pid: u32, blow: Blow) {
         Blow::Stop => signal("STOP"),
         Blow::Segv => signal("SEGV"),
         Blow::Corrupt => drop(corrupt(pid)),
-        Blow::Starve => drop(Command::new("prlimit").arg(format!("--pid={pid}")).arg("--as=1").output()),
     }
 }
 
@@ -161,5 +158,6 @@ fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() 
     assert!(end.0 <= base.0 + 1, "{} descriptors, {} after the first round", end.0, base.0);
     assert!(end.1 < base.1 + (16 << 10), "{} KiB, {} after the first round", end.1, base.1);
     let faults = daemon.get("/v1/status").json()["device"]["faults"].as_u64().unwrap();
-    assert!(faults * 2 >= plan.blows as u64, "{faults} faults of {} blows", plan.blows);
+    // The last blow may have come after the last step.
+    assert!(faults + 1 >= plan.blows as u64, "{faults} faults of {} blows", plan.blows);
 }

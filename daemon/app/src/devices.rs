@@ -22,6 +22,8 @@ pub struct PluginDevice {
     quarantine: QuarantineStore,
     /// Loaded, and kept if its code is in this process, where it stays in any case.
     plugin: Option<(Found, Arc<Plugin>)>,
+    /// Of the library that was tried last, loaded or not.
+    sha256: Option<String>,
     /// Opened ahead of the engine's first question.
     opened: Option<Backend>,
 }
@@ -50,14 +52,14 @@ impl PluginDevice {
     /// The configured one.
     pub fn configured(config: &Config) -> Self {
         let (plugins_dir, engine) = (config.plugins.dir.clone(), config.engine.clone());
-        Self { plugins_dir, engine, quarantine: quarantine(config), plugin: None, opened: None }
+        Self { plugins_dir, engine, quarantine: quarantine(config), plugin: None, sha256: None, opened: None }
     }
 
     /// The CPU in its place. Settings are for the configured plugin, so they are left out.
     fn cpu(&self) -> Self {
         let engine = Engine { plugin: CPU.to_owned(), threads: self.engine.threads, ..Engine::default() };
         let (plugins_dir, quarantine) = (self.plugins_dir.clone(), self.quarantine.clone());
-        Self { plugins_dir, engine, quarantine, plugin: None, opened: None }
+        Self { plugins_dir, engine, quarantine, plugin: None, sha256: None, opened: None }
     }
 
     fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
@@ -66,14 +68,26 @@ impl PluginDevice {
     }
 
     /// Finds, checks and loads the plugin.
-    fn load(&self) -> Result<(Found, Arc<Plugin>), BackendError> {
+    fn load(&mut self) -> Result<(Found, Arc<Plugin>), BackendError> {
         let scan = SearchPath::standard(self.plugins_dir.as_deref()).scan();
         for refusal in &scan.refused {
             log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
         }
         let found = scan.select(Some(&self.engine.plugin))?;
-        self.quarantine.admit(found, now_ms())?;
+        self.admit(found)?;
+        self.sha256 = Some(found.variant()?.sha256.clone());
         Ok((found.clone(), self.load_found(found)?))
+    }
+
+    /// Whether the plugin is not quarantined. A quarantine that cannot be read keeps nobody from serving.
+    fn admit(&self, found: &Found) -> Result<(), BackendError> {
+        match self.quarantine.admit(found, now_ms()) {
+            Err(error @ BackendError::Io { .. }) => {
+                log::error!(reason:% = error; "quarantine cannot be read, no plugin is refused by it");
+                Ok(())
+            }
+            admitted => admitted,
+        }
     }
 
     /// Loads a plugin where the configuration wants it.
@@ -120,10 +134,13 @@ impl DeviceSource for PluginDevice {
         self.plugin.take_if(|(_, plugin)| plugin.host_process().is_some());
         let plugin = match &self.plugin {
             Some((found, plugin)) => {
-                self.quarantine.admit(found, now_ms())?;
+                self.admit(found)?;
                 Arc::clone(plugin)
             }
-            None => Arc::clone(&self.plugin.insert(self.load()?).1),
+            None => {
+                let loaded = self.load()?;
+                Arc::clone(&self.plugin.insert(loaded).1)
+            }
         };
         let backend = self.device(&plugin)?;
         log::info!(plugin:% = self.engine.plugin, device:% = backend.info().name; "device open");
@@ -131,9 +148,8 @@ impl DeviceSource for PluginDevice {
     }
 
     fn strike(&mut self, reason: &str) {
-        let Some((found, _)) = &self.plugin else { return };
-        let struck = found.variant().map(|library| library.sha256.clone());
-        let struck = struck.and_then(|sha256| self.quarantine.strike(&self.engine.plugin, &sha256, reason, now_ms()));
+        let Some(sha256) = &self.sha256 else { return };
+        let struck = self.quarantine.strike(&self.engine.plugin, sha256, reason, now_ms());
         match struck {
             Ok(outcome) => log::warn!(plugin:% = self.engine.plugin, reason, outcome:?; "strike against the plugin"),
             Err(error) => log::error!(plugin:% = self.engine.plugin, reason:% = error; "strike not noted"),

@@ -174,6 +174,10 @@ pub enum Fault {
 impl BackendError {
     /// What the failure says about the device.
     pub fn fault(&self) -> Fault {
+        // A host that dies, hangs or talks nonsense before there is a device.
+        if matches!(self, Self::Host { .. }) {
+            return Fault::Device;
+        }
         // Without a call there was no device yet: a file, a manifest or a table is not as it must be.
         let Some(status) = self.status() else { return Fault::Caller };
         match status {

@@ -130,6 +130,11 @@ impl Devices {
         status.last_fault = Some(reason);
     }
 
+    /// Whether no other device comes after this one.
+    pub(crate) fn is_last(&self, device: usize) -> bool {
+        device + 1 == self.sources.len()
+    }
+
     /// The preferred device is not back yet.
     pub(crate) fn not_yet(&mut self, error: &ExecutorError, now: Duration) {
         log::info!(device = self.sources[0].name(), reason:% = error; "preferred device is not back yet");

@@ -170,8 +170,9 @@ impl Engine {
         }
     }
 
-    /// Opens a device and puts every model on it. A model that it does not take is not served if that shows before any
-    /// was; later it is the device's failure, since there may be requests that wait.
+    /// Opens a device and puts every model on it. A model that the last of the devices does not take is not served if
+    /// that shows before any was; otherwise it is the device's failure, since there is another one to try, or there may
+    /// be requests that wait.
     fn open(&mut self, device: usize) -> Result<Vec<Option<DeviceModel>>, NotUp> {
         let clock = clock(&self.shared);
         let began = clock();
@@ -183,7 +184,7 @@ impl Engine {
             }
             let lane = &mut self.lanes[index];
             let mut uploading = || lock(&self.shared.progress).uploading(clock());
-            let is_first = !self.announced;
+            let is_first = !self.announced && self.devices.is_last(device);
             match lane.load(&backend, &mut uploading) {
                 Ok(model) => models.push(model),
                 Err(error) if is_first && !concerns_device(&error) => {

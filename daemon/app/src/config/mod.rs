@@ -26,6 +26,8 @@ const YEAR_MS: u64 = 365 * 86_400_000;
 
 /// Most pauses between attempts to open a device.
 const PAUSES_MAX: usize = 16;
+/// How long a cancelled step of a plugin host may still take; as `HostOptions` has it.
+const HOST_GRACE_MS: u64 = 1000;
 /// The longest time of the ladder and the watchdog.
 const DAY_MS: u64 = 24 * 3600 * 1000;
 
@@ -170,7 +172,7 @@ impl Default for Engine {
             retry: Retry::default(),
             set: BTreeMap::new(),
             isolation: Isolation::Auto,
-            step_timeout_ms: 60_000,
+            step_timeout_ms: 20_000,
         }
     }
 }
@@ -357,6 +359,15 @@ impl Config {
         }
         if let Some((key, _)) = paths.into_iter().find(|(_, path)| path.as_os_str().is_empty()) {
             return Some((key, "is empty, must be a path".to_owned()));
+        }
+        let longest = pauses.iter().max().copied().unwrap_or(0);
+        let hung = self.engine.step_timeout_ms.saturating_add(HOST_GRACE_MS).saturating_add(longest);
+        if self.engine.isolation != Isolation::None && self.engine.plugin != "cpu" && hung >= self.engine.watchdog_ms {
+            let reason = format!(
+                "is {}; a hung step ({} ms and {HOST_GRACE_MS}) and the longest pause ({longest} ms) would pass it",
+                self.engine.watchdog_ms, self.engine.step_timeout_ms
+            );
+            return Some(("engine.watchdog_ms".to_owned(), reason));
         }
         let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
         (self.dbus.bus != "off").then(|| ("dbus.bus".to_owned(), reason))

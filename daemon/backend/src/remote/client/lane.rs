@@ -139,9 +139,11 @@ impl Lane {
             // An interrupted wait is one that was short.
             let _woken = poll(&mut fds, Some(&timespec(pause))).is_err();
             let has_ended = !fds[1].revents().is_empty();
-            let _empty = rustix::io::read(&self.from_host, &mut [0; 8]).is_err();
+            let is_rung = rustix::io::read(&self.from_host, &mut [0; 8]).is_ok();
             if self.is_done() {
-                return Ok(is_late);
+                // A host without its doorbell would make every job as late as it may be.
+                let is_mute = !is_rung && !has_ended && cancel.is_none() && Instant::now() >= deadline;
+                return if is_mute { Err(self.link.lose("has closed its doorbell")) } else { Ok(is_late) };
             }
             if has_ended {
                 return Err(self.link.lose("ended during a step"));
