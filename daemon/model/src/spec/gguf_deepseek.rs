@@ -297,7 +297,8 @@ fn moe(
         n_experts,
         n_active: keys.count("expert_used_count", DIM_MAX)?,
         feed_forward: keys.count_of_layers("expert_feed_forward_length", DIM_MAX)?,
-        n_shared: keys.optional("expert_shared_count", DIM_MAX)?.unwrap_or(0),
+        // No default, as in llama.cpp: a file that has shared experts and does not say so would lose them.
+        n_shared: keys.required("expert_shared_count", DIM_MAX)?,
         n_groups,
         n_groups_kept,
         score,

@@ -24,6 +24,7 @@ struct Family {
     architecture: Architecture,
     rms_norm_eps: f64,
     dense_layers: u32,
+    shared_experts: u32,
     /// Expert groups and those kept.
     groups: (u32, u32),
     renormalise: bool,
@@ -37,6 +38,7 @@ const V3: Family = Family {
     architecture: Architecture::DeepSeek2,
     rms_norm_eps: 1e-6,
     dense_layers: 3,
+    shared_experts: 1,
     groups: (8, 4),
     renormalise: true,
     expert_scale: 2.5,
@@ -48,6 +50,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         model_type: "deepseek_v2",
         dense_layers: 0,
+        shared_experts: 2,
         groups: (1, 1),
         renormalise: false,
         expert_scale: 1.0,
@@ -222,7 +225,7 @@ fn moe(keys: Object<'_>, family: &Family, n_layers: u32) -> Result<Option<MoeSpe
         n_experts: keys.count(name, DIM_MAX)?,
         n_active: keys.count("num_experts_per_tok", DIM_MAX)?,
         feed_forward: keys.count("moe_intermediate_size", DIM_MAX)?,
-        n_shared: keys.optional("n_shared_experts", DIM_MAX)?.unwrap_or(0),
+        n_shared: keys.optional("n_shared_experts", DIM_MAX)?.unwrap_or(family.shared_experts),
         n_groups: groups,
         n_groups_kept: kept,
         score,

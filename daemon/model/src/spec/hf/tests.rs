@@ -101,6 +101,18 @@ fn routers_follow_their_method() {
 }
 
 #[test]
+fn shared_experts_that_are_not_counted_are_as_many_as_the_family_has() {
+    let shared = |model_type, value: Value| {
+        with(model_type, &[("n_shared_experts", value), ("norm_topk_prob", json!(false))]).unwrap().moe.unwrap().n_shared
+    };
+    for (model_type, default) in [("deepseek_v2", 2), ("deepseek_v3", 1), ("deepseek_v32", 1), ("glm_moe_dsa", 1)] {
+        assert_eq!(shared(model_type, Value::Null), default, "{model_type}");
+        assert_eq!(shared(model_type, json!(0)), 0, "{model_type}");
+    }
+    assert_eq!(shared("glm4_moe_lite", Value::Null), 1);
+}
+
+#[test]
 fn layers_with_experts_are_listed_or_counted() {
     let layers = |changes: &[_]| with("deepseek_v32", changes).unwrap().moe.map(|moe| moe.layers);
     assert_eq!(layers(&[]), Some(vec![false, true, true, true]));
