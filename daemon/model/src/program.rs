@@ -3,6 +3,7 @@
 mod build;
 mod image;
 mod layer;
+mod unread;
 
 pub(crate) use build::{build, kv_shape};
 pub use image::LayerRows;

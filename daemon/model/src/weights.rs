@@ -11,6 +11,7 @@ mod names;
 mod reshape;
 mod safetensors;
 
+pub(crate) use names::{expert_of, layer_of};
 pub use safetensors::SafetensorsHeader;
 
 use crate::ModelError;
@@ -20,6 +21,7 @@ use gguf::GgufFiles;
 use serde_json::{Map, Value};
 use sparsed_quant::Format;
 use sparsed_quant::gguf::{Gguf, Metadata};
+use std::borrow::Cow;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -130,6 +132,14 @@ impl Weights {
         match &self.source {
             Source::Gguf(files) => files.names().collect(),
             Source::Folder(_) => Vec::new(),
+        }
+    }
+
+    /// All tensors by the source's name, each with the name of the GGUF tensor that it is, or goes into, if there is one.
+    pub(crate) fn inventory(&self) -> Vec<(&str, Option<Cow<'_, str>>)> {
+        match &self.source {
+            Source::Gguf(files) => files.names().map(|name| (name, Some(Cow::Borrowed(name)))).collect(),
+            Source::Folder(folder) => folder.inventory().map(|(name, ours)| (name, ours.map(Cow::Owned))).collect(),
         }
     }
 

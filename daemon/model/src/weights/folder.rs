@@ -92,6 +92,15 @@ impl Folder {
         self.tensors.values().map(listed).collect()
     }
 
+    /// All tensors by the folder's names, each with the GGUF tensor that it goes into. Scales go with their FP8 tensor.
+    pub(super) fn inventory(&self) -> impl Iterator<Item = (&str, Option<String>)> {
+        let is_fp8 = |name: &&str| self.tensors.get(*name).is_some_and(|(_, entry)| entry.dtype == Dtype::F8_E4M3);
+        self.tensors.keys().map(move |name| {
+            let scaled = name.strip_suffix(SCALE).filter(is_fp8);
+            (name.as_str(), names::ours(scaled.unwrap_or(name)))
+        })
+    }
+
     /// Dimensions of the tensor that a GGUF calls `name`, fastest first.
     pub(super) fn dims(&self, name: &str) -> Option<Vec<u64>> {
         let (_, entry) = self.tensors.get(&names::plain(name)?)?;

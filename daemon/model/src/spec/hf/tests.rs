@@ -103,7 +103,11 @@ fn routers_follow_their_method() {
 #[test]
 fn shared_experts_that_are_not_counted_are_as_many_as_the_family_has() {
     let shared = |model_type, value: Value| {
-        with(model_type, &[("n_shared_experts", value), ("norm_topk_prob", json!(false))]).unwrap().moe.unwrap().n_shared
+        with(model_type, &[("n_shared_experts", value), ("norm_topk_prob", json!(false))])
+            .unwrap()
+            .moe
+            .unwrap()
+            .n_shared
     };
     for (model_type, default) in [("deepseek_v2", 2), ("deepseek_v3", 1), ("deepseek_v32", 1), ("glm_moe_dsa", 1)] {
         assert_eq!(shared(model_type, Value::Null), default, "{model_type}");
