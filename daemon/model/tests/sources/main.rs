@@ -396,6 +396,8 @@ fn a_key_that_may_change_the_mathematics_is_refused_in_a_file_too() {
         ("attention.indexer.kpool", Value::U32(4)),
         ("expert_gating_func", Value::U32(4)),
         ("rope.scaling.type", Value::String("linear".to_owned())),
+        ("rope.scaling.factor", Value::F32(4.0)),
+        ("attention.layer_norm_epsilon", Value::F32(1e-2)),
         ("attention.key_length_mla", Value::U32(3)),
         ("expert_group_count", Value::U32(2)),
         ("block_count", Value::U32(0)),

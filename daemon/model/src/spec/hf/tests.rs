@@ -157,11 +157,48 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
     assert!(refused(v32, "rope_scaling", json!({"type": "yarn", "wobble": 2})).contains("rope_scaling.wobble"));
     assert!(refused("deepseek_v3", "index_topk", json!(16)).contains("index_topk"));
     assert!(refused("deepseek_v4", "x", json!(1)).contains("deepseek_v4"));
-    let off = [("sliding_window", Value::Null), ("attention_sinks", json!(false)), ("router_jitter_noise", json!(0.0))];
-    with(v32, &off).expect("switched off");
-    let bookkeeping =
-        [("initializer_factor", json!(2)), ("_attn_implementation", json!("eager")), ("top_k", json!(50))];
+    with(v32, &[("sliding_window", Value::Null)]).expect("null is absent");
+    let bookkeeping = [
+        ("initializer_range", json!(2)),
+        ("_attn_implementation", json!("eager")),
+        ("top_k", json!(50)),
+        ("pruned_heads", json!({})),
+        ("is_encoder_decoder", json!(false)),
+    ];
     with(v32, &bookkeeping).expect("no mathematics");
+}
+
+#[test]
+fn a_key_that_is_not_known_is_refused_whatever_it_says() {
+    for key in ["clip_qkv", "alibi", "use_qk_clip", "text_config", "_secret", "initializer_factor", "mscale"] {
+        for value in [json!(false), json!(0), json!(""), json!([]), json!({}), json!(true), json!(8.5)] {
+            let said = refused("deepseek_v32", key, value);
+            assert!(said.contains(&format!("'{key}' in config.json is not supported")), "{said}");
+        }
+    }
+}
+
+#[test]
+fn keys_that_repeat_others_must_agree_with_them() {
+    let v3 = "deepseek_v3";
+    for (key, good, bad) in [
+        ("num_key_value_heads", json!(4), json!(1)),
+        ("qk_head_dim", json!(64), json!(1000)),
+        ("head_dim", json!(32), json!(48)),
+        ("head_dim", json!(64), json!(0)),
+        ("is_encoder_decoder", json!(false), json!(true)),
+        ("add_cross_attention", json!(false), json!(true)),
+        ("pruned_heads", json!({}), json!({"0": [1]})),
+        ("cross_attention_hidden_size", Value::Null, json!(8)),
+        ("architectures", json!(["DeepseekV3ForCausalLM"]), json!(["FooForCausalLM"])),
+    ] {
+        with(v3, &[(key, good)]).expect(key);
+        let said = refused(v3, key, bad);
+        assert!(said.contains(&format!("'{key}'")), "{said}");
+    }
+    let code = ("auto_map", json!({"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}));
+    with(v3, &[code.clone(), ("architectures", json!(["DeepseekV3ForCausalLM"]))]).expect("as it was published");
+    assert!(refused(v3, code.0, code.1).contains("auto_map"));
 }
 
 #[test]
