@@ -315,7 +315,10 @@ fn moe(
         scale: if scale.is_some() { keys.float("expert_weights_scale", None)? } else { 1.0 },
         layers,
     };
-    check_moe(&moe).map_err(|reason| keys.refuse("expert_count", n_experts, reason))?;
+    check_moe(&moe).map_err(|(active, reason)| match active {
+        true => keys.refuse("expert_used_count", moe.n_active, reason),
+        false => keys.refuse("expert_count", n_experts, reason),
+    })?;
     Ok(Some(moe))
 }
 

@@ -147,12 +147,12 @@ fn indexer(
         rope_layout: layout(keys.bool("indexer_rope_interleave")?.unwrap_or(glm)),
         rope_frequencies: rope.frequencies(rope_dim),
         k_norm_eps: K_NORM_EPS,
-        full: indexer_types(keys, n_layers)?,
+        full: indexer_types(keys, n_layers, family.architecture)?,
     })
 }
 
 /// Which layers select: a list, else a pattern, else a schedule; all, if nothing is said.
-fn indexer_types(keys: Object<'_>, n_layers: u32) -> Result<Vec<bool>, ModelError> {
+fn indexer_types(keys: Object<'_>, n_layers: u32, architecture: Architecture) -> Result<Vec<bool>, ModelError> {
     let (key, full) = match (keys.get("indexer_types"), keys.get("index_topk_pattern")) {
         (Some(_), _) => ("indexer_types", kinds(keys, "indexer_types")?),
         (None, Some(Value::String(pattern))) => {
@@ -171,6 +171,10 @@ fn indexer_types(keys: Object<'_>, n_layers: u32) -> Result<Vec<bool>, ModelErro
         }
     };
     check_full(&full, n_layers).map_err(|reason| keys.refuse(key, "a list", reason))?;
+    if architecture == Architecture::DeepSeek32 && full.contains(&false) {
+        let reason = "transformers lets no layer of deepseek_v32 share (D18): only glm_moe_dsa may";
+        return Err(keys.refuse(key, "a list", reason));
+    }
     Ok(full)
 }
 
@@ -235,7 +239,10 @@ fn moe(keys: Object<'_>, family: &Family, n_layers: u32) -> Result<Option<MoeSpe
         scale: single(keys.float("routed_scaling_factor")?.unwrap_or(family.expert_scale)),
         layers,
     };
-    check_moe(&moe).map_err(|reason| keys.refuse("n_group", groups, reason))?;
+    check_moe(&moe).map_err(|(active, reason)| match active {
+        true => keys.refuse("num_experts_per_tok", moe.n_active, reason),
+        false => keys.refuse("n_group", groups, reason),
+    })?;
     Ok(Some(moe))
 }
 

@@ -81,6 +81,11 @@ fn sharing_is_read_in_every_encoding() {
     assert_eq!(full(&[("index_topk_freq", json!(4)), ("index_skip_topk_offset", json!(2))]), wanted);
     assert_eq!(full(&[("index_topk_freq", json!(4))]), wanted, "D11: the offset is 2");
     assert_eq!(full(&[]), [true; 4]);
+    for (key, value) in [("index_topk_pattern", json!("FFSS")), ("index_topk_freq", json!(4))] {
+        let said = refused("deepseek_v32", key, value);
+        assert!(said.contains(key) && said.contains("D18"), "{said}");
+    }
+    with("deepseek_v32", &[("index_topk_pattern", json!("FFFF"))]).expect("no layer shares");
     assert!(refused("glm_moe_dsa", "index_topk_pattern", json!("SFFF")).contains("first layer"));
     assert!(refused("glm_moe_dsa", "index_topk_pattern", json!("FF")).contains("2 entries for 4"));
 }
@@ -97,7 +102,8 @@ fn routers_follow_their_method() {
     assert_eq!((limited.n_groups, limited.group_score), (4, super::super::GroupScore::Best));
     assert!(refused("deepseek_v3", "topk_method", json!("greedy")).contains("topk_method"));
     assert!(refused("deepseek_v3", "n_group", json!(3)).contains("n_group"));
-    assert!(refused("deepseek_v3", "num_experts_per_tok", json!(9)).contains("8 can be reached"));
+    let said = refused("deepseek_v3", "num_experts_per_tok", json!(9));
+    assert!(said.contains("'num_experts_per_tok' is 9") && said.contains("8 can be reached"), "{said}");
 }
 
 #[test]
