@@ -82,7 +82,7 @@ fn report(found: &Inspection, context: Option<u32>) -> anyhow::Result<Value> {
 fn memory(found: &Inspection, spec: &ModelSpec, context: u32) -> anyhow::Result<Value> {
     let tokens = u64::from(blocks_for(context)) * u64::from(BLOCK_TOKENS);
     let workspace = workspace_bytes(spec);
-    let held = found.held.unwrap_or(Held { mapped: found.file_bytes, ..Held::default() });
+    let held = found.held.unwrap_or_else(|| Held { mapped: found.file_bytes, ..Held::default() });
     let weights = held.mapped.saturating_add(held.made);
     let kv = |formats: KvFormats| -> anyhow::Result<Value> {
         let Some(shape) = found.kv(&formats, false).transpose()? else { return Ok(Value::Null) };

@@ -32,7 +32,7 @@ pub(super) fn check(spec: &ModelSpec, weights: &Weights, bound: &dyn Fn(&str) ->
     unread.sort_unstable();
     let (n, more) = (unread.len(), if unread.len() > NAMED { ", ..." } else { "" });
     let what = format!("{n} tensor(s) that no operator reads ({}{more})", unread[..n.min(NAMED)].join(", "));
-    Err(ModelError::Unsupported { what, hint: ": they may change what the model computes" })
+    Err(ModelError::Unsupported { what, hint: ": it may change what the model computes" })
 }
 
 /// Whether the tensor that a GGUF calls `name` is known and not needed.
