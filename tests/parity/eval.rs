@@ -172,3 +172,27 @@ fn inspect_finds_a_tensor_that_is_missing() {
     assert!(code == 1 && said.contains("blk.1.ffn_norm.weight"), "{said}");
     assert!(found["memory"]["default"]["kv_bytes"].as_u64().unwrap() > 0, "{found}");
 }
+
+#[test]
+fn inspect_looks_for_the_tensors_of_a_folder_and_counts_what_they_become() {
+    let tiny = root().join("tests/golden/tiny/v32");
+    let (code, found, said) = run(&["inspect", "--json"], &[&tiny]);
+    assert_eq!(code, 0, "{said}");
+    let memory = &found["memory"];
+    let (mapped, made) =
+        (memory["weights_mapped_bytes"].as_u64().unwrap(), memory["weights_made_bytes"].as_u64().unwrap());
+    assert_eq!(memory["weights_bytes"].as_u64(), Some(mapped + made));
+    let bytes: u64 = found["formats"].as_object().unwrap().values().map(|one| one["bytes"].as_u64().unwrap()).sum();
+    // Experts are stacked and kv_b is split: made of what the files hold, number for number.
+    assert!(made > 0 && mapped > 0 && mapped + made == bytes, "{memory} of {bytes}");
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::copy(tiny.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    let text = std::fs::read(tiny.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    config["num_hidden_layers"] = Value::from(config["num_hidden_layers"].as_u64().unwrap() + 1);
+    config.as_object_mut().unwrap().remove("mlp_layer_types");
+    config.as_object_mut().unwrap().remove("layer_types");
+    std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+    let (code, _, said) = run(&["inspect", "--json"], &[dir.path()]);
+    assert!(code == 1 && said.contains("blk.3.") && said.contains("is missing"), "{said}");
+}

@@ -3,8 +3,9 @@
 
 use sparsed_oracle::{Model, Options, Output, forward};
 use sparsed_quant::Format;
+use sparsed_quant::gguf::Value;
 use sparsed_tests::default_model::argmax;
-use sparsed_tests::tiny::{TOLERANCE, Tiny, rewrite};
+use sparsed_tests::tiny::{TOLERANCE, Tiny, rewrite, rewrite_with};
 use sparsed_tests::{Answer, worst};
 use std::path::Path;
 
@@ -93,6 +94,72 @@ fn prompts_that_end_around_k_and_around_a_block_equal_hugging_face() {
             let expected = &tiny.selections[layer * tiny.ids.len() * tiny.k..][..n * tiny.k];
             assert_eq!(&answer.selections[layer * n * tiny.k..][..n * tiny.k], expected, "{n} tokens, layer {layer}");
         }
+    }
+}
+
+/// Whether the answer of `model` is Hugging Face's of `tiny`, by what [`check`] demands; no error, but other numbers.
+fn equals_hugging_face(tiny: &Tiny, model: &Path) -> bool {
+    let answer = answer(tiny, model, 256);
+    worst(&answer.logits, &tiny.logits) < TOLERANCE && tiny.other_selections(&answer.selections) == 0
+}
+
+/// These comparisons can fail: another layout of RoPE in the indexer is enough.
+#[test]
+fn an_indexer_that_rotates_in_the_other_layout_differs_from_hugging_face() {
+    for (name, interleaved) in [("v32", true), ("glm5", false)] {
+        let tiny = Tiny::open(name);
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(tiny.folder().join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        let text = std::fs::read(tiny.folder().join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&text).unwrap();
+        for (value, equal) in [(!interleaved, true), (interleaved, false)] {
+            config["indexer_rope_interleave"] = value.into();
+            std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+            assert_eq!(equals_hugging_face(&tiny, dir.path()), equal, "{name}, interleaved: {value}");
+        }
+    }
+}
+
+/// So is a lost bias of the index keys' LayerNorm.
+#[test]
+fn an_index_key_without_its_bias_differs_from_hugging_face() {
+    let tiny = Tiny::open("v32");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    for zeroed in [false, true] {
+        rewrite(&tiny.gguf(), &file, |mut tensors| {
+            let biases = tensors.iter_mut().filter(|tensor| zeroed && tensor.name.ends_with("indexer.k_norm.bias"));
+            biases.for_each(|bias| bias.values.fill(0.0));
+            tensors
+        });
+        assert_eq!(equals_hugging_face(&tiny, &file), !zeroed, "bias zeroed: {zeroed}");
+    }
+}
+
+/// So is a lost ReLU. A file can undo it: with every index head there twice, the second time with its query negated and
+/// its weight times `weight`, a score is `sum w (relu(q k) + weight relu(-q k))`, and for -1 that is `sum w q k`.
+#[test]
+fn index_scores_without_relu_differ_from_hugging_face() {
+    let tiny = Tiny::open("v32");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.gguf");
+    for (weight, equal) in [(0.0, true), (-1.0, false)] {
+        rewrite_with(&tiny.gguf(), &file, |metadata, mut tensors| {
+            let key = "deepseek32.attention.indexer.head_count";
+            let heads = metadata.u32(key).unwrap().unwrap();
+            metadata.set(key, Value::U32(2 * heads));
+            for tensor in &mut tensors {
+                let factor = match &tensor.name {
+                    name if name.ends_with("indexer.attn_q_b.weight") => -1.0,
+                    name if name.ends_with("indexer.proj.weight") => weight,
+                    _ => continue,
+                };
+                tensor.dims[1] *= 2;
+                tensor.values.extend(tensor.values.clone().iter().map(|value| factor * value));
+            }
+            tensors
+        });
+        assert_eq!(equals_hugging_face(&tiny, &file), equal, "the second heads have {weight} of the first's weight");
     }
 }
 

@@ -1,7 +1,7 @@
 //! What must the tiny models answer? Hugging Face's outputs in `tests/golden/tiny`.
 
 use crate::{npy, root};
-use sparsed_quant::gguf::{Gguf, Writer};
+use sparsed_quant::gguf::{Gguf, Metadata, Writer};
 use sparsed_quant::{Format, decode, encode};
 use std::path::{Path, PathBuf};
 
@@ -89,6 +89,14 @@ pub struct Tensor {
 /// # Panics
 /// When it cannot be read or written, or a tensor's parts do not belong together.
 pub fn rewrite(from: &Path, to: &Path, change: impl FnOnce(Vec<Tensor>) -> Vec<Tensor>) {
+    rewrite_with(from, to, |_, tensors| change(tensors));
+}
+
+/// As [`rewrite`], with its metadata too.
+///
+/// # Panics
+/// When it cannot be read or written, or a tensor's parts do not belong together.
+pub fn rewrite_with(from: &Path, to: &Path, change: impl FnOnce(&mut Metadata, Vec<Tensor>) -> Vec<Tensor>) {
     let checked = || -> Result<(), Box<dyn std::error::Error>> {
         let file = std::fs::read(from)?;
         let gguf = Gguf::parse(&file)?;
@@ -98,9 +106,11 @@ pub fn rewrite(from: &Path, to: &Path, change: impl FnOnce(Vec<Tensor>) -> Vec<T
             decode(info.format, &file[info.range.clone()], &mut values)?;
             tensors.push(Tensor { name: info.name.clone(), dims: info.dims.clone(), format: info.format, values });
         }
-        let mut writer = Writer::new(gguf.metadata().clone());
+        let mut metadata = gguf.metadata().clone();
+        let tensors = change(&mut metadata, tensors);
+        let mut writer = Writer::new(metadata);
         let mut encoded = Vec::new();
-        for tensor in change(tensors) {
+        for tensor in tensors {
             let mut bytes = vec![0; writer.add(&tensor.name, &tensor.dims, tensor.format)?];
             encode(tensor.format, &tensor.values, &mut bytes)?;
             encoded.push(bytes);

@@ -1,11 +1,12 @@
 //! What is in a file, even one that is not served? Everything that can be read, and every reason against serving it.
 //!
-//! Reads headers and metadata only; weights stay where they are.
+//! Reads headers, metadata and the scales of FP8 weights only; weights stay where they are.
 
 use crate::program::kv_shape;
 use crate::weights::Weights;
-use crate::{KvFormats, KvShape, Model, ModelError, ModelSpec, ProgramOptions, Selection};
+use crate::{KvFormats, KvShape, Model, ModelError, ModelSpec, Program, ProgramOptions, Selection};
 use serde_json::Value;
+use sparsed_quant::Format;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -18,6 +19,17 @@ pub struct FormatCount {
     pub values: u64,
     /// Their bytes in the file.
     pub bytes: u64,
+}
+
+/// What the weights of a model take in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Bytes that stay mapped from the files.
+    pub mapped: u64,
+    /// Bytes that are made: decoded FP8, vectors in single precision, stacked experts, parts of an unsplit kv_b.
+    pub made: u64,
+    /// Bytes of matrices in formats that a plugin may copy into its own layout; those of all are an upper bound.
+    pub repackable: u64,
 }
 
 /// What was found in a model file or folder.
@@ -35,6 +47,8 @@ pub struct Inspection {
     pub formats: BTreeMap<&'static str, FormatCount>,
     /// The hyperparameters, if they are served.
     pub spec: Option<ModelSpec>,
+    /// What its weights take in memory, if it is served.
+    pub held: Option<Held>,
     /// The tokenizer's kind and pre-tokenizer, and how many tokens it has.
     pub tokenizer: Option<(String, usize)>,
     /// Whether there is a chat template, the file's own or one that its tokens show.
@@ -65,16 +79,13 @@ impl Inspection {
         };
         let spec = ModelSpec::parse(&weights);
         let model = Model::open(path);
-        let served = model.as_ref().ok().and_then(|model| model.chat_format()).is_some();
-        match model {
-            Err(error) => refuse(error),
-            // Where tensors would have to be made from others, that work is left to serving.
-            Ok(model) if has_tensors_as_asked(&weights) => {
-                let options = ProgramOptions { selection: Selection::Model, ..ProgramOptions::default() };
-                model.program(&options).err().into_iter().for_each(&mut refuse);
-            }
-            Ok(_) => {}
-        }
+        let served = model.as_ref().ok().and_then(Model::chat_format).is_some();
+        let of_folder = model.as_ref().ok().and_then(Model::tokenizer).filter(|_| is_folder);
+        let of_folder = of_folder.map(|tokenizer| ("tokenizer.json".to_owned(), tokenizer.vocab_size()));
+        let tokenizer = tokenizer(&weights).or(of_folder);
+        let options = ProgramOptions { selection: Selection::Model, ..ProgramOptions::default() };
+        let program = model.and_then(|model| model.outline(&options));
+        let held = program.map_err(&mut refuse).ok().map(|program| held(&program));
         let spec = spec.map_err(&mut refuse).ok();
         if let Some(metadata) = weights.metadata() {
             crate::Tokenizer::from_metadata(metadata).err().into_iter().for_each(&mut refuse);
@@ -86,7 +97,8 @@ impl Inspection {
             file_bytes: weights.file_bytes(),
             formats: formats(&weights),
             spec,
-            tokenizer: tokenizer(&weights),
+            held,
+            tokenizer,
             has_template: served || text("tokenizer.chat_template").is_some(),
             refusals,
         })
@@ -104,16 +116,18 @@ impl Inspection {
     }
 }
 
-/// Whether a program is bound to mapped tensors alone: a GGUF file without unsplit parts and single experts.
-fn has_tensors_as_asked(weights: &Weights) -> bool {
-    let made = |name: &&str| name.contains(".attn_kv_b.") || is_single_expert(name);
-    weights.metadata().is_some() && !weights.names().iter().any(made)
-}
-
-/// `blk.N.ffn_gate.E.weight` and its like, as old files have them.
-fn is_single_expert(name: &str) -> bool {
-    let Some((_, after)) = name.split_once(".ffn_") else { return false };
-    after.split('.').nth(1).is_some_and(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
+fn held(program: &Program) -> Held {
+    let mut held = Held::default();
+    for weight in &program.weights {
+        let size = weight.size();
+        let to = if weight.file.is_some() { &mut held.mapped } else { &mut held.made };
+        *to = to.saturating_add(size);
+        let repacked = [Format::Q4_0, Format::Q4_1, Format::Q8_0].iter().any(|format| format.ggml_id() == weight.dtype);
+        if repacked {
+            held.repackable = held.repackable.saturating_add(size);
+        }
+    }
+    held
 }
 
 fn formats(weights: &Weights) -> BTreeMap<&'static str, FormatCount> {
@@ -143,7 +157,6 @@ fn tokenizer(weights: &Weights) -> Option<(String, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_quant::Format;
     use sparsed_quant::gguf::{Metadata, Value as Entry, Writer};
 
     /// A GGUF file with an architecture, a tokenizer and one tensor.
@@ -172,12 +185,5 @@ mod tests {
         assert!(found.spec.is_none() && !found.has_template && found.kv(&KvFormats::exact(), false).is_none());
         let [architecture, tokenizer] = &found.refusals[..] else { panic!("{:?}", found.refusals) };
         assert!(architecture.contains("'mamba'") && tokenizer.contains("'llama'"));
-    }
-
-    #[test]
-    fn single_experts_are_told_from_other_parts() {
-        assert!(is_single_expert("blk.3.ffn_gate.17.weight"));
-        assert!(!is_single_expert("blk.3.ffn_gate.weight") && !is_single_expert("blk.3.ffn_gate_exps.weight"));
-        assert!(!is_single_expert("blk.3.attn_q.weight"));
     }
 }

@@ -22,7 +22,7 @@ pub mod quantize;
 
 pub use chat::{ChatFormat, ChatMessage, ChatRequest, OutputEvent, OutputParser, Prompt, Role, ToolCall};
 pub use error::ModelError;
-pub use inspect::{FormatCount, Inspection};
+pub use inspect::{FormatCount, Held, Inspection};
 pub use model::{Model, Summary};
 pub use program::{
     Activations, KvFormats, KvShape, LayerQueries, LayerRows, Program, ProgramOptions, Selection, WeightBinding,

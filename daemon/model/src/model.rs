@@ -104,6 +104,11 @@ impl Model {
         summary
     }
 
+    /// The program that [`Self::program`] makes, without the work: weights that would be made of others have no bytes.
+    pub(crate) fn outline(&self, options: &ProgramOptions) -> Result<Program, ModelError> {
+        build(&self.spec, &self.weights.outline(), options)
+    }
+
     /// One step of this model as a program for a plugin.
     ///
     /// # Errors

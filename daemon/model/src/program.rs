@@ -3,6 +3,7 @@
 mod build;
 mod image;
 mod layer;
+mod unread;
 
 pub(crate) use build::{build, kv_shape};
 pub use image::LayerRows;
@@ -163,6 +164,16 @@ pub struct WeightBinding {
     pub bytes: Bytes,
     /// The file and where they lie in it, if they are not made.
     pub file: Option<(Arc<File>, u64)>,
+}
+
+impl WeightBinding {
+    /// Bytes that it takes, also where it is only outlined.
+    pub(crate) fn size(&self) -> u64 {
+        let format = Format::from_ggml_id(self.dtype);
+        let row = usize::try_from(self.cols).ok().zip(format).and_then(|(cols, format)| format.row_bytes(cols).ok());
+        // Dimensions are checked when it is bound.
+        (row.unwrap_or(0) as u64).saturating_mul(self.rows).saturating_mul(self.batch.into())
+    }
 }
 
 /// A step of a model, for steps of any size.

@@ -11,6 +11,7 @@ mod names;
 mod reshape;
 mod safetensors;
 
+pub(crate) use names::{expert_of, layer_of};
 pub use safetensors::SafetensorsHeader;
 
 use crate::ModelError;
@@ -20,6 +21,7 @@ use gguf::GgufFiles;
 use serde_json::{Map, Value};
 use sparsed_quant::Format;
 use sparsed_quant::gguf::{Gguf, Metadata};
+use std::borrow::Cow;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -29,6 +31,8 @@ use std::sync::Arc;
 pub(crate) struct Weights {
     source: Source,
     path: PathBuf,
+    /// Whether tensors that are made have no bytes.
+    outline: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -78,7 +82,16 @@ impl Weights {
     pub(crate) fn open(path: &Path) -> Result<Self, ModelError> {
         let folder = std::fs::metadata(path).map_err(|source| io(path, source))?.is_dir();
         let source = if folder { Source::Folder(Folder::open(path)?) } else { Source::Gguf(GgufFiles::open(path)?) };
-        Ok(Self { source, path: path.to_owned() })
+        Ok(Self { source, path: path.to_owned(), outline: false })
+    }
+
+    /// The same tensors; those that would be made of others have their formats and dimensions, but no bytes.
+    pub(crate) fn outline(&self) -> Self {
+        let mut outline = Self { outline: true, ..self.clone() };
+        if let Source::Folder(folder) = &mut outline.source {
+            folder.outline = true;
+        }
+        outline
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -133,6 +146,14 @@ impl Weights {
         }
     }
 
+    /// All tensors by the source's name, each with the name of the GGUF tensor that it is, or goes into, if there is one.
+    pub(crate) fn inventory(&self) -> Vec<(&str, Option<Cow<'_, str>>)> {
+        match &self.source {
+            Source::Gguf(files) => files.names().map(|name| (name, Some(Cow::Borrowed(name)))).collect(),
+            Source::Folder(folder) => folder.inventory().map(|(name, ours)| (name, ours.map(Cow::Owned))).collect(),
+        }
+    }
+
     /// All tensors of all files.
     pub(crate) fn listed(&self) -> Vec<Listed> {
         match &self.source {
@@ -179,12 +200,12 @@ impl Weights {
         if let Some(prefix) = name.strip_suffix("attn_k_b.weight")
             && let (Some(kv_b), &[nope, rank, heads]) = (self.find(&format!("{prefix}attn_kv_b.weight"))?, dims)
         {
-            return reshape::key_part(name, &kv_b, nope, rank, heads).map(Some);
+            return reshape::key_part(name, &kv_b, [nope, rank, heads], self.outline).map(Some);
         }
         if let Some(prefix) = name.strip_suffix("attn_v_b.weight")
             && let (Some(kv_b), &[rank, value, heads]) = (self.find(&format!("{prefix}attn_kv_b.weight"))?, dims)
         {
-            return reshape::value_part(name, &kv_b, rank, value, heads).map(Some);
+            return reshape::value_part(name, &kv_b, [rank, value, heads], self.outline).map(Some);
         }
         match (&self.source, dims) {
             (Source::Folder(folder), &[cols, rows, experts]) => folder.experts(name, cols, rows, experts),

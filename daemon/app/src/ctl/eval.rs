@@ -54,7 +54,7 @@ const TOKENS_MAX: u32 = 1 << 24;
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Eval {
-    /// The model (GGUF).
+    /// The model: a GGUF file (the first part of a split one) or a Hugging Face folder.
     model: PathBuf,
     /// Text files, and folders of *.txt, *.md, *.rst and *.pod files.
     #[arg(long, num_args = 1.., required_unless_present = "ids", conflicts_with = "ids")]
@@ -152,7 +152,8 @@ impl Eval {
         let asked = self.mass_queries.unwrap_or(0) > 0;
         let possible = perplexities.iter().any(Perplexity::selects);
         ensure!(!asked || possible, "--mass-queries: no window of --context is read with fewer tokens than it has");
-        let (recalls, notes) = self.plan_recalls(&lengths, &texts, &model, &top_k)?;
+        let (recalls, mut notes) = self.plan_recalls(&lengths, &texts, &model, &top_k)?;
+        notes.extend(self.dropped(&contexts, &lengths, model.spec().context_length));
         ensure!(!perplexities.is_empty() || !recalls.is_empty(), "nothing to measure: {}", notes.join("; "));
         let progress = ProgressBar::new(
             perplexities.iter().map(Perplexity::n_tokens).chain(recalls.iter().map(Recall::n_tokens)).sum(),
@@ -196,6 +197,20 @@ impl Eval {
             }
         }
         Ok((recalls, notes))
+    }
+
+    /// What was asked for and is not measured, or measured past what the model was trained for.
+    fn dropped(&self, contexts: &[u32], lengths: &[u32], trained: u32) -> Vec<String> {
+        let mut notes = Vec::new();
+        for &length in contexts.iter().chain(lengths) {
+            for k in self.top_k.iter().flatten().filter(|&&k| k >= length) {
+                notes.push(format!("--top-k {k} at {length} tokens reads everything, as dense does: left out"));
+            }
+            if length > trained {
+                notes.push(format!("{length} tokens are beyond the {trained} that the model was trained for"));
+            }
+        }
+        notes
     }
 
     fn mass_queries(&self) -> u32 {

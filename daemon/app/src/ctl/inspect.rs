@@ -4,7 +4,7 @@ use crate::config::Config;
 use anyhow::bail;
 use serde_json::{Value, json};
 use sparsed_kv::{BLOCK_TOKENS, blocks_for};
-use sparsed_model::{Inspection, KvFormats, ModelSpec};
+use sparsed_model::{Held, Inspection, KvFormats, ModelSpec};
 use std::fmt::Write;
 use std::path::PathBuf;
 
@@ -14,10 +14,11 @@ const CONTEXT_MAX: u32 = 1 << 24;
 /// Show what is in a model file and what it takes to serve it.
 ///
 /// Works on files that are not served, as far as they can be read; then every reason is told last, and the exit code is
-/// 1. Headers and metadata are read, weights are not.
+/// 1. Headers and metadata are read, weights are not (of FP8 ones the scales are). All tensors are looked for.
 ///
-/// Memory: weights are the bytes of the file, which stays mapped (a plugin may hold a copy of some in its own layout
-/// besides). KV is whole blocks for one sequence of --context tokens. Workspace is an estimate by a formula from the
+/// Memory: weights are those that serving reads: mapped from the file, or made of what it holds (FP8 decoded to BF16 or
+/// F32, experts stacked, an unsplit kv_b split). COPY is what a plugin may hold besides, in its own layout, at most: the
+/// CPU plugin copies matrices of Q4_0, Q4_1 and Q8_0. The total counts both. KV is whole blocks for one sequence of --context tokens. Workspace is an estimate by a formula from the
 /// model's widths, for the daemon's default limits of a step; no plugin was asked.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
@@ -81,6 +82,8 @@ fn report(found: &Inspection, context: Option<u32>) -> anyhow::Result<Value> {
 fn memory(found: &Inspection, spec: &ModelSpec, context: u32) -> anyhow::Result<Value> {
     let tokens = u64::from(blocks_for(context)) * u64::from(BLOCK_TOKENS);
     let workspace = workspace_bytes(spec);
+    let held = found.held.unwrap_or_else(|| Held { mapped: found.file_bytes, ..Held::default() });
+    let weights = held.mapped.saturating_add(held.made);
     let kv = |formats: KvFormats| -> anyhow::Result<Value> {
         let Some(shape) = found.kv(&formats, false).transpose()? else { return Ok(Value::Null) };
         let (latent, index) = shape.plane_bytes_per_token()?;
@@ -89,12 +92,15 @@ fn memory(found: &Inspection, spec: &ModelSpec, context: u32) -> anyhow::Result<
             "latent_bytes_per_token": latent,
             "index_bytes_per_token": index,
             "kv_bytes": kv_bytes,
-            "total_bytes": found.file_bytes.saturating_add(kv_bytes).saturating_add(workspace),
+            "total_bytes": weights.saturating_add(held.repackable).saturating_add(kv_bytes).saturating_add(workspace),
         }))
     };
     Ok(json!({
         "context": context,
-        "weights_bytes": found.file_bytes,
+        "weights_bytes": weights,
+        "weights_mapped_bytes": held.mapped,
+        "weights_made_bytes": held.made,
+        "copy_bytes_at_most": held.repackable,
         "workspace_bytes_estimated": workspace,
         "default": kv(KvFormats::default())?,
         "exact": kv(KvFormats::exact())?,
@@ -151,18 +157,27 @@ fn table(report: &Value) -> String {
     let memory = &report["memory"];
     if !memory.is_null() {
         text += &format!(
-            "\nMemory for one sequence of {} tokens\n{:<8} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12}\n",
-            memory["context"], "KV ROWS", "LATENT B/TOKEN", "INDEX B/TOKEN", "KV", "WEIGHTS", "WORKSPACE~", "TOTAL~",
+            "\nMemory for one sequence of {} tokens\n{:<8} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12} {:>12}\n",
+            memory["context"],
+            "KV ROWS",
+            "LATENT B/TOKEN",
+            "INDEX B/TOKEN",
+            "KV",
+            "WEIGHTS",
+            "COPY<=",
+            "WORKSPACE~",
+            "TOTAL~",
         );
         for kind in ["default", "exact"] {
             let kv = &memory[kind];
             let written = writeln!(
                 text,
-                "{kind:<8} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12}",
+                "{kind:<8} {:>14} {:>14} {:>12} {:>12} {:>12} {:>12} {:>12}",
                 super::number(&kv["latent_bytes_per_token"]),
                 super::number(&kv["index_bytes_per_token"]),
                 size(&kv["kv_bytes"]),
                 size(&memory["weights_bytes"]),
+                size(&memory["copy_bytes_at_most"]),
                 size(&memory["workspace_bytes_estimated"]),
                 size(&kv["total_bytes"]),
             );

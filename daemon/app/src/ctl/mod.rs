@@ -71,12 +71,26 @@ pub fn main() -> ExitCode {
 
 #[expect(clippy::print_stderr, reason = "a command-line tool speaks on standard error")]
 fn report(error: &anyhow::Error) {
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", message(error));
 }
 
-/// Writes a line to standard output.
+/// An error with its causes, each once: a message may tell its cause already.
+fn message(error: &anyhow::Error) -> String {
+    let mut message = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !message.ends_with(&cause) {
+            message = format!("{message}: {cause}");
+        }
+    }
+    message
+}
+
+/// Writes a line to standard output. A reader that has gone, as `head` does, has what it wanted.
 fn print(text: &str) -> anyhow::Result<()> {
-    Ok(writeln!(std::io::stdout().lock(), "{text}")?)
+    match writeln!(std::io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
 }
 
 fn print_json(value: &Value) -> anyhow::Result<()> {
@@ -86,4 +100,17 @@ fn print_json(value: &Value) -> anyhow::Result<()> {
 /// A whole number as text, which a JSON value is not when it is padded; `-` where there is none.
 fn number(value: &Value) -> String {
     value.as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_that_a_message_tells_is_not_told_again() {
+        let missing = || std::io::Error::new(std::io::ErrorKind::NotFound, "no such file");
+        let tells = anyhow::Error::new(missing()).context(format!("a.json: {}", missing()));
+        assert_eq!(message(&tells), "a.json: no such file");
+        assert_eq!(message(&anyhow::Error::new(missing()).context("a.json")), "a.json: no such file");
+    }
 }

@@ -1,6 +1,6 @@
 //! The frame of a program: weights bound once, angle inputs, embedding, layers, head.
 
-use super::{KvFormats, KvShape, Output, OutputKind, Program, ProgramOptions, Selection, WeightBinding};
+use super::{KvFormats, KvShape, Output, OutputKind, Program, ProgramOptions, Selection, WeightBinding, unread};
 use crate::weights::{Tensor, Weights};
 use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
@@ -73,6 +73,7 @@ pub(crate) fn build(spec: &ModelSpec, weights: &Weights, options: &ProgramOption
     }
     let logits = builder.head()?;
     builder.output(logits, OutputKind::Logits, spec.vocab_size);
+    unread::check(spec, weights, &|name| builder.bound.contains_key(name))?;
     // The arena holds them in the order of their tensors.
     builder.outputs.sort_unstable_by_key(|(tensor, _)| *tensor);
     Ok(Program {

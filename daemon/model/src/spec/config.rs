@@ -30,13 +30,17 @@ pub(super) fn check_full(full: &[bool], n_layers: u32) -> Result<(), String> {
 }
 
 /// What is wrong with a router's numbers, if anything is.
-pub(super) fn check_moe(moe: &MoeSpec) -> Result<(), String> {
+/// The first part of the answer says whether it is the number of active experts.
+pub(super) fn check_moe(moe: &MoeSpec) -> Result<(), (bool, String)> {
     let (experts, groups, kept) = (moe.n_experts, moe.n_groups, moe.n_groups_kept);
     if groups == 0 || kept == 0 || kept > groups || !experts.is_multiple_of(groups) {
-        return Err(format!("{experts} experts, {groups} groups of which {kept} are kept: these do not divide"));
+        return Err((
+            false,
+            format!("{experts} experts, {groups} groups of which {kept} are kept: these do not divide"),
+        ));
     }
     if moe.n_active > experts / groups * kept {
-        return Err(format!("{} experts per token, {} can be reached", moe.n_active, experts / groups * kept));
+        return Err((true, format!("{} experts per token, {} can be reached", moe.n_active, experts / groups * kept)));
     }
     Ok(())
 }

@@ -3,7 +3,7 @@
 
 use super::config::{GLM_5_2_SCHEDULE, K_NORM_EPS, check_full, check_moe, group_score, schedule};
 use super::keys::{CONTEXT_MAX, DIM_MAX, Keys, LAYERS_MAX};
-use super::parse::{apply_factors, vocab_size};
+use super::parse::{apply_factors, unscaled, vocab_size};
 use super::yarn::{Rope, Yarn, magnitude};
 use super::{Architecture, IndexerSpec, ModelSpec, MoeSpec, RopeLayout, RouterScore};
 use crate::ModelError;
@@ -168,7 +168,10 @@ fn rope(keys: &Keys<'_>, architecture: Architecture) -> Result<Rope, ModelError>
         return Err(keys.refuse("rope.freq_base", base, "must be above 1"));
     }
     match keys.str("rope.scaling.type")? {
-        None | Some("none") => return Ok(Rope { base, yarn: None }),
+        None | Some("none") => {
+            unscaled(keys)?;
+            return Ok(Rope { base, yarn: None });
+        }
         Some("yarn") => {}
         Some(other) => return Err(keys.refuse("rope.scaling.type", other, "only 'none' and 'yarn' are served")),
     }
@@ -222,6 +225,10 @@ fn indexer(
     let rope_dim = keys.even(key, keys.optional(key, DIM_MAX)?.unwrap_or(rope_row))?;
     if rope_dim == 0 || rope_dim > head_dim {
         return Err(keys.refuse(key, rope_dim, format!("must be 2 to {head_dim}")));
+    }
+    let eps = keys.float("attention.layer_norm_epsilon", Some(K_NORM_EPS))?;
+    if eps.total_cmp(&K_NORM_EPS).is_ne() {
+        return Err(keys.refuse("attention.layer_norm_epsilon", eps, format!("only {K_NORM_EPS} is served (D5)")));
     }
     let interleaved = keys.bool("attention.indexer.rope_interleave", architecture == Architecture::GlmDsa)?;
     Ok(IndexerSpec {
@@ -297,7 +304,8 @@ fn moe(
         n_experts,
         n_active: keys.count("expert_used_count", DIM_MAX)?,
         feed_forward: keys.count_of_layers("expert_feed_forward_length", DIM_MAX)?,
-        n_shared: keys.optional("expert_shared_count", DIM_MAX)?.unwrap_or(0),
+        // No default, as in llama.cpp: a file that has shared experts and does not say so would lose them.
+        n_shared: keys.required("expert_shared_count", DIM_MAX)?,
         n_groups,
         n_groups_kept,
         score,
@@ -307,7 +315,10 @@ fn moe(
         scale: if scale.is_some() { keys.float("expert_weights_scale", None)? } else { 1.0 },
         layers,
     };
-    check_moe(&moe).map_err(|reason| keys.refuse("expert_count", n_experts, reason))?;
+    check_moe(&moe).map_err(|(active, reason)| match active {
+        true => keys.refuse("expert_used_count", moe.n_active, reason),
+        false => keys.refuse("expert_count", n_experts, reason),
+    })?;
     Ok(Some(moe))
 }
 

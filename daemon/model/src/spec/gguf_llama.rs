@@ -1,23 +1,37 @@
 //! What does a Llama GGUF say? Grouped-query attention, read as dense MLA without compression.
 
 use super::keys::{CONTEXT_MAX, DIM_MAX, Keys, LAYERS_MAX};
-use super::parse::{apply_factors, vocab_size};
+use super::parse::{apply_factors, unscaled, vocab_size};
 use super::yarn::Rope;
 use super::{Architecture, ModelSpec, RopeLayout};
 use crate::ModelError;
 use crate::weights::Weights;
 
+/// Keys that are read, or that change nothing here.
+const KNOWN: &[&str] = &[
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.type",
+    "vocab_size",
+];
+
 pub(super) fn parse(weights: &Weights, keys: &Keys<'_>) -> Result<ModelSpec, ModelError> {
-    for key in ["expert_count", "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping"] {
-        keys.absent(key)?;
-    }
+    keys.only(KNOWN)?;
     if !matches!(keys.str("rope.scaling.type")?, None | Some("none")) {
         // Stretched frequencies alone would be wrong: attention's factor is not applied on this path.
         return Err(ModelError::Unsupported { what: "rope scaling of a Llama file".to_owned(), hint: "" });
     }
-    if weights.has("blk.0.attn_q.bias") || weights.has("blk.0.attn_q_norm.weight") {
-        return Err(ModelError::Unsupported { what: "a bias or norm on queries".to_owned(), hint: "" });
-    }
+    unscaled(keys)?;
     let hidden_size = keys.count("embedding_length", DIM_MAX)?;
     let n_heads = keys.count("attention.head_count", DIM_MAX)?;
     let group_count = keys.optional("attention.head_count_kv", DIM_MAX)?.unwrap_or(n_heads);

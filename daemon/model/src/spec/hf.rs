@@ -24,6 +24,7 @@ struct Family {
     architecture: Architecture,
     rms_norm_eps: f64,
     dense_layers: u32,
+    shared_experts: u32,
     /// Expert groups and those kept.
     groups: (u32, u32),
     renormalise: bool,
@@ -37,6 +38,7 @@ const V3: Family = Family {
     architecture: Architecture::DeepSeek2,
     rms_norm_eps: 1e-6,
     dense_layers: 3,
+    shared_experts: 1,
     groups: (8, 4),
     renormalise: true,
     expert_scale: 2.5,
@@ -48,6 +50,7 @@ const FAMILIES: [Family; 5] = [
     Family {
         model_type: "deepseek_v2",
         dense_layers: 0,
+        shared_experts: 2,
         groups: (1, 1),
         renormalise: false,
         expert_scale: 1.0,
@@ -144,12 +147,12 @@ fn indexer(
         rope_layout: layout(keys.bool("indexer_rope_interleave")?.unwrap_or(glm)),
         rope_frequencies: rope.frequencies(rope_dim),
         k_norm_eps: K_NORM_EPS,
-        full: indexer_types(keys, n_layers)?,
+        full: indexer_types(keys, n_layers, family.architecture)?,
     })
 }
 
 /// Which layers select: a list, else a pattern, else a schedule; all, if nothing is said.
-fn indexer_types(keys: Object<'_>, n_layers: u32) -> Result<Vec<bool>, ModelError> {
+fn indexer_types(keys: Object<'_>, n_layers: u32, architecture: Architecture) -> Result<Vec<bool>, ModelError> {
     let (key, full) = match (keys.get("indexer_types"), keys.get("index_topk_pattern")) {
         (Some(_), _) => ("indexer_types", kinds(keys, "indexer_types")?),
         (None, Some(Value::String(pattern))) => {
@@ -168,6 +171,10 @@ fn indexer_types(keys: Object<'_>, n_layers: u32) -> Result<Vec<bool>, ModelErro
         }
     };
     check_full(&full, n_layers).map_err(|reason| keys.refuse(key, "a list", reason))?;
+    if architecture == Architecture::DeepSeek32 && full.contains(&false) {
+        let reason = "transformers lets no layer of deepseek_v32 share (D18): only glm_moe_dsa may";
+        return Err(keys.refuse(key, "a list", reason));
+    }
     Ok(full)
 }
 
@@ -222,7 +229,7 @@ fn moe(keys: Object<'_>, family: &Family, n_layers: u32) -> Result<Option<MoeSpe
         n_experts: keys.count(name, DIM_MAX)?,
         n_active: keys.count("num_experts_per_tok", DIM_MAX)?,
         feed_forward: keys.count("moe_intermediate_size", DIM_MAX)?,
-        n_shared: keys.optional("n_shared_experts", DIM_MAX)?.unwrap_or(0),
+        n_shared: keys.optional("n_shared_experts", DIM_MAX)?.unwrap_or(family.shared_experts),
         n_groups: groups,
         n_groups_kept: kept,
         score,
@@ -232,7 +239,10 @@ fn moe(keys: Object<'_>, family: &Family, n_layers: u32) -> Result<Option<MoeSpe
         scale: single(keys.float("routed_scaling_factor")?.unwrap_or(family.expert_scale)),
         layers,
     };
-    check_moe(&moe).map_err(|reason| keys.refuse("n_group", groups, reason))?;
+    check_moe(&moe).map_err(|(active, reason)| match active {
+        true => keys.refuse("num_experts_per_tok", moe.n_active, reason),
+        false => keys.refuse("n_group", groups, reason),
+    })?;
     Ok(Some(moe))
 }
 

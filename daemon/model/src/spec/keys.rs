@@ -31,9 +31,14 @@ impl Keys<'_> {
         Ok(Some(value))
     }
 
+    /// A number from 0 to `max` that must be there.
+    pub(super) fn required(&self, key: &str, max: u32) -> Result<u32, ModelError> {
+        self.optional(key, max)?.ok_or_else(|| self.missing(key))
+    }
+
     /// A number from 1 to `max` that must be there.
     pub(super) fn count(&self, key: &str, max: u32) -> Result<u32, ModelError> {
-        match self.optional(key, max)?.ok_or_else(|| self.missing(key))? {
+        match self.required(key, max)? {
             0 => Err(self.refuse(key, 0, "must be at least 1")),
             n => Ok(n),
         }

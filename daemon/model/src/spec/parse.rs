@@ -59,6 +59,17 @@ fn from_metadata(weights: &Weights, metadata: &Metadata) -> Result<ModelSpec, Mo
     }
 }
 
+/// Refuses a factor that nothing says how to use: where a file names no kind of scaling, llama.cpp stretches linearly.
+pub(super) fn unscaled(keys: &Keys<'_>) -> Result<(), ModelError> {
+    let key = "rope.scaling.factor";
+    // As in llama.cpp, 0 counts as absent.
+    let factor = keys.metadata.f32(&keys.name(key))?.filter(|factor| *factor != 0.0).unwrap_or(1.0);
+    if keys.str("rope.scaling.type")?.is_none() && factor.total_cmp(&1.0).is_ne() {
+        return Err(keys.refuse(key, factor, "without rope.scaling.type it stretches linearly, which is not served"));
+    }
+    Ok(())
+}
+
 /// Divides each pair's frequency by the file's factor, if it has some.
 pub(super) fn apply_factors(weights: &Weights, mut frequencies: Vec<f64>) -> Result<Vec<f64>, ModelError> {
     let n = u32::try_from(frequencies.len()).expect("a small dimension");

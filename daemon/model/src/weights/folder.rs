@@ -33,17 +33,30 @@ pub(super) struct Folder {
     tensors: HashMap<String, (usize, Entry)>,
     /// Rows and columns under one FP8 scale.
     block: [usize; 2],
+    /// Whether tensors that are made have no bytes.
+    pub(super) outline: bool,
 }
 
 impl Folder {
     pub(super) fn open(dir: &Path) -> Result<Self, ModelError> {
+        if !dir.join("config.json").exists() {
+            let reason = "is missing: a model folder has one, beside model.safetensors or an index of such files";
+            return Err(ModelError::Config {
+                file: dir.join("config.json").display().to_string(),
+                reason: reason.into(),
+            });
+        }
         let config = parse_json("config.json", &read(&dir.join("config.json"), CONFIG_BYTES_MAX)?)?;
         let block = fp8_block(&config)?;
-        let mut folder = Self { config, shards: Vec::new(), tensors: HashMap::new(), block };
+        let mut folder = Self { config, shards: Vec::new(), tensors: HashMap::new(), block, outline: false };
         let whole = "model.safetensors";
         if dir.join(whole).exists() {
             folder.add(dir, whole)?;
             return Ok(folder);
+        }
+        if !dir.join(Index::FILE).exists() {
+            let reason = format!("is missing, and so is {}", Index::FILE);
+            return Err(ModelError::Config { file: whole.to_owned(), reason });
         }
         let index = Index::open(dir)?;
         for shard in &index.files() {
@@ -92,6 +105,15 @@ impl Folder {
         self.tensors.values().map(listed).collect()
     }
 
+    /// All tensors by the folder's names, each with the GGUF tensor that it goes into. Scales go with their FP8 tensor.
+    pub(super) fn inventory(&self) -> impl Iterator<Item = (&str, Option<String>)> {
+        let is_fp8 = |name: &&str| self.tensors.get(*name).is_some_and(|(_, entry)| entry.dtype == Dtype::F8_E4M3);
+        self.tensors.keys().map(move |name| {
+            let scaled = name.strip_suffix(SCALE).filter(is_fp8);
+            (name.as_str(), names::ours(scaled.unwrap_or(name)))
+        })
+    }
+
     /// Dimensions of the tensor that a GGUF calls `name`, fastest first.
     pub(super) fn dims(&self, name: &str) -> Option<Vec<u64>> {
         let (_, entry) = self.tensors.get(&names::plain(name)?)?;
@@ -120,7 +142,7 @@ impl Folder {
             let reason = format!("there are more than the {count} experts of the configuration");
             return Err(ModelError::Tensor { name: format!("{before}{count}{after}"), reason });
         }
-        reshape::stack(name, parts).map(Some)
+        reshape::stack(name, parts, self.outline).map(Some)
     }
 
     /// The tensor that the folder calls `name`.
@@ -154,6 +176,10 @@ impl Folder {
             return Err(refuse(format!("needs scales of shape {wanted:?}, {scale_name} has {:?}", scales.1.shape)));
         }
         let scales = self.tensor(&scale_name)?.expect("it was found above").values(&scale_name)?;
+        if self.outline {
+            let format = fp8::decoded_format(&scales);
+            return Ok(Tensor { format, dims: vec![cols, rows], bytes: bytes::Bytes::new() });
+        }
         let small = |n: u64| usize::try_from(n).expect("its bytes are in memory");
         Ok(fp8::decode(bytes, &scales, small(rows), small(cols), self.block))
     }
@@ -236,13 +262,13 @@ fn is_plain_name(name: &str) -> bool {
     matches!((parts.next(), parts.next()), (Some(Component::Normal(part)), None) if part == name)
 }
 
-/// Reads a file of at most `limit` bytes.
 /// The file `name` of the folder, if it is there.
 pub(super) fn side_file(dir: &Path, name: &str, limit: usize) -> Result<Option<Vec<u8>>, ModelError> {
     let path = dir.join(name);
     if path.exists() { read(&path, limit).map(Some) } else { Ok(None) }
 }
 
+/// Reads a file of at most `limit` bytes.
 fn read(path: &Path, limit: usize) -> Result<Vec<u8>, ModelError> {
     let mut text = Vec::new();
     let file = File::open(path).map_err(|source| io(path, source))?;

@@ -21,15 +21,20 @@ fn e4m3(bits: u8) -> f32 {
     if bits & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// Decodes `bytes` `[rows, cols]`; `scales` is `[ceil(rows / block[0]), ceil(cols / block[1])]`, and the caller has
-/// checked both lengths.
-pub(super) fn decode(bytes: &[u8], scales: &[f32], rows: usize, cols: usize, block: [usize; 2]) -> Tensor {
-    let table: [f32; 256] = std::array::from_fn(|bits| e4m3(u8::try_from(bits).expect("256 of them")));
+/// The format that numbers with these scales are decoded to.
+pub(super) fn decoded_format(scales: &[f32]) -> Format {
     let exact = |scale: &f32| {
         let bits = scale.to_bits();
         bits & 0x7f_ffff == 0 && EXPONENTS.contains(&(bits >> 23 & 0xff))
     };
-    let format = if scales.iter().all(exact) { Format::BF16 } else { Format::F32 };
+    if scales.iter().all(exact) { Format::BF16 } else { Format::F32 }
+}
+
+/// Decodes `bytes` `[rows, cols]`; `scales` is `[ceil(rows / block[0]), ceil(cols / block[1])]`, and the caller has
+/// checked both lengths.
+pub(super) fn decode(bytes: &[u8], scales: &[f32], rows: usize, cols: usize, block: [usize; 2]) -> Tensor {
+    let table: [f32; 256] = std::array::from_fn(|bits| e4m3(u8::try_from(bits).expect("256 of them")));
+    let format = decoded_format(scales);
     let per_row = cols.div_ceil(block[1]).max(1);
     let mut out = Vec::with_capacity(bytes.len() * format.block_bytes());
     for (row, values) in bytes.chunks_exact(cols.max(1)).enumerate() {

@@ -59,6 +59,40 @@ pub(super) fn experts(name: &str) -> Option<(String, String)> {
     Some((format!("model.layers.{layer}.mlp.experts."), format!(".{theirs}.{kind}")))
 }
 
+/// The layer that a tensor belongs to by its name, in a GGUF or in a folder.
+pub(crate) fn layer_of(name: &str) -> Option<u32> {
+    let rest = name.strip_prefix("blk.").or_else(|| name.strip_prefix("model.layers."))?;
+    rest.split_once('.')?.0.parse().ok()
+}
+
+/// The number of the expert that a folder's tensor belongs to, as [`experts`] writes it, and what follows it.
+pub(crate) fn expert_of(name: &str) -> Option<(u32, &str)> {
+    let (_, rest) = name.split_once("mlp.experts.")?;
+    let (number, rest) = rest.split_once('.')?;
+    let expert: u32 = number.parse().ok()?;
+    (expert.to_string() == number).then_some((expert, rest))
+}
+
+/// The GGUF tensor that the tensor `name` of a folder is, or is one expert of.
+pub(super) fn ours(name: &str) -> Option<String> {
+    for ours in ["token_embd.weight", "output_norm.weight", "output.weight"] {
+        if plain(ours).as_deref() == Some(name) {
+            return Some(ours.to_owned());
+        }
+    }
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once('.')?;
+    if rest == "mlp.gate.e_score_correction_bias" {
+        return Some(format!("blk.{layer}.exp_probs_b.bias"));
+    }
+    let (part, kind) = rest.rsplit_once('.')?;
+    if let Some((_, projection)) = expert_of(part) {
+        let (ours, _) = EXPERTS.iter().find(|(_, theirs)| *theirs == projection)?;
+        return Some(format!("blk.{layer}.{ours}.{kind}"));
+    }
+    let (ours, _) = PARTS.iter().find(|(_, theirs)| *theirs == part)?;
+    Some(format!("blk.{layer}.{ours}.{kind}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,5 +110,28 @@ mod tests {
         let wanted = ("model.layers.7.mlp.experts.".to_owned(), ".down_proj.weight".to_owned());
         assert_eq!(experts("blk.7.ffn_down_exps.weight"), Some(wanted));
         assert_eq!(experts("blk.7.ffn_down.weight"), None);
+    }
+
+    #[test]
+    fn names_translate_back() {
+        let tops = ["token_embd.weight", "output_norm.weight", "output.weight", "blk.5.exp_probs_b.bias"];
+        let parts = PARTS.iter().map(|(part, _)| format!("blk.12.{part}.weight"));
+        for name in tops.map(str::to_owned).into_iter().chain(parts) {
+            assert_eq!(ours(&plain(&name).unwrap()), Some(name));
+        }
+        let expert = "model.layers.7.mlp.experts.12.up_proj.weight";
+        assert_eq!(ours(expert).as_deref(), Some("blk.7.ffn_up_exps.weight"));
+        assert_eq!(expert_of(expert), Some((12, "up_proj.weight")));
+        for strange in [
+            "model.layers.7.mlp.experts.x.up_proj.weight",
+            "model.layers.7.mlp.experts.01.up_proj.weight",
+            "model.layers.1.self_attn.sinks",
+            "x.bias",
+            "",
+        ] {
+            assert_eq!(ours(strange), None, "{strange}");
+        }
+        assert_eq!((layer_of("blk.3.x"), layer_of("model.layers.61.x.y")), (Some(3), Some(61)));
+        assert_eq!((layer_of("model.norm.weight"), layer_of("blk.x.y")), (None, None));
     }
 }

@@ -7,9 +7,9 @@ use std::fmt::Write;
 /// The whole result as text.
 pub(super) fn table(result: &Value) -> String {
     let mut text = format!(
-        "{}: {} MB, activations {}; {} tokens of text in {} documents\n",
+        "{}: {}, activations {}; {} tokens of text in {} documents\n",
         result["model"].as_str().unwrap_or_default(),
-        result["file_bytes"].as_u64().unwrap_or(0) / 1_000_000,
+        indicatif::HumanBytes(result["file_bytes"].as_u64().unwrap_or(0)),
         result["activations"].as_str().unwrap_or_default(),
         result["texts"]["tokens"],
         result["texts"]["documents"],

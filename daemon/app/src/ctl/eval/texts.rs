@@ -105,11 +105,16 @@ fn collect(path: &Path, depth: usize, files: &mut Vec<PathBuf>) -> anyhow::Resul
     Ok(())
 }
 
-/// The file's text; what is not UTF-8 becomes U+FFFD.
-fn read_text(path: &Path) -> std::io::Result<String> {
+/// The file's text, from its start; a character that the limit cuts through is left out.
+fn read_text(path: &Path) -> anyhow::Result<String> {
     let mut bytes = Vec::new();
     std::fs::File::open(path)?.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    if let Err(error) = std::str::from_utf8(&bytes) {
+        let cut = error.error_len().is_none() && bytes.len() as u64 == FILE_BYTES_MAX;
+        ensure!(cut, "is not UTF-8 from byte {} on", error.valid_up_to());
+        bytes.truncate(error.valid_up_to());
+    }
+    Ok(String::from_utf8(bytes)?)
 }
 
 #[cfg(test)]
@@ -129,6 +134,19 @@ mod tests {
         collect(&dir.path().join("f"), 0, &mut files).unwrap();
         let names: Vec<_> = files.iter().map(|file| file.strip_prefix(dir.path()).unwrap().to_str().unwrap()).collect();
         assert_eq!(names, ["a.txt", "b/d.rst", "c.md", "f"]);
+    }
+
+    #[test]
+    fn text_that_is_not_utf_8_is_refused_but_not_for_a_cut_at_the_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.txt");
+        std::fs::write(&path, b"ab\xffc").unwrap();
+        assert!(read_text(&path).unwrap_err().to_string().contains("from byte 2"));
+        let long = format!("a{}", "\u{e9}".repeat(usize::try_from(FILE_BYTES_MAX / 2).unwrap()));
+        std::fs::write(&path, &long).unwrap();
+        assert_eq!(read_text(&path).unwrap().len() as u64, FILE_BYTES_MAX - 1);
+        std::fs::write(&path, b"ab\xc3").unwrap();
+        assert!(read_text(&path).is_err(), "the file itself ends in the middle");
     }
 
     #[test]

@@ -1,14 +1,13 @@
-//! Which keys may a configuration have? Those that are read, those that change nothing, and no other that sounds like
-//! mathematics.
+//! Which keys may a configuration have? Those that are read, and those that change nothing; any other is refused.
 //!
-//! Configurations carry all sorts of bookkeeping, so a key is refused by what it sounds like: one that is not listed
-//! here, is not switched off (null, false, 0, empty) or private (`_...`), and contains a word such as `attn`, `rope`
-//! or `expert`.
+//! The lists are of what transformers 5.24 writes for the served model types, what 4.x wrote for every model, and what
+//! the published configurations have besides. A key that is in neither is refused whatever its value, but for null,
+//! which is how Python says that it is absent.
 
 use super::super::Architecture;
 use super::super::json::Object;
+use super::super::keys::DIM_MAX;
 use crate::ModelError;
-use serde_json::Value;
 
 /// Keys that are read.
 const READ: &[&str] = &[
@@ -60,88 +59,117 @@ const READ: &[&str] = &[
     "vocab_size",
 ];
 
-/// Keys that sound like mathematics and are none: of training, of other engines, or implied by those that are read.
+/// Keys that change no logits: of training, of storage, of other engines' implementation, of layers that are not run.
 const INERT: &[&str] = &[
-    "add_cross_attention",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_experts_implementation",
+    "_name_or_path",
+    "_pre_quantization_dtype",
     "attention_dropout",
     "attn_implementation",
     "aux_loss_alpha",
-    "cross_attention_hidden_size",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
     "ep_size",
     "experts_implementation",
-    "head_dim",
+    "id2label",
     "index_share_for_mtp_iteration",
+    "initializer_range",
+    "label2id",
     "moe_router_dtype",
-    "num_key_value_heads",
     "num_mtp_layers",
     "num_nextn_predict_layers",
     "output_attentions",
+    "output_hidden_states",
     "output_router_logits",
-    "qk_head_dim",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "return_dict",
     "router_aux_loss_coef",
     "scale_fmt",
-    "top_k",
+    "seq_aux",
+    "torch_dtype",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
 ];
 
-/// What a key sounds like that may change what is computed.
-const SOUNDS: &[&str] = &[
-    "activation",
-    "attention",
-    "attn",
-    "bias",
-    "compress",
-    "conv",
-    "expert",
-    "gate",
-    "gating",
-    "hash",
-    "hc_",
-    "head",
-    "index",
-    "kda",
-    "kpool",
-    "layer",
-    "linear",
-    "logit",
-    "lora",
-    "mlp",
-    "moe",
-    "multiplier",
-    "norm",
-    "original_max",
-    "residual",
-    "rope",
-    "rotary",
-    "router",
-    "scal",
-    "sink",
-    "sliding",
-    "softcap",
-    "sparse",
-    "swiglu",
-    "temperature_",
+/// Defaults of generation and tasks that transformers 4.x wrote into every configuration; a request says its own.
+const GENERATION: &[&str] = &[
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "is_decoder",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "prefix",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tokenizer_class",
     "top_k",
-    "topk",
-    "window",
+    "top_p",
+    "torchscript",
+    "typical_p",
+    "use_bfloat16",
+];
+
+/// Keys that say again what others say, or that something is not so: [`check_repeated`] looks at them.
+const REPEATED: &[&str] = &[
+    "add_cross_attention",
+    "architectures",
+    "auto_map",
+    "cross_attention_hidden_size",
+    "head_dim",
+    "is_encoder_decoder",
+    "model_type",
+    "num_key_value_heads",
+    "pruned_heads",
+    "qk_head_dim",
+    "tie_encoder_decoder",
+];
+
+/// Classes that compute what is served here.
+const CLASSES: [&str; 5] = [
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "DeepseekV32ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "GlmMoeDsaForCausalLM",
 ];
 
 /// Refuses what is not served, by its key.
 pub(super) fn check(keys: Object<'_>, architecture: Architecture) -> Result<(), ModelError> {
-    let listed = |key: &str| READ.contains(&key) || INERT.contains(&key);
-    let off = |value: &Value| match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Number(number) => number.as_f64() == Some(0.0),
-        Value::String(text) => text.is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        Value::Bool(true) => false,
-    };
-    let strange = |(key, value): &(&String, &Value)| {
-        !listed(key) && !key.starts_with('_') && !off(value) && SOUNDS.iter().any(|sound| key.contains(sound))
-    };
-    if let Some((key, _)) = keys.map.iter().find(strange) {
+    let known = |key: &str| [READ, INERT, GENERATION, REPEATED].iter().any(|list| list.contains(&key));
+    if let Some(key) = keys.map.keys().find(|key| !known(key) && keys.get(key).is_some()) {
         return Err(keys.unknown(key));
     }
+    check_repeated(keys)?;
     if architecture == Architecture::DeepSeek2
         && let Some(key) = keys.map.keys().find(|key| key.starts_with("index") && keys.get(key).is_some())
     {
@@ -169,6 +197,41 @@ pub(super) fn check(keys: Object<'_>, architecture: Architecture) -> Result<(), 
     };
     if let Some(other) = keys.strings("layer_types")?.unwrap_or_default().iter().find(|kind| !attention(kind)) {
         return Err(keys.refuse("layer_types", other, "is not served with this model type"));
+    }
+    Ok(())
+}
+
+/// Refuses what contradicts the keys that are read.
+fn check_repeated(keys: Object<'_>) -> Result<(), ModelError> {
+    let number = |key: &str| Ok::<_, ModelError>(keys.optional(key, DIM_MAX)?.unwrap_or(0));
+    let (heads, rope) = (number("num_attention_heads")?, number("qk_rope_head_dim")?);
+    let query = number("qk_nope_head_dim")?.saturating_add(rope);
+    // transformers means the rotated part by head_dim, other engines the whole.
+    for (key, wanted) in
+        [("num_key_value_heads", &[heads][..]), ("qk_head_dim", &[query][..]), ("head_dim", &[rope, query][..])]
+    {
+        if let Some(n) = keys.optional(key, u32::MAX)?.filter(|n| !wanted.contains(n)) {
+            return Err(keys.refuse(key, n, format!("the other keys make it {}", wanted[0])));
+        }
+    }
+    for key in ["add_cross_attention", "is_encoder_decoder", "tie_encoder_decoder"] {
+        if keys.bool(key)? == Some(true) {
+            return Err(keys.refuse(key, true, "only decoders are served"));
+        }
+    }
+    if let Some(n) = keys.get("cross_attention_hidden_size") {
+        return Err(keys.refuse("cross_attention_hidden_size", n, "only decoders are served"));
+    }
+    if keys.object("pruned_heads", "pruned_heads.")?.is_some_and(|heads| !heads.map.is_empty()) {
+        return Err(keys.refuse("pruned_heads", "not empty", "all heads are served"));
+    }
+    let classes = keys.strings("architectures")?.unwrap_or_default();
+    if let Some(other) = classes.iter().find(|class| !CLASSES.contains(class)) {
+        return Err(keys.refuse("architectures", other, format!("served are {}", CLASSES.join(", "))));
+    }
+    // Published DeepSeek models bring the code of a class that is known; any other code may compute anything.
+    if classes.is_empty() && keys.get("auto_map").is_some() {
+        return Err(keys.refuse("auto_map", "set", "without 'architectures' it is not known what its code computes"));
     }
     Ok(())
 }

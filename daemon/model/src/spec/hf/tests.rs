@@ -81,6 +81,11 @@ fn sharing_is_read_in_every_encoding() {
     assert_eq!(full(&[("index_topk_freq", json!(4)), ("index_skip_topk_offset", json!(2))]), wanted);
     assert_eq!(full(&[("index_topk_freq", json!(4))]), wanted, "D11: the offset is 2");
     assert_eq!(full(&[]), [true; 4]);
+    for (key, value) in [("index_topk_pattern", json!("FFSS")), ("index_topk_freq", json!(4))] {
+        let said = refused("deepseek_v32", key, value);
+        assert!(said.contains(key) && said.contains("D18"), "{said}");
+    }
+    with("deepseek_v32", &[("index_topk_pattern", json!("FFFF"))]).expect("no layer shares");
     assert!(refused("glm_moe_dsa", "index_topk_pattern", json!("SFFF")).contains("first layer"));
     assert!(refused("glm_moe_dsa", "index_topk_pattern", json!("FF")).contains("2 entries for 4"));
 }
@@ -97,7 +102,24 @@ fn routers_follow_their_method() {
     assert_eq!((limited.n_groups, limited.group_score), (4, super::super::GroupScore::Best));
     assert!(refused("deepseek_v3", "topk_method", json!("greedy")).contains("topk_method"));
     assert!(refused("deepseek_v3", "n_group", json!(3)).contains("n_group"));
-    assert!(refused("deepseek_v3", "num_experts_per_tok", json!(9)).contains("8 can be reached"));
+    let said = refused("deepseek_v3", "num_experts_per_tok", json!(9));
+    assert!(said.contains("'num_experts_per_tok' is 9") && said.contains("8 can be reached"), "{said}");
+}
+
+#[test]
+fn shared_experts_that_are_not_counted_are_as_many_as_the_family_has() {
+    let shared = |model_type, value: Value| {
+        with(model_type, &[("n_shared_experts", value), ("norm_topk_prob", json!(false))])
+            .unwrap()
+            .moe
+            .unwrap()
+            .n_shared
+    };
+    for (model_type, default) in [("deepseek_v2", 2), ("deepseek_v3", 1), ("deepseek_v32", 1), ("glm_moe_dsa", 1)] {
+        assert_eq!(shared(model_type, Value::Null), default, "{model_type}");
+        assert_eq!(shared(model_type, json!(0)), 0, "{model_type}");
+    }
+    assert_eq!(shared("glm4_moe_lite", Value::Null), 1);
 }
 
 #[test]
@@ -141,11 +163,48 @@ fn what_would_change_the_mathematics_is_refused_by_name() {
     assert!(refused(v32, "rope_scaling", json!({"type": "yarn", "wobble": 2})).contains("rope_scaling.wobble"));
     assert!(refused("deepseek_v3", "index_topk", json!(16)).contains("index_topk"));
     assert!(refused("deepseek_v4", "x", json!(1)).contains("deepseek_v4"));
-    let off = [("sliding_window", Value::Null), ("attention_sinks", json!(false)), ("router_jitter_noise", json!(0.0))];
-    with(v32, &off).expect("switched off");
-    let bookkeeping =
-        [("initializer_factor", json!(2)), ("_attn_implementation", json!("eager")), ("top_k", json!(50))];
+    with(v32, &[("sliding_window", Value::Null)]).expect("null is absent");
+    let bookkeeping = [
+        ("initializer_range", json!(2)),
+        ("_attn_implementation", json!("eager")),
+        ("top_k", json!(50)),
+        ("pruned_heads", json!({})),
+        ("is_encoder_decoder", json!(false)),
+    ];
     with(v32, &bookkeeping).expect("no mathematics");
+}
+
+#[test]
+fn a_key_that_is_not_known_is_refused_whatever_it_says() {
+    for key in ["clip_qkv", "alibi", "use_qk_clip", "text_config", "_secret", "initializer_factor", "mscale"] {
+        for value in [json!(false), json!(0), json!(""), json!([]), json!({}), json!(true), json!(8.5)] {
+            let said = refused("deepseek_v32", key, value);
+            assert!(said.contains(&format!("'{key}' in config.json is not supported")), "{said}");
+        }
+    }
+}
+
+#[test]
+fn keys_that_repeat_others_must_agree_with_them() {
+    let v3 = "deepseek_v3";
+    for (key, good, bad) in [
+        ("num_key_value_heads", json!(4), json!(1)),
+        ("qk_head_dim", json!(64), json!(1000)),
+        ("head_dim", json!(32), json!(48)),
+        ("head_dim", json!(64), json!(0)),
+        ("is_encoder_decoder", json!(false), json!(true)),
+        ("add_cross_attention", json!(false), json!(true)),
+        ("pruned_heads", json!({}), json!({"0": [1]})),
+        ("cross_attention_hidden_size", Value::Null, json!(8)),
+        ("architectures", json!(["DeepseekV3ForCausalLM"]), json!(["FooForCausalLM"])),
+    ] {
+        with(v3, &[(key, good)]).expect(key);
+        let said = refused(v3, key, bad);
+        assert!(said.contains(&format!("'{key}'")), "{said}");
+    }
+    let code = ("auto_map", json!({"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"}));
+    with(v3, &[code.clone(), ("architectures", json!(["DeepseekV3ForCausalLM"]))]).expect("as it was published");
+    assert!(refused(v3, code.0, code.1).contains("auto_map"));
 }
 
 #[test]
