@@ -14,12 +14,13 @@ const CONTEXT_MAX: u32 = 1 << 24;
 /// Show what is in a model file and what it takes to serve it.
 ///
 /// Works on files that are not served, as far as they can be read; then every reason is told last, and the exit code is
-/// 1. Headers and metadata are read, weights are not (of FP8 ones the scales are). All tensors are looked for.
+/// 1. Headers and metadata are read, and the scales of FP8 weights; other weights are not. Every tensor is looked for.
 ///
-/// Memory: weights are those that serving reads: mapped from the file, or made of what it holds (FP8 decoded to BF16 or
-/// F32, experts stacked, an unsplit kv_b split). COPY is what a plugin may hold besides, in its own layout, at most: the
-/// CPU plugin copies matrices of Q4_0, Q4_1 and Q8_0. The total counts both. KV is whole blocks for one sequence of --context tokens. Workspace is an estimate by a formula from the
-/// model's widths, for the daemon's default limits of a step; no plugin was asked.
+/// Memory: weights are those that serving reads: mapped from the file, or made of what it holds (FP8 decoded to BF16
+/// or F32, experts stacked, an unsplit kv_b split). COPY is what a plugin may hold besides, in its own layout, at most:
+/// the CPU plugin copies matrices of Q4_0, Q4_1 and Q8_0. The total counts both. KV is whole blocks for one sequence
+/// of --context tokens. Workspace is an estimate by a formula from the model's widths, for the daemon's default limits
+/// of a step; no plugin was asked.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Inspect {
