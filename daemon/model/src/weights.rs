@@ -146,7 +146,7 @@ impl Weights {
         }
     }
 
-    /// All tensors by the source's name, each with the name of the GGUF tensor that it is, or goes into, if there is one.
+    /// All tensors by the source's name, each with that of the GGUF tensor that it is or goes into, if there is one.
     pub(crate) fn inventory(&self) -> Vec<(&str, Option<Cow<'_, str>>)> {
         match &self.source {
             Source::Gguf(files) => files.names().map(|name| (name, Some(Cow::Borrowed(name)))).collect(),
