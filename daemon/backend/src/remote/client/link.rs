@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// How long the kernel may take to end a killed process.
 const KILL_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a process that has closed its connection may take to end: its files are closed a moment before.
+const DYING: Duration = Duration::from_millis(500);
 /// How long the host may take to free an object. Drops must not hold the daemon up.
 const DROP_TIMEOUT: Duration = Duration::from_secs(10);
 /// What a service manager has given the daemon and not its children.
@@ -101,7 +103,7 @@ impl Link {
             Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
                 return Err(PluginError::new(E_INVALID, error.to_string()));
             }
-            Err(error) => return Err(self.lose(&format!("does not listen: {error}"))),
+            Err(error) => return Err(self.lose_closed(&format!("does not listen: {error}"))),
             Ok(()) => {}
         }
         if !self.wait(socket.as_fd(), limit) {
@@ -113,7 +115,7 @@ impl Link {
             }
             Ok(Some((Reply::Failed { .. }, _))) => Err(self.nonsense()),
             Ok(Some((reply, _))) => Ok(reply),
-            Ok(None) => Err(self.lose("closed its connection")),
+            Ok(None) => Err(self.lose_closed("closed its connection")),
             Err(error) => Err(self.lose(&format!("answers nonsense: {error}"))),
         }
     }
@@ -144,8 +146,17 @@ impl Link {
 
     /// Kills the host, if it lives, and says why it is lost from now on.
     pub(super) fn lose(&self, symptom: &str) -> PluginError {
+        self.lose_within(symptom, Duration::ZERO)
+    }
+
+    /// As [`Self::lose`], for a connection that is closed: the sign of a process that is ending, whose end says more.
+    fn lose_closed(&self, symptom: &str) -> PluginError {
+        self.lose_within(symptom, DYING)
+    }
+
+    fn lose_within(&self, symptom: &str, dying: Duration) -> PluginError {
         let reason = self.lost.get_or_init(|| {
-            let (died, _) = if self.has_ended() { self.keeper.report(KILL_PATIENCE) } else { (None, Vec::new()) };
+            let (died, _) = if self.has_ended(dying) { self.keeper.report(KILL_PATIENCE) } else { (None, Vec::new()) };
             let what = died.unwrap_or_else(|| symptom.to_owned());
             self.keeper.kill();
             let (_, tail) = self.keeper.report(KILL_PATIENCE);
@@ -157,8 +168,8 @@ impl Link {
         PluginError::new(E_DEVICE_LOST, reason.clone())
     }
 
-    fn has_ended(&self) -> bool {
-        self.wait_for(&mut [PollFd::from_borrowed_fd(self.pidfd(), PollFlags::IN)], Duration::ZERO)
+    fn has_ended(&self, limit: Duration) -> bool {
+        self.wait_for(&mut [PollFd::from_borrowed_fd(self.pidfd(), PollFlags::IN)], limit)
     }
 
     /// Waits until the socket can be read or the host has ended, at most for `limit`.
