@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use serde_json::{Value, json};
-use sparsed_tests::daemon::{Daemon, read_answer};
+use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens, three_streams};
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -38,27 +38,13 @@ fn faulty_with(model: &Path, environment: &[(&str, &Path)], sets: &[&str]) -> Da
 
 /// Three requests; the last one is drawn with a seed.
 fn requests() -> Vec<Value> {
-    let request = |first: u32, temperature: f64| {
-        json!({
-            "prompt": (0..30).map(|i| (first + 7 * i) % 131).collect::<Vec<u32>>(),
-            "max_tokens": 80, "ignore_eos": true, "stream": true, "temperature": temperature, "seed": 11,
-        })
-    };
-    vec![request(1, 0.0), request(2, 0.0), request(3, 0.9)]
+    three_streams(80)
 }
 
 /// The tokens of each answer; all stream at a time.
 fn streamed(daemon: &Daemon) -> Vec<Vec<u64>> {
     let streams: Vec<_> = requests().iter().map(|request| daemon.open("/v1/completions", request)).collect();
-    streams.into_iter().map(|stream| tokens(&read_answer(stream).unwrap().body)).collect()
-}
-
-fn tokens(body: &str) -> Vec<u64> {
-    assert!(body.ends_with("data: [DONE]\n\n"), "the stream does not end in order: {body}");
-    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|event| *event != "[DONE]");
-    let events = events.map(|event| serde_json::from_str::<Value>(event).unwrap());
-    let tokens = events.flat_map(|event| event["choices"][0]["tokens"].as_array().cloned().unwrap_or_default());
-    tokens.map(|token| token.as_u64().unwrap()).collect()
+    streams.into_iter().map(|stream| streamed_tokens(&read_answer(stream).unwrap().body)).collect()
 }
 
 fn undisturbed() -> Vec<Vec<u64>> {

@@ -2,8 +2,7 @@
 //! `LONG=1` does it 200 times with the default model instead of 40 times with a tiny one.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
-use serde_json::{Value, json};
-use sparsed_tests::daemon::{Daemon, read_answer};
+use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens, three_streams};
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
@@ -91,29 +90,11 @@ fn corrupt(pid: u32) -> std::io::Result<()> {
     Ok(())
 }
 
-fn requests(plan: &Plan) -> Vec<Value> {
-    let request = |first: u32, temperature: f64| {
-        json!({
-            "prompt": (0..30).map(|i| (first + 7 * i) % 131).collect::<Vec<u32>>(), "return_tokens": true,
-            "max_tokens": plan.tokens, "ignore_eos": true, "stream": true, "temperature": temperature, "seed": 11,
-        })
-    };
-    vec![request(1, 0.0), request(2, 0.0), request(3, 0.9)]
-}
-
 type Streams = Vec<std::thread::JoinHandle<Vec<u64>>>;
 
 fn begin(daemon: &Daemon, plan: &Plan) -> Streams {
-    let streams = requests(plan).into_iter().map(|request| daemon.open("/v1/completions", &request));
-    streams.map(|stream| std::thread::spawn(move || tokens(&read_answer(stream).unwrap().body))).collect()
-}
-
-fn tokens(body: &str) -> Vec<u64> {
-    assert!(body.ends_with("data: [DONE]\n\n"), "the stream does not end in order: ...{}", &body[body.len() - 300..]);
-    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|event| *event != "[DONE]");
-    let events = events.map(|event| serde_json::from_str::<Value>(event).unwrap());
-    let tokens = events.flat_map(|event| event["choices"][0]["tokens"].as_array().cloned().unwrap_or_default());
-    tokens.map(|token| token.as_u64().unwrap()).collect()
+    let streams = three_streams(plan.tokens).into_iter().map(|request| daemon.open("/v1/completions", &request));
+    streams.map(|stream| std::thread::spawn(move || streamed_tokens(&read_answer(stream).unwrap().body))).collect()
 }
 
 fn sampled(daemon: &Daemon) -> u64 {

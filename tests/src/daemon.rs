@@ -1,6 +1,6 @@
 //! A real daemon on a socket of its own, and the least HTTP client that can look at it.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read, Write};
@@ -209,6 +209,29 @@ impl Drop for Daemon {
         let _ended = self.child.kill().is_err();
         let _reaped = self.child.wait().is_err();
     }
+}
+
+/// Three streamed completions of token ids, `max_tokens` each; the last one is drawn with a seed.
+pub fn three_streams(max_tokens: u32) -> Vec<Value> {
+    let request = |first: u32, temperature: f64| {
+        json!({
+            "prompt": (0..30).map(|i| (first + 7 * i) % 131).collect::<Vec<u32>>(), "return_tokens": true,
+            "max_tokens": max_tokens, "ignore_eos": true, "stream": true, "temperature": temperature, "seed": 11,
+        })
+    };
+    vec![request(1, 0.0), request(2, 0.0), request(3, 0.9)]
+}
+
+/// The tokens of a streamed completion.
+///
+/// # Panics
+/// When the stream does not end in order, or has something else in it.
+pub fn streamed_tokens(body: &str) -> Vec<u64> {
+    assert!(body.ends_with("data: [DONE]\n\n"), "the stream does not end in order: {body}");
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|event| *event != "[DONE]");
+    let events = events.map(|event| serde_json::from_str::<Value>(event).expect("an event is JSON"));
+    let tokens = events.flat_map(|event| event["choices"][0]["tokens"].as_array().cloned().unwrap_or_default());
+    tokens.map(|token| token.as_u64().expect("a token is a number")).collect()
 }
 
 /// Reads an answer to the end of the connection.

@@ -51,14 +51,16 @@ pub fn open(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError>
 impl PluginDevice {
     /// The configured one.
     pub fn configured(config: &Config) -> Self {
-        let (plugins_dir, engine) = (config.plugins.dir.clone(), config.engine.clone());
-        Self { plugins_dir, engine, quarantine: quarantine(config), plugin: None, sha256: None, opened: None }
+        Self::new(config.plugins.dir.clone(), config.engine.clone(), quarantine(config))
     }
 
     /// The CPU in its place. Settings are for the configured plugin, so they are left out.
     fn cpu(&self) -> Self {
         let engine = Engine { plugin: CPU.to_owned(), threads: self.engine.threads, ..Engine::default() };
-        let (plugins_dir, quarantine) = (self.plugins_dir.clone(), self.quarantine.clone());
+        Self::new(self.plugins_dir.clone(), engine, self.quarantine.clone())
+    }
+
+    fn new(plugins_dir: Option<PathBuf>, engine: Engine, quarantine: QuarantineStore) -> Self {
         Self { plugins_dir, engine, quarantine, plugin: None, sha256: None, opened: None }
     }
 

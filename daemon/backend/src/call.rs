@@ -2,6 +2,7 @@
 
 use crate::BackendError;
 use sparsed_abi::{OK, SpdError, SpdStatus};
+use sparsed_plugin_kit::struct_size;
 use std::ffi::c_char;
 
 /// Runs `call` with a fresh error to fill.
@@ -21,24 +22,8 @@ pub(crate) fn checked(name: &'static str, call: impl FnOnce(*mut SpdError) -> Sp
     Err(BackendError::Call { call: name, status, message, op_index })
 }
 
-/// The size a struct of the border says it has.
-pub(crate) fn struct_size<T>() -> u32 {
-    u32::try_from(size_of::<T>()).expect("structs of the border are small")
-}
-
 /// A fixed-size, NUL-terminated field as text; what is not UTF-8 is replaced.
 pub(crate) fn text(field: &[c_char]) -> String {
     let bytes: Vec<u8> = field.iter().take_while(|&&c| c != 0).map(|&c| c.cast_unsigned()).collect();
     String::from_utf8_lossy(&bytes).into_owned()
-}
-
-/// Writes text into a fixed-size field, cut at a character border so that it stays NUL-terminated UTF-8.
-pub(crate) fn put_text(field: &mut [c_char], text: &str) {
-    let mut end = text.len().min(field.len() - 1);
-    while !text.is_char_boundary(end) {
-        end -= 1;
-    }
-    for (to, from) in field.iter_mut().zip(text.as_bytes()[..end].iter().chain([&0])) {
-        *to = from.cast_signed();
-    }
 }

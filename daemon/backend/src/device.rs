@@ -1,12 +1,13 @@
 //! Which device is it, and what does it have?
 
-use crate::call::{checked, struct_size, text};
+use crate::call::{checked, text};
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
     Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, SpdApi, SpdBucket,
     SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
 };
+use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 

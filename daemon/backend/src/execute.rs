@@ -1,10 +1,11 @@
 //! How does a step run? Plans and queues; every call returns when its work is done.
 
 use crate::BackendError;
-use crate::call::{checked, struct_size};
+use crate::call::checked;
 use crate::device::Device;
 use crate::memory::{KvPool, Weight};
 use sparsed_abi::{Blob, E_TIMEOUT, SpdBucket, SpdCompile, SpdKvOp, SpdPlan, SpdPlanInfo, SpdQueue, SpdRun, SpdStep};
+use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;

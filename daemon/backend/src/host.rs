@@ -5,10 +5,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr;
 
-const VERSION: &CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
-    Ok(version) => version,
-    Err(_) => panic!("the version has no NUL inside"),
-};
+const VERSION: &CStr = sparsed_plugin_kit::cargo_version!();
 
 /// The table handed to a plugin and what stands behind it. Boxed, so that both addresses stay.
 #[derive(Debug)]

@@ -1,10 +1,11 @@
 //! What lives on a device? Weights and KV pools, each keeping the device alive.
 
 use crate::BackendError;
-use crate::call::{checked, put_text, struct_size};
+use crate::call::checked;
 use crate::device::Device;
 use bytes::Bytes;
 use sparsed_abi::{SpdKvDesc, SpdKvInfo, SpdKvPool, SpdRow, SpdSource, SpdWeight, SpdWeightDesc, W_HOST_IN_PLACE};
+use sparsed_plugin_kit::{put_text, struct_size};
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::ptr::{self, NonNull};

@@ -47,11 +47,7 @@ pub(crate) struct CpuDevice {
 
 impl Plugin for CpuPlugin {
     const ID: &'static CStr = c"cpu";
-    const VERSION: &'static CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes())
-    {
-        Ok(version) => version,
-        Err(_) => panic!("the version has no NUL inside"),
-    };
+    const VERSION: &'static CStr = sparsed_plugin_kit::cargo_version!();
     type Device = CpuDevice;
 
     fn create(host: Host) -> Result<Self> {

@@ -96,11 +96,7 @@ fn text(
 
 impl Plugin for CudaPlugin {
     const ID: &'static CStr = c"cuda";
-    const VERSION: &'static CStr = match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes())
-    {
-        Ok(version) => version,
-        Err(_) => panic!("the version has no NUL inside"),
-    };
+    const VERSION: &'static CStr = sparsed_plugin_kit::cargo_version!();
     type Device = CudaDevice;
 
     fn create(host: Host) -> Result<Self> {

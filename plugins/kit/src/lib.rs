@@ -153,6 +153,17 @@ pub struct PlanSizes {
     pub output: u64,
 }
 
+/// The version of the crate that says so, as a C string.
+#[macro_export]
+macro_rules! cargo_version {
+    () => {
+        match ::core::ffi::CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+            Ok(version) => version,
+            Err(_) => panic!("the version has no NUL inside"),
+        }
+    };
+}
+
 /// Exports `$plugin` (a type that implements [`Plugin`]) as this library's plugin.
 #[macro_export]
 macro_rules! export_plugin {

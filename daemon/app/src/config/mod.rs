@@ -13,7 +13,7 @@ pub use size::Bytes;
 pub use source::Source;
 
 use serde::{Deserialize, Serialize};
-use sparsed_backend::{QuarantinePolicy, STRIKES_MAX};
+use sparsed_backend::{HostOptions, QuarantinePolicy, STRIKES_MAX};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
@@ -26,8 +26,6 @@ const YEAR_MS: u64 = 365 * 86_400_000;
 
 /// Most pauses between attempts to open a device.
 const PAUSES_MAX: usize = 16;
-/// How long a cancelled step of a plugin host may still take; as `HostOptions` has it.
-const HOST_GRACE_MS: u64 = 1000;
 /// The longest time of the ladder and the watchdog.
 const DAY_MS: u64 = 24 * 3600 * 1000;
 
@@ -361,10 +359,11 @@ impl Config {
             return Some((key, "is empty, must be a path".to_owned()));
         }
         let longest = pauses.iter().max().copied().unwrap_or(0);
-        let hung = self.engine.step_timeout_ms.saturating_add(HOST_GRACE_MS).saturating_add(longest);
+        let grace = u64::try_from(HostOptions::default().grace.as_millis()).unwrap_or(u64::MAX);
+        let hung = self.engine.step_timeout_ms.saturating_add(grace).saturating_add(longest);
         if self.engine.isolation != Isolation::None && self.engine.plugin != "cpu" && hung >= self.engine.watchdog_ms {
             let reason = format!(
-                "is {}; a hung step ({} ms and {HOST_GRACE_MS}) and the longest pause ({longest} ms) would pass it",
+                "is {}; a hung step ({} ms and {grace}) and the longest pause ({longest} ms) would pass it",
                 self.engine.watchdog_ms, self.engine.step_timeout_ms
             );
             return Some(("engine.watchdog_ms".to_owned(), reason));

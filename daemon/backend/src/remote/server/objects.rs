@@ -1,7 +1,7 @@
 //! Which devices, weights, pools, plans and lanes has the daemon made here?
 
 use super::lane::LaneThread;
-use crate::call::{struct_size, text};
+use crate::call::text;
 use crate::device::raw_device_info;
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
 use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, Source};
@@ -9,6 +9,7 @@ use crate::{Backend, BackendError, OpenOptions, Plan, Plugin};
 use bytes::Bytes;
 use memmap2::Mmap;
 use sparsed_abi::{Blob, E_INVALID, E_NOMEM_HOST, SpdMemInfo, SpdStatus, SpdWeightDesc};
+use sparsed_plugin_kit::struct_size;
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
