@@ -2,7 +2,7 @@
 
 use crate::execute;
 use crate::level::Level;
-use crate::memory::{Pool, Usage, Weight};
+use crate::memory::{Pool, Weight};
 use crate::plan::Plan;
 use crate::threads::{Team, allowed_cpus};
 use crate::validate::Bound;
@@ -14,7 +14,7 @@ use sparsed_abi::{
 };
 use sparsed_plugin_kit::{
     Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowFile, Source, Synchronous,
-    put_text,
+    Usage, put_text,
 };
 use std::ffi::CStr;
 use std::sync::Arc;
@@ -121,7 +121,7 @@ impl Device for CpuDevice {
     fn mem_info(&self) -> SpdMemInfo {
         let load = |n: &std::sync::atomic::AtomicU64| n.load(Ordering::Relaxed);
         let usage = &*self.usage;
-        let used = load(&usage.weights) + load(&usage.kv) + load(&usage.workspace);
+        let used = usage.used();
         let total = total_memory();
         SpdMemInfo {
             total,

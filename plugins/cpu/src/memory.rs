@@ -9,49 +9,12 @@ use sparsed_abi::{
 };
 use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::SlowLayout;
-use sparsed_plugin_kit::{PluginError, Result, SlowFile, Source};
+use sparsed_plugin_kit::{Held, PluginError, Result, SlowFile, Source, Usage};
 use sparsed_quant::Format;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Largest page of the machines we run on; giving back less than could be given is harmless.
 const PAGE_BYTES: usize = 1 << 16;
-
-/// Bytes in use on the device, by what they are for, under one cap.
-#[derive(Debug, Default)]
-pub(crate) struct Usage {
-    pub(crate) budget: u64,
-    pub(crate) weights: AtomicU64,
-    pub(crate) kv: AtomicU64,
-    pub(crate) workspace: AtomicU64,
-}
-
-/// Bytes counted against a [`Usage`] until dropped.
-#[derive(Debug)]
-pub(crate) struct Held {
-    usage: Arc<Usage>,
-    kind: fn(&Usage) -> &AtomicU64,
-    bytes: u64,
-}
-
-impl Usage {
-    /// Counts `bytes`, or refuses when the budget would be passed.
-    pub(crate) fn hold(self: &Arc<Self>, kind: fn(&Self) -> &AtomicU64, bytes: u64) -> Result<Held> {
-        let all = [&self.weights, &self.kv, &self.workspace].iter().map(|n| n.load(Ordering::Relaxed)).sum::<u64>();
-        if self.budget != 0 && all.saturating_add(bytes) > self.budget {
-            let message = format!("{bytes} bytes more than {all} in use would pass the budget of {}", self.budget);
-            return Err(PluginError::new(E_NOMEM_DEVICE, message));
-        }
-        kind(self).fetch_add(bytes, Ordering::Relaxed);
-        Ok(Held { usage: Arc::clone(self), kind, bytes })
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        (self.kind)(&self.usage).fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
 
 /// A weight: `batch` matrices `[rows, cols]`.
 #[derive(Debug)]

@@ -1,12 +1,12 @@
 //! Where do packed weights live? In one anonymous mapping per compiled plan, beside the weights as they were uploaded.
 
 use crate::kernels::packed::{TILE_ROWS, can_pack, pack_tile, tile_bytes};
-use crate::memory::{Held, Usage, Weight};
+use crate::memory::Weight;
 use crate::tensor::Tensor;
 use crate::threads::{Team, part};
 use memmap2::{Advice, MmapMut};
 use sparsed_abi::E_NOMEM_DEVICE;
-use sparsed_plugin_kit::{PluginError, Result};
+use sparsed_plugin_kit::{Held, PluginError, Result, Usage};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;

@@ -4,7 +4,7 @@
 
 use crate::execute::Scratch;
 use crate::kernels::activations::Rounding;
-use crate::memory::{Held, Pool, Usage, Weight};
+use crate::memory::{Pool, Weight};
 use crate::packing::pack;
 use crate::threads::Team;
 use crate::validate::Bound;
@@ -12,7 +12,7 @@ use sparsed_abi::{
     ARENA_ALIGN, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, NO_TENSOR, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_LINEAR,
     Program, SpdBucket, SpdOp, SpdTensor, T_ACTIVATION, T_INPUT, T_OUTPUT, T_VIEW,
 };
-use sparsed_plugin_kit::{PlanSizes, PluginError, Result};
+use sparsed_plugin_kit::{Held, PlanSizes, PluginError, Result, Usage};
 use std::sync::{Arc, Mutex};
 
 /// Where a tensor's values are.

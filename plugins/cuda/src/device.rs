@@ -3,7 +3,7 @@
 use crate::check::Bound;
 use crate::driver::{Context, Driver, Function, Launch, Module, PinnedMemory, Stream, describe};
 use crate::lower::{Kernel, lower};
-use crate::memory::{Usage, Weight};
+use crate::memory::Weight;
 use crate::plan::Plan;
 use crate::pool::{Pool, ROW_DTYPES};
 use crate::queue::CudaQueue;
@@ -12,7 +12,7 @@ use sparsed_abi::{
     LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{
-    Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowFile, Source, put_text,
+    Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowFile, Source, Usage, put_text,
 };
 use std::ffi::{CStr, c_char, c_int};
 use std::path::PathBuf;
@@ -202,7 +202,7 @@ impl Device for CudaDevice {
             used_weights: usage.weights.load(Ordering::Relaxed),
             used_kv: usage.kv.load(Ordering::Relaxed),
             used_workspace: usage.workspace.load(Ordering::Relaxed),
-            used_plans: usage.frames.load(Ordering::Relaxed),
+            used_plans: usage.plans.load(Ordering::Relaxed),
             ..SpdMemInfo::default()
         }
     }

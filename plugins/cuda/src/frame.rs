@@ -2,9 +2,9 @@
 
 use crate::driver::{Address, Context, Event, PinnedMemory};
 use crate::ledger::Ledger;
-use crate::memory::{Counted, Usage};
+use crate::memory::Counted;
 use crate::place::ALIGN;
-use sparsed_plugin_kit::{PluginError, Result};
+use sparsed_plugin_kit::{PluginError, Result, Usage};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -64,7 +64,7 @@ impl Frame {
     ) -> Result<Self> {
         let bytes = usize::try_from(layout.end).map_err(|_| PluginError::invalid("arenas too large"))?;
         let pinned = PinnedMemory::new(context, CANCEL_BYTES + bytes)?;
-        let device = usage.allocate(context, |u| &u.frames, device_bytes)?;
+        let device = Counted::allocate(context, usage, |u| &u.plans, device_bytes)?;
         // What an earlier owner of the device's memory has left must not come out of an output that nothing writes.
         device.zero(device_bytes)?;
         let (cancel, event) = (pinned.device_address()?, Event::new(context)?);

@@ -1,64 +1,37 @@
 //! What is on the device, and how much of it is allowed? Weights, and bytes counted under one cap.
 
 use crate::driver::{Address, Context, DeviceMemory};
-use sparsed_abi::{DT_F16, DT_F32, E_NOMEM_DEVICE, SpdWeightDesc};
-use sparsed_plugin_kit::{PluginError, Result, Source};
+use sparsed_abi::{DT_F16, DT_F32, SpdWeightDesc};
+use sparsed_plugin_kit::{Held, PluginError, Result, Source, Usage};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 /// Largest weight or arena in bytes; far more than a device has, and safe to add up.
 pub(crate) const BYTES_MAX: u64 = 1 << 42;
-
-/// Bytes in use on the device, by what they are for, under one cap.
-#[derive(Debug, Default)]
-pub(crate) struct Usage {
-    /// 0: no cap.
-    pub(crate) budget: u64,
-    pub(crate) weights: AtomicU64,
-    pub(crate) kv: AtomicU64,
-    pub(crate) workspace: AtomicU64,
-    /// Arenas of the steps in flight.
-    pub(crate) frames: AtomicU64,
-}
 
 /// Device memory that is counted in a [`Usage`] until dropped.
 #[derive(Debug)]
 pub(crate) struct Counted {
     memory: DeviceMemory,
-    usage: Arc<Usage>,
-    kind: fn(&Usage) -> &AtomicU64,
-    bytes: u64,
+    held: Held,
 }
 
-impl Usage {
-    /// All that is counted.
-    pub(crate) fn used(&self) -> u64 {
-        [&self.weights, &self.kv, &self.workspace, &self.frames].iter().map(|n| n.load(Ordering::Relaxed)).sum()
-    }
-
+impl Counted {
     /// Allocates `bytes` on the device, or refuses when the budget would be passed. `[control]`: calls do not overlap.
     ///
     /// # Errors
     /// `SPD_E_NOMEM_DEVICE`; nothing has changed then.
     pub(crate) fn allocate(
-        self: &Arc<Self>,
         context: &Arc<Context>,
-        kind: fn(&Self) -> &AtomicU64,
+        usage: &Arc<Usage>,
+        kind: fn(&Usage) -> &AtomicU64,
         bytes: u64,
-    ) -> Result<Counted> {
-        let used = self.used();
-        if self.budget != 0 && used.saturating_add(bytes) > self.budget {
-            let message = format!("{bytes} bytes more than {used} in use would pass the budget of {}", self.budget);
-            return Err(PluginError::new(E_NOMEM_DEVICE, message));
-        }
+    ) -> Result<Self> {
+        let held = usage.hold(kind, bytes)?;
         let length = usize::try_from(bytes).map_err(|_| PluginError::invalid(format!("{bytes} bytes")))?;
-        let memory = DeviceMemory::new(context, length)?;
-        kind(self).fetch_add(bytes, Ordering::Relaxed);
-        Ok(Counted { memory, usage: Arc::clone(self), kind, bytes })
+        Ok(Self { memory: DeviceMemory::new(context, length)?, held })
     }
-}
 
-impl Counted {
     pub(crate) fn address(&self) -> Address {
         self.memory.address()
     }
@@ -72,7 +45,7 @@ impl Counted {
             return Ok(());
         }
         // SAFETY: no more than there are.
-        unsafe { self.memory.zero(bytes.min(self.bytes) as usize) }
+        unsafe { self.memory.zero(bytes.min(self.held.bytes()) as usize) }
     }
 
     /// Copies `from` to byte `at` on; see [`DeviceMemory::upload`].
@@ -80,18 +53,12 @@ impl Counted {
     /// # Errors
     /// `SPD_E_INVALID` past the end, or the driver's own.
     pub(crate) fn upload(&self, at: u64, from: &[u8]) -> Result<()> {
-        if at.checked_add(from.len() as u64).is_none_or(|end| end > self.bytes) {
+        if at.checked_add(from.len() as u64).is_none_or(|end| end > self.held.bytes()) {
             return Err(PluginError::invalid("an upload past the end"));
         }
         let at = usize::try_from(at).map_err(|_| PluginError::invalid("an upload past the end"))?;
         // SAFETY: inside the memory, as checked.
         unsafe { self.memory.upload(at, from) }
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        (self.kind)(&self.usage).fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -126,7 +93,7 @@ impl Weight {
         let (Some(matrix_bytes), Some(total)) = (matrix_bytes, total) else {
             return Err(PluginError::invalid("a weight of more than 2^42 bytes"));
         };
-        let memory = usage.allocate(context, |u| &u.weights, total)?;
+        let memory = Counted::allocate(context, usage, |u| &u.weights, total)?;
         let uploaded = vec![false; desc.batch as usize];
         let (dtype, batch) = (desc.dtype, desc.batch.into());
         Ok(Self { dtype, batch, rows: desc.rows, cols: desc.cols, matrix_bytes, memory, uploaded })

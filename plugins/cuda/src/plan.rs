@@ -5,11 +5,11 @@ use crate::driver::{Address, Context};
 use crate::frame::{Copied, Frame, Layout, Scratch};
 use crate::ledger::Ledger;
 use crate::lower::{Lowered, Parameter, lower};
-use crate::memory::{Counted, Usage, Weight};
+use crate::memory::{Counted, Weight};
 use crate::place::{ALIGN, Sizes, arena, place};
 use crate::pool::Pool;
 use sparsed_abi::{OP_EMBED, Program, STEP_NAN_GUARD, SpdBucket, StepArrays, T_INPUT, T_OUTPUT};
-use sparsed_plugin_kit::{PlanSizes, PluginError, Result, Run};
+use sparsed_plugin_kit::{PlanSizes, PluginError, Result, Run, Usage};
 use std::sync::{Arc, Mutex, Weak};
 
 /// Steps of a plan that may be in flight at once. The third is staged while one computes and one waits behind it.
@@ -64,7 +64,7 @@ impl Plan {
         let input_bytes = arena(&program, T_INPUT, sizes, |_, _, _| ())?;
         let output_bytes = arena(&program, T_OUTPUT, sizes, |_, _, _| ())?;
         let layout = layout(sizes, input_bytes, output_bytes);
-        let workspace = usage.allocate(context, |u| &u.workspace, workspace_bytes)?;
+        let workspace = Counted::allocate(context, usage, |u| &u.workspace, workspace_bytes)?;
         let address = |place: &Option<u64>| place.map_or(0, |at| workspace.address() + at);
         let addresses: Vec<Address> = places.iter().map(address).collect();
         let n_outputs = program.tensors().iter().filter(|tensor| tensor.kind == T_OUTPUT).count();

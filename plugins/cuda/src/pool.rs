@@ -2,12 +2,12 @@
 
 use crate::driver::{Address, Context, Stream};
 use crate::frame::{Copied, Frame, Layout, Scratch};
-use crate::memory::{BYTES_MAX, Counted, Usage};
+use crate::memory::{BYTES_MAX, Counted};
 use sparsed_abi::{
     DT_BF16, DT_F16, DT_F32, DT_Q8_0, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdRow,
     StepArrays,
 };
-use sparsed_plugin_kit::{PluginError, Result};
+use sparsed_plugin_kit::{PluginError, Result, Usage};
 use std::sync::Arc;
 
 /// Formats of rows: they are bytes here, since this slice has no operator that reads them.
@@ -54,7 +54,7 @@ impl Pool {
         let image_bytes = index_bytes + latent_bytes;
         let total = image_bytes.checked_mul(desc.n_blocks.into()).filter(|&bytes| bytes <= BYTES_MAX);
         let total = total.ok_or_else(overflow)?;
-        let memory = usage.allocate(context, |u| &u.kv, total)?;
+        let memory = Counted::allocate(context, usage, |u| &u.kv, total)?;
         memory.zero(total)?;
         let end = image_bytes.max(FRAME_BYTES / image_bytes.max(1) * image_bytes);
         let layout = Layout { rows: 0, input: 0, output: 0, end };

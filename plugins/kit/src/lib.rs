@@ -12,11 +12,13 @@ mod border;
 mod queue;
 pub mod slow;
 mod table;
+mod usage;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
 pub use queue::{InOrder, Queue, Synchronous};
 pub use slow::SlowFile;
 pub use table::{instance, table};
+pub use usage::{Held, Usage};
 
 use sparsed_abi::{Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc};
 use std::ffi::CStr;

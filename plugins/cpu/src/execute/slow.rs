@@ -62,7 +62,7 @@ impl Attention<'_> {
 mod tests {
     use crate::device::CpuDevice;
     use crate::level::Level;
-    use crate::memory::{Pool, Usage};
+    use crate::memory::Pool;
     use crate::plan::{Plan, arena};
     use crate::threads::Team;
     use fastrand::Rng;
@@ -72,6 +72,7 @@ mod tests {
         OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp, SpdRow, StepArrays, T_INPUT,
         T_OUTPUT, TensorId,
     };
+    use sparsed_plugin_kit::Usage;
     use sparsed_plugin_kit::slow::rowcache::{SLOT_OVERHEAD_BYTES, SlowLayout};
     use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowFile, Synchronous};
     use std::fs::File;
