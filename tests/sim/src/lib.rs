@@ -1,0 +1,2 @@
+//! What is left when the power goes at the worst moment?
+#![forbid(unsafe_code)]
