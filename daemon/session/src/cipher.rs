@@ -31,8 +31,6 @@ pub(crate) struct Forged;
 /// Why a file `key` gives no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KeyFault {
-    /// It was overwritten: the session is deleted.
-    Erased,
     /// It was wrapped under another master key.
     Foreign,
     /// It has a version that is not known.
@@ -115,9 +113,6 @@ impl SessionKey {
 
     /// The key in a file `key`.
     pub(crate) fn unwrap(file: &[u8], master: &MasterKey, owner: u64, id: SessionId) -> Result<Self, KeyFault> {
-        if !file.is_empty() && file.iter().all(|&byte| byte == 0) {
-            return Err(KeyFault::Erased);
-        }
         let file: &[u8; KEY_FILE_BYTES] = file.try_into().map_err(|_| KeyFault::Damaged)?;
         let (magic, rest) = file.split_at(MAGIC.len());
         let (version, rest) = rest.split_first_chunk().ok_or(KeyFault::Damaged)?;
@@ -183,7 +178,7 @@ mod tests {
         assert_eq!(fault(&file, &MasterKey::new([4; 32]), 1000, ID), Some(KeyFault::Foreign));
         assert_eq!(fault(&file, &master, 1001, ID), Some(KeyFault::Damaged));
         assert_eq!(fault(&file, &master, 1000, SessionId::from_bytes([8; 16])), Some(KeyFault::Damaged));
-        assert_eq!(fault(&[0; KEY_FILE_BYTES], &master, 1000, ID), Some(KeyFault::Erased));
+        assert_eq!(fault(&[0; KEY_FILE_BYTES], &master, 1000, ID), Some(KeyFault::Damaged));
         assert_eq!(fault(&[], &master, 1000, ID), Some(KeyFault::Damaged));
     }
 

@@ -145,7 +145,9 @@ impl<D: Disk> Writer<'_, D> {
         }
         *self.n_written += bytes.len() as u64;
         session.pending_is_written(position);
-        session.journal.is_broken = false;
+        if std::mem::take(&mut session.journal.is_broken) {
+            session.folder.unmark_unsure(self.disk);
+        }
         session.journal.is_synced = true;
         session.journal.is_named = false;
         Ok(())
@@ -155,6 +157,7 @@ impl<D: Disk> Writer<'_, D> {
         if !session.journal.is_synced {
             if let Err(error) = self.disk.sync(&session.folder.journal()) {
                 session.journal.is_broken = true;
+                session.folder.mark_unsure(self.disk);
                 return Err(error.into());
             }
             session.journal.is_synced = true;

@@ -1,20 +1,25 @@
 //! Where do a session's files lie, and how does its folder come and go?
 //!
-//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.new` and gets its own when all in
-//! it is on the disk, so that one that has its name is whole. It goes key first.
+//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.tmp`, gets its own when all in it is
+//! on the disk, and loses it again before its key is destroyed: one that has its name is whole.
 
 use crate::cipher::KEY_FILE_BYTES;
 use crate::disk::{Disk, DiskError, Place};
 use crate::id::SessionId;
 
-/// Ends the name of a folder that is being filled.
-pub(super) const NEW: &str = ".new";
+/// Ends the name of a folder that is being filled or emptied.
+pub(super) const UNNAMED: &str = ".tmp";
 /// Most bytes that are kept of what was cut from a journal.
 const CUT_BYTES_MAX: usize = 1 << 20;
 /// All that a session's folder may have.
-const FILES: [&str; 6] = ["key", "journal", "journal.new", CUT, TORN, "kv"];
+const FILES: [&str; 7] = [KEY, JOURNAL, JOURNAL_NEW, CUT, TORN, UNSURE, KV];
+const KEY: &str = "key";
+const JOURNAL: &str = "journal";
+const JOURNAL_NEW: &str = "journal.new";
+const KV: &str = "kv";
 const CUT: &str = "journal.cut";
 const TORN: &str = "journal.torn";
+const UNSURE: &str = "journal.unsure";
 
 type Done = Result<(), DiskError>;
 
@@ -33,30 +38,27 @@ pub(super) fn of_owner(owner: u64) -> Place {
 pub(super) struct Folder {
     owner: Place,
     dir: Place,
+    /// The same folder while it is filled or emptied.
+    unnamed: Place,
 }
 
 impl Folder {
     pub(super) fn of(owner: u64, id: SessionId) -> Self {
         let owner = of_owner(owner);
-        Self { dir: owner.child(&id.to_string()), owner }
-    }
-
-    /// The one that is filled before it becomes [`Folder::of`] the same session.
-    fn unfinished(owner: u64, id: SessionId) -> Self {
-        let owner = of_owner(owner);
-        Self { dir: owner.child(&format!("{id}{NEW}")), owner }
+        let (dir, unnamed) = (owner.child(&id.to_string()), owner.child(&format!("{id}{UNNAMED}")));
+        Self { owner, dir, unnamed }
     }
 
     pub(super) fn key(&self) -> Place {
-        self.dir.child("key")
+        self.dir.child(KEY)
     }
 
     pub(super) fn journal(&self) -> Place {
-        self.dir.child("journal")
+        self.dir.child(JOURNAL)
     }
 
     pub(super) fn kv(&self) -> Place {
-        self.dir.child("kv")
+        self.dir.child(KV)
     }
 
     pub(super) fn cut(&self) -> Place {
@@ -73,7 +75,7 @@ impl Folder {
 
     /// Puts a new journal in the place of the old one; the old one stays if that fails. Its name is not synced.
     pub(super) fn replace_journal(&self, disk: &mut impl Disk, bytes: &[u8]) -> Done {
-        let new = self.dir.child("journal.new");
+        let new = self.dir.child(JOURNAL_NEW);
         ignore_missing(disk.remove(&new))?;
         let written = write_new(disk, &new, bytes).and_then(|()| disk.rename(&new, &self.journal()));
         if written.is_err() {
@@ -85,74 +87,84 @@ impl Folder {
 
     /// Keeps what is cut from a journal, up to a limit.
     pub(super) fn keep_cut(&self, disk: &mut impl Disk, bytes: &[u8], is_damaged: bool) -> Done {
-        let new = self.dir.child("journal.new");
+        let new = self.dir.child(JOURNAL_NEW);
         ignore_missing(disk.remove(&new))?;
         write_new(disk, &new, &bytes[..bytes.len().min(CUT_BYTES_MAX)])?;
         disk.rename(&new, &self.dir.child(if is_damaged { CUT } else { TORN }))?;
         disk.sync_dir(&self.dir)
     }
 
-    /// Removes what a compaction left behind.
-    pub(super) fn remove_unfinished(&self, disk: &mut impl Disk) -> Done {
-        ignore_missing(disk.remove(&self.dir.child("journal.new")))
+    /// Tells whoever opens the store next that the journal may look better than it is: a sync has failed, after which
+    /// the system shows bytes that it may have given up writing.
+    pub(super) fn mark_unsure(&self, disk: &mut impl Disk) {
+        best_effort(disk.create(&self.dir.child(UNSURE)));
     }
 
-    /// Destroys the key. From here on nobody can read the session, whatever else is left.
+    /// The journal was written again.
+    pub(super) fn unmark_unsure(&self, disk: &mut impl Disk) {
+        best_effort(disk.remove(&self.dir.child(UNSURE)));
+    }
+
+    /// Whether somebody has called [`Folder::mark_unsure`].
+    pub(super) fn is_unsure(&self, disk: &mut impl Disk) -> Result<bool, DiskError> {
+        match disk.len(&self.dir.child(UNSURE)) {
+            Err(DiskError::NotFound) => Ok(false),
+            length => length.map(|_| true),
+        }
+    }
+
+    /// Removes what a compaction left behind.
+    pub(super) fn remove_unfinished(&self, disk: &mut impl Disk) -> Done {
+        ignore_missing(disk.remove(&self.dir.child(JOURNAL_NEW)))
+    }
+
+    /// Makes the folder on the disk, whole or not at all.
+    pub(super) fn build(&self, disk: &mut impl Disk, key_file: &[u8; KEY_FILE_BYTES], journal: &[u8]) -> Done {
+        match disk.create_dir(&self.owner) {
+            Err(DiskError::Exists) => {}
+            made => made?,
+        }
+        let built = disk
+            .create_dir(&self.unnamed)
+            .and_then(|()| write_new(disk, &self.unnamed.child(KEY), key_file))
+            .and_then(|()| write_new(disk, &self.unnamed.child(JOURNAL), journal))
+            .and_then(|()| disk.sync_dir(&self.unnamed))
+            .and_then(|()| disk.rename(&self.unnamed, &self.dir))
+            .and_then(|()| self.sync_names(disk));
+        if built.is_err() {
+            best_effort(self.unname(disk));
+            best_effort(self.sweep(disk));
+        }
+        built
+    }
+
+    /// Takes the folder's name away, so that nobody finds a session with half a key. May be tried again.
+    pub(super) fn unname(&self, disk: &mut impl Disk) -> Done {
+        ignore_missing(disk.rename(&self.dir, &self.unnamed))?;
+        disk.sync_dir(&self.owner)
+    }
+
+    /// Destroys the key in a folder without a name. Nobody can read the session then, whatever else is left. May be
+    /// tried again.
     pub(super) fn destroy_key(&self, disk: &mut impl Disk) -> Done {
-        let key = self.key();
+        let key = self.unnamed.child(KEY);
         match disk.write_at(&key, 0, &[0; KEY_FILE_BYTES]) {
             // A try before this one has come so far.
-            Err(DiskError::NotFound) => return ignore_missing(disk.sync_dir(&self.dir)),
+            Err(DiskError::NotFound) => return ignore_missing(disk.sync_dir(&self.unnamed)),
             written => written?,
         }
         disk.sync(&key)?;
         disk.remove(&key)?;
-        disk.sync_dir(&self.dir)
+        disk.sync_dir(&self.unnamed)
     }
 
-    /// Removes the folder with the store's files in it.
-    pub(super) fn remove(&self, disk: &mut impl Disk) -> Done {
-        FILES.iter().try_for_each(|name| ignore_missing(disk.remove(&self.dir.child(name))))?;
-        ignore_missing(disk.remove_dir(&self.dir))?;
+    /// Removes what is left of a folder without a name, its key first.
+    pub(super) fn sweep(&self, disk: &mut impl Disk) -> Done {
+        self.destroy_key(disk)?;
+        FILES.iter().try_for_each(|name| ignore_missing(disk.remove(&self.unnamed.child(name))))?;
+        ignore_missing(disk.remove_dir(&self.unnamed))?;
         disk.sync_dir(&self.owner)
     }
-}
-
-/// Makes the folder of a session on the disk, whole or not at all.
-pub(super) fn build(
-    disk: &mut impl Disk,
-    owner: u64,
-    id: SessionId,
-    key_file: &[u8; KEY_FILE_BYTES],
-    journal: &[u8],
-) -> Done {
-    let (unfinished, folder) = (Folder::unfinished(owner, id), Folder::of(owner, id));
-    match disk.create_dir(&folder.owner) {
-        Err(DiskError::Exists) => {}
-        made => made?,
-    }
-    let filled = disk
-        .create_dir(&unfinished.dir)
-        .and_then(|()| write_new(disk, &unfinished.key(), key_file))
-        .and_then(|()| write_new(disk, &unfinished.journal(), journal))
-        .and_then(|()| disk.sync_dir(&unfinished.dir));
-    if let Err(error) = filled {
-        best_effort(unfinished.remove(disk));
-        return Err(error);
-    }
-    let named = disk.rename(&unfinished.dir, &folder.dir).and_then(|()| folder.sync_names(disk));
-    if let Err(error) = named {
-        best_effort(unfinished.remove(disk));
-        best_effort(folder.destroy_key(disk));
-        best_effort(folder.remove(disk));
-        return Err(error);
-    }
-    Ok(())
-}
-
-/// Removes a folder that never got its name.
-pub(super) fn remove_unfinished(disk: &mut impl Disk, owner: u64, id: SessionId) -> Done {
-    Folder::unfinished(owner, id).remove(disk)
 }
 
 fn write_new(disk: &mut impl Disk, file: &Place, bytes: &[u8]) -> Done {

@@ -3,7 +3,7 @@
 //! Every journal is read once, for what a list of sessions shows; one history is in memory at a time. What cannot be
 //! used is reported and left alone, and keeps nothing else from being used.
 
-use super::folder::{self, Folder, NEW};
+use super::folder::{self, Folder, UNNAMED};
 use super::report::{Finding, FindingKind, Report};
 use super::session::{Session, cut_tail, read_file};
 use super::{Random, Store};
@@ -74,11 +74,7 @@ struct Scan<'a, D> {
 }
 
 /// Why a session's folder gives no session.
-enum Reason {
-    Kind(FindingKind),
-    /// It was deleted, or never finished.
-    Remains,
-}
+struct Unusable(FindingKind);
 
 impl<D: Disk> Scan<'_, D> {
     fn owners(&mut self) -> Result<()> {
@@ -94,10 +90,10 @@ impl<D: Disk> Scan<'_, D> {
     fn owner(&mut self, owner: u64) -> Result<()> {
         for entry in self.disk.list(&folder::of_owner(owner))? {
             let name = entry.name;
-            let (stem, is_finished) = name.strip_suffix(NEW).map_or((name.as_str(), true), |stem| (stem, false));
+            let (stem, is_finished) = name.strip_suffix(UNNAMED).map_or((name.as_str(), true), |stem| (stem, false));
             let kind = match stem.parse::<SessionId>() {
                 Ok(id) if entry.is_dir && is_finished => self.session(owner, id),
-                Ok(id) if entry.is_dir => Some(swept(folder::remove_unfinished(self.disk, owner, id))),
+                Ok(id) if entry.is_dir => Some(swept(Folder::of(owner, id).sweep(self.disk))),
                 _ => Some(FindingKind::Strange),
             };
             if let Some(kind) = kind {
@@ -115,8 +111,7 @@ impl<D: Disk> Scan<'_, D> {
                 self.found.push(session);
                 kind
             }
-            Err(Reason::Kind(kind)) => Some(kind),
-            Err(Reason::Remains) => Some(swept(folder.remove(self.disk))),
+            Err(Unusable(kind)) => Some(kind),
         }
     }
 
@@ -125,13 +120,13 @@ impl<D: Disk> Scan<'_, D> {
         owner: u64,
         id: SessionId,
         folder: &Folder,
-    ) -> std::result::Result<(Session, Option<FindingKind>), Reason> {
+    ) -> std::result::Result<(Session, Option<FindingKind>), Unusable> {
         let key = self.key(owner, id, folder)?;
         let file = read_file(self.disk, &folder.journal(), self.limits.journal_file_bytes())?;
         let replayed = journal::replay(&file, &key, owner, id);
         let Replay { history, position, tail } = replayed.map_err(|unreadable| match unreadable {
-            Unreadable::Damaged => Reason::Kind(FindingKind::Unreadable),
-            Unreadable::Version(version) => Reason::Kind(FindingKind::UnknownVersion { version }),
+            Unreadable::Damaged => Unusable(FindingKind::Unreadable),
+            Unreadable::Version(version) => Unusable(FindingKind::UnknownVersion { version }),
         })?;
         folder.remove_unfinished(self.disk)?;
         cut_tail(self.disk, folder, &file, &position, tail)?;
@@ -145,21 +140,18 @@ impl<D: Disk> Scan<'_, D> {
         session.journal.is_cut = length(self.disk, &folder.cut())? > 0;
         session.kv.n_bytes = length(self.disk, &folder.kv())?;
         session.release();
+        session.journal.is_broken = folder.is_unsure(self.disk)?;
         Ok((session, kind))
     }
 
-    fn key(&mut self, owner: u64, id: SessionId, folder: &Folder) -> std::result::Result<SessionKey, Reason> {
+    fn key(&mut self, owner: u64, id: SessionId, folder: &Folder) -> std::result::Result<SessionKey, Unusable> {
         // One byte more, to see that there is none.
         let mut file = [0; KEY_FILE_BYTES + 1];
-        let n_bytes = match self.disk.read_at(&folder.key(), 0, &mut file) {
-            Err(DiskError::NotFound) => return Err(Reason::Remains),
-            read => read?,
-        };
+        let n_bytes = self.disk.read_at(&folder.key(), 0, &mut file)?;
         SessionKey::unwrap(&file[..n_bytes], self.master, owner, id).map_err(|fault| match fault {
-            KeyFault::Erased => Reason::Remains,
-            KeyFault::Foreign => Reason::Kind(FindingKind::ForeignKey),
-            KeyFault::Version(version) => Reason::Kind(FindingKind::UnknownVersion { version }),
-            KeyFault::Damaged => Reason::Kind(FindingKind::Unreadable),
+            KeyFault::Foreign => Unusable(FindingKind::ForeignKey),
+            KeyFault::Version(version) => Unusable(FindingKind::UnknownVersion { version }),
+            KeyFault::Damaged => Unusable(FindingKind::Unreadable),
         })
     }
 
@@ -168,10 +160,11 @@ impl<D: Disk> Scan<'_, D> {
     }
 }
 
-impl From<StoreError> for Reason {
+impl From<StoreError> for Unusable {
     fn from(error: StoreError) -> Self {
-        Self::Kind(match error {
+        Self(match error {
             StoreError::LimitReached { .. } => FindingKind::TooLarge,
+            StoreError::Io(ErrorKind::NotFound) => FindingKind::Unreadable,
             StoreError::Io(kind) => FindingKind::Io(kind),
             StoreError::DiskFull => FindingKind::Io(ErrorKind::StorageFull),
             _ => FindingKind::Unreadable,
@@ -179,7 +172,7 @@ impl From<StoreError> for Reason {
     }
 }
 
-impl From<DiskError> for Reason {
+impl From<DiskError> for Unusable {
     fn from(error: DiskError) -> Self {
         StoreError::from(error).into()
     }

@@ -21,9 +21,10 @@ impl<D: Disk> Store<D> {
             return Err(StoreError::Busy("answering"));
         }
         session.doomed = true;
+        session.folder.unname(&mut self.disk)?;
         session.folder.destroy_key(&mut self.disk)?;
         // Without a key the rest is noise, which the next start sweeps if this fails.
-        best_effort(session.folder.remove(&mut self.disk));
+        best_effort(session.folder.sweep(&mut self.disk));
         self.sessions.remove(&id);
         self.dirty.remove(&id);
         Ok(())

@@ -4,8 +4,9 @@
 //! in a compacted journal, each after its length (u32), not encrypted. Numbers are little-endian.
 
 use super::flush::first_journal;
+use super::folder::Folder;
 use super::session::Session;
-use super::{Store, folder, nonce};
+use super::{Store, nonce};
 use crate::cipher::SessionKey;
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
@@ -90,7 +91,7 @@ impl<D: Disk> Store<D> {
         let key_file = key.wrap(&self.master, owner, id, &nonce(&mut *self.random));
         let (mut position, header) = Position::start(id, generation);
         let journal = first_journal(&mut position, &header, &history.records(), &key, &mut *self.random);
-        folder::build(&mut self.disk, owner, id, &key_file, &journal)?;
+        Folder::of(owner, id).build(&mut self.disk, &key_file, &journal)?;
         self.journal_bytes_written += (key_file.len() + journal.len()) as u64;
         let mut session = Session::new(id, key, history, position);
         (session.journal.is_synced, session.journal.is_named) = (true, true);
