@@ -223,8 +223,9 @@ impl Run {
     fn answer(&mut self, at: usize) -> Checked {
         let (owner, id) = (self.chats[at].owner, self.chats[at].id);
         if self.rng.u32(..5) > 0 {
-            let n_tokens = self.rng.usize(..20);
-            let tokens: Vec<u32> = std::iter::repeat_with(|| self.rng.u32(..300)).take(n_tokens).collect();
+            // Often as long as each other: what is written again may then end where something older goes on.
+            let n_tokens = if self.rng.bool() { 1 } else { self.rng.usize(..20) };
+            let tokens: Vec<u32> = std::iter::repeat_with(|| self.rng.u32(..100)).take(n_tokens).collect();
             let answer = self.store().append_tokens(owner, id, &tokens);
             if self.done(answer)?.is_some() && n_tokens > 0 {
                 self.chats[at].change(|said| said.grow(&tokens));
@@ -313,19 +314,43 @@ impl Run {
                 chat.is_committed();
             }
         }
-        Ok(())
+        let failed = flushed.failed.first().map(|(id, _)| *id).filter(|_| !self.disk.is_off());
+        failed.map_or(Ok(()), |id| self.after_failure(id))
+    }
+
+    /// What a failure has left behind shows later, if at all: makes for the moments in which it would.
+    fn after_failure(&mut self, id: SessionId) -> Checked {
+        let choice = self.rng.u32(..4);
+        if choice == 0 {
+            self.crash(Found::AfterKill)?;
+        }
+        let Some(at) = self.chats.iter().position(|chat| chat.id == id && !chat.doomed) else { return Ok(()) };
+        match choice {
+            0 => {
+                self.commit(at)?;
+                self.crash(Found::AfterPowerCut)
+            }
+            1 => self.revert(at),
+            _ => Ok(()),
+        }
     }
 
     fn revert_or_commit(&mut self) -> Checked {
         let Some(at) = self.any_chat() else { return Ok(()) };
+        if self.rng.bool() { self.commit(at) } else { self.revert(at) }
+    }
+
+    fn commit(&mut self, at: usize) -> Checked {
         let (owner, id) = (self.chats[at].owner, self.chats[at].id);
-        if self.rng.bool() {
-            let answer = self.store().commit(owner, id);
-            if self.done(answer)?.is_some() {
-                self.chats[at].is_committed();
-            }
-            return Ok(());
+        let answer = self.store().commit(owner, id);
+        if self.done(answer)?.is_some() {
+            self.chats[at].is_committed();
         }
+        Ok(())
+    }
+
+    fn revert(&mut self, at: usize) -> Checked {
+        let (owner, id) = (self.chats[at].owner, self.chats[at].id);
         let answer = self.store().revert(owner, id);
         if self.done(answer)?.is_some() {
             self.find(at, Found::AfterKill)?;

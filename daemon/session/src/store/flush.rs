@@ -118,6 +118,8 @@ impl<D: Disk> Writer<'_, D> {
         }
         let (journal, n_bytes) = (session.folder.journal(), session.journal.position.n_bytes);
         if let Err(error) = self.disk.write_at(&journal, n_bytes, &bytes) {
+            // What was cut may be back after a power cut, until the cut is synced.
+            session.journal.is_synced = false;
             session.journal.is_broken = self.disk.set_len(&journal, n_bytes).is_err();
             return Err(error.into());
         }

@@ -199,6 +199,7 @@ impl Session {
         self.facts = Facts::of(&history);
         self.history = Some(history);
         self.journal.position = position;
+        self.journal.is_synced &= tail == Tail::Clean;
         self.pending.clear();
         self.pending_bytes = 0;
         self.kv.digests = Digests::default();
