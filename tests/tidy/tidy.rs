@@ -15,6 +15,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     // Shares nothing with what it tests.
     ("sparsed-fake-cuda", &[]),
     ("sparsed-kv", &[]),
+    ("sparsed-session", &[]),
+    ("sparsed-sim", &["sparsed-session"]),
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
     ("sparsed-faulty", &["sparsed-abi"]),
@@ -174,8 +176,17 @@ fn functions_are_short() {
 
 #[test]
 fn crates_without_hardware_forbid_unsafe_code() {
-    let safe =
-        ["quant", "plugins/rowcache", "daemon/kv", "daemon/engine", "daemon/surface", "daemon/app", "tests/oracle"];
+    let safe = [
+        "quant",
+        "plugins/rowcache",
+        "daemon/kv",
+        "daemon/session",
+        "daemon/engine",
+        "daemon/surface",
+        "daemon/app",
+        "tests/oracle",
+        "tests/sim",
+    ];
     for name in safe {
         let text = std::fs::read_to_string(sparsed_tests::root().join(name).join("src/lib.rs")).unwrap();
         assert!(text.contains("#![forbid(unsafe_code)]"), "{name}");

@@ -1,0 +1,332 @@
+//! What do the bytes of a journal say, and where do they stop making sense?
+//!
+//! A journal is a header (`magic "spdj", u32 version, 16 random bytes, 4 zero bytes, u32 CRC32C` of what is before it)
+//! and records: `u32 n_bytes, u32 CRC32C` of what follows, then `n_bytes` bytes: nonce, ciphertext, tag. Numbers are
+//! little-endian; what is encrypted is `postcard`'s form of a [`Record`].
+//!
+//! A tag covers the session, the header's random bytes, the record's number and the tag before it. So a record stands
+//! nowhere but after the one it was written after: not in another journal, and not behind a record that was written
+//! again after a failure, whose old successor may still lie in the file after a power cut.
+
+use crate::cipher::{NONCE_BYTES, SessionKey, TAG_BYTES};
+use crate::history::History;
+use crate::id::SessionId;
+use crate::limits::RECORD_BYTES_MAX;
+use crate::record::Record;
+
+/// Bytes before the first record.
+pub(crate) const HEADER_BYTES: usize = 32;
+
+const MAGIC: &[u8; 4] = b"spdj";
+const VERSION: u32 = 1;
+const FRAME_BYTES: usize = 8;
+const RECORD_BYTES_MIN: usize = NONCE_BYTES + TAG_BYTES;
+
+/// Where the next record of a journal goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Position {
+    id: SessionId,
+    /// The header's random bytes.
+    generation: [u8; 16],
+    n_records: u64,
+    last_tag: [u8; TAG_BYTES],
+    /// Bytes up to there.
+    pub(crate) n_bytes: u64,
+}
+
+/// What comes after the last record that makes sense.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tail {
+    /// Nothing.
+    Clean,
+    /// A record that was never written to its end.
+    Torn,
+    /// Bytes that are not those that were written, with more behind them.
+    Damaged,
+}
+
+/// What a journal gives.
+#[derive(Debug)]
+pub(crate) struct Replay {
+    pub(crate) history: History,
+    pub(crate) position: Position,
+    pub(crate) tail: Tail,
+}
+
+/// A journal without a beginning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unreadable {
+    Damaged,
+    Version(u32),
+}
+
+impl Position {
+    /// The beginning of a new journal, and its header.
+    pub(crate) fn start(id: SessionId, generation: [u8; 16]) -> (Self, [u8; HEADER_BYTES]) {
+        let mut header = [0; HEADER_BYTES];
+        header[..4].copy_from_slice(MAGIC);
+        header[4..8].copy_from_slice(&VERSION.to_le_bytes());
+        header[8..24].copy_from_slice(&generation);
+        let crc = crc32c::crc32c(&header[..28]);
+        header[28..].copy_from_slice(&crc.to_le_bytes());
+        let n_bytes = HEADER_BYTES as u64;
+        (Self { id, generation, n_records: 0, last_tag: [0; TAG_BYTES], n_bytes }, header)
+    }
+
+    /// Writes `record` to the end of `bytes`, encrypted, and moves on.
+    pub(crate) fn append(&mut self, record: &Record, key: &SessionKey, nonce: [u8; NONCE_BYTES], bytes: &mut Vec<u8>) {
+        let mut text = record.encode();
+        let tag = key.seal(&nonce, &self.context(), &mut text);
+        let n_bytes = NONCE_BYTES + text.len() + TAG_BYTES;
+        assert!(n_bytes <= RECORD_BYTES_MAX, "a record of {n_bytes} bytes");
+        let n_bytes_written = u32::try_from(n_bytes).expect("RECORD_BYTES_MAX is below 2^32");
+        let crc = [nonce.as_slice(), &text, &tag].iter().fold(0, |crc, part| crc32c::crc32c_append(crc, part));
+        bytes.extend_from_slice(&n_bytes_written.to_le_bytes());
+        bytes.extend_from_slice(&crc.to_le_bytes());
+        bytes.extend_from_slice(&nonce);
+        bytes.extend_from_slice(&text);
+        bytes.extend_from_slice(&tag);
+        self.pass(tag, n_bytes);
+    }
+
+    /// What a record at this place is bound to.
+    fn context(&self) -> [u8; 60] {
+        let mut context = [0; 60];
+        context[..4].copy_from_slice(MAGIC);
+        context[4..20].copy_from_slice(self.id.as_bytes());
+        context[20..36].copy_from_slice(&self.generation);
+        context[36..44].copy_from_slice(&self.n_records.to_le_bytes());
+        context[44..].copy_from_slice(&self.last_tag);
+        context
+    }
+
+    fn pass(&mut self, tag: [u8; TAG_BYTES], n_bytes: usize) {
+        self.last_tag = tag;
+        self.n_records += 1;
+        self.n_bytes += (FRAME_BYTES + n_bytes) as u64;
+    }
+}
+
+/// The history in a journal of the session `id` of `owner`.
+///
+/// # Errors
+/// When its header or first record make no sense: then nothing of it can be used.
+pub(crate) fn replay(file: &[u8], key: &SessionKey, owner: u64, id: SessionId) -> Result<Replay, Unreadable> {
+    let generation = read_header(file)?;
+    let (mut position, _) = Position::start(id, generation);
+    let mut rest = &file[HEADER_BYTES..];
+    let Ok(Record::Create(create)) = read_record(&mut rest, key, &mut position) else {
+        return Err(Unreadable::Damaged);
+    };
+    if create.owner != owner {
+        return Err(Unreadable::Damaged);
+    }
+    let mut history = History::new(create);
+    let tail = loop {
+        let before = position;
+        match read_record(&mut rest, key, &mut position) {
+            Ok(record) if history.apply(&record).is_ok() => {}
+            Ok(_) => {
+                position = before;
+                break Tail::Damaged;
+            }
+            Err(tail) => break tail,
+        }
+    };
+    Ok(Replay { history, position, tail })
+}
+
+fn read_header(file: &[u8]) -> Result<[u8; 16], Unreadable> {
+    let header = file.first_chunk::<HEADER_BYTES>().ok_or(Unreadable::Damaged)?;
+    let (body, crc) = header.split_last_chunk::<4>().ok_or(Unreadable::Damaged)?;
+    if body[..4] != *MAGIC {
+        return Err(Unreadable::Damaged);
+    }
+    // Another version may keep its CRC elsewhere.
+    let version = u32::from_le_bytes([body[4], body[5], body[6], body[7]]);
+    if version != VERSION {
+        return Err(Unreadable::Version(version));
+    }
+    if crc32c::crc32c(body) != u32::from_le_bytes(*crc) {
+        return Err(Unreadable::Damaged);
+    }
+    let generation = body[8..24].first_chunk().ok_or(Unreadable::Damaged)?;
+    Ok(*generation)
+}
+
+/// The record at the head of `rest`, which moves on behind it; or what its bytes are instead.
+fn read_record(rest: &mut &[u8], key: &SessionKey, position: &mut Position) -> Result<Record, Tail> {
+    let (body, after) = split_frame(rest)?;
+    // The last record may be one whose last sectors never came.
+    let bad = if after.is_empty() { Tail::Torn } else { Tail::Damaged };
+    let (nonce, sealed) = body.split_first_chunk().ok_or(bad)?;
+    let (text, tag) = sealed.split_last_chunk().ok_or(bad)?;
+    let mut text = text.to_vec();
+    key.open(nonce, &position.context(), &mut text, tag).map_err(|_| bad)?;
+    let record = Record::decode(&text).ok_or(bad)?;
+    position.pass(*tag, body.len());
+    *rest = after;
+    Ok(record)
+}
+
+/// A frame's content, whose CRC is right, and what follows it.
+fn split_frame(file: &[u8]) -> Result<(&[u8], &[u8]), Tail> {
+    if file.is_empty() {
+        return Err(Tail::Clean);
+    }
+    // A file may have grown before any of its bytes came.
+    if file.iter().all(|&byte| byte == 0) {
+        return Err(Tail::Torn);
+    }
+    let (frame, rest) = file.split_first_chunk::<FRAME_BYTES>().ok_or(Tail::Torn)?;
+    let [n0, n1, n2, n3, crc @ ..] = *frame;
+    let n_bytes = u32::from_le_bytes([n0, n1, n2, n3]) as usize;
+    if !(RECORD_BYTES_MIN..=RECORD_BYTES_MAX).contains(&n_bytes) {
+        return Err(Tail::Damaged);
+    }
+    let (body, after) = rest.split_at_checked(n_bytes).ok_or(Tail::Torn)?;
+    if crc32c::crc32c(body) == u32::from_le_bytes(crc) {
+        return Ok((body, after));
+    }
+    Err(if after.is_empty() { Tail::Torn } else { Tail::Damaged })
+}
+
+/// Reads a journal as far as can be read without its key, its records as if nobody had encrypted them: the parts of the
+/// reader that any bytes may reach. Answers the records that made sense. For the fuzz target.
+#[doc(hidden)]
+pub fn probe_journal(file: &[u8]) -> usize {
+    let mut rest = file.get(HEADER_BYTES..).unwrap_or_default();
+    let mut n_whole = usize::from(read_header(file).is_ok());
+    while let Ok((_, after)) = split_frame(rest) {
+        rest = after;
+        n_whole += 1;
+    }
+    // A CRC stops a fuzzer: the same bytes as a plain record after each other.
+    let (mut history, mut rest) = (None::<History>, file);
+    while let Ok((record, after)) = postcard::take_from_bytes::<Record>(rest) {
+        assert!(after.len() < rest.len(), "a record of no bytes");
+        assert_eq!(Record::decode(&record.encode()).as_ref(), Some(&record));
+        match (&mut history, record) {
+            (None, Record::Create(create)) => history = Some(History::new(create)),
+            (Some(history), record) => n_whole += usize::from(history.apply(&record).is_ok()),
+            (None, _) => break,
+        }
+        rest = after;
+    }
+    n_whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::Outcome;
+    use crate::history::tests::{empty, end, turn};
+    use zeroize::Zeroizing;
+
+    const ID: SessionId = SessionId::from_bytes([7; 16]);
+
+    fn key() -> SessionKey {
+        SessionKey::new(Zeroizing::new([1; 32]))
+    }
+
+    /// A journal, where its records end, and the histories after each.
+    fn journal(generation: u8, records: &[Record]) -> (Vec<u8>, Vec<usize>, Vec<History>) {
+        let (mut position, header) = Position::start(ID, [generation; 16]);
+        let (mut file, mut history) = (header.to_vec(), empty());
+        position.append(&empty().records()[0], &key(), [0; NONCE_BYTES], &mut file);
+        let (mut ends, mut histories) = (vec![file.len()], vec![history.clone()]);
+        for (at, record) in records.iter().enumerate() {
+            position.append(record, &key(), [u8::try_from(at).unwrap(); NONCE_BYTES], &mut file);
+            history.apply(record).unwrap();
+            ends.push(file.len());
+            histories.push(history.clone());
+        }
+        assert_eq!(position.n_bytes, file.len() as u64);
+        (file, ends, histories)
+    }
+
+    fn records() -> [Record; 4] {
+        [turn(0, &[1, 2, 3]), Record::Tokens(vec![4]), Record::Tokens(vec![5]), end(Outcome::Complete)]
+    }
+
+    fn read(file: &[u8]) -> Result<Replay, Unreadable> {
+        replay(file, &key(), 1000, ID)
+    }
+
+    #[test]
+    fn a_journal_cut_at_any_byte_gives_its_whole_records() {
+        let (file, ends, histories) = journal(3, &records());
+        for n_bytes in 0..=file.len() {
+            let n_whole = ends.iter().filter(|&&end| end <= n_bytes).count();
+            let Ok(replay) = read(&file[..n_bytes]) else {
+                assert_eq!(n_whole, 0, "cut at {n_bytes}");
+                continue;
+            };
+            assert_eq!(replay.history, histories[n_whole - 1], "cut at {n_bytes}");
+            assert_eq!(replay.position.n_bytes, ends[n_whole - 1] as u64);
+            assert_eq!(replay.tail, if ends.contains(&n_bytes) { Tail::Clean } else { Tail::Torn });
+        }
+    }
+
+    #[test]
+    fn after_a_flipped_bit_only_the_records_before_it_are_believed() {
+        let (file, ends, histories) = journal(3, &records());
+        for bit in 0..file.len() * 8 {
+            let mut flipped = file.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            let n_whole = ends.iter().filter(|&&end| end <= bit / 8).count();
+            let Ok(replay) = read(&flipped) else {
+                assert_eq!(n_whole, 0, "bit {bit}");
+                continue;
+            };
+            assert_eq!(replay.history, histories[n_whole - 1], "bit {bit}");
+            assert_ne!(replay.tail, Tail::Clean, "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn a_record_is_believed_in_its_own_place_only() {
+        let (file, ends, histories) = journal(3, &records());
+        let part = |at: usize| &file[ends[at - 1]..ends[at]];
+        // Two records swapped, one left out, one twice.
+        for (parts, n_whole) in [([1, 3, 2, 4], 1), ([1, 2, 4, 4], 2), ([1, 2, 2, 3], 2)] {
+            let swapped = [&file[..ends[0]], &parts.map(part).concat()].concat();
+            let replay = read(&swapped).unwrap();
+            assert_eq!((replay.history, replay.tail), (histories[n_whole].clone(), Tail::Damaged), "{parts:?}");
+        }
+        // Of another generation, another session, another owner.
+        let (other, ..) = journal(4, &records());
+        let mixed = [&file[..ends[1]], &other[ends[1]..]].concat();
+        assert_eq!(read(&mixed).unwrap().history, histories[1]);
+        assert!(replay(&file, &key(), 1000, SessionId::from_bytes([8; 16])).is_err());
+        assert!(replay(&file, &key(), 1001, ID).is_err());
+    }
+
+    #[test]
+    fn the_successor_of_a_record_that_was_written_again_is_not_believed() {
+        let (old, ends, _) = journal(3, &records());
+        let again = [turn(0, &[1, 2, 3]), Record::Tokens(vec![9])];
+        let (new, new_ends, histories) = journal(3, &again);
+        assert_eq!(ends[2], new_ends[2], "the test means nothing");
+        let mixed = [new.as_slice(), &old[ends[2]..]].concat();
+        let replay = read(&mixed).unwrap();
+        assert_eq!((replay.history, replay.tail), (histories[2].clone(), Tail::Damaged));
+    }
+
+    #[test]
+    fn another_version_is_told_from_damage() {
+        let (mut file, ..) = journal(3, &[]);
+        file[4] = 2;
+        assert_eq!(read(&file).err(), Some(Unreadable::Version(2)));
+        file[0] = b'x';
+        assert_eq!(read(&file).err(), Some(Unreadable::Damaged));
+    }
+
+    #[test]
+    fn a_file_that_grew_without_its_bytes_is_torn() {
+        let (mut file, ends, _) = journal(3, &[]);
+        file.resize(file.len() + 700, 0);
+        let replay = read(&file).unwrap();
+        assert_eq!((replay.tail, replay.position.n_bytes), (Tail::Torn, ends[0] as u64));
+    }
+}

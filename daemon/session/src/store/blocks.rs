@@ -1,0 +1,205 @@
+//! Which KV blocks of a session are on the disk?
+//!
+//! Nothing of it is ever needed: what is not there, or not right, is computed again.
+
+use super::session::{KvContent, Session};
+use super::{Store, find, nonce};
+use crate::disk::{Disk, DiskError};
+use crate::error::{Result, StoreError};
+use crate::id::SessionId;
+use crate::image::{BLOCK_TOKENS, BlockContext, HEADER_BYTES, ImageShape, PAGE_BYTES};
+
+/// What became of a block that was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Loaded {
+    /// The buffer has its image.
+    Image,
+    /// There is none, or none that is right: compute it. The buffer is empty.
+    Missing,
+}
+
+impl<D: Disk> Store<D> {
+    /// Keeps the image of block `index`, all of whose tokens the session has. Other sessions' images may go for it, the
+    /// least recently used first.
+    ///
+    /// # Errors
+    /// [`StoreError::Invalid`] for a block or image that does not fit, [`StoreError::LimitReached`] or
+    /// [`StoreError::DiskFull`] when there is no room, or as [`Store::history`].
+    pub fn save_block(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        shape: &ImageShape,
+        index: u32,
+        image: &[u8],
+    ) -> Result<()> {
+        let n_tokens = self.history(owner, id)?.tokens.len();
+        if !shape.is_possible() || image.len() != shape.block_bytes as usize {
+            return Err(StoreError::Invalid { what: "the image has another size than its shape" });
+        }
+        if index as usize >= n_tokens / BLOCK_TOKENS {
+            return Err(StoreError::Invalid { what: "the session has fewer full blocks" });
+        }
+        self.discover(owner, id, shape)?;
+        let (offset, place_bytes) = (shape.offset(index), shape.place_bytes());
+        let session = find(&mut self.sessions, owner, id)?;
+        let grows_by = (offset + place_bytes).saturating_sub(session.kv.n_bytes);
+        self.make_room(owner, id, grows_by)?;
+        let session = find(&mut self.sessions, owner, id)?;
+        let Some(context) = session.block(index) else { return Err(StoreError::NotFound) };
+        shape.seal(image, &session.key, &context, nonce(&mut *self.random), &mut self.scratch);
+        loop {
+            let session = find(&mut self.sessions, owner, id)?;
+            match session.write_place(&mut self.disk, shape, index, &self.scratch) {
+                Ok(n_bytes) => {
+                    self.kv_bytes_written += n_bytes;
+                    return Ok(());
+                }
+                Err(DiskError::Full) if self.evict(id, None)? => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// How many blocks from the first on may be there; whether they are right is seen when they are loaded.
+    ///
+    /// # Errors
+    /// As [`Store::history`].
+    pub fn saved_blocks(&mut self, owner: u64, id: SessionId, shape: &ImageShape) -> Result<u32> {
+        self.discover(owner, id, shape)?;
+        let session = find(&mut self.sessions, owner, id)?;
+        let saved = session.kv.content.as_ref().map_or(&[][..], |content| &content.saved);
+        let n_leading = saved.iter().take_while(|&&is_saved| is_saved).count();
+        Ok(u32::try_from(n_leading).expect("a session has fewer than 2^32 blocks"))
+    }
+
+    /// Fills `image` with the image of block `index` as it was saved for just these tokens.
+    ///
+    /// # Errors
+    /// As [`Store::history`]; what is wrong with the file is [`Loaded::Missing`].
+    pub fn load_block(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        shape: &ImageShape,
+        index: u32,
+        image: &mut Vec<u8>,
+    ) -> Result<Loaded> {
+        image.clear();
+        self.discover(owner, id, shape)?;
+        let session = find(&mut self.sessions, owner, id)?;
+        let is_saved = |content: &KvContent| content.saved.get(index as usize).copied().unwrap_or(false);
+        let may_be_there = session.kv.content.as_ref().is_some_and(is_saved);
+        let Some(context) = session.block(index).filter(|_| may_be_there) else { return Ok(Loaded::Missing) };
+        let n_bytes = usize::try_from(shape.place_bytes()).expect("IMAGE_BYTES_MAX fits");
+        image.resize(n_bytes, 0);
+        let n_read = self.disk.read_at(&session.folder.kv(), shape.offset(index), image).unwrap_or(0);
+        image.truncate(n_read);
+        if shape.open(image, &session.key, &context) {
+            return Ok(Loaded::Image);
+        }
+        image.clear();
+        if let Some(content) = &mut session.kv.content {
+            content.saved[index as usize] = false;
+        }
+        Ok(Loaded::Missing)
+    }
+
+    /// Gives the space of a session's images back.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the disk.
+    pub fn drop_images(&mut self, owner: u64, id: SessionId) -> Result<()> {
+        Ok(find(&mut self.sessions, owner, id)?.drop_kv(&mut self.disk)?)
+    }
+
+    /// Finds out what is in a session's KV file; removes the file if it is not of this shape.
+    fn discover(&mut self, owner: u64, id: SessionId, shape: &ImageShape) -> Result<()> {
+        self.history(owner, id)?;
+        let session = find(&mut self.sessions, owner, id)?;
+        if session.kv.content.as_ref().is_some_and(|content| content.shape == *shape) {
+            return Ok(());
+        }
+        session.kv.content = None;
+        if session.kv.n_bytes == 0 {
+            return Ok(());
+        }
+        let mut header = [0; HEADER_BYTES];
+        let is_read = self.disk.read_at(&session.folder.kv(), 0, &mut header) == Ok(HEADER_BYTES);
+        if !is_read || ImageShape::parse(&header) != Some(*shape) {
+            session.drop_kv(&mut self.disk)?;
+            return Ok(());
+        }
+        let n_tokens = session.history.as_ref().map_or(0, |history| history.tokens.len());
+        let n_places = (shape.n_places(session.kv.n_bytes) as usize).min(n_tokens / BLOCK_TOKENS);
+        let mut is_saved = |index: usize| {
+            let mut nonce = [0; crate::cipher::NONCE_BYTES];
+            let index = u32::try_from(index).expect("a session has fewer than 2^32 blocks");
+            let read = self.disk.read_at(&session.folder.kv(), shape.offset(index), &mut nonce);
+            // A place that was never written is a hole.
+            read.is_ok() && nonce != [0; crate::cipher::NONCE_BYTES]
+        };
+        let saved = (0..n_places).map(&mut is_saved).collect();
+        session.kv.content = Some(KvContent { shape: *shape, saved });
+        Ok(())
+    }
+}
+
+impl Session {
+    /// Block `index` of the tokens in memory, if they have it whole.
+    fn block(&mut self, index: u32) -> Option<BlockContext> {
+        let tokens = &self.history.as_ref()?.tokens;
+        if index as usize >= tokens.len() / BLOCK_TOKENS {
+            return None;
+        }
+        Some(BlockContext { id: self.id, index, digest: self.kv.digests.of(tokens, index) })
+    }
+
+    /// Writes one place, and the header before the first; answers the bytes written.
+    fn write_place(
+        &mut self,
+        disk: &mut impl Disk,
+        shape: &ImageShape,
+        index: u32,
+        place: &[u8],
+    ) -> std::result::Result<u64, DiskError> {
+        let kv = self.folder.kv();
+        let mut n_written = place.len() as u64;
+        let index = index as usize;
+        if self.kv.content.is_none() {
+            match disk.create(&kv) {
+                Err(DiskError::Exists) => disk.set_len(&kv, 0)?,
+                made => made?,
+            }
+            disk.write_at(&kv, 0, &shape.header())?;
+            n_written += HEADER_BYTES as u64;
+            self.kv.n_bytes = PAGE_BYTES;
+            self.kv.content = Some(KvContent { shape: *shape, saved: Vec::new() });
+        }
+        let offset = shape.offset(u32::try_from(index).expect("it was one"));
+        let written = disk.write_at(&kv, offset, place);
+        let content = self.kv.content.as_mut().expect("it was made above");
+        if content.saved.len() <= index {
+            content.saved.resize(index + 1, false);
+        }
+        content.saved[index] = written.is_ok();
+        match written {
+            Ok(()) => self.kv.n_bytes = self.kv.n_bytes.max(offset + place.len() as u64),
+            Err(error) => {
+                // What came of it counts until it is written again; that it is wrong shows when it is loaded.
+                self.kv.n_bytes = disk.len(&kv).unwrap_or(self.kv.n_bytes).max(self.kv.n_bytes);
+                return Err(error);
+            }
+        }
+        Ok(n_written)
+    }
+
+    /// Removes the KV file.
+    pub(super) fn drop_kv(&mut self, disk: &mut impl Disk) -> std::result::Result<(), DiskError> {
+        super::folder::ignore_missing(disk.remove(&self.folder.kv()))?;
+        self.kv.n_bytes = 0;
+        self.kv.content = None;
+        Ok(())
+    }
+}

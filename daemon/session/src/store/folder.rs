@@ -1,0 +1,184 @@
+//! Where do a session's files lie, and how does its folder come and go?
+//!
+//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.tmp`, gets its own when all in it is
+//! on the disk, and loses it again before its key is destroyed: one that has its name is whole.
+
+use crate::cipher::KEY_FILE_BYTES;
+use crate::disk::{Disk, DiskError, Place};
+use crate::id::SessionId;
+
+/// Ends the name of a folder that is being filled or emptied.
+pub(super) const UNNAMED: &str = ".tmp";
+/// Most bytes that are kept of what was cut from a journal.
+const CUT_BYTES_MAX: usize = 1 << 20;
+/// All that a session's folder may have.
+const FILES: [&str; 7] = [KEY, JOURNAL, JOURNAL_NEW, CUT, TORN, UNSURE, KV];
+const KEY: &str = "key";
+const JOURNAL: &str = "journal";
+const JOURNAL_NEW: &str = "journal.new";
+const KV: &str = "kv";
+const CUT: &str = "journal.cut";
+const TORN: &str = "journal.torn";
+const UNSURE: &str = "journal.unsure";
+
+type Done = Result<(), DiskError>;
+
+/// Of what belongs to nobody.
+pub(super) fn sessions() -> Place {
+    Place::root().child("sessions")
+}
+
+/// Of one owner's sessions.
+pub(super) fn of_owner(owner: u64) -> Place {
+    sessions().child(&owner.to_string())
+}
+
+/// Of one session.
+#[derive(Clone, Debug)]
+pub(super) struct Folder {
+    owner: Place,
+    dir: Place,
+    /// The same folder while it is filled or emptied.
+    unnamed: Place,
+}
+
+impl Folder {
+    pub(super) fn of(owner: u64, id: SessionId) -> Self {
+        let owner = of_owner(owner);
+        let (dir, unnamed) = (owner.child(&id.to_string()), owner.child(&format!("{id}{UNNAMED}")));
+        Self { owner, dir, unnamed }
+    }
+
+    pub(super) fn key(&self) -> Place {
+        self.dir.child(KEY)
+    }
+
+    pub(super) fn journal(&self) -> Place {
+        self.dir.child(JOURNAL)
+    }
+
+    pub(super) fn kv(&self) -> Place {
+        self.dir.child(KV)
+    }
+
+    pub(super) fn cut(&self) -> Place {
+        self.dir.child(CUT)
+    }
+
+    /// Waits until the session is found again after a power cut.
+    pub(super) fn sync_names(&self, disk: &mut impl Disk) -> Done {
+        disk.sync_dir(&self.dir)?;
+        disk.sync_dir(&self.owner)?;
+        disk.sync_dir(&sessions())?;
+        disk.sync_dir(&Place::root())
+    }
+
+    /// Puts a new journal in the place of the old one; the old one stays if that fails. Its name is not synced.
+    pub(super) fn replace_journal(&self, disk: &mut impl Disk, bytes: &[u8]) -> Done {
+        let new = self.dir.child(JOURNAL_NEW);
+        ignore_missing(disk.remove(&new))?;
+        let written = write_new(disk, &new, bytes).and_then(|()| disk.rename(&new, &self.journal()));
+        if written.is_err() {
+            // What stays in the way is removed before the next try, or at the next start.
+            best_effort(disk.remove(&new));
+        }
+        written
+    }
+
+    /// Keeps what is cut from a journal, up to a limit.
+    pub(super) fn keep_cut(&self, disk: &mut impl Disk, bytes: &[u8], is_damaged: bool) -> Done {
+        let new = self.dir.child(JOURNAL_NEW);
+        ignore_missing(disk.remove(&new))?;
+        write_new(disk, &new, &bytes[..bytes.len().min(CUT_BYTES_MAX)])?;
+        disk.rename(&new, &self.dir.child(if is_damaged { CUT } else { TORN }))?;
+        disk.sync_dir(&self.dir)
+    }
+
+    /// Tells whoever opens the store next that the journal may look better than it is: a sync has failed, after which
+    /// the system shows bytes that it may have given up writing.
+    pub(super) fn mark_unsure(&self, disk: &mut impl Disk) {
+        best_effort(disk.create(&self.dir.child(UNSURE)));
+    }
+
+    /// The journal was written again.
+    pub(super) fn unmark_unsure(&self, disk: &mut impl Disk) {
+        best_effort(disk.remove(&self.dir.child(UNSURE)));
+    }
+
+    /// Whether somebody has called [`Folder::mark_unsure`].
+    pub(super) fn is_unsure(&self, disk: &mut impl Disk) -> Result<bool, DiskError> {
+        match disk.len(&self.dir.child(UNSURE)) {
+            Err(DiskError::NotFound) => Ok(false),
+            length => length.map(|_| true),
+        }
+    }
+
+    /// Removes what a compaction left behind.
+    pub(super) fn remove_unfinished(&self, disk: &mut impl Disk) -> Done {
+        ignore_missing(disk.remove(&self.dir.child(JOURNAL_NEW)))
+    }
+
+    /// Makes the folder on the disk, whole or not at all.
+    pub(super) fn build(&self, disk: &mut impl Disk, key_file: &[u8; KEY_FILE_BYTES], journal: &[u8]) -> Done {
+        match disk.create_dir(&self.owner) {
+            Err(DiskError::Exists) => {}
+            made => made?,
+        }
+        let built = disk
+            .create_dir(&self.unnamed)
+            .and_then(|()| write_new(disk, &self.unnamed.child(KEY), key_file))
+            .and_then(|()| write_new(disk, &self.unnamed.child(JOURNAL), journal))
+            .and_then(|()| disk.sync_dir(&self.unnamed))
+            .and_then(|()| disk.rename(&self.unnamed, &self.dir))
+            .and_then(|()| self.sync_names(disk));
+        if built.is_err() {
+            best_effort(self.unname(disk));
+            best_effort(self.sweep(disk));
+        }
+        built
+    }
+
+    /// Takes the folder's name away, so that nobody finds a session with half a key. May be tried again.
+    pub(super) fn unname(&self, disk: &mut impl Disk) -> Done {
+        ignore_missing(disk.rename(&self.dir, &self.unnamed))?;
+        disk.sync_dir(&self.owner)
+    }
+
+    /// Destroys the key in a folder without a name. Nobody can read the session then, whatever else is left. May be
+    /// tried again.
+    pub(super) fn destroy_key(&self, disk: &mut impl Disk) -> Done {
+        let key = self.unnamed.child(KEY);
+        match disk.write_at(&key, 0, &[0; KEY_FILE_BYTES]) {
+            // A try before this one has come so far.
+            Err(DiskError::NotFound) => return ignore_missing(disk.sync_dir(&self.unnamed)),
+            written => written?,
+        }
+        disk.sync(&key)?;
+        disk.remove(&key)?;
+        disk.sync_dir(&self.unnamed)
+    }
+
+    /// Removes what is left of a folder without a name, its key first.
+    pub(super) fn sweep(&self, disk: &mut impl Disk) -> Done {
+        self.destroy_key(disk)?;
+        FILES.iter().try_for_each(|name| ignore_missing(disk.remove(&self.unnamed.child(name))))?;
+        ignore_missing(disk.remove_dir(&self.unnamed))?;
+        disk.sync_dir(&self.owner)
+    }
+}
+
+fn write_new(disk: &mut impl Disk, file: &Place, bytes: &[u8]) -> Done {
+    disk.create(file)?;
+    disk.write_at(file, 0, bytes)?;
+    disk.sync(file)
+}
+
+pub(super) fn ignore_missing(done: Done) -> Done {
+    match done {
+        Err(DiskError::NotFound) => Ok(()),
+        done => done,
+    }
+}
+
+/// What a caller would do about it is done elsewhere, or later.
+pub(super) fn best_effort<E>(_: Result<(), E>) {}

@@ -1,0 +1,103 @@
+//! Who makes room, and what goes for good?
+
+use super::folder::best_effort;
+use super::{Store, find};
+use crate::disk::Disk;
+use crate::error::{Result, StoreError};
+use crate::history::State;
+use crate::id::SessionId;
+
+impl<D: Disk> Store<D> {
+    /// Destroys a session's key, then removes its files.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], [`StoreError::Busy`] while it is answering, or the disk: then the session cannot be
+    /// used any more, and deleting it again goes on.
+    pub fn delete(&mut self, owner: u64, id: SessionId) -> Result<()> {
+        // One that is doomed already is found, too.
+        let session = self.sessions.get_mut(&id).filter(|session| session.owner == owner);
+        let session = session.ok_or(StoreError::NotFound)?;
+        if session.state() == State::Answering {
+            return Err(StoreError::Busy("answering"));
+        }
+        session.doomed = true;
+        session.folder.unname(&mut self.disk)?;
+        session.folder.destroy_key(&mut self.disk)?;
+        // Without a key the rest is noise, which the next start sweeps if this fails.
+        best_effort(session.folder.sweep(&mut self.disk));
+        self.sessions.remove(&id);
+        self.dirty.remove(&id);
+        Ok(())
+    }
+
+    /// Deletes all unpinned, idle sessions that were last used more than the limits' retention before `now`. One that
+    /// was used in the future is not old. Answers those that went.
+    ///
+    /// # Errors
+    /// The disk; what was deleted before stays deleted.
+    pub fn expire(&mut self, now: u64) -> Result<Vec<(u64, SessionId)>> {
+        let retention = self.limits.retention_seconds;
+        if retention == 0 {
+            return Ok(Vec::new());
+        }
+        let sessions = self.sessions.values().filter(|session| {
+            let is_old = now.checked_sub(session.used()).is_some_and(|seconds| seconds > retention);
+            is_old && !session.pinned() && !session.answering
+        });
+        let old: Vec<(u64, SessionId)> = sessions.map(|session| (session.owner, session.id)).collect();
+        old.iter().try_for_each(|&(owner, id)| self.delete(owner, id))?;
+        Ok(old)
+    }
+
+    /// Removes images of unpinned sessions, the least recently used first, until `n_bytes` are free again or there are
+    /// none. Answers the bytes that went.
+    ///
+    /// # Errors
+    /// The disk.
+    pub fn reclaim(&mut self, n_bytes: u64) -> Result<u64> {
+        let before = self.usage().kv_bytes;
+        loop {
+            let freed = before - self.usage().kv_bytes;
+            if freed >= n_bytes || !self.evict_any(None, None)? {
+                return Ok(freed);
+            }
+        }
+    }
+
+    /// Makes room for `grows_by` more bytes of images of a session, within the limits.
+    pub(super) fn make_room(&mut self, owner: u64, id: SessionId, grows_by: u64) -> Result<()> {
+        let (own, all) = (self.limits.kv_bytes_per_owner, self.limits.kv_bytes);
+        find(&mut self.sessions, owner, id)?;
+        while self.kv_bytes(Some(owner)).saturating_add(grows_by) > own {
+            if !self.evict(id, Some(owner))? {
+                return Err(StoreError::LimitReached { what: "bytes of one owner's KV files", limit: own });
+            }
+        }
+        while self.kv_bytes(None).saturating_add(grows_by) > all {
+            if !self.evict(id, None)? {
+                return Err(StoreError::LimitReached { what: "bytes of all KV files", limit: all });
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the least recently used images that are not those of `keep`; answers whether there were any.
+    pub(super) fn evict(&mut self, keep: SessionId, owner: Option<u64>) -> Result<bool> {
+        self.evict_any(Some(keep), owner)
+    }
+
+    fn evict_any(&mut self, keep: Option<SessionId>, owner: Option<u64>) -> Result<bool> {
+        let victims = self.sessions.values_mut().filter(|session| {
+            let is_other = keep != Some(session.id) && owner.is_none_or(|owner| session.owner == owner);
+            is_other && session.kv.n_bytes > 0 && !session.pinned() && !session.answering
+        });
+        let Some(victim) = victims.min_by_key(|session| session.last_use) else { return Ok(false) };
+        victim.drop_kv(&mut self.disk)?;
+        Ok(true)
+    }
+
+    fn kv_bytes(&self, owner: Option<u64>) -> u64 {
+        let sessions = self.sessions.values().filter(|session| owner.is_none_or(|owner| session.owner == owner));
+        sessions.map(|session| session.kv.n_bytes).sum()
+    }
+}

@@ -1,0 +1,267 @@
+//! The store on a real folder. What power cuts and failing disks do to it is tried in `tests/sim`.
+
+mod space;
+
+use super::*;
+use crate::disk::OsDisk;
+use crate::history::{Durability, Outcome, State};
+use crate::image::ImageShape;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+const OWNER: u64 = 1000;
+const SHAPE: ImageShape = ImageShape { fingerprint: [5; 32], block_bytes: 5000 };
+
+/// Numbers that no cipher should have, the same in every run; another stream for every store.
+fn random(seed: u8) -> Box<dyn Random + Send> {
+    let mut reader = blake3::Hasher::new().update(&[seed]).finalize_xof();
+    Box::new(move |bytes: &mut [u8]| reader.fill(bytes))
+}
+
+fn open_as(folder: &Path, seed: u8, limits: Limits) -> (Store<OsDisk>, Report) {
+    Store::open(OsDisk::open(folder).unwrap(), random(seed), MasterKey::new([1; 32]), limits).unwrap()
+}
+
+fn open(folder: &Path, seed: u8) -> (Store<OsDisk>, Report) {
+    open_as(folder, seed, Limits::default())
+}
+
+fn new(durability: Durability) -> NewSession<'static> {
+    let settings = Some(Settings { durability, ..Settings::default() });
+    NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings }
+}
+
+fn say(store: &mut Store<OsDisk>, id: SessionId, prompt: &[u32], answer: &[u32]) {
+    let keep_tokens = store.summary(OWNER, id).unwrap().n_tokens;
+    let turn = NewTurn { keep_tokens, prompt, request: b"request", sampling: b"sampling" };
+    store.begin_turn(OWNER, id, &turn, 7).unwrap();
+    store.append_tokens(OWNER, id, answer).unwrap();
+    store.end_turn(OWNER, id, Outcome::Complete, b"answer", 8).unwrap();
+    assert_eq!(store.flush().failed, []);
+}
+
+fn file_of(folder: &Path, id: SessionId, name: &str) -> PathBuf {
+    folder.join(format!("sessions/{OWNER}/{id}/{name}"))
+}
+
+#[test]
+fn a_session_is_there_after_the_store_is_opened_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, report) = open(folder.path(), 1);
+    assert_eq!(report, Report::default());
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1, 2, 3], &[4, 5]);
+    say(&mut store, id, &[6], &[7]);
+    store.rename(OWNER, id, "another").unwrap();
+    store.pin(OWNER, id, true).unwrap();
+    assert_eq!(store.flush().committed, [id]);
+    let (history, summary) = (store.history(OWNER, id).unwrap().clone(), store.summary(OWNER, id).unwrap());
+    drop(store);
+    let (mut store, report) = open(folder.path(), 2);
+    assert_eq!(report, Report { sessions: 1, ..Report::default() });
+    assert_eq!(store.list(OWNER), [summary]);
+    assert_eq!(store.history(OWNER, id).unwrap(), &history);
+    assert_eq!(history.tokens, [1, 2, 3, 4, 5, 6, 7]);
+    // And goes on.
+    say(&mut store, id, &[8], &[9]);
+    drop(store);
+    assert_eq!(open(folder.path(), 3).0.history(OWNER, id).unwrap().tokens.len(), 9);
+}
+
+#[test]
+fn a_turn_without_an_end_is_interrupted_and_can_be_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: b"", sampling: b"" };
+    store.begin_turn(OWNER, id, &turn, 7).unwrap();
+    assert_eq!(store.flush().committed, [id]);
+    store.append_tokens(OWNER, id, &[2]).unwrap();
+    let flushed = store.flush();
+    assert_eq!((flushed.written, flushed.committed), (vec![id], vec![]));
+    store.append_tokens(OWNER, id, &[3]).unwrap(); // never flushed
+    assert_eq!(store.begin_turn(OWNER, id, &turn, 7), Err(StoreError::Busy("answering")));
+    assert_eq!(store.delete(OWNER, id), Err(StoreError::Busy("answering")));
+    drop(store);
+    let (mut store, report) = open(folder.path(), 2);
+    assert_eq!((report.interrupted, store.summary(OWNER, id).unwrap().state), (1, State::Interrupted));
+    assert_eq!(store.append_tokens(OWNER, id, &[3]), Err(StoreError::Busy("not answering")));
+    store.resume_turn(OWNER, id).unwrap();
+    store.append_tokens(OWNER, id, &[3]).unwrap();
+    store.end_turn(OWNER, id, Outcome::Complete, b"", 9).unwrap();
+    assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2, 3]);
+    assert_eq!(store.resume_turn(OWNER, id), Err(StoreError::Busy("idle")));
+}
+
+#[test]
+fn durability_says_which_flushes_commit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    for (durability, expected) in [
+        (Durability::Token, [true, true, true]),
+        (Durability::Turn, [true, false, true]),
+        (Durability::None, [false; 3]),
+    ] {
+        let id = store.create(OWNER, &new(durability), 5).unwrap();
+        let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: b"", sampling: b"" };
+        store.begin_turn(OWNER, id, &turn, 7).unwrap();
+        let begun = store.flush().committed == [id];
+        store.append_tokens(OWNER, id, &[2]).unwrap();
+        let grown = store.flush().committed == [id];
+        store.end_turn(OWNER, id, Outcome::Complete, b"", 9).unwrap();
+        let ended = store.flush().committed == [id];
+        assert_eq!([begun, grown, ended], expected, "{durability:?}");
+    }
+}
+
+#[test]
+fn nobody_sees_anothers_session() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    let other = OWNER + 1;
+    let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: b"", sampling: b"" };
+    assert_eq!(store.list(other), []);
+    assert_eq!(store.summary(other, id), Err(StoreError::NotFound));
+    assert_eq!(store.history(other, id).err(), Some(StoreError::NotFound));
+    assert_eq!(store.begin_turn(other, id, &turn, 7), Err(StoreError::NotFound));
+    assert_eq!(store.append_tokens(other, id, &[1]), Err(StoreError::NotFound));
+    assert_eq!(store.rename(other, id, ""), Err(StoreError::NotFound));
+    assert_eq!(store.truncate(other, id, 0), Err(StoreError::NotFound));
+    assert_eq!(store.fork(other, id, None, 7), Err(StoreError::NotFound));
+    assert_eq!(store.export(other, id), Err(StoreError::NotFound));
+    assert_eq!(store.delete(other, id), Err(StoreError::NotFound));
+    assert_eq!(store.load_block(other, id, &SHAPE, 0, &mut Vec::new()), Err(StoreError::NotFound));
+    assert_eq!(store.release(other, id), Err(StoreError::NotFound));
+    assert_eq!(store.summary(OWNER, id).unwrap().n_turns, 0);
+}
+
+#[test]
+fn files_are_private_and_hold_no_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1, 2, 3], &[4, 5]);
+    let mode = |path: PathBuf| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    assert_eq!(mode(file_of(folder.path(), id, "")), 0o700);
+    for name in ["key", "journal"] {
+        let path = file_of(folder.path(), id, name);
+        let bytes = std::fs::read(&path).unwrap();
+        for text in [b"request".as_slice(), b"sampling", b"answer", b"tiny"] {
+            assert!(!bytes.windows(text.len()).any(|part| part == text), "{name} has '{}'", text.escape_ascii());
+        }
+        assert_eq!(mode(path), 0o600);
+    }
+}
+
+#[test]
+fn a_second_store_on_the_folder_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_store, _) = open(folder.path(), 1);
+    let disk = OsDisk::open(folder.path()).unwrap();
+    let second = Store::open(disk, random(2), MasterKey::new([1; 32]), Limits::default());
+    assert_eq!(second.err(), Some(StoreError::Locked));
+}
+
+#[test]
+fn a_cut_conversation_goes_on_from_where_it_was_cut() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1], &[2]);
+    say(&mut store, id, &[3], &[4]);
+    assert_eq!(store.truncate(OWNER, id, 3), Err(StoreError::Invalid { what: "there is less than is to be kept" }));
+    assert_eq!(store.truncate(OWNER, id, 1), Ok(2));
+    say(&mut store, id, &[5], &[6]);
+    drop(store);
+    let (mut store, _) = open(folder.path(), 2);
+    assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2, 5, 6]);
+}
+
+#[test]
+fn a_fork_and_an_import_are_sessions_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1], &[2]);
+    say(&mut store, id, &[3], &[4]);
+    let fork = store.fork(OWNER, id, Some(1), 50).unwrap();
+    let file = store.export(OWNER, id).unwrap();
+    let import = store.import(77, &file).unwrap();
+    say(&mut store, id, &[5], &[6]);
+    say(&mut store, fork, &[7], &[8]);
+    drop(store);
+    let (mut store, report) = open(folder.path(), 2);
+    assert_eq!((report.sessions, report.findings.len()), (3, 0));
+    assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2, 3, 4, 5, 6]);
+    assert_eq!(store.history(OWNER, fork).unwrap().tokens, [1, 2, 7, 8]);
+    assert_eq!(store.history(77, import).unwrap().tokens, [1, 2, 3, 4]);
+    for n_bytes in 0..file.len() {
+        assert!(store.import(77, &file[..n_bytes]).is_err(), "{n_bytes} bytes");
+    }
+    for at in 0..file.len() {
+        let mut flipped = file.clone();
+        flipped[at] ^= 1;
+        assert!(store.import(77, &flipped).is_err(), "byte {at}");
+    }
+}
+
+#[test]
+fn what_cannot_be_used_is_reported_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let ids: [SessionId; 4] = std::array::from_fn(|_| store.create(OWNER, &new(Durability::Turn), 5).unwrap());
+    drop(store);
+    let path = |id, name| file_of(folder.path(), id, name);
+    let change = |id, name, at: usize, bits: u8| {
+        let mut bytes = std::fs::read(path(id, name)).unwrap();
+        bytes[at] ^= bits;
+        std::fs::write(path(id, name), bytes).unwrap();
+    };
+    change(ids[0], "journal", 4, 3);
+    change(ids[1], "journal", 50, 0xff);
+    change(ids[2], "key", 79, 0xff);
+    std::fs::remove_file(path(ids[3], "key")).unwrap();
+    std::fs::create_dir(folder.path().join("sessions/lost+found")).unwrap();
+    std::fs::create_dir_all(folder.path().join(format!("sessions/{OWNER}/{}.tmp", ids[0]))).unwrap();
+    let (store, report) = open(folder.path(), 2);
+    assert_eq!((report.sessions, store.list(OWNER).len()), (0, 0));
+    let of = |name: String| report.findings.iter().find(|finding| finding.name == name).map(|finding| finding.kind);
+    assert_eq!(of(ids[0].to_string()), Some(FindingKind::UnknownVersion { version: 2 }));
+    assert_eq!(of(ids[1].to_string()), Some(FindingKind::Unreadable));
+    assert_eq!(of(ids[2].to_string()), Some(FindingKind::Unreadable));
+    assert_eq!(of(ids[3].to_string()), Some(FindingKind::Unreadable));
+    assert_eq!(of("lost+found".into()), Some(FindingKind::Strange));
+    assert_eq!(of(format!("{}.tmp", ids[0])), Some(FindingKind::Swept));
+    assert!(path(ids[0], "journal").exists() && path(ids[2], "journal").exists() && path(ids[3], "journal").exists());
+    drop(store);
+    // The master key is named in the file: what it is not the key of is not damage.
+    let master = MasterKey::new([2; 32]);
+    let (_, report) = Store::open(OsDisk::open(folder.path()).unwrap(), random(3), master, Limits::default()).unwrap();
+    assert_eq!(report.count(|kind| kind == FindingKind::ForeignKey), 3);
+}
+
+#[test]
+fn damage_in_the_middle_is_cut_kept_and_shown() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1], &[2]);
+    let n_whole = usize::try_from(store.usage().journal_bytes).unwrap();
+    say(&mut store, id, &[3], &[4]);
+    drop(store);
+    let journal = file_of(folder.path(), id, "journal");
+    let mut bytes = std::fs::read(&journal).unwrap();
+    bytes[n_whole + 20] ^= 1;
+    std::fs::write(&journal, &bytes).unwrap();
+    let (mut store, report) = open(folder.path(), 2);
+    let n_bytes = (bytes.len() - n_whole) as u64;
+    assert_eq!(report.findings[0].kind, FindingKind::Cut { n_bytes });
+    assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2]);
+    assert!(store.summary(OWNER, id).unwrap().damaged);
+    assert_eq!(std::fs::read(file_of(folder.path(), id, "journal.cut")).unwrap(), bytes[n_whole..]);
+    say(&mut store, id, &[5], &[6]);
+    drop(store);
+    let (mut store, report) = open(folder.path(), 3);
+    assert_eq!((store.history(OWNER, id).unwrap().tokens.len(), report.findings.len()), (4, 0));
+}

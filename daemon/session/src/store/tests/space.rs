@@ -1,0 +1,146 @@
+//! What takes room, and what goes for it.
+
+use super::*;
+
+#[test]
+fn a_deleted_session_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1; 64], &[4]);
+    store.save_block(OWNER, id, &SHAPE, 0, &[3; 5000]).unwrap();
+    store.delete(OWNER, id).unwrap();
+    assert_eq!(store.summary(OWNER, id), Err(StoreError::NotFound));
+    assert_eq!(std::fs::read_dir(folder.path().join("sessions/1000")).unwrap().count(), 0);
+    assert_eq!(store.usage().sessions, 0);
+}
+
+#[test]
+fn images_come_back_for_the_tokens_they_were_made_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &(0..128).collect::<Vec<u32>>(), &[4]);
+    let image = |fill: u8| vec![fill; 5000];
+    let mut loaded = Vec::new();
+    assert_eq!(store.saved_blocks(OWNER, id, &SHAPE), Ok(0));
+    assert!(store.save_block(OWNER, id, &SHAPE, 2, &image(2)).is_err(), "a block that is not full");
+    assert!(store.save_block(OWNER, id, &SHAPE, 0, &image(2)[1..]).is_err(), "an image of another size");
+    store.save_block(OWNER, id, &SHAPE, 1, &image(1)).unwrap();
+    assert_eq!(store.saved_blocks(OWNER, id, &SHAPE), Ok(0));
+    store.save_block(OWNER, id, &SHAPE, 0, &image(7)).unwrap();
+    drop(store);
+    let (mut store, _) = open(folder.path(), 2);
+    assert_eq!(store.saved_blocks(OWNER, id, &SHAPE), Ok(2));
+    for (index, fill) in [(0, 7), (1, 1)] {
+        assert_eq!(store.load_block(OWNER, id, &SHAPE, index, &mut loaded), Ok(Loaded::Image));
+        assert_eq!(loaded, image(fill));
+    }
+    // Other tokens in the second block.
+    let turn = NewTurn { keep_tokens: 100, prompt: &[1; 28], request: b"", sampling: b"" };
+    store.begin_turn(OWNER, id, &turn, 7).unwrap();
+    assert_eq!(store.load_block(OWNER, id, &SHAPE, 0, &mut loaded), Ok(Loaded::Image));
+    assert_eq!(store.load_block(OWNER, id, &SHAPE, 1, &mut loaded), Ok(Loaded::Missing));
+    store.end_turn(OWNER, id, Outcome::Complete, b"", 9).unwrap();
+    assert_eq!(store.flush().failed, []);
+    drop(store);
+    // The file still has the old image, which must not be believed.
+    let (mut store, _) = open(folder.path(), 3);
+    assert_eq!(store.saved_blocks(OWNER, id, &SHAPE), Ok(2));
+    assert_eq!(store.load_block(OWNER, id, &SHAPE, 1, &mut loaded), Ok(Loaded::Missing));
+    assert!(loaded.is_empty());
+    // Another model's.
+    let other = ImageShape { fingerprint: [6; 32], ..SHAPE };
+    assert_eq!(store.load_block(OWNER, id, &other, 0, &mut loaded), Ok(Loaded::Missing));
+    assert!(!file_of(folder.path(), id, "kv").exists());
+}
+
+#[test]
+fn the_oldest_unpinned_images_go_first() {
+    let folder = tempfile::tempdir().unwrap();
+    // Room for two files of one place.
+    let limits = Limits { kv_bytes_per_owner: 2 * (4096 + 8192), ..Limits::default() };
+    let (mut store, _) = open_as(folder.path(), 1, limits);
+    let ids: Vec<SessionId> = (0..4)
+        .map(|_| {
+            let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+            say(&mut store, id, &[1; 64], &[2]);
+            id
+        })
+        .collect();
+    let has = |store: &mut Store<OsDisk>, id| store.saved_blocks(OWNER, id, &SHAPE).unwrap() == 1;
+    store.pin(OWNER, ids[0], true).unwrap();
+    for &id in &ids[..3] {
+        store.save_block(OWNER, id, &SHAPE, 0, &[3; 5000]).unwrap();
+    }
+    assert!(has(&mut store, ids[0]) && !has(&mut store, ids[1]) && has(&mut store, ids[2]));
+    store.pin(OWNER, ids[2], true).unwrap();
+    let refused = store.save_block(OWNER, ids[3], &SHAPE, 0, &[3; 5000]);
+    let limit = limits.kv_bytes_per_owner;
+    assert_eq!(refused, Err(StoreError::LimitReached { what: "bytes of one owner's KV files", limit }));
+    store.pin(OWNER, ids[2], false).unwrap();
+    assert_eq!(store.reclaim(1), Ok(4096 + 8192));
+    assert!(has(&mut store, ids[0]) && !has(&mut store, ids[2]));
+}
+
+#[test]
+fn a_journal_that_is_mostly_dead_is_written_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Token), 5).unwrap();
+    say(&mut store, id, &[1], &[2]);
+    let request = vec![1; 100_000];
+    let turn = NewTurn { keep_tokens: 2, prompt: &[3], request: &request, sampling: b"" };
+    store.begin_turn(OWNER, id, &turn, 7).unwrap();
+    store.end_turn(OWNER, id, Outcome::Complete, b"", 9).unwrap();
+    store.flush();
+    assert!(store.usage().journal_bytes > 100_000);
+    store.truncate(OWNER, id, 1).unwrap();
+    assert_eq!(store.flush().committed, [id]);
+    assert!(store.usage().journal_bytes < 1000);
+    say(&mut store, id, &[4], &[5]);
+    let history = store.history(OWNER, id).unwrap().clone();
+    drop(store);
+    let (mut store, report) = open(folder.path(), 2);
+    assert_eq!((store.history(OWNER, id).unwrap(), report.findings.len()), (&history, 0));
+}
+
+#[test]
+fn limits_are_told_by_name_and_change_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let limits = Limits { sessions_per_owner: 1, sessions: 2, journal_bytes: 2000, ..Limits::default() };
+    let (mut store, _) = open_as(folder.path(), 1, limits);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    let own = StoreError::LimitReached { what: "sessions of one owner", limit: 1 };
+    assert_eq!(store.create(OWNER, &new(Durability::Turn), 5), Err(own));
+    store.create(1, &new(Durability::Turn), 5).unwrap();
+    let all = StoreError::LimitReached { what: "sessions of all owners", limit: 2 };
+    assert_eq!(store.create(2, &new(Durability::Turn), 5), Err(all));
+    let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: b"", sampling: b"" };
+    store.begin_turn(OWNER, id, &turn, 7).unwrap();
+    let journal = StoreError::LimitReached { what: "bytes of a journal", limit: 2000 };
+    assert_eq!(store.append_tokens(OWNER, id, &[1; 1000]), Err(journal));
+    store.end_turn(OWNER, id, Outcome::Failed, b"an end finds room", 9).unwrap();
+    assert_eq!(store.history(OWNER, id).unwrap().tokens, [1]);
+    let title = "x".repeat(1025);
+    let refused = StoreError::LimitReached { what: "bytes of a title", limit: 1024 };
+    assert_eq!(store.rename(OWNER, id, &title), Err(refused));
+}
+
+#[test]
+fn old_sessions_go_and_those_from_the_future_stay() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open_as(folder.path(), 1, Limits { retention_seconds: 100, ..Limits::default() });
+    let old = store.create(OWNER, &new(Durability::Turn), 1000).unwrap();
+    let pinned = store.create(OWNER, &new(Durability::Turn), 1000).unwrap();
+    let future = store.create(OWNER, &new(Durability::Turn), 1 << 40).unwrap();
+    store.pin(OWNER, pinned, true).unwrap();
+    assert_eq!(store.expire(0), Ok(vec![]));
+    assert_eq!(store.expire(1100), Ok(vec![]));
+    assert_eq!(store.expire(1101), Ok(vec![(OWNER, old)]));
+    let mut left: Vec<SessionId> = store.list(OWNER).iter().map(|summary| summary.id).collect();
+    left.sort();
+    let mut expected = vec![pinned, future];
+    expected.sort();
+    assert_eq!(left, expected);
+}

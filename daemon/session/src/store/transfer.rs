@@ -1,0 +1,147 @@
+//! How does a session become another one, here or on another machine?
+//!
+//! An exported session is `magic "spdx", u32 version, u64 n_bytes, u32 CRC32C` of the `n_bytes` that follow: records as
+//! in a compacted journal, each after its length (u32), not encrypted. Numbers are little-endian.
+
+use super::flush::first_journal;
+use super::folder::Folder;
+use super::session::Session;
+use super::{Store, nonce};
+use crate::cipher::SessionKey;
+use crate::disk::Disk;
+use crate::error::{Result, StoreError};
+use crate::history::{History, Outcome};
+use crate::id::SessionId;
+use crate::journal::Position;
+use crate::limits::RECORD_BYTES_MAX;
+use crate::record::Record;
+use zeroize::Zeroizing;
+
+const MAGIC: &[u8; 4] = b"spdx";
+const VERSION: u32 = 1;
+const HEADER_BYTES: usize = 20;
+
+impl<D: Disk> Store<D> {
+    /// A session of its own with the first `n_turns` turns of another one, or all. Images are not copied: the new
+    /// session has none.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] while the session is answering, fewer turns than that, a limit, or as [`Store::history`].
+    pub fn fork(&mut self, owner: u64, id: SessionId, n_turns: Option<u32>, now: u64) -> Result<SessionId> {
+        self.idle(owner, id)?;
+        let mut history = self.history(owner, id)?.clone();
+        if let Some(n_turns) = n_turns {
+            let n_tokens = history.tokens_after(n_turns as usize);
+            let n_tokens = u32::try_from(n_tokens).expect("SESSION_TOKENS_MAX is below 2^32");
+            let cut = Record::Truncate { n_turns, n_tokens };
+            history.apply(&cut).map_err(|misfit| StoreError::Invalid { what: misfit.0 })?;
+        }
+        (history.created, history.used, history.pinned) = (now, now, false);
+        self.build(history)
+    }
+
+    /// Everything of a session as one file that anybody can read.
+    ///
+    /// # Errors
+    /// [`StoreError::Busy`] while the session is answering, or as [`Store::history`].
+    pub fn export(&mut self, owner: u64, id: SessionId) -> Result<Vec<u8>> {
+        self.idle(owner, id)?;
+        let mut body = Vec::new();
+        for record in self.history(owner, id)?.records() {
+            let record = record.encode();
+            let n_bytes = u32::try_from(record.len()).expect("RECORD_BYTES_MAX is below 2^32");
+            body.extend_from_slice(&n_bytes.to_le_bytes());
+            body.extend_from_slice(&record);
+        }
+        let mut file = Vec::with_capacity(HEADER_BYTES + body.len());
+        file.extend_from_slice(MAGIC);
+        file.extend_from_slice(&VERSION.to_le_bytes());
+        file.extend_from_slice(&(body.len() as u64).to_le_bytes());
+        file.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
+        file.extend_from_slice(&body);
+        Ok(file)
+    }
+
+    /// Makes a session of an exported one, whoever's it was. It keeps the time it was made at, and is not pinned.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] or [`StoreError::UnknownVersion`] for a file that cannot be read, a limit, or the disk.
+    pub fn import(&mut self, owner: u64, file: &[u8]) -> Result<SessionId> {
+        let limit = self.limits.journal_bytes;
+        if file.len() as u64 > limit {
+            return Err(StoreError::LimitReached { what: "bytes of an exported session", limit });
+        }
+        let mut history = parse(file)?;
+        (history.owner, history.pinned) = (owner, false);
+        self.build(history)
+    }
+
+    /// Makes a session with this history, whole and on the disk, or not at all.
+    pub(super) fn build(&mut self, mut history: History) -> Result<SessionId> {
+        let owner = history.owner;
+        self.check_sessions(owner)?;
+        if let Some(turn) = history.turns.last_mut() {
+            turn.outcome.get_or_insert(Outcome::Interrupted);
+        }
+        let (mut id, mut key, mut generation) = ([0; 16], Zeroizing::new([0; 32]), [0; 16]);
+        self.random.fill(&mut id);
+        self.random.fill(&mut *key);
+        self.random.fill(&mut generation);
+        let (id, key) = (SessionId::from_bytes(id), SessionKey::new(key));
+        let key_file = key.wrap(&self.master, owner, id, &nonce(&mut *self.random));
+        let (mut position, header) = Position::start(id, generation);
+        let journal = first_journal(&mut position, &header, &history.records(), &key, &mut *self.random);
+        Folder::of(owner, id).build(&mut self.disk, &key_file, &journal)?;
+        self.journal_bytes_written += (key_file.len() + journal.len()) as u64;
+        let mut session = Session::new(id, key, history, position);
+        (session.journal.is_synced, session.journal.is_named) = (true, true);
+        self.n_uses += 1;
+        session.last_use = self.n_uses;
+        self.sessions.insert(id, session);
+        Ok(id)
+    }
+}
+
+fn parse(file: &[u8]) -> Result<History> {
+    const DAMAGED: StoreError = StoreError::Damaged { what: "the exported session" };
+    let (header, body) = file.split_first_chunk::<HEADER_BYTES>().ok_or(DAMAGED)?;
+    let (magic, rest) = header.split_first_chunk::<4>().ok_or(DAMAGED)?;
+    let (version, rest) = rest.split_first_chunk::<4>().ok_or(DAMAGED)?;
+    let (n_bytes, crc) = rest.split_first_chunk::<8>().ok_or(DAMAGED)?;
+    let crc = u32::from_le_bytes(crc.try_into().map_err(|_| DAMAGED)?);
+    if magic != MAGIC {
+        return Err(StoreError::Invalid { what: "not an exported session" });
+    }
+    match u32::from_le_bytes(*version) {
+        VERSION => {}
+        version => return Err(StoreError::UnknownVersion { what: "the exported session", version }),
+    }
+    if u64::from_le_bytes(*n_bytes) != body.len() as u64 || crc32c::crc32c(body) != crc {
+        return Err(DAMAGED);
+    }
+    parse_body(body).ok_or(DAMAGED)
+}
+
+fn parse_body(mut rest: &[u8]) -> Option<History> {
+    let mut history = None;
+    while let Some((n_bytes, after)) = rest.split_first_chunk::<4>() {
+        let n_bytes = u32::from_le_bytes(*n_bytes) as usize;
+        if n_bytes > RECORD_BYTES_MAX {
+            return None;
+        }
+        let (record, after) = after.split_at_checked(n_bytes)?;
+        match (&mut history, Record::decode(record)?) {
+            (None, Record::Create(create)) => history = Some(History::new(create)),
+            (Some(history), record @ (Record::Kept(_) | Record::Past(_))) => history.apply(&record).ok()?,
+            _ => return None,
+        }
+        rest = after;
+    }
+    if rest.is_empty() { history } else { None }
+}
+
+/// Reads what follows an exported session's header. For the fuzz target.
+#[doc(hidden)]
+pub fn probe_export(body: &[u8]) -> Option<usize> {
+    parse_body(body).map(|history| history.tokens.len())
+}
