@@ -3,6 +3,8 @@
 //! A *block* is 64 consecutive tokens of one sequence in every layer. [`Pool`] says which blocks of a device are free
 //! and how many hold on to the others; [`BlockTable`] is one sequence's blocks in order and turns tokens into slots.
 //!
+//! [`Archive`] holds the full blocks of sessions that are still to be written into their files.
+//!
 //! [`PrefixHasher`] names full blocks by what they contain, so that sequences that begin alike share them.
 //!
 //! Knows no time, no file and no device: it decides, others carry out. Whoever gives a block back gets
@@ -12,12 +14,14 @@
 //! `ref_count` >= 1; nobody writes into a block that somebody else holds as well, or that was sealed.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod block;
 mod error;
 mod pool;
 mod prefix;
 mod table;
 
+pub use archive::{Archive, FileId, Save};
 pub use block::{BLOCK_TOKENS, BlockId, blocks_for};
 pub use error::KvError;
 pub use pool::{Pool, Released, Reservation};
