@@ -1,6 +1,7 @@
 //! How is a step of a model written down?
 
 mod build;
+mod fingerprint;
 mod image;
 mod layer;
 mod unread;

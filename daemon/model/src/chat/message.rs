@@ -53,9 +53,9 @@ pub struct ToolCall {
     pub arguments: String,
 }
 
-/// One message. It is read from JSON as in OpenAI's chat completions; text parts of content are joined.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Deserialize)]
-#[serde(try_from = "super::wire::Message")]
+/// One message. It is read from JSON and written as in OpenAI's chat completions; text parts of content are joined.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "super::wire::Message", into = "super::wire::Message")]
 pub struct ChatMessage {
     /// Who speaks.
     pub role: Role,
@@ -86,7 +86,8 @@ impl ChatMessage {
 }
 
 /// What is rendered.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct ChatRequest {
     /// The conversation so far.
     pub messages: Vec<ChatMessage>,

@@ -1,44 +1,57 @@
 //! How does a message look in JSON? As in OpenAI's chat completions, with DeepSeek's `reasoning_content`.
 
 use super::message::{ChatMessage, Role, ToolCall};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 /// Content in parts is joined with this, as vLLM and llama.cpp do.
 const BETWEEN_PARTS: &str = "\n";
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 pub(super) struct Message {
     role: String,
     content: Option<Content>,
-    #[serde(alias = "reasoning")]
+    #[serde(alias = "reasoning", skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     tool_calls: Option<Vec<Call>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     tool_call_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(untagged, expecting = "expected a string or a list of parts")]
 enum Content {
     Text(String),
     Parts(Vec<Part>),
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct Part {
     #[serde(rename = "type")]
     kind: String,
     text: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 struct Call {
     #[serde(default)]
     id: String,
+    /// Always a function; servers want it said.
+    #[serde(default, rename = "type", skip_deserializing)]
+    kind: Kind,
     function: Function,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Copy, Default, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    #[default]
+    Function,
+}
+
+#[derive(Deserialize, Serialize)]
 struct Function {
     name: String,
     #[serde(default)]
@@ -82,6 +95,25 @@ impl TryFrom<Message> for ChatMessage {
     }
 }
 
+impl From<ChatMessage> for Message {
+    fn from(message: ChatMessage) -> Self {
+        let call = |call: ToolCall| Call {
+            id: call.id,
+            kind: Kind::Function,
+            function: Function { name: call.name, arguments: call.arguments },
+        };
+        let calls: Vec<Call> = message.tool_calls.into_iter().map(call).collect();
+        Self {
+            role: message.role.as_str().to_owned(),
+            content: message.content.map(Content::Text),
+            reasoning_content: message.reasoning_content,
+            tool_calls: (!calls.is_empty()).then_some(calls),
+            tool_call_id: message.tool_call_id,
+            name: message.name,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,6 +128,9 @@ mod tests {
         let message = read(calls).unwrap();
         assert_eq!((message.content, message.reasoning_content.as_deref()), (None, Some("r")));
         assert_eq!(message.tool_calls[0].arguments, "{}");
+        let written = serde_json::to_string(&read(calls).unwrap()).unwrap();
+        assert!(written.contains(r#""type":"function""#) && !written.contains("tool_call_id"));
+        assert_eq!(read(&written).unwrap(), read(calls).unwrap());
         let image = r#"{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}"#;
         assert!(read(image).unwrap_err().to_string().contains("image_url"));
         assert!(read(r#"{"role": "robot", "content": "x"}"#).unwrap_err().to_string().contains("robot"));
