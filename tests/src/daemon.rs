@@ -21,6 +21,7 @@ const PAUSE: Duration = Duration::from_millis(3);
 pub struct Daemon {
     child: Child,
     home: TempDir,
+    model: Option<PathBuf>,
 }
 
 /// An answer of the daemon.
@@ -77,23 +78,28 @@ impl Daemon {
     /// When the executable cannot be run.
     pub fn spawn_in(environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Self {
         let home = tempfile::tempdir().expect("a temporary folder");
-        let mut command = Command::new(crate::root().join("target/release/sparsed"));
-        let mut set = |key: &str, value: &Path| {
-            command.arg("--set").arg(format!("{key}={}", value.display()));
-        };
-        set("state_dir", &home.path().join("state"));
-        set("socket.path", &home.path().join("api.sock"));
-        if let Some(model) = model {
-            set("model.default.path", model);
-        }
-        for set in sets {
-            command.arg("--set").arg(set);
-        }
-        command.envs(environment.iter().copied());
-        let log = File::create(home.path().join("log")).expect("a log file");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let child = command.spawn().expect("sparsed is built: run `make test`");
-        Self { child, home }
+        let child = run_at(home.path(), environment, model, sets);
+        Self { child, home, model: model.map(Path::to_owned) }
+    }
+
+    /// Kills it, as a power cut would but for what the kernel has of its files, and starts another one in its place.
+    /// Waits until that one serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn kill_and_restart(&mut self, sets: &[&str]) {
+        self.child.kill().expect("the child is ours");
+        self.wait();
+        self.restart(sets);
+    }
+
+    /// Starts another one in the place of one that has ended, and waits until it serves.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn restart(&mut self, sets: &[&str]) {
+        self.child = run_at(self.home.path(), &[], self.model.as_deref(), sets);
+        self.wait_until("ready", || self.try_get("/health").is_some_and(|answer| answer.status == 200));
     }
 
     /// Its socket.
@@ -134,6 +140,27 @@ impl Daemon {
     pub fn post(&self, path: &str, body: &Value) -> Answer {
         let stream = self.open(path, body);
         read_answer(stream).unwrap_or_else(|| panic!("no answer; log:\n{}", self.log()))
+    }
+
+    /// The answer to another method, without a body.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn ask(&self, method: &str, path: &str) -> Answer {
+        self.try_ask(method, path).unwrap_or_else(|| panic!("no answer; log:\n{}", self.log()))
+    }
+
+    /// The body of an answer as bytes; it is not in pieces.
+    pub fn fetch(&self, method: &str, path: &str, body: &[u8]) -> Option<Vec<u8>> {
+        let mut stream = UnixStream::connect(self.socket()).ok()?;
+        let length = body.len();
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
+        stream.write_all(&[head.as_bytes(), body].concat()).ok()?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).ok()?;
+        let at = answer.windows(4).position(|four| four == b"\r\n\r\n")?;
+        Some(answer.split_off(at + 4))
     }
 
     /// Sends a POST of JSON and gives back the connection before anything is read from it.
@@ -196,11 +223,35 @@ impl Daemon {
     }
 
     fn try_get(&self, path: &str) -> Option<Answer> {
+        self.try_ask("GET", path)
+    }
+
+    fn try_ask(&self, method: &str, path: &str) -> Option<Answer> {
         let mut stream = UnixStream::connect(self.socket()).ok()?;
-        let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        let head = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
         stream.write_all(head.as_bytes()).ok()?;
         read_answer(stream)
     }
+}
+
+/// Runs a daemon that has everything in `home`; its log goes on where an earlier one's ended.
+fn run_at(home: &Path, environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Child {
+    let mut command = Command::new(crate::root().join("target/release/sparsed"));
+    let mut set = |key: &str, value: &Path| {
+        command.arg("--set").arg(format!("{key}={}", value.display()));
+    };
+    set("state_dir", &home.join("state"));
+    set("socket.path", &home.join("api.sock"));
+    if let Some(model) = model {
+        set("model.default.path", model);
+    }
+    for set in sets {
+        command.arg("--set").arg(set);
+    }
+    command.envs(environment.iter().copied());
+    let log = File::options().create(true).append(true).open(home.join("log")).expect("a log file");
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    command.spawn().expect("sparsed is built: run `make test`")
 }
 
 impl Drop for Daemon {

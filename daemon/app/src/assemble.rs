@@ -63,7 +63,8 @@ impl Assembly {
             forget: Duration::from_millis(retry.forget_ms),
             watchdog: Duration::from_millis(config.engine.watchdog_ms),
         };
-        let started = sparsed_engine::start(devices, models, limits, &recovery);
+        let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
+        let started = sparsed_engine::start(devices, models, limits, &recovery, store);
         let (service, engine) = started.context("the engine thread")?;
         Ok(Self { service, engine, listener, paths, _lock: lock })
     }

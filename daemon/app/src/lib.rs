@@ -11,4 +11,5 @@ pub mod ctl;
 pub mod devices;
 pub mod lifecycle;
 pub mod logging;
+pub mod sessions;
 pub mod watchdog;

@@ -4,7 +4,9 @@
 //! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
+use crate::sessions::Recorder;
 use crate::{Grammar, Sampling};
+use sparsed_kv::FileId;
 use sparsed_model::OutputParser;
 
 /// A request for an answer.
@@ -28,6 +30,21 @@ pub struct Generate {
     pub ignore_end: bool,
     /// How reasoning and calls are told from content; `None`: all text is content.
     pub reading: Option<Reading>,
+    /// The turn of a session that this is; `None` leaves nothing on disk.
+    pub turn: Option<Turn>,
+}
+
+/// A session's turn, as the engine must know it.
+#[derive(Debug)]
+pub struct Turn {
+    /// Where the blocks of the session are saved.
+    pub(crate) file: FileId,
+    /// Blocks from the beginning of the prompt on that are there already, as far as is known.
+    pub(crate) n_saved: u32,
+    /// The answer's tokens so far, of a turn that was cut: their events come again, and the answer goes on from there.
+    pub(crate) resumed: Vec<u32>,
+    /// Makes the way of the answer lead through the journal.
+    pub(crate) recorder: Option<Recorder>,
 }
 
 /// Who asks. Different owners share nothing, not even time saved.
@@ -70,6 +87,11 @@ pub enum Event {
     Queued {
         /// Requests of the same model that wait before it.
         ahead: u32,
+    },
+    /// A token of a session's answer was chosen; what its text makes follows.
+    Sampled {
+        /// The token.
+        token: u32,
     },
     /// The answer goes on.
     Delta {
@@ -237,6 +259,59 @@ pub enum Failure {
     /// The daemon is stopping.
     #[error("the daemon is stopping")]
     ShuttingDown,
+    /// The daemon keeps no sessions.
+    #[error("this daemon keeps no sessions; set sessions.enabled")]
+    SessionsOff,
+    /// The caller has no such session.
+    #[error("there is no session '{id}'")]
+    SessionNotFound {
+        /// What was asked for.
+        id: String,
+    },
+    /// The session cannot be used so now.
+    #[error("session '{id}' is {state}")]
+    SessionBusy {
+        /// The session.
+        id: String,
+        /// What it is.
+        state: &'static str,
+    },
+    /// The daemon has cut the session's last answer, and it is to be finished before another turn begins.
+    #[error("the last answer of session '{id}' was cut; it is to be finished first")]
+    SessionCut {
+        /// The session.
+        id: String,
+    },
+    /// The session's tokens are another model's.
+    #[error(
+        "session '{id}' was made with another model that was called '{model}'; its tokens mean nothing to this one"
+    )]
+    SessionOfOtherModel {
+        /// The session.
+        id: String,
+        /// Its model's name.
+        model: String,
+    },
+    /// A quota of sessions.
+    #[error("{what}: the limit is {limit}; delete a session, or raise the limit")]
+    SessionLimit {
+        /// Of what.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+    },
+    /// A session's files are not what was written.
+    #[error("the session is damaged: {reason}")]
+    SessionDamaged {
+        /// What is wrong.
+        reason: String,
+    },
+    /// The disk took nothing more: what was said before is safe.
+    #[error("the session could not be written: {reason}")]
+    DiskFailed {
+        /// What it said.
+        reason: String,
+    },
 }
 
 impl Failure {

@@ -13,6 +13,10 @@ pub(crate) trait Executor {
     fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError>;
     /// Takes a new queue in place of a poisoned one.
     fn renew_queue(&mut self) -> Result<(), ExecutorError>;
+    /// Copies a block's rows out of the device.
+    fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError>;
+    /// Fills blocks from images, one for each.
+    fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError>;
 }
 
 impl Executor for DeviceModel {
@@ -27,6 +31,21 @@ impl Executor for DeviceModel {
     fn renew_queue(&mut self) -> Result<(), ExecutorError> {
         Self::renew_queue(self)
     }
+
+    fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
+        Ok(Self::export(self, &[block])?.0)
+    }
+
+    fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError> {
+        Self::import(self, blocks, images)
+    }
+}
+
+/// How a call ended that the device has survived.
+#[derive(Debug)]
+pub(crate) enum Outcome<T> {
+    Done(T),
+    Failed(ExecutorError),
 }
 
 /// What a batch gave.
@@ -90,6 +109,35 @@ pub(crate) fn discard(executor: &mut dyn Executor, blocks: &[BlockId]) -> Result
     climb(executor, true, |executor| executor.discard(blocks)).map_err(|failed| match failed {
         Failed::Step(error) | Failed::Lost(error) => error,
     })
+}
+
+/// Copies a block's rows out of the device.
+///
+/// # Errors
+/// Only when the device is of no more use as it is.
+pub(crate) fn export(executor: &mut dyn Executor, block: BlockId) -> Result<Outcome<Vec<u8>>, ExecutorError> {
+    outcome(climb(executor, true, |executor| executor.export(block)))
+}
+
+/// Fills blocks from images. Blocks beyond the images, or images beyond the blocks, are left out.
+///
+/// # Errors
+/// Only when the device is of no more use as it is.
+pub(crate) fn import(
+    executor: &mut dyn Executor,
+    blocks: &[BlockId],
+    images: &mut [Vec<u8>],
+) -> Result<Outcome<()>, ExecutorError> {
+    let n = blocks.len().min(images.len());
+    outcome(climb(executor, true, |executor| executor.import(&blocks[..n], &mut images[..n])))
+}
+
+fn outcome<T>(result: Result<T, Failed>) -> Result<Outcome<T>, ExecutorError> {
+    match result {
+        Ok(done) => Ok(Outcome::Done(done)),
+        Err(Failed::Step(error)) => Ok(Outcome::Failed(error)),
+        Err(Failed::Lost(error)) => Err(error),
+    }
 }
 
 fn each_alone(executor: &mut dyn Executor, batch: &Batch) -> Result<Computed, ExecutorError> {

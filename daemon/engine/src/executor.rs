@@ -1,7 +1,7 @@
 //! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
 use crate::batch::{Batch, Rows};
-use sparsed_abi::{Blob, KV_DISCARD, KV_EXPORT, SpdBucket, SpdKvOp};
+use sparsed_abi::{Blob, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdBucket, SpdKvOp};
 use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightFile, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{KvShape, LayerRows, Model, ModelError, Program, ProgramOptions};
@@ -254,13 +254,9 @@ impl DeviceModel {
     }
 
     /// Host images of `blocks`, one after another, and the bytes of one.
-    fn export(&mut self, blocks: &[BlockId]) -> Result<(Vec<u8>, usize), ExecutorError> {
-        let have = self.pool.info().image_bytes;
-        let expected = self.program.kv.bytes_per_token()? * u64::from(BLOCK_TOKENS);
-        if have != expected {
-            return Err(ExecutorError::Image { have, expected });
-        }
-        let image_bytes = usize::try_from(have).map_err(|_| ExecutorError::Image { have, expected })?;
+    pub(crate) fn export(&mut self, blocks: &[BlockId]) -> Result<(Vec<u8>, usize), ExecutorError> {
+        let image_bytes = self.image_bytes()?;
+        let have = image_bytes as u64;
         let ops = blocks.iter().zip(0..).map(|(block, i)| SpdKvOp {
             kind: KV_EXPORT,
             src_block: block.0,
@@ -270,6 +266,30 @@ impl DeviceModel {
         let mut images = vec![0; image_bytes * blocks.len()];
         self.queue.kv(&self.pool, &ops.collect::<Vec<_>>(), &mut images)?;
         Ok((images, image_bytes))
+    }
+
+    /// Fills `blocks` from host images, one for each.
+    ///
+    /// # Errors
+    /// An image of another size, or the device's failure.
+    pub(crate) fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError> {
+        let expected = self.image_bytes()? as u64;
+        for (block, image) in blocks.iter().zip(images) {
+            let have = image.len() as u64;
+            if have != expected {
+                return Err(ExecutorError::Image { have, expected });
+            }
+            let op = SpdKvOp { kind: KV_IMPORT, dst_block: block.0, ..SpdKvOp::default() };
+            self.queue.kv(&self.pool, &[op], image)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes of a block's host image.
+    fn image_bytes(&self) -> Result<usize, ExecutorError> {
+        let have = self.pool.info().image_bytes;
+        let expected = self.program.kv.bytes_per_token()? * u64::from(BLOCK_TOKENS);
+        usize::try_from(have).ok().filter(|_| have == expected).ok_or(ExecutorError::Image { have, expected })
     }
 }
 

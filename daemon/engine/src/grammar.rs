@@ -19,7 +19,7 @@ use llguidance::{Matcher, TokenParser};
 use serde_json::Value;
 
 /// What an answer must be.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub enum GrammarSpec {
     /// Any JSON object.
     JsonObject,

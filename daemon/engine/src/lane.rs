@@ -2,15 +2,18 @@
 
 use crate::api::Failure;
 use crate::batch::Batch;
+use crate::durable::{Files, NoFiles};
 use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
+use crate::sessions::{Asks, ImagesOf};
 use crate::step::{Done, step};
 use sparsed_backend::Backend;
 use sparsed_kv::{BLOCK_TOKENS, PrefixHasher, blocks_for};
 use sparsed_model::{Model, Program, ProgramOptions, Selection};
+use sparsed_session::ImageShape;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -47,6 +50,7 @@ pub(crate) struct Live {
     device: Option<DeviceModel>,
     pub(crate) scheduler: Scheduler,
     batch: Batch,
+    files: Box<dyn Files>,
     stats: Stats,
 }
 
@@ -94,7 +98,8 @@ impl Lane {
     /// Takes a request of this model.
     pub(crate) fn submit(&mut self, mut sequence: Sequence, now: Duration) {
         if let Some(live) = &mut self.live {
-            live.scheduler.submit(sequence, now);
+            let vocabulary = vocabulary(&live.served);
+            live.scheduler.submit(sequence, vocabulary, now);
             live.stats.load = live.scheduler.load();
             return;
         }
@@ -106,6 +111,11 @@ impl Lane {
 }
 
 impl Live {
+    /// Where its sessions' images go, and come from.
+    pub(crate) fn keep_images(&mut self, asks: &Asks, slot: usize) {
+        self.files = Box::new(ImagesOf { asks: asks.clone(), slot, shape: self.served.images });
+    }
+
     fn open(slot: &Slot, options: &ModelOptions, limits: Limits, created: u64) -> Result<Self, String> {
         let model = Model::open(&options.path).map_err(|error| error.to_string())?;
         let dense = options.program.selection == Selection::Dense;
@@ -121,13 +131,27 @@ impl Live {
         };
         let program = Arc::new(model.program(&options.program).map_err(|error| error.to_string())?);
         let (top_k, grammars) = (program.top_k(), Compiler::default());
-        let served = ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created, grammars };
+        let block_bytes =
+            u32::try_from(kv * u64::from(BLOCK_TOKENS)).map_err(|_| "its KV rows are too long".to_owned())?;
+        let images = ImageShape { fingerprint: program.fingerprint(), block_bytes };
+        let vocabulary = model.vocabulary_fingerprint();
+        let served =
+            ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created, vocabulary, images, grammars };
         let served = Arc::new(served);
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
         let scheduler = Scheduler::new(limits, n_blocks, PrefixHasher::new(secret));
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
-        Ok(Self { served, program, load, device: None, scheduler, batch: Batch::default(), stats })
+        Ok(Self {
+            served,
+            program,
+            load,
+            device: None,
+            scheduler,
+            batch: Batch::default(),
+            files: Box::new(NoFiles),
+            stats,
+        })
     }
 
     /// Goes on with `device`, whose KV pool is empty: what ran waits until its rows are computed again.
@@ -145,9 +169,8 @@ impl Live {
     /// One step, if there is a device and something to do.
     pub(crate) fn turn(&mut self, clock: &dyn Fn() -> Duration) -> Result<Option<Done>, ExecutorError> {
         let Some(device) = &mut self.device else { return Ok(None) };
-        let model = &self.served.model;
-        let vocabulary = Vocabulary { tokenizer: model.tokenizer(), max_context: self.served.max_context };
-        let done = step(&mut self.scheduler, device, &mut self.batch, vocabulary, clock)?;
+        let vocabulary = vocabulary(&self.served);
+        let done = step(&mut self.scheduler, device, self.files.as_mut(), &mut self.batch, vocabulary, clock)?;
         if let Some(done) = done {
             self.stats.steps += 1;
             self.stats.computed_tokens += done.computed as u64;
@@ -161,6 +184,10 @@ impl Live {
         self.stats.load = self.scheduler.load();
         self.stats
     }
+}
+
+fn vocabulary(served: &ServedModel) -> Vocabulary<'_> {
+    Vocabulary { tokenizer: served.model.tokenizer(), max_context: served.max_context }
 }
 
 /// Tokens of the longest sequence, and blocks of the pool, that fit the memory there is.

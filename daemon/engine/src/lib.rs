@@ -16,6 +16,7 @@ pub mod eval;
 mod attempt;
 mod batch;
 mod device;
+mod durable;
 mod executor;
 mod grammar;
 mod ladder;
@@ -27,8 +28,11 @@ mod sampler;
 mod scheduler;
 mod sequence;
 mod service;
+mod sessions;
 mod step;
 mod stream;
+#[cfg(test)]
+mod testing;
 
 pub use batch::{Batch, Rows};
 pub use device::{DeviceSource, DeviceState, DeviceStatus};
@@ -40,6 +44,9 @@ pub use params::{Sampling, checked_stops};
 pub use runner::start;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
+pub use sessions::{
+    Change, ContextFull, Durability, Session, SessionId, SessionState, SessionSummary, Sessions, Settings, Wishes,
+};
 
 pub use sparsed_model::{ChatMessage, ChatRequest, Role};
 

@@ -10,7 +10,8 @@ const STOP_BYTES_MAX: usize = 1024;
 const BIASES_MAX: usize = 1024;
 
 /// Sampling parameters. [`Sampling::checked`] is the only way to one that a request may carry.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
 pub struct Sampling {
     /// Divides the logits; 0: always the greatest. `0 ..= 2` in OpenAI's API, up to 100 here.
     pub temperature: f32,

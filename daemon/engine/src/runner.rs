@@ -11,10 +11,12 @@ use crate::executor::{DeviceModel, ExecutorError};
 use crate::ladder::Recovery;
 use crate::lane::{Lane, Live, ModelOptions};
 use crate::progress::Progress;
-use crate::scheduler::Limits;
+use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
+use crate::sessions::{self, Ask, Sessions};
 use sparsed_backend::{Backend, Fault};
+use sparsed_session::{OsDisk, Store};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -40,6 +42,7 @@ pub fn start(
     models: Vec<ModelOptions>,
     limits: Limits,
     recovery: &Recovery,
+    store: Option<Store<OsDisk>>,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
     let slots: Vec<_> = models.iter().map(|options| Arc::new(Slot::new(options.name.clone()))).collect();
     let (sender, inbox) = sync_channel(INBOX as usize);
@@ -50,13 +53,24 @@ pub fn start(
         progress: Mutex::new(Progress::new(recovery.watchdog)),
         epoch: Instant::now(),
     });
-    let service = Service::new(slots.clone(), sender, INBOX, Arc::clone(&shared));
+    let keeper = store.map(|store| sessions::spawn(store, sender.clone())).transpose()?;
+    let sessions = keeper.as_ref().map(|(asks, _)| Sessions::new(asks.clone()));
+    let service = Service::new(slots.clone(), sender, INBOX, Arc::clone(&shared), sessions);
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));
     let run = move || {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let open = |(slot, options): (_, &ModelOptions)| Lane::open(slot, options, limits, created);
-        let lanes = slots.into_iter().zip(&models).map(open).collect();
+        let mut lanes: Vec<Lane> = slots.into_iter().zip(&models).map(open).collect();
+        if let Some((asks, _)) = &keeper {
+            let lives = lanes.iter_mut().enumerate().filter_map(|(slot, lane)| Some((slot, lane.live.as_mut()?)));
+            lives.for_each(|(slot, live)| live.keep_images(asks, slot));
+        }
         Engine { lanes, devices, inbox, shared, n_sequences: 0, announced: false, draining: false }.run();
+        if let Some((asks, thread)) = keeper {
+            asks.tell(Ask::Stop);
+            // A thread that has panicked has said so.
+            let _ended = thread.join().is_err();
+        }
     };
     let thread = std::thread::Builder::new().name("engine".to_owned()).spawn(run)?;
     Ok((service, thread))
@@ -214,7 +228,7 @@ impl Engine {
     /// Empties the inbox, waiting in it while there is nothing to run. Answers false when the engine is to end.
     fn take_requests(&mut self) -> bool {
         loop {
-            if (self.draining && self.is_idle()) || self.is_ending() {
+            if (self.draining && self.is_idle() && self.is_saved()) || self.is_ending() {
                 return false;
             }
             let received = match self.wait() {
@@ -232,11 +246,19 @@ impl Engine {
                     self.n_sequences += 1;
                     self.lanes[slot].submit(sequence, now);
                 }
+                Ok(Command::Written { slot }) => self.with(slot, |scheduler| scheduler.written()),
+                Ok(Command::Restored { slot, restored }) => self.with(slot, |scheduler| scheduler.arrived(restored)),
                 Ok(Command::Drain) => self.draining = true,
                 // Without a service nobody can ask any more.
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
             }
+        }
+    }
+
+    fn with(&mut self, slot: usize, tell: impl FnOnce(&mut Scheduler)) {
+        if let Some(live) = &mut self.lanes[slot].live {
+            tell(&mut live.scheduler);
         }
     }
 
@@ -264,6 +286,11 @@ impl Engine {
     /// Whether nobody waits for anything.
     fn is_idle(&self) -> bool {
         self.lives().all(|live| live.scheduler.is_idle())
+    }
+
+    /// Whether all blocks of sessions are saved; without a device there is nothing more to save.
+    fn is_saved(&self) -> bool {
+        self.devices.due().is_some() || self.lives().all(|live| live.scheduler.is_saved())
     }
 
     fn lives(&self) -> impl Iterator<Item = &Live> {

@@ -2,8 +2,8 @@
 //!
 //! Order of the steps, as in Hugging Face `transformers` and vLLM: the grammar's mask, bias, penalties, temperature,
 //! top-k, top-p, min-p.
-//! The random number of a token is a function of the seed and of how many were drawn before, so a sampler that is
-//! rebuilt at token n draws on as the first one would have.
+//! The random number of a token is a function of the seed and of its place in the answer, so a sampler that is rebuilt
+//! at token n draws on as the first one would have.
 
 use crate::api::Failure;
 use crate::{Grammar, Sampling};
@@ -17,6 +17,8 @@ pub(crate) struct Sampler {
     sampling: Sampling,
     rng: ChaCha8Rng,
     grammar: Option<Grammar>,
+    /// Tokens of the answer.
+    n_answered: u64,
     /// Occurrences in the answer.
     answered: HashMap<u32, u32>,
     /// Tokens of prompt and answer; kept only when the repetition penalty needs them.
@@ -30,7 +32,7 @@ impl Sampler {
     pub(crate) fn new(sampling: Sampling, grammar: Option<Grammar>, prompt: &[u32]) -> Self {
         let seen = if has_repetition_penalty(&sampling) { prompt.iter().copied().collect() } else { HashSet::new() };
         let rng = ChaCha8Rng::seed_from_u64(sampling.seed);
-        Self { sampling, rng, grammar, answered: HashMap::new(), seen, candidates: Vec::new() }
+        Self { sampling, rng, grammar, n_answered: 0, answered: HashMap::new(), seen, candidates: Vec::new() }
     }
 
     /// The next token. `logits` has one value per token of the vocabulary; NaN counts as impossible.
@@ -50,11 +52,28 @@ impl Sampler {
             token = grammar.allowed(token);
             grammar.commit(token)?;
         }
+        self.count(token);
+        Ok(token)
+    }
+
+    /// Goes past a token that was chosen before, as if it had just been drawn.
+    ///
+    /// # Errors
+    /// The grammar's, when the token is none that it allows here.
+    pub(crate) fn replay(&mut self, token: u32) -> Result<(), Failure> {
+        if let Some(grammar) = &mut self.grammar {
+            grammar.commit(token)?;
+        }
+        self.count(token);
+        Ok(())
+    }
+
+    fn count(&mut self, token: u32) {
+        self.n_answered += 1;
         *self.answered.entry(token).or_insert(0) += 1;
         if has_repetition_penalty(&self.sampling) {
             self.seen.insert(token);
         }
-        Ok(token)
     }
 
     /// Whether there is a grammar and the answer is all that it can be.
@@ -119,6 +138,7 @@ impl Sampler {
         // The greatest has weight 1.
         self.candidates.retain(|&(_, weight)| weight >= min_p);
         let kept: f32 = self.candidates.iter().map(|&(_, weight)| weight).sum();
+        self.rng.set_word_pos(u128::from(self.n_answered) * WORDS_PER_DRAW);
         let mut left = uniform(self.rng.next_u64()) * kept;
         for &(id, weight) in &self.candidates {
             left -= weight;
@@ -130,6 +150,9 @@ impl Sampler {
         self.candidates.last().map_or(0, |&(id, _)| id)
     }
 }
+
+/// 32-bit words of the generator's stream that a draw takes.
+const WORDS_PER_DRAW: u128 = 2;
 
 /// Uniform in `[0, 1)`, from the upper 24 bits.
 fn uniform(bits: u64) -> f32 {

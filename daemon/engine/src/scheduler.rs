@@ -11,8 +11,9 @@
 
 use crate::api::Failure;
 use crate::batch::{Batch, Rows};
-use crate::sequence::Sequence;
-use sparsed_kv::{BlockId, Pool, PrefixHasher, blocks_for};
+use crate::durable::{IMAGES_MAX, Restore, Restored};
+use crate::sequence::{Sequence, SequenceId, Vocabulary};
+use sparsed_kv::{Archive, BLOCK_TOKENS, BlockId, Pool, PrefixHasher, Save, blocks_for};
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -59,6 +60,10 @@ pub(crate) struct Scheduler {
     scheduled: Vec<(usize, u32)>,
     freed: Vec<BlockId>,
     slots: Vec<u64>,
+    /// Blocks on their way to their sessions' files.
+    archive: Archive,
+    restores: Vec<Restore>,
+    arrivals: VecDeque<Restored>,
 }
 
 impl Scheduler {
@@ -73,6 +78,9 @@ impl Scheduler {
             scheduled: Vec::new(),
             freed: Vec::new(),
             slots: Vec::new(),
+            archive: Archive::new(IMAGES_MAX),
+            restores: Vec::new(),
+            arrivals: VecDeque::new(),
         }
     }
 
@@ -87,11 +95,14 @@ impl Scheduler {
     }
 
     /// Queues a request, or tells its listener that too many wait.
-    pub(crate) fn submit(&mut self, mut sequence: Sequence, now: Duration) {
+    pub(crate) fn submit(&mut self, mut sequence: Sequence, vocabulary: Vocabulary<'_>, now: Duration) {
         let limit = self.limits.max_waiting;
         let ahead = count(self.waiting.len());
         if ahead < limit {
             sequence.queued(ahead, now);
+            if sequence.resume(vocabulary, now) {
+                return self.leave(sequence, now);
+            }
             sequence.hash(&self.hasher);
             self.waiting.push_back(sequence);
             return;
@@ -100,14 +111,22 @@ impl Scheduler {
         self.leave(sequence, now);
     }
 
-    /// Whether any sequence could run now.
+    /// Whether any sequence could run now, or a block be copied for its file or from it.
     pub(crate) fn has_work(&self) -> bool {
-        self.can_admit() || self.running.iter().any(Sequence::is_ready)
+        self.can_admit()
+            || self.running.iter().any(Sequence::is_ready)
+            || self.archive.is_ready()
+            || !self.arrivals.is_empty()
     }
 
     /// Whether any listener still has to be served.
     pub(crate) fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty() && self.leaving.is_empty()
+    }
+
+    /// Whether all blocks of sessions are saved that are to be.
+    pub(crate) fn is_saved(&self) -> bool {
+        self.archive.is_idle()
     }
 
     /// Blocks that nobody holds any more since the last call: to be discarded before the next step runs.
@@ -164,6 +183,7 @@ impl Scheduler {
                     self.pool.forfeit(reservation);
                     return true;
                 }
+                Err(_) if self.archive.give_up(&mut self.pool, &mut self.freed) => {}
                 // A lone sequence always fits: the context is no longer than the pool.
                 Err(_) => self.preempt(),
             }
@@ -174,6 +194,7 @@ impl Scheduler {
     pub(crate) fn computed(&mut self, failed: &[usize]) {
         for &(index, _) in self.scheduled.iter().filter(|(index, _)| !failed.contains(index)) {
             self.running[index].seal(&self.hasher, &mut self.pool);
+            self.running[index].save(&mut self.archive, &mut self.pool);
         }
     }
 
@@ -210,6 +231,9 @@ impl Scheduler {
         self.scheduled.clear();
         // The device's next pool begins with zeroes: there is nothing to discard, and nothing to be found in it.
         self.freed.clear();
+        self.archive.forget();
+        self.arrivals.clear();
+        self.restores.clear();
         self.pool = Pool::new(self.pool.n_blocks());
     }
 
@@ -226,12 +250,79 @@ impl Scheduler {
         }
     }
 
+    /// The next block to copy for its file, followed by [`copied`](Self::copied) and [`written`](Self::written).
+    pub(crate) fn next_save(&mut self) -> Option<Save> {
+        self.archive.next_save()
+    }
+
+    /// The block is copied, or could not be.
+    pub(crate) fn copied(&mut self, save: Save) {
+        self.archive.copied(save, &mut self.pool, &mut self.freed);
+    }
+
+    /// An image is written, or could not be.
+    pub(crate) fn written(&mut self) {
+        self.archive.written();
+    }
+
+    /// What is to be read from sessions' files.
+    pub(crate) fn take_restores(&mut self) -> impl Iterator<Item = Restore> + use<> {
+        std::mem::take(&mut self.restores).into_iter()
+    }
+
+    /// What was read.
+    pub(crate) fn arrived(&mut self, restored: Restored) {
+        self.arrivals.push_back(restored);
+    }
+
+    pub(crate) fn next_arrival(&mut self) -> Option<Restored> {
+        self.arrivals.pop_front()
+    }
+
+    /// Gives the sequence blocks for what was read, as many as there are, to be filled before anything else is done
+    /// with them; the next window is ordered. None when the sequence is gone or has changed its mind.
+    pub(crate) fn place(&mut self, restored: &Restored) -> Vec<BlockId> {
+        let Some(sequence) = restoring(&mut self.running, restored.restore.sequence) else { return Vec::new() };
+        if !sequence.has_asked(&restored.restore) {
+            return Vec::new();
+        }
+        let n = count(restored.images.len()).min(self.pool.n_available());
+        let reservation = self.pool.reserve(n, &mut self.freed);
+        let mut reservation = reservation.expect("no more than is available");
+        self.slots.clear();
+        let first = sequence.table.blocks().len();
+        sequence.table.append(n * BLOCK_TOKENS, &mut self.pool, &mut reservation, &mut self.slots);
+        self.pool.forfeit(reservation);
+        if n < restored.restore.n {
+            sequence.end_of_file();
+        } else {
+            self.restores.extend(sequence.ask());
+        }
+        sequence.table.blocks()[first..].to_vec()
+    }
+
+    /// The blocks that [`place`](Self::place) gave are filled.
+    pub(crate) fn placed(&mut self, id: SequenceId) {
+        if let Some(sequence) = restoring(&mut self.running, id) {
+            sequence.restored(&self.hasher, &mut self.pool);
+        }
+    }
+
+    /// The blocks for `restore` could not be filled.
+    pub(crate) fn displaced(&mut self, restore: &Restore) {
+        if let Some(sequence) = restoring(&mut self.running, restore.sequence) {
+            sequence.table.truncate(restore.first * BLOCK_TOKENS, &mut self.pool, &mut self.freed);
+            sequence.end_of_file();
+        }
+    }
+
     /// Moves waiting sequences into the batch while there is room for their prompts.
     fn admit(&mut self, now: Duration) {
         while self.can_admit() {
             let mut sequence = self.waiting.pop_front().expect("can_admit looked at it");
             sequence.start(now);
             sequence.adopt_beginning(&mut self.pool);
+            self.restores.extend(sequence.ask());
             let at = self.running.partition_point(|other| other.id < sequence.id);
             self.running.insert(at, sequence);
         }
@@ -287,6 +378,10 @@ impl Scheduler {
             self.leaving.push(sequence);
         }
     }
+}
+
+fn restoring(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
+    running.iter_mut().find(|sequence| sequence.id == id && sequence.durable.is_some())
 }
 
 fn count(n: usize) -> u32 {

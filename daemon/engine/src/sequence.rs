@@ -1,10 +1,14 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
-use crate::api::{Event, Failure, FinishReason, Finished, Generate, Owner, Reading, Refused, Sink, Timings, Usage};
+use crate::api::{
+    Event, Failure, FinishReason, Finished, Generate, Owner, Reading, Refused, Sink, Timings, Turn, Usage,
+};
+use crate::durable::{Durable, Restore};
 use crate::sampler::Sampler;
 use crate::stream::StopStrings;
-use sparsed_kv::{BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
+use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
 use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// Order of arrival.
@@ -40,13 +44,17 @@ pub(crate) struct Sequence {
     /// Prompt tokens that were there when the sequence was first taken up.
     n_cached: Option<u32>,
     n_prompt: usize,
+    /// Of a turn that was cut: its answer's tokens so far.
+    resumed: Vec<u32>,
     max_tokens: Option<u32>,
     ignore_end: bool,
     sampler: Sampler,
     answer: Answer,
     sink: Box<dyn Sink>,
-    /// Sent once the listener has room; at most what one token makes.
-    outbox: Vec<Event>,
+    /// Sent once the listener has room; at most what one token makes, or what a resumed answer has said before.
+    outbox: VecDeque<Event>,
+    /// Of a session's turn: its blocks' way to the file and back.
+    pub(crate) durable: Option<Durable>,
     parked_since: Option<Duration>,
     times: Times,
 }
@@ -81,9 +89,14 @@ impl Sequence {
     /// When the prompt is empty; the service has checked it.
     pub(crate) fn new(id: SequenceId, request: Generate, sink: Box<dyn Sink>, now: Duration) -> Self {
         assert!(!request.prompt.is_empty(), "a request without a prompt");
+        let (durable, resumed) = request.turn.map_or((None, Vec::new()), |turn| {
+            let Turn { file, n_saved, resumed, recorder: _ } = turn;
+            (Some(Durable::new(file, n_saved)), resumed)
+        });
         Self {
             id,
             n_prompt: request.prompt.len(),
+            resumed,
             sampler: Sampler::new(request.sampling, request.grammar, &request.prompt),
             answer: Answer::new(request.reading, request.stops),
             tokens: request.prompt,
@@ -95,7 +108,8 @@ impl Sequence {
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
             sink,
-            outbox: Vec::new(),
+            outbox: VecDeque::new(),
+            durable,
             parked_since: None,
             times: Times { submitted: now, started: None, first_token: None, last_token: now },
         }
@@ -103,7 +117,7 @@ impl Sequence {
 
     /// Tokens without KV rows: many while the prompt is read, then one.
     pub(crate) fn n_pending(&self) -> u32 {
-        u32::try_from(self.tokens.len()).expect("fewer than 2^32 tokens") - self.table.n_tokens()
+        count(self.tokens.len()) - self.table.n_tokens()
     }
 
     /// Hashes of the beginning that could be taken from other sequences: all full blocks, but at least one token is
@@ -132,15 +146,59 @@ impl Sequence {
         self.n_sealed = self.table.seal(self.n_sealed, &self.hashes, pool);
     }
 
+    /// Orders those full blocks to be saved that are not in the session's file yet.
+    pub(crate) fn save(&mut self, archive: &mut Archive, pool: &mut Pool) {
+        let Some(durable) = &mut self.durable else { return };
+        let (first, end) = (durable.n_saved() as usize, self.n_sealed);
+        if first < end {
+            archive.save(durable.file, durable.n_saved(), &self.table.blocks()[first..end], pool);
+            durable.saved(count(end));
+        }
+    }
+
+    /// What is to be read from the session's file before the sequence can go on.
+    pub(crate) fn ask(&mut self) -> Option<Restore> {
+        let n_wanted = count(self.beginning().len());
+        let durable = self.durable.as_mut()?;
+        let (first, n) = durable.ask(count(self.table.blocks().len()), n_wanted)?;
+        Some(Restore { sequence: self.id, file: durable.file, first, n })
+    }
+
+    /// Whether `restore` is what the sequence waits for, and fits where it is now.
+    pub(crate) fn has_asked(&self, restore: &Restore) -> bool {
+        let is_next = self.table.blocks().len() == restore.first as usize;
+        is_next && self.durable.as_ref().is_some_and(|durable| durable.has_asked(restore))
+    }
+
+    /// The session's file has nothing more for the sequence.
+    pub(crate) fn end_of_file(&mut self) {
+        let n_blocks = count(self.table.blocks().len());
+        if let Some(durable) = &mut self.durable {
+            durable.end_of_file(n_blocks);
+        }
+    }
+
+    /// The table's blocks are filled from the file: they are sealed, and count as cached.
+    pub(crate) fn restored(&mut self, hasher: &PrefixHasher, pool: &mut Pool) {
+        self.seal(hasher, pool);
+        // Only the first time that it is taken up: later its own rows come back.
+        if self.times.first_token.is_none() {
+            self.n_cached = Some(self.table.n_tokens());
+        }
+    }
+
     /// Gives all blocks back; the tokens stay.
     pub(crate) fn leave_pool(&mut self, pool: &mut Pool, freed: &mut Vec<BlockId>) {
         self.table.truncate(0, pool, freed);
         self.n_sealed = 0;
+        if let Some(durable) = &mut self.durable {
+            durable.leave_pool();
+        }
     }
 
     /// Tells the listener that the request is taken, with `ahead` waiting before it.
     pub(crate) fn queued(&mut self, ahead: u32, now: Duration) {
-        self.outbox.push(Event::Queued { ahead });
+        self.outbox.push_back(Event::Queued { ahead });
         self.deliver(now);
     }
 
@@ -160,6 +218,28 @@ impl Sequence {
                 return true;
             }
         };
+        if self.durable.is_some() {
+            self.outbox.push_back(Event::Sampled { token });
+        }
+        self.take(token, vocabulary, now)
+    }
+
+    /// Takes up an answer that was cut: what it has said comes again. Answers whether it had come to its end.
+    pub(crate) fn resume(&mut self, vocabulary: Vocabulary<'_>, now: Duration) -> bool {
+        for token in std::mem::take(&mut self.resumed) {
+            if let Err(failure) = self.sampler.replay(token) {
+                self.fail(failure);
+                return true;
+            }
+            if self.take(token, vocabulary, now) {
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Adds a token to the answer. Answers whether the answer is at its end.
+    fn take(&mut self, token: u32, vocabulary: Vocabulary<'_>, now: Duration) -> bool {
         self.tokens.push(token);
         self.times.first_token.get_or_insert(now);
         self.times.last_token = now;
@@ -177,22 +257,22 @@ impl Sequence {
             (true, false) => FinishReason::Stop,
             (false, _) => FinishReason::Length,
         };
-        self.outbox.push(Event::Finished(Finished { reason, usage: self.usage(), timings: self.timings() }));
+        self.outbox.push_back(Event::Finished(Finished { reason, usage: self.usage(), timings: self.timings() }));
         true
     }
 
     /// Ends the sequence with a failure.
     pub(crate) fn fail(&mut self, failure: Failure) {
-        self.outbox.push(Event::Failed(failure));
+        self.outbox.push_back(Event::Failed(failure));
     }
 
     /// Offers what waits in the outbox. Answers whether all of it is gone.
     pub(crate) fn deliver(&mut self, now: Duration) -> bool {
-        while !self.outbox.is_empty() {
-            match self.sink.offer(self.outbox.remove(0)) {
+        while let Some(event) = self.outbox.pop_front() {
+            match self.sink.offer(event) {
                 Ok(()) => self.parked_since = None,
                 Err(Refused::Full(event)) => {
-                    self.outbox.insert(0, event);
+                    self.outbox.push_front(event);
                     self.parked_since.get_or_insert(now);
                     return false;
                 }
@@ -212,9 +292,9 @@ impl Sequence {
         self.parked_since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
     }
 
-    /// Whether nothing waits to be delivered.
+    /// Whether it could take part in a step: nothing waits to be delivered, and no block is on its way back.
     pub(crate) fn is_ready(&self) -> bool {
-        self.outbox.is_empty()
+        self.outbox.is_empty() && self.durable.as_ref().is_none_or(|durable| !durable.is_restoring())
     }
 
     fn n_answered(&self) -> usize {
@@ -222,10 +302,10 @@ impl Sequence {
     }
 
     fn usage(&self) -> Usage {
-        let count = |n: usize| u32::try_from(n).expect("fewer than 2^32 tokens");
         Usage {
             prompt_tokens: count(self.n_prompt),
-            cached_tokens: self.n_cached.unwrap_or(0),
+            // A resumed answer's rows may be there too.
+            cached_tokens: self.n_cached.unwrap_or(0).min(count(self.n_prompt)),
             completion_tokens: count(self.n_answered()),
         }
     }
@@ -246,7 +326,7 @@ impl Answer {
     }
 
     /// Adds a token's text; an end token has none. Answers whether a stop string was reached.
-    fn take(&mut self, token: u32, is_end: bool, tokenizer: Option<&Tokenizer>, outbox: &mut Vec<Event>) -> bool {
+    fn take(&mut self, token: u32, is_end: bool, tokenizer: Option<&Tokenizer>, outbox: &mut VecDeque<Event>) -> bool {
         let text = match tokenizer {
             Some(tokenizer) if !is_end => self.stream.push(tokenizer, token),
             _ => String::new(),
@@ -257,13 +337,13 @@ impl Answer {
                 let events = parser.push(&piece.text);
                 self.tell(events, outbox);
             }
-            None => outbox.push(Event::Delta { text: piece.text, tokens: vec![token] }),
+            None => outbox.push_back(Event::Delta { text: piece.text, tokens: vec![token] }),
         }
         piece.stopped
     }
 
     /// Adds what was held back: half a character, the start of a stop string or of a tag.
-    fn finish(&mut self, stopped: bool, outbox: &mut Vec<Event>) {
+    fn finish(&mut self, stopped: bool, outbox: &mut VecDeque<Event>) {
         let mut rest = String::new();
         if !stopped {
             rest = self.stops.push(&self.stream.finish()).text;
@@ -276,13 +356,13 @@ impl Answer {
                 self.tell(events, outbox);
             }
             None if rest.is_empty() => {}
-            None => outbox.push(Event::Delta { text: rest, tokens: Vec::new() }),
+            None => outbox.push_back(Event::Delta { text: rest, tokens: Vec::new() }),
         }
     }
 
-    fn tell(&mut self, events: Vec<OutputEvent>, outbox: &mut Vec<Event>) {
+    fn tell(&mut self, events: Vec<OutputEvent>, outbox: &mut VecDeque<Event>) {
         for event in events {
-            outbox.push(match event {
+            outbox.push_back(match event {
                 OutputEvent::Content(text) => Event::Delta { text, tokens: Vec::new() },
                 OutputEvent::Reasoning(text) => Event::Reasoning { text },
                 OutputEvent::ToolCall { index, name, arguments } => {
@@ -292,4 +372,8 @@ impl Answer {
             });
         }
     }
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).expect("fewer than 2^32 tokens")
 }

@@ -3,12 +3,17 @@
 //! A [`Service`] is shared by all surfaces. It never waits for the engine: requests go into a bounded inbox, answers
 //! come back through each request's sink.
 
+mod turns;
+
 use crate::api::{ChatPrompt, Failure, Generate, Reading, Sink};
 use crate::device::DeviceStatus;
+use crate::durable::Restored;
 use crate::grammar::{Compiler, Grammar, GrammarSpec};
 use crate::progress::Progress;
 use crate::scheduler::Load;
+use crate::sessions::Sessions;
 use sparsed_model::{ChatRequest, Model, ModelError};
+use sparsed_session::ImageShape;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -25,6 +30,8 @@ pub struct Service {
     shared: Arc<Shared>,
     /// Requests that the inbox holds.
     inbox_limit: u32,
+    /// `None` where no sessions are kept.
+    sessions: Option<Sessions>,
 }
 
 /// What the engine thread and the service tell each other beside requests.
@@ -46,6 +53,10 @@ pub(crate) struct Shared {
 pub(crate) enum Command {
     /// Answer a request of the model `slot`.
     Generate { slot: usize, request: Box<Generate>, sink: Box<dyn Sink> },
+    /// An image of the model `slot` is written, or could not be.
+    Written { slot: usize },
+    /// Images of the model `slot` that were asked for.
+    Restored { slot: usize, restored: Restored },
     /// Take nothing new; end when nothing runs any more.
     Drain,
     /// End now.
@@ -57,6 +68,8 @@ impl std::fmt::Debug for Command {
         // A prompt is what somebody said: it stays out of logs.
         f.write_str(match self {
             Self::Generate { .. } => "Generate",
+            Self::Written { .. } => "Written",
+            Self::Restored { .. } => "Restored",
             Self::Drain => "Drain",
             Self::Stop => "Stop",
         })
@@ -88,6 +101,10 @@ pub struct ServedModel {
     pub top_k: Option<u32>,
     /// Seconds since 1970, when it was loaded.
     pub created: u64,
+    /// Says which tokens there are: a session's tokens mean something to models with the same.
+    pub(crate) vocabulary: [u8; 32],
+    /// What the host images of its blocks are.
+    pub(crate) images: ImageShape,
     /// Of requests that say what the answer must be.
     pub(crate) grammars: Compiler,
 }
@@ -164,8 +181,9 @@ impl Service {
         inbox: SyncSender<Command>,
         inbox_limit: u32,
         shared: Arc<Shared>,
+        sessions: Option<Sessions>,
     ) -> Self {
-        Self { slots: slots.into(), inbox, shared, inbox_limit }
+        Self { slots: slots.into(), inbox, shared, inbox_limit, sessions }
     }
 
     /// The device in use and how it is.
@@ -206,13 +224,16 @@ impl Service {
     ///
     /// # Errors
     /// What is wrong with the request, or that it cannot be taken now. The sink has heard nothing then.
-    pub fn generate(&self, request: Generate, sink: Box<dyn Sink>) -> Result<(), Failure> {
+    pub fn generate(&self, mut request: Generate, mut sink: Box<dyn Sink>) -> Result<(), Failure> {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Failure::ShuttingDown);
         }
         let (slot, _) = self.slot(&request.model)?;
         let model = self.model(&request.model)?;
         model.check(&request)?;
+        if let Some(recorder) = request.turn.as_mut().and_then(|turn| turn.recorder.take()) {
+            sink = recorder.record(sink);
+        }
         self.inbox.try_send(Command::Generate { slot, request: Box::new(request), sink }).map_err(|error| match error {
             TrySendError::Full(_) => Failure::QueueFull { limit: self.inbox_limit, retry_after_s: 1 },
             TrySendError::Disconnected(_) => Failure::ShuttingDown,
@@ -294,20 +315,26 @@ impl ServedModel {
     }
 
     fn check(&self, request: &Generate) -> Result<(), Failure> {
-        if request.prompt.is_empty() {
-            return Err(Failure::invalid("prompt", "is empty"));
-        }
         if request.max_tokens == Some(0) {
             return Err(Failure::invalid("max_tokens", "is 0, must be at least 1"));
-        }
-        if request.prompt.len() >= self.max_context as usize {
-            return Err(Failure::ContextTooLong { have_tokens: request.prompt.len(), max_tokens: self.max_context });
         }
         let vocab = self.model.spec().vocab_size;
         if let Some((bad, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
             return Err(Failure::invalid("logit_bias", format!("has token {bad}, the vocabulary ends at {vocab}")));
         }
-        match request.prompt.iter().find(|&&token| token >= vocab) {
+        self.check_prompt(&request.prompt)
+    }
+
+    /// That a prompt has tokens, all of this model, and leaves room for an answer.
+    pub(crate) fn check_prompt(&self, prompt: &[u32]) -> Result<(), Failure> {
+        if prompt.is_empty() {
+            return Err(Failure::invalid("prompt", "is empty"));
+        }
+        if prompt.len() >= self.max_context as usize {
+            return Err(Failure::ContextTooLong { have_tokens: prompt.len(), max_tokens: self.max_context });
+        }
+        let vocab = self.model.spec().vocab_size;
+        match prompt.iter().find(|&&token| token >= vocab) {
             Some(bad) => Err(Failure::invalid("prompt", format!("has token {bad}, the vocabulary ends at {vocab}"))),
             None => Ok(()),
         }

@@ -3,6 +3,7 @@
 use crate::api::Failure;
 use crate::attempt::{Executor, compute, discard};
 use crate::batch::Batch;
+use crate::durable::{Files, carry_out};
 use crate::executor::ExecutorError;
 use crate::scheduler::Scheduler;
 use crate::sequence::Vocabulary;
@@ -25,16 +26,15 @@ pub(crate) struct Done {
 pub(crate) fn step(
     scheduler: &mut Scheduler,
     executor: &mut dyn Executor,
+    files: &mut dyn Files,
     batch: &mut Batch,
     vocabulary: Vocabulary<'_>,
     clock: &dyn Fn() -> Duration,
 ) -> Result<Option<Done>, ExecutorError> {
     scheduler.tend(clock());
+    carry_out(scheduler, executor, files)?;
     let scheduled = scheduler.schedule(batch, clock());
-    let freed = scheduler.take_freed();
-    if !freed.is_empty() {
-        discard(executor, &freed)?;
-    }
+    discard_freed(scheduler, executor)?;
     if !scheduled {
         return Ok(None);
     }
@@ -63,245 +63,25 @@ pub(crate) fn step(
     Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: sampled.len() }))
 }
 
+/// Has the device discard what nobody holds any more.
+///
+/// # Errors
+/// Only when the device is of no more use as it is.
+pub(crate) fn discard_freed(scheduler: &mut Scheduler, executor: &mut dyn Executor) -> Result<(), ExecutorError> {
+    let freed = scheduler.take_freed();
+    if freed.is_empty() { Ok(()) } else { discard(executor, &freed) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Event, FinishReason, Generate, Owner, Refused, Sink, Usage};
-    use crate::executor::Outputs;
+    use crate::Grammar;
+    use crate::api::{Event, FinishReason, Owner, Usage};
     use crate::scheduler::Limits;
-    use crate::sequence::{Sequence, SequenceId};
-    use crate::{Grammar, Sampling, params};
+    use crate::testing::{BLOCK, Bench, CONTEXT, Listener, limits, naive, prompt};
     use proptest::prelude::*;
-    use sparsed_abi::{E_DATA, E_DEVICE_LOST, E_INTERNAL, E_NOMEM_DEVICE, E_QUEUE_LOST, E_STEP, SpdStatus};
-    use sparsed_backend::BackendError;
-    use sparsed_kv::{BLOCK_TOKENS, BlockId, PrefixHasher};
-    use std::cell::Cell;
-    use std::collections::{BTreeSet, HashMap};
-    use std::sync::{Arc, Mutex};
-
-    const VOCAB: usize = 97;
-    const BLOCK: usize = BLOCK_TOKENS as usize;
-    const CONTEXT: u32 = 400;
-
-    /// A "model" whose next token is a function of the whole history, which it reads back through the block tables:
-    /// a block that is lost, shared by mistake or not rewritten shows in the answer.
-    #[derive(Default)]
-    struct Paged {
-        /// Token and position of each slot.
-        rows: HashMap<u64, (u32, u32)>,
-        /// Statuses of the next runs, the last one first; 0 is none.
-        failures: Vec<SpdStatus>,
-        /// A token that no step with it survives.
-        poison: Option<u32>,
-        /// A token after which the logits are no numbers, how often.
-        not_a_number: Option<(u32, usize)>,
-        /// Since a queue was lost, until there is a new one.
-        poisoned: bool,
-        runs: usize,
-        computed: usize,
-    }
-
-    fn next_token(history: impl Iterator<Item = u32>) -> u32 {
-        history.fold(7u32, |hash, token| (hash.wrapping_mul(31) ^ token) % 1_000_003) % VOCAB as u32
-    }
-
-    impl Executor for Paged {
-        fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
-            self.runs += 1;
-            self.computed += batch.n_tokens();
-            let planted = self.failures.pop().filter(|&status| status != 0);
-            let poison = self.poison.is_some_and(|token| batch.tokens.contains(&token)).then_some(E_STEP);
-            let poisoned = self.poisoned.then_some(E_QUEUE_LOST);
-            if let Some(status) = poisoned.or(planted).or(poison) {
-                self.poisoned |= status == E_QUEUE_LOST;
-                let (call, message) = ("queue_run", "planted".to_owned());
-                return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
-            }
-            for ((&slot, &token), &position) in batch.slots.iter().zip(&batch.tokens).zip(&batch.positions) {
-                self.rows.insert(slot, (token, position));
-            }
-            let mut logits = vec![0.0; batch.rows.len() * VOCAB];
-            for (row, logits) in batch.rows.iter().zip(logits.chunks_exact_mut(VOCAB)) {
-                let sequence = batch.seq_offsets.iter().rposition(|&start| start <= *row).unwrap();
-                let blocks = batch.block_offsets[sequence] as usize..batch.block_offsets[sequence + 1] as usize;
-                let blocks = &batch.block_ids[blocks];
-                let history = (0..=batch.positions[*row as usize]).map(|position| {
-                    let slot = u64::from(blocks[position as usize / BLOCK]) * BLOCK as u64 + u64::from(position) % 64;
-                    let (token, written_at) = self.rows[&slot];
-                    assert_eq!(written_at, position, "the slot holds another position");
-                    token
-                });
-                logits[next_token(history) as usize] = 1.0;
-                if let Some((token, times)) = &mut self.not_a_number
-                    && *times > 0
-                    && batch.tokens[*row as usize] == *token
-                {
-                    *times -= 1;
-                    logits[0] = f32::NAN;
-                }
-            }
-            Ok(Outputs { logits, ..Outputs::default() })
-        }
-
-        fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
-            self.rows.retain(|slot, _| !blocks.iter().any(|block| u64::from(block.0) == slot / BLOCK as u64));
-            Ok(())
-        }
-
-        fn renew_queue(&mut self) -> Result<(), ExecutorError> {
-            self.poisoned = false;
-            Ok(())
-        }
-    }
-
-    /// What a test's listener has heard, and how much more it takes.
-    #[derive(Clone, Default)]
-    struct Listener(Arc<Mutex<(Vec<Event>, usize, bool)>>);
-
-    impl Listener {
-        fn with_room(room: usize) -> Self {
-            Self(Arc::new(Mutex::new((Vec::new(), room, false))))
-        }
-
-        fn set(&self, room: usize, gone: bool) {
-            let mut state = self.0.lock().unwrap();
-            (state.1, state.2) = (room, gone);
-        }
-
-        fn heard(&self) -> (Vec<u32>, Option<Event>) {
-            let events = self.0.lock().unwrap().0.clone();
-            let tokens = events.iter().filter_map(|event| match event {
-                Event::Delta { tokens, .. } => Some(tokens.clone()),
-                _ => None,
-            });
-            let end = events.iter().find(|event| !matches!(event, Event::Queued { .. } | Event::Delta { .. })).cloned();
-            (tokens.flatten().collect(), end)
-        }
-    }
-
-    impl Sink for Listener {
-        fn offer(&mut self, event: Event) -> Result<(), Refused> {
-            let mut state = self.0.lock().unwrap();
-            match *state {
-                (_, _, true) => Err(Refused::Closed),
-                (_, 0, _) => Err(Refused::Full(event)),
-                _ => {
-                    state.1 -= 1;
-                    state.0.push(event);
-                    Ok(())
-                }
-            }
-        }
-
-        fn is_closed(&self) -> bool {
-            self.0.lock().unwrap().2
-        }
-    }
-
-    struct Bench {
-        scheduler: Scheduler,
-        executor: Paged,
-        batch: Batch,
-        now: Cell<Duration>,
-        submitted: u64,
-    }
-
-    impl Bench {
-        fn new(n_blocks: u32, limits: Limits) -> Self {
-            let hasher = PrefixHasher::new([7; 32]);
-            let (scheduler, executor) = (Scheduler::new(limits, n_blocks, hasher), Paged::default());
-            Self { scheduler, executor, batch: Batch::default(), now: Cell::default(), submitted: 0 }
-        }
-
-        fn submit(&mut self, prompt: Vec<u32>, max_tokens: u32, listener: &Listener) {
-            self.submit_under(None, prompt, max_tokens, listener);
-        }
-
-        fn submit_under(&mut self, grammar: Option<Grammar>, prompt: Vec<u32>, max_tokens: u32, listener: &Listener) {
-            self.submit_of(Owner::Uid(1000), grammar, prompt, max_tokens, listener);
-        }
-
-        fn submit_of(&mut self, owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, max: u32, to: &Listener) {
-            let request = Generate {
-                model: "m".to_owned(),
-                owner,
-                prompt,
-                max_tokens: Some(max),
-                sampling: Sampling { temperature: 0.0, ..Sampling::default() },
-                grammar,
-                stops: params::checked_stops(Vec::new()).unwrap(),
-                ignore_end: false,
-                reading: None,
-            };
-            let id = SequenceId(self.submitted);
-            self.submitted += 1;
-            let sequence = Sequence::new(id, request, Box::new(to.clone()), self.now.get());
-            self.scheduler.submit(sequence, self.now.get());
-        }
-
-        fn step(&mut self) -> Option<Done> {
-            self.try_step().unwrap()
-        }
-
-        fn try_step(&mut self) -> Result<Option<Done>, ExecutorError> {
-            let vocabulary = Vocabulary { tokenizer: None, max_context: CONTEXT };
-            let clock = || self.now.get();
-            step(&mut self.scheduler, &mut self.executor, &mut self.batch, vocabulary, &clock)
-        }
-
-        /// As `run`, on a new device whenever one is lost; answers how many were.
-        fn run_on_devices(&mut self) -> usize {
-            let mut n_lost = 0;
-            for _ in 0..10_000 {
-                match self.try_step() {
-                    Ok(None) if self.scheduler.is_idle() => return n_lost,
-                    Ok(_) => {}
-                    Err(_) => {
-                        n_lost += 1;
-                        self.executor.rows.clear();
-                        self.executor.poisoned = false;
-                        self.scheduler.requeue();
-                    }
-                }
-                self.now.set(self.now.get() + Duration::from_millis(1));
-            }
-            panic!("the engine does not come to rest");
-        }
-
-        fn steps(&mut self, n: usize) {
-            for _ in 0..n {
-                self.step();
-            }
-        }
-
-        fn run(&mut self) {
-            for _ in 0..10_000 {
-                if self.step().is_none() && self.scheduler.is_idle() {
-                    return;
-                }
-                self.now.set(self.now.get() + Duration::from_millis(1));
-            }
-            panic!("the engine does not come to rest");
-        }
-    }
-
-    fn limits() -> Limits {
-        let slow_consumer = Duration::from_millis(50);
-        Limits { max_running: 4, max_waiting: 8, max_batched_tokens: 48, slow_consumer }
-    }
-
-    fn prompt(seed: u32, n: u32) -> Vec<u32> {
-        (0..n).map(|i| (seed * 13 + i * 7) % VOCAB as u32).collect()
-    }
-
-    /// The answer of a model without batches, blocks or schedules.
-    fn naive(mut tokens: Vec<u32>, n: u32) -> Vec<u32> {
-        let start = tokens.len();
-        for _ in 0..n.min(CONTEXT - start as u32) {
-            tokens.push(next_token(tokens.iter().copied()));
-        }
-        tokens.split_off(start)
-    }
+    use sparsed_abi::{E_DATA, E_DEVICE_LOST, E_INTERNAL, E_NOMEM_DEVICE, E_QUEUE_LOST, E_STEP};
+    use std::collections::BTreeSet;
 
     #[test]
     fn eight_requests_share_steps_and_each_gets_its_own_answer() {

@@ -50,6 +50,16 @@ impl Body {
         parse(&self.bytes)
     }
 
+    /// As [`parse`](Self::parse); an empty body says nothing.
+    pub(crate) fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, HttpError> {
+        if self.bytes.is_empty() { Ok(T::default()) } else { self.parse() }
+    }
+
+    /// All of it.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Lets go of the bytes, but not yet of their share: it goes when the prompt is made.
     pub(crate) fn into_share(self) -> OwnedSemaphorePermit {
         self.share

@@ -5,13 +5,14 @@ use super::body::Body;
 use super::error::HttpError;
 use super::generation::{Answer, Reply, Wire, answer};
 use super::sampling::SamplingFields;
+use super::sessions;
 use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sparsed_engine::api::{Event, Failure, Generate, Owner};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, Service, Wishes};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Most messages of a conversation.
@@ -34,6 +35,8 @@ struct ChatFields {
     reasoning_effort: Option<String>,
     /// vLLM's and llama.cpp's: further variables of the template; `thinking` and `enable_thinking` turn reasoning on.
     chat_template_kwargs: Option<Map<String, Value>>,
+    /// Ours: the conversation that the daemon keeps and `messages` go on with.
+    session_id: Option<String>,
 }
 
 /// What goes with `stream`.
@@ -63,27 +66,38 @@ pub(crate) async fn create(
     if fields.max_completion_tokens == Some(0) {
         return Err(HttpError::invalid("max_completion_tokens", "is 0, must be at least 1"));
     }
-    let max_tokens = fields.max_completion_tokens.or(fields.max_tokens);
-    let request = fields.request()?;
-    let served = shared.service.model(&model)?;
-    let made = tokio::task::spawn_blocking(move || {
-        let prompt = served.chat_prompt(&request)?;
-        drop(share);
-        Ok::<_, Failure>((prompt, grammar.map(|spec| served.grammar(spec)).transpose()?))
-    });
-    let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
-    let generate = Generate {
-        model,
-        owner,
-        prompt: prompt.tokens,
-        max_tokens,
+    let wishes = Wishes {
+        max_tokens: fields.max_completion_tokens.or(fields.max_tokens),
         sampling: sampling.sampling()?,
         grammar,
         stops: sampling.stops()?,
         ignore_end: sampling.ignore_end(),
-        reading: Some(prompt.reading),
     };
-    answer(&shared.service, generate, reply, ChatWire).await
+    if let Some(session) = fields.session_id.clone() {
+        if let Some(model) = &fields.model {
+            shared.service.model(model)?;
+        }
+        let request = sessions::turn(&shared, owner, &session, fields.request()?, wishes).await?;
+        drop(share);
+        return answer_chat(&shared.service, request, reply).await;
+    }
+    let request = fields.request()?;
+    let served = shared.service.model(&model)?;
+    let spec = wishes.grammar.clone();
+    let made = tokio::task::spawn_blocking(move || {
+        let prompt = served.chat_prompt(&request)?;
+        drop(share);
+        Ok::<_, Failure>((prompt, spec.map(|spec| served.grammar(spec)).transpose()?))
+    });
+    let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
+    let generate =
+        Generate { model, prompt: prompt.tokens, grammar, reading: Some(prompt.reading), ..wishes.request(owner) };
+    answer_chat(&shared.service, generate, reply).await
+}
+
+/// Answers a request of this kind, made here or by a session.
+pub(crate) async fn answer_chat(service: &Service, request: Generate, reply: Reply) -> Result<Response, HttpError> {
+    answer(service, request, reply, ChatWire).await
 }
 
 impl ChatFields {

@@ -70,6 +70,7 @@ pub(crate) async fn create(
         stops,
         ignore_end: fields.ignore_end(),
         reading: None,
+        turn: None,
     };
     let reply = StreamOptions::reply(request.stream_options, request.stream);
     answer(&shared.service, generate, reply, CompletionWire { with_tokens }).await.map_err(HttpError::about_prompt)

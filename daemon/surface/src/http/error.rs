@@ -69,6 +69,13 @@ impl From<Failure> for HttpError {
             Failure::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
             Failure::GrammarFailed { .. } => (StatusCode::BAD_REQUEST, INVALID, "grammar_failed"),
             Failure::BackendFailed { .. } => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "backend_failed"),
+            Failure::SessionsOff => (StatusCode::NOT_IMPLEMENTED, INVALID, "sessions_off"),
+            Failure::SessionNotFound { .. } => (StatusCode::NOT_FOUND, INVALID, "session_not_found"),
+            Failure::SessionBusy { .. } | Failure::SessionCut { .. } => (StatusCode::CONFLICT, INVALID, "session_busy"),
+            Failure::SessionOfOtherModel { .. } => (StatusCode::CONFLICT, INVALID, "session_of_other_model"),
+            Failure::SessionLimit { .. } => (StatusCode::TOO_MANY_REQUESTS, "insufficient_quota", "session_limit"),
+            Failure::SessionDamaged { .. } => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "session_damaged"),
+            Failure::DiskFailed { .. } => (StatusCode::INSUFFICIENT_STORAGE, SERVER, "disk_failed"),
             _ => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error"),
         };
         let retry_after_s = match &failure {
@@ -80,6 +87,7 @@ impl From<Failure> for HttpError {
             Failure::InvalidRequest { param, .. } => Some(param),
             Failure::ModelNotFound { .. } => Some("model".to_owned()),
             Failure::ContextTooLong { .. } => Some("messages".to_owned()),
+            Failure::SessionNotFound { .. } | Failure::SessionBusy { .. } => Some("session_id".to_owned()),
             _ => None,
         };
         Self { status, kind, code, param, retry_after_s, message }

@@ -106,11 +106,28 @@ pub(crate) async fn answer<W: Wire>(
     collected(head, wire, events).await
 }
 
+/// Has the engine finish an answer that nobody hears.
+///
+/// # Errors
+/// Why it could not be finished.
+pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), HttpError> {
+    let (sender, mut events) = mpsc::channel(CHANNEL);
+    service.generate(request, Box::new(ChannelSink(sender)))?;
+    loop {
+        match events.recv().await {
+            Some(Event::Finished(_)) => return Ok(()),
+            Some(Event::Failed(failure)) => return Err(failure.into()),
+            Some(_) => {}
+            None => return Err(Failure::CutOff.into()),
+        }
+    }
+}
+
 async fn collected<W: Wire>(head: Head, wire: W, mut events: mpsc::Receiver<Event>) -> Result<Response, HttpError> {
     let mut answer = Answer::default();
     loop {
         match events.recv().await {
-            Some(Event::Queued { .. }) => {}
+            Some(Event::Queued { .. } | Event::Sampled { .. }) => {}
             Some(Event::Delta { text, tokens }) => {
                 answer.text += &text;
                 answer.tokens.extend(tokens);
@@ -162,7 +179,7 @@ impl<W: Wire> Stream<W> {
 
     fn write(&mut self, event: Event) {
         match event {
-            Event::Queued { .. } => {}
+            Event::Queued { .. } | Event::Sampled { .. } => {}
             Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => {
                 if let Some(choice) = self.wire.piece(&event) {
                     self.piece(&[choice], None);

@@ -7,6 +7,7 @@ mod error;
 mod generation;
 mod models;
 mod sampling;
+mod sessions;
 
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
@@ -39,6 +40,18 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .route("/v1/models/{id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/sessions", get(sessions::list).post(sessions::create))
+        .route("/v1/sessions/import", post(sessions::import))
+        .route(
+            "/v1/sessions/{id}",
+            get(sessions::one).post(sessions::change).patch(sessions::change).delete(sessions::delete),
+        )
+        .route("/v1/sessions/{id}/continue", post(sessions::resume))
+        .route("/v1/sessions/{id}/fork", post(sessions::fork))
+        .route("/v1/sessions/{id}/truncate", post(sessions::truncate))
+        .route("/v1/sessions/{id}/checkpoint", post(sessions::checkpoint))
+        .route("/v1/sessions/{id}/pin", post(sessions::pin))
+        .route("/v1/sessions/{id}/export", get(sessions::export))
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))

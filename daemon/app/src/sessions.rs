@@ -1,0 +1,162 @@
+//! Where are sessions kept, and under which key? Opens the store below the state folder.
+//!
+//! The master key comes from systemd's credentials (`LoadCredentialEncrypted=sparsed.master-key:...`, then it is not on
+//! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start.
+//! Whoever loses it loses all sessions.
+
+use crate::config::{ContextFull, Durability, Sessions};
+use anyhow::{Context, bail};
+use rustix::fs::{Mode, OFlags};
+use sparsed_session::{FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
+use std::fs::{DirBuilder, File};
+use std::io::{ErrorKind, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// The credential's name.
+const CREDENTIAL: &str = "sparsed.master-key";
+/// The key's file in the state folder.
+const KEY_FILE: &str = "master.key";
+/// The store's folder in the state folder.
+const STORE_DIR: &str = "store";
+/// Bytes of the key.
+const KEY_BYTES: usize = 32;
+/// Seconds of a day.
+const DAY: u64 = 86_400;
+
+/// Opens the store, if sessions are to be kept.
+///
+/// # Errors
+/// A key that cannot be read or made, a store of another process, a disk that fails.
+pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<OsDisk>>> {
+    if !config.enabled {
+        return Ok(None);
+    }
+    let master = match std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| PathBuf::from(dir).join(CREDENTIAL)) {
+        Some(path) if path.exists() => read_key(&path)?,
+        _ => key_of(&state_dir.join(KEY_FILE))?,
+    };
+    let dir = state_dir.join(STORE_DIR);
+    DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| dir.display().to_string())?;
+    let disk = OsDisk::open(&dir).with_context(|| dir.display().to_string())?;
+    let random = Box::new(|bytes: &mut [u8]| getrandom::fill(bytes).expect("the system gave random bytes before"));
+    let (store, report) = Store::open(disk, random, MasterKey::new(master), limits(config))
+        .with_context(|| format!("sessions in {}", dir.display()))?;
+    tell(&report, &dir);
+    Ok(Some(store))
+}
+
+fn limits(config: &Sessions) -> Limits {
+    let durability = match config.durability {
+        Durability::Token => sparsed_session::Durability::Token,
+        Durability::Turn => sparsed_session::Durability::Turn,
+        Durability::None => sparsed_session::Durability::None,
+    };
+    let context_full = match config.context_full {
+        ContextFull::Error => sparsed_session::ContextFull::Error,
+        ContextFull::TruncateOldest => sparsed_session::ContextFull::TruncateOldest,
+    };
+    Limits {
+        sessions_per_owner: config.max_per_user,
+        sessions: config.max,
+        kv_bytes_per_owner: config.kv_per_user.0,
+        kv_bytes: config.kv.0,
+        retention_seconds: config.retention_days * DAY,
+        settings: Settings { durability, context_full },
+        ..Limits::default()
+    }
+}
+
+/// Says what was found; what was odd is said for each session.
+fn tell(report: &Report, dir: &Path) {
+    log::info!(
+        sessions = report.sessions, interrupted = report.interrupted, dir:% = dir.display();
+        "sessions found"
+    );
+    for finding in &report.findings {
+        let owner = finding.owner.map_or_else(|| "-".to_owned(), |owner| owner.to_string());
+        match finding.kind {
+            // An answer was cut, or a file was being made: nothing that was promised is lost.
+            FindingKind::Torn { .. } | FindingKind::Swept => {
+                log::info!(owner:%, session:% = finding.name, what:? = finding.kind; "session tidied");
+            }
+            kind => log::warn!(owner:%, session:% = finding.name, what:? = kind; "session is not as it was written"),
+        }
+    }
+}
+
+/// The key in `path`, which is made if there is none.
+fn key_of(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
+    match path.symlink_metadata() {
+        Ok(_) => read_key(path),
+        Err(error) if error.kind() == ErrorKind::NotFound => make_key(path),
+        Err(error) => Err(error).with_context(|| path.display().to_string()),
+    }
+}
+
+fn read_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
+    let about = || format!("the sessions' key {}", path.display());
+    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+    let mut file = File::from(fd.with_context(about)?);
+    let found = file.metadata().with_context(about)?;
+    if found.mode() & 0o077 != 0 {
+        bail!("{} may be read by others; `chmod 600` it, or sessions are not private", about());
+    }
+    let mut key = [0; KEY_BYTES];
+    if found.len() != KEY_BYTES as u64 {
+        bail!(
+            "{} has {} bytes, {KEY_BYTES} are a key; put the right one there, or move it away to begin anew",
+            about(),
+            found.len()
+        );
+    }
+    std::io::Read::read_exact(&mut file, &mut key).with_context(about)?;
+    Ok(key)
+}
+
+/// Makes a key, whole or not at all.
+fn make_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
+    let about = || format!("cannot make the sessions' key {}", path.display());
+    let mut key = [0; KEY_BYTES];
+    getrandom::fill(&mut key).map_err(|error| anyhow::anyhow!("no random numbers: {error}"))?;
+    let new = path.with_extension("new");
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(&new, flags, Mode::RUSR | Mode::WUSR).with_context(about)?;
+    let mut file = File::from(fd);
+    file.write_all(&key).and_then(|()| file.sync_all()).with_context(about)?;
+    std::fs::rename(&new, path).with_context(about)?;
+    let dir = path.parent().unwrap_or_else(|| Path::new("/"));
+    File::open(dir).and_then(|dir| dir.sync_all()).with_context(about)?;
+    log::info!(key:% = path.display(); "made the key of all sessions; back it up with them");
+    Ok(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_key_is_made_once_and_only_its_owner_may_read_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(KEY_FILE);
+        let key = key_of(&path).unwrap();
+        assert_eq!((key_of(&path).unwrap(), path.metadata().unwrap().mode() & 0o777), (key, 0o600));
+        assert_ne!(key, [0; KEY_BYTES]);
+    }
+
+    #[test]
+    fn a_key_that_others_may_read_or_that_is_none_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(KEY_FILE);
+        key_of(&path).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
+        assert!(key_of(&path).unwrap_err().to_string().contains("chmod 600"));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        std::fs::write(&path, "short").unwrap();
+        assert!(key_of(&path).unwrap_err().to_string().contains("5 bytes"));
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("elsewhere", &path).unwrap();
+        assert!(key_of(&path).is_err());
+    }
+}

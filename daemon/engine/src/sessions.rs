@@ -1,0 +1,345 @@
+//! How does a surface use sessions? Verbs on one thread that owns them all.
+//!
+//! A turn of a session walks through it thus: [`Service::begin_turn`](crate::Service::begin_turn) takes the session for
+//! the caller alone and makes a prompt of its conversation and of what is new; both are journaled; the engine answers
+//! through a sink that passes the journal first (`recorded`, `keeper`). When the answer ends, or its client goes away,
+//! the session is free again.
+//!
+//! Every verb waits for the thread, which may wait for the disk: not for threads that must not wait.
+
+mod conversation;
+mod keeper;
+mod listener;
+mod recorded;
+mod wishes;
+
+pub(crate) use keeper::{Ask, Asks, ImagesOf, spawn};
+pub(crate) use recorded::Recorder;
+pub use sparsed_session::{
+    ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
+};
+pub use wishes::Wishes;
+
+use crate::api::{ChatPrompt, Failure, Owner, Turn};
+use crate::service::ServedModel;
+use crate::{ChatMessage, ChatRequest};
+use conversation::{Conversation, Cut};
+use keeper::{Keeper, failure, seconds};
+use sparsed_kv::FileId;
+use sparsed_session::{NewSession, NewTurn, StoreError};
+use std::sync::mpsc::sync_channel;
+use wishes::Asked;
+
+/// The sessions of this daemon; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Sessions {
+    asks: Asks,
+}
+
+/// What a session is, and all that was said in it.
+#[derive(Clone, Debug)]
+pub struct Session {
+    /// What a list shows.
+    pub summary: SessionSummary,
+    /// What its owner chose.
+    pub settings: Settings,
+    /// All messages; an answer that was cut and is to be finished is not among them.
+    pub messages: Vec<ChatMessage>,
+}
+
+/// What its owner may change about a session; `None` leaves it.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// What it is about.
+    pub title: Option<String>,
+    /// Whether its files are the last to go.
+    pub pinned: Option<bool>,
+    /// What a power cut may lose.
+    pub durability: Option<Durability>,
+    /// What to do when the context is full.
+    pub context_full: Option<ContextFull>,
+}
+
+impl Sessions {
+    pub(crate) fn new(asks: Asks) -> Self {
+        Self { asks }
+    }
+
+    /// All sessions of `owner`, the one used last first.
+    ///
+    /// # Errors
+    /// [`Failure::ShuttingDown`].
+    pub fn list(&self, owner: Owner) -> Result<Vec<SessionSummary>, Failure> {
+        let mut list = self.ask(move |keeper| Ok(keeper.store.list(owner.number())))?;
+        list.sort_by_key(|summary| std::cmp::Reverse((summary.used, summary.created)));
+        Ok(list)
+    }
+
+    /// A session with its messages.
+    ///
+    /// # Errors
+    /// As any verb: no such session, or the disk.
+    pub fn get(&self, owner: Owner, id: SessionId) -> Result<Session, Failure> {
+        self.ask(move |keeper| {
+            let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
+            let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
+            Ok(Session { summary, settings: history.settings, messages: Conversation::of(history)?.messages() })
+        })
+    }
+
+    /// Changes a session and answers what it is then.
+    ///
+    /// # Errors
+    /// As any verb; what was changed before an error stays so.
+    pub fn change(&self, owner: Owner, id: SessionId, change: Change) -> Result<SessionSummary, Failure> {
+        self.verb(owner, id, move |keeper, owner| {
+            if let Some(title) = &change.title {
+                keeper.store.rename(owner, id, title)?;
+            }
+            if let Some(pinned) = change.pinned {
+                keeper.store.pin(owner, id, pinned)?;
+            }
+            if change.durability.is_some() || change.context_full.is_some() {
+                let mut settings = keeper.store.history(owner, id)?.settings;
+                settings.durability = change.durability.unwrap_or(settings.durability);
+                settings.context_full = change.context_full.unwrap_or(settings.context_full);
+                keeper.store.set_settings(owner, id, settings)?;
+            }
+            keeper.store.commit(owner, id)?;
+            keeper.store.summary(owner, id)
+        })
+    }
+
+    /// A new session with the first `n_turns` turns of another one, or all of them. Blocks in memory are shared.
+    ///
+    /// # Errors
+    /// As any verb; the session is being answered, or has fewer turns.
+    pub fn fork(&self, owner: Owner, id: SessionId, n_turns: Option<u32>) -> Result<SessionSummary, Failure> {
+        self.verb(owner, id, move |keeper, owner| {
+            let fork = keeper.store.fork(owner, id, n_turns, seconds())?;
+            keeper.store.summary(owner, fork)
+        })
+    }
+
+    /// Forgets all but the first `n_turns` turns.
+    ///
+    /// # Errors
+    /// As [`Sessions::fork`].
+    pub fn truncate(&self, owner: Owner, id: SessionId, n_turns: u32) -> Result<SessionSummary, Failure> {
+        self.verb(owner, id, move |keeper, owner| {
+            keeper.store.truncate(owner, id, n_turns)?;
+            keeper.store.commit(owner, id)?;
+            keeper.store.summary(owner, id)
+        })
+    }
+
+    /// Makes all of a session survive a power cut, whatever its durability.
+    ///
+    /// # Errors
+    /// As any verb.
+    pub fn checkpoint(&self, owner: Owner, id: SessionId) -> Result<SessionSummary, Failure> {
+        self.verb(owner, id, move |keeper, owner| {
+            keeper.store.commit(owner, id)?;
+            keeper.store.summary(owner, id)
+        })
+    }
+
+    /// Destroys a session's key and removes its files.
+    ///
+    /// # Errors
+    /// As any verb; the session is being answered.
+    pub fn delete(&self, owner: Owner, id: SessionId) -> Result<(), Failure> {
+        self.ask(move |keeper| {
+            keeper.check_free(id)?;
+            keeper.store.delete(owner.number(), id).map_err(|error| failure(id, &error))
+        })
+    }
+
+    /// Everything of a session as one file, which anybody can read.
+    ///
+    /// # Errors
+    /// As any verb; the session is being answered.
+    pub fn export(&self, owner: Owner, id: SessionId) -> Result<Vec<u8>, Failure> {
+        self.verb(owner, id, move |keeper, owner| keeper.store.export(owner, id))
+    }
+
+    /// A session of a file that [`Sessions::export`] made, here or elsewhere.
+    ///
+    /// # Errors
+    /// A file that cannot be read, a limit, or the disk.
+    pub fn import(&self, owner: Owner, file: Vec<u8>) -> Result<SessionSummary, Failure> {
+        self.ask(move |keeper| {
+            let refused = |error: StoreError| match error {
+                StoreError::Damaged { .. } | StoreError::UnknownVersion { .. } => {
+                    Failure::invalid("file", format!("is no exported session: {error}"))
+                }
+                error => failure(SessionId::from_bytes([0; 16]), &error),
+            };
+            let id = keeper.store.import(owner.number(), &file).map_err(refused)?;
+            keeper.store.summary(owner.number(), id).map_err(refused)
+        })
+    }
+
+    /// Makes a session for `model`, which is called `name`.
+    pub(crate) fn create(
+        &self,
+        owner: Owner,
+        name: String,
+        model: &ServedModel,
+        change: Change,
+    ) -> Result<SessionSummary, Failure> {
+        let fingerprint = model.vocabulary;
+        self.ask(move |keeper| {
+            let defaults = keeper.store.limits().settings;
+            let settings = Settings {
+                durability: change.durability.unwrap_or(defaults.durability),
+                context_full: change.context_full.unwrap_or(defaults.context_full),
+            };
+            let title = change.title.unwrap_or_default();
+            let new = NewSession { model: &name, fingerprint, title: &title, settings: Some(settings) };
+            let refused = |error: StoreError| failure(SessionId::from_bytes([0; 16]), &error);
+            let id = keeper.store.create(owner.number(), &new, seconds()).map_err(refused)?;
+            if let Some(pinned) = change.pinned {
+                keeper.store.pin(owner.number(), id, pinned).map_err(refused)?;
+            }
+            keeper.store.summary(owner.number(), id).map_err(refused)
+        })
+    }
+
+    /// Takes a session for the caller alone.
+    pub(crate) fn open(&self, owner: Owner, id: SessionId) -> Result<OpenSession, Failure> {
+        let asks = self.asks.clone();
+        self.ask(move |keeper| {
+            let file = keeper.take_session(owner.number(), id)?;
+            let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error));
+            match history.and_then(Conversation::of) {
+                Ok(conversation) => Ok(OpenSession { asks, owner, id, file, conversation, is_begun: false }),
+                Err(failure) => {
+                    keeper.let_go(file);
+                    Err(failure)
+                }
+            }
+        })
+    }
+
+    fn verb<T: Send + 'static>(
+        &self,
+        owner: Owner,
+        id: SessionId,
+        verb: impl FnOnce(&mut Keeper, u64) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        self.ask(move |keeper| verb(keeper, owner.number()).map_err(|error| failure(id, &error)))
+    }
+
+    /// Has the thread carry out `verb`, and waits for it.
+    fn ask<T: Send + 'static>(
+        &self,
+        verb: impl FnOnce(&mut Keeper) -> Result<T, Failure> + Send + 'static,
+    ) -> Result<T, Failure> {
+        ask(&self.asks, verb)
+    }
+}
+
+fn ask<T: Send + 'static>(
+    asks: &Asks,
+    verb: impl FnOnce(&mut Keeper) -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    let (answer, answered) = sync_channel(1);
+    asks.tell(Ask::Do(Box::new(move |keeper| {
+        // The caller waits, or is gone with its thread.
+        let _unheard = answer.send(verb(keeper)).is_err();
+    })));
+    answered.recv().unwrap_or(Err(Failure::ShuttingDown))
+}
+
+/// A session that nobody else may use until this is dropped, or its turn has ended.
+#[derive(Debug)]
+pub(crate) struct OpenSession {
+    asks: Asks,
+    owner: Owner,
+    id: SessionId,
+    file: FileId,
+    conversation: Conversation,
+    is_begun: bool,
+}
+
+impl OpenSession {
+    /// The name of its model.
+    pub(crate) fn model(&self) -> &str {
+        &self.conversation.model
+    }
+
+    /// Whether the daemon has cut the last answer.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.conversation.cut.as_ref().is_some_and(|cut| !cut.is_cancelled)
+    }
+
+    /// Journals a turn that asks `chat`; answers its prompt and how it is recorded.
+    pub(crate) fn begin(
+        mut self,
+        model: &ServedModel,
+        chat: ChatRequest,
+        wishes: &Wishes,
+    ) -> Result<(ChatPrompt, Turn), Failure> {
+        self.check(model)?;
+        let (prompt, n_left_out) = self.conversation.prompt(model, &chat, wishes.max_tokens)?;
+        model.check_prompt(&prompt.tokens)?;
+        let n_kept = common(&self.conversation.tokens, &prompt.tokens);
+        let (request, sampling) = Asked { chat, wishes: wishes.clone(), n_left_out }.encode();
+        let (owner, id, file, shape) = (self.owner.number(), self.id, self.file, model.images);
+        let (n_kept, new) = (count(n_kept), prompt.tokens[n_kept..].to_vec());
+        let turn = ask(&self.asks, move |keeper| {
+            let turn = NewTurn { keep_tokens: n_kept, prompt: &new, request: &request, sampling: &sampling };
+            keeper.store.begin_turn(owner, id, &turn, seconds()).map_err(|error| failure(id, &error))?;
+            Ok(keeper.turn(file, &shape, n_kept, None))
+        })?;
+        self.is_begun = true;
+        Ok((prompt, turn))
+    }
+
+    /// Goes on with the turn that was cut; answers its prompt, its wishes and how it is recorded.
+    pub(crate) fn resume(mut self, model: &ServedModel) -> Result<(ChatPrompt, Wishes, Turn), Failure> {
+        self.check(model)?;
+        let none = || Failure::SessionBusy { id: self.id.to_string(), state: "idle: its last answer was not cut" };
+        let Cut { asked, prompt, answered, is_cancelled } = self.conversation.cut.take().ok_or_else(none)?;
+        let reading = self.conversation.reading(model, &asked)?;
+        let (request, sampling) = asked.encode();
+        let (owner, id, file, shape) = (self.owner.number(), self.id, self.file, model.images);
+        let (tokens, n_prompt) = (prompt.clone(), count(prompt.len()));
+        let turn = ask(&self.asks, move |keeper| {
+            let resumed = if is_cancelled {
+                keeper.reopen(owner, id, &tokens, &answered, &request, &sampling)
+            } else {
+                keeper.store.resume_turn(owner, id)
+            };
+            resumed.map_err(|error| failure(id, &error))?;
+            Ok(keeper.turn(file, &shape, n_prompt, Some(answered)))
+        })?;
+        self.is_begun = true;
+        Ok((ChatPrompt { tokens: prompt, reading }, asked.wishes, turn))
+    }
+
+    fn check(&self, model: &ServedModel) -> Result<(), Failure> {
+        if self.conversation.fingerprint == model.vocabulary {
+            return Ok(());
+        }
+        Err(Failure::SessionOfOtherModel { id: self.id.to_string(), model: self.conversation.model.clone() })
+    }
+}
+
+impl Drop for OpenSession {
+    fn drop(&mut self) {
+        if !self.is_begun {
+            self.asks.tell(Ask::Close { file: self.file });
+        }
+    }
+}
+
+/// Tokens that two sequences begin with alike.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+fn count(n: usize) -> u32 {
+    u32::try_from(n).expect("fewer than 2^32 tokens")
+}

@@ -1,0 +1,141 @@
+//! What was said in a session, as messages, and which of it still fits the context?
+
+use super::wishes::{Asked, answer};
+use crate::api::{ChatPrompt, Failure, Reading};
+use crate::service::ServedModel;
+use crate::{ChatMessage, ChatRequest, Role};
+use sparsed_session::{ContextFull, History, Outcome, TurnHistory};
+
+/// A session's turns.
+#[derive(Debug)]
+pub(super) struct Conversation {
+    turns: Vec<Said>,
+    /// What a later turn may begin with.
+    pub(super) tokens: Vec<u32>,
+    pub(super) context_full: ContextFull,
+    /// The model's name.
+    pub(super) model: String,
+    pub(super) fingerprint: [u8; 32],
+    /// Of the last turn, if its answer was cut.
+    pub(super) cut: Option<Cut>,
+}
+
+/// One turn's messages.
+#[derive(Clone, Debug)]
+struct Said {
+    messages: Vec<ChatMessage>,
+    answer: Option<ChatMessage>,
+    /// Turns that this one has left out of its prompt.
+    n_left_out: u32,
+}
+
+/// A turn whose answer was cut.
+#[derive(Clone, Debug)]
+pub(super) struct Cut {
+    pub(super) asked: Asked,
+    /// Tokens of its prompt.
+    pub(super) prompt: Vec<u32>,
+    /// Tokens of its answer so far.
+    pub(super) answered: Vec<u32>,
+    /// Whether its client went away; otherwise the daemon did, and the turn is finished before another one begins.
+    pub(super) is_cancelled: bool,
+}
+
+impl Conversation {
+    /// # Errors
+    /// [`Failure::SessionDamaged`] for records of another version.
+    pub(super) fn of(history: &History) -> Result<Self, Failure> {
+        let turns = history.turns.iter().map(Said::of).collect::<Result<_, _>>()?;
+        let cut = match history.turns.last() {
+            Some(turn) if is_cut(turn) => Some(Cut::of(turn, &history.tokens)?),
+            _ => None,
+        };
+        Ok(Self {
+            turns,
+            tokens: history.tokens.clone(),
+            context_full: history.settings.context_full,
+            model: history.model.clone(),
+            fingerprint: history.fingerprint,
+            cut,
+        })
+    }
+
+    /// All messages, as a client that keeps the conversation itself would send them.
+    pub(super) fn messages(&self) -> Vec<ChatMessage> {
+        self.turns.iter().flat_map(Said::all).cloned().collect()
+    }
+
+    /// The prompt of another turn that asks `chat`, and how many of the oldest turns it leaves out.
+    ///
+    /// # Errors
+    /// The model's; [`Failure::ContextTooLong`] where the session does not want anything left out, or that is not enough.
+    pub(super) fn prompt(
+        &self,
+        model: &ServedModel,
+        chat: &ChatRequest,
+        max_tokens: Option<u32>,
+    ) -> Result<(ChatPrompt, u32), Failure> {
+        let mut n_left_out = self.turns.last().map_or(0, |turn| turn.n_left_out);
+        let mut prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
+        if prompt.tokens.len() < model.max_context as usize || self.context_full == ContextFull::Error {
+            return Ok((prompt, n_left_out));
+        }
+        // Room for the answer, and for some turns more: each time something is left out, the rest is read again.
+        let room = model.max_context / 2;
+        let wanted = (model.max_context - max_tokens.unwrap_or(room).min(room)).min(room.max(1)) as usize;
+        while prompt.tokens.len() > wanted && (n_left_out as usize) < self.turns.len() {
+            n_left_out += 1;
+            prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
+        }
+        Ok((prompt, n_left_out))
+    }
+
+    /// How the answer to the last turn is read.
+    ///
+    /// # Errors
+    /// The model's.
+    pub(super) fn reading(&mut self, model: &ServedModel, last: &Asked) -> Result<Reading, Failure> {
+        self.turns.pop();
+        Ok(model.chat_prompt(&self.request(&last.chat, last.n_left_out))?.reading)
+    }
+
+    /// The whole conversation with `chat` at its end, without the first turns but for what sets the rules.
+    fn request(&self, chat: &ChatRequest, n_left_out: u32) -> ChatRequest {
+        let (out, kept) = self.turns.split_at((n_left_out as usize).min(self.turns.len()));
+        let rules = out.iter().flat_map(Said::all).filter(|m| matches!(m.role, Role::System | Role::Developer));
+        let messages = rules.chain(kept.iter().flat_map(Said::all)).chain(&chat.messages).cloned().collect();
+        ChatRequest { messages, ..chat.clone() }
+    }
+}
+
+impl Said {
+    fn of(turn: &TurnHistory) -> Result<Self, Failure> {
+        let asked = Asked::decode(&turn.request, &turn.sampling)?;
+        let answer = if turn.answer.is_empty() || is_cut_by_daemon(turn) { None } else { Some(answer(&turn.answer)?) };
+        Ok(Self { messages: asked.chat.messages, answer, n_left_out: asked.n_left_out })
+    }
+
+    fn all(&self) -> impl Iterator<Item = &ChatMessage> {
+        self.messages.iter().chain(&self.answer)
+    }
+}
+
+impl Cut {
+    fn of(turn: &TurnHistory, tokens: &[u32]) -> Result<Self, Failure> {
+        let (prompt, answered) = tokens.split_at(turn.prompt_end as usize);
+        Ok(Self {
+            asked: Asked::decode(&turn.request, &turn.sampling)?,
+            prompt: prompt.to_vec(),
+            answered: answered.to_vec(),
+            is_cancelled: turn.outcome == Some(Outcome::Cancelled),
+        })
+    }
+}
+
+fn is_cut(turn: &TurnHistory) -> bool {
+    is_cut_by_daemon(turn) || turn.outcome == Some(Outcome::Cancelled)
+}
+
+fn is_cut_by_daemon(turn: &TurnHistory) -> bool {
+    matches!(turn.outcome, None | Some(Outcome::Interrupted))
+}

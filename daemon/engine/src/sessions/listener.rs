@@ -1,0 +1,111 @@
+//! What does one answer's client still have to hear, and what has the answer become so far?
+
+use super::recorded::Flow;
+use super::wishes::AnswerParts;
+use crate::api::{Event, Failure, Refused, Sink};
+use sparsed_session::Outcome;
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// The client's end of an answer's way.
+pub(super) struct Listener {
+    sink: Box<dyn Sink>,
+    flow: Arc<Flow>,
+    /// Passed on once the journal has what they come from.
+    events: VecDeque<Event>,
+    parts: AnswerParts,
+    /// Tokens that were journaled.
+    pub(super) n_tokens: u32,
+    end: Option<End>,
+}
+
+/// What the journal says of a turn that is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ending {
+    /// That it ended so.
+    Of(Outcome),
+    /// Nothing: there was no answer, and its client was told why.
+    TakenBack,
+}
+
+/// What the last event was.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    Finished,
+    Cut,
+    Failed,
+}
+
+impl Listener {
+    pub(super) fn new(sink: Box<dyn Sink>, flow: Arc<Flow>) -> Self {
+        Self { sink, flow, events: VecDeque::new(), parts: AnswerParts::default(), n_tokens: 0, end: None }
+    }
+
+    /// Takes an event to be passed on.
+    pub(super) fn hear(&mut self, event: Event) {
+        match &event {
+            Event::Delta { text, .. } => self.parts.content(text),
+            Event::Reasoning { text } => self.parts.reasoning(text),
+            Event::ToolCall { index, name, arguments } => self.parts.call(*index, name, arguments),
+            Event::Finished(_) => self.end = Some(End::Finished),
+            // The next daemon goes on with it.
+            Event::Failed(Failure::ShuttingDown) => self.end = Some(End::Cut),
+            Event::Failed(_) => self.end = Some(End::Failed),
+            Event::Queued { .. } | Event::Sampled { .. } => {}
+        }
+        self.events.push_back(event);
+    }
+
+    /// A token was journaled; the client hears only what it makes.
+    pub(super) fn journaled(&mut self) {
+        self.n_tokens += 1;
+        self.flow.passed();
+    }
+
+    /// How the turn ends, if the last event was there.
+    pub(super) fn ending(&self, is_resumed: bool) -> Option<Ending> {
+        Some(match self.end? {
+            End::Finished => Ending::Of(Outcome::Complete),
+            End::Failed if self.n_tokens == 0 && !is_resumed => Ending::TakenBack,
+            End::Cut | End::Failed => Ending::Of(Outcome::Interrupted),
+        })
+    }
+
+    /// The answer so far, as a message.
+    pub(super) fn answer(&self) -> Vec<u8> {
+        self.parts.encode()
+    }
+
+    /// Passes on what may be heard. Answers whether all of it is gone.
+    pub(super) fn deliver(&mut self) -> bool {
+        while let Some(event) = self.events.pop_front() {
+            match self.sink.offer(event) {
+                Ok(()) => self.flow.passed(),
+                Err(Refused::Full(event)) => {
+                    self.events.push_front(event);
+                    return false;
+                }
+                Err(Refused::Closed) => self.close(),
+            }
+        }
+        true
+    }
+
+    /// Tells the engine if the client is gone.
+    pub(super) fn look(&mut self) {
+        if self.sink.is_closed() {
+            self.close();
+        }
+    }
+
+    /// What was to be heard is replaced by `failure`: its tokens could not be journaled.
+    pub(super) fn fail(&mut self, failure: Failure) {
+        self.close();
+        self.events.push_back(Event::Failed(failure));
+    }
+
+    fn close(&mut self) {
+        self.flow.close();
+        self.events.clear();
+    }
+}

@@ -1,0 +1,118 @@
+//! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
+
+use crate::api::{Failure, Generate, Owner};
+use crate::{ChatMessage, ChatRequest, GrammarSpec, Role, Sampling};
+use serde::{Deserialize, Serialize};
+use sparsed_model::ToolCall;
+
+/// How an answer is wished for.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Wishes {
+    /// Most tokens of the answer; `None`: as many as the context has room for.
+    pub max_tokens: Option<u32>,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// What the answer must be.
+    pub grammar: Option<GrammarSpec>,
+    /// Texts that end the answer; they are not part of it.
+    pub stops: Vec<String>,
+    /// Go on past end tokens.
+    pub ignore_end: bool,
+}
+
+impl Wishes {
+    /// A request with these wishes, without model, prompt and grammar.
+    pub fn request(&self, owner: Owner) -> Generate {
+        Generate {
+            model: String::new(),
+            owner,
+            prompt: Vec::new(),
+            max_tokens: self.max_tokens,
+            sampling: self.sampling.clone(),
+            grammar: None,
+            stops: self.stops.clone(),
+            ignore_end: self.ignore_end,
+            reading: None,
+            turn: None,
+        }
+    }
+}
+
+/// A turn as the journal has it.
+#[derive(Clone, Debug)]
+pub(super) struct Asked {
+    /// What was new in this turn, with tools and wishes for the template.
+    pub(super) chat: ChatRequest,
+    pub(super) wishes: Wishes,
+    /// Turns that its prompt leaves out, the oldest ones.
+    pub(super) n_left_out: u32,
+}
+
+impl Asked {
+    /// The two texts of the journal's record.
+    pub(super) fn encode(&self) -> (Vec<u8>, Vec<u8>) {
+        (json(&self.chat), json(&(&self.wishes, self.n_left_out)))
+    }
+
+    /// Reads the journal's record.
+    ///
+    /// # Errors
+    /// [`Failure::SessionDamaged`] for a record of another version.
+    pub(super) fn decode(request: &[u8], sampling: &[u8]) -> Result<Self, Failure> {
+        let (wishes, n_left_out) = read(sampling, "sampling parameters")?;
+        Ok(Self { chat: read(request, "a request")?, wishes, n_left_out })
+    }
+}
+
+/// The answer as a message, put together from its events.
+#[derive(Debug, Default)]
+pub(super) struct AnswerParts {
+    content: String,
+    reasoning: String,
+    calls: Vec<ToolCall>,
+}
+
+impl AnswerParts {
+    pub(super) fn content(&mut self, text: &str) {
+        self.content += text;
+    }
+
+    pub(super) fn reasoning(&mut self, text: &str) {
+        self.reasoning += text;
+    }
+
+    /// A call; templates that show an id see its number.
+    pub(super) fn call(&mut self, index: u32, name: &str, arguments: &str) {
+        let id = format!("call_{index}");
+        self.calls.push(ToolCall { id, name: name.to_owned(), arguments: arguments.to_owned() });
+    }
+
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let some = |text: &String| (!text.is_empty()).then(|| text.clone());
+        let content = some(&self.content).or_else(|| self.calls.is_empty().then(String::new));
+        let message = ChatMessage::new(Role::Assistant, "");
+        json(&ChatMessage {
+            content,
+            reasoning_content: some(&self.reasoning),
+            tool_calls: self.calls.clone(),
+            ..message
+        })
+    }
+}
+
+/// The answer of an earlier turn.
+///
+/// # Errors
+/// [`Failure::SessionDamaged`] for a record of another version.
+pub(super) fn answer(bytes: &[u8]) -> Result<ChatMessage, Failure> {
+    read(bytes, "an answer")
+}
+
+fn json<T: Serialize>(value: &T) -> Vec<u8> {
+    serde_json::to_vec(value).expect("maps have strings as keys, and nothing writes itself wrongly")
+}
+
+fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, Failure> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Failure::SessionDamaged { reason: format!("{what} cannot be read: {error}") })
+}

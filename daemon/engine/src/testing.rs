@@ -1,0 +1,347 @@
+//! What do tests of the engine run on? A "model" that reads its whole history back, listeners with room for so many
+//! events, and a scheduler between them.
+
+use crate::api::{Event, Generate, Owner, Refused, Sink};
+use crate::attempt::Executor;
+use crate::batch::Batch;
+use crate::durable::{Files, Restore, Restored};
+use crate::executor::{ExecutorError, Outputs};
+use crate::scheduler::{Limits, Scheduler};
+use crate::sequence::{Sequence, SequenceId, Vocabulary};
+use crate::step::{Done, step};
+use crate::{Grammar, Sampling, params};
+use sparsed_abi::{E_QUEUE_LOST, E_STEP, SpdStatus};
+use sparsed_backend::BackendError;
+use sparsed_kv::{BLOCK_TOKENS, BlockId, FileId, PrefixHasher, Save};
+use std::cell::Cell;
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+pub(crate) const VOCAB: usize = 97;
+pub(crate) const BLOCK: usize = BLOCK_TOKENS as usize;
+pub(crate) const CONTEXT: u32 = 400;
+pub(crate) const VOCABULARY: Vocabulary<'static> = Vocabulary { tokenizer: None, max_context: CONTEXT };
+
+/// A "model" whose next token is a function of the whole history, which it reads back through the block tables:
+/// a block that is lost, shared by mistake or not rewritten shows in the answer.
+#[derive(Default)]
+pub(crate) struct Paged {
+    /// Token and position of each slot.
+    pub(crate) rows: HashMap<u64, (u32, u32)>,
+    /// Statuses of the next runs, the last one first; 0 is none.
+    pub(crate) failures: Vec<SpdStatus>,
+    /// A token that no step with it survives.
+    pub(crate) poison: Option<u32>,
+    /// A token after which the logits are no numbers, how often.
+    pub(crate) not_a_number: Option<(u32, usize)>,
+    /// Since a queue was lost, until there is a new one.
+    pub(crate) poisoned: bool,
+    pub(crate) runs: usize,
+    pub(crate) computed: usize,
+    pub(crate) exported: usize,
+    /// Statuses of the next imports, the last one first.
+    pub(crate) import_failures: Vec<SpdStatus>,
+}
+
+fn failed(call: &'static str, status: SpdStatus) -> ExecutorError {
+    ExecutorError::Backend(BackendError::Call { call, status, message: "planted".to_owned(), op_index: None })
+}
+
+pub(crate) fn next_token(history: impl Iterator<Item = u32>) -> u32 {
+    history.fold(7u32, |hash, token| (hash.wrapping_mul(31) ^ token) % 1_000_003) % VOCAB as u32
+}
+
+impl Executor for Paged {
+    fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
+        self.runs += 1;
+        self.computed += batch.n_tokens();
+        let planted = self.failures.pop().filter(|&status| status != 0);
+        let poison = self.poison.is_some_and(|token| batch.tokens.contains(&token)).then_some(E_STEP);
+        let poisoned = self.poisoned.then_some(E_QUEUE_LOST);
+        if let Some(status) = poisoned.or(planted).or(poison) {
+            self.poisoned |= status == E_QUEUE_LOST;
+            let (call, message) = ("queue_run", "planted".to_owned());
+            return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
+        }
+        for ((&slot, &token), &position) in batch.slots.iter().zip(&batch.tokens).zip(&batch.positions) {
+            self.rows.insert(slot, (token, position));
+        }
+        let mut logits = vec![0.0; batch.rows.len() * VOCAB];
+        for (row, logits) in batch.rows.iter().zip(logits.chunks_exact_mut(VOCAB)) {
+            let sequence = batch.seq_offsets.iter().rposition(|&start| start <= *row).unwrap();
+            let blocks = batch.block_offsets[sequence] as usize..batch.block_offsets[sequence + 1] as usize;
+            let blocks = &batch.block_ids[blocks];
+            let history = (0..=batch.positions[*row as usize]).map(|position| {
+                let slot = u64::from(blocks[position as usize / BLOCK]) * BLOCK as u64 + u64::from(position) % 64;
+                let (token, written_at) = self.rows[&slot];
+                assert_eq!(written_at, position, "the slot holds another position");
+                token
+            });
+            logits[next_token(history) as usize] = 1.0;
+            if let Some((token, times)) = &mut self.not_a_number
+                && *times > 0
+                && batch.tokens[*row as usize] == *token
+            {
+                *times -= 1;
+                logits[0] = f32::NAN;
+            }
+        }
+        Ok(Outputs { logits, ..Outputs::default() })
+    }
+
+    fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
+        self.rows.retain(|slot, _| !blocks.iter().any(|block| u64::from(block.0) == slot / BLOCK as u64));
+        Ok(())
+    }
+
+    fn renew_queue(&mut self) -> Result<(), ExecutorError> {
+        self.poisoned = false;
+        Ok(())
+    }
+
+    fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
+        self.exported += 1;
+        let rows = (0..64).map(|offset| self.rows[&block.slot(offset)]);
+        Ok(rows.flat_map(|(token, position)| [token.to_le_bytes(), position.to_le_bytes()].concat()).collect())
+    }
+
+    fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError> {
+        if let Some(status) = self.import_failures.pop() {
+            return Err(failed("queue_kv", status));
+        }
+        let number = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().unwrap());
+        for (block, image) in blocks.iter().zip(images) {
+            for (offset, row) in (0..).zip(image.chunks_exact(8)) {
+                assert!(!self.rows.contains_key(&block.slot(offset)), "a block was filled before it was discarded");
+                self.rows.insert(block.slot(offset), (number(&row[..4]), number(&row[4..])));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a test's listener has heard, and how much more it takes.
+#[derive(Clone, Default)]
+pub(crate) struct Listener(Arc<Mutex<(Vec<Event>, usize, bool)>>);
+
+impl Listener {
+    pub(crate) fn with_room(room: usize) -> Self {
+        Self(Arc::new(Mutex::new((Vec::new(), room, false))))
+    }
+
+    pub(crate) fn set(&self, room: usize, gone: bool) {
+        let mut state = self.0.lock().unwrap();
+        (state.1, state.2) = (room, gone);
+    }
+
+    /// Tokens that were chosen, as a session's turn hears of them.
+    pub(crate) fn sampled(&self) -> Vec<u32> {
+        let events = &self.0.lock().unwrap().0;
+        let token = |event: &Event| if let Event::Sampled { token } = event { Some(*token) } else { None };
+        events.iter().filter_map(token).collect()
+    }
+
+    pub(crate) fn heard(&self) -> (Vec<u32>, Option<Event>) {
+        let events = self.0.lock().unwrap().0.clone();
+        let tokens = events.iter().filter_map(|event| match event {
+            Event::Delta { tokens, .. } => Some(tokens.clone()),
+            _ => None,
+        });
+        let end = events
+            .iter()
+            .find(|event| !matches!(event, Event::Queued { .. } | Event::Sampled { .. } | Event::Delta { .. }))
+            .cloned();
+        (tokens.flatten().collect(), end)
+    }
+}
+
+impl Sink for Listener {
+    fn offer(&mut self, event: Event) -> Result<(), Refused> {
+        let mut state = self.0.lock().unwrap();
+        match *state {
+            (_, _, true) => Err(Refused::Closed),
+            (_, 0, _) => Err(Refused::Full(event)),
+            _ => {
+                state.1 -= 1;
+                state.0.push(event);
+                Ok(())
+            }
+        }
+    }
+
+    fn is_closed(&self) -> bool {
+        self.0.lock().unwrap().2
+    }
+}
+
+/// Sessions' files in memory. Answers come before the next step but `delay`.
+#[derive(Default)]
+pub(crate) struct Shelf {
+    pub(crate) images: HashMap<(FileId, u32), Vec<u8>>,
+    pub(crate) delay: usize,
+    orders: VecDeque<(usize, Option<Restore>)>,
+    n_answered: usize,
+}
+
+impl Files for Shelf {
+    fn save(&mut self, save: Save, image: Vec<u8>) {
+        self.images.insert((save.file, save.index), image);
+        self.orders.push_back((self.n_answered + self.delay, None));
+    }
+
+    fn restore(&mut self, restore: Restore) {
+        self.orders.push_back((self.n_answered + self.delay, Some(restore)));
+    }
+}
+
+impl Shelf {
+    /// Answers what is due.
+    pub(crate) fn answer(&mut self, scheduler: &mut Scheduler) {
+        self.n_answered += 1;
+        while self.orders.front().is_some_and(|(due, _)| *due < self.n_answered) {
+            match self.orders.pop_front().unwrap().1 {
+                None => scheduler.written(),
+                Some(restore) => {
+                    let indices = restore.first..restore.first + restore.n;
+                    let images = indices.map_while(|index| self.images.get(&(restore.file, index)).cloned()).collect();
+                    scheduler.arrived(Restored { restore, images });
+                }
+            }
+        }
+    }
+}
+
+pub(crate) struct Bench {
+    pub(crate) scheduler: Scheduler,
+    pub(crate) executor: Paged,
+    pub(crate) files: Shelf,
+    pub(crate) batch: Batch,
+    pub(crate) now: Cell<Duration>,
+    pub(crate) submitted: u64,
+}
+
+impl Bench {
+    pub(crate) fn new(n_blocks: u32, limits: Limits) -> Self {
+        let hasher = PrefixHasher::new([7; 32]);
+        let (scheduler, executor) = (Scheduler::new(limits, n_blocks, hasher), Paged::default());
+        Self {
+            scheduler,
+            executor,
+            files: Shelf::default(),
+            batch: Batch::default(),
+            now: Cell::default(),
+            submitted: 0,
+        }
+    }
+
+    pub(crate) fn submit(&mut self, prompt: Vec<u32>, max_tokens: u32, listener: &Listener) {
+        self.submit_under(None, prompt, max_tokens, listener);
+    }
+
+    pub(crate) fn submit_under(
+        &mut self,
+        grammar: Option<Grammar>,
+        prompt: Vec<u32>,
+        max_tokens: u32,
+        listener: &Listener,
+    ) {
+        self.submit_of(Owner::Uid(1000), grammar, prompt, max_tokens, listener);
+    }
+
+    pub(crate) fn submit_of(
+        &mut self,
+        owner: Owner,
+        grammar: Option<Grammar>,
+        prompt: Vec<u32>,
+        max: u32,
+        to: &Listener,
+    ) {
+        self.submit_request(request(owner, grammar, prompt, max), to);
+    }
+
+    pub(crate) fn submit_request(&mut self, request: Generate, to: &Listener) {
+        let id = SequenceId(self.submitted);
+        self.submitted += 1;
+        let sequence = Sequence::new(id, request, Box::new(to.clone()), self.now.get());
+        self.scheduler.submit(sequence, VOCABULARY, self.now.get());
+    }
+
+    pub(crate) fn step(&mut self) -> Option<Done> {
+        self.try_step().unwrap()
+    }
+
+    pub(crate) fn try_step(&mut self) -> Result<Option<Done>, ExecutorError> {
+        self.files.answer(&mut self.scheduler);
+        let clock = || self.now.get();
+        step(&mut self.scheduler, &mut self.executor, &mut self.files, &mut self.batch, VOCABULARY, &clock)
+    }
+
+    /// As `run`, on a new device whenever one is lost; answers how many were.
+    pub(crate) fn run_on_devices(&mut self) -> usize {
+        let mut n_lost = 0;
+        for _ in 0..10_000 {
+            match self.try_step() {
+                Ok(None) if self.scheduler.is_idle() => return n_lost,
+                Ok(_) => {}
+                Err(_) => {
+                    n_lost += 1;
+                    self.executor.rows.clear();
+                    self.executor.poisoned = false;
+                    self.scheduler.requeue();
+                }
+            }
+            self.now.set(self.now.get() + Duration::from_millis(1));
+        }
+        panic!("the engine does not come to rest");
+    }
+
+    pub(crate) fn steps(&mut self, n: usize) {
+        for _ in 0..n {
+            self.step();
+        }
+    }
+
+    pub(crate) fn run(&mut self) {
+        for _ in 0..10_000 {
+            if self.step().is_none() && self.scheduler.is_idle() {
+                return;
+            }
+            self.now.set(self.now.get() + Duration::from_millis(1));
+        }
+        panic!("the engine does not come to rest");
+    }
+}
+
+pub(crate) fn request(owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, max_tokens: u32) -> Generate {
+    Generate {
+        model: "m".to_owned(),
+        owner,
+        prompt,
+        max_tokens: Some(max_tokens),
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        grammar,
+        stops: params::checked_stops(Vec::new()).unwrap(),
+        ignore_end: false,
+        reading: None,
+        turn: None,
+    }
+}
+
+pub(crate) fn limits() -> Limits {
+    let slow_consumer = Duration::from_millis(50);
+    Limits { max_running: 4, max_waiting: 8, max_batched_tokens: 48, slow_consumer }
+}
+
+pub(crate) fn prompt(seed: u32, n: u32) -> Vec<u32> {
+    (0..n).map(|i| (seed * 13 + i * 7) % VOCAB as u32).collect()
+}
+
+/// The answer of a model without batches, blocks or schedules.
+pub(crate) fn naive(mut tokens: Vec<u32>, n: u32) -> Vec<u32> {
+    let start = tokens.len();
+    for _ in 0..n.min(CONTEXT - start as u32) {
+        tokens.push(next_token(tokens.iter().copied()));
+    }
+    tokens.split_off(start)
+}
