@@ -24,7 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-backend", &["sparsed-abi", "sparsed-plugin-kit"]),
     ("sparsed-conform", &["sparsed-abi", "sparsed-backend", "sparsed-quant"]),
     ("sparsed-model", &["sparsed-quant", "sparsed-abi"]),
-    ("sparsed-engine", &["sparsed-kv", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
+    ("sparsed-engine", &["sparsed-kv", "sparsed-session", "sparsed-model", "sparsed-backend", "sparsed-abi"]),
     ("sparsed-surface", &["sparsed-engine"]),
     (
         "sparsed",
@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "sparsed-backend",
             "sparsed-kv",
             "sparsed-quant",
+            "sparsed-session",
             "sparsed-conform",
         ],
     ),

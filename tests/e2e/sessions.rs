@@ -1,0 +1,338 @@
+//! Conversations that the daemon keeps: they read only what is new, and survive its death, whenever it comes.
+//! `LONG=1` kills it 2000 times instead of 40.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+use serde_json::{Value, json};
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::{Daemon, read_answer};
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+const SETS: &[&str] = &["engine.threads=1", "model.default.max_context=4096"];
+
+struct Bench {
+    daemon: Daemon,
+    _model: tempfile::TempDir,
+}
+
+impl Bench {
+    fn start(sets: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let daemon = Daemon::start(&chatty::write(folder.path()), &[SETS, sets].concat());
+        Self { daemon, _model: folder }
+    }
+
+    fn create(&self, fields: &Value) -> String {
+        let made = self.daemon.post("/v1/sessions", fields);
+        assert_eq!(made.status, 201, "{}", made.body);
+        made.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    fn turn(&self, id: &str, text: &str, max_tokens: u32) -> Value {
+        let answer = self.daemon.post("/v1/chat/completions", &wish(Some(id), &[user(text)], max_tokens));
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.json()
+    }
+
+    fn session(&self, id: &str) -> Value {
+        self.daemon.get(&format!("/v1/sessions/{id}")).json()
+    }
+
+    fn restart(&mut self) {
+        self.daemon.kill_and_restart(SETS);
+    }
+}
+
+fn user(text: &str) -> Value {
+    json!({ "role": "user", "content": text })
+}
+
+/// Draws letters only: other bytes would not come back from the text of an answer as the same tokens.
+fn wish(id: Option<&str>, messages: &[Value], max_tokens: u32) -> Value {
+    let biases = (0..259).filter(|byte| !(32..127).contains(byte)).map(|byte| (byte.to_string(), json!(-100)));
+    let mut request = json!({
+        "messages": messages, "max_tokens": max_tokens, "temperature": 0.8, "seed": 7, "ignore_eos": true,
+        "logit_bias": serde_json::Map::from_iter(biases),
+    });
+    if let Some(id) = id {
+        request["session_id"] = json!(id);
+    }
+    request
+}
+
+fn content(answer: &Value) -> String {
+    answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
+}
+
+fn cached(answer: &Value) -> u64 {
+    answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+}
+
+/// What a stream has said, as far as it went.
+fn streamed(body: &str) -> String {
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|event| *event != "[DONE]");
+    // The last line may be cut.
+    let events = events.filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    events.filter_map(|event| Some(event["choices"][0]["delta"]["content"].as_str()?.to_owned())).collect()
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(dir).unwrap().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            files.extend(files_below(&entry.path()))
+        } else {
+            files.push(entry.path())
+        }
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn a_session_says_what_it_would_if_the_client_kept_it_and_reads_only_what_is_new() {
+    let bench = Bench::start(&[]);
+    let id = bench.create(&json!({ "title": "first" }));
+    let mut messages = Vec::new();
+    for (at, text) in ["Begin.", "And then?", "Why so?"].into_iter().enumerate() {
+        messages.push(user(text));
+        let whole = content(&bench.daemon.post("/v1/chat/completions", &wish(None, &messages, 100)).json());
+        let answer = bench.turn(&id, text, 100);
+        assert_eq!(content(&answer), whole, "turn {at}");
+        messages.push(json!({ "role": "assistant", "content": whole }));
+    }
+    let session = bench.session(&id);
+    assert_eq!((&session["messages"], &session["turns"]), (&json!(messages), &json!(3)));
+    assert_eq!((session["title"].as_str(), session["state"].as_str()), (Some("first"), Some("idle")));
+}
+
+#[test]
+fn requests_without_a_session_leave_nothing_on_disk() {
+    let bench = Bench::start(&[]);
+    let before = files_below(&bench.daemon.state_dir());
+    let answer = bench.daemon.post("/v1/chat/completions", &wish(None, &[user("Tell me a secret.")], 300));
+    assert_eq!(answer.status, 200);
+    assert_eq!(files_below(&bench.daemon.state_dir()), before);
+}
+
+#[test]
+fn a_session_goes_on_after_a_restart_without_reading_everything_again() {
+    let mut bench = Bench::start(&[]);
+    let (id, twin) = (bench.create(&json!({})), bench.create(&json!({})));
+    for id in [&id, &twin] {
+        bench.turn(id, &"Once upon a time. ".repeat(20), 200);
+    }
+    let expected = content(&bench.turn(&twin, "Go on.", 50));
+    bench.daemon.signal("TERM");
+    assert!(bench.daemon.wait().success());
+    bench.daemon.restart(SETS);
+    let answer = bench.turn(&id, "Go on.", 50);
+    assert_eq!(content(&answer), expected);
+    // 360 characters and some tokens around them, and 200 tokens of an answer.
+    assert!(cached(&answer) >= 512, "{answer}");
+}
+
+#[test]
+fn every_kill_leaves_all_that_was_sent_and_the_answer_goes_on_alike() {
+    let kills = if std::env::var_os("LONG").is_some() { 2000 } else { 40 };
+    let mut bench = Bench::start(&[]);
+    let mut random = fastrand::Rng::with_seed(3);
+    let mut done = 0;
+    while done < kills {
+        let durability = ["token", "turn", "none"][random.usize(..3)];
+        let id = bench.create(&json!({ "durability": durability }));
+        bench.turn(&id, &"Some words before. ".repeat(random.usize(1..20)), 20);
+        let fork = bench.daemon.post(&format!("/v1/sessions/{id}/fork"), &json!({})).json();
+        let expected = content(&bench.turn(fork["id"].as_str().unwrap(), "Tell me all.", 300));
+        let mut request = wish(Some(&id), &[user("Tell me all.")], 300);
+        request["stream"] = json!(true);
+        let mut heard = String::new();
+        // Cut in the first answer, and again when it goes on.
+        for round in 0..random.usize(1..4) {
+            let path = format!("/v1/sessions/{id}/continue");
+            let mut stream = match round {
+                0 => bench.daemon.open("/v1/chat/completions", &request),
+                _ => bench.daemon.open(&path, &json!({ "stream": true })),
+            };
+            let mut bytes = vec![0; random.usize(1..40_000)];
+            let mut n = 0;
+            while let Ok(more @ 1..) = stream.read(&mut bytes[n..]) {
+                n += more;
+            }
+            heard = streamed(&String::from_utf8_lossy(&bytes[..n]));
+            bench.restart();
+            done += 1;
+            assert!(expected.starts_with(&heard), "kill {done}: {heard:?} is not how {expected:?} begins");
+            if bench.session(&id)["state"] != "interrupted" {
+                break;
+            }
+        }
+        let session = bench.session(&id);
+        let answer = match session["state"].as_str().unwrap() {
+            "interrupted" => content(&bench.daemon.post(&format!("/v1/sessions/{id}/continue"), &json!({})).json()),
+            // It had ended before the kill, or nothing of it was journaled.
+            _ if session["turns"] == 2 => session["messages"][3]["content"].as_str().unwrap().to_owned(),
+            _ => content(&bench.turn(&id, "Tell me all.", 300)),
+        };
+        assert!(answer == expected, "kill {done}, {durability}: {answer:?} instead of {expected:?}, heard {heard:?}");
+    }
+}
+
+#[test]
+fn an_answer_that_was_cut_is_finished_before_the_next_turn() {
+    let mut bench = Bench::start(&[]);
+    let (id, twin) = (bench.create(&json!({})), bench.create(&json!({})));
+    let expected = [content(&bench.turn(&twin, "One.", 400)), content(&bench.turn(&twin, "Two.", 20))];
+    let mut request = wish(Some(&id), &[user("One.")], 400);
+    request["stream"] = json!(true);
+    let mut stream = bench.daemon.open("/v1/chat/completions", &request);
+    stream.read_exact(&mut [0; 3000]).unwrap();
+    bench.restart();
+    assert_eq!(bench.session(&id)["state"], "interrupted");
+    assert_eq!(content(&bench.turn(&id, "Two.", 20)), expected[1]);
+    assert_eq!(bench.session(&id)["messages"][1]["content"], json!(expected[0]));
+}
+
+#[test]
+fn a_client_that_leaves_keeps_what_was_said_and_may_have_the_rest() {
+    let bench = Bench::start(&[]);
+    let (id, twin) = (bench.create(&json!({})), bench.create(&json!({})));
+    let expected = content(&bench.turn(&twin, "One.", 900));
+    let mut request = wish(Some(&id), &[user("One.")], 900);
+    request["stream"] = json!(true);
+    let mut stream = bench.daemon.open("/v1/chat/completions", &request);
+    stream.read_exact(&mut [0; 3000]).unwrap();
+    drop(stream);
+    bench.daemon.wait_until("idle", || bench.session(&id)["state"] == "idle");
+    let said = bench.session(&id)["messages"][1]["content"].as_str().unwrap().to_owned();
+    assert!(!said.is_empty() && said.len() < expected.len() && expected.starts_with(&said), "{said:?}");
+    let answer = bench.daemon.post(&format!("/v1/sessions/{id}/continue"), &json!({})).json();
+    assert_eq!(content(&answer), expected);
+}
+
+#[test]
+fn forks_cuts_and_deletions_do_what_they_say() {
+    let bench = Bench::start(&[]);
+    let id = bench.create(&json!({ "title": "a" }));
+    let first = content(&bench.turn(&id, "One.", 30));
+    let second = content(&bench.turn(&id, "Two.", 30));
+    let fork = bench.daemon.post(&format!("/v1/sessions/{id}/fork"), &json!({ "turns": 1 })).json();
+    let fork = fork["id"].as_str().unwrap();
+    assert_eq!(bench.session(fork)["messages"], json!([user("One."), { "role": "assistant", "content": first }]));
+    assert_eq!(content(&bench.turn(fork, "Two.", 30)), second);
+    let cut = bench.daemon.post(&format!("/v1/sessions/{id}/truncate"), &json!({ "turns": 1 }));
+    assert_eq!((cut.status, &cut.json()["turns"]), (200, &json!(1)));
+    assert_eq!(content(&bench.turn(&id, "Two.", 30)), second);
+    let path = format!("/v1/sessions/{id}");
+    let changed = bench.daemon.post(&path, &json!({ "title": "b", "pinned": true, "durability": "token" })).json();
+    assert_eq!((&changed["title"], &changed["pinned"]), (&json!("b"), &json!(true)));
+    let exported = bench.daemon.fetch("GET", &format!("{path}/export"), &[]).unwrap();
+    assert_eq!(bench.daemon.ask("DELETE", &path).json()["deleted"], true);
+    assert_eq!(bench.daemon.get(&path).status, 404);
+    let left = files_below(&bench.daemon.state_dir().join("store/sessions"));
+    assert!(left.iter().all(|file| !file.display().to_string().contains(&id)), "{left:?}");
+    assert_eq!(bench.daemon.get("/v1/sessions").json()["data"].as_array().unwrap().len(), 1);
+    // To another daemon, which has another key.
+    let other = Bench::start(&[]);
+    let body = other.daemon.fetch("POST", "/v1/sessions/import", &exported).unwrap();
+    let id = serde_json::from_slice::<Value>(&body).unwrap()["id"].as_str().unwrap().to_owned();
+    let [said, answered] =
+        [("One.", first), ("Two.", second)].map(|(q, a)| [user(q), json!({ "role": "assistant", "content": a })]);
+    assert_eq!(other.session(&id)["messages"], json!([said, answered].concat()));
+    let broken = other.daemon.fetch("POST", "/v1/sessions/import", &exported[..exported.len() - 1]).unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&broken).unwrap()["error"]["param"], "file");
+}
+
+#[test]
+fn what_makes_no_sense_is_refused_and_changes_nothing() {
+    let bench = Bench::start(&[]);
+    let id = bench.create(&json!({}));
+    let path = format!("/v1/sessions/{id}");
+    let code = |answer: sparsed_tests::daemon::Answer| {
+        (answer.status, answer.json()["error"]["code"].as_str().unwrap().to_owned())
+    };
+    let absent = "sess_00000000000000000000000000000000";
+    assert_eq!(code(bench.daemon.get(&format!("/v1/sessions/{absent}"))), (404, "session_not_found".to_owned()));
+    assert_eq!(code(bench.daemon.get("/v1/sessions/nonsense")), (404, "session_not_found".to_owned()));
+    let asked = bench.daemon.post("/v1/chat/completions", &wish(Some(absent), &[user("Hi")], 3));
+    assert_eq!(code(asked), (404, "session_not_found".to_owned()));
+    let refused = |path: &str, body: &Value| code(bench.daemon.post(path, body));
+    assert_eq!(refused("/v1/sessions", &json!({ "durability": "always" })), (400, "invalid_value".to_owned()));
+    assert_eq!(refused("/v1/sessions", &json!({ "titel": "x" })), (400, "invalid_json".to_owned()));
+    assert_eq!(refused("/v1/sessions", &json!({ "model": "other" })), (404, "model_not_found".to_owned()));
+    assert_eq!(refused(&format!("{path}/continue"), &json!({})), (409, "session_busy".to_owned()));
+    assert_eq!(refused(&format!("{path}/truncate"), &json!({})), (400, "invalid_value".to_owned()));
+    assert_eq!(refused(&format!("{path}/truncate"), &json!({ "turns": 3 })).0, 400);
+    let long = wish(Some(&id), &[user(&"x".repeat(5000))], 3);
+    assert_eq!(refused("/v1/chat/completions", &long), (400, "context_length_exceeded".to_owned()));
+    assert_eq!(bench.session(&id)["turns"], 0);
+}
+
+#[test]
+fn a_session_is_answered_once_at_a_time() {
+    let bench = Bench::start(&[]);
+    let id = bench.create(&json!({}));
+    let mut request = wish(Some(&id), &[user("One.")], 2000);
+    request["stream"] = json!(true);
+    let mut stream = bench.daemon.open("/v1/chat/completions", &request);
+    stream.read_exact(&mut [0; 1000]).unwrap();
+    let second = bench.daemon.post("/v1/chat/completions", &wish(Some(&id), &[user("Two.")], 3));
+    assert_eq!((second.status, second.json()["error"]["code"].as_str()), (409, Some("session_busy")));
+    assert_eq!(bench.daemon.ask("DELETE", &format!("/v1/sessions/{id}")).status, 409);
+    drop(read_answer(stream));
+}
+
+#[test]
+fn a_full_context_is_refused_or_loses_its_oldest_turns_as_the_session_wishes() {
+    let mut sets = SETS.to_vec();
+    sets.push("model.default.max_context=512");
+    let bench = Bench::start(&sets);
+    let rules = json!({ "role": "system", "content": "Be brief." });
+    let (strict, loose) = (bench.create(&json!({})), bench.create(&json!({ "context_full": "truncate-oldest" })));
+    for id in [&strict, &loose] {
+        let first = bench.daemon.post("/v1/chat/completions", &wish(Some(id), &[rules.clone(), user("One.")], 100));
+        assert_eq!(first.status, 200);
+        bench.turn(id, &"Two. ".repeat(20), 100);
+    }
+    let third = user(&"Three. ".repeat(20));
+    let refused = bench.daemon.post("/v1/chat/completions", &wish(Some(&strict), std::slice::from_ref(&third), 50));
+    assert_eq!(refused.json()["error"]["code"], "context_length_exceeded");
+    assert_eq!(bench.session(&strict)["turns"], 2);
+    let answer = content(&bench.turn(&loose, &"Three. ".repeat(20), 50));
+    let alone = bench.daemon.post("/v1/chat/completions", &wish(None, &[rules, third], 50)).json();
+    assert_eq!(answer, content(&alone), "the system prompt and what is new are left");
+}
+
+#[test]
+fn damaged_images_cost_time_and_nothing_else() {
+    let mut bench = Bench::start(&[]);
+    let (id, twin) = (bench.create(&json!({})), bench.create(&json!({})));
+    for id in [&id, &twin] {
+        bench.turn(id, &"Once upon a time. ".repeat(20), 200);
+    }
+    let expected = content(&bench.turn(&twin, "Go on.", 50));
+    let mut random = fastrand::Rng::with_seed(1);
+    for round in 0..8 {
+        bench.daemon.signal("TERM");
+        bench.daemon.wait();
+        let kv = find(&bench.daemon.state_dir(), &id, "kv");
+        let mut bytes = fs::read(&kv).unwrap();
+        match round % 4 {
+            0 => (0..20).for_each(|_| *random.choice(&mut bytes).unwrap() ^= 1 << random.u8(..8)),
+            1 => bytes.truncate(random.usize(..bytes.len())),
+            2 => bytes.fill(0),
+            _ => bytes[..4096].fill(0xff),
+        }
+        fs::write(&kv, bytes).unwrap();
+        bench.daemon.restart(SETS);
+        assert_eq!(content(&bench.turn(&id, "Go on.", 50)), expected, "round {round}");
+        bench.daemon.post(&format!("/v1/sessions/{id}/truncate"), &json!({ "turns": 1 }));
+    }
+}
+
+fn find(dir: &Path, id: &str, name: &str) -> PathBuf {
+    let files = files_below(dir);
+    let is_it = |file: &&PathBuf| file.ends_with(Path::new(id).join(name));
+    files.iter().find(is_it).unwrap_or_else(|| panic!("no {name} of {id} among {files:?}")).clone()
+}
