@@ -1,9 +1,11 @@
 //! What does the engine hold of one model? The file, its requests, and its place on the device while there is one.
 
 use crate::api::Failure;
+use crate::attempt::Watched;
 use crate::batch::Batch;
 use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
+use crate::ladder::Conduct;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
@@ -143,11 +145,16 @@ impl Live {
     }
 
     /// One step, if there is a device and something to do.
-    pub(crate) fn turn(&mut self, clock: &dyn Fn() -> Duration) -> Result<Option<Done>, ExecutorError> {
+    pub(crate) fn turn(
+        &mut self,
+        conduct: &mut Conduct,
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<Option<Done>, ExecutorError> {
         let Some(device) = &mut self.device else { return Ok(None) };
         let model = &self.served.model;
         let vocabulary = Vocabulary { tokenizer: model.tokenizer(), max_context: self.served.max_context };
-        let done = step(&mut self.scheduler, device, &mut self.batch, vocabulary, clock)?;
+        let mut watched = Watched { device, conduct, clock };
+        let done = step(&mut self.scheduler, &mut watched, &mut self.batch, vocabulary, clock)?;
         if let Some(done) = done {
             self.stats.steps += 1;
             self.stats.computed_tokens += done.computed as u64;

@@ -97,6 +97,9 @@ mod tests {
         not_a_number: Option<(u32, usize)>,
         /// Since a queue was lost, until there is a new one.
         poisoned: bool,
+        /// Answers when it is examined, the last one first; with none left it proves to be of no use.
+        patience: Vec<bool>,
+        examined: usize,
         runs: usize,
         computed: usize,
     }
@@ -115,7 +118,7 @@ mod tests {
             if let Some(status) = poisoned.or(planted).or(poison) {
                 self.poisoned |= status == E_QUEUE_LOST;
                 let (call, message) = ("queue_run", "planted".to_owned());
-                return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
+                return Err(ExecutorError::Backend(BackendError::refused(call, status, message)));
             }
             for ((&slot, &token), &position) in batch.slots.iter().zip(&batch.tokens).zip(&batch.positions) {
                 self.rows.insert(slot, (token, position));
@@ -151,6 +154,14 @@ mod tests {
         fn renew_queue(&mut self) -> Result<(), ExecutorError> {
             self.poisoned = false;
             Ok(())
+        }
+
+        fn examine(&mut self) -> Result<bool, ExecutorError> {
+            self.examined += 1;
+            match self.patience.pop() {
+                Some(left) => Ok(left),
+                None => Err(ExecutorError::Unfit { reason: "planted".to_owned() }),
+            }
         }
     }
 
@@ -209,7 +220,8 @@ mod tests {
     impl Bench {
         fn new(n_blocks: u32, limits: Limits) -> Self {
             let hasher = PrefixHasher::new([7; 32]);
-            let (scheduler, executor) = (Scheduler::new(limits, n_blocks, hasher), Paged::default());
+            let executor = Paged { patience: vec![false; 1000], ..Paged::default() };
+            let scheduler = Scheduler::new(limits, n_blocks, hasher);
             Self { scheduler, executor, batch: Batch::default(), now: Cell::default(), submitted: 0 }
         }
 
@@ -465,6 +477,40 @@ mod tests {
         assert!(tokens.is_empty() && matches!(end, Some(Event::Failed(Failure::BackendFailed { .. }))), "{end:?}");
         // Twice together; then one, the bad one twice, and one; then 29 steps for the tokens that follow.
         assert_eq!(bench.executor.runs, 2 + 4 + 29);
+    }
+
+    #[test]
+    fn only_a_step_that_fails_for_all_has_its_device_examined() {
+        let mut bench = Bench::new(8, limits());
+        bench.executor.poison = Some(BAD);
+        one_bad_among_three(&mut bench);
+        assert_eq!(bench.executor.examined, 0);
+        let alone = Listener::with_room(100);
+        bench.submit(vec![BAD; 3], 3, &alone);
+        bench.run();
+        assert_eq!(bench.executor.examined, 1);
+        assert!(matches!(alone.heard().1, Some(Event::Failed(Failure::BackendFailed { .. }))));
+    }
+
+    #[test]
+    fn nobodys_answer_is_lost_to_a_device_that_fails_at_every_step() {
+        let mut bench = Bench::new(8, limits());
+        let listeners: Vec<Listener> = (0..2).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (1..).zip(&listeners) {
+            bench.submit(prompt(seed, 5), 20, listener);
+        }
+        bench.steps(4);
+        // Three attempts at a step of two sequences, each twice together and twice alone.
+        bench.executor.failures = vec![E_STEP; 3 * (2 + 2 * 2)];
+        bench.executor.patience = vec![true; 2];
+        assert!(matches!(bench.try_step(), Err(ExecutorError::Unfit { .. })));
+        assert_eq!(bench.executor.examined, 3);
+        bench.scheduler.requeue();
+        bench.executor.rows.clear();
+        bench.run();
+        for (seed, listener) in (1..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 5), 20));
+        }
     }
 
     #[test]
