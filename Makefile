@@ -45,6 +45,7 @@ testneeds:
 testplugins: build
 	cargo build --release --locked -p sparsed-faulty -p sparsed-plugin-cuda -p sparsed-fake-cuda
 	sh packaging/stage-plugin.sh faulty target/release/libsparsed_faulty.so tests/faulty/plugin.toml.in target/release/test-plugins
+	install -m 0755 target/release/libsparsed_plugin_cpu.so target/release/test-plugins/faulty
 
 test: testneeds models testplugins .venv/python/openai ## all tests
 	cargo test --release --workspace --locked

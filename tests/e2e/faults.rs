@@ -6,7 +6,7 @@ use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens, three_streams}
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const E_DATA: i32 = -9;
 const E_STEP: i32 = -11;
@@ -24,16 +24,19 @@ fn faulty(environment: &[(&str, &Path)], sets: &[&str]) -> Daemon {
 }
 
 fn faulty_with(model: &Path, environment: &[(&str, &Path)], sets: &[&str]) -> Daemon {
+    faulty_spawned(model, environment, sets).ready()
+}
+
+fn faulty_spawned(model: &Path, environment: &[(&str, &Path)], sets: &[&str]) -> Daemon {
     let release = sparsed_tests::root().join("target/release");
     let plugins = release.join("test-plugins");
     assert!(plugins.join("faulty").exists(), "{} is not there: run `make test`", plugins.display());
-    let wrapped = release.join("plugins/cpu/libsparsed_plugin_cpu.so");
+    let wrapped = plugins.join("faulty/libsparsed_plugin_cpu.so");
     let environment = [environment, &[("SPARSED_WRAPPED", wrapped.as_path())]].concat();
     let dir = format!("plugins.dir={}", plugins.display());
-    // In the daemon: a plugin host may not read the library that this one wraps.
     let own = ["engine.plugin=faulty", "engine.isolation=none", "plugins.strikes=16", dir.as_str()];
     let sets = [&own[..], sets].concat();
-    Daemon::spawn_in(&environment, Some(model), &sets).ready()
+    Daemon::spawn_in(&environment, Some(model), &sets)
 }
 
 /// Three requests; the last one is drawn with a seed.
@@ -116,6 +119,69 @@ fn a_device_that_is_lost_for_good_hands_its_streams_to_the_cpu() {
         .unwrap();
     let said = String::from_utf8(tool.stdout).unwrap();
     assert!(tool.status.success() && said.contains("device cpu, which took over: ready"), "{said}");
+}
+
+/// What `/v1/status` says of the device once the CPU has taken over.
+fn cpu_took_over(daemon: &Daemon) -> Value {
+    let device = daemon.get("/v1/status").json()["device"].clone();
+    assert_eq!((&device["name"], &device["backend_changed"]), (&json!("cpu"), &json!(true)), "{}", daemon.log());
+    device
+}
+
+#[test]
+fn a_device_that_fails_or_lies_at_every_step_hands_its_streams_to_the_cpu() {
+    let expected = undisturbed();
+    for bad in [None, Some("engine.set.bad_status=\"-11\""), Some("engine.set.bad_status=\"-1\"")] {
+        let sets = [&["engine.set.bad_from=\"20\""][..], bad.as_slice()].concat();
+        let daemon = faulty(&[], &sets);
+        assert_eq!(streamed(&daemon), expected, "{bad:?}; {}", daemon.log());
+        let device = cpu_took_over(&daemon);
+        assert_eq!(device["faults"], 1);
+        let fault = device["last_fault"].as_str().unwrap();
+        assert!(fault.contains("3 steps failed for all their sequences"), "{fault}");
+        assert_eq!(daemon.log().matches("strike against the plugin").count(), 1, "{}", daemon.log());
+    }
+}
+
+#[test]
+fn a_device_that_fails_its_own_test_is_opened_again_and_then_left() {
+    let sets = ["engine.set.bad_from=\"20\"", "engine.set.honest=yes", "engine.retry.backoff_ms=[1, 1]"];
+    let daemon = faulty(&[], &sets);
+    assert_eq!(streamed(&daemon), undisturbed(), "{}", daemon.log());
+    let device = cpu_took_over(&daemon);
+    assert_eq!(device["faults"], 3, "once, and after each pause");
+    assert!(device["last_fault"].as_str().unwrap().contains("it fails its test: self_test: two and two are five"));
+}
+
+#[test]
+fn a_step_that_no_device_can_compute_is_nobodys_strike() {
+    let sets = ["engine.set.bad_from=\"1\"", "engine.failover=false", "plugins.step_failures=2"];
+    let daemon = faulty(&[], &sets);
+    // There is nobody to go to: the first request fails, the second one has the device opened again and fails then.
+    for _ in 0..2 {
+        let answer = daemon.post("/v1/completions", &requests()[0]);
+        assert!(answer.body.contains("not a number"), "{}", answer.body);
+    }
+    assert_eq!(daemon.get("/v1/status").json()["device"]["faults"], 1, "{}", daemon.log());
+    assert!(!daemon.log().contains("strike against the plugin"), "{}", daemon.log());
+}
+
+#[test]
+fn a_plugin_that_does_not_come_back_keeps_neither_clients_waiting_nor_the_daemon_from_stopping() {
+    for isolation in ["none", "process"] {
+        let isolation = format!("engine.isolation={isolation}");
+        let mut daemon = faulty_spawned(&tiny(), &[], &["engine.set.hang_open=yes", &isolation]);
+        let said = daemon.first_answer("/health");
+        assert_eq!((said.status, &said.json()["status"]), (503, &json!("loading")), "{}", daemon.log());
+        assert_eq!(daemon.get("/v1/models").json()["data"], json!([]));
+        assert_eq!(daemon.get("/v1/status").json()["device"]["state"], "loading");
+        let refused = daemon.post("/v1/completions", &requests()[0]);
+        assert_eq!((refused.status, &refused.json()["error"]["code"]), (503, &json!("model_loading")));
+        let asked = Instant::now();
+        daemon.signal("TERM");
+        assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+        assert!(asked.elapsed() < Duration::from_secs(10), "{:?} with {isolation}", asked.elapsed());
+    }
 }
 
 #[test]

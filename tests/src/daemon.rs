@@ -133,6 +133,19 @@ impl Daemon {
         self.try_get(path).unwrap_or_else(|| panic!("no answer; log:\n{}", self.log()))
     }
 
+    /// The answer to a GET, once the daemon listens.
+    ///
+    /// # Panics
+    /// When it does not.
+    pub fn first_answer(&self, path: &str) -> Answer {
+        let mut answer = None;
+        self.wait_until("listening", || {
+            answer = self.try_get(path);
+            answer.is_some()
+        });
+        answer.expect("waited for")
+    }
+
     /// The answer to a POST of JSON.
     ///
     /// # Panics

@@ -1,7 +1,8 @@
 //! What is the daemon made of? Configuration to a device, an engine and a listening socket, in that order.
 //!
-//! Everything that can be wrong with the installation is found here, before the first client is accepted: the state
-//! folder, another daemon, the socket, the plugin. Models are loaded afterwards, by the engine thread.
+//! What is wrong with the installation's files is found here, before the first client is accepted: the state folder,
+//! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the device
+//! and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
 use crate::config::{Activations, Config, Model, Paths};
 use crate::devices;
@@ -48,7 +49,7 @@ impl Assembly {
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let paths = Paths::of(config);
         let lock = lock_state(&paths.state_dir)?;
-        let devices = devices::open(config)?;
+        let devices = devices::find(config)?;
         let models = model_options(config, &paths);
         let listener = listen(&paths.socket)?;
         let limits = Limits {
@@ -62,6 +63,8 @@ impl Assembly {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
             forget: Duration::from_millis(retry.forget_ms),
             watchdog: Duration::from_millis(config.engine.watchdog_ms),
+            step_failures: config.plugins.step_failures,
+            step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
         let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
         let started = sparsed_engine::start(devices, models, limits, &recovery, store);

@@ -1,10 +1,8 @@
 //! Which devices may compute? The configured plugin's, and the CPU's when it is lost for good.
 
 use crate::assemble::{now_ms, quarantine};
-use crate::config::{Config, Engine, Isolation};
-use sparsed_backend::{
-    Backend, BackendError, Fault, Found, HostOptions, OpenOptions, Plugin, QuarantineStore, SearchPath,
-};
+use crate::config::{Config, Engine, Isolation, Plugins};
+use sparsed_backend::{Backend, BackendError, Found, HostOptions, OpenOptions, Plugin, QuarantineStore, SearchPath};
 use sparsed_engine::DeviceSource;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -16,33 +14,24 @@ const CPU: &str = "cpu";
 /// One device of one plugin.
 #[derive(Debug)]
 pub struct PluginDevice {
-    /// Searched first.
-    plugins_dir: Option<PathBuf>,
+    plugins: Plugins,
     engine: Engine,
     quarantine: QuarantineStore,
     /// Loaded, and kept if its code is in this process, where it stays in any case.
     plugin: Option<(Found, Arc<Plugin>)>,
     /// Of the library that was tried last, loaded or not.
     sha256: Option<String>,
-    /// Opened ahead of the engine's first question.
-    opened: Option<Backend>,
 }
 
-/// The devices in order of preference. The first is opened, so that what is wrong with the installation shows at once.
+/// The devices in order of preference. No code of a plugin runs yet, however long it would take: the first plugin is
+/// found and checked, so that what is wrong with the installation shows at once; the engine opens it.
 ///
 /// # Errors
-/// Which file is wrong and why; the device's own failure where no other device may take over.
-pub fn open(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError> {
-    let mut first = PluginDevice::configured(config);
+/// Which file is wrong and why.
+pub fn find(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError> {
+    let first = PluginDevice::configured(config);
+    first.find()?.verify()?;
     let failover = (config.engine.failover && config.engine.plugin != CPU).then(|| first.cpu());
-    match first.open() {
-        Ok(backend) => first.opened = Some(backend),
-        // The ladder begins with it.
-        Err(error) if failover.is_some() && error.fault() != Fault::Caller => {
-            log::warn!(device = first.name(), reason:% = error; "device cannot be opened yet");
-        }
-        Err(error) => return Err(error),
-    }
     let mut devices: Vec<Box<dyn DeviceSource>> = vec![Box::new(first)];
     devices.extend(failover.map(|cpu| Box::new(cpu) as Box<dyn DeviceSource>));
     Ok(devices)
@@ -51,17 +40,17 @@ pub fn open(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError>
 impl PluginDevice {
     /// The configured one.
     pub fn configured(config: &Config) -> Self {
-        Self::new(config.plugins.dir.clone(), config.engine.clone(), quarantine(config))
+        Self::new(config.plugins.clone(), config.engine.clone(), quarantine(config))
     }
 
     /// The CPU in its place. Settings are for the configured plugin, so they are left out.
     fn cpu(&self) -> Self {
         let engine = Engine { plugin: CPU.to_owned(), threads: self.engine.threads, ..Engine::default() };
-        Self::new(self.plugins_dir.clone(), engine, self.quarantine.clone())
+        Self::new(self.plugins.clone(), engine, self.quarantine.clone())
     }
 
-    fn new(plugins_dir: Option<PathBuf>, engine: Engine, quarantine: QuarantineStore) -> Self {
-        Self { plugins_dir, engine, quarantine, plugin: None, sha256: None, opened: None }
+    fn new(plugins: Plugins, engine: Engine, quarantine: QuarantineStore) -> Self {
+        Self { plugins, engine, quarantine, plugin: None, sha256: None }
     }
 
     fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
@@ -69,16 +58,23 @@ impl PluginDevice {
         Backend::open(plugin, self.engine.device, &options)
     }
 
-    /// Finds, checks and loads the plugin.
-    fn load(&mut self) -> Result<(Found, Arc<Plugin>), BackendError> {
-        let scan = SearchPath::standard(self.plugins_dir.as_deref()).scan();
+    /// Finds the plugin, if it may be used.
+    fn find(&self) -> Result<Found, BackendError> {
+        let scan = SearchPath::standard(self.plugins.dir.as_deref()).scan();
         for refusal in &scan.refused {
             log::warn!(dir:% = refusal.dir.display(), reason:% = refusal.error; "plugin refused");
         }
         let found = scan.select(Some(&self.engine.plugin))?;
         self.admit(found)?;
+        Ok(found.clone())
+    }
+
+    /// Finds, checks and loads the plugin.
+    fn load(&mut self) -> Result<(Found, Arc<Plugin>), BackendError> {
+        let found = self.find()?;
         self.sha256 = Some(found.variant()?.sha256.clone());
-        Ok((found.clone(), self.load_found(found)?))
+        let plugin = self.load_found(&found)?;
+        Ok((found, plugin))
     }
 
     /// Whether the plugin is not quarantined. A quarantine that cannot be read keeps nobody from serving.
@@ -92,14 +88,16 @@ impl PluginDevice {
         }
     }
 
-    /// Loads a plugin where the configuration wants it.
+    /// Loads a plugin where the configuration wants it. By itself only the CPU plugin that is installed with the daemon
+    /// comes into its process, not whatever calls itself so.
     fn load_found(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
         let (id, engine) = (found.manifest.id.as_str(), &self.engine);
+        let is_own_cpu = id == CPU && found.is_ours();
         match engine.isolation {
-            Isolation::None if id != CPU => {
+            Isolation::None if !is_own_cpu => {
                 log::warn!(plugin = id; "engine.isolation is none: what this plugin breaks ends the daemon");
             }
-            Isolation::Auto if id != CPU => return self.load_isolated(found),
+            Isolation::Auto if !is_own_cpu => return self.load_isolated(found),
             Isolation::Process => return self.load_isolated(found),
             Isolation::Auto | Isolation::None => {}
         }
@@ -107,8 +105,14 @@ impl PluginDevice {
     }
 
     fn load_isolated(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
-        let step_timeout = Duration::from_millis(self.engine.step_timeout_ms);
-        let options = HostOptions { program: host_program(), step_timeout, ..HostOptions::default() };
+        let options = HostOptions {
+            program: host_program(),
+            start_timeout: Duration::from_millis(self.plugins.start_timeout_ms),
+            call_timeout: Duration::from_millis(self.plugins.call_timeout_ms),
+            step_timeout: Duration::from_millis(self.engine.step_timeout_ms),
+            grace: Duration::from_millis(self.plugins.grace_ms),
+            ..HostOptions::default()
+        };
         Plugin::load_isolated(found, &self.engine.set, &options)
     }
 }
@@ -129,9 +133,6 @@ impl DeviceSource for PluginDevice {
     }
 
     fn open(&mut self) -> Result<Backend, BackendError> {
-        if let Some(backend) = self.opened.take() {
-            return Ok(backend);
-        }
         // A host that was lost is not asked again: a new one is started.
         self.plugin.take_if(|(_, plugin)| plugin.host_process().is_some());
         let plugin = match &self.plugin {

@@ -132,23 +132,33 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     }
 }
 
-/// Lets running answers end, within the time there is.
+/// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process is
+/// killed, and if it has none, the daemon's end is its end.
 async fn wind_down(
     service: &Service,
     serving: tokio::task::JoinHandle<()>,
-    engine_end: tokio::sync::oneshot::Receiver<bool>,
+    mut engine_end: tokio::sync::oneshot::Receiver<bool>,
     stop_timeout: Duration,
 ) -> anyhow::Result<()> {
     // Told on threads of their own: the inbox may be full, and the blocking pool busy with prompts.
     let drained = service.clone();
     std::thread::spawn(move || drained.drain());
-    let in_order = tokio::time::timeout(stop_timeout, engine_end).await;
-    if in_order.is_err() {
+    let answers = service.models().iter().any(|model| matches!(model.state, ModelState::Ready(_)));
+    // While models are being loaded there is no answer to wait for.
+    let patience = if answers { stop_timeout } else { stop_timeout.min(LAST_TASKS) };
+    let mut flushing = patience + LAST_TASKS;
+    if tokio::time::timeout(patience, &mut engine_end).await.is_err() {
+        flushing = LAST_TASKS;
         log::warn!("answers were cut off: the time to stop is over");
         let stopped = service.clone();
         std::thread::spawn(move || stopped.stop());
+        // A step that is under way ends its sequences in order; one that hangs is made to fail.
+        if tokio::time::timeout(LAST_TASKS, &mut engine_end).await.is_err() {
+            sparsed_backend::kill_plugin_hosts();
+        }
     }
-    if tokio::time::timeout(stop_timeout + LAST_TASKS, serving).await.is_err() {
+    // Whoever was answered reads to the end, or is not there any more.
+    if tokio::time::timeout(flushing, serving).await.is_err() {
         log::warn!("connections were cut off: the time to stop is over");
     }
     log::info!("stopped");

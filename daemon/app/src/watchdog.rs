@@ -3,7 +3,7 @@
 //! Outside a service of systemd (`NOTIFY_SOCKET` is not set) nothing is told.
 
 use sd_notify::NotifyState;
-use sparsed_engine::{DeviceState, ModelState, Service};
+use sparsed_engine::{DeviceState, Service};
 use std::time::{Duration, Instant};
 
 /// Longest pause between looks; also how late READY and STATUS are.
@@ -50,7 +50,6 @@ pub fn stopping() {
 impl Told {
     fn tell(&mut self, service: &Service, alive: bool) {
         let device = service.device();
-        let loading = service.models().iter().any(|model| matches!(model.state, ModelState::Loading { .. }));
         let state = match device.state {
             DeviceState::Loading => "loading models".to_owned(),
             DeviceState::Ready if device.backend_changed => format!("serving on {} instead", device.name),
@@ -62,9 +61,9 @@ impl Told {
             tell(&[NotifyState::Status(&status)]);
             self.status = status;
         }
-        if !loading && !self.ready {
+        // The socket listens. That models answer is for `/health` to say: they may take longer than a start may.
+        if !std::mem::replace(&mut self.ready, true) {
             tell(&[NotifyState::Ready]);
-            self.ready = true;
         }
     }
 }

@@ -16,9 +16,16 @@ use std::sync::Arc;
 /// The manifest's file name.
 const MANIFEST: &str = "plugin.toml";
 
+/// Where packages put plugins.
+const SYSTEM: &str = "/usr/lib/sparsed/plugins";
+
 /// The folders in which plugins are looked for, in order.
 #[derive(Clone, Debug)]
-pub struct SearchPath(Vec<PathBuf>);
+pub struct SearchPath {
+    dirs: Vec<PathBuf>,
+    /// Of these, the folders that are installed with the daemon: who can write there can replace the daemon.
+    own: Vec<PathBuf>,
+}
 
 /// A plugin that may be loaded: its manifest has been read, its files are nobody else's.
 #[derive(Clone, Debug)]
@@ -29,6 +36,8 @@ pub struct Found {
     pub manifest: Manifest,
     /// Held open: the library is taken from the folder that was checked.
     folder: Arc<Folder>,
+    /// Whether it lies in a folder that is installed with the daemon.
+    is_installed: bool,
 }
 
 /// A folder of plugins, or one plugin, that was refused.
@@ -55,20 +64,32 @@ impl SearchPath {
     /// `configured` (key `plugins.dir`), then `plugins/` beside the executable, then `/usr/lib/sparsed/plugins`.
     pub fn standard(configured: Option<&Path>) -> Self {
         let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("plugins")));
-        let system = PathBuf::from("/usr/lib/sparsed/plugins");
-        Self(configured.map(Path::to_owned).into_iter().chain(beside).chain([system]).collect())
+        let own: Vec<PathBuf> = beside.into_iter().chain([PathBuf::from(SYSTEM)]).collect();
+        let dirs = configured.map(Path::to_owned).into_iter().chain(own.iter().cloned()).collect();
+        Self { dirs, own }
     }
 
-    /// Just these folders.
+    /// Just these folders, none of them the daemon's own.
     pub fn only(dirs: Vec<PathBuf>) -> Self {
-        Self(dirs)
+        Self { dirs, own: Vec::new() }
+    }
+
+    /// Just this folder, as if it were installed with the daemon.
+    #[cfg(test)]
+    pub(crate) fn installed(dir: PathBuf) -> Self {
+        Self { dirs: vec![dir.clone()], own: vec![dir] }
     }
 
     /// Looks at every folder; what cannot be used is in the answer with the reason.
     pub fn scan(&self) -> Scan {
-        let mut scan = Scan { searched: self.0.clone(), found: Vec::new(), refused: Vec::new() };
-        for root in &self.0 {
-            if let Err(error) = scan.look_into(root) {
+        let mut scan = Scan { searched: self.dirs.clone(), found: Vec::new(), refused: Vec::new() };
+        for root in &self.dirs {
+            // A configured folder may be one of our own by another spelling.
+            let is_same = |own: &PathBuf| {
+                own == root || own.canonicalize().ok().zip(root.canonicalize().ok()).is_some_and(|(a, b)| a == b)
+            };
+            let is_installed = self.own.iter().any(is_same);
+            if let Err(error) = scan.look_into(root, is_installed) {
                 scan.refused.push(Refusal { dir: root.clone(), error });
             }
         }
@@ -78,7 +99,7 @@ impl SearchPath {
 
 impl Scan {
     /// Looks at all folders in `root`; a root that does not exist has none.
-    fn look_into(&mut self, root: &Path) -> Result<(), BackendError> {
+    fn look_into(&mut self, root: &Path, is_installed: bool) -> Result<(), BackendError> {
         let folder = match Folder::open(root) {
             Err(error) if error.is_missing_file() => return Ok(()),
             opened => opened?,
@@ -88,7 +109,7 @@ impl Scan {
             if !dir.join(MANIFEST).exists() {
                 continue;
             }
-            match folder.folder(&name).and_then(read_plugin) {
+            match folder.folder(&name).and_then(|folder| read_plugin(folder, is_installed)) {
                 Ok(Some(found)) if self.found.iter().any(|f| f.manifest.id == found.manifest.id) => {}
                 Ok(Some(found)) => self.found.push(found),
                 Ok(None) => {}
@@ -119,7 +140,13 @@ impl Found {
     /// Why it is refused, or that there is none.
     pub(crate) fn open(dir: &Path) -> Result<Self, BackendError> {
         let none = || BackendError::Manifest { path: dir.join(MANIFEST), reason: "is not there".to_owned() };
-        read_plugin(Folder::open(dir)?)?.ok_or_else(none)
+        read_plugin(Folder::open(dir)?, false)?.ok_or_else(none)
+    }
+
+    /// True when the plugin comes with this release: it lies in the daemon's own folder, which the files of a plugin
+    /// cannot feign, and says so.
+    pub fn is_ours(&self) -> bool {
+        self.is_installed && self.manifest.claims_to_be_ours()
     }
 
     /// The library for this machine.
@@ -143,7 +170,7 @@ impl Found {
     }
 }
 
-fn read_plugin(folder: Folder) -> Result<Option<Found>, BackendError> {
+fn read_plugin(folder: Folder, is_installed: bool) -> Result<Option<Found>, BackendError> {
     let file = match folder.file(OsStr::new(MANIFEST)) {
         Ok(file) => file,
         // A folder of something else.
@@ -160,7 +187,7 @@ fn read_plugin(folder: Folder) -> Result<Option<Found>, BackendError> {
     }
     let name = dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let manifest = Manifest::parse(&path, &text, &name)?;
-    Ok(Some(Found { dir, manifest, folder: Arc::new(folder) }))
+    Ok(Some(Found { dir, manifest, folder: Arc::new(folder), is_installed }))
 }
 
 #[cfg(test)]
@@ -199,6 +226,19 @@ mod tests {
         let scan = SearchPath::only(vec![nowhere, second.root().to_owned(), first.root().to_owned()]).scan();
         assert!(scan.refused.is_empty());
         assert_eq!(scan.found.iter().map(|found| &found.dir).collect::<Vec<_>>(), [&second.dir()]);
+    }
+
+    #[test]
+    fn a_plugin_is_ours_by_the_folder_it_lies_in_and_not_by_its_word() {
+        let fixture = Fixture::empty("cpu");
+        fixture.write_manifest(env!("CARGO_PKG_VERSION"), "");
+        let is_ours = |path: SearchPath| path.scan().select(Some("cpu")).unwrap().is_ours();
+        let (root, detour) = (fixture.root().to_owned(), fixture.root().join("cpu/.."));
+        assert!(!is_ours(SearchPath::only(vec![root.clone()])));
+        assert!(is_ours(SearchPath::installed(root.clone())));
+        assert!(is_ours(SearchPath { dirs: vec![detour], own: vec![root.clone()] }), "the same folder by another path");
+        fixture.write_manifest("0.0.1", "");
+        assert!(!is_ours(SearchPath::installed(root)), "another release's");
     }
 
     #[test]

@@ -113,7 +113,7 @@ pub enum BackendError {
         reason: String,
     },
     /// A call into the plugin failed.
-    #[error("{call}: {} ({}){}", message, status_name(*status), op_index.map(|i| format!(" at operator {i}")).unwrap_or_default())]
+    #[error("{call}: {} ({}){}", message, status_name(*status), place(*op_index, *block, *vendor_code))]
     Call {
         /// The function of the ABI.
         call: &'static str,
@@ -123,6 +123,10 @@ pub enum BackendError {
         message: String,
         /// The operator that failed, if one did.
         op_index: Option<u32>,
+        /// The block whose slow pages are bad, if one's are.
+        block: Option<u32>,
+        /// What the driver said, as a number of its own; 0: it said nothing.
+        vendor_code: i64,
     },
     /// A plugin host could not be started, or refused the plugin.
     #[error("plugin {plugin} in a process of its own: {reason}")]
@@ -154,6 +158,18 @@ pub enum BackendError {
     },
 }
 
+/// Where a call failed, as far as the plugin says.
+fn place(op_index: Option<u32>, block: Option<u32>, vendor_code: i64) -> String {
+    let mut place = op_index.map(|index| format!(" at operator {index}")).unwrap_or_default();
+    if let Some(block) = block {
+        place += &format!(", block {block}");
+    }
+    if vendor_code != 0 {
+        place += &format!(", the driver's code {vendor_code}");
+    }
+    place
+}
+
 /// What a failure says about the device: from here the daemon decides what it tries next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -172,6 +188,11 @@ pub enum Fault {
 }
 
 impl BackendError {
+    /// The failure of a call that says no more than this.
+    pub fn refused(call: &'static str, status: SpdStatus, message: String) -> Self {
+        Self::Call { call, status, message, op_index: None, block: None, vendor_code: 0 }
+    }
+
     /// What the failure says about the device.
     pub fn fault(&self) -> Fault {
         // A host that dies, hangs or talks nonsense before there is a device.
@@ -213,7 +234,7 @@ mod tests {
     use sparsed_abi::{E_DEVICE_LOST, E_DRIVER, E_INTERNAL, E_TIMEOUT, NOT_READY};
 
     fn call(status: SpdStatus) -> BackendError {
-        BackendError::Call { call: "queue_run", status, message: String::new(), op_index: None }
+        BackendError::refused("queue_run", status, String::new())
     }
 
     #[test]

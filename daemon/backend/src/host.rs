@@ -1,5 +1,6 @@
 //! What a plugin may ask of the daemon: a log, a clock, its settings.
 
+use crate::call::clean;
 use sparsed_abi::{ABI_MINOR, LOG_DEBUG, LOG_ERROR, LOG_INFO, LOG_WARN, SpdHost, SpdStatus};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_void};
@@ -82,12 +83,12 @@ unsafe extern "C" fn write_log(
     let length = usize::try_from(length).unwrap_or(0).min(4096);
     // SAFETY: the header says that message has `length` readable bytes; they are copied before the call returns.
     let message = unsafe { std::slice::from_raw_parts(message.cast::<u8>(), length) };
-    let message = String::from_utf8_lossy(message);
+    let message = clean(&String::from_utf8_lossy(message));
     let target = if target.is_null() {
         String::new()
     } else {
         // SAFETY: the header says that target is NULL or a NUL-terminated string.
-        unsafe { CStr::from_ptr(target) }.to_string_lossy().into_owned()
+        clean(&unsafe { CStr::from_ptr(target) }.to_string_lossy())
     };
     let level = match level {
         ..=LOG_ERROR => log::Level::Error,

@@ -36,5 +36,5 @@ pub use load::{Plugin, entry_point};
 pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightFile, WeightUpload};
 pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};
-pub use remote::{HostOptions, run_plugin_host};
+pub use remote::{HostOptions, confine, kill_plugin_hosts, run_plugin_host};
 pub use taint::third_party;

@@ -49,13 +49,18 @@ impl Plugin {
     /// # Errors
     /// Which file, and why it was refused.
     pub fn load(found: &Found, settings: &BTreeMap<String, String>) -> Result<Arc<Self>, BackendError> {
+        // Before its initialisers run, whatever comes of it then.
+        taint::note(found);
+        Self::load_here(found, settings)
+    }
+
+    /// As [`Self::load`], for a host process: whose plugin it is has been noted by the daemon.
+    pub(crate) fn load_here(found: &Found, settings: &BTreeMap<String, String>) -> Result<Arc<Self>, BackendError> {
         let manifest = found.manifest.clone();
         let section = found.variant()?;
         let library = found.open_library(section)?;
         let path = library.path.clone();
         let sha256 = section.sha256.clone();
-        // Before its initialisers run, whatever comes of it then.
-        taint::note(&manifest);
         let api = table_of(&sha256, library)?;
         check_identity(&path, api, &manifest)?;
         let host = Host::new(&manifest.id, settings);
@@ -294,6 +299,8 @@ fn check_identity(path: &Path, api: &SpdApi, manifest: &Manifest) -> Result<(), 
 mod tests {
     use crate::fixture::Fixture;
     use crate::taint::third_party;
+    use crate::{Plugin, SearchPath};
+    use std::collections::BTreeMap;
     use std::sync::Arc;
 
     #[test]
@@ -335,7 +342,8 @@ mod tests {
             let version_argument = if taints { "-DVERSION=\"0.0.1\"" } else { ours.as_str() };
             fixture.compile(&["-DID=\"cuda\"", version_argument]);
             fixture.write_manifest(version, "");
-            let _plugin = fixture.load().unwrap();
+            let scan = SearchPath::installed(fixture.root().to_owned()).scan();
+            let _plugin = Plugin::load(scan.select(None).unwrap(), &BTreeMap::new()).unwrap();
             assert_eq!(third_party().contains(&format!("cuda {version}")), taints);
         }
     }

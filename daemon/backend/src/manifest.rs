@@ -15,8 +15,10 @@ const LIBRARIES_MAX: usize = 16;
 const LIST_MAX: usize = 64;
 /// Longest id in bytes.
 const ID_BYTES_MAX: usize = 64;
-/// Most entries of `devices`.
-const DEVICES_MAX: usize = 32;
+/// Most entries of `devices`, and of `reads`.
+const PLACES_MAX: usize = 32;
+/// Where `reads` may lead; `/usr` may be read by all.
+const READ_ROOTS: &[&str] = &["/etc/", "/opt/", "/run/", "/srv/", "/var/"];
 
 /// A parsed `plugin.toml`.
 #[derive(Clone, Debug, Deserialize)]
@@ -39,6 +41,9 @@ pub struct Manifest {
     /// Device nodes that a plugin in a process of its own may open: `/dev/name`, or `/dev/prefix*`.
     #[serde(default)]
     pub devices: Vec<String>,
+    /// Files and folders below `/etc`, `/opt`, `/run`, `/srv` or `/var` that a plugin in a process of its own may read.
+    #[serde(default)]
+    pub reads: Vec<String>,
     /// The ABI it speaks.
     pub abi: AbiSection,
     /// Variants; the one with the highest score of those that run here is loaded.
@@ -137,12 +142,22 @@ impl Manifest {
             return Some(format!("{} [[library]] entries, 1 to {LIBRARIES_MAX} are allowed", self.libraries.len()));
         }
         let is_device = |path: &String| path.starts_with("/dev/") && !path.contains("..") && !path.ends_with("/*");
-        if self.devices.len() > DEVICES_MAX || !self.devices.iter().all(is_device) {
-            let shape = "at most 32 of the form /dev/name or /dev/prefix*";
+        if self.devices.len() > PLACES_MAX || !self.devices.iter().all(is_device) {
+            let shape = format!("at most {PLACES_MAX} of the form /dev/name or /dev/prefix*");
             return Some(format!("devices {:?}: {shape}", self.devices));
+        }
+        if self.reads.len() > PLACES_MAX || !self.reads.iter().all(|path| may_be_read(path)) {
+            let shape = format!("at most {PLACES_MAX} plain paths below {}", READ_ROOTS.join(", "));
+            return Some(format!("reads {:?}: {shape}", self.reads));
         }
         self.libraries.iter().find_map(|library| library.wrong(&self.abi))
     }
+}
+
+/// Whether `path` names something below one of [`READ_ROOTS`], without a detour.
+fn may_be_read(path: &str) -> bool {
+    let below = READ_ROOTS.iter().find_map(|root| path.strip_prefix(root));
+    below.is_some_and(|rest| rest.split('/').all(|name| !name.is_empty() && !name.starts_with("..") && name != "."))
 }
 
 impl LibrarySection {
@@ -274,6 +289,11 @@ mod tests {
             let with = format!("devices = [\"/dev/null\", \"{devices}\"]\n{GOOD}");
             assert!(refusal(&with).contains(devices), "{devices}");
         }
+        for reads in ["/etc/", "/etc", "/root/.ssh", "/etc/../root", "/etc//acme", "etc/acme", "/var/./x"] {
+            let with = format!("reads = [\"/etc/acme/driver.conf\", \"{reads}\"]\n{GOOD}");
+            assert!(refusal(&with).contains(reads), "{reads}");
+        }
+        assert_eq!(parse(&format!("reads = [\"/etc/acme\"]\n{GOOD}")).unwrap().reads, ["/etc/acme"]);
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Has code run in this process that is not ours? For bug reports: the daemon is then *tainted*.
 //!
-//! This says where a plugin came from by its own word, as kernels do of modules; it is no protection. A plugin is ours
-//! when its id is one of this release's and its version is this release's.
+//! A plugin is ours when it lies in a folder that is installed with the daemon, its id is one of this release's and its
+//! version is this release's. The first cannot be feigned: who can write there can replace the daemon itself.
 
-use crate::Manifest;
+use crate::{Found, Manifest};
 use std::sync::{Mutex, PoisonError};
 
 /// The plugins of this source tree.
@@ -14,7 +14,7 @@ static THIRD_PARTY: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 impl Manifest {
     /// True when the plugin says that it comes with this release.
-    pub fn is_ours(&self) -> bool {
+    pub(crate) fn claims_to_be_ours(&self) -> bool {
         OURS.contains(&self.id.as_str()) && self.version == env!("CARGO_PKG_VERSION")
     }
 }
@@ -25,10 +25,11 @@ pub fn third_party() -> Vec<String> {
 }
 
 /// Notes a plugin that is going to be loaded here or in a host process of ours, and says so the first time.
-pub(crate) fn note(manifest: &Manifest) {
-    if manifest.is_ours() {
+pub(crate) fn note(found: &Found) {
+    if found.is_ours() {
         return;
     }
+    let manifest = &found.manifest;
     let name = format!("{} {}", manifest.id, manifest.version);
     let mut list = THIRD_PARTY.lock().unwrap_or_else(PoisonError::into_inner);
     if !list.contains(&name) {

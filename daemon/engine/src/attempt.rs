@@ -2,8 +2,9 @@
 
 use crate::batch::Batch;
 use crate::executor::{DeviceModel, ExecutorError, Outputs};
-use crate::ladder::{StepLadder, StepRung};
+use crate::ladder::{Blame, Conduct, StepLadder, StepRung};
 use sparsed_kv::BlockId;
+use std::time::Duration;
 
 /// What runs a batch: a model on a device, or a test's stand-in.
 pub(crate) trait Executor {
@@ -17,27 +18,44 @@ pub(crate) trait Executor {
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError>;
     /// Fills blocks from images, one for each.
     fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError>;
+    /// A step has failed for all its sequences. An error when the device is to blame; true when that is open.
+    fn examine(&mut self) -> Result<bool, ExecutorError>;
 }
 
-impl Executor for DeviceModel {
+/// A model on a device whose conduct is watched.
+pub(crate) struct Watched<'a> {
+    pub(crate) device: &'a mut DeviceModel,
+    pub(crate) conduct: &'a mut Conduct,
+    pub(crate) clock: &'a dyn Fn() -> Duration,
+}
+
+impl Executor for Watched<'_> {
     fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
-        Self::run(self, batch)
+        self.device.run(batch)
     }
 
     fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
-        Self::discard(self, blocks)
+        self.device.discard(blocks)
     }
 
     fn renew_queue(&mut self) -> Result<(), ExecutorError> {
-        Self::renew_queue(self)
+        self.device.renew_queue()
+    }
+
+    fn examine(&mut self) -> Result<bool, ExecutorError> {
+        self.device.examine()?;
+        match self.conduct.failed((self.clock)()) {
+            Blame::Device(failures) => Err(ExecutorError::Unreliable { failures }),
+            blame => Ok(blame == Blame::Open),
+        }
     }
 
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
-        Ok(Self::export(self, &[block])?.0)
+        Ok(self.device.export(&[block])?.0)
     }
 
     fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError> {
-        Self::import(self, blocks, images)
+        self.device.import(blocks, images)
     }
 }
 
@@ -89,6 +107,17 @@ enum Failed {
 /// # Errors
 /// Only when the device is of no more use as it is; nothing of the batch is done then.
 pub(crate) fn compute(executor: &mut dyn Executor, batch: &Batch) -> Result<Computed, ExecutorError> {
+    loop {
+        let computed = attempt(executor, batch)?;
+        // With nobody whom it computes for, nothing says that the sequences are to blame.
+        if computed.failed.len() < batch.n_sequences() || !executor.examine()? {
+            return Ok(computed);
+        }
+        log::warn!("step failed for all its sequences, which may be the device's fault: trying again");
+    }
+}
+
+fn attempt(executor: &mut dyn Executor, batch: &Batch) -> Result<Computed, ExecutorError> {
     let alone = batch.n_sequences() == 1;
     match run(executor, batch, alone) {
         Ok(outputs) => Ok(Computed::of(outputs, batch)),

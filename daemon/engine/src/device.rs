@@ -1,7 +1,7 @@
 //! Which device computes, and what if it is lost? The devices in order of preference, and what they have been through.
 
 use crate::executor::ExecutorError;
-use crate::ladder::{DeviceLadder, DeviceRung, Recovery};
+use crate::ladder::{Conduct, DeviceLadder, DeviceRung, Recovery};
 use crate::service::{Shared, lock};
 use sparsed_backend::{Backend, BackendError, Fault};
 use std::sync::Arc;
@@ -52,6 +52,12 @@ pub enum DeviceState {
 pub(crate) struct Devices {
     sources: Vec<Box<dyn DeviceSource>>,
     ladder: DeviceLadder,
+    /// Of the one in use.
+    conduct: Conduct,
+    /// The device that failed at steps, and how, until it is known whether the next one fails at them too.
+    suspect: Option<(usize, String)>,
+    /// Nothing has been opened yet, nor has failed to.
+    is_untried: bool,
     /// When a device is to be opened; `None` while one is in use.
     due: Option<Duration>,
     /// When the preferred one is tried again, while another one is in use.
@@ -73,7 +79,19 @@ impl Devices {
     /// Without a source.
     pub(crate) fn new(sources: Vec<Box<dyn DeviceSource>>, recovery: &Recovery, shared: Arc<Shared>) -> Self {
         let ladder = DeviceLadder::new(recovery, sources.len());
-        Self { sources, ladder, due: Some(Duration::ZERO), prefer_at: Duration::ZERO, shared }
+        let (conduct, prefer_at) = (Conduct::new(recovery), Duration::ZERO);
+        let (due, suspect) = (Some(Duration::ZERO), None);
+        Self { sources, ladder, conduct, suspect, is_untried: true, due, prefer_at, shared }
+    }
+
+    /// How the device in use behaves.
+    pub(crate) fn conduct(&mut self) -> &mut Conduct {
+        &mut self.conduct
+    }
+
+    /// Whether nothing has been opened yet, nor has failed to: what is refused then is wrong with the installation.
+    pub(crate) fn is_untried(&self) -> bool {
+        self.is_untried
     }
 
     /// When a device is to be opened; `None` while one is in use.
@@ -99,6 +117,9 @@ impl Devices {
     /// Device `device` is open and its models are loaded.
     pub(crate) fn up(&mut self, device: usize, now: Duration) {
         self.ladder.up(device, now);
+        let has_alternative = !self.is_last(device);
+        self.conduct.begin(has_alternative);
+        self.is_untried = false;
         self.due = None;
         self.prefer_at = now + self.ladder.longest_pause();
         let name = self.sources[device].name();
@@ -112,8 +133,17 @@ impl Devices {
     pub(crate) fn lost(&mut self, error: &ExecutorError, now: Duration) {
         let (fault, reason) = (error.fault(), error.to_string());
         let lost = self.ladder.current();
-        self.strike(lost, fault, &reason);
-        let (device, after) = match self.ladder.lost(fault, now) {
+        self.is_untried = false;
+        let is_unreliable = matches!(error, ExecutorError::Unreliable { .. });
+        if !is_unreliable {
+            self.strike(lost, fault, &reason);
+        } else if !self.is_last(lost) {
+            // Taking the last device out of service would help nobody.
+            self.suspect = Some((lost, reason.clone()));
+        }
+        // What was refused would be refused again, and who fails at its steps would again.
+        let is_lasting = fault == Fault::Caller || is_unreliable;
+        let (device, after) = match self.ladder.lost(is_lasting, now) {
             DeviceRung::Reopen { after } => (lost, after),
             DeviceRung::Failover { device, after } => (device, after),
         };
@@ -128,6 +158,16 @@ impl Devices {
         }
         status.n_faults += 1;
         status.last_fault = Some(reason);
+    }
+
+    /// The device in use has done a step, or has failed for all its sequences as the one before did: who was to blame?
+    pub(crate) fn judge(&mut self, is_done: bool) {
+        let Some((device, reason)) = self.suspect.take() else { return };
+        if is_done {
+            self.strike(device, Fault::Device, &reason);
+        } else {
+            log::warn!(device = self.sources[device].name(); "the next device fails at the same step: no strike");
+        }
     }
 
     /// Whether no other device comes after this one.

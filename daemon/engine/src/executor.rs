@@ -1,7 +1,7 @@
 //! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
 use crate::batch::{Batch, Rows};
-use sparsed_abi::{Blob, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdBucket, SpdKvOp};
+use sparsed_abi::{Blob, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdBucket, SpdKvOp};
 use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightFile, WeightUpload};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{KvShape, LayerRows, Model, ModelError, Program, ProgramOptions};
@@ -47,6 +47,18 @@ pub enum ExecutorError {
     /// The device gave logits that are not numbers.
     #[error("a logit is not a number")]
     NotANumber,
+    /// The device does not pass its own examination.
+    #[error("the device is of no use: {reason}")]
+    Unfit {
+        /// In its own words.
+        reason: String,
+    },
+    /// Steps fail, though the device finds nothing wrong with itself.
+    #[error("{failures} steps failed for all their sequences, and the device finds nothing wrong with itself")]
+    Unreliable {
+        /// How many within the time that counts.
+        failures: usize,
+    },
 }
 
 impl ExecutorError {
@@ -55,6 +67,7 @@ impl ExecutorError {
         match self {
             Self::Backend(error) => error.fault(),
             Self::NotANumber => Fault::Step,
+            Self::Unfit { .. } | Self::Unreliable { .. } => Fault::Device,
             Self::Model(_) | Self::Kv(_) | Self::Dtype { .. } | Self::StepTooLarge { .. } | Self::Image { .. } => {
                 Fault::Caller
             }
@@ -241,6 +254,23 @@ impl DeviceModel {
     pub fn renew_queue(&mut self) -> Result<(), ExecutorError> {
         self.queue = self.backend.queue()?;
         Ok(())
+    }
+
+    /// Asks the device whether it is well, after a step that it may be to blame for.
+    ///
+    /// # Errors
+    /// [`ExecutorError::Unfit`] with its own word.
+    pub fn examine(&self) -> Result<(), ExecutorError> {
+        let unfit = |reason: String| Err(ExecutorError::Unfit { reason });
+        match self.backend.health() {
+            Ok(health) if health.state == HEALTH_LOST => return unfit("it says that it is lost".to_owned()),
+            Err(error) if !error.is_unsupported() => return unfit(error.to_string()),
+            Ok(_) | Err(_) => {}
+        }
+        match self.backend.self_test(0) {
+            Err(error) if !error.is_unsupported() => unfit(format!("it fails its test: {error}")),
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     /// Zeroes blocks that nobody holds any more and gives their memory back.

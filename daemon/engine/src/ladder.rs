@@ -9,8 +9,13 @@
 //! | caller | each sequence alone | that one sequence fails | |
 //! | queue | a new queue, the step again | the device is opened again | |
 //! | device | the device is opened again after a pause | after longer pauses | the next device |
+//!
+//! A step that fails for all its sequences may be the device's fault, though it does not say so. Then the device is
+//! examined, and so many such steps within a time ([`Conduct`]) are its fault: the next device takes over, and whether
+//! that one can compute them says who was to blame.
 
 use sparsed_backend::Fault;
+use std::collections::VecDeque;
 use std::time::Duration;
 
 /// How a lost device is treated.
@@ -23,6 +28,11 @@ pub struct Recovery {
     pub forget: Duration,
     /// For how long all steps may fail before the engine counts as stuck.
     pub watchdog: Duration,
+    /// So many steps that fail for all their sequences within [`Self::step_window`] are a fault of the device. At least
+    /// 2: on the last device the first one ends its sequences, so that one that none can compute does not go on for ever.
+    pub step_failures: u32,
+    /// How long such a step counts.
+    pub step_window: Duration,
 }
 
 /// What is done about a step that failed.
@@ -76,6 +86,57 @@ pub(crate) struct DeviceLadder {
     up_since: Option<Duration>,
 }
 
+/// How a device behaves that fails at steps and does not call itself lost: when steps failed for all their sequences.
+#[derive(Clone, Debug)]
+pub(crate) struct Conduct {
+    limit: usize,
+    window: Duration,
+    has_alternative: bool,
+    failures: VecDeque<Duration>,
+}
+
+/// Who is to blame for a step that fails for all its sequences.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Blame {
+    /// That is open: the step is tried again.
+    Open,
+    /// The sequences, as far as can be known: they fail.
+    Sequences,
+    /// The device, after so many such steps.
+    Device(usize),
+}
+
+impl Conduct {
+    /// # Panics
+    /// With a limit below 2; the configuration has been checked.
+    pub(crate) fn new(recovery: &Recovery) -> Self {
+        assert!(recovery.step_failures > 1, "one failed step is the step's own");
+        let (limit, window) = (recovery.step_failures as usize, recovery.step_window);
+        Self { limit, window, has_alternative: false, failures: VecDeque::new() }
+    }
+
+    /// A device has been opened; `has_alternative`: another one can take its place.
+    pub(crate) fn begin(&mut self, has_alternative: bool) {
+        self.has_alternative = has_alternative;
+        self.failures.clear();
+    }
+
+    /// A step failed for all its sequences. Where another device can take over none of them need fail: it will compute
+    /// them, unless they are to blame.
+    pub(crate) fn failed(&mut self, now: Duration) -> Blame {
+        self.failures.retain(|&at| now.saturating_sub(at) < self.window);
+        self.failures.push_back(now);
+        match self.failures.len() {
+            n if n >= self.limit => {
+                self.failures.clear();
+                Blame::Device(n)
+            }
+            _ if self.has_alternative => Blame::Open,
+            _ => Blame::Sequences,
+        }
+    }
+}
+
 impl StepLadder {
     /// The next rung after `fault`. `alone`: the step carries one sequence.
     pub(crate) fn next(&mut self, fault: Fault, alone: bool) -> StepRung {
@@ -120,13 +181,13 @@ impl DeviceLadder {
         self.up_since = Some(now);
     }
 
-    /// The current device was lost, or could not be opened or loaded.
-    pub(crate) fn lost(&mut self, fault: Fault, now: Duration) -> DeviceRung {
+    /// The current device was lost, or could not be opened or loaded. `is_lasting`: it would be the same again.
+    pub(crate) fn lost(&mut self, is_lasting: bool, now: Duration) -> DeviceRung {
         if self.up_since.take().is_some_and(|since| now.saturating_sub(since) >= self.forget) {
             self.n_losses = 0;
         }
-        // What was refused would be refused again, so nothing is gained by a pause where another device can go on.
-        let pause = self.backoff.get(self.n_losses).filter(|_| fault != Fault::Caller || self.n_devices == 1);
+        // Nothing is gained by a pause then, where another device can go on.
+        let pause = self.backoff.get(self.n_losses).filter(|_| !is_lasting || self.n_devices == 1);
         self.n_losses += 1;
         match pause {
             Some(&after) => DeviceRung::Reopen { after },
@@ -151,8 +212,25 @@ mod tests {
     }
 
     fn ladder(n_devices: usize) -> DeviceLadder {
-        let recovery = Recovery { backoff: vec![ms(1), ms(5), ms(30)], forget: ms(1000), watchdog: ms(60) };
-        DeviceLadder::new(&recovery, n_devices)
+        DeviceLadder::new(&recovery(), n_devices)
+    }
+
+    fn recovery() -> Recovery {
+        let backoff = vec![ms(1), ms(5), ms(30)];
+        Recovery { backoff, forget: ms(1000), watchdog: ms(60), step_failures: 3, step_window: ms(100) }
+    }
+
+    #[test]
+    fn steps_that_fail_for_all_are_the_devices_fault_when_they_are_many_within_the_time() {
+        for (has_alternative, few) in [(true, Blame::Open), (false, Blame::Sequences)] {
+            let mut conduct = Conduct::new(&recovery());
+            conduct.begin(has_alternative);
+            let answers = [0, 50, 100, 149, 150, 160].map(|now| conduct.failed(ms(now)));
+            // At 100 the first one counts no more; at 149 there are three, and the count begins again.
+            assert_eq!(answers, [few, few, few, Blame::Device(3), few, few]);
+            conduct.begin(has_alternative);
+            assert_eq!(conduct.failed(ms(161)), few);
+        }
     }
 
     #[test]
@@ -182,7 +260,7 @@ mod tests {
     fn a_device_is_opened_again_after_longer_and_longer_pauses() {
         let mut only = ladder(1);
         let pauses = [1, 5, 30, 30, 30].map(|after| DeviceRung::Reopen { after: ms(after) });
-        assert_eq!(pauses.map(|_| only.lost(Fault::Device, ms(0))), pauses);
+        assert_eq!(pauses.map(|_| only.lost(false, ms(0))), pauses);
     }
 
     #[test]
@@ -192,32 +270,32 @@ mod tests {
         let failover = |device, after| DeviceRung::Failover { device, after: ms(after) };
         let rungs =
             [reopen(1), reopen(5), reopen(30), failover(1, 0), reopen(1), reopen(5), reopen(30), failover(0, 30)];
-        assert_eq!(rungs.map(|_| two.lost(Fault::Device, ms(0))), rungs);
+        assert_eq!(rungs.map(|_| two.lost(false, ms(0))), rungs);
     }
 
     #[test]
     fn a_refused_device_is_not_waited_for_where_another_can_go_on() {
-        assert_eq!(ladder(2).lost(Fault::Caller, ms(0)), DeviceRung::Failover { device: 1, after: ms(0) });
-        assert_eq!(ladder(1).lost(Fault::Caller, ms(0)), DeviceRung::Reopen { after: ms(1) });
+        assert_eq!(ladder(2).lost(true, ms(0)), DeviceRung::Failover { device: 1, after: ms(0) });
+        assert_eq!(ladder(1).lost(true, ms(0)), DeviceRung::Reopen { after: ms(1) });
     }
 
     #[test]
     fn a_device_that_was_up_for_long_begins_at_the_first_pause_again() {
         let mut only = ladder(1);
-        only.lost(Fault::Device, ms(0));
+        only.lost(false, ms(0));
         only.up(0, ms(1));
-        assert_eq!(only.lost(Fault::Device, ms(900)), DeviceRung::Reopen { after: ms(5) });
+        assert_eq!(only.lost(false, ms(900)), DeviceRung::Reopen { after: ms(5) });
         only.up(0, ms(905));
-        assert_eq!(only.lost(Fault::Device, ms(1905)), DeviceRung::Reopen { after: ms(1) });
+        assert_eq!(only.lost(false, ms(1905)), DeviceRung::Reopen { after: ms(1) });
     }
 
     #[test]
     fn the_preferred_device_has_all_its_rungs_when_it_comes_back() {
         let mut two = ladder(2);
-        let last = (0..4).map(|_| two.lost(Fault::Device, ms(0))).last();
+        let last = (0..4).map(|_| two.lost(false, ms(0))).last();
         assert_eq!(last, Some(DeviceRung::Failover { device: 1, after: ms(0) }));
         two.up(1, ms(0));
         two.up(0, ms(50));
-        assert_eq!((two.lost(Fault::Device, ms(60)), two.current()), (DeviceRung::Reopen { after: ms(1) }, 0));
+        assert_eq!((two.lost(false, ms(60)), two.current()), (DeviceRung::Reopen { after: ms(1) }, 0));
     }
 }

@@ -1,10 +1,12 @@
 //! What does the engine hold of one model? The file, its requests, and its place on the device while there is one.
 
 use crate::api::Failure;
+use crate::attempt::Watched;
 use crate::batch::Batch;
 use crate::durable::{Files, NoFiles};
 use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
+use crate::ladder::Conduct;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
@@ -167,10 +169,15 @@ impl Live {
     }
 
     /// One step, if there is a device and something to do.
-    pub(crate) fn turn(&mut self, clock: &dyn Fn() -> Duration) -> Result<Option<Done>, ExecutorError> {
+    pub(crate) fn turn(
+        &mut self,
+        conduct: &mut Conduct,
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<Option<Done>, ExecutorError> {
         let Some(device) = &mut self.device else { return Ok(None) };
         let vocabulary = vocabulary(&self.served);
-        let done = step(&mut self.scheduler, device, self.files.as_mut(), &mut self.batch, vocabulary, clock)?;
+        let mut watched = Watched { device, conduct, clock };
+        let done = step(&mut self.scheduler, &mut watched, self.files.as_mut(), &mut self.batch, vocabulary, clock)?;
         if let Some(done) = done {
             self.stats.steps += 1;
             self.stats.computed_tokens += done.computed as u64;

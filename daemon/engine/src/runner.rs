@@ -97,6 +97,8 @@ enum Wait {
 /// Why a device is not up.
 enum NotUp {
     Failed(ExecutorError),
+    /// It refuses what the installation asks of it, and would again.
+    Refused(ExecutorError),
     /// The engine is to end.
     Ending,
 }
@@ -133,10 +135,16 @@ impl Engine {
             if live.scheduler.has_work() {
                 lock(&self.shared.progress).stepping(clock());
             }
-            match live.turn(&clock) {
+            match live.turn(self.devices.conduct(), &clock) {
                 Ok(None) => {}
-                Ok(Some(done)) if done.computed == 0 => lock(&self.shared.progress).failed(clock()),
-                Ok(Some(_)) => lock(&self.shared.progress).done(clock()),
+                Ok(Some(done)) if done.computed == 0 => {
+                    lock(&self.shared.progress).failed(clock());
+                    self.devices.judge(false);
+                }
+                Ok(Some(_)) => {
+                    lock(&self.shared.progress).done(clock());
+                    self.devices.judge(true);
+                }
                 Err(error) => return self.lose(&error),
             }
         }
@@ -156,6 +164,10 @@ impl Engine {
         match self.open(device) {
             Ok(models) => self.go_on(device, models),
             Err(NotUp::Failed(error)) => self.lose(&error),
+            Err(NotUp::Refused(error)) => {
+                let live = self.lanes.iter_mut().filter(|lane| lane.live.is_some());
+                live.for_each(|lane| lane.refuse(error.to_string()));
+            }
             Err(NotUp::Ending) => {}
         }
     }
@@ -164,7 +176,7 @@ impl Engine {
     fn prefer(&mut self) {
         match self.open(0) {
             Ok(models) => self.go_on(0, models),
-            Err(NotUp::Failed(error)) => self.devices.not_yet(&error, self.now()),
+            Err(NotUp::Failed(error) | NotUp::Refused(error)) => self.devices.not_yet(&error, self.now()),
             Err(NotUp::Ending) => {}
         }
         lock(&self.shared.progress).uploaded();
@@ -190,7 +202,14 @@ impl Engine {
     fn open(&mut self, device: usize) -> Result<Vec<Option<DeviceModel>>, NotUp> {
         let clock = clock(&self.shared);
         let began = clock();
-        let backend = self.devices.open(device).map_err(NotUp::Failed)?;
+        let backend = self.devices.open(device).map_err(|error| match error.fault() {
+            // Another device would only hide that.
+            Fault::Caller if self.devices.is_untried() => NotUp::Refused(error),
+            _ => NotUp::Failed(error),
+        })?;
+        if self.is_ending() {
+            return Err(NotUp::Ending);
+        }
         let mut models = Vec::with_capacity(self.lanes.len());
         for index in 0..self.lanes.len() {
             if self.is_ending() {
@@ -207,6 +226,10 @@ impl Engine {
                 }
                 Err(error) => return Err(NotUp::Failed(error)),
             }
+        }
+        // A device that was lost is believed once it has passed its own test.
+        if let Some(model) = models.iter().flatten().next().filter(|_| self.announced) {
+            model.examine().map_err(NotUp::Failed)?;
         }
         self.log_up(&backend, clock().saturating_sub(began));
         Ok(models)

@@ -248,6 +248,40 @@ mod tests {
     }
 
     #[test]
+    fn only_a_step_that_fails_for_all_has_its_device_examined() {
+        let mut bench = Bench::new(8, limits());
+        bench.executor.poison = Some(BAD);
+        one_bad_among_three(&mut bench);
+        assert_eq!(bench.executor.examined, 0);
+        let alone = Listener::with_room(100);
+        bench.submit(vec![BAD; 3], 3, &alone);
+        bench.run();
+        assert_eq!(bench.executor.examined, 1);
+        assert!(matches!(alone.heard().1, Some(Event::Failed(Failure::BackendFailed { .. }))));
+    }
+
+    #[test]
+    fn nobodys_answer_is_lost_to_a_device_that_fails_at_every_step() {
+        let mut bench = Bench::new(8, limits());
+        let listeners: Vec<Listener> = (0..2).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (1..).zip(&listeners) {
+            bench.submit(prompt(seed, 5), 20, listener);
+        }
+        bench.steps(4);
+        // Three attempts at a step of two sequences, each twice together and twice alone.
+        bench.executor.failures = vec![E_STEP; 3 * (2 + 2 * 2)];
+        bench.executor.patience = vec![true; 2];
+        assert!(matches!(bench.try_step(), Err(ExecutorError::Unfit { .. })));
+        assert_eq!(bench.executor.examined, 3);
+        bench.scheduler.requeue();
+        bench.executor.rows.clear();
+        bench.run();
+        for (seed, listener) in (1..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 5), 20));
+        }
+    }
+
+    #[test]
     fn a_row_that_is_no_number_ends_its_sequence_alone() {
         let mut bench = Bench::new(8, limits());
         bench.executor.not_a_number = Some((BAD, usize::MAX));

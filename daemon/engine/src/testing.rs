@@ -37,6 +37,9 @@ pub(crate) struct Paged {
     pub(crate) not_a_number: Option<(u32, usize)>,
     /// Since a queue was lost, until there is a new one.
     pub(crate) poisoned: bool,
+    /// Answers when it is examined, the last one first; with none left it proves to be of no use.
+    pub(crate) patience: Vec<bool>,
+    pub(crate) examined: usize,
     pub(crate) runs: usize,
     pub(crate) computed: usize,
     pub(crate) exported: usize,
@@ -45,7 +48,7 @@ pub(crate) struct Paged {
 }
 
 fn failed(call: &'static str, status: SpdStatus) -> ExecutorError {
-    ExecutorError::Backend(BackendError::Call { call, status, message: "planted".to_owned(), op_index: None })
+    ExecutorError::Backend(BackendError::refused(call, status, "planted".to_owned()))
 }
 
 pub(crate) fn next_token(history: impl Iterator<Item = u32>) -> u32 {
@@ -61,8 +64,7 @@ impl Executor for Paged {
         let poisoned = self.poisoned.then_some(E_QUEUE_LOST);
         if let Some(status) = poisoned.or(planted).or(poison) {
             self.poisoned |= status == E_QUEUE_LOST;
-            let (call, message) = ("queue_run", "planted".to_owned());
-            return Err(ExecutorError::Backend(BackendError::Call { call, status, message, op_index: None }));
+            return Err(failed("queue_run", status));
         }
         for ((&slot, &token), &position) in batch.slots.iter().zip(&batch.tokens).zip(&batch.positions) {
             self.rows.insert(slot, (token, position));
@@ -98,6 +100,14 @@ impl Executor for Paged {
     fn renew_queue(&mut self) -> Result<(), ExecutorError> {
         self.poisoned = false;
         Ok(())
+    }
+
+    fn examine(&mut self) -> Result<bool, ExecutorError> {
+        self.examined += 1;
+        match self.patience.pop() {
+            Some(left) => Ok(left),
+            None => Err(ExecutorError::Unfit { reason: "planted".to_owned() }),
+        }
     }
 
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
@@ -224,7 +234,8 @@ pub(crate) struct Bench {
 impl Bench {
     pub(crate) fn new(n_blocks: u32, limits: Limits) -> Self {
         let hasher = PrefixHasher::new([7; 32]);
-        let (scheduler, executor) = (Scheduler::new(limits, n_blocks, hasher), Paged::default());
+        let executor = Paged { patience: vec![false; 1000], ..Paged::default() };
+        let scheduler = Scheduler::new(limits, n_blocks, hasher);
         Self {
             scheduler,
             executor,

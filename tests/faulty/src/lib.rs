@@ -2,20 +2,23 @@
 //!
 //! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Settings:
 //! `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process; `broken_from`, the
-//! step at which the device is lost and does not open again, or not before `broken_opens` attempts. As a real device
+//! step at which the device is lost and does not open again, or not before `broken_opens` attempts; `bad_from`, the step
+//! from which all fail though nothing is lost, with the status `bad_status` or, without one, with logits that are no
+//! numbers; `honest`, with which its self-test says so; `hang_open`, with which it does not come back from being opened. As a real device
 //! does, a lost queue fails until there is a new one, and a lost device until it is opened again. Every other step that
 //! fails has done its work before, and leaves nonsense in its output.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::{
-    ABI_MAJOR, ABI_MINOR, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, ENTRY_SYMBOL, SpdApi, SpdDevice,
+    ABI_MAJOR, ABI_MINOR, E_DATA, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, ENTRY_SYMBOL, SpdApi, SpdDevice,
     SpdError, SpdGetApiFn, SpdHost, SpdInstance, SpdKvOp, SpdKvPool, SpdOpenOptions, SpdPlan, SpdQueue, SpdRun,
     SpdStatus,
 };
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
 use std::ptr;
+use std::str::FromStr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -36,6 +39,10 @@ struct Planted {
     broken_from: Option<u64>,
     /// Attempts to open the broken device that fail; `None`: all.
     broken_opens: Option<u64>,
+    bad_from: Option<u64>,
+    bad_status: Option<SpdStatus>,
+    is_honest: bool,
+    hangs: bool,
 }
 
 /// The one symbol of the library; see `plugin.h`.
@@ -58,6 +65,7 @@ fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
         plugin_id: c"faulty".as_ptr(),
         instance_create: Some(instance_create),
         device_open: Some(device_open),
+        self_test: Some(self_test),
         queue_create: Some(queue_create),
         queue_run: Some(queue_run),
         queue_kv: Some(queue_kv),
@@ -91,17 +99,33 @@ impl Planted {
         self.broken_from.is_some_and(|run| RUNS.load(Ordering::Relaxed) >= run)
             && self.broken_opens.is_none_or(|opens| OPENS.load(Ordering::Relaxed) < opens)
     }
+
+    /// Whether step `run` fails because all do.
+    fn is_bad(&self, run: u64) -> bool {
+        self.bad_from.is_some_and(|from| run >= from)
+    }
 }
 
 /// The settings, if they are what they must be.
-fn parse(faults: Option<String>, broken_from: Option<String>, broken_opens: Option<String>) -> Option<Planted> {
+fn parse(setting: impl Fn(&CStr) -> Option<String>) -> Option<Planted> {
     let pair = |pair: &str| {
         let (run, status) = pair.split_once(':')?;
         Some((run.parse().ok()?, status.parse().ok()?))
     };
-    let faults = faults.unwrap_or_default().split_whitespace().map(pair).collect::<Option<_>>()?;
-    let number = |text: Option<String>| text.map(|text| text.parse().ok()).map_or(Some(None), |n| n.map(Some));
-    Some(Planted { faults, broken_from: number(broken_from)?, broken_opens: number(broken_opens)? })
+    Some(Planted {
+        faults: setting(c"faults").unwrap_or_default().split_whitespace().map(pair).collect::<Option<_>>()?,
+        broken_from: number(setting(c"broken_from"))?,
+        broken_opens: number(setting(c"broken_opens"))?,
+        bad_from: number(setting(c"bad_from"))?,
+        bad_status: number(setting(c"bad_status"))?,
+        is_honest: setting(c"honest").is_some(),
+        hangs: setting(c"hang_open").is_some(),
+    })
+}
+
+/// A number, if there is a setting; `None` when it is none.
+fn number<T: FromStr>(text: Option<String>) -> Option<Option<T>> {
+    text.map(|text| text.parse().ok()).map_or(Some(None), |number| number.map(Some))
 }
 
 /// Writes why into the caller's error.
@@ -132,8 +156,7 @@ unsafe extern "C" fn instance_create(
     error: *mut SpdError,
 ) -> SpdStatus {
     // SAFETY: the daemon's table.
-    let [faults, from, opens] = [c"faults", c"broken_from", c"broken_opens"].map(|key| unsafe { setting(host, key) });
-    let Some(planted) = parse(faults, from, opens) else {
+    let Some(planted) = parse(|key| unsafe { setting(host, key) }) else {
         // SAFETY: the daemon's error.
         return unsafe { refuse(error, E_INVALID, "faults must be a list of run:status, the others numbers") };
     };
@@ -150,6 +173,9 @@ unsafe extern "C" fn device_open(
     out: *mut *mut SpdDevice,
     error: *mut SpdError,
 ) -> SpdStatus {
+    while PLANTED.get().is_some_and(|planted| planted.hangs) {
+        std::thread::park();
+    }
     if PLANTED.get().is_some_and(Planted::is_broken) {
         OPENS.fetch_add(1, Ordering::Relaxed);
         // SAFETY: the daemon's error.
@@ -160,6 +186,17 @@ unsafe extern "C" fn device_open(
     let open = real().device_open.expect("a whole table");
     // SAFETY: as we were called.
     unsafe { open(instance, index, options, out, error) }
+}
+
+unsafe extern "C" fn self_test(device: *mut SpdDevice, level: u32, error: *mut SpdError) -> SpdStatus {
+    let is_bad = |planted: &Planted| planted.is_honest && planted.is_bad(RUNS.load(Ordering::Relaxed));
+    if PLANTED.get().is_some_and(is_bad) {
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, E_DATA, "two and two are five") };
+    }
+    let test = real().self_test.expect("a whole table");
+    // SAFETY: as we were called.
+    unsafe { test(device, level, error) }
 }
 
 unsafe extern "C" fn queue_create(
@@ -189,22 +226,37 @@ unsafe extern "C" fn queue_run(
     let number = RUNS.fetch_add(1, Ordering::Relaxed) + 1;
     let planted = PLANTED.get().expect("set by instance_create");
     let place = planted.faults.keys().position(|&run| run == number);
-    let status = planted.is_broken().then_some(E_DEVICE_LOST).or_else(|| planted.faults.get(&number).copied());
+    let bad = planted.bad_status.filter(|_| planted.is_bad(number));
+    let status = planted.is_broken().then_some(E_DEVICE_LOST).or_else(|| planted.faults.get(&number).copied()).or(bad);
     let call = real().queue_run.expect("a whole table");
     let Some(status) = status else {
-        // SAFETY: as we were called.
-        return unsafe { call(queue, plan, run, timeline, error) };
+        // SAFETY: as we were called; the CPU's queues are synchronous, so the work is done when the call returns.
+        let status = unsafe { call(queue, plan, run, timeline, error) };
+        if planted.is_bad(number) {
+            // SAFETY: the daemon gives an output arena of this size.
+            unsafe { spoil(run) };
+        }
+        return status;
     };
     if place.is_some_and(|place| place % 2 == 1) {
         // SAFETY: as we were called; the CPU's queues are synchronous, so the work is done when the call returns.
         unsafe { call(queue, plan, run, timeline, error) };
         // SAFETY: the daemon gives an output arena of this size.
-        unsafe { ptr::write_bytes((*run).out.cast::<u8>(), 0xff, usize::try_from((*run).out_length).unwrap_or(0)) };
+        unsafe { spoil(run) };
     }
     QUEUE_LOST.store(status == E_QUEUE_LOST, Ordering::Relaxed);
     DEVICE_LOST.store([E_DEVICE_LOST, E_INTERNAL].contains(&status), Ordering::Relaxed);
     // SAFETY: the daemon's error.
     unsafe { refuse(error, status, &format!("planted fault at run {number}")) }
+}
+
+/// Fills the output with what is no number.
+///
+/// # Safety
+/// The arena of `run` has its size, and nobody else uses it.
+unsafe fn spoil(run: *const SpdRun) {
+    // SAFETY: the caller's contract.
+    unsafe { ptr::write_bytes((*run).out.cast::<u8>(), 0xff, usize::try_from((*run).out_length).unwrap_or(0)) };
 }
 
 unsafe extern "C" fn queue_kv(

@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Largest configuration file in bytes.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -27,7 +28,11 @@ const YEAR_MS: u64 = 365 * 86_400_000;
 /// Most pauses between attempts to open a device.
 const PAUSES_MAX: usize = 16;
 /// The longest time of the ladder and the watchdog.
-const DAY_MS: u64 = 24 * 3600 * 1000;
+const DAY_MS: u64 = 24 * HOUR_MS;
+/// The longest time of a call.
+const HOUR_MS: u64 = 3600 * 1000;
+/// The longest time that a hung call may hold its end up.
+const GRACE_MS_MAX: u64 = 60_000;
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -97,17 +102,33 @@ pub struct Plugins {
     pub quarantine_ms: u64,
     /// The longest quarantine in milliseconds.
     pub quarantine_max_ms: u64,
+    /// Steps that fail for all their sequences within `step_window_ms` that are a fault of the device, and a strike.
+    pub step_failures: u32,
+    /// How long such a step counts, in milliseconds.
+    pub step_window_ms: u64,
+    /// Milliseconds that a plugin's process may take to start, to load the library, and to open a device.
+    pub start_timeout_ms: u64,
+    /// Milliseconds that any other call may take that is no step: an upload, a compilation.
+    pub call_timeout_ms: u64,
+    /// Milliseconds that a cancelled step, or a process that is to end, may take before it is killed.
+    pub grace_ms: u64,
 }
 
 impl Default for Plugins {
     fn default() -> Self {
-        let policy = QuarantinePolicy::default();
+        let (policy, host) = (QuarantinePolicy::default(), HostOptions::default());
+        let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(DAY_MS);
         Self {
             dir: None,
             strikes: policy.strikes,
             strike_window_ms: policy.window_ms,
             quarantine_ms: policy.first_ms,
             quarantine_max_ms: policy.max_ms,
+            step_failures: 3,
+            step_window_ms: 60_000,
+            start_timeout_ms: ms(host.start_timeout),
+            call_timeout_ms: ms(host.call_timeout),
+            grace_ms: ms(host.grace),
         }
     }
 }
@@ -392,7 +413,12 @@ impl Config {
             ("plugins.strike_window_ms".to_owned(), plugins.strike_window_ms, 1, YEAR_MS),
             ("plugins.quarantine_ms".to_owned(), plugins.quarantine_ms, 1, plugins.quarantine_max_ms),
             ("plugins.quarantine_max_ms".to_owned(), plugins.quarantine_max_ms, 1, YEAR_MS),
-            ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, 3_600_000),
+            ("plugins.step_failures".to_owned(), plugins.step_failures.into(), 2, 1024),
+            ("plugins.step_window_ms".to_owned(), plugins.step_window_ms, 1, DAY_MS),
+            ("plugins.start_timeout_ms".to_owned(), plugins.start_timeout_ms, 1, HOUR_MS),
+            ("plugins.call_timeout_ms".to_owned(), plugins.call_timeout_ms, 1, HOUR_MS),
+            ("plugins.grace_ms".to_owned(), plugins.grace_ms, 1, GRACE_MS_MAX),
+            ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, HOUR_MS),
         ];
         let pauses = &self.engine.retry.backoff_ms;
         if !(1..=PAUSES_MAX).contains(&pauses.len()) {
@@ -423,7 +449,7 @@ impl Config {
             return Some((key, "is empty, must be a path".to_owned()));
         }
         let longest = pauses.iter().max().copied().unwrap_or(0);
-        let grace = u64::try_from(HostOptions::default().grace.as_millis()).unwrap_or(u64::MAX);
+        let grace = plugins.grace_ms;
         let hung = self.engine.step_timeout_ms.saturating_add(grace).saturating_add(longest);
         if self.engine.isolation != Isolation::None && self.engine.plugin != "cpu" && hung >= self.engine.watchdog_ms {
             let reason = format!(
@@ -505,6 +531,11 @@ mod tests {
         let said = load("[plugins]\nquarantine_ms = 9\n", &["plugins.quarantine_max_ms=8"]).unwrap_err();
         assert_eq!(said, "FILE:2: plugins.quarantine_ms is 9, must be 1 to 8");
         assert!(load("", &["plugins.strikes=0"]).unwrap_err().contains("must be 1 to 16"));
+        assert!(load("", &["plugins.step_failures=1"]).unwrap_err().contains("must be 2 to 1024"));
+        assert!(load("", &["plugins.call_timeout_ms=0"]).unwrap_err().contains("must be 1 to 3600000"));
+        assert!(load("", &["plugins.grace_ms=60001"]).unwrap_err().contains("must be 1 to 60000"));
+        let hung = load("", &["engine.plugin=x", "plugins.grace_ms=20000"]).unwrap_err();
+        assert!(hung.contains("engine.watchdog_ms is 60000; a hung step (20000 ms and 20000)"), "{hung}");
         assert!(load("", &["plugins.strike=1"]).unwrap_err().contains("did you mean 'plugins.strikes'?"));
         assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));

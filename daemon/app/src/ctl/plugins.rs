@@ -79,7 +79,7 @@ fn report(config: &Config, scan: &Scan, quarantine: &QuarantineStore, now_ms: u6
 
 /// Checks a plugin, and loads it if it is one of ours.
 fn usable(found: &Found, settings: &BTreeMap<String, String>) -> Result<Usable, BackendError> {
-    if !found.manifest.is_ours() {
+    if !found.is_ours() {
         found.verify()?;
         return Ok(Usable { abi: None, devices: None });
     }
@@ -96,7 +96,7 @@ fn describe(found: &Found, outcome: Result<Usable, BackendError>, is_selected: b
         "description": manifest.description,
         "license": manifest.license,
         "dir": found.dir,
-        "third_party": !manifest.is_ours(),
+        "third_party": !found.is_ours(),
         "selected": is_selected,
         "abi_majors": manifest.abi.major,
         "library": library.map(|library| json!({

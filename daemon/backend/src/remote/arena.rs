@@ -6,11 +6,12 @@
 //! rule: therefore the daemon copies bytes in and out, never holds a reference to them, and believes no length but its
 //! own.
 
+use super::wire::Failure;
 use memmap2::MmapRaw;
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::io::{Error, ErrorKind};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
 /// Where a job's bytes begin.
 const BODY: usize = 1024;
@@ -46,7 +47,10 @@ pub(super) struct Header {
     pub(super) status: AtomicI32,
     pub(super) op_index: AtomicU32,
     pub(super) message_length: AtomicU32,
-    _host_line: [u64; 6],
+    pub(super) block: AtomicU32,
+    _gap: u32,
+    pub(super) vendor_code: AtomicI64,
+    _host_line: [u64; 4],
 }
 const _: () =
     assert!(size_of::<Header>() == 128 && size_of::<Header>() <= MESSAGE && MESSAGE + MESSAGE_BYTES_MAX <= BODY);
@@ -136,22 +140,44 @@ impl Arena {
         unsafe { std::ptr::copy_nonoverlapping(self.map.as_ptr().add(layout.at[part]), to.as_mut_ptr(), to.len()) };
     }
 
-    /// The text of an outcome.
-    pub(super) fn message(&self) -> String {
-        let length = self.header().message_length.load(std::sync::atomic::Ordering::Relaxed) as usize;
+    /// Why the job failed, if its status says so.
+    pub(super) fn failure(&self) -> Failure {
+        let header = self.header();
+        let number = |field: &AtomicU32| Some(field.load(Ordering::Relaxed)).filter(|&n| n != u32::MAX);
+        Failure {
+            status: header.status.load(Ordering::Relaxed),
+            op_index: number(&header.op_index),
+            block: number(&header.block),
+            vendor_code: header.vendor_code.load(Ordering::Relaxed),
+            message: self.message(),
+        }
+    }
+
+    /// Leaves why the job failed.
+    pub(super) fn set_failure(&self, failure: &Failure) {
+        let header = self.header();
+        header.status.store(failure.status, Ordering::Relaxed);
+        header.op_index.store(failure.op_index.unwrap_or(u32::MAX), Ordering::Relaxed);
+        header.block.store(failure.block.unwrap_or(u32::MAX), Ordering::Relaxed);
+        header.vendor_code.store(failure.vendor_code, Ordering::Relaxed);
+        self.set_message(&failure.message);
+    }
+
+    fn message(&self) -> String {
+        let length = self.header().message_length.load(Ordering::Relaxed) as usize;
         let mut text = vec![0; length.min(MESSAGE_BYTES_MAX)];
         // SAFETY: the text lies between header and body, inside the mapping.
         unsafe { std::ptr::copy_nonoverlapping(self.map.as_ptr().add(MESSAGE), text.as_mut_ptr(), text.len()) };
         String::from_utf8_lossy(&text).into_owned()
     }
 
-    /// Leaves the text of an outcome, cut to what there is room for.
-    pub(super) fn set_message(&self, text: &str) {
+    /// Cut to what there is room for.
+    fn set_message(&self, text: &str) {
         let length = text.len().min(MESSAGE_BYTES_MAX);
         // SAFETY: as in `message`.
         unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), self.map.as_mut_ptr().add(MESSAGE), length) };
         let length = u32::try_from(length).expect("cut above");
-        self.header().message_length.store(length, std::sync::atomic::Ordering::Relaxed);
+        self.header().message_length.store(length, Ordering::Relaxed);
     }
 
     /// The host's view of a job: step or operations, input, output.
@@ -181,7 +207,6 @@ impl Arena {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::Ordering;
 
     #[test]
     fn what_one_side_writes_the_other_reads() {
@@ -195,11 +220,14 @@ mod tests {
         let (step, input, output) = unsafe { far.job(&layout) };
         assert_eq!((step, input.len(), output.len()), (&b"abc"[..], 0, 70));
         output.fill(7);
-        far.set_message("é".repeat(200).as_str());
+        let said = Failure { block: Some(4), vendor_code: -700, ..Failure::new(-9, "é".repeat(200)) };
+        far.set_failure(&said);
         let mut out = [0; 70];
         near.read(&layout, 2, &mut out);
         assert_eq!(out, [7; 70]);
-        assert_eq!(near.message().len(), MESSAGE_BYTES_MAX);
+        let heard = near.failure();
+        assert_eq!((heard.status, heard.op_index, heard.block, heard.vendor_code), (-9, None, Some(4), -700));
+        assert_eq!(heard.message.len(), MESSAGE_BYTES_MAX);
     }
 
     #[test]

@@ -10,7 +10,8 @@ mod client;
 mod server;
 mod wire;
 
-pub use server::run_plugin_host;
+pub use client::kill_plugin_hosts;
+pub use server::{confine, run_plugin_host};
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -20,7 +21,7 @@ use std::time::Duration;
 pub struct HostOptions {
     /// The executable that answers to `plugin-host`.
     pub program: PathBuf,
-    /// For starting, loading the library and creating its instance.
+    /// For starting, loading the library and creating its instance, and for opening a device.
     pub start_timeout: Duration,
     /// For any other control call: an upload, a compilation.
     pub call_timeout: Duration,

@@ -4,6 +4,8 @@
 //! descriptors. Both ends are the same version of the same executable, so nothing here is a format; [`Start`] checks
 //! it. The daemon gives objects their numbers, so that no answer can name another's.
 
+use crate::BackendError;
+use crate::call::clean;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -15,6 +17,7 @@ use sparsed_abi::{
     Pod, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvInfo, SpdMemInfo, SpdRow, SpdStatus, SpdWeightDesc, bytes_of,
     read_exact,
 };
+use sparsed_plugin_kit::PluginError;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut};
@@ -147,7 +150,46 @@ pub(super) enum Reply {
     Health(Plain<SpdHealth>),
     Pool(Plain<SpdKvInfo>),
     Plan { workspace: u64, input: u64, output: u64 },
-    Failed { status: SpdStatus, op_index: Option<u32>, message: String },
+    Failed(Failure),
+}
+
+/// Why something failed; see `spd_error`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Failure {
+    pub(super) status: SpdStatus,
+    pub(super) op_index: Option<u32>,
+    pub(super) block: Option<u32>,
+    pub(super) vendor_code: i64,
+    pub(super) message: String,
+}
+
+impl Failure {
+    /// One that says no more than this.
+    pub(super) fn new(status: SpdStatus, message: String) -> Self {
+        Self { status, op_index: None, block: None, vendor_code: 0, message }
+    }
+
+    /// A failure as the daemon hears it: a plugin's with its own status and words, any other with `otherwise`.
+    pub(super) fn of(error: &BackendError, otherwise: SpdStatus) -> Self {
+        match error {
+            BackendError::Call { status, message, op_index, block, vendor_code, .. } => Self {
+                status: *status,
+                op_index: *op_index,
+                block: *block,
+                vendor_code: *vendor_code,
+                message: message.clone(),
+            },
+            other => Self::new(otherwise, other.to_string()),
+        }
+    }
+}
+
+impl From<Failure> for PluginError {
+    /// The words come from a process that is not trusted, so they are cleaned here.
+    fn from(failure: Failure) -> Self {
+        let Failure { status, op_index, block, vendor_code, message } = failure;
+        Self { status, message: clean(&message), op_index, block, vendor_code }
+    }
 }
 
 /// A mirrored struct of the ABI without pointers, as its bytes.
@@ -264,7 +306,7 @@ mod tests {
     #[test]
     fn a_message_past_the_limit_is_not_sent() {
         let (near, _far) = pair();
-        let long = Reply::Failed { status: -1, op_index: None, message: "x".repeat(MESSAGE_BYTES_MAX) };
+        let long = Reply::Failed(Failure::new(-1, "x".repeat(MESSAGE_BYTES_MAX)));
         assert!(send(near.as_fd(), &long, &[]).unwrap_err().to_string().contains("limit"));
     }
 

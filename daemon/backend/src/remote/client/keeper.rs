@@ -1,27 +1,33 @@
 //! Who looks after the child process? A thread that starts it, writes what it says into the log, and takes its end.
 //!
 //! The kernel ends a child with the *thread* that started it (PR_SET_PDEATHSIG), so that thread must live as long as
-//! the child: it is this one.
+//! the child: it is this one. The child leads a process group of its own, so that a terminal's interrupt does not reach
+//! it, and that what it has started, where its kernel let it, ends with it.
 
+use super::lines::{Flow, Lines};
+use crate::remote::timespec;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::JoinHandle;
-use std::time::Duration;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak, mpsc};
+use std::time::{Duration, Instant};
 
-/// Longest line in bytes; what is longer becomes several.
-const LINE_BYTES_MAX: usize = 1024;
 /// How many last lines are kept for the report of its end.
 const TAIL_LINES: usize = 8;
 /// Most bytes that are read at a time: a grandchild may hold the pipes and write for ever.
 const REST_BYTES_MAX: usize = 256 << 10;
+/// How long a child that was killed is waited for. One that a driver holds in the kernel ends when the driver lets it.
+const END_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The children that live.
+static LIVING: Mutex<Vec<Weak<OwnedFd>>> = Mutex::new(Vec::new());
 
 /// A running child and its thread.
 #[derive(Debug)]
@@ -30,7 +36,6 @@ pub(super) struct Keeper {
     pub(super) pid: u32,
     pidfd: Arc<OwnedFd>,
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -54,20 +59,26 @@ impl Keeper {
         let shared = Arc::new(Shared::default());
         let (started, start) = mpsc::sync_channel(1);
         let theirs = Arc::clone(&shared);
-        let thread = std::thread::Builder::new().name("plugin-host".to_owned()).spawn(move || {
+        command.process_group(0);
+        // Not joined, since a child that cannot end must not hold the daemon: `drop` waits for its word, with a limit.
+        std::thread::Builder::new().name("plugin-host".to_owned()).spawn(move || {
             let spawned = command.spawn().and_then(|child| Ok((pidfd_of(&child)?, child)));
             drop(command); // with the child's end of the socket
             match spawned {
                 Err(error) => drop(started.send(Err(error))),
                 Ok((pidfd, child)) => {
                     let pidfd = Arc::new(pidfd);
+                    let mut living = lock(&LIVING);
+                    living.retain(|child| child.strong_count() > 0);
+                    living.push(Arc::downgrade(&pidfd));
+                    drop(living);
                     drop(started.send(Ok((child.id(), Arc::clone(&pidfd)))));
                     keep(child, pidfd.as_fd(), &plugin, &theirs);
                 }
             }
         })?;
         let (pid, pidfd) = start.recv().map_err(|_| Error::other("the thread ended"))??;
-        Ok(Self { pid, pidfd, shared, thread: Some(thread) })
+        Ok(Self { pid, pidfd, shared })
     }
 
     /// Readable once the child has ended.
@@ -77,8 +88,7 @@ impl Keeper {
 
     /// Kills the child, if it lives.
     pub(super) fn kill(&self) {
-        // It has ended already: as good.
-        let _gone = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL).is_err();
+        kill(&self.pidfd);
     }
 
     /// What it ended with and its last lines, oldest first; the former `None` when it has not ended in `patience`.
@@ -91,29 +101,52 @@ impl Keeper {
 }
 
 impl Drop for Keeper {
-    /// The child must have ended, or end soon.
+    /// The child must have ended, or be about to.
     fn drop(&mut self) {
-        if let Some(thread) = self.thread.take() {
-            // A panic there has been reported by its thread.
-            let _panicked = thread.join().is_err();
+        if self.report(END_PATIENCE).0.is_none() {
+            let waited_ms = END_PATIENCE.as_millis();
+            log::error!(host = self.pid, waited_ms:%; "a killed plugin host does not end: a driver holds it in the kernel");
         }
     }
 }
 
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
-    state.lock().unwrap_or_else(PoisonError::into_inner)
+/// Kills every plugin host of this process, so that calls that wait for one fail at once. For the end of the daemon.
+pub fn kill_plugin_hosts() {
+    lock(&LIVING).iter().filter_map(Weak::upgrade).for_each(|pidfd| kill(&pidfd));
+}
+
+fn kill(pidfd: &OwnedFd) {
+    // It has ended already: as good.
+    let _gone = rustix::process::pidfd_send_signal(pidfd, Signal::KILL).is_err();
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn pid_of(child: &Child) -> Option<Pid> {
+    i32::try_from(child.id()).ok().and_then(Pid::from_raw)
 }
 
 fn pidfd_of(child: &Child) -> Result<OwnedFd, Error> {
-    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).ok_or(ErrorKind::InvalidData)?;
-    Ok(pidfd_open(pid, PidfdFlags::empty())?)
+    Ok(pidfd_open(pid_of(child).ok_or(ErrorKind::InvalidData)?, PidfdFlags::empty())?)
 }
 
 /// Reads until the child has ended, then takes its status.
 fn keep(mut child: Child, pidfd: BorrowedFd<'_>, plugin: &str, shared: &Shared) {
     let pid = child.id();
+    let flow = RefCell::new(Flow::new(Instant::now()));
+    let told = |dropped: Option<u64>| {
+        if let Some(n) = dropped {
+            log::warn!(plugin, host = pid; "{n} lines of the plugin host dropped: it says too much");
+        }
+    };
     let mut said = |level, line: String| {
-        log::log!(level, plugin, host = pid; "{line}");
+        let (is_logged, dropped) = flow.borrow_mut().admit(Instant::now());
+        told(dropped);
+        if is_logged {
+            log::log!(level, plugin, host = pid; "{line}");
+        }
         let mut state = lock(&shared.state);
         if state.tail.len() == TAIL_LINES {
             state.tail.pop_front();
@@ -126,9 +159,12 @@ fn keep(mut child: Child, pidfd: BorrowedFd<'_>, plugin: &str, shared: &Shared) 
     loop {
         let mut fds = vec![PollFd::new(&pidfd, PollFlags::IN)];
         fds.extend(streams.iter().map(|stream| PollFd::new(&stream.pipe, PollFlags::IN)));
-        if poll(&mut fds, None).is_err_and(|errno| errno != Errno::INTR) {
+        // What was dropped is told soon, though nothing more is said.
+        let pause = flow.borrow().has_dropped().then(|| timespec(Flow::TIME));
+        if poll(&mut fds, pause.as_ref()).is_err_and(|errno| errno != Errno::INTR) {
             break;
         }
+        told(flow.borrow_mut().look(Instant::now()));
         let ended = !fds[0].revents().is_empty();
         streams.retain_mut(|stream| {
             let is_open = stream.read(&mut said);
@@ -142,6 +178,11 @@ fn keep(mut child: Child, pidfd: BorrowedFd<'_>, plugin: &str, shared: &Shared) 
         }
     }
     streams.iter_mut().for_each(|stream| stream.finish(&mut said));
+    told(flow.borrow_mut().end());
+    // Before the child is taken: until then its number, and its group's, cannot be another's.
+    if let Some(group) = pid_of(&child) {
+        let _none_left = rustix::process::kill_process_group(group, Signal::KILL).is_err();
+    }
     let end = match child.wait() {
         Ok(status) => describe(status),
         Err(error) => format!("ended, and nobody knows how: {error}"),
@@ -170,7 +211,7 @@ impl Stream {
     /// `None` when the pipe cannot be read without waiting.
     fn new(pipe: OwnedFd, level: log::Level) -> Option<Self> {
         rustix::io::ioctl_fionbio(&pipe, true).ok()?;
-        Some(Self { pipe: pipe.into(), lines: Lines { level, partial: Vec::new() } })
+        Some(Self { pipe: pipe.into(), lines: Lines::new(level) })
     }
 
     /// Reads what is there; false at its end.
@@ -192,54 +233,14 @@ impl Stream {
 
     /// Gives out what has no line's end.
     fn finish(&mut self, said: &mut impl FnMut(log::Level, String)) {
-        if !self.lines.partial.is_empty() {
-            self.lines.push(b"\n", said);
-        }
-    }
-}
-
-/// Bytes on their way to lines. A line `<N>text` has the priority N of syslog, as services write it.
-#[derive(Debug)]
-struct Lines {
-    /// Of lines without one of their own.
-    level: log::Level,
-    partial: Vec<u8>,
-}
-
-impl Lines {
-    fn push(&mut self, bytes: &[u8], said: &mut impl FnMut(log::Level, String)) {
-        for &byte in bytes {
-            if byte != b'\n' {
-                self.partial.push(byte);
-            }
-            if byte == b'\n' || self.partial.len() == LINE_BYTES_MAX {
-                let line = std::mem::take(&mut self.partial);
-                let (level, text) = match line.as_slice() {
-                    [b'<', n @ b'0'..=b'7', b'>', text @ ..] => (priority(*n), text),
-                    text => (self.level, text),
-                };
-                // The log is read in terminals; a plugin is not to move their cursors.
-                let text = String::from_utf8_lossy(text).replace(char::is_control, " ");
-                if !text.trim().is_empty() {
-                    said(level, text.trim_end().to_owned());
-                }
-            }
-        }
-    }
-}
-
-fn priority(digit: u8) -> log::Level {
-    match digit {
-        b'0'..=b'3' => log::Level::Error,
-        b'4' => log::Level::Warn,
-        b'5' | b'6' => log::Level::Info,
-        _ => log::Level::Debug,
+        self.lines.finish(said);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::PathBuf;
     use std::process::Stdio;
 
     /// More than any test takes.
@@ -249,12 +250,6 @@ mod tests {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         Keeper::start(command, "test".to_owned()).unwrap()
-    }
-
-    fn lines(parts: &[&[u8]]) -> Vec<(log::Level, String)> {
-        let (mut lines, mut all) = (Lines { level: log::Level::Warn, partial: Vec::new() }, Vec::new());
-        parts.iter().for_each(|part| lines.push(part, &mut |level, line| all.push((level, line))));
-        all
     }
 
     #[test]
@@ -273,12 +268,25 @@ mod tests {
     }
 
     #[test]
-    fn a_grandchild_that_keeps_the_pipes_does_not_hold_the_end_up() {
+    fn a_grandchild_that_keeps_the_pipes_ends_with_the_child_and_does_not_hold_its_end_up() {
         let keeper = shell("sleep 1000 & echo $!; exit 0");
         let (end, tail) = keeper.report(PATIENCE);
         assert_eq!(end.as_deref(), Some("ended with exit status 0"));
-        let killed = Command::new("kill").arg(&tail[0]).status().unwrap();
-        assert!(killed.success());
+        let stat = PathBuf::from(format!("/proc/{}/stat", tail[0]));
+        // Killed, it is a zombie until its new parent has taken it.
+        let is_dead = || std::fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "));
+        let deadline = Instant::now() + PATIENCE;
+        while !is_dead() {
+            assert!(Instant::now() < deadline, "process {} lives", tail[0]);
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_flood_is_cut_and_told_and_the_last_lines_are_kept() {
+        let (end, tail) = shell("seq 1 100000; exit 0").report(PATIENCE);
+        assert_eq!(end.as_deref(), Some("ended with exit status 0"));
+        assert_eq!(tail.last().map(String::as_str), Some("100000"));
     }
 
     #[test]
@@ -286,14 +294,5 @@ mod tests {
         let mut command = Command::new("/nowhere/sparsed");
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         assert_eq!(Keeper::start(command, "test".to_owned()).unwrap_err().kind(), ErrorKind::NotFound);
-    }
-
-    #[test]
-    fn lines_are_put_together_cut_and_cleaned() {
-        let found = lines(&[b"<6>he", b"llo\n\n  \n<9>x\x1b[2J\n"]);
-        assert_eq!(found, [(log::Level::Info, "hello".to_owned()), (log::Level::Warn, "<9>x [2J".to_owned())]);
-        let long = lines(&[&vec![b'a'; 2 * LINE_BYTES_MAX]]);
-        assert_eq!(long.len(), 2);
-        assert_eq!(lines(&[b"\xff\n"])[0].1, "\u{fffd}");
     }
 }

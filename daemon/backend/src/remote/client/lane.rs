@@ -5,7 +5,7 @@
 
 use super::link::Link;
 use crate::remote::arena::{Arena, Layout};
-use crate::remote::wire::{Object, Request};
+use crate::remote::wire::{Failure, Object, Request};
 use crate::remote::{spin_time, timespec};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use sparsed_abi::{E_DEVICE_LOST, E_NOMEM_HOST, E_STEP, OK};
@@ -104,9 +104,8 @@ impl Lane {
         if status > OK {
             return Err(self.link.nonsense());
         }
-        let op_index = header.op_index.load(Ordering::Relaxed);
-        let op_index = (op_index != u32::MAX).then_some(op_index);
-        Err(PluginError { status, message: self.arena.message(), op_index, block: None, vendor_code: 0 })
+        // The host may change its status between two looks; the one that was checked counts.
+        Err(Failure { status, ..self.arena.failure() }.into())
     }
 
     fn is_done(&self) -> bool {

@@ -9,11 +9,10 @@ use crate::remote::{HostOptions, timespec};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use sparsed_abi::{E_DEVICE_LOST, E_INVALID};
+use sparsed_abi::{E_DEVICE_LOST, E_INVALID, OK};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::io::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -51,8 +50,6 @@ impl Link {
         for name in NOT_FOR_CHILDREN {
             command.env_remove(name);
         }
-        // In a group of its own: a terminal's interrupt is for the daemon, which lets running answers end first.
-        command.process_group(0);
         command.current_dir("/").stdin(Stdio::from(far)).stdout(Stdio::piped()).stderr(Stdio::piped());
         let keeper = Keeper::start(command, plugin.to_owned())?;
         log::info!(plugin, host = keeper.pid; "plugin host started");
@@ -110,10 +107,8 @@ impl Link {
             return Err(self.lose(&format!("did not answer for {} ms", limit.as_millis())));
         }
         match receive::<Reply>(socket.as_fd()) {
-            Ok(Some((Reply::Failed { status, op_index, message }, _))) if status < 0 => {
-                Err(PluginError { status, message, op_index, block: None, vendor_code: 0 })
-            }
-            Ok(Some((Reply::Failed { .. }, _))) => Err(self.nonsense()),
+            Ok(Some((Reply::Failed(failure), _))) if failure.status < OK => Err(failure.into()),
+            Ok(Some((Reply::Failed(_), _))) => Err(self.nonsense()),
             Ok(Some((reply, _))) => Ok(reply),
             Ok(None) => Err(self.lose_closed("closed its connection")),
             Err(error) => Err(self.lose(&format!("answers nonsense: {error}"))),
@@ -128,11 +123,13 @@ impl Link {
     /// Lets the host forget an object. With a lost host it is forgotten already.
     pub(super) fn discard(&self, object: Object) {
         // The first failure has been logged where the host was lost.
-        let answer = self.call_within(&Request::Drop(object), &[], DROP_TIMEOUT);
+        let limit = DROP_TIMEOUT.min(self.options.call_timeout);
+        let answer = self.call_within(&Request::Drop(object), &[], limit);
         let _lost = answer.and_then(|reply| self.done(reply)).is_err();
     }
 
-    fn done(&self, reply: Reply) -> Result<()> {
+    /// Fails unless the answer says no more than that it is done.
+    pub(super) fn done(&self, reply: Reply) -> Result<()> {
         match reply {
             Reply::Done => Ok(()),
             _ => Err(self.nonsense()),

@@ -2,7 +2,10 @@
 
 mod keeper;
 mod lane;
+mod lines;
 mod link;
+
+pub use keeper::kill_plugin_hosts;
 
 use crate::remote::HostOptions;
 use crate::remote::arena::{KIND_KV, KIND_RUN};
@@ -47,7 +50,7 @@ impl Loaded {
     ) -> std::result::Result<Arc<Self>, BackendError> {
         let (id, version) = (&found.manifest.id, &found.manifest.version);
         let library = found.variant()?;
-        taint::note(&found.manifest);
+        taint::note(found);
         let refuse = |reason: String| BackendError::Host { plugin: id.clone(), reason };
         let link = Link::start(id, options).map_err(|e| refuse(format!("{}: {e}", options.program.display())))?;
         let start = Request::Start(Start {
@@ -101,7 +104,8 @@ impl Plugin for RemotePlugin {
     fn open(&self, index: u32, options: &OpenOptions) -> Result<RemoteDevice> {
         let id = self.link.new_id();
         let OpenOptions { n_threads, mem_budget, .. } = *options;
-        self.link.tell(&Request::Open { device: id, index, n_threads, mem_budget }, &[])?;
+        let request = Request::Open { device: id, index, n_threads, mem_budget };
+        self.link.done(self.link.call_within(&request, &[], self.link.options().start_timeout)?)?;
         Ok(RemoteDevice { link: Arc::clone(&self.link), id, lanes: Mutex::default(), files: Mutex::default() })
     }
 }

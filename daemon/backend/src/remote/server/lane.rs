@@ -2,10 +2,11 @@
 
 use super::objects::{JobObjects, refuse};
 use crate::remote::arena::{Arena, KIND_KV, KIND_RUN, Layout};
+use crate::remote::wire::Failure;
 use crate::remote::{spin_time, timespec};
 use crate::{BackendError, Queue};
 use rustix::event::{PollFd, PollFlags, poll};
-use sparsed_abi::{Blob, E_INTERNAL, E_INVALID, OK, SpdKvOp, SpdStatus, read_exact};
+use sparsed_abi::{Blob, E_INTERNAL, E_INVALID, OK, SpdKvOp, read_exact};
 use std::io::Error;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -69,16 +70,10 @@ impl Lane {
             turn = next;
             let outcome = self.job(&mut queue, jobs);
             let header = self.arena.header();
-            let (status, op_index) = match &outcome {
-                Ok(()) => (OK, None),
-                Err(error) => {
-                    let (status, op_index, message) = outcome_of(error);
-                    self.arena.set_message(&message);
-                    (status, op_index)
-                }
-            };
-            header.status.store(status, Ordering::Relaxed);
-            header.op_index.store(op_index.unwrap_or(u32::MAX), Ordering::Relaxed);
+            match &outcome {
+                Ok(()) => header.status.store(OK, Ordering::Relaxed),
+                Err(error) => self.arena.set_failure(&Failure::of(error, E_INTERNAL)),
+            }
             header.completed.store(turn, Ordering::Release);
             ring(self.answer.as_fd());
         }
@@ -128,13 +123,6 @@ impl Lane {
             }
             kind => Err(refuse(E_INVALID, format!("a job of the unknown kind {kind}"))),
         }
-    }
-}
-
-fn outcome_of(error: &BackendError) -> (SpdStatus, Option<u32>, String) {
-    match error {
-        BackendError::Call { status, message, op_index, .. } => (*status, *op_index, message.clone()),
-        other => (E_INTERNAL, None, other.to_string()),
     }
 }
 

@@ -7,11 +7,13 @@ mod lane;
 mod objects;
 mod sandbox;
 
-use crate::remote::wire::{Reply, Request, Start, receive, send};
+pub use sandbox::confine;
+
+use crate::remote::wire::{Failure, Reply, Request, Start, receive, send};
 use crate::{BackendError, Found, Plugin};
 use objects::Objects;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
-use sparsed_abi::{E_DRIVER, E_INVALID, LAYOUT_DIGEST};
+use sparsed_abi::{E_DRIVER, E_INVALID, LAYOUT_DIGEST, OK};
 use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
@@ -59,27 +61,24 @@ fn load(start: &Start) -> Result<(Arc<Plugin>, u32), BackendError> {
         let mine = env!("CARGO_PKG_VERSION");
         return Err(refuse(format!("the host's executable is sparsed {mine}, the caller is {}", start.version)));
     }
-    // Read for the devices it names, and again as the library is loaded, when nothing else can be opened any more.
-    let devices = Found::open(&start.dir)?.manifest.devices;
-    sandbox::enter(&start.dir, &devices).map_err(|error| refuse(format!("cannot give up rights: {error}")))?;
+    // Read for the devices and files it names, and again as the library is loaded, when nothing else can be opened any more.
+    let manifest = Found::open(&start.dir)?.manifest;
+    confine(&start.dir, &manifest).map_err(|error| refuse(format!("cannot give up rights: {error}")))?;
     let found = Found::open(&start.dir)?;
     if (&found.manifest.id, &found.manifest.version) != (&start.id, &start.plugin_version) {
         return Err(refuse("its plugin.toml has changed".to_owned()));
     }
-    let plugin = Plugin::load(&found, &start.settings)?;
+    let plugin = Plugin::load_here(&found, &start.settings)?;
     let count = plugin.device_count()?;
     Ok((plugin, count))
 }
 
 /// A failure as the daemon hears it: a plugin's with its own status and words.
 fn failed(error: &BackendError) -> Reply {
-    match error {
-        BackendError::Call { status, message, op_index, .. } if *status < 0 => {
-            Reply::Failed { status: *status, op_index: *op_index, message: message.clone() }
-        }
-        BackendError::NoDevice { .. } => {
-            Reply::Failed { status: E_INVALID, op_index: None, message: error.to_string() }
-        }
-        other => Reply::Failed { status: E_DRIVER, op_index: None, message: other.to_string() },
-    }
+    Reply::Failed(match error {
+        BackendError::NoDevice { .. } => Failure::of(error, E_INVALID),
+        // No plugin may say that it has failed with a status that is none.
+        BackendError::Call { status, .. } if *status >= OK => Failure::new(E_DRIVER, error.to_string()),
+        other => Failure::of(other, E_DRIVER),
+    })
 }

@@ -175,7 +175,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// A refusal of the host's own.
 pub(super) fn refuse(status: SpdStatus, message: String) -> BackendError {
-    BackendError::Call { call: "plugin host", status, message, op_index: None }
+    BackendError::refused("plugin host", status, message)
 }
 
 fn unknown(what: &str, id: u32) -> BackendError {

@@ -1,9 +1,10 @@
-//! What may a plugin in its own process not do? Start programs, look into other processes, reach the network, open
-//! files that are not its own.
+//! What may a plugin in its own process not do? Start programs or processes, look into other ones, reach the network,
+//! open files that are not its own.
 //!
 //! Best effort: what the kernel does not have is said in the log and left out. Drivers need ioctl, mmap and threads, so
 //! system calls are denied by name; the list is not a proof against hostile code, which the loader's checks keep out.
 
+use crate::Manifest;
 use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetStatus,
     Scope, path_beneath_rules,
@@ -15,8 +16,35 @@ use std::collections::BTreeMap;
 use std::io::Error;
 use std::path::{Path, PathBuf};
 
-/// What may be read: libraries, their configuration, and what the kernel says about the machine.
-const READABLE: &[&str] = &["/usr", "/lib", "/lib64", "/etc", "/proc", "/sys"];
+/// What may be read: libraries, what the kernel says about the machine, and of its configuration what the linker, the C
+/// library and drivers ask for. The rest of `/etc` is none of a plugin's business.
+const READABLE: &[&str] = &[
+    "/usr",
+    "/lib",
+    "/lib64",
+    "/proc",
+    "/sys",
+    // the dynamic linker
+    "/etc/ld.so.cache",
+    "/etc/ld.so.conf",
+    "/etc/ld.so.conf.d",
+    "/etc/ld.so.preload",
+    // the C library: time, the user's name and home, the system's name
+    "/etc/localtime",
+    "/etc/nsswitch.conf",
+    "/etc/passwd",
+    "/etc/group",
+    "/etc/os-release",
+    "/etc/alternatives",
+    // drivers: OpenCL and Vulkan loaders, NVIDIA (Tegra too), Ascend
+    "/etc/OpenCL",
+    "/etc/vulkan",
+    "/etc/nvidia",
+    "/etc/nv_tegra_release",
+    "/etc/ascend_install.info",
+    "/etc/sys_version.conf",
+    "/etc/hdcBasic.cfg",
+];
 /// Devices that every program may use.
 const COMMON_DEVICES: &[&str] = &["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"];
 /// Landlock's rules as they are written below; an older kernel takes a part of them.
@@ -29,6 +57,13 @@ const DENIED: &[i64] = &[
     // other programs
     libc::SYS_execve,
     libc::SYS_execveat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_fork,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_vfork,
+    // out of the group that ends with the host
+    libc::SYS_setsid,
+    libc::SYS_setpgid,
     // other processes
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
@@ -75,24 +110,24 @@ const DENIED: &[i64] = &[
 ///
 /// # Errors
 /// When the kernel refuses what it has.
-pub(super) fn enter(dir: &Path, devices: &[String]) -> Result<(), Error> {
+pub fn confine(dir: &Path, manifest: &Manifest) -> Result<(), Error> {
     rustix::thread::set_no_new_privs(true)?;
-    restrict_files(dir, devices).map_err(Error::other)?;
-    let filter = BpfProgram::try_from(filter().map_err(Error::other)?).map_err(Error::other)?;
-    match seccompiler::apply_filter(&filter) {
-        Ok(()) => Ok(()),
-        Err(error) => {
+    restrict_files(dir, manifest).map_err(Error::other)?;
+    for filter in [processes(), filter()] {
+        let filter = BpfProgram::try_from(filter.map_err(Error::other)?).map_err(Error::other)?;
+        if let Err(error) = seccompiler::apply_filter(&filter) {
             log::warn!("system calls of the plugin are not filtered: {error}");
-            Ok(())
         }
     }
+    Ok(())
 }
 
-fn restrict_files(dir: &Path, devices: &[String]) -> Result<(), landlock::RulesetError> {
+fn restrict_files(dir: &Path, manifest: &Manifest) -> Result<(), landlock::RulesetError> {
     let mut readable: Vec<PathBuf> = READABLE.iter().map(PathBuf::from).collect();
     readable.push(dir.to_owned());
+    readable.extend(manifest.reads.iter().map(PathBuf::from));
     let mut writable: Vec<PathBuf> = COMMON_DEVICES.iter().map(PathBuf::from).collect();
-    writable.extend(devices.iter().flat_map(|pattern| matching_devices(pattern)));
+    writable.extend(manifest.devices.iter().flat_map(|pattern| matching_devices(pattern)));
     let status = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(LANDLOCK))?
@@ -121,6 +156,14 @@ fn matching_devices(pattern: &str) -> Vec<PathBuf> {
     named.map(|entry| entry.path()).take(DEVICES_MAX).collect()
 }
 
+/// No clone3(2): where its flags lie a filter cannot look. The C library then takes clone(2), whose flags are an
+/// argument, as it does on a kernel without the newer call.
+fn processes() -> Result<SeccompFilter, seccompiler::BackendError> {
+    let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    let rules = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    SeccompFilter::new(rules, SeccompAction::Allow, missing, std::env::consts::ARCH.try_into()?)
+}
+
 /// Everything is allowed but what is denied.
 fn filter() -> Result<SeccompFilter, seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = DENIED.iter().map(|&call| (call, Vec::new())).collect();
@@ -130,6 +173,10 @@ fn filter() -> Result<SeccompFilter, seccompiler::BackendError> {
     };
     let foreign = SeccompRule::new(vec![not(libc::AF_UNIX)?, not(libc::AF_NETLINK)?])?;
     rules.insert(libc::SYS_socket, vec![foreign]);
+    // Threads may be started, processes not: none outlives the host, and none computes unseen.
+    let flag = u64::from(libc::CLONE_THREAD.unsigned_abs());
+    let no_thread = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), 0)?;
+    rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![no_thread])?]);
     // Signals but to its own threads: abort() sends itself one.
     let own = i32::try_from(std::process::id()).unwrap_or(0);
     rules.insert(libc::SYS_tgkill, vec![SeccompRule::new(vec![not(own)?])?]);
