@@ -58,6 +58,8 @@ fn load(backend: &Backend, model: &Model) -> DeviceModel {
         max_seqs: 1,
         max_logits: 1,
         n_blocks: blocks_for(2 * DEPTH),
+        n_fast: blocks_for(2 * DEPTH),
+        slow_cache_bytes: 0,
     };
     DeviceModel::load(backend, model, options, &mut |_, _| {}).unwrap()
 }

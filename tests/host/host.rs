@@ -302,7 +302,7 @@ fn blocks_go_out_of_a_host_and_come_back() {
         rope: row(4),
         index: row(4),
     };
-    let pool = backend.create_kv(&desc).unwrap();
+    let pool = backend.create_kv(&desc, None).unwrap();
     let mut queue = backend.queue().unwrap();
     let image = usize::try_from(pool.info().image_bytes).unwrap();
     let filled: Vec<u8> = (0..image).map(|i| (i % 251) as u8 >> 2).collect();

@@ -109,7 +109,7 @@ pub(crate) fn step() -> Blob {
 }
 
 pub(crate) fn status_of_pool(backend: &Backend, desc: &KvDesc) -> Option<i32> {
-    backend.create_kv(desc).err()?.status()
+    backend.create_kv(desc, None).err()?.status()
 }
 
 /// Sends a signal by its name.

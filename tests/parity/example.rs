@@ -97,7 +97,7 @@ impl Bench {
         let row = SpdRow { dtype: DT_F16, width: 8 };
         let shape =
             KvDesc { block_tokens: 8, n_blocks: 3, n_layers: 1, n_index_layers: 1, latent: row, rope: row, index: row };
-        let pool = backend.create_kv(&shape).unwrap();
+        let pool = backend.create_kv(&shape, None).unwrap();
         Self { backend, weights: weights.into(), pool, blob: program() }
     }
 

@@ -9,7 +9,7 @@ use crate::devices;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
-use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service};
+use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File, Permissions};
@@ -118,6 +118,10 @@ fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
         path: model.path,
         max_context: model.max_context,
         kv_bytes,
+        slow_tier: config
+            .memory
+            .slow_tier
+            .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share }),
     };
     models.into_iter().map(options).collect()
 }

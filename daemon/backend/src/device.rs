@@ -2,10 +2,11 @@
 
 use crate::call::{checked, text};
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
+use crate::slow::SlowArea;
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
-    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, SpdApi, SpdBucket,
-    SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
+    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, SpdApi,
+    SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
 };
 use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
@@ -204,12 +205,12 @@ impl Backend {
         Weight::upload(&self.device, weight)
     }
 
-    /// Creates a KV pool whose rows read as zero.
+    /// Creates a KV pool whose rows read as zero; `slow` must outlive what is moved there.
     ///
     /// # Errors
     /// The plugin's own, for example `SPD_E_NOMEM_DEVICE`.
-    pub fn create_kv(&self, desc: &KvDesc) -> Result<KvPool, BackendError> {
-        KvPool::create(&self.device, desc)
+    pub fn create_kv(&self, desc: &KvDesc, slow: Option<&SlowArea>) -> Result<KvPool, BackendError> {
+        KvPool::create(&self.device, desc, slow)
     }
 
     /// Compiles a program for steps up to `bucket`. Weights and pools are bound in the order of their slots and stay
@@ -259,6 +260,11 @@ impl DeviceInfo {
     /// True when the same step gives the same bits, whatever shares its batch and however the prompt was cut.
     pub fn is_invariant(&self) -> bool {
         self.features & (FEAT_DETERMINISTIC | FEAT_INVARIANT) == FEAT_DETERMINISTIC | FEAT_INVARIANT
+    }
+
+    /// True when latent planes may lie in a file.
+    pub fn takes_slow_file(&self) -> bool {
+        self.features & FEAT_SLOW_FILE != 0
     }
 
     /// True when weights are read where they lie in host memory.

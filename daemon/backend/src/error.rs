@@ -11,6 +11,12 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BackendError {
+    /// The pool cannot have a slow tier.
+    #[error("no slow tier: {reason}")]
+    Slow {
+        /// Why not.
+        reason: String,
+    },
     /// No plugin was found, or none with the id asked for.
     #[error("no usable plugin{}: looked in {}{}", id.as_ref().map(|id| format!(" '{id}'")).unwrap_or_default(), searched.join(", "),
         if refused.is_empty() { "; run `make build`, or set plugins.dir".to_owned() } else { format!("; refused: {}", refused.join("; ")) })]
@@ -215,6 +221,14 @@ impl BackendError {
     /// The plugin's status, when a call failed.
     pub fn status(&self) -> Option<SpdStatus> {
         if let Self::Call { status, .. } = self { Some(*status) } else { None }
+    }
+
+    /// The block whose pages in the slow tier are not what was written.
+    pub fn bad_block(&self) -> Option<u32> {
+        match self {
+            Self::Call { status: E_DATA, block, .. } => *block,
+            _ => None,
+        }
     }
 
     /// True when a file or folder is not there.

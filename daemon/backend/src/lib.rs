@@ -24,6 +24,7 @@ mod manifest;
 mod memory;
 mod quarantine;
 mod remote;
+mod slow;
 mod taint;
 
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
@@ -37,4 +38,5 @@ pub use manifest::{AbiSection, LibrarySection, Manifest};
 pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightFile, WeightUpload};
 pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};
 pub use remote::{HostOptions, confine, kill_plugin_hosts, run_plugin_host};
+pub use slow::SlowArea;
 pub use taint::third_party;

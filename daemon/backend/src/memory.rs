@@ -3,8 +3,11 @@
 use crate::BackendError;
 use crate::call::checked;
 use crate::device::Device;
+use crate::slow::SlowArea;
 use bytes::Bytes;
-use sparsed_abi::{SpdKvDesc, SpdKvInfo, SpdKvPool, SpdRow, SpdSource, SpdWeight, SpdWeightDesc, W_HOST_IN_PLACE};
+use sparsed_abi::{
+    SpdKvDesc, SpdKvInfo, SpdKvPool, SpdKvSlow, SpdRow, SpdSource, SpdWeight, SpdWeightDesc, W_HOST_IN_PLACE,
+};
 use sparsed_plugin_kit::{put_text, struct_size};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -156,7 +159,15 @@ unsafe impl Send for KvPoolInner {}
 unsafe impl Sync for KvPoolInner {}
 
 impl KvPool {
-    pub(crate) fn create(device: &Arc<Device>, desc: &KvDesc) -> Result<Self, BackendError> {
+    pub(crate) fn create(device: &Arc<Device>, desc: &KvDesc, slow: Option<&SlowArea>) -> Result<Self, BackendError> {
+        let slow = slow.map(|area| SpdKvSlow {
+            struct_size: struct_size::<SpdKvSlow>(),
+            fd: area.file.as_raw_fd(),
+            page_bytes: 4096,
+            length: area.length,
+            cache_bytes: area.cache_bytes,
+            ..SpdKvSlow::default()
+        });
         let raw_desc = SpdKvDesc {
             struct_size: struct_size::<SpdKvDesc>(),
             flags: 0,
@@ -167,7 +178,7 @@ impl KvPool {
             latent: desc.latent,
             rope: desc.rope,
             index: desc.index,
-            slow: ptr::null(),
+            slow: slow.as_ref().map_or_else(ptr::null, ptr::from_ref),
         };
         let mut info = SpdKvInfo { struct_size: struct_size::<SpdKvInfo>(), ..SpdKvInfo::default() };
         let _control = device.plugin.control();

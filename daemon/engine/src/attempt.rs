@@ -3,6 +3,7 @@
 use crate::batch::Batch;
 use crate::executor::{DeviceModel, ExecutorError, Outputs};
 use crate::ladder::{Blame, Conduct, StepLadder, StepRung};
+use crate::warm::WriteJob;
 use sparsed_kv::BlockId;
 use std::time::Duration;
 
@@ -18,6 +19,10 @@ pub(crate) trait Executor {
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError>;
     /// Fills blocks from images, one for each.
     fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError>;
+    /// Copies a block's rows for the slow tier; the job writes them there.
+    fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError>;
+    /// Reads a block's latent plane in the slow tier from now on.
+    fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError>;
     /// A step has failed for all its sequences. An error when the device is to blame; true when that is open.
     fn examine(&mut self) -> Result<bool, ExecutorError>;
 }
@@ -48,6 +53,14 @@ impl Executor for Watched<'_> {
             Blame::Device(failures) => Err(ExecutorError::Unreliable { failures }),
             blame => Ok(blame == Blame::Open),
         }
+    }
+
+    fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError> {
+        self.device.slow_copy(block, tag)
+    }
+
+    fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
+        self.device.relocate(block, tag)
     }
 
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
@@ -110,7 +123,9 @@ pub(crate) fn compute(executor: &mut dyn Executor, batch: &Batch) -> Result<Comp
     loop {
         let computed = attempt(executor, batch)?;
         // With nobody whom it computes for, nothing says that the sequences are to blame.
-        if computed.failed.len() < batch.n_sequences() || !executor.examine()? {
+        let is_page = |(_, error): &(usize, ExecutorError)| error.bad_block().is_some();
+        let nobody = computed.failed.len() == batch.n_sequences() && !computed.failed.iter().any(is_page);
+        if !nobody || !executor.examine()? {
             return Ok(computed);
         }
         log::warn!("step failed for all its sequences, which may be the device's fault: trying again");
@@ -159,6 +174,26 @@ pub(crate) fn import(
 ) -> Result<Outcome<()>, ExecutorError> {
     let n = blocks.len().min(images.len());
     outcome(climb(executor, true, |executor| executor.import(&blocks[..n], &mut images[..n])))
+}
+
+/// Copies a block's rows for the slow tier.
+///
+/// # Errors
+/// Only when the device is of no more use as it is.
+pub(crate) fn slow_copy(
+    executor: &mut dyn Executor,
+    block: BlockId,
+    tag: u64,
+) -> Result<Outcome<WriteJob>, ExecutorError> {
+    outcome(climb(executor, true, |executor| executor.slow_copy(block, tag)))
+}
+
+/// Has a block's latent plane read in the slow tier.
+///
+/// # Errors
+/// Only when the device is of no more use as it is.
+pub(crate) fn relocate(executor: &mut dyn Executor, block: BlockId, tag: u64) -> Result<Outcome<()>, ExecutorError> {
+    outcome(climb(executor, true, |executor| executor.relocate(block, tag)))
 }
 
 fn outcome<T>(result: Result<T, Failed>) -> Result<Outcome<T>, ExecutorError> {

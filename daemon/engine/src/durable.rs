@@ -11,6 +11,7 @@ use crate::attempt::{Executor, Outcome, export, import};
 use crate::executor::ExecutorError;
 use crate::scheduler::Scheduler;
 use crate::sequence::SequenceId;
+use crate::warm::WriteJob;
 use sparsed_kv::{FileId, Save};
 
 /// Blocks that are asked for at a time.
@@ -48,20 +49,8 @@ pub(crate) trait Files {
     fn save(&mut self, save: Save, image: Vec<u8>);
     /// Reads images.
     fn restore(&mut self, restore: Restore);
-}
-
-/// For engines that serve no sessions.
-#[derive(Debug)]
-pub(crate) struct NoFiles;
-
-impl Files for NoFiles {
-    fn save(&mut self, _save: Save, _image: Vec<u8>) {
-        unreachable!("no sequence has a session")
-    }
-
-    fn restore(&mut self, _restore: Restore) {
-        unreachable!("no sequence has a session")
-    }
+    /// Writes a block into the slow tier; the answer is [`Scheduler::demoted`].
+    fn write(&mut self, tag: u64, job: WriteJob);
 }
 
 /// A sequence's side of it.
@@ -128,7 +117,10 @@ pub(crate) fn carry_out(
     files: &mut dyn Files,
 ) -> Result<(), ExecutorError> {
     while let Some(mut restored) = scheduler.next_arrival() {
-        let blocks = scheduler.place(&restored);
+        let Some(blocks) = scheduler.place(&restored) else {
+            scheduler.put_back(restored);
+            break;
+        };
         // The next window is read while this one is imported.
         scheduler.take_restores().for_each(|restore| files.restore(restore));
         crate::step::discard_freed(scheduler, executor)?;

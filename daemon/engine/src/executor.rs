@@ -1,10 +1,14 @@
 //! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
 use crate::batch::{Batch, Rows};
-use sparsed_abi::{Blob, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, SpdBucket, SpdKvOp};
-use sparsed_backend::{Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, Weight, WeightFile, WeightUpload};
+use crate::warm::WriteJob;
+use sparsed_abi::{Blob, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
+use sparsed_backend::{
+    Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
+};
 use sparsed_kv::{BLOCK_TOKENS, BlockId, BlockTable, KvError, Pool};
 use sparsed_model::{KvShape, LayerRows, Model, ModelError, Program, ProgramOptions};
+use std::path::Path;
 use std::sync::Arc;
 
 /// Why a model could not be loaded or run.
@@ -62,6 +66,11 @@ pub enum ExecutorError {
 }
 
 impl ExecutorError {
+    /// The block whose rows in the slow tier are not what was written.
+    pub(crate) fn bad_block(&self) -> Option<BlockId> {
+        if let Self::Backend(error) = self { error.bad_block().map(BlockId) } else { None }
+    }
+
     /// What the failure says about the device.
     pub(crate) fn fault(&self) -> Fault {
         match self {
@@ -90,6 +99,10 @@ pub struct LoadOptions {
     pub max_logits: u32,
     /// Blocks of the KV pool.
     pub n_blocks: u32,
+    /// Blocks whose latent planes are in fast memory at most; as many as `n_blocks` without a slow tier.
+    pub n_fast: u32,
+    /// Memory for rows that were read from the slow tier.
+    pub slow_cache_bytes: u64,
 }
 
 /// A model on a device.
@@ -100,6 +113,8 @@ pub struct DeviceModel {
     plan: Plan,
     queue: Queue,
     pool: KvPool,
+    /// Where latent planes lie that are not in fast memory.
+    slow: Option<Arc<SlowArea>>,
     options: LoadOptions,
     step_id: u64,
     input: Blob,
@@ -163,7 +178,7 @@ impl DeviceModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ExecutorError> {
         let program = model.program(&options.program)?;
-        Self::load_program(backend, Arc::new(program), options, progress)
+        Self::load_program(backend, Arc::new(program), options, None, progress)
     }
 
     /// As [`load`](Self::load), with the model's program at hand.
@@ -171,10 +186,11 @@ impl DeviceModel {
         backend: &Backend,
         program: Arc<Program>,
         options: LoadOptions,
+        slow_dir: Option<&Path>,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ExecutorError> {
         let weights = upload(backend, &program, progress)?;
-        let pool = backend.create_kv(&KvDesc {
+        let desc = KvDesc {
             block_tokens: BLOCK_TOKENS,
             n_blocks: options.n_blocks,
             n_layers: program.kv.n_layers,
@@ -182,7 +198,14 @@ impl DeviceModel {
             latent: program.kv.latent,
             rope: program.kv.rope,
             index: program.kv.index,
-        })?;
+        };
+        let slow = match slow_dir {
+            Some(dir) if options.n_fast < options.n_blocks => {
+                Some(Arc::new(SlowArea::create(dir, &desc, program.kv.latent_row_bytes()?, options.slow_cache_bytes)?))
+            }
+            _ => None,
+        };
+        let pool = backend.create_kv(&desc, slow.as_deref())?;
         let bucket = SpdBucket {
             max_tokens: options.max_step_tokens,
             max_seqs: options.max_seqs,
@@ -193,7 +216,7 @@ impl DeviceModel {
         let queue = backend.queue()?;
         let (input, output) = (Blob::default(), Blob::default());
         let backend = backend.clone();
-        Ok(Self { backend, program, plan, queue, pool, options, step_id: 0, input, output })
+        Ok(Self { backend, program, plan, queue, pool, slow, options, step_id: 0, input, output })
     }
 
     /// Tokens that attention selects, `None` when it reads all.
@@ -313,6 +336,32 @@ impl DeviceModel {
             self.queue.kv(&self.pool, &[op], image)?;
         }
         Ok(())
+    }
+
+    /// Copies a block's latent plane for the slow tier; the job writes it there.
+    ///
+    /// # Errors
+    /// The device's failure, or that there is no slow tier.
+    pub(crate) fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError> {
+        let area = Arc::clone(self.area()?);
+        let latent = usize::try_from(self.pool.info().image_latent_offset).unwrap_or(usize::MAX);
+        let (image, _) = self.export(&[block])?;
+        Ok(Box::new(move || area.write(block.0, tag, image.get(latent..).unwrap_or_default())))
+    }
+
+    /// Reads a block's latent plane in the slow tier from now on, and gives its memory back.
+    ///
+    /// # Errors
+    /// The device's failure, or that there is no slow tier.
+    pub(crate) fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
+        let slow_offset = self.area()?.offset_of(block.0);
+        let op = SpdKvOp { kind: KV_TO_SLOW, dst_block: block.0, slow_offset, tag, ..SpdKvOp::default() };
+        Ok(self.queue.kv(&self.pool, &[op], &mut [])?)
+    }
+
+    fn area(&self) -> Result<&Arc<SlowArea>, ExecutorError> {
+        let none = || BackendError::Slow { reason: "the pool was made without one".to_owned() };
+        Ok(self.slow.as_ref().ok_or_else(none)?)
     }
 
     /// Bytes of a block's host image.

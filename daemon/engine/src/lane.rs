@@ -3,18 +3,18 @@
 use crate::api::Failure;
 use crate::attempt::Watched;
 use crate::batch::Batch;
-use crate::durable::{Files, NoFiles};
 use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
 use crate::ladder::Conduct;
+use crate::orders::Orders;
+use crate::room::{Need, Room, SlowTier};
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
-use crate::sessions::{Asks, ImagesOf};
 use crate::step::{Done, step};
 use sparsed_backend::Backend;
-use sparsed_kv::{BLOCK_TOKENS, PrefixHasher, blocks_for};
-use sparsed_model::{Model, Program, ProgramOptions, Selection};
+use sparsed_kv::{BLOCK_TOKENS, Pool, PrefixHasher};
+use sparsed_model::{Model, ModelError, Program, ProgramOptions};
 use sparsed_session::ImageShape;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,6 +34,8 @@ pub struct ModelOptions {
     pub program: ProgramOptions,
     /// Bytes of its KV pool.
     pub kv_bytes: u64,
+    /// What may lie in a slow tier where that is too little; `None`: nothing.
+    pub slow_tier: Option<SlowTier>,
 }
 
 /// A configured model.
@@ -52,15 +54,23 @@ pub(crate) struct Live {
     device: Option<DeviceModel>,
     pub(crate) scheduler: Scheduler,
     batch: Batch,
-    files: Box<dyn Files>,
+    orders: Orders,
+    /// Where the slow tier's file is, if there is one.
+    slow_dir: Option<PathBuf>,
     stats: Stats,
 }
 
 impl Lane {
     /// Opens the model's file; `created` is the time in seconds since 1970.
-    pub(crate) fn open(slot: Arc<Slot>, options: &ModelOptions, limits: Limits, created: u64) -> Self {
+    pub(crate) fn open(
+        slot: Arc<Slot>,
+        options: &ModelOptions,
+        limits: Limits,
+        created: u64,
+        orders: &dyn Fn(ImageShape) -> Orders,
+    ) -> Self {
         let mut lane = Self { slot, live: None };
-        match Live::open(&lane.slot, options, limits, created) {
+        match Live::open(&lane.slot, options, limits, created, orders) {
             Ok(live) => lane.live = Some(live),
             Err(reason) => lane.refuse(reason),
         }
@@ -94,7 +104,9 @@ impl Lane {
             self.slot.progress_permille.store(done * 1000 / total.max(1), Ordering::Relaxed);
             uploading();
         };
-        DeviceModel::load_program(backend, Arc::clone(&live.program), live.load, &mut progress).map(Some)
+        let load = live.load_options(&self.slot, backend);
+        let slow_dir = live.slow_dir.as_deref();
+        DeviceModel::load_program(backend, Arc::clone(&live.program), load, slow_dir, &mut progress).map(Some)
     }
 
     /// Takes a request of this model.
@@ -113,16 +125,25 @@ impl Lane {
 }
 
 impl Live {
-    /// Where its sessions' images go, and come from.
-    pub(crate) fn keep_images(&mut self, asks: &Asks, slot: usize) {
-        self.files = Box::new(ImagesOf { asks: asks.clone(), slot, shape: self.served.images });
-    }
-
-    fn open(slot: &Slot, options: &ModelOptions, limits: Limits, created: u64) -> Result<Self, String> {
-        let model = Model::open(&options.path).map_err(|error| error.to_string())?;
-        let dense = options.program.selection == Selection::Dense;
-        let kv = model.kv_bytes_per_token(&options.program.kv, dense).map_err(|error| error.to_string())?;
-        let (max_context, n_blocks) = room(slot, &model, options, limits, kv)?;
+    fn open(
+        slot: &Slot,
+        options: &ModelOptions,
+        limits: Limits,
+        created: u64,
+        orders: &dyn Fn(ImageShape) -> Orders,
+    ) -> Result<Self, String> {
+        let text = |error: ModelError| error.to_string();
+        let model = Model::open(&options.path).map_err(text)?;
+        let program = Arc::new(model.program(&options.program).map_err(text)?);
+        let top_k = program.top_k();
+        let (latent_bytes, index_bytes) = program.kv.plane_bytes_per_token().map_err(text)?;
+        let context = wanted_context(slot, &model, options);
+        let layers = program.kv.n_layers.into();
+        let need = Need { index_bytes, latent_bytes, layers, top_k: top_k.unwrap_or(0).into(), context };
+        // Who reads everything at every token is not helped by a slow tier.
+        let slow_tier = options.slow_tier.as_ref().filter(|_| top_k.is_some());
+        let Room { max_context, n_blocks, n_fast, cache_bytes } =
+            room(slot, &need, options.kv_bytes, limits, slow_tier)?;
         let load = LoadOptions {
             program: options.program,
             max_context,
@@ -130,35 +151,48 @@ impl Live {
             max_seqs: limits.max_running,
             max_logits: limits.max_running,
             n_blocks,
+            n_fast,
+            slow_cache_bytes: cache_bytes,
         };
-        let program = Arc::new(model.program(&options.program).map_err(|error| error.to_string())?);
-        let (top_k, grammars) = (program.top_k(), Compiler::default());
-        let block_bytes =
-            u32::try_from(kv * u64::from(BLOCK_TOKENS)).map_err(|_| "its KV rows are too long".to_owned())?;
+        let kv_bytes_per_token = latent_bytes + index_bytes;
+        let block_bytes = u32::try_from(kv_bytes_per_token * u64::from(BLOCK_TOKENS));
+        let block_bytes = block_bytes.map_err(|_| "its KV rows are too long".to_owned())?;
         let images = ImageShape { fingerprint: program.fingerprint(), block_bytes };
         let vocabulary = model.vocabulary_fingerprint();
+        let grammars = Compiler::default();
         let served =
-            ServedModel { model, max_context, kv_bytes_per_token: kv, top_k, created, vocabulary, images, grammars };
-        let served = Arc::new(served);
+            ServedModel { model, max_context, kv_bytes_per_token, top_k, created, vocabulary, images, grammars };
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
-        let scheduler = Scheduler::new(limits, n_blocks, PrefixHasher::new(secret));
+        let scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
         Ok(Self {
-            served,
+            served: Arc::new(served),
             program,
             load,
             device: None,
             scheduler,
             batch: Batch::default(),
-            files: Box::new(NoFiles),
+            orders: orders(images),
+            slow_dir: slow_tier.map(|tier| tier.dir.clone()),
             stats,
         })
     }
 
+    /// How it is put on a device, which may not have a slow tier.
+    fn load_options(&self, slot: &Slot, backend: &Backend) -> LoadOptions {
+        if self.load.n_fast == self.load.n_blocks || backend.info().takes_slow_file() {
+            return self.load;
+        }
+        let n_blocks = self.load.n_fast;
+        let tokens = n_blocks * BLOCK_TOKENS;
+        log::warn!(model:% = slot.name, tokens; "the device has no slow tier: no more tokens than these are answered at a time");
+        LoadOptions { n_blocks, slow_cache_bytes: 0, ..self.load }
+    }
+
     /// Goes on with `device`, whose KV pool is empty: what ran waits until its rows are computed again.
     pub(crate) fn attach(&mut self, device: DeviceModel) {
-        self.scheduler.requeue();
+        self.scheduler.requeue_on(Pool::with_slow_tier(device.n_blocks(), self.load.n_fast));
         self.device = Some(device);
     }
 
@@ -177,7 +211,7 @@ impl Live {
         let Some(device) = &mut self.device else { return Ok(None) };
         let vocabulary = vocabulary(&self.served);
         let mut watched = Watched { device, conduct, clock };
-        let done = step(&mut self.scheduler, &mut watched, self.files.as_mut(), &mut self.batch, vocabulary, clock)?;
+        let done = step(&mut self.scheduler, &mut watched, &mut self.orders, &mut self.batch, vocabulary, clock)?;
         if let Some(done) = done {
             self.stats.steps += 1;
             self.stats.computed_tokens += done.computed as u64;
@@ -197,33 +231,30 @@ fn vocabulary(served: &ServedModel) -> Vocabulary<'_> {
     Vocabulary { tokenizer: served.model.tokenizer(), max_context: served.max_context }
 }
 
-/// Tokens of the longest sequence, and blocks of the pool, that fit the memory there is.
-fn room(
-    slot: &Slot,
-    model: &Model,
-    options: &ModelOptions,
-    limits: Limits,
-    kv_bytes_per_token: u64,
-) -> Result<(u32, u32), String> {
+/// Most tokens of a sequence that the configuration wants.
+fn wanted_context(slot: &Slot, model: &Model, options: &ModelOptions) -> u32 {
     let trained = model.spec().context_length;
     let wanted = options.max_context.unwrap_or(trained);
     if wanted > trained {
         log::warn!(model:% = slot.name, max_context = wanted, trained; "longer than the model was trained for");
     }
-    let room = options.kv_bytes / (kv_bytes_per_token * u64::from(BLOCK_TOKENS)).max(1);
-    let all = u64::from(limits.max_running) * u64::from(blocks_for(wanted));
-    let n_blocks = u32::try_from(room.min(all)).unwrap_or(u32::MAX).min(u32::MAX / BLOCK_TOKENS);
+    wanted
+}
+
+/// What fits the memory there is.
+fn room(slot: &Slot, need: &Need, budget: u64, limits: Limits, slow: Option<&SlowTier>) -> Result<Room, String> {
+    let room = match slow {
+        Some(tier) => need.with_slow_tier(budget, limits, tier.hot_share)?,
+        None => need.without_slow_tier(budget, limits),
+    };
+    let Room { max_context, n_blocks, n_fast, .. } = room;
     if n_blocks < 2 {
-        let needed = 2 * kv_bytes_per_token * u64::from(BLOCK_TOKENS);
-        return Err(format!(
-            "{} bytes are left for its KV cache, {needed} are the least; raise memory.budget",
-            options.kv_bytes
-        ));
+        let needed = 2 * (need.index_bytes + need.latent_bytes) * u64::from(BLOCK_TOKENS);
+        return Err(format!("{budget} bytes are left for its KV cache, {needed} are the least; raise memory.budget"));
     }
-    let max_context = wanted.min(n_blocks * BLOCK_TOKENS);
-    if max_context < wanted {
-        log::warn!(model:% = slot.name, max_context, wanted; "memory.budget holds a shorter context");
+    if max_context < need.context {
+        log::warn!(model:% = slot.name, max_context, wanted = need.context; "memory.budget holds a shorter context");
     }
-    log::info!(model:% = slot.name, max_context, kv_blocks = n_blocks; "model open");
-    Ok((max_context, n_blocks))
+    log::info!(model:% = slot.name, max_context, kv_blocks = n_blocks, fast_blocks = n_fast; "model open");
+    Ok(room)
 }

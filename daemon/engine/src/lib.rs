@@ -21,8 +21,10 @@ mod executor;
 mod grammar;
 mod ladder;
 mod lane;
+mod orders;
 mod params;
 mod progress;
+mod room;
 mod runner;
 mod sampler;
 mod scheduler;
@@ -33,6 +35,7 @@ mod step;
 mod stream;
 #[cfg(test)]
 mod testing;
+mod warm;
 
 pub use batch::{Batch, Rows};
 pub use device::{DeviceSource, DeviceState, DeviceStatus};
@@ -41,6 +44,7 @@ pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
 pub use ladder::Recovery;
 pub use lane::ModelOptions;
 pub use params::{Sampling, checked_stops};
+pub use room::SlowTier;
 pub use runner::start;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};

@@ -10,6 +10,7 @@ use crate::device::{DeviceSource, DeviceStatus, Devices};
 use crate::executor::{DeviceModel, ExecutorError};
 use crate::ladder::Recovery;
 use crate::lane::{Lane, Live, ModelOptions};
+use crate::orders::{Links, SlowWriter};
 use crate::progress::Progress;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
@@ -53,18 +54,19 @@ pub fn start(
         progress: Mutex::new(Progress::new(recovery.watchdog)),
         epoch: Instant::now(),
     });
+    let writer = SlowWriter::spawn(sender.clone())?;
     let keeper = store.map(|store| sessions::spawn(store, sender.clone())).transpose()?;
     let sessions = keeper.as_ref().map(|(asks, _)| Sessions::new(asks.clone()));
     let service = Service::new(slots.clone(), sender, INBOX, Arc::clone(&shared), sessions);
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));
+    let links = Links { asks: keeper.as_ref().map(|(asks, _)| asks.clone()), writer };
     let run = move || {
         let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let open = |(slot, options): (_, &ModelOptions)| Lane::open(slot, options, limits, created);
-        let mut lanes: Vec<Lane> = slots.into_iter().zip(&models).map(open).collect();
-        if let Some((asks, _)) = &keeper {
-            let lives = lanes.iter_mut().enumerate().filter_map(|(slot, lane)| Some((slot, lane.live.as_mut()?)));
-            lives.for_each(|(slot, live)| live.keep_images(asks, slot));
-        }
+        let open = |(index, (slot, options)): (_, (_, &ModelOptions))| {
+            Lane::open(slot, options, limits, created, &|shape| links.orders(index, shape))
+        };
+        let lanes = slots.into_iter().zip(&models).enumerate().map(open).collect();
+        drop(links);
         Engine { lanes, devices, inbox, shared, n_sequences: 0, announced: false, draining: false }.run();
         if let Some((asks, thread)) = keeper {
             asks.tell(Ask::Stop);
@@ -270,6 +272,7 @@ impl Engine {
                     self.lanes[slot].submit(sequence, now);
                 }
                 Ok(Command::Written { slot }) => self.with(slot, |scheduler| scheduler.written()),
+                Ok(Command::Demoted { slot, demoted }) => self.with(slot, |scheduler| scheduler.demoted(demoted)),
                 Ok(Command::Restored { slot, restored }) => self.with(slot, |scheduler| scheduler.arrived(restored)),
                 Ok(Command::Drain) => self.draining = true,
                 // Without a service nobody can ask any more.

@@ -9,13 +9,16 @@
 //!
 //! Knows no device, no text and no clock: time is an argument.
 
+mod tiers;
+
 use crate::api::Failure;
 use crate::batch::{Batch, Rows};
 use crate::durable::{IMAGES_MAX, Restore, Restored};
-use crate::sequence::{Sequence, SequenceId, Vocabulary};
-use sparsed_kv::{Archive, BLOCK_TOKENS, BlockId, Pool, PrefixHasher, Save, blocks_for};
+use crate::sequence::{Sequence, Vocabulary};
+use sparsed_kv::{Archive, BLOCK_TOKENS, BlockId, KvError, Pool, PrefixHasher, Reservation, blocks_for};
 use std::collections::VecDeque;
 use std::time::Duration;
+use tiers::Demotions;
 
 /// What the scheduler may use.
 #[derive(Clone, Copy, Debug)]
@@ -41,8 +44,19 @@ pub struct Load {
     pub blocks_used: u32,
     /// Blocks that nobody holds, kept for sequences that begin alike.
     pub blocks_cached: u32,
+    /// Blocks whose latent plane is in the slow tier.
+    pub blocks_slow: u32,
     /// Blocks of the pool.
     pub blocks_total: u32,
+}
+
+/// How a sequence leaves the pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Leaves {
+    /// It is at its end.
+    ForGood,
+    /// Its rows are computed again.
+    ToWait,
 }
 
 /// Sequences that wait and run on one device pool.
@@ -64,13 +78,20 @@ pub(crate) struct Scheduler {
     archive: Archive,
     restores: Vec<Restore>,
     arrivals: VecDeque<Restored>,
+    demotions: Demotions,
+    /// Nobody can run until a block has moved.
+    is_blocked: bool,
+    /// Who needs a new block is left out of this step.
+    without_new_blocks: bool,
+    /// What was read for a sequence has no place until a block has moved.
+    arrivals_wait: bool,
 }
 
 impl Scheduler {
-    pub(crate) fn new(limits: Limits, n_blocks: u32, hasher: PrefixHasher) -> Self {
+    pub(crate) fn new(limits: Limits, pool: Pool, hasher: PrefixHasher) -> Self {
         Self {
             limits,
-            pool: Pool::new(n_blocks),
+            pool,
             hasher,
             waiting: VecDeque::new(),
             running: Vec::new(),
@@ -81,6 +102,10 @@ impl Scheduler {
             archive: Archive::new(IMAGES_MAX),
             restores: Vec::new(),
             arrivals: VecDeque::new(),
+            demotions: Demotions::default(),
+            is_blocked: false,
+            without_new_blocks: false,
+            arrivals_wait: false,
         }
     }
 
@@ -90,6 +115,7 @@ impl Scheduler {
             waiting: count(self.waiting.len()),
             blocks_used: self.pool.n_used(),
             blocks_cached: self.pool.n_kept(),
+            blocks_slow: self.pool.n_slow(),
             blocks_total: self.pool.n_blocks(),
         }
     }
@@ -113,10 +139,11 @@ impl Scheduler {
 
     /// Whether any sequence could run now, or a block be copied for its file or from it.
     pub(crate) fn has_work(&self) -> bool {
-        self.can_admit()
-            || self.running.iter().any(Sequence::is_ready)
+        let can_run = || self.can_admit() || self.running.iter().any(Sequence::is_ready);
+        (!self.is_blocked && can_run())
             || self.archive.is_ready()
-            || !self.arrivals.is_empty()
+            || (!self.arrivals.is_empty() && !self.arrivals_wait)
+            || self.demotions.has_results()
     }
 
     /// Whether any listener still has to be served.
@@ -163,30 +190,59 @@ impl Scheduler {
     /// Fills `batch` with the next step's work. Answers false when there is nothing to do.
     pub(crate) fn schedule(&mut self, batch: &mut Batch, now: Duration) -> bool {
         self.admit(now);
+        (self.is_blocked, self.without_new_blocks) = (false, false);
         loop {
             let blocks = self.plan();
             if self.scheduled.is_empty() {
+                self.is_blocked = self.without_new_blocks;
                 return false;
             }
             match self.pool.reserve(blocks, &mut self.freed) {
-                Ok(mut reservation) => {
-                    batch.clear();
-                    for &(index, n) in &self.scheduled {
-                        let sequence = &mut self.running[index];
-                        let first = sequence.table.n_tokens() as usize;
-                        self.slots.clear();
-                        sequence.table.append(n, &mut self.pool, &mut reservation, &mut self.slots);
-                        let rows = if sequence.n_pending() == 0 { Rows::Last } else { Rows::None };
-                        let tokens = &sequence.tokens[first..first + n as usize];
-                        batch.push(tokens, &self.slots, &sequence.table, rows);
-                    }
-                    self.pool.forfeit(reservation);
+                Ok(reservation) => {
+                    self.fill(batch, reservation);
                     return true;
                 }
-                Err(_) if self.archive.give_up(&mut self.pool, &mut self.freed) => {}
-                // A lone sequence always fits: the context is no longer than the pool.
-                Err(_) => self.preempt(),
+                Err(error) => self.make_room(error, now),
             }
+        }
+    }
+
+    fn fill(&mut self, batch: &mut Batch, mut reservation: Reservation) {
+        batch.clear();
+        for &(index, n) in &self.scheduled {
+            let sequence = &mut self.running[index];
+            let first = sequence.table.n_tokens() as usize;
+            self.slots.clear();
+            sequence.table.append(n, &mut self.pool, &mut reservation, &mut self.slots);
+            let rows = if sequence.n_pending() == 0 { Rows::Last } else { Rows::None };
+            let tokens = &sequence.tokens[first..first + n as usize];
+            batch.push(tokens, &self.slots, &sequence.table, rows);
+        }
+        self.pool.forfeit(reservation);
+    }
+
+    /// Somebody has to give way for a step. Blocks that only wait to be saved go first; then full ones move to the slow
+    /// tier, and meanwhile only those run who need no new block; then the youngest sequence goes back.
+    fn make_room(&mut self, error: KvError, now: Duration) {
+        if self.archive.give_up(&mut self.pool, &mut self.freed) {
+            return;
+        }
+        let moves = matches!(error, KvError::OutOfFast { short, .. } if self.demote(short));
+        if moves && !self.without_new_blocks {
+            self.without_new_blocks = true;
+        } else if self.running.len() > 1 {
+            self.preempt();
+        } else {
+            // A lone sequence fits, unless the slow tier has failed it or the device has none.
+            let mut sequence = self.release(0);
+            sequence.fail(match error {
+                KvError::OutOfFast { .. } => Failure::DiskFailed { reason: "the slow tier takes no more".to_owned() },
+                _ => {
+                    let max_tokens = self.pool.n_blocks() * BLOCK_TOKENS;
+                    Failure::ContextTooLong { have_tokens: sequence.tokens.len(), max_tokens }
+                }
+            });
+            self.leave(sequence, now);
         }
     }
 
@@ -208,11 +264,15 @@ impl Scheduler {
         &mut self.running[index]
     }
 
-    /// Takes finished sequences, given by ascending index, out of the pool.
-    pub(crate) fn finish(&mut self, indices: &[usize], now: Duration) {
-        for &index in indices.iter().rev() {
+    /// Takes sequences, given by ascending index, out of the pool: those that are at their end, and those that begin
+    /// again.
+    pub(crate) fn finish(&mut self, indices: &[(usize, Leaves)], now: Duration) {
+        for &(index, leaves) in indices.iter().rev() {
             let sequence = self.release(index);
-            self.leave(sequence, now);
+            match leaves {
+                Leaves::ForGood => self.leave(sequence, now),
+                Leaves::ToWait => self.waiting.push_front(sequence),
+            }
         }
     }
 
@@ -224,6 +284,11 @@ impl Scheduler {
     /// Sends all that run back to wait, before those that wait already: the device has lost their rows. Their tokens
     /// stay, and with them sampler, grammar and stream; their rows are computed again.
     pub(crate) fn requeue(&mut self) {
+        self.requeue_on(self.pool.renewed());
+    }
+
+    /// As [`requeue`](Self::requeue), for a device with another pool.
+    pub(crate) fn requeue_on(&mut self, pool: Pool) {
         while let Some(youngest) = self.running.len().checked_sub(1) {
             let sequence = self.release(youngest);
             self.waiting.push_front(sequence);
@@ -234,7 +299,9 @@ impl Scheduler {
         self.archive.forget();
         self.arrivals.clear();
         self.restores.clear();
-        self.pool = Pool::new(self.pool.n_blocks());
+        self.demotions.forget();
+        (self.is_blocked, self.arrivals_wait) = (false, false);
+        self.pool = pool;
     }
 
     /// Ends everything with `failure`.
@@ -247,72 +314,6 @@ impl Scheduler {
         for mut sequence in std::mem::take(&mut self.waiting) {
             sequence.fail(failure.clone());
             self.leave(sequence, now);
-        }
-    }
-
-    /// The next block to copy for its file, followed by [`copied`](Self::copied) and [`written`](Self::written).
-    pub(crate) fn next_save(&mut self) -> Option<Save> {
-        self.archive.next_save()
-    }
-
-    /// The block is copied, or could not be.
-    pub(crate) fn copied(&mut self, save: Save) {
-        self.archive.copied(save, &mut self.pool, &mut self.freed);
-    }
-
-    /// An image is written, or could not be.
-    pub(crate) fn written(&mut self) {
-        self.archive.written();
-    }
-
-    /// What is to be read from sessions' files.
-    pub(crate) fn take_restores(&mut self) -> impl Iterator<Item = Restore> + use<> {
-        std::mem::take(&mut self.restores).into_iter()
-    }
-
-    /// What was read.
-    pub(crate) fn arrived(&mut self, restored: Restored) {
-        self.arrivals.push_back(restored);
-    }
-
-    pub(crate) fn next_arrival(&mut self) -> Option<Restored> {
-        self.arrivals.pop_front()
-    }
-
-    /// Gives the sequence blocks for what was read, as many as there are, to be filled before anything else is done
-    /// with them; the next window is ordered. None when the sequence is gone or has changed its mind.
-    pub(crate) fn place(&mut self, restored: &Restored) -> Vec<BlockId> {
-        let Some(sequence) = restoring(&mut self.running, restored.restore.sequence) else { return Vec::new() };
-        if !sequence.has_asked(&restored.restore) {
-            return Vec::new();
-        }
-        let n = count(restored.images.len()).min(self.pool.n_available());
-        let reservation = self.pool.reserve(n, &mut self.freed);
-        let mut reservation = reservation.expect("no more than is available");
-        self.slots.clear();
-        let first = sequence.table.blocks().len();
-        sequence.table.append(n * BLOCK_TOKENS, &mut self.pool, &mut reservation, &mut self.slots);
-        self.pool.forfeit(reservation);
-        if n < restored.restore.n {
-            sequence.end_of_file();
-        } else {
-            self.restores.extend(sequence.ask());
-        }
-        sequence.table.blocks()[first..].to_vec()
-    }
-
-    /// The blocks that [`place`](Self::place) gave are filled.
-    pub(crate) fn placed(&mut self, id: SequenceId) {
-        if let Some(sequence) = restoring(&mut self.running, id) {
-            sequence.restored(&self.hasher, &mut self.pool);
-        }
-    }
-
-    /// The blocks for `restore` could not be filled.
-    pub(crate) fn displaced(&mut self, restore: &Restore) {
-        if let Some(sequence) = restoring(&mut self.running, restore.sequence) {
-            sequence.table.truncate(restore.first * BLOCK_TOKENS, &mut self.pool, &mut self.freed);
-            sequence.end_of_file();
         }
     }
 
@@ -348,8 +349,9 @@ impl Scheduler {
         for decodes in [true, false] {
             for (index, sequence) in self.running.iter().enumerate() {
                 let pending = sequence.n_pending();
-                if sequence.is_ready() && (pending == 1) == decodes && left > 0 {
-                    let n = pending.min(left);
+                let n = pending.min(left);
+                let fits = !self.without_new_blocks || sequence.table.blocks_needed(n) == 0;
+                if sequence.is_ready() && (pending == 1) == decodes && n > 0 && fits {
                     left -= n;
                     self.scheduled.push((index, n));
                 }
@@ -361,7 +363,6 @@ impl Scheduler {
     /// Sends the youngest running sequence back to wait.
     fn preempt(&mut self) {
         let youngest = self.running.len().checked_sub(1).expect("somebody holds the blocks");
-        assert!(youngest > 0, "a lone sequence does not fit the pool");
         let sequence = self.release(youngest);
         self.waiting.push_front(sequence);
     }
@@ -378,10 +379,6 @@ impl Scheduler {
             self.leaving.push(sequence);
         }
     }
-}
-
-fn restoring(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
-    running.iter_mut().find(|sequence| sequence.id == id && sequence.durable.is_some())
 }
 
 fn count(n: usize) -> u32 {

@@ -11,6 +11,9 @@ use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
 use std::collections::VecDeque;
 use std::time::Duration;
 
+/// Times that a sequence's rows are computed again because the slow tier had others: a disk that goes on so is broken.
+const SPOILT_MAX: u32 = 4;
+
 /// Order of arrival.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct SequenceId(pub(crate) u64);
@@ -41,6 +44,8 @@ pub(crate) struct Sequence {
     hashes: Vec<BlockHash>,
     /// Blocks of the table whose content the pool has been told.
     n_sealed: usize,
+    /// Times that its rows were not what was written.
+    n_spoilt: u32,
     /// Prompt tokens that were there when the sequence was first taken up.
     n_cached: Option<u32>,
     n_prompt: usize,
@@ -104,6 +109,7 @@ impl Sequence {
             owner: request.owner,
             hashes: Vec::new(),
             n_sealed: 0,
+            n_spoilt: 0,
             n_cached: None,
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
@@ -185,6 +191,17 @@ impl Sequence {
         if self.times.first_token.is_none() {
             self.n_cached = Some(self.table.n_tokens());
         }
+    }
+
+    /// Blocks that are full and computed, from the beginning on.
+    pub(crate) fn computed_blocks(&self) -> &[BlockId] {
+        &self.table.blocks()[..self.n_sealed]
+    }
+
+    /// Whether its rows may be computed again because some were not what was written; counted.
+    pub(crate) fn may_begin_again(&mut self) -> bool {
+        self.n_spoilt += 1;
+        self.n_spoilt <= SPOILT_MAX
     }
 
     /// Gives all blocks back; the tokens stay.

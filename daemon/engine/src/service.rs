@@ -12,6 +12,7 @@ use crate::grammar::{Compiler, Grammar, GrammarSpec};
 use crate::progress::Progress;
 use crate::scheduler::Load;
 use crate::sessions::Sessions;
+use crate::warm::Demoted;
 use sparsed_model::{ChatRequest, Model, ModelError};
 use sparsed_session::ImageShape;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -55,6 +56,8 @@ pub(crate) enum Command {
     Generate { slot: usize, request: Box<Generate>, sink: Box<dyn Sink> },
     /// An image of the model `slot` is written, or could not be.
     Written { slot: usize },
+    /// What has become of a block of the model `slot` on its way to the slow tier.
+    Demoted { slot: usize, demoted: Demoted },
     /// Images of the model `slot` that were asked for.
     Restored { slot: usize, restored: Restored },
     /// Take nothing new; end when nothing runs any more.
@@ -69,6 +72,7 @@ impl std::fmt::Debug for Command {
         f.write_str(match self {
             Self::Generate { .. } => "Generate",
             Self::Written { .. } => "Written",
+            Self::Demoted { .. } => "Demoted",
             Self::Restored { .. } => "Restored",
             Self::Drain => "Drain",
             Self::Stop => "Stop",

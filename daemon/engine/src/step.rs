@@ -5,8 +5,9 @@ use crate::attempt::{Executor, compute, discard};
 use crate::batch::Batch;
 use crate::durable::{Files, carry_out};
 use crate::executor::ExecutorError;
-use crate::scheduler::Scheduler;
+use crate::scheduler::{Leaves, Scheduler};
 use crate::sequence::Vocabulary;
+use crate::warm;
 use std::time::Duration;
 
 /// What a step did.
@@ -32,33 +33,41 @@ pub(crate) fn step(
     clock: &dyn Fn() -> Duration,
 ) -> Result<Option<Done>, ExecutorError> {
     scheduler.tend(clock());
+    warm::carry_out(scheduler, executor, files)?;
     carry_out(scheduler, executor, files)?;
     let scheduled = scheduler.schedule(batch, clock());
     discard_freed(scheduler, executor)?;
+    // What is to move moves before anybody waits for it.
+    warm::carry_out(scheduler, executor, files)?;
     if !scheduled {
         return Ok(None);
     }
     let mut computed = compute(executor, batch)?;
     let now = clock();
-    let mut finished = Vec::new();
-    let mut n_failed_tokens = 0;
+    let (mut leaving, mut failed, mut n_failed_tokens) = (Vec::new(), Vec::new(), 0);
     for (place, error) in computed.failed {
-        log::error!(reason:% = error; "step failed for a sequence alone, which ends");
         let (index, n_tokens) = scheduler.scheduled(place);
-        scheduler.running_mut(index).fail(Failure::BackendFailed { reason: error.to_string() });
-        finished.push(index);
+        failed.push(index);
         n_failed_tokens += n_tokens as usize;
+        if error.bad_block().is_some_and(|block| scheduler.spoilt(index, block)) {
+            log::warn!(reason:% = error; "rows in the slow tier are not what was written, they are computed again");
+            leaving.push((index, Leaves::ToWait));
+            continue;
+        }
+        log::error!(reason:% = error; "step failed for a sequence alone, which ends");
+        scheduler.running_mut(index).fail(Failure::BackendFailed { reason: error.to_string() });
+        leaving.push((index, Leaves::ForGood));
     }
-    scheduler.computed(&finished);
-    let sampled: Vec<usize> = scheduler.sampled().into_iter().filter(|index| !finished.contains(index)).collect();
+    scheduler.computed(&failed);
+    let sampled: Vec<usize> = scheduler.sampled().into_iter().filter(|index| !failed.contains(index)).collect();
     let vocab = computed.logits.len().checked_div(sampled.len()).unwrap_or(0);
     for (&index, logits) in sampled.iter().zip(computed.logits.chunks_exact_mut(vocab.max(1))) {
         if scheduler.running_mut(index).advance(logits, vocabulary, now) {
-            finished.push(index);
+            leaving.push((index, Leaves::ForGood));
         }
     }
-    finished.sort_unstable();
-    scheduler.finish(&finished, now);
+    leaving.sort_unstable();
+    scheduler.finish(&leaving, now);
     scheduler.tend(now);
     Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: sampled.len() }))
 }

@@ -9,10 +9,11 @@ use crate::executor::{ExecutorError, Outputs};
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::step::{Done, step};
+use crate::warm::{Demoted, WriteJob};
 use crate::{Grammar, Sampling, params};
-use sparsed_abi::{E_QUEUE_LOST, E_STEP, SpdStatus};
+use sparsed_abi::{E_DATA, E_QUEUE_LOST, E_STEP, SpdStatus};
 use sparsed_backend::BackendError;
-use sparsed_kv::{BLOCK_TOKENS, BlockId, FileId, PrefixHasher, Save};
+use sparsed_kv::{BLOCK_TOKENS, BlockId, FileId, Pool, PrefixHasher, Save};
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
@@ -43,8 +44,34 @@ pub(crate) struct Paged {
     pub(crate) runs: usize,
     pub(crate) computed: usize,
     pub(crate) exported: usize,
+    /// Blocks that are read in the slow tier, with their tags.
+    pub(crate) slow: HashMap<u32, u64>,
+    pub(crate) disk: Disk,
     /// Statuses of the next imports, the last one first.
     pub(crate) import_failures: Vec<SpdStatus>,
+}
+
+/// The slow tier: tag and rows of each block.
+#[derive(Clone, Default)]
+pub(crate) struct Disk(pub(crate) Arc<Mutex<HashMap<u32, (u64, Vec<(u32, u32)>)>>>);
+
+impl Paged {
+    /// Token and position of a slot, wherever its block is.
+    fn row(&self, slot: u64) -> Result<(u32, u32), ExecutorError> {
+        let block = u32::try_from(slot / BLOCK as u64).unwrap();
+        let Some(tag) = self.slow.get(&block) else { return Ok(self.rows[&slot]) };
+        let disk = self.disk.0.lock().unwrap();
+        let Some((_, rows)) = disk.get(&block).filter(|(found, _)| found == tag) else {
+            let (call, message) = ("queue_run", "a bad page".to_owned());
+            let (status, op_index, block, vendor_code) = (E_DATA, None, Some(block), 0);
+            return Err(BackendError::Call { call, status, message, op_index, block, vendor_code }.into());
+        };
+        Ok(rows[usize::try_from(slot).unwrap() % BLOCK])
+    }
+
+    fn block_rows(&self, block: BlockId) -> Result<Vec<(u32, u32)>, ExecutorError> {
+        (0..64).map(|offset| self.row(block.slot(offset))).collect()
+    }
 }
 
 fn failed(call: &'static str, status: SpdStatus) -> ExecutorError {
@@ -74,13 +101,14 @@ impl Executor for Paged {
             let sequence = batch.seq_offsets.iter().rposition(|&start| start <= *row).unwrap();
             let blocks = batch.block_offsets[sequence] as usize..batch.block_offsets[sequence + 1] as usize;
             let blocks = &batch.block_ids[blocks];
-            let history = (0..=batch.positions[*row as usize]).map(|position| {
+            let mut history = Vec::new();
+            for position in 0..=batch.positions[*row as usize] {
                 let slot = u64::from(blocks[position as usize / BLOCK]) * BLOCK as u64 + u64::from(position) % 64;
-                let (token, written_at) = self.rows[&slot];
+                let (token, written_at) = self.row(slot)?;
                 assert_eq!(written_at, position, "the slot holds another position");
-                token
-            });
-            logits[next_token(history) as usize] = 1.0;
+                history.push(token);
+            }
+            logits[next_token(history.into_iter()) as usize] = 1.0;
             if let Some((token, times)) = &mut self.not_a_number
                 && *times > 0
                 && batch.tokens[*row as usize] == *token
@@ -94,6 +122,7 @@ impl Executor for Paged {
 
     fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
         self.rows.retain(|slot, _| !blocks.iter().any(|block| u64::from(block.0) == slot / BLOCK as u64));
+        self.slow.retain(|slow, _| !blocks.contains(&BlockId(*slow)));
         Ok(())
     }
 
@@ -112,8 +141,23 @@ impl Executor for Paged {
 
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
         self.exported += 1;
-        let rows = (0..64).map(|offset| self.rows[&block.slot(offset)]);
+        let rows = self.block_rows(block)?.into_iter();
         Ok(rows.flat_map(|(token, position)| [token.to_le_bytes(), position.to_le_bytes()].concat()).collect())
+    }
+
+    fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError> {
+        let (disk, rows) = (self.disk.clone(), self.block_rows(block)?);
+        Ok(Box::new(move || {
+            disk.0.lock().unwrap().insert(block.0, (tag, rows));
+            Ok(())
+        }))
+    }
+
+    /// As the contract has it: pages are looked at when rows are read, not before.
+    fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
+        self.rows.retain(|slot, _| u64::from(block.0) != slot / BLOCK as u64);
+        self.slow.insert(block.0, tag);
+        Ok(())
     }
 
     fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError> {
@@ -190,18 +234,33 @@ impl Sink for Listener {
 pub(crate) struct Shelf {
     pub(crate) images: HashMap<(FileId, u32), Vec<u8>>,
     pub(crate) delay: usize,
-    orders: VecDeque<(usize, Option<Restore>)>,
+    /// Writes to the slow tier that will fail from this one on.
+    pub(crate) writes_left: Option<usize>,
+    orders: VecDeque<(usize, Answer)>,
     n_answered: usize,
+}
+
+/// What the shelf has to say.
+enum Answer {
+    Written,
+    Restored(Restore),
+    Demoted(Demoted),
 }
 
 impl Files for Shelf {
     fn save(&mut self, save: Save, image: Vec<u8>) {
         self.images.insert((save.file, save.index), image);
-        self.orders.push_back((self.n_answered + self.delay, None));
+        self.orders.push_back((self.n_answered + self.delay, Answer::Written));
     }
 
     fn restore(&mut self, restore: Restore) {
-        self.orders.push_back((self.n_answered + self.delay, Some(restore)));
+        self.orders.push_back((self.n_answered + self.delay, Answer::Restored(restore)));
+    }
+
+    fn write(&mut self, tag: u64, job: WriteJob) {
+        let is_written = self.writes_left != Some(0) && job().is_ok();
+        self.writes_left = self.writes_left.map(|n| n.saturating_sub(1));
+        self.orders.push_back((self.n_answered + self.delay, Answer::Demoted(Demoted { tag, is_written })));
     }
 }
 
@@ -211,8 +270,9 @@ impl Shelf {
         self.n_answered += 1;
         while self.orders.front().is_some_and(|(due, _)| *due < self.n_answered) {
             match self.orders.pop_front().unwrap().1 {
-                None => scheduler.written(),
-                Some(restore) => {
+                Answer::Written => scheduler.written(),
+                Answer::Demoted(demoted) => scheduler.demoted(demoted),
+                Answer::Restored(restore) => {
                     let indices = restore.first..restore.first + restore.n;
                     let images = indices.map_while(|index| self.images.get(&(restore.file, index)).cloned()).collect();
                     scheduler.arrived(Restored { restore, images });
@@ -233,9 +293,13 @@ pub(crate) struct Bench {
 
 impl Bench {
     pub(crate) fn new(n_blocks: u32, limits: Limits) -> Self {
+        Self::with_slow_tier(n_blocks, n_blocks, limits)
+    }
+
+    pub(crate) fn with_slow_tier(n_blocks: u32, n_fast: u32, limits: Limits) -> Self {
         let hasher = PrefixHasher::new([7; 32]);
         let executor = Paged { patience: vec![false; 1000], ..Paged::default() };
-        let scheduler = Scheduler::new(limits, n_blocks, hasher);
+        let scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), hasher);
         Self {
             scheduler,
             executor,
@@ -298,6 +362,7 @@ impl Bench {
                 Err(_) => {
                     n_lost += 1;
                     self.executor.rows.clear();
+                    self.executor.slow.clear();
                     self.executor.poisoned = false;
                     self.scheduler.requeue();
                 }

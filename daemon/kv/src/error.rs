@@ -14,4 +14,12 @@ pub enum KvError {
         /// In the pool.
         total: u32,
     },
+    /// Held blocks fill fast memory; some must move to the slow tier first. Nothing has changed.
+    #[error("{short} KV blocks of {fast_max} in fast memory have to move first")]
+    OutOfFast {
+        /// How many.
+        short: u32,
+        /// Most in fast memory.
+        fast_max: u32,
+    },
 }

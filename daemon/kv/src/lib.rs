@@ -7,6 +7,8 @@
 //!
 //! [`PrefixHasher`] names full blocks by what they contain, so that sequences that begin alike share them.
 //!
+//! [`Place`] says whether a block's latent plane is in fast memory or in the slow tier.
+//!
 //! Knows no time, no file and no device: it decides, others carry out. Whoever gives a block back gets
 //! told when nobody holds it any more and must have the device discard its content before the next step runs.
 //!
@@ -20,6 +22,7 @@ mod error;
 mod pool;
 mod prefix;
 mod table;
+mod tier;
 
 pub use archive::{Archive, FileId, Save};
 pub use block::{BLOCK_TOKENS, BlockId, blocks_for};
@@ -27,6 +30,7 @@ pub use error::KvError;
 pub use pool::{Pool, Released, Reservation};
 pub use prefix::{BlockHash, PrefixHasher};
 pub use table::BlockTable;
+pub use tier::Place;
 
 /// The same cases on every run, and no files written.
 #[cfg(test)]

@@ -9,6 +9,7 @@
 //! never touched its end.
 
 use crate::prefix::Prefixes;
+use crate::tier::{Place, Places};
 use crate::{BlockHash, BlockId, KvError};
 
 /// The blocks of one device pool.
@@ -18,6 +19,7 @@ pub struct Pool {
     ref_counts: Vec<u32>,
     n_reserved: u32,
     prefixes: Prefixes,
+    places: Places,
 }
 
 /// A promise of blocks, to be spent with [`Pool::acquire`] and ended with [`Pool::forfeit`].
@@ -45,12 +47,24 @@ pub enum Released {
 impl Pool {
     /// A pool of `n_blocks` free blocks, the lowest handed out first.
     pub fn new(n_blocks: u32) -> Self {
+        Self::with_slow_tier(n_blocks, n_blocks)
+    }
+
+    /// As [`new`](Self::new), with at most `fast_max` latent planes in fast memory; the others are in the slow tier.
+    pub fn with_slow_tier(n_blocks: u32, fast_max: u32) -> Self {
         Self {
             free: (0..n_blocks).rev().map(BlockId).collect(),
             ref_counts: vec![0; n_blocks as usize],
             n_reserved: 0,
             prefixes: Prefixes::new(n_blocks as usize),
+            places: Places::new(n_blocks as usize, fast_max),
         }
+    }
+
+    /// A pool as this one was when it was new.
+    #[must_use]
+    pub fn renewed(&self) -> Self {
+        Self::with_slow_tier(self.n_blocks(), self.places.fast_max())
     }
 
     /// All blocks of the pool.
@@ -84,20 +98,43 @@ impl Pool {
     /// Promises `n_blocks` blocks. Kept blocks whose place that takes go to `freed`, to be discarded.
     ///
     /// # Errors
-    /// [`KvError::OutOfBlocks`] when fewer are available; nothing has changed then.
+    /// [`KvError::OutOfBlocks`] when fewer are available, [`KvError::OutOfFast`] when held blocks would have to move to
+    /// the slow tier first; nothing has changed then.
     pub fn reserve(&mut self, n_blocks: u32, freed: &mut Vec<BlockId>) -> Result<Reservation, KvError> {
         let available = self.n_available();
         if n_blocks > available {
             return Err(KvError::OutOfBlocks { wanted: n_blocks, available, total: self.n_blocks() });
         }
+        let fast_max = self.places.fast_max();
+        let n_held_fast = self.n_used() - (self.places.n_slow() - self.places.n_slow_kept());
+        let short = (n_held_fast + self.n_reserved + n_blocks).saturating_sub(fast_max);
+        if short > 0 {
+            return Err(KvError::OutOfFast { short, fast_max });
+        }
         self.n_reserved += n_blocks;
         while self.free.len() < self.n_reserved as usize {
-            let block = self.prefixes.evict().expect("available counts the kept blocks");
-            self.free.push(block);
-            freed.push(block);
+            self.evict(|_| true, freed);
+        }
+        while self.n_fast() + self.n_reserved > fast_max {
+            self.evict(|place| place == Place::Fast, freed);
         }
         self.assert_counts();
         Ok(Reservation { n_blocks })
+    }
+
+    /// Blocks with content whose latent plane is in fast memory.
+    fn n_fast(&self) -> u32 {
+        self.n_blocks() - count(self.free.len()) - self.places.n_slow()
+    }
+
+    /// Lets go of the kept block that was left longest ago of those in a place like that.
+    fn evict(&mut self, is_like: impl Fn(Place) -> bool, freed: &mut Vec<BlockId>) {
+        let places = &self.places;
+        let block = self.prefixes.evict(|block| is_like(places.of(block))).expect("kept blocks were counted before");
+        self.places.taken(block);
+        self.places.freed(block);
+        self.free.push(block);
+        freed.push(block);
     }
 
     /// Notes that a held block is full and what it contains, once its rows are computed. Nobody may write into it any
@@ -127,6 +164,7 @@ impl Pool {
         let holders = &mut self.ref_counts[block.0 as usize];
         if *holders == 0 {
             self.prefixes.take(block);
+            self.places.taken(block);
         }
         *holders = holders.checked_add(1).expect("far fewer than 2^32 holders");
         self.assert_counts();
@@ -183,11 +221,30 @@ impl Pool {
             return Released::Shared;
         }
         if self.prefixes.keep(block) {
+            self.places.kept(block);
             return Released::Kept;
         }
+        self.places.freed(block);
         self.free.push(block);
         self.assert_counts();
         Released::Freed
+    }
+
+    /// Forgets what a held block contains: its rows are not what was written, and nobody is to find it any more.
+    ///
+    /// # Panics
+    /// When nobody holds it.
+    pub fn spoil(&mut self, block: BlockId) {
+        assert!(self.ref_counts[block.0 as usize] > 0, "block {} is free and cannot be spoilt", block.0);
+        self.prefixes.forget(block);
+    }
+
+    pub(crate) fn places(&self) -> &Places {
+        &self.places
+    }
+
+    pub(crate) fn places_mut(&mut self) -> &mut Places {
+        &mut self.places
     }
 
     fn assert_counts(&self) {

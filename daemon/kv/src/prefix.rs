@@ -106,13 +106,19 @@ impl Prefixes {
         self.idle.remove(block);
     }
 
-    /// Forgets the block that was left longest ago.
-    pub(crate) fn evict(&mut self) -> Option<BlockId> {
-        let block = self.idle.oldest()?;
+    /// Forgets the block that was left longest ago of those that are `like` it.
+    pub(crate) fn evict(&mut self, like: impl Fn(BlockId) -> bool) -> Option<BlockId> {
+        let block = self.idle.oldest(like)?;
         self.idle.remove(block);
-        let hash = self.hash_of[block.0 as usize].take().expect("only known blocks are kept");
-        self.by_hash.remove(&hash);
+        self.forget(block);
         Some(block)
+    }
+
+    /// Forgets what a block contains.
+    pub(crate) fn forget(&mut self, block: BlockId) {
+        if let Some(hash) = self.hash_of[block.0 as usize].take() {
+            self.by_hash.remove(&hash);
+        }
     }
 }
 
@@ -134,8 +140,11 @@ impl IdleList {
         u32::try_from(self.links.len() - 1).expect("checked in new")
     }
 
-    fn oldest(&self) -> Option<BlockId> {
-        (self.n > 0).then(|| BlockId(self.links[self.head() as usize].1))
+    /// The oldest block that is `like` it.
+    fn oldest(&self, like: impl Fn(BlockId) -> bool) -> Option<BlockId> {
+        let head = self.head();
+        let next = |at: u32| Some(self.links[at as usize].1).filter(|&at| at != head);
+        std::iter::successors(next(head), |&at| next(at)).map(BlockId).find(|&block| like(block))
     }
 
     fn push(&mut self, block: BlockId) {
@@ -207,7 +216,7 @@ mod tests {
         list.remove(BlockId(4));
         list.push(BlockId(4));
         let mut order = Vec::new();
-        while let Some(block) = list.oldest() {
+        while let Some(block) = list.oldest(|_| true) {
             list.remove(block);
             order.push(block.0);
         }

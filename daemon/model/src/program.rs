@@ -125,6 +125,14 @@ impl KvShape {
         self.plane_bytes_per_token().map(|(latent, index)| latent + index)
     }
 
+    /// Bytes of a latent row and a rope row.
+    ///
+    /// # Errors
+    /// When a row is not whole blocks of its format.
+    pub fn latent_row_bytes(&self) -> Result<usize, ModelError> {
+        Ok(row_bytes(self.latent)? + row_bytes(self.rope)?)
+    }
+
     /// Bytes that one token holds in the latent plane and in the index plane.
     ///
     /// # Errors

@@ -25,6 +25,8 @@ pub(super) const KEYS: &[&str] = &[
     "limits.slow_consumer_s",
     "limits.stop_s",
     "memory.budget",
+    "memory.hot_share",
+    "memory.slow_tier",
     "model.*.activations",
     "model.*.max_context",
     "model.*.path",

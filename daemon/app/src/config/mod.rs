@@ -215,11 +215,21 @@ impl Default for Retry {
 }
 
 /// `[memory]`
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Memory {
     /// Bytes for the KV caches of all models together; `None`: half of what is available at the start.
     pub budget: Option<Bytes>,
+    /// Whether latent rows that the budget does not hold may lie in a file below `state_dir`.
+    pub slow_tier: bool,
+    /// The share of them that stays in memory then, 0 to 1.
+    pub hot_share: f64,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self { budget: None, slow_tier: true, hot_share: 0.2 }
+    }
 }
 
 /// `[limits]`

@@ -142,6 +142,8 @@ impl LocalDevice {
             max_seqs: 1,
             max_logits: if outputs == LocalOutputs::LastRow { 1 } else { max_step_tokens },
             n_blocks: blocks_for(max_context),
+            n_fast: blocks_for(max_context),
+            slow_cache_bytes: 0,
         };
         Ok(DeviceModel::load(backend, model, options, &mut |_, _| {})?)
     }

@@ -8,7 +8,7 @@
 use super::listener::{Ending, Listener};
 use super::recorded::{Flow, Recorder, TurnId};
 use crate::api::{Event, Failure, Sink, Turn};
-use crate::durable::{Files, Restore, Restored};
+use crate::durable::{Restore, Restored};
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
 use sparsed_session::{ImageShape, Loaded, NewTurn, OsDisk, Outcome, SessionId, Store, StoreError};
@@ -68,12 +68,14 @@ pub(crate) struct ImagesOf {
     pub(crate) shape: ImageShape,
 }
 
-impl Files for ImagesOf {
-    fn save(&mut self, save: Save, image: Vec<u8>) {
+impl ImagesOf {
+    /// Writes an image.
+    pub(crate) fn save(&self, save: Save, image: Vec<u8>) {
         self.asks.tell(Ask::Save { slot: self.slot, shape: self.shape, save, image });
     }
 
-    fn restore(&mut self, restore: Restore) {
+    /// Reads images.
+    pub(crate) fn restore(&self, restore: Restore) {
         self.asks.tell(Ask::Restore { slot: self.slot, shape: self.shape, restore });
     }
 }

@@ -121,6 +121,7 @@ fn model_status(status: &ModelStatus) -> Value {
         "waiting": load.waiting,
         "kv_blocks_used": load.blocks_used,
         "kv_blocks_cached": load.blocks_cached,
+        "kv_blocks_slow": load.blocks_slow,
         "kv_blocks_total": load.blocks_total,
         "computed_tokens": stats.computed_tokens,
         "sampled_tokens": stats.sampled_tokens,

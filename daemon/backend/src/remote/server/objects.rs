@@ -122,7 +122,7 @@ impl Objects {
         let [Plain(latent), Plain(rope), Plain(index)] = shape.rows;
         let PoolShape { block_tokens, n_blocks, n_layers, n_index_layers, .. } = *shape;
         let desc = KvDesc { block_tokens, n_blocks, n_layers, n_index_layers, latent, rope, index };
-        let made = self.device(device)?.backend.create_kv(&desc)?;
+        let made = self.device(device)?.backend.create_kv(&desc, None)?;
         let info = made.raw_info();
         lock(&self.jobs.pools).insert(pool, made);
         Ok(Reply::Pool(Plain(info)))

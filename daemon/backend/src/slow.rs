@@ -1,0 +1,129 @@
+//! Where do latent planes lie that have no room in fast memory? In a file without a name: what it holds is of no use to
+//! another process, and goes with this one however it ends.
+//!
+//! Every block of the pool has its place in it, so nothing has to be found. Pages are written as `abi/OPS.md` has them,
+//! past the page cache where the file system can: what the cache would hold counts as the daemon's memory.
+
+use crate::error::BackendError;
+use crate::memory::KvDesc;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use sparsed_plugin_kit::slow::rowcache::{PAGE_BYTES, SlowLayout};
+use std::fs::File;
+use std::io::IoSlice;
+use std::path::Path;
+
+/// Pages that are written at a time.
+const PAGES_AT_ONCE: usize = 64;
+
+/// The slow tier of one pool.
+#[derive(Debug)]
+pub struct SlowArea {
+    pub(crate) file: File,
+    layout: SlowLayout,
+    pub(crate) length: u64,
+    pub(crate) cache_bytes: u64,
+}
+
+/// A page where the kernel may take it from directly.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct Page([u8; PAGE_BYTES]);
+
+impl SlowArea {
+    /// An area for a pool of this shape, in a file below `dir`. Rows that were read are kept in `cache_bytes` of memory.
+    ///
+    /// # Errors
+    /// [`BackendError::Io`] for a folder that takes no file, [`BackendError::Slow`] for rows that fit into no page.
+    pub fn create(dir: &Path, desc: &KvDesc, row_bytes: usize, cache_bytes: u64) -> Result<Self, BackendError> {
+        let layout = SlowLayout::new(row_bytes, desc.block_tokens, desc.n_layers);
+        let layout = layout.map_err(|error| BackendError::Slow { reason: error.to_string() })?;
+        let io = |error: Errno| BackendError::Io { path: dir.to_owned(), source: error.into() };
+        let length = layout.block_bytes() as u64 * u64::from(desc.n_blocks);
+        let file = File::from(unnamed(dir).map_err(io)?);
+        rustix::fs::ftruncate(&file, length).map_err(io)?;
+        Ok(Self { file, layout, length, cache_bytes })
+    }
+
+    /// Where the block lies in the area.
+    pub fn offset_of(&self, block: u32) -> u64 {
+        u64::from(block) * self.layout.block_bytes() as u64
+    }
+
+    /// Writes a block's latent plane, as a host image has it. May wait for the disk.
+    ///
+    /// # Errors
+    /// The disk's; a plane of another size.
+    pub fn write(&self, block: u32, tag: u64, plane: &[u8]) -> std::io::Result<()> {
+        let mut pages = vec![Page([0; PAGE_BYTES]); PAGES_AT_ONCE.min(self.layout.block_pages() as usize)];
+        let mut offset = self.offset_of(block);
+        let mut next = 0;
+        while next < self.layout.block_pages() {
+            let n = pages.len().min((self.layout.block_pages() - next) as usize);
+            for (page, number) in pages[..n].iter_mut().zip(next..) {
+                self.layout.encode_page(plane, tag, number, &mut page.0).map_err(std::io::Error::other)?;
+            }
+            self.write_pages(&pages[..n], offset)?;
+            offset += (n * PAGE_BYTES) as u64;
+            next += u32::try_from(n).expect("at most PAGES_AT_ONCE");
+        }
+        Ok(())
+    }
+
+    fn write_pages(&self, pages: &[Page], mut offset: u64) -> std::io::Result<()> {
+        let mut done = 0;
+        while done < pages.len() {
+            let slices: Vec<IoSlice<'_>> = pages[done..].iter().map(|page| IoSlice::new(&page.0)).collect();
+            let n_bytes = match rustix::io::pwritev(&self.file, &slices, offset) {
+                Err(Errno::INTR) => continue,
+                written => written?,
+            };
+            // Whole pages count; what was written of another one is written again.
+            let whole = n_bytes / PAGE_BYTES;
+            if whole == 0 {
+                return Err(std::io::ErrorKind::WriteZero.into());
+            }
+            done += whole;
+            offset += (whole * PAGE_BYTES) as u64;
+        }
+        Ok(())
+    }
+}
+
+/// An open file without a name.
+fn unnamed(dir: &Path) -> Result<std::os::fd::OwnedFd, Errno> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC;
+    // A memory file system cannot go past its cache.
+    match rustix::fs::open(dir, flags | OFlags::DIRECT, Mode::RUSR | Mode::WUSR) {
+        Err(Errno::INVAL) => rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR),
+        opened => opened,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_abi::{DT_F16, SpdRow};
+    use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn what_is_written_is_what_the_layout_says_and_has_no_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let row = |width| SpdRow { dtype: DT_F16, width };
+        let (latent, rope, index) = (row(96), row(32), row(32));
+        let desc = KvDesc { block_tokens: 64, n_blocks: 3, n_layers: 30, n_index_layers: 1, latent, rope, index };
+        let area = SlowArea::create(dir.path(), &desc, 256, 1 << 20).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let plane: Vec<u8> = (0..30 * 64 * 256).map(|at| (at % 251) as u8).collect();
+        area.write(2, 77, &plane).unwrap();
+        let mut expected = vec![0; area.layout.block_bytes()];
+        area.layout.encode_block(&plane, 77, &mut expected).unwrap();
+        let mut found = vec![Page([0; PAGE_BYTES]); area.layout.block_pages() as usize];
+        for (page, at) in found.iter_mut().zip(0..) {
+            area.file.read_exact_at(&mut page.0, area.offset_of(2) + at * PAGE_BYTES as u64).unwrap();
+        }
+        assert!(found.iter().flat_map(|page| page.0).eq(expected));
+        assert!(area.write(1, 77, &plane[1..]).is_err());
+        assert!(SlowArea::create(dir.path(), &desc, 5000, 1).is_err());
+    }
+}

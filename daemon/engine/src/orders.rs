@@ -1,0 +1,77 @@
+//! Who carries out the orders of a model's scheduler? The sessions thread, and one that writes into the slow tier.
+#![expect(clippy::disallowed_methods, reason = "starts a thread that may wait for the disk")]
+
+use crate::durable::{Files, Restore};
+use crate::service::Command;
+use crate::sessions::{Asks, ImagesOf};
+use crate::warm::{Demoted, WriteJob};
+use sparsed_kv::Save;
+use sparsed_session::ImageShape;
+use std::sync::mpsc::{Sender, SyncSender, channel};
+
+/// The way to the thread that writes into the slow tier. Its queue is bounded by what schedulers have under way.
+#[derive(Clone, Debug)]
+pub(crate) struct SlowWriter(Sender<(usize, u64, WriteJob)>);
+
+impl SlowWriter {
+    /// Starts the thread; it tells `engine` of each block, and ends with the last writer.
+    ///
+    /// # Errors
+    /// When no thread can be started.
+    pub(crate) fn spawn(engine: SyncSender<Command>) -> std::io::Result<Self> {
+        let (sender, jobs) = channel::<(usize, u64, WriteJob)>();
+        let run = move || {
+            for (slot, tag, job) in jobs {
+                let written = job();
+                if let Err(error) = &written {
+                    log::warn!(reason:% = error; "block could not be written into the slow tier");
+                }
+                // An engine that has ended needs nothing any more.
+                let demoted = Demoted { tag, is_written: written.is_ok() };
+                let _ended = engine.send(Command::Demoted { slot, demoted }).is_err();
+            }
+        };
+        std::thread::Builder::new().name("slow-tier".to_owned()).spawn(run)?;
+        Ok(Self(sender))
+    }
+}
+
+/// Whom the orders of all models go to.
+#[derive(Clone, Debug)]
+pub(crate) struct Links {
+    /// The sessions thread; `None` where no sessions are kept.
+    pub(crate) asks: Option<Asks>,
+    pub(crate) writer: SlowWriter,
+}
+
+impl Links {
+    /// The orders of the model `slot`, whose images have this shape.
+    pub(crate) fn orders(&self, slot: usize, shape: ImageShape) -> Orders {
+        let images = self.asks.clone().map(|asks| ImagesOf { asks, slot, shape });
+        Orders { slot, images, writer: self.writer.clone() }
+    }
+}
+
+/// Where one model's orders go.
+#[derive(Debug)]
+pub(crate) struct Orders {
+    slot: usize,
+    /// `None` where no sessions are kept: no sequence has one then.
+    images: Option<ImagesOf>,
+    writer: SlowWriter,
+}
+
+impl Files for Orders {
+    fn save(&mut self, save: Save, image: Vec<u8>) {
+        self.images.as_ref().expect("a block of a session").save(save, image);
+    }
+
+    fn restore(&mut self, restore: Restore) {
+        self.images.as_ref().expect("a block of a session").restore(restore);
+    }
+
+    fn write(&mut self, tag: u64, job: WriteJob) {
+        // A thread that is gone has panicked, and said so: the block stays where it is.
+        let _ended = self.writer.0.send((self.slot, tag, job)).is_err();
+    }
+}

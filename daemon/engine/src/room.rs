@@ -1,0 +1,154 @@
+//! How much of the KV cache fits the memory there is, and what of it lies in the slow tier?
+//!
+//! Where all of it fits nothing is slow. Otherwise the index planes stay in memory for as many blocks as possible, with a
+//! share of the latent planes and a cache for rows of the others: `blocks * (index + lookup + hot * latent)` bytes, the
+//! hot share half as blocks, half as cached rows.
+
+use crate::scheduler::Limits;
+use sparsed_kv::{BLOCK_TOKENS, blocks_for};
+use std::path::PathBuf;
+
+/// Bytes per row by which the CPU plugin finds it in its cache.
+const LOOKUP_BYTES: u64 = 4;
+/// Bytes of a cached row beside the row.
+const SLOT_BYTES: u64 = 28;
+/// Memory that readers of the slow tier need.
+const READERS_BYTES: u64 = 2 << 20;
+/// Fast blocks beyond those of one step: they are on their way to the slow tier or to a session's file.
+const SPARE_BLOCKS: u32 = 24;
+
+/// Where and how much of the KV cache may be slow.
+#[derive(Clone, Debug)]
+pub struct SlowTier {
+    /// The folder of its file.
+    pub dir: PathBuf,
+    /// The share of latent planes that stays in memory, `0 ..= 1`.
+    pub hot_share: f64,
+}
+
+/// What a model's KV cache takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Need {
+    /// Bytes of a token in the index plane.
+    pub(crate) index_bytes: u64,
+    /// Bytes of a token in the latent plane.
+    pub(crate) latent_bytes: u64,
+    /// Rows of a token in the latent plane.
+    pub(crate) layers: u64,
+    /// Tokens that attention selects.
+    pub(crate) top_k: u64,
+    /// Most tokens of a sequence that were asked for.
+    pub(crate) context: u32,
+}
+
+/// What there is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// Most tokens of a sequence.
+    pub(crate) max_context: u32,
+    /// Blocks of the pool.
+    pub(crate) n_blocks: u32,
+    /// Of them, those with their latent plane in memory.
+    pub(crate) n_fast: u32,
+    /// Memory for rows of the others.
+    pub(crate) cache_bytes: u64,
+}
+
+impl Need {
+    fn block_bytes(&self) -> u64 {
+        (self.index_bytes + self.latent_bytes) * u64::from(BLOCK_TOKENS)
+    }
+
+    /// All in memory, as much as fits.
+    pub(crate) fn without_slow_tier(&self, budget: u64, limits: Limits) -> Room {
+        let all = u64::from(limits.max_running) * u64::from(blocks_for(self.context));
+        let n_blocks = whole((budget / self.block_bytes().max(1)).min(all));
+        Room { max_context: self.context.min(n_blocks * BLOCK_TOKENS), n_blocks, n_fast: n_blocks, cache_bytes: 0 }
+    }
+
+    /// As [`without_slow_tier`](Self::without_slow_tier) where the wanted context fits for everybody, otherwise with some
+    /// of it in the slow tier.
+    ///
+    /// # Errors
+    /// A budget that does not hold one step.
+    pub(crate) fn with_slow_tier(&self, budget: u64, limits: Limits, hot_share: f64) -> Result<Room, String> {
+        let plain = self.without_slow_tier(budget, limits);
+        let all = limits.max_running.saturating_mul(blocks_for(self.context));
+        if plain.n_blocks >= all {
+            return Ok(plain);
+        }
+        let tokens = u64::from(BLOCK_TOKENS);
+        let (cold, latent) = ((self.index_bytes + LOOKUP_BYTES * self.layers) * tokens, self.latent_bytes * tokens);
+        let least_fast = blocks_for(limits.max_batched_tokens) + limits.max_running + SPARE_BLOCKS;
+        let least = u64::from(least_fast) * latent + READERS_BYTES;
+        // A token's rows in one layer are in memory together, and those of the next token.
+        let least_cache = 2 * self.top_k * (self.latent_bytes / self.layers.max(1) + SLOT_BYTES);
+        let left = budget.checked_sub(least + least_cache).ok_or_else(|| {
+            format!(
+                "{budget} bytes are left for its KV cache, {} are the least; raise memory.budget",
+                least + least_cache
+            )
+        })?;
+        #[expect(
+            clippy::cast_precision_loss,
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "a share"
+        )]
+        let share = |bytes: u64| (bytes as f64 * hot_share.clamp(0.0, 1.0)) as u64;
+        let hot = share(latent);
+        let n_blocks = whole((left / (cold + hot).max(1)).min(u64::from(all)));
+        let hot_bytes = hot * u64::from(n_blocks);
+        let n_fast = least_fast + whole(hot_bytes / 2 / latent.max(1));
+        let room = Room {
+            max_context: self.context.min(n_blocks * BLOCK_TOKENS),
+            n_blocks,
+            n_fast: n_fast.min(n_blocks),
+            cache_bytes: least_cache + hot_bytes / 2,
+        };
+        // So little memory that keeping all in it holds more.
+        Ok(if room.n_blocks > plain.n_blocks { room } else { plain })
+    }
+}
+
+fn whole(n: u64) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX).min(u32::MAX / BLOCK_TOKENS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// The default model's: 30 layers, rows of 384 and 68 bytes.
+    const NEED: Need = Need { index_bytes: 30 * 68, latent_bytes: 30 * 384, layers: 30, top_k: 512, context: 32_768 };
+    const LIMITS: Limits =
+        Limits { max_running: 4, max_waiting: 8, max_batched_tokens: 256, slow_consumer: Duration::from_secs(1) };
+
+    #[test]
+    fn what_fits_is_not_slow() {
+        let room = NEED.with_slow_tier(4 << 30, LIMITS, 0.2).unwrap();
+        assert_eq!((room.n_blocks, room.n_fast, room.cache_bytes), (2048, 2048, 0));
+    }
+
+    #[test]
+    fn what_does_not_fit_keeps_its_index_planes_in_memory() {
+        let budget = 128 << 20;
+        let plain = NEED.without_slow_tier(budget, LIMITS);
+        for (hot, times) in [(0.0, 3.5), (0.07, 2.8), (0.2, 2.0)] {
+            let room = NEED.with_slow_tier(budget, LIMITS, hot).unwrap();
+            let more = f64::from(room.n_blocks) / f64::from(plain.n_blocks);
+            assert!(more > times, "{hot}: {more}");
+            let taken = u64::from(room.n_blocks) * 64 * (NEED.index_bytes + 120)
+                + u64::from(room.n_fast) * 64 * NEED.latent_bytes
+                + room.cache_bytes
+                + READERS_BYTES;
+            assert!(taken <= budget, "{taken}");
+        }
+    }
+
+    #[test]
+    fn a_budget_for_less_than_a_step_is_refused() {
+        assert!(NEED.with_slow_tier(20 << 20, LIMITS, 0.2).unwrap_err().contains("memory.budget"));
+    }
+}

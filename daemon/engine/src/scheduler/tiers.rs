@@ -1,0 +1,202 @@
+//! What does the scheduler want of sessions' files and of the slow tier, and what becomes of it?
+//!
+//! Orders are taken from here and carried out by [`durable`](crate::durable) and [`warm`](crate::warm); what came of
+//! them is told here.
+
+use super::{Scheduler, count};
+use crate::durable::{Restore, Restored};
+use crate::sequence::{Sequence, SequenceId};
+use crate::warm::{Demote, Demoted};
+use sparsed_kv::{BLOCK_TOKENS, BlockId, KvError, Place, Released, Save};
+use std::collections::{HashMap, VecDeque};
+
+/// Blocks that are on their way to the slow tier at most: each has an image in memory meanwhile.
+const DEMOTIONS_MAX: usize = 8;
+
+/// Blocks in a row that could not be moved, after which the slow tier is taken for broken until the device changes.
+const FAILED_MAX: u32 = 4;
+
+/// Blocks on their way to the slow tier.
+#[derive(Debug, Default)]
+pub(super) struct Demotions {
+    /// By tag, which no other block of this process has.
+    under_way: HashMap<u64, BlockId>,
+    orders: Vec<Demote>,
+    results: VecDeque<Demoted>,
+    n_tags: u64,
+    /// Blocks that could not be moved, since the last one that could.
+    n_failed: u32,
+}
+
+impl Demotions {
+    /// The pool's content is lost: what is under way does not matter any more.
+    pub(super) fn forget(&mut self) {
+        self.under_way.clear();
+        self.orders.clear();
+        self.results.clear();
+        self.n_failed = 0;
+    }
+
+    pub(super) fn is_under_way(&self) -> bool {
+        !self.under_way.is_empty()
+    }
+
+    pub(super) fn has_results(&self) -> bool {
+        !self.results.is_empty()
+    }
+}
+
+impl Scheduler {
+    /// The next block to copy for its file, followed by [`copied`](Self::copied) and [`written`](Self::written).
+    pub(crate) fn next_save(&mut self) -> Option<Save> {
+        self.archive.next_save()
+    }
+
+    /// The block is copied, or could not be.
+    pub(crate) fn copied(&mut self, save: Save) {
+        self.archive.copied(save, &mut self.pool, &mut self.freed);
+    }
+
+    /// An image is written, or could not be.
+    pub(crate) fn written(&mut self) {
+        self.archive.written();
+    }
+
+    /// What is to be read from sessions' files.
+    pub(crate) fn take_restores(&mut self) -> impl Iterator<Item = Restore> + use<> {
+        std::mem::take(&mut self.restores).into_iter()
+    }
+
+    /// What was read.
+    pub(crate) fn arrived(&mut self, restored: Restored) {
+        self.arrivals.push_back(restored);
+    }
+
+    pub(crate) fn next_arrival(&mut self) -> Option<Restored> {
+        self.arrivals.pop_front()
+    }
+
+    /// What was read has to wait until a block has moved to the slow tier.
+    pub(crate) fn put_back(&mut self, restored: Restored) {
+        self.arrivals.push_front(restored);
+        self.arrivals_wait = true;
+    }
+
+    /// Gives the sequence blocks for what was read, to be filled before anything else is done with them; the next window
+    /// is ordered. No blocks when the sequence is gone or has changed its mind; `None` when there will be some once
+    /// others have moved to the slow tier.
+    pub(crate) fn place(&mut self, restored: &Restored) -> Option<Vec<BlockId>> {
+        let is_expected = |sequence: &Sequence| sequence.has_asked(&restored.restore);
+        if !restoring(&mut self.running, restored.restore.sequence).is_some_and(|sequence| is_expected(sequence)) {
+            return Some(Vec::new());
+        }
+        let mut n = count(restored.images.len()).min(self.pool.n_available());
+        let mut reservation = loop {
+            match self.pool.reserve(n, &mut self.freed) {
+                Ok(reservation) => break reservation,
+                Err(KvError::OutOfFast { short, .. }) if self.demote(short) => return None,
+                Err(KvError::OutOfFast { short, .. }) => n = n.saturating_sub(short),
+                Err(error) => unreachable!("no more than is available: {error}"),
+            }
+        };
+        let sequence = restoring(&mut self.running, restored.restore.sequence).expect("it was there just now");
+        self.slots.clear();
+        let first = sequence.table.blocks().len();
+        sequence.table.append(n * BLOCK_TOKENS, &mut self.pool, &mut reservation, &mut self.slots);
+        self.pool.forfeit(reservation);
+        if n < restored.restore.n {
+            sequence.end_of_file();
+        } else {
+            self.restores.extend(sequence.ask());
+        }
+        Some(sequence.table.blocks()[first..].to_vec())
+    }
+
+    /// The blocks that [`place`](Self::place) gave are filled.
+    pub(crate) fn placed(&mut self, id: SequenceId) {
+        if let Some(sequence) = restoring(&mut self.running, id) {
+            sequence.restored(&self.hasher, &mut self.pool);
+        }
+    }
+
+    /// The blocks for `restore` could not be filled.
+    pub(crate) fn displaced(&mut self, restore: &Restore) {
+        if let Some(sequence) = restoring(&mut self.running, restore.sequence) {
+            sequence.table.truncate(restore.first * BLOCK_TOKENS, &mut self.pool, &mut self.freed);
+            sequence.end_of_file();
+        }
+    }
+
+    /// Orders held blocks to the slow tier, at least `short` if there are so many: the beginnings of the longest
+    /// sequences first. Answers whether any is on its way.
+    pub(super) fn demote(&mut self, short: u32) -> bool {
+        if self.demotions.n_failed < FAILED_MAX {
+            let mut longest: Vec<usize> = (0..self.running.len()).collect();
+            longest.sort_by_key(|&index| std::cmp::Reverse(self.running[index].tokens.len()));
+            let blocks = longest.iter().flat_map(|&index| self.running[index].computed_blocks());
+            let mut fast: Vec<BlockId> = Vec::new();
+            for &block in blocks {
+                let room = (short as usize).min(DEMOTIONS_MAX) > self.demotions.under_way.len() + fast.len();
+                if room && self.pool.place(block) == Place::Fast && !fast.contains(&block) {
+                    fast.push(block);
+                }
+            }
+            for block in fast {
+                self.pool.leave(block);
+                let tag = self.demotions.n_tags;
+                self.demotions.n_tags += 1;
+                self.demotions.under_way.insert(tag, block);
+                self.demotions.orders.push(Demote { block, tag });
+            }
+        }
+        self.demotions.is_under_way()
+    }
+
+    pub(crate) fn take_demotes(&mut self) -> Vec<Demote> {
+        std::mem::take(&mut self.demotions.orders)
+    }
+
+    /// A block was written into the slow tier, or could not be.
+    pub(crate) fn demoted(&mut self, demoted: Demoted) {
+        self.demotions.results.push_back(demoted);
+        (self.is_blocked, self.arrivals_wait) = (false, false);
+    }
+
+    pub(crate) fn next_demoted(&mut self) -> Option<(Demoted, BlockId)> {
+        loop {
+            let demoted = self.demotions.results.pop_front()?;
+            // Of a pool that is gone, nobody knows the tag.
+            if let Some(&block) = self.demotions.under_way.get(&demoted.tag) {
+                return Some((demoted, block));
+            }
+        }
+    }
+
+    /// The device reads the block in the slow tier from now on, or `is_moved` is false and it stays where it was.
+    pub(crate) fn settle(&mut self, tag: u64, is_moved: bool) {
+        let Some(block) = self.demotions.under_way.remove(&tag) else { return };
+        let released = if is_moved { self.pool.moved(block) } else { self.pool.stayed(block) };
+        if released == Released::Freed {
+            self.freed.push(block);
+        }
+        self.demotions.n_failed = if is_moved { 0 } else { self.demotions.n_failed + 1 };
+        if self.demotions.n_failed == FAILED_MAX {
+            log::error!("the slow tier takes no more blocks: long contexts have to wait for each other now");
+        }
+    }
+
+    /// A block's rows in the slow tier are not what was written: its sequence goes back and computes them again, a few
+    /// times at most. Answers whether it does.
+    pub(crate) fn spoilt(&mut self, index: usize, block: BlockId) -> bool {
+        let sequence = &mut self.running[index];
+        if !sequence.table.blocks().contains(&block) || !sequence.may_begin_again() {
+            return false;
+        }
+        self.pool.spoil(block);
+        true
+    }
+}
+
+fn restoring(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
+    running.iter_mut().find(|sequence| sequence.id == id && sequence.durable.is_some())
+}
