@@ -285,7 +285,8 @@ impl Run {
                 let kept = kept.min(400);
                 let n_tokens = self.rng.usize(..150);
                 let prompt: Vec<u32> = std::iter::repeat_with(|| self.rng.u32(..300)).take(n_tokens).collect();
-                let request = vec![self.rng.u8(..); self.rng.usize(..20_000)];
+                let n_bytes = if self.rng.u32(..3) == 0 { 20_000 } else { 300 };
+                let request = vec![self.rng.u8(..); self.rng.usize(..n_bytes)];
                 let keep_tokens = u32::try_from(kept).expect("few");
                 let turn = NewTurn { keep_tokens, prompt: &prompt, request: &request, sampling: b"greedy" };
                 let answer = self.store().begin_turn(owner, id, &turn, 7);
