@@ -1,7 +1,7 @@
 //! What is left when the power goes, or the disk fails, at the worst moment?
 //!
-//! [`FakeDisk`] keeps what was synced apart from what was not. [`run`] makes random verbs of a session store on it and of
-//! a naive model, cuts the power, kills the store, fails calls, and compares. A seed is a run, to the byte.
+//! [`FakeDisk`] keeps what was synced apart from what was not. [`run()`] makes random verbs of a session store on it
+//! and of a naive model, cuts the power, kills the store, fails calls, and compares. A seed is a run, to the byte.
 #![forbid(unsafe_code)]
 
 mod check;

@@ -178,8 +178,8 @@ impl Chat {
         self.said().settings.durability == Durability::Token
     }
 
-    /// The store has this of it after it was killed, or after a power cut, or after it was reverted. Answers whether that
-    /// may be.
+    /// The store has this of it after it was killed, after a power cut, or after it was reverted. Answers whether it
+    /// may.
     pub fn is_found(&mut self, found: &Said, how: Found) -> bool {
         let floor = self.floors[usize::from(how == Found::AfterPowerCut)];
         let at = self.states.iter().rposition(|said| said == found);

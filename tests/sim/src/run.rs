@@ -78,7 +78,7 @@ pub(crate) fn open(disk: &FakeDisk, seed: u64) -> Result<(Store<FakeDisk>, spars
     let mut rng = Rng::with_seed(seed);
     let random = Box::new(move |bytes: &mut [u8]| rng.fill(bytes));
     // Compacted early, so that it happens; images are evicted.
-    let limits = Limits { kv_bytes: 60_000, ..Limits::default() };
+    let limits = Limits { kv_bytes: 60_000, compact_bytes: 1000, ..Limits::default() };
     Store::open(disk.other(), random, MasterKey::new([1; 32]), limits)
 }
 

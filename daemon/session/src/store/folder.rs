@@ -1,7 +1,7 @@
 //! Where do a session's files lie, and how does its folder come and go?
 //!
-//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.tmp`, gets its own when all in it is
-//! on the disk, and loses it again before its key is destroyed: one that has its name is whole.
+//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.tmp`, gets its own when all in it
+//! is on the disk, and loses it again before its key is destroyed: one that has its name is whole.
 
 use crate::cipher::KEY_FILE_BYTES;
 use crate::disk::{Disk, DiskError, Place};
