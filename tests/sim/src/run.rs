@@ -115,7 +115,7 @@ impl Run {
         let off_after = self.rng.bool().then(|| self.rng.u64(..30));
         let one_in = [0, 0, 10, 40][self.rng.usize(..4)];
         let capacity_bytes = [usize::MAX, usize::MAX, 20_000, 60_000][self.rng.usize(..4)];
-        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after });
+        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after, ..Faults::NONE });
     }
 
     /// A verb's answer, of which only the disk's failures are counted.
