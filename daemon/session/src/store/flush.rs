@@ -4,7 +4,6 @@
 //! tell: the system may have thrown the bytes away and call the file clean. Then, and when a cut fails, the journal is
 //! written again as a whole, from memory, under another name.
 
-use super::folder::best_effort;
 use super::session::Session;
 use super::{Random, Store, nonce};
 use crate::cipher::SessionKey;
@@ -106,8 +105,11 @@ impl<D: Disk> Writer<'_, D> {
         } else if !session.pending.is_empty() {
             self.append(session)?;
             if is_mostly_dead(session, self.compact_bytes) {
-                // Not needed by anybody who waits: it is tried again at the next cut or end of a turn.
-                best_effort(self.rewrite(session));
+                let compacted = self.rewrite(session);
+                // Nobody needs it as long as the old journal is there: it is tried again at the next cut or end of a turn.
+                if session.journal.is_broken {
+                    compacted?;
+                }
             }
         }
         if !session.must_sync && session.durability() != Durability::Token {
@@ -142,8 +144,8 @@ impl<D: Disk> Writer<'_, D> {
         session.load(self.disk)?;
         let history = session.history.as_ref().ok_or(StoreError::NotFound)?;
         let (position, bytes) = whole_journal(session.id, history, &session.key, self.random);
-        if let Err(error) = session.folder.replace_journal(self.disk, &bytes) {
-            // The old one may be gone: whoever renames does not say how far he came.
+        session.folder.write_journal(self.disk, &bytes)?;
+        if let Err(error) = session.folder.replace_journal(self.disk) {
             session.journal.is_broken = true;
             return Err(error.into());
         }

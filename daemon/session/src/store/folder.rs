@@ -73,16 +73,20 @@ impl Folder {
         disk.sync_dir(&Place::root())
     }
 
-    /// Puts a new journal in the place of the old one; the old one stays if that fails. Its name is not synced.
-    pub(super) fn replace_journal(&self, disk: &mut impl Disk, bytes: &[u8]) -> Done {
+    /// Writes a journal that is to replace the one there is, which stays.
+    pub(super) fn write_journal(&self, disk: &mut impl Disk, bytes: &[u8]) -> Done {
         let new = self.dir.child(JOURNAL_NEW);
         ignore_missing(disk.remove(&new))?;
-        let written = write_new(disk, &new, bytes).and_then(|()| disk.rename(&new, &self.journal()));
+        let written = write_new(disk, &new, bytes);
         if written.is_err() {
-            // What stays in the way is removed before the next try, or at the next start.
             best_effort(disk.remove(&new));
         }
         written
+    }
+
+    /// Puts it in the place of the old one. When that fails nobody knows which of them is there. The name is not synced.
+    pub(super) fn replace_journal(&self, disk: &mut impl Disk) -> Done {
+        disk.rename(&self.dir.child(JOURNAL_NEW), &self.journal())
     }
 
     /// Keeps what is cut from a journal, up to a limit.
