@@ -106,7 +106,7 @@ impl<D: Disk> Writer<'_, D> {
             self.append(session)?;
             if is_mostly_dead(session, self.compact_bytes) {
                 let compacted = self.rewrite(session);
-                // Nobody needs it as long as the old journal is there: it is tried again at the next cut or end of a turn.
+                // Nobody needs it while the old journal is there: it is tried again at the next cut or end of a turn.
                 if session.journal.is_broken {
                     compacted?;
                 }

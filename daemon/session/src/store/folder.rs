@@ -84,7 +84,7 @@ impl Folder {
         written
     }
 
-    /// Puts it in the place of the old one. When that fails nobody knows which of them is there. The name is not synced.
+    /// Puts it in the place of the old one. When that fails nobody knows which is there. The name is not synced.
     pub(super) fn replace_journal(&self, disk: &mut impl Disk) -> Done {
         disk.rename(&self.dir.child(JOURNAL_NEW), &self.journal())
     }
