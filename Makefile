@@ -70,7 +70,10 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 conform: build ## tries the plugin in PLUGIN (default: the C example) against the contract
 	target/release/sparsectl conform $(PLUGIN)
 
-sim package: ## not there yet
+sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
+	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
+
+package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 
 .PHONY: help needs testneeds testplugins build models chat test e2e lint bench fuzz sim conform package

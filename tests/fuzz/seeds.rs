@@ -122,6 +122,22 @@ fn elf(bytes: &[u8]) -> Result<String, String> {
     facts.check(Path::new("lib.so"), &[]).map(|()| "read".to_owned()).map_err(|error| error.to_string())
 }
 
+/// What is in a session's journal.
+fn journal(file: &[u8]) -> Result<String, String> {
+    sparsed_session::probe::journal(file).map_err(|error| error.to_string())
+}
+
+/// What is in an exported session.
+fn export(file: &[u8]) -> Result<String, String> {
+    sparsed_session::probe::export(file).map_err(|error| error.to_string())
+}
+
+/// A KV file's header; one that is not right is a file to be replaced.
+fn kv(file: &[u8]) -> Result<String, String> {
+    let block_bytes = sparsed_session::probe::kv(file).ok_or("no images")?;
+    Ok(format!("images of {block_bytes} bytes"))
+}
+
 fn read(seed: &str) -> Result<String, String> {
     let path = folder().join("seeds").join(seed);
     let file = std::fs::read(&path).unwrap();
@@ -135,6 +151,9 @@ fn read(seed: &str) -> Result<String, String> {
         "grammar" => grammar(&file),
         "manifest" => manifest(&file),
         "elf" => elf(&file),
+        "journal" => journal(&file),
+        "export" => export(&file),
+        "kv" => kv(&file),
         other => panic!("no parser for '{other}'"),
     }
 }

@@ -3,7 +3,7 @@
 //! A file is a header page (`magic "spdk", u32 version, 32 bytes fingerprint, u32 block_bytes, u32 CRC32C`, zeros) and
 //! places of a fixed number of pages, the image of block *i* in place *i*: nonce, tag, ciphertext. Numbers are
 //! little-endian. A tag covers the session, the fingerprint, the block's number, and the digest of all tokens up to the
-//! block's end: an image of what the session no longer says does not verify. Nothing here is ever synced: it is a cache.
+//! block's end: an image of what the session no longer says does not verify. Nothing here is ever synced.
 
 use crate::cipher::{NONCE_BYTES, SessionKey, TAG_BYTES};
 use crate::id::SessionId;
@@ -160,14 +160,6 @@ impl Digests {
     pub(crate) fn truncate(&mut self, n_tokens: usize) {
         self.0.truncate(n_tokens / BLOCK_TOKENS);
     }
-}
-
-/// Reads the header of a KV file. Answers the bytes of a place. For the fuzz target.
-#[doc(hidden)]
-pub fn probe_image_header(file: &[u8]) -> Option<u64> {
-    let shape = ImageShape::parse(file)?;
-    assert!(ImageShape::parse(&shape.header()) == Some(shape) && shape.n_places(u64::MAX) > 0);
-    Some(shape.offset(u32::try_from(BLOCKS_MAX).expect("below 2^32")))
 }
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
 //! What of a conversation survives?
 //!
-//! A *session* is a folder with three files: `key` (the session's key, wrapped under the master key), `journal` (what was
-//! said, record by record: the truth) and `kv` (images of KV blocks: a cache of the journal). [`Store`] holds all of
-//! them. What it calls committed is there after a power cut; what is not committed is there up to some point.
+//! A *session* is a folder with three files: `key` (the session's key, wrapped under the master key), `journal` (what
+//! was said, record by record: the truth) and `kv` (images of KV blocks: a cache of the journal). [`Store`] holds all
+//! of them. What it calls committed is there after a power cut; what is not committed is there up to some point.
 //!
 //! Knows no clock, no thread and no randomness: seconds, random bytes and the [`Disk`] are arguments, so that all of it
 //! runs under a simulation (`tests/sim`). Knows no model either: requests, sampling and answers are bytes.
@@ -19,6 +19,8 @@ mod id;
 mod image;
 mod journal;
 mod limits;
+#[doc(hidden)]
+pub mod probe;
 mod record;
 mod store;
 
@@ -27,9 +29,6 @@ pub use disk::{Disk, DiskError, Entry, OsDisk, Place};
 pub use error::{Result, StoreError};
 pub use history::{ContextFull, Durability, History, Outcome, Settings, State, TurnHistory};
 pub use id::{IdError, SessionId};
-pub use image::{BLOCK_TOKENS, ImageShape, probe_image_header};
-pub use journal::probe_journal;
+pub use image::{BLOCK_TOKENS, ImageShape};
 pub use limits::Limits;
-pub use store::{
-    Finding, FindingKind, Flushed, Loaded, NewSession, NewTurn, Random, Report, Store, Summary, Usage, probe_export,
-};
+pub use store::{Finding, FindingKind, Flushed, Loaded, NewSession, NewTurn, Random, Report, Store, Summary, Usage};

@@ -20,8 +20,6 @@ pub(crate) const SESSION_TURNS_MAX: usize = 1 << 20;
 pub(crate) const RECORD_BYTES_MAX: usize = 48 << 20;
 /// Most bytes of one block's image.
 pub(crate) const IMAGE_BYTES_MAX: u32 = 1 << 30;
-/// A journal shorter than this is not worth compacting.
-pub(crate) const COMPACT_BYTES_MIN: u64 = 64 << 10;
 
 /// Quotas and defaults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +30,8 @@ pub struct Limits {
     pub sessions: u32,
     /// Bytes of one session's journal.
     pub journal_bytes: u64,
+    /// Bytes of a journal that is worth compacting once less than half of it is of use.
+    pub compact_bytes: u64,
     /// Bytes of records that wait for a flush, in one session.
     pub pending_bytes: u64,
     /// Bytes of one owner's KV files.
@@ -50,6 +50,7 @@ impl Default for Limits {
             sessions_per_owner: 1000,
             sessions: 4000,
             journal_bytes: 256 << 20,
+            compact_bytes: 64 << 10,
             pending_bytes: 64 << 20,
             kv_bytes_per_owner: 16 << 30,
             kv_bytes: 32 << 30,

@@ -1,8 +1,8 @@
 //! Which sessions are there, and what may be done with them?
 //!
-//! Verbs change memory and queue records; [`Store::flush`] writes the queues of all sessions and says what is committed.
-//! Making, forking, importing and deleting a session is on the disk when the verb returns. Of a session that is in use
-//! the whole history is in memory, of the others a summary.
+//! Verbs change memory and queue records; [`Store::flush`] writes all queues and says what is committed. Making,
+//! forking, importing and deleting a session is on the disk when the verb returns. Of a session that is in use the
+//! whole history is in memory, of the others a summary.
 
 mod blocks;
 mod flush;
@@ -19,7 +19,7 @@ mod turns;
 pub use blocks::Loaded;
 pub use flush::Flushed;
 pub use report::{Finding, FindingKind, Report, Summary, Usage};
-pub use transfer::probe_export;
+pub(crate) use transfer::{parse, parse_body};
 pub use turns::NewTurn;
 
 use crate::cipher::{MasterKey, NONCE_BYTES};

@@ -106,9 +106,10 @@ impl Run {
         }
         let Some(at) = self.any_chat() else { return Ok(()) };
         let (owner, id) = (self.chats[at].owner, self.chats[at].id);
-        let history = self.store().history(owner, id).map(Said::of);
-        match self.done(history)? {
-            Some(found) if found != *self.chats[at].said() => wrong(format!("{id} says something else")),
+        let store = self.store.as_mut().expect("it is open between steps");
+        let is_same = store.history(owner, id).map(|history| self.chats[at].said().is(history));
+        match self.done(is_same)? {
+            Some(false) => wrong(format!("{id} says something else")),
             _ => Ok(()),
         }
     }

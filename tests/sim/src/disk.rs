@@ -19,6 +19,8 @@ pub struct FakeDisk {
 pub struct Faults {
     /// One call in so many fails, before or after it is carried out, or half-way; 0 is never.
     pub one_in: u32,
+    /// This call fails, counted from now.
+    pub fail_after: Option<u64>,
     /// Bytes that fit.
     pub capacity_bytes: usize,
     /// The power goes at this change, counted from now, which may still be carried out.
@@ -40,7 +42,7 @@ pub enum Plant {
 
 impl Faults {
     /// A disk that works.
-    pub const NONE: Self = Self { one_in: 0, capacity_bytes: usize::MAX, off_after: None };
+    pub const NONE: Self = Self { one_in: 0, fail_after: None, capacity_bytes: usize::MAX, off_after: None };
 }
 
 impl FakeDisk {
@@ -70,7 +72,7 @@ impl FakeDisk {
             }
         }
         machine.locked.clear();
-        (machine.is_off, machine.off_at, machine.faults) = (false, None, Faults::NONE);
+        (machine.is_off, machine.off_at, machine.fail_at, machine.faults) = (false, None, None, Faults::NONE);
     }
 
     /// What may go wrong from now on.
@@ -78,6 +80,7 @@ impl FakeDisk {
         let machine = &mut *self.machine();
         machine.faults = faults;
         machine.off_at = faults.off_after.map(|n| machine.n_changes + n);
+        machine.fail_at = faults.fail_after.map(|n| machine.n_calls + n + 1);
     }
 
     /// Plants a mistake.
@@ -88,6 +91,11 @@ impl FakeDisk {
     /// Whether the power has gone: every call fails until [`FakeDisk::power_cut`].
     pub fn is_off(&self) -> bool {
         self.machine().is_off
+    }
+
+    /// Whether a call has failed for another reason than the power.
+    pub fn has_failed(&self) -> bool {
+        self.machine().last_failure > 0
     }
 
     /// Calls so far that change something.

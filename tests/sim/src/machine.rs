@@ -26,6 +26,7 @@ pub(crate) struct Machine {
     /// Calls that change something.
     pub(crate) n_changes: u64,
     pub(crate) off_at: Option<u64>,
+    pub(crate) fail_at: Option<u64>,
     pub(crate) is_off: bool,
     pub(crate) n_calls: u64,
     pub(crate) last_failure: u64,
@@ -59,6 +60,7 @@ impl Machine {
             plant: Plant::Nothing,
             n_changes: 0,
             off_at: None,
+            fail_at: None,
             is_off: false,
             n_calls: 0,
             last_failure: 0,
@@ -117,7 +119,8 @@ impl Machine {
             }
         }
         let may_fail = self.faults.one_in > 0 && self.n_calls >= self.last_failure + CALM;
-        if !may_fail || self.rng.u32(..self.faults.one_in) > 0 {
+        let fails = self.fail_at == Some(self.n_calls) || may_fail && self.rng.u32(..self.faults.one_in) == 0;
+        if !fails {
             return Ok(Fate::Done);
         }
         self.last_failure = self.n_calls;

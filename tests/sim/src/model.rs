@@ -1,6 +1,7 @@
 //! What would a session store answer that never loses anything, and what may one answer after a power cut?
 
-use sparsed_session::{Durability, History, Outcome, SessionId, Settings, State};
+use sparsed_session::{Durability, History, Outcome, SessionId, Settings, State, TurnHistory};
+use std::sync::Arc;
 
 /// Everything of a session that a client could see.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +24,7 @@ pub struct SaidTurn {
     /// Tokens it kept, where its prompt ends, where its answer ends.
     pub places: [usize; 3],
     /// The request and the answer.
-    pub texts: [Vec<u8>; 2],
+    pub texts: [Arc<[u8]>; 2],
     /// How it ended.
     pub outcome: Option<Outcome>,
 }
@@ -57,7 +58,7 @@ impl Said {
     pub fn of(history: &History) -> Self {
         let turns = history.turns.iter().map(|turn| SaidTurn {
             places: [turn.first_token, turn.prompt_end, turn.end_token].map(|at| at as usize),
-            texts: [turn.request.clone(), turn.answer.clone()],
+            texts: [turn.request.as_slice().into(), turn.answer.as_slice().into()],
             outcome: turn.outcome,
         });
         Self {
@@ -69,13 +70,28 @@ impl Said {
         }
     }
 
+    /// Whether that is what the store says.
+    pub fn is(&self, history: &History) -> bool {
+        let is_same = |(said, turn): (&SaidTurn, &TurnHistory)| {
+            said.outcome == turn.outcome
+                && said.places == [turn.first_token, turn.prompt_end, turn.end_token].map(|at| at as usize)
+                && said.texts.each_ref().map(|text| &**text) == [turn.request.as_slice(), turn.answer.as_slice()]
+        };
+        self.title == history.title
+            && self.pinned == history.pinned
+            && self.settings == history.settings
+            && self.tokens == history.tokens
+            && self.turns.len() == history.turns.len()
+            && self.turns.iter().zip(&history.turns).all(is_same)
+    }
+
     /// A turn begins.
     pub fn begin(&mut self, kept: usize, prompt: &[u32], request: &[u8]) {
         self.leave();
         self.tokens.truncate(kept);
         self.tokens.extend_from_slice(prompt);
         let end = self.tokens.len();
-        self.turns.push(SaidTurn { places: [kept, end, end], texts: [request.to_vec(), Vec::new()], outcome: None });
+        self.turns.push(SaidTurn { places: [kept, end, end], texts: [request.into(), Arc::default()], outcome: None });
     }
 
     /// Tokens come.
@@ -90,7 +106,7 @@ impl Said {
     pub fn end(&mut self, outcome: Outcome, answer: &[u8]) {
         let turn = self.turns.last_mut().expect("a turn is being answered");
         turn.outcome = Some(outcome);
-        turn.texts[1] = answer.to_vec();
+        turn.texts[1] = answer.into();
     }
 
     /// Later turns are forgotten.
@@ -162,8 +178,8 @@ impl Chat {
         self.said().settings.durability == Durability::Token
     }
 
-    /// The store has this of it after it was killed, or after a power cut, or after it was reverted. Answers whether that
-    /// may be.
+    /// The store has this of it after it was killed, after a power cut, or after it was reverted. Answers whether it
+    /// may.
     pub fn is_found(&mut self, found: &Said, how: Found) -> bool {
         let floor = self.floors[usize::from(how == Found::AfterPowerCut)];
         let at = self.states.iter().rposition(|said| said == found);

@@ -78,7 +78,7 @@ pub(crate) fn open(disk: &FakeDisk, seed: u64) -> Result<(Store<FakeDisk>, spars
     let mut rng = Rng::with_seed(seed);
     let random = Box::new(move |bytes: &mut [u8]| rng.fill(bytes));
     // Compacted early, so that it happens; images are evicted.
-    let limits = Limits { kv_bytes: 60_000, ..Limits::default() };
+    let limits = Limits { kv_bytes: 60_000, compact_bytes: 1000, ..Limits::default() };
     Store::open(disk.other(), random, MasterKey::new([1; 32]), limits)
 }
 
@@ -115,7 +115,7 @@ impl Run {
         let off_after = self.rng.bool().then(|| self.rng.u64(..30));
         let one_in = [0, 0, 10, 40][self.rng.usize(..4)];
         let capacity_bytes = [usize::MAX, usize::MAX, 20_000, 60_000][self.rng.usize(..4)];
-        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after });
+        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after, ..Faults::NONE });
     }
 
     /// A verb's answer, of which only the disk's failures are counted.
@@ -285,7 +285,8 @@ impl Run {
                 let kept = kept.min(400);
                 let n_tokens = self.rng.usize(..150);
                 let prompt: Vec<u32> = std::iter::repeat_with(|| self.rng.u32(..300)).take(n_tokens).collect();
-                let request = vec![self.rng.u8(..); self.rng.usize(..20_000)];
+                let n_bytes = if self.rng.u32(..3) == 0 { 20_000 } else { 300 };
+                let request = vec![self.rng.u8(..); self.rng.usize(..n_bytes)];
                 let keep_tokens = u32::try_from(kept).expect("few");
                 let turn = NewTurn { keep_tokens, prompt: &prompt, request: &request, sampling: b"greedy" };
                 let answer = self.store().begin_turn(owner, id, &turn, 7);

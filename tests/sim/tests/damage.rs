@@ -109,10 +109,9 @@ fn of_a_damaged_journal_what_is_before_the_damage_goes_on_and_the_rest_is_report
             states.iter().position(|said| *said == history).unwrap_or_else(|| panic!("{context}: a wrong history"));
         let n_kept = disk.bytes(&journal).len();
         let lost = damaged.len() - n_kept;
+        let n_bytes = lost as u64;
         let is_told = match report.findings.as_slice() {
-            [finding] => {
-                matches!(finding.kind, FindingKind::Torn { n_bytes } | FindingKind::Cut { n_bytes } if n_bytes == lost as u64)
-            }
+            [finding] => [FindingKind::Torn { n_bytes }, FindingKind::Cut { n_bytes }].contains(&finding.kind),
             // Cut between two records: nobody can know that there were more.
             findings => findings.is_empty() && lost == 0 && damaged == bytes[..damaged.len()],
         };

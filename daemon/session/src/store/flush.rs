@@ -4,16 +4,14 @@
 //! tell: the system may have thrown the bytes away and call the file clean. Then, and when a cut fails, the journal is
 //! written again as a whole, from memory, under another name.
 
-use super::folder::best_effort;
 use super::session::Session;
 use super::{Random, Store, nonce};
+use crate::cipher::SessionKey;
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
-use crate::history::Durability;
+use crate::history::{Durability, History};
 use crate::id::SessionId;
 use crate::journal::Position;
-use crate::limits::COMPACT_BYTES_MIN;
-use crate::record::Record;
 
 /// What a flush did. A session is in one of the lists, or two: what is committed was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,8 +30,12 @@ impl<D: Disk> Store<D> {
         let mut flushed = Flushed::default();
         for id in std::mem::take(&mut self.dirty) {
             let Some(session) = self.sessions.get_mut(&id).filter(|session| !session.doomed) else { continue };
-            let mut writer =
-                Writer { disk: &mut self.disk, random: &mut *self.random, n_written: &mut self.journal_bytes_written };
+            let mut writer = Writer {
+                disk: &mut self.disk,
+                random: &mut *self.random,
+                n_written: &mut self.journal_bytes_written,
+                compact_bytes: self.limits.compact_bytes,
+            };
             match writer.flush(session) {
                 Ok(is_committed) => {
                     flushed.written.push(id);
@@ -57,8 +59,12 @@ impl<D: Disk> Store<D> {
     pub fn commit(&mut self, owner: u64, id: SessionId) -> Result<()> {
         let session = super::find(&mut self.sessions, owner, id)?;
         session.must_sync = true;
-        let mut writer =
-            Writer { disk: &mut self.disk, random: &mut *self.random, n_written: &mut self.journal_bytes_written };
+        let mut writer = Writer {
+            disk: &mut self.disk,
+            random: &mut *self.random,
+            n_written: &mut self.journal_bytes_written,
+            compact_bytes: self.limits.compact_bytes,
+        };
         let committed = writer.flush(session);
         if committed.is_ok() {
             self.dirty.remove(&id);
@@ -88,6 +94,7 @@ struct Writer<'a, D> {
     disk: &'a mut D,
     random: &'a mut (dyn Random + Send),
     n_written: &'a mut u64,
+    compact_bytes: u64,
 }
 
 impl<D: Disk> Writer<'_, D> {
@@ -97,9 +104,12 @@ impl<D: Disk> Writer<'_, D> {
             self.rewrite(session)?;
         } else if !session.pending.is_empty() {
             self.append(session)?;
-            if is_mostly_dead(session) {
-                // Not needed by anybody who waits: it is tried again at the next cut or end of a turn.
-                best_effort(self.rewrite(session));
+            if is_mostly_dead(session, self.compact_bytes) {
+                let compacted = self.rewrite(session);
+                // Nobody needs it while the old journal is there: it is tried again at the next cut or end of a turn.
+                if session.journal.is_broken {
+                    compacted?;
+                }
             }
         }
         if !session.must_sync && session.durability() != Durability::Token {
@@ -133,15 +143,9 @@ impl<D: Disk> Writer<'_, D> {
     fn rewrite(&mut self, session: &mut Session) -> Result<()> {
         session.load(self.disk)?;
         let history = session.history.as_ref().ok_or(StoreError::NotFound)?;
-        let mut generation = [0; 16];
-        self.random.fill(&mut generation);
-        let (mut position, header) = Position::start(session.id, generation);
-        let mut bytes = header.to_vec();
-        for record in history.records() {
-            position.append(&record, &session.key, nonce(self.random), &mut bytes);
-        }
-        if let Err(error) = session.folder.replace_journal(self.disk, &bytes) {
-            // The old one may be gone: whoever renames does not say how far he came.
+        let (position, bytes) = whole_journal(session.id, history, &session.key, self.random);
+        session.folder.write_journal(self.disk, &bytes)?;
+        if let Err(error) = session.folder.replace_journal(self.disk) {
             session.journal.is_broken = true;
             return Err(error.into());
         }
@@ -173,9 +177,9 @@ impl<D: Disk> Writer<'_, D> {
 }
 
 /// Whether less than half of a journal that is worth it would be left after compaction.
-fn is_mostly_dead(session: &Session) -> bool {
+fn is_mostly_dead(session: &Session, compact_bytes: u64) -> bool {
     let n_bytes = session.journal_bytes();
-    let is_worth_it = n_bytes >= COMPACT_BYTES_MIN && !session.answering;
+    let is_worth_it = n_bytes >= compact_bytes && !session.answering;
     let Some(history) = session.history.as_ref().filter(|_| is_worth_it) else { return false };
     let turns: usize =
         history.turns.iter().map(|turn| turn.request.len() + turn.sampling.len() + turn.answer.len()).sum();
@@ -184,15 +188,17 @@ fn is_mostly_dead(session: &Session) -> bool {
     n_bytes > n_live.saturating_mul(2)
 }
 
-/// The first journal of a session.
-pub(super) fn first_journal(
-    position: &mut Position,
-    header: &[u8],
-    records: &[Record],
-    key: &crate::cipher::SessionKey,
+/// A journal that gives just this history, and where its next record goes.
+pub(super) fn whole_journal(
+    id: SessionId,
+    history: &History,
+    key: &SessionKey,
     random: &mut (dyn Random + Send),
-) -> Vec<u8> {
+) -> (Position, Vec<u8>) {
+    let mut generation = [0; 16];
+    random.fill(&mut generation);
+    let (mut position, header) = Position::start(id, generation);
     let mut bytes = header.to_vec();
-    records.iter().for_each(|record| position.append(record, key, nonce(random), &mut bytes));
-    bytes
+    history.records().iter().for_each(|record| position.append(record, key, nonce(random), &mut bytes));
+    (position, bytes)
 }

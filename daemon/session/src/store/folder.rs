@@ -1,7 +1,7 @@
 //! Where do a session's files lie, and how does its folder come and go?
 //!
-//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.tmp`, gets its own when all in it is
-//! on the disk, and loses it again before its key is destroyed: one that has its name is whole.
+//! `sessions/<owner>/<id>/{key,journal,kv}`. A folder is filled under the name `<id>.tmp`, gets its own when all in it
+//! is on the disk, and loses it again before its key is destroyed: one that has its name is whole.
 
 use crate::cipher::KEY_FILE_BYTES;
 use crate::disk::{Disk, DiskError, Place};
@@ -73,16 +73,20 @@ impl Folder {
         disk.sync_dir(&Place::root())
     }
 
-    /// Puts a new journal in the place of the old one; the old one stays if that fails. Its name is not synced.
-    pub(super) fn replace_journal(&self, disk: &mut impl Disk, bytes: &[u8]) -> Done {
+    /// Writes a journal that is to replace the one there is, which stays.
+    pub(super) fn write_journal(&self, disk: &mut impl Disk, bytes: &[u8]) -> Done {
         let new = self.dir.child(JOURNAL_NEW);
         ignore_missing(disk.remove(&new))?;
-        let written = write_new(disk, &new, bytes).and_then(|()| disk.rename(&new, &self.journal()));
+        let written = write_new(disk, &new, bytes);
         if written.is_err() {
-            // What stays in the way is removed before the next try, or at the next start.
             best_effort(disk.remove(&new));
         }
         written
+    }
+
+    /// Puts it in the place of the old one. When that fails nobody knows which is there. The name is not synced.
+    pub(super) fn replace_journal(&self, disk: &mut impl Disk) -> Done {
+        disk.rename(&self.dir.child(JOURNAL_NEW), &self.journal())
     }
 
     /// Keeps what is cut from a journal, up to a limit.

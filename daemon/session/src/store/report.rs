@@ -56,7 +56,7 @@ pub struct Finding {
 /// What is odd, and what was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FindingKind {
-    /// The last record was never written to its end; it was cut off.
+    /// The last record was never written to its end; it was moved to `journal.torn`, where there was room.
     Torn {
         /// Bytes that were cut.
         n_bytes: u64,
@@ -73,7 +73,7 @@ pub enum FindingKind {
     },
     /// The key is wrapped under another master key; the session was left alone and cannot be used.
     ForeignKey,
-    /// Key or journal make no sense from the start; the session was left alone and cannot be used.
+    /// Key or journal are missing, or make no sense from the start; the session was left alone and cannot be used.
     Unreadable,
     /// The journal is longer than the limit; the session was left alone and cannot be used.
     TooLarge,

@@ -45,6 +45,12 @@ fn file_of(folder: &Path, id: SessionId, name: &str) -> PathBuf {
 }
 
 #[test]
+fn a_store_may_live_on_another_thread() {
+    fn is_send<T: Send>() {}
+    is_send::<Store<OsDisk>>();
+}
+
+#[test]
 fn a_session_is_there_after_the_store_is_opened_again() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, report) = open(folder.path(), 1);

@@ -3,7 +3,7 @@
 //! An exported session is `magic "spdx", u32 version, u64 n_bytes, u32 CRC32C` of the `n_bytes` that follow: records as
 //! in a compacted journal, each after its length (u32), not encrypted. Numbers are little-endian.
 
-use super::flush::first_journal;
+use super::flush::whole_journal;
 use super::folder::Folder;
 use super::session::Session;
 use super::{Store, nonce};
@@ -12,7 +12,6 @@ use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::{History, Outcome};
 use crate::id::SessionId;
-use crate::journal::Position;
 use crate::limits::RECORD_BYTES_MAX;
 use crate::record::Record;
 use zeroize::Zeroizing;
@@ -83,14 +82,12 @@ impl<D: Disk> Store<D> {
         if let Some(turn) = history.turns.last_mut() {
             turn.outcome.get_or_insert(Outcome::Interrupted);
         }
-        let (mut id, mut key, mut generation) = ([0; 16], Zeroizing::new([0; 32]), [0; 16]);
+        let (mut id, mut key) = ([0; 16], Zeroizing::new([0; 32]));
         self.random.fill(&mut id);
         self.random.fill(&mut *key);
-        self.random.fill(&mut generation);
         let (id, key) = (SessionId::from_bytes(id), SessionKey::new(key));
         let key_file = key.wrap(&self.master, owner, id, &nonce(&mut *self.random));
-        let (mut position, header) = Position::start(id, generation);
-        let journal = first_journal(&mut position, &header, &history.records(), &key, &mut *self.random);
+        let (position, journal) = whole_journal(id, &history, &key, &mut *self.random);
         Folder::of(owner, id).build(&mut self.disk, &key_file, &journal)?;
         self.journal_bytes_written += (key_file.len() + journal.len()) as u64;
         let mut session = Session::new(id, key, history, position);
@@ -102,7 +99,8 @@ impl<D: Disk> Store<D> {
     }
 }
 
-fn parse(file: &[u8]) -> Result<History> {
+/// What an exported session says.
+pub(crate) fn parse(file: &[u8]) -> Result<History> {
     const DAMAGED: StoreError = StoreError::Damaged { what: "the exported session" };
     let (header, body) = file.split_first_chunk::<HEADER_BYTES>().ok_or(DAMAGED)?;
     let (magic, rest) = header.split_first_chunk::<4>().ok_or(DAMAGED)?;
@@ -122,7 +120,8 @@ fn parse(file: &[u8]) -> Result<History> {
     parse_body(body).ok_or(DAMAGED)
 }
 
-fn parse_body(mut rest: &[u8]) -> Option<History> {
+/// What its records say, without the header.
+pub(crate) fn parse_body(mut rest: &[u8]) -> Option<History> {
     let mut history = None;
     while let Some((n_bytes, after)) = rest.split_first_chunk::<4>() {
         let n_bytes = u32::from_le_bytes(*n_bytes) as usize;
@@ -138,10 +137,4 @@ fn parse_body(mut rest: &[u8]) -> Option<History> {
         rest = after;
     }
     if rest.is_empty() { history } else { None }
-}
-
-/// Reads what follows an exported session's header. For the fuzz target.
-#[doc(hidden)]
-pub fn probe_export(body: &[u8]) -> Option<usize> {
-    parse_body(body).map(|history| history.tokens.len())
 }
