@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Daemon, read_answer};
 
-const SETS: &[&str] = &["engine.threads=1", "model.default.max_context=4096"];
+const SETS: &[&str] =
+    &["engine.threads=1", "model.default.max_context=4096", "limits.max_running=4", "limits.max_batched_tokens=64"];
 
 fn request(seed: u32, n: usize) -> Value {
     json!({
@@ -30,7 +31,7 @@ fn answers_are_the_same_where_most_rows_are_slow() {
         requests.iter().map(|request| said(&roomy.post("/v1/chat/completions", request).body)).collect();
     assert_eq!(roomy.status()["kv_blocks_slow"], 0);
     for hot_share in ["0", "0.2"] {
-        let tight = start(&["memory.budget=5MiB", &format!("memory.hot_share={hot_share}")]);
+        let tight = start(&["memory.budget=6656KiB", &format!("memory.hot_share={hot_share}")]);
         let streams: Vec<_> = requests.iter().map(|request| tight.open("/v1/chat/completions", request)).collect();
         tight.wait_until("blocks are slow", || tight.status()["kv_blocks_slow"].as_u64() > Some(20));
         let answers: Vec<String> = streams.into_iter().map(|stream| said(&read_answer(stream).unwrap().body)).collect();

@@ -6,21 +6,19 @@
 
 use crate::config::{Activations, Config, Model, Paths};
 use crate::devices;
+use crate::door::Door;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File, Permissions};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::fs::{DirBuilder, File};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-/// Who may connect to the socket: its owner and group.
-const SOCKET_MODE: u32 = 0o660;
 /// Share of the available memory that is used when the configuration does not say.
 const BUDGET_SHARE: u64 = 2;
 /// The budget where the available memory cannot be found out.
@@ -33,8 +31,8 @@ pub struct Assembly {
     pub service: Service,
     /// The engine thread; it ends by itself when no model can be served.
     pub engine: JoinHandle<()>,
-    /// Listening, non-blocking.
-    pub listener: UnixListener,
+    /// Where clients come in.
+    pub door: Door,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -51,7 +49,7 @@ impl Assembly {
         let lock = lock_state(&paths.state_dir)?;
         let devices = devices::find(config)?;
         let models = model_options(config, &paths);
-        let listener = listen(&paths.socket)?;
+        let door = Door::open(&paths.socket)?;
         let limits = Limits {
             max_running: config.limits.max_running,
             max_waiting: config.limits.max_waiting,
@@ -69,7 +67,7 @@ impl Assembly {
         let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
         let started = sparsed_engine::start(devices, models, limits, &recovery, store);
         let (service, engine) = started.context("the engine thread")?;
-        Ok(Self { service, engine, listener, paths, _lock: lock })
+        Ok(Self { service, engine, door, paths, _lock: lock })
     }
 }
 
@@ -152,29 +150,9 @@ fn lock_state(dir: &Path) -> anyhow::Result<File> {
     }
 }
 
-fn make_dir(dir: &Path, mode: u32) -> anyhow::Result<()> {
+/// Makes a folder and those above it.
+pub(crate) fn make_dir(dir: &Path, mode: u32) -> anyhow::Result<()> {
     DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(|| format!("cannot make {}", dir.display()))
-}
-
-/// Listens on `path`. A socket that nobody listens on any more is replaced, anything else is left alone.
-fn listen(path: &Path) -> anyhow::Result<UnixListener> {
-    if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
-        make_dir(dir, 0o755)?;
-    }
-    if let Ok(found) = path.symlink_metadata() {
-        use std::os::unix::fs::FileTypeExt;
-        if !found.file_type().is_socket() {
-            bail!("{} is there and is not a socket; remove it, or set another socket.path", path.display());
-        }
-        if UnixStream::connect(path).is_ok() {
-            bail!("another process listens on {}; stop it, or set another socket.path", path.display());
-        }
-        std::fs::remove_file(path).with_context(|| path.display().to_string())?;
-    }
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    std::fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE)).with_context(|| path.display().to_string())?;
-    listener.set_nonblocking(true)?;
-    Ok(listener)
 }
 
 #[cfg(test)]
@@ -186,24 +164,5 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let _first = lock_state(dir.path()).unwrap();
         assert!(lock_state(dir.path()).unwrap_err().to_string().contains("another sparsed"));
-    }
-
-    #[test]
-    fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run/api.sock");
-        drop(listen(&path).unwrap());
-        let _live = listen(&path).unwrap();
-        assert!(listen(&path).unwrap_err().to_string().contains("another process"));
-        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, SOCKET_MODE);
-    }
-
-    #[test]
-    fn a_file_in_the_sockets_place_is_left_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("api.sock");
-        std::fs::write(&path, "precious").unwrap();
-        assert!(listen(&path).unwrap_err().to_string().contains("not a socket"));
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
     }
 }

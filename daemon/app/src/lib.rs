@@ -9,6 +9,7 @@ pub mod assemble;
 pub mod config;
 pub mod ctl;
 pub mod devices;
+pub mod door;
 pub mod lifecycle;
 pub mod logging;
 pub mod sessions;

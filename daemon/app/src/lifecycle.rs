@@ -4,7 +4,7 @@
 //! daemon is stopping. A second signal ends it at once.
 
 use crate::assemble::Assembly;
-use crate::config::{Config, Paths, Source};
+use crate::config::{Config, Source};
 use crate::watchdog;
 use anyhow::{Context, bail};
 use clap::Parser;
@@ -97,14 +97,16 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, listener, paths, .. } = assembly;
+    let Assembly { service, engine, door, paths, .. } = assembly;
+    let address = door.address();
+    let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
     let options = ServeOptions {
         connections_max: config.limits.connections as usize,
         body_bytes_max: usize::try_from(config.limits.body.0)?,
         stop_timeout: Duration::from_secs(config.limits.stop_s),
     };
-    log::info!(socket:% = paths.socket.display(), state_dir:% = paths.state_dir.display(); "listening");
+    log::info!(socket:% = address, state_dir:% = paths.state_dir.display(); "listening");
     // The engine thread is waited for on a thread of its own: a blocking-pool place would be lost to tokenizing.
     let (ended, mut engine_end) = tokio::sync::oneshot::channel();
     std::thread::Builder::new().name("engine-end".to_owned()).spawn(move || {
@@ -121,12 +123,12 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     drop(stop_serving);
     match outcome {
         Some(sound) => {
-            remove_socket(&paths);
+            closing.close();
             bail!("{}", why_ended(&service, sound))
         }
         None => {
             log::info!("stopping");
-            remove_socket(&paths);
+            closing.close();
             wind_down(&service, serving, engine_end, options.stop_timeout).await
         }
     }
@@ -175,12 +177,6 @@ fn why_ended(service: &Service, sound: bool) -> String {
         return format!("no model can be served: {}", failed.join("; "));
     }
     "the engine thread failed; the lines above say why".to_owned()
-}
-
-fn remove_socket(paths: &Paths) {
-    if let Err(error) = std::fs::remove_file(&paths.socket) {
-        log::debug!(reason:% = error; "socket not removed");
-    }
 }
 
 /// Resolves at the first SIGTERM or SIGINT; at the second the process ends at once.

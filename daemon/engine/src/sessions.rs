@@ -83,7 +83,9 @@ impl Sessions {
         self.ask(move |keeper| {
             let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
             let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
-            Ok(Session { summary, settings: history.settings, messages: Conversation::of(history)?.messages() })
+            let (settings, conversation) = (history.settings, Conversation::of(history));
+            keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
+            Ok(Session { summary, settings, messages: conversation?.messages() })
         })
     }
 

@@ -166,9 +166,7 @@ impl Keeper {
             }
             Ask::Event { turn, event } => self.event(turn, event),
             Ask::Gone { turn } => self.gone(turn),
-            Ask::Close { file } => {
-                self.taken.remove(&file);
-            }
+            Ask::Close { file } => self.let_go(file),
             Ask::Save { slot, shape, save, image } => self.images.push_back((slot, shape, save, image)),
             Ask::Restore { slot, shape, restore } => self.restore(slot, &shape, restore),
             Ask::Stop => self.stopping = true,
@@ -274,7 +272,7 @@ impl Keeper {
 
     fn forget(&mut self, turn: TurnId) {
         if let Some(answer) = self.answers.remove(&turn) {
-            self.taken.remove(&answer.file);
+            self.let_go(answer.file);
         }
     }
 
@@ -332,9 +330,12 @@ impl Keeper {
         if self.taken.insert(file) { Ok(file) } else { Err(busy(id)) }
     }
 
-    /// Lets a session go that was taken.
+    /// Lets a session go that was taken; what is in memory of it can be read again.
     pub(super) fn let_go(&mut self, file: FileId) {
         self.taken.remove(&file);
+        let (owner, id) = self.files[index(file)];
+        // One that was deleted has nothing in memory either.
+        let _gone = self.store.release(owner, id).is_err();
     }
 
     /// That nobody has taken a session.

@@ -1,0 +1,125 @@
+//! On which socket do clients come in? On the one that the service manager has opened, else on one of our own.
+//!
+//! A socket of the service manager's (`sparsed.socket`) is there before the daemon and after it: a client that comes while
+//! the daemon is restarted waits, and is not refused.
+
+use anyhow::{Context, bail};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+/// Who may connect to a socket of our own: its owner and group.
+const SOCKET_MODE: u32 = 0o660;
+/// What the service manager calls the socket: `FileDescriptorName=`.
+const NAME: &str = "api";
+
+/// A socket that is listened on.
+#[derive(Debug)]
+pub struct Door {
+    /// Non-blocking.
+    pub listener: UnixListener,
+    /// Of a socket of our own, to be removed at the end.
+    path: Option<PathBuf>,
+}
+
+impl Door {
+    /// The service manager's socket, or one at `path`.
+    ///
+    /// # Errors
+    /// A descriptor that is no listening Unix socket; a path that something else has.
+    pub fn open(path: &Path) -> anyhow::Result<Self> {
+        let listener = match passed().context("the socket that the service manager has passed")? {
+            Some(listener) => Self { listener, path: None },
+            None => Self { listener: listen(path)?, path: Some(path.to_owned()) },
+        };
+        listener.listener.set_nonblocking(true)?;
+        Ok(listener)
+    }
+
+    /// What clients connect to.
+    pub fn address(&self) -> String {
+        self.path.as_ref().map_or_else(|| "the service manager's".to_owned(), |path| path.display().to_string())
+    }
+
+    /// Takes the listener; what is given back removes a socket of our own.
+    pub fn split(self) -> (UnixListener, Closing) {
+        (self.listener, Closing(self.path))
+    }
+}
+
+/// The end of a door.
+#[derive(Debug)]
+pub struct Closing(Option<PathBuf>);
+
+impl Closing {
+    /// Lets no further clients come: they see that nobody is there, unless the service manager has them wait.
+    pub fn close(&self) {
+        let Some(path) = &self.0 else { return };
+        if let Err(error) = std::fs::remove_file(path) {
+            log::debug!(reason:% = error; "socket not removed");
+        }
+    }
+}
+
+/// The socket that was passed under our name, or the only one without a name.
+fn passed() -> std::io::Result<Option<UnixListener>> {
+    let mut passed = listenfd::ListenFd::from_env();
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let index = match passed.len() {
+        0 => return Ok(None),
+        1 if names.is_empty() || names == "unknown" => Some(0),
+        _ => names.split(':').position(|name| name == NAME),
+    };
+    match index {
+        Some(index) => passed.take_unix_listener(index),
+        None => {
+            log::warn!(names, wanted = NAME; "none of the sockets that were passed is ours");
+            Ok(None)
+        }
+    }
+}
+
+/// Listens on `path`. A socket that nobody listens on any more is replaced, anything else is left alone.
+fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
+        crate::assemble::make_dir(dir, 0o755)?;
+    }
+    if let Ok(found) = path.symlink_metadata() {
+        use std::os::unix::fs::FileTypeExt;
+        if !found.file_type().is_socket() {
+            bail!("{} is there and is not a socket; remove it, or set another socket.path", path.display());
+        }
+        if UnixStream::connect(path).is_ok() {
+            bail!("another process listens on {}; stop it, or set another socket.path", path.display());
+        }
+        std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    std::fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE)).with_context(|| path.display().to_string())?;
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dead_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/api.sock");
+        drop(listen(&path).unwrap());
+        let _live = listen(&path).unwrap();
+        assert!(listen(&path).unwrap_err().to_string().contains("another process"));
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, SOCKET_MODE);
+    }
+
+    #[test]
+    fn a_file_in_the_sockets_place_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        std::fs::write(&path, "precious").unwrap();
+        assert!(listen(&path).unwrap_err().to_string().contains("not a socket"));
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+    }
+}
