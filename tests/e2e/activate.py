@@ -28,7 +28,8 @@ threading.Thread(target=end, daemon=True).start()
 while True:
     child = os.fork()
     if child == 0:
-        os.dup2(door.fileno(), 3, inheritable=True)
+        os.dup2(door.fileno(), 3)
+        os.set_inheritable(3, True)  # it may have been 3 before
         os.environ.update(LISTEN_FDS="1", LISTEN_PID=str(os.getpid()), LISTEN_FDNAMES="api")
         os.execv(command[0], command)
     print(child, flush=True)

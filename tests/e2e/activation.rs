@@ -15,6 +15,11 @@ fn health(socket: &Path) -> u16 {
     read_answer(stream).unwrap().status
 }
 
+/// Asks until the model is loaded.
+fn until_served(socket: &Path) {
+    assert!((0..100_000).any(|_| health(socket) == 200), "the daemon does not come to serve");
+}
+
 #[test]
 fn clients_that_come_before_the_daemon_or_while_it_restarts_are_answered() {
     let folder = tempfile::tempdir().unwrap();
@@ -45,10 +50,10 @@ fn clients_that_come_before_the_daemon_or_while_it_restarts_are_answered() {
     }
     // And in good order: the socket is not the daemon's to remove.
     let pid = pids.next().unwrap().unwrap();
-    while health(&socket) != 200 {}
+    until_served(&socket);
     assert!(Command::new("kill").args(["-TERM", &pid]).status().unwrap().success());
     pids.next().unwrap().unwrap();
-    while health(&socket) != 200 {}
+    until_served(&socket);
     drop(manager.stdin.take());
     manager.wait().unwrap();
 }
