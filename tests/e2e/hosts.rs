@@ -7,6 +7,7 @@ use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 /// What is done to the process.
 #[derive(Clone, Copy, Debug)]
@@ -112,6 +113,23 @@ fn footprint(daemon: &Daemon) -> (usize, u64) {
     let resident = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     let kib = resident.trim().trim_end_matches(" kB").parse().unwrap();
     (fs::read_dir(proc.join("fd")).unwrap().count(), kib)
+}
+
+#[test]
+fn a_step_that_hangs_does_not_keep_the_daemon_from_stopping() {
+    let model = sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf");
+    let sets = ["engine.isolation=process", "engine.step_timeout_ms=600000", "limits.stop_s=0"];
+    let mut daemon = Daemon::start(&model, &sets);
+    let stream = daemon.open("/v1/completions", &three_streams(100_000)[0]);
+    daemon.wait_until("running", || sampled(&daemon) > 0);
+    strike(host(&daemon), Blow::Stop);
+    let asked = Instant::now();
+    daemon.signal("TERM");
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+    assert!(asked.elapsed() < Duration::from_secs(10), "{:?}; log:\n{}", asked.elapsed(), daemon.log());
+    let answer = read_answer(stream).unwrap().body;
+    let end = &answer[answer.len().saturating_sub(400)..];
+    assert!(end.contains("shutting_down"), "its client hears why: {end}; log:\n{}", daemon.log());
 }
 
 #[test]
