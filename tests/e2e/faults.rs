@@ -154,6 +154,23 @@ fn a_device_that_fails_its_own_test_is_opened_again_and_then_left() {
 }
 
 #[test]
+fn a_plugin_that_is_refused_memory_costs_no_stream() {
+    let sets = [
+        "engine.isolation=process",
+        "engine.set.hog_at=\"30\"",
+        "engine.retry.backoff_ms=[1, 2, 3]",
+        "engine.retry.forget_ms=0",
+    ];
+    let daemon = faulty(&[], &sets);
+    assert_eq!(streamed(&daemon), undisturbed(), "{}", daemon.log());
+    let device = daemon.get("/v1/status").json()["device"].clone();
+    let fault = device["last_fault"].as_str().unwrap();
+    assert!(fault.contains("signal 6") && daemon.log().contains("memory allocation of"), "{fault}");
+    // Each process dies at its thirtieth step.
+    assert!(device["faults"].as_u64() >= Some(2) && device["name"] == "faulty", "{device}");
+}
+
+#[test]
 fn a_step_that_no_device_can_compute_is_nobodys_strike() {
     let sets = ["engine.set.bad_from=\"1\"", "engine.failover=false", "plugins.step_failures=2"];
     let daemon = faulty(&[], &sets);

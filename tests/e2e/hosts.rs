@@ -1,5 +1,5 @@
 //! A plugin's process is killed, stopped, crashed and corrupted while chats stream: no stream is lost and none changes.
-//! `LONG=1` does it 200 times with the default model instead of 40 times with a tiny one.
+//! `LONG=1` does it 200 times with the default model instead of 40 times with a tiny one, `LONG=n` n times.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens, three_streams};
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 /// What is done to the process.
 #[derive(Clone, Copy, Debug)]
 enum Blow {
-    /// As a person does, or the kernel when memory is short: the OOM killer's signal is this one.
+    /// As a person does, or the kernel when memory is short: the OOM killer's signal is this one. (A plugin that is
+    /// refused memory is in `faults.rs`.)
     Kill,
     /// It hangs: only the step's time limit shows it.
     Stop,
@@ -30,21 +31,23 @@ struct Plan {
     tokens: u32,
     /// Tokens of all streams between two blows, at most.
     pace: u64,
+    /// Longer than a step takes on a busy machine: after it a process that is stopped is noticed.
+    step_timeout_ms: u64,
 }
 
 fn plan() -> Plan {
-    if std::env::var_os("LONG").is_some() {
+    if let Some(long) = std::env::var_os("LONG") {
+        let blows = long.to_str().and_then(|long| long.parse().ok()).filter(|&n| n > 1).unwrap_or(200);
         let model = sparsed_tests::model("smollm2-135m-dsa.gguf");
-        return Plan { model, blows: 200, tokens: 120, pace: 90 };
+        return Plan { model, blows, tokens: 120, pace: 90, step_timeout_ms: 15_000 };
     }
     let model = sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf");
-    Plan { model, blows: 40, tokens: 1200, pace: 900 }
+    Plan { model, blows: 40, tokens: 1200, pace: 900, step_timeout_ms: 400 }
 }
 
 const SETS: &[&str] = &[
     "engine.isolation=process",
     "engine.threads=1",
-    "engine.step_timeout_ms=400",
     "engine.retry.backoff_ms=[1]",
     // A blow is nobody's fault here; a strike is forgotten at once.
     "plugins.strike_window_ms=1",
@@ -139,7 +142,8 @@ fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() 
     let expected: Vec<Vec<u64>> = begin(&undisturbed, &plan).into_iter().map(|stream| stream.join().unwrap()).collect();
     drop(undisturbed);
     assert!(expected.iter().all(|answer| answer.len() == plan.tokens as usize));
-    let daemon = Daemon::start(&plan.model, SETS);
+    let step_timeout = format!("engine.step_timeout_ms={}", plan.step_timeout_ms);
+    let daemon = Daemon::start(&plan.model, &[SETS, &[&step_timeout]].concat());
     let mut random = fastrand::Rng::with_seed(7);
     let (mut blows, mut base) = (0, None);
     while blows < plan.blows {
