@@ -54,7 +54,7 @@ pub enum ExecutorError {
         reason: String,
     },
     /// Steps fail, though the device finds nothing wrong with itself.
-    #[error("{failures} steps failed for all their sequences, and the device finds nothing wrong with itself")]
+    #[error("steps failed for all their sequences ({failures} lately), and the device finds nothing wrong with itself")]
     Unreliable {
         /// How many within the time that counts.
         failures: usize,
@@ -62,6 +62,10 @@ pub enum ExecutorError {
 }
 
 impl ExecutorError {
+    pub(crate) fn is_not_a_number(&self) -> bool {
+        matches!(self, Self::NotANumber)
+    }
+
     /// What the failure says about the device.
     pub(crate) fn fault(&self) -> Fault {
         match self {
