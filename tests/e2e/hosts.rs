@@ -24,8 +24,8 @@ enum Blow {
     Abort,
     /// The plugin's code is overwritten.
     Corrupt,
-    /// It gets no memory any more, so the kernel's OOM killer ends it; where a control group can be had. (A plugin whose
-    /// allocator fails is in `faults.rs`.)
+    /// It gets no memory any more, so the kernel's OOM killer ends it; where a control group can be had. (A plugin
+    /// whose allocator fails is in `faults.rs`.)
     Starve,
 }
 const BLOWS: [Blow; 4] = [Blow::Kill, Blow::Stop, Blow::Abort, Blow::Corrupt];

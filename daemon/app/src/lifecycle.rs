@@ -133,8 +133,8 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     }
 }
 
-/// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process is
-/// killed, and if it has none, the daemon's end is its end.
+/// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process
+/// is killed, and if it has none, the daemon's end is its end.
 async fn wind_down(
     service: &Service,
     serving: tokio::task::JoinHandle<()>,

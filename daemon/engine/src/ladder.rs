@@ -29,7 +29,7 @@ pub struct Recovery {
     /// For how long all steps may fail before the engine counts as stuck.
     pub watchdog: Duration,
     /// So many steps that fail for all their sequences within [`Self::step_window`] are a fault of the device. At least
-    /// 2: on the last device the first one ends its sequences, so that one that none can compute does not go on for ever.
+    /// 2: on the last device one ends its sequences, so that a step that none can compute does not go on for ever.
     pub step_failures: u32,
     /// How long such a step counts.
     pub step_window: Duration,

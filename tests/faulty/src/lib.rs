@@ -2,14 +2,15 @@
 //!
 //! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Settings:
 //! - `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process;
-//! - `broken_from`, the step at which the device is lost and does not open again, or not before `broken_opens` attempts;
-//! - `bad_from`, the step from which all fail though nothing is lost, with the status `bad_status` or, without one, with
-//!   logits that are no numbers; `honest`, with which its self-test says so;
+//! - `broken_from`, the step at which the device is lost and does not open again, or not before `broken_opens`
+//!   attempts;
+//! - `bad_from`, the step from which all fail though nothing is lost, with the status `bad_status` or, without one,
+//!   with logits that are no numbers; `honest`, with which its self-test says so;
 //! - `hang_open`, with which it does not come back from being opened;
 //! - `hog_at`, the step that wants more memory than there is.
 //!
-//! As a real device does, a lost queue fails until there is a new one, and a lost device until it is opened again. Every
-//! other step of `faults` has done its work before it fails, and leaves nonsense in its output.
+//! As a real device does, a lost queue fails until there is a new one, and a lost device until it is opened again.
+//! Every other step of `faults` has done its work before it fails, and leaves nonsense in its output.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};

@@ -1,5 +1,5 @@
-//! Memory that the daemon fills and the device reads: the device's own, ordinary memory where that is as good, and memory
-//! of the daemon's that the device is let reach.
+//! What lies in memory that the daemon fills and the device reads? Arenas: in memory of the device's own, in ordinary
+//! memory where that is as good, and in memory of the daemon's that the device is let reach.
 
 use super::{Err, open_device, put};
 use crate::border::{PluginError, entry};
