@@ -82,6 +82,20 @@ fn a_real_driver_hears_that_there_is_no_device_code() {
 }
 
 #[test]
+fn arenas_are_pinned_and_freed_with_their_device_at_the_latest() {
+    let rig = Rig::open(&[]);
+    let before = rig.counter("live_pinned");
+    let (first, _second) = (rig.host_alloc(5000, 64).unwrap(), rig.host_alloc(1, 4096).unwrap());
+    assert_eq!(rig.counter("live_pinned"), before + 2);
+    rig.host_free(first);
+    assert_eq!(rig.counter("live_pinned"), before + 1);
+    assert_eq!(rig.host_alloc(1, 8192).unwrap_err().status, E_INVALID);
+    rig.set("oom_at", rig.counter("allocations") + 1);
+    assert_eq!(rig.host_alloc(1, 64).unwrap_err().status, E_NOMEM_HOST);
+    // What is left goes with the device; the rig counts when it is dropped.
+}
+
+#[test]
 fn the_device_passes_its_own_test_and_fails_it_when_a_kernel_hangs() {
     let rig = Rig::open(&[]);
     rig.self_test().unwrap();

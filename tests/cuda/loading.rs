@@ -68,12 +68,14 @@ fn the_daemon_hears_why_a_box_has_no_device() {
 
 #[test]
 fn the_conformance_kit_finds_no_broken_rule_and_tries_every_operator_of_the_slice() {
-    let (dir, driver) = (tempfile::tempdir().unwrap(), driver_folder());
+    let dir = tempfile::tempdir().unwrap();
     stage(dir.path());
+    // In the plugin's own folder: a rule tries it in the confinement of its host.
+    std::fs::copy(built("libsparsed_fake_cuda.so"), dir.path().join("cuda/libcuda.so.1")).unwrap();
     let tried = Command::new(sparsed_tests::sparsectl())
         .arg("conform")
         .arg(dir.path().join("cuda"))
-        .env("SPARSED_CUDA_LIB_DIR", driver.path())
+        .env("SPARSED_CUDA_LIB_DIR", dir.path().join("cuda"))
         .output()
         .unwrap();
     let report = String::from_utf8(tried.stdout).unwrap();
@@ -90,6 +92,7 @@ fn the_conformance_kit_finds_no_broken_rule_and_tries_every_operator_of_the_slic
         "mem.budget",
         "mem.counted",
         "run.nan_guard",
+        "life.confined",
     ] {
         let line = report.lines().find(|line| line.contains(&format!(" - {rule}"))).unwrap_or_default();
         assert!(line.starts_with("ok") && !line.contains("SKIP"), "{rule}: {line}");

@@ -177,6 +177,21 @@ impl Rig {
         call(|e| unsafe { self.api.self_test.unwrap()(self.device, 0, e) })
     }
 
+    pub fn host_alloc(&self, length: u64, align: u64) -> Result<*mut c_void> {
+        let mut memory = null_mut();
+        // SAFETY: a living device; the out pointer is ours.
+        call(|e| unsafe { self.api.host_alloc.unwrap()(self.device, length, align, &raw mut memory, e) })?;
+        assert!(!memory.is_null() && (memory as u64).is_multiple_of(align));
+        // SAFETY: the device said that there are as many bytes.
+        unsafe { std::ptr::write_bytes(memory.cast::<u8>(), 7, usize::try_from(length).unwrap()) };
+        Ok(memory)
+    }
+
+    pub fn host_free(&self, memory: *mut c_void) {
+        // SAFETY: from host_alloc of this device, not used again.
+        unsafe { self.api.host_free.unwrap()(self.device, memory) };
+    }
+
     pub fn supports(&self, blob: &Blob, op: u32) -> Result<()> {
         let bytes = blob.as_bytes();
         // SAFETY: a living device; the blob lives through the call.

@@ -138,7 +138,7 @@ fn a_device_that_fails_or_lies_at_every_step_hands_its_streams_to_the_cpu() {
         let device = cpu_took_over(&daemon);
         assert_eq!(device["faults"], 1);
         let fault = device["last_fault"].as_str().unwrap();
-        assert!(fault.contains("3 steps failed for all their sequences"), "{fault}");
+        assert!(fault.contains("steps failed for all their sequences (3 lately)"), "{fault}");
         assert_eq!(daemon.log().matches("strike against the plugin").count(), 1, "{}", daemon.log());
     }
 }
@@ -154,6 +154,23 @@ fn a_device_that_fails_its_own_test_is_opened_again_and_then_left() {
 }
 
 #[test]
+fn a_plugin_that_is_refused_memory_costs_no_stream() {
+    let sets = [
+        "engine.isolation=process",
+        "engine.set.hog_at=\"30\"",
+        "engine.retry.backoff_ms=[1, 2, 3]",
+        "engine.retry.forget_ms=0",
+    ];
+    let daemon = faulty(&[], &sets);
+    assert_eq!(streamed(&daemon), undisturbed(), "{}", daemon.log());
+    let device = daemon.get("/v1/status").json()["device"].clone();
+    let fault = device["last_fault"].as_str().unwrap();
+    assert!(fault.contains("signal 6") && daemon.log().contains("memory allocation of"), "{fault}");
+    // Each process dies at its thirtieth step.
+    assert!(device["faults"].as_u64() >= Some(2) && device["name"] == "faulty", "{device}");
+}
+
+#[test]
 fn a_step_that_no_device_can_compute_is_nobodys_strike() {
     let sets = ["engine.set.bad_from=\"1\"", "engine.failover=false", "plugins.step_failures=2"];
     let daemon = faulty(&[], &sets);
@@ -164,6 +181,12 @@ fn a_step_that_no_device_can_compute_is_nobodys_strike() {
     }
     assert_eq!(daemon.get("/v1/status").json()["device"]["faults"], 1, "{}", daemon.log());
     assert!(!daemon.log().contains("strike against the plugin"), "{}", daemon.log());
+    // Calls that fail may be mended by another opening; once.
+    let bad = ["engine.set.bad_from=\"1\"", "engine.set.bad_status=\"-11\"", "engine.failover=false"];
+    let daemon = faulty(&[], &[&bad[..], &["engine.retry.backoff_ms=[1]"]].concat());
+    let answer = daemon.post("/v1/completions", &requests()[0]);
+    assert!(answer.body.contains("planted fault"), "{}", answer.body);
+    assert_eq!(daemon.get("/v1/status").json()["device"]["faults"], 1, "{}", daemon.log());
 }
 
 #[test]

@@ -122,6 +122,32 @@ fn a_quarantined_plugin_keeps_the_daemon_from_starting_until_it_is_let_go() {
 }
 
 #[test]
+fn a_plugin_that_only_calls_itself_cpu_has_a_process_of_its_own_and_taints() {
+    let copy = copy_of_cpu(|bytes, manifest| (bytes, manifest));
+    let dir = set("plugins.dir", copy.path());
+    let daemon = Daemon::start(&model(), &[&dir]);
+    assert!(daemon.log().contains("plugin loaded in a host of its own"), "{}", daemon.log());
+    assert_eq!(daemon.get("/v1/status").json()["tainted"], true);
+    // The daemon's own folder, named by the configuration, is still its own.
+    let daemon = Daemon::start(&model(), &[&set("plugins.dir", &staged())]);
+    assert!(!daemon.log().contains("in a host of its own"), "{}", daemon.log());
+    assert_eq!(daemon.get("/v1/status").json()["tainted"], false);
+}
+
+#[test]
+fn a_reader_that_goes_away_makes_no_command_panic() {
+    let state = tempfile::tempdir().unwrap();
+    for arguments in ["conform --list", "plugins", "plugins --json", "conform --level L0 target/release/plugins/cpu"] {
+        let script = format!("\"$0\" {arguments} --set \"$1\" | true");
+        // `conform` takes settings of the plugin in the same form, and has no use for this one.
+        let mut shell = Command::new("sh");
+        shell.current_dir(sparsed_tests::root()).args(["-c", &script]).arg(sparsed_tests::sparsectl());
+        let done = shell.arg(set("state_dir", state.path())).output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&done.stderr), "", "{arguments}");
+    }
+}
+
+#[test]
 fn a_third_party_plugin_taints_the_daemon_and_is_not_run_for_a_list() {
     let state = tempfile::tempdir().unwrap();
     let theirs = third_party();

@@ -8,7 +8,9 @@ use sparsed_abi::{
     DT_F32, E_CANCELLED, E_DATA, E_DEVICE_LOST, E_NOMEM_HOST, E_STEP, E_UNSUPPORTED, HEALTH_DEGRADED, HEALTH_LOST,
     KV_EXPORT, KV_IMPORT, SpdKvOp, SpdRow,
 };
-use sparsed_backend::{Backend, HostOptions, KvDesc, OpenOptions, Plugin, SearchPath, WeightFile, WeightUpload};
+use sparsed_backend::{
+    Backend, HostOptions, KvDesc, OpenOptions, Plugin, SearchPath, WeightFile, WeightUpload, kill_plugin_hosts,
+};
 use sparsed_tests::tiny::Tiny;
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -36,6 +38,7 @@ fn a_device_says_through_a_host_what_it_says_itself() {
     let probe = Probe::open(&[]);
     let info = probe.backend.info();
     assert_eq!((info.name.as_str(), probe.backend.memory().unwrap().free), ("probe", 600));
+    assert_eq!(info.driver, "1.0 [2J erased", "no word of a plugin moves a cursor");
     assert!(!info.reads_host_weights(), "the daemon's memory is not the host's");
     assert_eq!(probe.backend.health().unwrap().state, HEALTH_DEGRADED);
     assert!(probe.backend.self_test(0).is_ok());
@@ -82,7 +85,8 @@ fn a_failed_step_has_the_plugins_words_and_the_host_goes_on() {
     let probe = Probe::open(&[]);
     let failed = probe.run(b"f").unwrap_err();
     assert_eq!(failed.status(), Some(E_STEP));
-    assert!(failed.to_string().contains("told to fail") && failed.to_string().contains("operator 5"), "{failed}");
+    let said = "queue_run: told to fail (SPD_E_STEP) at operator 5, block 9, the driver's code -719";
+    assert_eq!(failed.to_string(), said);
     assert!(probe.run(&[0x80]).is_ok());
 }
 
@@ -225,6 +229,34 @@ fn what_a_plugin_says_reaches_the_log() {
 }
 
 #[test]
+fn a_plugin_that_says_too_much_is_cut_and_works_on() {
+    let probe = Probe::open(&[("flood", "x")]);
+    let pid = probe.plugin.host_process().unwrap();
+    let dropped = || {
+        let lines = log_lines(pid).into_iter();
+        let told = lines
+            .filter_map(|line| line.strip_prefix("WARN probe ")?.split_once(" lines of the")?.0.parse::<usize>().ok());
+        told.sum::<usize>()
+    };
+    let logged = || log_lines(pid).iter().filter(|line| line.contains("water")).count();
+    wait_until("every line is logged or counted", || dropped() + logged() >= 20_000);
+    assert!(logged() < 10_000, "{} lines are logged", logged());
+    assert!(probe.run(&[0x80]).is_ok());
+}
+
+#[test]
+fn every_host_can_be_killed_at_once() {
+    let _alone = ALONE.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let probe = Probe::open_alone(&[]);
+    std::thread::scope(|scope| {
+        let step = scope.spawn(|| probe.run(b"d").unwrap_err());
+        wait_until("the step runs", || probe::blocked_in_pause(probe.plugin.host_process().unwrap()));
+        kill_plugin_hosts();
+        assert_eq!(step.join().unwrap().status(), Some(E_DEVICE_LOST));
+    });
+}
+
+#[test]
 fn a_plugin_cannot_leave_its_process() {
     let outside = tempfile::NamedTempFile::new().unwrap();
     let probe = Probe::open(&[("outside", outside.path().to_str().unwrap())]);
@@ -235,14 +267,14 @@ fn a_plugin_cannot_leave_its_process() {
         let line = lines.iter().find_map(|line| Some(line.split_once(&format!("tried {what}: "))?.1.to_owned()));
         line.unwrap_or_else(|| panic!("{what} was not tried: {lines:?}"))
     };
-    for denied in ["inet", "inet6", "packet", "kill-parent", "execve"] {
+    for denied in ["inet", "inet6", "packet", "kill-parent", "fork", "clone", "setsid", "execve"] {
         assert_eq!(tried(denied), "Operation not permitted", "{denied}");
     }
-    for allowed in ["unix", "open-usr"] {
+    for allowed in ["unix", "open-usr", "open-loader-cache", "thread"] {
         assert_eq!(tried(allowed), "done", "{allowed}");
     }
     let without = log_lines(pid).iter().any(|line| line.contains("has no Landlock"));
-    for file in ["open-outside", "write-outside"] {
+    for file in ["open-outside", "write-outside", "open-etc"] {
         assert_eq!(tried(file), if without { "done" } else { "Permission denied" }, "{file}");
     }
 }
@@ -289,6 +321,7 @@ fn a_weight_in_a_file_is_not_copied() {
 
 #[test]
 fn blocks_go_out_of_a_host_and_come_back() {
+    let _not_killed = ALONE.read().unwrap_or_else(std::sync::PoisonError::into_inner);
     let scan = SearchPath::only(vec![sparsed_tests::root().join("target/release/plugins")]).scan();
     let plugin = Plugin::load_isolated(scan.select(Some("cpu")).unwrap(), &BTreeMap::new(), &host_options()).unwrap();
     let backend = Backend::open(&plugin, 0, &OpenOptions::default()).unwrap();

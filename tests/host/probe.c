@@ -4,11 +4,13 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "sparsed/plugin.h"
@@ -32,6 +34,13 @@ static void say(const spd_host *host, const char *what, int result) {
   host->log(host->context, SPD_LOG_INFO, "probe", line, (uint64_t)length);
 }
 
+static int fork_and_go_on(void) {
+  pid_t child = fork();
+  if (child == 0) for (;;) pause();
+  return child;
+}
+static void *no_work(void *nothing) { return nothing; }
+
 static void escape(const spd_host *host, const char *outside) {
   char *const argv[] = {"/bin/true", NULL};
   say(host, "open-outside", open(outside, O_RDONLY));
@@ -42,6 +51,14 @@ static void escape(const spd_host *host, const char *outside) {
   say(host, "packet", socket(AF_PACKET, SOCK_RAW, 0));
   say(host, "unix", socket(AF_UNIX, SOCK_STREAM, 0));
   say(host, "kill-parent", kill(getppid(), SIGUSR1));
+  say(host, "open-etc", open("/etc/hosts", O_RDONLY));
+  say(host, "open-loader-cache", open("/etc/ld.so.cache", O_RDONLY));
+  say(host, "fork", fork_and_go_on());
+  say(host, "clone", (int)syscall(SYS_clone, SIGCHLD, 0, 0, 0, 0));
+  say(host, "setsid", (int)setsid());
+  pthread_t thread;
+  errno = pthread_create(&thread, NULL, no_work, NULL);
+  say(host, "thread", errno ? -1 : pthread_join(thread, NULL));
   say(host, "execve", execve(argv[0], argv, argv + 1));
 }
 
@@ -53,6 +70,7 @@ static spd_status instance_create(const spd_host *host, spd_instance **out, spd_
   fflush(stdout);
   fprintf(stderr, "said on stderr\n");
   if (outside) escape(host, outside);
+  if (host->config(host->context, "flood")) for (int i = 1; i <= 20000; i++) fprintf(stderr, "water %d\n", i);
   *out = (spd_instance *)&object;
   return SPD_OK;
 }
@@ -70,6 +88,7 @@ static spd_status device_info(spd_instance *instance, uint32_t index, spd_device
   info->struct_size = size;
   info->kind = SPD_DEV_NPU;
   snprintf(info->name, sizeof info->name, "probe");
+  snprintf(info->driver, sizeof info->driver, "1.0\033[2J\nerased");
   info->features = SPD_FEAT_HOST_WEIGHTS | SPD_FEAT_ASYNC | SPD_FEAT_DETERMINISTIC;
   return SPD_OK;
 }
@@ -165,7 +184,7 @@ static spd_status queue_run(spd_queue *q, spd_plan *p, const spd_run *run, uint6
       return SPD_OK;
     case 'd': fprintf(stderr, "will not end\n"); for (;;) pause();
     case 'e': _exit(7);
-    case 'f': error->op_index = 5; return fail(error, SPD_E_STEP, "told to fail");
+    case 'f': error->op_index = 5, error->vendor_code = -719, error->block = 9; return fail(error, SPD_E_STEP, "told to fail");
     case 'w':
       while (!*(const volatile uint32_t *)run->cancel) usleep(1000);
       return fail(error, SPD_E_CANCELLED, "cancelled");

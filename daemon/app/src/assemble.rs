@@ -1,8 +1,8 @@
 //! What is the daemon made of? Configuration to a device, an engine and a listening socket, in that order.
 //!
 //! What is wrong with the installation's files is found here, before the first client is accepted: the state folder,
-//! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the device
-//! and loads the models: however slow it is, the socket listens and the daemon can be stopped.
+//! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the
+//! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
 use crate::config::{Activations, Config, Model, Paths};
 use crate::devices;

@@ -104,7 +104,8 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let options = ServeOptions {
         connections_max: config.limits.connections as usize,
         body_bytes_max: usize::try_from(config.limits.body.0)?,
-        stop_timeout: Duration::from_secs(config.limits.stop_s),
+        // Longer than running answers have, so that clients hear why theirs was cut off.
+        stop_timeout: Duration::from_secs(config.limits.stop_s) + 2 * LAST_TASKS,
     };
     log::info!(socket:% = address, state_dir:% = paths.state_dir.display(); "listening");
     // The engine thread is waited for on a thread of its own: a blocking-pool place would be lost to tokenizing.
@@ -129,13 +130,13 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         None => {
             log::info!("stopping");
             closing.close();
-            wind_down(&service, serving, engine_end, options.stop_timeout).await
+            wind_down(&service, serving, engine_end, Duration::from_secs(config.limits.stop_s)).await
         }
     }
 }
 
-/// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process is
-/// killed, and if it has none, the daemon's end is its end.
+/// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process
+/// is killed, and if it has none, the daemon's end is its end.
 async fn wind_down(
     service: &Service,
     serving: tokio::task::JoinHandle<()>,
@@ -148,7 +149,7 @@ async fn wind_down(
     let answers = service.models().iter().any(|model| matches!(model.state, ModelState::Ready(_)));
     // While models are being loaded there is no answer to wait for.
     let patience = if answers { stop_timeout } else { stop_timeout.min(LAST_TASKS) };
-    let mut flushing = patience + LAST_TASKS;
+    let mut flushing = patience + 2 * LAST_TASKS;
     if tokio::time::timeout(patience, &mut engine_end).await.is_err() {
         flushing = LAST_TASKS;
         log::warn!("answers were cut off: the time to stop is over");

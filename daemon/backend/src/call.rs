@@ -33,8 +33,8 @@ pub(crate) fn text(field: &[c_char]) -> String {
     clean(&String::from_utf8_lossy(&bytes))
 }
 
-/// A plugin's words as they may go into logs, terminals and answers, which all its words go through once: one line, cut,
-/// without what moves a cursor or turns the reading direction.
+/// A plugin's words as they may go into logs, terminals and answers, which all its words go through once: one line,
+/// cut, without what moves a cursor or turns the reading direction.
 pub(crate) fn clean(words: &str) -> String {
     let moves = |c: char| {
         c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')

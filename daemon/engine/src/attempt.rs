@@ -4,6 +4,7 @@ use crate::batch::Batch;
 use crate::executor::{DeviceModel, ExecutorError, Outputs};
 use crate::ladder::{Blame, Conduct, StepLadder, StepRung};
 use crate::warm::WriteJob;
+use sparsed_backend::Fault;
 use sparsed_kv::BlockId;
 use std::time::Duration;
 
@@ -23,8 +24,9 @@ pub(crate) trait Executor {
     fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError>;
     /// Reads a block's latent plane in the slow tier from now on.
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError>;
-    /// A step has failed for all its sequences. An error when the device is to blame; true when that is open.
-    fn examine(&mut self) -> Result<bool, ExecutorError>;
+    /// A step has failed for all its sequences; `is_call`: the calls have, not what they computed. An error when the
+    /// device is to blame; true when that is open.
+    fn examine(&mut self, is_call: bool) -> Result<bool, ExecutorError>;
 }
 
 /// A model on a device whose conduct is watched.
@@ -36,7 +38,9 @@ pub(crate) struct Watched<'a> {
 
 impl Executor for Watched<'_> {
     fn run(&mut self, batch: &Batch) -> Result<Outputs, ExecutorError> {
-        self.device.run(batch)
+        let outputs = self.device.run(batch)?;
+        self.conduct.well();
+        Ok(outputs)
     }
 
     fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
@@ -47,9 +51,9 @@ impl Executor for Watched<'_> {
         self.device.renew_queue()
     }
 
-    fn examine(&mut self) -> Result<bool, ExecutorError> {
+    fn examine(&mut self, is_call: bool) -> Result<bool, ExecutorError> {
         self.device.examine()?;
-        match self.conduct.failed((self.clock)()) {
+        match self.conduct.failed(is_call, (self.clock)()) {
             Blame::Device(failures) => Err(ExecutorError::Unreliable { failures }),
             blame => Ok(blame == Blame::Open),
         }
@@ -123,9 +127,10 @@ pub(crate) fn compute(executor: &mut dyn Executor, batch: &Batch) -> Result<Comp
     loop {
         let computed = attempt(executor, batch)?;
         // With nobody whom it computes for, nothing says that the sequences are to blame.
+        let is_call = computed.failed.iter().all(|(_, error)| error.fault() == Fault::Step && !error.is_not_a_number());
         let is_page = |(_, error): &(usize, ExecutorError)| error.bad_block().is_some();
         let nobody = computed.failed.len() == batch.n_sequences() && !computed.failed.iter().any(is_page);
-        if !nobody || !executor.examine()? {
+        if !nobody || !executor.examine(is_call)? {
             return Ok(computed);
         }
         log::warn!("step failed for all its sequences, which may be the device's fault: trying again");

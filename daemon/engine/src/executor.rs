@@ -58,7 +58,7 @@ pub enum ExecutorError {
         reason: String,
     },
     /// Steps fail, though the device finds nothing wrong with itself.
-    #[error("{failures} steps failed for all their sequences, and the device finds nothing wrong with itself")]
+    #[error("steps failed for all their sequences ({failures} lately), and the device finds nothing wrong with itself")]
     Unreliable {
         /// How many within the time that counts.
         failures: usize,
@@ -69,6 +69,10 @@ impl ExecutorError {
     /// The block whose rows in the slow tier are not what was written.
     pub(crate) fn bad_block(&self) -> Option<BlockId> {
         if let Self::Backend(error) = self { error.bad_block().map(BlockId) } else { None }
+    }
+
+    pub(crate) fn is_not_a_number(&self) -> bool {
+        matches!(self, Self::NotANumber)
     }
 
     /// What the failure says about the device.

@@ -29,7 +29,7 @@ pub struct Recovery {
     /// For how long all steps may fail before the engine counts as stuck.
     pub watchdog: Duration,
     /// So many steps that fail for all their sequences within [`Self::step_window`] are a fault of the device. At least
-    /// 2: on the last device the first one ends its sequences, so that one that none can compute does not go on for ever.
+    /// 2: on the last device one ends its sequences, so that a step that none can compute does not go on for ever.
     pub step_failures: u32,
     /// How long such a step counts.
     pub step_window: Duration,
@@ -92,6 +92,8 @@ pub(crate) struct Conduct {
     limit: usize,
     window: Duration,
     has_alternative: bool,
+    /// The last device was opened again for such a step, and has not computed any since.
+    had_second_chance: bool,
     failures: VecDeque<Duration>,
 }
 
@@ -112,7 +114,7 @@ impl Conduct {
     pub(crate) fn new(recovery: &Recovery) -> Self {
         assert!(recovery.step_failures > 1, "one failed step is the step's own");
         let (limit, window) = (recovery.step_failures as usize, recovery.step_window);
-        Self { limit, window, has_alternative: false, failures: VecDeque::new() }
+        Self { limit, window, has_alternative: false, had_second_chance: false, failures: VecDeque::new() }
     }
 
     /// A device has been opened; `has_alternative`: another one can take its place.
@@ -121,9 +123,15 @@ impl Conduct {
         self.failures.clear();
     }
 
-    /// A step failed for all its sequences. Where another device can take over none of them need fail: it will compute
-    /// them, unless they are to blame.
-    pub(crate) fn failed(&mut self, now: Duration) -> Blame {
+    /// A call computed something.
+    pub(crate) fn well(&mut self) {
+        self.had_second_chance = false;
+    }
+
+    /// A step failed for all its sequences; `is_call`: the calls failed or took too long, not what they computed. Where
+    /// another device can take over none of them need fail: it will compute them, unless they are to blame. The last
+    /// device may be slow or broken in a way that being opened again mends, once.
+    pub(crate) fn failed(&mut self, is_call: bool, now: Duration) -> Blame {
         self.failures.retain(|&at| now.saturating_sub(at) < self.window);
         self.failures.push_back(now);
         match self.failures.len() {
@@ -132,6 +140,7 @@ impl Conduct {
                 Blame::Device(n)
             }
             _ if self.has_alternative => Blame::Open,
+            n if is_call && !std::mem::replace(&mut self.had_second_chance, true) => Blame::Device(n),
             _ => Blame::Sequences,
         }
     }
@@ -225,12 +234,24 @@ mod tests {
         for (has_alternative, few) in [(true, Blame::Open), (false, Blame::Sequences)] {
             let mut conduct = Conduct::new(&recovery());
             conduct.begin(has_alternative);
-            let answers = [0, 50, 100, 149, 150, 160].map(|now| conduct.failed(ms(now)));
+            let answers = [0, 50, 100, 149, 150, 160].map(|now| conduct.failed(false, ms(now)));
             // At 100 the first one counts no more; at 149 there are three, and the count begins again.
             assert_eq!(answers, [few, few, few, Blame::Device(3), few, few]);
             conduct.begin(has_alternative);
-            assert_eq!(conduct.failed(ms(161)), few);
+            assert_eq!(conduct.failed(false, ms(161)), few);
         }
+    }
+
+    #[test]
+    fn the_last_device_is_opened_again_once_for_calls_that_fail_and_not_for_what_they_compute() {
+        let mut conduct = Conduct::new(&recovery());
+        conduct.begin(false);
+        assert_eq!(conduct.failed(true, ms(0)), Blame::Device(1));
+        conduct.begin(false);
+        assert_eq!(conduct.failed(true, ms(1)), Blame::Sequences, "nothing was computed since");
+        conduct.well();
+        conduct.begin(false);
+        assert_eq!([false, true].map(|is_call| conduct.failed(is_call, ms(2))), [Blame::Sequences, Blame::Device(2)]);
     }
 
     #[test]

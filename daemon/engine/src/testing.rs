@@ -131,7 +131,7 @@ impl Executor for Paged {
         Ok(())
     }
 
-    fn examine(&mut self) -> Result<bool, ExecutorError> {
+    fn examine(&mut self, _is_call: bool) -> Result<bool, ExecutorError> {
         self.examined += 1;
         match self.patience.pop() {
             Some(left) => Ok(left),

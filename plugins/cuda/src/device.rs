@@ -12,13 +12,16 @@ use sparsed_abi::{
     LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{
-    Device, Host, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowFile, Source, Usage, put_text,
+    Device, Host, HostMemory, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowFile, Source, Usage, put_text,
 };
 use std::ffi::{CStr, c_char, c_int};
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
+
+/// What the driver's host memory is aligned to.
+const PAGE_BYTES: usize = 4096;
 
 /// What kernels there are, for a driver that has them; see the file.
 const KERNELS: &CStr =
@@ -211,6 +214,15 @@ impl Device for CudaDevice {
         let state = if self.context.is_lost() { HEALTH_LOST } else { HEALTH_OK };
         let (temperature_millicelsius, power_milliwatt) = (i32::MIN, i32::MIN);
         SpdHealth { state, temperature_millicelsius, power_milliwatt, ..SpdHealth::default() }
+    }
+
+    /// Pinned, so that copies need no buffers of the driver's.
+    fn host_alloc(&self, length: usize, align: usize) -> Result<Option<Box<dyn HostMemory>>> {
+        // The driver gives whole pages.
+        if align > PAGE_BYTES {
+            return Err(PluginError::invalid(format!("pinned memory aligned to {align}, {PAGE_BYTES} is the most")));
+        }
+        Ok(Some(Box::new(PinnedMemory::new(&self.context, length)?)))
     }
 
     /// Adds 64 numbers to themselves in memory that the device maps, on a stream of its own.

@@ -21,7 +21,9 @@ pub use table::{instance, table};
 pub use usage::{Held, Usage};
 
 use sparsed_abi::{Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc};
+use std::any::Any;
 use std::ffi::CStr;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 /// What one call answers.
@@ -101,6 +103,23 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// `SPD_E_UNSUPPORTED` and why.
     fn supports(&self, program: &Program, op: usize) -> Result<()>;
 
+    /// Memory for arenas that the device reads faster than other memory, such as pinned memory: at least `length` zero
+    /// bytes, aligned to `align`, a power of two. `None`, as it is without this, where ordinary memory is as good.
+    ///
+    /// # Errors
+    /// No memory.
+    fn host_alloc(&self, _length: usize, _align: usize) -> Result<Option<Box<dyn HostMemory>>> {
+        Ok(None)
+    }
+
+    /// Lets the device reach `length` bytes of the daemon's at `memory`, until the answer is dropped; they live longer.
+    ///
+    /// # Errors
+    /// `SPD_E_UNSUPPORTED`, as it is without this: arenas there are copied.
+    fn host_register(&self, _memory: NonNull<u8>, _length: usize) -> Result<Box<dyn Any + Send>> {
+        Err(PluginError::unsupported("host_register: this device reaches no memory of the host's"))
+    }
+
     /// Makes room for a weight.
     ///
     /// # Errors
@@ -142,6 +161,16 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// # Errors
     /// The device's own.
     fn queue(self: &Arc<Self>, priority: u32) -> Result<Self::Queue>;
+}
+
+/// Memory that both sides reach; freed when it is dropped.
+///
+/// # Safety
+/// [`Self::as_ptr`] always answers the same address, where until the drop there are as many bytes, aligned so, as
+/// [`Device::host_alloc`] was asked for, which nobody else uses.
+pub unsafe trait HostMemory: Send {
+    /// Where it begins.
+    fn as_ptr(&self) -> NonNull<u8>;
 }
 
 /// What a plan needs, in bytes.

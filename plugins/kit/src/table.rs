@@ -5,7 +5,7 @@ mod work;
 
 use crate::border::{Host, PluginError, Source, borrow, entry, read_in, write_out};
 use crate::{Device, OpenOptions, Plugin, SlowFile};
-use host_memory::{host_alloc, host_free, host_register, host_unregister};
+use host_memory::{Arenas, host_alloc, host_free, host_register, host_unregister};
 use sparsed_abi::{
     ABI_MINOR, SpdApi, SpdDevice, SpdDeviceInfo, SpdError, SpdHealth, SpdHost, SpdInstance, SpdKvDesc, SpdKvInfo,
     SpdKvPool, SpdMemInfo, SpdOpenOptions, SpdSource, SpdStatus, SpdWeight, SpdWeightDesc,
@@ -21,7 +21,11 @@ use work::{
 type Err = *mut SpdError;
 
 /// What the handles stand for.
-struct OpenDevice<D>(Arc<D>);
+struct OpenDevice<D> {
+    /// Freed before the device is.
+    arenas: Arenas,
+    device: Arc<D>,
+}
 struct Weight<D: Device> {
     device: Arc<D>,
     state: WeightState<D::Weight>,
@@ -53,10 +57,10 @@ pub const fn table<P: Plugin>() -> SpdApi {
         mem_info: Some(mem_info::<P::Device>),
         health: Some(health::<P::Device>),
         supports: Some(supports::<P::Device>),
-        host_alloc: Some(host_alloc),
-        host_free: Some(host_free),
-        host_register: Some(host_register),
-        host_unregister: Some(host_unregister),
+        host_alloc: Some(host_alloc::<P::Device>),
+        host_free: Some(host_free::<P::Device>),
+        host_register: Some(host_register::<P::Device>),
+        host_unregister: Some(host_unregister::<P::Device>),
         weight_create: Some(weight_create::<P::Device>),
         weight_upload: Some(weight_upload::<P::Device>),
         weight_commit: Some(weight_commit::<P::Device>),
@@ -176,7 +180,7 @@ unsafe extern "C" fn device_open<P: Plugin>(
         let options = OpenOptions { n_threads: raw.n_threads, mem_budget: raw.mem_budget, cpu_mask: mask.to_vec() };
         // SAFETY: a living handle.
         let plugin = unsafe { borrow::<P>(instance.cast()) }?;
-        let device = OpenDevice(Arc::new(plugin.open(index, &options)?));
+        let device = OpenDevice { arenas: Arenas::default(), device: Arc::new(plugin.open(index, &options)?) };
         // SAFETY: the caller's out pointer.
         unsafe { give(out, device) }
     })
@@ -193,7 +197,16 @@ unsafe extern "C" fn device_close<P: Plugin>(device: *mut SpdDevice) {
 /// `handle` is NULL or a living device handle of this plugin.
 unsafe fn device<'a, D: Device>(handle: *mut SpdDevice) -> crate::Result<&'a Arc<D>> {
     // SAFETY: the caller's contract.
-    Ok(&unsafe { borrow::<OpenDevice<D>>(handle.cast()) }?.0)
+    Ok(&unsafe { open_device::<D>(handle) }?.device)
+}
+
+/// As [`device`], with what belongs to it.
+///
+/// # Safety
+/// As [`device`].
+unsafe fn open_device<'a, D: Device>(handle: *mut SpdDevice) -> crate::Result<&'a OpenDevice<D>> {
+    // SAFETY: the caller's contract.
+    unsafe { borrow::<OpenDevice<D>>(handle.cast()) }
 }
 
 unsafe extern "C" fn self_test<D: Device>(handle: *mut SpdDevice, level: u32, e: Err) -> SpdStatus {

@@ -26,12 +26,23 @@ pub(crate) struct Said {
     pub(crate) device: Option<Device>,
 }
 
+/// What of a plugin is tried, and how it is set.
+#[derive(Clone, Debug, Default)]
+pub struct Subject {
+    /// Which of its devices.
+    pub device: u32,
+    /// The operator's settings for it.
+    pub settings: Vec<(String, String)>,
+}
+
 /// What a check works with.
 #[derive(Debug)]
 pub(crate) struct Context {
     pub(crate) found: Found,
     /// The library's one symbol.
     pub(crate) entry: SpdGetApiFn,
+    /// Which device is tried.
+    pub(crate) index: u32,
     seed: u64,
     rule: &'static str,
     device: RefCell<Option<Device>>,
@@ -51,7 +62,7 @@ impl Context {
         *self.device.borrow_mut() = Some(device);
     }
 
-    /// The plugin's first device, open, with a queue.
+    /// The plugin's device, open, with a queue.
     pub(crate) fn session(&self) -> Result<rig::Session, Wrong> {
         self.session_with(rig::OpenOptions::default())
     }
@@ -59,7 +70,7 @@ impl Context {
     /// As [`Self::session`], opened in this way.
     pub(crate) fn session_with(&self, options: rig::OpenOptions) -> Result<rig::Session, Wrong> {
         let api = rig::table(self.entry)?;
-        Ok(rig::Session::open(api, options)?)
+        Ok(rig::Session::open(api, self.index, options)?)
     }
 }
 
@@ -67,9 +78,10 @@ impl Context {
 ///
 /// # Errors
 /// When standard output is closed.
-pub fn child(folder: &Path, id: &str, seed: u64) -> std::io::Result<()> {
+pub fn child(folder: &Path, id: &str, seed: u64, subject: &Subject) -> std::io::Result<()> {
+    rig::set(&subject.settings);
     let mut device = None;
-    let outcome = attempt(folder, id, seed, &mut device);
+    let outcome = attempt(folder, id, seed, subject.device, &mut device);
     let said = Said { verdict: outcome.into(), device };
     let line = serde_json::to_string(&said).map_err(std::io::Error::other)?;
     let mut out = std::io::stdout().lock();
@@ -78,7 +90,7 @@ pub fn child(folder: &Path, id: &str, seed: u64) -> std::io::Result<()> {
     out.flush()
 }
 
-fn attempt(folder: &Path, id: &str, seed: u64, device: &mut Option<Device>) -> Outcome {
+fn attempt(folder: &Path, id: &str, seed: u64, index: u32, device: &mut Option<Device>) -> Outcome {
     let fail = |why: String| Wrong::Failed(why);
     let rule = rule::all().find(|rule| rule.id == id).ok_or_else(|| fail(format!("there is no rule '{id}'")))?;
     let found = find(folder).map_err(fail)?;
@@ -86,7 +98,7 @@ fn attempt(folder: &Path, id: &str, seed: u64, device: &mut Option<Device>) -> O
         Check::Files(check) => check(&found),
         Check::Code(check) => {
             let entry = entry_point(&found).map_err(|error| fail(error.to_string()))?;
-            let context = Context { found, entry, seed, rule: rule.id, device: RefCell::default() };
+            let context = Context { found, entry, index, seed, rule: rule.id, device: RefCell::default() };
             let outcome = check(&context);
             *device = context.device.into_inner();
             outcome

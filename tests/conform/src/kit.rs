@@ -18,6 +18,9 @@ const STDERR_BYTES_MAX: u64 = 64 << 10;
 /// Rules that must hold for any rule after them to mean anything.
 const GATES: [&str; 5] = ["manifest.valid", "manifest.accepted", "load.opens", "abi.layout", "abi.table_whole"];
 
+/// Rules that may hang in a run. What hangs at one rule tends to hang at the next one too, and each costs its time.
+const HANGS_MAX: usize = 2;
+
 /// How a plugin is tried.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -59,14 +62,24 @@ pub fn run(options: &Options, mut each: impl FnMut(usize, &Line)) -> Report {
         seed: options.seed,
         lines: Vec::new(),
     };
+    let mut hung = Vec::new();
     for rule in rule::all().filter(|rule| rule.level <= options.level) {
         let verdict = match unmet(rule, &report) {
             Some(need) => Verdict::Skipped(format!("not tried, since {need} is not kept")),
-            None => {
-                let said = judge(rule, &found, options);
-                report.device = report.device.or(said.device);
-                said.verdict
+            None if hung.len() >= HANGS_MAX && matches!(rule.check, Check::Code(_)) => {
+                Verdict::Skipped(format!("not tried, since the plugin hangs at {}", hung.join(" and ")))
             }
+            None => match judge(rule, &found, options) {
+                Ok(said) => {
+                    report.device = report.device.or(said.device);
+                    said.verdict
+                }
+                Err(Silent::Ended(why)) => Verdict::Failed(why),
+                Err(Silent::Hung) => {
+                    hung.push(rule.id);
+                    Verdict::Failed(format!("no answer within {} s", options.deadline.as_secs_f64()))
+                }
+            },
         };
         let line = Line { rule, verdict };
         report.lines.push(line);
@@ -82,22 +95,30 @@ fn unmet(rule: &Rule, report: &Report) -> Option<&'static str> {
     gates.chain(rule.needs.iter().copied()).find(|need| !kept(need))
 }
 
-fn judge(rule: &Rule, found: &Result<Found, String>, options: &Options) -> Said {
-    let verdict = |verdict| Said { verdict, device: None };
+/// Why a child says nothing.
+enum Silent {
+    Ended(String),
+    Hung,
+}
+
+fn judge(rule: &Rule, found: &Result<Found, String>, options: &Options) -> Result<Said, Silent> {
+    let verdict = |verdict| Ok(Said { verdict, device: None });
     match (rule.check, found) {
         (_, Err(why)) => verdict(Verdict::Failed(why.clone())),
         (Check::Files(check), Ok(found)) => verdict(check(found).into()),
-        (Check::Code(_), Ok(_)) => isolated(rule, options).unwrap_or_else(|why| verdict(Verdict::Failed(why))),
+        (Check::Code(_), Ok(_)) => isolated(rule, options),
     }
 }
 
 /// Tries the rule in a child process.
-fn isolated(rule: &Rule, options: &Options) -> Result<Said, String> {
-    let (program, arguments) = options.child.split_first().ok_or("no command for the child")?;
+fn isolated(rule: &Rule, options: &Options) -> Result<Said, Silent> {
+    let none = || Silent::Ended("no command for the child".to_owned());
+    let (program, arguments) = options.child.split_first().ok_or_else(none)?;
     let mut command = Command::new(program);
     command.args(arguments).arg(&options.folder).arg(rule.id).arg(options.seed.to_string());
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = command.spawn().map_err(|error| format!("cannot start a child process: {error}"))?;
+    let failed = |what: &str, error| Silent::Ended(format!("{what}: {error}"));
+    let mut child = command.spawn().map_err(|error| failed("cannot start a child process", error))?;
     let (said, stderr) = (listen(&mut child), complaints(&mut child));
     match said.recv_timeout(options.deadline) {
         Ok(said) => {
@@ -106,13 +127,13 @@ fn isolated(rule: &Rule, options: &Options) -> Result<Said, String> {
             Ok(said)
         }
         Err(RecvTimeoutError::Disconnected) => {
-            let status = child.wait().map_err(|error| error.to_string())?;
+            let status = child.wait().map_err(|error| failed("how the child ended is not known", error))?;
             let last = stderr.recv_timeout(Duration::from_secs(1)).unwrap_or_default();
-            Err(format!("the plugin ended the process: {}{}", ending(status), last_line(&last)))
+            Err(Silent::Ended(format!("the plugin ended the process: {}{}", ending(status), last_line(&last))))
         }
         Err(RecvTimeoutError::Timeout) => {
             end(&mut child);
-            Err(format!("no answer within {} s", options.deadline.as_secs_f64()))
+            Err(Silent::Hung)
         }
     }
 }

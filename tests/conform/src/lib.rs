@@ -20,7 +20,7 @@ mod rule;
 mod step;
 mod verdict;
 
-pub use child::child;
+pub use child::{Subject, child};
 pub use kit::{Options, run};
 pub use report::{Device, Line, Report};
 pub use rule::{Level, RULES, Rule};

@@ -36,7 +36,7 @@ pub struct Report {
     pub version: Option<String>,
     /// Of the library that was tried, as the manifest has it.
     pub sha256: Option<String>,
-    /// The first device.
+    /// The device that was tried.
     pub device: Option<Device>,
     /// Random numbers of the run came from this.
     pub seed: u64,

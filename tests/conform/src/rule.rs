@@ -96,6 +96,7 @@ pub const RULES: &[&[Rule]] = &[
     checks::memory::RULES,
     checks::garbage::RULES,
     checks::repetition::RULES,
+    checks::confined::RULES,
 ];
 
 /// The rules one after another.

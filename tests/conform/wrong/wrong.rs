@@ -105,8 +105,13 @@ fn build(dir: &Path, wrong: &Wrong) -> Result<PathBuf, String> {
 
 /// What the kit says about a plugin, and whether the exit code was 0.
 fn conform(folder: &Path) -> (Value, bool) {
+    conform_with(folder, &["--deadline", DEADLINE_SECONDS], &[])
+}
+
+/// As [`conform`], with these arguments and variables.
+fn conform_with(folder: &Path, arguments: &[&str], environment: &[(&str, String)]) -> (Value, bool) {
     let mut command = Command::new(sparsectl());
-    command.arg("conform").arg(folder).args(["--json", "--deadline", DEADLINE_SECONDS]);
+    command.arg("conform").arg(folder).arg("--json").args(arguments).envs(environment.iter().cloned());
     let done = command.output().unwrap();
     let report = serde_json::from_slice(&done.stdout);
     (report.unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&done.stderr))), done.status.success())
@@ -179,6 +184,66 @@ fn every_rule_is_broken_by_a_plugin_of_the_list_or_excused() {
     for rule in &broken {
         assert!(ids.contains(&rule.as_str()), "{rule} is no rule");
     }
+}
+
+#[test]
+fn a_plugin_that_hangs_at_every_step_costs_the_time_of_two_rules() {
+    let at =
+        ("minimal.c", "mtx_lock(&plan->running);", "for (volatile int go = 1; go;) {}\n  mtx_lock(&plan->running);");
+    let wrong = Wrong {
+        rule: String::new(),
+        says: "hangs at every step".to_owned(),
+        edits: vec![(at.0.to_owned(), at.1.to_owned(), at.2.to_owned())],
+        flags: Vec::new(),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let (report, passed) = conform_with(&build(dir.path(), &wrong).unwrap(), &["--deadline", "8"], &[]);
+    assert!(!passed);
+    assert_eq!(rules(&report, "failed").len(), 2, "{:?}", rules(&report, "failed"));
+    assert!(rules(&report, "skipped").len() > 40);
+}
+
+#[test]
+fn a_device_and_settings_can_be_chosen() {
+    let cpu = sparsectl().parent().unwrap().join("plugins/cpu");
+    let (report, passed) = conform_with(&cpu, &["--level", "L1", "--set", "level=scalar"], &[]);
+    assert!(passed && report["device"]["driver"].as_str().unwrap().contains("scalar"), "{report:#}");
+    let (report, _) = conform_with(&cpu, &["--level", "L1", "--device", "7"], &[]);
+    assert!(rules(&report, "failed").contains(&"device.info"), "{report:#}");
+    let why = report["results"].as_array().unwrap().iter().find(|result| result["rule"] == "device.info").unwrap();
+    assert!(why.to_string().contains("device 7 cannot be tried"), "{why}");
+}
+
+/// Every rule, mutated programs and steps among them, on the C example built with sanitizers: the first wrong access or
+/// undefined operation ends its process.
+#[test]
+fn the_c_example_passes_completely_under_sanitizers() {
+    let runtime = |name: &str| {
+        let found = Command::new("cc").arg(format!("-print-file-name={name}")).output().unwrap();
+        std::fs::canonicalize(String::from_utf8(found.stdout).unwrap().trim()).unwrap()
+    };
+    let paths = [runtime("libasan.so"), runtime("libubsan.so")];
+    // libasan.so.8.0.0 is libasan.so.8 by its own name.
+    let names = paths.each_ref().map(|path| {
+        let name = path.file_name().unwrap().to_str().unwrap();
+        format!("\"{}\"", name.split('.').take(3).collect::<Vec<_>>().join("."))
+    });
+    let needs = format!("sha256 = \"@SHA256@\"\nneeds = [{}]", names.join(", "));
+    let sanitized = Wrong {
+        rule: String::new(),
+        says: "nothing: it is sanitized".to_owned(),
+        edits: vec![("plugin.toml.in".to_owned(), "sha256 = \"@SHA256@\"".to_owned(), needs)],
+        flags: ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"].map(str::to_owned).to_vec(),
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let folder = build(dir.path(), &sanitized).unwrap();
+    let preload = paths[0].to_str().unwrap().to_owned();
+    // What is freed goes back soon: some rules look at resident memory.
+    let options = "detect_leaks=0:quarantine_size_mb=1".to_owned();
+    let environment = [("LD_PRELOAD", preload), ("ASAN_OPTIONS", options)];
+    let (report, _) = conform_with(&folder, &["--deadline", "120"], &environment);
+    assert_eq!(rules(&report, "failed"), Vec::<&str>::new(), "{report:#}");
+    assert!(rules(&report, "ok").len() > 80, "{report:#}");
 }
 
 #[test]

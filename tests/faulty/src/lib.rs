@@ -1,12 +1,16 @@
 //! Does the daemon survive its devices? The CPU plugin with planted faults, id `faulty`.
 //!
 //! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Settings:
-//! `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process; `broken_from`, the
-//! step at which the device is lost and does not open again, or not before `broken_opens` attempts; `bad_from`, the step
-//! from which all fail though nothing is lost, with the status `bad_status` or, without one, with logits that are no
-//! numbers; `honest`, with which its self-test says so; `hang_open`, with which it does not come back from being opened. As a real device
-//! does, a lost queue fails until there is a new one, and a lost device until it is opened again. Every other step that
-//! fails has done its work before, and leaves nonsense in its output.
+//! - `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process;
+//! - `broken_from`, the step at which the device is lost and does not open again, or not before `broken_opens`
+//!   attempts;
+//! - `bad_from`, the step from which all fail though nothing is lost, with the status `bad_status` or, without one,
+//!   with logits that are no numbers; `honest`, with which its self-test says so;
+//! - `hang_open`, with which it does not come back from being opened;
+//! - `hog_at`, the step that wants more memory than there is.
+//!
+//! As a real device does, a lost queue fails until there is a new one, and a lost device until it is opened again.
+//! Every other step of `faults` has done its work before it fails, and leaves nonsense in its output.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
@@ -43,6 +47,7 @@ struct Planted {
     bad_status: Option<SpdStatus>,
     is_honest: bool,
     hangs: bool,
+    hog_at: Option<u64>,
 }
 
 /// The one symbol of the library; see `plugin.h`.
@@ -120,6 +125,7 @@ fn parse(setting: impl Fn(&CStr) -> Option<String>) -> Option<Planted> {
         bad_status: number(setting(c"bad_status"))?,
         is_honest: setting(c"honest").is_some(),
         hangs: setting(c"hang_open").is_some(),
+        hog_at: number(setting(c"hog_at"))?,
     })
 }
 
@@ -225,6 +231,10 @@ unsafe extern "C" fn queue_run(
     }
     let number = RUNS.fetch_add(1, Ordering::Relaxed) + 1;
     let planted = PLANTED.get().expect("set by instance_create");
+    if planted.hog_at == Some(number) {
+        // No address space holds it: the allocator fails, and that ends the process.
+        std::hint::black_box(vec![0u8; 1 << 62]);
+    }
     let place = planted.faults.keys().position(|&run| run == number);
     let bad = planted.bad_status.filter(|_| planted.is_bad(number));
     let status = planted.is_broken().then_some(E_DEVICE_LOST).or_else(|| planted.faults.get(&number).copied()).or(bad);

@@ -1,7 +1,7 @@
 //! `sparsectl conform`: does a plugin keep the contract?
 
-use anyhow::bail;
-use sparsed_conform::{Level, Options, RULES, Report};
+use anyhow::{Context, bail};
+use sparsed_conform::{Level, Options, RULES, Report, Subject};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,6 +25,12 @@ pub(super) struct Conform {
     /// Seconds that one rule may take.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
     deadline: u64,
+    /// Which of the plugin's devices is tried, from 0.
+    #[arg(long, default_value_t = 0)]
+    device: u32,
+    /// A setting of the plugin, as engine.set has it; may be given again.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
     /// Print the report as JSON, nothing else.
     #[arg(long)]
     json: bool,
@@ -38,17 +44,17 @@ pub(super) struct Conform {
 
 impl Conform {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        let subject = Subject { device: self.device, settings: settings(&self.set)? };
         if let Some([folder, rule, seed]) = self.child.as_deref() {
-            return Ok(sparsed_conform::child(folder.as_ref(), rule, seed.parse()?)?);
+            return Ok(sparsed_conform::child(folder.as_ref(), rule, seed.parse()?, &subject)?);
         }
         let Some(folder) = self.folder else { return list() };
-        let options = Options {
-            folder,
-            level: self.level,
-            seed: self.seed,
-            deadline: Duration::from_secs(self.deadline),
-            child: vec![std::env::current_exe()?, "conform".into(), "--child".into()],
-        };
+        let mut child =
+            vec![std::env::current_exe()?, "conform".into(), "--device".into(), self.device.to_string().into()];
+        child.extend(self.set.iter().flat_map(|set| ["--set".into(), set.into()]));
+        child.push("--child".into());
+        let options =
+            Options { folder, level: self.level, seed: self.seed, deadline: Duration::from_secs(self.deadline), child };
         let mut closed = Ok(());
         let report = sparsed_conform::run(&options, |number, line| {
             if !self.json && closed.is_ok() {
@@ -67,6 +73,14 @@ impl Conform {
         }
         Ok(())
     }
+}
+
+fn settings(sets: &[String]) -> anyhow::Result<Vec<(String, String)>> {
+    let pair = |set: &String| {
+        let (key, value) = set.split_once('=').with_context(|| format!("--set {set}: must be key=value"))?;
+        Ok((key.to_owned(), value.to_owned()))
+    };
+    sets.iter().map(pair).collect()
 }
 
 fn list() -> anyhow::Result<()> {

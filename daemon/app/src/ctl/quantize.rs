@@ -51,21 +51,19 @@ impl Quantize {
         };
         let report = quantize(&self.input, &self.output, &options, &mut progress)?;
         bar.finish_and_clear();
-        print(&report);
-        Ok(())
+        super::print(&text(&report))
     }
 }
 
-#[expect(clippy::print_stdout, reason = "the report goes to standard output")]
-fn print(report: &QuantizeReport) {
-    println!("{:<8} {:>8} {:>8} {:>12} {:>15}", "format", "tensors", "copied", "size", "relative error");
+fn text(report: &QuantizeReport) -> String {
+    let mut lines =
+        vec![format!("{:<8} {:>8} {:>8} {:>12} {:>15}", "format", "tensors", "copied", "size", "relative error")];
     for (name, format) in &report.formats {
         let error = format.relative_error().map_or_else(|| "-".to_owned(), |error| format!("{error:.5}"));
         let size = HumanBytes(format.bytes).to_string();
-        println!("{name:<8} {:>8} {:>8} {size:>12} {error:>15}", format.tensors, format.copied);
+        lines.push(format!("{name:<8} {:>8} {:>8} {size:>12} {error:>15}", format.tensors, format.copied));
     }
-    println!("{} -> {}", HumanBytes(report.bytes_before), HumanBytes(report.bytes_after));
-    for note in &report.notes {
-        println!("note: {note}");
-    }
+    lines.push(format!("{} -> {}", HumanBytes(report.bytes_before), HumanBytes(report.bytes_after)));
+    lines.extend(report.notes.iter().map(|note| format!("note: {note}")));
+    lines.join("\n")
 }

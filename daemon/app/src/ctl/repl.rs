@@ -21,27 +21,33 @@ pub(super) async fn run(client: &Client, model: &str, options: &ChatOptions) -> 
     let mut options = options.clone();
     let mut editor = DefaultEditor::new()?;
     let mut messages = options.opening();
-    say("Type a message, /help for help, Ctrl-D to leave.");
+    super::print("Type a message, /help for help, Ctrl-D to leave.")?;
     loop {
         let line = tokio::task::block_in_place(|| read(&mut editor))?;
         let Some(line) = line else { return Ok(()) };
         match command(&line) {
             Command::Nothing => {}
             Command::Exit => return Ok(()),
-            Command::Help => say(HELP),
+            Command::Help => super::print(HELP)?,
             Command::Clear => messages = options.opening(),
             Command::System(text) => {
                 options.system = Some(text);
                 messages = options.opening();
             }
-            Command::Unknown => say("There is no such command; /help lists them."),
-            Command::Message(text) => turn(client, model, &options, &mut messages, text).await,
+            Command::Unknown => super::print("There is no such command; /help lists them.")?,
+            Command::Message(text) => turn(client, model, &options, &mut messages, text).await?,
         }
     }
 }
 
 /// One question and its answer. What fails is said and forgotten: the conversation goes on as it was.
-async fn turn(client: &Client, model: &str, options: &ChatOptions, messages: &mut Vec<Value>, text: String) {
+async fn turn(
+    client: &Client,
+    model: &str,
+    options: &ChatOptions,
+    messages: &mut Vec<Value>,
+    text: String,
+) -> anyhow::Result<()> {
     messages.push(json!({ "role": "user", "content": text }));
     let request = options.request(model, messages, true);
     let answer = tokio::select! {
@@ -50,14 +56,15 @@ async fn turn(client: &Client, model: &str, options: &ChatOptions, messages: &mu
     };
     match answer {
         Ok(answer) => {
-            say("");
+            super::print("")?;
             messages.push(json!({ "role": "assistant", "content": answer }));
         }
         Err(error) => {
-            say(&format!("\n[{error:#}]"));
+            super::print(&format!("\n[{error:#}]"))?;
             messages.pop();
         }
     }
+    Ok(())
 }
 
 /// One message, perhaps of several lines. `None`: the user leaves.
@@ -107,11 +114,6 @@ fn command(line: &str) -> Command {
         (word, _) if word.starts_with('/') && !word[1..].contains('/') => Command::Unknown,
         _ => Command::Message(line.to_owned()),
     }
-}
-
-#[expect(clippy::print_stdout, reason = "a conversation on a terminal")]
-fn say(text: &str) {
-    println!("{text}");
 }
 
 #[cfg(test)]

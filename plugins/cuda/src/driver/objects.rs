@@ -4,7 +4,7 @@ use super::context::Context;
 use super::error::{INVALID_IMAGE, INVALID_PTX, NOT_READY};
 use super::table::{Address, Handle};
 use sparsed_abi::{E_DRIVER, E_NOMEM_DEVICE, E_NOMEM_HOST};
-use sparsed_plugin_kit::{PluginError, Result};
+use sparsed_plugin_kit::{HostMemory, PluginError, Result};
 use std::ffi::{CStr, c_uint, c_void};
 use std::ptr::{NonNull, null_mut};
 use std::sync::Arc;
@@ -146,6 +146,13 @@ impl PinnedMemory {
         let code = unsafe { (self.context.driver.mem_host_get_device_pointer)(&raw mut address, self.host, 0) };
         self.context.check(code, "cuMemHostGetDevicePointer")?;
         Ok(address)
+    }
+}
+
+// SAFETY: the driver's memory stays where it is until it is freed by the drop, which is when its owner says so.
+unsafe impl HostMemory for PinnedMemory {
+    fn as_ptr(&self) -> NonNull<u8> {
+        NonNull::new(self.host.cast()).expect("the driver's answer was checked")
     }
 }
 

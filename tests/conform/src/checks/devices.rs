@@ -16,7 +16,7 @@ pub(crate) const RULES: &[Rule] = &[
     rule(
         Level::L1,
         "device.info",
-        "the first device is described: texts, known kind and features, f32 weights, a row dtype",
+        "the device is described: texts, known kind and features, f32 weights, a row dtype",
         "plugin.h, spd_device_info",
         &[],
         info,
@@ -82,8 +82,9 @@ fn instance(context: &Context) -> Result<Instance, Wrong> {
 
 fn info(context: &Context) -> Outcome {
     let instance = instance(context)?;
-    ensure!(instance.device_count()? > 0, "there is no device, so nothing can be tried");
-    let info = instance.device_info(0)?;
+    let count = instance.device_count()?;
+    ensure!(count > context.index, "there are {count} devices, so device {} cannot be tried", context.index);
+    let info = instance.device_info(context.index)?;
     let field = |name: &str, field: &[c_char]| {
         ensure!(field.contains(&0), "{name} has no NUL");
         Ok::<_, Wrong>(text(field))
@@ -123,7 +124,7 @@ fn flags(context: &Context) -> Outcome {
         flags: 1 << 31,
         ..SpdOpenOptions::default()
     };
-    let answer = instance(context)?.open(0, &options);
+    let answer = instance(context)?.open(context.index, &options);
     refused("spd_open_options.flags = 1 << 31", answer, &[E_INVALID, E_UNSUPPORTED, E_ABI])
 }
 

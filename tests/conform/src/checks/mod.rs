@@ -2,6 +2,7 @@
 
 pub(crate) mod attention;
 pub(crate) mod blocks;
+pub(crate) mod confined;
 pub(crate) mod devices;
 pub(crate) mod experts;
 pub(crate) mod features;

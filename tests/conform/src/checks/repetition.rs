@@ -98,7 +98,7 @@ fn repeated(mut once: impl FnMut() -> Outcome) -> Outcome {
 
 fn open_close(context: &Context) -> Outcome {
     let api = table(context.entry)?;
-    repeated(|| Ok(Session::open(api, OpenOptions::default()).map(drop)?))
+    repeated(|| Ok(Session::open(api, context.index, OpenOptions::default()).map(drop)?))
 }
 
 fn objects(context: &Context) -> Outcome {

@@ -64,7 +64,7 @@ fn longer_in_structs(context: &Context, last: u8) -> Result<Vec<Answer>, Wrong> 
     let mut answers = Vec::new();
     let instance = session.instance();
     let options = Longer::new(SpdOpenOptions { n_threads: 1, ..SpdOpenOptions::default() }, last);
-    let opened = instance.open(0, &options.value);
+    let opened = instance.open(context.index, &options.value);
     if let Ok(raw) = opened {
         // SAFETY: just opened, and nothing was made on it.
         unsafe { entry!(api, device_close)(raw) };
@@ -136,7 +136,7 @@ fn struct_short(context: &Context) -> Outcome {
         flags: u32::MAX,
         ..SpdOpenOptions::default()
     };
-    let raw = session.instance().open(0, &options)?;
+    let raw = session.instance().open(context.index, &options)?;
     // SAFETY: just opened, and nothing was made on it.
     unsafe { entry!(session.api(), device_close)(raw) };
     let step = Step::without_pool(&[3]);

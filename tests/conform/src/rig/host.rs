@@ -1,7 +1,7 @@
-//! What does the kit offer to a plugin? A host that has a clock, drops the log and has no settings.
+//! What does the kit offer to a plugin? A host that has a clock, drops the log and has the settings that it was given.
 
 use sparsed_abi::{ABI_MINOR, LOG_ERROR, SpdHost, SpdStatus};
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, CString, c_char, c_void};
 use std::ptr;
 use std::sync::OnceLock;
 use std::time::Instant;
@@ -45,8 +45,22 @@ unsafe extern "C" fn now_ns(_: *mut c_void) -> u64 {
     u64::try_from(START.get_or_init(Instant::now).elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-unsafe extern "C" fn config(_: *mut c_void, _: *const c_char) -> *const c_char {
-    ptr::null()
+static SETTINGS: OnceLock<Vec<(CString, CString)>> = OnceLock::new();
+
+/// Gives the plugin these settings; called once, before [`host`]. One with a NUL inside is left out.
+pub(crate) fn set(settings: &[(String, String)]) {
+    let c = |text: &String| CString::new(text.as_str()).ok();
+    SETTINGS.get_or_init(|| settings.iter().filter_map(|(key, value)| Some((c(key)?, c(value)?))).collect());
+}
+
+unsafe extern "C" fn config(_: *mut c_void, key: *const c_char) -> *const c_char {
+    if key.is_null() {
+        return ptr::null();
+    }
+    // SAFETY: the header says that key is a NUL-terminated string.
+    let key = unsafe { CStr::from_ptr(key) };
+    let found = SETTINGS.get().and_then(|settings| settings.iter().find(|(name, _)| name.as_c_str() == key));
+    found.map_or(ptr::null(), |(_, value)| value.as_ptr())
 }
 
 unsafe extern "C" fn extension(_: *mut c_void, _: *const c_char) -> *const c_void {

@@ -10,7 +10,7 @@ mod queue;
 mod session;
 
 pub(crate) use call::{Fault, call, entry, fresh_error, struct_size, text};
-pub(crate) use host::host;
+pub(crate) use host::{host, set};
 pub(crate) use objects::{Plan, Pool, Weight, weight_desc};
 pub(crate) use queue::{Arena, KvList, Queue, RunParts};
 pub(crate) use session::{Instance, OpenOptions, Session, hole, readable_table, table};

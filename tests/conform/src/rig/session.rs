@@ -148,7 +148,7 @@ impl Drop for Device {
     }
 }
 
-/// The first device, with a queue.
+/// The device that is tried, with a queue.
 #[derive(Debug)]
 pub(crate) struct Session {
     pub(crate) info: SpdDeviceInfo,
@@ -157,16 +157,16 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    pub(crate) fn open(api: &'static SpdApi, options: OpenOptions) -> Result<Self, Fault> {
+    pub(crate) fn open(api: &'static SpdApi, index: u32, options: OpenOptions) -> Result<Self, Fault> {
         let instance = Instance::create(api)?;
-        let info = instance.device_info(0)?;
+        let info = instance.device_info(index)?;
         let options = SpdOpenOptions {
             struct_size: struct_size::<SpdOpenOptions>(),
             n_threads: options.threads,
             mem_budget: options.budget,
             ..SpdOpenOptions::default()
         };
-        let raw = instance.open(0, &options)?;
+        let raw = instance.open(index, &options)?;
         let device = Rc::new(Device { api, raw, instance });
         Ok(Self { info, queue: Queue::create(&device)?, device })
     }

@@ -73,7 +73,7 @@ impl Keeper {
                     living.push(Arc::downgrade(&pidfd));
                     drop(living);
                     drop(started.send(Ok((child.id(), Arc::clone(&pidfd)))));
-                    keep(child, pidfd.as_fd(), &plugin, &theirs);
+                    keep(child, pidfd, &plugin, &theirs);
                 }
             }
         })?;
@@ -133,7 +133,7 @@ fn pidfd_of(child: &Child) -> Result<OwnedFd, Error> {
 }
 
 /// Reads until the child has ended, then takes its status.
-fn keep(mut child: Child, pidfd: BorrowedFd<'_>, plugin: &str, shared: &Shared) {
+fn keep(mut child: Child, pidfd: Arc<OwnedFd>, plugin: &str, shared: &Shared) {
     let pid = child.id();
     let flow = RefCell::new(Flow::new(Instant::now()));
     let told = |dropped: Option<u64>| {
@@ -187,6 +187,8 @@ fn keep(mut child: Child, pidfd: BorrowedFd<'_>, plugin: &str, shared: &Shared) 
         Ok(status) => describe(status),
         Err(error) => format!("ended, and nobody knows how: {error}"),
     };
+    // Whoever hears of the end finds nothing of it left open.
+    drop((streams, child, pidfd));
     lock(&shared.state).end = Some(end);
     shared.ended.notify_all();
 }

@@ -61,7 +61,7 @@ fn load(start: &Start) -> Result<(Arc<Plugin>, u32), BackendError> {
         let mine = env!("CARGO_PKG_VERSION");
         return Err(refuse(format!("the host's executable is sparsed {mine}, the caller is {}", start.version)));
     }
-    // Read for the devices and files it names, and again as the library is loaded, when nothing else can be opened any more.
+    // Read for the devices and files it names, and again as the library is loaded, when nothing else can be opened.
     let manifest = Found::open(&start.dir)?.manifest;
     confine(&start.dir, &manifest).map_err(|error| refuse(format!("cannot give up rights: {error}")))?;
     let found = Found::open(&start.dir)?;
