@@ -153,7 +153,7 @@ impl Indexer<'_> {
                 let Some(to) = scores.get_mut(at..) else { continue };
                 let (mut found, mut head) = (Sums::default(), 0);
                 for (heads, x) in &query.groups {
-                    product(level, Format::Q8_0, &tile, x, &mut sums[..*heads]);
+                    product(level, Format::Q8_0, Rounding::Int16, &tile, x, &mut sums[..*heads]);
                     weigh(level, &sums[..*heads], &query.w[head..head + heads], &mut found);
                     head += heads;
                 }

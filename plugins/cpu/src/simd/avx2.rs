@@ -51,6 +51,12 @@ impl Lanes for Avx2 {
                 _mm256_cvtph_ps(_mm_loadu_si128(v.as_ptr().add(16).cast())),
             ]
         }
+        fn load_bytes(v: &[u8; LANES]) -> F {
+            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
+        }
+        fn load_signed_bytes(v: &[u8; LANES]) -> F {
+            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
+        }
         fn store_half(v: F, to: &mut [u8; 2 * LANES]) {{
             _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]));
             _mm_storeu_si128(to.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]));
@@ -84,8 +90,32 @@ impl Lanes for Avx2 {
             v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))
         }}
         fn low_nibbles(v: I) -> I { v.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(15))) }
-        fn dot_nibbles(acc: I, w: I, x: I) -> I {{
-            // A pair's sum is at most 2 * 15 * 128: nothing saturates.
+        fn with_fifth_bit(nibbles: I, fifth: I, at: usize) -> I {{
+            let shifted = |v| match at {
+                0 => _mm256_slli_epi16::<4>(v),
+                1 => _mm256_slli_epi16::<3>(v),
+                2 => _mm256_slli_epi16::<2>(v),
+                3 => _mm256_slli_epi16::<1>(v),
+                4 => v,
+                5 => _mm256_srli_epi16::<1>(v),
+                6 => _mm256_srli_epi16::<2>(v),
+                _ => _mm256_srli_epi16::<3>(v),
+            };
+            let bit = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x10));
+            [_mm256_or_si256(nibbles[0], bit(fifth[0])), _mm256_or_si256(nibbles[1], bit(fifth[1]))]
+        }}
+        fn with_upper_bits(nibbles: I, upper: I, at: usize) -> I {{
+            let shifted = |v| match at {
+                0 => _mm256_slli_epi16::<4>(v),
+                1 => _mm256_slli_epi16::<2>(v),
+                2 => v,
+                _ => _mm256_srli_epi16::<2>(v),
+            };
+            let bits = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x30));
+            [_mm256_or_si256(nibbles[0], bits(upper[0])), _mm256_or_si256(nibbles[1], bits(upper[1]))]
+        }}
+        fn dot_small(acc: I, w: I, x: I) -> I {{
+            // A pair's sum is at most 2 * 63 * 128: nothing saturates.
             let dot = |acc, w, x| {
                 _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
             };

@@ -40,6 +40,12 @@ impl Lanes for Avx512 {
         fn load(v: &[f32; LANES]) -> __m512 { _mm512_loadu_ps(v.as_ptr()) }
         fn store(v: __m512, to: &mut [f32; LANES]) { _mm512_storeu_ps(to.as_mut_ptr(), v) }
         fn load_half(v: &[u8; 2 * LANES]) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())) }
+        fn load_bytes(v: &[u8; LANES]) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(v.as_ptr().cast())))
+        }
+        fn load_signed_bytes(v: &[u8; LANES]) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(v.as_ptr().cast())))
+        }
         fn store_half(v: __m512, to: &mut [u8; 2 * LANES]) {
             _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
         }
@@ -70,7 +76,29 @@ impl Lanes for Avx512 {
             _mm512_and_si512(_mm512_srli_epi16::<4>(v), _mm512_set1_epi8(15))
         }
         fn low_nibbles(v: __m512i) -> __m512i { _mm512_and_si512(v, _mm512_set1_epi8(15)) }
-        fn dot_nibbles(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
+        fn with_fifth_bit(nibbles: __m512i, fifth: __m512i, at: usize) -> __m512i {{
+            let bit = match at {
+                0 => _mm512_slli_epi16::<4>(fifth),
+                1 => _mm512_slli_epi16::<3>(fifth),
+                2 => _mm512_slli_epi16::<2>(fifth),
+                3 => _mm512_slli_epi16::<1>(fifth),
+                4 => fifth,
+                5 => _mm512_srli_epi16::<1>(fifth),
+                6 => _mm512_srli_epi16::<2>(fifth),
+                _ => _mm512_srli_epi16::<3>(fifth),
+            };
+            _mm512_or_si512(nibbles, _mm512_and_si512(bit, _mm512_set1_epi8(0x10)))
+        }}
+        fn with_upper_bits(nibbles: __m512i, upper: __m512i, at: usize) -> __m512i {{
+            let bits = match at {
+                0 => _mm512_slli_epi16::<4>(upper),
+                1 => _mm512_slli_epi16::<2>(upper),
+                2 => upper,
+                _ => _mm512_srli_epi16::<2>(upper),
+            };
+            _mm512_or_si512(nibbles, _mm512_and_si512(bits, _mm512_set1_epi8(0x30)))
+        }}
+        fn dot_small(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
         fn dot_bytes(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
         fn shl_byte(v: __m512i) -> __m512i { _mm512_slli_epi32::<8>(v) }
         fn to_float(v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }

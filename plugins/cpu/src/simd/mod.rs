@@ -30,6 +30,10 @@ pub(crate) trait Lanes: Copy {
     fn store(self, v: Self::F, to: &mut [f32; LANES]);
     /// 16 x f16, little-endian, widened.
     fn load_half(self, v: &[u8; 2 * LANES]) -> Self::F;
+    /// 16 unsigned bytes, widened.
+    fn load_bytes(self, v: &[u8; LANES]) -> Self::F;
+    /// 16 signed bytes, widened.
+    fn load_signed_bytes(self, v: &[u8; LANES]) -> Self::F;
     /// Rounded to nearest even f16, little-endian.
     fn store_half(self, v: Self::F, to: &mut [u8; 2 * LANES]);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -58,9 +62,13 @@ pub(crate) trait Lanes: Copy {
     fn high_nibbles(self, v: Self::I) -> Self::I;
     /// The low half of each byte.
     fn low_nibbles(self, v: Self::I) -> Self::I;
-    /// Per 32-bit lane: `acc` plus the four products of unsigned bytes of `w`, at most 15, and signed bytes of `x`.
-    fn dot_nibbles(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// As [`Self::dot_nibbles`] for any unsigned bytes.
+    /// Per byte: `nibbles` plus 16 times bit `at` of `fifth`.
+    fn with_fifth_bit(self, nibbles: Self::I, fifth: Self::I, at: usize) -> Self::I;
+    /// Per byte: `nibbles` plus 16 times the two bits from bit `2 at` of `upper` on.
+    fn with_upper_bits(self, nibbles: Self::I, upper: Self::I, at: usize) -> Self::I;
+    /// Per 32-bit lane: `acc` plus the four products of unsigned bytes of `w`, at most 63, and signed bytes of `x`.
+    fn dot_small(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// As [`Self::dot_small`] for any unsigned bytes.
     fn dot_bytes(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// 32-bit lanes times 256.
     fn shl_byte(self, v: Self::I) -> Self::I;
@@ -97,32 +105,32 @@ pub(crate) trait Lanes: Copy {
 macro_rules! on_level {
     (
         $(#[$meta:meta])*
-        fn $name:ident $(<const $n:ident: $nt:ty>)? ($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? = $body:ident
+        fn $name:ident $(<$(const $n:ident: $nt:ty),+>)? ($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? = $body:ident
     ) => {
         $(#[$meta])*
-        pub(crate) fn $name $(<const $n: $nt>)? (level: $crate::level::Level, $($arg: $kind),*) $(-> $out)? {
+        pub(crate) fn $name $(<$(const $n: $nt),+>)? (level: $crate::level::Level, $($arg: $kind),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2 $(<const $n: $nt>)? ($($arg: $kind),*) $(-> $out)? {
+                fn avx2 $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
                     // SAFETY: this function is compiled for, and only called with, these features.
-                    $body::<_ $(, $n)?>(unsafe { $crate::simd::Avx2::assume() }, $($arg),*)
+                    $body::<_ $($(, $n)+)?>(unsafe { $crate::simd::Avx2::assume() }, $($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-                fn avx512 $(<const $n: $nt>)? ($($arg: $kind),*) $(-> $out)? {
+                fn avx512 $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
                     // SAFETY: as above.
-                    $body::<_ $(, $n)?>(unsafe { $crate::simd::Avx512::assume() }, $($arg),*)
+                    $body::<_ $($(, $n)+)?>(unsafe { $crate::simd::Avx512::assume() }, $($arg),*)
                 }
                 match level {
                     // SAFETY: a Level above Scalar exists only where the CPU has its instructions.
-                    $crate::level::Level::Avx2 => return unsafe { avx2 $(::<$n>)? ($($arg),*) },
+                    $crate::level::Level::Avx2 => return unsafe { avx2 $(::<$($n),+>)? ($($arg),*) },
                     // SAFETY: as above.
-                    $crate::level::Level::Avx512 => return unsafe { avx512 $(::<$n>)? ($($arg),*) },
+                    $crate::level::Level::Avx512 => return unsafe { avx512 $(::<$($n),+>)? ($($arg),*) },
                     $crate::level::Level::Scalar => {}
                 }
             }
             let _ = level;
-            $body::<_ $(, $n)?>($crate::simd::Portable, $($arg),*)
+            $body::<_ $($(, $n)+)?>($crate::simd::Portable, $($arg),*)
         }
     };
 }

@@ -44,6 +44,14 @@ impl Lanes for Portable {
         std::array::from_fn(|i| f16::from_le_bytes([v[2 * i], v[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
+    fn load_bytes(self, v: &[u8; LANES]) -> F {
+        v.map(f32::from)
+    }
+    #[inline(always)]
+    fn load_signed_bytes(self, v: &[u8; LANES]) -> F {
+        v.map(|v| f32::from(v.cast_signed()))
+    }
+    #[inline(always)]
     fn store_half(self, v: F, to: &mut [u8; 2 * LANES]) {
         for (to, v) in to.as_chunks_mut::<2>().0.iter_mut().zip(v) {
             *to = f16::from_f32(v).to_le_bytes();
@@ -116,7 +124,15 @@ impl Lanes for Portable {
         v.map(|v| v & 0x0f0f_0f0f)
     }
     #[inline(always)]
-    fn dot_nibbles(self, acc: I, w: I, x: I) -> I {
+    fn with_fifth_bit(self, nibbles: I, fifth: I, at: usize) -> I {
+        zip(nibbles, fifth, |nibbles, fifth| nibbles | (fifth >> at & 0x0101_0101) << 4)
+    }
+    #[inline(always)]
+    fn with_upper_bits(self, nibbles: I, upper: I, at: usize) -> I {
+        zip(nibbles, upper, |nibbles, upper| nibbles | (upper >> (2 * at) & 0x0303_0303) << 4)
+    }
+    #[inline(always)]
+    fn dot_small(self, acc: I, w: I, x: I) -> I {
         self.dot_bytes(acc, w, x)
     }
     #[inline(always)]
