@@ -3,7 +3,7 @@
 use crate::kernels::rows::decode;
 use crate::level::Level;
 use crate::packing::Packed;
-use memmap2::{MmapMut, UncheckedAdvice};
+use memmap2::{Advice, MmapMut, UncheckedAdvice};
 use sparsed_abi::{
     DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
 };
@@ -167,6 +167,8 @@ impl Plane {
         let total = block_bytes.checked_mul(n_blocks).ok_or_else(overflow)?.max(1);
         let no_memory = |error: std::io::Error| PluginError::new(E_NOMEM_DEVICE, format!("{total} bytes: {error}"));
         let mut map = MmapMut::map_anon(total).map_err(no_memory)?;
+        // Huge pages where the system gives them: gathered rows are all over the plane. A refusal costs speed only.
+        let _refused = map.advise(Advice::HugePage);
         Ok(Self { at: map.as_mut_ptr(), map, block_bytes })
     }
 

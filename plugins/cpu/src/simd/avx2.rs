@@ -78,7 +78,7 @@ impl Lanes for Avx2 {
         fn load_i(v: &[u8; 4 * LANES]) -> I {
             [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(32).cast())]
         }
-        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
+        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) }
         fn store_i(v: I, to: &mut [i32; LANES]) {{
             _mm256_storeu_si256(to.as_mut_ptr().cast(), v[0]);
             _mm256_storeu_si256(to.as_mut_ptr().add(8).cast(), v[1]);
@@ -152,6 +152,39 @@ impl Lanes for Avx2 {
     #[inline(always)]
     fn split_bytes(self, low: I, high: I) -> ([u8; 2 * LANES], [u8; 2 * LANES]) {
         super::portable::split_bytes(&ints(low), &ints(high))
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: &[F; LANES]) -> F {
+        let mut out = [self.splat(0.0)[0]; 2];
+        for (out, v) in out.iter_mut().zip(vectors.as_chunks::<8>().0) {
+            // SAFETY: `self` proves that the CPU has the instructions.
+            unsafe {
+                // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once.
+                let mut eight = [*out; 8];
+                for (eight, v) in eight.iter_mut().zip(v) {
+                    *eight = _mm256_add_ps(v[0], v[1]);
+                }
+                let mut four = [*out; 4];
+                for (i, four) in four.iter_mut().enumerate() {
+                    let (a, b) = (eight[i], eight[i + 4]);
+                    *four = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+                }
+                let mut two = [*out; 2];
+                for (i, two) in two.iter_mut().enumerate() {
+                    let (a, b) = (_mm256_castps_pd(four[2 * i]), _mm256_castps_pd(four[2 * i + 1]));
+                    *two = _mm256_add_ps(
+                        _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                        _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
+                    );
+                }
+                *out = _mm256_add_ps(
+                    _mm256_shuffle_ps::<0x88>(two[0], two[1]),
+                    _mm256_shuffle_ps::<0xdd>(two[0], two[1]),
+                );
+            }
+        }
+        out
     }
 
     #[inline(always)]

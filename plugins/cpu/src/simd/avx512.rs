@@ -68,7 +68,7 @@ impl Lanes for Avx512 {
         }
         fn splat_i(v: i32) -> __m512i { _mm512_set1_epi32(v) }
         fn load_i(v: &[u8; 4 * LANES]) -> __m512i { _mm512_loadu_si512(v.as_ptr().cast()) }
-        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
+        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) }
         fn store_i(v: __m512i, to: &mut [i32; LANES]) { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
         fn add_i(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn max_i(a: __m512i, b: __m512i) -> __m512i { _mm512_max_epi32(a, b) }
@@ -127,6 +127,34 @@ impl Lanes for Avx512 {
             }
         }
         (nearest, rest)
+    }
+
+    #[inline(always)]
+    fn sums(self, vectors: &[__m512; LANES]) -> __m512 {
+        let mut eight = [self.splat(0.0); 8];
+        let mut four = [self.splat(0.0); 4];
+        let mut two = [self.splat(0.0); 2];
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once: eight[i] has vectors i and
+            // i + 4 (i + 8 and i + 12 for i above 3), four[i] has i, i + 4, i + 8 and i + 12 in its 128-bit lanes.
+            for (i, eight) in eight.iter_mut().enumerate() {
+                let (a, b) = (vectors[i / 4 * 8 + i % 4], vectors[i / 4 * 8 + i % 4 + 4]);
+                *eight = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            }
+            for (i, four) in four.iter_mut().enumerate() {
+                let (a, b) = (eight[i], eight[i + 4]);
+                *four = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            }
+            for (i, two) in two.iter_mut().enumerate() {
+                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
+                *two = _mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                );
+            }
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(two[0], two[1]), _mm512_shuffle_ps::<0xdd>(two[0], two[1]))
+        }
     }
 
     #[inline(always)]

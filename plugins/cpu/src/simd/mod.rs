@@ -85,6 +85,9 @@ pub(crate) trait Lanes: Copy {
     /// Rounded to integers, ties to even; for magnitudes below 2^22.
     fn round_f(self, v: Self::F) -> Self::F;
 
+    /// Lane i: [`Self::sum`] of vector i.
+    fn sums(self, vectors: &[Self::F; LANES]) -> Self::F;
+
     /// The sum of the lanes in a fixed tree order: i + 8, i + 4, i + 2, i + 1.
     #[inline(always)]
     fn sum(self, v: Self::F) -> f32 {

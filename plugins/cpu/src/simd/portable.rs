@@ -94,6 +94,11 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn sums(self, vectors: &[F; LANES]) -> F {
+        vectors.map(|v| self.sum(v))
+    }
+
+    #[inline(always)]
     fn splat_i(self, v: i32) -> I {
         [v; LANES]
     }
