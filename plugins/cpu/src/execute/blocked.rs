@@ -126,7 +126,12 @@ impl Attention<'_> {
                                 states: &mut states[some.clone()],
                                 out: &mut out[some.start * width..some.end * width],
                             };
-                            attend(self.frame.device.level, &rows[..seen(token)], ahead.next().unwrap_or_default(), &mut heads);
+                            attend(
+                                self.frame.device.level,
+                                &rows[..seen(token)],
+                                ahead.next().unwrap_or_default(),
+                                &mut heads,
+                            );
                         }
                     }
                     token += alike;

@@ -203,12 +203,13 @@ fn add_products<L: Lanes, const H: usize, const R: usize>(
 /// Turns the first `n` scores into exp(score - max) and the others into 0; returns what earlier sums shrink by.
 #[inline(always)]
 fn exponentials<L: Lanes>(l: L, p: &mut [f32; ROWS], n: usize, scale: f32, state: &mut Softmax) -> f32 {
+    for z in p.as_chunks_mut().0 {
+        l.store(l.mul(l.load(z), l.splat(scale)), z);
+    }
     p[n..].fill(f32::NEG_INFINITY);
     let mut most = l.splat(state.max);
-    for z in p.as_chunks_mut().0 {
-        let scaled = l.mul(l.load(z), l.splat(scale));
-        most = l.max(most, scaled);
-        l.store(scaled, z);
+    for z in p.as_chunks().0 {
+        most = l.max(most, l.load(z));
     }
     let mut lanes = [0.0; LANES];
     l.store(most, &mut lanes);
@@ -301,6 +302,7 @@ mod tests {
         q: Vec<f32>,
         heads: usize,
         absorbed: bool,
+        scale: f32,
     }
 
     const LATENT: usize = 80;
@@ -318,7 +320,7 @@ mod tests {
                 self.latent.iter().zip(&self.rope).map(|(latent, rope)| Row { latent, rope }).collect();
             for rows in rows.chunks(ROWS) {
                 let q = &self.q[first * self.key_width()..][..heads * self.key_width()];
-                let mut job = Heads { q, scale: 0.2, states: &mut states, out: &mut out };
+                let mut job = Heads { q, scale: self.scale, states: &mut states, out: &mut out };
                 attend(level, rows, &[&self.latent[0]], &mut job);
             }
             states.iter().zip(out.chunks_exact_mut(LATENT)).for_each(|(state, out)| state.finish(out));
@@ -335,7 +337,7 @@ mod tests {
                 let latent = decode(latent);
                 let keys = decode(rope).into_iter().chain(latent.iter().copied());
                 let z: f64 = q.iter().zip(keys).map(|(q, k)| f64::from(*q) * k).sum();
-                let p = (z * 0.2).exp();
+                let p = (z * f64::from(self.scale)).exp();
                 total += p;
                 out.iter_mut().zip(&latent).for_each(|(o, v)| *o += p * v);
             }
@@ -357,6 +359,7 @@ mod tests {
                 q: (0..heads * (ROPE + LATENT)).map(|i| value(i * 3)).collect(),
                 heads,
                 absorbed,
+                scale: if rows % 2 == 0 { 0.2 } else { -0.2 },
             };
             let scalar = case.run(Level::Scalar, 0, case.heads);
             for (head, found) in scalar.chunks_exact(LATENT).enumerate() {

@@ -66,14 +66,6 @@ impl Lanes for Avx2 {
         fn mul(a: F, b: F) -> F { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
         fn mul_add(a: F, b: F, c: F) -> F { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         fn max(a: F, b: F) -> F { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
-        fn join(low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> F {
-            [low, high].map(|half| _mm256_castsi256_ps(_mm256_loadu_si256(half.as_ptr().cast())))
-        }
-        fn store_offset(v: F, to: &mut [u8; 4 * LANES]) {{
-            let offset = v.map(|v| _mm256_xor_si256(_mm256_castps_si256(v), _mm256_set1_epi8(-128)));
-            _mm256_storeu_si256(to.as_mut_ptr().cast(), offset[0]);
-            _mm256_storeu_si256(to.as_mut_ptr().add(32).cast(), offset[1]);
-        }}
         fn splat_i(v: i32) -> I { [_mm256_set1_epi32(v); 2] }
         fn load_i(v: &[u8; 4 * LANES]) -> I {
             [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(32).cast())]
@@ -85,6 +77,11 @@ impl Lanes for Avx2 {
         }}
         fn add_i(a: I, b: I) -> I { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
         fn max_i(a: I, b: I) -> I { [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])] }
+        fn offset_bytes(v: I) -> I { v.map(|v| _mm256_xor_si256(v, _mm256_set1_epi8(-128))) }
+        fn above(a: F, b: F) -> u16 {{
+            let bits = |i: usize| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i])).cast_unsigned() as u16;
+            bits(0) | bits(1) << 8
+        }}
         fn high_nibbles(v: I) -> I {{
             let mask = _mm256_set1_epi8(15);
             v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))
@@ -178,23 +175,11 @@ impl Lanes for Avx2 {
                         _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
                     );
                 }
-                *out = _mm256_add_ps(
-                    _mm256_shuffle_ps::<0x88>(two[0], two[1]),
-                    _mm256_shuffle_ps::<0xdd>(two[0], two[1]),
-                );
+                *out =
+                    _mm256_add_ps(_mm256_shuffle_ps::<0x88>(two[0], two[1]), _mm256_shuffle_ps::<0xdd>(two[0], two[1]));
             }
         }
         out
-    }
-
-    #[inline(always)]
-    fn transpose(self, rows: &mut [F; LANES]) {
-        // Through memory: the 512-bit level is the fast one.
-        let mut values = [[0f32; LANES]; LANES];
-        for (row, to) in rows.iter().zip(&mut values) {
-            self.store(*row, to);
-        }
-        *rows = std::array::from_fn(|i| self.load(&std::array::from_fn(|j| values[j][i])));
     }
 }
 

@@ -43,12 +43,6 @@ pub(crate) trait Lanes: Copy {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The greater; of no use where a NaN may be.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    /// 64 bytes, whatever they mean, to be transposed.
-    fn join(self, low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> Self::F;
-    /// The bytes of `v`, 128 added to each.
-    fn store_offset(self, v: Self::F, to: &mut [u8; 4 * LANES]);
-    /// Transposes 16 rows of 16 values.
-    fn transpose(self, rows: &mut [Self::F; LANES]);
 
     fn splat_i(self, v: i32) -> Self::I;
     fn load_i(self, v: &[u8; 4 * LANES]) -> Self::I;
@@ -58,6 +52,10 @@ pub(crate) trait Lanes: Copy {
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// The greater of signed 32-bit lanes.
     fn max_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// 128 added to each byte.
+    fn offset_bytes(self, v: Self::I) -> Self::I;
+    /// Bit i: lane i of `a` is above lane i of `b`; a NaN is not.
+    fn above(self, a: Self::F, b: Self::F) -> u16;
     /// The high half of each byte, as a byte.
     fn high_nibbles(self, v: Self::I) -> Self::I;
     /// The low half of each byte.

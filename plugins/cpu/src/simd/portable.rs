@@ -78,22 +78,6 @@ impl Lanes for Portable {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    fn join(self, low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> F {
-        let (low, high) = (low.as_chunks().0, high.as_chunks().0);
-        std::array::from_fn(|i| f32::from_le_bytes(if i < LANES / 2 { low[i] } else { high[i - LANES / 2] }))
-    }
-    #[inline(always)]
-    fn store_offset(self, v: F, to: &mut [u8; 4 * LANES]) {
-        for (to, v) in to.as_chunks_mut().0.iter_mut().zip(v) {
-            *to = v.to_le_bytes().map(|byte| byte ^ 0x80);
-        }
-    }
-    #[inline(always)]
-    fn transpose(self, rows: &mut [F; LANES]) {
-        *rows = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
-    }
-
-    #[inline(always)]
     fn sums(self, vectors: &[F; LANES]) -> F {
         vectors.map(|v| self.sum(v))
     }
@@ -119,6 +103,14 @@ impl Lanes for Portable {
     #[inline(always)]
     fn max_i(self, a: I, b: I) -> I {
         zip(a, b, i32::max)
+    }
+    #[inline(always)]
+    fn offset_bytes(self, v: I) -> I {
+        v.map(|v| (v.cast_unsigned() ^ 0x8080_8080).cast_signed())
+    }
+    #[inline(always)]
+    fn above(self, a: F, b: F) -> u16 {
+        (0..LANES).fold(0, |bits, i| bits | u16::from(a[i] > b[i]) << i)
     }
     #[inline(always)]
     fn high_nibbles(self, v: I) -> I {

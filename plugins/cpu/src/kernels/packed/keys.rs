@@ -1,56 +1,57 @@
-//! Index keys as packed rows, and what becomes of their products.
+//! How well do index keys match a query? 16 keys of a pool's tile (see `crate::keys`) against all heads.
 
-use super::{Sums, TILE_ROWS, pack_tile};
-use crate::kernels::activations::BLOCK;
+use super::{Sums, TILE_ROWS};
+use crate::kernels::activations::{BLOCK, Block};
 use crate::level::Level;
-use crate::simd::{LANES, Lanes, on_level};
-use sparsed_quant::Format;
+use crate::simd::{Lanes, on_level};
 
-/// Bytes of 16 packed blocks of Q8_0.
-const TILE_BYTES: usize = TILE_ROWS * (BLOCK + 2);
+/// Bytes of 16 blocks of keys: codes, signed, then scales.
+const TILE_BLOCK_BYTES: usize = TILE_ROWS * (BLOCK + 2);
 
-/// Packs up to 16 rows of q8_0 as [`pack_tile`] does, fast enough to be done anew for every query.
-pub(crate) fn pack_keys(level: Level, cols: usize, rows: &[&[u8]], to: &mut [u8]) {
-    if rows.len() < TILE_ROWS || !cols.is_multiple_of(2 * BLOCK) {
-        return pack_tile(Format::Q8_0, cols, |lane| rows.get(lane).copied(), to);
+/// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys. `x` holds the heads' queries in 16 bits, a
+/// number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for `ahead` meanwhile.
+pub(crate) fn score_keys(level: Level, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+    match w.len() {
+        1 => score_heads::<1>(level, tile, ahead, x, w, scores),
+        2 => score_heads::<2>(level, tile, ahead, x, w, scores),
+        4 => score_heads::<4>(level, tile, ahead, x, w, scores),
+        8 => score_heads::<8>(level, tile, ahead, x, w, scores),
+        n => unreachable!("{n} heads: tokens_at_once was asked"),
     }
-    pack_pairs(level, rows, to);
 }
 
 on_level! {
-    fn pack_pairs(rows: &[&[u8]], to: &mut [u8]) = pack_pairs_body
+    fn score_heads<const N: usize>(tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) = score_body
 }
 
-/// 16 rows of an even number of blocks: the codes of two blocks are one vector of each row, transposed.
 #[inline(always)]
-fn pack_pairs_body<L: Lanes>(l: L, rows: &[&[u8]], to: &mut [u8]) {
-    const ENCODED: usize = 2 + BLOCK;
-    for (pair, to) in to.as_chunks_mut::<{ 2 * TILE_BYTES }>().0.iter_mut().enumerate() {
-        let (first, second) = to.split_at_mut(TILE_BYTES);
-        let mut lanes = [l.splat(0.0); LANES];
-        for (lane, (row, vector)) in rows.iter().zip(&mut lanes).enumerate() {
-            let blocks = row[pair * 2 * ENCODED..].as_chunks::<ENCODED>().0;
-            first[512 + 2 * lane..514 + 2 * lane].copy_from_slice(&blocks[0][..2]);
-            second[512 + 2 * lane..514 + 2 * lane].copy_from_slice(&blocks[1][..2]);
-            let codes = |block: &[u8; ENCODED]| *block.last_chunk::<BLOCK>().expect("32 of 34");
-            *vector = l.join(&codes(&blocks[0]), &codes(&blocks[1]));
+fn score_body<L: Lanes, const N: usize>(l: L, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+    for line in ahead.chunks(64) {
+        l.prefetch(&line[0]);
+    }
+    let mut totals = [l.splat(0.0); N];
+    for (block, x) in tile.as_chunks::<TILE_BLOCK_BYTES>().0.iter().zip(x.as_chunks::<N>().0) {
+        let (codes, scales) = block.split_at(TILE_ROWS * BLOCK);
+        let (mut high, mut low) = ([l.splat_i(0); N], [l.splat_i(0); N]);
+        for n in 0..N {
+            low[n] = l.splat_i(x[n].minus_128);
         }
-        l.transpose(&mut lanes);
-        let to = first.as_chunks_mut().0[..8].iter_mut().chain(&mut second.as_chunks_mut().0[..8]);
-        lanes.into_iter().zip(to).for_each(|(vector, to)| l.store_offset(vector, to));
+        for (g, codes) in codes.as_chunks::<64>().0.iter().enumerate() {
+            let codes = l.offset_bytes(l.load_i(codes));
+            for n in 0..N {
+                high[n] = l.dot_bytes(high[n], codes, l.splat_i(x[n].high[g]));
+                low[n] = l.dot_bytes(low[n], codes, l.splat_i(x[n].low[g]));
+            }
+        }
+        let d = l.load_half(&scales.as_chunks().0[0]);
+        for n in 0..N {
+            let sum = l.to_float(l.add_i(l.shl_byte(high[n]), low[n]));
+            totals[n] = l.mul_add(sum, l.mul(d, l.splat(x[n].d)), totals[n]);
+        }
     }
-}
-
-on_level! {
-    /// Adds `w[h] max(sums[h], 0)` of every head h to `scores`.
-    fn weigh(sums: &[Sums], w: &[f32], scores: &mut Sums) = weigh_body
-}
-
-#[inline(always)]
-fn weigh_body<L: Lanes>(l: L, sums: &[Sums], w: &[f32], scores: &mut Sums) {
-    let mut total = l.load(scores);
-    for (sums, w) in sums.iter().zip(w) {
-        total = l.mul_add(l.splat(*w), l.max(l.splat(0.0), l.load(sums)), total);
+    let mut score = l.load(scores);
+    for (total, w) in totals.into_iter().zip(w) {
+        score = l.mul_add(l.splat(*w), l.max(l.splat(0.0), total), score);
     }
-    l.store(total, scores);
+    l.store(score, scores);
 }

@@ -25,25 +25,6 @@ fn weight(format: Format, blocks: usize, seed: &[f32]) -> (Vec<u8>, Vec<Vec<f32>
     (tile, decoded)
 }
 
-#[test]
-fn keys_are_packed_as_weights_are_at_every_level() {
-    for (blocks, n) in [(2, 16), (4, 16), (4, 9), (3, 16)] {
-        let mut rows: Vec<Vec<u8>> = Vec::new();
-        for r in 0..n {
-            rows.push((0..34 * blocks).map(|i| u8::try_from((i * 7 + r * 31) % 251).unwrap()).collect());
-        }
-        let rows: Vec<&[u8]> = rows.iter().map(|row| &row[..]).collect();
-        let cols = blocks * BLOCK;
-        let mut expected = vec![0; tile_bytes(Format::Q8_0, cols)];
-        pack_tile(Format::Q8_0, cols, |lane| rows.get(lane).copied(), &mut expected);
-        for level in Level::all() {
-            let mut found = vec![1; expected.len()];
-            pack_keys(level, cols, &rows, &mut found);
-            assert_eq!(found, expected, "{level:?}, {blocks} blocks, {n} rows");
-        }
-    }
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
@@ -88,6 +69,50 @@ proptest! {
                     prop_assert_eq!(alone(Level::Scalar, token).map(f32::to_bits), sums.map(f32::to_bits));
                 }
             }
+        }
+    }
+}
+
+proptest! {
+    #[test]
+    fn key_scores_are_the_same_at_every_level_and_close_to_f64(
+        seed in proptest::collection::vec(-1f32..1.0, 50..150), blocks in 1usize..5, wanted in 1usize..=8,
+    ) {
+        let width = blocks * BLOCK;
+        let value = |i: usize| seed[i % seed.len()];
+        let keys: Vec<Vec<f32>> = (0..TILE_ROWS).map(|r| (0..width).map(|i| value(i * 7 + r * 13)).collect()).collect();
+        let mut rows = vec![vec![0; width / BLOCK * 34]; TILE_ROWS];
+        rows.iter_mut().zip(&keys).for_each(|(row, key)| sparsed_quant::encode(Format::Q8_0, key, row).unwrap());
+        let mut tile = vec![0; tile_bytes(Format::Q8_0, width)];
+        pack_tile(Format::Q8_0, width, |lane| Some(&rows[lane]), &mut tile);
+        // A weight's codes have an offset, a key's have not.
+        for codes in tile.chunks_exact_mut(TILE_ROWS * 34) {
+            codes[..TILE_ROWS * BLOCK].iter_mut().for_each(|code| *code ^= 0x80);
+        }
+        let mut scalar = None;
+        for level in Level::all() {
+            let heads = [8, 4, 2, 1].into_iter().find(|&n| n <= wanted).unwrap();
+            let mut x = vec![Block::default(); heads * blocks];
+            let (mut exact, mut size) = ([0f64; TILE_ROWS], [0f64; TILE_ROWS]);
+            let w: Vec<f32> = (0..heads).map(|h| value(h * 11)).collect();
+            for (h, w) in w.iter().enumerate() {
+                let q: Vec<f32> = (0..width).map(|i| value(i * 3 + h * 5)).collect();
+                let mut row = vec![Block::default(); blocks];
+                round_row(level, Rounding::Int16, &q, &mut row);
+                row.into_iter().enumerate().for_each(|(b, block)| x[b * heads + h] = block);
+                for (lane, key) in keys.iter().enumerate() {
+                    let product: f64 = q.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
+                    exact[lane] += f64::from(*w) * product.max(0.0);
+                    size[lane] += q.iter().zip(key).map(|(q, k)| f64::from(q * k).abs()).sum::<f64>() * f64::from(w.abs());
+                }
+            }
+            let mut found = Sums::default();
+            score_keys(level, &tile, &tile[..64], &x, &w, &mut found);
+            for ((found, exact), size) in found.iter().zip(exact).zip(size) {
+                prop_assert!((f64::from(*found) - exact).abs() <= 0.02 * size + 1e-6, "{found} {exact}");
+            }
+            let bits = found.map(f32::to_bits);
+            prop_assert_eq!(*scalar.get_or_insert(bits), bits);
         }
     }
 }
