@@ -11,7 +11,7 @@ use sparsed_quant::Format;
 use std::ops::Range;
 
 /// Tokens in a run: enough to pay for fetching a block, few enough to spread over a team.
-const RUN_TOKENS: usize = 16;
+const RUN_TOKENS: usize = 32;
 
 /// What a thread keeps from unit to unit, each `[group][token][head]`.
 #[derive(Debug, Default)]

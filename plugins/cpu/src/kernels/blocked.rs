@@ -9,7 +9,10 @@ use crate::simd::{LANES, Lanes, on_level};
 /// Listed rows in a block.
 pub(crate) const ROWS: usize = 64;
 /// Most heads that share one pass over a block.
-pub(crate) const HEADS_MAX: usize = 8;
+pub(crate) const HEADS_MAX: usize = 6;
+
+/// Rows, or vectors of values, that are multiplied with every head at once: their sums and they fill the registers.
+const TOGETHER: usize = 4;
 
 /// True when rows of this width can be blocked.
 pub(crate) fn can_block(width: usize) -> bool {
@@ -60,8 +63,6 @@ pub(crate) fn attend(level: crate::level::Level, rows: &[Row<'_>], ahead: &[&[u8
         4 => attend_heads::<4>(level, rows, ahead, heads),
         5 => attend_heads::<5>(level, rows, ahead, heads),
         6 => attend_heads::<6>(level, rows, ahead, heads),
-        7 => attend_heads::<7>(level, rows, ahead, heads),
-        8 => attend_heads::<8>(level, rows, ahead, heads),
         n => unreachable!("{n} heads, at most {HEADS_MAX}"),
     }
 }
@@ -77,17 +78,11 @@ fn attend_body<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]]
     for h in 0..H {
         shrink[h] = exponentials(l, &mut p[h], rows.len(), heads.scale, &mut heads.states[h]);
     }
-    // As many sums as there are registers for.
-    let vectors = if H <= 4 { 4 } else { 2 };
     let width = heads.out.len() / H / LANES;
-    for part in 0..width / vectors {
-        if H <= 4 {
-            weigh::<L, H, 4>(l, rows, heads, part * vectors, &p, &shrink);
-        } else {
-            weigh::<L, H, 2>(l, rows, heads, part * vectors, &p, &shrink);
-        }
+    for part in 0..width / TOGETHER {
+        weigh::<L, H, TOGETHER>(l, rows, heads, part * TOGETHER, &p, &shrink);
     }
-    for part in width / vectors * vectors..width {
+    for part in width / TOGETHER * TOGETHER..width {
         weigh::<L, H, 1>(l, rows, heads, part, &p, &shrink);
     }
 }
@@ -103,18 +98,10 @@ fn scores<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]], q: 
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
     for (sixteen, rows) in rows.chunks(LANES).enumerate() {
         let mut at = 0;
-        if H <= 4 {
-            for rows in rows.as_chunks::<4>().0 {
-                ask(l, &mut ahead, 4);
-                dot_rows::<L, H, 4>(l, rows, &q, at, &mut sums);
-                at += 4;
-            }
-        } else {
-            for rows in rows.as_chunks::<2>().0 {
-                ask(l, &mut ahead, 2);
-                dot_rows::<L, H, 2>(l, rows, &q, at, &mut sums);
-                at += 2;
-            }
+        for rows in rows.as_chunks::<TOGETHER>().0 {
+            ask(l, &mut ahead, TOGETHER);
+            dot_rows::<L, H, TOGETHER>(l, rows, &q, at, &mut sums);
+            at += TOGETHER;
         }
         for row in &rows[at..] {
             dot_rows::<L, H, 1>(l, &[*row], &q, at, &mut sums);
