@@ -1,8 +1,8 @@
 //! How do index keys lie in the pool? Keys in q8_0 as tiles of 16 tokens, so that the indexer multiplies 16 at a time
 //! without packing them anew for every query; keys of other formats row by row.
 //!
-//! A tile takes the bytes of its rows. Block after block of 32 values it has the codes, vector g of 64 bytes holding bytes
-//! 4g .. 4g + 4 of each row's codes, then the rows' scales. A block's host image has rows, as `abi/OPS.md` says.
+//! A tile takes the bytes of its rows. Block after block of 32 values it has the codes, vector g of 64 bytes holding
+//! bytes 4g .. 4g + 4 of each row's codes, then the rows' scales. A block's host image has rows, as `abi/OPS.md` says.
 
 use crate::kernels::packed::TILE_ROWS;
 use crate::memory::Pool;

@@ -1,6 +1,7 @@
 //! The lightning indexer: which positions does each token select?
 //!
-//! Keys in q8_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of other formats are decoded. Scores are kept for the tokens of one run only.
+//! Keys in q8_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of
+//! other formats are decoded. Scores are kept for the tokens of one run only.
 
 use super::Frame;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};

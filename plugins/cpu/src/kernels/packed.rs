@@ -1,9 +1,9 @@
 //! Products of block-quantised weights with rounded activations: 16 rows of the weight at a time.
 //!
-//! A weight is laid out anew ("packed", see [`layout`]) so that one vector holds the same codes of 16 rows. Per block of
-//! 32 values the integer sum is exact (of Q6_K per 16 values, which have a scale each); sums of blocks are added in f32
-//! from the first block to the last, so that a value's bits depend on its row and its activations only, and are the same
-//! at every level.
+//! A weight is laid out anew ("packed", see [`layout`]) so that one vector holds the same codes of 16 rows. Per block
+//! of 32 values the integer sum is exact (of Q6_K per 16 values, which have a scale each); sums of blocks are added in
+//! f32 from the first block to the last, so that a value's bits depend on its row and its activations only, and are the
+//! same at every level.
 
 mod keys;
 mod layout;

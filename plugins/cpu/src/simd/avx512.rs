@@ -126,8 +126,8 @@ impl Lanes for Avx512 {
         let mut two = [self.splat(0.0); 2];
         // SAFETY: `self` proves that the CPU has the instructions.
         unsafe {
-            // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once: eight[i] has vectors i and
-            // i + 4 (i + 8 and i + 12 for i above 3), four[i] has i, i + 4, i + 8 and i + 12 in its 128-bit lanes.
+            // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once: eight[i] has vectors i
+            // and i + 4 (i + 8 and i + 12 for i above 3), four[i] has i, i + 4, i + 8 and i + 12 in its 128-bit lanes.
             for (i, eight) in eight.iter_mut().enumerate() {
                 let (a, b) = (vectors[i / 4 * 8 + i % 4], vectors[i / 4 * 8 + i % 4 + 4]);
                 *eight = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
