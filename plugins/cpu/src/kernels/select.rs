@@ -1,8 +1,8 @@
 //! The exact k best of many scores, in linear time.
 //!
 //! Of long lists a sample says which score somewhat more than k are above; one pass picks those, in order, and the k
-//! best of them are found. Where the sample was wrong, and for short lists, a histogram finds the bin of the k-th best, and
-//! only that bin is sorted out. Both give the same answer.
+//! best of them are found. Where the sample was wrong, and for short lists, a histogram finds the bin of the k-th best,
+//! and only that bin is sorted out. Both give the same answer.
 
 use crate::level::Level;
 use crate::simd::{LANES, Lanes, on_level};

@@ -103,7 +103,8 @@ proptest! {
                 for (lane, key) in keys.iter().enumerate() {
                     let product: f64 = q.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
                     exact[lane] += f64::from(*w) * product.max(0.0);
-                    size[lane] += q.iter().zip(key).map(|(q, k)| f64::from(q * k).abs()).sum::<f64>() * f64::from(w.abs());
+                    let sizes = q.iter().zip(key).map(|(q, k)| f64::from(q * k).abs());
+                    size[lane] += sizes.sum::<f64>() * f64::from(w.abs());
                 }
             }
             let mut found = Sums::default();
