@@ -4,8 +4,8 @@
 //! there, repeated, and cut off again. Times are wall times of the median repetition, and CPU times of the process in
 //! that of the median CPU time: on a machine with other work the second is the one to compare.
 //!
-//! Reading some ten thousand tokens only to measure behind them takes minutes, so all but the first [`READ_TOKENS`] of a
-//! depth are synthetic: copies of the rows of those. The work is the same; what the model says there means nothing.
+//! Reading some ten thousand tokens only to measure behind them takes minutes, so all but the first [`READ_TOKENS`] of
+//! a depth are synthetic: copies of the rows of those. The work is the same; what the model says there means nothing.
 
 use super::local::{Local, LocalOutputs};
 use anyhow::ensure;
