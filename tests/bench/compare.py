@@ -197,7 +197,7 @@ def main() -> None:
         path = Path(arguments.results)
         before, _, rest = path.read_text().partition(MARK)
         after = rest[rest.index("\n## "):] if "\n## " in rest else ""
-        said = f"`tests/bench/compare.py`, {arguments.rounds} rounds, {datetime.date.today()}. Our depths are synthetic."
+        said = f"`tests/bench/compare.py`, {arguments.rounds} rounds, {datetime.date.today()}; synthetic depths."
         path.write_text(f"{before.rstrip()}\n\n{MARK}\n\n{said}\n\n" + "\n".join(lines) + "\n" + after)
     if arguments.plot:
         plot(sides, Path(arguments.plot))

@@ -212,7 +212,8 @@ fn peak_rss_bytes() -> u64 {
 fn table(result: &Value) -> String {
     let bytes = |key: &str| result[key].as_u64().unwrap_or(0);
     let mut text = format!(
-        "{}: {} MB, {} KV bytes per token, loaded in {:.0} ms, peak memory {} MB\n{:<8} {:>8} {:>8} {:>12} {:>12} {:>12}\n",
+        "{}: {} MB, {} KV bytes per token, loaded in {:.0} ms, peak memory {} MB\n\
+         {:<8} {:>8} {:>8} {:>12} {:>12} {:>12}\n",
         result["model"].as_str().unwrap_or_default(),
         bytes("file_bytes") / 1_000_000,
         bytes("kv_bytes_per_token"),
