@@ -6,8 +6,8 @@
 //! Codes are vectors of 64 bytes, 4 to a row. Nibbles: byte b of a row in vector g has value 4g + b in its low half
 //! and value 16 + 4g + b in its high half. Bits above the nibble follow: the fifth bits as one vector, in whose byte b
 //! bit n belongs to value 4n + b; or the upper two of six bits as two vectors, in whose first bits 2n, 2n + 1 of byte b
-//! belong to value 4n + b and in whose second to value 16 + 4n + b. Codes of 8 bits: byte b in vector g is value 4g + b,
-//! made unsigned by adding 128.
+//! belong to value 4n + b and in whose second to value 16 + 4n + b. Codes of 8 bits: byte b in vector g is value 4g +
+//! b, made unsigned by adding 128.
 
 use crate::kernels::activations::BLOCK;
 use crate::simd::LANES;
