@@ -2,7 +2,7 @@
 
 use crate::batch::{Batch, Rows};
 use crate::warm::WriteJob;
-use sparsed_abi::{Blob, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
+use sparsed_abi::{Blob, HEALTH_LOST, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
 use sparsed_backend::{
     Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
 };
@@ -421,6 +421,32 @@ impl SoleSequence {
         self.batch.clear();
         self.batch.push(tokens, &self.slots, &self.table, rows);
         device.run(&self.batch)
+    }
+
+    /// Appends `n_tokens` without computing them: their rows are copies of those that are there, from the first on. For
+    /// measurements at depths that would take long to read; what is computed from such rows means nothing.
+    ///
+    /// # Errors
+    /// A pool that is full, or the device's failure.
+    ///
+    /// # Panics
+    /// When the sequence is not whole blocks, or empty.
+    pub fn repeat(&mut self, device: &mut DeviceModel, n_tokens: u32) -> Result<(), ExecutorError> {
+        assert!(self.n_tokens() > 0 && self.n_tokens().is_multiple_of(BLOCK_TOKENS), "whole blocks to copy");
+        let mut reservation = self.blocks.reserve(self.table.blocks_needed(n_tokens), &mut Vec::new())?;
+        let sources = self.table.blocks().to_vec();
+        self.slots.clear();
+        self.table.append(n_tokens, &mut self.blocks, &mut reservation, &mut self.slots);
+        self.blocks.forfeit(reservation);
+        let copies = sources.iter().cycle().zip(&self.table.blocks()[sources.len()..]);
+        let copy = |(from, to): (&BlockId, &BlockId)| SpdKvOp {
+            kind: KV_COPY,
+            src_block: from.0,
+            dst_block: to.0,
+            n_tokens: BLOCK_TOKENS,
+            ..SpdKvOp::default()
+        };
+        Ok(device.queue.kv(&device.pool, &copies.map(copy).collect::<Vec<_>>(), &mut [])?)
     }
 
     /// Copies what the cache holds of the sequence out of the device: as many bytes again as it takes there.

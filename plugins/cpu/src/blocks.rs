@@ -22,16 +22,14 @@ impl Pool {
                 KV_DISCARD => self.discard(self.block(op.dst_block)?),
                 KV_EXPORT => {
                     let (src, image) = (self.block(op.src_block)?, self.image(op, host.len())?);
-                    let length = self.index_plane.block_bytes;
-                    host[image.index].copy_from_slice(self.index_plane.bytes(src * length, length));
+                    self.export_keys(src, &mut host[image.index]);
                     self.latents(src, &mut host[image.latent])?;
                 }
                 KV_IMPORT => {
                     let (dst, image) = (self.block(op.dst_block)?, self.image(op, host.len())?);
                     self.leave_slow(dst);
-                    let length = self.index_plane.block_bytes;
                     // SAFETY: the host owns the block and runs nothing on it now.
-                    unsafe { self.index_plane.bytes_mut(dst * length, length) }.copy_from_slice(&host[image.index]);
+                    unsafe { self.import_keys(dst, &host[image.index]) };
                     // SAFETY: as above.
                     unsafe { self.latents_mut(dst) }.copy_from_slice(&host[image.latent]);
                 }
@@ -147,11 +145,8 @@ impl Pool {
         // SAFETY: another block than the one that is read; the host runs nothing on it now.
         let to = unsafe { self.latents_mut(dst) };
         copy_tokens(from, to, self.n_layers, self.block_tokens, n_tokens);
-        let length = self.index_plane.block_bytes;
-        let from = self.index_plane.bytes(src * length, length);
         // SAFETY: as above.
-        let to = unsafe { self.index_plane.bytes_mut(dst * length, length) };
-        copy_tokens(from, to, self.n_index_layers, self.block_tokens, n_tokens);
+        unsafe { self.copy_keys(src, dst, n_tokens) };
         Ok(())
     }
 

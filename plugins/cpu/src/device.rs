@@ -2,7 +2,7 @@
 
 use crate::execute;
 use crate::level::Level;
-use crate::memory::{Pool, Weight};
+use crate::memory::{BLOCK_TOKENS_ALIGN, Pool, Weight};
 use crate::plan::Plan;
 use crate::threads::{Team, allowed_cpus};
 use crate::validate::Bound;
@@ -75,7 +75,7 @@ impl Plugin for CpuPlugin {
                 | FEAT_INVARIANT
                 | FEAT_CANCEL_MID
                 | FEAT_SLOW_FILE,
-            block_tokens_align: 1,
+            block_tokens_align: BLOCK_TOKENS_ALIGN,
             ..SpdDeviceInfo::default()
         };
         put_text(&mut info.id, "cpu");
@@ -145,7 +145,7 @@ impl Device for CpuDevice {
             return Err(PluginError::new(E_DATA, format!("a dot product is {found}, not 120")));
         }
         let mut selected = [0; 2];
-        crate::kernels::select::top_k(&[0.0, 2.0, 1.0], &mut Default::default(), &mut selected);
+        crate::kernels::select::top_k(self.level, &[0.0, 2.0, 1.0], &mut Default::default(), &mut selected);
         if selected != [1, 2] {
             return Err(PluginError::new(E_DATA, "a selection came out wrong"));
         }

@@ -9,6 +9,7 @@ mod blocks;
 mod device;
 mod execute;
 mod kernels;
+mod keys;
 mod level;
 mod memory;
 mod packing;

@@ -1,9 +1,10 @@
 //! Where do weights and KV rows live? Weights where the daemon mapped them, KV rows in lazily committed memory.
 
+use crate::kernels::packed::TILE_ROWS;
 use crate::kernels::rows::decode;
 use crate::level::Level;
 use crate::packing::Packed;
-use memmap2::{MmapMut, UncheckedAdvice};
+use memmap2::{Advice, MmapMut, UncheckedAdvice};
 use sparsed_abi::{
     DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
 };
@@ -15,6 +16,10 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Largest page of the machines we run on; giving back less than could be given is harmless.
 const PAGE_BYTES: usize = 1 << 16;
+
+/// Tokens of a block are a multiple of this: tiles of index keys are whole.
+#[allow(clippy::cast_possible_truncation, reason = "16")]
+pub(crate) const BLOCK_TOKENS_ALIGN: u32 = TILE_ROWS as u32;
 
 /// A weight: `batch` matrices `[rows, cols]`.
 #[derive(Debug)]
@@ -167,6 +172,8 @@ impl Plane {
         let total = block_bytes.checked_mul(n_blocks).ok_or_else(overflow)?.max(1);
         let no_memory = |error: std::io::Error| PluginError::new(E_NOMEM_DEVICE, format!("{total} bytes: {error}"));
         let mut map = MmapMut::map_anon(total).map_err(no_memory)?;
+        // Huge pages where the system gives them: gathered rows are all over the plane. A refusal costs speed only.
+        let _refused = map.advise(Advice::HugePage);
         Ok(Self { at: map.as_mut_ptr(), map, block_bytes })
     }
 
@@ -177,6 +184,16 @@ impl Plane {
         assert!(at + length <= self.map.len(), "outside the plane");
         // SAFETY: inside the mapping; sole use by the caller's contract.
         unsafe { std::slice::from_raw_parts_mut(self.at.add(at), length) }
+    }
+
+    /// Copies `bytes` to `at`.
+    ///
+    /// # Safety
+    /// Nobody else uses these bytes now.
+    pub(crate) unsafe fn put(&self, at: usize, bytes: &[u8]) {
+        assert!(at + bytes.len() <= self.map.len(), "outside the plane");
+        // SAFETY: inside the mapping; sole use by the caller's contract.
+        unsafe { self.at.add(at).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     }
 
     pub(crate) fn bytes(&self, at: usize, length: usize) -> &[u8] {
@@ -203,6 +220,10 @@ impl Pool {
     pub(crate) fn create(desc: &SpdKvDesc, slow: Option<SlowFile>, usage: &Arc<Usage>) -> Result<(Self, SpdKvInfo)> {
         let (latent, rope, index) =
             (RowFormat::new(desc.latent)?, RowFormat::new(desc.rope)?, RowFormat::new(desc.index)?);
+        if !desc.block_tokens.is_multiple_of(BLOCK_TOKENS_ALIGN) {
+            let have = desc.block_tokens;
+            return Err(PluginError::unsupported(format!("blocks of {have} tokens, not whole {BLOCK_TOKENS_ALIGN}")));
+        }
         let overflow = || PluginError::invalid("a KV block's size overflows");
         let plane = |row: usize, layers: u32| {
             row.checked_mul(layers as usize)
@@ -253,10 +274,9 @@ impl Pool {
         self.slow.as_ref().map(|slow| slow.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The index row of `slot` in `layer`, encoded.
+    /// The index row of `slot` in `layer`, encoded; of a pool without tiles of keys.
     pub(crate) fn index_row(&self, layer: usize, slot: usize) -> &[u8] {
-        let row = self.index.bytes;
-        self.index_plane.bytes(self.offset(self.n_index_layers, layer, slot, row), row)
+        self.index_plane.bytes(self.index_offset(layer, slot), self.index.bytes)
     }
 
     /// The latent and the rope row of `slot` in `layer`, to write.
@@ -271,15 +291,9 @@ impl Pool {
         bytes.split_at_mut(self.latent.bytes)
     }
 
-    /// As [`Self::index_row`], to write.
-    ///
-    /// # Safety
-    /// No other thread uses this row now.
-    #[allow(clippy::mut_from_ref, reason = "disjoint rows are written by several threads")]
-    pub(crate) unsafe fn index_row_mut(&self, layer: usize, slot: usize) -> &mut [u8] {
-        let row = self.index.bytes;
-        // SAFETY: the caller's contract.
-        unsafe { self.index_plane.bytes_mut(self.offset(self.n_index_layers, layer, slot, row), row) }
+    /// Where the key of `slot` lies in the index plane if keys lie row by row, or the tile that it is the first of.
+    pub(crate) fn index_offset(&self, layer: usize, slot: usize) -> usize {
+        self.offset(self.n_index_layers, layer, slot, self.index.bytes)
     }
 
     fn offset(&self, layers: usize, layer: usize, slot: usize, row: usize) -> usize {

@@ -1,7 +1,11 @@
 //! `sparsectl bench`: how fast does a model run here? In the manner of llama-bench.
 //!
 //! For each depth the cache is filled to it once; then each prompt length is read and the decode steps are run from
-//! there, repeated, and cut off again. Times are wall times of the median repetition.
+//! there, repeated, and cut off again. Times are wall times of the median repetition, and CPU times of the process in
+//! that of the median CPU time: on a machine with other work the second is the one to compare.
+//!
+//! Reading some ten thousand tokens only to measure behind them takes minutes, so all but the first [`READ_TOKENS`] of
+//! a depth are synthetic: copies of the rows of those. The work is the same; what the model says there means nothing.
 
 use super::local::{Local, LocalOutputs};
 use anyhow::ensure;
@@ -11,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Tokens of one prefill step.
 const CHUNK: u32 = 256;
+/// Most tokens that are read to fill the cache; whole blocks and whole chunks.
+const READ_TOKENS: u32 = 1024;
 /// Largest of any number of tokens.
 const TOKENS_MAX: u32 = 1 << 22;
 
@@ -25,9 +31,12 @@ pub(super) struct Bench {
     /// Tokens to generate; 0: none.
     #[arg(short = 'n', long = "generate", default_value_t = 128)]
     generate: u32,
-    /// Tokens that are in the cache before.
+    /// Tokens that are in the cache before; those past 1024 are copies of the first.
     #[arg(short = 'd', long = "depth", value_delimiter = ',', default_value = "0")]
     depths: Vec<u32>,
+    /// Attention reads everything, as with --top-k 0.
+    #[arg(long, conflicts_with = "top_k")]
+    dense: bool,
     /// Repetitions; the median is told.
     #[arg(short = 'r', long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     repetitions: u32,
@@ -42,15 +51,26 @@ struct Row {
     kind: &'static str,
     n: u32,
     depth: u32,
-    took: Duration,
+    took: Took,
+}
+
+/// What a repetition took.
+#[derive(Clone, Copy, Debug)]
+struct Took {
+    wall: Duration,
+    /// Of all threads of this process.
+    cpu: Duration,
 }
 
 impl Bench {
-    pub(super) fn run(self) -> anyhow::Result<()> {
+    pub(super) fn run(mut self) -> anyhow::Result<()> {
         let longest = self.prompts.iter().copied().max().unwrap_or(0).max(self.generate);
         let deepest = self.depths.iter().copied().max().unwrap_or(0);
         ensure!(longest > 0, "nothing to measure: give -p or -n");
         ensure!(longest <= TOKENS_MAX && deepest <= TOKENS_MAX, "at most {TOKENS_MAX} tokens can be asked for");
+        if self.dense {
+            self.local.select_all();
+        }
         let began = Instant::now();
         let (model, backend) = self.local.open()?;
         let mut device = self.local.load(&model, &backend, deepest + longest, CHUNK, LocalOutputs::LastRow)?;
@@ -61,6 +81,7 @@ impl Bench {
             "model": model.name(),
             "file_bytes": model.file_bytes(),
             "top_k": device.top_k(),
+            "depth_synthetic_from": READ_TOKENS,
             "load_ms": load.as_secs_f64() * 1e3,
             "kv_bytes_per_token": device.kv_bytes_per_token()?,
             "peak_rss_bytes": peak_rss_bytes(),
@@ -81,8 +102,7 @@ impl Bench {
         let mut depths = self.depths.clone();
         depths.sort_unstable();
         for &depth in &depths {
-            let missing = depth - sequence.n_tokens();
-            prefill(device, &mut sequence, missing, vocab)?;
+            fill(device, &mut sequence, depth, vocab)?;
             for &n in self.prompts.iter().filter(|&&n| n > 0) {
                 let took = self.median(|| {
                     let took = prefill(device, &mut sequence, n, vocab);
@@ -103,18 +123,23 @@ impl Bench {
         Ok(rows)
     }
 
-    /// The median time of the repetitions, after one that does not count.
-    fn median(&self, mut run: impl FnMut() -> anyhow::Result<Duration>) -> anyhow::Result<Duration> {
+    /// The median times of the repetitions, after one that does not count.
+    fn median(&self, mut run: impl FnMut() -> anyhow::Result<Took>) -> anyhow::Result<Took> {
         run()?;
-        let mut times = (0..self.repetitions).map(|_| run()).collect::<Result<Vec<_>, _>>()?;
-        times.sort_unstable();
-        Ok(times[times.len() / 2])
+        let times = (0..self.repetitions).map(|_| run()).collect::<Result<Vec<_>, _>>()?;
+        let middle = |part: fn(&Took) -> Duration| {
+            let mut times: Vec<Duration> = times.iter().map(part).collect();
+            times.sort_unstable();
+            times[times.len() / 2]
+        };
+        Ok(Took { wall: middle(|took| took.wall), cpu: middle(|took| took.cpu) })
     }
 }
 
 impl Row {
     fn json(&self, threads: u32) -> Value {
-        let ms = self.took.as_secs_f64() * 1e3 / f64::from(self.n);
+        let per_token = |took: Duration| took.as_secs_f64() * 1e3 / f64::from(self.n);
+        let ms = per_token(self.took.wall);
         json!({
             "kind": self.kind,
             "n": self.n,
@@ -122,28 +147,53 @@ impl Row {
             "threads": threads,
             "tokens_per_second": 1e3 / ms,
             "ms_per_token": ms,
+            "cpu_ms_per_token": per_token(self.took.cpu),
         })
     }
 }
 
-/// Appends `n` tokens in chunks.
-fn prefill(device: &mut DeviceModel, sequence: &mut SoleSequence, n: u32, vocab: u32) -> anyhow::Result<Duration> {
-    let tokens: Vec<u32> = (0..n).map(|i| token(sequence.n_tokens() + i, vocab)).collect();
-    let began = Instant::now();
-    for chunk in tokens.chunks(CHUNK as usize) {
-        sequence.step(device, chunk, Rows::Last)?;
+/// Brings the cache to `depth` tokens.
+fn fill(device: &mut DeviceModel, sequence: &mut SoleSequence, depth: u32, vocab: u32) -> anyhow::Result<()> {
+    sequence.truncate(sequence.n_tokens().min(READ_TOKENS));
+    prefill(device, sequence, depth.min(READ_TOKENS) - sequence.n_tokens(), vocab)?;
+    if depth > READ_TOKENS {
+        sequence.repeat(device, depth - READ_TOKENS)?;
     }
-    Ok(began.elapsed())
+    Ok(())
+}
+
+/// Appends `n` tokens in chunks.
+fn prefill(device: &mut DeviceModel, sequence: &mut SoleSequence, n: u32, vocab: u32) -> anyhow::Result<Took> {
+    let tokens: Vec<u32> = (0..n).map(|i| token(sequence.n_tokens() + i, vocab)).collect();
+    timed(|| {
+        for chunk in tokens.chunks(CHUNK as usize) {
+            sequence.step(device, chunk, Rows::Last)?;
+        }
+        Ok(())
+    })
 }
 
 /// Appends `n` tokens one at a time.
-fn decode(device: &mut DeviceModel, sequence: &mut SoleSequence, n: u32, vocab: u32) -> anyhow::Result<Duration> {
-    let began = Instant::now();
-    for _ in 0..n {
-        let next = token(sequence.n_tokens(), vocab);
-        sequence.step(device, &[next], Rows::Last)?;
-    }
-    Ok(began.elapsed())
+fn decode(device: &mut DeviceModel, sequence: &mut SoleSequence, n: u32, vocab: u32) -> anyhow::Result<Took> {
+    timed(|| {
+        for _ in 0..n {
+            let next = token(sequence.n_tokens(), vocab);
+            sequence.step(device, &[next], Rows::Last)?;
+        }
+        Ok(())
+    })
+}
+
+fn timed(run: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<Took> {
+    let (began, cpu) = (Instant::now(), cpu_time());
+    run()?;
+    Ok(Took { wall: began.elapsed(), cpu: cpu_time().saturating_sub(cpu) })
+}
+
+/// The CPU time of this process so far.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// A token that looks like any other; the work does not depend on which it is.
@@ -162,7 +212,8 @@ fn peak_rss_bytes() -> u64 {
 fn table(result: &Value) -> String {
     let bytes = |key: &str| result[key].as_u64().unwrap_or(0);
     let mut text = format!(
-        "{}: {} MB, {} KV bytes per token, loaded in {:.0} ms, peak memory {} MB\n{:<8} {:>8} {:>8} {:>12} {:>12}\n",
+        "{}: {} MB, {} KV bytes per token, loaded in {:.0} ms, peak memory {} MB\n\
+         {:<8} {:>8} {:>8} {:>12} {:>12} {:>12}\n",
         result["model"].as_str().unwrap_or_default(),
         bytes("file_bytes") / 1_000_000,
         bytes("kv_bytes_per_token"),
@@ -173,16 +224,18 @@ fn table(result: &Value) -> String {
         "DEPTH",
         "TOKENS/S",
         "MS/TOKEN",
+        "CPU MS",
     );
     for row in result["results"].as_array().into_iter().flatten() {
         let number = |key: &str| row[key].as_f64().unwrap_or(0.0);
         text += &format!(
-            "{:<8} {:>8} {:>8} {:>12.1} {:>12.3}\n",
+            "{:<8} {:>8} {:>8} {:>12.1} {:>12.3} {:>12.3}\n",
             row["kind"].as_str().unwrap_or_default(),
             row["n"].to_string(),
             row["depth"].to_string(),
             number("tokens_per_second"),
             number("ms_per_token"),
+            number("cpu_ms_per_token"),
         );
     }
     text.trim_end().to_owned()
@@ -194,8 +247,10 @@ mod tests {
 
     #[test]
     fn rates_follow_from_times() {
-        let row = Row { kind: "decode", n: 10, depth: 5, took: Duration::from_millis(50) }.json(2);
+        let took = Took { wall: Duration::from_millis(50), cpu: Duration::from_millis(80) };
+        let row = Row { kind: "decode", n: 10, depth: 5, took }.json(2);
         assert_eq!((row["ms_per_token"].as_f64(), row["tokens_per_second"].as_f64()), (Some(5.0), Some(200.0)));
+        assert_eq!(row["cpu_ms_per_token"].as_f64(), Some(8.0));
         assert_eq!(
             (row["kind"].as_str(), row["depth"].as_u64(), row["threads"].as_u64()),
             (Some("decode"), Some(5), Some(2))

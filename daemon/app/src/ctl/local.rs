@@ -60,6 +60,11 @@ pub(super) enum LocalOutputs {
 }
 
 impl Local {
+    /// Has attention read everything, whatever the model was made for.
+    pub(super) fn select_all(&mut self) {
+        self.top_k = Some(0);
+    }
+
     pub(super) fn open(&self) -> anyhow::Result<(Model, Backend)> {
         self.device.open(&self.model)
     }

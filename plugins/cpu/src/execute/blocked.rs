@@ -1,30 +1,28 @@
-//! Attention over half-precision rows: who shares a block of decoded rows?
+//! Attention over half-precision rows: who shares a pass over a block of rows?
 //!
 //! Tokens of one sequence that read everything before them list the same rows, so a run of them shares each block. A
 //! token with a selection of its own is a run by itself. Either way a token's blocks are counted from the first row of
 //! its list, so that its bits do not depend on its neighbours.
 
 use super::attention::Attention;
-use crate::kernels::blocked::{Block, HEADS_MAX, Heads, ROWS, Row, Softmax, attend, can_block, load};
-use crate::tensor::Tensor;
+use crate::kernels::blocked::{HEADS_MAX, Heads, ROWS, Row, Softmax, attend, can_block};
 use crate::threads::part;
 use sparsed_quant::Format;
 use std::ops::Range;
 
-/// Tokens in a run: enough to pay for decoding a block, few enough to spread over a team.
-const RUN_TOKENS: usize = 16;
+/// Tokens in a run: enough to pay for fetching a block, few enough to spread over a team.
+const RUN_TOKENS: usize = 32;
 
-/// What a thread keeps from unit to unit.
+/// What a thread keeps from unit to unit, each `[group][token][head]`.
 #[derive(Debug, Default)]
 struct Room {
-    /// One per group.
-    blocks: Vec<Block>,
-    /// Queries `[token][head][key width]`.
+    /// Queries `[key width]`.
     q: Vec<f32>,
-    /// `[token][head]`
     states: Vec<Softmax>,
-    /// Rows that each token lists.
-    listed: Vec<usize>,
+    /// Sums `[latent width]`.
+    out: Vec<f32>,
+    /// A block's rows, side by side.
+    copies: Vec<u8>,
 }
 
 impl Attention<'_> {
@@ -83,83 +81,102 @@ impl Attention<'_> {
 
     /// Heads `own` of each of `groups`, for some tokens.
     fn run(&self, tokens: &Range<usize>, groups: Range<usize>, own: Range<usize>, room: &mut Room) {
-        let per_group = self.q_rope.n1 / self.groups;
-        let heads = |group: usize| group * per_group + own.start..group * per_group + own.end;
-        let Room { blocks, q, states, listed } = room;
-        blocks.resize_with(groups.len(), Block::default);
-        states.clear();
-        states.resize(groups.len() * tokens.len() * own.len(), Softmax::EMPTY);
+        let Room { q, states, out, copies } = room;
+        let heads = self.heads(tokens, groups.clone(), own.clone());
         q.clear();
-        for group in groups.clone() {
-            for (t, head) in tokens.clone().flat_map(|t| heads(group).map(move |head| (t, head))) {
-                q.extend_from_slice(self.q_rope.row(t, head));
-                q.extend_from_slice(self.q_latent.map_or(&[], |q| q.row(t, head)));
-                self.out_of(t, head..head + 1).fill(0.0);
-            }
+        for &(t, head) in &heads {
+            q.extend_from_slice(self.q_rope.row(t, head));
+            q.extend_from_slice(self.q_latent.map_or(&[], |q| q.row(t, head)));
         }
-        let key_width = q.len() / states.len();
-        listed.clear();
-        listed.extend(tokens.clone().map(|t| self.listed(t)));
+        states.clear();
+        states.resize(heads.len(), Softmax::EMPTY);
+        out.clear();
+        out.resize(heads.len() * self.out.n2, 0.0);
+        let listed: Vec<usize> = tokens.clone().map(|t| self.listed(t)).collect();
         let longest = listed.iter().copied().max().unwrap_or(0);
+        let row_bytes = self.pool.latent.bytes + self.pool.rope.bytes;
+        copies.resize(ROWS * row_bytes, 0);
+        // Each row once, for whoever sees it; the next block's rows are asked for in equal shares.
+        let passes = groups.len() * (tokens.len() * own.len()).div_ceil(HEADS_MAX);
         for first in (0..longest).step_by(ROWS) {
-            let list = first..longest.min(first + ROWS);
-            self.load(tokens.end - 1, groups.clone(), list, blocks);
-            let mut at = 0; // the state of the next head
-            for (group, block) in groups.clone().zip(&*blocks) {
-                for (t, listed) in tokens.clone().zip(&*listed) {
-                    let n = listed.saturating_sub(first).min(ROWS);
-                    for head in heads(group).step_by(HEADS_MAX) {
-                        let some = head..heads(group).end.min(head + HEADS_MAX);
-                        let now = at..at + some.len();
-                        at = now.end;
-                        if n > 0 {
-                            let q = &q[now.start * key_width..now.end * key_width];
-                            let (states, out) = (&mut states[now], self.out_of(t, some));
-                            let mut heads = Heads { q, n, scale: self.scale, states, out };
-                            attend(self.frame.device.level, block, &mut heads);
+            let n = (longest - first).min(ROWS);
+            let next = self.fetch(tokens.end - 1, first + n..longest.min(first + n + ROWS));
+            let mut ahead = next[..longest.saturating_sub(first + n).min(ROWS)].chunks(ROWS.div_ceil(passes));
+            for (to, i) in copies.chunks_exact_mut(row_bytes).zip(first..first + n) {
+                to.copy_from_slice(self.row(self.frame.slot(tokens.end - 1, self.position(tokens.end - 1, i))));
+            }
+            let mut now = [&[][..]; ROWS];
+            now.iter_mut().zip(copies.chunks_exact(row_bytes)).for_each(|(row, copy)| *row = copy);
+            for (number, group) in groups.clone().enumerate() {
+                let rows = self.slices(group, &now[..n]);
+                let seen = |token: usize| listed[token].saturating_sub(first).min(ROWS);
+                let mut token = 0;
+                while token < tokens.len() {
+                    // Tokens that see as many of these rows as this one go together.
+                    let alike = (token..tokens.len()).take_while(|&other| seen(other) == seen(token)).count();
+                    let at = (number * tokens.len() + token) * own.len();
+                    let end = at + alike * own.len();
+                    if seen(token) > 0 {
+                        for at in (at..end).step_by(HEADS_MAX) {
+                            let some = at..end.min(at + HEADS_MAX);
+                            let (q_width, width) = (q.len() / heads.len(), self.out.n2);
+                            let mut heads = Heads {
+                                q: &q[some.start * q_width..some.end * q_width],
+                                scale: self.scale,
+                                states: &mut states[some.clone()],
+                                out: &mut out[some.start * width..some.end * width],
+                            };
+                            attend(
+                                self.frame.device.level,
+                                &rows[..seen(token)],
+                                ahead.next().unwrap_or_default(),
+                                &mut heads,
+                            );
                         }
                     }
+                    token += alike;
                 }
             }
         }
-        let mut states = states.iter();
+        for ((&(t, head), state), sums) in heads.iter().zip(&*states).zip(out.chunks_exact_mut(self.out.n2)) {
+            state.finish(sums);
+            // SAFETY: units are disjoint in tokens or heads.
+            unsafe { self.out.row_mut(t, head) }.copy_from_slice(sums);
+        }
+    }
+
+    /// Which head of which token, in the order of [`Room`].
+    fn heads(&self, tokens: &Range<usize>, groups: Range<usize>, own: Range<usize>) -> Vec<(usize, usize)> {
+        let per_group = self.q_rope.n1 / self.groups;
+        let mut heads = Vec::with_capacity(groups.len() * tokens.len() * own.len());
         for group in groups {
-            for (t, head) in tokens.clone().flat_map(|t| heads(group).map(move |head| (t, head))) {
-                states.next().expect("one per head").finish(self.out_of(t, head..head + 1));
+            for t in tokens.clone() {
+                heads.extend(own.clone().map(|head| (t, group * per_group + head)));
             }
         }
+        heads
     }
 
-    /// The sums of `heads` of token t, to write: only the thread that has these heads of this token calls it.
-    #[allow(clippy::mut_from_ref, reason = "disjoint heads are written by several threads")]
-    fn out_of(&self, t: usize, heads: Range<usize>) -> &mut [f32] {
-        let width = self.out.n2;
-        // Heads side by side are one row.
-        let out = Tensor { n1: 1, n2: self.out.n1 * width, s1: 0, ..self.out };
-        // SAFETY: units are disjoint in tokens or heads, and `run` holds one of these slices at a time.
-        unsafe { out.flat_part_mut(t, heads.start * width..heads.end * width) }
+    /// Rows `list` of token t's list, as the pool has them.
+    fn fetch(&self, t: usize, list: Range<usize>) -> [&[u8]; ROWS] {
+        let mut rows = [&[][..]; ROWS];
+        for (row, i) in rows.iter_mut().zip(list) {
+            *row = self.row(self.frame.slot(t, self.position(t, i)));
+        }
+        rows
     }
 
-    /// Decodes rows `list` of token t's list, the slices of each group into its block.
-    fn load(&self, t: usize, groups: Range<usize>, list: Range<usize>, blocks: &mut [Block]) {
+    /// What `group` sees of rows.
+    fn slices<'r>(&self, group: usize, rows: &[&'r [u8]]) -> [Row<'r>; ROWS] {
         let (latent, rope) = (self.out.n2 * 2, self.q_rope.n2 * 2); // bytes of a slice
-        let mut whole = [(&[][..], &[][..], &[][..]); ROWS];
-        let n = list.len();
-        for (row, i) in whole.iter_mut().zip(list) {
-            let both = self.row(self.frame.slot(t, self.position(t, i)));
-            let (latent, rope) = both.split_at(self.pool.latent.bytes);
-            *row = (both, latent, rope);
+        let mut slices = [Row::default(); ROWS];
+        for (slice, row) in slices.iter_mut().zip(rows) {
+            let (latent_row, rope_row) = row.split_at(self.pool.latent.bytes);
+            *slice = Row {
+                latent: &latent_row[group * latent..(group + 1) * latent],
+                rope: &rope_row[group * rope..(group + 1) * rope],
+            };
         }
-        let mut rows = [Row { latent: &[], rope: &[], whole: &[] }; ROWS];
-        for (i, (group, block)) in groups.zip(blocks).enumerate() {
-            for (row, (both, latent_row, rope_row)) in rows.iter_mut().zip(&whole[..n]) {
-                *row = Row {
-                    latent: &latent_row[group * latent..(group + 1) * latent],
-                    rope: &rope_row[group * rope..(group + 1) * rope],
-                    whole: if i == 0 { both } else { &[] },
-                };
-            }
-            load(self.frame.device.level, &rows[..n], self.q_latent.is_some(), block);
-        }
+        slices
     }
 }

@@ -115,7 +115,7 @@ impl Frame<'_> {
                     let tiles = own.start.max(range.start)..own.end.min(range.end);
                     if !tiles.is_empty() {
                         let tiles = tiles.start - range.start..tiles.end - range.start;
-                        self.packed(job, packed, batch, tiles, x, &mut beside);
+                        self.packed(job, (packed, rounding), batch, tiles, x, &mut beside);
                     }
                 }
             });
@@ -149,7 +149,7 @@ impl Frame<'_> {
     fn packed(
         &self,
         job: &Product<'_>,
-        packed: &Packed,
+        (packed, rounding): (&Packed, Rounding),
         batch: usize,
         tiles: Range<usize>,
         x: &[Block],
@@ -170,7 +170,7 @@ impl Frame<'_> {
                 let x = if let [(from, _)] = now { row(*from) } else { interleave(now, &row, blocks, beside) };
                 let mut sums = [Sums::default(); TOKENS_MAX];
                 for tile in tiles.clone() {
-                    product(level, format, packed.tile(batch, tile), x, &mut sums[..now.len()]);
+                    product(level, format, rounding, packed.tile(batch, tile), x, &mut sums[..now.len()]);
                     let out = tile * TILE_ROWS..job.weight.rows.min((tile + 1) * TILE_ROWS);
                     for (&(_, to), sums) in now.iter().zip(&sums) {
                         // SAFETY: these values of a row are written by the one thread that has this tile.

@@ -84,10 +84,10 @@ impl Frame<'_> {
         let pool = self.pool();
         self.each(key.n0, |t| {
             let slot = usize::try_from(self.step.slots[t]).expect("checked against the pool");
+            let mut row = vec![0; pool.index.bytes];
+            rows::encode(self.device.level, pool.index.format, key.row(t, 0), &mut row);
             // SAFETY: as in kv_append.
-            rows::encode(self.device.level, pool.index.format, key.row(t, 0), unsafe {
-                pool.index_row_mut(op.layer as usize, slot)
-            });
+            unsafe { pool.put_key(op.layer as usize, slot, &row) };
         });
     }
 

@@ -1,23 +1,22 @@
 //! The lightning indexer: which positions does each token select?
 //!
-//! Keys in q8_0 are packed 16 at a time, as rows of a weight are, and multiplied with all heads of up to eight tokens
-//! (`kernels::packed`); keys of other formats are decoded. Scores are kept for the tokens of one run only.
+//! Keys in q8_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of
+//! other formats are decoded. Scores are kept for the tokens of one run only.
 
 use super::Frame;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
 use crate::kernels::attention::{ROWS, index_scores};
-use crate::kernels::packed::{Sums, TILE_ROWS, TOKENS_MAX, pack_keys, product, tile_bytes, tokens_at_once, weigh};
+use crate::kernels::packed::{Sums, TILE_ROWS, score_keys, tokens_at_once};
 use crate::kernels::rows::decode;
 use crate::kernels::select::{Scratch, top_k};
 use crate::memory::Pool;
 use crate::tensor::Tensor;
 use crate::threads::part;
 use sparsed_abi::SpdOp;
-use sparsed_quant::Format;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Tokens that share the packing of a key.
+/// Tokens that share the reading of a key.
 const RUN_TOKENS: usize = 8;
 
 /// One IDX_TOPK of a step.
@@ -31,7 +30,7 @@ struct Indexer<'a> {
     scale: f32,
 }
 
-/// A token's heads, rounded, in groups as `packed::product` takes them.
+/// A token's heads, rounded, in groups as `score_keys` takes them.
 #[derive(Debug)]
 struct Query {
     groups: Vec<(usize, Vec<Block>)>,
@@ -119,7 +118,7 @@ impl Indexer<'_> {
 
     /// Scores of tokens `run`, of each against as many positions from `first` on as `scores` has room for.
     fn score(&self, run: Range<usize>, first: usize, scores: &mut [&mut [f32]]) {
-        if self.pool.index.format == Format::Q8_0 {
+        if self.pool.has_key_tiles() {
             return self.score_packed(run, first, scores);
         }
         let level = self.frame.device.level;
@@ -136,25 +135,21 @@ impl Indexer<'_> {
     }
 
     fn score_packed(&self, run: Range<usize>, first: usize, scores: &mut [&mut [f32]]) {
-        let (level, width) = (self.frame.device.level, self.q.n2);
-        let last = run.end - 1;
+        let (level, last) = (self.frame.device.level, run.end - 1);
         let queries: Vec<Query> = run.map(|t| self.query(t)).collect();
-        let mut tile = vec![0; tile_bytes(Format::Q8_0, width)];
-        let mut sums = [Sums::default(); TOKENS_MAX];
         let longest = scores.iter().map(|scores| scores.len()).max().unwrap_or(0);
+        let tile = |at: usize| match at < longest {
+            true => self.pool.key_tile(self.layer, self.frame.slot(last, first + at)),
+            false => &[],
+        };
         for at in (0..longest).step_by(TILE_ROWS) {
-            let n = (longest - at).min(TILE_ROWS);
-            let mut keys = [&[][..]; TILE_ROWS];
-            for (i, key) in keys[..n].iter_mut().enumerate() {
-                *key = self.key(last, first + at + i);
-            }
-            pack_keys(level, width, &keys[..n], &mut tile);
+            let (keys, mut ahead) = (tile(at), tile(at + self.pool.block_tokens));
             for (query, scores) in queries.iter().zip(&mut *scores) {
                 let Some(to) = scores.get_mut(at..) else { continue };
                 let (mut found, mut head) = (Sums::default(), 0);
                 for (heads, x) in &query.groups {
-                    product(level, Format::Q8_0, &tile, x, &mut sums[..*heads]);
-                    weigh(level, &sums[..*heads], &query.w[head..head + heads], &mut found);
+                    score_keys(level, keys, ahead, x, &query.w[head..head + heads], &mut found);
+                    ahead = &[];
                     head += heads;
                 }
                 to.iter_mut().zip(found).for_each(|(to, score)| *to = score);
@@ -192,7 +187,7 @@ impl Indexer<'_> {
         let visible = self.visible(t);
         let n = visible.min(sel.len());
         if self.must_score(t) {
-            top_k(&scores[..visible], scratch, sel);
+            top_k(self.frame.device.level, &scores[..visible], scratch, sel);
         } else {
             (0..).zip(&mut sel[..n]).for_each(|(position, to)| *to = position);
         }

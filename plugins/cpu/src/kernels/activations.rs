@@ -19,6 +19,8 @@ pub(crate) struct Block {
     pub(crate) minus_8: i32,
     /// -128 times the sum of the codes: what the offset of packed Q8_0 adds.
     pub(crate) minus_128: i32,
+    /// -32 times the sum of the codes of each half: what the offset of Q6_K adds.
+    pub(crate) minus_32: [i32; 2],
 }
 
 /// How finely activations are rounded.
@@ -72,13 +74,17 @@ fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block]) {
         let (high, low) = l.split_bytes(a, b);
         to.high = dwords(&high);
         to.low = dwords(&low);
-        l.store_i(l.add_i(a, b), &mut lanes);
-        let sum = lanes.into_iter().fold(0, i32::wrapping_add);
+        let sums = [a, b].map(|half| {
+            l.store_i(half, &mut lanes);
+            lanes.into_iter().fold(0, i32::wrapping_add)
+        });
+        let sum = sums[0].wrapping_add(sums[1]);
         #[allow(clippy::cast_precision_loss, reason = "rounded to nearest, the same at every level")]
         let sum_float = sum as f32;
         to.sum = to.d * sum_float;
         to.minus_8 = sum.wrapping_mul(-8);
         to.minus_128 = sum.wrapping_mul(-128);
+        to.minus_32 = sums.map(|sum| sum.wrapping_mul(-32));
     }
 }
 
@@ -111,6 +117,7 @@ mod tests {
                 let q = codes(&scalar[0]);
                 prop_assert!(q.iter().all(|q| q.abs() <= limit));
                 prop_assert_eq!(scalar[0].minus_8, -8 * q.iter().sum::<i32>());
+                prop_assert_eq!(scalar[0].minus_32[1], -32 * q[BLOCK / 2..].iter().sum::<i32>());
                 for (x, q) in x.iter().zip(&q) {
                     let back = f64::from(scalar[0].d) * f64::from(*q);
                     prop_assert!((back - f64::from(*x)).abs() <= f64::from(scalar[0].d) * 0.51, "{x} became {back}");

@@ -1,7 +1,11 @@
-//! The exact k best of many scores, in linear time: a histogram finds the bin of the k-th best, only that bin is sorted
-//! out.
+//! The exact k best of many scores, in linear time.
+//!
+//! Of long lists a sample says which score somewhat more than k are above; one pass picks those, in order, and the k
+//! best of them are found. Where the sample was wrong, and for short lists, a histogram finds the bin of the k-th best,
+//! and only that bin is sorted out. Both give the same answer.
 
-use crate::simd::LANES;
+use crate::level::Level;
+use crate::simd::{LANES, Lanes, on_level};
 
 /// Bins of the histogram.
 const BINS: usize = 1024;
@@ -11,15 +15,81 @@ const BINS: usize = 1024;
 pub(crate) struct Scratch {
     /// Positions that are selected whatever the k-th best is.
     sure: Vec<u32>,
-    /// Scores and positions in the bin of the k-th best, as one number: the best first.
+    /// Scores and positions that may be among the k best, as one number: the best first.
     open: Vec<u64>,
+    /// Of those, the scores alone.
+    order: Vec<u64>,
 }
+
+/// From this many scores for each selected one a sample is worth its time.
+const SAMPLED_FROM: usize = 4;
+/// Every so-manieth score is in the sample; odd, so that it is not in step with what repeats.
+const SAMPLE_STRIDE: usize = 17;
 
 /// Writes the positions of the `k = out.len()` greatest scores in ascending order. Of equal scores the lower position
 /// wins; NaN counts as less than everything. Needs at least k scores.
-pub(crate) fn top_k(scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) {
+pub(crate) fn top_k(level: Level, scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) {
     let k = out.len();
     assert!(k <= scores.len(), "more selected than there are");
+    if k > 0 && scores.len() / k >= SAMPLED_FROM && by_sample(level, scores, scratch, out) {
+        return;
+    }
+    by_histogram(scores, scratch, out);
+}
+
+/// As [`top_k`] where the sample is right; else false, and nothing is written.
+fn by_sample(level: Level, scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) -> bool {
+    let (k, Scratch { open, order, .. }) = (out.len(), scratch);
+    order.clear();
+    order.extend(scores.iter().step_by(SAMPLE_STRIDE).map(|&score| u64::from(!ascending_bits(score))));
+    // As many of the sample as k of all, and three standard deviations more.
+    let share = k * order.len() / scores.len();
+    let rank = share + 3 * share.isqrt() + 3;
+    if rank >= order.len() {
+        return false;
+    }
+    let (_, limit, _) = order.select_nth_unstable(rank);
+    #[allow(clippy::cast_possible_truncation, reason = "32 bits were widened")]
+    let limit = from_ascending_bits(!(*limit as u32));
+    open.clear();
+    pick(level, scores, limit, open);
+    if open.len() < k {
+        return false;
+    }
+    order.clone_from(open);
+    let (_, last, _) = order.select_nth_unstable(k - 1);
+    #[allow(clippy::cast_possible_truncation, reason = "the low half is the position")]
+    let best = open.iter().filter(|key| *key <= last).map(|key| (*key as u32).cast_signed());
+    out.iter_mut().zip(best).for_each(|(to, position)| *to = position);
+    true
+}
+
+on_level! {
+    /// Appends scores above `limit` with their positions, as [`Scratch`] has them.
+    fn pick(scores: &[f32], limit: f32, to: &mut Vec<u64>) = pick_body
+}
+
+#[inline(always)]
+fn pick_body<L: Lanes>(l: L, scores: &[f32], limit: f32, to: &mut Vec<u64>) {
+    let (chunks, rest) = scores.as_chunks::<LANES>();
+    let mut key = |position: usize, score: f32| {
+        to.push(u64::from(!ascending_bits(score)) << 32 | position as u64);
+    };
+    for (i, chunk) in chunks.iter().enumerate() {
+        let mut above = l.above(l.load(chunk), l.splat(limit));
+        while above != 0 {
+            let lane = above.trailing_zeros() as usize;
+            key(i * LANES + lane, chunk[lane]);
+            above &= above - 1;
+        }
+    }
+    for (i, &score) in rest.iter().enumerate().filter(|(_, score)| **score > limit) {
+        key(chunks.len() * LANES + i, score);
+    }
+}
+
+fn by_histogram(scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) {
+    let k = out.len();
     let bins = Bins::over(scores);
     let mut counts = [0usize; BINS];
     for &score in scores {
@@ -31,7 +101,7 @@ pub(crate) fn top_k(scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) {
         above += counts[bin];
         bin -= 1;
     }
-    let Scratch { sure, open } = scratch;
+    let Scratch { sure, open, .. } = scratch;
     sure.clear();
     open.clear();
     for (&score, position) in scores.iter().zip(0u32..) {
@@ -96,6 +166,14 @@ fn ascending_bits(score: f32) -> u32 {
     if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
 
+/// The inverse of [`ascending_bits`]; of 0 a NaN.
+fn from_ascending_bits(bits: u32) -> f32 {
+    if bits == 0 {
+        return f32::NAN;
+    }
+    f32::from_bits(if bits >> 31 == 1 { bits & !(1 << 31) } else { !bits })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,13 +182,18 @@ mod tests {
     #[test]
     fn ties_go_to_the_lower_position_and_nan_loses() {
         let mut out = [0; 3];
-        top_k(&[1.0, f32::NAN, 2.0, 1.0, 1.0, -0.0], &mut Scratch::default(), &mut out);
+        top_k(Level::Scalar, &[1.0, f32::NAN, 2.0, 1.0, 1.0, -0.0], &mut Scratch::default(), &mut out);
         assert_eq!(out, [0, 2, 3]);
         let mut out = [0; 2];
-        top_k(&[f32::NAN, f32::NEG_INFINITY, f32::NAN], &mut Scratch::default(), &mut out);
+        top_k(Level::Scalar, &[f32::NAN, f32::NEG_INFINITY, f32::NAN], &mut Scratch::default(), &mut out);
         assert_eq!(out, [0, 1]);
         let mut out = [0; 3];
-        top_k(&[f32::NEG_INFINITY, 3.0, f32::INFINITY, f32::MAX, f32::MIN], &mut Scratch::default(), &mut out);
+        top_k(
+            Level::Scalar,
+            &[f32::NEG_INFINITY, 3.0, f32::INFINITY, f32::MAX, f32::MIN],
+            &mut Scratch::default(),
+            &mut out,
+        );
         assert_eq!(out, [1, 2, 3]);
     }
 
@@ -121,6 +204,24 @@ mod tests {
         order.truncate(k);
         order.sort_unstable();
         order
+    }
+
+    #[test]
+    fn long_lists_are_sampled_and_a_wrong_sample_is_noticed() {
+        let mut random = fastrand::Rng::with_seed(3);
+        let scores: Vec<f32> = (0..5000).map(|_| random.f32() - 0.5).collect();
+        let mut out = vec![0; 300];
+        assert!(by_sample(Level::detect(), &scores, &mut Scratch::default(), &mut out));
+        assert_eq!(out, sorted(&scores, 300));
+        // All of the sample is great, nothing else is.
+        let scores: Vec<f32> = (0..5000).map(|i| if i % SAMPLE_STRIDE == 0 { 2.0 } else { (i % 7) as f32 }).collect();
+        let mut again = vec![0; 300];
+        top_k(Level::detect(), &scores, &mut Scratch::default(), &mut again);
+        assert_eq!(again, sorted(&scores, 300));
+        let ties = vec![1.0; 5000];
+        assert!(!by_sample(Level::detect(), &ties, &mut Scratch::default(), &mut out));
+        top_k(Level::detect(), &ties, &mut Scratch::default(), &mut out);
+        assert_eq!(out, (0..300).collect::<Vec<_>>());
     }
 
     proptest! {
@@ -134,9 +235,11 @@ mod tests {
             for scores in [few, many] {
                 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a share of a length")]
                 let k = (scores.len() as f64 * part) as usize;
-                let mut out = vec![0; k];
-                top_k(&scores, &mut Scratch::default(), &mut out);
-                prop_assert_eq!(out, sorted(&scores, k));
+                for level in Level::all() {
+                    let mut out = vec![0; k];
+                    top_k(level, &scores, &mut Scratch::default(), &mut out);
+                    prop_assert_eq!(out, sorted(&scores, k));
+                }
             }
         }
     }

@@ -51,6 +51,12 @@ impl Lanes for Avx2 {
                 _mm256_cvtph_ps(_mm_loadu_si128(v.as_ptr().add(16).cast())),
             ]
         }
+        fn load_bytes(v: &[u8; LANES]) -> F {
+            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
+        }
+        fn load_signed_bytes(v: &[u8; LANES]) -> F {
+            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
+        }
         fn store_half(v: F, to: &mut [u8; 2 * LANES]) {{
             _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]));
             _mm_storeu_si128(to.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]));
@@ -60,32 +66,53 @@ impl Lanes for Avx2 {
         fn mul(a: F, b: F) -> F { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
         fn mul_add(a: F, b: F, c: F) -> F { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         fn max(a: F, b: F) -> F { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
-        fn join(low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> F {
-            [low, high].map(|half| _mm256_castsi256_ps(_mm256_loadu_si256(half.as_ptr().cast())))
-        }
-        fn store_offset(v: F, to: &mut [u8; 4 * LANES]) {{
-            let offset = v.map(|v| _mm256_xor_si256(_mm256_castps_si256(v), _mm256_set1_epi8(-128)));
-            _mm256_storeu_si256(to.as_mut_ptr().cast(), offset[0]);
-            _mm256_storeu_si256(to.as_mut_ptr().add(32).cast(), offset[1]);
-        }}
         fn splat_i(v: i32) -> I { [_mm256_set1_epi32(v); 2] }
         fn load_i(v: &[u8; 4 * LANES]) -> I {
             [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(32).cast())]
         }
-        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
+        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) }
         fn store_i(v: I, to: &mut [i32; LANES]) {{
             _mm256_storeu_si256(to.as_mut_ptr().cast(), v[0]);
             _mm256_storeu_si256(to.as_mut_ptr().add(8).cast(), v[1]);
         }}
         fn add_i(a: I, b: I) -> I { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
         fn max_i(a: I, b: I) -> I { [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])] }
+        fn offset_bytes(v: I) -> I { v.map(|v| _mm256_xor_si256(v, _mm256_set1_epi8(-128))) }
+        fn above(a: F, b: F) -> u16 {{
+            let bits = |i: usize| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i])).cast_unsigned() as u16;
+            bits(0) | bits(1) << 8
+        }}
         fn high_nibbles(v: I) -> I {{
             let mask = _mm256_set1_epi8(15);
             v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))
         }}
         fn low_nibbles(v: I) -> I { v.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(15))) }
-        fn dot_nibbles(acc: I, w: I, x: I) -> I {{
-            // A pair's sum is at most 2 * 15 * 128: nothing saturates.
+        fn with_fifth_bit(nibbles: I, fifth: I, at: usize) -> I {{
+            let shifted = |v| match at {
+                0 => _mm256_slli_epi16::<4>(v),
+                1 => _mm256_slli_epi16::<3>(v),
+                2 => _mm256_slli_epi16::<2>(v),
+                3 => _mm256_slli_epi16::<1>(v),
+                4 => v,
+                5 => _mm256_srli_epi16::<1>(v),
+                6 => _mm256_srli_epi16::<2>(v),
+                _ => _mm256_srli_epi16::<3>(v),
+            };
+            let bit = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x10));
+            [_mm256_or_si256(nibbles[0], bit(fifth[0])), _mm256_or_si256(nibbles[1], bit(fifth[1]))]
+        }}
+        fn with_upper_bits(nibbles: I, upper: I, at: usize) -> I {{
+            let shifted = |v| match at {
+                0 => _mm256_slli_epi16::<4>(v),
+                1 => _mm256_slli_epi16::<2>(v),
+                2 => v,
+                _ => _mm256_srli_epi16::<2>(v),
+            };
+            let bits = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x30));
+            [_mm256_or_si256(nibbles[0], bits(upper[0])), _mm256_or_si256(nibbles[1], bits(upper[1]))]
+        }}
+        fn dot_small(acc: I, w: I, x: I) -> I {{
+            // A pair's sum is at most 2 * 63 * 128: nothing saturates.
             let dot = |acc, w, x| {
                 _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
             };
@@ -125,13 +152,34 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn transpose(self, rows: &mut [F; LANES]) {
-        // Through memory: the 512-bit level is the fast one.
-        let mut values = [[0f32; LANES]; LANES];
-        for (row, to) in rows.iter().zip(&mut values) {
-            self.store(*row, to);
+    fn sums(self, vectors: &[F; LANES]) -> F {
+        let mut out = [self.splat(0.0)[0]; 2];
+        for (out, v) in out.iter_mut().zip(vectors.as_chunks::<8>().0) {
+            // SAFETY: `self` proves that the CPU has the instructions.
+            unsafe {
+                // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once.
+                let mut eight = [*out; 8];
+                for (eight, v) in eight.iter_mut().zip(v) {
+                    *eight = _mm256_add_ps(v[0], v[1]);
+                }
+                let mut four = [*out; 4];
+                for (i, four) in four.iter_mut().enumerate() {
+                    let (a, b) = (eight[i], eight[i + 4]);
+                    *four = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+                }
+                let mut two = [*out; 2];
+                for (i, two) in two.iter_mut().enumerate() {
+                    let (a, b) = (_mm256_castps_pd(four[2 * i]), _mm256_castps_pd(four[2 * i + 1]));
+                    *two = _mm256_add_ps(
+                        _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
+                        _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),
+                    );
+                }
+                *out =
+                    _mm256_add_ps(_mm256_shuffle_ps::<0x88>(two[0], two[1]), _mm256_shuffle_ps::<0xdd>(two[0], two[1]));
+            }
         }
-        *rows = std::array::from_fn(|i| self.load(&std::array::from_fn(|j| values[j][i])));
+        out
     }
 }
 

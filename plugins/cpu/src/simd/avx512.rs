@@ -40,6 +40,12 @@ impl Lanes for Avx512 {
         fn load(v: &[f32; LANES]) -> __m512 { _mm512_loadu_ps(v.as_ptr()) }
         fn store(v: __m512, to: &mut [f32; LANES]) { _mm512_storeu_ps(to.as_mut_ptr(), v) }
         fn load_half(v: &[u8; 2 * LANES]) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(v.as_ptr().cast())) }
+        fn load_bytes(v: &[u8; LANES]) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(v.as_ptr().cast())))
+        }
+        fn load_signed_bytes(v: &[u8; LANES]) -> __m512 {
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(v.as_ptr().cast())))
+        }
         fn store_half(v: __m512, to: &mut [u8; 2 * LANES]) {
             _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
         }
@@ -48,29 +54,41 @@ impl Lanes for Avx512 {
         fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
         fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
-        fn join(low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> __m512 {
-            _mm512_castsi512_ps(_mm512_inserti64x4::<1>(
-                _mm512_castsi256_si512(_mm256_loadu_si256(low.as_ptr().cast())),
-                _mm256_loadu_si256(high.as_ptr().cast()),
-            ))
-        }
-        fn store_offset(v: __m512, to: &mut [u8; 4 * LANES]) {
-            _mm512_storeu_si512(
-                to.as_mut_ptr().cast(),
-                _mm512_xor_si512(_mm512_castps_si512(v), _mm512_set1_epi8(-128)),
-            )
-        }
         fn splat_i(v: i32) -> __m512i { _mm512_set1_epi32(v) }
         fn load_i(v: &[u8; 4 * LANES]) -> __m512i { _mm512_loadu_si512(v.as_ptr().cast()) }
-        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(at).cast()) }
+        fn prefetch(at: &u8) { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(at).cast()) }
         fn store_i(v: __m512i, to: &mut [i32; LANES]) { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
         fn add_i(a: __m512i, b: __m512i) -> __m512i { _mm512_add_epi32(a, b) }
         fn max_i(a: __m512i, b: __m512i) -> __m512i { _mm512_max_epi32(a, b) }
+        fn offset_bytes(v: __m512i) -> __m512i { _mm512_xor_si512(v, _mm512_set1_epi8(-128)) }
+        fn above(a: __m512, b: __m512) -> u16 { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) }
         fn high_nibbles(v: __m512i) -> __m512i {
             _mm512_and_si512(_mm512_srli_epi16::<4>(v), _mm512_set1_epi8(15))
         }
         fn low_nibbles(v: __m512i) -> __m512i { _mm512_and_si512(v, _mm512_set1_epi8(15)) }
-        fn dot_nibbles(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
+        fn with_fifth_bit(nibbles: __m512i, fifth: __m512i, at: usize) -> __m512i {{
+            let bit = match at {
+                0 => _mm512_slli_epi16::<4>(fifth),
+                1 => _mm512_slli_epi16::<3>(fifth),
+                2 => _mm512_slli_epi16::<2>(fifth),
+                3 => _mm512_slli_epi16::<1>(fifth),
+                4 => fifth,
+                5 => _mm512_srli_epi16::<1>(fifth),
+                6 => _mm512_srli_epi16::<2>(fifth),
+                _ => _mm512_srli_epi16::<3>(fifth),
+            };
+            _mm512_or_si512(nibbles, _mm512_and_si512(bit, _mm512_set1_epi8(0x10)))
+        }}
+        fn with_upper_bits(nibbles: __m512i, upper: __m512i, at: usize) -> __m512i {{
+            let bits = match at {
+                0 => _mm512_slli_epi16::<4>(upper),
+                1 => _mm512_slli_epi16::<2>(upper),
+                2 => upper,
+                _ => _mm512_srli_epi16::<2>(upper),
+            };
+            _mm512_or_si512(nibbles, _mm512_and_si512(bits, _mm512_set1_epi8(0x30)))
+        }}
+        fn dot_small(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
         fn dot_bytes(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
         fn shl_byte(v: __m512i) -> __m512i { _mm512_slli_epi32::<8>(v) }
         fn to_float(v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
@@ -102,34 +120,30 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn transpose(self, rows: &mut [__m512; LANES]) {
+    fn sums(self, vectors: &[__m512; LANES]) -> __m512 {
+        let mut eight = [self.splat(0.0); 8];
+        let mut four = [self.splat(0.0); 4];
+        let mut two = [self.splat(0.0); 2];
         // SAFETY: `self` proves that the CPU has the instructions.
         unsafe {
-            // Pairs of rows, then fours, then 128-bit lanes across.
-            let mut a = *rows;
-            for i in (0..LANES).step_by(2) {
-                a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
-                a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+            // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once: eight[i] has vectors i
+            // and i + 4 (i + 8 and i + 12 for i above 3), four[i] has i, i + 4, i + 8 and i + 12 in its 128-bit lanes.
+            for (i, eight) in eight.iter_mut().enumerate() {
+                let (a, b) = (vectors[i / 4 * 8 + i % 4], vectors[i / 4 * 8 + i % 4 + 4]);
+                *eight = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
             }
-            let mut b = a;
-            for i in (0..LANES).step_by(4) {
-                for half in 0..2 {
-                    let (x, y) = (_mm512_castps_pd(a[i + half]), _mm512_castps_pd(a[i + 2 + half]));
-                    b[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-                    b[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-                }
+            for (i, four) in four.iter_mut().enumerate() {
+                let (a, b) = (eight[i], eight[i + 4]);
+                *four = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
             }
-            // b[4 q + c], 128-bit lane l: column 4 l + c of rows 4 q .. 4 q + 4.
-            for c in 0..4 {
-                let low = _mm512_shuffle_f32x4::<0x44>(b[c], b[4 + c]); // q0: l0 l1, q1: l0 l1
-                let high = _mm512_shuffle_f32x4::<0xee>(b[c], b[4 + c]);
-                let low2 = _mm512_shuffle_f32x4::<0x44>(b[8 + c], b[12 + c]);
-                let high2 = _mm512_shuffle_f32x4::<0xee>(b[8 + c], b[12 + c]);
-                rows[c] = _mm512_shuffle_f32x4::<0x88>(low, low2);
-                rows[4 + c] = _mm512_shuffle_f32x4::<0xdd>(low, low2);
-                rows[8 + c] = _mm512_shuffle_f32x4::<0x88>(high, high2);
-                rows[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
+            for (i, two) in two.iter_mut().enumerate() {
+                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
+                *two = _mm512_add_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                );
             }
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(two[0], two[1]), _mm512_shuffle_ps::<0xdd>(two[0], two[1]))
         }
     }
 }

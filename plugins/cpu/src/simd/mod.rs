@@ -30,6 +30,10 @@ pub(crate) trait Lanes: Copy {
     fn store(self, v: Self::F, to: &mut [f32; LANES]);
     /// 16 x f16, little-endian, widened.
     fn load_half(self, v: &[u8; 2 * LANES]) -> Self::F;
+    /// 16 unsigned bytes, widened.
+    fn load_bytes(self, v: &[u8; LANES]) -> Self::F;
+    /// 16 signed bytes, widened.
+    fn load_signed_bytes(self, v: &[u8; LANES]) -> Self::F;
     /// Rounded to nearest even f16, little-endian.
     fn store_half(self, v: Self::F, to: &mut [u8; 2 * LANES]);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -39,12 +43,6 @@ pub(crate) trait Lanes: Copy {
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The greater; of no use where a NaN may be.
     fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    /// 64 bytes, whatever they mean, to be transposed.
-    fn join(self, low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> Self::F;
-    /// The bytes of `v`, 128 added to each.
-    fn store_offset(self, v: Self::F, to: &mut [u8; 4 * LANES]);
-    /// Transposes 16 rows of 16 values.
-    fn transpose(self, rows: &mut [Self::F; LANES]);
 
     fn splat_i(self, v: i32) -> Self::I;
     fn load_i(self, v: &[u8; 4 * LANES]) -> Self::I;
@@ -54,13 +52,21 @@ pub(crate) trait Lanes: Copy {
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// The greater of signed 32-bit lanes.
     fn max_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// 128 added to each byte.
+    fn offset_bytes(self, v: Self::I) -> Self::I;
+    /// Bit i: lane i of `a` is above lane i of `b`; a NaN is not.
+    fn above(self, a: Self::F, b: Self::F) -> u16;
     /// The high half of each byte, as a byte.
     fn high_nibbles(self, v: Self::I) -> Self::I;
     /// The low half of each byte.
     fn low_nibbles(self, v: Self::I) -> Self::I;
-    /// Per 32-bit lane: `acc` plus the four products of unsigned bytes of `w`, at most 15, and signed bytes of `x`.
-    fn dot_nibbles(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// As [`Self::dot_nibbles`] for any unsigned bytes.
+    /// Per byte: `nibbles` plus 16 times bit `at` of `fifth`.
+    fn with_fifth_bit(self, nibbles: Self::I, fifth: Self::I, at: usize) -> Self::I;
+    /// Per byte: `nibbles` plus 16 times the two bits from bit `2 at` of `upper` on.
+    fn with_upper_bits(self, nibbles: Self::I, upper: Self::I, at: usize) -> Self::I;
+    /// Per 32-bit lane: `acc` plus the four products of unsigned bytes of `w`, at most 63, and signed bytes of `x`.
+    fn dot_small(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
+    /// As [`Self::dot_small`] for any unsigned bytes.
     fn dot_bytes(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
     /// 32-bit lanes times 256.
     fn shl_byte(self, v: Self::I) -> Self::I;
@@ -76,6 +82,9 @@ pub(crate) trait Lanes: Copy {
     fn power_of_two(self, v: Self::F) -> Self::F;
     /// Rounded to integers, ties to even; for magnitudes below 2^22.
     fn round_f(self, v: Self::F) -> Self::F;
+
+    /// Lane i: [`Self::sum`] of vector i.
+    fn sums(self, vectors: &[Self::F; LANES]) -> Self::F;
 
     /// The sum of the lanes in a fixed tree order: i + 8, i + 4, i + 2, i + 1.
     #[inline(always)]
@@ -97,32 +106,32 @@ pub(crate) trait Lanes: Copy {
 macro_rules! on_level {
     (
         $(#[$meta:meta])*
-        fn $name:ident $(<const $n:ident: $nt:ty>)? ($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? = $body:ident
+        fn $name:ident $(<$(const $n:ident: $nt:ty),+>)? ($($arg:ident: $kind:ty),* $(,)?) $(-> $out:ty)? = $body:ident
     ) => {
         $(#[$meta])*
-        pub(crate) fn $name $(<const $n: $nt>)? (level: $crate::level::Level, $($arg: $kind),*) $(-> $out)? {
+        pub(crate) fn $name $(<$(const $n: $nt),+>)? (level: $crate::level::Level, $($arg: $kind),*) $(-> $out)? {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2 $(<const $n: $nt>)? ($($arg: $kind),*) $(-> $out)? {
+                fn avx2 $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
                     // SAFETY: this function is compiled for, and only called with, these features.
-                    $body::<_ $(, $n)?>(unsafe { $crate::simd::Avx2::assume() }, $($arg),*)
+                    $body::<_ $($(, $n)+)?>(unsafe { $crate::simd::Avx2::assume() }, $($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-                fn avx512 $(<const $n: $nt>)? ($($arg: $kind),*) $(-> $out)? {
+                fn avx512 $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
                     // SAFETY: as above.
-                    $body::<_ $(, $n)?>(unsafe { $crate::simd::Avx512::assume() }, $($arg),*)
+                    $body::<_ $($(, $n)+)?>(unsafe { $crate::simd::Avx512::assume() }, $($arg),*)
                 }
                 match level {
                     // SAFETY: a Level above Scalar exists only where the CPU has its instructions.
-                    $crate::level::Level::Avx2 => return unsafe { avx2 $(::<$n>)? ($($arg),*) },
+                    $crate::level::Level::Avx2 => return unsafe { avx2 $(::<$($n),+>)? ($($arg),*) },
                     // SAFETY: as above.
-                    $crate::level::Level::Avx512 => return unsafe { avx512 $(::<$n>)? ($($arg),*) },
+                    $crate::level::Level::Avx512 => return unsafe { avx512 $(::<$($n),+>)? ($($arg),*) },
                     $crate::level::Level::Scalar => {}
                 }
             }
             let _ = level;
-            $body::<_ $(, $n)?>($crate::simd::Portable, $($arg),*)
+            $body::<_ $($(, $n)+)?>($crate::simd::Portable, $($arg),*)
         }
     };
 }

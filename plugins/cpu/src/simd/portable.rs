@@ -44,6 +44,14 @@ impl Lanes for Portable {
         std::array::from_fn(|i| f16::from_le_bytes([v[2 * i], v[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
+    fn load_bytes(self, v: &[u8; LANES]) -> F {
+        v.map(f32::from)
+    }
+    #[inline(always)]
+    fn load_signed_bytes(self, v: &[u8; LANES]) -> F {
+        v.map(|v| f32::from(v.cast_signed()))
+    }
+    #[inline(always)]
     fn store_half(self, v: F, to: &mut [u8; 2 * LANES]) {
         for (to, v) in to.as_chunks_mut::<2>().0.iter_mut().zip(v) {
             *to = f16::from_f32(v).to_le_bytes();
@@ -70,19 +78,8 @@ impl Lanes for Portable {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    fn join(self, low: &[u8; 2 * LANES], high: &[u8; 2 * LANES]) -> F {
-        let (low, high) = (low.as_chunks().0, high.as_chunks().0);
-        std::array::from_fn(|i| f32::from_le_bytes(if i < LANES / 2 { low[i] } else { high[i - LANES / 2] }))
-    }
-    #[inline(always)]
-    fn store_offset(self, v: F, to: &mut [u8; 4 * LANES]) {
-        for (to, v) in to.as_chunks_mut().0.iter_mut().zip(v) {
-            *to = v.to_le_bytes().map(|byte| byte ^ 0x80);
-        }
-    }
-    #[inline(always)]
-    fn transpose(self, rows: &mut [F; LANES]) {
-        *rows = std::array::from_fn(|i| std::array::from_fn(|j| rows[j][i]));
+    fn sums(self, vectors: &[F; LANES]) -> F {
+        vectors.map(|v| self.sum(v))
     }
 
     #[inline(always)]
@@ -108,6 +105,14 @@ impl Lanes for Portable {
         zip(a, b, i32::max)
     }
     #[inline(always)]
+    fn offset_bytes(self, v: I) -> I {
+        v.map(|v| (v.cast_unsigned() ^ 0x8080_8080).cast_signed())
+    }
+    #[inline(always)]
+    fn above(self, a: F, b: F) -> u16 {
+        (0..LANES).fold(0, |bits, i| bits | u16::from(a[i] > b[i]) << i)
+    }
+    #[inline(always)]
     fn high_nibbles(self, v: I) -> I {
         v.map(|v| v >> 4 & 0x0f0f_0f0f)
     }
@@ -116,7 +121,15 @@ impl Lanes for Portable {
         v.map(|v| v & 0x0f0f_0f0f)
     }
     #[inline(always)]
-    fn dot_nibbles(self, acc: I, w: I, x: I) -> I {
+    fn with_fifth_bit(self, nibbles: I, fifth: I, at: usize) -> I {
+        zip(nibbles, fifth, |nibbles, fifth| nibbles | (fifth >> at & 0x0101_0101) << 4)
+    }
+    #[inline(always)]
+    fn with_upper_bits(self, nibbles: I, upper: I, at: usize) -> I {
+        zip(nibbles, upper, |nibbles, upper| nibbles | (upper >> (2 * at) & 0x0303_0303) << 4)
+    }
+    #[inline(always)]
+    fn dot_small(self, acc: I, w: I, x: I) -> I {
         self.dot_bytes(acc, w, x)
     }
     #[inline(always)]

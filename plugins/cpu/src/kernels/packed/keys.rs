@@ -1,0 +1,57 @@
+//! How well do index keys match a query? 16 keys of a pool's tile (see `crate::keys`) against all heads.
+
+use super::{Sums, TILE_ROWS};
+use crate::kernels::activations::{BLOCK, Block};
+use crate::level::Level;
+use crate::simd::{Lanes, on_level};
+
+/// Bytes of 16 blocks of keys: codes, signed, then scales.
+const TILE_BLOCK_BYTES: usize = TILE_ROWS * (BLOCK + 2);
+
+/// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys. `x` holds the heads' queries in 16 bits, a
+/// number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for `ahead` meanwhile.
+pub(crate) fn score_keys(level: Level, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+    match w.len() {
+        1 => score_heads::<1>(level, tile, ahead, x, w, scores),
+        2 => score_heads::<2>(level, tile, ahead, x, w, scores),
+        4 => score_heads::<4>(level, tile, ahead, x, w, scores),
+        8 => score_heads::<8>(level, tile, ahead, x, w, scores),
+        n => unreachable!("{n} heads: tokens_at_once was asked"),
+    }
+}
+
+on_level! {
+    fn score_heads<const N: usize>(tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) = score_body
+}
+
+#[inline(always)]
+fn score_body<L: Lanes, const N: usize>(l: L, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+    for line in ahead.chunks(64) {
+        l.prefetch(&line[0]);
+    }
+    let mut totals = [l.splat(0.0); N];
+    for (block, x) in tile.as_chunks::<TILE_BLOCK_BYTES>().0.iter().zip(x.as_chunks::<N>().0) {
+        let (codes, scales) = block.split_at(TILE_ROWS * BLOCK);
+        let (mut high, mut low) = ([l.splat_i(0); N], [l.splat_i(0); N]);
+        for n in 0..N {
+            low[n] = l.splat_i(x[n].minus_128);
+        }
+        for (g, codes) in codes.as_chunks::<64>().0.iter().enumerate() {
+            let codes = l.offset_bytes(l.load_i(codes));
+            for n in 0..N {
+                high[n] = l.dot_bytes(high[n], codes, l.splat_i(x[n].high[g]));
+                low[n] = l.dot_bytes(low[n], codes, l.splat_i(x[n].low[g]));
+            }
+        }
+        let d = l.load_half(&scales.as_chunks().0[0]);
+        for n in 0..N {
+            let sum = l.to_float(l.add_i(l.shl_byte(high[n]), low[n]));
+            totals[n] = l.mul_add(sum, l.mul(d, l.splat(x[n].d)), totals[n]);
+        }
+    }
+    let mut score = l.load(scores);
+    for (total, w) in totals.into_iter().zip(w) {
+        score = l.mul_add(l.splat(*w), l.max(l.splat(0.0), total), score);
+    }
+    l.store(score, scores);
+}

@@ -1,0 +1,207 @@
+#!/usr/bin/env python3
+"""How fast are we beside llama.cpp, and beside ourselves with selection off?
+
+Both sides run each test in turn (A B A B ...); the table has medians, in brackets the lowest and highest of the rounds,
+and says "busy" where the machine had other work. llama.cpp reads what lies before a depth, which takes minutes, so its
+side of a test at depth is run with --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
+
+Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
+           [--baby BABY_DSA.gguf] [--mla BABY_MLA.gguf] [--rounds 3] [--deep] [--only TEXT] [--results RESULTS.md]
+           [--plot FOLDER]
+BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+MARK = "## Against llama.cpp and against dense attention"
+
+
+@dataclass
+class Test:
+    """One line of the table: `ours` and `theirs` are models by name, `theirs` may be None."""
+
+    label: str
+    kind: str  # prefill or decode
+    n: int
+    depth: int
+    threads: int
+    ours: str
+    theirs: str | None
+    goal: str
+    options: tuple[str, ...] = ()
+
+
+TESTS = [
+    *(Test(f"base, decode, {t} thread(s)", "decode", 64, 0, t, "base", "base", goal)
+      for t, goal in [(1, "4.3 ms"), (2, "2.7 ms")]),
+    *(Test(f"DSA against the dense base, decode at {d // 1024}K", "decode", 16, d, 1, "dsa", "base", goal)
+      for d, goal in [(8192, "8 ms"), (32768, "12 ms")]),
+    *(Test(f"the same model dense, decode at {d // 1024}K", "decode", 8, d, 1, "dsa", None, "", ("--dense",))
+      for d in (8192, 32768)),
+    *(Test(f"base, prefill {n}, {t} thread(s)", "prefill", n, 0, t, "base", "base", goal)
+      for t, n, goal in [(1, 512, "1100 t/s"), (1, 4096, "500 t/s"), (2, 512, "2000 t/s"), (2, 4096, "950 t/s")]),
+    Test("base, prefill 512, 8-bit activations as llama.cpp's", "prefill", 512, 0, 1, "base", "base", "",
+         ("--act", "int8")),
+    Test("DSA, prefill of 32K, whole", "prefill", 32768, 0, 1, "dsa", None, "298 t/s (110 s)"),
+    *(Test(f"12-layer DSA, 16 index heads, decode at {d // 1024}K", "decode", 16, d, 1, "baby", "baby", goal)
+      for d, goal in [(2048, "15 ms"), (8192, "17 ms"), (65536, "30 ms")]),
+    *(Test(f"12-layer DSA, prefill {n}", "prefill", n, 0, 1, "baby", "baby", goal)
+      for n, goal in [(512, "400 t/s"), (4096, "250 t/s")]),
+    Test("12-layer dense MLA, decode at 32K", "decode", 8, 32768, 1, "mla", "mla", "110 ms"),
+]
+
+
+def run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, check=True, text=True).stdout
+
+
+class Sides:
+    """The two programs and their models."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.models = {name: getattr(arguments, name) for name in ("base", "dsa", "baby", "mla")}
+
+    def ours(self, test: Test) -> tuple[float, float]:
+        """Milliseconds per token: wall, CPU."""
+        sizes = ["-p", str(test.n), "-n", "0"] if test.kind == "prefill" else ["-p", "0", "-n", str(test.n)]
+        repetitions = "1" if test.n > 4096 else "3"
+        found = json.loads(run([
+            self.arguments.sparsectl, "bench", "--json", "--model", self.models[test.ours], "-t", str(test.threads),
+            "-d", str(test.depth), "-r", repetitions, *sizes, *test.options,
+        ]))["results"][0]
+        return found["ms_per_token"], found["cpu_ms_per_token"]
+
+    def theirs(self, test: Test) -> tuple[float, float]:
+        """Milliseconds per token: wall, CPU. The latter is what four repetitions take more than one."""
+        sizes = ["-p", str(test.n), "-n", "0"] if test.kind == "prefill" else ["-p", "0", "-n", str(test.n)]
+        cpu, wall = [], 0.0
+        for repetitions in (1, 4):
+            before = os.times()
+            found = json.loads(run([
+                self.arguments.llama_bench, "-m", self.models[test.theirs], "-t", str(test.threads), "-fa", "1",
+                "-o", "json", "-d", str(test.depth), "-r", str(repetitions), *sizes,
+            ]))
+            after, wall = os.times(), 1e3 / found[0]["avg_ts"]
+            cpu.append(sum(after[2:4]) - sum(before[2:4]))
+            if test.depth > 0:  # each repetition would read what is before
+                return wall, wall
+        return wall, 1e3 * (cpu[1] - cpu[0]) / 3 / test.n
+
+
+def is_busy() -> bool:
+    """Whether other programs wait for processors: load average or pressure."""
+    pressure = re.search(r"some avg10=([\d.]+)", Path("/proc/pressure/cpu").read_text())
+    return os.getloadavg()[0] >= 1.0 or bool(pressure and float(pressure[1]) > 10)
+
+
+def spread(times: list[float], kind: str) -> str:
+    values = [1e3 / time for time in times] if kind == "prefill" else times
+    unit = "t/s" if kind == "prefill" else "ms"
+    middle, digits = statistics.median(values), 0 if kind == "prefill" else 2
+    return f"{middle:.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def measure(test: Test, sides: Sides) -> str:
+    ours, cpu, theirs, their_cpu = [], [], [], []
+    both = test.theirs is not None and (test.depth == 0 or sides.arguments.deep)
+    busy = is_busy()
+    for _ in range(sides.arguments.rounds):
+        if both:
+            wall, own = sides.theirs(test)
+            theirs.append(wall)
+            their_cpu.append(own)
+        wall, own = sides.ours(test)
+        ours.append(wall)
+        cpu.append(own)
+    # On a busy machine CPU time is what can be compared.
+    ratio = f"{statistics.median(their_cpu) / statistics.median(cpu):.2f}" if both else ""
+    columns = [
+        test.label, spread(theirs, test.kind) if both else "", spread(ours, test.kind),
+        f"{statistics.median(their_cpu):.2f}" if both else "", f"{statistics.median(cpu):.2f}", ratio, test.goal,
+        "busy" if busy else "",
+    ]
+    return "| " + " | ".join(columns) + " |"
+
+
+def table(sides: Sides) -> list[str]:
+    lines = [
+        "| work | llama.cpp | ours | CPU ms per token: llama.cpp | ours | ratio | goal (wall) | machine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    for test in TESTS:
+        if sides.models[test.ours] and sides.arguments.only in test.label:
+            lines.append(measure(test, sides))
+            print(lines[-1], flush=True)
+    return lines
+
+
+def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
+    """Lines over a doubling axis, both axes logarithmic."""
+    every = [point for line in points.values() for point in line]
+    steps = sorted({x for x, _ in every})
+    top = 10 ** len(str(int(max(y for _, y in every))))
+    def place(x: int, y: float) -> tuple[float, float]:
+        across = steps.index(x) / max(len(steps) - 1, 1)
+        return 60 + 500 * across, 320 - 280 * max(0.0, min(1.0, math.log10(y) / math.log10(top)))
+    body = [f'<text x="60" y="20">{title}</text>']
+    for x in steps:
+        body.append(f'<text x="{place(x, 1)[0] - 12:.0f}" y="340">{x // 1024}K</text>')
+    for y in (10**i for i in range(len(str(top)))):
+        height = place(steps[0], y)[1]
+        body.append(f'<line x1="60" x2="560" y1="{height:.0f}" y2="{height:.0f}" stroke="#ddd"/>')
+        body.append(f'<text x="10" y="{height + 4:.0f}">{y} ms</text>')
+    for (name, line), colour in zip(points.items(), ("#06c", "#c30", "#083")):
+        path = " ".join(f"{x:.0f},{y:.0f}" for x, y in (place(*point) for point in line))
+        body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        x, y = place(*line[-1])
+        body.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{colour}">{name}</text>')
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="680" height="350" font-family="sans-serif" font-size="12">'
+    return "\n".join([head, *body, "</svg>", ""])
+
+
+def plot(sides: Sides, folder: Path) -> None:
+    """CPU time of a decoded token against the context."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for name, options in (("k = 512", ()), ("dense", ("--dense",))):
+        for depth in (2048 << i for i in range(8)):
+            test = Test("", "decode", 4 if options else 16, depth, 1, "dsa", None, "", options)
+            points.setdefault(name, []).append((depth, sides.ours(test)[1]))
+    (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread", points))
+    print({name: [(x, round(y, 2)) for x, y in line] for name, line in points.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("sparsectl", "llama-bench", "base", "dsa"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("baby", "mla", "results", "plot"):
+        parser.add_argument(f"--{name}")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--deep", action="store_true")
+    parser.add_argument("--only", default="")
+    arguments = parser.parse_args()
+    sides = Sides(arguments)
+    lines = table(sides)
+    if arguments.results:
+        path = Path(arguments.results)
+        before, _, rest = path.read_text().partition(MARK)
+        after = rest[rest.index("\n## "):] if "\n## " in rest else ""
+        said = f"`tests/bench/compare.py`, {arguments.rounds} rounds, {datetime.date.today()}; synthetic depths."
+        path.write_text(f"{before.rstrip()}\n\n{MARK}\n\n{said}\n\n" + "\n".join(lines) + "\n" + after)
+    if arguments.plot:
+        plot(sides, Path(arguments.plot))
+
+
+if __name__ == "__main__":
+    main()
