@@ -50,6 +50,16 @@ impl Kind {
             _ => Self::Normal,
         }
     }
+
+    /// What [`Self::of`] reads as this kind.
+    pub(super) fn token_type(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Control => 3,
+            Self::Added => 4,
+            Self::Unused => 5,
+        }
+    }
 }
 
 /// A tokenizer before it is built.

@@ -1,6 +1,7 @@
 //! One model from every source: a GGUF, its parts, its legacy form, and a Hugging Face folder become one program.
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, reason = "a test")]
 
+mod quantized;
 mod tiny;
 mod unread;
 
