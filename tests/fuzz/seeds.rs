@@ -1,6 +1,9 @@
 //! What the fuzz targets begin with: does each parser answer as the table in `README.md` says?
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
+#[path = "shared/models.rs"]
+mod models;
+
 use serde_json::json;
 use sparsed_backend::{ElfFacts, Manifest};
 use sparsed_engine::{GrammarCompiler, GrammarSpec};
@@ -122,6 +125,22 @@ fn elf(bytes: &[u8]) -> Result<String, String> {
     facts.check(Path::new("lib.so"), &[]).map(|()| "read".to_owned()).map_err(|error| error.to_string())
 }
 
+/// Changes of a GGUF's metadata.
+fn hyperparameters(edits: &[u8]) -> Result<String, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    models::write_gguf(&path, std::str::from_utf8(edits).unwrap());
+    models::open(&path).map(|()| "read".to_owned()).map_err(|error| error.to_string())
+}
+
+/// An index of safetensors files and, after a NUL byte, a `quantization_config`.
+fn index(input: &[u8]) -> Result<String, String> {
+    let dir = tempfile::tempdir().unwrap();
+    models::write_shards(dir.path());
+    models::write_index(dir.path(), input);
+    models::open(dir.path()).map(|()| "read".to_owned()).map_err(|error| error.to_string())
+}
+
 fn read(seed: &str) -> Result<String, String> {
     let path = folder().join("seeds").join(seed);
     let file = std::fs::read(&path).unwrap();
@@ -135,6 +154,8 @@ fn read(seed: &str) -> Result<String, String> {
         "grammar" => grammar(&file),
         "manifest" => manifest(&file),
         "elf" => elf(&file),
+        "hyperparameters" => hyperparameters(&file),
+        "index" => index(&file),
         other => panic!("no parser for '{other}'"),
     }
 }
