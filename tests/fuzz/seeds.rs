@@ -1,5 +1,11 @@
 //! What the fuzz targets begin with: does each parser answer as the table in `README.md` says?
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    reason = "a test, and a module that targets share"
+)]
 
 #[path = "shared/models.rs"]
 mod models;

@@ -186,6 +186,32 @@ fn inspect_finds_a_tensor_that_is_missing() {
 }
 
 #[test]
+fn inspect_names_a_folders_tokenizer_even_where_the_model_is_not_served() {
+    let (tiny, dir) = (root().join("tests/golden/tiny/v32"), tempfile::tempdir().unwrap());
+    let vocab: serde_json::Map<String, Value> =
+        ["a", "b", "ab", "c"].iter().zip(0..).map(|(name, id)| ((*name).to_owned(), Value::from(id))).collect();
+    let tokenizer = serde_json::json!({
+        "model": { "type": "BPE", "vocab": vocab, "merges": [["a", "b"]] },
+        "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "use_regex": true },
+    });
+    let write = |name: &str, json: &Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+    std::fs::copy(tiny.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(tiny.join("config.json")).unwrap()).unwrap();
+    write("config.json", &config);
+    let said = |code| {
+        let done = Command::new(sparsectl()).arg("inspect").arg(dir.path()).output().unwrap();
+        assert_eq!(done.status.code(), Some(code));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    assert!(said(0).contains("tokenizer     none\n"), "ids alone: {}", said(0));
+    write("tokenizer.json", &tokenizer);
+    assert!(said(0).contains("tokenizer     tokenizer.json, 4 tokens\n"), "{}", said(0));
+    config["hidden_act"] = Value::from("relu");
+    write("config.json", &config);
+    assert!(said(1).contains("tokenizer     tokenizer.json, 4 tokens\n"), "{}", said(1));
+}
+
+#[test]
 fn inspect_looks_for_the_tensors_of_a_folder_and_counts_what_they_become() {
     let tiny = root().join("tests/golden/tiny/v32");
     let (code, found, said) = run(&["inspect", "--json"], &[&tiny]);

@@ -136,14 +136,15 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// The model on the device, for sequences of up to `context` tokens.
-    fn load(&self, attention: Attention, context: u32) -> anyhow::Result<DeviceModel> {
+    /// With `queries`, attention's are given out where there are selections to compare.
+    fn load(&self, attention: Attention, context: u32, queries: bool) -> anyhow::Result<DeviceModel> {
         let top_k = match attention {
             Attention::Dense | Attention::Window(_) => Some(0),
             Attention::Sparse(k) => Some(k),
         };
         let chunk = self.eval.chunk.min(context);
         let outputs = match attention {
-            Attention::Sparse(_) if self.eval.mass_queries() > 0 => LocalOutputs::EverythingWithQueries,
+            Attention::Sparse(_) if queries => LocalOutputs::EverythingWithQueries,
             _ => LocalOutputs::EveryRow,
         };
         self.eval.device.load(self.model, self.backend, top_k, context, chunk, outputs)

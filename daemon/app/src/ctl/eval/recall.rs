@@ -90,7 +90,7 @@ impl Recall {
     }
 
     fn row(&self, bench: &Bench<'_>, attention: Attention) -> anyhow::Result<Value> {
-        let mut device = bench.load(attention, self.length)?;
+        let mut device = bench.load(attention, self.length, false)?;
         let mut answered = Vec::new();
         for context in &self.contexts {
             answered.push(answers(bench, &mut device, context, attention)?);
