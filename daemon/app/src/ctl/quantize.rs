@@ -22,8 +22,8 @@ use std::path::PathBuf;
 ///   - rows that are not a multiple of 256 take formats with blocks of 32: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K
 ///
 /// Start from F16, BF16, F32 or FP8: errors of a file that was quantised before add up. Memory is 16 MiB a thread and
-/// what the headers and the tokenizer take, whatever the model's size. The output appears whole or not at all, in place of a
-/// file that was there.
+/// what the headers and the tokenizer take, whatever the model's size. The output appears whole or not at all, in place
+/// of a file that was there.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Quantize {
