@@ -26,7 +26,7 @@ const END_NAMES: &[&str] = &[
 ];
 /// GLM's answers end where the next turn begins; `[gMASK]` tells that it is GLM.
 const GLM_END_NAMES: &[&str] = &["<|user|>", "<|observation|>"];
-const GLM_MARK: &str = "[gMASK]";
+pub(super) const GLM_MARK: &str = "[gMASK]";
 
 /// What a token is for; GGUF's `token_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

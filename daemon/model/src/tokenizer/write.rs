@@ -1,6 +1,6 @@
 //! Which keys of a GGUF give a tokenizer that a folder has? Only those that give the same one when they are read.
 
-use super::parts::{Kind, Parts, TOKENS_MAX};
+use super::parts::{GLM_MARK, Kind, Parts, TOKENS_MAX};
 use super::split::{self, Splitter};
 use super::{Tokenizer, TokenizerConfig, json};
 use crate::ModelError;
@@ -83,7 +83,9 @@ impl Tokenizer {
 
 /// The name of the pre-tokenizer that cuts, normalises and merges as `parts` do.
 fn pre_tokenizer(parts: &Parts) -> Result<&'static str, ModelError> {
-    for pre in PRE {
+    // GLM cuts as Llama 3 does, but other programs do more by its name.
+    let glm = parts.names.iter().any(|name| name == GLM_MARK);
+    for pre in PRE.into_iter().filter(|pre| glm || *pre != "glm4") {
         let patterns = split::named(pre).unwrap_or_default();
         let same = Splitter::new(patterns.iter().copied())? == parts.splitter;
         let (nfc, ignore_merges) = split::habits(pre);
@@ -133,7 +135,11 @@ mod tests {
         tokenizer.add_end_tokens(&[260]).unwrap();
         let mut metadata = Metadata::new();
         tokenizer.write_metadata(&file, &config, 270, &mut metadata).unwrap();
-        assert_eq!(metadata.str("tokenizer.ggml.pre"), Ok(Some("glm4")), "Llama 3's pattern, and whole pieces stay");
+        assert_eq!(
+            metadata.str("tokenizer.ggml.pre"),
+            Ok(Some("llama-bpe")),
+            "Llama 3's pattern, and whole pieces stay"
+        );
         assert_eq!(metadata.u32("tokenizer.ggml.eot_token_id"), Ok(Some(260)));
         let names = metadata.strings("tokenizer.ggml.tokens").unwrap().unwrap();
         assert_eq!((names.len(), &names[257][..], &names[269][..]), (270, "[PAD257]", "[PAD269]"));
@@ -143,6 +149,15 @@ mod tests {
             assert_eq!(read.encode_trusted(text).unwrap(), tokenizer.encode_trusted(text).unwrap(), "{text}");
         }
         assert_eq!(read.ends, [259, 260]);
+    }
+
+    #[test]
+    fn a_vocabulary_of_glm_is_named_so_although_it_is_cut_as_llamas() {
+        let file = String::from_utf8(file(llama(), true)).unwrap().replace("<think>", "[gMASK]");
+        let tokenizer = Tokenizer::from_json(file.as_bytes(), &TokenizerConfig::default()).unwrap();
+        let mut metadata = Metadata::new();
+        tokenizer.write_metadata(file.as_bytes(), &TokenizerConfig::default(), 0, &mut metadata).unwrap();
+        assert_eq!(metadata.str("tokenizer.ggml.pre"), Ok(Some("glm4")));
     }
 
     #[test]
