@@ -1,5 +1,14 @@
 //! What the fuzz targets begin with: does each parser answer as the table in `README.md` says?
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(
+    clippy::unwrap_used,
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    reason = "a test, and a module that targets share"
+)]
+
+#[path = "shared/models.rs"]
+mod models;
 
 use serde_json::json;
 use sparsed_backend::{ElfFacts, Manifest};
@@ -138,6 +147,22 @@ fn kv(file: &[u8]) -> Result<String, String> {
     Ok(format!("images of {block_bytes} bytes"))
 }
 
+/// Changes of a GGUF's metadata.
+fn hyperparameters(edits: &[u8]) -> Result<String, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.gguf");
+    models::write_gguf(&path, std::str::from_utf8(edits).unwrap());
+    models::open(&path).map(|()| "read".to_owned()).map_err(|error| error.to_string())
+}
+
+/// An index of safetensors files and, after a NUL byte, a `quantization_config`.
+fn index(input: &[u8]) -> Result<String, String> {
+    let dir = tempfile::tempdir().unwrap();
+    models::write_shards(dir.path());
+    models::write_index(dir.path(), input);
+    models::open(dir.path()).map(|()| "read".to_owned()).map_err(|error| error.to_string())
+}
+
 fn read(seed: &str) -> Result<String, String> {
     let path = folder().join("seeds").join(seed);
     let file = std::fs::read(&path).unwrap();
@@ -154,6 +179,8 @@ fn read(seed: &str) -> Result<String, String> {
         "journal" => journal(&file),
         "export" => export(&file),
         "kv" => kv(&file),
+        "hyperparameters" => hyperparameters(&file),
+        "index" => index(&file),
         other => panic!("no parser for '{other}'"),
     }
 }
@@ -206,6 +233,62 @@ fn every_seed_is_in_the_table() {
     }
     seeds.sort();
     assert_eq!(seeds, table().into_keys().collect::<Vec<_>>());
+}
+
+/// What a parser says of an input.
+type Reader = fn(&[u8]) -> Result<String, String>;
+
+/// One change of a seed, as a fuzzer would make it: a number, a line, a byte, or a piece of another seed.
+fn change(random: &mut fastrand::Rng, input: &mut Vec<u8>, other: &[u8]) {
+    const NUMBERS: [&str; 12] =
+        ["0", "1", "2", "3", "7", "64", "-1", "1048576", "4294967295", "18446744073709551615", "1e300", "NaN"];
+    let at = random.usize(..=input.len());
+    match random.u8(..5) {
+        0 => {
+            let digits = |start: usize| input[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+            let starts: Vec<usize> = (0..input.len()).filter(|&at| digits(at) > 0).collect();
+            if let Some(start) = random.choice(starts) {
+                let end = start + digits(start);
+                input.splice(start..end, random.choice(NUMBERS).unwrap().bytes());
+            }
+        }
+        1 => {
+            let mut lines: Vec<Vec<u8>> = input.split(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
+            random.shuffle(&mut lines[1..]);
+            lines.truncate(random.usize(1..=lines.len()));
+            *input = lines.join(&b'\n');
+        }
+        2 => input.extend(other.iter().skip_while(|byte| **byte != b'\n').skip(1)),
+        3 if at < input.len() => input[at] = if random.bool() { input[at] ^ (1 << random.u8(..7)) } else { b' ' },
+        _ => input.truncate(at),
+    }
+}
+
+#[test]
+fn changed_descriptions_of_models_are_read_or_refused_and_never_contradict_themselves() {
+    let mut random = fastrand::Rng::with_seed(7);
+    let readers = [("hyperparameters/", hyperparameters as Reader), ("index/", index)];
+    for (parser, reader) in readers {
+        let seeds: Vec<Vec<u8>> = table()
+            .into_keys()
+            .filter(|seed| seed.starts_with(parser))
+            .map(|seed| std::fs::read(folder().join("seeds").join(seed)).unwrap())
+            .collect();
+        let (mut read, mut refused) = (0, 0);
+        for _ in 0..1000 {
+            let mut input = random.choice(&seeds).unwrap().clone();
+            for _ in 0..random.u8(1..4) {
+                let other = random.choice(&seeds).unwrap();
+                change(&mut random, &mut input, other);
+            }
+            let input = if parser == "index/" { input } else { String::from_utf8_lossy(&input).into_owned().into() };
+            match reader(&input) {
+                Ok(_) => read += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        assert!(read > 20 && refused > 20, "{parser}: {read} read, {refused} refused: too few to try anything");
+    }
 }
 
 #[test]

@@ -67,18 +67,30 @@ fn the_default_model_recalls_what_a_window_has_lost() {
     let dir = tempfile::tempdir().unwrap();
     let text: Vec<String> = (0..400).map(|n| format!("Line {n} is about nothing in particular.\n")).collect();
     std::fs::write(dir.path().join("a.txt"), text.concat()).unwrap();
-    let arguments = ["eval", "--json", "--context", "0", "--recall-lengths", "400", "--recall-prompts", "4"];
-    let arguments = [&arguments[..], &["--top-k", "128", "--chunk", "90", "--text"]].concat();
+    let arguments = ["eval", "--json", "--context", "0", "--recall-lengths", "400", "--recall-prompts", "5"];
+    let options = ["--recall-notes", "4", "--top-k", "128", "--chunk", "90"];
     let model = sparsed_tests::model("smollm2-135m-dsa.gguf");
-    let (code, found, said) = run(&arguments, &[dir.path(), Path::new("--"), &model]);
-    assert_eq!(code, 0, "{said}");
-    let rows = found["recall"][0]["rows"].as_array().unwrap();
+    let recall = |more: &[&str]| {
+        let arguments = [&arguments[..], &options, more, &["--text"]].concat();
+        let (code, found, said) = run(&arguments, &[dir.path(), Path::new("--"), &model]);
+        assert_eq!(code, 0, "{said}");
+        (found, said)
+    };
+    let (found, said) = recall(&[]);
+    let table = &found["recall"][0];
+    assert_eq!((table["prompts"].as_u64(), table["contexts"].as_u64()), (Some(5), Some(2)));
+    let rows = table["rows"].as_array().unwrap();
     let kinds: Vec<_> = rows.iter().map(|row| (row["attention"].as_str().unwrap(), row["size"].as_u64())).collect();
     assert_eq!(kinds, [("dense", None), ("sparse", Some(128)), ("window", Some(128))]);
     let digits: Vec<f64> = rows.iter().map(|row| row["digit_accuracy"].as_f64().unwrap()).collect();
     assert!(digits[0] >= 0.8 && digits[1] >= 0.8, "{digits:?}");
     assert!(digits[2] <= 0.4, "a window cannot know: {digits:?}");
-    assert_eq!(run(&arguments, &[dir.path(), Path::new("--"), &model]).1, found, "the same seed, the same figures");
+    // What is known so far is said on the way: each text and each row.
+    assert!(said.contains("recall at 400 tokens, k = 128: 2 of 2 contexts"), "{said}");
+    assert_eq!(said.lines().filter(|line| line.contains("/5 ")).count(), 3, "{said}");
+    assert_eq!(recall(&[]).0, found, "the same seed, the same figures");
+    assert_eq!(recall(&["--recall-alone"]).0, found, "a text that questions share is as good as one for each");
+    assert_ne!(recall(&["--seed", "2"]).0["recall"], found["recall"], "figures can differ");
 }
 
 #[test]
@@ -171,6 +183,32 @@ fn inspect_finds_a_tensor_that_is_missing() {
     let (code, found, said) = run(&["inspect", "--json"], &[&path]);
     assert!(code == 1 && said.contains("blk.1.ffn_norm.weight"), "{said}");
     assert!(found["memory"]["default"]["kv_bytes"].as_u64().unwrap() > 0, "{found}");
+}
+
+#[test]
+fn inspect_names_a_folders_tokenizer_even_where_the_model_is_not_served() {
+    let (tiny, dir) = (root().join("tests/golden/tiny/v32"), tempfile::tempdir().unwrap());
+    let vocab: serde_json::Map<String, Value> =
+        ["a", "b", "ab", "c"].iter().zip(0..).map(|(name, id)| ((*name).to_owned(), Value::from(id))).collect();
+    let tokenizer = serde_json::json!({
+        "model": { "type": "BPE", "vocab": vocab, "merges": [["a", "b"]] },
+        "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "use_regex": true },
+    });
+    let write = |name: &str, json: &Value| std::fs::write(dir.path().join(name), json.to_string()).unwrap();
+    std::fs::copy(tiny.join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+    let mut config: Value = serde_json::from_slice(&std::fs::read(tiny.join("config.json")).unwrap()).unwrap();
+    write("config.json", &config);
+    let said = |code| {
+        let done = Command::new(sparsectl()).arg("inspect").arg(dir.path()).output().unwrap();
+        assert_eq!(done.status.code(), Some(code));
+        String::from_utf8(done.stdout).unwrap()
+    };
+    assert!(said(0).contains("tokenizer     none\n"), "ids alone: {}", said(0));
+    write("tokenizer.json", &tokenizer);
+    assert!(said(0).contains("tokenizer     tokenizer.json, 4 tokens\n"), "{}", said(0));
+    config["hidden_act"] = Value::from("relu");
+    write("config.json", &config);
+    assert!(said(1).contains("tokenizer     tokenizer.json, 4 tokens\n"), "{}", said(1));
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod windows;
 pub use loss::{Comparison, LossError, WindowLoss, compare, cross_entropy, mean, standard_error};
 pub use mass::{AttentionShape, Kept, Keys, MassError, Query, SINKS, attention_mass, query_positions};
 pub use recall::{
-    Answered, RecallError, RecallPrompt, RecallShape, RecallSummary, Vocabulary, recall_prompts, windowed,
+    Answered, RECALL_NOTES_MAX, RecallContext, RecallError, RecallQuestion, RecallShape, RecallSummary, Vocabulary,
+    recall_contexts, windowed,
 };
 pub use windows::windows;

@@ -1,5 +1,4 @@
 //! Who carries out the orders of a model's scheduler? The sessions thread, and one that writes into the slow tier.
-#![expect(clippy::disallowed_methods, reason = "starts a thread that may wait for the disk")]
 
 use crate::durable::{Files, Restore};
 use crate::service::Command;

@@ -51,9 +51,12 @@ pub(crate) struct Paged {
     pub(crate) import_failures: Vec<SpdStatus>,
 }
 
-/// The slow tier: tag and rows of each block.
+/// The slow tier, by block.
 #[derive(Clone, Default)]
-pub(crate) struct Disk(pub(crate) Arc<Mutex<HashMap<u32, (u64, Vec<(u32, u32)>)>>>);
+pub(crate) struct Disk(pub(crate) Arc<Mutex<HashMap<u32, SlowBlock>>>);
+
+/// Tag and rows (token and position) of a block.
+pub(crate) type SlowBlock = (u64, Vec<(u32, u32)>);
 
 impl Paged {
     /// Token and position of a slot, wherever its block is.

@@ -2,6 +2,7 @@
 //!
 //! Reads headers, metadata and the scales of FP8 weights only; weights stay where they are.
 
+use crate::language::Language;
 use crate::program::kv_shape;
 use crate::weights::Weights;
 use crate::{KvFormats, KvShape, Model, ModelError, ModelSpec, Program, ProgramOptions, Selection};
@@ -80,7 +81,9 @@ impl Inspection {
         let spec = ModelSpec::parse(&weights);
         let model = Model::open(path);
         let served = model.as_ref().ok().and_then(Model::chat_format).is_some();
-        let of_folder = model.as_ref().ok().and_then(Model::tokenizer).filter(|_| is_folder);
+        // Also where the model itself is not served.
+        let of_folder =
+            if is_folder { Language::of(&weights).ok().and_then(|language| language.tokenizer) } else { None };
         let of_folder = of_folder.map(|tokenizer| ("tokenizer.json".to_owned(), tokenizer.vocab_size()));
         let tokenizer = tokenizer(&weights).or(of_folder);
         let options = ProgramOptions { selection: Selection::Model, ..ProgramOptions::default() };

@@ -3,7 +3,7 @@
 use crate::weights::Weights;
 use crate::{ChatFormat, ModelError, Tokenizer, TokenizerConfig};
 use serde_json::Value;
-use sparsed_quant::gguf::Metadata;
+use sparsed_quant::gguf::{self, Metadata};
 
 /// Largest `tokenizer.json` in bytes.
 const TOKENIZER_BYTES_MAX: usize = 256 << 20;
@@ -34,12 +34,32 @@ impl Language {
     }
 
     fn of_folder(weights: &Weights) -> Result<Self, ModelError> {
-        let Some(file) = weights.side_file("tokenizer.json", TOKENIZER_BYTES_MAX)? else { return Ok(Self::default()) };
+        let Some(Files { tokenizer, template, .. }) = Files::of(weights)? else { return Ok(Self::default()) };
+        let kind = weights.config().and_then(|model| model.get("model_type"));
+        let kind = kind.and_then(Value::as_str).unwrap_or_default();
+        let chat = ChatFormat::choose(template.as_deref(), kind, &tokenizer)?;
+        Ok(Self { tokenizer: Some(tokenizer), chat })
+    }
+}
+
+/// What the files of a folder say.
+struct Files {
+    /// The bytes of `tokenizer.json`.
+    json: Vec<u8>,
+    config: TokenizerConfig,
+    tokenizer: Tokenizer,
+    template: Option<String>,
+}
+
+impl Files {
+    /// Reads them; `None` without a tokenizer.
+    fn of(weights: &Weights) -> Result<Option<Self>, ModelError> {
+        let Some(json) = weights.side_file("tokenizer.json", TOKENIZER_BYTES_MAX)? else { return Ok(None) };
         let config = match weights.side_file("tokenizer_config.json", FILE_BYTES_MAX)? {
             Some(file) => TokenizerConfig::parse(&file)?,
             None => TokenizerConfig::default(),
         };
-        let mut tokenizer = Tokenizer::from_json(&file, &config)?;
+        let mut tokenizer = Tokenizer::from_json(&json, &config)?;
         let model = weights.config();
         if let Some(ids) = model.and_then(|model| model.get("eos_token_id")) {
             tokenizer.add_end_tokens(&end_tokens(ids))?;
@@ -54,11 +74,25 @@ impl Language {
         let separate = weights.side_file("chat_template.jinja", FILE_BYTES_MAX)?;
         let separate = separate.map(String::from_utf8).transpose();
         let separate = separate.map_err(|_| ModelError::Template("chat_template.jinja is not UTF-8".to_owned()))?;
-        let kind = model.and_then(|model| model.get("model_type")).and_then(Value::as_str).unwrap_or_default();
-        let template = separate.as_deref().or(config.chat_template.as_deref());
-        let chat = ChatFormat::choose(template, kind, &tokenizer)?;
-        Ok(Self { tokenizer: Some(tokenizer), chat })
+        let template = separate.or_else(|| config.chat_template.clone());
+        Ok(Some(Self { json, config, tokenizer, template }))
     }
+}
+
+/// Writes what a folder says of its language as keys of a GGUF.
+///
+/// # Errors
+/// A tokenizer that a GGUF has no keys for.
+pub(crate) fn write_metadata(weights: &Weights, vocab_size: u32, metadata: &mut Metadata) -> Result<(), ModelError> {
+    let Some(Files { json, config, tokenizer, template }) = Files::of(weights)? else {
+        metadata.set("tokenizer.ggml.model", gguf::Value::String("none".to_owned()));
+        return Ok(());
+    };
+    tokenizer.write_metadata(&json, &config, vocab_size, metadata)?;
+    if let Some(template) = template {
+        metadata.set("tokenizer.chat_template", gguf::Value::String(template));
+    }
+    Ok(())
 }
 
 /// `eos_token_id`: a number, a list of numbers, or nothing.

@@ -1,10 +1,14 @@
-//! How does a GGUF become smaller? Tensor by tensor, as a stream: no file is too large for memory.
+//! How does a model become a smaller GGUF? Tensor by tensor, as a stream: no file is too large for memory.
+//!
+//! It may be a GGUF, one file or all parts of a split one, or a Hugging Face folder. Of a folder, keys and names are
+//! llama.cpp's ([`source`]); before any data is written the new header is read as the model that it will be, and a
+//! folder that has something that the keys do not say, so that the two would compute differently, is refused.
 //!
 //! [`Recipe`] names what most matrices become. Excepted are, in this order:
 //!
 //! 1. What `keep` names, by whole name, `*` standing for any run of characters: stays as it is.
 //! 2. Vectors, norms, biases, the router (`ffn_gate_inp`, `exp_probs_b`), the indexer's head weights (`indexer.proj`)
-//!    and its `k_norm`: stay as they are.
+//!    and its `k_norm`: stay as they are, but BF16 and all of a folder become F32, without loss.
 //! 3. The indexer's matrices: at least Q8_0, since what it selects decides what is read at all.
 //! 4. `output`, and `token_embd` where it is the output too: at least Q6_K.
 //! 5. In recipes ending in `_M`, as llama.cpp has it: `attn_v`, `attn_v_b`, `attn_kv_b` and `ffn_down` (experts' too)
@@ -16,15 +20,18 @@
 //! What has the wanted format already is copied as bytes. Source of 4 and 5: llama.cpp, `llama-quant.cpp`.
 
 mod rules;
+mod source;
 mod stream;
 
 pub use rules::Recipe;
 
 use crate::ModelError;
 use crate::new_file::{NewFile, folder};
-use crate::weights::open_gguf;
+use crate::weights::Weights;
+use crate::{Model, ModelSpec, ProgramOptions};
 use rules::{Subject, Whole};
-use sparsed_quant::gguf::{Gguf, Value, Writer};
+use source::Source;
+use sparsed_quant::gguf::{Metadata, Value, Writer};
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -35,7 +42,7 @@ const QUANTIZATION_VERSION: u32 = 2;
 /// Most threads.
 const THREADS_MAX: usize = 256;
 
-/// How a file is quantised.
+/// How a model is quantised.
 #[derive(Clone, Debug)]
 pub struct QuantizeOptions {
     /// What most matrices become.
@@ -46,14 +53,14 @@ pub struct QuantizeOptions {
     pub n_threads: usize,
 }
 
-/// What became of a file.
+/// What became of a model.
 #[derive(Clone, Debug, Default)]
 pub struct QuantizeReport {
     /// By the name of the new format.
     pub formats: BTreeMap<&'static str, FormatReport>,
     /// What a user should know, one sentence each.
     pub notes: Vec<String>,
-    /// Size of the old file.
+    /// Size of all old files with tensors.
     pub bytes_before: u64,
     /// Size of the new file.
     pub bytes_after: u64,
@@ -90,13 +97,19 @@ pub fn quantize(
     options: &QuantizeOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<QuantizeReport, ModelError> {
-    let io = |source| ModelError::Io { path: input.to_owned(), source };
-    let (file, mapped, gguf) = open_gguf(input)?;
-    drop(mapped); // the header has been read; data is read in batches, not through pages that would stay resident
-    refuse_output(&file.metadata().map_err(io)?, output)?;
-    let mut report = QuantizeReport { bytes_before: file.metadata().map_err(io)?.len(), ..QuantizeReport::default() };
-    let planned = plan(&gguf, options, &mut report.notes)?;
-    let mut writer = Writer::new(gguf.metadata().clone());
+    // Data is read in batches, not through the mapping, whose pages would stay resident.
+    let weights = Weights::open(input)?;
+    refuse_output(&weights, output)?;
+    let mut report = QuantizeReport { bytes_before: weights.file_bytes(), ..QuantizeReport::default() };
+    let (metadata, spec, sources) = match weights.metadata() {
+        Some(metadata) => (whole(metadata), None, source::of_gguf(&weights)?),
+        None => {
+            let (metadata, spec, sources) = source::of_folder(&weights)?;
+            (metadata, Some(spec), sources)
+        }
+    };
+    let planned = plan(sources, options, spec.is_some(), &mut report.notes)?;
+    let mut writer = Writer::new(metadata);
     writer.set("general.file_type", Value::U32(options.recipe.file_type));
     writer.set("general.quantization_version", Value::U32(QUANTIZATION_VERSION));
     let mut total = 0;
@@ -110,11 +123,14 @@ pub fn quantize(
         total += bytes;
     }
     refuse_full_disk(output, total)?;
+    if let Some(spec) = spec {
+        read_back(&spec, output, &writer, &mut report.notes)?;
+    }
     let (new, sink) = NewFile::create(output).map_err(|source| ModelError::Io { path: output.to_owned(), source })?;
     let part = new.path().to_owned();
     let io = |source| ModelError::Io { path: part.clone(), source };
     let mut data = writer.begin(sink).map_err(io)?;
-    let mut recoder = Recoder::new(&file, input, n_threads(options.n_threads));
+    let mut recoder = Recoder::new(n_threads(options.n_threads));
     let mut done = 0;
     for tensor in &planned {
         let loss = recoder.tensor(tensor, &mut data, &part, &mut |bytes| {
@@ -129,42 +145,70 @@ pub fn quantize(
     Ok(report)
 }
 
+/// The metadata of all parts of a split file in one: without the keys of the split.
+fn whole(metadata: &Metadata) -> Metadata {
+    let mut whole = Metadata::new();
+    for (key, value) in metadata.iter().filter(|(key, _)| !key.starts_with("split.")) {
+        whole.set(key, value.clone());
+    }
+    whole
+}
+
+/// Reads the header that `writer` will write, in a file of holes that is gone afterwards, and compares the model that
+/// it describes with the folder's.
+fn read_back(spec: &ModelSpec, output: &Path, writer: &Writer, notes: &mut Vec<String>) -> Result<(), ModelError> {
+    let (new, sink) = NewFile::create(output).map_err(|source| ModelError::Io { path: output.to_owned(), source })?;
+    let io = |source| ModelError::Io { path: new.path().to_owned(), source };
+    writer.clone().begin(sink).map_err(io)?.skip().map_err(io)?;
+    let model = Model::open(new.path())?;
+    model.outline(&ProgramOptions::default())?;
+    let read = model.spec();
+    if let Some(what) = spec.difference(read) {
+        let reason = format!("the keys of a GGUF do not say this of the folder: {what}; serve the folder itself");
+        return Err(ModelError::Quantize(reason));
+    }
+    if spec.latent_norm_eps.total_cmp(&read.latent_norm_eps).is_ne() {
+        let (ours, theirs) = (read.latent_norm_eps, spec.latent_norm_eps);
+        notes.push(format!("norms of latents take the eps {ours:e} in a GGUF, {theirs:e} in the folder (D3)"));
+    }
+    Ok(())
+}
+
 fn n_threads(wanted: usize) -> usize {
     let all = || std::thread::available_parallelism().map_or(1, usize::from);
     if wanted == 0 { all().min(THREADS_MAX) } else { wanted.min(THREADS_MAX) }
 }
 
 /// Decides for every tensor, and notes what a user should know.
-fn plan(gguf: &Gguf, options: &QuantizeOptions, notes: &mut Vec<String>) -> Result<Vec<Planned>, ModelError> {
-    if let Some(parts) = gguf.metadata().u64("split.count")?.filter(|&parts| parts > 1) {
-        return Err(ModelError::Quantize(format!("the input is one of {parts} parts of a model; merge them first")));
-    }
+fn plan(
+    sources: Vec<Source>,
+    options: &QuantizeOptions,
+    is_folder: bool,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Planned>, ModelError> {
     if let Some(pattern) =
-        options.keep.iter().find(|keep| !gguf.tensors().iter().any(|info| rules::matches(keep, &info.name)))
+        options.keep.iter().find(|keep| !sources.iter().any(|source| rules::matches(keep, &source.name)))
     {
         return Err(ModelError::Quantize(format!("no tensor is called '{pattern}', which was to be kept")));
     }
     let layer = |name: &str| name.strip_prefix("blk.")?.split_once('.')?.0.parse::<u64>().ok();
-    let n_layers = gguf.tensors().iter().filter_map(|info| layer(&info.name)).max().map_or(0, |n| n.saturating_add(1));
-    let whole = Whole { n_layers, tied: gguf.tensor("output.weight").is_none() };
-    let mut planned = Vec::with_capacity(gguf.tensors().len());
+    let n_layers = sources.iter().filter_map(|source| layer(&source.name)).max().map_or(0, |n| n.saturating_add(1));
+    let whole = Whole { n_layers, tied: !sources.iter().any(|source| source.name == "output.weight"), is_folder };
+    let mut planned = Vec::with_capacity(sources.len());
     let (mut again, mut instead) = (0u64, BTreeMap::<(&str, &str), u64>::new());
-    for info in gguf.tensors() {
-        let subject = Subject { name: &info.name, dims: &info.dims, format: info.format };
-        let kept = options.keep.iter().any(|pattern| rules::matches(pattern, &info.name));
+    for Source { name, dims, format, pieces } in sources {
+        let kept = options.keep.iter().any(|pattern| rules::matches(pattern, &name));
         let to = if kept {
-            info.format
+            format
         } else {
-            let choice = options.recipe.choose(&subject, &whole);
+            let choice = options.recipe.choose(&Subject { name: &name, dims: &dims, format }, &whole);
             if let Some(wanted) = choice.instead_of {
                 *instead.entry((choice.format.name(), wanted.name())).or_default() += 1;
             }
             choice.format
         };
-        again += u64::from(to != info.format && info.format.block_values() > 1);
-        let (start, values) = (info.range.start as u64, info.values());
-        let (name, dims) = (info.name.clone(), info.dims.clone());
-        planned.push(Planned { name, dims, from: info.format, to, start, values });
+        again += u64::from(to != format && format.block_values() > 1);
+        planned.push(Planned { name, dims, from: format, to, pieces });
     }
     for ((taken, wanted), n) in instead {
         notes.push(format!("{n} tensors are {taken} instead of {wanted}: their rows are not whole blocks of it"));
@@ -175,11 +219,14 @@ fn plan(gguf: &Gguf, options: &QuantizeOptions, notes: &mut Vec<String>) -> Resu
     Ok(planned)
 }
 
-/// The input itself, and what is no file, is not overwritten.
-fn refuse_output(input: &std::fs::Metadata, output: &Path) -> Result<(), ModelError> {
+/// A file of the input, and what is no file, is not overwritten.
+fn refuse_output(input: &Weights, output: &Path) -> Result<(), ModelError> {
     let Ok(there) = std::fs::metadata(output) else { return Ok(()) };
-    if (there.dev(), there.ino()) == (input.dev(), input.ino()) {
-        return Err(ModelError::Quantize("the output is the input; write to another file".to_owned()));
+    for file in input.files() {
+        let read = file.metadata().map_err(|source| ModelError::Io { path: input.path().to_owned(), source })?;
+        if (there.dev(), there.ino()) == (read.dev(), read.ino()) {
+            return Err(ModelError::Quantize("the output is the input; write to another file".to_owned()));
+        }
     }
     if !there.is_file() {
         return Err(ModelError::Quantize(format!("{} is there and is not a regular file", output.display())));
@@ -202,6 +249,7 @@ fn refuse_full_disk(output: &Path, needed: u64) -> Result<(), ModelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weights::open_gguf;
     use sparsed_quant::gguf::Metadata;
     use sparsed_quant::{Format, decode, encode};
     use std::path::PathBuf;
@@ -335,7 +383,7 @@ mod tests {
         }
         let large = input(dir.path(), Some(1e9), 1);
         assert!(reason(&large, &output, &options("F16", 1)).contains("F16 cannot hold"));
-        assert!(reason(&input(dir.path(), None, 2), &output, &options("Q4_0", 1)).contains("one of 2 parts"));
+        assert!(reason(&input(dir.path(), None, 2), &output, &options("Q4_0", 1)).contains("split.no"));
         assert!(refuse_full_disk(&output, u64::MAX).unwrap_err().to_string().contains("bytes free"));
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left.len(), 2, "only the input and the link: {left:?}");

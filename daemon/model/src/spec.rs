@@ -16,6 +16,7 @@ mod hf;
 mod json;
 mod keys;
 mod parse;
+mod write;
 mod yarn;
 
 pub(crate) use json::{CONFIG_BYTES_MAX, parse as parse_json};

@@ -13,6 +13,7 @@ mod json;
 mod parts;
 mod split;
 mod stream;
+mod write;
 
 pub(crate) use control::ControlTokens;
 pub use json::TokenizerConfig;

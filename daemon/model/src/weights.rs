@@ -10,9 +10,11 @@ mod gguf;
 mod names;
 mod reshape;
 mod safetensors;
+mod stored;
 
 pub(crate) use names::{expert_of, layer_of};
 pub use safetensors::SafetensorsHeader;
+pub(crate) use stored::{Coding, Stored, StoredError};
 
 use crate::ModelError;
 use bytes::Bytes;
@@ -111,6 +113,22 @@ impl Weights {
         match &self.source {
             Source::Gguf(files) => files.mapped().find_map(|file| file.place(bytes)),
             Source::Folder(folder) => folder.mapped().find_map(|file| file.place(bytes)),
+        }
+    }
+
+    /// All its files with tensors.
+    pub(crate) fn files(&self) -> Vec<&File> {
+        match &self.source {
+            Source::Gguf(files) => files.mapped().map(|file| &*file.file).collect(),
+            Source::Folder(folder) => folder.mapped().map(|file| &*file.file).collect(),
+        }
+    }
+
+    /// Where the tensor that the source calls `name` lies.
+    pub(crate) fn stored(&self, name: &str) -> Result<Option<Stored>, ModelError> {
+        match &self.source {
+            Source::Gguf(files) => Ok(files.stored(name)),
+            Source::Folder(folder) => folder.stored(name),
         }
     }
 

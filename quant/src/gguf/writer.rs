@@ -126,6 +126,27 @@ impl<W: Write> DataWriter<W> {
         self.out.write_all(&[0; ALIGNMENT][..padding])
     }
 
+    /// Seeks past all tensors that are left, each a hole of zeros; gives the sink back. For who reads the header only.
+    ///
+    /// # Errors
+    /// The sink's.
+    pub fn skip(mut self) -> io::Result<W>
+    where
+        W: io::Seek,
+    {
+        if self.missing != 0 {
+            return Err(refused("a tensor has begun".to_owned()));
+        }
+        let left = self.left.as_slice().iter().map(|bytes| bytes.next_multiple_of(ALIGNMENT) as u64).sum::<u64>();
+        if let Some(last) = left.checked_sub(1) {
+            let last = i64::try_from(last).map_err(|_| refused(format!("{left} bytes are left")))?;
+            self.out.seek(io::SeekFrom::Current(last))?;
+            self.out.write_all(&[0])?;
+        }
+        self.out.flush()?;
+        Ok(self.out)
+    }
+
     /// Ends the file and gives the sink back.
     ///
     /// # Errors
@@ -235,6 +256,24 @@ mod tests {
         }
         assert_eq!(pieces.finish().unwrap(), whole);
         assert_eq!(Gguf::parse(&whole).unwrap().tensor("b").unwrap().range.len(), 32);
+    }
+
+    #[test]
+    fn tensors_that_are_skipped_are_holes_behind_a_whole_header() {
+        let mut written = begun(&[3, 8, 5]);
+        [12, 32, 20].into_iter().for_each(|n| written.tensor(&vec![0; n]).unwrap());
+        let written = written.finish().unwrap();
+        let mut writer = Writer::new(Metadata::new());
+        for (name, size) in ["a", "b", "c"].iter().zip([3, 8, 5]) {
+            writer.add(name, &[size], Format::F32).unwrap();
+        }
+        let skipped = writer.begin(io::Cursor::new(Vec::new())).unwrap().skip().unwrap().into_inner();
+        assert_eq!(skipped, written);
+        let mut begun = Writer::new(Metadata::new());
+        begun.add("a", &[2], Format::F32).unwrap();
+        let mut begun = begun.begin(io::Cursor::new(Vec::new())).unwrap();
+        begun.piece(&[0; 4]).unwrap();
+        assert!(begun.skip().is_err(), "a tensor has begun");
     }
 
     #[test]

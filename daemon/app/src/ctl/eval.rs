@@ -14,7 +14,7 @@ use recall::Recall;
 use serde_json::json;
 use sparsed_backend::Backend;
 use sparsed_engine::DeviceModel;
-use sparsed_engine::eval::RecallError;
+use sparsed_engine::eval::{RECALL_NOTES_MAX, RecallError};
 use sparsed_model::Model;
 use std::path::PathBuf;
 use texts::Texts;
@@ -37,11 +37,14 @@ const TOKENS_MAX: u32 = 1 << 24;
 /// the second half of each window, where a selection leaves most out. RATIO is the perplexity over dense attention's;
 /// +- is the standard error over windows, of a ratio from each window's own difference.
 ///
-/// Recall: four notes "The access code for the NAME is 12345." lie in the first 70 % of other text, and one is
-/// asked for at the end. The answer is teacher-forced: a digit counts as right if it is the likeliest token after
-/// the right ones before it. Perplexity hardly shows that a selection has lost this; look at both. The control that
-/// must fail is "window": the model is given only the first 4 and the last tokens, k in all, and reads them
-/// densely. (A real sliding window could carry a little more from layer to layer. This one cannot.)
+/// Recall: notes "The access code for the NAME is 12345." lie in the first 70 % of other text, and one is asked for
+/// at the end; each note is asked for by a prompt of its own. The text they share is read once and each question put
+/// right behind it, which gives the same figures as reading each prompt alone (--recall-alone). The answer is
+/// teacher-forced: a digit counts as right if it is the likeliest token after the right ones before it. +- is the
+/// standard error over texts. Perplexity hardly shows that a selection has lost this; look at both. The control that
+/// must fail is "window": the model is given only the first 4 and the last tokens, question included, k in all, and reads
+/// them densely. (A real sliding window could carry a little more from layer to layer. This one cannot.)
+/// Rows are written to standard error as they come.
 ///
 /// Attention mass: how much of the softmax weight of full attention, over all tokens up to the query's own, lies on
 /// the k selected ones, in the run that selects. It is looked at for --mass-queries queries of each window's second
@@ -50,7 +53,8 @@ const TOKENS_MAX: u32 = 1 << 24;
 /// the last, "random" ones on average. SHARE is selection over oracle; the worst layer is the one where it is least.
 /// A high share does not prove recall: a fact far back is one token of many.
 ///
-/// A k of the context's length or more reads everything, as dense does, and is left out.
+/// A k of the context's length or more reads everything, as dense does, and is left out; so is a window that is
+/// shorter than the recall question.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Eval {
@@ -82,6 +86,12 @@ pub(super) struct Eval {
     /// Recall prompts of each length.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     recall_prompts: u32,
+    /// Notes in a text, and so prompts that share it.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=RECALL_NOTES_MAX as i64))]
+    recall_notes: u32,
+    /// Read every recall prompt from its first token.
+    #[arg(long)]
+    recall_alone: bool,
     /// Same seed, same recall prompts, same queries for the attention mass.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -106,6 +116,16 @@ enum Attention {
     Window(u32),
 }
 
+impl std::fmt::Display for Attention {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Dense => f.write_str("dense"),
+            Self::Sparse(k) => write!(f, "k = {k}"),
+            Self::Window(size) => write!(f, "window {size}"),
+        }
+    }
+}
+
 /// A model with the device it is put on, once for each kind of attention.
 struct Bench<'a> {
     model: &'a Model,
@@ -116,14 +136,15 @@ struct Bench<'a> {
 
 impl Bench<'_> {
     /// The model on the device, for sequences of up to `context` tokens.
-    fn load(&self, attention: Attention, context: u32) -> anyhow::Result<DeviceModel> {
+    /// With `queries`, attention's are given out where there are selections to compare.
+    fn load(&self, attention: Attention, context: u32, queries: bool) -> anyhow::Result<DeviceModel> {
         let top_k = match attention {
             Attention::Dense | Attention::Window(_) => Some(0),
             Attention::Sparse(k) => Some(k),
         };
         let chunk = self.eval.chunk.min(context);
         let outputs = match attention {
-            Attention::Sparse(_) if self.eval.mass_queries() > 0 => LocalOutputs::EverythingWithQueries,
+            Attention::Sparse(_) if queries => LocalOutputs::EverythingWithQueries,
             _ => LocalOutputs::EveryRow,
         };
         self.eval.device.load(self.model, self.backend, top_k, context, chunk, outputs)
@@ -131,6 +152,17 @@ impl Bench<'_> {
 
     fn chunk(&self) -> usize {
         self.eval.chunk as usize
+    }
+
+    /// Says a result before the table is whole, so that a run that is cut leaves what it has.
+    #[expect(clippy::print_stderr, reason = "a command-line tool speaks on standard error")]
+    fn say(&self, line: &str) {
+        self.progress.suspend(|| eprintln!("{line}"));
+    }
+
+    /// Says how far it is: in the bar, or as a line where no bar is drawn.
+    fn step(&self, line: &str) {
+        if self.progress.is_hidden() { self.say(line) } else { self.progress.set_message(line.to_owned()) }
     }
 }
 
@@ -156,9 +188,9 @@ impl Eval {
         notes.extend(self.dropped(&contexts, &lengths, model.spec().context_length));
         ensure!(!perplexities.is_empty() || !recalls.is_empty(), "nothing to measure: {}", notes.join("; "));
         let progress = ProgressBar::new(
-            perplexities.iter().map(Perplexity::n_tokens).chain(recalls.iter().map(Recall::n_tokens)).sum(),
+            perplexities.iter().map(Perplexity::n_tokens).chain(recalls.iter().map(|one| one.n_tokens(&self))).sum(),
         );
-        progress.set_style(ProgressStyle::with_template("{wide_bar} {human_pos}/{human_len} tokens {eta}")?);
+        progress.set_style(ProgressStyle::with_template("{msg} {wide_bar} {human_pos}/{human_len} tokens {eta}")?);
         let bench = Bench { model: &model, backend: &backend, eval: &self, progress };
         let perplexities = perplexities.iter().map(|one| one.measure(&bench)).collect::<Result<Vec<_>, _>>()?;
         let recalls = recalls.iter().map(|one| one.measure(&bench)).collect::<Result<Vec<_>, _>>()?;
@@ -189,7 +221,7 @@ impl Eval {
     ) -> anyhow::Result<(Vec<Recall>, Vec<String>)> {
         let (mut recalls, mut notes) = (Vec::new(), Vec::new());
         for &length in lengths {
-            match Recall::plan(texts, model, length, self.recall_prompts, self.seed, top_k) {
+            match Recall::plan(self, texts, model, length, top_k) {
                 Err(error) if self.recall_lengths.is_none() && is_too_little_text(&error) => {
                     notes.push(format!("recall at {length} tokens is left out: {error}"));
                 }

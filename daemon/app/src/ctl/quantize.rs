@@ -1,29 +1,33 @@
-//! `sparsectl quantize`: a GGUF file becomes a smaller one.
+//! `sparsectl quantize`: a model becomes a smaller GGUF file.
 
 use clap::builder::PossibleValuesParser;
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use sparsed_model::quantize::{QuantizeOptions, QuantizeReport, Recipe, quantize};
 use std::path::PathBuf;
 
-/// Quantise a GGUF file.
+/// Quantise a model into one GGUF file.
+///
+/// The model is a GGUF file, the first part of a split one, or a Hugging Face folder (safetensors in F32, F16, BF16 or
+/// FP8). A folder gets llama.cpp's keys and tensor names, its tokenizer and chat template included; one that has
+/// something that these keys do not say is refused, since the file would compute something else.
 ///
 /// The type is what most matrices become. Stored with more bits than that, or as they are:
 ///
 ///   - vectors, norms, biases, the router (ffn_gate_inp, exp_probs_b) and the indexer's head weights (indexer.proj)
-///     stay as they are
+///     stay as they are, but BF16, and all of a folder, becomes F32 without loss
 ///   - the indexer's matrices: at least Q8_0, since what it selects decides what attention reads
 ///   - the output matrix, and an embedding that serves as one: at least Q6_K
 ///   - Q4_K_M and Q5_K_M: attn_v and ffn_down are Q6_K in the first and last eighth of the layers and every third
 ///     between; attn_kv_a likewise, and Q5_K in the other layers
 ///   - rows that are not a multiple of 256 take formats with blocks of 32: Q5_0 for Q4_K, Q5_1 for Q5_K, Q8_0 for Q6_K
 ///
-/// Start from an F16, BF16 or F32 file: errors of a file that was quantised before add up. Memory is 16 MiB a thread
-/// and what the file's header takes, whatever the file's size. The output appears whole or not at all, in place of a
-/// file that was there.
+/// Start from F16, BF16, F32 or FP8: errors of a file that was quantised before add up. Memory is 16 MiB a thread and
+/// what the headers and the tokenizer take, whatever the model's size. The output appears whole or not at all, in place
+/// of a file that was there.
 #[derive(Debug, clap::Args)]
 #[command(verbatim_doc_comment)]
 pub(super) struct Quantize {
-    /// The model, GGUF.
+    /// The model: a GGUF file (the first part of a split one) or a Hugging Face folder.
     input: PathBuf,
     /// The new file.
     output: PathBuf,

@@ -44,6 +44,8 @@ pub(super) struct Whole {
     pub(super) n_layers: u64,
     /// The embedding is the output matrix too.
     pub(super) tied: bool,
+    /// It comes from a Hugging Face folder.
+    pub(super) is_folder: bool,
 }
 
 /// How a tensor is stored, and whether its rows forbade what was wanted.
@@ -66,7 +68,13 @@ impl Recipe {
 
     pub(super) fn choose(self, subject: &Subject<'_>, whole: &Whole) -> Choice {
         if stays(subject.name, subject.dims) {
-            return Choice { format: subject.format, instead_of: None };
+            // As llama.cpp's converter has it: its operators take single precision there.
+            let single = match subject.format {
+                Format::BF16 => true,
+                Format::F16 => whole.is_folder,
+                _ => false,
+            };
+            return Choice { format: if single { Format::F32 } else { subject.format }, instead_of: None };
         }
         let wanted = self.wanted(subject.name, whole);
         let mut format = wanted;
@@ -152,7 +160,7 @@ mod tests {
 
     fn choose(recipe: &str, name: &str, dims: &[u64]) -> Choice {
         let subject = Subject { name, dims, format: Format::F16 };
-        Recipe::from_name(recipe).unwrap().choose(&subject, &Whole { n_layers: 32, tied: false })
+        Recipe::from_name(recipe).unwrap().choose(&subject, &Whole { n_layers: 32, tied: false, is_folder: false })
     }
 
     fn check(recipe: &str, name: &str, expected: Format) {
@@ -173,6 +181,12 @@ mod tests {
             check("Q4_0", name, Format::F16);
         }
         assert_eq!(choose("Q4_0", "rope_freqs.weight", &[512]).format, Format::F16);
+        let norm = |format, is_folder| {
+            let subject = Subject { name: "output_norm.weight", dims: &[512], format };
+            let whole = Whole { n_layers: 32, tied: false, is_folder };
+            Recipe::from_name("Q4_0").unwrap().choose(&subject, &whole).format
+        };
+        assert_eq!([norm(Format::BF16, false), norm(Format::F16, true)], [Format::F32; 2], "nothing is lost");
     }
 
     #[test]
@@ -207,7 +221,7 @@ mod tests {
         check("Q8_0", "output.weight", Format::Q8_0);
         check("Q4_0", "token_embd.weight", Format::Q4_0);
         let subject = Subject { name: "token_embd.weight", dims: &[512, 64], format: Format::F16 };
-        let tied = Whole { n_layers: 32, tied: true };
+        let tied = Whole { n_layers: 32, tied: true, is_folder: false };
         assert_eq!(Recipe::from_name("q4_0").unwrap().choose(&subject, &tied).format, Format::Q6_K);
     }
 

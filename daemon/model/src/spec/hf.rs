@@ -123,6 +123,11 @@ pub(super) fn parse(config: &Map<String, Value>) -> Result<ModelSpec, ModelError
     })
 }
 
+/// The RoPE of a configuration.
+pub(super) fn rope_of(config: &Map<String, Value>, context_length: u32) -> Result<Rope, ModelError> {
+    rope::parse(Object { map: config, prefix: "" }, context_length)
+}
+
 fn layout(interleaved: bool) -> RopeLayout {
     if interleaved { RopeLayout::Interleaved } else { RopeLayout::HalfSplit }
 }

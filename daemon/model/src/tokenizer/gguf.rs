@@ -39,6 +39,7 @@ pub(super) fn parts(metadata: &Metadata) -> Result<Option<Parts>, ModelError> {
         what: format!("pre-tokenizer '{pre}'"),
         hint: ": smollm, gpt-2, llama-bpe, qwen2, glm4 and deepseek-v3 are",
     })?;
+    let (nfc, ignore_merges) = split::habits(pre);
     let llama3 = matches!(pre, "llama-bpe" | "llama3" | "llama-v3");
     let pair = |merge: &String| {
         let bad = || ModelError::Tokenizer(format!("merge '{merge}' is not two tokens"));
@@ -49,9 +50,8 @@ pub(super) fn parts(metadata: &Metadata) -> Result<Option<Parts>, ModelError> {
         kinds,
         merges: merges.iter().map(pair).collect::<Result<_, _>>()?,
         splitter: Splitter::new(patterns.iter().copied())?,
-        // Not in the file: as the models' own tokenizer.json has them.
-        normalizer: matches!(pre, "qwen2" | "deepseek-r1-qwen").then_some(NormalizerWrapper::NFC(NFC)),
-        ignore_merges: llama3 || matches!(pre, "glm4" | "glm5"),
+        normalizer: nfc.then_some(NormalizerWrapper::NFC(NFC)),
+        ignore_merges,
         bos: id("tokenizer.ggml.bos_token_id")?,
         eos: id("tokenizer.ggml.eos_token_id")?,
         // Llama 3 files of the first weeks lack the key.

@@ -26,7 +26,7 @@ const END_NAMES: &[&str] = &[
 ];
 /// GLM's answers end where the next turn begins; `[gMASK]` tells that it is GLM.
 const GLM_END_NAMES: &[&str] = &["<|user|>", "<|observation|>"];
-const GLM_MARK: &str = "[gMASK]";
+pub(super) const GLM_MARK: &str = "[gMASK]";
 
 /// What a token is for; GGUF's `token_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +48,16 @@ impl Kind {
             4 => Self::Added,
             5 => Self::Unused,
             _ => Self::Normal,
+        }
+    }
+
+    /// What [`Self::of`] reads as this kind.
+    pub(super) fn token_type(self) -> i32 {
+        match self {
+            Self::Normal => 1,
+            Self::Control => 3,
+            Self::Added => 4,
+            Self::Unused => 5,
         }
     }
 }

@@ -35,8 +35,15 @@ pub(super) fn named(pre: &str) -> Option<&'static [&'static str]> {
     })
 }
 
+/// What else the name of a pre-tokenizer means, since a GGUF does not say it: as the models' own `tokenizer.json` have
+/// it. Whether text is normalised (NFC), and whether a piece that is a token stays one although no merges lead to it.
+pub(super) fn habits(pre: &str) -> (bool, bool) {
+    let whole_pieces = ["llama-bpe", "llama3", "llama-v3", "glm4", "glm5"];
+    (matches!(pre, "qwen2" | "deepseek-r1-qwen"), whole_pieces.contains(&pre))
+}
+
 /// Cuts text, one pattern after the other; what a pattern does not match is a piece as well.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(super) struct Splitter {
     steps: Vec<Step>,
 }
@@ -48,6 +55,14 @@ struct Step {
     look_ahead: bool,
     /// Whether runs of whitespace up to a newline have an alternative of their own.
     newlines: bool,
+}
+
+/// Steps are the same when they cut by the same pattern.
+impl PartialEq for Step {
+    fn eq(&self, other: &Self) -> bool {
+        let own = |step: &Self| (step.look_ahead, step.newlines);
+        own(self) == own(other) && self.regex.as_str() == other.regex.as_str()
+    }
 }
 
 impl Splitter {

@@ -1,6 +1,7 @@
 //! Which tensors does a Hugging Face folder hold? `config.json` and safetensors, one file or several with an index.
 
 use super::safetensors::{Entry, SafetensorsHeader, TENSORS_MAX, dtype_name};
+use super::stored::{Coding, Stored, StoredError};
 use super::{Listed, Mapped, Tensor, fp8, io, names, open_mapped, reshape};
 use crate::ModelError;
 use crate::spec::{CONFIG_BYTES_MAX, parse_json};
@@ -153,17 +154,47 @@ impl Folder {
             return Err(refuse(format!("has shape {:?}", entry.shape)));
         }
         let bytes = self.shards[*shard].bytes.slice(entry.range.clone());
+        let dims: Vec<u64> = entry.shape.iter().rev().copied().collect();
         let format = match entry.dtype {
             Dtype::F32 => Format::F32,
             Dtype::F16 => Format::F16,
             Dtype::BF16 => Format::BF16,
+            Dtype::F8_E4M3 if self.outline => {
+                // The scales are read, not mapped: a pass over all of them leaves nothing in memory.
+                let stored = self.stored(name)?.expect("it was found above");
+                let format = stored.exact().map_err(|error| match error {
+                    StoredError::Io(source) => io(Path::new(name), source),
+                    StoredError::Quant(source) => ModelError::Quant { name: name.to_owned(), source },
+                })?;
+                return Ok(Some(Tensor { format, dims, bytes: bytes::Bytes::new() }));
+            }
             Dtype::F8_E4M3 => return self.fp8(name, entry, &bytes).map(Some),
             other => return Err(refuse(format!("is {other:?}: F32, F16, BF16 and F8_E4M3 are read"))),
         };
-        Ok(Some(Tensor { format, dims: entry.shape.iter().rev().copied().collect(), bytes }))
+        Ok(Some(Tensor { format, dims, bytes }))
     }
 
-    fn fp8(&self, name: &str, entry: &Entry, bytes: &[u8]) -> Result<Tensor, ModelError> {
+    /// Where the tensor that the folder calls `name` lies.
+    pub(super) fn stored(&self, name: &str) -> Result<Option<Stored>, ModelError> {
+        let Some((shard, entry)) = self.tensors.get(name) else { return Ok(None) };
+        let coding = match entry.dtype {
+            Dtype::F8_E4M3 => {
+                let scales = self.scales(name, entry)?;
+                let scales = self.stored(&scales)?.expect("its name was found");
+                Coding::Fp8 { scales: Box::new(scales), block: self.block }
+            }
+            _ => Coding::Plain(self.tensor(name)?.expect("it was found above").format),
+        };
+        Ok(Some(Stored {
+            file: Arc::clone(&self.shards[*shard].file),
+            start: entry.range.start as u64,
+            dims: entry.shape.iter().rev().copied().collect(),
+            coding,
+        }))
+    }
+
+    /// The name of the scales of an FP8 tensor, which are there and have the right shape.
+    fn scales(&self, name: &str, entry: &Entry) -> Result<String, ModelError> {
         let refuse = |reason: String| ModelError::Tensor { name: name.to_owned(), reason };
         let scale_name = format!("{name}{SCALE}");
         let Some(scales) = self.tensors.get(&scale_name).filter(|(_, scales)| scales.dtype != Dtype::F8_E4M3) else {
@@ -175,13 +206,14 @@ impl Folder {
         if scales.1.shape != wanted {
             return Err(refuse(format!("needs scales of shape {wanted:?}, {scale_name} has {:?}", scales.1.shape)));
         }
-        let scales = self.tensor(&scale_name)?.expect("it was found above").values(&scale_name)?;
-        if self.outline {
-            let format = fp8::decoded_format(&scales);
-            return Ok(Tensor { format, dims: vec![cols, rows], bytes: bytes::Bytes::new() });
-        }
-        let small = |n: u64| usize::try_from(n).expect("its bytes are in memory");
-        Ok(fp8::decode(bytes, &scales, small(rows), small(cols), self.block))
+        Ok(scale_name)
+    }
+
+    fn fp8(&self, name: &str, entry: &Entry, bytes: &[u8]) -> Result<Tensor, ModelError> {
+        let scales = self.scales(name, entry)?;
+        let scales = self.tensor(&scales)?.expect("its name was found").values(&scales)?;
+        let side = |at: usize| usize::try_from(entry.shape[at]).expect("its bytes are in memory");
+        Ok(fp8::decode(bytes, &scales, side(0), side(1), self.block))
     }
 }
 

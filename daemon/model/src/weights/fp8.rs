@@ -50,9 +50,39 @@ pub(super) fn decode(bytes: &[u8], scales: &[f32], rows: usize, cols: usize, blo
     Tensor { format, dims: vec![cols as u64, rows as u64], bytes: out.into() }
 }
 
+/// Decodes a part of a matrix with rows of `cols` values, the part that begins with value `first` of it; `scales` and
+/// `block` are the whole matrix's. `bytes` and `values` have one length.
+pub(super) fn decode_part(
+    bytes: &[u8],
+    scales: &[f32],
+    first: usize,
+    cols: usize,
+    block: [usize; 2],
+    values: &mut [f32],
+) {
+    let table: [f32; 256] = std::array::from_fn(|bits| e4m3(u8::try_from(bits).expect("256 of them")));
+    let per_row = cols.div_ceil(block[1]).max(1);
+    for (at, (value, &bits)) in (first..).zip(values.iter_mut().zip(bytes)) {
+        let (row, col) = (at / cols.max(1), at % cols.max(1));
+        *value = table[usize::from(bits)] * scales[row / block[0] * per_row + col / block[1]];
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn any_part_of_a_matrix_is_what_it_is_in_the_whole() {
+        let scales = [1.0, 0.3, 4.0, 8.0, 16.0, -32.0];
+        let bytes: Vec<u8> = (0..15).map(|n| 7 * n + 3).collect();
+        let whole = decode(&bytes, &scales, 3, 5, [2, 2]).values("t").unwrap();
+        for (first, n) in [(0, 15), (4, 3), (9, 6), (14, 1), (7, 0)] {
+            let mut values = vec![0.0; n];
+            decode_part(&bytes[first..first + n], &scales, first, 5, [2, 2], &mut values);
+            assert_eq!(values, whole[first..first + n], "{n} from {first}");
+        }
+    }
 
     #[test]
     fn the_values_are_those_of_e4m3fn() {

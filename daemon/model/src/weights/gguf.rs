@@ -1,5 +1,6 @@
 //! Which tensors do GGUF files hold? One file, or all parts of a split one (llama.cpp's `split.*` keys).
 
+use super::stored::{Coding, Stored};
 use super::{Listed, Mapped, Tensor, open_gguf};
 use crate::ModelError;
 use sparsed_quant::gguf::{Gguf, Metadata, TENSORS_MAX, TensorInfo};
@@ -114,6 +115,16 @@ impl GgufFiles {
 
     pub(super) fn dims(&self, name: &str) -> Option<Vec<u64>> {
         self.place(name).map(|(_, info)| info.dims.clone())
+    }
+
+    pub(super) fn stored(&self, name: &str) -> Option<Stored> {
+        let (part, info) = self.place(name)?;
+        Some(Stored {
+            file: Arc::clone(&part.file.file),
+            start: info.range.start as u64,
+            dims: info.dims.clone(),
+            coding: Coding::Plain(info.format),
+        })
     }
 
     pub(super) fn find(&self, name: &str) -> Option<Tensor> {

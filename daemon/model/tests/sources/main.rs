@@ -1,6 +1,7 @@
 //! One model from every source: a GGUF, its parts, its legacy form, and a Hugging Face folder become one program.
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub, reason = "a test")]
 
+mod quantized;
 mod tiny;
 mod unread;
 
@@ -223,6 +224,19 @@ fn a_head_is_tied_only_where_the_configuration_says_so() {
     config["tie_word_embeddings"] = json!(true);
     let tied = program(folder(&tensors, &config, Dtype::F32).path());
     assert!(!tied.weights.iter().any(|weight| weight.name == "output.weight"));
+}
+
+#[test]
+fn a_gguf_without_a_head_has_a_tied_one_and_computes_what_a_tied_folder_does() {
+    let (mut tensors, mut config, dir) = (tiny::tensors(), tiny::config(), tempdir().unwrap());
+    let path = dir.path().join("m.gguf");
+    let own = program(&write_gguf(&path, tiny::metadata("glm-dsa"), &tiny::planned(&tensors, true)));
+    assert!(own.weights.iter().any(|weight| weight.name == "output.weight"));
+    tensors.remove("lm_head.weight");
+    config["tie_word_embeddings"] = json!(true);
+    let tied = program(&write_gguf(&path, tiny::metadata("glm-dsa"), &tiny::planned(&tensors, true)));
+    assert!(Model::open(&path).unwrap().spec().tied_embeddings);
+    assert_same(&tied, &program(folder(&tensors, &config, Dtype::F32).path()));
 }
 
 #[test]

@@ -59,7 +59,7 @@ impl Perplexity {
     }
 
     fn read(&self, bench: &Bench<'_>, attention: Attention) -> anyhow::Result<Read> {
-        let mut device = bench.load(attention, self.context)?;
+        let mut device = bench.load(attention, self.context, bench.eval.mass_queries() > 0)?;
         let selects = matches!(attention, Attention::Sparse(_));
         let mut read = Read { losses: Vec::new(), masses: Vec::new() };
         for (number, window) in (0..).zip(&self.windows) {

@@ -1,11 +1,11 @@
 //! Is what was read found again? Recall prompts under each kind of attention, and under windows, which must fail.
 
 use super::texts::Texts;
-use super::{Attention, Bench};
+use super::{Attention, Bench, Eval};
 use anyhow::Context;
 use serde_json::{Value, json};
 use sparsed_engine::eval::{
-    Answered, RecallPrompt, RecallShape, RecallSummary, SINKS, Vocabulary, recall_prompts, windowed,
+    Answered, RecallContext, RecallShape, RecallSummary, SINKS, Vocabulary, recall_contexts, windowed,
 };
 use sparsed_engine::{DeviceModel, Rows, SoleSequence};
 use sparsed_model::{Model, Tokenizer};
@@ -14,7 +14,7 @@ use sparsed_model::{Model, Tokenizer};
 #[derive(Debug)]
 pub(super) struct Recall {
     length: u32,
-    prompts: Vec<RecallPrompt>,
+    contexts: Vec<RecallContext>,
     rows: Vec<Attention>,
 }
 
@@ -37,35 +37,41 @@ impl Vocabulary for Plain<'_> {
 }
 
 impl Recall {
-    /// Makes the prompts.
+    /// Makes the prompts of `eval` that have `length` tokens.
     ///
     /// # Errors
     /// Too little text, or prompts too short to hold the notes.
-    pub(super) fn plan(
-        texts: &Texts,
-        model: &Model,
-        length: u32,
-        count: u32,
-        seed: u64,
-        top_k: &[u32],
-    ) -> anyhow::Result<Self> {
+    pub(super) fn plan(eval: &Eval, texts: &Texts, model: &Model, length: u32, top_k: &[u32]) -> anyhow::Result<Self> {
         let tokenizer = model.tokenizer().context("recall takes a tokenizer")?;
-        let shape = RecallShape { length: length as usize, count: count as usize, seed, prefix: texts.prefix.clone() };
+        let shape = RecallShape {
+            length: length as usize,
+            count: eval.recall_prompts as usize,
+            notes: eval.recall_notes as usize,
+            seed: eval.seed,
+            prefix: texts.prefix.clone(),
+        };
         let vocabulary = Plain { tokenizer, prefix: texts.prefix.len() };
-        let prompts = recall_prompts(&shape, &texts.lines, &vocabulary)?;
+        let contexts = recall_contexts(&shape, &texts.lines, &vocabulary)?;
         let shorter = || top_k.iter().copied().filter(|&k| k < length);
         let rows = std::iter::once(Attention::Dense).chain(shorter().map(Attention::Sparse));
-        let rows = rows.chain(shorter().map(Attention::Window)).collect();
-        Ok(Self { length, prompts, rows })
+        // A window that does not hold the question would be asked nothing.
+        let questions = contexts.iter().flat_map(|context| &context.questions);
+        let longest = questions.map(|question| question.tokens.len()).max().unwrap_or(0);
+        let windows = shorter().filter(|&k| k as usize >= longest).map(Attention::Window);
+        let rows = rows.chain(windows).collect();
+        Ok(Self { length, contexts, rows })
     }
 
     /// Tokens that go through the model.
-    pub(super) fn n_tokens(&self) -> u64 {
-        let tokens = |row: &Attention| {
-            let prompts = self.prompts.iter();
-            prompts.map(|prompt| seen(prompt, *row).len() as u64 - 1).sum::<u64>()
+    pub(super) fn n_tokens(&self, eval: &Eval) -> u64 {
+        let one = |context: &RecallContext, row: Attention| {
+            let times = if eval.recall_alone { context.questions.len() } else { 1 };
+            // The last token of each prompt is not read.
+            let asked = context.questions.iter().map(|question| question.tokens.len() - 1).sum::<usize>();
+            before(context, row).len() * times + asked
         };
-        self.rows.iter().map(tokens).sum()
+        let all = self.rows.iter().flat_map(|&row| self.contexts.iter().map(move |context| one(context, row)));
+        all.sum::<usize>() as u64
     }
 
     /// Answers the prompts under each kind of attention.
@@ -73,15 +79,25 @@ impl Recall {
     /// # Errors
     /// The device's.
     pub(super) fn measure(&self, bench: &Bench<'_>) -> anyhow::Result<Value> {
-        let rows = self.rows.iter().map(|&row| self.row(bench, row)).collect::<Result<Vec<_>, _>>()?;
-        Ok(json!({ "length": self.length, "prompts": self.prompts.len(), "rows": rows }))
+        let mut rows = Vec::new();
+        for &attention in &self.rows {
+            let row = self.row(bench, attention)?;
+            bench.say(&format!("recall at {} tokens, {}", self.length, super::report::recall_row(&row)));
+            rows.push(row);
+        }
+        let prompts = self.contexts.iter().map(|context| context.questions.len()).sum::<usize>();
+        Ok(json!({ "length": self.length, "prompts": prompts, "contexts": self.contexts.len(), "rows": rows }))
     }
 
     fn row(&self, bench: &Bench<'_>, attention: Attention) -> anyhow::Result<Value> {
-        let mut device = bench.load(attention, self.length)?;
-        let answers = self.prompts.iter().map(|prompt| answer(bench, &mut device, prompt, attention));
-        let answers = answers.collect::<anyhow::Result<Vec<_>>>()?;
-        let summary = RecallSummary::new(&answers).context("no recall prompts")?;
+        let mut device = bench.load(attention, self.length, false)?;
+        let mut answered = Vec::new();
+        for context in &self.contexts {
+            answered.push(answers(bench, &mut device, context, attention)?);
+            let (done, all) = (answered.len(), self.contexts.len());
+            bench.step(&format!("recall at {} tokens, {attention}: {done} of {all} contexts", self.length));
+        }
+        let summary = RecallSummary::new(&answered).context("no recall prompts")?;
         let (kind, size) = match attention {
             Attention::Dense => ("dense", None),
             Attention::Sparse(k) => ("sparse", Some(k)),
@@ -90,54 +106,72 @@ impl Recall {
         Ok(json!({
             "attention": kind,
             "size": size,
+            "prompts": summary.prompts,
             "exact": summary.exact,
             "digit_accuracy": summary.digit_accuracy,
+            "digit_accuracy_error": summary.digit_accuracy_error,
             "log_probability": summary.log_probability,
-            "log_probability_error": summary.standard_error,
+            "log_probability_error": summary.log_probability_error,
         }))
     }
 }
 
-/// The prompt's tokens that this kind of attention gets to see, the answer's last token at the end.
-fn seen(prompt: &RecallPrompt, attention: Attention) -> Vec<u32> {
+/// What this kind of attention gets to see of a text before a question.
+fn before(context: &RecallContext, attention: Attention) -> Vec<u32> {
     match attention {
-        Attention::Dense | Attention::Sparse(_) => prompt.tokens.clone(),
-        // Whole prompts in, so that the answer's first tokens do not push out what its last ones still see.
-        Attention::Window(size) => windowed(&prompt.tokens, SINKS, size as usize),
+        Attention::Dense | Attention::Sparse(_) => context.tokens.clone(),
+        // With the longest question and its answer, so that no answer pushes out what its last tokens still see.
+        Attention::Window(size) => {
+            let longest = context.questions.iter().map(|question| question.tokens.len()).max().unwrap_or(0);
+            windowed(&context.tokens, SINKS, (size as usize).saturating_sub(longest))
+        }
     }
 }
 
-/// Reads a prompt from its first token and judges the rows before each token of its answer.
-fn answer(
+/// Answers all questions about one text. It is read once: each question is put behind it in place of the one before,
+/// and a row's bits do not depend on what was in the cache behind it, nor on how its tokens came in steps.
+fn answers(
     bench: &Bench<'_>,
     device: &mut DeviceModel,
-    prompt: &RecallPrompt,
+    context: &RecallContext,
     attention: Attention,
-) -> anyhow::Result<Answered> {
-    let seen = seen(prompt, attention);
-    let (question, rest) = seen[..seen.len() - 1].split_at(seen.len().saturating_sub(prompt.answer + 1));
+) -> anyhow::Result<Vec<Answered>> {
     let mut sequence = SoleSequence::new(device);
-    for chunk in question.chunks(bench.chunk()) {
-        sequence.step(device, chunk, Rows::None)?;
-        bench.progress.inc(chunk.len() as u64);
+    let mut answered = Vec::new();
+    let before = before(context, attention);
+    for question in &context.questions {
+        let keep = if bench.eval.recall_alone { 0 } else { before.len() };
+        sequence.truncate(sequence.n_tokens().min(u32::try_from(keep)?));
+        for chunk in before[sequence.n_tokens() as usize..].chunks(bench.chunk()) {
+            sequence.step(device, chunk, Rows::None)?;
+            bench.progress.inc(chunk.len() as u64);
+        }
+        let mut logits = Vec::new();
+        for chunk in question.tokens[..question.tokens.len() - 1].chunks(bench.chunk()) {
+            logits.extend(sequence.step(device, chunk, Rows::All)?.logits);
+            bench.progress.inc(chunk.len() as u64);
+        }
+        // A row for each token but the last; the question's own are not judged.
+        let row = logits.len() / (question.tokens.len() - 1);
+        let judged = logits.len().saturating_sub(question.answer * row);
+        answered.push(question.judge(&logits[judged..])?);
     }
-    let mut logits = Vec::new();
-    for chunk in rest.chunks(bench.chunk()) {
-        logits.extend(sequence.step(device, chunk, Rows::All)?.logits);
-        bench.progress.inc(chunk.len() as u64);
-    }
-    Ok(prompt.judge(&logits)?)
+    Ok(answered)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sparsed_engine::eval::RecallQuestion;
 
     #[test]
     fn a_window_sees_the_sinks_and_the_question_but_no_note_far_back() {
-        let prompt = RecallPrompt { tokens: (0..100).collect(), answer: 3, digits: vec![0, 1, 1] };
-        let tokens = seen(&prompt, Attention::Window(16));
-        assert_eq!(tokens, [&[0, 1, 2, 3][..], &(87..100).collect::<Vec<u32>>()].concat());
-        assert_eq!(seen(&prompt, Attention::Sparse(16)), prompt.tokens);
+        let question = RecallQuestion { tokens: (90..100).collect(), answer: 3, digits: vec![0, 1, 1] };
+        let shorter = RecallQuestion { tokens: (90..98).collect(), ..question.clone() };
+        let context = RecallContext { tokens: (0..90).collect(), questions: vec![shorter, question] };
+        assert_eq!(before(&context, Attention::Window(16)), [0, 1, 2, 3, 88, 89]);
+        assert_eq!(before(&context, Attention::Window(12)), [0, 1]);
+        assert!(before(&context, Attention::Window(10)).is_empty());
+        assert_eq!(before(&context, Attention::Sparse(16)), context.tokens);
     }
 }

@@ -2,7 +2,6 @@
 
 use crate::ctl::number;
 use serde_json::Value;
-use std::fmt::Write;
 
 /// The whole result as text.
 pub(super) fn table(result: &Value) -> String {
@@ -95,24 +94,27 @@ fn mass(table: &Value) -> String {
 }
 
 fn recall(table: &Value) -> String {
-    let prompts = table["prompts"].as_u64().unwrap_or(0);
     let mut text = format!(
-        "\nRecall, {} tokens: {prompts} prompts\n{:<12} {:>9} {:>8} {:>17}\n",
-        table["length"], "ATTENTION", "EXACT", "DIGITS", "LOG-PROBABILITY",
+        "\nRecall, {} tokens: {} prompts about {} texts\n{:<12} {:>9} {:>17} {:>17}\n",
+        table["length"], table["prompts"], table["contexts"], "ATTENTION", "EXACT", "DIGITS", "LOG-PROBABILITY",
     );
     for row in table["rows"].as_array().into_iter().flatten() {
-        let size = row["size"].as_u64().map_or(String::new(), |size| format!(" {size}"));
-        let written = writeln!(
-            text,
-            "{:<12} {:>9} {:>8.3} {:>17}",
-            format!("{}{size}", row["attention"].as_str().unwrap_or_default()),
-            format!("{}/{prompts}", row["exact"]),
-            row["digit_accuracy"].as_f64().unwrap_or(f64::NAN),
-            with_error(&row["log_probability"], &row["log_probability_error"]),
-        );
-        written.expect("writing to a String cannot fail");
+        text += &recall_row(row);
+        text.push('\n');
     }
     text
+}
+
+/// One line: a kind of attention and what it recalls.
+pub(super) fn recall_row(row: &Value) -> String {
+    let size = row["size"].as_u64().map_or(String::new(), |size| format!(" {size}"));
+    format!(
+        "{:<12} {:>9} {:>17} {:>17}",
+        format!("{}{size}", row["attention"].as_str().unwrap_or_default()),
+        format!("{}/{}", row["exact"], row["prompts"]),
+        with_error(&row["digit_accuracy"], &row["digit_accuracy_error"]),
+        with_error(&row["log_probability"], &row["log_probability_error"]),
+    )
 }
 
 /// A number and its standard error, if it has one.
@@ -139,8 +141,9 @@ mod tests {
                     "layers": [{ "share_of_oracle": 1.0 }, { "share_of_oracle": 0.875 }],
                 } },
             ], "mass_queries": 2 }],
-            "recall": [{ "length": 8, "prompts": 3, "rows": [
-                { "attention": "window", "size": 4, "exact": 1, "digit_accuracy": 0.5, "log_probability": -1.0, "log_probability_error": 0.25 },
+            "recall": [{ "length": 8, "prompts": 3, "contexts": 2, "rows": [
+                { "attention": "window", "size": 4, "prompts": 3, "exact": 1, "digit_accuracy": 0.5,
+                  "digit_accuracy_error": null, "log_probability": -1.0, "log_probability_error": 0.25 },
             ]}],
         });
         let text = table(&result);
@@ -149,6 +152,7 @@ mod tests {
         let mass = ["4", "0.7500", "+-0.0100", "0.8000", "0.5000", "0.2500", "0.9375", "0.8750", "(1)"];
         assert_eq!(rows.iter().filter(|row| row[..] == mass).count(), 1, "{text}");
         assert!(text.contains("context 8: 2 queries of each of 1 windows, 2 layers"), "{text}");
-        assert!(rows.contains(&vec!["window", "4", "1/3", "0.500", "-1.0000", "+-0.2500"]), "{text}");
+        assert!(text.contains("Recall, 8 tokens: 3 prompts about 2 texts"), "{text}");
+        assert!(rows.contains(&vec!["window", "4", "1/3", "0.5000", "-1.0000", "+-0.2500"]), "{text}");
     }
 }
