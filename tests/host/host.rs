@@ -327,7 +327,7 @@ fn blocks_go_out_of_a_host_and_come_back() {
     let backend = Backend::open(&plugin, 0, &OpenOptions::default()).unwrap();
     let row = |width| SpdRow { dtype: DT_F32, width };
     let desc = KvDesc {
-        block_tokens: 4,
+        block_tokens: 16,
         n_blocks: 3,
         n_layers: 2,
         n_index_layers: 1,

@@ -35,7 +35,8 @@ fn with_plugin(source: &str) -> String {
     std::fs::write(folder.join("plugin.toml"), manifest).unwrap();
     let chmod = Command::new("chmod").args(["-R", "go-w"]).arg(dir.path()).status().unwrap();
     assert!(chmod.success());
-    let done = run(Path::new("absent.gguf"), Some(dir.path()));
+    // Models are looked at first: a plugin is loaded when there is one to serve.
+    let done = run(&sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf"), Some(dir.path()));
     assert_eq!(done.status.code(), Some(1));
     String::from_utf8(done.stderr).unwrap()
 }

@@ -1,7 +1,7 @@
 //! On which socket do clients come in? On the one that the service manager has opened, else on one of our own.
 //!
-//! A socket of the service manager's (`sparsed.socket`) is there before the daemon and after it: a client that comes while
-//! the daemon is restarted waits, and is not refused.
+//! A socket of the service manager's (`sparsed.socket`) is there before the daemon and after it: a client that comes
+//! while the daemon is restarted waits, and is not refused.
 
 use anyhow::{Context, bail};
 use std::fs::Permissions;

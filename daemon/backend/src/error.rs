@@ -134,7 +134,15 @@ pub enum BackendError {
         /// What the driver said, as a number of its own; 0: it said nothing.
         vendor_code: i64,
     },
-    /// A plugin host could not be started, or refused the plugin.
+    /// A plugin host has looked at the plugin and does not take it: it would not the next time either.
+    #[error("plugin {plugin} in a process of its own: {reason}")]
+    Refused {
+        /// The plugin's id.
+        plugin: String,
+        /// Why.
+        reason: String,
+    },
+    /// A plugin host could not be started, or died or hung as it was.
     #[error("plugin {plugin} in a process of its own: {reason}")]
     Host {
         /// The plugin's id.

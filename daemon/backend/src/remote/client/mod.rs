@@ -15,9 +15,9 @@ use lane::{Job, Lane};
 use link::Link;
 use rustix::fs::{MemfdFlags, SealFlags};
 use sparsed_abi::{
-    E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_UNIFIED_MEM, HEALTH_LOST,
-    KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo,
-    SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
+    E_ABI, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_UNIFIED_MEM,
+    HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc,
+    SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
 };
 use sparsed_plugin_kit::{
     Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowFile, Source, Synchronous,
@@ -64,6 +64,9 @@ impl Loaded {
         let device_count = match link.call_within(&start, &[], options.start_timeout) {
             Ok(Reply::Started { device_count }) => device_count,
             Ok(_) => return Err(refuse(link.nonsense().message)),
+            Err(error) if error.status == E_ABI => {
+                return Err(BackendError::Refused { plugin: id.clone(), reason: error.message });
+            }
             Err(error) => return Err(refuse(error.message)),
         };
         let host = link.pid();

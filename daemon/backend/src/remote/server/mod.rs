@@ -13,7 +13,7 @@ use crate::remote::wire::{Failure, Reply, Request, Start, receive, send};
 use crate::{BackendError, Found, Plugin};
 use objects::Objects;
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
-use sparsed_abi::{E_DRIVER, E_INVALID, LAYOUT_DIGEST, OK};
+use sparsed_abi::{E_ABI, E_DRIVER, E_INVALID, LAYOUT_DIGEST, OK};
 use std::fs::File;
 use std::io::{Error, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
@@ -79,6 +79,8 @@ fn failed(error: &BackendError) -> Reply {
         BackendError::NoDevice { .. } => Failure::of(error, E_INVALID),
         // No plugin may say that it has failed with a status that is none.
         BackendError::Call { status, .. } if *status >= OK => Failure::new(E_DRIVER, error.to_string()),
-        other => Failure::of(other, E_DRIVER),
+        BackendError::Call { .. } | BackendError::Host { .. } => Failure::of(error, E_DRIVER),
+        // A manifest, a file or a table that is not as it must be.
+        other => Failure::of(other, E_ABI),
     })
 }
