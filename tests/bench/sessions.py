@@ -157,7 +157,7 @@ def slow(home):
         base = None
         for hot in [None, 0.2, 0.07, 0.0]:
             sets = [f"model.default.max_context={tokens + 512}", f"engine.threads={ARGUMENTS.threads}"]
-            sets += ["limits.max_running=1", "sessions.enabled=false"]
+            sets += ["limits.max_running=1", "sessions.enabled=false", "memory.slow_tier=all"]
             if hot is not None:
                 # So much that all index planes fit, and the share of the latent ones.
                 sets += [f"memory.budget={int((tokens + 512) * (2160 + hot * 11520) + (45 << 20))}", f"memory.hot_share={hot}"]

@@ -31,7 +31,7 @@ fn answers_are_the_same_where_most_rows_are_slow() {
         requests.iter().map(|request| said(&roomy.post("/v1/chat/completions", request).body)).collect();
     assert_eq!(roomy.status()["kv_blocks_slow"], 0);
     for hot_share in ["0", "0.2"] {
-        let tight = start(&["memory.budget=6656KiB", &format!("memory.hot_share={hot_share}")]);
+        let tight = start(&["memory.budget=6656KiB", "memory.slow_tier=all", &format!("memory.hot_share={hot_share}")]);
         let streams: Vec<_> = requests.iter().map(|request| tight.open("/v1/chat/completions", request)).collect();
         tight.wait_until("blocks are slow", || tight.status()["kv_blocks_slow"].as_u64() > Some(20));
         let answers: Vec<String> = streams.into_iter().map(|stream| said(&read_answer(stream).unwrap().body)).collect();

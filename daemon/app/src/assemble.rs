@@ -4,7 +4,7 @@
 //! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the
 //! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
-use crate::config::{Activations, Config, Model, Paths};
+use crate::config::{Activations, Config, Model, Paths, SlowTierFor};
 use crate::devices;
 use crate::door::Door;
 use anyhow::{Context, bail};
@@ -55,6 +55,7 @@ impl Assembly {
             max_waiting: config.limits.max_waiting,
             max_batched_tokens: config.limits.max_batched_tokens,
             slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
+            slow_stateless: config.memory.slow_tier == SlowTierFor::All,
         };
         let retry = &config.engine.retry;
         let recovery = Recovery {
@@ -116,9 +117,7 @@ fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
         path: model.path,
         max_context: model.max_context,
         kv_bytes,
-        slow_tier: config
-            .memory
-            .slow_tier
+        slow_tier: (config.memory.slow_tier != SlowTierFor::Off)
             .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share }),
     };
     models.into_iter().map(options).collect()

@@ -33,7 +33,8 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
         return Ok(None);
     }
     let master = match std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| PathBuf::from(dir).join(CREDENTIAL)) {
-        Some(path) if path.exists() => read_key(&path)?,
+        // systemd lets the unit's user read it by an access list, which shows as the group's rights.
+        Some(path) if path.exists() => read_key(&path, 0o007)?,
         _ => key_of(&state_dir.join(KEY_FILE))?,
     };
     let dir = state_dir.join(STORE_DIR);
@@ -88,18 +89,19 @@ fn tell(report: &Report, dir: &Path) {
 /// The key in `path`, which is made if there is none.
 fn key_of(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
     match path.symlink_metadata() {
-        Ok(_) => read_key(path),
+        Ok(_) => read_key(path, 0o077),
         Err(error) if error.kind() == ErrorKind::NotFound => make_key(path),
         Err(error) => Err(error).with_context(|| path.display().to_string()),
     }
 }
 
-fn read_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
+/// The key in `path`, which may have none of the rights `forbidden`.
+fn read_key(path: &Path, forbidden: u32) -> anyhow::Result<[u8; KEY_BYTES]> {
     let about = || format!("the sessions' key {}", path.display());
     let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
     let mut file = File::from(fd.with_context(about)?);
     let found = file.metadata().with_context(about)?;
-    if found.mode() & 0o077 != 0 {
+    if found.mode() & forbidden != 0 {
         bail!("{} may be read by others; `chmod 600` it, or sessions are not private", about());
     }
     let mut key = [0; KEY_BYTES];

@@ -31,7 +31,8 @@ pub struct SlowArea {
 struct Page([u8; PAGE_BYTES]);
 
 impl SlowArea {
-    /// An area for a pool of this shape, in a file below `dir`. Rows that were read are kept in `cache_bytes` of memory.
+    /// An area for a pool of this shape, in a file below `dir`. Rows that were read are kept in `cache_bytes` of
+    /// memory.
     ///
     /// # Errors
     /// [`BackendError::Io`] for a folder that takes no file, [`BackendError::Slow`] for rows that fit into no page.

@@ -124,6 +124,9 @@ pub(crate) fn carry_out(
         // The next window is read while this one is imported.
         scheduler.take_restores().for_each(|restore| files.restore(restore));
         crate::step::discard_freed(scheduler, executor)?;
+        if blocks.is_empty() {
+            continue;
+        }
         match import(executor, &blocks, &mut restored.images)? {
             Outcome::Done(()) => scheduler.placed(restored.restore.sequence),
             Outcome::Failed(error) => {

@@ -31,6 +31,7 @@ mod scheduler;
 mod sequence;
 mod service;
 mod sessions;
+mod sole;
 mod step;
 mod stream;
 #[cfg(test)]
@@ -39,7 +40,7 @@ mod warm;
 
 pub use batch::{Batch, Rows};
 pub use device::{DeviceSource, DeviceState, DeviceStatus};
-pub use executor::{CachedRows, DeviceModel, ExecutorError, LoadOptions, Outputs, Queries, SoleSequence};
+pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, Queries};
 pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
 pub use ladder::Recovery;
 pub use lane::ModelOptions;
@@ -51,6 +52,7 @@ pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, 
 pub use sessions::{
     Change, ContextFull, Durability, Session, SessionId, SessionState, SessionSummary, Sessions, Settings, Wishes,
 };
+pub use sole::{CachedRows, SoleSequence};
 
 pub use sparsed_model::{ChatMessage, ChatRequest, Role};
 

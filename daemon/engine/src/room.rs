@@ -1,8 +1,8 @@
 //! How much of the KV cache fits the memory there is, and what of it lies in the slow tier?
 //!
-//! Where all of it fits nothing is slow. Otherwise the index planes stay in memory for as many blocks as possible, with a
-//! share of the latent planes and a cache for rows of the others: `blocks * (index + lookup + hot * latent)` bytes, the
-//! hot share half as blocks, half as cached rows.
+//! Where all of it fits nothing is slow. Otherwise the index planes stay in memory for as many blocks as possible, with
+//! a share of the latent planes and a cache for rows of the others: `blocks * (index + lookup + hot * latent)` bytes,
+//! the hot share half as blocks, half as cached rows.
 
 use crate::scheduler::Limits;
 use sparsed_kv::{BLOCK_TOKENS, blocks_for};
@@ -66,8 +66,8 @@ impl Need {
         Room { max_context: self.context.min(n_blocks * BLOCK_TOKENS), n_blocks, n_fast: n_blocks, cache_bytes: 0 }
     }
 
-    /// As [`without_slow_tier`](Self::without_slow_tier) where the wanted context fits for everybody, otherwise with some
-    /// of it in the slow tier.
+    /// As [`without_slow_tier`](Self::without_slow_tier) where the wanted context fits for everybody, otherwise with
+    /// some of it in the slow tier.
     ///
     /// # Errors
     /// A budget that does not hold one step.
@@ -122,8 +122,13 @@ mod tests {
 
     /// The default model's: 30 layers, rows of 384 and 68 bytes.
     const NEED: Need = Need { index_bytes: 30 * 68, latent_bytes: 30 * 384, layers: 30, top_k: 512, context: 32_768 };
-    const LIMITS: Limits =
-        Limits { max_running: 4, max_waiting: 8, max_batched_tokens: 256, slow_consumer: Duration::from_secs(1) };
+    const LIMITS: Limits = Limits {
+        max_running: 4,
+        max_waiting: 8,
+        max_batched_tokens: 256,
+        slow_consumer: Duration::from_secs(1),
+        slow_stateless: true,
+    };
 
     #[test]
     fn what_fits_is_not_slow() {

@@ -31,6 +31,8 @@ pub struct Limits {
     pub max_batched_tokens: u32,
     /// How long a listener may not read before its request is given up.
     pub slow_consumer: Duration,
+    /// Whether blocks of requests without a session may lie in the slow tier, which is on a disk.
+    pub slow_stateless: bool,
 }
 
 /// Counts for status pages.
@@ -77,6 +79,8 @@ pub(crate) struct Scheduler {
     /// Blocks on their way to their sessions' files.
     archive: Archive,
     restores: Vec<Restore>,
+    /// Of them, those that are being read.
+    n_restores: usize,
     arrivals: VecDeque<Restored>,
     demotions: Demotions,
     /// Nobody can run until a block has moved.
@@ -101,6 +105,7 @@ impl Scheduler {
             slots: Vec::new(),
             archive: Archive::new(IMAGES_MAX),
             restores: Vec::new(),
+            n_restores: 0,
             arrivals: VecDeque::new(),
             demotions: Demotions::default(),
             is_blocked: false,
@@ -236,6 +241,10 @@ impl Scheduler {
             // A lone sequence fits, unless the slow tier has failed it or the device has none.
             let mut sequence = self.release(0);
             sequence.fail(match error {
+                KvError::OutOfFast { fast_max, .. } if !self.may_be_slow(&sequence) => {
+                    let max_tokens = fast_max * BLOCK_TOKENS;
+                    Failure::ContextTooLong { have_tokens: sequence.tokens.len(), max_tokens }
+                }
                 KvError::OutOfFast { .. } => Failure::DiskFailed { reason: "the slow tier takes no more".to_owned() },
                 _ => {
                     let max_tokens = self.pool.n_blocks() * BLOCK_TOKENS;

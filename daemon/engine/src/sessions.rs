@@ -7,13 +7,16 @@
 //!
 //! Every verb waits for the thread, which may wait for the disk: not for threads that must not wait.
 
+mod answers;
+mod asks;
 mod conversation;
 mod keeper;
 mod listener;
 mod recorded;
 mod wishes;
 
-pub(crate) use keeper::{Ask, Asks, ImagesOf, spawn};
+pub(crate) use asks::{Ask, Asks, ImagesOf};
+pub(crate) use keeper::spawn;
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
@@ -24,8 +27,7 @@ use crate::api::{ChatPrompt, Failure, Owner, Turn};
 use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest};
 use conversation::{Conversation, Cut};
-use keeper::{Keeper, failure, seconds};
-use sparsed_kv::FileId;
+use keeper::{Keeper, Resumed, failure, seconds};
 use sparsed_session::{NewSession, NewTurn, StoreError};
 use std::sync::mpsc::sync_channel;
 use wishes::Asked;
@@ -118,7 +120,7 @@ impl Sessions {
     /// As any verb; the session is being answered, or has fewer turns.
     pub fn fork(&self, owner: Owner, id: SessionId, n_turns: Option<u32>) -> Result<SessionSummary, Failure> {
         self.verb(owner, id, move |keeper, owner| {
-            let fork = keeper.store.fork(owner, id, n_turns, seconds())?;
+            let fork = keeper.with_room(|store| store.fork(owner, id, n_turns, seconds()))?;
             keeper.store.summary(owner, fork)
         })
     }
@@ -128,10 +130,16 @@ impl Sessions {
     /// # Errors
     /// As [`Sessions::fork`].
     pub fn truncate(&self, owner: Owner, id: SessionId, n_turns: u32) -> Result<SessionSummary, Failure> {
-        self.verb(owner, id, move |keeper, owner| {
-            keeper.store.truncate(owner, id, n_turns)?;
-            keeper.store.commit(owner, id)?;
-            keeper.store.summary(owner, id)
+        self.ask(move |keeper| {
+            keeper.check_free(id)?;
+            let owner = owner.number();
+            let mut truncate = || {
+                keeper.store.truncate(owner, id, n_turns)?;
+                keeper.forget_file(id);
+                keeper.with_room(|store| store.commit(owner, id))?;
+                keeper.store.summary(owner, id)
+            };
+            truncate().map_err(|error| failure(id, &error))
         })
     }
 
@@ -153,6 +161,7 @@ impl Sessions {
     pub fn delete(&self, owner: Owner, id: SessionId) -> Result<(), Failure> {
         self.ask(move |keeper| {
             keeper.check_free(id)?;
+            keeper.forget_file(id);
             keeper.store.delete(owner.number(), id).map_err(|error| failure(id, &error))
         })
     }
@@ -200,7 +209,7 @@ impl Sessions {
             let title = change.title.unwrap_or_default();
             let new = NewSession { model: &name, fingerprint, title: &title, settings: Some(settings) };
             let refused = |error: StoreError| failure(SessionId::from_bytes([0; 16]), &error);
-            let id = keeper.store.create(owner.number(), &new, seconds()).map_err(refused)?;
+            let id = keeper.with_room(|store| store.create(owner.number(), &new, seconds())).map_err(refused)?;
             if let Some(pinned) = change.pinned {
                 keeper.store.pin(owner.number(), id, pinned).map_err(refused)?;
             }
@@ -212,12 +221,12 @@ impl Sessions {
     pub(crate) fn open(&self, owner: Owner, id: SessionId) -> Result<OpenSession, Failure> {
         let asks = self.asks.clone();
         self.ask(move |keeper| {
-            let file = keeper.take_session(owner.number(), id)?;
+            keeper.take_session(owner.number(), id)?;
             let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error));
             match history.and_then(Conversation::of) {
-                Ok(conversation) => Ok(OpenSession { asks, owner, id, file, conversation, is_begun: false }),
+                Ok(conversation) => Ok(OpenSession { asks, owner, id, conversation, is_begun: false }),
                 Err(failure) => {
-                    keeper.let_go(file);
+                    keeper.let_go(owner.number(), id);
                     Err(failure)
                 }
             }
@@ -260,7 +269,6 @@ pub(crate) struct OpenSession {
     asks: Asks,
     owner: Owner,
     id: SessionId,
-    file: FileId,
     conversation: Conversation,
     is_begun: bool,
 }
@@ -273,7 +281,7 @@ impl OpenSession {
 
     /// Whether the daemon has cut the last answer.
     pub(crate) fn is_cut(&self) -> bool {
-        self.conversation.cut.as_ref().is_some_and(|cut| !cut.is_cancelled)
+        self.conversation.cut.as_ref().is_some_and(|cut| cut.cancelled.is_none())
     }
 
     /// Journals a turn that asks `chat`; answers its prompt and how it is recorded.
@@ -288,12 +296,14 @@ impl OpenSession {
         model.check_prompt(&prompt.tokens)?;
         let n_kept = common(&self.conversation.tokens, &prompt.tokens);
         let (request, sampling) = Asked { chat, wishes: wishes.clone(), n_left_out }.encode();
-        let (owner, id, file, shape) = (self.owner.number(), self.id, self.file, model.images);
+        let (owner, id, shape) = (self.owner.number(), self.id, model.images);
         let (n_kept, new) = (count(n_kept), prompt.tokens[n_kept..].to_vec());
         let turn = ask(&self.asks, move |keeper| {
             let turn = NewTurn { keep_tokens: n_kept, prompt: &new, request: &request, sampling: &sampling };
-            keeper.store.begin_turn(owner, id, &turn, seconds()).map_err(|error| failure(id, &error))?;
-            Ok(keeper.turn(file, &shape, n_kept, None))
+            keeper
+                .with_room(|store| store.begin_turn(owner, id, &turn, seconds()))
+                .map_err(|error| failure(id, &error))?;
+            Ok(keeper.turn(owner, id, &shape, n_kept, None))
         })?;
         self.is_begun = true;
         Ok((prompt, turn))
@@ -303,19 +313,19 @@ impl OpenSession {
     pub(crate) fn resume(mut self, model: &ServedModel) -> Result<(ChatPrompt, Wishes, Turn), Failure> {
         self.check(model)?;
         let none = || Failure::SessionBusy { id: self.id.to_string(), state: "idle: its last answer was not cut" };
-        let Cut { asked, prompt, answered, is_cancelled } = self.conversation.cut.take().ok_or_else(none)?;
+        let Cut { asked, prompt, answered, cancelled } = self.conversation.cut.take().ok_or_else(none)?;
         let reading = self.conversation.reading(model, &asked)?;
         let (request, sampling) = asked.encode();
-        let (owner, id, file, shape) = (self.owner.number(), self.id, self.file, model.images);
-        let (tokens, n_prompt) = (prompt.clone(), count(prompt.len()));
+        let (owner, id, shape) = (self.owner.number(), self.id, model.images);
+        let tokens = prompt.clone();
         let turn = ask(&self.asks, move |keeper| {
-            let resumed = if is_cancelled {
-                keeper.reopen(owner, id, &tokens, &answered, &request, &sampling)
-            } else {
-                keeper.store.resume_turn(owner, id)
+            let resumed = match &cancelled {
+                Some(_) => keeper.reopen(owner, id, &tokens, &answered, &request, &sampling),
+                None => keeper.store.resume_turn(owner, id),
             };
             resumed.map_err(|error| failure(id, &error))?;
-            Ok(keeper.turn(file, &shape, n_prompt, Some(answered)))
+            let n_kept = count(tokens.len() + if cancelled.is_some() { 0 } else { answered.len() });
+            Ok(keeper.turn(owner, id, &shape, n_kept, Some(Resumed { tokens: answered, before: cancelled })))
         })?;
         self.is_begun = true;
         Ok((ChatPrompt { tokens: prompt, reading }, asked.wishes, turn))
@@ -332,7 +342,7 @@ impl OpenSession {
 impl Drop for OpenSession {
     fn drop(&mut self) {
         if !self.is_begun {
-            self.asks.tell(Ask::Close { file: self.file });
+            self.asks.tell(Ask::Close { owner: self.owner.number(), id: self.id });
         }
     }
 }

@@ -1,8 +1,8 @@
 //! How does a block's latent plane get into the slow tier?
 //!
 //! Its rows are copied out of the device, written by somebody who may wait for the disk, and then the device is told to
-//! read them there. Until then they are read where they were, so a step never waits, and a disk that fails costs nothing
-//! but the room.
+//! read them there. Until then they are read where they were, so a step never waits, and a disk that fails costs
+//! nothing but the room.
 
 use crate::attempt::{Executor, Outcome, relocate, slow_copy};
 use crate::durable::Files;
@@ -180,13 +180,17 @@ mod tests {
             n_fast in 4..8u32,
             delay in 0..9usize,
             faults in proptest::collection::vec(prop_oneof![Just(0), Just(E_STEP), Just(E_DEVICE_LOST)], 0..20),
-            spoilt in proptest::collection::vec(any::<bool>(), 0..40),
+            spoilt in prop_oneof![Just(Vec::new()), proptest::collection::vec(any::<bool>(), 1..9)],
         ) {
             let mut bench = Bench::with_slow_tier(n_blocks, n_fast, small_steps());
             bench.files.delay = delay;
-            bench.executor.failures = faults.iter().flat_map(|&fault| [0, 0, 0, 0, fault]).collect();
+            // Not both at once: a step that fails beside a bad page has failed twice.
+            if !spoilt.contains(&true) {
+                bench.executor.failures = faults.iter().flat_map(|&fault| [0, 0, 0, 0, fault]).collect();
+            }
             let mut listeners = Vec::new();
-            for ((seed, n_prompt, max_tokens, steps), &spoil) in requests.into_iter().zip(spoilt.iter().chain([&false; 8])) {
+            let spoilt = spoilt.into_iter().chain([false; 8]);
+            for ((seed, n_prompt, max_tokens, steps), spoil) in requests.into_iter().zip(spoilt) {
                 let listener = Listener::with_room(10_000);
                 bench.submit(prompt(seed, n_prompt), max_tokens, &listener);
                 for _ in 0..steps {

@@ -1,9 +1,9 @@
 //! Which blocks are still to be written into their session's file?
 //!
 //! A full block of a session is written once. Until its image is out of the device the archive holds the block, so its
-//! place cannot be taken; then the block goes its own way. Somebody else copies and writes: [`Archive::next_save`] is the
-//! order, [`Archive::copied`] and [`Archive::written`] are what became of it. So that images in memory stay few, only
-//! some are under way at a time.
+//! place cannot be taken; then the block goes its own way. Somebody else copies and writes: [`Archive::next_save`] is
+//! the order, [`Archive::copied`] and [`Archive::written`] are what became of it. So that images in memory stay few,
+//! only some are under way at a time.
 //!
 //! Saving is a courtesy: where the pool runs short, blocks that still wait are let go of unsaved, and their rows are
 //! computed again from the tokens should they be needed.

@@ -4,12 +4,14 @@
 //! line and the nearest known key; nothing is ignored.
 
 mod check;
+mod memory;
 mod paths;
 mod plugins;
 mod sessions;
 mod size;
 mod source;
 
+pub use memory::{Memory, SlowTierFor};
 pub use paths::Paths;
 pub use plugins::Plugins;
 pub use sessions::{ContextFull, Durability, Sessions};
@@ -157,24 +159,6 @@ pub struct Retry {
 impl Default for Retry {
     fn default() -> Self {
         Self { backoff_ms: vec![1000, 5000, 30_000], forget_ms: 600_000 }
-    }
-}
-
-/// `[memory]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Memory {
-    /// Bytes for the KV caches of all models together; `None`: half of what is available at the start.
-    pub budget: Option<Bytes>,
-    /// Whether latent rows that the budget does not hold may lie in a file below `state_dir`.
-    pub slow_tier: bool,
-    /// The share of them that stays in memory then, 0 to 1.
-    pub hot_share: f64,
-}
-
-impl Default for Memory {
-    fn default() -> Self {
-        Self { budget: None, slow_tier: true, hot_share: 0.2 }
     }
 }
 

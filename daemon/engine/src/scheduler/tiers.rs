@@ -13,6 +13,8 @@ use std::collections::{HashMap, VecDeque};
 /// Blocks that are on their way to the slow tier at most: each has an image in memory meanwhile.
 const DEMOTIONS_MAX: usize = 8;
 
+/// Windows of sessions' files that are read at a time.
+const RESTORES_MAX: usize = 3;
 /// Blocks in a row that could not be moved, after which the slow tier is taken for broken until the device changes.
 const FAILED_MAX: u32 = 4;
 
@@ -63,12 +65,17 @@ impl Scheduler {
     }
 
     /// What is to be read from sessions' files.
+    ///
+    /// Few at a time: what is read lies in memory until it has a place.
     pub(crate) fn take_restores(&mut self) -> impl Iterator<Item = Restore> + use<> {
-        std::mem::take(&mut self.restores).into_iter()
+        let n = self.restores.len().min(RESTORES_MAX - self.n_restores);
+        self.n_restores += n;
+        self.restores.drain(..n).collect::<Vec<_>>().into_iter()
     }
 
     /// What was read.
     pub(crate) fn arrived(&mut self, restored: Restored) {
+        self.n_restores -= 1;
         self.arrivals.push_back(restored);
     }
 
@@ -82,9 +89,9 @@ impl Scheduler {
         self.arrivals_wait = true;
     }
 
-    /// Gives the sequence blocks for what was read, to be filled before anything else is done with them; the next window
-    /// is ordered. No blocks when the sequence is gone or has changed its mind; `None` when there will be some once
-    /// others have moved to the slow tier.
+    /// Gives the sequence blocks for what was read, to be filled before anything else is done with them; the next
+    /// window is ordered. No blocks when the sequence is gone or has changed its mind; `None` when there will be some
+    /// once others have moved to the slow tier.
     pub(crate) fn place(&mut self, restored: &Restored) -> Option<Vec<BlockId>> {
         let is_expected = |sequence: &Sequence| sequence.has_asked(&restored.restore);
         if !restoring(&mut self.running, restored.restore.sequence).is_some_and(|sequence| is_expected(sequence)) {
@@ -131,7 +138,8 @@ impl Scheduler {
     /// sequences first. Answers whether any is on its way.
     pub(super) fn demote(&mut self, short: u32) -> bool {
         if self.demotions.n_failed < FAILED_MAX {
-            let mut longest: Vec<usize> = (0..self.running.len()).collect();
+            let may = |&index: &usize| self.may_be_slow(&self.running[index]);
+            let mut longest: Vec<usize> = (0..self.running.len()).filter(may).collect();
             longest.sort_by_key(|&index| std::cmp::Reverse(self.running[index].tokens.len()));
             let blocks = longest.iter().flat_map(|&index| self.running[index].computed_blocks());
             let mut fast: Vec<BlockId> = Vec::new();
@@ -150,6 +158,11 @@ impl Scheduler {
             }
         }
         self.demotions.is_under_way()
+    }
+
+    /// Whether the sequence's blocks may lie on a disk.
+    pub(super) fn may_be_slow(&self, sequence: &Sequence) -> bool {
+        self.limits.slow_stateless || sequence.durable.is_some()
     }
 
     pub(crate) fn take_demotes(&mut self) -> Vec<Demote> {

@@ -37,8 +37,9 @@ pub(super) struct Cut {
     pub(super) prompt: Vec<u32>,
     /// Tokens of its answer so far.
     pub(super) answered: Vec<u32>,
-    /// Whether its client went away; otherwise the daemon did, and the turn is finished before another one begins.
-    pub(super) is_cancelled: bool,
+    /// What it had said when its client went away; otherwise the daemon did, and the turn is finished before another
+    /// one begins.
+    pub(super) cancelled: Option<Vec<u8>>,
 }
 
 impl Conversation {
@@ -47,7 +48,9 @@ impl Conversation {
     pub(super) fn of(history: &History) -> Result<Self, Failure> {
         let turns = history.turns.iter().map(Said::of).collect::<Result<_, _>>()?;
         let cut = match history.turns.last() {
-            Some(turn) if is_cut(turn) => Some(Cut::of(turn, &history.tokens)?),
+            Some(turn) if is_cut(turn) && turn.end_token as usize == history.tokens.len() => {
+                Some(Cut::of(turn, &history.tokens)?)
+            }
             _ => None,
         };
         Ok(Self {
@@ -68,7 +71,8 @@ impl Conversation {
     /// The prompt of another turn that asks `chat`, and how many of the oldest turns it leaves out.
     ///
     /// # Errors
-    /// The model's; [`Failure::ContextTooLong`] where the session does not want anything left out, or that is not enough.
+    /// The model's; [`Failure::ContextTooLong`] where the session does not want anything left out, or that is not
+    /// enough.
     pub(super) fn prompt(
         &self,
         model: &ServedModel,
@@ -77,12 +81,13 @@ impl Conversation {
     ) -> Result<(ChatPrompt, u32), Failure> {
         let mut n_left_out = self.turns.last().map_or(0, |turn| turn.n_left_out);
         let mut prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
-        if prompt.tokens.len() < model.max_context as usize || self.context_full == ContextFull::Error {
+        // Room for the answer, and for some turns more: each time something is left out, the rest is read again.
+        let answer = max_tokens.unwrap_or(model.max_context / 4).min(model.max_context / 2);
+        let fits = prompt.tokens.len() + answer as usize <= model.max_context as usize;
+        if fits || self.context_full == ContextFull::Error {
             return Ok((prompt, n_left_out));
         }
-        // Room for the answer, and for some turns more: each time something is left out, the rest is read again.
-        let room = model.max_context / 2;
-        let wanted = (model.max_context - max_tokens.unwrap_or(room).min(room)).min(room.max(1)) as usize;
+        let wanted = (model.max_context / 2).max(1) as usize;
         while prompt.tokens.len() > wanted && (n_left_out as usize) < self.turns.len() {
             n_left_out += 1;
             prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
@@ -122,12 +127,12 @@ impl Said {
 
 impl Cut {
     fn of(turn: &TurnHistory, tokens: &[u32]) -> Result<Self, Failure> {
-        let (prompt, answered) = tokens.split_at(turn.prompt_end as usize);
+        let (prompt, answered) = tokens.split_at((turn.prompt_end as usize).min(tokens.len()));
         Ok(Self {
             asked: Asked::decode(&turn.request, &turn.sampling)?,
             prompt: prompt.to_vec(),
             answered: answered.to_vec(),
-            is_cancelled: turn.outcome == Some(Outcome::Cancelled),
+            cancelled: (turn.outcome == Some(Outcome::Cancelled)).then(|| turn.answer.clone()),
         })
     }
 }
@@ -138,4 +143,49 @@ fn is_cut(turn: &TurnHistory) -> bool {
 
 fn is_cut_by_daemon(turn: &TurnHistory) -> bool {
     matches!(turn.outcome, None | Some(Outcome::Interrupted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sessions::Wishes;
+
+    fn history(prompt_end: u32, end_token: u32, n_tokens: u32, outcome: Option<Outcome>) -> History {
+        let chat = ChatRequest { messages: vec![ChatMessage::new(Role::User, "Hi")], ..ChatRequest::default() };
+        let (request, sampling) = Asked { chat, wishes: Wishes::default(), n_left_out: 0 }.encode();
+        let answer = serde_json::to_vec(&ChatMessage::new(Role::Assistant, "Ho")).unwrap();
+        let turn = TurnHistory { at: 0, first_token: 0, prompt_end, end_token, request, sampling, outcome, answer };
+        History {
+            owner: 1,
+            created: 0,
+            used: 0,
+            model: "m".to_owned(),
+            fingerprint: [0; 32],
+            title: String::new(),
+            settings: sparsed_session::Settings::default(),
+            pinned: false,
+            tokens: (0..n_tokens).collect(),
+            turns: vec![turn],
+        }
+    }
+
+    #[test]
+    fn a_cut_answer_goes_on_from_its_tokens() {
+        let conversation = Conversation::of(&history(5, 9, 9, Some(Outcome::Cancelled))).unwrap();
+        let cut = conversation.cut.as_ref().unwrap();
+        assert_eq!((cut.prompt.len(), cut.answered.len(), cut.cancelled.is_some()), (5, 4, true));
+        assert_eq!(conversation.messages().len(), 2);
+        let conversation = Conversation::of(&history(5, 9, 9, None)).unwrap();
+        assert!(conversation.cut.as_ref().unwrap().cancelled.is_none());
+        assert_eq!(conversation.messages().len(), 1, "what the daemon has cut is not said yet");
+    }
+
+    #[test]
+    fn an_answer_whose_tokens_a_later_turn_has_replaced_does_not_go_on() {
+        for n_tokens in [0, 3, 7] {
+            for outcome in [None, Some(Outcome::Interrupted), Some(Outcome::Cancelled)] {
+                assert!(Conversation::of(&history(5, 9, n_tokens, outcome)).unwrap().cut.is_none());
+            }
+        }
+    }
 }

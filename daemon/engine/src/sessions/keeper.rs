@@ -1,20 +1,21 @@
 //! What does the sessions thread do? It owns the store: journals what answers say before their clients hear it, carries
 //! out verbs, writes images and reads them.
 //!
-//! What has come since the last flush is journaled together, with one write (and one sync, where a session wants it) for
-//! each session; then listeners hear what they may. Images are written one at a time while nothing else is to do, so an
-//! answer never waits for more than one of them.
+//! What has come since the last flush is journaled together, with one write (and one sync, where a session wants it)
+//! for each session; then listeners hear what they may. Images are written one at a time while nothing else is to do,
+//! so an answer never waits for more than one of them.
 
-use super::listener::{Ending, Listener};
-use super::recorded::{Flow, Recorder, TurnId};
-use crate::api::{Event, Failure, Sink, Turn};
+use super::answers::Answer;
+use super::asks::{Ask, Asks};
+use super::listener::Listener;
+use super::recorded::{Recorder, TurnId};
+use crate::api::{Failure, Turn};
 use crate::durable::{Restore, Restored};
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
-use sparsed_session::{ImageShape, Loaded, NewTurn, OsDisk, Outcome, SessionId, Store, StoreError};
+use sparsed_session::{ImageShape, Loaded, NewTurn, OsDisk, SessionId, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -22,90 +23,52 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 const BATCH: usize = 256;
 /// Pause between looks at clients while answers are under way.
 const LOOK: Duration = Duration::from_millis(10);
+/// Bytes of the disk that blocks leave for what is said.
+const RESERVE_BYTES: u64 = 64 << 20;
 /// Pause between looks for sessions that are past their retention.
 const EXPIRY: Duration = Duration::from_secs(600);
-
-/// A verb, carried out on the thread.
-type Verb = Box<dyn FnOnce(&mut Keeper) + Send>;
-
-/// What the thread is asked for.
-pub(crate) enum Ask {
-    /// Carry out a verb of a surface, which waits for it.
-    Do(Verb),
-    /// A turn's answer has a listener.
-    Listen { turn: TurnId, sink: Box<dyn Sink>, flow: Arc<Flow> },
-    /// A turn's answer goes on.
-    Event { turn: TurnId, event: Event },
-    /// Nothing more comes of a turn.
-    Gone { turn: TurnId },
-    /// A session was opened and no turn was begun.
-    Close { file: FileId },
-    /// Write an image for the model `slot`.
-    Save { slot: usize, shape: ImageShape, save: Save, image: Vec<u8> },
-    /// Read images for the model `slot`.
-    Restore { slot: usize, shape: ImageShape, restore: Restore },
-    /// Write what there is and end.
-    Stop,
-}
-
-/// The way to the thread. Its queue is bounded by what waits for answers from it: a verb for each surface thread, and
-/// so many events and images for each turn and model.
-#[derive(Clone, Debug)]
-pub(crate) struct Asks(Sender<Ask>);
-
-impl Asks {
-    /// Asks for something. A thread that has ended does nothing any more, and nobody waits for it then.
-    pub(crate) fn tell(&self, ask: Ask) {
-        let _ended = self.0.send(ask).is_err();
-    }
-}
-
-/// The files of one model's sessions, for its engine.
-#[derive(Debug)]
-pub(crate) struct ImagesOf {
-    pub(crate) asks: Asks,
-    pub(crate) slot: usize,
-    pub(crate) shape: ImageShape,
-}
-
-impl ImagesOf {
-    /// Writes an image.
-    pub(crate) fn save(&self, save: Save, image: Vec<u8>) {
-        self.asks.tell(Ask::Save { slot: self.slot, shape: self.shape, save, image });
-    }
-
-    /// Reads images.
-    pub(crate) fn restore(&self, restore: Restore) {
-        self.asks.tell(Ask::Restore { slot: self.slot, shape: self.shape, restore });
-    }
-}
 
 /// All sessions, and the turns that are being answered.
 pub(crate) struct Keeper {
     pub(super) store: Store<OsDisk>,
     asks: Asks,
     engine: SyncSender<Command>,
-    /// By number.
-    files: Vec<(u64, SessionId)>,
+    /// The files of the sessions' last turns: each turn numbers its file anew, so that an image of what the session no
+    /// longer says is known by its number.
+    files: HashMap<FileId, (u64, SessionId)>,
     numbers: HashMap<SessionId, FileId>,
     /// Sessions that are open, or being answered.
-    taken: HashSet<FileId>,
-    answers: BTreeMap<TurnId, Answer>,
+    pub(super) taken: HashSet<SessionId>,
+    pub(super) answers: BTreeMap<TurnId, Answer>,
     n_turns: u64,
     /// Waits until nothing else is to do.
     images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
     stopping: bool,
+    /// When old sessions were last looked for, seconds since 1970.
+    expired_at: u64,
 }
 
-/// A turn while it is answered.
-struct Answer {
-    file: FileId,
-    /// `None` until the engine has the turn.
-    listener: Option<Listener>,
-    /// Whether it was cut before and goes on: it is never taken back.
-    is_resumed: bool,
-    /// Whether the journal has its end.
-    is_closed: bool,
+/// What a turn was before it goes on.
+pub(super) struct Resumed {
+    /// Its answer so far.
+    pub(super) tokens: Vec<u32>,
+    /// What it had said, if its client went away.
+    pub(super) before: Before,
+}
+
+/// The message of an answer whose client went away; `None` where the daemon did.
+pub(super) type Before = Option<Vec<u8>>;
+
+/// Ends the daemon with this thread: without it no session would answer, and nobody would know.
+struct Alarm(SyncSender<Command>);
+
+impl Drop for Alarm {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            // An engine that has ended ends the daemon too.
+            let _ended = self.0.send(Command::Stop).is_err();
+        }
+    }
 }
 
 /// Starts the thread.
@@ -113,33 +76,42 @@ struct Answer {
 /// # Errors
 /// When no thread can be started.
 pub(crate) fn spawn(store: Store<OsDisk>, engine: SyncSender<Command>) -> std::io::Result<(Asks, JoinHandle<()>)> {
-    let (sender, receiver) = channel();
-    let asks = Asks(sender);
-    let keeper = Keeper {
-        store,
-        asks: asks.clone(),
-        engine,
-        files: Vec::new(),
-        numbers: HashMap::new(),
-        taken: HashSet::new(),
-        answers: BTreeMap::new(),
-        n_turns: 0,
-        images: VecDeque::new(),
-        stopping: false,
+    let (keeper, receiver) = Keeper::new(store, engine);
+    let asks = keeper.asks.clone();
+    let run = move || {
+        let _alarm = Alarm(keeper.engine.clone());
+        keeper.run(&receiver);
     };
-    let run = move || keeper.run(&receiver);
     let thread = std::thread::Builder::new().name("sessions".to_owned()).spawn(run)?;
     Ok((asks, thread))
 }
 
 impl Keeper {
+    /// A keeper, and where its asks come out.
+    fn new(store: Store<OsDisk>, engine: SyncSender<Command>) -> (Self, Receiver<Ask>) {
+        let (asks, receiver) = Asks::new();
+        let keeper = Self {
+            store,
+            asks,
+            engine,
+            files: HashMap::new(),
+            numbers: HashMap::new(),
+            taken: HashSet::new(),
+            answers: BTreeMap::new(),
+            n_turns: 0,
+            images: VecDeque::new(),
+            stopping: false,
+            expired_at: 0,
+        };
+        (keeper, receiver)
+    }
+
     fn run(mut self, asks: &Receiver<Ask>) {
         while !self.stopping {
             if self.images.is_empty() {
                 let pause = if self.answers.is_empty() { EXPIRY } else { LOOK };
                 match asks.recv_timeout(pause) {
                     Ok(ask) => self.take(ask),
-                    Err(RecvTimeoutError::Timeout) if self.answers.is_empty() => self.expire(),
                     Err(RecvTimeoutError::Timeout) => {}
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
@@ -148,6 +120,7 @@ impl Keeper {
             self.flush();
             self.deliver();
             self.write_image();
+            self.expire();
         }
         while !self.images.is_empty() {
             self.write_image();
@@ -166,134 +139,70 @@ impl Keeper {
             }
             Ask::Event { turn, event } => self.event(turn, event),
             Ask::Gone { turn } => self.gone(turn),
-            Ask::Close { file } => self.let_go(file),
+            Ask::Close { owner, id } => self.let_go(owner, id),
             Ask::Save { slot, shape, save, image } => self.images.push_back((slot, shape, save, image)),
             Ask::Restore { slot, shape, restore } => self.restore(slot, &shape, restore),
             Ask::Stop => self.stopping = true,
         }
     }
 
-    /// An answer goes on.
-    fn event(&mut self, turn: TurnId, event: Event) {
-        let Some(answer) = self.answers.get_mut(&turn) else { return };
-        let Some(listener) = &mut answer.listener else { return };
-        if let Event::Sampled { token } = event {
-            listener.journaled();
-            let (owner, id) = self.files[index(answer.file)];
-            let journaled = self.store.append_tokens(owner, id, &[token]);
-            if let Err(error) = journaled {
-                self.fail(turn, &error);
-            }
-            return;
-        }
-        listener.hear(event);
-        if let Some(ending) = listener.ending(answer.is_resumed) {
-            self.close(turn, ending);
-        }
-    }
-
-    /// The engine has let go of a turn: its client is gone, or the answer has ended.
-    fn gone(&mut self, turn: TurnId) {
-        let Some(answer) = self.answers.get_mut(&turn) else { return };
-        if answer.is_closed {
-            return;
-        }
-        let ending = match &answer.listener {
-            None if answer.is_resumed => Ending::Of(Outcome::Interrupted),
-            Some(listener) if answer.is_resumed || listener.n_tokens > 0 => Ending::Of(Outcome::Cancelled),
-            _ => Ending::TakenBack,
-        };
-        self.close(turn, ending);
-        self.forget(turn);
-    }
-
-    /// Journals the end of a turn; one that has said nothing is taken back.
-    fn close(&mut self, turn: TurnId, ending: Ending) {
-        let Some(answer) = self.answers.get_mut(&turn).filter(|answer| !answer.is_closed) else { return };
-        answer.is_closed = true;
-        let (owner, id) = self.files[index(answer.file)];
-        let message = answer.listener.as_ref().map_or_else(Vec::new, Listener::answer);
-        let ended = match ending {
-            Ending::Of(outcome) => self.store.end_turn(owner, id, outcome, &message, seconds()),
-            Ending::TakenBack => self.take_back(owner, id),
-        };
-        if let Err(error) = ended {
-            self.fail(turn, &error);
-        }
-    }
-
-    fn take_back(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
-        self.store.end_turn(owner, id, Outcome::Failed, &[], seconds())?;
-        let n_turns = self.store.summary(owner, id)?.n_turns;
-        self.store.truncate(owner, id, n_turns.saturating_sub(1)).map(drop)
-    }
-
-    /// A turn's tokens could not be journaled: its client hears why, and nothing that the journal does not have.
-    fn fail(&mut self, turn: TurnId, error: &StoreError) {
-        let Some(answer) = self.answers.get_mut(&turn) else { return };
-        let (owner, id) = self.files[index(answer.file)];
-        log::error!(session:% = id, reason:% = error; "answer could not be journaled, it ends");
-        answer.is_closed = true;
-        if let Some(listener) = &mut answer.listener {
-            listener.fail(failure(id, error));
-        }
-        if let Err(error) = self.store.revert(owner, id) {
-            log::error!(session:% = id, reason:% = error; "session cannot be read again");
-        }
-    }
-
     fn flush(&mut self) {
-        for (id, error) in self.store.flush().failed {
-            let file = self.numbers.get(&id).copied();
-            let turn = self.answers.iter().find(|(_, answer)| Some(answer.file) == file).map(|(turn, _)| *turn);
-            match turn {
+        let mut failed = self.store.flush().failed;
+        if failed.iter().any(|(_, error)| *error == StoreError::DiskFull) && self.reclaim() {
+            failed = self.store.flush().failed;
+        }
+        for (id, error) in failed {
+            let live = self.answers.iter().find(|(_, answer)| answer.id == id && answer.holds);
+            match live.map(|(turn, _)| *turn) {
                 Some(turn) => self.fail(turn, &error),
                 None => log::error!(session:% = id, reason:% = error; "session could not be written, trying again"),
             }
         }
     }
 
-    /// Passes on what may be heard, and lets go of answers that are at their end.
-    fn deliver(&mut self) {
-        let mut over = Vec::new();
-        for (&turn, answer) in &mut self.answers {
-            // The next turn may begin as soon as the client has heard the end of this one.
-            if answer.is_closed {
-                self.taken.remove(&answer.file);
-            }
-            let Some(listener) = &mut answer.listener else { continue };
-            listener.look();
-            if listener.deliver() && answer.is_closed {
-                over.push(turn);
-            }
-        }
-        over.into_iter().for_each(|turn| self.forget(turn));
+    /// Makes room on a full disk: blocks can be computed again, what was said cannot. Answers whether there is some.
+    fn reclaim(&mut self) -> bool {
+        let freed = self.store.reclaim(RESERVE_BYTES).unwrap_or(0);
+        log::warn!(bytes = freed; "the disk is full: blocks of sessions are dropped");
+        freed > 0
     }
 
-    fn forget(&mut self, turn: TurnId) {
-        if let Some(answer) = self.answers.remove(&turn) {
-            self.let_go(answer.file);
+    /// Has the store do something; on a full disk once more, with the room that blocks have left.
+    pub(super) fn with_room<T>(
+        &mut self,
+        mut verb: impl FnMut(&mut Store<OsDisk>) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        match verb(&mut self.store) {
+            Err(StoreError::DiskFull) if self.reclaim() => verb(&mut self.store),
+            done => done,
         }
     }
 
     fn write_image(&mut self) {
         let Some((slot, shape, save, image)) = self.images.pop_front() else { return };
-        let (owner, id) = self.files[index(save.file)];
-        match self.store.save_block(owner, id, &shape, save.index, &image) {
-            Ok(()) => {}
-            // It was deleted, or cut, meanwhile.
-            Err(StoreError::NotFound | StoreError::Invalid { .. }) => {}
-            Err(error) => {
-                log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
+        // Of a turn that is not the last one any more, the session may say something else now.
+        if let Some(&(owner, id)) = self.files.get(&save.file) {
+            let has_room = self.store.free_bytes().is_ok_and(|bytes| bytes > RESERVE_BYTES);
+            let saved = if has_room {
+                self.store.save_block(owner, id, &shape, save.index, &image)
+            } else {
+                Err(StoreError::DiskFull)
+            };
+            match saved {
+                // It was cut meanwhile.
+                Ok(()) | Err(StoreError::NotFound | StoreError::Invalid { .. }) => {}
+                Err(error) => {
+                    log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
+                }
             }
         }
         self.tell_engine(Command::Written { slot });
     }
 
     fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore) {
-        let (owner, id) = self.files[index(restore.file)];
         let mut images = Vec::new();
         for block in restore.first..restore.first.saturating_add(restore.n) {
+            let Some(&(owner, id)) = self.files.get(&restore.file) else { break };
             let mut image = Vec::new();
             match self.store.load_block(owner, id, shape, block, &mut image) {
                 Ok(Loaded::Image) => images.push(image),
@@ -313,6 +222,10 @@ impl Keeper {
     }
 
     fn expire(&mut self) {
+        if seconds().abs_diff(self.expired_at) < EXPIRY.as_secs() {
+            return;
+        }
+        self.expired_at = seconds();
         match self.store.expire(seconds()) {
             Ok(gone) if gone.is_empty() => {}
             Ok(gone) => log::info!(sessions = gone.len(); "sessions past their retention are deleted"),
@@ -321,43 +234,53 @@ impl Keeper {
     }
 
     /// Takes a session for one caller.
-    pub(super) fn take_session(&mut self, owner: u64, id: SessionId) -> Result<FileId, Failure> {
+    pub(super) fn take_session(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
         self.store.summary(owner, id).map_err(|error| failure(id, &error))?;
-        let file = *self.numbers.entry(id).or_insert_with(|| {
-            self.files.push((owner, id));
-            FileId(self.files.len() as u64 - 1)
-        });
-        if self.taken.insert(file) { Ok(file) } else { Err(busy(id)) }
+        if self.taken.insert(id) { Ok(()) } else { Err(busy(id)) }
     }
 
     /// Lets a session go that was taken; what is in memory of it can be read again.
-    pub(super) fn let_go(&mut self, file: FileId) {
-        self.taken.remove(&file);
-        let (owner, id) = self.files[index(file)];
+    pub(super) fn let_go(&mut self, owner: u64, id: SessionId) {
+        self.taken.remove(&id);
         // One that was deleted has nothing in memory either.
         let _gone = self.store.release(owner, id).is_err();
     }
 
     /// That nobody has taken a session.
     pub(super) fn check_free(&self, id: SessionId) -> Result<(), Failure> {
-        let is_taken = self.numbers.get(&id).is_some_and(|file| self.taken.contains(file));
-        if is_taken { Err(busy(id)) } else { Ok(()) }
+        if self.taken.contains(&id) { Err(busy(id)) } else { Ok(()) }
     }
 
-    /// A turn that the journal has begun, or gone on with: `resumed` is its answer so far. The first `n_kept` tokens of
-    /// the session have not changed.
-    pub(super) fn turn(&mut self, file: FileId, shape: &ImageShape, n_kept: u32, resumed: Option<Vec<u32>>) -> Turn {
-        let turn = TurnId(self.n_turns);
+    /// What is still on its way to the session's file is not what the session says any more.
+    pub(super) fn forget_file(&mut self, id: SessionId) {
+        if let Some(file) = self.numbers.remove(&id) {
+            self.files.remove(&file);
+        }
+    }
+
+    /// A turn that the journal has begun, or gone on with. The first `n_kept` tokens of the session have not changed.
+    pub(super) fn turn(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        shape: &ImageShape,
+        n_kept: u32,
+        resumed: Option<Resumed>,
+    ) -> Turn {
+        self.forget_file(id);
+        let (turn, file) = (TurnId(self.n_turns), FileId(self.n_turns));
         self.n_turns += 1;
-        self.answers.insert(turn, Answer { file, listener: None, is_resumed: resumed.is_some(), is_closed: false });
-        let (owner, id) = self.files[index(file)];
+        self.files.insert(file, (owner, id));
+        self.numbers.insert(id, file);
+        let (tokens, before) = resumed.map_or((Vec::new(), None), |resumed| (resumed.tokens, Some(resumed.before)));
+        let answer = Answer { owner, id, holds: true, listener: None, resumed: before, is_closed: false };
+        self.answers.insert(turn, answer);
         let n_saved = self.store.saved_blocks(owner, id, shape).unwrap_or_else(|error| {
             log::warn!(session:% = id, reason:% = error; "blocks cannot be read, they are computed again");
             0
         });
         let recorder = Recorder::new(self.asks.clone(), turn);
-        let n_saved = n_saved.min(n_kept / BLOCK_TOKENS);
-        Turn { file, n_saved, resumed: resumed.unwrap_or_default(), recorder: Some(recorder) }
+        Turn { file, n_saved: n_saved.min(n_kept / BLOCK_TOKENS), resumed: tokens, recorder: Some(recorder) }
     }
 
     /// A turn that its client has left is one that goes on.
@@ -403,6 +326,75 @@ fn busy(id: SessionId) -> Failure {
     Failure::SessionBusy { id: id.to_string(), state: "being answered" }
 }
 
-fn index(file: FileId) -> usize {
-    usize::try_from(file.0).expect("files are numbered from 0 as they are opened")
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_session::{Limits, MasterKey, NewSession, Outcome};
+    use std::sync::mpsc::sync_channel;
+
+    const SHAPE: ImageShape = ImageShape { fingerprint: [1; 32], block_bytes: 8 };
+
+    /// A keeper without a thread, and a session of 128 tokens.
+    fn keeper(dir: &std::path::Path) -> (Keeper, SessionId, Receiver<Command>) {
+        let (engine, commands) = sync_channel(16);
+        let mut n = 0;
+        let random = Box::new(move |bytes: &mut [u8]| {
+            bytes.fill_with(|| {
+                n += 1;
+                n
+            })
+        });
+        let disk = OsDisk::open(dir).unwrap();
+        let (store, _) = Store::open(disk, random, MasterKey::new([7; 32]), Limits::default()).unwrap();
+        let mut keeper = Keeper::new(store, engine).0;
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
+        let id = keeper.store.create(1, &new, 0).unwrap();
+        (keeper, id, commands)
+    }
+
+    fn begin(keeper: &mut Keeper, id: SessionId, keep_tokens: u32, prompt: &[u32]) -> Turn {
+        keeper.take_session(1, id).unwrap();
+        let turn = NewTurn { keep_tokens, prompt, request: b"", sampling: b"" };
+        keeper.store.begin_turn(1, id, &turn, 0).unwrap();
+        keeper.turn(1, id, &SHAPE, keep_tokens, None)
+    }
+
+    fn end(keeper: &mut Keeper, id: SessionId) {
+        keeper.store.end_turn(1, id, Outcome::Complete, b"", 0).unwrap();
+        keeper.let_go(1, id);
+    }
+
+    #[test]
+    fn an_image_of_what_a_session_no_longer_says_is_not_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, commands) = keeper(dir.path());
+        let first = begin(&mut keeper, id, 0, &[1; 128]);
+        let save = |turn: &Turn, index| Save { file: turn.file, index, block: sparsed_kv::BlockId(0) };
+        let image = |keeper: &mut Keeper, save| {
+            keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
+            keeper.write_image();
+        };
+        image(&mut keeper, save(&first, 0));
+        assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 1);
+        end(&mut keeper, id);
+        // Other tokens from the second block on; the first turn's image of it comes late.
+        let second = begin(&mut keeper, id, 64, &[2; 64]);
+        assert_eq!(second.n_saved, 1);
+        image(&mut keeper, save(&first, 1));
+        assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 1, "it was sealed under other tokens");
+        image(&mut keeper, save(&second, 1));
+        assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 2);
+        assert_eq!(commands.try_iter().count(), 3, "the engine hears of each");
+    }
+
+    #[test]
+    fn a_session_is_taken_once_and_let_go_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        assert!(matches!(keeper.take_session(2, id), Err(Failure::SessionNotFound { .. })));
+        keeper.take_session(1, id).unwrap();
+        assert!(matches!(keeper.take_session(1, id), Err(Failure::SessionBusy { .. })));
+        keeper.let_go(1, id);
+        keeper.take_session(1, id).unwrap();
+    }
 }

@@ -20,10 +20,12 @@ pub(super) struct Listener {
 }
 
 /// What the journal says of a turn that is over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Ending {
-    /// That it ended so.
+    /// That it ended so, with what it has said.
     Of(Outcome),
+    /// That its client went away, and this is what it had said before.
+    As(Vec<u8>),
     /// Nothing: there was no answer, and its client was told why.
     TakenBack,
 }
@@ -67,7 +69,9 @@ impl Listener {
         Some(match self.end? {
             End::Finished => Ending::Of(Outcome::Complete),
             End::Failed if self.n_tokens == 0 && !is_resumed => Ending::TakenBack,
-            End::Cut | End::Failed => Ending::Of(Outcome::Interrupted),
+            // It would fail again: what was said stays, and the next turn is not held up by it.
+            End::Failed => Ending::Of(Outcome::Cancelled),
+            End::Cut => Ending::Of(Outcome::Interrupted),
         })
     }
 

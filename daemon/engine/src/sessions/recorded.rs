@@ -1,11 +1,11 @@
 //! How does an answer pass the journal on its way to the client?
 //!
-//! The engine offers a session's events to a [`Recorded`] sink, which hands them to the sessions thread; that one writes
-//! the tokens into the journal and only then passes on what was made of them. Each answer has room for a few events on
-//! this way, so that the thread's queue is bounded by the number of answers, and a client that does not read pauses its
-//! own sequence only.
+//! The engine offers a session's events to a [`Recorded`] sink, which hands them to the sessions thread; that one
+//! writes the tokens into the journal and only then passes on what was made of them. Each answer has room for a few
+//! events on this way, so that the thread's queue is bounded by the number of answers, and a client that does not read
+//! pauses its own sequence only.
 
-use super::keeper::{Ask, Asks};
+use super::asks::{Ask, Asks};
 use crate::api::{Event, Refused, Sink};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};

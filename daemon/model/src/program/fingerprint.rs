@@ -1,7 +1,8 @@
 //! Which model are these KV rows of, and what do these tokens mean?
 //!
-//! Both are asked of every file at its start, so neither reads all of it: of a weight only the ends are taken. Files that
-//! differ nowhere else do not come about by accident, and nobody gains by making one: it would be served the same way.
+//! Both are asked of every file at its start, so neither reads all of it: of a weight only the ends are taken. Files
+//! that differ nowhere else do not come about by accident, and nobody gains by making one: it would be served the same
+//! way.
 
 use super::Program;
 use crate::Model;

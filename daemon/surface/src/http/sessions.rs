@@ -1,7 +1,7 @@
 //! `/v1/sessions`: conversations that the daemon keeps, and their turns.
 //!
-//! A turn is a chat completion with `session_id`, which sends only what is new. All of this belongs to the caller's uid;
-//! another one's session is not found.
+//! A turn is a chat completion with `session_id`, which sends only what is new. All of this belongs to the caller's
+//! uid; another one's session is not found.
 
 use super::Shared;
 use super::body::Body;

@@ -1,0 +1,124 @@
+//! What becomes of a turn while it is answered, and how does it end?
+
+use super::keeper::{Before, Keeper, failure, seconds};
+use super::listener::{Ending, Listener};
+use super::recorded::TurnId;
+use crate::api::Event;
+use sparsed_session::{Outcome, SessionId, StoreError};
+
+/// A turn while it is answered.
+pub(super) struct Answer {
+    pub(super) owner: u64,
+    pub(super) id: SessionId,
+    /// Whether the session is still taken for it.
+    pub(super) holds: bool,
+    /// `None` until the engine has the turn.
+    pub(super) listener: Option<Listener>,
+    /// What it was before it was cut; such a turn is never taken back.
+    pub(super) resumed: Option<Before>,
+    /// Whether the journal has its end.
+    pub(super) is_closed: bool,
+}
+
+impl Keeper {
+    /// An answer goes on.
+    pub(super) fn event(&mut self, turn: TurnId, event: Event) {
+        let Some(answer) = self.answers.get_mut(&turn).filter(|answer| !answer.is_closed) else { return };
+        let Some(listener) = &mut answer.listener else { return };
+        if let Event::Sampled { token } = event {
+            listener.journaled();
+            let (owner, id) = (answer.owner, answer.id);
+            let journaled = self.store.append_tokens(owner, id, &[token]);
+            if let Err(error) = journaled {
+                self.fail(turn, &error);
+            }
+            return;
+        }
+        listener.hear(event);
+        if let Some(ending) = listener.ending(answer.resumed.is_some()) {
+            self.close(turn, ending);
+        }
+    }
+
+    /// The engine has let go of a turn: its client is gone, or the answer has ended.
+    pub(super) fn gone(&mut self, turn: TurnId) {
+        let Some(answer) = self.answers.get_mut(&turn) else { return };
+        if answer.is_closed {
+            if answer.listener.is_none() {
+                self.forget(turn);
+            }
+            return;
+        }
+        let n_tokens = answer.listener.as_ref().map_or(0, |listener| listener.n_tokens);
+        let ending = match &answer.resumed {
+            // Of a resumed answer not all was sent again before the first new token: it is what it was.
+            Some(Some(before)) if n_tokens == 0 => Ending::As(before.clone()),
+            Some(None) if n_tokens == 0 => Ending::Of(Outcome::Interrupted),
+            None if n_tokens == 0 => Ending::TakenBack,
+            _ => Ending::Of(Outcome::Cancelled),
+        };
+        self.close(turn, ending);
+        self.forget(turn);
+    }
+
+    /// Journals the end of a turn; one that has said nothing is taken back.
+    fn close(&mut self, turn: TurnId, ending: Ending) {
+        let Some(answer) = self.answers.get_mut(&turn).filter(|answer| !answer.is_closed) else { return };
+        answer.is_closed = true;
+        let (owner, id) = (answer.owner, answer.id);
+        let message = answer.listener.as_ref().map_or_else(Vec::new, Listener::answer);
+        let ended = match ending {
+            Ending::Of(outcome) => self.store.end_turn(owner, id, outcome, &message, seconds()),
+            Ending::As(message) => self.store.end_turn(owner, id, Outcome::Cancelled, &message, seconds()),
+            Ending::TakenBack => self.take_back(owner, id),
+        };
+        if let Err(error) = ended {
+            self.fail(turn, &error);
+        }
+    }
+
+    fn take_back(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
+        self.store.end_turn(owner, id, Outcome::Failed, &[], seconds())?;
+        let n_turns = self.store.summary(owner, id)?.n_turns;
+        self.store.truncate(owner, id, n_turns.saturating_sub(1)).map(drop)
+    }
+
+    /// A turn's tokens could not be journaled: its client hears why, and nothing that the journal does not have.
+    pub(super) fn fail(&mut self, turn: TurnId, error: &StoreError) {
+        let Some(answer) = self.answers.get_mut(&turn) else { return };
+        let (owner, id) = (answer.owner, answer.id);
+        log::error!(session:% = id, reason:% = error; "answer could not be journaled, it ends");
+        answer.is_closed = true;
+        if let Some(listener) = &mut answer.listener {
+            listener.fail(failure(id, error));
+        }
+        if let Err(error) = self.store.revert(owner, id) {
+            log::error!(session:% = id, reason:% = error; "session cannot be read again");
+        }
+    }
+
+    /// Passes on what may be heard, and lets go of answers that are at their end.
+    pub(super) fn deliver(&mut self) {
+        let mut over = Vec::new();
+        for (&turn, answer) in &mut self.answers {
+            // The next turn may begin as soon as the client has heard the end of this one.
+            if answer.is_closed && std::mem::take(&mut answer.holds) {
+                self.taken.remove(&answer.id);
+            }
+            let Some(listener) = &mut answer.listener else { continue };
+            listener.look();
+            if listener.deliver() && answer.is_closed {
+                over.push(turn);
+            }
+        }
+        over.into_iter().for_each(|turn| self.forget(turn));
+    }
+
+    fn forget(&mut self, turn: TurnId) {
+        if let Some(Answer { owner, id, holds, .. }) = self.answers.remove(&turn)
+            && holds
+        {
+            self.let_go(owner, id);
+        }
+    }
+}
