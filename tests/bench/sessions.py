@@ -122,7 +122,10 @@ def kill(home):
         stream = connection.getresponse()
         heard = 0
         while heard < 20:
-            heard += stream.readline().startswith(b"data: {")
+            line = stream.readline()
+            if not line or line.startswith(b"{"):
+                raise SystemExit(f"no answer: {line.decode()}")
+            heard += line.startswith(b"data: {")
         began = time.monotonic()
         daemon.stop(signal.SIGKILL)
         daemon.start()
@@ -131,14 +134,17 @@ def kill(home):
         stream, again = connection.getresponse(), 0
         # What was heard comes again; the one after it is the next.
         while again <= heard:
-            again += stream.readline().startswith(b"data: {")
+            line = stream.readline()
+            if not line or line.startswith(b"{"):
+                raise SystemExit(f"the answer did not go on: {line.decode()}")
+            again += line.startswith(b"data: {")
         print(f"| {tokens} | {time.monotonic() - began:.2f} |", flush=True)
         daemon.stop()
 
 
 def written(home):
     daemon = Daemon(home, f"engine.threads={ARGUMENTS.threads}")
-    per_token = daemon.ask("GET", "/v1/status")["models"][0].get("kv_bytes_per_token")
+    per_token = daemon.ask("GET", "/v1/models")["data"][0]["meta"]["kv_bytes_per_token"]
     print("| request | tokens | bytes written per token | KV bytes per token |\n|---|---:|---:|---:|")
     for name, session in [("without a session", None), ("of a session", daemon.session())]:
         before = daemon.written()
