@@ -37,7 +37,8 @@ def until(what, condition, patience=PATIENCE):
 
 def curl(user, path, body=None, method=None):
     """The process of a request."""
-    command = ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "curl", "-sSN", "--max-time", str(PATIENCE)]
+    command = ["setpriv", "--reuid", user, "--regid", user, "--init-groups"]
+    command += ["curl", "-sSN", "--max-time", str(PATIENCE)]
     command += ["--unix-socket", SOCKET, "-w", "\n%{http_code}", "http://localhost" + path]
     if method:
         command += ["-X", method]

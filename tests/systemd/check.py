@@ -1,7 +1,7 @@
 """Does sparsed keep its promises as a service of systemd? Runs as root in a box whose PID 1 is systemd.
 
-One line for each claim, in order: "ok claim" or "not ok claim: why". Exit 1 if one fails. Users alice and bob are in the
-group sparsed, mallory is not; the socket is enabled and nothing has started the service.
+One line for each claim, in order: "ok claim" or "not ok claim: why". Exit 1 if one fails. Users alice and bob are in
+the group sparsed, mallory is not; the socket is enabled and nothing has started the service.
 """
 
 import json

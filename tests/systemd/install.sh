@@ -4,8 +4,9 @@ set -eu
 root=$1 build=$2
 cd "$(dirname "$0")/../.."
 install -D -m 0755 -t "$root/usr/bin" "$build/sparsed" "$build/sparsectl"
-mkdir -p "$root/usr/lib/sparsed/plugins"
-sh packaging/stage-plugin.sh cpu "$build/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$root/usr/lib/sparsed/plugins"
+plugins=$root/usr/lib/sparsed/plugins
+mkdir -p "$plugins"
+sh packaging/stage-plugin.sh cpu "$build/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$plugins"
 install -D -m 0644 -t "$root/usr/lib/systemd/system" systemd/sparsed.service systemd/sparsed.socket
 install -D -m 0644 systemd/sysusers.conf "$root/usr/lib/sysusers.d/sparsed.conf"
 install -D -m 0644 -t "$root/var/lib/sparsed/models" models/smollm2-135m-dsa.gguf

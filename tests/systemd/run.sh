@@ -32,7 +32,8 @@ done
 mkdir -p "$work"
 if [ ! -e "$bare" ]; then
   rm -rf "$bare.new"
-  mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus,curl,python3-minimal trixie "$bare.new" >&2 ||
+  packages=systemd,systemd-sysv,dbus,curl,python3-minimal
+  mmdebstrap --quiet --variant=minbase --include="$packages" trixie "$bare.new" >&2 ||
     skip "mmdebstrap makes no tree (no network?)"
   mv "$bare.new" "$bare"
 fi
