@@ -53,6 +53,9 @@ test: testneeds models testplugins .venv/python/openai ## all tests
 e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
+systemd: models ## the service under a systemd of its own, in a Debian tree (root; says so where it cannot)
+	bash tests/systemd/run.sh
+
 lint: ## format and clippy
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets --locked -- -D warnings
@@ -76,4 +79,4 @@ sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n 
 package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 
-.PHONY: help needs testneeds testplugins build models chat test e2e lint bench fuzz sim conform package
+.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz sim conform package

@@ -21,6 +21,10 @@ const KEY_FILE: &str = "master.key";
 const STORE_DIR: &str = "store";
 /// Bytes of the key.
 const KEY_BYTES: usize = 32;
+/// Mode bits that the key's file must not have.
+const FORBIDDEN_OF_FILE: u32 = 0o077;
+/// Those of a credential: systemd lets the daemon's user in by an ACL, whose mask shows as the group's bits.
+const FORBIDDEN_OF_CREDENTIAL: u32 = 0o007;
 /// Seconds of a day.
 const DAY: u64 = 86_400;
 
@@ -33,8 +37,7 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
         return Ok(None);
     }
     let master = match std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| PathBuf::from(dir).join(CREDENTIAL)) {
-        // systemd lets the unit's user read it by an access list, which shows as the group's rights.
-        Some(path) if path.exists() => read_key(&path, 0o007)?,
+        Some(path) if path.exists() => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
         _ => key_of(&state_dir.join(KEY_FILE))?,
     };
     let dir = state_dir.join(STORE_DIR);
@@ -89,13 +92,12 @@ fn tell(report: &Report, dir: &Path) {
 /// The key in `path`, which is made if there is none.
 fn key_of(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
     match path.symlink_metadata() {
-        Ok(_) => read_key(path, 0o077),
+        Ok(_) => read_key(path, FORBIDDEN_OF_FILE),
         Err(error) if error.kind() == ErrorKind::NotFound => make_key(path),
         Err(error) => Err(error).with_context(|| path.display().to_string()),
     }
 }
 
-/// The key in `path`, which may have none of the rights `forbidden`.
 fn read_key(path: &Path, forbidden: u32) -> anyhow::Result<[u8; KEY_BYTES]> {
     let about = || format!("the sessions' key {}", path.display());
     let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
@@ -145,6 +147,17 @@ mod tests {
         let key = key_of(&path).unwrap();
         assert_eq!((key_of(&path).unwrap(), path.metadata().unwrap().mode() & 0o777), (key, 0o600));
         assert_ne!(key, [0; KEY_BYTES]);
+    }
+
+    #[test]
+    fn a_credential_may_have_the_bits_of_an_acls_mask_but_none_of_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(CREDENTIAL);
+        std::fs::write(&path, [7; KEY_BYTES]).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o440)).unwrap();
+        assert_eq!(read_key(&path, FORBIDDEN_OF_CREDENTIAL).unwrap(), [7; KEY_BYTES]);
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o444)).unwrap();
+        assert!(read_key(&path, FORBIDDEN_OF_CREDENTIAL).is_err());
     }
 
     #[test]

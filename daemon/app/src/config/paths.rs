@@ -31,7 +31,9 @@ impl Paths {
         // A unit's own folders, if systemd made some, win over the user's.
         let unit = |name: &str| variable(name).map(PathBuf::from);
         let xdg_state = || under("XDG_STATE_HOME", ".local/state").join("sparsed");
-        let system = |path: &str| is_root.then(|| PathBuf::from(path));
+        // The system's service has a user of its own, and is told by its folder from a user's service.
+        let is_system = is_root || unit("STATE_DIRECTORY").is_some_and(|dir| dir.starts_with("/var/lib"));
+        let system = |path: &str| is_system.then(|| PathBuf::from(path));
         let state_dir = config.state_dir.clone().or_else(|| unit("STATE_DIRECTORY"));
         let state_dir = state_dir.or_else(|| system("/var/lib/sparsed")).unwrap_or_else(xdg_state);
         let socket = config.socket.path.clone().or_else(|| unit("RUNTIME_DIRECTORY").map(|dir| dir.join("api.sock")));
@@ -60,6 +62,17 @@ mod tests {
     fn root_uses_the_systems_folders() {
         let expected = ["/var/lib/sparsed", "/run/sparsed/api.sock", "/var/lib/sparsed/models/smollm2-135m-dsa.gguf"];
         assert_eq!(settled(true, &[("HOME", "/root"), ("XDG_RUNTIME_DIR", "/run/user/0")]), expected);
+    }
+
+    #[test]
+    fn the_systems_service_uses_the_systems_folders_whoever_runs_it_and_a_users_service_does_not() {
+        let [state, socket, model] =
+            settled(false, &[("HOME", "/var/lib/sparsed"), ("STATE_DIRECTORY", "/var/lib/sparsed")]);
+        assert_eq!((state.as_str(), socket.as_str()), ("/var/lib/sparsed", "/run/sparsed/api.sock"));
+        assert_eq!(model, "/var/lib/sparsed/models/smollm2-135m-dsa.gguf");
+        let [state, _, model] = settled(false, &[("HOME", "/h"), ("STATE_DIRECTORY", "/h/.local/state/sparsed")]);
+        assert_eq!(state, "/h/.local/state/sparsed");
+        assert_eq!(model, "/h/.local/share/sparsed/models/smollm2-135m-dsa.gguf");
     }
 
     #[test]

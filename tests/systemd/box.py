@@ -1,0 +1,124 @@
+"""How do the checks drive the box? systemctl as root, curl over the socket as a user of the box, files of /etc.
+
+Only what Debian's python3-minimal has. Waiting is asking again until a deadline.
+"""
+
+import json
+import os
+import subprocess
+import time
+
+SOCKET = "/run/sparsed/api.sock"
+DROP_INS = "/etc/systemd/system/sparsed.service.d"
+CONFIG = "/etc/sparsed/config.toml"
+# Seconds for anything that must come.
+PATIENCE = 60
+
+
+def run(*command, check=True):
+    """The output of a command, both streams."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{' '.join(command)}: exit {done.returncode}: {done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def until(what, condition, patience=PATIENCE):
+    """The first true value of the condition."""
+    end = time.monotonic() + patience
+    while True:
+        value = condition()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"{what}: not within {patience} s")
+        time.sleep(0.05)
+
+
+def curl(user, path, body=None, method=None):
+    """The process of a request."""
+    command = ["setpriv", "--reuid", user, "--regid", user, "--init-groups"]
+    command += ["curl", "-sSN", "--max-time", str(PATIENCE)]
+    command += ["--unix-socket", SOCKET, "-w", "\n%{http_code}", "http://localhost" + path]
+    if method:
+        command += ["-X", method]
+    if body is not None:
+        command += ["-d", json.dumps(body)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def answer(process):
+    """Status and text of a request; status 0 and curl's complaint where there was no answer."""
+    out, complaint = process.communicate(timeout=PATIENCE + 5)
+    text, _, status = out.rpartition("\n")
+    return (int(status), text) if process.returncode == 0 else (0, complaint)
+
+
+def ask(user, path, body=None, method=None):
+    """Status and JSON of an answer."""
+    status, text = answer(curl(user, path, body, method))
+    return status, json.loads(text) if status else text
+
+
+def served(user, path, body=None, method=None):
+    """The JSON of an answer that must be a success."""
+    status, value = ask(user, path, body, method)
+    assert status in (200, 201), f"{path}: {status} {value}"
+    return value
+
+
+def events(process):
+    """The pieces of text of a stream, as they come; ends where the stream does."""
+    for line in process.stdout:
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:]).get("choices", []):
+                piece = choice.get("delta", {}).get("content")
+                if piece:
+                    yield piece
+
+
+def heard(process, pieces):
+    """Text of the first pieces of a stream."""
+    text = ""
+    for _, piece in zip(range(pieces), events(process)):
+        text += piece
+    return text
+
+
+def text_of(completion):
+    return completion["choices"][0]["message"]["content"]
+
+
+def shown(prop, unit="sparsed.service"):
+    """A property of a unit."""
+    return run("systemctl", "show", "--value", "-p", prop, unit)
+
+
+def pid():
+    return int(shown("MainPID"))
+
+
+def is_active():
+    return run("systemctl", "is-active", "sparsed.service", check=False) == "active"
+
+
+def until_ready():
+    """Waits until the model answers."""
+    until("the model is loaded", lambda: ask("alice", "/health")[0] == 200)
+
+
+def restart(config="", drop_in=""):
+    """The service with this configuration and this drop-in, ready."""
+    for path, text in ((CONFIG, config), (f"{DROP_INS}/check.conf", drop_in)):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(text)
+    run("systemctl", "daemon-reload")
+    run("systemctl", "reset-failed", "sparsed.service")
+    run("systemctl", "restart", "sparsed.service")
+    until_ready()
+
+
+def journal():
+    """What systemd and the daemon have said of the service."""
+    return run("journalctl", "--no-pager", "-o", "cat", "-u", "sparsed.service")

@@ -1,0 +1,247 @@
+"""Does sparsed keep its promises as a service of systemd? Runs as root in a box whose PID 1 is systemd.
+
+One line for each claim, in order: "ok claim" or "not ok claim: why". Exit 1 if one fails. Users alice and bob are in
+the group sparsed, mallory is not; the socket is enabled and nothing has started the service.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+
+from box import (
+    answer, ask, curl, events, heard, is_active, journal, pid, restart, run, served, shown, text_of, until, until_ready,
+)
+
+CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+PARIS = "The capital of France is Paris."
+# Seconds from a SIGKILL to the next daemon that listens, or from a hang to it: RestartSec and the watchdog included.
+RESTART_S = 15
+# Highest exposure that systemd-analyze may see, in tenths.
+EXPOSURE_TENTHS = 12
+# A system call that the filter refuses is deadly, so that none can be missed unseen.
+STRICT = "[Service]\nSystemCallErrorNumber=kill\n"
+# With this much memory for KV rows 29 of the default model's blocks are fast and 65 slow, of 64 tokens each.
+SMALL = '[memory]\nbudget = "56MiB"\nhot_share = 0\n[limits]\nmax_running = 4\nmax_batched_tokens = 64\n'
+
+
+def wish(text, tokens, session=None, stream=False):
+    """A request whose answer has so many tokens."""
+    request = {"messages": [{"role": "user", "content": text}], "temperature": 0.8, "seed": 7}
+    request |= {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    return request | ({"session_id": session} if session else {})
+
+
+def new_session(user="alice"):
+    return served(user, "/v1/sessions", {})["id"]
+
+
+def state_of(session):
+    return served("alice", f"/v1/sessions/{session}")["state"]
+
+
+def last_message(session):
+    return served("alice", f"/v1/sessions/{session}")["messages"][-1]["content"]
+
+
+def commands_of_the_service():
+    """The command line of each process of the service."""
+    with open(f"/sys/fs/cgroup{shown('ControlGroup')}/cgroup.procs") as listed:
+        paths = [f"/proc/{line.strip()}/cmdline" for line in listed]
+    commands = []
+    for path in paths:
+        with open(path) as command:
+            commands.append(command.read().replace("\0", " ").strip())
+    return commands
+
+
+def the_units_are_valid_and_confined_enough():
+    complaints = run("systemd-analyze", "verify", "--man=no", "sparsed.service", "sparsed.socket")
+    assert complaints == "", complaints
+    run("systemd-analyze", "security", "--no-pager", f"--threshold={EXPOSURE_TENTHS}", "sparsed.service")
+
+
+def the_socket_is_there_before_the_service_and_the_first_request_starts_it():
+    assert run("systemctl", "is-active", "sparsed.socket") == "active"
+    assert not is_active(), "the service runs already"
+    status, value = ask("alice", "/v1/models")
+    assert status == 200, value
+    until_ready()
+    assert is_active()
+    until("the status", lambda: shown("StatusText") == "serving on cpu")
+
+
+def a_chat_is_answered():
+    said = text_of(served("alice", "/v1/chat/completions", CAPITAL))
+    assert said == PARIS, said
+
+
+def who_is_not_in_the_group_is_refused_by_the_sockets_mode():
+    status, value = ask("mallory", "/v1/models")
+    assert status == 0 and "onnect" in value, f"{status} {value}"
+    stat = os.stat("/run/sparsed/api.sock")
+    assert stat.st_mode & 0o777 == 0o660, oct(stat.st_mode)
+
+
+def two_users_see_their_own_sessions_only():
+    of_alice, of_bob = new_session("alice"), new_session("bob")
+    for user, own, other in (("alice", of_alice, of_bob), ("bob", of_bob, of_alice)):
+        listed = [session["id"] for session in served(user, "/v1/sessions")["data"]]
+        assert own in listed and other not in listed, f"{user}: {listed}"
+        status, value = ask(user, f"/v1/sessions/{other}")
+        assert status == 404, f"{user}: {status} {value}"
+
+
+def after_a_kill_a_session_goes_on_alike_and_no_client_is_refused():
+    session = new_session()
+    twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
+    whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
+    stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 150, session, True))
+    before = heard(stream, 20)
+    old = pid()
+    os.kill(old, signal.SIGKILL)
+    killed = time.monotonic()
+    stream.communicate()
+    assert whole.startswith(before), f"{before!r} is not the beginning of {whole!r}"
+    # It connects while nothing runs.
+    status, value = ask("bob", "/v1/models")
+    assert status == 200, f"who came meanwhile: {status} {value}"
+    until_ready()
+    print(f"#  served again {time.monotonic() - killed:.1f} s after the kill")
+    assert pid() != old and state_of(session) == "interrupted"
+    again = text_of(served("alice", f"/v1/sessions/{session}/continue", {}))
+    assert again == whole, f"{again!r} instead of {whole!r}"
+
+
+def a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again():
+    restart(drop_in="[Service]\nWatchdogSec=3\nTimeoutAbortSec=3\n")
+    old, restarts = pid(), int(shown("NRestarts"))
+    os.kill(old, signal.SIGSTOP)
+    hung = time.monotonic()
+    until("a restart", lambda: int(shown("NRestarts")) > restarts, RESTART_S)
+    until_ready()
+    print(f"#  served again {time.monotonic() - hung:.1f} s after the hang, WatchdogSec=3")
+    assert pid() != old
+    assert "Watchdog timeout" in journal()
+
+
+def a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start():
+    restart(config="[limits]\nstop_s = 1\n")
+    session = new_session()
+    stream = curl("alice", "/v1/chat/completions", wish("Tell me a long story.", 1500, session, True))
+    before = heard(stream, 20)
+    began = time.monotonic()
+    run("systemctl", "stop", "sparsed.service")
+    took = time.monotonic() - began
+    # stop_s, two seconds for the last bytes, and one for a busy machine.
+    assert took < 5, f"the stop took {took:.1f} s"
+    before += "".join(events(stream))
+    stream.communicate()
+    assert shown("Result") == "success", shown("Result")
+    assert os.path.exists("/run/sparsed/api.sock"), "the socket went with the service"
+    # The socket starts it again.
+    until_ready()
+    assert state_of(session) == "interrupted", state_of(session)
+    stream = curl("alice", f"/v1/sessions/{session}/continue", {"stream": True})
+    after = ""
+    for piece in events(stream):
+        after += piece
+        if len(after) > len(before) + 100:
+            break
+    stream.kill()
+    stream.communicate()
+    assert after.startswith(before), f"{after!r} does not begin with {before!r}"
+    assert len(after) > len(before), "nothing came after what was said before the stop"
+
+
+def a_plugin_in_a_process_of_its_own_answers_in_the_sandbox():
+    restart(config='[engine]\nisolation = "process"\n', drop_in=STRICT)
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+    hosts = [command for command in commands_of_the_service() if "plugin-host" in command]
+    assert len(hosts) == 1, f"plugin hosts: {hosts}"
+    assert is_active() and int(shown("NRestarts")) == 0, shown("NRestarts")
+
+
+def slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same():
+    restart()
+    # Some 2900 tokens together.
+    wishes = [wish(f"Some words of text {name}. " * 190, 20) for name in ("one", "two", "three")]
+    roomy = [text_of(served("alice", "/v1/chat/completions", request)) for request in wishes]
+    restart(config=SMALL, drop_in=STRICT)
+    processes = [curl("alice", "/v1/chat/completions", request) for request in wishes]
+    slow = 0
+    while any(process.poll() is None for process in processes):
+        slow = max(slow, served("bob", "/v1/status")["models"][0]["kv_blocks_slow"])
+        time.sleep(0.1)
+    tight = [answer(process) for process in processes]
+    assert [status for status, _ in tight] == [200] * len(wishes), tight
+    assert [text_of(json.loads(text)) for _, text in tight] == roomy
+    assert slow > 0, "no block was slow"
+    assert int(shown("NRestarts")) == 0, shown("NRestarts")
+    reader = "threads, without io_uring" if "read by threads" in journal() else "io_uring"
+    print(f"#  {slow} blocks were slow, read by {reader}")
+
+
+def a_session_under_a_credential():
+    """The key's file, a session that it protects, and that one's last message."""
+    key = "/etc/sparsed/master.key"
+    with open(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+        file.write(os.urandom(32))
+    credential = f"[Service]\nLoadCredential=sparsed.master-key:{key}\n"
+    restart(drop_in=credential)
+    run("rm", "-rf", "/var/lib/sparsed/store", "/var/lib/sparsed/master.key")
+    restart(drop_in=credential)
+    session = new_session()
+    first = text_of(served("alice", "/v1/chat/completions", wish("Say hi.", 10, session)))
+    restart(drop_in=credential)
+    assert last_message(session) == first
+    assert not os.path.exists("/var/lib/sparsed/master.key"), "a key was made beside the credential"
+    return key, session, first
+
+
+def the_master_key_may_be_a_credential_plain_or_encrypted():
+    key, session, first = a_session_under_a_credential()
+    name, sealed = "sparsed.master-key", "/etc/sparsed/master-key.cred"
+    run("systemd-creds", "encrypt", "--with-key=host", f"--name={name}", key, sealed)
+    os.remove(key)
+    restart(drop_in=f"[Service]\nLoadCredentialEncrypted={name}:{sealed}\n")
+    assert last_message(session) == first
+
+
+def nothing_was_killed_for_a_system_call():
+    lines = [line for line in journal().splitlines() if "status=31/SYS" in line or "SECCOMP" in line]
+    assert not lines, lines
+
+
+CHECKS = [
+    the_units_are_valid_and_confined_enough,
+    the_socket_is_there_before_the_service_and_the_first_request_starts_it,
+    a_chat_is_answered,
+    who_is_not_in_the_group_is_refused_by_the_sockets_mode,
+    two_users_see_their_own_sessions_only,
+    after_a_kill_a_session_goes_on_alike_and_no_client_is_refused,
+    a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again,
+    a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start,
+    a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
+    slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
+    the_master_key_may_be_a_credential_plain_or_encrypted,
+    nothing_was_killed_for_a_system_call,
+]
+
+
+def main():
+    failed = 0
+    for check in CHECKS:
+        claim = check.__name__.replace("_", " ")
+        began = time.monotonic()
+        try:
+            check()
+            print(f"ok {claim} ({time.monotonic() - began:.1f} s)", flush=True)
+        except Exception as error:
+            failed += 1
+            print(f"not ok {claim}: {type(error).__name__}: {error}"[:1000], flush=True)
+    sys.exit(1 if failed else 0)
+
+
+main()

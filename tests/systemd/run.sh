@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Does sparsed serve as a service of systemd? Boots a Debian tree with systemd as PID 1, installs what is built in
+# BUILD (default: target/release) as a package would, and runs check.py in it: one line "ok" or "not ok" for each claim.
+# Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
+# The bare tree is kept in target/systemd for the next run.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+cd "$here/../.."
+build=$(realpath "${BUILD:-target/release}")
+work=$(realpath -m target/systemd)
+bare=$work/trixie tree=$work/tree name=sparsed-check-$$
+# Most seconds for the boot, and for all checks.
+BOOT_S=60
+CHECKS_S=300
+
+skip() {
+  echo "skipped: $*" >&2
+  echo "skipped: systemd as PID 1: $*"
+  exit 0
+}
+[ "$(id -u)" = 0 ] || skip "only root can boot a tree"
+if ! command -v systemd-nspawn >/dev/null || ! command -v mmdebstrap >/dev/null; then
+  { apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+    apt-get install -qy --no-install-recommends systemd-container mmdebstrap; } >&2 ||
+    skip "systemd-container and mmdebstrap are not here and cannot be installed"
+fi
+unshare -m true 2>/dev/null || skip "no mount namespaces here"
+for file in "$build/sparsed" "$build/sparsectl" "$build/libsparsed_plugin_cpu.so" models/smollm2-135m-dsa.gguf; do
+  [ -e "$file" ] || { echo "missing: $file; make models builds it" >&2; exit 1; }
+done
+
+mkdir -p "$work"
+if [ ! -e "$bare" ]; then
+  rm -rf "$bare.new"
+  packages=systemd,systemd-sysv,dbus,curl,python3-minimal
+  mmdebstrap --quiet --variant=minbase --include="$packages" trixie "$bare.new" >&2 ||
+    skip "mmdebstrap makes no tree (no network?)"
+  mv "$bare.new" "$bare"
+fi
+leader=
+inside() { nsenter -t "$leader" -a "$@"; }
+nspawn() { pgrep -f "^systemd-nspawn -D $tree .*-M $name " || true; }
+# shellcheck disable=SC2317 # at the exit
+end() {
+  local pid
+  if [ -n "$leader" ]; then timeout 20 nsenter -t "$leader" -a systemctl poweroff 2>/dev/null || true; fi
+  for _ in $(seq 100); do
+    pid=$(nspawn)
+    [ -n "$pid" ] || break
+    sleep 0.1
+  done
+  # shellcheck disable=SC2086 # none or one
+  [ -z "$pid" ] || kill -KILL $pid
+  rm -rf "$tree"
+  for group in /sys/fs/cgroup/unified/"$name" /sys/fs/cgroup/"$name"; do
+    [ ! -d "$group" ] || find "$group" -depth -type d -exec rmdir {} \; 2>/dev/null || true
+  done
+}
+trap end EXIT
+rm -rf "$tree"
+cp -a --reflink=auto "$bare" "$tree"
+sh "$here/install.sh" "$tree" "$build"
+
+setsid unshare -m sh "$here/boot.sh" "$tree" "$name" >"$work/boot.log" 2>&1 </dev/null &
+booting=$!
+for _ in $(seq $((BOOT_S * 5))); do
+  pid=$(nspawn)
+  if [ -n "$pid" ]; then leader=$(pgrep -P "$pid" | head -n 1 || true); fi
+  if [ -n "$leader" ]; then
+    state=$(timeout 10 nsenter -t "$leader" -a systemctl is-system-running 2>/dev/null || true)
+    [ "$state" = running ] || [ "$state" = degraded ] && break
+  elif ! kill -0 "$booting" 2>/dev/null; then break; fi
+  sleep 0.2
+done
+case "${state:-none}" in
+  running) ;;
+  degraded) # It boots: what failed is ours to say.
+    inside systemctl --failed --no-legend ;;
+  *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
+esac
+status=0
+timeout "$CHECKS_S" nsenter -t "$leader" -a python3 -B /opt/checks/check.py || status=$?
+if [ "$status" != 0 ]; then
+  inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
+  echo "the journal is in $work/journal.log" >&2
+fi
+exit "$status"
