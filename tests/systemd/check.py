@@ -23,7 +23,7 @@ EXPOSURE_TENTHS = 12
 # A system call that the filter refuses is deadly, so that none can be missed unseen.
 STRICT = "[Service]\nSystemCallErrorNumber=kill\n"
 # With this much memory for KV rows 29 of the default model's blocks are fast and 65 slow, of 64 tokens each.
-SMALL = '[memory]\nbudget = "56MiB"\nhot_share = 0\n[limits]\nmax_running = 4\nmax_batched_tokens = 64\n'
+SMALL = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n[limits]\nmax_running = 4\nmax_batched_tokens = 64\n'
 
 
 def wish(text, tokens, session=None, stream=False):
