@@ -11,6 +11,7 @@ cache was dropped, say so beside the figures (--drop-caches does the latter, as 
 """
 
 import argparse
+import atexit
 import http.client
 import json
 import os
@@ -45,7 +46,8 @@ class Daemon:
         command = [ROOT / "target/release/sparsed", "--set", f"state_dir={self.home}/state"]
         command += ["--set", f"socket.path={self.home}/s", "--set", f"model.default.path={MODEL}"]
         command += [argument for pair in self.sets for argument in ("--set", pair)]
-        self.process = subprocess.Popen(command, stderr=open(f"{self.home}/log", "ab"))
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(f"{self.home}/log", "ab"))
+        atexit.register(self.process.kill)
         while True:
             try:
                 if self.ask("GET", "/health").get("status") == "ok":
@@ -112,7 +114,7 @@ def restore(home):
 def kill(home):
     print("| session tokens | SIGKILL to the next token, s |\n|---:|---:|")
     for tokens in ARGUMENTS.tokens:
-        daemon = Daemon(home, f"model.default.max_context={tokens + 512}", f"engine.threads={ARGUMENTS.threads}")
+        daemon = Daemon(home, f"model.default.max_context={tokens + 1024}", f"engine.threads={ARGUMENTS.threads}")
         session = daemon.session()
         daemon.chat(TEXT * (tokens // 18), session=session)
         connection = Connection(f"{home}/s")
