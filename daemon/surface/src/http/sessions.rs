@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Generate, Owner};
 use sparsed_engine::{
     Change, ChatRequest, ContextFull, DEFAULT_MODEL, Durability, Service, Session, SessionId, SessionState,
-    SessionSummary, Settings, Wishes,
+    SessionSummary, Sessions, Settings, Wishes,
 };
 
 /// What may be said of a session when it is made or changed.
@@ -90,8 +90,7 @@ pub(crate) async fn one(
     Extension(owner): Extension<Owner>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, HttpError> {
-    let id = session_id(&id)?;
-    Ok(Json(whole(&verb(&shared, move |service| service.sessions()?.get(owner, id)).await?)))
+    Ok(Json(whole(&on(&shared, &id, move |sessions, id| sessions.get(owner, id)).await?)))
 }
 
 pub(crate) async fn change(
@@ -100,13 +99,12 @@ pub(crate) async fn change(
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Json<Value>, HttpError> {
-    let id = session_id(&id)?;
     let fields: SessionFields = body.parse()?;
     if fields.model.is_some() {
         return Err(HttpError::invalid("model", "cannot be changed; make a new session"));
     }
     let change = fields.change()?;
-    Ok(Json(summary(&verb(&shared, move |service| service.sessions()?.change(owner, id, change)).await?)))
+    Ok(Json(summary(&on(&shared, &id, move |sessions, id| sessions.change(owner, id, change)).await?)))
 }
 
 pub(crate) async fn delete(
@@ -114,9 +112,8 @@ pub(crate) async fn delete(
     Extension(owner): Extension<Owner>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, HttpError> {
-    let id = session_id(&id)?;
-    verb(&shared, move |service| service.sessions()?.delete(owner, id)).await?;
-    Ok(Json(json!({ "id": id.to_string(), "object": "session.deleted", "deleted": true })))
+    on(&shared, &id, move |sessions, id| sessions.delete(owner, id)).await?;
+    Ok(Json(json!({ "id": id, "object": "session.deleted", "deleted": true })))
 }
 
 pub(crate) async fn fork(
@@ -125,9 +122,8 @@ pub(crate) async fn fork(
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Response, HttpError> {
-    let id = session_id(&id)?;
     let TurnsField { turns } = body.parse_or_default()?;
-    let fork = verb(&shared, move |service| service.sessions()?.fork(owner, id, turns)).await?;
+    let fork = on(&shared, &id, move |sessions, id| sessions.fork(owner, id, turns)).await?;
     Ok((StatusCode::CREATED, Json(summary(&fork))).into_response())
 }
 
@@ -137,10 +133,9 @@ pub(crate) async fn truncate(
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Json<Value>, HttpError> {
-    let id = session_id(&id)?;
     let turns = body.parse::<TurnsField>()?.turns;
     let turns = turns.ok_or_else(|| HttpError::invalid("turns", "is missing: how many of the first turns stay"))?;
-    Ok(Json(summary(&verb(&shared, move |service| service.sessions()?.truncate(owner, id, turns)).await?)))
+    Ok(Json(summary(&on(&shared, &id, move |sessions, id| sessions.truncate(owner, id, turns)).await?)))
 }
 
 pub(crate) async fn checkpoint(
@@ -148,8 +143,7 @@ pub(crate) async fn checkpoint(
     Extension(owner): Extension<Owner>,
     Path(id): Path<String>,
 ) -> Result<Json<Value>, HttpError> {
-    let id = session_id(&id)?;
-    Ok(Json(summary(&verb(&shared, move |service| service.sessions()?.checkpoint(owner, id)).await?)))
+    Ok(Json(summary(&on(&shared, &id, move |sessions, id| sessions.checkpoint(owner, id)).await?)))
 }
 
 pub(crate) async fn pin(
@@ -158,10 +152,9 @@ pub(crate) async fn pin(
     Path(id): Path<String>,
     body: Body,
 ) -> Result<Json<Value>, HttpError> {
-    let id = session_id(&id)?;
     let fields: SessionFields = body.parse_or_default()?;
     let change = Change { pinned: Some(fields.pinned.unwrap_or(true)), ..Change::default() };
-    Ok(Json(summary(&verb(&shared, move |service| service.sessions()?.change(owner, id, change)).await?)))
+    Ok(Json(summary(&on(&shared, &id, move |sessions, id| sessions.change(owner, id, change)).await?)))
 }
 
 /// The last answer once more from its first token, and on from where it was cut.
@@ -183,8 +176,7 @@ pub(crate) async fn export(
     Extension(owner): Extension<Owner>,
     Path(id): Path<String>,
 ) -> Result<Response, HttpError> {
-    let id = session_id(&id)?;
-    let file = verb(&shared, move |service| service.sessions()?.export(owner, id)).await?;
+    let file = on(&shared, &id, move |sessions, id| sessions.export(owner, id)).await?;
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], file).into_response())
 }
 
@@ -222,6 +214,16 @@ pub(crate) async fn turn(
         let cut = verb(shared, move |service| service.resume_turn(owner, id)).await?;
         finish(&shared.service, cut).await?;
     }
+}
+
+/// Has a thread that may wait carry out `action` on the session that is called `id`.
+async fn on<T: Send + 'static>(
+    shared: &Shared,
+    id: &str,
+    action: impl FnOnce(&Sessions, SessionId) -> Result<T, Failure> + Send + 'static,
+) -> Result<T, HttpError> {
+    let id = session_id(id)?;
+    verb(shared, move |service| action(service.sessions()?, id)).await
 }
 
 /// Has a thread that may wait carry out `verb`.
