@@ -160,49 +160,15 @@ pub(crate) fn discard(executor: &mut dyn Executor, blocks: &[BlockId]) -> Result
     })
 }
 
-/// Copies a block's rows out of the device.
+/// Calls by the rungs of the ladder that keep the device: what the device has survived is in the answer.
 ///
 /// # Errors
 /// Only when the device is of no more use as it is.
-pub(crate) fn export(executor: &mut dyn Executor, block: BlockId) -> Result<Outcome<Vec<u8>>, ExecutorError> {
-    outcome(climb(executor, true, |executor| executor.export(block)))
-}
-
-/// Fills blocks from images. Blocks beyond the images, or images beyond the blocks, are left out.
-///
-/// # Errors
-/// Only when the device is of no more use as it is.
-pub(crate) fn import(
+pub(crate) fn outlive<T>(
     executor: &mut dyn Executor,
-    blocks: &[BlockId],
-    images: &mut [Vec<u8>],
-) -> Result<Outcome<()>, ExecutorError> {
-    let n = blocks.len().min(images.len());
-    outcome(climb(executor, true, |executor| executor.import(&blocks[..n], &mut images[..n])))
-}
-
-/// Copies a block's rows for the slow tier.
-///
-/// # Errors
-/// Only when the device is of no more use as it is.
-pub(crate) fn slow_copy(
-    executor: &mut dyn Executor,
-    block: BlockId,
-    tag: u64,
-) -> Result<Outcome<WriteJob>, ExecutorError> {
-    outcome(climb(executor, true, |executor| executor.slow_copy(block, tag)))
-}
-
-/// Has a block's latent plane read in the slow tier.
-///
-/// # Errors
-/// Only when the device is of no more use as it is.
-pub(crate) fn relocate(executor: &mut dyn Executor, block: BlockId, tag: u64) -> Result<Outcome<()>, ExecutorError> {
-    outcome(climb(executor, true, |executor| executor.relocate(block, tag)))
-}
-
-fn outcome<T>(result: Result<T, Failed>) -> Result<Outcome<T>, ExecutorError> {
-    match result {
+    call: impl FnMut(&mut dyn Executor) -> Result<T, ExecutorError>,
+) -> Result<Outcome<T>, ExecutorError> {
+    match climb(executor, true, call) {
         Ok(done) => Ok(Outcome::Done(done)),
         Err(Failed::Step(error)) => Ok(Outcome::Failed(error)),
         Err(Failed::Lost(error)) => Err(error),

@@ -7,7 +7,7 @@
 //!
 //! Knows no disk and no thread: [`Files`] takes orders and never blocks, what comes of them is told to the scheduler.
 
-use crate::attempt::{Executor, Outcome, export, import};
+use crate::attempt::{Executor, Outcome, outlive};
 use crate::executor::ExecutorError;
 use crate::scheduler::Scheduler;
 use crate::sequence::SequenceId;
@@ -127,7 +127,7 @@ pub(crate) fn carry_out(
         if blocks.is_empty() {
             continue;
         }
-        match import(executor, &blocks, &mut restored.images)? {
+        match outlive(executor, |executor| executor.import(&blocks, &mut restored.images))? {
             Outcome::Done(()) => scheduler.placed(restored.restore.sequence),
             Outcome::Failed(error) => {
                 log::warn!(reason:% = error; "blocks could not be restored, they are computed again");
@@ -138,7 +138,7 @@ pub(crate) fn carry_out(
     scheduler.take_restores().for_each(|restore| files.restore(restore));
     for _ in 0..SAVES_PER_STEP {
         let Some(save) = scheduler.next_save() else { break };
-        let image = export(executor, save.block)?;
+        let image = outlive(executor, |executor| executor.export(save.block))?;
         scheduler.copied(save);
         match image {
             Outcome::Done(image) => files.save(save, image),

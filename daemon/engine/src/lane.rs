@@ -249,7 +249,7 @@ fn room(slot: &Slot, need: &Need, budget: u64, limits: Limits, slow: Option<&Slo
     };
     let Room { max_context, n_blocks, n_fast, .. } = room;
     if n_blocks < 2 {
-        let needed = 2 * (need.index_bytes + need.latent_bytes) * u64::from(BLOCK_TOKENS);
+        let needed = 2 * need.block_bytes();
         return Err(format!("{budget} bytes are left for its KV cache, {needed} are the least; raise memory.budget"));
     }
     if max_context < need.context {

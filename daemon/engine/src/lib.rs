@@ -7,7 +7,8 @@
 //! When a device fails, `attempt` climbs the rungs of `ladder` that keep the device, `runner` the others; requests keep
 //! their place and their tokens.
 //!
-//! Only `runner` knows a thread or a clock; the rest decides and is told the time.
+//! Only `runner` knows a clock; threads are its own, the sessions' (`sessions`) and the slow tier's (`orders`).
+//! The rest decides and is told the time.
 #![forbid(unsafe_code)]
 
 pub mod api;

@@ -55,7 +55,8 @@ pub(crate) struct Room {
 }
 
 impl Need {
-    fn block_bytes(&self) -> u64 {
+    /// Bytes of a block with both planes.
+    pub(crate) fn block_bytes(&self) -> u64 {
         (self.index_bytes + self.latent_bytes) * u64::from(BLOCK_TOKENS)
     }
 

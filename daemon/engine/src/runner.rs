@@ -61,7 +61,7 @@ pub fn start(
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));
     let links = Links { asks: keeper.as_ref().map(|(asks, _)| asks.clone()), writer };
     let run = move || {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let created = seconds();
         let open = |(index, (slot, options)): (_, (_, &ModelOptions))| {
             Lane::open(slot, options, limits, created, &|shape| links.orders(index, shape))
         };
@@ -330,6 +330,11 @@ impl Engine {
     fn now(&self) -> Duration {
         self.shared.epoch.elapsed()
     }
+}
+
+/// Seconds since 1970; before 1970 it is 1970. For dates only: a clock that is set may jump.
+pub(crate) fn seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// The engine's time.

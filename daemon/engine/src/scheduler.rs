@@ -240,16 +240,13 @@ impl Scheduler {
         } else {
             // A lone sequence fits, unless the slow tier has failed it or the device has none.
             let mut sequence = self.release(0);
-            sequence.fail(match error {
-                KvError::OutOfFast { fast_max, .. } if !self.may_be_slow(&sequence) => {
-                    let max_tokens = fast_max * BLOCK_TOKENS;
-                    Failure::ContextTooLong { have_tokens: sequence.tokens.len(), max_tokens }
-                }
-                KvError::OutOfFast { .. } => Failure::DiskFailed { reason: "the slow tier takes no more".to_owned() },
-                _ => {
-                    let max_tokens = self.pool.n_blocks() * BLOCK_TOKENS;
-                    Failure::ContextTooLong { have_tokens: sequence.tokens.len(), max_tokens }
-                }
+            let n_blocks = match error {
+                KvError::OutOfFast { fast_max, .. } => (!self.may_be_slow(&sequence)).then_some(fast_max),
+                _ => Some(self.pool.n_blocks()),
+            };
+            sequence.fail(match n_blocks {
+                Some(n) => Failure::ContextTooLong { have_tokens: sequence.tokens.len(), max_tokens: n * BLOCK_TOKENS },
+                None => Failure::DiskFailed { reason: "the slow tier takes no more".to_owned() },
             });
             self.leave(sequence, now);
         }

@@ -24,10 +24,11 @@ pub use sparsed_session::{
 pub use wishes::Wishes;
 
 use crate::api::{ChatPrompt, Failure, Owner, Turn};
+use crate::runner::seconds;
 use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest};
 use conversation::{Conversation, Cut};
-use keeper::{Keeper, Resumed, failure, seconds};
+use keeper::{Keeper, Resumed, failure};
 use sparsed_session::{NewSession, NewTurn, StoreError};
 use std::sync::mpsc::sync_channel;
 use wishes::Asked;

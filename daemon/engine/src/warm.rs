@@ -4,7 +4,7 @@
 //! read them there. Until then they are read where they were, so a step never waits, and a disk that fails costs
 //! nothing but the room.
 
-use crate::attempt::{Executor, Outcome, relocate, slow_copy};
+use crate::attempt::{Executor, Outcome, outlive};
 use crate::durable::Files;
 use crate::executor::ExecutorError;
 use crate::scheduler::Scheduler;
@@ -38,11 +38,12 @@ pub(crate) fn carry_out(
     files: &mut dyn Files,
 ) -> Result<(), ExecutorError> {
     while let Some((demoted, block)) = scheduler.next_demoted() {
-        let is_moved = demoted.is_written && settled(relocate(executor, block, demoted.tag)?, "be read in");
+        let mut relocate = || outlive(executor, |executor| executor.relocate(block, demoted.tag));
+        let is_moved = demoted.is_written && settled(relocate()?, "be read in");
         scheduler.settle(demoted.tag, is_moved);
     }
     for Demote { block, tag } in scheduler.take_demotes() {
-        match slow_copy(executor, block, tag)? {
+        match outlive(executor, |executor| executor.slow_copy(block, tag))? {
             Outcome::Done(job) => files.write(tag, job),
             failed @ Outcome::Failed(_) => {
                 settled(failed, "be copied for");

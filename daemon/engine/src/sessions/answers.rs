@@ -1,9 +1,10 @@
 //! What becomes of a turn while it is answered, and how does it end?
 
-use super::keeper::{Before, Keeper, failure, seconds};
+use super::keeper::{Before, Keeper, failure};
 use super::listener::{Ending, Listener};
 use super::recorded::TurnId;
 use crate::api::Event;
+use crate::runner::seconds;
 use sparsed_session::{Outcome, SessionId, StoreError};
 
 /// A turn while it is answered.
@@ -99,12 +100,13 @@ impl Keeper {
 
     /// Passes on what may be heard, and lets go of answers that are at their end.
     pub(super) fn deliver(&mut self) {
+        // The next turn may begin as soon as the client has heard the end of this one.
+        let closed = self.answers.values_mut().filter(|answer| answer.is_closed);
+        let freed = closed.filter_map(|answer| std::mem::take(&mut answer.holds).then_some((answer.owner, answer.id)));
+        let free: Vec<(u64, SessionId)> = freed.collect();
+        free.into_iter().for_each(|(owner, id)| self.let_go(owner, id));
         let mut over = Vec::new();
         for (&turn, answer) in &mut self.answers {
-            // The next turn may begin as soon as the client has heard the end of this one.
-            if answer.is_closed && std::mem::take(&mut answer.holds) {
-                self.taken.remove(&answer.id);
-            }
             let Some(listener) = &mut answer.listener else { continue };
             listener.look();
             if listener.deliver() && answer.is_closed {

@@ -11,13 +11,14 @@ use super::listener::Listener;
 use super::recorded::{Recorder, TurnId};
 use crate::api::{Failure, Turn};
 use crate::durable::{Restore, Restored};
+use crate::runner::seconds;
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
 use sparsed_session::{ImageShape, Loaded, NewTurn, OsDisk, SessionId, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Things done between two flushes at most.
 const BATCH: usize = 256;
@@ -38,7 +39,7 @@ pub(crate) struct Keeper {
     files: HashMap<FileId, (u64, SessionId)>,
     numbers: HashMap<SessionId, FileId>,
     /// Sessions that are open, or being answered.
-    pub(super) taken: HashSet<SessionId>,
+    taken: HashSet<SessionId>,
     pub(super) answers: BTreeMap<TurnId, Answer>,
     n_turns: u64,
     /// Waits until nothing else is to do.
@@ -195,6 +196,10 @@ impl Keeper {
                     log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
                 }
             }
+            // Writing it has read the session again.
+            if self.images.is_empty() && !self.taken.contains(&id) {
+                self.let_go(owner, id);
+            }
         }
         self.tell_engine(Command::Written { slot });
     }
@@ -300,12 +305,6 @@ impl Keeper {
         self.store.begin_turn(owner, id, &turn, seconds())?;
         self.store.append_tokens(owner, id, answered)
     }
-}
-
-/// Seconds since 1970; before 1970 it is 1970.
-#[expect(clippy::disallowed_methods, reason = "sessions carry dates; nothing depends on the order of two of them")]
-pub(super) fn seconds() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 /// What a surface hears of a store's error.
