@@ -4,9 +4,8 @@ mod body;
 mod chat;
 mod completions;
 mod error;
-mod generation;
 mod models;
-mod sampling;
+mod reply;
 mod sessions;
 
 use axum::extract::DefaultBodyLimit;
