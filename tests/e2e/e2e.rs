@@ -244,7 +244,7 @@ fn a_daemon_that_cannot_serve_says_which_file_and_why() {
     assert!(no_plugin.log().contains("no usable plugin 'nothing'"), "{}", no_plugin.log());
 
     let mut typo = Daemon::spawn(Some(&default_model()), &["limits.max_runing=1"]);
-    assert_eq!(typo.wait().code(), Some(1));
+    assert_eq!(typo.wait().code(), Some(2));
     assert!(typo.log().contains("did you mean 'limits.max_running'"), "{}", typo.log());
 }
 

@@ -2,6 +2,7 @@
 
 mod bench;
 mod client;
+mod config;
 mod conform;
 mod convert;
 mod eval;
@@ -31,6 +32,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    Config(config::ConfigCommand),
     Conform(conform::Conform),
     Convert(convert::Convert),
     Eval(Box<eval::Eval>),
@@ -49,6 +51,7 @@ pub fn main() -> ExitCode {
     crate::logging::start(log::LevelFilter::Warn);
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),
+        Command::Config(command) => command.run(),
         Command::Conform(command) => command.run(),
         Command::Convert(command) => command.run(),
         Command::Eval(command) => command.run(),
