@@ -14,6 +14,7 @@ mod private;
 mod quantize;
 mod repl;
 mod run;
+mod sessions;
 mod status;
 
 use clap::{Parser, Subcommand};
@@ -42,6 +43,7 @@ enum Command {
     Plugins(plugins::Plugins),
     Quantize(quantize::Quantize),
     Run(run::Run),
+    Sessions(sessions::SessionsCommand),
     Status(status::Status),
 }
 
@@ -61,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Plugins(command) => command.run(),
         Command::Quantize(command) => command.run(),
         Command::Run(command) => command.run(),
+        Command::Sessions(command) => command.run(),
         Command::Status(command) => command.run(),
     };
     match outcome {
