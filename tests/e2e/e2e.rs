@@ -285,3 +285,25 @@ fn a_base_model_runs_as_dense_mla_and_says_so() {
     assert_eq!(daemon.get("/v1/models").json()["data"][0]["meta"]["label"], "dense: no indexer");
     assert_eq!(content(&daemon.post("/v1/chat/completions", &question("What is the capital of France?"))), FRANCE);
 }
+
+#[test]
+fn the_doctor_finds_a_daemon_well_and_says_what_is_wrong_with_a_configuration() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let doctor = |arguments: &[&str]| {
+        let mut command = Command::new(sparsed_tests::sparsectl());
+        command.args(["doctor", "--json", "--set"]).arg(format!("model.default.path={}", default_model().display()));
+        let done = command.args(arguments).output().unwrap();
+        let checks: Vec<serde_json::Value> = serde_json::from_slice(&done.stdout).unwrap();
+        (done.status.success(), checks)
+    };
+    let of = |checks: &[serde_json::Value], name: &str| {
+        checks.iter().find(|check| check["check"] == name).unwrap()["verdict"].as_str().unwrap().to_owned()
+    };
+    let socket = daemon.socket();
+    let state = format!("state_dir={}", daemon.state_dir().display());
+    let (well, checks) = doctor(&["--socket", socket.to_str().unwrap(), "--set", &state]);
+    assert!(well, "{checks:?}");
+    assert!(["daemon", "model default", "plugin cpu"].iter().all(|name| of(&checks, name) == "ok"), "{checks:?}");
+    let (well, checks) = doctor(&["--set", "limits.max_runing=1"]);
+    assert!(!well && of(&checks, "configuration") == "fail", "{checks:?}");
+}

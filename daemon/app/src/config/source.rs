@@ -31,6 +31,11 @@ impl Source {
         self.layers()?.config()
     }
 
+    /// Whether the command line leaves it to the system's files.
+    pub fn names_nothing(&self) -> bool {
+        self.config.is_none() && self.sets.is_empty()
+    }
+
     /// What each layer says.
     ///
     /// # Errors

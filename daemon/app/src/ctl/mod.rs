@@ -5,6 +5,7 @@ mod client;
 mod config;
 mod conform;
 mod convert;
+mod doctor;
 mod eval;
 mod inspect;
 mod local;
@@ -36,6 +37,7 @@ enum Command {
     Config(config::ConfigCommand),
     Conform(conform::Conform),
     Convert(convert::Convert),
+    Doctor(doctor::Doctor),
     Eval(Box<eval::Eval>),
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
@@ -56,6 +58,7 @@ pub fn main() -> ExitCode {
         Command::Config(command) => command.run(),
         Command::Conform(command) => command.run(),
         Command::Convert(command) => command.run(),
+        Command::Doctor(command) => command.run(),
         Command::Eval(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
