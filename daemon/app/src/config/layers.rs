@@ -1,4 +1,4 @@
-//! Which layer says what? The vendor's file, the operator's, its drop-ins and the command line, each on top of those before.
+//! Which layer says what? The vendor's file, the operator's, drop-ins and the command line, each on those before.
 
 use super::{Config, ConfigError, check};
 use std::fs::File;

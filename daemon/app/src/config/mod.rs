@@ -1,7 +1,7 @@
 //! What did the operator ask for? TOML files and `--set`, parsed into types, every key known.
 //!
-//! Order: built-in defaults, the files that [`Source`] names, then `--set` from left to right. An unknown key is an error
-//! that names the line and the nearest known key; nothing is ignored.
+//! Order: built-in defaults, the files that [`Source`] names, then `--set` from left to right. An unknown key is an
+//! error that names the line and the nearest known key; nothing is ignored.
 
 mod check;
 mod layers;

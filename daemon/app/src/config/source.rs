@@ -14,7 +14,8 @@ const DROP_INS: &str = "/etc/sparsed/conf.d";
 /// The configuration of a command.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct Source {
-    /// The configuration, instead of /usr/lib/sparsed/config.toml, /etc/sparsed/config.toml and /etc/sparsed/conf.d/*.toml.
+    /// The configuration, instead of /usr/lib/sparsed/config.toml, /etc/sparsed/config.toml and
+    /// /etc/sparsed/conf.d/*.toml.
     #[arg(long, global = true)]
     config: Option<PathBuf>,
     /// A setting on top of the configuration, key=value; may be repeated. The value is TOML, or else a bare string.
