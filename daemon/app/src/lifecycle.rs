@@ -22,7 +22,7 @@ const BLOCKING_THREADS_MAX: usize = 4;
 
 /// sparsed serves DSA models to the apps on this box.
 #[derive(Debug, Parser)]
-#[command(name = "sparsed", version)]
+#[command(name = "sparsed", version, disable_help_subcommand = true)]
 struct Arguments {
     #[command(flatten)]
     source: Source,
@@ -40,6 +40,11 @@ enum Role {
         #[arg(long, default_value_t = log::LevelFilter::Info)]
         log_level: log::LevelFilter,
     },
+}
+
+/// The daemon's command line, for its manual page.
+pub(crate) fn command_line() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
 }
 
 /// How long tasks that nobody waits for may still take at the end.

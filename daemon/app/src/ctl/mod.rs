@@ -7,6 +7,7 @@ mod conform;
 mod convert;
 mod doctor;
 mod eval;
+mod generate;
 mod inspect;
 mod local;
 mod logits;
@@ -39,6 +40,7 @@ enum Command {
     Convert(convert::Convert),
     Doctor(doctor::Doctor),
     Eval(Box<eval::Eval>),
+    Generate(generate::Generate),
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
     Models(status::Models),
@@ -60,6 +62,7 @@ pub fn main() -> ExitCode {
         Command::Convert(command) => command.run(),
         Command::Doctor(command) => command.run(),
         Command::Eval(command) => command.run(),
+        Command::Generate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
