@@ -53,7 +53,7 @@ test: testneeds models testplugins .venv/python/openai ## all tests
 e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
-systemd: models ## the service under a systemd of its own, in a Debian tree (root; says so where it cannot)
+systemd: package ## the service under a systemd of its own, in a Debian tree (root; says so where it cannot)
 	bash tests/systemd/run.sh
 
 lint: ## format and clippy
@@ -76,7 +76,7 @@ conform: build ## tries the plugin in PLUGIN (default: the C example) against th
 sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
-package: ## not there yet
-	@echo "make $@: not there yet; README says what is" >&2; exit 2
+package: models ## the Debian packages, in target/debian
+	bash packaging/package.sh
 
 .PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz sim conform package

@@ -39,8 +39,10 @@ impl Paths {
         // A unit's own folders, if systemd made some, win over the user's.
         let unit = |name: &str| variable(name).map(PathBuf::from);
         let xdg_state = || under("XDG_STATE_HOME", ".local/state").join("sparsed");
-        // The system's service has a user of its own, and is told by its folder from a user's service.
-        let is_system = is_root || unit("STATE_DIRECTORY").is_some_and(|dir| dir.starts_with("/var/lib"));
+        // The system's service has a user of its own, and is told by its folder from a user's service; that user's home
+        // is there too, for who asks in its name.
+        let is_of_system = |dir: &Path| dir.starts_with("/var/lib");
+        let is_system = is_root || is_of_system(&unit("STATE_DIRECTORY").unwrap_or_else(|| home.clone()));
         let system = |path: &str| is_system.then(|| PathBuf::from(path));
         let state_dir = config.state_dir.clone().or_else(|| unit("STATE_DIRECTORY"));
         let state_dir = state_dir.or_else(|| system("/var/lib/sparsed")).unwrap_or_else(xdg_state);

@@ -16,9 +16,15 @@ const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest line of an event stream.
 const LINE_BYTES_MAX: usize = 16 << 20;
 
-/// The socket that was named, or else where a daemon without a configuration listens.
+/// The system's daemon, for users who run none of their own.
+const SYSTEM_SOCKET: &str = "/run/sparsed/api.sock";
+
+/// The socket that was named, or else where the user's daemon listens, or the system's.
 pub(super) fn socket_or_default(named: Option<&Path>) -> PathBuf {
-    named.map_or_else(|| Paths::of(&Config::default()).socket, Path::to_owned)
+    let own = || Paths::of(&Config::default()).socket;
+    let system = || Some(PathBuf::from(SYSTEM_SOCKET)).filter(|system| system.exists());
+    let found = || Some(own()).filter(|own| own.exists()).or_else(system).unwrap_or_else(own);
+    named.map_or_else(found, Path::to_owned)
 }
 
 /// A daemon's socket.
