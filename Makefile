@@ -76,6 +76,9 @@ conform: build ## tries the plugin in PLUGIN (default: the C example) against th
 sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
+aarch64: models ## builds for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
+	sh packaging/aarch64.sh
+
 package: ## not there yet
 	@echo "make $@: not there yet; README says what is" >&2; exit 2
 

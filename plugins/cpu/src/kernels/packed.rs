@@ -25,10 +25,19 @@ pub(crate) const TOKENS_MAX: usize = 8;
 /// Sums of one token with 16 rows.
 pub(crate) type Sums = [f32; TILE_ROWS];
 
-/// How many of `left` tokens the level takes through a tile together.
-pub(crate) fn tokens_at_once(level: Level, left: usize) -> usize {
-    let sizes: &[usize] = if level == Level::Avx512 { &[8, 4, 2] } else { &[2] };
+/// How many of `left` tokens the level takes through a tile together: as many as have room for their sums in registers.
+pub(crate) fn tokens_at_once(level: Level, rounding: Rounding, left: usize) -> usize {
+    let sizes: &[usize] = match (level, rounding) {
+        (Level::Avx512, _) => &[8, 4, 2],
+        (Level::Neon | Level::Dotprod | Level::I8mm, Rounding::Int8) => &[4, 2],
+        _ => &[2],
+    };
     sizes.iter().copied().find(|&n| n <= left).unwrap_or(1)
+}
+
+/// What [`tokens_at_once`] never says on this architecture is not compiled.
+const fn is_compiled(tokens: usize, planes: usize) -> bool {
+    cfg!(not(target_arch = "aarch64")) || tokens * planes <= 4
 }
 
 /// `sums[n][r] = row r . token n` for a tile. `x` holds `sums.len()` tokens, a number of [`tokens_at_once`], rounded as
@@ -38,10 +47,10 @@ pub(crate) fn product(level: Level, format: Format, rounding: Rounding, tile: &[
         ($($format:ident: $($n:literal)*;)*) => {
             match (format, rounding, sums.len()) {
                 $($(
-                    (Format::$format, Rounding::Int16, $n) => {
+                    (Format::$format, Rounding::Int16, $n) if const { is_compiled($n, 2) } => {
                         multiply::<{ Format::$format as u32 }, 2, $n>(level, tile, x, sums);
                     }
-                    (Format::$format, Rounding::Int8, $n) => {
+                    (Format::$format, Rounding::Int8, $n) if const { is_compiled($n, 1) } => {
                         multiply::<{ Format::$format as u32 }, 1, $n>(level, tile, x, sums);
                     }
                 )*)*

@@ -36,6 +36,7 @@ macro_rules! by_intrinsics {
 }
 
 impl Lanes for Avx2 {
+    const REGISTERS: usize = 2;
     type F = F;
     type I = I;
 

@@ -33,6 +33,7 @@ macro_rules! by_intrinsics {
 }
 
 impl Lanes for Avx512 {
+    const REGISTERS: usize = 1;
     type F = __m512;
     type I = __m512i;
 

@@ -26,6 +26,8 @@ pub(crate) const LANES: usize = 16;
 
 /// Vector instructions. A value of an implementing type is the proof that the CPU has them.
 pub(crate) trait Lanes: Copy {
+    /// Registers that 16 x f32 fill.
+    const REGISTERS: usize;
     /// 16 x f32.
     type F: Copy;
     /// 64 bytes or 16 x i32.

@@ -94,6 +94,7 @@ macro_rules! by_intrinsics {
 }
 
 impl<P: Copy> Lanes for Neon<P> {
+    const REGISTERS: usize = 4;
     type F = F;
     type I = I;
 

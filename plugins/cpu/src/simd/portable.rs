@@ -25,6 +25,7 @@ pub(super) fn split_bytes(low: &I, high: &I) -> ([u8; 2 * LANES], [u8; 2 * LANES
 }
 
 impl Lanes for Portable {
+    const REGISTERS: usize = 1;
     type F = F;
     type I = I;
 

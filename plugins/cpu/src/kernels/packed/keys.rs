@@ -14,8 +14,8 @@ pub(crate) fn score_keys(level: Level, tile: &[u8], ahead: &[u8], x: &[Block], w
     match w.len() {
         1 => score_heads::<1>(level, tile, ahead, x, w, scores),
         2 => score_heads::<2>(level, tile, ahead, x, w, scores),
-        4 => score_heads::<4>(level, tile, ahead, x, w, scores),
-        8 => score_heads::<8>(level, tile, ahead, x, w, scores),
+        4 if const { super::is_compiled(4, 2) } => score_heads::<4>(level, tile, ahead, x, w, scores),
+        8 if const { super::is_compiled(8, 2) } => score_heads::<8>(level, tile, ahead, x, w, scores),
         n => unreachable!("{n} heads: tokens_at_once was asked"),
     }
 }
