@@ -54,7 +54,8 @@ build() {
   compiler
   cargo build --release --locked -p sparsed -p sparsed-plugin-cpu
   cargo test --release --locked -p sparsed-plugin-cpu --no-run
-  ARCH=aarch64 sh packaging/stage-plugin.sh cpu "$bin/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$bin/plugins"
+  ARCH=aarch64 sh packaging/stage-plugin.sh cpu "$bin/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in \
+    "$bin/plugins"
 }
 
 # The kit starts itself again for each rule, so the kernel must know who runs aarch64 programs. Linux 6.7 lets a user

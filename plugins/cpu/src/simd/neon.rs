@@ -35,47 +35,13 @@ type F = [float32x4_t; 4];
 /// Bytes or 32-bit lanes.
 type I = [int32x4_t; 4];
 
-/// Applies an expression to each register of vectors.
+/// An expression of each register of vectors.
 macro_rules! each {
-    (|$a:ident| $body:expr) => {
-        [
-            {
-                let $a = $a[0];
-                $body
-            },
-            {
-                let $a = $a[1];
-                $body
-            },
-            {
-                let $a = $a[2];
-                $body
-            },
-            {
-                let $a = $a[3];
-                $body
-            },
-        ]
-    };
-    (|$a:ident, $b:ident| $body:expr) => {
-        [
-            {
-                let ($a, $b) = ($a[0], $b[0]);
-                $body
-            },
-            {
-                let ($a, $b) = ($a[1], $b[1]);
-                $body
-            },
-            {
-                let ($a, $b) = ($a[2], $b[2]);
-                $body
-            },
-            {
-                let ($a, $b) = ($a[3], $b[3]);
-                $body
-            },
-        ]
+    (|$($v:ident),+| $body:expr) => {
+        std::array::from_fn(|register| {
+            $(let $v = $v[register];)+
+            $body
+        })
     };
 }
 
@@ -149,19 +115,15 @@ impl<P: Copy> Lanes for Neon<P> {
         fn sub(a: F, b: F) -> F { each!(|a, b| vsubq_f32(a, b)) }
         fn mul(a: F, b: F) -> F { each!(|a, b| vmulq_f32(a, b)) }
         fn mul_add(a: F, b: F, c: F) -> F {
-            [
-                vfmaq_f32(c[0], a[0], b[0]),
-                vfmaq_f32(c[1], a[1], b[1]),
-                vfmaq_f32(c[2], a[2], b[2]),
-                vfmaq_f32(c[3], a[3], b[3]),
-            ]
+            each!(|a, b, c| vfmaq_f32(c, a, b))
         }
         // Not `fmax`: of zeros and NaNs it takes others than the other levels do.
         fn max(a: F, b: F) -> F { each!(|a, b| vbslq_f32(vcgtq_f32(a, b), a, b)) }
         fn splat_i(v: i32) -> I { [vdupq_n_s32(v); 4] }
         fn load_i(v: &[u8; 4 * LANES]) -> I {{
             let at = v.as_ptr();
-            [vld1q_u8(at), vld1q_u8(at.add(16)), vld1q_u8(at.add(32)), vld1q_u8(at.add(48))].map(|v| vreinterpretq_s32_u8(v))
+            let v = [vld1q_u8(at), vld1q_u8(at.add(16)), vld1q_u8(at.add(32)), vld1q_u8(at.add(48))];
+            each!(|v| vreinterpretq_s32_u8(v))
         }}
         fn store_i(v: I, to: &mut [i32; LANES]) {{
             for (to, v) in to.as_chunks_mut::<4>().0.iter_mut().zip(v) {

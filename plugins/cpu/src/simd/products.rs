@@ -6,7 +6,8 @@ use super::Lanes;
 
 /// Products of the codes of 16 rows with a token's activations of one or two bytes (PLANES).
 pub(crate) trait Products: Lanes {
-    /// What is added to signed codes of 8 bits before they are multiplied: 128 where the level wants unsigned ones, or 0.
+    /// What is added to signed codes of 8 bits before they are multiplied: 128 where the level wants unsigned ones, or
+    /// nothing.
     const BYTE_OFFSET: u8;
     /// The codes of eight values of 16 rows.
     type Codes: Copy;
