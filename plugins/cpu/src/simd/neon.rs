@@ -18,7 +18,7 @@ pub(crate) struct Base;
 /// Byte products: `sdot`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Dotprod;
-/// Byte products: `smmla`, and `sdot` where one row is multiplied.
+/// Byte products: `smmla`, and `sdot` where activations have one byte.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct I8mm;
 
