@@ -79,4 +79,7 @@ sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n 
 package: models ## the Debian packages, in target/debian
 	bash packaging/package.sh
 
-.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz sim conform package
+aarch64: models ## builds for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
+	sh packaging/aarch64.sh
+
+.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz sim conform package aarch64
