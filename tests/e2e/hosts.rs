@@ -58,23 +58,6 @@ const SETS: &[&str] = &[
     "plugins.strike_window_ms=1",
 ];
 
-/// The process of the plugin, once it is there.
-fn host(daemon: &Daemon) -> u32 {
-    let mut found = None;
-    daemon.wait_until("a plugin host runs", || {
-        let children = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
-            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let status = fs::read_to_string(entry.path().join("status")).ok()?;
-            let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
-            let alive = !line("State:")?.starts_with('Z');
-            (line("PPid:")?.parse() == Ok(daemon.pid()) && alive).then_some(pid)
-        });
-        found = children.last();
-        found.is_some()
-    });
-    found.unwrap()
-}
-
 fn strike(pid: u32, blow: Blow, group: Option<&MemoryGroup>) {
     let signal = |name: &str| drop(Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).output());
     match blow {
@@ -144,7 +127,7 @@ fn a_step_that_hangs_does_not_keep_the_daemon_from_stopping() {
     let mut daemon = Daemon::start(&model, &sets);
     let stream = daemon.open("/v1/completions", &three_streams(100_000)[0]);
     daemon.wait_until("running", || sampled(&daemon) > 0);
-    strike(host(&daemon), Blow::Stop, None);
+    strike(daemon.plugin_host(), Blow::Stop, None);
     let asked = Instant::now();
     daemon.signal("TERM");
     assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
@@ -174,7 +157,7 @@ fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() 
             if blows < plan.blows && sampled(&daemon) >= next {
                 let before = faults(&daemon);
                 let blow = kinds[random.usize(..kinds.len())];
-                strike(host(&daemon), blow, group.as_ref());
+                strike(daemon.plugin_host(), blow, group.as_ref());
                 // Not twice upon the same process.
                 let over = || streams.iter().all(|stream| stream.is_finished());
                 daemon.wait_until("noticed", || faults(&daemon) > before || over());

@@ -2,7 +2,7 @@
 
 use crate::call::{checked, text};
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
-use crate::slow::SlowArea;
+use crate::slow::{SlowArea, SlowSource};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
     Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, SpdApi,
@@ -205,11 +205,16 @@ impl Backend {
         Weight::upload(&self.device, weight)
     }
 
-    /// Creates a KV pool whose rows read as zero; `slow` must outlive what is moved there.
+    /// Creates a KV pool whose rows read as zero, with `slow` as its slow tier.
     ///
     /// # Errors
     /// The plugin's own, for example `SPD_E_NOMEM_DEVICE`.
     pub fn create_kv(&self, desc: &KvDesc, slow: Option<&SlowArea>) -> Result<KvPool, BackendError> {
+        self.create_kv_on(desc, slow.map(|area| area.source().clone()))
+    }
+
+    /// As [`Self::create_kv`], for whoever does not write into the slow tier.
+    pub(crate) fn create_kv_on(&self, desc: &KvDesc, slow: Option<SlowSource>) -> Result<KvPool, BackendError> {
         KvPool::create(&self.device, desc, slow)
     }
 

@@ -8,10 +8,14 @@ use crate::error::BackendError;
 use crate::memory::KvDesc;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
+use sparsed_abi::SpdKvSlow;
 use sparsed_plugin_kit::slow::rowcache::{PAGE_BYTES, SlowLayout};
+use sparsed_plugin_kit::struct_size;
 use std::fs::File;
 use std::io::IoSlice;
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::sync::Arc;
 
 /// Pages that are written at a time.
 const PAGES_AT_ONCE: usize = 64;
@@ -19,10 +23,35 @@ const PAGES_AT_ONCE: usize = 64;
 /// The slow tier of one pool.
 #[derive(Debug)]
 pub struct SlowArea {
-    pub(crate) file: File,
     layout: SlowLayout,
+    source: SlowSource,
+}
+
+/// Where a plugin reads it; the pool keeps it open.
+#[derive(Clone, Debug)]
+pub(crate) struct SlowSource {
+    pub(crate) file: Arc<File>,
+    /// Where the area begins, in bytes.
+    pub(crate) offset: u64,
+    /// Bytes of the area.
     pub(crate) length: u64,
+    /// Bytes for the row cache.
     pub(crate) cache_bytes: u64,
+}
+
+impl SlowSource {
+    /// As the border has it, good as long as this lives.
+    pub(crate) fn desc(&self) -> SpdKvSlow {
+        SpdKvSlow {
+            struct_size: struct_size::<SpdKvSlow>(),
+            fd: self.file.as_raw_fd(),
+            page_bytes: 4096,
+            offset: self.offset,
+            length: self.length,
+            cache_bytes: self.cache_bytes,
+            ..SpdKvSlow::default()
+        }
+    }
 }
 
 /// A page where the kernel may take it from directly.
@@ -43,7 +72,11 @@ impl SlowArea {
         let length = layout.block_bytes() as u64 * u64::from(desc.n_blocks);
         let file = File::from(unnamed(dir).map_err(io)?);
         rustix::fs::ftruncate(&file, length).map_err(io)?;
-        Ok(Self { file, layout, length, cache_bytes })
+        Ok(Self { layout, source: SlowSource { file: Arc::new(file), offset: 0, length, cache_bytes } })
+    }
+
+    pub(crate) fn source(&self) -> &SlowSource {
+        &self.source
     }
 
     /// Where the block lies in the area.
@@ -75,7 +108,7 @@ impl SlowArea {
         let mut done = 0;
         while done < pages.len() {
             let slices: Vec<IoSlice<'_>> = pages[done..].iter().map(|page| IoSlice::new(&page.0)).collect();
-            let n_bytes = match rustix::io::pwritev(&self.file, &slices, offset) {
+            let n_bytes = match rustix::io::pwritev(&*self.source.file, &slices, offset) {
                 Err(Errno::INTR) => continue,
                 written => written?,
             };
@@ -121,7 +154,7 @@ mod tests {
         area.layout.encode_block(&plane, 77, &mut expected).unwrap();
         let mut found = vec![Page([0; PAGE_BYTES]); area.layout.block_pages() as usize];
         for (page, at) in found.iter_mut().zip(0..) {
-            area.file.read_exact_at(&mut page.0, area.offset_of(2) + at * PAGE_BYTES as u64).unwrap();
+            area.source.file.read_exact_at(&mut page.0, area.offset_of(2) + at * PAGE_BYTES as u64).unwrap();
         }
         assert!(found.iter().flat_map(|page| page.0).eq(expected));
         assert!(area.write(1, 77, &plane[1..]).is_err());

@@ -9,15 +9,15 @@ pub use keeper::kill_plugin_hosts;
 
 use crate::remote::HostOptions;
 use crate::remote::arena::{KIND_KV, KIND_RUN};
-use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, Source as From, Start};
+use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, SlowShape, Source as From, Start};
 use crate::{BackendError, Found, Plugin as Loaded, taint};
 use lane::{Job, Lane};
 use link::Link;
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use sparsed_abi::{
-    E_ABI, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_UNIFIED_MEM,
-    HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc,
-    SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
+    E_ABI, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_SLOW_FILE,
+    FEAT_UNIFIED_MEM, HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket, SpdDeviceInfo,
+    SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
 };
 use sparsed_plugin_kit::{
     Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowFile, Source, Synchronous,
@@ -27,14 +27,15 @@ use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Smallest lane in bytes.
 const LANE_BYTES_MIN: usize = 1 << 20;
-/// What goes through a host. Its queues are synchronous, it takes no slow tier yet, and weights are not read where they
-/// lie in the daemon's memory: the host has its own mapping of the file.
-const FEATURES: u64 = FEAT_GRAPH | FEAT_UNIFIED_MEM | FEAT_CANCEL_MID | FEAT_DETERMINISTIC | FEAT_INVARIANT;
+/// What goes through a host. Its queues are synchronous, and weights are not read where they lie in the daemon's memory:
+/// the host has its own mapping of the file.
+const FEATURES: u64 =
+    FEAT_GRAPH | FEAT_UNIFIED_MEM | FEAT_CANCEL_MID | FEAT_DETERMINISTIC | FEAT_INVARIANT | FEAT_SLOW_FILE;
 
 static TABLE: SpdApi = table::<RemotePlugin>();
 
@@ -238,9 +239,6 @@ impl Device for RemoteDevice {
     }
 
     fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Remote, SpdKvInfo)> {
-        if slow.is_some() {
-            return Err(PluginError::unsupported("a slow tier of a plugin in a process of its own"));
-        }
         let shape = PoolShape {
             block_tokens: desc.block_tokens,
             n_blocks: desc.n_blocks,
@@ -248,8 +246,14 @@ impl Device for RemoteDevice {
             n_index_layers: desc.n_index_layers,
             rows: [desc.latent, desc.rope, desc.index].map(Plain),
         };
+        let file = slow.as_ref().map(|slow| read_only(&slow.file)).transpose()?;
+        let slow = slow.map(|slow| {
+            let SlowFile { file: _, offset, length, cache_bytes } = slow;
+            SlowShape { offset, length, cache_bytes }
+        });
+        let fds: Vec<BorrowedFd<'_>> = file.iter().map(AsFd::as_fd).collect();
         let pool = self.link.new_id();
-        match self.link.call(&Request::CreateKv { device: self.id, pool, shape }, &[])? {
+        match self.link.call(&Request::CreateKv { device: self.id, pool, shape, slow }, &fds)? {
             Reply::Pool(Plain(info)) => Ok((self.remote(Object::Pool(pool)), info)),
             _ => Err(self.link.nonsense()),
         }
@@ -319,6 +323,16 @@ impl Drop for Remote {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The file once more, for a host that reads it and cannot write what the daemon's checks rely on.
+fn read_only(file: &File) -> Result<OwnedFd> {
+    let open = || {
+        let direct = rustix::fs::fcntl_getfl(file)? & OFlags::DIRECT;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | direct, Mode::empty())
+    };
+    open().map_err(|errno| PluginError::new(E_NOMEM_HOST, format!("cannot open the slow tier's file again: {errno}")))
 }
 
 /// `bytes` in memory that can be handed to the host, which can change neither them nor their length.

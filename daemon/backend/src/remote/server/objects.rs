@@ -4,7 +4,8 @@ use super::lane::LaneThread;
 use crate::call::text;
 use crate::device::raw_device_info;
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
-use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, Source};
+use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, SlowShape, Source};
+use crate::slow::SlowSource;
 use crate::{Backend, BackendError, OpenOptions, Plan, Plugin};
 use bytes::Bytes;
 use memmap2::Mmap;
@@ -74,7 +75,10 @@ impl Objects {
                 let made = self.device(device)?.upload(&desc, &source, fds.next())?;
                 self.weights.insert(weight, made);
             }
-            Request::CreateKv { device, pool, shape } => return self.create_kv(device, pool, &shape),
+            Request::CreateKv { device, pool, shape, slow } => {
+                let slow = slow.map(|slow| slow_source(slow, fds.next())).transpose()?;
+                return self.create_kv(device, pool, &shape, slow);
+            }
             Request::Compile { device, plan, weights, pools, bucket: Plain(bucket), blob_bytes } => {
                 let find = |id: &u32| self.weights.get(id).cloned().ok_or_else(|| unknown("weight", *id));
                 let weights = weights.iter().map(find).collect::<Result<Vec<_>>>()?;
@@ -118,11 +122,11 @@ impl Objects {
         })))
     }
 
-    fn create_kv(&mut self, device: u32, pool: u32, shape: &PoolShape) -> Result<Reply> {
+    fn create_kv(&mut self, device: u32, pool: u32, shape: &PoolShape, slow: Option<SlowSource>) -> Result<Reply> {
         let [Plain(latent), Plain(rope), Plain(index)] = shape.rows;
         let PoolShape { block_tokens, n_blocks, n_layers, n_index_layers, .. } = *shape;
         let desc = KvDesc { block_tokens, n_blocks, n_layers, n_index_layers, latent, rope, index };
-        let made = self.device(device)?.backend.create_kv(&desc, None)?;
+        let made = self.device(device)?.backend.create_kv_on(&desc, slow)?;
         let info = made.raw_info();
         lock(&self.jobs.pools).insert(pool, made);
         Ok(Reply::Pool(Plain(info)))
@@ -180,6 +184,13 @@ pub(super) fn refuse(status: SpdStatus, message: String) -> BackendError {
 
 fn unknown(what: &str, id: u32) -> BackendError {
     refuse(E_INVALID, format!("no {what} has the number {id}"))
+}
+
+/// The slow tier in the file that came with it.
+fn slow_source(slow: SlowShape, fd: Option<OwnedFd>) -> Result<SlowSource> {
+    let fd = fd.ok_or_else(|| refuse(E_INVALID, "a slow tier comes with its file".to_owned()))?;
+    let SlowShape { offset, length, cache_bytes } = slow;
+    Ok(SlowSource { file: Arc::new(fd.into()), offset, length, cache_bytes })
 }
 
 /// A program, copied out of the file it came in.
