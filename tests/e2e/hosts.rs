@@ -5,9 +5,12 @@
 mod memory_group;
 
 use memory_group::MemoryGroup;
+use serde_json::{Value, json};
+use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens, three_streams};
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -135,6 +138,50 @@ fn a_step_that_hangs_does_not_keep_the_daemon_from_stopping() {
     let answer = read_answer(stream).unwrap().body;
     let end = &answer[answer.len().saturating_sub(400)..];
     assert!(end.contains("shutting_down"), "its client hears why: {end}; log:\n{}", daemon.log());
+}
+
+/// One long answer to a prompt of 2000 characters, by itself or in a session.
+fn long_answer(daemon: &Daemon, in_session: bool) -> UnixStream {
+    let words = "Once upon a time there was a box. ".repeat(60);
+    let mut request = json!({
+        "messages": [{ "role": "user", "content": words }],
+        "max_tokens": 400, "temperature": 0, "ignore_eos": true, "stream": true,
+    });
+    if in_session {
+        request["session_id"] = daemon.post("/v1/sessions", &json!({})).json()["id"].clone();
+    }
+    daemon.open("/v1/chat/completions", &request)
+}
+
+fn text(stream: UnixStream) -> String {
+    let body = read_answer(stream).unwrap().body;
+    assert!(body.ends_with("data: [DONE]\n\n"), "{body}");
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")?.parse().ok());
+    events.filter_map(|event| Some(event["choices"][0]["delta"]["content"].as_str()?.to_owned())).collect()
+}
+
+#[test]
+fn when_its_plugins_process_dies_a_session_reads_its_blocks_from_its_file_instead_of_computing_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let daemon = Daemon::start(&model, &[SETS, &["model.default.max_context=4096"]].concat());
+    let computed = || daemon.status()["computed_tokens"].as_u64().unwrap();
+    let expected = text(long_answer(&daemon, false));
+    let whole = computed();
+    assert!(whole > 2400);
+    for in_session in [false, true] {
+        // A prefix that was computed before would be taken from the pool.
+        strike(daemon.plugin_host(), Blow::Kill, None);
+        let (before, lost) = ((computed(), sampled(&daemon)), faults(&daemon));
+        let stream = long_answer(&daemon, in_session);
+        daemon.wait_until("half is said", || sampled(&daemon) >= before.1 + 200);
+        assert_eq!(faults(&daemon), lost + 1, "the first loss shows with the first step");
+        strike(daemon.plugin_host(), Blow::Kill, None);
+        assert_eq!(text(stream), expected, "log:\n{}", daemon.log());
+        assert_eq!(faults(&daemon), lost + 2);
+        let again = computed() - before.0 - whole;
+        assert_eq!(again < 600, in_session, "{again} tokens computed again; in a session: {in_session}");
+    }
 }
 
 #[test]
