@@ -156,7 +156,7 @@ fn long_answer(daemon: &Daemon, in_session: bool) -> UnixStream {
 fn text(stream: UnixStream) -> String {
     let body = read_answer(stream).unwrap().body;
     assert!(body.ends_with("data: [DONE]\n\n"), "{body}");
-    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")?.parse().ok());
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")?.parse::<Value>().ok());
     events.filter_map(|event| Some(event["choices"][0]["delta"]["content"].as_str()?.to_owned())).collect()
 }
 
