@@ -44,6 +44,15 @@ static EXPECTED: LazyLock<Vec<String>> = LazyLock::new(|| {
     said
 });
 
+/// Open files of the daemon whose name has this in it.
+fn open_files(daemon: &Daemon, name: &str) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().flatten();
+    let has = |entry: &std::fs::DirEntry| {
+        std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().contains(name))
+    };
+    files.filter(has).count()
+}
+
 /// All requests at a time, once blocks lie in the slow tier.
 fn begin(daemon: &Daemon) -> Vec<UnixStream> {
     let streams = requests().iter().map(|request| daemon.open("/v1/chat/completions", request)).collect();
@@ -64,6 +73,22 @@ fn answers_are_the_same_where_most_rows_are_slow() {
         let tight = start(&model, &[TIGHT, &[&isolation, &hot_share]].concat());
         let answers = finish(begin(&tight));
         assert!(answers == *EXPECTED, "{isolation}, {hot_share}: {answers:?} instead of {:?}", *EXPECTED);
+    }
+}
+
+#[test]
+fn a_device_that_reads_no_file_has_its_slow_tier_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let plugins = sparsed_tests::root().join("target/release/test-plugins");
+    let dir = format!("plugins.dir={}", plugins.display());
+    let own = ["engine.plugin=faulty", "engine.set.slow_host=yes", "memory.hot_share=0", &dir];
+    let wrapped = plugins.join("faulty/libsparsed_plugin_cpu.so");
+    for isolation in ["engine.isolation=none", "engine.isolation=process"] {
+        let sets = [SETS, TIGHT, &own, &[isolation]].concat();
+        let tight = Daemon::spawn_in(&[("SPARSED_WRAPPED", &wrapped)], Some(&model), &sets).ready();
+        assert_eq!(finish(begin(&tight)), *EXPECTED, "{isolation}; log:\n{}", tight.log());
+        assert_eq!(open_files(&tight, "/memfd:sparsed-slow"), 1, "{isolation}");
     }
 }
 

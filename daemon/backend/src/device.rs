@@ -5,8 +5,8 @@ use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
 use crate::slow::{SlowArea, SlowSource};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
-    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, SpdApi,
-    SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
+    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE,
+    FEAT_SLOW_HOST, SpdApi, SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
 };
 use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
@@ -277,6 +277,11 @@ impl DeviceInfo {
         self.features & FEAT_HOST_WEIGHTS != 0
     }
 }
+
+    /// True when latent planes may lie in host memory.
+    pub fn takes_slow_memory(&self) -> bool {
+        self.features & FEAT_SLOW_HOST != 0
+    }
 
 impl Device {
     pub(crate) fn api(&self) -> &'static SpdApi {

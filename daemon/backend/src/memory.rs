@@ -160,7 +160,7 @@ unsafe impl Sync for KvPoolInner {}
 
 impl KvPool {
     pub(crate) fn create(device: &Arc<Device>, desc: &KvDesc, slow: Option<SlowSource>) -> Result<Self, BackendError> {
-        let raw_slow = slow.as_ref().map(SlowSource::desc);
+        let raw_slow = slow.as_ref().map(|slow| slow.desc(device.plugin.host_process().is_some()));
         let raw_desc = SpdKvDesc {
             struct_size: struct_size::<SpdKvDesc>(),
             flags: 0,

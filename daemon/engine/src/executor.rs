@@ -180,7 +180,11 @@ impl DeviceModel {
         };
         let slow = match slow_dir {
             Some(dir) if options.n_fast < options.n_blocks => {
-                Some(Arc::new(SlowArea::create(dir, &desc, program.kv.latent_row_bytes()?, options.slow_cache_bytes)?))
+                let (row_bytes, cache_bytes) = (program.kv.latent_row_bytes()?, options.slow_cache_bytes);
+                Some(Arc::new(match backend.info().takes_slow_file() {
+                    true => SlowArea::create(dir, &desc, row_bytes, cache_bytes)?,
+                    false => SlowArea::in_memory(&desc, row_bytes, cache_bytes)?,
+                }))
             }
             _ => None,
         };

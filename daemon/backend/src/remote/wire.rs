@@ -127,6 +127,8 @@ pub(super) struct PoolShape {
 /// See `spd_kv_slow`.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 pub(super) struct SlowShape {
+    /// Whether the file is memory, to be mapped.
+    pub(super) is_memory: bool,
     pub(super) offset: u64,
     pub(super) length: u64,
     pub(super) cache_bytes: u64,
