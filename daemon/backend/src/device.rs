@@ -1,5 +1,6 @@
 //! Which device is it, and what does it have?
 
+use crate::arena::Arena;
 use crate::call::{checked, text};
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
 use crate::slow::{SlowArea, SlowSource};
@@ -218,6 +219,11 @@ impl Backend {
         KvPool::create(&self.device, desc, slow)
     }
 
+    /// `length` zero bytes for the arenas of its steps.
+    pub fn arena(&self, length: usize) -> Arena {
+        Arena::new(&self.device, length)
+    }
+
     /// Compiles a program for steps up to `bucket`. Weights and pools are bound in the order of their slots and stay
     /// alive with the plan.
     ///
@@ -272,16 +278,16 @@ impl DeviceInfo {
         self.features & FEAT_SLOW_FILE != 0
     }
 
+    /// True when latent planes may lie in host memory.
+    pub fn takes_slow_memory(&self) -> bool {
+        self.features & FEAT_SLOW_HOST != 0
+    }
+
     /// True when weights are read where they lie in host memory.
     pub fn reads_host_weights(&self) -> bool {
         self.features & FEAT_HOST_WEIGHTS != 0
     }
 }
-
-    /// True when latent planes may lie in host memory.
-    pub fn takes_slow_memory(&self) -> bool {
-        self.features & FEAT_SLOW_HOST != 0
-    }
 
 impl Device {
     pub(crate) fn api(&self) -> &'static SpdApi {
