@@ -5,7 +5,8 @@
 //! A [`Reader`] reads a list of [`Read`]s from one file and hands out each as it arrives: by io_uring where the kernel
 //! allows it, else by threads that call `pread`. Both give the same bytes and the same errors. Buffers belong to the
 //! reader, as many as reads are in flight, aligned for `O_DIRECT`: memory does not grow with the list, and pages are
-//! checked and copied while others are still on their way. A slow tier in host memory goes the same way, each read a copy.
+//! checked and copied while others are still on their way. A slow tier in host memory goes the same
+//! way, each read a copy.
 //!
 //! Measured by `examples/slow_tier.rs`, figures in `tests/bench/RESULTS.md`: there one decoded token's misses, layer by
 //! layer, take io_uring 7 to 10 ms and threads 25 ms, with four times the CPU time.

@@ -6,8 +6,8 @@ use std::ptr::NonNull;
 
 /// Memory of the daemon's in which a slow area lies.
 ///
-/// It is written by the daemon while it is read here, but never where a block is that is being read: so it is reached by
-/// its address, and there is no reference to it.
+/// It is written by the daemon while it is read here, but never where a block is that is being read: so it is reached
+/// by its address, and there is no reference to it.
 #[derive(Debug)]
 pub struct SlowMemory {
     base: NonNull<u8>,

@@ -33,8 +33,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Smallest lane in bytes.
 const LANE_BYTES_MIN: usize = 1 << 20;
-/// What goes through a host. Its queues are synchronous, and weights are not read where they lie in the daemon's memory:
-/// the host has its own mapping of the file.
+/// What goes through a host. Its queues are synchronous, and weights are not read where they lie in the daemon's
+/// memory: the host has its own mapping of the file.
 const FEATURES: u64 = FEAT_GRAPH
     | FEAT_UNIFIED_MEM
     | FEAT_CANCEL_MID
