@@ -73,6 +73,14 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 conform: build ## tries the plugin in PLUGIN (default: the C example) against the contract
 	target/release/sparsectl conform $(PLUGIN)
 
+ASAN := target/asan/$(shell uname -m)-unknown-linux-gnu/release
+asan: build ## the CPU plugin, built with AddressSanitizer, against the contract, mutated programs and steps among it
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo build --release --locked -p sparsed-plugin-cpu \
+	  --target $(shell uname -m)-unknown-linux-gnu --target-dir target/asan
+	sh packaging/stage-plugin.sh cpu $(ASAN)/libsparsed_plugin_cpu.so plugins/cpu/plugin.toml.in target/asan/plugins
+	LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 \
+	  target/release/sparsectl conform target/asan/plugins/cpu --deadline 300
+
 sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
@@ -82,4 +90,4 @@ package: models ## the Debian packages, in target/debian
 aarch64: models ## builds for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
 	sh packaging/aarch64.sh
 
-.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz sim conform package aarch64
+.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz asan sim conform package aarch64
