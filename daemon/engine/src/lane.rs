@@ -8,7 +8,7 @@ use crate::grammar::Compiler;
 use crate::ladder::Conduct;
 use crate::orders::Orders;
 use crate::room::{Need, Room, SlowTier};
-use crate::scheduler::{Limits, Scheduler};
+use crate::scheduler::{Footprint, Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
 use crate::step::{Done, step};
@@ -164,7 +164,12 @@ impl Live {
             ServedModel { model, max_context, kv_bytes_per_token, top_k, created, vocabulary, images, grammars };
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
-        let scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
+        let mut scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
+        scheduler.weigh(Footprint {
+            block_bytes: need.block_bytes(),
+            latent_bytes: latent_bytes * u64::from(BLOCK_TOKENS),
+            least_fast: need.least_fast(limits).min(n_fast),
+        });
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
         Ok(Self {
             served: Arc::new(served),

@@ -13,6 +13,8 @@
 
 pub mod api;
 pub mod eval;
+pub mod memory;
+pub mod telemetry;
 
 mod attempt;
 mod batch;

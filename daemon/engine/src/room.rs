@@ -60,6 +60,11 @@ impl Need {
         (self.index_bytes + self.latent_bytes) * u64::from(BLOCK_TOKENS)
     }
 
+    /// Blocks that need their latent plane in memory for a step to run beside what moves.
+    pub(crate) fn least_fast(&self, limits: Limits) -> u32 {
+        blocks_for(limits.max_batched_tokens) + limits.max_running + SPARE_BLOCKS
+    }
+
     /// All in memory, as much as fits.
     pub(crate) fn without_slow_tier(&self, budget: u64, limits: Limits) -> Room {
         let all = u64::from(limits.max_running) * u64::from(blocks_for(self.context));
@@ -80,7 +85,7 @@ impl Need {
         }
         let tokens = u64::from(BLOCK_TOKENS);
         let (cold, latent) = ((self.index_bytes + LOOKUP_BYTES * self.layers) * tokens, self.latent_bytes * tokens);
-        let least_fast = blocks_for(limits.max_batched_tokens) + limits.max_running + SPARE_BLOCKS;
+        let least_fast = self.least_fast(limits);
         let least = u64::from(least_fast) * latent + READERS_BYTES;
         // A token's rows in one layer are in memory together, and those of the next token.
         let least_cache = 2 * self.top_k * (self.latent_bytes / self.layers.max(1) + SLOT_BYTES);
@@ -129,6 +134,9 @@ mod tests {
         max_batched_tokens: 256,
         slow_consumer: Duration::from_secs(1),
         slow_stateless: true,
+        per_user_running: 4,
+        per_user_waiting: 8,
+        tpot_target: None,
     };
 
     #[test]
