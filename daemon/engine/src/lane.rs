@@ -228,6 +228,7 @@ impl Live {
     /// What it has done and holds.
     pub(crate) fn stats(&mut self) -> Stats {
         self.stats.load = self.scheduler.load();
+        self.stats.tally = self.scheduler.tally();
         self.stats
     }
 }

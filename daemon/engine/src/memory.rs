@@ -6,5 +6,5 @@ mod thrash;
 
 pub use budget::{Bound, Budget, Limit};
 pub(crate) use pressure::Ladder;
-pub use pressure::{Pressure, Reading, Stage};
+pub use pressure::{Outlook, Pressure, Stage};
 pub(crate) use thrash::Thrash;

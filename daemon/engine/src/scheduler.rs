@@ -11,6 +11,8 @@
 //! Knows no device, no text and no clock: time is an argument.
 
 mod admission;
+#[cfg(test)]
+mod cost;
 mod leaving;
 mod pace;
 mod queue;

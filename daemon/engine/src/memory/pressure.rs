@@ -26,7 +26,7 @@ pub enum Pressure {
 
 /// What a look at the memory has given.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Reading {
+pub struct Outlook {
     /// Counts the looks.
     pub number: u64,
     /// How short it is.

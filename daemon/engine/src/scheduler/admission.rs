@@ -179,3 +179,176 @@ impl Scheduler {
         victim.expect("two or more run")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::api::{Event, Failure, Generate, Owner, Turn, Urgency};
+    use crate::scheduler::Limits;
+    use crate::testing::{Bench, Listener, limits, naive, prompt, request};
+    use proptest::prelude::*;
+    use sparsed_kv::FileId;
+    use std::time::Duration;
+
+    /// A request under way.
+    struct Asked {
+        listener: Listener,
+        n_prompt: u32,
+    }
+
+    impl Asked {
+        fn is_over(&self) -> bool {
+            matches!(self.listener.heard().1, Some(Event::Finished(_)))
+        }
+
+        /// Tokens that were computed for it, as far as its listener knows.
+        fn n_tokens(&self) -> u32 {
+            let n = self.listener.heard().0.len() as u32;
+            if n > 0 { self.n_prompt + n } else { 0 }
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, ..crate::seeded() })]
+
+        /// One owner asks for everything at once, two others always have three requests: each gets its third.
+        #[test]
+        fn an_owner_that_floods_leaves_the_others_their_share(
+            sizes in proptest::collection::vec((5..60u32, 5..40u32), 40..80),
+            n_blocks in 8..30u32,
+        ) {
+            let mut bench = Bench::new(n_blocks, Limits { max_waiting: 1000, ..limits() });
+            let mut asked: [Vec<Asked>; 3] = Default::default();
+            let mut sizes = sizes.into_iter().cycle();
+            for _ in 0..2000 {
+                for (uid, asked) in (1..).zip(&mut asked) {
+                    let open = if uid == 1 { 200 } else { 3 };
+                    while asked.iter().filter(|asked| !asked.is_over()).count() < open {
+                        let (n_prompt, n_answer) = sizes.next().unwrap();
+                        let listener = Listener::with_room(1000);
+                        let tokens = prompt(bench.submitted as u32, n_prompt);
+                        bench.submit_of(Owner::Uid(uid), None, tokens, n_answer, &listener);
+                        asked.push(Asked { listener, n_prompt });
+                    }
+                    asked.retain(|asked| asked.n_prompt > 0);
+                }
+                bench.steps(4);
+                let total: u32 = asked.iter().flatten().map(Asked::n_tokens).sum();
+                if total > 6000 {
+                    break;
+                }
+            }
+            let served = asked.map(|asked| asked.iter().map(Asked::n_tokens).sum::<u32>());
+            let fair = served.iter().sum::<u32>() / 3;
+            for n in served {
+                prop_assert!(n.abs_diff(fair) * 5 <= fair, "{served:?}");
+            }
+        }
+    }
+
+    /// 64 sessions on a pool that holds eight of them, each with its next turn as soon as the last is over.
+    #[test]
+    fn sixty_four_sessions_take_turns_on_a_pool_for_eight() {
+        let mut bench = Bench::new(8 * 5, Limits { max_running: 8, max_waiting: 64, ..limits() });
+        let mut histories: Vec<Vec<u32>> = (0..64).map(|session| prompt(session, 200)).collect();
+        let mut turns: Vec<Option<(Listener, usize)>> = vec![None; 64];
+        let mut answered = [0_u32; 64];
+        for _ in 0..6000 {
+            for (session, history) in histories.iter_mut().enumerate() {
+                let over = turns[session].as_ref().and_then(|(listener, n)| {
+                    let (tokens, end) = listener.heard();
+                    assert!(matches!(end, None | Some(Event::Finished(_))), "{end:?}");
+                    end.map(|_| (tokens, *n))
+                });
+                if let Some((tokens, n_prompt)) = over {
+                    assert_eq!(tokens, naive(history[..n_prompt].to_vec(), 8), "session {session}");
+                    answered[session] += 8;
+                    history.extend(tokens);
+                    history.push(session as u32);
+                    turns[session] = None;
+                }
+                if turns[session].is_none() && history.len() < 280 {
+                    let file = FileId(session as u64);
+                    let n_saved = (0..).take_while(|&i| bench.files.images.contains_key(&(file, i))).count() as u32;
+                    let turn = Some(Turn { file, n_saved, resumed: Vec::new(), recorder: None });
+                    let listener = Listener::with_room(1000);
+                    let owner = Owner::Uid(session as u32 % 16);
+                    let request = Generate { turn, ..request(owner, None, history.clone(), 8) };
+                    bench.submit_request(request, &listener);
+                    turns[session] = Some((listener, history.len()));
+                }
+            }
+            bench.step();
+            bench.now.set(bench.now.get() + Duration::from_millis(5));
+            if answered.iter().sum::<u32>() >= 64 * 40 {
+                break;
+            }
+        }
+        let mean = answered.iter().sum::<u32>() / 64;
+        assert!(mean >= 40, "{answered:?}");
+        assert!(answered.iter().all(|n| n.abs_diff(mean) * 5 <= mean), "{answered:?}");
+        let (tally, computed) = (bench.scheduler.tally(), bench.executor.computed as u64);
+        assert!(tally.again_tokens * 20 < computed, "{} of {computed} tokens again", tally.again_tokens);
+        assert!(tally.restored_tokens > 64 * 64, "nothing came from files");
+    }
+
+    #[test]
+    fn a_request_that_cannot_begin_in_time_fails_by_name_and_others_do_not() {
+        let mut bench = Bench::new(16, Limits { max_running: 1, ..limits() });
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(1000)).collect();
+        for (deadline_ms, listener) in [Some(20), Some(20), None].into_iter().zip(&listeners) {
+            let urgency = Urgency { priority: 0, deadline_ms };
+            let request = Generate { urgency, ..request(Owner::Uid(1), None, prompt(1, 5), 40) };
+            bench.submit_request(request, listener);
+        }
+        bench.run();
+        assert_eq!(listeners[0].heard().0.len(), 40, "one that has begun goes on after its deadline");
+        assert_eq!(listeners[1].heard().1, Some(Event::Failed(Failure::DeadlineMissed { deadline_ms: 20 })));
+        assert_eq!(listeners[2].heard().0.len(), 40);
+    }
+
+    #[test]
+    fn an_owner_has_limits_of_its_own_and_is_told_how_long_to_wait() {
+        let limits = Limits { per_user_running: 1, per_user_waiting: 2, ..limits() };
+        let mut bench = Bench::new(32, limits);
+        let listeners: Vec<Listener> = (0..5).map(|_| Listener::with_room(1000)).collect();
+        let submit = |bench: &mut Bench, uid: u32, at: usize| {
+            bench.submit_of(Owner::Uid(uid), None, prompt(1, 30), 20, &listeners[at]);
+        };
+        submit(&mut bench, 1, 0);
+        for _ in 0..10 {
+            bench.step();
+        }
+        // Ten steps of 100 ms each: 30 + 9 tokens.
+        bench.scheduler.took(Duration::from_secs(1));
+        (1..4).for_each(|at| submit(&mut bench, 1, at));
+        submit(&mut bench, 2, 4);
+        let Some(Event::Failed(Failure::UserQueueFull { limit: 2, retry_after_s })) = listeners[3].heard().1 else {
+            panic!("{:?}", listeners[3].heard().1)
+        };
+        assert!(retry_after_s > 1, "{retry_after_s}");
+        bench.step();
+        assert_eq!(bench.scheduler.load().running, 2, "the other user does not wait");
+        bench.run();
+        assert!([0, 1, 2, 4].iter().all(|&at| listeners[at].heard().0.len() == 20));
+    }
+
+    #[test]
+    fn the_owner_over_its_share_gives_way_though_another_one_is_younger() {
+        let mut bench = Bench::new(6, limits());
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(1000)).collect();
+        for (at, (uid, n)) in [(1, 100), (1, 100), (2, 20)].into_iter().enumerate() {
+            bench.submit_of(Owner::Uid(uid), None, prompt(at as u32, n), 80, &listeners[at]);
+            bench.steps(4);
+        }
+        assert_eq!(bench.scheduler.load().running, 3);
+        while bench.scheduler.tally().preempted == 0 {
+            bench.step();
+        }
+        let waiting: Vec<(Owner, u32)> = bench.scheduler.queue.owners().map(|o| (o.owner, o.waiting)).collect();
+        assert_eq!(waiting, [(Owner::Uid(1), 1), (Owner::Uid(2), 0)]);
+        bench.run();
+        for (at, n) in [100, 100, 20].into_iter().enumerate() {
+            assert_eq!(listeners[at].heard().0, naive(prompt(at as u32, n), 80));
+        }
+    }
+}
