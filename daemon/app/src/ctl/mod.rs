@@ -14,6 +14,7 @@ mod quantize;
 mod repl;
 mod run;
 mod status;
+mod top;
 
 use clap::{Parser, Subcommand};
 use serde_json::Value;
@@ -41,6 +42,7 @@ enum Command {
     Quantize(quantize::Quantize),
     Run(run::Run),
     Status(status::Status),
+    Top(top::Top),
 }
 
 /// Parses the arguments, runs the command, reports a failure on standard error.
@@ -59,6 +61,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(command) => command.run(),
         Command::Run(command) => command.run(),
         Command::Status(command) => command.run(),
+        Command::Top(command) => command.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -72,6 +72,7 @@ pub(crate) async fn create(
         grammar,
         stops: sampling.stops()?,
         ignore_end: sampling.ignore_end(),
+        urgency: sampling.urgency()?,
     };
     if let Some(session) = fields.session_id.clone() {
         if let Some(model) = &fields.model {

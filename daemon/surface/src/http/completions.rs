@@ -70,6 +70,7 @@ pub(crate) async fn create(
         stops,
         ignore_end: fields.ignore_end(),
         reading: None,
+        urgency: fields.urgency()?,
         turn: None,
     };
     let reply = StreamOptions::reply(request.stream_options, request.stream);

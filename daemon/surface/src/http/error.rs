@@ -64,6 +64,9 @@ impl From<Failure> for HttpError {
             Failure::ContextTooLong { .. } => (StatusCode::BAD_REQUEST, INVALID, "context_length_exceeded"),
             Failure::InvalidRequest { .. } => (StatusCode::BAD_REQUEST, INVALID, "invalid_value"),
             Failure::QueueFull { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "queue_full"),
+            Failure::UserQueueFull { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", "user_queue_full"),
+            Failure::MemoryShort { .. } => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "memory_short"),
+            Failure::DeadlineMissed { .. } => (StatusCode::GATEWAY_TIMEOUT, SERVER, "deadline_missed"),
             Failure::SlowConsumer { .. } => (StatusCode::REQUEST_TIMEOUT, INVALID, "slow_consumer"),
             Failure::CutOff => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "cut_off"),
             Failure::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, SERVER, "shutting_down"),
@@ -79,7 +82,9 @@ impl From<Failure> for HttpError {
             _ => (StatusCode::INTERNAL_SERVER_ERROR, SERVER, "internal_error"),
         };
         let retry_after_s = match &failure {
-            Failure::QueueFull { retry_after_s, .. } => Some(*retry_after_s),
+            Failure::QueueFull { retry_after_s, .. }
+            | Failure::UserQueueFull { retry_after_s, .. }
+            | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,
         };
