@@ -7,7 +7,7 @@ use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
 use crate::ladder::Conduct;
 use crate::orders::Orders;
-use crate::room::{Need, Room, SlowTier};
+use crate::room::{Need, Room, SlowTier, least_fast};
 use crate::scheduler::{Footprint, Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
@@ -142,8 +142,8 @@ impl Live {
         let need = Need { index_bytes, latent_bytes, layers, top_k: top_k.unwrap_or(0).into(), context };
         // Who reads everything at every token is not helped by a slow tier.
         let slow_tier = options.slow_tier.as_ref().filter(|_| top_k.is_some());
-        let Room { max_context, n_blocks, n_fast, cache_bytes } =
-            room(slot, &need, options.kv_bytes, limits, slow_tier)?;
+        let room = room(slot, &need, options.kv_bytes, limits, slow_tier)?;
+        let Room { max_context, n_blocks, n_fast, cache_bytes } = room;
         let load = LoadOptions {
             program: options.program,
             max_context,
@@ -168,7 +168,8 @@ impl Live {
         scheduler.weigh(Footprint {
             block_bytes: need.block_bytes(),
             latent_bytes: latent_bytes * u64::from(BLOCK_TOKENS),
-            least_fast: need.least_fast(limits).min(n_fast),
+            least_fast: least_fast(limits).min(n_fast),
+            pool_bytes: need.bytes_of(&room),
         });
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
         Ok(Self {

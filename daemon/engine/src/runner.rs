@@ -148,14 +148,13 @@ impl Engine {
     fn reckon(&mut self, models: &[Option<DeviceModel>]) {
         let Some(Ok(memory)) = models.iter().flatten().next().map(DeviceModel::memory) else { return };
         let mut budget = lock(&self.shared.budget);
-        let thought = budget.for_kv();
         budget.weights_bytes = memory.used_weights;
         budget.workspace_bytes = memory.used_workspace;
         budget.bind(Limit::Device, memory.total);
-        let missing = thought.zip(budget.for_kv()).map_or(0, |(before, now)| before.saturating_sub(now));
+        let for_kv = budget.for_kv().unwrap_or(u64::MAX);
         drop(budget);
         let n = self.lives().count().max(1) as u64;
-        self.lives_mut().for_each(|live| live.scheduler.withhold(missing / n));
+        self.lives_mut().for_each(|live| live.scheduler.allow(for_kv / n));
     }
 
     /// One step of each model.
@@ -304,8 +303,8 @@ impl Engine {
                 Ok(Command::Written { slot }) => self.with(slot, |scheduler| scheduler.written()),
                 Ok(Command::Demoted { slot, demoted }) => self.with(slot, |scheduler| scheduler.demoted(demoted)),
                 Ok(Command::Restored { slot, restored }) => self.with(slot, |scheduler| scheduler.arrived(restored)),
-                // Taken up in the next turn.
-                Ok(Command::Look) => {}
+                // Taken up in the turn that follows, though nobody has anything to do.
+                Ok(Command::Look) => return true,
                 Ok(Command::Drain) => self.draining = true,
                 // Without a service nobody can ask any more.
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,

@@ -13,6 +13,8 @@ pub const BUCKETS_S: [f64; 20] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0,
     640.0,
 ];
+/// Refusals of a kind are told once in so long a time: who floods the daemon does not flood the log as well.
+const REFUSALS_APART: Duration = Duration::from_secs(1);
 /// Decisions that are remembered.
 const RECENT_MAX: usize = 16;
 
@@ -127,6 +129,10 @@ impl What {
         Self::DeadlineMissed,
     ];
 
+    fn is_refusal(self) -> bool {
+        matches!(self, Self::QueueFull | Self::UserQueueFull | Self::MemoryShort | Self::DeadlineMissed)
+    }
+
     /// One word, for logs and metrics.
     pub fn name(self) -> &'static str {
         match self {
@@ -190,11 +196,16 @@ pub(crate) struct Decisions {
 }
 
 impl Decisions {
-    /// Notes a decision: a line of the log, a counter, one of the last few.
+    /// Notes a decision: a line of the log, a counter, one of the last few. Of refusals that follow close upon another
+    /// only the counter.
     pub(crate) fn note(&mut self, what: What, reason: String, tally: &mut Tally, now: Duration) {
-        log::info!(decision = what.name(), reason:% = reason; "decided");
         let index = What::ALL.iter().position(|&other| other == what).expect("all are listed");
         tally.decisions[index] += 1;
+        let mut told = self.recent.iter().rev().take_while(|last| now.saturating_sub(last.at) < REFUSALS_APART);
+        if what.is_refusal() && told.any(|last| last.what == what) {
+            return;
+        }
+        log::info!(decision = what.name(), reason:% = reason; "decided");
         if self.recent.len() == RECENT_MAX {
             self.recent.pop_front();
         }
@@ -228,6 +239,17 @@ mod tests {
         [0.0, 0.001, 0.0011, 641.0].iter().for_each(|&time| histogram.add(time));
         assert_eq!((histogram.counts[0], histogram.counts[1], histogram.counts[20], histogram.count()), (2, 1, 1, 4));
         assert!((histogram.sum_s - 641.0021).abs() < 1e-9);
+    }
+
+    #[test]
+    fn refusals_that_follow_close_are_counted_and_not_told() {
+        let (mut decisions, mut tally, mut board) = (Decisions::default(), Tally::default(), Board::default());
+        for n in 0..20 {
+            decisions.note(What::QueueFull, n.to_string(), &mut tally, Duration::from_millis(100 * n));
+        }
+        decisions.show(&mut board);
+        assert_eq!(board.decisions.iter().map(|d| d.reason.as_str()).collect::<Vec<_>>(), ["0", "10"]);
+        assert_eq!(tally.decisions[6], 20);
     }
 
     #[test]

@@ -9,10 +9,35 @@ use std::path::{Path, PathBuf};
 const DEPTH_MAX: usize = 16;
 /// Version 1 says "no limit" with a number near the largest.
 const UNLIMITED: u64 = 1 << 62;
-/// Of the hard limit, in percent: what is used at most, and from where on it is critical.
-const MAX_SHARE: (u64, u64) = (90, 95);
+/// Of the hard limit.
+const OF_MAX: Shares = Shares { most: 90, critical: 95 };
 /// Of the limit from which members are slowed down. Within allocations they stand still then, so it is kept away from.
-const HIGH_SHARE: (u64, u64) = (85, 95);
+const OF_HIGH: Shares = Shares { most: 85, critical: 95 };
+
+/// Parts of a limit in percent.
+#[derive(Clone, Copy, Debug)]
+struct Shares {
+    /// What is used of it.
+    most: u64,
+    /// From here on it is critical.
+    critical: u64,
+}
+
+/// A limit that is set.
+#[derive(Clone, Copy, Debug)]
+struct Set {
+    limit: Limit,
+    bytes: u64,
+    shares: Shares,
+}
+
+impl Set {
+    /// What it leaves to a group that uses so much.
+    fn spare(self, used: u64) -> Spare {
+        let share = |percent: u64| self.bytes / 100 * percent;
+        Spare { bytes: difference(share(self.shares.most), used), is_critical: used > share(self.shares.critical) }
+    }
+}
 
 /// A group's files.
 #[derive(Debug)]
@@ -44,38 +69,29 @@ impl Group {
         Some(usage.saturating_sub(cache))
     }
 
-    /// The limits that are set, each with the shares of it that may be used.
-    fn set(&self) -> [Option<(Limit, u64, (u64, u64))>; 2] {
+    /// The limits that are set.
+    fn set(&self) -> [Option<Set>; 2] {
         let read = |file: &File| {
             let mut buffer = [0; FILE_BYTES];
             number(text(file, &mut buffer)?).filter(|&bytes| bytes < UNLIMITED)
         };
-        [
-            read(&self.max).map(|bytes| (Limit::CgroupMax, bytes, MAX_SHARE)),
-            self.high.as_ref().and_then(read).map(|bytes| (Limit::CgroupHigh, bytes, HIGH_SHARE)),
-        ]
+        let max = read(&self.max).map(|bytes| Set { limit: Limit::CgroupMax, bytes, shares: OF_MAX });
+        let high = self.high.as_ref().and_then(read);
+        [max, high.map(|bytes| Set { limit: Limit::CgroupHigh, bytes, shares: OF_HIGH })]
     }
 
     /// What is left now; `None` where no limit is set. Takes no memory.
     pub(super) fn spare(&self) -> Option<Spare> {
         let used = self.used()?;
-        let spare = |(_, bytes, shares): (Limit, u64, (u64, u64))| spare(bytes, used, shares);
-        self.set().into_iter().flatten().map(spare).reduce(Spare::tighter)
+        self.set().into_iter().flatten().map(|set| set.spare(used)).reduce(Spare::tighter)
     }
 
     /// What each limit that is set leaves now.
     pub(super) fn limits(&self) -> impl Iterator<Item = (Limit, u64)> {
         let used = self.used().unwrap_or(0);
-        let left = move |(limit, bytes, shares): (Limit, u64, (u64, u64))| {
-            (limit, u64::try_from(spare(bytes, used, shares).bytes).unwrap_or(0))
-        };
+        let left = move |set: Set| (set.limit, u64::try_from(set.spare(used).bytes).unwrap_or(0));
         self.set().into_iter().flatten().map(left)
     }
-}
-
-fn spare(limit: u64, used: u64, (most, critical): (u64, u64)) -> Spare {
-    let share = |percent: u64| limit / 100 * percent;
-    Spare { bytes: difference(share(most), used), is_critical: used > share(critical) }
 }
 
 /// How a version calls its files.

@@ -193,26 +193,26 @@ mod tests {
     use super::*;
 
     const ENOUGH: Option<(i64, bool)> = Some((1 << 30, false));
+    const NONE: Pressure = Pressure::None;
+    const SHORT: Pressure = Pressure::Some;
+    const CRITICAL: Pressure = Pressure::Critical;
 
     #[test]
     fn a_stall_counts_for_two_looks_and_the_worse_one_stays() {
         let mut gauge = Gauge::default();
-        let stalls = [Pressure::None, Pressure::Critical, Pressure::Some, Pressure::None, Pressure::None];
+        let stalls = [NONE, CRITICAL, SHORT, NONE, NONE];
         let read: Vec<Pressure> = stalls.into_iter().map(|stall| gauge.read(stall, ENOUGH)).collect();
-        use Pressure::{Critical, None};
-        assert_eq!(read, [None, Critical, Critical, Critical, None]);
+        assert_eq!(read, [NONE, CRITICAL, CRITICAL, CRITICAL, NONE]);
     }
 
     #[test]
     fn what_is_tight_stays_so_until_clearly_more_is_left() {
         let mut gauge = Gauge::default();
         let left = [1, -1, EASE_BYTES - 1, EASE_BYTES, 1];
-        let read: Vec<Pressure> =
-            left.into_iter().map(|bytes| gauge.read(Pressure::None, Some((bytes, false)))).collect();
-        use Pressure::{None, Some as Tight};
-        assert_eq!(read, [None, Tight, Tight, None, None]);
-        assert_eq!(gauge.read(Pressure::None, Some((5, true))), Pressure::Critical);
-        assert_eq!(gauge.read(Pressure::None, Option::None), Pressure::None);
+        let read: Vec<Pressure> = left.into_iter().map(|bytes| gauge.read(NONE, Some((bytes, false)))).collect();
+        assert_eq!(read, [NONE, SHORT, SHORT, NONE, NONE]);
+        assert_eq!(gauge.read(NONE, Some((5, true))), CRITICAL);
+        assert_eq!(gauge.read(NONE, None), NONE);
     }
 
     #[test]
@@ -223,8 +223,8 @@ mod tests {
         let mut stalls = Stalls::at(&path, None, false).unwrap();
         (&stalls.some.as_ref().unwrap().file).write_all(b"x").unwrap();
         let sources = Sources { groups: Vec::new(), meminfo: None, total_bytes: 0 };
-        assert_eq!(stalls.wait(&sources), Pressure::Some);
-        assert_eq!(stalls.take(PollFlags::ERR, Pressure::Some), Pressure::None);
+        assert_eq!(stalls.wait(&sources), SHORT);
+        assert_eq!(stalls.take(PollFlags::ERR, SHORT), NONE);
         assert!(stalls.some.is_none());
     }
 }

@@ -180,7 +180,9 @@ mod tests {
     #[test]
     fn a_rung_has_time_to_help_before_the_next_is_climbed() {
         let mut ladder = Ladder::default();
-        (0..20).for_each(|i| drop(ladder.look(Pressure::Some, Duration::from_millis(100 * i))));
+        for i in 0..20 {
+            ladder.look(Pressure::Some, Duration::from_millis(100 * i));
+        }
         assert_eq!(ladder.stage(), Stage::KeepNoMore);
     }
 
@@ -189,7 +191,9 @@ mod tests {
         let mut ladder = Ladder::default();
         let first = ladder.look(Pressure::Critical, s(5));
         assert_eq!(first, Some(Move { from: Stage::Calm, to: Stage::Spill }));
-        (3..9).for_each(|i| drop(ladder.look(Pressure::Critical, s(2 * i))));
+        for i in 3..9 {
+            ladder.look(Pressure::Critical, s(2 * i));
+        }
         assert_eq!(ladder.stage(), Stage::Refuse);
     }
 

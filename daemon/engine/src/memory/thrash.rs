@@ -15,8 +15,9 @@ const TOKENS_MIN: u64 = 256;
 /// Work of a window, and what follows from the last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Thrash {
+    /// As configured.
+    most: u32,
     running_max: u32,
-    cap: u32,
     begun: Duration,
     new: u64,
     again: u64,
@@ -24,12 +25,12 @@ pub(crate) struct Thrash {
 
 impl Thrash {
     pub(crate) fn new(running_max: u32) -> Self {
-        Self { running_max, cap: running_max, begun: Duration::ZERO, new: 0, again: 0 }
+        Self { most: running_max, running_max, begun: Duration::ZERO, new: 0, again: 0 }
     }
 
     /// Most sequences that may run.
     pub(crate) fn running_max(&self) -> u32 {
-        self.cap
+        self.running_max
     }
 
     /// Tokens came into the pool: `new` ones, and such as were there before.
@@ -44,14 +45,14 @@ impl Thrash {
         if now.saturating_sub(self.begun) < WINDOW {
             return None;
         }
-        let (new, again, before) = (self.new, self.again, self.cap);
+        let (new, again, before) = (self.new, self.again, self.running_max);
         (self.begun, self.new, self.again) = (now, 0, 0);
         if again >= TOKENS_MIN && again > new {
-            self.cap = (self.cap.min(running) / 2).max(1);
+            self.running_max = (before.min(running) / 2).max(1);
         } else if again * 4 <= new {
-            self.cap = (self.cap + 1).min(self.running_max);
+            self.running_max = (before + 1).min(self.most);
         }
-        (self.cap != before).then_some((new, again))
+        (self.running_max != before).then_some((new, again))
     }
 }
 

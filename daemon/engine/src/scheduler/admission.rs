@@ -119,8 +119,10 @@ impl Scheduler {
         // One more block, so that the first tokens of the answer do not push somebody out at once.
         let needed = blocks_for(next.n_pending()) - found + u32::from(n_running > 0);
         let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
+        let fits = |n_available: u32| needed + idle + promised <= n_available;
         // What has begun goes on, if need be alone and beyond what short memory allows.
-        needed + idle + promised <= self.pool.n_available() || (n_running == 0 && next.has_begun())
+        let may_exceed = n_running == 0 && next.has_begun();
+        fits(self.pool.n_available()) || (may_exceed && fits(self.pool.n_blocks() - self.pool.n_used()))
     }
 
     /// Somebody has to give way for a step. Blocks that only wait to be saved go first; then full ones move to the slow

@@ -21,6 +21,8 @@ pub(crate) struct Footprint {
     pub(crate) latent_bytes: u64,
     /// Blocks with their latent plane in fast memory that a step needs.
     pub(crate) least_fast: u32,
+    /// Bytes of the whole pool, the cache of slow rows included.
+    pub(crate) pool_bytes: u64,
 }
 
 /// Where things stand.
@@ -32,8 +34,8 @@ pub(super) struct Relief {
     outlook: Outlook,
     /// Of the last reading: blocks in use and latent planes in fast memory at most.
     room: Option<(u32, u32)>,
-    /// Bytes of the pool that the budget does not hold after all.
-    withheld: u64,
+    /// Bytes that the budget has for the pool.
+    allowed: u64,
     /// Kept blocks when the cache was to grow no more.
     kept_max: u32,
     /// The bounds are to be reckoned anew.
@@ -48,7 +50,7 @@ impl Relief {
             footprint: Footprint::default(),
             outlook: Outlook::default(),
             room: None,
-            withheld: 0,
+            allowed: u64::MAX,
             kept_max: 0,
             is_stale: false,
         }
@@ -124,16 +126,16 @@ impl Scheduler {
         (blocks < all || fast < fast_all).then(|| (blocks.min(all), fast.min(fast_all)))
     }
 
-    /// Keeps so many bytes of the pool free, as long as it is in use: weights and workspace take them.
-    pub(crate) fn withhold(&mut self, bytes: u64) {
-        self.relief.withheld = bytes;
+    /// Uses so many bytes of the pool at most: what weights and workspace have left of the budget.
+    pub(crate) fn allow(&mut self, bytes: u64) {
+        self.relief.allowed = bytes;
         self.relief.is_stale = true;
     }
 
     /// Blocks and latent planes in fast memory that remain of `blocks` and `fast` when `bytes` of them go: latent planes
     /// first, as many as a step can do without.
     fn less(&self, (blocks, fast): (u32, u32), bytes: u64) -> (u32, u32) {
-        let Footprint { block_bytes, latent_bytes, least_fast } = self.relief.footprint;
+        let Footprint { block_bytes, latent_bytes, least_fast, .. } = self.relief.footprint;
         let blocks_in = |each: u64| u32::try_from(bytes.div_ceil(each.max(1))).unwrap_or(u32::MAX);
         if bytes == 0 || block_bytes == 0 {
             return (blocks, fast);
@@ -182,7 +184,8 @@ impl Scheduler {
     fn apply_bounds(&mut self) {
         let stage = self.relief.stage();
         let (all, fast_all) = (self.pool.n_blocks(), self.pool.fast_max());
-        let (budget_blocks, budget_fast) = self.less((all, fast_all), self.relief.withheld);
+        let missing = self.relief.footprint.pool_bytes.saturating_sub(self.relief.allowed);
+        let (budget_blocks, budget_fast) = self.less((all, fast_all), missing);
         let (blocks, fast) = self.relief.room.unwrap_or((all, fast_all));
         let (blocks, fast) = (blocks.min(budget_blocks), fast.min(budget_fast));
         let kept = match stage {
@@ -241,7 +244,7 @@ mod tests {
     use std::time::Duration;
 
     /// A KiB each for index and latent plane.
-    const FOOTPRINT: Footprint = Footprint { block_bytes: 2048, latent_bytes: 1024, least_fast: 3 };
+    const FOOTPRINT: Footprint = Footprint { block_bytes: 2048, latent_bytes: 1024, least_fast: 3, pool_bytes: 16_384 };
 
     fn bench(n_blocks: u32, n_fast: u32, limits: Limits) -> Bench {
         let mut bench = Bench::with_slow_tier(n_blocks, n_fast, limits);
@@ -350,9 +353,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_withheld_for_weights_is_not_used() {
+    fn what_weights_have_not_left_is_not_used() {
         let mut bench = bench(8, 8, limits());
-        bench.scheduler.withhold(5 * 2048);
+        bench.scheduler.allow(3 * 2048);
         bench.step();
         assert_eq!(board(&bench).blocks_max, 3);
         bench.scheduler.requeue();
