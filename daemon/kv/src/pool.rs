@@ -102,7 +102,7 @@ impl Pool {
         while self.n_kept() > self.kept_max() {
             self.evict(|_| true, freed);
         }
-        while self.n_kept() > 0 && self.n_fast() + self.n_reserved > self.bounds.fast && self.has_kept_fast() {
+        while self.n_fast() + self.n_reserved > self.bounds.fast && self.has_kept_fast() {
             self.evict(|place| place == Place::Fast, freed);
         }
     }
@@ -171,15 +171,13 @@ impl Pool {
         }
         let fast_max = self.bounds.fast;
         let short = (self.n_held_fast() + self.n_reserved + n_blocks).saturating_sub(fast_max);
-        if short > 0 {
+        // Who wants nothing is not held up by bounds that have come down on what is held.
+        if n_blocks > 0 && short > 0 {
             return Err(KvError::OutOfFast { short, fast_max });
         }
         self.n_reserved += n_blocks;
         while self.free.len() < self.n_reserved as usize {
             self.evict(|_| true, freed);
-        }
-        while self.n_fast() + self.n_reserved > fast_max {
-            self.evict(|place| place == Place::Fast, freed);
         }
         self.trim(freed);
         self.assert_counts();

@@ -335,6 +335,8 @@ mod tests {
         look(&mut bench, Pressure::Critical, -2048);
         bench.steps(6);
         assert_eq!(bench.scheduler.load().blocks_slow, 2);
+        assert_eq!(bench.scheduler.tally().decisions[4], 0, "the only one that runs does not wait");
+        assert!(!board(&bench).decisions.iter().any(|decision| decision.reason.contains("goes on")));
         bench.run();
         assert_eq!(listener.heard().0, naive(prompt(1, 330), 60));
     }
