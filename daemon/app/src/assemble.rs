@@ -49,7 +49,7 @@ impl Assembly {
         let lock = lock_state(&paths.state_dir)?;
         let devices = devices::find(config)?;
         let sources = Sources::open();
-        let configured = models(config, &paths);
+        let configured = configured_models(config, &paths);
         let budget = sources.budget(config, configured.values());
         let models = model_options(config, &paths, configured, &budget);
         let door = Door::open(&paths.socket)?;
@@ -113,13 +113,13 @@ fn or_all(limit: u32) -> u32 {
     if limit == 0 { u32::MAX } else { limit }
 }
 
-/// The models that are configured, or the packaged one.
-fn models(config: &Config, paths: &Paths) -> BTreeMap<String, Model> {
+/// The configured models by name: without any, the packaged one.
+pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Model> {
     if !config.model.is_empty() {
         return config.model.clone();
     }
-    let model =
-        Model { path: paths.default_model.clone(), max_context: None, top_k: None, activations: Default::default() };
+    let path = paths.default_model.clone();
+    let model = Model { path, max_context: None, top_k: None, activations: Default::default() };
     BTreeMap::from([(DEFAULT_MODEL.to_owned(), model)])
 }
 

@@ -4,7 +4,9 @@
 //! bytes. It computes nothing; what takes long (templates, tokenizing) goes to tokio's blocking pool.
 #![forbid(unsafe_code)]
 
+mod bodies;
 mod http;
+mod refusal;
 mod unix;
 
 pub use unix::{ServeOptions, serve};

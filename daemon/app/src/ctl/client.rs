@@ -48,6 +48,35 @@ impl Client {
         self.whole(self.send("POST", path, body.to_string().into()).await?).await
     }
 
+    /// The JSON answer to deleting what is at `path`.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn delete(&self, path: &str) -> anyhow::Result<Value> {
+        self.whole(self.send("DELETE", path, Bytes::new()).await?).await
+    }
+
+    /// The JSON answer to a file that is sent as it is.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn put_file(&self, path: &str, file: Vec<u8>) -> anyhow::Result<Value> {
+        self.whole(self.send("POST", path, file.into()).await?).await
+    }
+
+    /// The file at `path`.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn get_file(&self, path: &str) -> anyhow::Result<Bytes> {
+        let response = self.send("GET", path, Bytes::new()).await?;
+        if response.status() != StatusCode::OK {
+            self.whole(response).await?;
+            bail!("the daemon answered without a file");
+        }
+        body(response).await
+    }
+
     /// The events that answer `body`. Dropping them ends the request.
     ///
     /// # Errors
@@ -79,8 +108,7 @@ impl Client {
 
     async fn whole(&self, response: Response<Incoming>) -> anyhow::Result<Value> {
         let status = response.status();
-        let body = http_body_util::Limited::new(response.into_body(), BODY_BYTES_MAX);
-        let body = body.collect().await.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes();
+        let body = body(response).await?;
         let json: Value = serde_json::from_slice(&body).with_context(|| format!("status {status}, not JSON"))?;
         match json["error"]["message"].as_str() {
             Some(message) => bail!("{message}"),
@@ -88,6 +116,11 @@ impl Client {
             None => Ok(json),
         }
     }
+}
+
+async fn body(response: Response<Incoming>) -> anyhow::Result<Bytes> {
+    let body = http_body_util::Limited::new(response.into_body(), BODY_BYTES_MAX);
+    Ok(body.collect().await.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes())
 }
 
 /// Server-sent events, one JSON value each.

@@ -1,7 +1,8 @@
 //! How does a body become a request? Bounded, parsed once, and every refusal says where.
 
 use super::Shared;
-use super::error::HttpError;
+use crate::bodies::parse;
+use crate::refusal::Refusal;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::extract::{FromRequest, Request};
@@ -23,21 +24,21 @@ pub(crate) struct Body {
 }
 
 impl FromRequest<Shared> for Body {
-    type Rejection = HttpError;
+    type Rejection = Refusal;
 
-    async fn from_request(request: Request, shared: &Shared) -> Result<Self, HttpError> {
+    async fn from_request(request: Request, shared: &Shared) -> Result<Self, Refusal> {
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let length: usize = length.unwrap_or(shared.body_bytes_max);
         if length > shared.body_bytes_max {
             let message = format!("the body has {length} bytes, the limit is {} (limits.body)", shared.body_bytes_max);
-            return Err(HttpError::unreadable(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", None, message));
+            return Err(Refusal::unreadable(413, "body_too_large", None, message));
         }
         let kib = u32::try_from(length.div_ceil(1024)).unwrap_or(u32::MAX);
-        let share = Arc::clone(&shared.bodies).try_acquire_many_owned(kib).map_err(|_| HttpError::too_many_bodies())?;
+        let share = Arc::clone(&shared.bodies).try_acquire_many_owned(kib).map_err(|_| Refusal::too_many_bodies())?;
         let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, shared)).await;
         let bytes = bytes.map_err(|_| {
             let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
-            HttpError::unreadable(StatusCode::REQUEST_TIMEOUT, "body_timeout", None, message)
+            Refusal::unreadable(408, "body_timeout", None, message)
         })?;
         Ok(Self { bytes: bytes.map_err(unread)?, share })
     }
@@ -46,12 +47,12 @@ impl FromRequest<Shared> for Body {
 impl Body {
     /// The fields of `T`, others ignored. Read once per kind of fields: a flattened struct would lose the names of
     /// wrong fields.
-    pub(crate) fn parse<T: DeserializeOwned>(&self) -> Result<T, HttpError> {
+    pub(crate) fn parse<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
         parse(&self.bytes)
     }
 
     /// As [`parse`](Self::parse); an empty body says nothing.
-    pub(crate) fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, HttpError> {
+    pub(crate) fn parse_or_default<T: DeserializeOwned + Default>(&self) -> Result<T, Refusal> {
         if self.bytes.is_empty() { Ok(T::default()) } else { self.parse() }
     }
 
@@ -66,50 +67,9 @@ impl Body {
     }
 }
 
-fn unread(rejection: BytesRejection) -> HttpError {
+fn unread(rejection: BytesRejection) -> Refusal {
     let message = rejection.body_text();
     let status = rejection.into_response().status();
     let code = if status == StatusCode::PAYLOAD_TOO_LARGE { "body_too_large" } else { "invalid_body" };
-    HttpError::unreadable(status, code, None, message)
-}
-
-/// serde_json refuses values nested deeper than 128.
-fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, HttpError> {
-    let mut json = serde_json::Deserializer::from_slice(bytes);
-    let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = error.path().to_string();
-        let param = (path != "." && path != "?").then(|| path.clone());
-        let message = match &param {
-            Some(path) => format!("'{path}': {}", error.inner()),
-            None => format!("the body is not the JSON expected: {}", error.inner()),
-        };
-        HttpError::unreadable(StatusCode::BAD_REQUEST, "invalid_json", param, message)
-    })?;
-    json.end().map_err(|error| {
-        HttpError::unreadable(StatusCode::BAD_REQUEST, "invalid_json", None, format!("after the body: {error}"))
-    })?;
-    Ok(value)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(serde::Deserialize)]
-    #[expect(dead_code, reason = "only parsed")]
-    struct Point {
-        at: Vec<u32>,
-    }
-
-    fn refused(text: &str) -> String {
-        parse::<Point>(text.as_bytes()).err().expect("refused").body()["error"]["message"].as_str().unwrap().to_owned()
-    }
-
-    #[test]
-    fn refusals_name_the_place() {
-        assert!(refused(r#"{"at": [1, "x"]}"#).contains("'at[1]'"));
-        assert!(refused("{").contains("EOF"));
-        assert!(refused(r#"{"at": []} x"#).contains("after the body"));
-        assert!(refused(&format!("{}1{}", "[".repeat(200), "]".repeat(200))).contains("invalid type"));
-    }
+    Refusal::unreadable(status.as_u16(), code, None, message)
 }

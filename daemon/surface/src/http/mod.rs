@@ -4,10 +4,9 @@ mod body;
 mod chat;
 mod completions;
 mod error;
-mod generation;
 mod metrics;
 mod models;
-mod sampling;
+mod reply;
 mod sessions;
 
 use axum::extract::DefaultBodyLimit;

@@ -1,8 +1,8 @@
 //! What is served, and how is it? `/v1/models`, `/health` and `/v1/status`.
 
 use super::Shared;
-use super::error::HttpError;
 use super::metrics;
+use crate::refusal::Refusal;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
@@ -41,10 +41,9 @@ pub(crate) async fn list(State(shared): State<Shared>) -> Json<Value> {
 pub(crate) async fn one(
     State(shared): State<Shared>,
     id: Result<Path<String>, PathRejection>,
-) -> Result<Json<Value>, HttpError> {
-    let Path(id) = id.map_err(|error| {
-        HttpError::unreadable(StatusCode::BAD_REQUEST, "invalid_path", Some("model".to_owned()), error.body_text())
-    })?;
+) -> Result<Json<Value>, Refusal> {
+    let Path(id) =
+        id.map_err(|error| Refusal::unreadable(400, "invalid_path", Some("model".to_owned()), error.body_text()))?;
     let served = shared.service.model(&id)?;
     Ok(Json(entry(&id, &served)))
 }

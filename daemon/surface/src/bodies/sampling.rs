@@ -1,6 +1,6 @@
 //! Which sampling parameters does a request carry? The fields that chat and completions share.
 
-use super::error::HttpError;
+use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
 use sparsed_engine::api::Urgency;
@@ -64,15 +64,13 @@ enum Stop {
 
 impl SamplingFields {
     /// The parameters, every one in its range.
-    pub(crate) fn sampling(&self) -> Result<Sampling, HttpError> {
+    pub(crate) fn sampling(&self) -> Result<Sampling, Refusal> {
         self.refuse_what_is_missing()?;
         let default = Sampling::default();
         let top_k = match self.top_k {
             // -1 is vLLM's and llama.cpp's "all".
             None | Some(-1) => 0,
-            Some(k) => {
-                u32::try_from(k).map_err(|_| HttpError::invalid("top_k", format!("is {k}, must be 0 or more")))?
-            }
+            Some(k) => u32::try_from(k).map_err(|_| Refusal::invalid("top_k", format!("is {k}, must be 0 or more")))?,
         };
         let seed = match self.seed {
             Some(seed) => seed.cast_unsigned(),
@@ -93,7 +91,7 @@ impl SamplingFields {
     }
 
     /// The stop strings.
-    pub(crate) fn stops(&self) -> Result<Vec<String>, HttpError> {
+    pub(crate) fn stops(&self) -> Result<Vec<String>, Refusal> {
         let stops = match &self.stop {
             None => Vec::new(),
             Some(Stop::One(stop)) => vec![stop.clone()],
@@ -103,7 +101,7 @@ impl SamplingFields {
     }
 
     /// What the answer must be, if the request says so.
-    pub(crate) fn grammar(&self) -> Result<Option<GrammarSpec>, HttpError> {
+    pub(crate) fn grammar(&self) -> Result<Option<GrammarSpec>, Refusal> {
         let format = match &self.response_format {
             None => None,
             Some(ResponseFormat { kind, schema, json_schema }) => match kind.as_str() {
@@ -111,23 +109,23 @@ impl SamplingFields {
                 "json_object" => Some(schema.clone().map_or(GrammarSpec::JsonObject, GrammarSpec::JsonSchema)),
                 "json_schema" => {
                     let schema = json_schema.as_ref().and_then(|format| format.schema.clone());
-                    let none = || HttpError::invalid("response_format", "has no json_schema.schema");
+                    let none = || Refusal::invalid("response_format", "has no json_schema.schema");
                     Some(GrammarSpec::JsonSchema(schema.ok_or_else(none)?))
                 }
                 other => {
                     let reason = format!("is of type '{other}'; text, json_object and json_schema are served");
-                    return Err(HttpError::invalid("response_format", reason));
+                    return Err(Refusal::invalid("response_format", reason));
                 }
             },
         };
         match (format, &self.grammar) {
-            (Some(_), Some(_)) => Err(HttpError::invalid("grammar", "and response_format exclude each other")),
+            (Some(_), Some(_)) => Err(Refusal::invalid("grammar", "and response_format exclude each other")),
             (format, grammar) => Ok(format.or_else(|| grammar.clone().map(GrammarSpec::Lark))),
         }
     }
 
     /// When the request is to begin.
-    pub(crate) fn urgency(&self) -> Result<Urgency, HttpError> {
+    pub(crate) fn urgency(&self) -> Result<Urgency, Refusal> {
         Ok(Urgency::checked(self.priority, self.deadline_ms)?)
     }
 
@@ -136,19 +134,19 @@ impl SamplingFields {
         self.ignore_eos.unwrap_or(false)
     }
 
-    fn biases(&self) -> Result<Vec<(u32, f32)>, HttpError> {
+    fn biases(&self) -> Result<Vec<(u32, f32)>, Refusal> {
         let parse = |(id, bias): (&String, &f32)| {
             let id =
-                id.parse().map_err(|_| HttpError::invalid("logit_bias", format!("has key '{id}', not a token id")))?;
+                id.parse().map_err(|_| Refusal::invalid("logit_bias", format!("has key '{id}', not a token id")))?;
             Ok((id, *bias))
         };
         self.logit_bias.iter().flatten().map(parse).collect()
     }
 
     /// Refuses fields that ask for more than there is, rather than to answer something else than was asked for.
-    fn refuse_what_is_missing(&self) -> Result<(), HttpError> {
+    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
         if self.n.is_some_and(|n| n != 1) {
-            return Err(HttpError::invalid("n", "must be 1: one answer per request is served"));
+            return Err(Refusal::invalid("n", "must be 1: one answer per request is served"));
         }
         let asks = |value: &Option<Value>| match value {
             None | Some(Value::Null | Value::Bool(false)) => false,
@@ -164,12 +162,12 @@ impl SamplingFields {
             ("web_search_options", &self.web_search_options),
         ];
         if let Some((name, _)) = fields.iter().find(|(_, value)| asks(value)) {
-            return Err(HttpError::invalid(name, "is not served by this version"));
+            return Err(Refusal::invalid(name, "is not served by this version"));
         }
         match &self.modalities {
             None | Some(Value::Null) => Ok(()),
             Some(value) if *value == serde_json::json!(["text"]) => Ok(()),
-            Some(_) => Err(HttpError::invalid("modalities", "must be [\"text\"]")),
+            Some(_) => Err(Refusal::invalid("modalities", "must be [\"text\"]")),
         }
     }
 }

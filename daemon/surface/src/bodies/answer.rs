@@ -1,18 +1,13 @@
-//! How does an answer travel? From the engine's events to one JSON body or a stream of server-sent events.
+//! How does an answer travel? From the engine's events to OpenAI's objects: one whole body, or pieces.
 //!
-//! Both hold the receiving end of the request's channel: when the client goes away the handler or the stream is
-//! dropped, the engine sees the closed channel and frees the sequence.
+//! Both hold the receiving end of the request's channel: when the client goes away and its door drops them, the engine
+//! sees the closed channel and frees the sequence.
 
-use super::error::HttpError;
-use axum::Json;
-use axum::response::sse::{Event as SseEvent, KeepAlive, Sse};
-use axum::response::{IntoResponse, Response};
-use futures_util::stream;
+use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::Service;
 use sparsed_engine::api::{Event, Failure, FinishReason, Finished, Generate, Refused, Sink};
 use std::collections::VecDeque;
-use std::convert::Infallible;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -54,10 +49,21 @@ pub(crate) struct Answer {
 /// What a client wants back.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reply {
-    /// Server-sent events instead of one body.
+    /// Pieces instead of one body.
     pub(crate) stream: bool,
     /// A last piece with the usage.
     pub(crate) include_usage: bool,
+}
+
+/// A request as a door has read it.
+#[derive(Debug)]
+pub(crate) struct Asked<W> {
+    /// For the engine.
+    pub(crate) request: Generate,
+    /// What the client wants back.
+    pub(crate) reply: Reply,
+    /// How the answer is written.
+    pub(crate) wire: W,
 }
 
 /// Who an answer says it is.
@@ -83,96 +89,78 @@ impl Sink for ChannelSink {
     }
 }
 
-/// Hands the request to the engine and answers as the client wants it.
-pub(crate) async fn answer<W: Wire>(
-    service: &Service,
-    request: Generate,
-    reply: Reply,
-    wire: W,
-) -> Result<Response, HttpError> {
-    let head = Head::new::<W>(request.model.clone());
-    let (sender, mut events) = mpsc::channel(CHANNEL);
-    service.generate(request, Box::new(ChannelSink(sender)))?;
-    // Whether the queue had room is known before the first byte of an answer is sent.
-    match events.recv().await {
-        Some(Event::Queued { .. }) => {}
-        Some(Event::Failed(failure)) => return Err(failure.into()),
-        Some(_) => return Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into()),
-        None => return Err(Failure::CutOff.into()),
-    }
-    if reply.stream {
-        return Ok(streamed(Stream::new(head, wire, reply.include_usage, events)));
-    }
-    collected(head, wire, events).await
-}
-
-/// Has the engine finish an answer that nobody hears.
-///
-/// # Errors
-/// Why it could not be finished.
-pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), HttpError> {
-    let (sender, mut events) = mpsc::channel(CHANNEL);
-    service.generate(request, Box::new(ChannelSink(sender)))?;
-    loop {
-        match events.recv().await {
-            Some(Event::Finished(_)) => return Ok(()),
-            Some(Event::Failed(failure)) => return Err(failure.into()),
-            Some(_) => {}
-            None => return Err(Failure::CutOff.into()),
-        }
-    }
-}
-
-async fn collected<W: Wire>(head: Head, wire: W, mut events: mpsc::Receiver<Event>) -> Result<Response, HttpError> {
-    let mut answer = Answer::default();
-    loop {
-        match events.recv().await {
-            Some(Event::Queued { .. } | Event::Sampled { .. }) => {}
-            Some(Event::Delta { text, tokens }) => {
-                answer.text += &text;
-                answer.tokens.extend(tokens);
-            }
-            Some(Event::Reasoning { text }) => answer.reasoning += &text,
-            Some(Event::ToolCall { name, arguments, .. }) => answer.calls.push((name, arguments)),
-            Some(Event::Finished(finished)) => {
-                let choice = wire.choice(&answer, finish_reason(finished.reason));
-                let mut body = head.object(W::OBJECT, &[choice]);
-                body["usage"] = usage(&finished);
-                body["timings"] = timings(&finished);
-                return Ok(Json(body).into_response());
-            }
-            Some(Event::Failed(failure)) => return Err(failure.into()),
-            None => return Err(Failure::CutOff.into()),
-        }
-    }
-}
-
-/// A stream of pieces, fed by events.
-struct Stream<W> {
+/// An answer on its way.
+#[derive(Debug)]
+pub(crate) struct Answering<W> {
     head: Head,
     wire: W,
     include_usage: bool,
     events: mpsc::Receiver<Event>,
-    /// Written, not sent yet.
-    ready: VecDeque<SseEvent>,
-    ended: bool,
+    /// Written, not taken yet.
+    ready: VecDeque<Piece>,
+    has_ended: bool,
 }
 
-impl<W: Wire> Stream<W> {
-    fn new(head: Head, wire: W, include_usage: bool, events: mpsc::Receiver<Event>) -> Self {
-        let mut stream = Self { head, wire, include_usage, events, ready: VecDeque::new(), ended: false };
-        if let Some(choice) = stream.wire.opening() {
-            stream.piece(&[choice], None);
+/// What a stream carries.
+#[derive(Clone, Debug)]
+pub(crate) enum Piece {
+    /// OpenAI's chunk.
+    Chunk(Value),
+    /// There is no more of the answer; the last piece.
+    Failed(Refusal),
+}
+
+impl<W: Wire> Answering<W> {
+    /// Hands the request to the engine.
+    ///
+    /// # Errors
+    /// The engine's, and that there is no room in its queue.
+    pub(crate) async fn begin(service: &Service, asked: Asked<W>) -> Result<Self, Refusal> {
+        let Asked { request, reply, wire } = asked;
+        let head = Head::new::<W>(request.model.clone());
+        let (sender, mut events) = mpsc::channel(CHANNEL);
+        service.generate(request, Box::new(ChannelSink(sender)))?;
+        // Whether the queue had room is known before the first byte of an answer is sent.
+        match events.recv().await {
+            Some(Event::Queued { .. }) => {}
+            Some(Event::Failed(failure)) => return Err(failure.into()),
+            Some(_) => {
+                return Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into());
+            }
+            None => return Err(Failure::CutOff.into()),
         }
-        stream
+        let include_usage = reply.include_usage;
+        Ok(Self { head, wire, include_usage, events, ready: VecDeque::new(), has_ended: false })
     }
 
-    async fn next(&mut self) -> Option<SseEvent> {
-        while self.ready.is_empty() && !self.ended {
+    /// The answer in one object.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub(crate) async fn whole(mut self) -> Result<Value, Refusal> {
+        let mut answer = Answer::default();
+        loop {
             match self.events.recv().await {
-                Some(event) => self.write(event),
-                None => self.write(Event::Failed(Failure::CutOff)),
+                Some(Event::Finished(finished)) => return Ok(self.object(&answer, &finished)),
+                Some(Event::Failed(failure)) => return Err(failure.into()),
+                Some(event) => answer.hear(event),
+                None => return Err(Failure::CutOff.into()),
             }
+        }
+    }
+
+    /// Begins a stream of pieces: before any text comes the opening one, if the kind of answer has it.
+    pub(crate) fn open(&mut self) {
+        if let Some(choice) = self.wire.opening() {
+            self.piece(&[choice], None);
+        }
+    }
+
+    /// The next piece; nothing after the last.
+    pub(crate) async fn next(&mut self) -> Option<Piece> {
+        while self.ready.is_empty() && !self.has_ended {
+            let event = self.events.recv().await;
+            self.write(event.unwrap_or(Event::Failed(Failure::CutOff)));
         }
         self.ready.pop_front()
     }
@@ -191,15 +179,13 @@ impl<W: Wire> Stream<W> {
                 if self.include_usage {
                     let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
                     body["usage"] = usage(&finished);
-                    self.ready.push_back(SseEvent::default().data(body.to_string()));
+                    self.ready.push_back(Piece::Chunk(body));
                 }
-                self.ready.push_back(SseEvent::default().data("[DONE]"));
-                self.ended = true;
+                self.has_ended = true;
             }
             Event::Failed(failure) => {
-                let body = HttpError::from(failure).body();
-                self.ready.push_back(SseEvent::default().data(body.to_string()));
-                self.ended = true;
+                self.ready.push_back(Piece::Failed(failure.into()));
+                self.has_ended = true;
             }
         }
     }
@@ -209,17 +195,48 @@ impl<W: Wire> Stream<W> {
         if let Some(timings) = timings {
             body["timings"] = timings;
         }
-        self.ready.push_back(SseEvent::default().data(body.to_string()));
+        self.ready.push_back(Piece::Chunk(body));
+    }
+
+    fn object(&self, answer: &Answer, finished: &Finished) -> Value {
+        let choice = self.wire.choice(answer, finish_reason(finished.reason));
+        let mut body = self.head.object(W::OBJECT, &[choice]);
+        body["usage"] = usage(finished);
+        body["timings"] = timings(finished);
+        body
     }
 }
 
-fn streamed<W: Wire>(stream: Stream<W>) -> Response {
-    let events = stream::unfold(stream, |mut stream| async move {
-        let event = stream.next().await?;
-        Some((Ok::<_, Infallible>(event), stream))
-    });
-    // Comments keep proxies awake during a long prefill.
-    Sse::new(events).keep_alive(KeepAlive::default()).into_response()
+impl Answer {
+    /// Takes a piece in; ends are not its business.
+    pub(crate) fn hear(&mut self, event: Event) {
+        match event {
+            Event::Delta { text, tokens } => {
+                self.text += &text;
+                self.tokens.extend(tokens);
+            }
+            Event::Reasoning { text } => self.reasoning += &text,
+            Event::ToolCall { name, arguments, .. } => self.calls.push((name, arguments)),
+            Event::Queued { .. } | Event::Sampled { .. } | Event::Finished(_) | Event::Failed(_) => {}
+        }
+    }
+}
+
+/// Has the engine finish an answer that nobody hears.
+///
+/// # Errors
+/// Why it could not be finished.
+pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), Refusal> {
+    let (sender, mut events) = mpsc::channel(CHANNEL);
+    service.generate(request, Box::new(ChannelSink(sender)))?;
+    loop {
+        match events.recv().await {
+            Some(Event::Finished(_)) => return Ok(()),
+            Some(Event::Failed(failure)) => return Err(failure.into()),
+            Some(_) => {}
+            None => return Err(Failure::CutOff.into()),
+        }
+    }
 }
 
 impl Head {

@@ -1,0 +1,230 @@
+//! What is said of sessions? Their verbs as every door has them: fields in, an object out.
+//!
+//! All of it belongs to the caller; another one's session is not found.
+
+use super::answer::{Asked, Reply, finish};
+use super::chat::{ChatWire, StreamOptions};
+use crate::refusal::Refusal;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use sparsed_engine::api::{Failure, Generate, Owner};
+use sparsed_engine::{
+    Change, ChatRequest, ContextFull, DEFAULT_MODEL, Durability, Service, Session, SessionId, SessionState,
+    SessionSummary, Sessions, Settings, Wishes,
+};
+
+/// What may be said of a session when it is made or changed.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct SessionFields {
+    model: Option<String>,
+    title: Option<String>,
+    pinned: Option<bool>,
+    durability: Option<String>,
+    context_full: Option<String>,
+}
+
+/// How many of the first turns.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct TurnsField {
+    turns: Option<u32>,
+}
+
+/// How an answer is to be continued.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct ContinueFields {
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+}
+
+impl SessionFields {
+    fn change(self) -> Result<Change, Refusal> {
+        let durability = self.durability.as_deref().map(|name| match name {
+            "token" => Ok(Durability::Token),
+            "turn" => Ok(Durability::Turn),
+            "none" => Ok(Durability::None),
+            _ => Err(Refusal::invalid("durability", format!("is '{name}', must be 'token', 'turn' or 'none'"))),
+        });
+        let context_full = self.context_full.as_deref().map(|name| match name {
+            "error" => Ok(ContextFull::Error),
+            "truncate-oldest" => Ok(ContextFull::TruncateOldest),
+            _ => Err(Refusal::invalid("context_full", format!("is '{name}', must be 'error' or 'truncate-oldest'"))),
+        });
+        Ok(Change {
+            title: self.title,
+            pinned: self.pinned,
+            durability: durability.transpose()?,
+            context_full: context_full.transpose()?,
+        })
+    }
+}
+
+/// Makes a session.
+pub(crate) async fn create(service: &Service, owner: Owner, fields: SessionFields) -> Result<Value, Refusal> {
+    let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+    let change = fields.change()?;
+    Ok(summary(&verb(service, move |service| service.create_session(owner, &model, change)).await?))
+}
+
+/// All sessions of the caller, the one used last first.
+pub(crate) async fn list(service: &Service, owner: Owner) -> Result<Value, Refusal> {
+    let list = verb(service, move |service| service.sessions()?.list(owner)).await?;
+    Ok(json!({ "object": "list", "data": list.iter().map(summary).collect::<Vec<_>>() }))
+}
+
+/// One session with its messages.
+pub(crate) async fn get(service: &Service, owner: Owner, id: &str) -> Result<Value, Refusal> {
+    Ok(whole(&on(service, id, move |sessions, id| sessions.get(owner, id)).await?))
+}
+
+/// Changes what `fields` name.
+pub(crate) async fn change(service: &Service, owner: Owner, id: &str, fields: SessionFields) -> Result<Value, Refusal> {
+    if fields.model.is_some() {
+        return Err(Refusal::invalid("model", "cannot be changed; make a new session"));
+    }
+    let change = fields.change()?;
+    Ok(summary(&on(service, id, move |sessions, id| sessions.change(owner, id, change)).await?))
+}
+
+/// Pins a session, or lets it go with `"pinned": false`.
+pub(crate) async fn pin(service: &Service, owner: Owner, id: &str, fields: SessionFields) -> Result<Value, Refusal> {
+    let change = Change { pinned: Some(fields.pinned.unwrap_or(true)), ..Change::default() };
+    Ok(summary(&on(service, id, move |sessions, id| sessions.change(owner, id, change)).await?))
+}
+
+/// Deletes a session and its key.
+pub(crate) async fn delete(service: &Service, owner: Owner, id: &str) -> Result<Value, Refusal> {
+    on(service, id, move |sessions, id| sessions.delete(owner, id)).await?;
+    Ok(json!({ "id": id, "object": "session.deleted", "deleted": true }))
+}
+
+/// A new session that begins as this one.
+pub(crate) async fn fork(service: &Service, owner: Owner, id: &str, fields: TurnsField) -> Result<Value, Refusal> {
+    Ok(summary(&on(service, id, move |sessions, id| sessions.fork(owner, id, fields.turns)).await?))
+}
+
+/// Forgets all turns but the first ones.
+pub(crate) async fn truncate(service: &Service, owner: Owner, id: &str, fields: TurnsField) -> Result<Value, Refusal> {
+    let missing = || Refusal::invalid("turns", "is missing: how many of the first turns stay");
+    let turns = fields.turns.ok_or_else(missing)?;
+    Ok(summary(&on(service, id, move |sessions, id| sessions.truncate(owner, id, turns)).await?))
+}
+
+/// Has all that was said on the disk.
+pub(crate) async fn checkpoint(service: &Service, owner: Owner, id: &str) -> Result<Value, Refusal> {
+    Ok(summary(&on(service, id, move |sessions, id| sessions.checkpoint(owner, id)).await?))
+}
+
+/// The last answer once more from its first token, and on from where it was cut.
+pub(crate) async fn resume(
+    service: &Service,
+    owner: Owner,
+    id: &str,
+    fields: ContinueFields,
+) -> Result<Asked<ChatWire>, Refusal> {
+    let id = session_id(id)?;
+    let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
+    let request = verb(service, move |service| service.resume_turn(owner, id)).await?;
+    Ok(Asked { request, reply, wire: ChatWire })
+}
+
+/// A session as one file.
+pub(crate) async fn export(service: &Service, owner: Owner, id: &str) -> Result<Vec<u8>, Refusal> {
+    on(service, id, move |sessions, id| sessions.export(owner, id)).await
+}
+
+/// A session from such a file.
+pub(crate) async fn import(service: &Service, owner: Owner, file: Vec<u8>) -> Result<Value, Refusal> {
+    Ok(summary(&verb(service, move |service| service.sessions()?.import(owner, file)).await?))
+}
+
+/// A turn of a session as a request. An answer that was cut before it is finished first.
+///
+/// # Errors
+/// The session's, or the model's.
+pub(crate) async fn turn(
+    service: &Service,
+    owner: Owner,
+    id: &str,
+    chat: ChatRequest,
+    wishes: Wishes,
+) -> Result<Generate, Refusal> {
+    let id = session_id(id)?;
+    loop {
+        let (chat, wishes) = (chat.clone(), wishes.clone());
+        let begun = verb(service, move |service| match service.begin_turn(owner, id, chat, &wishes) {
+            Err(Failure::SessionCut { .. }) => Ok(None),
+            begun => begun.map(Some),
+        });
+        if let Some(request) = begun.await? {
+            return Ok(request);
+        }
+        let cut = verb(service, move |service| service.resume_turn(owner, id)).await?;
+        finish(service, cut).await?;
+    }
+}
+
+/// Has a thread that may wait carry out `action` on the session that is called `id`.
+async fn on<T: Send + 'static>(
+    service: &Service,
+    id: &str,
+    action: impl FnOnce(&Sessions, SessionId) -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Refusal> {
+    let id = session_id(id)?;
+    verb(service, move |service| action(service.sessions()?, id)).await
+}
+
+/// Has a thread that may wait carry out `verb`.
+async fn verb<T: Send + 'static>(
+    service: &Service,
+    verb: impl FnOnce(&Service) -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Refusal> {
+    let service = service.clone();
+    let done = tokio::task::spawn_blocking(move || verb(&service)).await;
+    Ok(done.map_err(|_| Failure::SessionDamaged { reason: "the verb ended early".to_owned() })??)
+}
+
+fn session_id(text: &str) -> Result<SessionId, Refusal> {
+    // A name that cannot be one is not there.
+    text.parse().map_err(|_| Failure::SessionNotFound { id: text.chars().take(64).collect() }.into())
+}
+
+fn summary(summary: &SessionSummary) -> Value {
+    let state = match summary.state {
+        SessionState::Idle => "idle",
+        SessionState::Answering => "answering",
+        SessionState::Interrupted => "interrupted",
+    };
+    json!({
+        "id": summary.id.to_string(),
+        "object": "session",
+        "model": summary.model,
+        "title": summary.title,
+        "created": summary.created,
+        "last_used": summary.used,
+        "state": state,
+        "turns": summary.n_turns,
+        "tokens": summary.n_tokens,
+        "pinned": summary.pinned,
+        "disk_bytes": summary.disk_bytes,
+        "damaged": summary.damaged,
+    })
+}
+
+fn whole(session: &Session) -> Value {
+    let Settings { durability, context_full } = session.settings;
+    let mut object = summary(&session.summary);
+    object["durability"] = json!(match durability {
+        Durability::Token => "token",
+        Durability::Turn => "turn",
+        Durability::None => "none",
+    });
+    object["context_full"] = json!(match context_full {
+        ContextFull::Error => "error",
+        ContextFull::TruncateOldest => "truncate-oldest",
+    });
+    object["messages"] = json!(session.messages);
+    object
+}

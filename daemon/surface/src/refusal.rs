@@ -1,0 +1,123 @@
+//! How does a failure look? The one table from failures to what each door calls them.
+
+use serde_json::{Value, json};
+use sparsed_engine::api::Failure;
+
+/// A failure on its way to a client, by whichever door.
+#[derive(Clone, Debug)]
+pub(crate) struct Refusal {
+    name: Name,
+    param: Option<String>,
+    retry_after_s: Option<u32>,
+    message: String,
+}
+
+/// What a kind of failure is called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Name {
+    /// HTTP's status.
+    pub(crate) status: u16,
+    /// OpenAI's `error.type`.
+    pub(crate) kind: &'static str,
+    /// `error.code`, on every door.
+    pub(crate) code: &'static str,
+}
+
+const INVALID: &str = "invalid_request_error";
+const SERVER: &str = "server_error";
+const RATE: &str = "rate_limit_error";
+/// When a client should look again for a model that is loading.
+const LOADING_RETRY_S: u32 = 2;
+
+impl Refusal {
+    /// A 400 about `param`.
+    pub(crate) fn invalid(param: &str, reason: impl Into<String>) -> Self {
+        Failure::invalid(param, reason).into()
+    }
+
+    /// A request that could not be read, with its own status.
+    pub(crate) fn unreadable(status: u16, code: &'static str, param: Option<String>, message: String) -> Self {
+        Self { name: Name { status, kind: INVALID, code }, param, retry_after_s: None, message }
+    }
+
+    /// Bodies hold all the memory they may for now.
+    pub(crate) fn too_many_bodies() -> Self {
+        let message = "too many large requests at a time; try again in a second".to_owned();
+        let name = Name { status: 429, kind: RATE, code: "too_many_bodies" };
+        Self { name, param: None, retry_after_s: Some(1), message }
+    }
+
+    /// The same failure, where the prompt stands in another field than `messages`.
+    pub(crate) fn about_prompt(mut self) -> Self {
+        if self.name.code == "context_length_exceeded" {
+            self.param = Some("prompt".to_owned());
+        }
+        self
+    }
+
+    /// What it is called.
+    pub(crate) fn name(&self) -> Name {
+        self.name
+    }
+
+    /// After how many seconds the same request may be taken.
+    pub(crate) fn retry_after_s(&self) -> Option<u32> {
+        self.retry_after_s
+    }
+
+    /// OpenAI's error object, as it also stands in a stream that has begun.
+    pub(crate) fn body(&self) -> Value {
+        let Name { kind, code, .. } = self.name;
+        json!({ "error": { "message": self.message, "type": kind, "param": self.param, "code": code } })
+    }
+}
+
+/// The table.
+fn name(failure: &Failure) -> Name {
+    let (status, kind, code) = match failure {
+        Failure::ModelNotFound { .. } => (404, INVALID, "model_not_found"),
+        Failure::ModelLoading { .. } => (503, SERVER, "model_loading"),
+        Failure::ModelUnavailable { .. } => (503, SERVER, "model_unavailable"),
+        Failure::ContextTooLong { .. } => (400, INVALID, "context_length_exceeded"),
+        Failure::InvalidRequest { .. } => (400, INVALID, "invalid_value"),
+        Failure::QueueFull { .. } => (429, RATE, "queue_full"),
+        Failure::UserQueueFull { .. } => (429, RATE, "user_queue_full"),
+        Failure::MemoryShort { .. } => (503, SERVER, "memory_short"),
+        Failure::DeadlineMissed { .. } => (504, SERVER, "deadline_missed"),
+        Failure::SlowConsumer { .. } => (408, INVALID, "slow_consumer"),
+        Failure::CutOff => (500, SERVER, "cut_off"),
+        Failure::ShuttingDown => (503, SERVER, "shutting_down"),
+        Failure::GrammarFailed { .. } => (400, INVALID, "grammar_failed"),
+        Failure::BackendFailed { .. } => (500, SERVER, "backend_failed"),
+        Failure::SessionsOff => (501, INVALID, "sessions_off"),
+        Failure::SessionNotFound { .. } => (404, INVALID, "session_not_found"),
+        Failure::SessionBusy { .. } | Failure::SessionCut { .. } => (409, INVALID, "session_busy"),
+        Failure::SessionOfOtherModel { .. } => (409, INVALID, "session_of_other_model"),
+        Failure::SessionLimit { .. } => (429, "insufficient_quota", "session_limit"),
+        Failure::SessionDamaged { .. } => (500, SERVER, "session_damaged"),
+        Failure::DiskFailed { .. } => (507, SERVER, "disk_failed"),
+        _ => (500, SERVER, "internal_error"),
+    };
+    Name { status, kind, code }
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        let (name, message) = (name(&failure), failure.to_string());
+        let retry_after_s = match &failure {
+            Failure::QueueFull { retry_after_s, .. }
+            | Failure::UserQueueFull { retry_after_s, .. }
+            | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
+            Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
+            _ => None,
+        };
+        let param = match failure {
+            Failure::InvalidRequest { param, .. } => Some(param),
+            Failure::ModelNotFound { .. } => Some("model".to_owned()),
+            Failure::ContextTooLong { .. } => Some("messages".to_owned()),
+            Failure::SessionNotFound { .. } | Failure::SessionBusy { .. } => Some("session_id".to_owned()),
+            _ => None,
+        };
+        Self { name, param, retry_after_s, message }
+    }
+}
