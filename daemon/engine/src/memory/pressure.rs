@@ -1,5 +1,5 @@
-//! What is done when memory is short, in which order? A ladder of responses that is climbed while the pressure lasts and
-//! left again slowly.
+//! What is done when memory is short, in which order? A ladder of responses that is climbed while the pressure lasts
+//! and left again slowly.
 //!
 //! Each rung is climbed after the one before has had time to help: a window of the kernel's pressure events. Critical
 //! pressure, which comes shortly before somebody is killed, begins high. Coming down takes several times as long, so

@@ -1,9 +1,9 @@
 //! Who is taken, who begins, and who gives way?
 //!
 //! A request is refused when too many wait or memory is short; it is told when to come again. The next one of the queue
-//! begins while there is a place and room for its prompt. Where a step finds no room, the owner that holds more than its
-//! share of the blocks gives way first, the least urgent and youngest of its sequences; never the oldest one of all,
-//! so somebody always gets to the end.
+//! begins while there is a place and room for its prompt. Where a step finds no room, the owner that holds more than
+//! its share of the blocks gives way first, the least urgent and youngest of its sequences; never the oldest one of
+//! all, so somebody always gets to the end.
 
 use super::queue::Admits;
 use super::{Scheduler, count};

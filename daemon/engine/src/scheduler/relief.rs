@@ -132,8 +132,8 @@ impl Scheduler {
         self.relief.is_stale = true;
     }
 
-    /// Blocks and latent planes in fast memory that remain of `blocks` and `fast` when `bytes` of them go: latent planes
-    /// first, as many as a step can do without.
+    /// Blocks and latent planes in fast memory that remain of `blocks` and `fast` when `bytes` of them go: latent
+    /// planes first, as many as a step can do without.
     fn less(&self, (blocks, fast): (u32, u32), bytes: u64) -> (u32, u32) {
         let Footprint { block_bytes, latent_bytes, least_fast, .. } = self.relief.footprint;
         let blocks_in = |each: u64| u32::try_from(bytes.div_ceil(each.max(1))).unwrap_or(u32::MAX);
