@@ -30,8 +30,20 @@ pub struct Generate {
     pub ignore_end: bool,
     /// How reasoning and calls are told from content; `None`: all text is content.
     pub reading: Option<Reading>,
+    /// When it is to begin.
+    pub urgency: Urgency,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
+}
+
+/// When a request is to begin, as far as others leave it the choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Urgency {
+    /// Of one owner's requests those with a lower number begin earlier; -1000 to 1000.
+    pub priority: i32,
+    /// Milliseconds from its arrival after which it need not begin any more.
+    pub deadline_ms: Option<u64>,
 }
 
 /// A session's turn, as the engine must know it.
@@ -234,6 +246,26 @@ pub enum Failure {
         limit: u32,
         /// When to try again.
         retry_after_s: u32,
+    },
+    /// Too many requests of its owner wait.
+    #[error("{limit} requests of this user are waiting already; try again in {retry_after_s} s")]
+    UserQueueFull {
+        /// Requests of one owner that may wait.
+        limit: u32,
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// Memory is short.
+    #[error("memory is short; try again in {retry_after_s} s")]
+    MemoryShort {
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// It could not begin before its deadline.
+    #[error("the request could not begin within its deadline of {deadline_ms} ms")]
+    DeadlineMissed {
+        /// As the request had it.
+        deadline_ms: u64,
     },
     /// The listener did not read for too long.
     #[error("the answer was not read for {limit_s} s")]

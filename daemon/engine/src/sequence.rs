@@ -1,13 +1,15 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
+mod answer;
+
 use crate::api::{
-    Event, Failure, FinishReason, Finished, Generate, Owner, Reading, Refused, Sink, Timings, Turn, Usage,
+    Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Timings, Turn, Urgency, Usage,
 };
 use crate::durable::{Durable, Restore};
 use crate::sampler::Sampler;
-use crate::stream::StopStrings;
+use answer::Answer;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
-use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
+use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -40,6 +42,9 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) table: BlockTable,
     owner: Owner,
+    urgency: Urgency,
+    /// Tokens that have had rows, at most at a time.
+    n_had: u32,
     /// What each full block of `tokens` contains, as far as that was asked.
     hashes: Vec<BlockHash>,
     /// Blocks of the table whose content the pool has been told.
@@ -62,15 +67,6 @@ pub(crate) struct Sequence {
     pub(crate) durable: Option<Durable>,
     parked_since: Option<Duration>,
     times: Times,
-}
-
-/// The text of an answer on its way to the listener.
-#[derive(Debug)]
-struct Answer {
-    stream: TextStream,
-    stops: StopStrings,
-    parser: Option<OutputParser>,
-    has_called: bool,
 }
 
 /// When things happened, since the engine's start.
@@ -107,6 +103,8 @@ impl Sequence {
             tokens: request.prompt,
             table: BlockTable::new(),
             owner: request.owner,
+            urgency: request.urgency,
+            n_had: 0,
             hashes: Vec::new(),
             n_sealed: 0,
             n_spoilt: 0,
@@ -119,6 +117,34 @@ impl Sequence {
             parked_since: None,
             times: Times { submitted: now, started: None, first_token: None, last_token: now },
         }
+    }
+
+    pub(crate) fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    pub(crate) fn urgency(&self) -> Urgency {
+        self.urgency
+    }
+
+    /// Whether the engine has taken it up before.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.times.started.is_some()
+    }
+
+    /// Whether it should have begun by `now` and has not.
+    pub(crate) fn is_late(&self, now: Duration) -> bool {
+        let late = |ms| now.saturating_sub(self.times.submitted) >= Duration::from_millis(ms);
+        !self.has_begun() && self.urgency.deadline_ms.is_some_and(late)
+    }
+
+    /// Notes that all tokens of the table but the first `before` have got rows; answers how many of them are new, and
+    /// how many had rows before.
+    pub(crate) fn gained(&mut self, before: u32) -> (u32, u32) {
+        let n = self.table.n_tokens();
+        let new = n.saturating_sub(self.n_had.max(before));
+        self.n_had = self.n_had.max(n);
+        (new, n - before - new)
     }
 
     /// Tokens without KV rows: many while the prompt is read, then one.
@@ -219,9 +245,21 @@ impl Sequence {
         self.deliver(now);
     }
 
-    /// Notes that the engine took the sequence up; the first time counts.
-    pub(crate) fn start(&mut self, now: Duration) {
+    /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited.
+    pub(crate) fn start(&mut self, now: Duration) -> Option<Duration> {
+        let is_first = !self.has_begun();
         self.times.started.get_or_insert(now);
+        is_first.then(|| now.saturating_sub(self.times.submitted))
+    }
+
+    /// When its first token came, counted from its arrival.
+    pub(crate) fn first_token_after(&self) -> Option<Duration> {
+        self.times.first_token.map(|first| first.saturating_sub(self.times.submitted))
+    }
+
+    /// How the answer has ended, as long as the listener has not heard it.
+    pub(crate) fn end(&self) -> Option<&Event> {
+        self.outbox.back().filter(|event| matches!(event, Event::Finished(_) | Event::Failed(_)))
     }
 
     /// Samples the next token from its logits. The events it makes wait in the outbox.
@@ -269,7 +307,7 @@ impl Sequence {
             return false;
         }
         self.answer.finish(stopped, &mut self.outbox);
-        let reason = match (ended || complete || stopped, self.answer.has_called) {
+        let reason = match (ended || complete || stopped, self.answer.has_called()) {
             (true, true) => FinishReason::ToolCalls,
             (true, false) => FinishReason::Stop,
             (false, _) => FinishReason::Length,
@@ -318,7 +356,7 @@ impl Sequence {
         self.tokens.len() - self.n_prompt
     }
 
-    fn usage(&self) -> Usage {
+    pub(crate) fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: count(self.n_prompt),
             // A resumed answer's rows may be there too.
@@ -333,61 +371,6 @@ impl Sequence {
         let first = first_token.unwrap_or(started);
         let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3;
         Timings { queue_ms: ms(submitted, started), prompt_ms: ms(started, first), predicted_ms: ms(first, last_token) }
-    }
-}
-
-impl Answer {
-    fn new(reading: Option<Reading>, stops: Vec<String>) -> Self {
-        let (parser, visible) = reading.map_or((None, Vec::new()), |r| (Some(r.parser), r.visible));
-        Self { stream: TextStream::new(&visible), stops: StopStrings::new(stops), parser, has_called: false }
-    }
-
-    /// Adds a token's text; an end token has none. Answers whether a stop string was reached.
-    fn take(&mut self, token: u32, is_end: bool, tokenizer: Option<&Tokenizer>, outbox: &mut VecDeque<Event>) -> bool {
-        let text = match tokenizer {
-            Some(tokenizer) if !is_end => self.stream.push(tokenizer, token),
-            _ => String::new(),
-        };
-        let piece = self.stops.push(&text);
-        match &mut self.parser {
-            Some(parser) => {
-                let events = parser.push(&piece.text);
-                self.tell(events, outbox);
-            }
-            None => outbox.push_back(Event::Delta { text: piece.text, tokens: vec![token] }),
-        }
-        piece.stopped
-    }
-
-    /// Adds what was held back: half a character, the start of a stop string or of a tag.
-    fn finish(&mut self, stopped: bool, outbox: &mut VecDeque<Event>) {
-        let mut rest = String::new();
-        if !stopped {
-            rest = self.stops.push(&self.stream.finish()).text;
-            rest += &self.stops.finish().text;
-        }
-        match &mut self.parser {
-            Some(parser) => {
-                let mut events = parser.push(&rest);
-                events.extend(parser.finish());
-                self.tell(events, outbox);
-            }
-            None if rest.is_empty() => {}
-            None => outbox.push_back(Event::Delta { text: rest, tokens: Vec::new() }),
-        }
-    }
-
-    fn tell(&mut self, events: Vec<OutputEvent>, outbox: &mut VecDeque<Event>) {
-        for event in events {
-            outbox.push_back(match event {
-                OutputEvent::Content(text) => Event::Delta { text, tokens: Vec::new() },
-                OutputEvent::Reasoning(text) => Event::Reasoning { text },
-                OutputEvent::ToolCall { index, name, arguments } => {
-                    self.has_called = true;
-                    Event::ToolCall { index, name, arguments }
-                }
-            });
-        }
     }
 }
 

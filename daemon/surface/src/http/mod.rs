@@ -4,6 +4,7 @@ mod body;
 mod chat;
 mod completions;
 mod error;
+mod metrics;
 mod models;
 mod reply;
 mod sessions;
@@ -34,6 +35,7 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     Router::new()
         .route("/health", get(models::health))
+        .route("/metrics", get(metrics::metrics))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{id}", get(models::one))
