@@ -9,6 +9,8 @@
 //!
 //! Knows no device, no text and no clock: time is an argument.
 
+#[cfg(feature = "simulation")]
+mod audit;
 mod tiers;
 
 use crate::api::Failure;
