@@ -73,7 +73,7 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 conform: build ## tries the plugin in PLUGIN (default: the C example) against the contract
 	target/release/sparsectl conform $(PLUGIN)
 
-sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
+sim: ## the simulations of power cuts and of whole daemons, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
 package: ## not there yet
