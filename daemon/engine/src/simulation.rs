@@ -303,7 +303,7 @@ impl Machine {
     fn verb<T: Send + 'static>(&mut self, verb: impl FnOnce(&mut Keeper) -> T + Send + 'static) -> T {
         let (answer, answered) = sync_channel(1);
         self.asks.tell(Ask::Do(Box::new(move |keeper| {
-            answer.try_send(verb(keeper)).ok().expect("the other end waits");
+            assert!(answer.try_send(verb(keeper)).is_ok(), "the other end waits");
         })));
         self.keeper.round(&self.asked, usize::MAX);
         answered.try_recv().expect("a round does all that was asked")

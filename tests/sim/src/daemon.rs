@@ -260,7 +260,7 @@ impl World {
         self.talks.iter().filter_map(|(_, live)| live.as_ref())
     }
 
-    fn storm(&mut self) {
+    fn storm(&self) {
         self.requests.iter().for_each(Client::leave);
         self.lives().for_each(|live| live.client.leave());
     }

@@ -159,7 +159,8 @@ impl Talk {
     pub(crate) fn settle(&mut self, found: Plain, may_be_lost: bool) -> bool {
         let at = self.versions.len() - 1;
         let is_last = self.versions[at].is(&found, 0);
-        if !is_last && !(may_be_lost && self.is_one_of(&found, 0)) {
+        let may = is_last || may_be_lost && self.is_one_of(&found, 0);
+        if !may {
             return false;
         }
         self.versions.push(Version { said: found, answer: None });
