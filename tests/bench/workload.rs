@@ -10,10 +10,10 @@
 
 use sparsed_rowcache::{Policy, Replacement};
 use std::collections::{BTreeSet, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Slots of the cache, in rows of one step in all layers: `k * n_layers`.
-const SIZES: [f64; 9] = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0];
+const SIZES: [f64; 8] = [0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0];
 
 /// The selections of one text.
 struct Log {
@@ -28,7 +28,7 @@ struct Log {
 
 fn main() {
     let paths: Vec<PathBuf> = std::env::args().skip(1).map(PathBuf::from).collect();
-    let logs: Vec<Log> = paths.iter().map(Log::read).collect();
+    let logs: Vec<Log> = paths.iter().map(|path| Log::read(path)).collect();
     println!("| log | layers | k | steps overlap | layers overlap | rows touched |\n|---|---|---|---|---|---|");
     for (path, log) in paths.iter().zip(&logs) {
         let name = path.file_stem().unwrap().display();
@@ -45,8 +45,8 @@ fn main() {
             f64::from(log.n_before) / log.k as f64,
         );
     }
-    println!("\n| slots | CLOCK | frequency | LRU | random | newest | optimal | misses a step with CLOCK |");
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("\n| slots | CLOCK | frequency | LRU | random | optimal | misses a step with CLOCK |");
+    println!("|---|---|---|---|---|---|---|");
     for size in SIZES {
         let rates = |rate: &dyn Fn(&Log) -> f64| logs.iter().map(rate).collect::<Vec<_>>();
         let by = |choice: fn(usize) -> Choice| rates(&|log: &Log| log.hit_rate(choice, size));
@@ -56,7 +56,6 @@ fn main() {
             by(|n| Choice::Plugins(Replacement::new(Policy::Lru, n))),
         ];
         let random = by(|n| Choice::Random(fastrand::Rng::with_seed(1), n));
-        let newest = by(|n| Choice::Newest(Vec::with_capacity(n)));
         let optimal = rates(&|log: &Log| log.optimal(size));
         let rows = logs[0].k * logs[0].n_layers;
         let range = |rates: &[f64]| {
@@ -64,12 +63,11 @@ fn main() {
             format!("{:.1} ({:.1} to {:.1})", 100.0 * mean(rates), 100.0 * low, 100.0 * high)
         };
         println!(
-            "| {size} | {} | {} | {} | {} | {} | {} | {:.0} |",
+            "| {size} | {} | {} | {} | {} | {} | {:.0} |",
             range(&own[0]),
             range(&own[1]),
             range(&own[2]),
             range(&random),
-            range(&newest),
             range(&optimal),
             (1.0 - mean(&own[0])) * rows as f64
         );
@@ -82,21 +80,19 @@ enum Choice {
     Plugins(Replacement),
     /// Any, of so many.
     Random(fastrand::Rng, usize),
-    /// The one that was filled last: what is there for long stays.
-    Newest(Vec<usize>),
 }
 
 impl Choice {
     fn hit(&mut self, slot: usize) {
-        if let Self::Plugins(replacement) = self {
-            replacement.hit(slot);
+        match self {
+            Self::Plugins(replacement) => replacement.hit(slot),
+            Self::Random(..) => {}
         }
     }
 
     fn filled(&mut self, slot: usize) {
         match self {
             Self::Plugins(replacement) => replacement.filled(slot),
-            Self::Newest(filled) => filled.push(slot),
             Self::Random(..) => {}
         }
     }
@@ -105,7 +101,6 @@ impl Choice {
         match self {
             Self::Plugins(replacement) => replacement.victim(may_go),
             Self::Random(rng, n_slots) => std::iter::repeat_with(|| rng.usize(..*n_slots)).find(|&slot| may_go(slot)),
-            Self::Newest(filled) => filled.iter().rposition(|&slot| may_go(slot)).map(|at| filled.remove(at)),
         }
     }
 }
@@ -115,7 +110,7 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 impl Log {
-    fn read(path: &PathBuf) -> Self {
+    fn read(path: &Path) -> Self {
         let (shape, positions) = sparsed_tests::npy::<u16>(path);
         let [n_steps, n_layers, k] = shape[..] else { panic!("{} has {} axes", path.display(), shape.len()) };
         // The last step's own token is the newest there is.
