@@ -72,7 +72,7 @@ fn kill(mut bench: Bench, seed: u64, kills: usize, words: std::ops::Range<usize>
         bench.daemon.ask("DELETE", &format!("/v1/sessions/{id}"));
         bench.daemon.ask("DELETE", &format!("/v1/sessions/{}", fork["id"].as_str().unwrap()));
         if is_long() {
-            eprintln!("{done} kills");
+            println!("{done} kills");
         }
     }
     n_slow

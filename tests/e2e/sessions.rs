@@ -1,5 +1,5 @@
 //! Conversations that the daemon keeps: they read only what is new, and survive its death, whenever it comes.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test")]
 
 mod kills;
 
