@@ -81,7 +81,7 @@ asan: build ## the CPU plugin, built with AddressSanitizer, against the contract
 	LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 \
 	  target/release/sparsectl conform target/asan/plugins/cpu --deadline 300
 
-sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
+sim: ## the simulations of power cuts and of whole daemons, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
 package: models ## the Debian packages, in target/debian

@@ -1,6 +1,7 @@
 //! Conversations that the daemon keeps: they read only what is new, and survive its death, whenever it comes.
-//! `LONG=1` kills it 2000 times instead of 40.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test")]
+
+mod kills;
 
 use serde_json::{Value, json};
 use sparsed_tests::chatty;
@@ -13,14 +14,16 @@ const SETS: &[&str] = &["engine.threads=1", "model.default.max_context=4096"];
 
 struct Bench {
     daemon: Daemon,
+    sets: Vec<&'static str>,
     _model: tempfile::TempDir,
 }
 
 impl Bench {
-    fn start(sets: &[&str]) -> Self {
+    fn start(sets: &[&'static str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let daemon = Daemon::start(&chatty::write(folder.path()), &[SETS, sets].concat());
-        Self { daemon, _model: folder }
+        let sets = [SETS, sets].concat();
+        let daemon = Daemon::start(&chatty::write(folder.path()), &sets);
+        Self { daemon, sets, _model: folder }
     }
 
     fn create(&self, fields: &Value) -> String {
@@ -40,7 +43,7 @@ impl Bench {
     }
 
     fn restart(&mut self) {
-        self.daemon.kill_and_restart(SETS);
+        self.daemon.kill_and_restart(&self.sets);
     }
 }
 
@@ -126,57 +129,11 @@ fn a_session_goes_on_after_a_restart_without_reading_everything_again() {
     let expected = content(&bench.turn(&twin, "Go on.", 50));
     bench.daemon.signal("TERM");
     assert!(bench.daemon.wait().success());
-    bench.daemon.restart(SETS);
+    bench.daemon.restart(&bench.sets);
     let answer = bench.turn(&id, "Go on.", 50);
     assert_eq!(content(&answer), expected);
     // 360 characters and some tokens around them, and 200 tokens of an answer.
     assert!(cached(&answer) >= 512, "{answer}");
-}
-
-#[test]
-fn every_kill_leaves_all_that_was_sent_and_the_answer_goes_on_alike() {
-    let kills = if std::env::var_os("LONG").is_some() { 2000 } else { 40 };
-    let mut bench = Bench::start(&[]);
-    let mut random = fastrand::Rng::with_seed(3);
-    let mut done = 0;
-    while done < kills {
-        let durability = ["token", "turn", "none"][random.usize(..3)];
-        let id = bench.create(&json!({ "durability": durability }));
-        bench.turn(&id, &"Some words before. ".repeat(random.usize(1..20)), 20);
-        let fork = bench.daemon.post(&format!("/v1/sessions/{id}/fork"), &json!({})).json();
-        let expected = content(&bench.turn(fork["id"].as_str().unwrap(), "Tell me all.", 300));
-        let mut request = wish(Some(&id), &[user("Tell me all.")], 300);
-        request["stream"] = json!(true);
-        let mut heard = String::new();
-        // Cut in the first answer, and again when it goes on.
-        for round in 0..random.usize(1..4) {
-            let path = format!("/v1/sessions/{id}/continue");
-            let mut stream = match round {
-                0 => bench.daemon.open("/v1/chat/completions", &request),
-                _ => bench.daemon.open(&path, &json!({ "stream": true })),
-            };
-            let mut bytes = vec![0; random.usize(1..40_000)];
-            let mut n = 0;
-            while let Ok(more @ 1..) = stream.read(&mut bytes[n..]) {
-                n += more;
-            }
-            heard = streamed(&String::from_utf8_lossy(&bytes[..n]));
-            bench.restart();
-            done += 1;
-            assert!(expected.starts_with(&heard), "kill {done}: {heard:?} is not how {expected:?} begins");
-            if bench.session(&id)["state"] != "interrupted" {
-                break;
-            }
-        }
-        let session = bench.session(&id);
-        let answer = match session["state"].as_str().unwrap() {
-            "interrupted" => content(&bench.daemon.post(&format!("/v1/sessions/{id}/continue"), &json!({})).json()),
-            // It had ended before the kill, or nothing of it was journaled.
-            _ if session["turns"] == 2 => session["messages"][3]["content"].as_str().unwrap().to_owned(),
-            _ => content(&bench.turn(&id, "Tell me all.", 300)),
-        };
-        assert!(answer == expected, "kill {done}, {durability}: {answer:?} instead of {expected:?}, heard {heard:?}");
-    }
 }
 
 #[test]
@@ -302,33 +259,6 @@ fn a_full_context_is_refused_or_loses_its_oldest_turns_as_the_session_wishes() {
     let answer = content(&bench.turn(&loose, &"Three. ".repeat(20), 50));
     let alone = bench.daemon.post("/v1/chat/completions", &wish(None, &[rules, third], 50)).json();
     assert_eq!(answer, content(&alone), "the system prompt and what is new are left");
-}
-
-#[test]
-fn damaged_images_cost_time_and_nothing_else() {
-    let mut bench = Bench::start(&[]);
-    let (id, twin) = (bench.create(&json!({})), bench.create(&json!({})));
-    for id in [&id, &twin] {
-        bench.turn(id, &"Once upon a time. ".repeat(20), 200);
-    }
-    let expected = content(&bench.turn(&twin, "Go on.", 50));
-    let mut random = fastrand::Rng::with_seed(1);
-    for round in 0..8 {
-        bench.daemon.signal("TERM");
-        bench.daemon.wait();
-        let kv = find(&bench.daemon.state_dir(), &id, "kv");
-        let mut bytes = fs::read(&kv).unwrap();
-        match round % 4 {
-            0 => (0..20).for_each(|_| *random.choice(&mut bytes).unwrap() ^= 1 << random.u8(..8)),
-            1 => bytes.truncate(random.usize(..bytes.len())),
-            2 => bytes.fill(0),
-            _ => bytes[..4096].fill(0xff),
-        }
-        fs::write(&kv, bytes).unwrap();
-        bench.daemon.restart(SETS);
-        assert_eq!(content(&bench.turn(&id, "Go on.", 50)), expected, "round {round}");
-        bench.daemon.post(&format!("/v1/sessions/{id}/truncate"), &json!({ "turns": 1 }));
-    }
 }
 
 fn find(dir: &Path, id: &str, name: &str) -> PathBuf {

@@ -16,7 +16,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sparsed-fake-cuda", &[]),
     ("sparsed-kv", &[]),
     ("sparsed-session", &[]),
-    ("sparsed-sim", &["sparsed-session"]),
+    ("sparsed-sim", &["sparsed-session", "sparsed-engine", "sparsed-kv", "sparsed-rowcache"]),
     // The oracle shares the reader of files with the product, and nothing else.
     ("sparsed-oracle", &["sparsed-quant"]),
     ("sparsed-faulty", &["sparsed-abi"]),

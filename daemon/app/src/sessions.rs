@@ -7,7 +7,7 @@
 use crate::config::{ContextFull, Durability, Sessions};
 use anyhow::{Context, bail};
 use rustix::fs::{Mode, OFlags};
-use sparsed_session::{FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
+use sparsed_session::{AnyDisk, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
 use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
@@ -32,7 +32,7 @@ const DAY: u64 = 86_400;
 ///
 /// # Errors
 /// A key that cannot be read or made, a store of another process, a disk that fails.
-pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<OsDisk>>> {
+pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<AnyDisk>>> {
     if !config.enabled {
         return Ok(None);
     }
@@ -42,7 +42,7 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
     };
     let dir = state_dir.join(STORE_DIR);
     DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| dir.display().to_string())?;
-    let disk = OsDisk::open(&dir).with_context(|| dir.display().to_string())?;
+    let disk: AnyDisk = Box::new(OsDisk::open(&dir).with_context(|| dir.display().to_string())?);
     let random = Box::new(|bytes: &mut [u8]| getrandom::fill(bytes).expect("the system gave random bytes before"));
     let (store, report) = Store::open(disk, random, MasterKey::new(master), limits(config))
         .with_context(|| format!("sessions in {}", dir.display()))?;

@@ -138,13 +138,18 @@ pub(crate) fn carry_out(
     scheduler.take_restores().for_each(|restore| files.restore(restore));
     for _ in 0..SAVES_PER_STEP {
         let Some(save) = scheduler.next_save() else { break };
-        let image = outlive(executor, |executor| executor.export(save.block))?;
+        let image = outlive(executor, |executor| executor.export(save.block));
         scheduler.copied(save);
         match image {
-            Outcome::Done(image) => files.save(save, image),
-            Outcome::Failed(error) => {
+            Ok(Outcome::Done(image)) => files.save(save, image),
+            Ok(Outcome::Failed(error)) => {
                 log::warn!(reason:% = error; "block could not be copied, it is not saved");
                 scheduler.written();
+            }
+            // Nobody would ever say so, and a daemon that is to end waits for what is under way.
+            Err(error) => {
+                scheduler.written();
+                return Err(error);
             }
         }
     }
@@ -359,6 +364,17 @@ mod tests {
             prop_assert_eq!(bench.scheduler.load().blocks_used, 0);
             prop_assert!(bench.executor.rows.len() <= n_blocks as usize * BLOCK);
         }
+    }
+
+    #[test]
+    fn a_device_that_is_lost_while_a_block_is_copied_leaves_no_image_under_way() {
+        let mut bench = Bench::new(32, limits());
+        let listener = Listener::with_room(100);
+        bench.executor.export_failures = vec![E_DEVICE_LOST];
+        bench.submit_request(turn_of(FILE, 0, prompt(1, 200), 1), &listener);
+        assert_eq!(bench.run_on_devices(), 1);
+        bench.steps(20);
+        assert!(bench.scheduler.is_saved(), "a daemon that is to end would wait for ever");
     }
 
     #[test]

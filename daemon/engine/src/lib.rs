@@ -37,6 +37,8 @@ mod scheduler;
 mod sequence;
 mod service;
 mod sessions;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 mod sole;
 mod step;
 mod stream;

@@ -6,32 +6,51 @@ use crate::sessions::{Asks, ImagesOf};
 use crate::warm::{Demoted, WriteJob};
 use sparsed_kv::Save;
 use sparsed_session::ImageShape;
-use std::sync::mpsc::{Sender, SyncSender, channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 
 /// The way to the thread that writes into the slow tier. Its queue is bounded by what schedulers have under way.
 #[derive(Clone, Debug)]
-pub(crate) struct SlowWriter(Sender<(usize, u64, WriteJob)>);
+pub(crate) struct SlowWriter(Sender<SlowWrite>);
+
+/// A block to be written into the slow tier.
+pub(crate) struct SlowWrite {
+    slot: usize,
+    tag: u64,
+    job: WriteJob,
+}
+
+impl SlowWrite {
+    /// Writes it, which may wait for the disk; answers what the engine is to hear.
+    pub(crate) fn carry_out(self) -> Command {
+        let written = (self.job)();
+        if let Err(error) = &written {
+            log::warn!(reason:% = error; "block could not be written into the slow tier");
+        }
+        Command::Demoted { slot: self.slot, demoted: Demoted { tag: self.tag, is_written: written.is_ok() } }
+    }
+}
 
 impl SlowWriter {
+    /// A way, and its end.
+    pub(crate) fn new() -> (Self, Receiver<SlowWrite>) {
+        let (sender, writes) = channel();
+        (Self(sender), writes)
+    }
+
     /// Starts the thread; it tells `engine` of each block, and ends with the last writer.
     ///
     /// # Errors
     /// When no thread can be started.
     pub(crate) fn spawn(engine: SyncSender<Command>) -> std::io::Result<Self> {
-        let (sender, jobs) = channel::<(usize, u64, WriteJob)>();
+        let (writer, writes) = Self::new();
         let run = move || {
-            for (slot, tag, job) in jobs {
-                let written = job();
-                if let Err(error) = &written {
-                    log::warn!(reason:% = error; "block could not be written into the slow tier");
-                }
+            for write in writes {
                 // An engine that has ended needs nothing any more.
-                let demoted = Demoted { tag, is_written: written.is_ok() };
-                let _ended = engine.send(Command::Demoted { slot, demoted }).is_err();
+                let _ended = engine.send(write.carry_out()).is_err();
             }
         };
         std::thread::Builder::new().name("slow-tier".to_owned()).spawn(run)?;
-        Ok(Self(sender))
+        Ok(writer)
     }
 }
 
@@ -71,6 +90,6 @@ impl Files for Orders {
 
     fn write(&mut self, tag: u64, job: WriteJob) {
         // A thread that is gone has panicked, and said so: the block stays where it is.
-        let _ended = self.writer.0.send((self.slot, tag, job)).is_err();
+        let _ended = self.writer.0.send(SlowWrite { slot: self.slot, tag, job }).is_err();
     }
 }

@@ -18,7 +18,7 @@ use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
 use crate::sessions::{self, Ask, Sessions};
 use sparsed_backend::{Backend, Fault};
-use sparsed_session::{OsDisk, Store};
+use sparsed_session::{AnyDisk, Store};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -44,7 +44,7 @@ pub fn start(
     models: Vec<ModelOptions>,
     limits: Limits,
     recovery: &Recovery,
-    store: Option<Store<OsDisk>>,
+    store: Option<Store<AnyDisk>>,
     budget: Budget,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
     let slots: Vec<_> = models.iter().map(|options| Arc::new(Slot::new(options.name.clone()))).collect();
@@ -59,7 +59,7 @@ pub fn start(
         epoch: Instant::now(),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
-    let keeper = store.map(|store| sessions::spawn(store, sender.clone())).transpose()?;
+    let keeper = store.map(|store| sessions::spawn(store, sender.clone(), Box::new(seconds))).transpose()?;
     let sessions = keeper.as_ref().map(|(asks, _)| Sessions::new(asks.clone()));
     let service = Service::new(slots.clone(), sender, INBOX, Arc::clone(&shared), sessions);
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));

@@ -11,6 +11,8 @@
 //! Knows no device, no text and no clock: time is an argument.
 
 mod admission;
+#[cfg(feature = "simulation")]
+mod audit;
 #[cfg(test)]
 mod cost;
 mod leaving;

@@ -13,22 +13,23 @@ mod conversation;
 mod keeper;
 mod listener;
 mod recorded;
+mod verbs;
 mod wishes;
 
 pub(crate) use asks::{Ask, Asks, ImagesOf};
-pub(crate) use keeper::spawn;
+pub(crate) use keeper::{Keeper, spawn};
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
 };
+pub(crate) use verbs::CutTurn;
 pub use wishes::Wishes;
 
 use crate::api::{ChatPrompt, Failure, Owner, Turn};
-use crate::runner::seconds;
 use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest};
 use conversation::{Conversation, Cut};
-use keeper::{Keeper, Resumed, failure};
+use keeper::failure;
 use sparsed_session::{NewSession, NewTurn, StoreError};
 use std::sync::mpsc::sync_channel;
 use wishes::Asked;
@@ -121,7 +122,7 @@ impl Sessions {
     /// As any verb; the session is being answered, or has fewer turns.
     pub fn fork(&self, owner: Owner, id: SessionId, n_turns: Option<u32>) -> Result<SessionSummary, Failure> {
         self.verb(owner, id, move |keeper, owner| {
-            let fork = keeper.with_room(|store| store.fork(owner, id, n_turns, seconds()))?;
+            let fork = keeper.fork(owner, id, n_turns)?;
             keeper.store.summary(owner, fork)
         })
     }
@@ -131,17 +132,7 @@ impl Sessions {
     /// # Errors
     /// As [`Sessions::fork`].
     pub fn truncate(&self, owner: Owner, id: SessionId, n_turns: u32) -> Result<SessionSummary, Failure> {
-        self.ask(move |keeper| {
-            keeper.check_free(id)?;
-            let owner = owner.number();
-            let mut truncate = || {
-                keeper.store.truncate(owner, id, n_turns)?;
-                keeper.forget_file(id);
-                keeper.with_room(|store| store.commit(owner, id))?;
-                keeper.store.summary(owner, id)
-            };
-            truncate().map_err(|error| failure(id, &error))
-        })
+        self.ask(move |keeper| keeper.truncate(owner.number(), id, n_turns))
     }
 
     /// Makes all of a session survive a power cut, whatever its durability.
@@ -160,11 +151,7 @@ impl Sessions {
     /// # Errors
     /// As any verb; the session is being answered.
     pub fn delete(&self, owner: Owner, id: SessionId) -> Result<(), Failure> {
-        self.ask(move |keeper| {
-            keeper.check_free(id)?;
-            keeper.forget_file(id);
-            keeper.store.delete(owner.number(), id).map_err(|error| failure(id, &error))
-        })
+        self.ask(move |keeper| keeper.delete(owner.number(), id))
     }
 
     /// Everything of a session as one file, which anybody can read.
@@ -210,7 +197,7 @@ impl Sessions {
             let title = change.title.unwrap_or_default();
             let new = NewSession { model: &name, fingerprint, title: &title, settings: Some(settings) };
             let refused = |error: StoreError| failure(SessionId::from_bytes([0; 16]), &error);
-            let id = keeper.with_room(|store| store.create(owner.number(), &new, seconds())).map_err(refused)?;
+            let id = keeper.create(owner.number(), &new).map_err(refused)?;
             if let Some(pinned) = change.pinned {
                 keeper.store.pin(owner.number(), id, pinned).map_err(refused)?;
             }
@@ -301,10 +288,7 @@ impl OpenSession {
         let (n_kept, new) = (count(n_kept), prompt.tokens[n_kept..].to_vec());
         let turn = ask(&self.asks, move |keeper| {
             let turn = NewTurn { keep_tokens: n_kept, prompt: &new, request: &request, sampling: &sampling };
-            keeper
-                .with_room(|store| store.begin_turn(owner, id, &turn, seconds()))
-                .map_err(|error| failure(id, &error))?;
-            Ok(keeper.turn(owner, id, &shape, n_kept, None))
+            keeper.begin(owner, id, &shape, &turn)
         })?;
         self.is_begun = true;
         Ok((prompt, turn))
@@ -316,18 +300,9 @@ impl OpenSession {
         let none = || Failure::SessionBusy { id: self.id.to_string(), state: "idle: its last answer was not cut" };
         let Cut { asked, prompt, answered, cancelled } = self.conversation.cut.take().ok_or_else(none)?;
         let reading = self.conversation.reading(model, &asked)?;
-        let (request, sampling) = asked.encode();
         let (owner, id, shape) = (self.owner.number(), self.id, model.images);
-        let tokens = prompt.clone();
-        let turn = ask(&self.asks, move |keeper| {
-            let resumed = match &cancelled {
-                Some(_) => keeper.reopen(owner, id, &tokens, &answered, &request, &sampling),
-                None => keeper.store.resume_turn(owner, id),
-            };
-            resumed.map_err(|error| failure(id, &error))?;
-            let n_kept = count(tokens.len() + if cancelled.is_some() { 0 } else { answered.len() });
-            Ok(keeper.turn(owner, id, &shape, n_kept, Some(Resumed { tokens: answered, before: cancelled })))
-        })?;
+        let cut = CutTurn { n_prompt: count(prompt.len()), answered, cancelled };
+        let turn = ask(&self.asks, move |keeper| keeper.resume(owner, id, &shape, cut))?;
         self.is_begun = true;
         Ok((ChatPrompt { tokens: prompt, reading }, asked.wishes, turn))
     }

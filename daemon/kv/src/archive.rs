@@ -55,6 +55,11 @@ impl Archive {
         !self.waiting.is_empty() && self.n_under_way < self.under_way_max
     }
 
+    /// Blocks that wait, each held once for it.
+    pub fn waiting(&self) -> impl Iterator<Item = BlockId> {
+        self.waiting.iter().map(|save| save.block)
+    }
+
     /// Whether anything waits or is under way.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty() && self.n_under_way == 0

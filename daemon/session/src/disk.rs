@@ -111,3 +111,64 @@ pub trait Disk {
     /// another one has it.
     fn lock(&mut self, file: &Place) -> Result<()>;
 }
+
+/// A disk of which nobody needs to know the type.
+pub type AnyDisk = Box<dyn Disk + Send>;
+
+impl Disk for AnyDisk {
+    fn list(&mut self, dir: &Place) -> Result<Vec<Entry>> {
+        (**self).list(dir)
+    }
+
+    fn create_dir(&mut self, dir: &Place) -> Result<()> {
+        (**self).create_dir(dir)
+    }
+
+    fn create(&mut self, file: &Place) -> Result<()> {
+        (**self).create(file)
+    }
+
+    fn len(&mut self, file: &Place) -> Result<u64> {
+        (**self).len(file)
+    }
+
+    fn read_at(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize> {
+        (**self).read_at(file, offset, bytes)
+    }
+
+    fn write_at(&mut self, file: &Place, offset: u64, bytes: &[u8]) -> Result<()> {
+        (**self).write_at(file, offset, bytes)
+    }
+
+    fn set_len(&mut self, file: &Place, n_bytes: u64) -> Result<()> {
+        (**self).set_len(file, n_bytes)
+    }
+
+    fn sync(&mut self, file: &Place) -> Result<()> {
+        (**self).sync(file)
+    }
+
+    fn sync_dir(&mut self, dir: &Place) -> Result<()> {
+        (**self).sync_dir(dir)
+    }
+
+    fn rename(&mut self, from: &Place, to: &Place) -> Result<()> {
+        (**self).rename(from, to)
+    }
+
+    fn remove(&mut self, file: &Place) -> Result<()> {
+        (**self).remove(file)
+    }
+
+    fn remove_dir(&mut self, dir: &Place) -> Result<()> {
+        (**self).remove_dir(dir)
+    }
+
+    fn free_bytes(&mut self) -> Result<u64> {
+        (**self).free_bytes()
+    }
+
+    fn lock(&mut self, file: &Place) -> Result<()> {
+        (**self).lock(file)
+    }
+}

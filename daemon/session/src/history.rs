@@ -122,6 +122,13 @@ impl History {
         })
     }
 
+    /// Whether more may come of the last turn: it is open, or whoever asked has left it.
+    pub(crate) fn may_go_on(&self) -> bool {
+        let is_left = |turn: &TurnHistory| turn.outcome == Some(Outcome::Cancelled);
+        let is_last = |turn: &TurnHistory| turn.end_token as usize == self.tokens.len();
+        self.is_open() || self.turns.last().is_some_and(|turn| is_left(turn) && is_last(turn))
+    }
+
     /// Tokens that stay valid when only the first `n_turns` turns are kept: what no later turn has replaced.
     pub(crate) fn tokens_after(&self, n_turns: usize) -> usize {
         let end = n_turns.checked_sub(1).and_then(|last| self.turns.get(last)).map_or(0, |turn| turn.end_token);
@@ -241,7 +248,7 @@ impl History {
     }
 
     fn open_turn(&mut self) -> Result<&mut TurnHistory, Misfit> {
-        if !self.is_open() {
+        if !self.may_go_on() {
             return Err(Misfit("no turn is being answered"));
         }
         self.turns.last_mut().ok_or(Misfit("there is no turn"))

@@ -25,7 +25,7 @@ mod record;
 mod store;
 
 pub use cipher::MasterKey;
-pub use disk::{Disk, DiskError, Entry, OsDisk, Place};
+pub use disk::{AnyDisk, Disk, DiskError, Entry, OsDisk, Place};
 pub use error::{Result, StoreError};
 pub use history::{ContextFull, Durability, History, Outcome, Settings, State, TurnHistory};
 pub use id::{IdError, SessionId};

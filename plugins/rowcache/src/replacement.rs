@@ -1,9 +1,9 @@
 //! Which slot is given up for a new row?
 //!
 //! Knows slots, not rows, so that the same code decides in the cache and in a simulation of hit rates. The choice is
-//! [`Policy::Clock`] until hit rates of real selections say otherwise; the others are there to be compared with it.
+//! [`Policy::Clock`], by the hit rates in `daemon/kv/WORKLOAD.md`; the others are there to be compared with it.
 //! Every layer of a step takes its turn before a row is needed again. So a cache that is smaller than one step's
-//! selections hits hardly anything under LRU and CLOCK; [`Policy::Frequency`] keeps part of them.
+//! selections hits nothing under any of them.
 
 /// How a victim is chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -137,6 +137,6 @@ mod tests {
         content.sync();
         assert_eq!(content.now, [1]);
         content.power_cut(&mut Rng::with_seed(1));
-        assert_eq!(content.now, []);
+        assert_eq!(content.now, [0_u8; 0]);
     }
 }

@@ -218,6 +218,28 @@ fn a_full_disk_fails_the_verb_and_nothing_else() {
     assert_eq!(store.flush().failed, []);
 }
 
+#[test]
+fn an_answer_that_failed_lets_its_session_go_although_the_disk_cannot_be_read() {
+    let disk = FakeDisk::new(1);
+    let mut store = open(&disk, 1);
+    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: None };
+    let id = store.create(OWNER, &new, 5).unwrap();
+    let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: b"", sampling: b"" };
+    store.begin_turn(OWNER, id, &turn, 6).unwrap();
+    assert_eq!(store.flush().written, [id]);
+    store.append_tokens(OWNER, id, &[2]).unwrap();
+    // The second call of the store fails too, which is the journal being read.
+    disk.set_faults(Faults { capacity_bytes: 0, ..Faults::NONE });
+    assert_eq!(store.flush().failed.len(), 1);
+    disk.set_faults(Faults { fail_after: Some(0), ..Faults::NONE });
+    assert!(store.revert(OWNER, id).is_err());
+    disk.set_faults(Faults::NONE);
+    store.resume_turn(OWNER, id).unwrap();
+    store.append_tokens(OWNER, id, &[3]).unwrap();
+    assert_eq!(store.flush().failed, []);
+    assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2, 3]);
+}
+
 /// A failed write may have come to the disk after all, and its cut may not: behind what is written instead, which is as
 /// long as its beginning, its end would be the next record.
 #[test]

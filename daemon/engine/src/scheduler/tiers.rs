@@ -43,6 +43,12 @@ impl Demotions {
         !self.under_way.is_empty()
     }
 
+    /// Blocks that are held because they are under way.
+    #[cfg(feature = "simulation")]
+    pub(super) fn blocks(&self) -> impl Iterator<Item = BlockId> {
+        self.under_way.values().copied()
+    }
+
     pub(super) fn has_results(&self) -> bool {
         !self.results.is_empty()
     }

@@ -3,8 +3,7 @@
 use super::keeper::{Before, Keeper, failure};
 use super::listener::{Ending, Listener};
 use super::recorded::TurnId;
-use crate::api::Event;
-use crate::runner::seconds;
+use crate::api::{Event, Failure};
 use sparsed_session::{Outcome, SessionId, StoreError};
 
 /// A turn while it is answered.
@@ -19,9 +18,20 @@ pub(super) struct Answer {
     pub(super) resumed: Option<Before>,
     /// Whether the journal has its end.
     pub(super) is_closed: bool,
+    /// Why it has ended before there was a listener.
+    pub(super) failure: Option<Failure>,
 }
 
 impl Keeper {
+    /// The engine has a turn.
+    pub(super) fn listen(&mut self, turn: TurnId, mut listener: Listener) {
+        let Some(answer) = self.answers.get_mut(&turn) else { return };
+        if let Some(failure) = answer.failure.take() {
+            listener.fail(failure);
+        }
+        answer.listener = Some(listener);
+    }
+
     /// An answer goes on.
     pub(super) fn event(&mut self, turn: TurnId, event: Event) {
         let Some(answer) = self.answers.get_mut(&turn).filter(|answer| !answer.is_closed) else { return };
@@ -68,9 +78,10 @@ impl Keeper {
         answer.is_closed = true;
         let (owner, id) = (answer.owner, answer.id);
         let message = answer.listener.as_ref().map_or_else(Vec::new, Listener::answer);
+        let now = self.seconds();
         let ended = match ending {
-            Ending::Of(outcome) => self.store.end_turn(owner, id, outcome, &message, seconds()),
-            Ending::As(message) => self.store.end_turn(owner, id, Outcome::Cancelled, &message, seconds()),
+            Ending::Of(outcome) => self.store.end_turn(owner, id, outcome, &message, now),
+            Ending::As(message) => self.store.end_turn(owner, id, Outcome::Cancelled, &message, now),
             Ending::TakenBack => self.take_back(owner, id),
         };
         if let Err(error) = ended {
@@ -79,7 +90,8 @@ impl Keeper {
     }
 
     fn take_back(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
-        self.store.end_turn(owner, id, Outcome::Failed, &[], seconds())?;
+        let now = self.seconds();
+        self.store.end_turn(owner, id, Outcome::Failed, &[], now)?;
         let n_turns = self.store.summary(owner, id)?.n_turns;
         self.store.truncate(owner, id, n_turns.saturating_sub(1)).map(drop)
     }
@@ -90,8 +102,9 @@ impl Keeper {
         let (owner, id) = (answer.owner, answer.id);
         log::error!(session:% = id, reason:% = error; "answer could not be journaled, it ends");
         answer.is_closed = true;
-        if let Some(listener) = &mut answer.listener {
-            listener.fail(failure(id, error));
+        match &mut answer.listener {
+            Some(listener) => listener.fail(failure(id, error)),
+            None => answer.failure = Some(failure(id, error)),
         }
         if let Err(error) = self.store.revert(owner, id) {
             log::error!(session:% = id, reason:% = error; "session cannot be read again");

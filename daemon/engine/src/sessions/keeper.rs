@@ -11,10 +11,9 @@ use super::listener::Listener;
 use super::recorded::{Recorder, TurnId};
 use crate::api::{Failure, Turn};
 use crate::durable::{Restore, Restored};
-use crate::runner::seconds;
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
-use sparsed_session::{ImageShape, Loaded, NewTurn, OsDisk, SessionId, Store, StoreError};
+use sparsed_session::{AnyDisk, ImageShape, Loaded, SessionId, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
@@ -31,7 +30,7 @@ const EXPIRY: Duration = Duration::from_secs(600);
 
 /// All sessions, and the turns that are being answered.
 pub(crate) struct Keeper {
-    pub(super) store: Store<OsDisk>,
+    pub(super) store: Store<AnyDisk>,
     asks: Asks,
     engine: SyncSender<Command>,
     /// The files of the sessions' last turns: each turn numbers its file anew, so that an image of what the session no
@@ -45,9 +44,14 @@ pub(crate) struct Keeper {
     /// Waits until nothing else is to do.
     images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
     stopping: bool,
-    /// When old sessions were last looked for, seconds since 1970.
+    /// Seconds since 1970; may jump.
+    clock: Clock,
+    /// When old sessions were last looked for.
     expired_at: u64,
 }
+
+/// Tells the date, in seconds since 1970.
+pub(crate) type Clock = Box<dyn Fn() -> u64 + Send>;
 
 /// What a turn was before it goes on.
 pub(super) struct Resumed {
@@ -76,9 +80,13 @@ impl Drop for Alarm {
 ///
 /// # Errors
 /// When no thread can be started.
-pub(crate) fn spawn(store: Store<OsDisk>, engine: SyncSender<Command>) -> std::io::Result<(Asks, JoinHandle<()>)> {
-    let (keeper, receiver) = Keeper::new(store, engine);
-    let asks = keeper.asks.clone();
+pub(crate) fn spawn(
+    store: Store<AnyDisk>,
+    engine: SyncSender<Command>,
+    clock: Clock,
+) -> std::io::Result<(Asks, JoinHandle<()>)> {
+    let (keeper, receiver) = Keeper::new(store, engine, clock);
+    let asks = keeper.asks();
     let run = move || {
         let _alarm = Alarm(keeper.engine.clone());
         keeper.run(&receiver);
@@ -89,7 +97,7 @@ pub(crate) fn spawn(store: Store<OsDisk>, engine: SyncSender<Command>) -> std::i
 
 impl Keeper {
     /// A keeper, and where its asks come out.
-    fn new(store: Store<OsDisk>, engine: SyncSender<Command>) -> (Self, Receiver<Ask>) {
+    pub(crate) fn new(store: Store<AnyDisk>, engine: SyncSender<Command>, clock: Clock) -> (Self, Receiver<Ask>) {
         let (asks, receiver) = Asks::new();
         let keeper = Self {
             store,
@@ -102,9 +110,15 @@ impl Keeper {
             n_turns: 0,
             images: VecDeque::new(),
             stopping: false,
+            clock,
             expired_at: 0,
         };
         (keeper, receiver)
+    }
+
+    /// The way to it.
+    pub(crate) fn asks(&self) -> Asks {
+        self.asks.clone()
     }
 
     fn run(mut self, asks: &Receiver<Ask>) {
@@ -117,12 +131,22 @@ impl Keeper {
                     Err(RecvTimeoutError::Disconnected) => return,
                 }
             }
-            asks.try_iter().take(BATCH).for_each(|ask| self.take(ask));
-            self.flush();
-            self.deliver();
-            self.write_image();
-            self.expire();
+            self.round(asks, BATCH);
         }
+        self.finish();
+    }
+
+    /// Does what was asked for, `n_max` things at most; answers hear what the journal has then.
+    pub(crate) fn round(&mut self, asks: &Receiver<Ask>, n_max: usize) {
+        asks.try_iter().take(n_max).for_each(|ask| self.take(ask));
+        self.flush();
+        self.deliver();
+        self.write_image();
+        self.expire();
+    }
+
+    /// Writes what there is.
+    pub(crate) fn finish(&mut self) {
         while !self.images.is_empty() {
             self.write_image();
         }
@@ -130,14 +154,15 @@ impl Keeper {
         self.deliver();
     }
 
+    /// Seconds since 1970.
+    pub(super) fn seconds(&self) -> u64 {
+        (self.clock)()
+    }
+
     fn take(&mut self, ask: Ask) {
         match ask {
             Ask::Do(verb) => verb(self),
-            Ask::Listen { turn, sink, flow } => {
-                if let Some(answer) = self.answers.get_mut(&turn) {
-                    answer.listener = Some(Listener::new(sink, flow));
-                }
-            }
+            Ask::Listen { turn, sink, flow } => self.listen(turn, Listener::new(sink, flow)),
             Ask::Event { turn, event } => self.event(turn, event),
             Ask::Gone { turn } => self.gone(turn),
             Ask::Close { owner, id } => self.let_go(owner, id),
@@ -171,7 +196,7 @@ impl Keeper {
     /// Has the store do something; on a full disk once more, with the room that blocks have left.
     pub(super) fn with_room<T>(
         &mut self,
-        mut verb: impl FnMut(&mut Store<OsDisk>) -> Result<T, StoreError>,
+        mut verb: impl FnMut(&mut Store<AnyDisk>) -> Result<T, StoreError>,
     ) -> Result<T, StoreError> {
         match verb(&mut self.store) {
             Err(StoreError::DiskFull) if self.reclaim() => verb(&mut self.store),
@@ -233,11 +258,12 @@ impl Keeper {
     }
 
     fn expire(&mut self) {
-        if seconds().abs_diff(self.expired_at) < EXPIRY.as_secs() {
+        let now = self.seconds();
+        if now.abs_diff(self.expired_at) < EXPIRY.as_secs() {
             return;
         }
-        self.expired_at = seconds();
-        match self.store.expire(seconds()) {
+        self.expired_at = now;
+        match self.store.expire(now) {
             Ok(gone) if gone.is_empty() => {}
             Ok(gone) => log::info!(sessions = gone.len(); "sessions past their retention are deleted"),
             Err(error) => log::warn!(reason:% = error; "sessions past their retention could not be deleted"),
@@ -245,20 +271,20 @@ impl Keeper {
     }
 
     /// Takes a session for one caller.
-    pub(super) fn take_session(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
+    pub(crate) fn take_session(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
         self.store.summary(owner, id).map_err(|error| failure(id, &error))?;
         if self.taken.insert(id) { Ok(()) } else { Err(busy(id)) }
     }
 
     /// Lets a session go that was taken; what is in memory of it can be read again.
-    pub(super) fn let_go(&mut self, owner: u64, id: SessionId) {
+    pub(crate) fn let_go(&mut self, owner: u64, id: SessionId) {
         self.taken.remove(&id);
         // One that was deleted has nothing in memory either.
         let _gone = self.store.release(owner, id).is_err();
     }
 
     /// That nobody has taken a session.
-    pub(super) fn check_free(&self, id: SessionId) -> Result<(), Failure> {
+    pub(crate) fn check_free(&self, id: SessionId) -> Result<(), Failure> {
         if self.taken.contains(&id) { Err(busy(id)) } else { Ok(()) }
     }
 
@@ -284,7 +310,8 @@ impl Keeper {
         self.files.insert(file, (owner, id));
         self.numbers.insert(id, file);
         let (tokens, before) = resumed.map_or((Vec::new(), None), |resumed| (resumed.tokens, Some(resumed.before)));
-        let answer = Answer { owner, id, holds: true, listener: None, resumed: before, is_closed: false };
+        let answer =
+            Answer { owner, id, holds: true, listener: None, resumed: before, is_closed: false, failure: None };
         self.answers.insert(turn, answer);
         let n_saved = self.store.saved_blocks(owner, id, shape).unwrap_or_else(|error| {
             log::warn!(session:% = id, reason:% = error; "blocks cannot be read, they are computed again");
@@ -292,24 +319,6 @@ impl Keeper {
         });
         let recorder = Recorder::new(self.asks.clone(), turn);
         Turn { file, n_saved: n_saved.min(n_kept / BLOCK_TOKENS), resumed: tokens, recorder: Some(recorder) }
-    }
-
-    /// A turn that its client has left is one that goes on.
-    pub(super) fn reopen(
-        &mut self,
-        owner: u64,
-        id: SessionId,
-        prompt: &[u32],
-        answered: &[u32],
-        request: &[u8],
-        sampling: &[u8],
-    ) -> Result<(), StoreError> {
-        let n_turns = self.store.summary(owner, id)?.n_turns;
-        let n_kept = self.store.truncate(owner, id, n_turns.saturating_sub(1))?;
-        let (_, new) = prompt.split_at((n_kept as usize).min(prompt.len()));
-        let turn = NewTurn { keep_tokens: n_kept, prompt: new, request, sampling };
-        self.store.begin_turn(owner, id, &turn, seconds())?;
-        self.store.append_tokens(owner, id, answered)
     }
 }
 
@@ -334,7 +343,7 @@ fn busy(id: SessionId) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_session::{Limits, MasterKey, NewSession, Outcome};
+    use sparsed_session::{Limits, MasterKey, NewSession, NewTurn, OsDisk, Outcome};
     use std::sync::mpsc::sync_channel;
 
     const SHAPE: ImageShape = ImageShape { fingerprint: [1; 32], block_bytes: 8 };
@@ -349,9 +358,9 @@ mod tests {
                 n
             })
         });
-        let disk = OsDisk::open(dir).unwrap();
+        let disk: AnyDisk = Box::new(OsDisk::open(dir).unwrap());
         let (store, _) = Store::open(disk, random, MasterKey::new([7; 32]), Limits::default()).unwrap();
-        let mut keeper = Keeper::new(store, engine).0;
+        let mut keeper = Keeper::new(store, engine, Box::new(|| 0)).0;
         let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
         let id = keeper.store.create(1, &new, 0).unwrap();
         (keeper, id, commands)
@@ -415,6 +424,21 @@ mod tests {
         for _ in 0..3 {
             assert_eq!(brought().unwrap(), [[1; 8], [2; 8]]);
         }
+    }
+
+    #[test]
+    fn a_turn_that_could_not_be_journaled_says_so_to_whoever_comes_to_hear_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let _turn = begin(&mut keeper, id, 0, &[1; 3]);
+        keeper.fail(TurnId(0), &StoreError::DiskFull);
+        let listener = crate::testing::Listener::with_room(9);
+        let (sink, flow) = (Box::new(listener.clone()), std::sync::Arc::default());
+        keeper.take(Ask::Listen { turn: TurnId(0), sink, flow });
+        keeper.deliver();
+        let (_, end) = listener.heard();
+        assert!(matches!(end, Some(crate::api::Event::Failed(Failure::DiskFailed { .. }))), "{end:?}");
+        keeper.take_session(1, id).unwrap();
     }
 
     #[test]

@@ -36,6 +36,8 @@ pub(crate) struct Paged {
     pub(crate) disk: Disk,
     /// Statuses of the next imports, the last one first.
     pub(crate) import_failures: Vec<SpdStatus>,
+    /// Statuses of the next exports, the last one first.
+    pub(crate) export_failures: Vec<SpdStatus>,
 }
 
 /// The slow tier, by block.
@@ -130,6 +132,9 @@ impl Executor for Paged {
     }
 
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {
+        if let Some(status) = self.export_failures.pop() {
+            return Err(failed("queue_kv", status));
+        }
         self.exported += 1;
         let rows = self.block_rows(block)?.into_iter();
         Ok(rows.flat_map(|(token, position)| [token.to_le_bytes(), position.to_le_bytes()].concat()).collect())

@@ -81,8 +81,9 @@ impl<D: Disk> Store<D> {
     /// [`StoreError::NotFound`], damage, or the disk.
     pub fn revert(&mut self, owner: u64, id: SessionId) -> Result<()> {
         let session = super::find(&mut self.sessions, owner, id)?;
-        session.read(&mut self.disk)?;
+        // Also where it cannot be read now: nobody answers it any more, and what waits is written later.
         session.answering = false;
+        session.read(&mut self.disk)?;
         if !session.journal.is_broken && !session.must_sync {
             self.dirty.remove(&id);
         }

@@ -271,3 +271,34 @@ fn damage_in_the_middle_is_cut_kept_and_shown() {
     let (mut store, report) = open(folder.path(), 3);
     assert_eq!((store.history(OWNER, id).unwrap().tokens.len(), report.findings.len()), (4, 0));
 }
+
+#[test]
+fn a_cancelled_turn_can_be_resumed_and_is_what_it_was_until_more_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1], &[2]);
+    let turn = NewTurn { keep_tokens: 2, prompt: &[3], request: b"ask", sampling: b"" };
+    store.begin_turn(OWNER, id, &turn, 6).unwrap();
+    store.append_tokens(OWNER, id, &[4]).unwrap();
+    store.end_turn(OWNER, id, Outcome::Cancelled, b"four", 7).unwrap();
+    store.commit(OWNER, id).unwrap();
+    store.resume_turn(OWNER, id).unwrap();
+    store.commit(OWNER, id).unwrap();
+    drop(store);
+    let (mut store, _) = open(folder.path(), 2);
+    let last = |store: &mut Store<OsDisk>| {
+        let history = store.history(OWNER, id).unwrap();
+        (history.tokens.clone(), history.turns.len(), history.turns[1].outcome)
+    };
+    assert_eq!(last(&mut store), (vec![1, 2, 3, 4], 2, Some(Outcome::Cancelled)));
+    store.resume_turn(OWNER, id).unwrap();
+    store.append_tokens(OWNER, id, &[5]).unwrap();
+    store.commit(OWNER, id).unwrap();
+    drop(store);
+    let (mut store, _) = open(folder.path(), 3);
+    assert_eq!(last(&mut store), (vec![1, 2, 3, 4, 5], 2, None));
+    store.resume_turn(OWNER, id).unwrap();
+    store.end_turn(OWNER, id, Outcome::Complete, b"four five", 8).unwrap();
+    assert_eq!(store.resume_turn(OWNER, id), Err(StoreError::Busy("idle")));
+}

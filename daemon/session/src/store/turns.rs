@@ -45,21 +45,18 @@ impl<D: Disk> Store<D> {
         Ok(())
     }
 
-    /// A turn that was cut goes on: more of its tokens come.
+    /// A turn that was cut, or cancelled, goes on: more of its tokens come. Until they do, it is what it was.
     ///
     /// # Errors
-    /// [`StoreError::Busy`] unless the session is interrupted, or as [`Store::history`].
+    /// [`StoreError::Busy`] unless its last turn may go on, or as [`Store::history`].
     pub fn resume_turn(&mut self, owner: u64, id: SessionId) -> Result<()> {
-        self.history(owner, id)?;
-        let session = find(&mut self.sessions, owner, id)?;
-        match session.state() {
-            State::Answering => Err(StoreError::Busy("answering")),
-            State::Idle => Err(StoreError::Busy("idle")),
-            State::Interrupted => {
-                session.answering = true;
-                Ok(())
-            }
+        let may_go_on = self.history(owner, id)?.may_go_on();
+        self.idle(owner, id)?;
+        if !may_go_on {
+            return Err(StoreError::Busy("idle"));
         }
+        find(&mut self.sessions, owner, id)?.answering = true;
+        Ok(())
     }
 
     /// Tokens of the turn that is being answered. They may be sent after the next flush that has written the session.

@@ -1,0 +1,94 @@
+//! What may be done with a session that is not being answered? The verbs that change what it says.
+
+use super::keeper::{Keeper, Resumed, failure};
+use crate::api::{Failure, Turn};
+#[cfg(feature = "simulation")]
+use sparsed_session::History;
+use sparsed_session::{Durability, ImageShape, NewSession, NewTurn, SessionId, StoreError, Summary};
+
+/// A turn that was cut and is to go on.
+#[derive(Clone, Debug)]
+pub(crate) struct CutTurn {
+    /// Tokens of its prompt.
+    pub(crate) n_prompt: u32,
+    /// Tokens of its answer so far.
+    pub(crate) answered: Vec<u32>,
+    /// What it had said when its client went away; `None` where the daemon did.
+    pub(crate) cancelled: Option<Vec<u8>>,
+}
+
+impl Keeper {
+    pub(crate) fn create(&mut self, owner: u64, new: &NewSession<'_>) -> Result<SessionId, StoreError> {
+        let now = self.seconds();
+        self.with_room(|store| store.create(owner, new, now))
+    }
+
+    pub(crate) fn fork(&mut self, owner: u64, id: SessionId, n_turns: Option<u32>) -> Result<SessionId, StoreError> {
+        let now = self.seconds();
+        self.with_room(|store| store.fork(owner, id, n_turns, now))
+    }
+
+    /// Forgets all but the first turns, and says so to the disk.
+    pub(crate) fn truncate(&mut self, owner: u64, id: SessionId, n_turns: u32) -> Result<Summary, Failure> {
+        self.check_free(id)?;
+        let mut truncate = || {
+            self.store.truncate(owner, id, n_turns)?;
+            self.forget_file(id);
+            self.with_room(|store| store.commit(owner, id))?;
+            self.store.summary(owner, id)
+        };
+        truncate().map_err(|error| failure(id, &error))
+    }
+
+    pub(crate) fn delete(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
+        self.check_free(id)?;
+        self.forget_file(id);
+        self.store.delete(owner, id).map_err(|error| failure(id, &error))
+    }
+
+    /// Journals a turn of a session that is taken.
+    pub(crate) fn begin(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        shape: &ImageShape,
+        turn: &NewTurn<'_>,
+    ) -> Result<Turn, Failure> {
+        let now = self.seconds();
+        self.with_room(|store| store.begin_turn(owner, id, turn, now)).map_err(|error| failure(id, &error))?;
+        Ok(self.turn(owner, id, shape, turn.keep_tokens, None))
+    }
+
+    /// Goes on with the last turn of a session that is taken.
+    pub(crate) fn resume(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        shape: &ImageShape,
+        cut: CutTurn,
+    ) -> Result<Turn, Failure> {
+        let mut resume = || {
+            // Its tokens are sent again before anything is written: who died before a sync has promised none of them.
+            if self.store.history(owner, id)?.settings.durability == Durability::Token {
+                self.store.commit(owner, id)?;
+            }
+            self.store.resume_turn(owner, id)
+        };
+        resume().map_err(|error| failure(id, &error))?;
+        let n_kept = cut.n_prompt + super::count(cut.answered.len());
+        Ok(self.turn(owner, id, shape, n_kept, Some(Resumed { tokens: cut.answered, before: cut.cancelled })))
+    }
+}
+
+/// What a simulation looks at.
+#[cfg(feature = "simulation")]
+impl Keeper {
+    pub(crate) fn history(&mut self, owner: u64, id: SessionId) -> Result<History, Failure> {
+        self.store.history(owner, id).cloned().map_err(|error| failure(id, &error))
+    }
+
+    pub(crate) fn histories(&mut self, owner: u64) -> Result<Vec<(SessionId, History)>, Failure> {
+        let ids: Vec<SessionId> = self.store.list(owner).iter().map(|summary| summary.id).collect();
+        ids.into_iter().map(|id| Ok((id, self.history(owner, id)?))).collect()
+    }
+}

@@ -1,0 +1,56 @@
+//! What is a daemon started with, and what are requests made of?
+
+use crate::daemon::CONTEXT;
+use crate::device::logits_of;
+use crate::disk::FakeDisk;
+use crate::run::Violation;
+use fastrand::Rng;
+use sparsed_engine::api::{Generate, Owner};
+use sparsed_engine::simulation::{Machine, Setup, naive_answer};
+use sparsed_engine::{Recovery, Sampling, Wishes};
+use sparsed_session::{AnyDisk, Limits as Quotas, MasterKey, Store};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A request, and what a model answers that has the device to itself.
+pub(crate) fn answer_of(owner: Owner, prompt: Vec<u32>, wishes: u64) -> (Generate, Arc<[u32]>) {
+    let mut rng = Rng::with_seed(wishes);
+    let sampling = Sampling {
+        temperature: [0.0, 0.9][rng.usize(..2)],
+        seed: rng.u64(..),
+        repetition_penalty: [1.0, 1.3][rng.usize(..2)],
+        ..Sampling::default()
+    };
+    let max_tokens = rng.usize(1..90);
+    let n_tokens = max_tokens.min(CONTEXT as usize - prompt.len());
+    let expected = naive_answer(&prompt, sampling.clone(), n_tokens, |tokens| logits_of(tokens.iter().copied()));
+    let wishes = Wishes { max_tokens: u32::try_from(max_tokens).ok(), sampling, ..Wishes::default() };
+    (Generate { model: "m".to_owned(), prompt, ..wishes.request(owner) }, expected.into())
+}
+
+pub(crate) fn open(disk: &FakeDisk, setup: &Setup, date: &Arc<AtomicU64>, seed: u64) -> Result<Machine, Violation> {
+    let mut rng = Rng::with_seed(seed);
+    let random = Box::new(move |bytes: &mut [u8]| rng.fill(bytes));
+    let disk: AnyDisk = Box::new(disk.other());
+    let quotas = Quotas { kv_bytes: 60_000, compact_bytes: 2000, ..Quotas::default() };
+    let opened = Store::open(disk, random, MasterKey::new([1; 32]), quotas);
+    let (store, _) = opened.map_err(|error| Violation(format!("the store cannot be opened: {error}")))?;
+    Ok(Machine::new(setup, &recovery(), store, told(date)))
+}
+
+/// A daemon that stands in for the one that has died: on a disk of its own, which nobody looks at.
+pub(crate) fn closed(setup: &Setup) -> Machine {
+    let date = Arc::new(AtomicU64::new(0));
+    open(&FakeDisk::new(0), setup, &date, 0).expect("an empty disk without faults")
+}
+
+fn told(date: &Arc<AtomicU64>) -> impl Fn() -> u64 + Send + 'static {
+    let date = Arc::clone(date);
+    move || date.load(Ordering::Relaxed)
+}
+
+fn recovery() -> Recovery {
+    let ms = Duration::from_millis;
+    Recovery { backoff: vec![ms(1)], forget: ms(1000), watchdog: ms(60), step_failures: 3, step_window: ms(100) }
+}
