@@ -1,7 +1,8 @@
 //! What may a session's journal say, after all that was done with it and heard of it?
 //!
 //! The model keeps what the session was after each verb. Of a turn while it is answered it knows the whole answer,
-//! which is the naive model's: a journal may have any beginning of it that is no shorter than what was heard, or committed.
+//! which is the naive model's: a journal may have any beginning of it that is no shorter than what was heard, or
+//! committed.
 
 use crate::model::Found;
 use sparsed_engine::api::Owner;
