@@ -30,9 +30,35 @@ pub struct Generate {
     pub ignore_end: bool,
     /// How reasoning and calls are told from content; `None`: all text is content.
     pub reading: Option<Reading>,
+    /// Say how likely each token was, and so many others (at most [`ALTERNATIVES_MAX`]) in its place.
+    pub logprobs: Option<u32>,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
 }
+
+impl Generate {
+    /// The same request for another answer: with the seed that comes `nth` after this one's, and without the session.
+    #[must_use]
+    pub fn sibling(&self, nth: u32) -> Self {
+        let seed = self.sampling.seed.wrapping_add(u64::from(nth));
+        Self {
+            model: self.model.clone(),
+            owner: self.owner,
+            prompt: self.prompt.clone(),
+            max_tokens: self.max_tokens,
+            sampling: Sampling { seed, ..self.sampling.clone() },
+            grammar: self.grammar.clone(),
+            stops: self.stops.clone(),
+            ignore_end: self.ignore_end,
+            reading: self.reading.clone(),
+            logprobs: self.logprobs,
+            turn: None,
+        }
+    }
+}
+
+/// Most alternatives to a token of which a request may hear.
+pub const ALTERNATIVES_MAX: u32 = 20;
 
 /// A session's turn, as the engine must know it.
 #[derive(Debug)]
@@ -93,6 +119,8 @@ pub enum Event {
         /// The token.
         token: u32,
     },
+    /// How likely the token was whose text follows; comes before it, for each token but an end token.
+    Likelihood(Box<Likelihood>),
     /// The answer goes on.
     Delta {
         /// Whole characters; empty when a token's text is held back, or the model has no tokenizer.
@@ -118,6 +146,26 @@ pub enum Event {
     Finished(Finished),
     /// There is no answer, or no more of it.
     Failed(Failure),
+}
+
+/// How likely a token was, by the model alone: before grammar, biases, penalties, temperature and cuts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Likelihood {
+    /// The token that was chosen.
+    pub chosen: TokenLogprob,
+    /// The most likely ones, the first is the greatest.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token and the logarithm of its probability.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Its text, which need not be whole characters; nothing where the model has no tokenizer.
+    pub bytes: Vec<u8>,
+    /// Natural logarithm, 0 or less; negative infinity for what cannot come.
+    pub logprob: f32,
 }
 
 /// How an answer ended.

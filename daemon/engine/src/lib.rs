@@ -14,6 +14,7 @@
 pub mod api;
 pub mod eval;
 
+mod answer;
 mod attempt;
 mod batch;
 mod device;
@@ -22,6 +23,7 @@ mod executor;
 mod grammar;
 mod ladder;
 mod lane;
+mod likelihood;
 mod orders;
 mod params;
 mod progress;

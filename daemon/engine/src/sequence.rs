@@ -1,13 +1,12 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
-use crate::api::{
-    Event, Failure, FinishReason, Finished, Generate, Owner, Reading, Refused, Sink, Timings, Turn, Usage,
-};
+use crate::answer::Answer;
+use crate::api::{Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Timings, Turn, Usage};
 use crate::durable::{Durable, Restore};
+use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
-use crate::stream::StopStrings;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
-use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
+use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
 use std::time::Duration;
 
@@ -54,6 +53,8 @@ pub(crate) struct Sequence {
     max_tokens: Option<u32>,
     ignore_end: bool,
     sampler: Sampler,
+    /// Alternatives of which the listener wants to hear.
+    logprobs: Option<u32>,
     answer: Answer,
     sink: Box<dyn Sink>,
     /// Sent once the listener has room; at most what one token makes, or what a resumed answer has said before.
@@ -62,15 +63,6 @@ pub(crate) struct Sequence {
     pub(crate) durable: Option<Durable>,
     parked_since: Option<Duration>,
     times: Times,
-}
-
-/// The text of an answer on its way to the listener.
-#[derive(Debug)]
-struct Answer {
-    stream: TextStream,
-    stops: StopStrings,
-    parser: Option<OutputParser>,
-    has_called: bool,
 }
 
 /// When things happened, since the engine's start.
@@ -113,6 +105,7 @@ impl Sequence {
             n_cached: None,
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
+            logprobs: request.logprobs,
             sink,
             outbox: VecDeque::new(),
             durable,
@@ -228,6 +221,8 @@ impl Sequence {
     ///
     /// Answers whether the answer is at its end.
     pub(crate) fn advance(&mut self, logits: &mut [f32], vocabulary: Vocabulary<'_>, now: Duration) -> bool {
+        // The sampler changes them in place.
+        let likelihoods = self.logprobs.map(|n| (Likelihoods::of(logits), n));
         let token = match self.sampler.next(logits) {
             Ok(token) => token,
             Err(failure) => {
@@ -235,6 +230,10 @@ impl Sequence {
                 return true;
             }
         };
+        if let Some((likelihoods, n)) = likelihoods.filter(|_| !vocabulary.ends(token)) {
+            let likelihood = likelihoods.tell(token, n, vocabulary.tokenizer);
+            self.outbox.push_back(Event::Likelihood(Box::new(likelihood)));
+        }
         if self.durable.is_some() {
             self.outbox.push_back(Event::Sampled { token });
         }
@@ -333,61 +332,6 @@ impl Sequence {
         let first = first_token.unwrap_or(started);
         let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3;
         Timings { queue_ms: ms(submitted, started), prompt_ms: ms(started, first), predicted_ms: ms(first, last_token) }
-    }
-}
-
-impl Answer {
-    fn new(reading: Option<Reading>, stops: Vec<String>) -> Self {
-        let (parser, visible) = reading.map_or((None, Vec::new()), |r| (Some(r.parser), r.visible));
-        Self { stream: TextStream::new(&visible), stops: StopStrings::new(stops), parser, has_called: false }
-    }
-
-    /// Adds a token's text; an end token has none. Answers whether a stop string was reached.
-    fn take(&mut self, token: u32, is_end: bool, tokenizer: Option<&Tokenizer>, outbox: &mut VecDeque<Event>) -> bool {
-        let text = match tokenizer {
-            Some(tokenizer) if !is_end => self.stream.push(tokenizer, token),
-            _ => String::new(),
-        };
-        let piece = self.stops.push(&text);
-        match &mut self.parser {
-            Some(parser) => {
-                let events = parser.push(&piece.text);
-                self.tell(events, outbox);
-            }
-            None => outbox.push_back(Event::Delta { text: piece.text, tokens: vec![token] }),
-        }
-        piece.stopped
-    }
-
-    /// Adds what was held back: half a character, the start of a stop string or of a tag.
-    fn finish(&mut self, stopped: bool, outbox: &mut VecDeque<Event>) {
-        let mut rest = String::new();
-        if !stopped {
-            rest = self.stops.push(&self.stream.finish()).text;
-            rest += &self.stops.finish().text;
-        }
-        match &mut self.parser {
-            Some(parser) => {
-                let mut events = parser.push(&rest);
-                events.extend(parser.finish());
-                self.tell(events, outbox);
-            }
-            None if rest.is_empty() => {}
-            None => outbox.push_back(Event::Delta { text: rest, tokens: Vec::new() }),
-        }
-    }
-
-    fn tell(&mut self, events: Vec<OutputEvent>, outbox: &mut VecDeque<Event>) {
-        for event in events {
-            outbox.push_back(match event {
-                OutputEvent::Content(text) => Event::Delta { text, tokens: Vec::new() },
-                OutputEvent::Reasoning(text) => Event::Reasoning { text },
-                OutputEvent::ToolCall { index, name, arguments } => {
-                    self.has_called = true;
-                    Event::ToolCall { index, name, arguments }
-                }
-            });
-        }
     }
 }
 

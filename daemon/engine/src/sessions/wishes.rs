@@ -33,6 +33,7 @@ impl Wishes {
             stops: self.stops.clone(),
             ignore_end: self.ignore_end,
             reading: None,
+            logprobs: None,
             turn: None,
         }
     }

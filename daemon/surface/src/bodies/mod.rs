@@ -3,6 +3,9 @@
 mod answer;
 mod chat;
 mod completions;
+mod fields;
+mod listen;
+mod logprobs;
 mod sampling;
 pub(crate) mod sessions;
 
@@ -13,8 +16,8 @@ pub(crate) use completions::CompletionAsk;
 use crate::refusal::Refusal;
 use serde::de::DeserializeOwned;
 
-/// The fields of `T`, others ignored. A body is read once per kind of fields: a flattened struct would lose the names of
-/// wrong fields. serde_json refuses values nested deeper than 128.
+/// The fields of `T`, others ignored. A body is read once per kind of fields: a flattened struct would lose the names
+/// of wrong fields. serde_json refuses values nested deeper than 128.
 ///
 /// # Errors
 /// What is wrong, and where.
