@@ -142,3 +142,22 @@ fn a_call_that_is_required_is_one_of_the_tools_with_arguments_of_its_schema() {
     });
     assert_eq!(param(&plain.post("/v1/chat/completions", &request)), "tool_choice");
 }
+
+#[test]
+fn text_becomes_tokens_and_tokens_text_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let text = "Grüße, <|im_end|>!";
+    let tokens = daemon.post("/tokenize", &json!({ "content": text })).json()["tokens"].clone();
+    assert_eq!(tokens.as_array().unwrap().len(), text.len(), "a token for each byte: {tokens}");
+    assert_eq!(daemon.post("/detokenize", &json!({ "tokens": tokens })).json()["content"], text);
+    let pieces = daemon.post("/tokenize", &json!({ "content": "aü", "with_pieces": true })).json();
+    assert_eq!(pieces["tokens"][0], json!({ "id": 97, "piece": "a" }));
+    assert_eq!(pieces["tokens"][1]["piece"], json!([0xc3]));
+    assert_eq!(param(&daemon.post("/detokenize", &json!({ "tokens": [1_000_000] }))), "tokens");
+    let props = daemon.get("/props").json();
+    assert_eq!((&props["eos_token"], &props["modalities"]["vision"]), (&json!("<|im_end|>"), &json!(false)));
+    assert_eq!(daemon.get("/ready").status, 200);
+    let refused = daemon.post("/v1/embeddings", &json!({ "input": "x" }));
+    assert_eq!((refused.status, refused.json()["error"]["code"].clone()), (400, json!("unsupported_model_capability")));
+}

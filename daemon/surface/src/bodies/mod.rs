@@ -8,6 +8,7 @@ mod listen;
 mod logprobs;
 mod sampling;
 pub(crate) mod sessions;
+pub(crate) mod tokens;
 
 pub(crate) use answer::{Answering, Asked, Piece, Wire};
 pub(crate) use chat::ChatAsk;

@@ -7,6 +7,7 @@ mod error;
 mod models;
 mod reply;
 mod sessions;
+mod tokens;
 
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
@@ -34,6 +35,11 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     Router::new()
         .route("/health", get(models::health))
+        .route("/ready", get(models::health))
+        .route("/props", get(tokens::props))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/v1/embeddings", post(tokens::embeddings))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{id}", get(models::one))
