@@ -5,12 +5,13 @@ mod chat;
 mod completions;
 mod error;
 mod models;
+mod ollama;
 mod reply;
 mod sessions;
 mod tokens;
 
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
 use hyper_util::service::TowerToHyperService;
 use sparsed_engine::Service;
@@ -57,10 +58,29 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .route("/v1/sessions/{id}/checkpoint", post(sessions::checkpoint))
         .route("/v1/sessions/{id}/pin", post(sessions::pin))
         .route("/v1/sessions/{id}/export", get(sessions::export))
+        .merge(ollama())
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))
         .with_state(Shared { service, body_bytes_max, bodies })
+}
+
+/// Ollama's interface.
+fn ollama() -> Router<Shared> {
+    Router::new()
+        .route("/api/chat", post(ollama::chat))
+        .route("/api/generate", post(ollama::generate))
+        .route("/api/tags", get(ollama::tags))
+        .route("/api/ps", get(ollama::running))
+        .route("/api/show", post(ollama::show))
+        .route("/api/version", get(ollama::version))
+        .route("/api/embed", post(ollama::embed))
+        .route("/api/embeddings", post(ollama::embed))
+        .route("/api/pull", post(ollama::not_here))
+        .route("/api/push", post(ollama::not_here))
+        .route("/api/create", post(ollama::not_here))
+        .route("/api/copy", post(ollama::not_here))
+        .route("/api/delete", delete(ollama::not_here))
 }
 
 /// The interface as one connection's client sees it.

@@ -1,0 +1,24 @@
+//! A client that others have written, unchanged: Ollama's.
+
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::Daemon;
+use std::path::Path;
+use std::process::Command;
+
+/// Runs a script of this folder with the Python clients; answers what it has printed.
+fn run(script: &str, socket: &Path, arguments: &[&str], daemon: &Daemon) -> String {
+    let python = sparsed_tests::root().join(".venv/python");
+    assert!(python.exists(), "{} is not there: run `make test`", python.display());
+    let script = sparsed_tests::root().join("tests/e2e/http").join(script);
+    let mut command = Command::new("python3");
+    let done = command.env("PYTHONPATH", python).arg(script).arg(socket).args(arguments).output().unwrap();
+    assert!(done.status.success(), "{}\n{}", String::from_utf8_lossy(&done.stderr), daemon.log());
+    String::from_utf8(done.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn ollamas_client_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
+    assert_eq!(run("ollama_client.py", &daemon.socket(), &[], &daemon), "ollama client: ok");
+}
