@@ -53,7 +53,8 @@ pub use runner::start;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
 pub use sessions::{
-    Change, ContextFull, Durability, Session, SessionId, SessionState, SessionSummary, Sessions, Settings, Wishes,
+    Change, ContextFull, Durability, SaidTurn, Session, SessionId, SessionState, SessionSummary, Sessions, Settings,
+    TurnEnd, Wishes,
 };
 pub use sole::{CachedRows, SoleSequence};
 

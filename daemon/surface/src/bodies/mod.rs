@@ -7,6 +7,7 @@ mod fields;
 pub(crate) mod listen;
 mod logprobs;
 pub(crate) mod ollama;
+pub(crate) mod responses;
 mod sampling;
 pub(crate) mod sessions;
 pub(crate) mod tokens;

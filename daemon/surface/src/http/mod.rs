@@ -7,9 +7,11 @@ mod error;
 mod models;
 mod ollama;
 mod reply;
+mod responses;
 mod sessions;
 mod tokens;
 
+use crate::bodies::responses::Runs;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
 use axum::{Extension, Router};
@@ -29,6 +31,8 @@ struct Shared {
     body_bytes_max: usize,
     /// Bytes of bodies that may still come, in KiB.
     bodies: Arc<Semaphore>,
+    /// Responses in the background.
+    runs: Runs,
 }
 
 /// The whole HTTP interface.
@@ -46,6 +50,9 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .route("/v1/models/{id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::one).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/import", post(sessions::import))
         .route(
@@ -62,7 +69,7 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))
-        .with_state(Shared { service, body_bytes_max, bodies })
+        .with_state(Shared { service, body_bytes_max, bodies, runs: Runs::default() })
 }
 
 /// Ollama's interface.
