@@ -6,7 +6,8 @@
 
 use crate::config::{Activations, Config, Model, Paths, SlowTierFor};
 use crate::devices;
-use crate::door::Door;
+use crate::door::{self, Door};
+use crate::tcp::TcpSocket;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
@@ -33,6 +34,8 @@ pub struct Assembly {
     pub engine: JoinHandle<()>,
     /// Where clients come in.
     pub door: Door,
+    /// Where those come in that cannot use the door.
+    pub tcp: Option<TcpSocket>,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -49,7 +52,9 @@ impl Assembly {
         let lock = lock_state(&paths.state_dir)?;
         let devices = devices::find(config)?;
         let models = model_options(config, &paths);
-        let door = Door::open(&paths.socket)?;
+        let passed = door::passed()?;
+        let door = Door::open(&paths.socket, passed.api)?;
+        let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
         let limits = Limits {
             max_running: config.limits.max_running,
             max_waiting: config.limits.max_waiting,
@@ -68,7 +73,7 @@ impl Assembly {
         let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
         let started = sparsed_engine::start(devices, models, limits, &recovery, store);
         let (service, engine) = started.context("the engine thread")?;
-        Ok(Self { service, engine, door, paths, _lock: lock })
+        Ok(Self { service, engine, door, tcp, paths, _lock: lock })
     }
 }
 

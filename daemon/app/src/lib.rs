@@ -12,5 +12,7 @@ pub mod devices;
 pub mod door;
 pub mod lifecycle;
 pub mod logging;
+mod private;
 pub mod sessions;
+pub mod tcp;
 pub mod watchdog;

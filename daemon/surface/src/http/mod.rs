@@ -12,12 +12,10 @@ mod sessions;
 mod tokens;
 
 use crate::bodies::responses::Runs;
+use axum::Router;
 use axum::extract::DefaultBodyLimit;
 use axum::routing::{delete, get, post};
-use axum::{Extension, Router};
-use hyper_util::service::TowerToHyperService;
 use sparsed_engine::Service;
-use sparsed_engine::api::Owner;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -88,9 +86,4 @@ fn ollama() -> Router<Shared> {
         .route("/api/create", post(ollama::not_here))
         .route("/api/copy", post(ollama::not_here))
         .route("/api/delete", delete(ollama::not_here))
-}
-
-/// The interface as one connection's client sees it.
-pub(crate) fn of(router: &Router, owner: Owner) -> TowerToHyperService<Router> {
-    TowerToHyperService::new(router.clone().layer(Extension(owner)))
 }
