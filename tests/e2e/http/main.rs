@@ -3,4 +3,5 @@
 
 mod clients;
 mod fields;
+mod schema;
 mod tcp;
