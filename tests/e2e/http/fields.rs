@@ -117,7 +117,7 @@ fn a_call_that_is_required_is_one_of_the_tools_with_arguments_of_its_schema() {
         daemon.post("/v1/chat/completions", &request)
     };
     let mut called = Vec::new();
-    for seed in 0..16 {
+    for seed in 0..8 {
         let answer = ask(json!("required"), seed).json();
         let choice = &answer["choices"][0];
         assert_eq!(choice["finish_reason"], "tool_calls", "{answer}");

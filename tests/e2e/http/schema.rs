@@ -11,7 +11,7 @@ fn schemathesis_finds_nothing_in_the_daemon_that_its_description_does_not_say() 
     let mut command = Command::new("python3");
     command.current_dir(dir.path()).env("PYTHONPATH", python).args(["-m", "schemathesis.cli", "run"]).arg(file);
     command.args(["--url", &format!("http://127.0.0.1:{port}"), "--header", &tcp::authorization()]);
-    command.args(["--phases", "fuzzing", "--max-examples", "6", "--seed", "1", "--workers", "2"]);
+    command.args(["--phases", "fuzzing", "--max-examples", "3", "--seed", "1", "--workers", "2"]);
     let checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance";
     command.args(["--checks", checks, "--request-timeout", "60", "--generation-database", "none"]);
     // What is not there yet, and models that others install, are server errors by their status.
