@@ -53,7 +53,7 @@ test: testneeds models testplugins .venv/python/openai ## all tests
 e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
-systemd: models ## the service under a systemd of its own, in a Debian tree (root; says so where it cannot)
+systemd: package ## the service under a systemd of its own, in a Debian tree (root; says so where it cannot)
 	bash tests/systemd/run.sh
 
 lint: ## format and clippy
@@ -73,10 +73,21 @@ fuzz: ## each parser's fuzz target for FUZZ_SECONDS (needs cargo-fuzz)
 conform: build ## tries the plugin in PLUGIN (default: the C example) against the contract
 	target/release/sparsectl conform $(PLUGIN)
 
+ASAN := target/asan/$(shell uname -m)-unknown-linux-gnu/release
+asan: build ## the CPU plugin, built with AddressSanitizer, against the contract, mutated programs and steps among it
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo build --release --locked -p sparsed-plugin-cpu \
+	  --target $(shell uname -m)-unknown-linux-gnu --target-dir target/asan
+	sh packaging/stage-plugin.sh cpu $(ASAN)/libsparsed_plugin_cpu.so plugins/cpu/plugin.toml.in target/asan/plugins
+	LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 \
+	  target/release/sparsectl conform target/asan/plugins/cpu --deadline 300
+
 sim: ## the simulation of power cuts, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
-package: ## not there yet
-	@echo "make $@: not there yet; README says what is" >&2; exit 2
+package: models ## the Debian packages, in target/debian
+	bash packaging/package.sh
 
-.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz sim conform package
+aarch64: models ## builds for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
+	sh packaging/aarch64.sh
+
+.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz asan sim conform package aarch64

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Lays a built plugin out as the daemon looks for it: <profile>/plugins/<id>/{plugin.toml,library}, with its sha256.
 # Usage: stage-plugin.sh ID LIBRARY MANIFEST_TEMPLATE DESTINATION [VERSION]
-# Without VERSION it is that of the Cargo.toml here.
+# Without VERSION it is that of the Cargo.toml here; ARCH is the architecture, this machine's without it.
 set -eu
 id=$1 library=$2 template=$3 destination=$4/$1
 version=${5:-$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)}
@@ -11,7 +11,7 @@ rm -rf "$new"
 mkdir -p "$new"
 install -m 0755 "$library" "$new/$(basename "$library")"
 sum=$(sha256sum "$library" | cut -d ' ' -f 1)
-sed -e "s/@VERSION@/$version/" -e "s/@ARCH@/$(uname -m)/" -e "s/@SHA256@/$sum/" "$template" >"$new/plugin.toml"
+sed -e "s/@VERSION@/$version/" -e "s/@ARCH@/${ARCH:-$(uname -m)}/" -e "s/@SHA256@/$sum/" "$template" >"$new/plugin.toml"
 chmod 0644 "$new/plugin.toml"
 chmod go-w "$4" "$new"
 rm -rf "$destination"

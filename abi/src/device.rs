@@ -17,6 +17,7 @@ pub const FEAT_CANCEL_MID: u64 = 1 << 6;
 pub const FEAT_DETERMINISTIC: u64 = 1 << 7;
 pub const FEAT_INVARIANT: u64 = 1 << 8;
 pub const FEAT_SLOW_FILE: u64 = 1 << 9;
+pub const FEAT_SLOW_HOST: u64 = 1 << 10;
 
 pub const DTYPE_WORDS: usize = 4;
 

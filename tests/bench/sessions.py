@@ -3,6 +3,7 @@
 
 restore   time to the first token of a session that is restored, against the same prompt without one
 kill      from SIGKILL to the next token of a long session, the daemon's start included
+host      from SIGKILL of the plugin's process to the next token of a long answer, with a session and without
 written   bytes that reach the disk for each token, with a session and without
 slow      decode with most latent rows in the slow tier, against all of them in memory
 
@@ -144,6 +145,40 @@ def kill(home):
         daemon.stop()
 
 
+def host(home):
+    print("| prompt tokens | in a session, s | without one, s | computed after it, tokens |\n|---:|---:|---:|---:|")
+    for tokens in ARGUMENTS.tokens:
+        daemon = Daemon(home, f"model.default.max_context={tokens + 1024}", f"engine.threads={ARGUMENTS.threads}",
+                        "engine.isolation=process", "engine.retry.backoff_ms=[1]", "plugins.strike_window_ms=1")
+        model = lambda: daemon.ask("GET", "/v1/status")["models"][0]
+        row = []
+        for session in [daemon.session(), None]:
+            connection = Connection(f"{home}/s")
+            # Another beginning for each: what the pool has of the first one would be taken for the second.
+            body = {"messages": [{"role": "user", "content": f"{len(row)}. " + TEXT * (tokens // 18)}], "stream": True,
+                    "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+            if session:
+                body["session_id"] = session
+            connection.request("POST", "/v1/chat/completions", json.dumps(body))
+            stream, heard, killed, before = connection.getresponse(), [], None, None
+            while len(heard) < 100:
+                line = stream.readline()
+                if not line or line.startswith(b"{"):
+                    raise SystemExit(f"no answer: {line.decode()}")
+                if line.startswith(b"data: {"):
+                    heard.append(time.monotonic())
+                if len(heard) == 50 and killed is None:
+                    children = pathlib.Path(f"/proc/{daemon.process.pid}/task").glob("*/children")
+                    before = model()["computed_tokens"]
+                    killed = time.monotonic()
+                    os.kill(int(" ".join(path.read_text() for path in children).split()[0]), signal.SIGKILL)
+            # What was on its way to us when the process was killed comes first.
+            gap = max(range(50, 100), key=lambda i: heard[i] - heard[i - 1])
+            row += [heard[gap] - killed, model()["computed_tokens"] - before]
+        print(f"| {tokens} | {row[0]:.2f} | {row[2]:.2f} | {row[1]} against {row[3]} |", flush=True)
+        daemon.stop()
+
+
 def written(home):
     daemon = Daemon(home, f"engine.threads={ARGUMENTS.threads}")
     per_token = daemon.ask("GET", "/v1/models")["data"][0]["meta"]["kv_bytes_per_token"]
@@ -181,7 +216,7 @@ def slow(home):
 
 if __name__ == "__main__":
     PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    PARSER.add_argument("what", nargs="*", default=["restore", "kill", "written", "slow"])
+    PARSER.add_argument("what", nargs="*", default=["restore", "kill", "host", "written", "slow"])
     PARSER.add_argument("--model", default=ROOT / "models/smollm2-135m-dsa.gguf")
     PARSER.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192])
     PARSER.add_argument("--threads", type=int, default=2)
@@ -192,4 +227,4 @@ if __name__ == "__main__":
     for what in ARGUMENTS.what:
         with tempfile.TemporaryDirectory(dir=ARGUMENTS.home) as folder:
             print(f"\n{what}:\n")
-            {"restore": restore, "kill": kill, "written": written, "slow": slow}[what](folder)
+            {"restore": restore, "kill": kill, "host": host, "written": written, "slow": slow}[what](folder)

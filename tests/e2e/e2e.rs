@@ -244,7 +244,7 @@ fn a_daemon_that_cannot_serve_says_which_file_and_why() {
     assert!(no_plugin.log().contains("no usable plugin 'nothing'"), "{}", no_plugin.log());
 
     let mut typo = Daemon::spawn(Some(&default_model()), &["limits.max_runing=1"]);
-    assert_eq!(typo.wait().code(), Some(1));
+    assert_eq!(typo.wait().code(), Some(2));
     assert!(typo.log().contains("did you mean 'limits.max_running'"), "{}", typo.log());
 }
 
@@ -284,4 +284,26 @@ fn a_base_model_runs_as_dense_mla_and_says_so() {
     let daemon = Daemon::start(&sparsed_tests::model("SmolLM2-135M-Instruct.Q4_1.gguf"), &[]);
     assert_eq!(daemon.get("/v1/models").json()["data"][0]["meta"]["label"], "dense: no indexer");
     assert_eq!(content(&daemon.post("/v1/chat/completions", &question("What is the capital of France?"))), FRANCE);
+}
+
+#[test]
+fn the_doctor_finds_a_daemon_well_and_says_what_is_wrong_with_a_configuration() {
+    let daemon = Daemon::start(&default_model(), &[]);
+    let doctor = |arguments: &[&str]| {
+        let mut command = Command::new(sparsed_tests::sparsectl());
+        command.args(["doctor", "--json", "--set"]).arg(format!("model.default.path={}", default_model().display()));
+        let done = command.args(arguments).output().unwrap();
+        let checks: Vec<serde_json::Value> = serde_json::from_slice(&done.stdout).unwrap();
+        (done.status.success(), checks)
+    };
+    let of = |checks: &[serde_json::Value], name: &str| {
+        checks.iter().find(|check| check["check"] == name).unwrap()["verdict"].as_str().unwrap().to_owned()
+    };
+    let socket = daemon.socket();
+    let state = format!("state_dir={}", daemon.state_dir().display());
+    let (well, checks) = doctor(&["--socket", socket.to_str().unwrap(), "--set", &state]);
+    assert!(well, "{checks:?}");
+    assert!(["daemon", "model default", "plugin cpu"].iter().all(|name| of(&checks, name) == "ok"), "{checks:?}");
+    let (well, checks) = doctor(&["--set", "limits.max_runing=1"]);
+    assert!(!well && of(&checks, "configuration") == "fail", "{checks:?}");
 }

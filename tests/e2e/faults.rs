@@ -100,6 +100,16 @@ fn a_chat_says_the_same_although_its_device_is_lost_in_its_prompt_and_in_its_ans
 }
 
 #[test]
+fn arenas_lie_in_memory_of_the_device_or_where_it_gives_none_in_ordinary_memory() {
+    let expected = undisturbed();
+    for memory in ["only", "none"] {
+        let daemon = faulty(&[], &[&format!("engine.set.host_memory={memory}")]);
+        assert_eq!(streamed(&daemon), expected, "{memory}; log:\n{}", daemon.log());
+        assert_eq!(daemon.get("/v1/status").json()["device"]["faults"], 0);
+    }
+}
+
+#[test]
 fn a_device_that_is_lost_for_good_hands_its_streams_to_the_cpu() {
     let daemon = faulty(&[], &["engine.set.broken_from=\"20\"", "engine.retry.backoff_ms=[1, 1]"]);
     assert_eq!(streamed(&daemon), undisturbed());

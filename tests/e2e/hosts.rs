@@ -5,9 +5,12 @@
 mod memory_group;
 
 use memory_group::MemoryGroup;
+use serde_json::{Value, json};
+use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens, three_streams};
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -57,23 +60,6 @@ const SETS: &[&str] = &[
     // A blow is nobody's fault here; a strike is forgotten at once.
     "plugins.strike_window_ms=1",
 ];
-
-/// The process of the plugin, once it is there.
-fn host(daemon: &Daemon) -> u32 {
-    let mut found = None;
-    daemon.wait_until("a plugin host runs", || {
-        let children = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
-            let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
-            let status = fs::read_to_string(entry.path().join("status")).ok()?;
-            let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
-            let alive = !line("State:")?.starts_with('Z');
-            (line("PPid:")?.parse() == Ok(daemon.pid()) && alive).then_some(pid)
-        });
-        found = children.last();
-        found.is_some()
-    });
-    found.unwrap()
-}
 
 fn strike(pid: u32, blow: Blow, group: Option<&MemoryGroup>) {
     let signal = |name: &str| drop(Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).output());
@@ -144,7 +130,7 @@ fn a_step_that_hangs_does_not_keep_the_daemon_from_stopping() {
     let mut daemon = Daemon::start(&model, &sets);
     let stream = daemon.open("/v1/completions", &three_streams(100_000)[0]);
     daemon.wait_until("running", || sampled(&daemon) > 0);
-    strike(host(&daemon), Blow::Stop, None);
+    strike(daemon.plugin_host(), Blow::Stop, None);
     let asked = Instant::now();
     daemon.signal("TERM");
     assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
@@ -152,6 +138,50 @@ fn a_step_that_hangs_does_not_keep_the_daemon_from_stopping() {
     let answer = read_answer(stream).unwrap().body;
     let end = &answer[answer.len().saturating_sub(400)..];
     assert!(end.contains("shutting_down"), "its client hears why: {end}; log:\n{}", daemon.log());
+}
+
+/// One long answer to a prompt of 2000 characters, by itself or in a session.
+fn long_answer(daemon: &Daemon, in_session: bool) -> UnixStream {
+    let words = "Once upon a time there was a box. ".repeat(60);
+    let mut request = json!({
+        "messages": [{ "role": "user", "content": words }],
+        "max_tokens": 400, "temperature": 0, "ignore_eos": true, "stream": true,
+    });
+    if in_session {
+        request["session_id"] = daemon.post("/v1/sessions", &json!({})).json()["id"].clone();
+    }
+    daemon.open("/v1/chat/completions", &request)
+}
+
+fn text(stream: UnixStream) -> String {
+    let body = read_answer(stream).unwrap().body;
+    assert!(body.ends_with("data: [DONE]\n\n"), "{body}");
+    let events = body.lines().filter_map(|line| line.strip_prefix("data: ")?.parse::<Value>().ok());
+    events.filter_map(|event| Some(event["choices"][0]["delta"]["content"].as_str()?.to_owned())).collect()
+}
+
+#[test]
+fn when_its_plugins_process_dies_a_session_reads_its_blocks_from_its_file_instead_of_computing_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let daemon = Daemon::start(&model, &[SETS, &["model.default.max_context=4096"]].concat());
+    let computed = || daemon.status()["computed_tokens"].as_u64().unwrap();
+    let expected = text(long_answer(&daemon, false));
+    let whole = computed();
+    assert!(whole > 2400);
+    for in_session in [false, true] {
+        // A prefix that was computed before would be taken from the pool.
+        strike(daemon.plugin_host(), Blow::Kill, None);
+        let (before, lost) = ((computed(), sampled(&daemon)), faults(&daemon));
+        let stream = long_answer(&daemon, in_session);
+        daemon.wait_until("half is said", || sampled(&daemon) >= before.1 + 200);
+        assert_eq!(faults(&daemon), lost + 1, "the first loss shows with the first step");
+        strike(daemon.plugin_host(), Blow::Kill, None);
+        assert_eq!(text(stream), expected, "log:\n{}", daemon.log());
+        assert_eq!(faults(&daemon), lost + 2);
+        let again = computed() - before.0 - whole;
+        assert_eq!(again < 600, in_session, "{again} tokens computed again; in a session: {in_session}");
+    }
 }
 
 #[test]
@@ -174,7 +204,7 @@ fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() 
             if blows < plan.blows && sampled(&daemon) >= next {
                 let before = faults(&daemon);
                 let blow = kinds[random.usize(..kinds.len())];
-                strike(host(&daemon), blow, group.as_ref());
+                strike(daemon.plugin_host(), blow, group.as_ref());
                 // Not twice upon the same process.
                 let over = || streams.iter().all(|stream| stream.is_finished());
                 daemon.wait_until("noticed", || faults(&daemon) > before || over());

@@ -336,3 +336,32 @@ fn find(dir: &Path, id: &str, name: &str) -> PathBuf {
     let is_it = |file: &&PathBuf| file.ends_with(Path::new(id).join(name));
     files.iter().find(is_it).unwrap_or_else(|| panic!("no {name} of {id} among {files:?}")).clone()
 }
+
+/// `sparsectl` with these arguments, against this daemon.
+fn tool(daemon: &Daemon, arguments: &[&str]) -> String {
+    let mut command = std::process::Command::new(sparsed_tests::sparsectl());
+    let done = command.args(arguments).arg("--socket").arg(daemon.socket()).output().unwrap();
+    let said = String::from_utf8(done.stdout).unwrap();
+    assert!(done.status.success(), "{arguments:?}: {said}{}", String::from_utf8_lossy(&done.stderr));
+    said.trim_end().to_owned()
+}
+
+#[test]
+fn the_tool_makes_continues_copies_and_deletes_sessions() {
+    let bench = Bench::start(&[]);
+    let id = tool(&bench.daemon, &["sessions", "new", "--title", "tea"]);
+    let ask = ["run", "--session", &id[..12], "--max-tokens", "4", "--seed", "1"];
+    tool(&bench.daemon, &[&ask[..], &["Is there tea, and which?"]].concat());
+    tool(&bench.daemon, &[&ask[..], &["And what else is there?"]].concat());
+    assert_eq!(bench.session(&id)["turns"], 2);
+    assert!(tool(&bench.daemon, &["sessions", "show", &id]).contains("user:\nIs there tea, and which?"));
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tea.session");
+    let file = file.to_str().unwrap();
+    tool(&bench.daemon, &["sessions", "export", &id, file]);
+    let copy = tool(&bench.daemon, &["sessions", "import", file]);
+    tool(&bench.daemon, &["sessions", "truncate", &copy, "1"]);
+    assert_eq!((bench.session(&copy)["turns"].as_u64(), bench.session(&id)["turns"].as_u64()), (Some(1), Some(2)));
+    assert_eq!(tool(&bench.daemon, &["sessions", "delete", &id, &copy]).lines().count(), 2);
+    assert_eq!(tool(&bench.daemon, &["sessions", "--json"]), "[]");
+}

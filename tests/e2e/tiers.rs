@@ -4,6 +4,10 @@
 use serde_json::{Value, json};
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Daemon, read_answer};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
+use std::sync::LazyLock;
 
 const SETS: &[&str] =
     &["engine.threads=1", "model.default.max_context=4096", "limits.max_running=4", "limits.max_batched_tokens=64"];
@@ -20,21 +24,84 @@ fn said(body: &str) -> String {
     answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
 }
 
+/// Memory for a fraction of the latent rows.
+const TIGHT: &[&str] = &["memory.budget=6656KiB", "memory.slow_tier=all"];
+
+fn start(model: &Path, more: &[&str]) -> Daemon {
+    Daemon::start(model, &[SETS, more].concat())
+}
+
+fn requests() -> Vec<Value> {
+    (0..4).map(|seed| request(seed, 1700)).collect()
+}
+
+/// What a daemon says that has memory enough.
+static EXPECTED: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    let roomy = start(&chatty::write(folder.path()), &["memory.budget=256MiB"]);
+    let said = requests().iter().map(|request| said(&roomy.post("/v1/chat/completions", request).body)).collect();
+    assert_eq!(roomy.status()["kv_blocks_slow"], 0);
+    said
+});
+
+/// Open files of the daemon whose name has this in it.
+fn open_files(daemon: &Daemon, name: &str) -> usize {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().flatten();
+    let has = |entry: &std::fs::DirEntry| {
+        std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().contains(name))
+    };
+    files.filter(has).count()
+}
+
+/// All requests at a time, once blocks lie in the slow tier.
+fn begin(daemon: &Daemon) -> Vec<UnixStream> {
+    let streams = requests().iter().map(|request| daemon.open("/v1/chat/completions", request)).collect();
+    daemon.wait_until("blocks are slow", || daemon.status()["kv_blocks_slow"].as_u64() > Some(20));
+    streams
+}
+
+fn finish(streams: Vec<UnixStream>) -> Vec<String> {
+    streams.into_iter().map(|stream| said(&read_answer(stream).unwrap().body)).collect()
+}
+
 #[test]
 fn answers_are_the_same_where_most_rows_are_slow() {
     let folder = tempfile::tempdir().unwrap();
     let model = chatty::write(folder.path());
-    let start = |more: &[&str]| Daemon::start(&model, &[SETS, more].concat());
-    let requests: Vec<Value> = (0..4).map(|seed| request(seed, 1700)).collect();
-    let roomy = start(&["memory.budget=256MiB"]);
-    let expected: Vec<String> =
-        requests.iter().map(|request| said(&roomy.post("/v1/chat/completions", request).body)).collect();
-    assert_eq!(roomy.status()["kv_blocks_slow"], 0);
-    for hot_share in ["0", "0.2"] {
-        let tight = start(&["memory.budget=6656KiB", "memory.slow_tier=all", &format!("memory.hot_share={hot_share}")]);
-        let streams: Vec<_> = requests.iter().map(|request| tight.open("/v1/chat/completions", request)).collect();
-        tight.wait_until("blocks are slow", || tight.status()["kv_blocks_slow"].as_u64() > Some(20));
-        let answers: Vec<String> = streams.into_iter().map(|stream| said(&read_answer(stream).unwrap().body)).collect();
-        assert!(answers == expected, "hot share {hot_share}: {answers:?} instead of {expected:?}");
+    for (isolation, hot_share) in [("none", "0"), ("none", "0.2"), ("process", "0")] {
+        let (isolation, hot_share) = (format!("engine.isolation={isolation}"), format!("memory.hot_share={hot_share}"));
+        let tight = start(&model, &[TIGHT, &[&isolation, &hot_share]].concat());
+        let answers = finish(begin(&tight));
+        assert!(answers == *EXPECTED, "{isolation}, {hot_share}: {answers:?} instead of {:?}", *EXPECTED);
     }
+}
+
+#[test]
+fn a_device_that_reads_no_file_has_its_slow_tier_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let plugins = sparsed_tests::root().join("target/release/test-plugins");
+    let dir = format!("plugins.dir={}", plugins.display());
+    let own = ["engine.plugin=faulty", "engine.set.slow_host=yes", "memory.hot_share=0", &dir];
+    let wrapped = plugins.join("faulty/libsparsed_plugin_cpu.so");
+    for isolation in ["engine.isolation=none", "engine.isolation=process"] {
+        let sets = [SETS, TIGHT, &own, &[isolation]].concat();
+        let tight = Daemon::spawn_in(&[("SPARSED_WRAPPED", &wrapped)], Some(&model), &sets).ready();
+        assert_eq!(finish(begin(&tight)), *EXPECTED, "{isolation}; log:\n{}", tight.log());
+        assert_eq!(open_files(&tight, "/memfd:sparsed-slow"), 1, "{isolation}");
+    }
+}
+
+#[test]
+fn a_plugin_host_that_dies_with_blocks_in_the_slow_tier_costs_no_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let sets = ["engine.isolation=process", "engine.retry.backoff_ms=[1]", "plugins.strike_window_ms=1"];
+    let tight = start(&model, &[TIGHT, &sets].concat());
+    let streams = begin(&tight);
+    let host = tight.plugin_host();
+    assert!(Command::new("kill").args(["-KILL", &host.to_string()]).status().unwrap().success());
+    tight.wait_until("the loss is noticed", || tight.get("/v1/status").json()["device"]["faults"] == 1);
+    tight.wait_until("blocks are slow again", || tight.status()["kv_blocks_slow"].as_u64() > Some(20));
+    assert_eq!(finish(streams), *EXPECTED, "log:\n{}", tight.log());
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 mod probe;
+mod slow;
 
 use probe::{ALONE, Probe, host_options, log_lines, signal, wait_until};
 use sparsed_abi::{
@@ -319,12 +320,18 @@ fn a_weight_in_a_file_is_not_copied() {
     assert!(probe.backend.self_test(0).is_ok());
 }
 
-#[test]
-fn blocks_go_out_of_a_host_and_come_back() {
-    let _not_killed = ALONE.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+/// The CPU plugin in a host of its own.
+fn isolated_cpu() -> (Arc<Plugin>, Backend) {
     let scan = SearchPath::only(vec![sparsed_tests::root().join("target/release/plugins")]).scan();
     let plugin = Plugin::load_isolated(scan.select(Some("cpu")).unwrap(), &BTreeMap::new(), &host_options()).unwrap();
     let backend = Backend::open(&plugin, 0, &OpenOptions::default()).unwrap();
+    (plugin, backend)
+}
+
+#[test]
+fn blocks_go_out_of_a_host_and_come_back() {
+    let _not_killed = ALONE.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let (_plugin, backend) = isolated_cpu();
     let row = |width| SpdRow { dtype: DT_F32, width };
     let desc = KvDesc {
         block_tokens: 16,

@@ -112,6 +112,27 @@ impl Daemon {
         self.child.id()
     }
 
+    /// The process of its plugin, once there is one.
+    ///
+    /// # Panics
+    /// When none comes.
+    pub fn plugin_host(&self) -> u32 {
+        let mut found = None;
+        self.wait_until("a plugin host runs", || {
+            let processes = std::fs::read_dir("/proc").expect("a list of processes").flatten();
+            let child = |entry: std::fs::DirEntry| {
+                let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
+                let status = std::fs::read_to_string(entry.path().join("status")).ok()?;
+                let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
+                let is_alive = !line("State:")?.starts_with('Z');
+                (line("PPid:")?.parse() == Ok(self.pid()) && is_alive).then_some(pid)
+            };
+            found = processes.filter_map(child).last();
+            found.is_some()
+        });
+        found.expect("waited for")
+    }
+
     /// Its state folder.
     pub fn state_dir(&self) -> PathBuf {
         self.home.path().join("state")

@@ -1,9 +1,10 @@
 """Does sparsed keep its promises as a service of systemd? Runs as root in a box whose PID 1 is systemd.
 
 One line for each claim, in order: "ok claim" or "not ok claim: why". Exit 1 if one fails. Users alice and bob are in
-the group sparsed, mallory is not; the socket is enabled and nothing has started the service.
+the group sparsed, mallory is not; the packages in DEBS are installed and the box has booted, nothing else was done.
 """
 
+import glob
 import json
 import os
 import signal
@@ -16,6 +17,8 @@ from box import (
 
 CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 PARIS = "The capital of France is Paris."
+# Where the packages lie in the box.
+DEBS = "/opt/debs"
 # Seconds from a SIGKILL to the next daemon that listens, or from a hang to it: RestartSec and the watchdog included.
 RESTART_S = 15
 # Highest exposure that systemd-analyze may see, in tenths.
@@ -24,6 +27,11 @@ EXPOSURE_TENTHS = 12
 STRICT = "[Service]\nSystemCallErrorNumber=kill\n"
 # With this much memory for KV rows 29 of the default model's blocks are fast and 65 slow, of 64 tokens each.
 SMALL = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n[limits]\nmax_running = 4\nmax_batched_tokens = 64\n'
+
+
+def as_user(user):
+    """What a command of the user begins with."""
+    return ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "env"]
 
 
 def wish(text, tokens, session=None, stream=False):
@@ -62,9 +70,21 @@ def the_units_are_valid_and_confined_enough():
     run("systemd-analyze", "security", "--no-pager", f"--threshold={EXPOSURE_TENTHS}", "sparsed.service")
 
 
+def after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_nothing():
+    until_ready()
+    assert is_active()
+    said = run(*as_user("alice"), "sparsectl", "run", "What is the capital of France?", "--temperature", "0")
+    assert said == PARIS, said
+    checks = json.loads(run(*as_user("sparsed"), "HOME=/var/lib/sparsed", "sparsectl", "doctor", "--json"))
+    wrong = [check for check in checks if check["verdict"] == "fail"]
+    assert not wrong, wrong
+    assert os.path.exists("/usr/share/man/man8/sparsed.8.gz"), "no manual page"
+
+
 def the_socket_is_there_before_the_service_and_the_first_request_starts_it():
+    run("systemctl", "stop", "sparsed.service")
     assert run("systemctl", "is-active", "sparsed.socket") == "active"
-    assert not is_active(), "the service runs already"
+    assert not is_active(), "the service runs still"
     status, value = ask("alice", "/v1/models")
     assert status == 200, value
     until_ready()
@@ -209,6 +229,39 @@ def the_master_key_may_be_a_credential_plain_or_encrypted():
     assert last_message(session) == first
 
 
+def an_upgrade_in_the_middle_of_an_answer_does_not_lose_it():
+    restart()
+    session = new_session()
+    twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
+    whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
+    stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 150, session, True))
+    before = heard(stream, 20)
+    old = pid()
+    run("dpkg", "--install", *glob.glob(f"{DEBS}/sparsed_*.deb"))
+    until_ready()
+    stream.kill()
+    stream.communicate()
+    assert pid() != old, "the old daemon runs still"
+    assert whole.startswith(before), f"{before!r} is not the beginning of {whole!r}"
+    if state_of(session) == "interrupted":
+        assert text_of(served("alice", f"/v1/sessions/{session}/continue", {})) == whole
+    else:  # It had the time to end: limits.stop_s.
+        assert last_message(session) == whole
+
+
+def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
+    run("dpkg", "--remove", "sparsed", "sparsed-model-smollm2-dsa")
+    for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock"):
+        assert not os.path.exists(path), f"{path} is left"
+    for path in ("/var/lib/sparsed/store", "/etc/sparsed/config.toml"):
+        assert os.path.exists(path), f"{path} is gone"
+    run("dpkg", "--purge", "sparsed", "sparsed-model-smollm2-dsa")
+    left = [path for top in ("/etc", "/usr", "/var", "/run") for path in glob.glob(f"{top}/**/*sparsed*", recursive=True)]
+    ours = ("/etc/systemd/system/sparsed.service.d", "/usr/share/doc")
+    left = [path for path in left if not path.startswith(ours)]
+    assert not left, left
+
+
 def nothing_was_killed_for_a_system_call():
     lines = [line for line in journal().splitlines() if "status=31/SYS" in line or "SECCOMP" in line]
     assert not lines, lines
@@ -216,6 +269,7 @@ def nothing_was_killed_for_a_system_call():
 
 CHECKS = [
     the_units_are_valid_and_confined_enough,
+    after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_nothing,
     the_socket_is_there_before_the_service_and_the_first_request_starts_it,
     a_chat_is_answered,
     who_is_not_in_the_group_is_refused_by_the_sockets_mode,
@@ -226,7 +280,9 @@ CHECKS = [
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,
+    an_upgrade_in_the_middle_of_an_answer_does_not_lose_it,
     nothing_was_killed_for_a_system_call,
+    removing_leaves_conversations_and_settings_and_purging_leaves_nothing,
 ]
 
 

@@ -1,18 +1,15 @@
 #!/bin/sh
-# Puts into the tree ROOT what a package would: executables, plugin, units, user, model. BUILD has the built files.
+# Installs the packages of DEBS into the tree ROOT, before its systemd has ever run.
 set -eu
-root=$1 build=$2
+root=$1 debs=$2
 cd "$(dirname "$0")/../.."
-install -D -m 0755 -t "$root/usr/bin" "$build/sparsed" "$build/sparsectl"
-plugins=$root/usr/lib/sparsed/plugins
-mkdir -p "$plugins"
-sh packaging/stage-plugin.sh cpu "$build/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$plugins"
-install -D -m 0644 -t "$root/usr/lib/systemd/system" systemd/sparsed.service systemd/sparsed.socket
-install -D -m 0644 systemd/sysusers.conf "$root/usr/lib/sysusers.d/sparsed.conf"
-install -D -m 0644 -t "$root/var/lib/sparsed/models" models/smollm2-135m-dsa.gguf
-# What a maintainer script does; the checks start the service when they want it.
-systemd-sysusers --root="$root" sparsed.conf
-systemctl --root="$root" --quiet enable sparsed.socket
+mkdir -p "$root/opt/debs"
+cp "$debs"/sparsed_*.deb "$debs"/sparsed-model-*.deb "$root/opt/debs/"
+# No service is started in a tree that does not run.
+printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
+chmod 0755 "$root/usr/sbin/policy-rc.d"
+chroot "$root" sh -c 'dpkg --install /opt/debs/*.deb' >&2
+rm "$root/usr/sbin/policy-rc.d"
 # Two who may use it, one who may not.
 chroot "$root" useradd -G sparsed alice
 chroot "$root" useradd -G sparsed bob

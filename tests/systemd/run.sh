@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Does sparsed serve as a service of systemd? Boots a Debian tree with systemd as PID 1, installs what is built in
-# BUILD (default: target/release) as a package would, and runs check.py in it: one line "ok" or "not ok" for each claim.
+# Does sparsed serve as a service of systemd? Installs the packages in DEBS (default: target/debian) in a Debian tree,
+# boots it with systemd as PID 1, and runs check.py in it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
-build=$(realpath "${BUILD:-target/release}")
+debs=$(realpath -m "${DEBS:-target/debian}")
 work=$(realpath -m target/systemd)
 bare=$work/trixie tree=$work/tree name=sparsed-check-$$
 # Most seconds for the boot, and for all checks.
@@ -25,9 +25,7 @@ if ! command -v systemd-nspawn >/dev/null || ! command -v mmdebstrap >/dev/null;
     skip "systemd-container and mmdebstrap are not here and cannot be installed"
 fi
 unshare -m true 2>/dev/null || skip "no mount namespaces here"
-for file in "$build/sparsed" "$build/sparsectl" "$build/libsparsed_plugin_cpu.so" models/smollm2-135m-dsa.gguf; do
-  [ -e "$file" ] || { echo "missing: $file; make models builds it" >&2; exit 1; }
-done
+ls "$debs"/sparsed_*.deb "$debs"/sparsed-model-*.deb >/dev/null || { echo "missing: packages; make package builds them" >&2; exit 1; }
 
 mkdir -p "$work"
 if [ ! -e "$bare" ]; then
@@ -59,7 +57,7 @@ end() {
 trap end EXIT
 rm -rf "$tree"
 cp -a --reflink=auto "$bare" "$tree"
-sh "$here/install.sh" "$tree" "$build"
+sh "$here/install.sh" "$tree" "$debs"
 
 setsid unshare -m sh "$here/boot.sh" "$tree" "$name" >"$work/boot.log" 2>&1 </dev/null &
 booting=$!

@@ -103,17 +103,18 @@ pub fn program_options(model: &Model) -> ProgramOptions {
     ProgramOptions { activations, selection, kv, selections_out: false, queries_out: false }
 }
 
-fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
-    let mut models = config.model.clone();
-    if models.is_empty() {
-        let model = Model {
-            path: paths.default_model.clone(),
-            max_context: None,
-            top_k: None,
-            activations: Default::default(),
-        };
-        models = BTreeMap::from([(DEFAULT_MODEL.to_owned(), model)]);
+/// The configured models by name: without any, the packaged one.
+pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Model> {
+    if !config.model.is_empty() {
+        return config.model.clone();
     }
+    let path = paths.default_model.clone();
+    let model = Model { path, max_context: None, top_k: None, activations: Default::default() };
+    BTreeMap::from([(DEFAULT_MODEL.to_owned(), model)])
+}
+
+fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
+    let models = configured_models(config, paths);
     let budget = config.memory.budget.map_or_else(available_share, |budget| budget.0);
     let kv_bytes = budget / models.len() as u64;
     let options = |(name, model): (String, Model)| ModelOptions {

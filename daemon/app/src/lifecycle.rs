@@ -23,7 +23,7 @@ const BLOCKING_THREADS_MAX: usize = 4;
 
 /// sparsed serves DSA models to the apps on this box.
 #[derive(Debug, Parser)]
-#[command(name = "sparsed", version)]
+#[command(name = "sparsed", version, disable_help_subcommand = true)]
 struct Arguments {
     #[command(flatten)]
     source: Source,
@@ -43,10 +43,19 @@ enum Role {
     },
 }
 
+/// The daemon's command line, for its manual page.
+pub(crate) fn command_line() -> clap::Command {
+    <Arguments as clap::CommandFactory>::command()
+}
+
 /// How long tasks that nobody waits for may still take at the end.
 const LAST_TASKS: Duration = Duration::from_secs(1);
 
-/// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments.
+/// Exit code for arguments and configurations that stay wrong however often they are tried: clap's, and the one that
+/// `RestartPreventExitStatus=` of the service names.
+const MISCONFIGURED: u8 = 2;
+
+/// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments or configuration.
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match arguments.role {
@@ -56,7 +65,13 @@ pub fn main() -> ExitCode {
         }
         None => {
             crate::logging::start(log::LevelFilter::Info);
-            run(&arguments)
+            match arguments.source.load() {
+                Ok(config) => run(&config),
+                Err(error) => {
+                    log::error!("{:#}", anyhow::Error::from(error));
+                    return ExitCode::from(MISCONFIGURED);
+                }
+            }
         }
     };
     match outcome {
@@ -68,12 +83,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> anyhow::Result<()> {
-    let config = arguments.source.load()?;
-    let assembly = Assembly::new(&config)?;
+fn run(config: &Config) -> anyhow::Result<()> {
+    let assembly = Assembly::new(config)?;
     watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
     let runtime = runtime()?;
-    let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));
+    let outcome = runtime.block_on(serve_until(assembly, config, signalled()));
     // A prompt that is being made for a client that is gone must not hold the end up.
     runtime.shutdown_timeout(LAST_TASKS);
     outcome

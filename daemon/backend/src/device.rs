@@ -1,12 +1,13 @@
 //! Which device is it, and what does it have?
 
+use crate::arena::Arena;
 use crate::call::{checked, text};
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
-use crate::slow::SlowArea;
+use crate::slow::{SlowArea, SlowSource};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
-    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, SpdApi,
-    SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
+    Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE,
+    FEAT_SLOW_HOST, SpdApi, SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
 };
 use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
@@ -205,12 +206,22 @@ impl Backend {
         Weight::upload(&self.device, weight)
     }
 
-    /// Creates a KV pool whose rows read as zero; `slow` must outlive what is moved there.
+    /// Creates a KV pool whose rows read as zero, with `slow` as its slow tier.
     ///
     /// # Errors
     /// The plugin's own, for example `SPD_E_NOMEM_DEVICE`.
     pub fn create_kv(&self, desc: &KvDesc, slow: Option<&SlowArea>) -> Result<KvPool, BackendError> {
+        self.create_kv_on(desc, slow.map(|area| area.source().clone()))
+    }
+
+    /// As [`Self::create_kv`], for whoever does not write into the slow tier.
+    pub(crate) fn create_kv_on(&self, desc: &KvDesc, slow: Option<SlowSource>) -> Result<KvPool, BackendError> {
         KvPool::create(&self.device, desc, slow)
+    }
+
+    /// `length` zero bytes for the arenas of its steps.
+    pub fn arena(&self, length: usize) -> Arena {
+        Arena::new(&self.device, length)
     }
 
     /// Compiles a program for steps up to `bucket`. Weights and pools are bound in the order of their slots and stay
@@ -265,6 +276,11 @@ impl DeviceInfo {
     /// True when latent planes may lie in a file.
     pub fn takes_slow_file(&self) -> bool {
         self.features & FEAT_SLOW_FILE != 0
+    }
+
+    /// True when latent planes may lie in host memory.
+    pub fn takes_slow_memory(&self) -> bool {
+        self.features & FEAT_SLOW_HOST != 0
     }
 
     /// True when weights are read where they lie in host memory.

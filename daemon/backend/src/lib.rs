@@ -7,6 +7,7 @@
 //! Knows no model, no session and no token. It is the only crate of the daemon with `unsafe`.
 #![allow(unsafe_code, reason = "the daemon's side of the C ABI")]
 
+mod arena;
 mod call;
 mod device;
 mod discover;
@@ -27,6 +28,7 @@ mod remote;
 mod slow;
 mod taint;
 
+pub use arena::Arena;
 pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
 pub use elf::ElfFacts;

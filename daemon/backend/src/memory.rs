@@ -3,11 +3,9 @@
 use crate::BackendError;
 use crate::call::checked;
 use crate::device::Device;
-use crate::slow::SlowArea;
+use crate::slow::SlowSource;
 use bytes::Bytes;
-use sparsed_abi::{
-    SpdKvDesc, SpdKvInfo, SpdKvPool, SpdKvSlow, SpdRow, SpdSource, SpdWeight, SpdWeightDesc, W_HOST_IN_PLACE,
-};
+use sparsed_abi::{SpdKvDesc, SpdKvInfo, SpdKvPool, SpdRow, SpdSource, SpdWeight, SpdWeightDesc, W_HOST_IN_PLACE};
 use sparsed_plugin_kit::{put_text, struct_size};
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -151,6 +149,8 @@ pub(crate) struct KvPoolInner {
     device: Arc<Device>,
     desc: KvDesc,
     info: KvInfo,
+    /// Read by the plugin until `kv_destroy`.
+    _slow: Option<SlowSource>,
 }
 
 // SAFETY: created and destroyed under the plugin's lock, used by queues, each of which one thread owns.
@@ -159,15 +159,8 @@ unsafe impl Send for KvPoolInner {}
 unsafe impl Sync for KvPoolInner {}
 
 impl KvPool {
-    pub(crate) fn create(device: &Arc<Device>, desc: &KvDesc, slow: Option<&SlowArea>) -> Result<Self, BackendError> {
-        let slow = slow.map(|area| SpdKvSlow {
-            struct_size: struct_size::<SpdKvSlow>(),
-            fd: area.file.as_raw_fd(),
-            page_bytes: 4096,
-            length: area.length,
-            cache_bytes: area.cache_bytes,
-            ..SpdKvSlow::default()
-        });
+    pub(crate) fn create(device: &Arc<Device>, desc: &KvDesc, slow: Option<SlowSource>) -> Result<Self, BackendError> {
+        let raw_slow = slow.as_ref().map(|slow| slow.desc(device.plugin.host_process().is_some()));
         let raw_desc = SpdKvDesc {
             struct_size: struct_size::<SpdKvDesc>(),
             flags: 0,
@@ -178,7 +171,7 @@ impl KvPool {
             latent: desc.latent,
             rope: desc.rope,
             index: desc.index,
-            slow: slow.as_ref().map_or_else(ptr::null, ptr::from_ref),
+            slow: raw_slow.as_ref().map_or_else(ptr::null, ptr::from_ref),
         };
         let mut info = SpdKvInfo { struct_size: struct_size::<SpdKvInfo>(), ..SpdKvInfo::default() };
         let _control = device.plugin.control();
@@ -196,7 +189,7 @@ impl KvPool {
             image_bytes: info.image_bytes,
             image_latent_offset: info.image_latent_offset,
         };
-        Ok(Self(Arc::new(KvPoolInner { raw, device: Arc::clone(device), desc: *desc, info })))
+        Ok(Self(Arc::new(KvPoolInner { raw, device: Arc::clone(device), desc: *desc, info, _slow: slow })))
     }
 
     /// The shape it was created with.

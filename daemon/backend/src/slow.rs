@@ -1,17 +1,24 @@
 //! Where do latent planes lie that have no room in fast memory? In a file without a name: what it holds is of no use to
-//! another process, and goes with this one however it ends.
+//! another process, and goes with this one however it ends. For a device that reads no file it is memory, which such a
+//! file is too.
 //!
 //! Every block of the pool has its place in it, so nothing has to be found. Pages are written as `abi/OPS.md` has them,
 //! past the page cache where the file system can: what the cache would hold counts as the daemon's memory.
 
 use crate::error::BackendError;
 use crate::memory::KvDesc;
-use rustix::fs::{Mode, OFlags};
+use memmap2::{MmapOptions, MmapRaw};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
+use sparsed_abi::SpdKvSlow;
 use sparsed_plugin_kit::slow::rowcache::{PAGE_BYTES, SlowLayout};
+use sparsed_plugin_kit::struct_size;
 use std::fs::File;
 use std::io::IoSlice;
+use std::os::fd::AsRawFd;
 use std::path::Path;
+use std::ptr;
+use std::sync::Arc;
 
 /// Pages that are written at a time.
 const PAGES_AT_ONCE: usize = 64;
@@ -19,10 +26,43 @@ const PAGES_AT_ONCE: usize = 64;
 /// The slow tier of one pool.
 #[derive(Debug)]
 pub struct SlowArea {
-    pub(crate) file: File,
     layout: SlowLayout,
+    source: SlowSource,
+}
+
+/// Where a plugin reads it; the pool keeps it open.
+#[derive(Clone, Debug)]
+pub(crate) struct SlowSource {
+    pub(crate) file: Arc<File>,
+    /// The file's bytes, where the plugin is to find them there.
+    pub(crate) memory: Option<Arc<MmapRaw>>,
+    /// Where the area begins, in bytes.
+    pub(crate) offset: u64,
+    /// Bytes of the area.
     pub(crate) length: u64,
+    /// Bytes for the row cache.
     pub(crate) cache_bytes: u64,
+}
+
+impl SlowSource {
+    /// As the border has it, good as long as this lives. A plugin in a process of its own is given the file whatever it
+    /// is to make of it.
+    pub(crate) fn desc(&self, is_remote: bool) -> SpdKvSlow {
+        let (fd, ptr) = match &self.memory {
+            Some(memory) if !is_remote => (0, memory.as_ptr().cast()),
+            _ => (self.file.as_raw_fd(), ptr::null()),
+        };
+        SpdKvSlow {
+            struct_size: struct_size::<SpdKvSlow>(),
+            fd,
+            page_bytes: 4096,
+            ptr,
+            offset: self.offset,
+            length: self.length,
+            cache_bytes: self.cache_bytes,
+            ..SpdKvSlow::default()
+        }
+    }
 }
 
 /// A page where the kernel may take it from directly.
@@ -37,13 +77,34 @@ impl SlowArea {
     /// # Errors
     /// [`BackendError::Io`] for a folder that takes no file, [`BackendError::Slow`] for rows that fit into no page.
     pub fn create(dir: &Path, desc: &KvDesc, row_bytes: usize, cache_bytes: u64) -> Result<Self, BackendError> {
-        let layout = SlowLayout::new(row_bytes, desc.block_tokens, desc.n_layers);
-        let layout = layout.map_err(|error| BackendError::Slow { reason: error.to_string() })?;
+        let (layout, length) = measure(desc, row_bytes)?;
         let io = |error: Errno| BackendError::Io { path: dir.to_owned(), source: error.into() };
-        let length = layout.block_bytes() as u64 * u64::from(desc.n_blocks);
         let file = File::from(unnamed(dir).map_err(io)?);
         rustix::fs::ftruncate(&file, length).map_err(io)?;
-        Ok(Self { file, layout, length, cache_bytes })
+        Ok(Self { layout, source: SlowSource { file: Arc::new(file), memory: None, offset: 0, length, cache_bytes } })
+    }
+
+    /// As [`Self::create`], in memory, which is taken as it is written.
+    ///
+    /// # Errors
+    /// [`BackendError::Slow`] for rows that fit into no page, and where the system gives no memory.
+    pub fn in_memory(desc: &KvDesc, row_bytes: usize, cache_bytes: u64) -> Result<Self, BackendError> {
+        let (layout, length) = measure(desc, row_bytes)?;
+        let none = |error: std::io::Error| BackendError::Slow { reason: format!("no memory for it: {error}") };
+        let make = || {
+            let file = rustix::fs::memfd_create("sparsed-slow", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+            rustix::fs::ftruncate(&file, length)?;
+            // A mapping past the end of a file would be a trap.
+            rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+            Ok(File::from(file))
+        };
+        let file = make().map_err(|errno: Errno| none(errno.into()))?;
+        let memory = Some(map(&file, length).map_err(none)?);
+        Ok(Self { layout, source: SlowSource { file: Arc::new(file), memory, offset: 0, length, cache_bytes } })
+    }
+
+    pub(crate) fn source(&self) -> &SlowSource {
+        &self.source
     }
 
     /// Where the block lies in the area.
@@ -75,7 +136,7 @@ impl SlowArea {
         let mut done = 0;
         while done < pages.len() {
             let slices: Vec<IoSlice<'_>> = pages[done..].iter().map(|page| IoSlice::new(&page.0)).collect();
-            let n_bytes = match rustix::io::pwritev(&self.file, &slices, offset) {
+            let n_bytes = match rustix::io::pwritev(&*self.source.file, &slices, offset) {
                 Err(Errno::INTR) => continue,
                 written => written?,
             };
@@ -89,6 +150,30 @@ impl SlowArea {
         }
         Ok(())
     }
+}
+
+/// The layout of an area for a pool of this shape, and its bytes.
+fn measure(desc: &KvDesc, row_bytes: usize) -> Result<(SlowLayout, u64), BackendError> {
+    let layout = SlowLayout::new(row_bytes, desc.block_tokens, desc.n_layers);
+    let layout = layout.map_err(|error| BackendError::Slow { reason: error.to_string() })?;
+    Ok((layout, layout.block_bytes() as u64 * u64::from(desc.n_blocks)))
+}
+
+/// Whether the file is memory that nobody can shorten, as [`SlowArea::in_memory`] makes it.
+pub(crate) fn is_memory(file: &File) -> bool {
+    rustix::fs::fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::SHRINK))
+}
+
+/// Maps the first `length` bytes of such a file.
+///
+/// # Errors
+/// A file that is shorter, or may become so; the system's.
+pub(crate) fn map(file: &File, length: u64) -> std::io::Result<Arc<MmapRaw>> {
+    let length = usize::try_from(length).map_err(|_| std::io::ErrorKind::InvalidData)?;
+    if !is_memory(file) || file.metadata()?.len() < length as u64 {
+        return Err(std::io::ErrorKind::InvalidData.into());
+    }
+    Ok(Arc::new(MmapOptions::new().len(length).map_raw(file)?))
 }
 
 /// An open file without a name.
@@ -121,10 +206,21 @@ mod tests {
         area.layout.encode_block(&plane, 77, &mut expected).unwrap();
         let mut found = vec![Page([0; PAGE_BYTES]); area.layout.block_pages() as usize];
         for (page, at) in found.iter_mut().zip(0..) {
-            area.file.read_exact_at(&mut page.0, area.offset_of(2) + at * PAGE_BYTES as u64).unwrap();
+            area.source.file.read_exact_at(&mut page.0, area.offset_of(2) + at * PAGE_BYTES as u64).unwrap();
         }
-        assert!(found.iter().flat_map(|page| page.0).eq(expected));
+        assert!(found.iter().flat_map(|page| page.0).eq(expected.iter().copied()));
         assert!(area.write(1, 77, &plane[1..]).is_err());
         assert!(SlowArea::create(dir.path(), &desc, 5000, 1).is_err());
+        // The same in memory.
+        let area = SlowArea::in_memory(&desc, 256, 1 << 20).unwrap();
+        area.write(2, 77, &plane).unwrap();
+        let memory = area.source.memory.as_ref().unwrap();
+        let at = usize::try_from(area.offset_of(2)).unwrap();
+        assert!(at + expected.len() <= memory.len());
+        // SAFETY: inside the mapping, which nobody writes any more.
+        let found = unsafe { std::slice::from_raw_parts(memory.as_ptr().add(at), expected.len()) };
+        assert!(found == expected);
+        assert!(map(&area.source.file, area.source.length + 1).is_err(), "no mapping past the end");
+        assert!(map(&tempfile::tempfile().unwrap(), 0).is_err(), "nor of what can become shorter");
     }
 }

@@ -198,6 +198,28 @@ mod tests {
     }
 
     #[test]
+    fn after_the_loss_of_a_device_a_sessions_blocks_come_from_its_file_and_others_are_computed() {
+        let request = |is_session: bool| match is_session {
+            true => turn_of(FILE, 0, prompt(1, 300), 60),
+            false => request(Owner::Uid(1), None, prompt(1, 300), 60),
+        };
+        for is_session in [true, false] {
+            let (mut bench, listener) = (Bench::new(32, limits()), Listener::with_room(1000));
+            bench.submit_request(request(is_session), &listener);
+            while listener.heard().0.len() < 40 {
+                bench.steps(1);
+            }
+            bench.executor.failures = vec![E_DEVICE_LOST];
+            assert_eq!(bench.run_on_devices(), 1);
+            assert_eq!(listener.heard().0, naive(prompt(1, 300), 60));
+            // At the loss 339 tokens had rows; five blocks of the session are full, and saved.
+            let computed_again = if is_session { 339 - 5 * BLOCK } else { 339 };
+            // And one in the step that was lost.
+            assert_eq!(bench.executor.computed, 300 + 59 + 1 + computed_again, "a session: {is_session}");
+        }
+    }
+
+    #[test]
     fn a_request_without_a_session_leaves_no_image() {
         let mut bench = Bench::new(32, limits());
         run_turn(&mut bench, request(Owner::Uid(1), None, prompt(1, 200), 60));

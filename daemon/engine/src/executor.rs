@@ -2,9 +2,9 @@
 
 use crate::batch::Batch;
 use crate::warm::WriteJob;
-use sparsed_abi::{Blob, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
+use sparsed_abi::{HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
 use sparsed_backend::{
-    Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
+    Arena, Backend, BackendError, Fault, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
 };
 use sparsed_kv::{BLOCK_TOKENS, BlockId, KvError};
 use sparsed_model::{Model, ModelError, Program, ProgramOptions};
@@ -121,8 +121,8 @@ pub struct DeviceModel {
     slow: Option<Arc<SlowArea>>,
     pub(crate) options: LoadOptions,
     step_id: u64,
-    input: Blob,
-    output: Blob,
+    input: Arena,
+    output: Arena,
 }
 
 /// What a step gives out.
@@ -180,7 +180,11 @@ impl DeviceModel {
         };
         let slow = match slow_dir {
             Some(dir) if options.n_fast < options.n_blocks => {
-                Some(Arc::new(SlowArea::create(dir, &desc, program.kv.latent_row_bytes()?, options.slow_cache_bytes)?))
+                let (row_bytes, cache_bytes) = (program.kv.latent_row_bytes()?, options.slow_cache_bytes);
+                Some(Arc::new(match backend.info().takes_slow_file() {
+                    true => SlowArea::create(dir, &desc, row_bytes, cache_bytes)?,
+                    false => SlowArea::in_memory(&desc, row_bytes, cache_bytes)?,
+                }))
             }
             _ => None,
         };
@@ -193,7 +197,7 @@ impl DeviceModel {
         };
         let plan = backend.compile(&program.blob, &weights.iter().collect::<Vec<_>>(), &[&pool], bucket)?;
         let queue = backend.queue()?;
-        let (input, output) = (Blob::default(), Blob::default());
+        let (input, output) = (Arena::default(), Arena::default());
         let backend = backend.clone();
         Ok(Self { backend, program, plan, queue, pool, slow, options, step_id: 0, input, output })
     }
@@ -231,11 +235,10 @@ impl DeviceModel {
             return Err(ExecutorError::StepTooLarge { have, max });
         }
         self.step_id += 1;
-        self.program.fill_inputs(batch.positions(), &mut self.input);
         let length = self.program.out_bytes(batch.n_tokens(), batch.n_rows());
-        if self.output.as_bytes().len() < length {
-            self.output = Blob::zeroed(length);
-        }
+        grow(&mut self.input, &self.backend, self.program.in_bytes(batch.n_tokens()));
+        grow(&mut self.output, &self.backend, length);
+        self.program.fill_inputs(batch.positions(), self.input.as_bytes_mut());
         let out = &mut self.output.as_bytes_mut()[..length];
         self.queue.run(&self.plan, &batch.encode(self.step_id), self.input.as_bytes(), out)?;
         let (tokens, rows) = (batch.n_tokens(), batch.n_rows());
@@ -348,6 +351,13 @@ impl DeviceModel {
         let have = self.pool.info().image_bytes;
         let expected = self.program.kv.bytes_per_token()? * u64::from(BLOCK_TOKENS);
         usize::try_from(have).ok().filter(|_| have == expected).ok_or(ExecutorError::Image { have, expected })
+    }
+}
+
+/// Makes room for `length` bytes, whose content does not stay.
+fn grow(arena: &mut Arena, backend: &Backend, length: usize) {
+    if arena.as_bytes().len() < length {
+        *arena = backend.arena(length);
     }
 }
 

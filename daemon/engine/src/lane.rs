@@ -181,7 +181,8 @@ impl Live {
 
     /// How it is put on a device, which may not have a slow tier.
     fn load_options(&self, slot: &Slot, backend: &Backend) -> LoadOptions {
-        if self.load.n_fast == self.load.n_blocks || backend.info().takes_slow_file() {
+        let info = backend.info();
+        if self.load.n_fast == self.load.n_blocks || info.takes_slow_file() || info.takes_slow_memory() {
             return self.load;
         }
         let n_blocks = self.load.n_fast;

@@ -235,24 +235,29 @@ impl Program {
         self.top_k
     }
 
+    /// Bytes of the input arena of a step of `n_tokens` tokens.
+    pub fn in_bytes(&self, n_tokens: usize) -> usize {
+        self.input_ranges(n_tokens).last().map_or(0, |range| range.end)
+    }
+
+    /// Where the angles of each kind of layer lie in the input arena.
+    fn input_ranges(&self, n_tokens: usize) -> impl Iterator<Item = Range<usize>> {
+        self.angles.iter().scan(0usize, move |end, frequencies| {
+            let start = end.next_multiple_of(ARENA_ALIGN);
+            *end = start + n_tokens * frequencies.len() * 2 * 4;
+            Some(start..*end)
+        })
+    }
+
     /// Fills the input arena of a step: per token cosines, then sines, of position times frequency, with the model's
     /// factor on them.
-    pub fn fill_inputs(&self, positions: &[u32], arena: &mut Blob) {
-        let sizes = self.angles.iter().map(|frequencies| positions.len() * frequencies.len() * 2 * 4);
-        let mut end = 0usize;
-        let starts: Vec<usize> = sizes
-            .map(|size| {
-                let start = end.next_multiple_of(ARENA_ALIGN);
-                end = start + size;
-                start
-            })
-            .collect();
-        if arena.as_bytes().len() < end {
-            *arena = Blob::zeroed(end);
-        }
-        for (start, frequencies) in starts.into_iter().zip(&self.angles) {
+    ///
+    /// # Panics
+    /// When `arena` has fewer than [`in_bytes`](Self::in_bytes).
+    pub fn fill_inputs(&self, positions: &[u32], arena: &mut [u8]) {
+        for (range, frequencies) in self.input_ranges(positions.len()).zip(&self.angles) {
             let row = frequencies.len() * 2 * 4;
-            let rows = arena.as_bytes_mut()[start..start + row * positions.len()].chunks_exact_mut(row.max(1));
+            let rows = arena[range].chunks_exact_mut(row.max(1));
             for (row, &position) in rows.zip(positions) {
                 let (cosines, sines) = row.split_at_mut(frequencies.len() * 4);
                 for ((c, s), frequency) in

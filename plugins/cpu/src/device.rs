@@ -9,11 +9,11 @@ use crate::validate::Bound;
 use sparsed_abi::{
     DEV_CPU, DT_BF16, DT_F8E4M3, DT_F16, DT_F32, DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_Q2_K, DT_Q3_K, DT_Q4_0, DT_Q4_1,
     DT_Q4_K, DT_Q5_0, DT_Q5_1, DT_Q5_K, DT_Q6_K, DT_Q8_0, E_DATA, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC,
-    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, FEAT_UNIFIED_MEM, LOG_INFO, LOG_WARN, Program, SpdBucket,
-    SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
+    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, FEAT_SLOW_HOST, FEAT_UNIFIED_MEM, LOG_INFO, LOG_WARN, Program,
+    SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{
-    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowFile, Source, Synchronous,
+    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowArea, Source, Synchronous,
     Usage, put_text,
 };
 use std::ffi::CStr;
@@ -74,7 +74,8 @@ impl Plugin for CpuPlugin {
                 | FEAT_DETERMINISTIC
                 | FEAT_INVARIANT
                 | FEAT_CANCEL_MID
-                | FEAT_SLOW_FILE,
+                | FEAT_SLOW_FILE
+                | FEAT_SLOW_HOST,
             block_tokens_align: BLOCK_TOKENS_ALIGN,
             ..SpdDeviceInfo::default()
         };
@@ -168,7 +169,7 @@ impl Device for CpuDevice {
         weight.commit()
     }
 
-    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Pool, SpdKvInfo)> {
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowArea>) -> Result<(Pool, SpdKvInfo)> {
         let (pool, info) = Pool::create(desc, slow, &self.usage)?;
         if let Some(reason) = pool.slow().as_ref().and_then(|slow| slow.no_uring()) {
             self.host.log(LOG_WARN, &format!("the slow tier is read by threads, as io_uring cannot be used: {reason}"));

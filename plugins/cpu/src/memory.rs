@@ -10,7 +10,7 @@ use sparsed_abi::{
 };
 use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::SlowLayout;
-use sparsed_plugin_kit::{Held, PluginError, Result, SlowFile, Source, Usage};
+use sparsed_plugin_kit::{Held, PluginError, Result, SlowArea, Source, Usage};
 use sparsed_quant::Format;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -217,7 +217,7 @@ impl Plane {
 }
 
 impl Pool {
-    pub(crate) fn create(desc: &SpdKvDesc, slow: Option<SlowFile>, usage: &Arc<Usage>) -> Result<(Self, SpdKvInfo)> {
+    pub(crate) fn create(desc: &SpdKvDesc, slow: Option<SlowArea>, usage: &Arc<Usage>) -> Result<(Self, SpdKvInfo)> {
         let (latent, rope, index) =
             (RowFormat::new(desc.latent)?, RowFormat::new(desc.rope)?, RowFormat::new(desc.index)?);
         if !desc.block_tokens.is_multiple_of(BLOCK_TOKENS_ALIGN) {

@@ -12,7 +12,7 @@ use sparsed_abi::{
     LOG_INFO, Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdMemInfo, SpdWeightDesc, dtype_bit,
 };
 use sparsed_plugin_kit::{
-    Device, Host, HostMemory, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowFile, Source, Usage, put_text,
+    Device, Host, HostMemory, OpenOptions, PlanSizes, Plugin, PluginError, Result, SlowArea, Source, Usage, put_text,
 };
 use std::ffi::{CStr, c_char, c_int};
 use std::path::PathBuf;
@@ -272,7 +272,7 @@ impl Device for CudaDevice {
         weight.commit(&self.context)
     }
 
-    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Pool, SpdKvInfo)> {
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowArea>) -> Result<(Pool, SpdKvInfo)> {
         if slow.is_some() {
             return Err(PluginError::unsupported("a slow tier"));
         }

@@ -184,7 +184,7 @@ pub fn put_text(field: &mut [c_char], text: &str) {
         end -= 1;
     }
     for (to, from) in field.iter_mut().zip(text.as_bytes()[..end].iter().chain([&0])) {
-        *to = from.cast_signed();
+        *to = c_char::from_ne_bytes([*from]); // signed on x86-64, unsigned on aarch64
     }
 }
 

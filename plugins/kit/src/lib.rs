@@ -16,7 +16,7 @@ mod usage;
 
 pub use border::{Host, PluginError, Run, Source, put_text, struct_size};
 pub use queue::{InOrder, Queue, Synchronous};
-pub use slow::SlowFile;
+pub use slow::{SlowArea, SlowMemory, SlowPlace};
 pub use table::{instance, table};
 pub use usage::{Held, Usage};
 
@@ -142,7 +142,7 @@ pub trait Device: Sized + Send + Sync + 'static {
     ///
     /// # Errors
     /// An unknown row format, or no memory.
-    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Self::Pool, SpdKvInfo)>;
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowArea>) -> Result<(Self::Pool, SpdKvInfo)>;
 
     /// Compiles a program for steps up to `bucket` (component-wise largest of those asked for).
     ///

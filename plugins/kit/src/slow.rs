@@ -5,17 +5,20 @@
 //! A [`Reader`] reads a list of [`Read`]s from one file and hands out each as it arrives: by io_uring where the kernel
 //! allows it, else by threads that call `pread`. Both give the same bytes and the same errors. Buffers belong to the
 //! reader, as many as reads are in flight, aligned for `O_DIRECT`: memory does not grow with the list, and pages are
-//! checked and copied while others are still on their way.
+//! checked and copied while others are still on their way. A slow tier in host memory goes the same
+//! way, each read a copy.
 //!
 //! Measured by `examples/slow_tier.rs`, figures in `tests/bench/RESULTS.md`: there one decoded token's misses, layer by
 //! layer, take io_uring 7 to 10 ms and threads 25 ms, with four times the CPU time.
 
+mod memory;
 mod threads;
 mod tier;
 mod uring;
 
+pub use memory::SlowMemory;
 pub use sparsed_rowcache as rowcache;
-pub use tier::{SlowFile, SlowTier};
+pub use tier::{SlowArea, SlowPlace, SlowTier};
 
 use rowcache::{PAGE_BYTES, READ_PAGES_MAX, Read};
 use std::fs::File;
@@ -126,7 +129,7 @@ struct Landed {
     found: io::Result<usize>,
 }
 
-/// Reads pages from one file.
+/// Reads pages from one file, or from memory.
 #[derive(Debug)]
 pub struct Reader {
     flights: Box<dyn Flights>,
@@ -141,6 +144,11 @@ impl Reader {
     /// When threads cannot be started either.
     pub fn open(file: File, area_offset: u64) -> io::Result<(Self, Option<io::Error>)> {
         Self::by_or_threads(Method::Uring { depth: QUEUE_DEPTH }, file, area_offset)
+    }
+
+    /// A reader of memory, where a read is a copy.
+    pub fn of_memory(memory: SlowMemory, area_offset: u64) -> Self {
+        Self { flights: Box::new(memory::Copies::new(memory)), area_offset }
     }
 
     fn by_or_threads(method: Method, file: File, area_offset: u64) -> io::Result<(Self, Option<io::Error>)> {

@@ -4,7 +4,7 @@ mod host_memory;
 mod work;
 
 use crate::border::{Host, PluginError, Source, borrow, entry, read_in, write_out};
-use crate::{Device, OpenOptions, Plugin, SlowFile};
+use crate::{Device, OpenOptions, Plugin, SlowArea};
 use host_memory::{Arenas, host_alloc, host_free, host_register, host_unregister};
 use sparsed_abi::{
     ABI_MINOR, SpdApi, SpdDevice, SpdDeviceInfo, SpdError, SpdHealth, SpdHost, SpdInstance, SpdKvDesc, SpdKvInfo,
@@ -358,7 +358,7 @@ unsafe extern "C" fn kv_create<D: Device>(
             return Err(PluginError::invalid("a pool without blocks, or an unknown flag"));
         }
         // SAFETY: NULL, or the description of a slow tier whose file is open during the call.
-        let slow = if desc.slow.is_null() { None } else { Some(unsafe { SlowFile::read(desc.slow) }?) };
+        let slow = if desc.slow.is_null() { None } else { Some(unsafe { SlowArea::read(desc.slow) }?) };
         let (pool, sizes) = device.kv_create(&desc, slow)?;
         // SAFETY: checked above; the caller's out pointer.
         unsafe {

@@ -6,6 +6,8 @@
 //!   attempts;
 //! - `bad_from`, the step from which all fail though nothing is lost, with the status `bad_status` or, without one,
 //!   with logits that are no numbers; `honest`, with which its self-test says so;
+//! - `slow_host`, with which its slow tier is taken in host memory only;
+//! - `host_memory`, `none`: it gives none; `only`: steps whose arenas lie in other memory fail;
 //! - `hang_open`, with which it does not come back from being opened;
 //! - `hog_at`, the step that wants more memory than there is.
 //!
@@ -15,16 +17,17 @@
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::{
-    ABI_MAJOR, ABI_MINOR, E_DATA, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, ENTRY_SYMBOL, SpdApi, SpdDevice,
-    SpdError, SpdGetApiFn, SpdHost, SpdInstance, SpdKvOp, SpdKvPool, SpdOpenOptions, SpdPlan, SpdQueue, SpdRun,
-    SpdStatus,
+    ABI_MAJOR, ABI_MINOR, E_DATA, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, E_UNSUPPORTED, ENTRY_SYMBOL,
+    FEAT_SLOW_FILE, OK, SpdApi, SpdDevice, SpdDeviceInfo, SpdError, SpdGetApiFn, SpdHost, SpdInstance, SpdKvOp,
+    SpdKvPool, SpdOpenOptions, SpdPlan, SpdQueue, SpdRun, SpdStatus,
 };
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
+use std::ops::Range;
 use std::ptr;
 use std::str::FromStr;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Of the wrapped library and of this one.
 static TABLES: OnceLock<Option<(&'static SpdApi, SpdApi)>> = OnceLock::new();
@@ -34,6 +37,8 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 static OPENS: AtomicU64 = AtomicU64::new(0);
 static QUEUE_LOST: AtomicBool = AtomicBool::new(false);
 static DEVICE_LOST: AtomicBool = AtomicBool::new(false);
+/// Memory that was given for arenas, freed or not.
+static GIVEN: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
 
 /// What is to fail.
 #[derive(Debug, Default)]
@@ -46,6 +51,9 @@ struct Planted {
     bad_from: Option<u64>,
     bad_status: Option<SpdStatus>,
     is_honest: bool,
+    slow_host: bool,
+    /// None is given, or only what was given is taken.
+    host_memory: Option<String>,
     hangs: bool,
     hog_at: Option<u64>,
 }
@@ -69,8 +77,10 @@ fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
     let own = SpdApi {
         plugin_id: c"faulty".as_ptr(),
         instance_create: Some(instance_create),
+        device_info: Some(device_info),
         device_open: Some(device_open),
         self_test: Some(self_test),
+        host_alloc: Some(host_alloc),
         queue_create: Some(queue_create),
         queue_run: Some(queue_run),
         queue_kv: Some(queue_kv),
@@ -124,6 +134,8 @@ fn parse(setting: impl Fn(&CStr) -> Option<String>) -> Option<Planted> {
         bad_from: number(setting(c"bad_from"))?,
         bad_status: number(setting(c"bad_status"))?,
         is_honest: setting(c"honest").is_some(),
+        slow_host: setting(c"slow_host").is_some(),
+        host_memory: setting(c"host_memory"),
         hangs: setting(c"hang_open").is_some(),
         hog_at: number(setting(c"hog_at"))?,
     })
@@ -172,6 +184,22 @@ unsafe extern "C" fn instance_create(
     unsafe { create(host, out, error) }
 }
 
+unsafe extern "C" fn device_info(
+    instance: *mut SpdInstance,
+    index: u32,
+    out: *mut SpdDeviceInfo,
+    error: *mut SpdError,
+) -> SpdStatus {
+    let call = real().device_info.expect("a whole table");
+    // SAFETY: as we were called.
+    let status = unsafe { call(instance, index, out, error) };
+    if status == OK && PLANTED.get().is_some_and(|planted| planted.slow_host) {
+        // SAFETY: the daemon's struct, of this version, which the library has filled.
+        unsafe { (*out).features &= !FEAT_SLOW_FILE };
+    }
+    status
+}
+
 unsafe extern "C" fn device_open(
     instance: *mut SpdInstance,
     index: u32,
@@ -205,6 +233,43 @@ unsafe extern "C" fn self_test(device: *mut SpdDevice, level: u32, error: *mut S
     unsafe { test(device, level, error) }
 }
 
+unsafe extern "C" fn host_alloc(
+    device: *mut SpdDevice,
+    length: u64,
+    align: u64,
+    out: *mut *mut c_void,
+    error: *mut SpdError,
+) -> SpdStatus {
+    if PLANTED.get().is_some_and(|planted| planted.host_memory.as_deref() == Some("none")) {
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, E_UNSUPPORTED, "no memory of this device's") };
+    }
+    let alloc = real().host_alloc.expect("a whole table");
+    // SAFETY: as we were called.
+    let status = unsafe { alloc(device, length, align, out, error) };
+    if status == OK {
+        // SAFETY: the daemon's pointer, which the library has filled.
+        let base = unsafe { out.read() } as usize;
+        GIVEN.lock().unwrap_or_else(PoisonError::into_inner).push(base..base + usize::try_from(length).unwrap_or(0));
+    }
+    status
+}
+
+/// Whether both arenas lie in memory of [`host_alloc`].
+///
+/// # Safety
+/// `run` is the daemon's struct.
+unsafe fn has_our_arenas(run: *const SpdRun) -> bool {
+    // SAFETY: the caller's contract.
+    let run = unsafe { &*run };
+    let given = GIVEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let arenas = [(run.input as usize, run.in_length), (run.out as usize, run.out_length)];
+    arenas.into_iter().all(|(base, length)| {
+        let end = base + usize::try_from(length).unwrap_or(0);
+        length == 0 || given.iter().any(|given| given.start <= base && end <= given.end)
+    })
+}
+
 unsafe extern "C" fn queue_create(
     device: *mut SpdDevice,
     priority: u32,
@@ -231,6 +296,11 @@ unsafe extern "C" fn queue_run(
     }
     let number = RUNS.fetch_add(1, Ordering::Relaxed) + 1;
     let planted = PLANTED.get().expect("set by instance_create");
+    // SAFETY: the daemon's struct.
+    if planted.host_memory.as_deref() == Some("only") && !unsafe { has_our_arenas(run) } {
+        // SAFETY: the daemon's error.
+        return unsafe { refuse(error, E_INVALID, "an arena in memory that was not given") };
+    }
     if planted.hog_at == Some(number) {
         // No address space holds it: the allocator fails, and that ends the process.
         std::hint::black_box(vec![0u8; 1 << 62]);

@@ -67,25 +67,22 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<toml::Table, ConfigError>
         return Err(ConfigError::Invalid { origin, reason: unknown_key(&key) });
     }
     // Once into the types with the text at hand, so that a wrong one is named with its line.
-    toml::from_str::<Config>(text).map_err(at)?;
+    match toml::from_str::<Config>(text) {
+        Err(error) if !is_missing(&error) => return Err(at(error)),
+        _ => {}
+    }
     toml::from_str(text).map_err(at)
 }
 
-/// Where the value of `key` comes from: the last setting of it, or its line in the file.
-pub(super) fn origin(key: &str, file: Option<(&Path, &str)>, sets: &[String]) -> String {
-    let path = key_parts(key).unwrap_or_default();
-    let of_key = |set: &&String| set.split_once('=').and_then(|(name, _)| key_parts(name)).is_some_and(|p| p == path);
-    let by_set = sets.iter().rfind(of_key).map(|set| format!("--set {set}"));
-    let by_file = || {
-        let (file, text) = file?;
-        let table = DeTable::parse(text).ok()?;
-        let offset = offset_of(table.get_ref(), &path)?;
-        Some(format!("{}:{}", file.display(), line(text, offset)))
-    };
-    // Without a key, one of the settings does not fit its type.
-    by_set
-        .or_else(by_file)
-        .unwrap_or_else(|| sets.iter().map(|set| format!("--set {set}")).collect::<Vec<_>>().join(" "))
+/// The line of `text` where the key `path` stands.
+pub(super) fn line_of(text: &str, path: &[String]) -> Option<usize> {
+    let table = DeTable::parse(text).ok()?;
+    offset_of(table.get_ref(), path).map(|offset| line(text, offset))
+}
+
+/// Whether `set`, a `key=value`, is about the key `path`.
+pub(super) fn is_about(set: &str, path: &[String]) -> bool {
+    set.split_once('=').and_then(|(name, _)| key_parts(name)).is_some_and(|parts| parts == path)
 }
 
 fn offset_of(table: &DeTable<'_>, path: &[String]) -> Option<usize> {
@@ -98,7 +95,7 @@ fn offset_of(table: &DeTable<'_>, path: &[String]) -> Option<usize> {
 }
 
 /// The parts of a TOML key: dots part them but in quotes.
-fn key_parts(key: &str) -> Option<Vec<String>> {
+pub(super) fn key_parts(key: &str) -> Option<Vec<String>> {
     let mut table: toml::Table = format!("{key} = 0").parse().ok()?;
     let mut parts = Vec::new();
     loop {
@@ -142,8 +139,13 @@ pub(super) fn apply(set: &str, root: &mut toml::Table) -> Result<(), ConfigError
     }
     table.insert((*last).to_owned(), value);
     // Types are checked one by one; what is still missing may come with the next setting.
-    let wrong = root.clone().try_into::<Config>().err().filter(|error| !error.message().starts_with("missing field"));
+    let wrong = root.clone().try_into::<Config>().err().filter(|error| !is_missing(error));
     wrong.map_or(Ok(()), |error| Err(fail(error.message().to_owned())))
+}
+
+/// Whether all that is wrong is that something is not said: a further layer may say it.
+fn is_missing(error: &toml::de::Error) -> bool {
+    error.message().starts_with("missing field")
 }
 
 /// The first unknown key below `table`, and where it stands.

@@ -1,9 +1,10 @@
-//! What did the operator ask for? One TOML file and `--set`, parsed into types, every key known.
+//! What did the operator ask for? TOML files and `--set`, parsed into types, every key known.
 //!
-//! Order: built-in defaults, then the file, then `--set` from left to right. An unknown key is an error that names the
-//! line and the nearest known key; nothing is ignored.
+//! Order: built-in defaults, the files that [`Source`] names, then `--set` from left to right. An unknown key is an
+//! error that names the line and the nearest known key; nothing is ignored.
 
 mod check;
+mod layers;
 mod memory;
 mod paths;
 mod plugins;
@@ -12,6 +13,7 @@ mod size;
 mod source;
 mod tcp;
 
+pub use layers::Layers;
 pub use memory::{Memory, SlowTierFor};
 pub use paths::Paths;
 pub use plugins::Plugins;
@@ -23,12 +25,8 @@ pub use tcp::Tcp;
 use serde::{Deserialize, Serialize};
 use sparsed_backend::STRIKES_MAX;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-/// Largest configuration file in bytes.
-const FILE_BYTES_MAX: u64 = 1 << 20;
 /// The longest time that can be configured.
 const YEAR_MS: u64 = 365 * 86_400_000;
 
@@ -246,32 +244,6 @@ pub enum Activations {
 }
 
 impl Config {
-    /// Reads `file`, or the defaults without one, and applies `sets` (`key=value`).
-    ///
-    /// # Errors
-    /// A file that cannot be read, an unknown key, a value of the wrong type or out of its range.
-    pub fn load(file: Option<&Path>, sets: &[String]) -> Result<Self, ConfigError> {
-        let text = file.map(read).transpose()?;
-        let mut table: toml::Table = match (file, &text) {
-            (Some(path), Some(text)) => check::parse(path, text)?,
-            _ => toml::Table::new(),
-        };
-        for set in sets {
-            check::apply(set, &mut table)?;
-        }
-        let wrong = match table.try_into::<Self>() {
-            Ok(config) => match config.wrong_value() {
-                None => return Ok(config),
-                Some(wrong) => wrong,
-            },
-            // Only a setting can be at fault: the file was read as it is before.
-            Err(error) => (String::new(), error.message().to_owned()),
-        };
-        let (key, reason) = wrong;
-        let origin = check::origin(&key, file.zip(text.as_deref()), sets);
-        Err(ConfigError::Invalid { origin, reason: if key.is_empty() { reason } else { format!("{key} {reason}") } })
-    }
-
     /// The first value out of its range, and what it must be.
     fn wrong_value(&self) -> Option<(String, String)> {
         let (limits, plugins) = (&self.limits, &self.plugins);
@@ -346,21 +318,10 @@ impl Config {
     }
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
-    let io = |cause| ConfigError::Io { path: path.to_owned(), cause };
-    let mut text = String::new();
-    let file = File::open(path).map_err(io)?;
-    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(io)?;
-    if text.len() as u64 > FILE_BYTES_MAX {
-        let reason = format!("more than {FILE_BYTES_MAX} bytes");
-        return Err(ConfigError::Invalid { origin: path.display().to_string(), reason });
-    }
-    Ok(text)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn load(text: &str, sets: &[&str]) -> Result<Config, String> {
         let dir = tempfile::tempdir().unwrap();
@@ -368,7 +329,7 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
         let said = |error: ConfigError| error.to_string().replace(&path.display().to_string(), "FILE");
-        Config::load(Some(&path), &sets).map_err(said)
+        Layers::read(std::slice::from_ref(&path), &sets).and_then(|layers| layers.config()).map_err(said)
     }
 
     #[test]

@@ -2,10 +2,12 @@
 
 use super::Config;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The packaged model's file name.
 const DEFAULT_MODEL_FILE: &str = "smollm2-135m-dsa.gguf";
+/// Where packages put models; one of the same name in the state folder goes before it.
+const PACKAGED_MODELS: &str = "/usr/share/sparsed/models";
 
 /// Places, settled.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,17 +24,25 @@ impl Paths {
     /// The places of this process.
     pub fn of(config: &Config) -> Self {
         let is_root = rustix::process::geteuid().is_root();
-        Self::settle(config, is_root, &|name| std::env::var_os(name).filter(|value| !value.is_empty()))
+        let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+        Self::settle(config, is_root, &variable, &Path::exists)
     }
 
-    fn settle(config: &Config, is_root: bool, variable: &dyn Fn(&str) -> Option<OsString>) -> Self {
+    fn settle(
+        config: &Config,
+        is_root: bool,
+        variable: &dyn Fn(&str) -> Option<OsString>,
+        is_there: &dyn Fn(&Path) -> bool,
+    ) -> Self {
         let home = variable("HOME").map_or_else(|| PathBuf::from("/"), PathBuf::from);
         let under = |name: &str, fallback: &str| variable(name).map_or_else(|| home.join(fallback), PathBuf::from);
         // A unit's own folders, if systemd made some, win over the user's.
         let unit = |name: &str| variable(name).map(PathBuf::from);
         let xdg_state = || under("XDG_STATE_HOME", ".local/state").join("sparsed");
-        // The system's service has a user of its own, and is told by its folder from a user's service.
-        let is_system = is_root || unit("STATE_DIRECTORY").is_some_and(|dir| dir.starts_with("/var/lib"));
+        // The system's service has a user of its own, and is told by its folder from a user's service; that user's home
+        // is there too, for who asks in its name.
+        let is_of_system = |dir: &Path| dir.starts_with("/var/lib");
+        let is_system = is_root || is_of_system(&unit("STATE_DIRECTORY").unwrap_or_else(|| home.clone()));
         let system = |path: &str| is_system.then(|| PathBuf::from(path));
         let state_dir = config.state_dir.clone().or_else(|| unit("STATE_DIRECTORY"));
         let state_dir = state_dir.or_else(|| system("/var/lib/sparsed")).unwrap_or_else(xdg_state);
@@ -44,7 +54,10 @@ impl Paths {
             });
         let models = system("/var/lib/sparsed/models");
         let models = models.unwrap_or_else(|| under("XDG_DATA_HOME", ".local/share").join("sparsed/models"));
-        Self { state_dir, socket, default_model: models.join(DEFAULT_MODEL_FILE) }
+        let default_model = models.join(DEFAULT_MODEL_FILE);
+        let packaged = Path::new(PACKAGED_MODELS).join(DEFAULT_MODEL_FILE);
+        let default_model = if is_there(&packaged) && !is_there(&default_model) { packaged } else { default_model };
+        Self { state_dir, socket, default_model }
     }
 }
 
@@ -54,8 +67,18 @@ mod tests {
 
     fn settled(is_root: bool, variables: &[(&str, &str)]) -> [String; 3] {
         let variable = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| OsString::from(v));
-        let paths = Paths::settle(&Config::default(), is_root, &variable);
+        let paths = Paths::settle(&Config::default(), is_root, &variable, &|_| false);
         [paths.state_dir, paths.socket, paths.default_model].map(|path| path.display().to_string())
+    }
+
+    #[test]
+    fn a_packaged_model_is_the_default_unless_the_state_folder_has_one() {
+        let model = |there: &dyn Fn(&Path) -> bool| {
+            Paths::settle(&Config::default(), true, &|_| None, there).default_model.display().to_string()
+        };
+        let packaged = |path: &Path| path.starts_with("/usr/share");
+        assert_eq!(model(&packaged), "/usr/share/sparsed/models/smollm2-135m-dsa.gguf");
+        assert_eq!(model(&|_| true), "/var/lib/sparsed/models/smollm2-135m-dsa.gguf");
     }
 
     #[test]

@@ -16,9 +16,15 @@ const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest line of an event stream.
 const LINE_BYTES_MAX: usize = 16 << 20;
 
-/// The socket that was named, or else where a daemon without a configuration listens.
+/// The system's daemon, for users who run none of their own.
+const SYSTEM_SOCKET: &str = "/run/sparsed/api.sock";
+
+/// The socket that was named, or else where the user's daemon listens, or the system's.
 pub(super) fn socket_or_default(named: Option<&Path>) -> PathBuf {
-    named.map_or_else(|| Paths::of(&Config::default()).socket, Path::to_owned)
+    let own = || Paths::of(&Config::default()).socket;
+    let system = || Some(PathBuf::from(SYSTEM_SOCKET)).filter(|system| system.exists());
+    let found = || Some(own()).filter(|own| own.exists()).or_else(system).unwrap_or_else(own);
+    named.map_or_else(found, Path::to_owned)
 }
 
 /// A daemon's socket.
@@ -46,6 +52,35 @@ impl Client {
     /// No daemon, or its own error.
     pub(super) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         self.whole(self.send("POST", path, body.to_string().into()).await?).await
+    }
+
+    /// The JSON answer to deleting what is at `path`.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn delete(&self, path: &str) -> anyhow::Result<Value> {
+        self.whole(self.send("DELETE", path, Bytes::new()).await?).await
+    }
+
+    /// The JSON answer to a file that is sent as it is.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn put_file(&self, path: &str, file: Vec<u8>) -> anyhow::Result<Value> {
+        self.whole(self.send("POST", path, file.into()).await?).await
+    }
+
+    /// The file at `path`.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn get_file(&self, path: &str) -> anyhow::Result<Bytes> {
+        let response = self.send("GET", path, Bytes::new()).await?;
+        if response.status() != StatusCode::OK {
+            self.whole(response).await?;
+            bail!("the daemon answered without a file");
+        }
+        body(response).await
     }
 
     /// The events that answer `body`. Dropping them ends the request.
@@ -79,8 +114,7 @@ impl Client {
 
     async fn whole(&self, response: Response<Incoming>) -> anyhow::Result<Value> {
         let status = response.status();
-        let body = http_body_util::Limited::new(response.into_body(), BODY_BYTES_MAX);
-        let body = body.collect().await.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes();
+        let body = body(response).await?;
         let json: Value = serde_json::from_slice(&body).with_context(|| format!("status {status}, not JSON"))?;
         match json["error"]["message"].as_str() {
             Some(message) => bail!("{message}"),
@@ -88,6 +122,11 @@ impl Client {
             None => Ok(json),
         }
     }
+}
+
+async fn body(response: Response<Incoming>) -> anyhow::Result<Bytes> {
+    let body = http_body_util::Limited::new(response.into_body(), BODY_BYTES_MAX);
+    Ok(body.collect().await.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes())
 }
 
 /// Server-sent events, one JSON value each.

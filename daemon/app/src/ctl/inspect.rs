@@ -79,6 +79,13 @@ fn report(found: &Inspection, context: Option<u32>) -> anyhow::Result<Value> {
     }))
 }
 
+/// Bytes that serving takes with the daemon's row formats and a context of `context` tokens, or the model's own; `None`
+/// where the model is not served.
+pub(super) fn bytes_to_serve(found: &Inspection, context: Option<u32>) -> Option<u64> {
+    let spec = found.spec.as_ref()?;
+    memory(found, spec, context.unwrap_or(spec.context_length)).ok()?["default"]["total_bytes"].as_u64()
+}
+
 /// What serving takes, for the daemon's row formats and for exact ones.
 fn memory(found: &Inspection, spec: &ModelSpec, context: u32) -> anyhow::Result<Value> {
     let tokens = u64::from(blocks_for(context)) * u64::from(BLOCK_TOKENS);

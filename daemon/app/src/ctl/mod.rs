@@ -2,9 +2,12 @@
 
 mod bench;
 mod client;
+mod config;
 mod conform;
 mod convert;
+mod doctor;
 mod eval;
+mod generate;
 mod inspect;
 mod local;
 mod logits;
@@ -13,6 +16,7 @@ mod private;
 mod quantize;
 mod repl;
 mod run;
+mod sessions;
 mod status;
 
 use clap::{Parser, Subcommand};
@@ -31,15 +35,19 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    Config(config::ConfigCommand),
     Conform(conform::Conform),
     Convert(convert::Convert),
+    Doctor(doctor::Doctor),
     Eval(Box<eval::Eval>),
+    Generate(generate::Generate),
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
     Models(status::Models),
     Plugins(plugins::Plugins),
     Quantize(quantize::Quantize),
     Run(run::Run),
+    Sessions(sessions::SessionsCommand),
     Status(status::Status),
 }
 
@@ -49,15 +57,19 @@ pub fn main() -> ExitCode {
     crate::logging::start(log::LevelFilter::Warn);
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),
+        Command::Config(command) => command.run(),
         Command::Conform(command) => command.run(),
         Command::Convert(command) => command.run(),
+        Command::Doctor(command) => command.run(),
         Command::Eval(command) => command.run(),
+        Command::Generate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
         Command::Plugins(command) => command.run(),
         Command::Quantize(command) => command.run(),
         Command::Run(command) => command.run(),
+        Command::Sessions(command) => command.run(),
         Command::Status(command) => command.run(),
     };
     match outcome {

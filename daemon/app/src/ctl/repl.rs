@@ -29,6 +29,9 @@ pub(super) async fn run(client: &Client, model: &str, options: &ChatOptions) -> 
             Command::Nothing => {}
             Command::Exit => return Ok(()),
             Command::Help => super::print(HELP)?,
+            Command::Clear | Command::System(_) if options.session.is_some() => {
+                super::print("A session keeps what was said; /exit, then begin another one.")?;
+            }
             Command::Clear => messages = options.opening(),
             Command::System(text) => {
                 options.system = Some(text);
@@ -55,6 +58,11 @@ async fn turn(
         _ = tokio::signal::ctrl_c() => Err(anyhow::anyhow!("stopped")),
     };
     match answer {
+        // The daemon keeps it.
+        Ok(_) if options.session.is_some() => {
+            super::print("")?;
+            messages.clear();
+        }
         Ok(answer) => {
             super::print("")?;
             messages.push(json!({ "role": "assistant", "content": answer }));

@@ -3,6 +3,7 @@
 use super::client::{Client, socket_or_default};
 use super::private::{PrivateDaemon, PrivateOptions};
 use super::repl;
+use super::sessions::whole_id;
 use anyhow::bail;
 use serde_json::{Value, json};
 use sparsed_engine::DEFAULT_MODEL;
@@ -35,6 +36,9 @@ pub(super) struct Run {
 /// How the answer is made.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct ChatOptions {
+    /// Go on with this conversation, which the daemon keeps (`sparsectl sessions`).
+    #[arg(long)]
+    pub(super) session: Option<String>,
     /// The system message.
     #[arg(long)]
     pub(super) system: Option<String>,
@@ -56,12 +60,16 @@ impl ChatOptions {
     /// A chat request with these messages.
     pub(super) fn request(&self, model: &str, messages: &[Value], stream: bool) -> Value {
         let mut body = json!({
-            "model": model,
             "messages": messages,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stream": stream,
         });
+        match &self.session {
+            // It has a model.
+            Some(session) => body["session_id"] = json!(session),
+            None => body["model"] = json!(model),
+        }
         if let Some(seed) = self.seed {
             body["seed"] = json!(seed.cast_signed());
         }
@@ -89,7 +97,7 @@ impl Run {
         crate::lifecycle::runtime()?.block_on(self.converse())
     }
 
-    async fn converse(self) -> anyhow::Result<()> {
+    async fn converse(mut self) -> anyhow::Result<()> {
         let (target, prompt) = target(&self.words)?;
         let (client, model, private) = match target {
             Target::Named(name) => {
@@ -98,7 +106,14 @@ impl Run {
                         "options for a model file do not go with a model of the daemon; set them in its configuration"
                     );
                 }
-                (Client::new(&socket_or_default(self.socket.as_deref())), name, None)
+                let client = Client::new(&socket_or_default(self.socket.as_deref()));
+                if let Some(session) = &mut self.options.session {
+                    *session = whole_id(&client, session).await?;
+                }
+                (client, name, None)
+            }
+            Target::File(_) if self.options.session.is_some() => {
+                bail!("a session is the daemon's and has a model; leave the model file out")
             }
             Target::File(file) => {
                 let private = PrivateDaemon::start(&file, &self.private).await?;
@@ -151,7 +166,15 @@ impl Run {
 /// # Errors
 /// The daemon's, or that nobody reads standard output.
 pub(super) async fn stream_answer(client: &Client, request: &Value) -> anyhow::Result<String> {
-    let mut events = client.stream("/v1/chat/completions", request).await?;
+    stream_from(client, "/v1/chat/completions", request).await
+}
+
+/// As [`stream_answer`], of the request at `path`.
+///
+/// # Errors
+/// As there.
+pub(super) async fn stream_from(client: &Client, path: &str, request: &Value) -> anyhow::Result<String> {
+    let mut events = client.stream(path, request).await?;
     let mut answer = String::new();
     while let Some(event) = events.next().await? {
         if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {

@@ -67,10 +67,12 @@ pub(super) enum Request {
         desc: Plain<SpdWeightDesc>,
         source: Source,
     },
+    /// Comes with the file of the slow tier, if there is one.
     CreateKv {
         device: u32,
         pool: u32,
         shape: PoolShape,
+        slow: Option<SlowShape>,
     },
     /// Comes with the program.
     Compile {
@@ -120,6 +122,16 @@ pub(super) struct PoolShape {
     pub(super) n_index_layers: u32,
     /// Latent, rope and index row.
     pub(super) rows: [Plain<SpdRow>; 3],
+}
+
+/// See `spd_kv_slow`.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct SlowShape {
+    /// Whether the file is memory, to be mapped.
+    pub(super) is_memory: bool,
+    pub(super) offset: u64,
+    pub(super) length: u64,
+    pub(super) cache_bytes: u64,
 }
 
 /// Something that lives in the host until it is dropped.

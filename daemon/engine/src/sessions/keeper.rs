@@ -208,6 +208,12 @@ impl Keeper {
         let mut images = Vec::new();
         for block in restore.first..restore.first.saturating_add(restore.n) {
             let Some(&(owner, id)) = self.files.get(&restore.file) else { break };
+            // After the loss of a device its last blocks may be on their way to the file.
+            let on_its_way = |save: &Save| (save.file, save.index) == (restore.file, block);
+            if let Some((.., image)) = self.images.iter().find(|(_, _, save, _)| on_its_way(save)) {
+                images.push(image.clone());
+                continue;
+            }
             let mut image = Vec::new();
             match self.store.load_block(owner, id, shape, block, &mut image) {
                 Ok(Loaded::Image) => images.push(image),
@@ -389,6 +395,31 @@ mod tests {
         image(&mut keeper, save(&second, 1));
         assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 2);
         assert_eq!(commands.try_iter().count(), 3, "the engine hears of each");
+    }
+
+    #[test]
+    fn a_block_that_is_still_to_be_written_can_be_restored() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, commands) = keeper(dir.path());
+        let turn = begin(&mut keeper, id, 0, &[1; 128]);
+        let other = FileId(turn.file.0 + 1);
+        for (file, index, image) in [(turn.file, 0, [1; 8]), (turn.file, 1, [2; 8]), (other, 2, [3; 8])] {
+            let save = Save { file, index, block: sparsed_kv::BlockId(0) };
+            keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: image.to_vec() });
+        }
+        let mut brought = || {
+            let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n: 3 };
+            keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore });
+            keeper.write_image();
+            commands.try_iter().find_map(|command| match command {
+                Command::Restored { restored, .. } => Some(restored.images),
+                _ => None,
+            })
+        };
+        // None written, the first one, both.
+        for _ in 0..3 {
+            assert_eq!(brought().unwrap(), [[1; 8], [2; 8]]);
+        }
     }
 
     #[test]

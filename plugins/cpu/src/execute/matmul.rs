@@ -165,7 +165,7 @@ impl Frame<'_> {
         {
             let mut pairs = &job.pairs[batch][..];
             while !pairs.is_empty() {
-                let (now, later) = pairs.split_at(tokens_at_once(level, pairs.len()));
+                let (now, later) = pairs.split_at(tokens_at_once(level, rounding, pairs.len()));
                 pairs = later;
                 let x = if let [(from, _)] = now { row(*from) } else { interleave(now, &row, blocks, beside) };
                 let mut sums = [Sums::default(); TOKENS_MAX];

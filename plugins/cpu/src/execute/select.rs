@@ -170,7 +170,7 @@ impl Indexer<'_> {
         let (level, blocks) = (self.frame.device.level, self.q.n2 / BLOCK);
         let (mut groups, mut head) = (Vec::new(), 0);
         while head < self.q.n1 {
-            let n = tokens_at_once(level, self.q.n1 - head);
+            let n = tokens_at_once(level, Rounding::Int16, self.q.n1 - head);
             let (mut x, mut row) = (vec![Block::default(); n * blocks], vec![Block::default(); blocks]);
             for i in 0..n {
                 round_row(level, Rounding::Int16, self.q.row(t, head + i), &mut row);

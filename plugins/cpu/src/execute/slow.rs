@@ -74,7 +74,7 @@ mod tests {
     };
     use sparsed_plugin_kit::Usage;
     use sparsed_plugin_kit::slow::rowcache::{SLOT_OVERHEAD_BYTES, SlowLayout};
-    use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowFile, Synchronous};
+    use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowArea, SlowPlace, Synchronous};
     use std::fs::File;
     use std::ops::Range;
     use std::os::unix::fs::FileExt;
@@ -163,8 +163,8 @@ mod tests {
             let layout = SlowLayout::new(row_bytes, desc.block_tokens, N_LAYERS).unwrap();
             let file = tempfile::tempfile().unwrap();
             file.set_len(AREA_OFFSET + u64::from(N_BLOCKS) * layout.block_bytes() as u64).unwrap();
-            let slow = cached.map(|rows| SlowFile {
-                file: file.try_clone().unwrap(),
+            let slow = cached.map(|rows| SlowArea {
+                place: SlowPlace::File(file.try_clone().unwrap()),
                 offset: AREA_OFFSET,
                 length: u64::from(N_BLOCKS) * layout.block_bytes() as u64,
                 cache_bytes: (rows * (row_bytes + SLOT_OVERHEAD_BYTES)) as u64,

@@ -5,12 +5,12 @@ use crate::simd::{LANES, Lanes, on_level};
 /// Values in a block.
 pub(crate) const BLOCK: usize = 32;
 
-/// 32 rounded activations, `x[i] = d (256 high[i] + low[i])`, bytes signed and in order, four to a lane.
+/// 32 rounded activations, `x[i] = d (256 high[i] + low[i])`, bytes signed.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
 pub(crate) struct Block {
-    pub(crate) high: [i32; BLOCK / 4],
-    pub(crate) low: [i32; BLOCK / 4],
+    /// For eight values at a time: four high bytes, the other four, four low bytes, the other four.
+    pub(crate) codes: [[i32; 4]; BLOCK / 8],
     /// The scale.
     pub(crate) d: f32,
     /// `d` times the sum of the codes: what a weight's minimum is multiplied with.
@@ -72,8 +72,8 @@ fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block]) {
         let inverse = l.splat(if largest > 0.0 { limit / largest } else { 0.0 });
         let (a, b) = (l.round(l.mul(a, inverse)), l.round(l.mul(b, inverse)));
         let (high, low) = l.split_bytes(a, b);
-        to.high = dwords(&high);
-        to.low = dwords(&low);
+        let (high, low) = (dwords(&high), dwords(&low));
+        to.codes = std::array::from_fn(|j| [high[2 * j], high[2 * j + 1], low[2 * j], low[2 * j + 1]]);
         let sums = [a, b].map(|half| {
             l.store_i(half, &mut lanes);
             lanes.into_iter().fold(0, i32::wrapping_add)
@@ -101,8 +101,11 @@ mod tests {
 
     fn codes(block: &Block) -> Vec<i32> {
         let signed = |four: &i32| four.to_le_bytes().map(|byte| i32::from(byte.cast_signed()));
-        let (high, low) = (block.high.iter().flat_map(signed), block.low.iter().flat_map(signed));
-        high.zip(low).map(|(high, low)| 256 * high + low).collect()
+        let eight = |codes: &[i32; 4]| {
+            let bytes: Vec<i32> = codes.iter().flat_map(signed).collect();
+            (0..8).map(move |i| 256 * bytes[i] + bytes[8 + i])
+        };
+        block.codes.iter().flat_map(eight).collect()
     }
 
     proptest! {

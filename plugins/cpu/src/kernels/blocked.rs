@@ -13,6 +13,8 @@ pub(crate) const HEADS_MAX: usize = 6;
 
 /// Rows, or vectors of values, that are multiplied with every head at once: their sums and they fill the registers.
 const TOGETHER: usize = 4;
+/// One at a time where 16 values fill this many registers: the sums of six heads are 24 of 32 then.
+const REGISTERS_FOR_ONE: usize = 4;
 
 /// True when rows of this width can be blocked.
 pub(crate) fn can_block(width: usize) -> bool {
@@ -79,10 +81,11 @@ fn attend_body<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]]
         shrink[h] = exponentials(l, &mut p[h], rows.len(), heads.scale, &mut heads.states[h]);
     }
     let width = heads.out.len() / H / LANES;
-    for part in 0..width / TOGETHER {
+    let together = if L::REGISTERS < REGISTERS_FOR_ONE { width / TOGETHER } else { 0 };
+    for part in 0..together {
         weigh::<L, H, TOGETHER>(l, rows, heads, part * TOGETHER, &p, &shrink);
     }
-    for part in width / TOGETHER * TOGETHER..width {
+    for part in together * TOGETHER..width {
         weigh::<L, H, 1>(l, rows, heads, part, &p, &shrink);
     }
 }
@@ -98,12 +101,15 @@ fn scores<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]], q: 
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
     for (sixteen, rows) in rows.chunks(LANES).enumerate() {
         let mut at = 0;
-        for rows in rows.as_chunks::<TOGETHER>().0 {
-            ask(l, &mut ahead, TOGETHER);
-            dot_rows::<L, H, TOGETHER>(l, rows, &q, at, &mut sums);
-            at += TOGETHER;
+        if L::REGISTERS < REGISTERS_FOR_ONE {
+            for rows in rows.as_chunks::<TOGETHER>().0 {
+                ask(l, &mut ahead, TOGETHER);
+                dot_rows::<L, H, TOGETHER>(l, rows, &q, at, &mut sums);
+                at += TOGETHER;
+            }
         }
         for row in &rows[at..] {
+            ask(l, &mut ahead, 1);
             dot_rows::<L, H, 1>(l, &[*row], &q, at, &mut sums);
             at += 1;
         }

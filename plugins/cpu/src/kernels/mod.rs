@@ -14,7 +14,7 @@ pub(crate) mod route;
 pub(crate) mod rows;
 pub(crate) mod select;
 
-/// Independent sums of every float reduction: one AVX-512 register, two of AVX2.
+/// Independent sums of every float reduction: one AVX-512 register, two of AVX2, four of NEON.
 pub(crate) const LANES: usize = 16;
 
 /// How a level multiplies and adds.
@@ -61,8 +61,13 @@ macro_rules! leveled {
                     $crate::level::Level::Avx2 => return unsafe { avx2($($arg),*) },
                     // SAFETY: as above.
                     $crate::level::Level::Avx512 => return unsafe { avx512($($arg),*) },
-                    $crate::level::Level::Scalar => {}
+                    _ => {}
                 }
+            }
+            // The fused multiplication is in every aarch64; its levels differ in integers only.
+            #[cfg(target_arch = "aarch64")]
+            if level != $crate::level::Level::Scalar {
+                return $body::<$crate::kernels::Fused>($($arg),*);
             }
             let _ = level;
             $body::<$crate::kernels::Plain>($($arg),*)

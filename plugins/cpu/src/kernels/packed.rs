@@ -15,7 +15,7 @@ pub(crate) use layout::{TILE_ROWS, can_pack, pack_tile, tile_bytes};
 
 use super::activations::{Block, Rounding};
 use crate::level::Level;
-use crate::simd::{Lanes, on_level};
+use crate::simd::{Lanes, Products, on_level};
 use layout::Layout;
 use sparsed_quant::Format;
 
@@ -25,10 +25,19 @@ pub(crate) const TOKENS_MAX: usize = 8;
 /// Sums of one token with 16 rows.
 pub(crate) type Sums = [f32; TILE_ROWS];
 
-/// How many of `left` tokens the level takes through a tile together.
-pub(crate) fn tokens_at_once(level: Level, left: usize) -> usize {
-    let sizes: &[usize] = if level == Level::Avx512 { &[8, 4, 2] } else { &[2] };
+/// How many of `left` tokens the level takes through a tile together: as many as have room for their sums in registers.
+pub(crate) fn tokens_at_once(level: Level, rounding: Rounding, left: usize) -> usize {
+    let sizes: &[usize] = match (level, rounding) {
+        (Level::Avx512, _) => &[8, 4, 2],
+        (Level::Neon | Level::Dotprod | Level::I8mm, Rounding::Int8) => &[4, 2],
+        _ => &[2],
+    };
     sizes.iter().copied().find(|&n| n <= left).unwrap_or(1)
+}
+
+/// What [`tokens_at_once`] never says on this architecture is not compiled.
+const fn is_compiled(tokens: usize, planes: usize) -> bool {
+    cfg!(not(target_arch = "aarch64")) || tokens * planes <= 4
 }
 
 /// `sums[n][r] = row r . token n` for a tile. `x` holds `sums.len()` tokens, a number of [`tokens_at_once`], rounded as
@@ -38,10 +47,10 @@ pub(crate) fn product(level: Level, format: Format, rounding: Rounding, tile: &[
         ($($format:ident: $($n:literal)*;)*) => {
             match (format, rounding, sums.len()) {
                 $($(
-                    (Format::$format, Rounding::Int16, $n) => {
+                    (Format::$format, Rounding::Int16, $n) if const { is_compiled($n, 2) } => {
                         multiply::<{ Format::$format as u32 }, 2, $n>(level, tile, x, sums);
                     }
-                    (Format::$format, Rounding::Int8, $n) => {
+                    (Format::$format, Rounding::Int8, $n) if const { is_compiled($n, 1) } => {
                         multiply::<{ Format::$format as u32 }, 1, $n>(level, tile, x, sums);
                     }
                 )*)*
@@ -82,48 +91,12 @@ const fn layout_of(format: u32) -> Layout {
     Layout::of(FORMATS[i]).expect("each of these is packed")
 }
 
-/// The integer sums of N tokens.
-struct Planes<L: Lanes, const PLANES: usize, const N: usize> {
-    high: [L::I; N],
-    low: [L::I; N],
-}
-
-impl<L: Lanes, const PLANES: usize, const N: usize> Planes<L, PLANES, N> {
-    /// `start[n]` is added to the sum of token n.
-    #[inline(always)]
-    fn new(l: L, start: impl Fn(usize) -> i32) -> Self {
-        Self { high: [l.splat_i(0); N], low: std::array::from_fn(|n| l.splat_i(start(n))) }
-    }
-
-    /// Adds the products of codes `w` of `bits` bits with lane `at` of every token.
-    #[inline(always)]
-    fn add(&mut self, l: L, bits: usize, w: L::I, x: &[Block; N], at: usize) {
-        for ((high, low), x) in self.high.iter_mut().zip(&mut self.low).zip(x) {
-            if PLANES == 2 {
-                *high = dot(l, bits, *high, w, x.high[at]);
-            }
-            *low = dot(l, bits, *low, w, x.low[at]);
-        }
-    }
-
-    /// The exact sum of token n, rounded to f32.
-    #[inline(always)]
-    fn total(&self, l: L, n: usize) -> L::F {
-        let low = self.low[n];
-        l.to_float(if PLANES == 2 { l.add_i(l.shl_byte(self.high[n]), low) } else { low })
-    }
-}
-
-#[inline(always)]
-fn dot<L: Lanes>(l: L, bits: usize, sum: L::I, w: L::I, x: i32) -> L::I {
-    if bits == 8 { l.dot_bytes(sum, w, l.splat_i(x)) } else { l.dot_small(sum, w, l.splat_i(x)) }
-}
-
 /// The codes of values 4 at .. 4 at + 4 of 16 rows.
 #[inline(always)]
-fn codes_at<L: Lanes>(l: L, bits: usize, codes: &[[u8; 64]], at: usize) -> L::I {
+fn four_codes<L: Products>(l: L, bits: usize, codes: &[[u8; 64]], at: usize) -> L::I {
     if bits == 8 {
-        return l.load_i(&codes[at]);
+        let codes = l.load_i(&codes[at]);
+        return if L::BYTE_OFFSET == 128 { codes } else { l.offset_bytes(codes) };
     }
     let nibbles = l.load_i(&codes[at % 4]);
     let nibbles = if at < 4 { l.low_nibbles(nibbles) } else { l.high_nibbles(nibbles) };
@@ -134,8 +107,27 @@ fn codes_at<L: Lanes>(l: L, bits: usize, codes: &[[u8; 64]], at: usize) -> L::I 
     }
 }
 
+/// Adds the products of the codes of values 8 at .. 8 at + 8 to the integer sums of N tokens.
 #[inline(always)]
-fn multiply_body<L: Lanes, const FORMAT: u32, const PLANES: usize, const N: usize>(
+fn add_eight<L: Products, const PLANES: usize, const N: usize>(
+    l: L,
+    bits: usize,
+    codes: &[[u8; 64]],
+    at: usize,
+    x: &[Block; N],
+    sums: &mut [L::Sums; N],
+) {
+    let (first, second) = (four_codes(l, bits, codes, 2 * at), four_codes(l, bits, codes, 2 * at + 1));
+    let codes = l.codes::<PLANES>(first, second);
+    for (sums, x) in sums.iter_mut().zip(x) {
+        let x = &x.codes[at];
+        *sums =
+            if bits == 8 { l.dot::<PLANES, false>(*sums, codes, x) } else { l.dot::<PLANES, true>(*sums, codes, x) };
+    }
+}
+
+#[inline(always)]
+fn multiply_body<L: Products, const FORMAT: u32, const PLANES: usize, const N: usize>(
     l: L,
     tile: &[u8],
     x: &[Block],
@@ -154,25 +146,27 @@ fn multiply_body<L: Lanes, const FORMAT: u32, const PLANES: usize, const N: usiz
                 add_q6_k::<L, PLANES, N>(l, codes, scales, head, x, &mut totals);
                 continue;
             }
-            let mut planes = Planes::<L, PLANES, N>::new(l, |n| {
-                if FORMAT == Format::Q4_0 as u32 {
+            let mut products = [l.start::<PLANES>(0); N];
+            for n in 0..N {
+                products[n] = l.start::<PLANES>(if FORMAT == Format::Q4_0 as u32 {
                     x[n].minus_8
                 } else if FORMAT == Format::Q5_0 as u32 {
                     x[n].minus_8.wrapping_mul(2)
-                } else if FORMAT == Format::Q8_0 as u32 {
+                } else if FORMAT == Format::Q8_0 as u32 && L::BYTE_OFFSET == 128 {
                     x[n].minus_128
                 } else {
                     0
-                }
-            });
-            for i in 0..8 {
-                // Both halves of a vector of nibbles, then the next one's.
-                let at = if layout.bits == 8 { i } else { i / 2 + i % 2 * 4 };
-                planes.add(l, layout.bits, codes_at(l, layout.bits, codes, at), x, at);
+                });
+            }
+            for i in 0..4 {
+                // Both halves of two vectors of nibbles, then the next two's.
+                let at = if layout.bits == 8 { i } else { i / 2 + i % 2 * 2 };
+                add_eight::<L, PLANES, N>(l, layout.bits, codes, at, x, &mut products);
             }
             let (d, minimum) = scales_of(l, layout, scales, head);
             for n in 0..N {
-                totals[n] = l.mul_add(planes.total(l, n), l.mul(d, l.splat(x[n].d)), totals[n]);
+                let product = l.to_float(l.total::<PLANES>(products[n]));
+                totals[n] = l.mul_add(product, l.mul(d, l.splat(x[n].d)), totals[n]);
                 if let Some(minimum) = minimum {
                     totals[n] = l.mul_add(minimum, l.splat(x[n].sum), totals[n]);
                 }
@@ -196,7 +190,7 @@ fn scales_of<L: Lanes>(l: L, layout: Layout, scales: &[u8], head: &[u8]) -> (L::
 
 /// A block of Q6_K: a sum and a scale for each half.
 #[inline(always)]
-fn add_q6_k<L: Lanes, const PLANES: usize, const N: usize>(
+fn add_q6_k<L: Products, const PLANES: usize, const N: usize>(
     l: L,
     codes: &[[u8; 64]],
     scales: &[u8],
@@ -206,14 +200,17 @@ fn add_q6_k<L: Lanes, const PLANES: usize, const N: usize>(
 ) {
     let d = l.load_half(&head.as_chunks::<32>().0[0]);
     for half in 0..2 {
-        let mut planes = Planes::<L, PLANES, N>::new(l, |n| x[n].minus_32[half]);
-        for g in 0..4 {
-            let at = 4 * half + g;
-            planes.add(l, 6, codes_at(l, 6, codes, at), x, at);
+        let mut products = [l.start::<PLANES>(0); N];
+        for n in 0..N {
+            products[n] = l.start::<PLANES>(x[n].minus_32[half]);
+        }
+        for at in 2 * half..2 * half + 2 {
+            add_eight::<L, PLANES, N>(l, 6, codes, at, x, &mut products);
         }
         let d = l.mul(d, l.load_signed_bytes(&scales.as_chunks::<16>().0[half]));
         for n in 0..N {
-            totals[n] = l.mul_add(planes.total(l, n), l.mul(d, l.splat(x[n].d)), totals[n]);
+            let product = l.to_float(l.total::<PLANES>(products[n]));
+            totals[n] = l.mul_add(product, l.mul(d, l.splat(x[n].d)), totals[n]);
         }
     }
 }

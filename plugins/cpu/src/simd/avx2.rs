@@ -1,5 +1,6 @@
 //! The lanes as two AVX2 registers each.
 
+use super::products::BroadcastProducts;
 use super::{LANES, Lanes};
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::x86_64::*;
@@ -35,6 +36,7 @@ macro_rules! by_intrinsics {
 }
 
 impl Lanes for Avx2 {
+    const REGISTERS: usize = 2;
     type F = F;
     type I = I;
 
@@ -111,26 +113,6 @@ impl Lanes for Avx2 {
             let bits = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x30));
             [_mm256_or_si256(nibbles[0], bits(upper[0])), _mm256_or_si256(nibbles[1], bits(upper[1]))]
         }}
-        fn dot_small(acc: I, w: I, x: I) -> I {{
-            // A pair's sum is at most 2 * 63 * 128: nothing saturates.
-            let dot = |acc, w, x| {
-                _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
-            };
-            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
-        }}
-        fn dot_bytes(acc: I, w: I, x: I) -> I {{
-            // Even and odd bytes as words; products of neighbouring words are summed in 32 bits.
-            let dot = |acc, w, x| {
-                let even = _mm256_madd_epi16(
-                    _mm256_and_si256(w, _mm256_set1_epi16(0xff)),
-                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
-                );
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
-                _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
-            };
-            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
-        }}
-        fn shl_byte(v: I) -> I { v.map(|v| _mm256_slli_epi32::<8>(v)) }
         fn to_float(v: I) -> F { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
         fn round(v: F) -> I { [_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])] }
         fn magnitude_bits(v: F) -> I {{
@@ -180,6 +162,31 @@ impl Lanes for Avx2 {
             }
         }
         out
+    }
+}
+
+impl BroadcastProducts for Avx2 {
+    by_intrinsics! {
+        fn dot_small(acc: I, w: I, x: I) -> I {{
+            // A pair's sum is at most 2 * 63 * 128: nothing saturates.
+            let dot = |acc, w, x| {
+                _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
+            };
+            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+        }}
+        fn dot_bytes(acc: I, w: I, x: I) -> I {{
+            // Even and odd bytes as words; products of neighbouring words are summed in 32 bits.
+            let dot = |acc, w, x| {
+                let even = _mm256_madd_epi16(
+                    _mm256_and_si256(w, _mm256_set1_epi16(0xff)),
+                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
+                );
+                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
+                _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+            };
+            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+        }}
+        fn shl_byte(v: I) -> I { v.map(|v| _mm256_slli_epi32::<8>(v)) }
     }
 }
 

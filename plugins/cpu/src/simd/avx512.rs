@@ -1,5 +1,6 @@
 //! The lanes as one AVX-512 register each.
 
+use super::products::BroadcastProducts;
 use super::{LANES, Lanes};
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::x86_64::*;
@@ -32,6 +33,7 @@ macro_rules! by_intrinsics {
 }
 
 impl Lanes for Avx512 {
+    const REGISTERS: usize = 1;
     type F = __m512;
     type I = __m512i;
 
@@ -88,9 +90,6 @@ impl Lanes for Avx512 {
             };
             _mm512_or_si512(nibbles, _mm512_and_si512(bits, _mm512_set1_epi8(0x30)))
         }}
-        fn dot_small(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
-        fn dot_bytes(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
-        fn shl_byte(v: __m512i) -> __m512i { _mm512_slli_epi32::<8>(v) }
         fn to_float(v: __m512i) -> __m512 { _mm512_cvtepi32_ps(v) }
         fn round(v: __m512) -> __m512i { _mm512_cvtps_epi32(v) }
         fn magnitude_bits(v: __m512) -> __m512i {
@@ -145,5 +144,13 @@ impl Lanes for Avx512 {
             }
             _mm512_add_ps(_mm512_shuffle_ps::<0x88>(two[0], two[1]), _mm512_shuffle_ps::<0xdd>(two[0], two[1]))
         }
+    }
+}
+
+impl BroadcastProducts for Avx512 {
+    by_intrinsics! {
+        fn dot_small(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
+        fn dot_bytes(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
+        fn shl_byte(v: __m512i) -> __m512i { _mm512_slli_epi32::<8>(v) }
     }
 }

@@ -1,25 +1,34 @@
-//! Which vector instructions does a level have? Sixteen lanes of 32 bits, written three ways.
+//! Which vector instructions does a level have? Sixteen lanes of 32 bits, written once for each instruction set.
 //!
-//! A kernel is written once over [`Lanes`] and compiled per level by [`on_level`]. Every operation rounds as IEEE says
-//! and [`Lanes::mul_add`] rounds once, so a kernel gives the same bits at every level.
+//! A kernel is written once over [`Lanes`], or [`Products`] of packed codes, and compiled per level by [`on_level`].
+//! Every operation rounds as IEEE says and [`Lanes::mul_add`] rounds once, so a kernel gives the same bits at every
+//! level.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
+mod products;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::{Base, Dotprod, I8mm, Neon};
 pub(crate) use portable::Portable;
+pub(crate) use products::Products;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
 /// Vector instructions. A value of an implementing type is the proof that the CPU has them.
 pub(crate) trait Lanes: Copy {
+    /// Registers that 16 x f32 fill.
+    const REGISTERS: usize;
     /// 16 x f32.
     type F: Copy;
     /// 64 bytes or 16 x i32.
@@ -52,7 +61,7 @@ pub(crate) trait Lanes: Copy {
     fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// The greater of signed 32-bit lanes.
     fn max_i(self, a: Self::I, b: Self::I) -> Self::I;
-    /// 128 added to each byte.
+    /// 128 added to each byte: signed bytes become unsigned ones, or those signed ones again.
     fn offset_bytes(self, v: Self::I) -> Self::I;
     /// Bit i: lane i of `a` is above lane i of `b`; a NaN is not.
     fn above(self, a: Self::F, b: Self::F) -> u16;
@@ -64,12 +73,6 @@ pub(crate) trait Lanes: Copy {
     fn with_fifth_bit(self, nibbles: Self::I, fifth: Self::I, at: usize) -> Self::I;
     /// Per byte: `nibbles` plus 16 times the two bits from bit `2 at` of `upper` on.
     fn with_upper_bits(self, nibbles: Self::I, upper: Self::I, at: usize) -> Self::I;
-    /// Per 32-bit lane: `acc` plus the four products of unsigned bytes of `w`, at most 63, and signed bytes of `x`.
-    fn dot_small(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// As [`Self::dot_small`] for any unsigned bytes.
-    fn dot_bytes(self, acc: Self::I, w: Self::I, x: Self::I) -> Self::I;
-    /// 32-bit lanes times 256.
-    fn shl_byte(self, v: Self::I) -> Self::I;
     /// The signed byte that is nearest to each 32-bit lane divided by 256, and what is left, again a signed byte, of 32
     /// values from -32639 to 32639 in order.
     fn split_bytes(self, low: Self::I, high: Self::I) -> ([u8; 2 * LANES], [u8; 2 * LANES]);
@@ -127,7 +130,33 @@ macro_rules! on_level {
                     $crate::level::Level::Avx2 => return unsafe { avx2 $(::<$($n),+>)? ($($arg),*) },
                     // SAFETY: as above.
                     $crate::level::Level::Avx512 => return unsafe { avx512 $(::<$($n),+>)? ($($arg),*) },
-                    $crate::level::Level::Scalar => {}
+                    _ => {}
+                }
+            }
+            #[cfg(target_arch = "aarch64")]
+            {
+                fn neon $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
+                    // SAFETY: NEON is part of the target.
+                    $body::<_ $($(, $n)+)?>(unsafe { $crate::simd::Neon::<$crate::simd::Base>::assume() }, $($arg),*)
+                }
+                #[target_feature(enable = "dotprod")]
+                fn dotprod $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
+                    // SAFETY: this function is compiled for, and only called with, this feature.
+                    let lanes = unsafe { $crate::simd::Neon::<$crate::simd::Dotprod>::assume() };
+                    $body::<_ $($(, $n)+)?>(lanes, $($arg),*)
+                }
+                #[target_feature(enable = "dotprod,i8mm")]
+                fn i8mm $(<$(const $n: $nt),+>)? ($($arg: $kind),*) $(-> $out)? {
+                    // SAFETY: as above.
+                    $body::<_ $($(, $n)+)?>(unsafe { $crate::simd::Neon::<$crate::simd::I8mm>::assume() }, $($arg),*)
+                }
+                match level {
+                    $crate::level::Level::Neon => return neon $(::<$($n),+>)? ($($arg),*),
+                    // SAFETY: a Level above Scalar exists only where the CPU has its instructions.
+                    $crate::level::Level::Dotprod => return unsafe { dotprod $(::<$($n),+>)? ($($arg),*) },
+                    // SAFETY: as above.
+                    $crate::level::Level::I8mm => return unsafe { i8mm $(::<$($n),+>)? ($($arg),*) },
+                    _ => {}
                 }
             }
             let _ = level;

@@ -1,5 +1,6 @@
 //! The lanes in portable Rust: the definition.
 
+use super::products::BroadcastProducts;
 use super::{LANES, Lanes};
 use half::f16;
 
@@ -24,6 +25,7 @@ pub(super) fn split_bytes(low: &I, high: &I) -> ([u8; 2 * LANES], [u8; 2 * LANES
 }
 
 impl Lanes for Portable {
+    const REGISTERS: usize = 1;
     type F = F;
     type I = I;
 
@@ -129,22 +131,6 @@ impl Lanes for Portable {
         zip(nibbles, upper, |nibbles, upper| nibbles | (upper >> (2 * at) & 0x0303_0303) << 4)
     }
     #[inline(always)]
-    fn dot_small(self, acc: I, w: I, x: I) -> I {
-        self.dot_bytes(acc, w, x)
-    }
-    #[inline(always)]
-    fn dot_bytes(self, acc: I, w: I, x: I) -> I {
-        std::array::from_fn(|i| {
-            let (w, x) = (w[i].to_le_bytes(), x[i].to_le_bytes());
-            let products = w.iter().zip(x).map(|(w, x)| i32::from(*w) * i32::from(x.cast_signed()));
-            products.fold(acc[i], i32::wrapping_add)
-        })
-    }
-    #[inline(always)]
-    fn shl_byte(self, v: I) -> I {
-        v.map(|v| v << 8)
-    }
-    #[inline(always)]
     fn split_bytes(self, low: I, high: I) -> ([u8; 2 * LANES], [u8; 2 * LANES]) {
         split_bytes(&low, &high)
     }
@@ -170,5 +156,24 @@ impl Lanes for Portable {
     #[inline(always)]
     fn round_f(self, v: F) -> F {
         v.map(f32::round_ties_even)
+    }
+}
+
+impl BroadcastProducts for Portable {
+    #[inline(always)]
+    fn dot_small(self, acc: I, w: I, x: I) -> I {
+        self.dot_bytes(acc, w, x)
+    }
+    #[inline(always)]
+    fn dot_bytes(self, acc: I, w: I, x: I) -> I {
+        std::array::from_fn(|i| {
+            let (w, x) = (w[i].to_le_bytes(), x[i].to_le_bytes());
+            let products = w.iter().zip(x).map(|(w, x)| i32::from(*w) * i32::from(x.cast_signed()));
+            products.fold(acc[i], i32::wrapping_add)
+        })
+    }
+    #[inline(always)]
+    fn shl_byte(self, v: I) -> I {
+        v.map(|v| v << 8)
     }
 }

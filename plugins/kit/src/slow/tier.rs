@@ -1,6 +1,6 @@
 //! Are a step's slow rows there? The row cache and the reader of one pool together.
 
-use super::{ReadError, Reader};
+use super::{ReadError, Reader, SlowMemory};
 use crate::border::read_in;
 use crate::{PluginError, Result};
 use rowcache::{Lookup, PAGE_BYTES, Policy, READ_PAGES_MAX, Read, RowCache, RowCacheError, RowKey, SlowLayout};
@@ -8,13 +8,14 @@ use sparsed_abi::{E_DATA, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP, SpdKvSlow};
 use sparsed_rowcache as rowcache;
 use std::fs::File;
 use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
 
-/// A slow tier in a file, as `spd_kv_slow` describes it.
+/// A slow area, as `spd_kv_slow` describes it.
 #[derive(Debug)]
-pub struct SlowFile {
-    /// Opened for reading; the plugin's own.
-    pub file: File,
-    /// Where the area begins, in bytes.
+pub struct SlowArea {
+    /// What it is in.
+    pub place: SlowPlace,
+    /// Where the area begins there, in bytes.
     pub offset: u64,
     /// Bytes of the area.
     pub length: u64,
@@ -22,34 +23,52 @@ pub struct SlowFile {
     pub cache_bytes: u64,
 }
 
-impl SlowFile {
-    /// Takes a description apart; the file is duplicated.
+/// What a slow area is in.
+#[derive(Debug)]
+pub enum SlowPlace {
+    /// Opened for reading; the plugin's own.
+    File(File),
+    /// Of the host's, as long as the pool lives.
+    Memory(SlowMemory),
+}
+
+impl SlowArea {
+    /// Takes a description apart; a file is duplicated.
     ///
     /// # Errors
-    /// `SPD_E_UNSUPPORTED` for a tier in host memory, `SPD_E_INVALID` for an area that no file can have.
+    /// `SPD_E_UNSUPPORTED` for flags or pages that this kit does not know, `SPD_E_INVALID` for an area that nothing can
+    /// have.
     ///
     /// # Safety
-    /// `from` points to a struct that begins with its `struct_size` and has that many readable bytes; its file is open.
+    /// `from` points to a struct that begins with its `struct_size` and has that many readable bytes; its file is open,
+    /// or its memory is there as the header says as long as the pool lives.
     pub(crate) unsafe fn read(from: *const SpdKvSlow) -> Result<Self> {
         // SAFETY: the caller's contract.
         let slow = unsafe { read_in(from) }?;
-        if slow.fd <= 0 {
-            return Err(PluginError::unsupported("a slow tier in host memory"));
-        }
         if slow.flags != 0 || slow.page_bytes as usize != PAGE_BYTES {
             let (flags, page_bytes) = (slow.flags, slow.page_bytes);
             return Err(PluginError::unsupported(format!("a slow tier of flags {flags:#x}, pages of {page_bytes}")));
         }
         let end = slow.offset.checked_add(slow.length).filter(|&end| i64::try_from(end).is_ok());
-        if end.is_none() || !slow.offset.is_multiple_of(PAGE_BYTES as u64) {
+        let Some(end) = end.filter(|_| slow.offset.is_multiple_of(PAGE_BYTES as u64)) else {
             let (offset, length) = (slow.offset, slow.length);
             return Err(PluginError::invalid(format!("a slow area of {length} bytes at byte {offset}")));
-        }
-        // SAFETY: the caller's contract: it is open now.
-        let fd = unsafe { BorrowedFd::borrow_raw(slow.fd) };
-        let no_file = |error| PluginError::new(E_NOMEM_HOST, format!("cannot duplicate the slow tier's file: {error}"));
-        let file = File::from(fd.try_clone_to_owned().map_err(no_file)?);
-        Ok(Self { file, offset: slow.offset, length: slow.length, cache_bytes: slow.cache_bytes })
+        };
+        let place = if slow.fd > 0 {
+            // SAFETY: the caller's contract: it is open now.
+            let fd = unsafe { BorrowedFd::borrow_raw(slow.fd) };
+            let no_file =
+                |error| PluginError::new(E_NOMEM_HOST, format!("cannot duplicate the slow tier's file: {error}"));
+            SlowPlace::File(File::from(fd.try_clone_to_owned().map_err(no_file)?))
+        } else {
+            let base = NonNull::new(slow.ptr.cast_mut().cast::<u8>());
+            let base = base.filter(|base| base.addr().get().is_multiple_of(PAGE_BYTES));
+            let base = base.ok_or_else(|| PluginError::invalid("a slow tier without a file or 4096-aligned memory"))?;
+            let length = usize::try_from(end).map_err(|_| PluginError::invalid("a slow area longer than memory"))?;
+            // SAFETY: the caller's contract.
+            SlowPlace::Memory(unsafe { SlowMemory::new(base, length) })
+        };
+        Ok(Self { place, offset: slow.offset, length: slow.length, cache_bytes: slow.cache_bytes })
     }
 }
 
@@ -69,11 +88,14 @@ impl SlowTier {
     ///
     /// # Errors
     /// `SPD_E_NOMEM_DEVICE` when the cache holds no row, `SPD_E_NOMEM_HOST` when the system gives no threads.
-    pub fn new(slow: SlowFile, layout: SlowLayout, n_blocks: u32) -> Result<Self> {
+    pub fn new(slow: SlowArea, layout: SlowLayout, n_blocks: u32) -> Result<Self> {
         let limit_bytes = usize::try_from(slow.cache_bytes).unwrap_or(usize::MAX);
         let cache = RowCache::new(layout, Policy::Clock, n_blocks, slow.length, limit_bytes)?;
         let no_reader = |error| PluginError::new(E_NOMEM_HOST, format!("cannot read the slow tier: {error}"));
-        let (reader, no_uring) = Reader::open(slow.file, slow.offset).map_err(no_reader)?;
+        let (reader, no_uring) = match slow.place {
+            SlowPlace::File(file) => Reader::open(file, slow.offset).map_err(no_reader)?,
+            SlowPlace::Memory(memory) => (Reader::of_memory(memory, slow.offset), None),
+        };
         Ok(Self { cache, reader, no_uring, lookup: Lookup::default(), reads: Vec::new() })
     }
 
@@ -173,8 +195,8 @@ mod tests {
             file.write_all(&image).unwrap();
             planes.push(plane);
         }
-        let slow = SlowFile {
-            file: file.try_clone().unwrap(),
+        let slow = SlowArea {
+            place: SlowPlace::File(file.try_clone().unwrap()),
             offset: PAGE_BYTES as u64,
             length: 2 * layout.block_bytes() as u64,
             cache_bytes: n_slots * (656 + rowcache::SLOT_OVERHEAD_BYTES as u64),
@@ -251,8 +273,46 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_read_as_a_file_is_and_not_past_its_end() {
+        let layout = SlowLayout::new(656, 64, 3).unwrap();
+        let mut random = fastrand::Rng::with_seed(5);
+        let plane: Vec<u8> = (0..layout.plane_bytes()).map(|_| random.u8(..)).collect();
+        // Behind a page of something else; the second block's last page is missing.
+        let mut image = vec![0u8; 2 * layout.block_pages() as usize * PAGE_BYTES];
+        for block in 0..2 {
+            let mut pages = vec![0; layout.block_bytes()];
+            layout.encode_block(&plane, TAG + block, &mut pages).unwrap();
+            let at = PAGE_BYTES + usize::try_from(block).unwrap() * layout.block_bytes();
+            let end = image.len().min(at + pages.len());
+            image[at..end].copy_from_slice(&pages[..end - at]);
+        }
+        let length = image.len();
+        let base = NonNull::new(image.as_mut_ptr()).unwrap();
+        // SAFETY: `image` lives longer than the tier, and nobody writes it meanwhile.
+        let place = SlowPlace::Memory(unsafe { SlowMemory::new(base, length) });
+        let (offset, cache_bytes) = (PAGE_BYTES as u64, 1 << 20);
+        let area = SlowArea { place, offset, length: 2 * layout.block_bytes() as u64, cache_bytes };
+        let mut tier = SlowTier::new(area, layout, 5).unwrap();
+        tier.cache_mut().attach(4, 0, TAG).unwrap();
+        tier.cache_mut().attach(2, layout.block_bytes() as u64, TAG + 1).unwrap();
+        let rows = keys(4, 0..64);
+        tier.fetch(&rows).unwrap();
+        for key in rows {
+            let at = (2 * 64 + key.token as usize) * 656;
+            assert!(tier.cache().row(key).unwrap() == &plane[at..at + 656], "{key:?}");
+        }
+        tier.cache_mut().release();
+        let mut found = vec![0; plane.len()];
+        tier.read_block(4, &mut found).unwrap();
+        assert!(found == plane);
+        let error = tier.read_block(2, &mut found).unwrap_err();
+        assert_eq!((error.status, error.block), (E_DATA, Some(2)), "{error}");
+    }
+
+    #[test]
     fn a_description_of_a_slow_tier_is_taken_apart_or_refused() {
         use std::os::fd::AsRawFd;
+        use std::ptr;
         let file = tempfile::tempfile().unwrap();
         let good = SpdKvSlow {
             struct_size: crate::struct_size::<SpdKvSlow>(),
@@ -264,14 +324,15 @@ mod tests {
             ..SpdKvSlow::default()
         };
         // SAFETY: a whole struct, and the file is open.
-        let read = |slow: SpdKvSlow| unsafe { SlowFile::read(&raw const slow) };
+        let read = |slow: SpdKvSlow| unsafe { SlowArea::read(&raw const slow) };
         let slow = read(good).unwrap();
         assert_eq!((slow.offset, slow.length, slow.cache_bytes), (8192, 1 << 30, 77));
-        assert_ne!(slow.file.as_raw_fd(), file.as_raw_fd(), "the plugin's own");
+        let SlowPlace::File(own) = &slow.place else { panic!("{slow:?}") };
+        assert_ne!(own.as_raw_fd(), file.as_raw_fd(), "the plugin's own");
         let (invalid, unsupported) = (sparsed_abi::E_INVALID, sparsed_abi::E_UNSUPPORTED);
         for (bad, status) in [
-            (SpdKvSlow { fd: 0, ..good }, unsupported),
-            (SpdKvSlow { fd: -1, ..good }, unsupported),
+            (SpdKvSlow { fd: 0, ..good }, invalid),
+            (SpdKvSlow { fd: -1, ptr: ptr::without_provenance(4097), ..good }, invalid),
             (SpdKvSlow { flags: 1, ..good }, unsupported),
             (SpdKvSlow { page_bytes: 512, ..good }, unsupported),
             (SpdKvSlow { offset: 4097, ..good }, invalid),

@@ -1,5 +1,6 @@
 //! L4: does the plugin keep to its process? The daemon loads it into one of its own and confines that.
 
+use super::slow::read_while_confined;
 use super::{adder, adds};
 use crate::child::Context;
 use crate::rule::{Level, Rule, rule};
@@ -22,7 +23,15 @@ pub(crate) const RULES: &[Rule] = &[
         "the device opens and computes in a process that is confined as the daemon confines it",
         "VENDOR.md, the process your code runs in",
         &["op.add.golden"],
-        confined,
+        |context| confined(context, works),
+    ),
+    rule(
+        Level::L4,
+        "life.confined_slow",
+        "the slow tier is read in a process that is confined so: there is no io_uring",
+        "VENDOR.md, the process your code runs in",
+        &["life.confined"],
+        |context| confined(context, read_while_confined),
     ),
 ];
 
@@ -46,8 +55,8 @@ fn processes(context: &Context) -> Outcome {
 }
 
 /// The library is mapped already, as the kit does it; its code runs for the first time here.
-fn confined(context: &Context) -> Outcome {
+fn confined(context: &Context, check: fn(&Context) -> Outcome) -> Outcome {
     let found = &context.found;
     confine(&found.dir, &found.manifest).map_err(|error| Wrong::Failed(format!("cannot be confined: {error}")))?;
-    works(context)
+    check(context)
 }

@@ -1,6 +1,5 @@
 //! L1: what do devices say about themselves?
 
-use super::slow::FEAT_SLOW_HOST;
 use super::{adder, adds, refused};
 use crate::child::Context;
 use crate::report::Device;
@@ -8,7 +7,7 @@ use crate::rig::{Instance, Session, call, entry, struct_size, table, text};
 use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
-use sparsed_abi::{DEV_NPU, E_ABI, E_INVALID, E_UNSUPPORTED, HEALTH_OK, SpdHealth, SpdOpenOptions};
+use sparsed_abi::{DEV_NPU, E_ABI, E_INVALID, E_UNSUPPORTED, FEAT_SLOW_HOST, HEALTH_OK, SpdHealth, SpdOpenOptions};
 use std::ffi::c_char;
 use std::ptr;
 

@@ -12,8 +12,8 @@ use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
 use sparsed_abi::{
-    E_ABI, E_DATA, E_INVALID, E_UNSUPPORTED, FEAT_INVARIANT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_SPARSE_MLA,
-    SpdKvDesc, SpdKvOp, SpdKvSlow,
+    E_ABI, E_DATA, E_INVALID, E_UNSUPPORTED, FEAT_SLOW_FILE, FEAT_SLOW_HOST, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA,
+    OP_SPARSE_MLA, SpdKvDesc, SpdKvOp, SpdKvSlow,
 };
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -22,15 +22,11 @@ use std::rc::Rc;
 const PLACE: &str = "OPS.md, pages of the slow tier";
 const NEEDS: &[&str] = &["op.dense_mla.golden", "op.sparse_mla.golden", "kv.export_import"];
 
-/// The two bits after SPD_FEAT_INVARIANT.
-pub(crate) const FEAT_SLOW_FILE: u64 = FEAT_INVARIANT << 1;
-pub(crate) const FEAT_SLOW_HOST: u64 = FEAT_INVARIANT << 2;
-
 pub(crate) const RULES: &[Rule] = &[
     rule(
         Level::L3,
         "slow.refused",
-        "a device that does not claim a slow tier refuses it",
+        "a kind of slow tier that is not claimed is refused, and so is a slow block in a pool without a slow tier",
         "plugin.h, spd_kv_slow",
         &["kv.create"],
         not_claimed,
@@ -103,10 +99,9 @@ struct Area {
 
 impl Area {
     fn new(kind: Kind, pages: usize) -> Result<Self, Wrong> {
-        let path = std::env::temp_dir().join(format!("sparsed-conform-slow-{}", std::process::id()));
-        let io = |error: std::io::Error| Wrong::Failed(format!("{}: {error}", path.display()));
-        let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).map_err(io)?;
-        std::fs::remove_file(&path).map_err(io)?;
+        // In memory: a confined process may create no other.
+        let file = rustix::fs::memfd_create("slow area", rustix::fs::MemfdFlags::CLOEXEC);
+        let file = file.map_err(|errno| Wrong::Failed(format!("no file for the slow area: {errno}")))?.into();
         let area = Self { kind, pages: vec![Page([0xee; PAGE]); OFFSET / PAGE + pages], file };
         area.flush()?;
         Ok(area)
@@ -238,10 +233,6 @@ impl<'s> Setting<'s> {
 
 fn not_claimed(context: &Context) -> Outcome {
     let session = context.session()?;
-    let claimed = Kind::claimed(&session).len();
-    if claimed == 2 {
-        return skip("both kinds of slow tier are claimed");
-    }
     let shape = Shape::usual(&session, any_format(&session)?);
     for (kind, feature) in [(Kind::File, FEAT_SLOW_FILE), (Kind::Host, FEAT_SLOW_HOST)] {
         if !session.claims(feature) {
@@ -283,6 +274,15 @@ fn same_as_fast(context: &Context, kind: Kind) -> Outcome {
         ensure!(setting.answers()? == fast, "{}: blocks that came back give other bits", format.name());
     }
     Ok(())
+}
+
+/// Every kind of slow tier that is claimed, in a process that is confined already.
+pub(super) fn read_while_confined(context: &Context) -> Outcome {
+    let claimed = Kind::claimed(&context.session()?);
+    if claimed.is_empty() {
+        return skip("no slow tier is claimed");
+    }
+    claimed.into_iter().try_for_each(|kind| same_as_fast(context, kind))
 }
 
 fn bad_page(context: &Context, kind: Kind) -> Outcome {

@@ -9,32 +9,39 @@ pub use keeper::kill_plugin_hosts;
 
 use crate::remote::HostOptions;
 use crate::remote::arena::{KIND_KV, KIND_RUN};
-use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, Source as From, Start};
+use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, SlowShape, Source as From, Start};
+use crate::slow::is_memory;
 use crate::{BackendError, Found, Plugin as Loaded, taint};
 use lane::{Job, Lane};
 use link::Link;
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use sparsed_abi::{
-    E_ABI, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_UNIFIED_MEM,
-    HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc,
-    SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
+    E_ABI, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_SLOW_FILE,
+    FEAT_SLOW_HOST, FEAT_UNIFIED_MEM, HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket,
+    SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
 };
 use sparsed_plugin_kit::{
-    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowFile, Source, Synchronous,
-    instance, table,
+    Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowArea, SlowPlace, Source,
+    Synchronous, instance, table,
 };
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Smallest lane in bytes.
 const LANE_BYTES_MIN: usize = 1 << 20;
-/// What goes through a host. Its queues are synchronous, it takes no slow tier yet, and weights are not read where they
-/// lie in the daemon's memory: the host has its own mapping of the file.
-const FEATURES: u64 = FEAT_GRAPH | FEAT_UNIFIED_MEM | FEAT_CANCEL_MID | FEAT_DETERMINISTIC | FEAT_INVARIANT;
+/// What goes through a host. Its queues are synchronous, and weights are not read where they lie in the daemon's
+/// memory: the host has its own mapping of the file.
+const FEATURES: u64 = FEAT_GRAPH
+    | FEAT_UNIFIED_MEM
+    | FEAT_CANCEL_MID
+    | FEAT_DETERMINISTIC
+    | FEAT_INVARIANT
+    | FEAT_SLOW_FILE
+    | FEAT_SLOW_HOST;
 
 static TABLE: SpdApi = table::<RemotePlugin>();
 
@@ -237,10 +244,7 @@ impl Device for RemoteDevice {
         if weight.made.is_some() { Ok(()) } else { Err(PluginError::invalid("a batch is missing")) }
     }
 
-    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowFile>) -> Result<(Remote, SpdKvInfo)> {
-        if slow.is_some() {
-            return Err(PluginError::unsupported("a slow tier of a plugin in a process of its own"));
-        }
+    fn kv_create(&self, desc: &SpdKvDesc, slow: Option<SlowArea>) -> Result<(Remote, SpdKvInfo)> {
         let shape = PoolShape {
             block_tokens: desc.block_tokens,
             n_blocks: desc.n_blocks,
@@ -248,8 +252,11 @@ impl Device for RemoteDevice {
             n_index_layers: desc.n_index_layers,
             rows: [desc.latent, desc.rope, desc.index].map(Plain),
         };
+        let slow = slow.map(slow_file).transpose()?;
+        let (file, slow) = slow.unzip();
+        let fds: Vec<BorrowedFd<'_>> = file.iter().map(AsFd::as_fd).collect();
         let pool = self.link.new_id();
-        match self.link.call(&Request::CreateKv { device: self.id, pool, shape }, &[])? {
+        match self.link.call(&Request::CreateKv { device: self.id, pool, shape, slow }, &fds)? {
             Reply::Pool(Plain(info)) => Ok((self.remote(Object::Pool(pool)), info)),
             _ => Err(self.link.nonsense()),
         }
@@ -319,6 +326,28 @@ impl Drop for Remote {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The file of a slow tier as it goes to the host, and what the host is to know of it.
+fn slow_file(slow: SlowArea) -> Result<(OwnedFd, SlowShape)> {
+    let SlowArea { place, offset, length, cache_bytes } = slow;
+    let SlowPlace::File(file) = place else {
+        return Err(PluginError::invalid("a slow tier in memory that has no file cannot go to a plugin host"));
+    };
+    let is_memory = is_memory(&file);
+    // Drivers pin what may be written only.
+    let fd = if is_memory { file.into() } else { read_only(&file)? };
+    Ok((fd, SlowShape { is_memory, offset, length, cache_bytes }))
+}
+
+/// The file once more, for a host that reads it and cannot write what the daemon's checks rely on.
+fn read_only(file: &File) -> Result<OwnedFd> {
+    let open = || {
+        let direct = rustix::fs::fcntl_getfl(file)? & OFlags::DIRECT;
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC | direct, Mode::empty())
+    };
+    open().map_err(|errno| PluginError::new(E_NOMEM_HOST, format!("cannot open the slow tier's file again: {errno}")))
 }
 
 /// `bytes` in memory that can be handed to the host, which can change neither them nor their length.

@@ -4,13 +4,15 @@ use super::lane::LaneThread;
 use crate::call::text;
 use crate::device::raw_device_info;
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
-use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, Source};
+use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, SlowShape, Source};
+use crate::slow::SlowSource;
 use crate::{Backend, BackendError, OpenOptions, Plan, Plugin};
 use bytes::Bytes;
 use memmap2::Mmap;
 use sparsed_abi::{Blob, E_INVALID, E_NOMEM_HOST, SpdMemInfo, SpdStatus, SpdWeightDesc};
 use sparsed_plugin_kit::struct_size;
 use std::collections::HashMap;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -74,7 +76,10 @@ impl Objects {
                 let made = self.device(device)?.upload(&desc, &source, fds.next())?;
                 self.weights.insert(weight, made);
             }
-            Request::CreateKv { device, pool, shape } => return self.create_kv(device, pool, &shape),
+            Request::CreateKv { device, pool, shape, slow } => {
+                let slow = slow.map(|slow| slow_source(slow, fds.next())).transpose()?;
+                return self.create_kv(device, pool, &shape, slow);
+            }
             Request::Compile { device, plan, weights, pools, bucket: Plain(bucket), blob_bytes } => {
                 let find = |id: &u32| self.weights.get(id).cloned().ok_or_else(|| unknown("weight", *id));
                 let weights = weights.iter().map(find).collect::<Result<Vec<_>>>()?;
@@ -118,11 +123,11 @@ impl Objects {
         })))
     }
 
-    fn create_kv(&mut self, device: u32, pool: u32, shape: &PoolShape) -> Result<Reply> {
+    fn create_kv(&mut self, device: u32, pool: u32, shape: &PoolShape, slow: Option<SlowSource>) -> Result<Reply> {
         let [Plain(latent), Plain(rope), Plain(index)] = shape.rows;
         let PoolShape { block_tokens, n_blocks, n_layers, n_index_layers, .. } = *shape;
         let desc = KvDesc { block_tokens, n_blocks, n_layers, n_index_layers, latent, rope, index };
-        let made = self.device(device)?.backend.create_kv(&desc, None)?;
+        let made = self.device(device)?.backend.create_kv_on(&desc, slow)?;
         let info = made.raw_info();
         lock(&self.jobs.pools).insert(pool, made);
         Ok(Reply::Pool(Plain(info)))
@@ -180,6 +185,17 @@ pub(super) fn refuse(status: SpdStatus, message: String) -> BackendError {
 
 fn unknown(what: &str, id: u32) -> BackendError {
     refuse(E_INVALID, format!("no {what} has the number {id}"))
+}
+
+/// The slow tier in the file that came with it.
+fn slow_source(slow: SlowShape, fd: Option<OwnedFd>) -> Result<SlowSource> {
+    let fd = fd.ok_or_else(|| refuse(E_INVALID, "a slow tier comes with its file".to_owned()))?;
+    let SlowShape { is_memory, offset, length, cache_bytes } = slow;
+    let file = File::from(fd);
+    let end = offset.checked_add(length).ok_or_else(|| refuse(E_INVALID, "a slow area without an end".to_owned()))?;
+    let memory = is_memory.then(|| crate::slow::map(&file, end)).transpose();
+    let memory = memory.map_err(|error| refuse(E_NOMEM_HOST, format!("the memory of the slow tier: {error}")))?;
+    Ok(SlowSource { file: Arc::new(file), memory, offset, length, cache_bytes })
 }
 
 /// A program, copied out of the file it came in.

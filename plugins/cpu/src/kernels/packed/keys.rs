@@ -3,7 +3,7 @@
 use super::{Sums, TILE_ROWS};
 use crate::kernels::activations::{BLOCK, Block};
 use crate::level::Level;
-use crate::simd::{Lanes, on_level};
+use crate::simd::{Products, on_level};
 
 /// Bytes of 16 blocks of keys: codes, signed, then scales.
 const TILE_BLOCK_BYTES: usize = TILE_ROWS * (BLOCK + 2);
@@ -14,8 +14,8 @@ pub(crate) fn score_keys(level: Level, tile: &[u8], ahead: &[u8], x: &[Block], w
     match w.len() {
         1 => score_heads::<1>(level, tile, ahead, x, w, scores),
         2 => score_heads::<2>(level, tile, ahead, x, w, scores),
-        4 => score_heads::<4>(level, tile, ahead, x, w, scores),
-        8 => score_heads::<8>(level, tile, ahead, x, w, scores),
+        4 if const { super::is_compiled(4, 2) } => score_heads::<4>(level, tile, ahead, x, w, scores),
+        8 if const { super::is_compiled(8, 2) } => score_heads::<8>(level, tile, ahead, x, w, scores),
         n => unreachable!("{n} heads: tokens_at_once was asked"),
     }
 }
@@ -25,27 +25,32 @@ on_level! {
 }
 
 #[inline(always)]
-fn score_body<L: Lanes, const N: usize>(l: L, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+fn score_body<L: Products, const N: usize>(l: L, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
     for line in ahead.chunks(64) {
         l.prefetch(&line[0]);
     }
     let mut totals = [l.splat(0.0); N];
     for (block, x) in tile.as_chunks::<TILE_BLOCK_BYTES>().0.iter().zip(x.as_chunks::<N>().0) {
         let (codes, scales) = block.split_at(TILE_ROWS * BLOCK);
-        let (mut high, mut low) = ([l.splat_i(0); N], [l.splat_i(0); N]);
-        for n in 0..N {
-            low[n] = l.splat_i(x[n].minus_128);
-        }
-        for (g, codes) in codes.as_chunks::<64>().0.iter().enumerate() {
-            let codes = l.offset_bytes(l.load_i(codes));
+        let mut products = [l.start::<2>(0); N];
+        if L::BYTE_OFFSET == 128 {
             for n in 0..N {
-                high[n] = l.dot_bytes(high[n], codes, l.splat_i(x[n].high[g]));
-                low[n] = l.dot_bytes(low[n], codes, l.splat_i(x[n].low[g]));
+                products[n] = l.start::<2>(x[n].minus_128);
+            }
+        }
+        for (at, [first, second]) in codes.as_chunks::<64>().0.as_chunks::<2>().0.iter().enumerate() {
+            let (mut first, mut second) = (l.load_i(first), l.load_i(second));
+            if L::BYTE_OFFSET == 128 {
+                (first, second) = (l.offset_bytes(first), l.offset_bytes(second));
+            }
+            let codes = l.codes::<2>(first, second);
+            for n in 0..N {
+                products[n] = l.dot::<2, false>(products[n], codes, &x[n].codes[at]);
             }
         }
         let d = l.load_half(&scales.as_chunks().0[0]);
         for n in 0..N {
-            let sum = l.to_float(l.add_i(l.shl_byte(high[n]), low[n]));
+            let sum = l.to_float(l.total::<2>(products[n]));
             totals[n] = l.mul_add(sum, l.mul(d, l.splat(x[n].d)), totals[n]);
         }
     }

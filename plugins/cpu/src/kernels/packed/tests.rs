@@ -56,7 +56,7 @@ proptest! {
                 prop_assert_eq!(scalar[TILE_ROWS - 1], 0.0);
             }
             for level in Level::all() {
-                let together = tokens_at_once(level, n);
+                let together = tokens_at_once(level, rounding, n);
                 let mut x = vec![Block::default(); blocks * together];
                 for (t, token) in tokens[..together].iter().enumerate() {
                     let mut row = vec![Block::default(); blocks];
@@ -91,7 +91,7 @@ proptest! {
         }
         let mut scalar = None;
         for level in Level::all() {
-            let heads = [8, 4, 2, 1].into_iter().find(|&n| n <= wanted).unwrap();
+            let heads = [8, 4, 2, 1].into_iter().find(|&n| n <= wanted && is_compiled(n, 2)).unwrap();
             let mut x = vec![Block::default(); heads * blocks];
             let (mut exact, mut size) = ([0f64; TILE_ROWS], [0f64; TILE_ROWS]);
             let w: Vec<f32> = (0..heads).map(|h| value(h * 11)).collect();

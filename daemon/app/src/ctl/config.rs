@@ -1,0 +1,88 @@
+//! `sparsectl config`: what does the daemon's configuration come to, who says so, and is it right?
+
+use super::print;
+use crate::config::{Layers, Source};
+use clap::Subcommand;
+
+/// Show or check the daemon's configuration.
+#[derive(Debug, clap::Args)]
+pub(super) struct ConfigCommand {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// All settings as the daemon would have them, as TOML.
+    Show {
+        /// Behind each, where it was said: file and line, or the argument.
+        #[arg(long)]
+        origin: bool,
+        #[command(flatten)]
+        source: Source,
+    },
+    /// Whether the daemon would take it; says line, key and what was likely meant.
+    Check {
+        #[command(flatten)]
+        source: Source,
+    },
+}
+
+impl ConfigCommand {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        match self.verb {
+            Verb::Show { origin: false, source } => print(toml::to_string(&source.load()?)?.trim_end()),
+            Verb::Show { origin: true, source } => print(&with_origins(&source.layers()?)?),
+            Verb::Check { source } => {
+                let layers = source.layers()?;
+                layers.config()?;
+                let files: Vec<String> = layers.files().map(|path| path.display().to_string()).collect();
+                print(&format!(
+                    "right: {}",
+                    if files.is_empty() { "no file, the defaults".to_owned() } else { files.join(", ") }
+                ))
+            }
+        }
+    }
+}
+
+/// Every setting on a line of its own, and where it was said.
+fn with_origins(layers: &Layers) -> anyhow::Result<String> {
+    let mut lines = Vec::new();
+    flatten(&toml::Table::try_from(layers.config()?)?, &mut Vec::new(), &mut |key, value| {
+        let origin = layers.origin(key).unwrap_or_else(|| "default".to_owned());
+        lines.push(format!("{key} = {value} # {origin}"));
+    });
+    Ok(lines.join("\n"))
+}
+
+/// Gives `each` every value with its key, dotted and quoted as TOML has it.
+fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut impl FnMut(&str, &toml::Value)) {
+    for (key, value) in table {
+        let bare = key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !key.is_empty();
+        above.push(if bare { key.clone() } else { toml::Value::from(key.as_str()).to_string() });
+        match value {
+            toml::Value::Table(below) => flatten(below, above, each),
+            _ => each(&above.join("."), value),
+        }
+        above.pop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_with_origins_is_a_configuration_that_says_the_same() {
+        let sets = ["model.\"smol-1.7 b\".path=/x", "limits.max_running=3"].map(str::to_owned);
+        let layers = Layers::read(&[], &sets).unwrap();
+        let shown = with_origins(&layers).unwrap();
+        assert!(shown.contains("limits.max_running = 3 # --set limits.max_running=3\n"), "{shown}");
+        assert!(shown.contains("limits.max_waiting = 256 # default\n"), "{shown}");
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), &shown).unwrap();
+        let again = Layers::read(&[file.path().to_owned()], &[]).unwrap().config().unwrap();
+        assert_eq!(toml::to_string(&again).unwrap(), toml::to_string(&layers.config().unwrap()).unwrap());
+    }
+}

@@ -1,0 +1,143 @@
+//! `sparsectl doctor`: what keeps this box from serving well, and which command mends it?
+
+mod access;
+mod installation;
+mod machine;
+
+use super::client::socket_or_default;
+use super::{print, print_json};
+use crate::config::{Config, Paths, Source};
+use anyhow::bail;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+
+/// Check this box: configuration, files, models, plugins, accelerators, memory, disk, clock and access to the daemon.
+///
+/// Each line is ok, warn (it serves, but not as well as it could) or fail (it does not serve), with what to type. Run
+/// it as the daemon's user (`sudo -u sparsed sparsectl doctor`) to check what the daemon may do, as yourself to check
+/// what you may do. Exit code 1 when anything fails. Nothing is changed; the disk's speed is measured with a file of
+/// 1 MiB.
+#[derive(Debug, clap::Args)]
+pub(super) struct Doctor {
+    #[command(flatten)]
+    source: Source,
+    /// The daemon's socket.
+    #[arg(long, env = "SPARSED_SOCKET")]
+    socket: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// How a check ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Verdict {
+    Ok,
+    Warn,
+    Fail,
+}
+
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warn => "warn",
+            Self::Fail => "fail",
+        }
+    }
+}
+
+/// One line of the report.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Check {
+    /// What was looked at.
+    name: String,
+    verdict: Verdict,
+    /// What was found.
+    found: String,
+    /// What mends it.
+    fix: Option<String>,
+}
+
+impl Check {
+    fn ok(name: impl Into<String>, found: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Ok, found: found.into(), fix: None }
+    }
+
+    fn warn(name: impl Into<String>, found: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Warn, found: found.into(), fix: Some(fix.into()) }
+    }
+
+    fn fail(name: impl Into<String>, found: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { name: name.into(), verdict: Verdict::Fail, found: found.into(), fix: Some(fix.into()) }
+    }
+
+    fn json(&self) -> Value {
+        json!({ "check": self.name, "verdict": self.verdict.word(), "found": self.found, "fix": self.fix })
+    }
+}
+
+impl Doctor {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let checks = self.checks()?;
+        if self.json {
+            print_json(&checks.iter().map(Check::json).collect())?;
+        } else {
+            print(&text(&checks))?;
+        }
+        let n_failed = checks.iter().filter(|check| check.verdict == Verdict::Fail).count();
+        if n_failed > 0 {
+            bail!("{n_failed} of {} checks failed", checks.len());
+        }
+        Ok(())
+    }
+
+    fn checks(&self) -> anyhow::Result<Vec<Check>> {
+        let (check, config) = installation::configuration(&self.source);
+        let mut checks = vec![check];
+        let config = config.unwrap_or_else(Config::default);
+        let paths = Paths::of(&config);
+        let root = Path::new("/");
+        checks.push(installation::state_folder(&paths.state_dir));
+        checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
+        let memory = machine::Memory::of(root);
+        checks.extend(machine::memory(root, memory.as_ref()));
+        checks.extend(installation::models(&config, &paths, memory.as_ref()));
+        checks.extend(installation::plugins(&config));
+        checks.extend(machine::accelerators(root, &installation::plugin_ids(&config)));
+        checks.extend(machine::clock());
+        checks.extend(machine::temperature(root));
+        let socket = self.socket.clone().unwrap_or_else(|| match self.source.names_nothing() {
+            true => socket_or_default(None),
+            false => paths.socket.clone(),
+        });
+        checks.extend(access::daemon(&socket)?);
+        Ok(checks)
+    }
+}
+
+fn text(checks: &[Check]) -> String {
+    let width = checks.iter().map(|check| check.name.len()).max().unwrap_or(0);
+    let lines = checks.iter().map(|Check { name, verdict, found, fix }| {
+        let fix = fix.as_ref().map_or(String::new(), |fix| format!("\n      {:width$}  -> {fix}", ""));
+        format!("{:<4}  {name:<width$}  {found}{fix}", verdict.word())
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// A number of bytes, for people.
+fn size(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_line_says_what_mends_it() {
+        let checks = [Check::ok("clock", "2026"), Check::fail("state folder", "is absent", "mkdir /x")];
+        let expected = "ok    clock         2026\nfail  state folder  is absent\n                    -> mkdir /x";
+        assert_eq!(text(&checks), expected);
+    }
+}

@@ -1,0 +1,163 @@
+//! Is what was installed and configured whole? Configuration, state folder, models, plugins.
+
+use super::machine::Memory;
+use super::{Check, size};
+use crate::assemble::{configured_models, now_ms, quarantine};
+use crate::config::{Config, Paths, Source};
+use crate::ctl::inspect;
+use rustix::fs::Access;
+use sparsed_backend::SearchPath;
+use sparsed_model::Inspection;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// What the daemon would read, and whether it would take it.
+pub(super) fn configuration(source: &Source) -> (Check, Option<Config>) {
+    let read = source.layers().and_then(|layers| {
+        let files: Vec<String> = layers.files().map(|path| path.display().to_string()).collect();
+        Ok((layers.config()?, if files.is_empty() { "none, all defaults".to_owned() } else { files.join(", ") }))
+    });
+    match read {
+        Ok((config, files)) => (Check::ok("configuration", files), Some(config)),
+        Err(error) => {
+            let fix = "mend that line, then `sparsectl config check`; the checks below use the defaults";
+            (Check::fail("configuration", error.to_string(), fix), None)
+        }
+    }
+}
+
+/// Whether the daemon could keep its state, if it ran as whoever asks.
+pub(super) fn state_folder(dir: &Path) -> Check {
+    const NAME: &str = "state folder";
+    let shown = dir.display();
+    let Ok(found) = dir.metadata() else {
+        // The daemon makes it where it may.
+        let above = dir.ancestors().skip(1).find(|above| above.exists()).unwrap_or_else(|| Path::new("/"));
+        return match rustix::fs::access(above, Access::WRITE_OK) {
+            Ok(()) => Check::ok(NAME, format!("{shown} is not there yet; the daemon makes it")),
+            Err(_) => {
+                let found = format!("{shown} is not there, and you may not make it");
+                Check::fail(NAME, found, format!("sudo install -d -m 0700 -o sparsed -g sparsed {shown}"))
+            }
+        };
+    };
+    if !found.is_dir() {
+        return Check::fail(NAME, format!("{shown} is no folder"), "set another state_dir, or move that file away");
+    }
+    if rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_err() {
+        let found = format!("{shown} cannot be written by you");
+        return Check::warn(NAME, found, "right for other users; for the daemon's: sudo -u sparsed sparsectl doctor");
+    }
+    if found.permissions().mode() & 0o077 != 0 {
+        let found = format!("{shown} is open to others (mode {:o})", found.permissions().mode() & 0o777);
+        return Check::warn(NAME, found, format!("chmod 0700 {shown}"));
+    }
+    Check::ok(NAME, shown.to_string())
+}
+
+/// Whether each configured model can be read and served, and whether it fits.
+pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>) -> Vec<Check> {
+    let models = configured_models(config, paths).into_iter();
+    let checks = models.map(|(name, model)| {
+        let title = format!("model {name}");
+        let shown = model.path.display();
+        if !model.path.exists() {
+            let fix = format!("put a model there, or set model.{name}.path; `make models` makes the default one");
+            return Check::fail(title, format!("{shown} is not there, or not to be seen by you"), fix);
+        }
+        let found = match Inspection::read(&model.path) {
+            Ok(found) => found,
+            Err(error) => return Check::fail(title, error.to_string(), "fetch it again: the file is not whole"),
+        };
+        if let Some(reason) = found.refusals.first() {
+            return Check::fail(title, reason.clone(), format!("sparsectl inspect {shown}"));
+        }
+        let bytes = inspect::bytes_to_serve(&found, model.max_context);
+        match (bytes, memory) {
+            (Some(bytes), Some(memory)) if bytes > memory.free => {
+                let text = format!("{shown} takes some {}, {} are free", size(bytes), size(memory.free));
+                Check::warn(title, text, format!("set a smaller model.{name}.max_context, or take a smaller model"))
+            }
+            (Some(bytes), _) => Check::ok(title, format!("{shown}, some {} with its whole context", size(bytes))),
+            (None, _) => Check::ok(title, shown.to_string()),
+        }
+    });
+    checks.collect()
+}
+
+/// Which plugins are there, and whether the one that is configured may be used.
+pub(super) fn plugins(config: &Config) -> Vec<Check> {
+    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+    let store = quarantine(config);
+    let mut checks = Vec::new();
+    for found in &scan.found {
+        let id = &found.manifest.id;
+        let title = format!("plugin {id}");
+        checks.push(match store.admit(found, now_ms()).and_then(|()| found.verify().map(drop)) {
+            Ok(()) => Check::ok(title, format!("{} in {}", found.manifest.version, found.dir.display())),
+            Err(error) => Check::fail(
+                title,
+                error.to_string(),
+                format!("sparsectl plugins; then, once its cause is mended, sparsectl plugins unquarantine {id}"),
+            ),
+        });
+    }
+    for refusal in &scan.refused {
+        let title = format!("plugin {}", refusal.dir.display());
+        checks.push(Check::warn(title, refusal.error.to_string(), "install it again, or remove its folder"));
+    }
+    let wanted = &config.engine.plugin;
+    if !scan.found.iter().any(|found| found.manifest.id == *wanted) {
+        let searched: Vec<String> = scan.searched.iter().map(|dir| dir.display().to_string()).collect();
+        let found = format!("engine.plugin = \"{wanted}\" is in none of {}", searched.join(", "));
+        checks.push(Check::fail(
+            format!("plugin {wanted}"),
+            found,
+            "install its package, or set engine.plugin = \"cpu\"",
+        ));
+    }
+    checks
+}
+
+/// The ids of all plugins that are there, and the one that is configured first.
+pub(super) fn plugin_ids(config: &Config) -> Vec<String> {
+    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+    let mut ids = vec![config.engine.plugin.clone()];
+    ids.extend(scan.found.iter().map(|found| found.manifest.id.clone()));
+    ids
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+    use crate::config::Model;
+    use std::fs;
+
+    #[test]
+    fn an_open_state_folder_and_a_file_in_its_place_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let open = state_folder(dir.path());
+        assert_eq!((open.verdict, open.fix), (Verdict::Warn, Some(format!("chmod 0700 {}", dir.path().display()))));
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
+        assert_eq!(state_folder(dir.path()).verdict, Verdict::Ok);
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert_eq!(state_folder(&dir.path().join("file")).verdict, Verdict::Fail);
+        assert_eq!(state_folder(&dir.path().join("not/yet")).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_model_that_is_absent_or_cut_is_told_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("m.gguf");
+        let mut config = Config::default();
+        let model = Model { path: path.clone(), max_context: None, top_k: None, activations: Default::default() };
+        config.model.insert("small".to_owned(), model);
+        let said = |config: &Config| models(config, &Paths::of(config), None).remove(0);
+        assert_eq!(said(&config).verdict, Verdict::Fail);
+        fs::write(&path, b"GGUF\x03\0\0\0").unwrap();
+        let cut = said(&config);
+        assert!(cut.verdict == Verdict::Fail && cut.name == "model small" && cut.found.contains("m.gguf"), "{cut:?}");
+    }
+}

@@ -1,0 +1,81 @@
+//! `sparsectl generate`: what does a package ship that is made of the command lines? Manual pages and completions.
+
+use super::Arguments;
+use anyhow::Context;
+use clap::{Command, CommandFactory};
+use clap_complete::Shell;
+use clap_mangen::Man;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// What the command lines do not say of the daemon: files, signals, exit codes.
+const DAEMON_SECTIONS: &str = include_str!("../../../../packaging/man/sparsed.8.in");
+const TOOL_SECTIONS: &str = include_str!("../../../../packaging/man/sparsectl.1.in");
+
+/// Write manual pages and shell completions into a folder, for packages.
+#[derive(Debug, clap::Args)]
+#[command(hide = true)]
+pub(super) struct Generate {
+    /// Gets man/ and completions/.
+    folder: PathBuf,
+}
+
+impl Generate {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let (man, completions) = (self.folder.join("man"), self.folder.join("completions"));
+        for dir in [&man, &completions] {
+            fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
+        }
+        let daemon = crate::lifecycle::command_line();
+        page(&man, "sparsed", "8", &daemon, DAEMON_SECTIONS)?;
+        let mut tool = Arguments::command();
+        tool.build();
+        page(&man, "sparsectl", "1", &tool, TOOL_SECTIONS)?;
+        for verb in tool.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
+            page(&man, &format!("sparsectl-{}", verb.get_name()), "1", verb, "")?;
+        }
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            clap_complete::generate_to(shell, &mut Arguments::command(), "sparsectl", &completions)?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes the manual page `name` of a command; `sections` say what its command line does not.
+fn page(dir: &Path, name: &str, section: &str, command: &Command, sections: &str) -> anyhow::Result<()> {
+    let path = dir.join(format!("{name}.{section}"));
+    // No date: the same release is the same bytes.
+    let man = Man::new(command.clone()).title(name).section(section).source("sparsed").manual("sparsed");
+    let mut text = Vec::new();
+    if sections.is_empty() {
+        man.render(&mut text)?;
+    } else {
+        // They describe it.
+        man.render_title(&mut text)?;
+        man.render_name_section(&mut text)?;
+        man.render_synopsis_section(&mut text)?;
+        text.extend_from_slice(sections.as_bytes());
+        man.render_options_section(&mut text)?;
+        if command.get_subcommands().any(|verb| !verb.is_hide_set()) {
+            man.render_subcommands_section(&mut text)?;
+        }
+    }
+    fs::write(&path, text).with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_verb_that_is_shown_has_a_page_and_a_completion() {
+        let dir = tempfile::tempdir().unwrap();
+        Generate { folder: dir.path().to_owned() }.run().unwrap();
+        let text = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+        assert!(text("man/sparsed.8").contains("/etc/sparsed/conf.d"));
+        assert!(text("man/sparsectl-doctor.1").contains("doctor"));
+        assert!(!dir.path().join("man/sparsectl-generate.1").exists());
+        let shells = ["sparsectl.bash", "_sparsectl", "sparsectl.fish"];
+        assert!(shells.iter().all(|name| text(&format!("completions/{name}")).contains("doctor")));
+    }
+}
