@@ -293,10 +293,10 @@ fn the_doctor_finds_a_daemon_well_and_says_what_is_wrong_with_a_configuration() 
         let mut command = Command::new(sparsed_tests::sparsectl());
         command.args(["doctor", "--json", "--set"]).arg(format!("model.default.path={}", default_model().display()));
         let done = command.args(arguments).output().unwrap();
-        let checks: Vec<serde_json::Value> = serde_json::from_slice(&done.stdout).unwrap();
+        let checks: Vec<Value> = serde_json::from_slice(&done.stdout).unwrap();
         (done.status.success(), checks)
     };
-    let of = |checks: &[serde_json::Value], name: &str| {
+    let of = |checks: &[Value], name: &str| {
         checks.iter().find(|check| check["check"] == name).unwrap()["verdict"].as_str().unwrap().to_owned()
     };
     let socket = daemon.socket();

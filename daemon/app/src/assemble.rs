@@ -7,10 +7,12 @@
 use crate::config::{Activations, Config, Model, Paths, SlowTierFor};
 use crate::devices;
 use crate::door::{self, Door};
+use crate::memory::Sources;
 use crate::tcp::TcpSocket;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
+use sparsed_engine::memory::Budget;
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use std::collections::BTreeMap;
@@ -20,8 +22,6 @@ use std::path::Path;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
-/// Share of the available memory that is used when the configuration does not say.
-const BUDGET_SHARE: u64 = 2;
 /// The budget where the available memory cannot be found out.
 const BUDGET_UNKNOWN_BYTES: u64 = 512 << 20;
 
@@ -51,7 +51,10 @@ impl Assembly {
         let paths = Paths::of(config);
         let lock = lock_state(&paths.state_dir)?;
         let devices = devices::find(config)?;
-        let models = model_options(config, &paths);
+        let sources = Sources::open();
+        let configured = configured_models(config, &paths);
+        let budget = sources.budget(config, configured.values());
+        let models = model_options(config, &paths, configured, &budget);
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
@@ -61,6 +64,12 @@ impl Assembly {
             max_batched_tokens: config.limits.max_batched_tokens,
             slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
             slow_stateless: config.memory.slow_tier == SlowTierFor::All,
+            per_user_running: or_all(config.limits.per_user_running),
+            per_user_waiting: or_all(config.limits.per_user_waiting),
+            tpot_target: match config.limits.tpot_target_ms {
+                0 => None,
+                ms => Some(Duration::from_millis(ms)),
+            },
         };
         let retry = &config.engine.retry;
         let recovery = Recovery {
@@ -71,8 +80,9 @@ impl Assembly {
             step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
         let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
-        let started = sparsed_engine::start(devices, models, limits, &recovery, store);
+        let started = sparsed_engine::start(devices, models, limits, &recovery, store, budget);
         let (service, engine) = started.context("the engine thread")?;
+        crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
         Ok(Self { service, engine, door, tcp, paths, _lock: lock })
     }
 }
@@ -103,6 +113,11 @@ pub fn program_options(model: &Model) -> ProgramOptions {
     ProgramOptions { activations, selection, kv, selections_out: false, queries_out: false }
 }
 
+/// A limit of which 0 means none.
+fn or_all(limit: u32) -> u32 {
+    if limit == 0 { u32::MAX } else { limit }
+}
+
 /// The configured models by name: without any, the packaged one.
 pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Model> {
     if !config.model.is_empty() {
@@ -113,10 +128,21 @@ pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Mod
     BTreeMap::from([(DEFAULT_MODEL.to_owned(), model)])
 }
 
-fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
-    let models = configured_models(config, paths);
-    let budget = config.memory.budget.map_or_else(available_share, |budget| budget.0);
-    let kv_bytes = budget / models.len() as u64;
+fn model_options(
+    config: &Config,
+    paths: &Paths,
+    models: BTreeMap<String, Model>,
+    budget: &Budget,
+) -> Vec<ModelOptions> {
+    let bytes = budget.for_kv().unwrap_or_else(|| {
+        log::warn!("nothing says how much memory there is; set memory.budget");
+        BUDGET_UNKNOWN_BYTES
+    });
+    if let Some(bound) = budget.tightest() {
+        let (limit, mib) = (bound.limit.name(), bound.bytes >> 20);
+        log::info!(limit, limit_mib = mib, weights_mib = budget.weights_bytes >> 20, kv_mib = bytes >> 20; "budget");
+    }
+    let kv_bytes = bytes / models.len() as u64;
     let options = |(name, model): (String, Model)| ModelOptions {
         name,
         program: program_options(&model),
@@ -127,18 +153,6 @@ fn model_options(config: &Config, paths: &Paths) -> Vec<ModelOptions> {
             .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share }),
     };
     models.into_iter().map(options).collect()
-}
-
-/// Half of the memory that is available now, to the machine or to the cgroup.
-fn available_share() -> u64 {
-    let Ok(mut system) = sysinfo::System::new() else {
-        log::warn!("memory cannot be asked for; set memory.budget");
-        return BUDGET_UNKNOWN_BYTES;
-    };
-    system.refresh_memory();
-    let machine = system.available_memory();
-    let available = system.cgroup_limits().map_or(machine, |cgroup| cgroup.free_memory.min(machine));
-    available / BUDGET_SHARE
 }
 
 /// Makes the state folder and takes its lock.

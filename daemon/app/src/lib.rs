@@ -12,6 +12,7 @@ pub mod devices;
 pub mod door;
 pub mod lifecycle;
 pub mod logging;
+pub mod memory;
 mod private;
 pub mod sessions;
 pub mod tcp;

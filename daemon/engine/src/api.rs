@@ -4,6 +4,7 @@
 //! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
+pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 use crate::sessions::Recorder;
 use crate::{Grammar, Sampling};
 use sha2::{Digest, Sha256};
@@ -33,6 +34,8 @@ pub struct Generate {
     pub reading: Option<Reading>,
     /// Say how likely each token was, and so many others (at most [`ALTERNATIVES_MAX`]) in its place.
     pub logprobs: Option<u32>,
+    /// When it is to begin.
+    pub urgency: Urgency,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
 }
@@ -41,25 +44,32 @@ impl Generate {
     /// The same request for another answer: with the seed that comes `nth` after this one's, and without the session.
     #[must_use]
     pub fn sibling(&self, nth: u32) -> Self {
-        let seed = self.sampling.seed.wrapping_add(u64::from(nth));
         Self {
             model: self.model.clone(),
             owner: self.owner,
             prompt: self.prompt.clone(),
             max_tokens: self.max_tokens,
-            sampling: Sampling { seed, ..self.sampling.clone() },
+            sampling: self.sampling.reseeded(nth),
             grammar: self.grammar.clone(),
             stops: self.stops.clone(),
             ignore_end: self.ignore_end,
             reading: self.reading.clone(),
             logprobs: self.logprobs,
+            urgency: self.urgency,
             turn: None,
         }
     }
 }
 
-/// Most alternatives to a token of which a request may hear.
-pub const ALTERNATIVES_MAX: u32 = 20;
+/// When a request is to begin, as far as others leave it the choice.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(default)]
+pub struct Urgency {
+    /// Of one owner's requests those with a lower number begin earlier; -1000 to 1000.
+    pub priority: i32,
+    /// Milliseconds from its arrival after which it need not begin any more.
+    pub deadline_ms: Option<u64>,
+}
 
 /// A session's turn, as the engine must know it.
 #[derive(Debug)]
@@ -166,26 +176,6 @@ pub enum Event {
     Finished(Finished),
     /// There is no answer, or no more of it.
     Failed(Failure),
-}
-
-/// How likely a token was, by the model alone: before grammar, biases, penalties, temperature and cuts.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Likelihood {
-    /// The token that was chosen.
-    pub chosen: TokenLogprob,
-    /// The most likely ones, the first is the greatest.
-    pub top: Vec<TokenLogprob>,
-}
-
-/// A token and the logarithm of its probability.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenLogprob {
-    /// The token.
-    pub token: u32,
-    /// Its text, which need not be whole characters; nothing where the model has no tokenizer.
-    pub bytes: Vec<u8>,
-    /// Natural logarithm, 0 or less; negative infinity for what cannot come.
-    pub logprob: f32,
 }
 
 /// How an answer ended.
@@ -302,6 +292,26 @@ pub enum Failure {
         limit: u32,
         /// When to try again.
         retry_after_s: u32,
+    },
+    /// Too many requests of its owner wait.
+    #[error("{limit} requests of this user are waiting already; try again in {retry_after_s} s")]
+    UserQueueFull {
+        /// Requests of one owner that may wait.
+        limit: u32,
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// Memory is short.
+    #[error("memory is short; try again in {retry_after_s} s")]
+    MemoryShort {
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// It could not begin before its deadline.
+    #[error("the request could not begin within its deadline of {deadline_ms} ms")]
+    DeadlineMissed {
+        /// As the request had it.
+        deadline_ms: u64,
     },
     /// The listener did not read for too long.
     #[error("the answer was not read for {limit_s} s")]

@@ -7,8 +7,8 @@ use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
 use crate::ladder::Conduct;
 use crate::orders::Orders;
-use crate::room::{Need, Room, SlowTier};
-use crate::scheduler::{Limits, Scheduler};
+use crate::room::{Need, Room, SlowTier, least_fast};
+use crate::scheduler::{Footprint, Limits, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats};
 use crate::step::{Done, step};
@@ -142,8 +142,8 @@ impl Live {
         let need = Need { index_bytes, latent_bytes, layers, top_k: top_k.unwrap_or(0).into(), context };
         // Who reads everything at every token is not helped by a slow tier.
         let slow_tier = options.slow_tier.as_ref().filter(|_| top_k.is_some());
-        let Room { max_context, n_blocks, n_fast, cache_bytes } =
-            room(slot, &need, options.kv_bytes, limits, slow_tier)?;
+        let room = room(slot, &need, options.kv_bytes, limits, slow_tier)?;
+        let Room { max_context, n_blocks, n_fast, cache_bytes } = room;
         let load = LoadOptions {
             program: options.program,
             max_context,
@@ -164,7 +164,13 @@ impl Live {
             ServedModel { model, max_context, kv_bytes_per_token, top_k, created, vocabulary, images, grammars };
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
-        let scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
+        let mut scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
+        scheduler.weigh(Footprint {
+            block_bytes: need.block_bytes(),
+            latent_bytes: latent_bytes * u64::from(BLOCK_TOKENS),
+            least_fast: least_fast(limits).min(n_fast),
+            pool_bytes: need.bytes_of(&room),
+        });
         let stats = Stats { load: scheduler.load(), ..Stats::default() };
         Ok(Self {
             served: Arc::new(served),
@@ -224,6 +230,7 @@ impl Live {
     /// What it has done and holds.
     pub(crate) fn stats(&mut self) -> Stats {
         self.stats.load = self.scheduler.load();
+        self.stats.tally = self.scheduler.tally();
         self.stats
     }
 }

@@ -4,6 +4,9 @@
 //! [`Service`]; the engine thread (`runner`) queues it as a sequence; `scheduler` fills a [`Batch`] from the sequences;
 //! `step` has the [`DeviceModel`] compute it, samples, and delivers [`api::Event`]s to the request's sink.
 //!
+//! How much memory there is, and what is done about too little, is [`memory`]'s to say; [`telemetry`] is what status
+//! pages show.
+//!
 //! When a device fails, `attempt` climbs the rungs of `ladder` that keep the device, `runner` the others; requests keep
 //! their place and their tokens.
 //!
@@ -13,8 +16,9 @@
 
 pub mod api;
 pub mod eval;
+pub mod memory;
+pub mod telemetry;
 
-mod answer;
 mod attempt;
 mod batch;
 mod device;

@@ -1,7 +1,29 @@
 //! How likely was a token? Its logarithmic probability, and those of the tokens that could have stood in its place.
 
-use crate::api::{Likelihood, TokenLogprob};
 use sparsed_model::Tokenizer;
+
+/// Most alternatives to a token of which a request may hear.
+pub const ALTERNATIVES_MAX: u32 = 20;
+
+/// How likely a token was, by the model alone: before grammar, biases, penalties, temperature and cuts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Likelihood {
+    /// The token that was chosen.
+    pub chosen: TokenLogprob,
+    /// The most likely ones, the first is the greatest.
+    pub top: Vec<TokenLogprob>,
+}
+
+/// A token and the logarithm of its probability.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Its text, which need not be whole characters; nothing where the model has no tokenizer.
+    pub bytes: Vec<u8>,
+    /// Natural logarithm, 0 or less; negative infinity for what cannot come.
+    pub logprob: f32,
+}
 
 /// The logits of one step as the model gave them.
 #[derive(Debug)]

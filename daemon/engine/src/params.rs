@@ -1,6 +1,6 @@
 //! How is the next token chosen? A request's sampling parameters, every one in its range.
 
-use crate::api::Failure;
+use crate::api::{Failure, Urgency};
 
 /// Most stop strings of a request.
 const STOPS_MAX: usize = 16;
@@ -8,6 +8,11 @@ const STOPS_MAX: usize = 16;
 const STOP_BYTES_MAX: usize = 1024;
 /// Most entries of `logit_bias`.
 const BIASES_MAX: usize = 1024;
+
+/// The least and the most urgent priority are this far from 0.
+const PRIORITY_MAX: i32 = 1000;
+/// Longest deadline: a day.
+const DEADLINE_MS_MAX: u64 = 86_400_000;
 
 /// Sampling parameters. [`Sampling::checked`] is the only way to one that a request may carry.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -50,6 +55,11 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// The same with the seed that comes `nth` after this one's.
+    pub(crate) fn reseeded(&self, nth: u32) -> Self {
+        Self { seed: self.seed.wrapping_add(u64::from(nth)), ..self.clone() }
+    }
+
     /// Itself, if every number is in its range.
     ///
     /// # Errors
@@ -87,6 +97,25 @@ pub fn checked_stops(stops: Vec<String>) -> Result<Vec<String>, Failure> {
     Ok(stops)
 }
 
+impl Urgency {
+    /// The urgency with these numbers, 0 and no deadline where there are none, if they are in their ranges.
+    ///
+    /// # Errors
+    /// [`Failure::InvalidRequest`] for `priority` or `deadline_ms`.
+    pub fn checked(priority: Option<i64>, deadline_ms: Option<u64>) -> Result<Self, Failure> {
+        let asked = priority.unwrap_or(0);
+        let inside = i32::try_from(asked).ok().filter(|n| (-PRIORITY_MAX..=PRIORITY_MAX).contains(n));
+        let out = || Failure::invalid("priority", format!("is {asked}, must be -{PRIORITY_MAX} to {PRIORITY_MAX}"));
+        let priority = inside.ok_or_else(out)?;
+        match deadline_ms {
+            Some(ms) if !(1..=DEADLINE_MS_MAX).contains(&ms) => {
+                Err(Failure::invalid("deadline_ms", format!("is {ms}, must be 1 to {DEADLINE_MS_MAX}")))
+            }
+            deadline_ms => Ok(Self { priority, deadline_ms }),
+        }
+    }
+}
+
 fn within(param: &'static str, value: f32, low: f32, high: f32) -> Result<(), Failure> {
     if value >= low && value <= high {
         return Ok(());
@@ -110,6 +139,15 @@ mod tests {
         assert!(said(Sampling { min_p: f32::NAN, ..Sampling::default() }).contains("min_p"));
         assert!(said(Sampling { logit_bias: vec![(0, 101.0)], ..Sampling::default() }).contains("logit_bias"));
         assert!(Sampling::default().checked().is_ok());
+    }
+
+    #[test]
+    fn an_urgency_out_of_range_is_named_with_its_range() {
+        let said = |priority, deadline_ms| Urgency::checked(priority, deadline_ms).unwrap_err().to_string();
+        assert_eq!(said(Some(-1001), None), "'priority' is -1001, must be -1000 to 1000");
+        assert!(said(Some(i64::MAX), None).contains("priority") && said(None, Some(0)).contains("deadline_ms"));
+        assert_eq!(Urgency::checked(Some(-3), Some(5)), Ok(Urgency { priority: -3, deadline_ms: Some(5) }));
+        assert_eq!(Urgency::checked(None, None), Ok(Urgency::default()));
     }
 
     #[test]

@@ -60,6 +60,17 @@ impl Need {
         (self.index_bytes + self.latent_bytes) * u64::from(BLOCK_TOKENS)
     }
 
+    /// Bytes of memory that a pool takes.
+    pub(crate) fn bytes_of(&self, room: &Room) -> u64 {
+        let tokens = u64::from(BLOCK_TOKENS);
+        let (n_blocks, n_fast) = (u64::from(room.n_blocks), u64::from(room.n_fast));
+        let whole = n_fast * self.latent_bytes * tokens + n_blocks * self.index_bytes * tokens;
+        if room.n_fast == room.n_blocks {
+            return whole;
+        }
+        whole + n_blocks * LOOKUP_BYTES * self.layers * tokens + room.cache_bytes + READERS_BYTES
+    }
+
     /// All in memory, as much as fits.
     pub(crate) fn without_slow_tier(&self, budget: u64, limits: Limits) -> Room {
         let all = u64::from(limits.max_running) * u64::from(blocks_for(self.context));
@@ -80,7 +91,7 @@ impl Need {
         }
         let tokens = u64::from(BLOCK_TOKENS);
         let (cold, latent) = ((self.index_bytes + LOOKUP_BYTES * self.layers) * tokens, self.latent_bytes * tokens);
-        let least_fast = blocks_for(limits.max_batched_tokens) + limits.max_running + SPARE_BLOCKS;
+        let least_fast = least_fast(limits);
         let least = u64::from(least_fast) * latent + READERS_BYTES;
         // A token's rows in one layer are in memory together, and those of the next token.
         let least_cache = 2 * self.top_k * (self.latent_bytes / self.layers.max(1) + SLOT_BYTES);
@@ -112,6 +123,11 @@ impl Need {
     }
 }
 
+/// Blocks that need their latent plane in memory for a step to run beside what moves.
+pub(crate) fn least_fast(limits: Limits) -> u32 {
+    blocks_for(limits.max_batched_tokens) + limits.max_running + SPARE_BLOCKS
+}
+
 fn whole(n: u64) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX).min(u32::MAX / BLOCK_TOKENS)
 }
@@ -129,6 +145,9 @@ mod tests {
         max_batched_tokens: 256,
         slow_consumer: Duration::from_secs(1),
         slow_stateless: true,
+        per_user_running: 4,
+        per_user_waiting: 8,
+        tpot_target: None,
     };
 
     #[test]
@@ -145,10 +164,7 @@ mod tests {
             let room = NEED.with_slow_tier(budget, LIMITS, hot).unwrap();
             let more = f64::from(room.n_blocks) / f64::from(plain.n_blocks);
             assert!(more > times, "{hot}: {more}");
-            let taken = u64::from(room.n_blocks) * 64 * (NEED.index_bytes + 120)
-                + u64::from(room.n_fast) * 64 * NEED.latent_bytes
-                + room.cache_bytes
-                + READERS_BYTES;
+            let taken = NEED.bytes_of(&room);
             assert!(taken <= budget, "{taken}");
         }
     }

@@ -10,6 +10,7 @@ use crate::device::{DeviceSource, DeviceStatus, Devices};
 use crate::executor::{DeviceModel, ExecutorError};
 use crate::ladder::Recovery;
 use crate::lane::{Lane, Live, ModelOptions};
+use crate::memory::{Budget, Limit, Outlook};
 use crate::orders::{Links, SlowWriter};
 use crate::progress::Progress;
 use crate::scheduler::{Limits, Scheduler};
@@ -44,6 +45,7 @@ pub fn start(
     limits: Limits,
     recovery: &Recovery,
     store: Option<Store<OsDisk>>,
+    budget: Budget,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
     let slots: Vec<_> = models.iter().map(|options| Arc::new(Slot::new(options.name.clone()))).collect();
     let (sender, inbox) = sync_channel(INBOX as usize);
@@ -52,6 +54,8 @@ pub fn start(
         ending: AtomicBool::new(false),
         device: Mutex::new(DeviceStatus::new(devices[0].name())),
         progress: Mutex::new(Progress::new(recovery.watchdog)),
+        outlook: Mutex::new(Outlook::default()),
+        budget: Mutex::new(budget),
         epoch: Instant::now(),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
@@ -112,6 +116,7 @@ impl Engine {
                 break;
             }
             let now = self.now();
+            self.look(now);
             match self.devices.due() {
                 None if self.devices.prefer_at().is_some_and(|at| now >= at) && self.is_idle() => self.prefer(),
                 None => self.turn(),
@@ -121,12 +126,35 @@ impl Engine {
             for lane in &mut self.lanes {
                 if let Some(live) = &mut lane.live {
                     lane.slot.set_stats(live.stats());
+                    live.scheduler.show(&mut lock(&lane.slot.board));
                 }
             }
         }
         // With nothing to serve there is nobody to tell either: whoever waits for the thread says why.
         let now = self.now();
         self.lives_mut().for_each(|live| live.scheduler.fail_all(&Failure::ShuttingDown, now));
+    }
+
+    /// Passes the last look at the memory on, to each model its part.
+    fn look(&mut self, now: Duration) {
+        let mut outlook = *lock(&self.shared.outlook);
+        let n = i64::try_from(self.lives().count()).unwrap_or(1).max(1);
+        outlook.headroom_bytes /= n;
+        self.lives_mut().for_each(|live| live.scheduler.look(outlook, now));
+    }
+
+    /// Reckons the budget with what weights and workspace take indeed: where less is left than was thought, pools are
+    /// bounded.
+    fn reckon(&mut self, models: &[Option<DeviceModel>]) {
+        let Some(Ok(memory)) = models.iter().flatten().next().map(DeviceModel::memory) else { return };
+        let mut budget = lock(&self.shared.budget);
+        budget.weights_bytes = memory.used_weights;
+        budget.workspace_bytes = memory.used_workspace;
+        budget.bind(Limit::Device, memory.total);
+        let for_kv = budget.for_kv().unwrap_or(u64::MAX);
+        drop(budget);
+        let n = self.lives().count().max(1) as u64;
+        self.lives_mut().for_each(|live| live.scheduler.allow(for_kv / n));
     }
 
     /// One step of each model.
@@ -185,6 +213,7 @@ impl Engine {
     }
 
     fn go_on(&mut self, device: usize, models: Vec<Option<DeviceModel>>) {
+        self.reckon(&models);
         for (lane, model) in self.lanes.iter_mut().zip(models) {
             if let (Some(live), Some(model)) = (&mut lane.live, model) {
                 live.attach(model);
@@ -274,6 +303,8 @@ impl Engine {
                 Ok(Command::Written { slot }) => self.with(slot, |scheduler| scheduler.written()),
                 Ok(Command::Demoted { slot, demoted }) => self.with(slot, |scheduler| scheduler.demoted(demoted)),
                 Ok(Command::Restored { slot, restored }) => self.with(slot, |scheduler| scheduler.arrived(restored)),
+                // Taken up in the turn that follows, though nobody has anything to do.
+                Ok(Command::Look) => return true,
                 Ok(Command::Drain) => self.draining = true,
                 // Without a service nobody can ask any more.
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,

@@ -1,10 +1,14 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
-use crate::answer::Answer;
-use crate::api::{Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Timings, Turn, Usage};
+mod answer;
+
+use crate::api::{
+    Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Timings, Turn, Urgency, Usage,
+};
 use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
+use answer::Answer;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
 use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
@@ -39,6 +43,9 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) table: BlockTable,
     owner: Owner,
+    urgency: Urgency,
+    /// Tokens that have had rows, at most at a time.
+    n_had: u32,
     /// What each full block of `tokens` contains, as far as that was asked.
     hashes: Vec<BlockHash>,
     /// Blocks of the table whose content the pool has been told.
@@ -99,6 +106,8 @@ impl Sequence {
             tokens: request.prompt,
             table: BlockTable::new(),
             owner: request.owner,
+            urgency: request.urgency,
+            n_had: 0,
             hashes: Vec::new(),
             n_sealed: 0,
             n_spoilt: 0,
@@ -112,6 +121,34 @@ impl Sequence {
             parked_since: None,
             times: Times { submitted: now, started: None, first_token: None, last_token: now },
         }
+    }
+
+    pub(crate) fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    pub(crate) fn urgency(&self) -> Urgency {
+        self.urgency
+    }
+
+    /// Whether the engine has taken it up before.
+    pub(crate) fn has_begun(&self) -> bool {
+        self.times.started.is_some()
+    }
+
+    /// Whether it should have begun by `now` and has not.
+    pub(crate) fn is_late(&self, now: Duration) -> bool {
+        let late = |ms| now.saturating_sub(self.times.submitted) >= Duration::from_millis(ms);
+        !self.has_begun() && self.urgency.deadline_ms.is_some_and(late)
+    }
+
+    /// Notes that all tokens of the table but the first `before` have got rows; answers how many of them are new, and
+    /// how many had rows before.
+    pub(crate) fn gained(&mut self, before: u32) -> (u32, u32) {
+        let n = self.table.n_tokens();
+        let new = n.saturating_sub(self.n_had.max(before));
+        self.n_had = self.n_had.max(n);
+        (new, n - before - new)
     }
 
     /// Tokens without KV rows: many while the prompt is read, then one.
@@ -212,9 +249,21 @@ impl Sequence {
         self.deliver(now);
     }
 
-    /// Notes that the engine took the sequence up; the first time counts.
-    pub(crate) fn start(&mut self, now: Duration) {
+    /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited.
+    pub(crate) fn start(&mut self, now: Duration) -> Option<Duration> {
+        let is_first = !self.has_begun();
         self.times.started.get_or_insert(now);
+        is_first.then(|| now.saturating_sub(self.times.submitted))
+    }
+
+    /// When its first token came, counted from its arrival.
+    pub(crate) fn first_token_after(&self) -> Option<Duration> {
+        self.times.first_token.map(|first| first.saturating_sub(self.times.submitted))
+    }
+
+    /// How the answer has ended, as long as the listener has not heard it.
+    pub(crate) fn end(&self) -> Option<&Event> {
+        self.outbox.back().filter(|event| matches!(event, Event::Finished(_) | Event::Failed(_)))
     }
 
     /// Samples the next token from its logits. The events it makes wait in the outbox.
@@ -268,7 +317,7 @@ impl Sequence {
             return false;
         }
         self.answer.finish(stopped, &mut self.outbox);
-        let reason = match (ended || complete || stopped, self.answer.has_called) {
+        let reason = match (ended || complete || stopped, self.answer.has_called()) {
             (true, true) => FinishReason::ToolCalls,
             (true, false) => FinishReason::Stop,
             (false, _) => FinishReason::Length,
@@ -317,7 +366,7 @@ impl Sequence {
         self.tokens.len() - self.n_prompt
     }
 
-    fn usage(&self) -> Usage {
+    pub(crate) fn usage(&self) -> Usage {
         Usage {
             prompt_tokens: count(self.n_prompt),
             // A resumed answer's rows may be there too.

@@ -9,16 +9,18 @@ use crate::api::{ALTERNATIVES_MAX, ChatPrompt, Failure, Generate, Reading, Sink}
 use crate::device::DeviceStatus;
 use crate::durable::Restored;
 use crate::grammar::{Compiler, Grammar, GrammarSpec};
+use crate::memory::{Budget, Outlook};
 use crate::progress::Progress;
 use crate::scheduler::Load;
 use crate::sessions::Sessions;
+use crate::telemetry::{Board, Tally};
 use crate::warm::Demoted;
 use sparsed_model::{ChatRequest, Model, ModelError};
 use sparsed_session::ImageShape;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The model of requests that name none.
 pub const DEFAULT_MODEL: &str = "default";
@@ -46,6 +48,10 @@ pub(crate) struct Shared {
     pub(crate) device: Mutex<DeviceStatus>,
     /// Written by the engine at each turn.
     pub(crate) progress: Mutex<Progress>,
+    /// The last look at the memory.
+    pub(crate) outlook: Mutex<Outlook>,
+    /// What KV caches may take; the engine knows the exact sizes of the rest once models are loaded.
+    pub(crate) budget: Mutex<Budget>,
     /// The engine's time begins here.
     pub(crate) epoch: Instant,
 }
@@ -60,6 +66,8 @@ pub(crate) enum Command {
     Demoted { slot: usize, demoted: Demoted },
     /// Images of the model `slot` that were asked for.
     Restored { slot: usize, restored: Restored },
+    /// There is a new look at the memory.
+    Look,
     /// Take nothing new; end when nothing runs any more.
     Drain,
     /// End now.
@@ -74,6 +82,7 @@ impl std::fmt::Debug for Command {
             Self::Written { .. } => "Written",
             Self::Demoted { .. } => "Demoted",
             Self::Restored { .. } => "Restored",
+            Self::Look => "Look",
             Self::Drain => "Drain",
             Self::Stop => "Stop",
         })
@@ -90,6 +99,8 @@ pub(crate) struct Slot {
     pub(crate) progress_permille: AtomicU64,
     /// The engine thread writes it after each step, status pages read it.
     pub(crate) stats: Mutex<Stats>,
+    /// As `stats`: who waits, and what was decided.
+    pub(crate) board: Mutex<Board>,
 }
 
 /// A model that answers.
@@ -124,6 +135,8 @@ pub struct Stats {
     pub sampled_tokens: u64,
     /// Steps, since the start.
     pub steps: u64,
+    /// What became of requests.
+    pub tally: Tally,
 }
 
 /// What a configured model is doing.
@@ -149,6 +162,8 @@ pub struct ModelStatus {
     pub state: ModelState,
     /// What its engine has done.
     pub stats: Stats,
+    /// Who waits and runs, and what was decided about it.
+    pub board: Board,
 }
 
 /// Values behind these locks are whole at any time, so a panic elsewhere has spoilt nothing.
@@ -163,6 +178,7 @@ impl Slot {
             outcome: OnceLock::new(),
             progress_permille: AtomicU64::new(0),
             stats: Mutex::new(Stats::default()),
+            board: Mutex::new(Board::default()),
         }
     }
 
@@ -200,10 +216,38 @@ impl Service {
         lock(&self.shared.progress).is_alive(now.saturating_duration_since(self.shared.epoch))
     }
 
+    /// What KV caches may take, and why.
+    pub fn budget(&self) -> Budget {
+        lock(&self.shared.budget).clone()
+    }
+
+    /// The last look at the memory.
+    pub fn outlook(&self) -> Outlook {
+        *lock(&self.shared.outlook)
+    }
+
+    /// Time since the engine's start.
+    pub fn uptime(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.shared.epoch)
+    }
+
+    /// Takes a new look at the memory; an engine that does nothing is woken by one that `matters`. Takes no memory.
+    pub fn report(&self, outlook: Outlook, matters: bool) {
+        *lock(&self.shared.outlook) = outlook;
+        if matters {
+            // An engine with a full inbox is awake; one that has ended needs nothing.
+            let _unheard = self.inbox.try_send(Command::Look).is_err();
+        }
+    }
+
     /// Every configured model, in the order of the configuration.
     pub fn models(&self) -> Vec<ModelStatus> {
-        let status =
-            |slot: &Arc<Slot>| ModelStatus { name: slot.name.clone(), state: slot.state(), stats: *lock(&slot.stats) };
+        let status = |slot: &Arc<Slot>| ModelStatus {
+            name: slot.name.clone(),
+            state: slot.state(),
+            stats: *lock(&slot.stats),
+            board: lock(&slot.board).clone(),
+        };
         self.slots.iter().map(status).collect()
     }
 

@@ -32,7 +32,8 @@ pub(crate) fn step(
     vocabulary: Vocabulary<'_>,
     clock: &dyn Fn() -> Duration,
 ) -> Result<Option<Done>, ExecutorError> {
-    scheduler.tend(clock());
+    let began = clock();
+    scheduler.tend(began);
     warm::carry_out(scheduler, executor, files)?;
     carry_out(scheduler, executor, files)?;
     let scheduled = scheduler.schedule(batch, clock());
@@ -59,17 +60,21 @@ pub(crate) fn step(
         leaving.push((index, Leaves::ForGood));
     }
     scheduler.computed(&failed);
-    let sampled: Vec<usize> = scheduler.sampled().into_iter().filter(|index| !failed.contains(index)).collect();
+    let mut sampled = scheduler.take_sampled();
+    sampled.retain(|index| !failed.contains(index));
     let vocab = computed.logits.len().checked_div(sampled.len()).unwrap_or(0);
     for (&index, logits) in sampled.iter().zip(computed.logits.chunks_exact_mut(vocab.max(1))) {
-        if scheduler.running_mut(index).advance(logits, vocabulary, now) {
+        if scheduler.advance(index, logits, vocabulary, now) {
             leaving.push((index, Leaves::ForGood));
         }
     }
+    let n_sampled = sampled.len();
+    scheduler.give_back_sampled(sampled);
+    scheduler.took(clock().saturating_sub(began));
     leaving.sort_unstable();
     scheduler.finish(&leaving, now);
     scheduler.tend(now);
-    Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: sampled.len() }))
+    Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: n_sampled }))
 }
 
 /// Has the device discard what nobody holds any more.

@@ -13,7 +13,7 @@ use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::step::{Done, step};
 use crate::warm::{Demoted, WriteJob};
-use crate::{Grammar, Sampling, params};
+use crate::{Grammar, Sampling, api, params};
 use sparsed_kv::{BLOCK_TOKENS, FileId, Pool, PrefixHasher, Save};
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
@@ -251,13 +251,20 @@ pub(crate) fn request(owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, 
         ignore_end: false,
         reading: None,
         logprobs: None,
+        urgency: api::Urgency::default(),
         turn: None,
     }
 }
 
 pub(crate) fn limits() -> Limits {
-    let slow_consumer = Duration::from_millis(50);
-    Limits { max_running: 4, max_waiting: 8, max_batched_tokens: 48, slow_consumer, slow_stateless: true }
+    Limits {
+        max_running: 4,
+        max_waiting: 8,
+        max_batched_tokens: 48,
+        slow_consumer: Duration::from_millis(50),
+        slow_stateless: true,
+        ..Limits::default()
+    }
 }
 
 pub(crate) fn prompt(seed: u32, n: u32) -> Vec<u32> {

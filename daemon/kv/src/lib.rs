@@ -12,6 +12,8 @@
 //! Knows no time, no file and no device: it decides, others carry out. Whoever gives a block back gets
 //! told when nobody holds it any more and must have the device discard its content before the next step runs.
 //!
+//! While memory is short a pool is bounded: kept blocks go, and nobody is promised a block beyond; what is held stays.
+//!
 //! Invariants, asserted in release too: free + kept + held = all blocks; reserved <= free + kept; a held block has
 //! `ref_count` >= 1; nobody writes into a block that somebody else holds as well, or that was sealed.
 #![forbid(unsafe_code)]
@@ -27,7 +29,7 @@ mod tier;
 pub use archive::{Archive, FileId, Save};
 pub use block::{BLOCK_TOKENS, BlockId, blocks_for};
 pub use error::KvError;
-pub use pool::{Pool, Released, Reservation};
+pub use pool::{Bounds, Pool, Released, Reservation};
 pub use prefix::{BlockHash, PrefixHasher};
 pub use table::BlockTable;
 pub use tier::Place;

@@ -20,6 +20,18 @@ pub struct Pool {
     n_reserved: u32,
     prefixes: Prefixes,
     places: Places,
+    bounds: Bounds,
+}
+
+/// How much of a pool may be in use while memory is short. Held blocks beyond that stay: what is held is never taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Blocks with content at most, held, kept and promised together.
+    pub blocks: u32,
+    /// Of them, kept blocks at most.
+    pub kept: u32,
+    /// Latent planes in fast memory at most.
+    pub fast: u32,
 }
 
 /// A promise of blocks, to be spent with [`Pool::acquire`] and ended with [`Pool::forfeit`].
@@ -58,6 +70,7 @@ impl Pool {
             n_reserved: 0,
             prefixes: Prefixes::new(n_blocks as usize),
             places: Places::new(n_blocks as usize, fast_max),
+            bounds: Bounds { blocks: n_blocks, kept: n_blocks, fast: fast_max },
         }
     }
 
@@ -65,6 +78,56 @@ impl Pool {
     #[must_use]
     pub fn renewed(&self) -> Self {
         Self::with_slow_tier(self.n_blocks(), self.places.fast_max())
+    }
+
+    /// Bounds the pool from now on, at most to what it has. Kept blocks beyond go to `freed` with the next
+    /// [`trim`](Self::trim) or reservation.
+    pub fn bound(&mut self, bounds: Bounds) {
+        let (all, fast_max) = (self.n_blocks(), self.places.fast_max());
+        self.bounds = Bounds {
+            blocks: bounds.blocks.min(all),
+            kept: bounds.kept.min(all),
+            // A pool without a slow tier has nowhere to move anything.
+            fast: if fast_max < all { bounds.fast.min(fast_max) } else { all },
+        };
+    }
+
+    /// How much may be in use.
+    pub fn bounds(&self) -> Bounds {
+        self.bounds
+    }
+
+    /// Lets go of kept blocks beyond the bounds, to be discarded.
+    pub fn trim(&mut self, freed: &mut Vec<BlockId>) {
+        while self.n_kept() > self.kept_max() {
+            self.evict(|_| true, freed);
+        }
+        while self.n_fast() + self.n_reserved > self.bounds.fast && self.has_kept_fast() {
+            self.evict(|place| place == Place::Fast, freed);
+        }
+    }
+
+    /// Kept blocks that the bounds leave room for.
+    fn kept_max(&self) -> u32 {
+        self.bounds.blocks.saturating_sub(self.n_used() + self.n_reserved).min(self.bounds.kept)
+    }
+
+    fn has_kept_fast(&self) -> bool {
+        self.n_kept() > self.places.n_slow_kept()
+    }
+
+    /// Held blocks whose latent plane is in fast memory beyond the bounds.
+    pub fn n_fast_beyond(&self) -> u32 {
+        (self.n_held_fast() + self.n_reserved).saturating_sub(self.bounds.fast)
+    }
+
+    fn n_held_fast(&self) -> u32 {
+        self.n_used() - (self.places.n_slow() - self.places.n_slow_kept())
+    }
+
+    /// All latent planes that fit into fast memory.
+    pub fn fast_max(&self) -> u32 {
+        self.places.fast_max()
     }
 
     /// All blocks of the pool.
@@ -82,9 +145,10 @@ impl Pool {
         count(self.prefixes.n_idle())
     }
 
-    /// Blocks that are free or kept, and not promised to anyone.
+    /// Blocks that are free or kept, not promised to anyone, and within the bounds.
     pub fn n_available(&self) -> u32 {
-        count(self.free.len()) + self.n_kept() - self.n_reserved
+        let room = self.bounds.blocks.saturating_sub(self.n_used() + self.n_reserved);
+        (count(self.free.len()) + self.n_kept() - self.n_reserved).min(room)
     }
 
     /// How many hold `block`; 0 when it is free.
@@ -105,19 +169,17 @@ impl Pool {
         if n_blocks > available {
             return Err(KvError::OutOfBlocks { wanted: n_blocks, available, total: self.n_blocks() });
         }
-        let fast_max = self.places.fast_max();
-        let n_held_fast = self.n_used() - (self.places.n_slow() - self.places.n_slow_kept());
-        let short = (n_held_fast + self.n_reserved + n_blocks).saturating_sub(fast_max);
-        if short > 0 {
+        let fast_max = self.bounds.fast;
+        let short = (self.n_held_fast() + self.n_reserved + n_blocks).saturating_sub(fast_max);
+        // Who wants nothing is not held up by bounds that have come down on what is held.
+        if n_blocks > 0 && short > 0 {
             return Err(KvError::OutOfFast { short, fast_max });
         }
         self.n_reserved += n_blocks;
         while self.free.len() < self.n_reserved as usize {
             self.evict(|_| true, freed);
         }
-        while self.n_fast() + self.n_reserved > fast_max {
-            self.evict(|place| place == Place::Fast, freed);
-        }
+        self.trim(freed);
         self.assert_counts();
         Ok(Reservation { n_blocks })
     }
@@ -277,6 +339,7 @@ fn count(n: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::PrefixHasher;
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -333,6 +396,51 @@ mod tests {
         pool.acquire(&mut reservation);
     }
 
+    /// A pool of 8 blocks of which `n_held` are held and `n_kept` are kept, the longest first.
+    fn filled(n_held: u32, n_kept: u32) -> (Pool, Vec<BlockId>, Vec<BlockId>) {
+        let mut pool = Pool::new(8);
+        let mut reservation = pool.reserve(n_held + n_kept, &mut Vec::new()).unwrap();
+        let held = (0..n_held).map(|_| pool.acquire(&mut reservation)).collect();
+        let kept: Vec<BlockId> = (0..n_kept).map(|_| pool.acquire(&mut reservation)).collect();
+        pool.forfeit(reservation);
+        let mut hashes = Vec::new();
+        PrefixHasher::new([1; 32]).extend(1, &(0..64 * n_kept).collect::<Vec<_>>(), &mut hashes);
+        for (&block, hash) in kept.iter().zip(hashes) {
+            pool.seal(block, hash);
+            assert_eq!(pool.release(block), Released::Kept);
+        }
+        (pool, held, kept)
+    }
+
+    #[test]
+    fn kept_blocks_beyond_the_bounds_go_the_longest_left_first() {
+        let (mut pool, _, kept) = filled(2, 4);
+        let (mut freed, all) = (Vec::new(), pool.bounds());
+        pool.bound(Bounds { kept: 3, ..all });
+        pool.trim(&mut freed);
+        assert_eq!(freed, kept[..1]);
+        pool.bound(Bounds { blocks: 4, ..all });
+        pool.trim(&mut freed);
+        assert_eq!((freed.as_slice(), pool.n_kept(), pool.n_available()), (&kept[..2], 2, 2));
+        let reservation = pool.reserve(2, &mut freed).unwrap();
+        assert_eq!(freed, kept, "what is promised counts");
+        pool.forfeit(reservation);
+    }
+
+    #[test]
+    fn what_is_held_stays_beyond_the_bounds_and_nothing_comes_to_it() {
+        let (mut pool, held, _) = filled(5, 0);
+        let all = pool.bounds();
+        pool.bound(Bounds { blocks: 3, ..all });
+        pool.trim(&mut Vec::new());
+        assert_eq!((pool.n_used(), pool.n_available()), (5, 0));
+        assert!(pool.reserve(1, &mut Vec::new()).is_err());
+        assert_eq!(pool.release(held[0]), Released::Freed);
+        assert_eq!(pool.n_available(), 0);
+        pool.bound(Bounds { blocks: 100, kept: 100, fast: 100 });
+        assert_eq!((pool.bounds(), pool.n_available()), (all, 4));
+    }
+
     #[derive(Clone, Debug)]
     enum Verb {
         Reserve(u32),
@@ -342,6 +450,7 @@ mod tests {
         Release(usize),
         Seal(usize, u8),
         Share(u8),
+        Bound(u32, u32),
     }
 
     fn verb() -> impl Strategy<Value = Verb> {
@@ -353,6 +462,7 @@ mod tests {
             3 => any::<usize>().prop_map(Verb::Release),
             2 => (any::<usize>(), 0..8_u8).prop_map(|(pick, content)| Verb::Seal(pick, content)),
             2 => (0..8_u8).prop_map(Verb::Share),
+            1 => (0..14_u32, 0..14_u32).prop_map(|(blocks, kept)| Verb::Bound(blocks, kept)),
         ]
     }
 
@@ -363,12 +473,36 @@ mod tests {
         held: BTreeMap<BlockId, u32>,
         contents: BTreeMap<BlockId, u8>,
         promised: u32,
+        /// Blocks in use at most, and kept blocks.
+        bounds: (usize, usize),
     }
 
     impl Model {
         fn new(n_blocks: u32) -> Self {
             let free = (0..n_blocks).map(BlockId).collect();
-            Self { free, kept: Vec::new(), held: BTreeMap::new(), contents: BTreeMap::new(), promised: 0 }
+            let (held, contents) = (BTreeMap::new(), BTreeMap::new());
+            Self { free, kept: Vec::new(), held, contents, promised: 0, bounds: (usize::MAX, usize::MAX) }
+        }
+
+        /// Blocks that may come into use beside those that are held or promised.
+        fn room(&self) -> usize {
+            self.bounds.0.saturating_sub(self.held.len() + self.promised as usize)
+        }
+
+        fn available(&self) -> usize {
+            (self.free.len() + self.kept.len() - self.promised as usize).min(self.room())
+        }
+
+        /// Lets go of kept blocks for what is promised, and of those beyond the bounds.
+        fn evict(&mut self) -> Vec<BlockId> {
+            let short = (self.promised as usize).saturating_sub(self.free.len());
+            let beyond = self.kept.len().saturating_sub(self.room().min(self.bounds.1));
+            let evicted: Vec<BlockId> = self.kept.drain(..short.max(beyond)).collect();
+            for block in &evicted {
+                self.contents.remove(block);
+                self.free.insert(*block);
+            }
+            evicted
         }
 
         fn block_with(&self, content: u8) -> Option<BlockId> {
@@ -378,7 +512,7 @@ mod tests {
         fn agrees_with(&self, pool: &Pool) {
             assert_eq!(pool.n_blocks() as usize, self.free.len() + self.kept.len() + self.held.len());
             assert_eq!((pool.n_used() as usize, pool.n_kept() as usize), (self.held.len(), self.kept.len()));
-            assert_eq!(pool.n_available() as usize, self.free.len() + self.kept.len() - self.promised as usize);
+            assert_eq!(pool.n_available() as usize, self.available());
             assert!((0..pool.n_blocks()).map(BlockId).all(|b| pool.is_sealed(b) == self.contents.contains_key(&b)));
             assert!(self.free.iter().chain(&self.kept).all(|&block| pool.ref_count(block) == 0));
             assert!(self.held.iter().all(|(&block, &holders)| pool.ref_count(block) == holders));
@@ -413,19 +547,13 @@ mod tests {
     fn apply(verb: &Verb, pool: &mut Pool, model: &mut Model, open: &mut Vec<Reservation>) {
         match *verb {
             Verb::Reserve(n) => {
-                let fits = n as usize <= model.free.len() + model.kept.len() - model.promised as usize;
+                let fits = n as usize <= model.available();
                 let mut freed = Vec::new();
                 let reserved = pool.reserve(n, &mut freed);
                 assert_eq!(reserved.is_ok(), fits);
                 if let Ok(reservation) = reserved {
                     model.promised += n;
-                    let short = (model.promised as usize).saturating_sub(model.free.len());
-                    let evicted: Vec<BlockId> = model.kept.drain(..short).collect();
-                    assert_eq!(freed, evicted, "kept the longest, gone the first");
-                    for block in evicted {
-                        model.contents.remove(&block);
-                        model.free.insert(block);
-                    }
+                    assert_eq!(freed, model.evict(), "kept the longest, gone the first");
                     open.push(reservation);
                 }
             }
@@ -460,6 +588,13 @@ mod tests {
                     }
                 }
             }
+            Verb::Bound(blocks, kept) => {
+                let mut freed = Vec::new();
+                pool.bound(Bounds { blocks, kept, fast: u32::MAX });
+                pool.trim(&mut freed);
+                model.bounds = (blocks as usize, kept as usize);
+                assert_eq!(freed, model.evict());
+            }
             Verb::Share(content) => {
                 let hash = BlockHash([content; 32]);
                 let known = model.block_with(content);
@@ -487,6 +622,7 @@ mod tests {
             for reservation in open {
                 pool.forfeit(reservation);
             }
+            pool.bound(Bounds { blocks: n_blocks, kept: n_blocks, fast: n_blocks });
             for (block, holders) in model.held {
                 for left in (0..holders).rev() {
                     prop_assert_eq!(pool.release(block) == Released::Shared, left > 0);

@@ -155,6 +155,23 @@ mod tests {
     }
 
     #[test]
+    fn bounds_that_come_down_on_held_blocks_let_planes_move_and_hold_up_nobody_else() {
+        let (mut pool, blocks) = pool(4);
+        pool.bound(crate::Bounds { fast: 2, ..pool.bounds() });
+        assert_eq!(pool.n_fast_beyond(), 2);
+        let nothing = pool.reserve(0, &mut Vec::new()).unwrap();
+        pool.forfeit(nothing);
+        assert_eq!(pool.reserve(1, &mut Vec::new()).unwrap_err(), KvError::OutOfFast { short: 3, fast_max: 2 });
+        for &block in &blocks[..3] {
+            pool.leave(block);
+            assert_eq!(pool.moved(block), Released::Shared);
+        }
+        let reservation = pool.reserve(1, &mut Vec::new()).unwrap();
+        assert_eq!(pool.n_fast_beyond(), 0);
+        pool.forfeit(reservation);
+    }
+
+    #[test]
     fn kept_blocks_in_fast_memory_go_before_anybody_has_to_move() {
         let (mut pool, blocks) = pool(4);
         let mut hashes = Vec::new();

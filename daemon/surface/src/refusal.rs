@@ -89,6 +89,9 @@ fn name(failure: &Failure) -> Name {
         Failure::ContextTooLong { .. } => (400, INVALID, "context_length_exceeded"),
         Failure::InvalidRequest { .. } => (400, INVALID, "invalid_value"),
         Failure::QueueFull { .. } => (429, RATE, "queue_full"),
+        Failure::UserQueueFull { .. } => (429, RATE, "user_queue_full"),
+        Failure::MemoryShort { .. } => (503, SERVER, "memory_short"),
+        Failure::DeadlineMissed { .. } => (504, SERVER, "deadline_missed"),
         Failure::SlowConsumer { .. } => (408, INVALID, "slow_consumer"),
         Failure::CutOff => (500, SERVER, "cut_off"),
         Failure::ShuttingDown => (503, SERVER, "shutting_down"),
@@ -110,7 +113,9 @@ impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
         let (name, message) = (name(&failure), failure.to_string());
         let retry_after_s = match &failure {
-            Failure::QueueFull { retry_after_s, .. } => Some(*retry_after_s),
+            Failure::QueueFull { retry_after_s, .. }
+            | Failure::UserQueueFull { retry_after_s, .. }
+            | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,
         };

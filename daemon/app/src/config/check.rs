@@ -22,11 +22,15 @@ pub(super) const KEYS: &[&str] = &[
     "limits.max_batched_tokens",
     "limits.max_running",
     "limits.max_waiting",
+    "limits.per_user_running",
+    "limits.per_user_waiting",
     "limits.slow_consumer_s",
     "limits.stop_s",
+    "limits.tpot_target_ms",
     "memory.budget",
     "memory.hot_share",
     "memory.slow_tier",
+    "memory.total",
     "model.*.activations",
     "model.*.max_context",
     "model.*.path",
@@ -213,6 +217,7 @@ mod tests {
         config.socket.path = Some("x".into());
         config.plugins.dir = Some("x".into());
         config.memory.budget = Some(Bytes(1));
+        config.memory.total = Some(Bytes(1));
         config.engine.set.insert("*".to_owned(), "x".to_owned());
         let model = Model { path: "x".into(), max_context: Some(1), top_k: Some(1), activations: Default::default() };
         config.model.insert("*".to_owned(), model);

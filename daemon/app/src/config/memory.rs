@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Memory {
-    /// Bytes for the KV caches of all models together; `None`: half of what is available at the start.
+    /// Bytes for weights, workspace and KV caches of all models together; `None`: what control group and machine have.
+    pub total: Option<Bytes>,
+    /// Of them, bytes for the KV caches; `None`: all that is left of `total`, or half of what is left of the rest.
     pub budget: Option<Bytes>,
     /// Whose latent rows may lie in a file below `state_dir` where the budget does not hold them.
     pub slow_tier: SlowTierFor,
@@ -30,6 +32,6 @@ pub enum SlowTierFor {
 
 impl Default for Memory {
     fn default() -> Self {
-        Self { budget: None, slow_tier: SlowTierFor::default(), hot_share: 0.2 }
+        Self { total: None, budget: None, slow_tier: SlowTierFor::default(), hot_share: 0.2 }
     }
 }

@@ -5,6 +5,7 @@
 
 mod check;
 mod layers;
+mod limits;
 mod memory;
 mod paths;
 mod plugins;
@@ -14,6 +15,7 @@ mod source;
 mod tcp;
 
 pub use layers::Layers;
+pub use limits::Limits;
 pub use memory::{Memory, SlowTierFor};
 pub use paths::Paths;
 pub use plugins::Plugins;
@@ -164,40 +166,6 @@ impl Default for Retry {
     }
 }
 
-/// `[limits]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Limits {
-    /// Most answers that run at a time, per model.
-    pub max_running: u32,
-    /// Most requests that wait, per model.
-    pub max_waiting: u32,
-    /// Most tokens of a step.
-    pub max_batched_tokens: u32,
-    /// Most open connections.
-    pub connections: u32,
-    /// Most bytes of a request's body.
-    pub body: Bytes,
-    /// Seconds that a client may not read before its answer is given up.
-    pub slow_consumer_s: u64,
-    /// Seconds that running answers may go on when the daemon is told to stop.
-    pub stop_s: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            max_running: 16,
-            max_waiting: 256,
-            max_batched_tokens: 256,
-            connections: 512,
-            body: Bytes(8 << 20),
-            slow_consumer_s: 30,
-            stop_s: 20,
-        }
-    }
-}
-
 /// `[dbus]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -246,20 +214,9 @@ pub enum Activations {
 impl Config {
     /// The first value out of its range, and what it must be.
     fn wrong_value(&self) -> Option<(String, String)> {
-        let (limits, plugins) = (&self.limits, &self.plugins);
-        let mut ranges = vec![
-            ("limits.max_running".to_owned(), limits.max_running.into(), 1, 1024),
-            ("limits.max_waiting".to_owned(), limits.max_waiting.into(), 1, 65536),
-            (
-                "limits.max_batched_tokens".to_owned(),
-                limits.max_batched_tokens.into(),
-                limits.max_running.into(),
-                65536,
-            ),
-            ("limits.connections".to_owned(), limits.connections.into(), 1, 65536),
-            ("limits.body".to_owned(), limits.body.0, 1024, 1 << 30),
-            ("limits.slow_consumer_s".to_owned(), limits.slow_consumer_s, 1, 3600),
-            ("limits.stop_s".to_owned(), limits.stop_s, 0, 3600),
+        let plugins = &self.plugins;
+        let mut ranges = self.limits.ranges();
+        ranges.extend([
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
             ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
             ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
@@ -273,7 +230,7 @@ impl Config {
             ("plugins.call_timeout_ms".to_owned(), plugins.call_timeout_ms, 1, HOUR_MS),
             ("plugins.grace_ms".to_owned(), plugins.grace_ms, 1, GRACE_MS_MAX),
             ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, HOUR_MS),
-        ];
+        ]);
         let pauses = &self.engine.retry.backoff_ms;
         if !(1..=PAUSES_MAX).contains(&pauses.len()) {
             let reason = format!("has {} pauses, must have 1 to {PAUSES_MAX}", pauses.len());

@@ -18,6 +18,7 @@ mod repl;
 mod run;
 mod sessions;
 mod status;
+mod top;
 
 use clap::{Parser, Subcommand};
 use serde_json::Value;
@@ -49,6 +50,7 @@ enum Command {
     Run(run::Run),
     Sessions(sessions::SessionsCommand),
     Status(status::Status),
+    Top(top::Top),
 }
 
 /// Parses the arguments, runs the command, reports a failure on standard error.
@@ -71,6 +73,7 @@ pub fn main() -> ExitCode {
         Command::Run(command) => command.run(),
         Command::Sessions(command) => command.run(),
         Command::Status(command) => command.run(),
+        Command::Top(command) => command.run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

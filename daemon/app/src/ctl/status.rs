@@ -72,6 +72,7 @@ impl Daemon {
 fn status_text(status: &Value, socket: &str) -> String {
     let mut text = format!("sparsed {} (pid {}) on {socket}\n", word(&status["version"]), status["pid"]);
     text += &device(&status["device"]);
+    text += &memory(&status["memory"]);
     for model in status["models"].as_array().into_iter().flatten() {
         let (used, total) = (&model["kv_blocks_used"], &model["kv_blocks_total"]);
         let line = format!(
@@ -102,6 +103,26 @@ fn device(device: &Value) -> String {
         }
         None => String::new(),
     }
+}
+
+/// A line for each part of the budget's reckoning.
+fn memory(memory: &Value) -> String {
+    let Some(limits) = memory["limits"].as_object() else { return String::new() };
+    let mib = |bytes: &Value| bytes.as_i64().map_or_else(|| "-".to_owned(), |bytes| format!("{} MiB", bytes >> 20));
+    let binding = word(&memory["binds"]);
+    let limit = |(name, bytes): (&String, &Value)| {
+        let binds = if name == binding { " (binds)" } else { "" };
+        format!("{name} {}{binds}", mib(bytes))
+    };
+    format!(
+        "  memory: {}; weights {}, workspace {}, KV caches {}; headroom {}, pressure {}\n",
+        limits.iter().map(limit).collect::<Vec<_>>().join(", "),
+        mib(&memory["weights_bytes"]),
+        mib(&memory["workspace_bytes"]),
+        mib(&memory["kv_bytes"]),
+        mib(&memory["headroom_bytes"]),
+        word(&memory["pressure"]),
+    )
 }
 
 fn models_text(status: &Value, _socket: &str) -> String {
@@ -159,6 +180,16 @@ mod tests {
         status["last_fault"] = json!("gone");
         status["backend_changed"] = json!(true);
         assert_eq!(device(&status), "  device cpu, which took over: ready; last fault: gone\n");
+    }
+
+    #[test]
+    fn the_limit_that_binds_is_marked() {
+        let status = json!({ "limits": { "config": 9 << 20, "cgroup_max": 5 << 20 }, "binds": "cgroup_max",
+            "weights_bytes": 1 << 20, "workspace_bytes": 0, "kv_bytes": 4 << 20, "headroom_bytes": null,
+            "pressure": "none" });
+        let text = memory(&status);
+        assert!(text.contains("config 9 MiB, cgroup_max 5 MiB (binds); weights 1 MiB"), "{text}");
+        assert!(text.contains("KV caches 4 MiB; headroom -, pressure none"), "{text}");
     }
 
     #[test]

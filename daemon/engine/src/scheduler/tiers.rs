@@ -57,6 +57,7 @@ impl Scheduler {
     /// The block is copied, or could not be.
     pub(crate) fn copied(&mut self, save: Save) {
         self.archive.copied(save, &mut self.pool, &mut self.freed);
+        self.tally.saved_blocks += 1;
     }
 
     /// An image is written, or could not be.
@@ -122,7 +123,12 @@ impl Scheduler {
     /// The blocks that [`place`](Self::place) gave are filled.
     pub(crate) fn placed(&mut self, id: SequenceId) {
         if let Some(sequence) = restoring(&mut self.running, id) {
+            let before = count(sequence.computed_blocks().len()) * BLOCK_TOKENS;
             sequence.restored(&self.hasher, &mut self.pool);
+            let (new, again) = sequence.gained(before);
+            self.relief.note(new, again);
+            self.tally.restored_tokens += u64::from(new + again);
+            self.tally.again_tokens += u64::from(again);
         }
     }
 
@@ -192,6 +198,7 @@ impl Scheduler {
         if released == Released::Freed {
             self.freed.push(block);
         }
+        self.tally.demoted_blocks += u64::from(is_moved);
         self.demotions.n_failed = if is_moved { 0 } else { self.demotions.n_failed + 1 };
         if self.demotions.n_failed == FAILED_MAX {
             log::error!("the slow tier takes no more blocks: long contexts have to wait for each other now");

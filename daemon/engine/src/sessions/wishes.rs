@@ -1,6 +1,6 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
-use crate::api::{Failure, Generate, Owner};
+use crate::api::{Failure, Generate, Owner, Urgency};
 use crate::{ChatMessage, ChatRequest, GrammarSpec, Role, Sampling};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
@@ -18,6 +18,9 @@ pub struct Wishes {
     pub stops: Vec<String>,
     /// Go on past end tokens.
     pub ignore_end: bool,
+    /// When it is to begin; no part of what the answer depends on.
+    #[serde(skip)]
+    pub urgency: Urgency,
 }
 
 impl Wishes {
@@ -34,6 +37,7 @@ impl Wishes {
             ignore_end: self.ignore_end,
             reading: None,
             logprobs: None,
+            urgency: self.urgency,
             turn: None,
         }
     }

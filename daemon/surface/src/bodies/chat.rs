@@ -112,6 +112,7 @@ impl ChatAsk {
             sampling: sampling.sampling()?,
             stops: sampling.stops()?,
             ignore_end: sampling.ignore_end(),
+            urgency: sampling.urgency()?,
         };
         Ok(Self { fields, wishes, n, logprobs })
     }

@@ -62,6 +62,7 @@ impl CompletionAsk {
             stops: sampling.stops()?,
             grammar: sampling.grammar()?,
             ignore_end: sampling.ignore_end(),
+            urgency: sampling.urgency()?,
         };
         Ok(Self { fields, wishes, n, logprobs })
     }

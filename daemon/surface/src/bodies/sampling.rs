@@ -3,7 +3,7 @@
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::api::ALTERNATIVES_MAX;
+use sparsed_engine::api::{ALTERNATIVES_MAX, Urgency};
 use sparsed_engine::{GrammarSpec, Sampling, checked_stops};
 use std::collections::BTreeMap;
 
@@ -26,6 +26,10 @@ pub(crate) struct SamplingFields {
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
     n: Option<u32>,
+    /// vLLM's: lower is earlier; here among the requests of one user.
+    priority: Option<i64>,
+    /// Ours: a request that has not begun by then fails.
+    deadline_ms: Option<u64>,
     response_format: Option<ResponseFormat>,
     /// llama.cpp's name; here in llguidance's dialect of Lark.
     grammar: Option<String>,
@@ -123,6 +127,11 @@ impl SamplingFields {
             (Some(_), Some(_)) => Err(Refusal::invalid("grammar", "and response_format exclude each other")),
             (format, grammar) => Ok(format.or_else(|| grammar.clone().map(GrammarSpec::Lark))),
         }
+    }
+
+    /// When the request is to begin.
+    pub(crate) fn urgency(&self) -> Result<Urgency, Refusal> {
+        Ok(Urgency::checked(self.priority, self.deadline_ms)?)
     }
 
     /// Whether the answer goes on past end tokens.

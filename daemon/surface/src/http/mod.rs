@@ -4,6 +4,7 @@ mod body;
 mod chat;
 mod completions;
 mod error;
+mod metrics;
 mod models;
 mod ollama;
 mod reply;
@@ -43,6 +44,7 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
         .route("/v1/embeddings", post(tokens::embeddings))
+        .route("/metrics", get(metrics::metrics))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{id}", get(models::one))

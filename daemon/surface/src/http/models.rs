@@ -1,6 +1,7 @@
 //! What is served, and how is it? `/v1/models`, `/health` and `/v1/status`.
 
 use super::Shared;
+use super::metrics;
 use crate::refusal::Refusal;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
@@ -9,7 +10,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 use sparsed_engine::api::Failure;
-use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel};
+use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel, Service};
 
 /// `GET /health`: 200 once a request for the default model would be served, 503 before, as llama.cpp's server does.
 /// Without a device it is 503 too, though requests are taken and wait; `degraded` is served by another device.
@@ -50,7 +51,7 @@ pub(crate) async fn one(
 /// `GET /v1/status`: the device, every configured model with its state and load, and whether code of others runs in
 /// the daemon; what `sparsectl status` shows.
 pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
-    let models: Vec<Value> = shared.service.models().iter().map(model_status).collect();
+    let models: Vec<Value> = shared.service.models().iter().map(|model| model_status(&shared.service, model)).collect();
     let third_party = shared.service.third_party_plugins();
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -58,6 +59,7 @@ pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
         "tainted": !third_party.is_empty(),
         "third_party_plugins": third_party,
         "device": device_status(&shared.service.device()),
+        "memory": metrics::memory(&shared.service),
         "models": models,
     }))
 }
@@ -105,7 +107,7 @@ fn meta(served: &ServedModel) -> Value {
     })
 }
 
-fn model_status(status: &ModelStatus) -> Value {
+fn model_status(service: &Service, status: &ModelStatus) -> Value {
     let (state, detail) = match &status.state {
         ModelState::Loading { progress_permille } => ("loading", json!({ "progress_permille": progress_permille })),
         ModelState::Ready(served) => ("ready", json!({ "max_context": served.max_context, "meta": meta(served) })),
@@ -125,5 +127,6 @@ fn model_status(status: &ModelStatus) -> Value {
         "computed_tokens": stats.computed_tokens,
         "sampled_tokens": stats.sampled_tokens,
         "steps": stats.steps,
+        "scheduling": metrics::scheduling(service, status),
     })
 }

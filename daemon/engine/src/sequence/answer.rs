@@ -1,5 +1,4 @@
-//! What does a token make heard? Its text, once it is whole and cannot be part of a stop string; reasoning and calls
-//! apart.
+//! How does an answer's text get to the listener? Tokens to characters, stop strings, reasoning and calls.
 
 use crate::api::{Event, Reading};
 use crate::stream::StopStrings;
@@ -8,22 +7,21 @@ use std::collections::VecDeque;
 
 /// The text of an answer on its way to the listener.
 #[derive(Debug)]
-pub(crate) struct Answer {
+pub(super) struct Answer {
     stream: TextStream,
     stops: StopStrings,
     parser: Option<OutputParser>,
-    /// Whether the model has called a function.
-    pub(crate) has_called: bool,
+    has_called: bool,
 }
 
 impl Answer {
-    pub(crate) fn new(reading: Option<Reading>, stops: Vec<String>) -> Self {
+    pub(super) fn new(reading: Option<Reading>, stops: Vec<String>) -> Self {
         let (parser, visible) = reading.map_or((None, Vec::new()), |r| (Some(r.parser), r.visible));
         Self { stream: TextStream::new(&visible), stops: StopStrings::new(stops), parser, has_called: false }
     }
 
     /// Adds a token's text; an end token has none. Answers whether a stop string was reached.
-    pub(crate) fn take(
+    pub(super) fn take(
         &mut self,
         token: u32,
         is_end: bool,
@@ -46,7 +44,7 @@ impl Answer {
     }
 
     /// Adds what was held back: half a character, the start of a stop string or of a tag.
-    pub(crate) fn finish(&mut self, stopped: bool, outbox: &mut VecDeque<Event>) {
+    pub(super) fn finish(&mut self, stopped: bool, outbox: &mut VecDeque<Event>) {
         let mut rest = String::new();
         if !stopped {
             rest = self.stops.push(&self.stream.finish()).text;
@@ -74,5 +72,10 @@ impl Answer {
                 }
             });
         }
+    }
+
+    /// Whether functions were called.
+    pub(super) fn has_called(&self) -> bool {
+        self.has_called
     }
 }

@@ -1,0 +1,66 @@
+//! `[limits]`: how much may requests ask for, and how is the device divided among them?
+
+use super::Bytes;
+use serde::{Deserialize, Serialize};
+
+/// `[limits]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Most answers that run at a time, per model.
+    pub max_running: u32,
+    /// Most requests that wait, per model.
+    pub max_waiting: u32,
+    /// Of them, most of one user that run; 0: as many as there are.
+    pub per_user_running: u32,
+    /// Of them, most of one user that wait; 0: as many as there are.
+    pub per_user_waiting: u32,
+    /// Most tokens of a step.
+    pub max_batched_tokens: u32,
+    /// Milliseconds per token that running answers are to keep while prompts are read beside them; 0: no target.
+    pub tpot_target_ms: u64,
+    /// Most open connections.
+    pub connections: u32,
+    /// Most bytes of a request's body.
+    pub body: Bytes,
+    /// Seconds that a client may not read before its answer is given up.
+    pub slow_consumer_s: u64,
+    /// Seconds that running answers may go on when the daemon is told to stop.
+    pub stop_s: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_running: 16,
+            max_waiting: 256,
+            per_user_running: 0,
+            per_user_waiting: 0,
+            max_batched_tokens: 256,
+            tpot_target_ms: 0,
+            connections: 512,
+            body: Bytes(8 << 20),
+            slow_consumer_s: 30,
+            stop_s: 20,
+        }
+    }
+}
+
+impl Limits {
+    /// Each number with its key and range.
+    pub(super) fn ranges(&self) -> Vec<(String, u64, u64, u64)> {
+        let ranges = [
+            ("max_running", self.max_running.into(), 1, 1024),
+            ("max_waiting", self.max_waiting.into(), 1, 65536),
+            ("per_user_running", self.per_user_running.into(), 0, 1024),
+            ("per_user_waiting", self.per_user_waiting.into(), 0, 65536),
+            ("max_batched_tokens", self.max_batched_tokens.into(), self.max_running.into(), 65536),
+            ("tpot_target_ms", self.tpot_target_ms, 0, 60_000),
+            ("connections", self.connections.into(), 1, 65536),
+            ("body", self.body.0, 1024, 1 << 30),
+            ("slow_consumer_s", self.slow_consumer_s, 1, 3600),
+            ("stop_s", self.stop_s, 0, 3600),
+        ];
+        ranges.into_iter().map(|(key, value, low, high)| (format!("limits.{key}"), value, low, high)).collect()
+    }
+}

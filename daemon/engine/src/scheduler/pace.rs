@@ -1,0 +1,179 @@
+//! How large may a step be, and how fast is work done? Measured times to numbers of tokens.
+//!
+//! While answers run, every token of a prompt in a step makes all of them wait. Where a time per token is wanted, the
+//! part of a step that reads prompts follows the measured times: down at once in proportion when a step took longer, up
+//! by an eighth when a full one took less. Without running answers a step reads as much as it can.
+//!
+//! Knows no clock: times are arguments.
+
+use std::time::Duration;
+
+/// Least tokens of a prompt in a step: it gets on whatever the target.
+const CHUNK_MIN: u32 = 8;
+/// Weight of the newest step in a mean, 1 / 2^n.
+const MEAN_SHIFT: f64 = 16.0;
+/// Longest time that is asked to be waited, in seconds.
+const RETRY_S_MAX: f64 = 600.0;
+
+/// The part of a step that reads prompts.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// Time per token that running answers are to keep.
+    target: Option<Duration>,
+    most: u32,
+    chunk: u32,
+}
+
+impl Pace {
+    /// At most `most` tokens.
+    pub(super) fn new(target: Option<Duration>, most: u32) -> Self {
+        Self { target, most, chunk: most }
+    }
+
+    /// Bounds the chunk while memory is short, or lifts that.
+    pub(super) fn bound(&mut self, most: u32) {
+        self.most = most;
+        self.chunk = self.chunk.min(most);
+        if self.target.is_none() {
+            self.chunk = most;
+        }
+    }
+
+    /// Tokens of prompts that a step beside `n_decodes` running answers may carry.
+    pub(super) fn chunk(&self, n_decodes: u32) -> u32 {
+        if n_decodes == 0 { self.most } else { self.chunk }
+    }
+
+    /// A step took so long.
+    pub(super) fn took(&mut self, time: Duration, n_decodes: u32, n_prefill: u32) {
+        let Some(target) = self.target else { return };
+        if n_decodes == 0 || n_prefill == 0 {
+            return;
+        }
+        if time > target {
+            let ratio = target.as_secs_f64() / time.as_secs_f64();
+            // Not below half at once: one late step says little.
+            self.chunk = scaled(n_prefill, ratio.max(0.5)).max(CHUNK_MIN).min(self.most);
+        } else if n_prefill >= self.chunk && time + time / 8 < target {
+            self.chunk = (self.chunk + (self.chunk / 8).max(1)).min(self.most);
+        }
+    }
+}
+
+/// How fast work is done.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Throughput {
+    tokens_per_s: f64,
+    /// Tokens of an answer.
+    answer_tokens: f64,
+}
+
+impl Throughput {
+    /// A step computed `n_tokens`.
+    pub(super) fn took(&mut self, time: Duration, n_tokens: u32) {
+        let seconds = time.as_secs_f64();
+        if seconds > 0.0 {
+            towards(&mut self.tokens_per_s, f64::from(n_tokens) / seconds);
+        }
+    }
+
+    /// An answer is at its end.
+    pub(super) fn answered(&mut self, n_tokens: u32) {
+        towards(&mut self.answer_tokens, f64::from(n_tokens));
+    }
+
+    /// Tokens in a second, lately; 0 before the first step.
+    pub(super) fn tokens_per_s(&self) -> f64 {
+        self.tokens_per_s
+    }
+
+    /// Seconds until one of `n_waiting` requests with `n_pending` tokens of prompts together has been answered, where
+    /// `share` owners have a part of the device.
+    pub(super) fn retry_after_s(&self, n_waiting: u32, n_pending: u64, share: u32) -> u32 {
+        if self.tokens_per_s <= 0.0 {
+            return 1;
+        }
+        #[expect(clippy::cast_precision_loss, reason = "an estimate")]
+        let each = n_pending as f64 / f64::from(n_waiting.max(1)) + self.answer_tokens;
+        let seconds = (each * f64::from(share.max(1)) / self.tokens_per_s).ceil().clamp(1.0, RETRY_S_MAX);
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "within 1 ..= 600")]
+        let whole = seconds as u32;
+        whole
+    }
+}
+
+/// Moves a mean; the first value is taken as it is.
+fn towards(mean: &mut f64, value: f64) {
+    *mean += if *mean == 0.0 { value } else { (value - *mean) / MEAN_SHIFT };
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of a u32")]
+fn scaled(n: u32, ratio: f64) -> u32 {
+    (f64::from(n) * ratio.clamp(0.0, 1.0)) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand_chacha::ChaCha8Rng;
+    use rand_chacha::rand_core::{RngCore, SeedableRng};
+
+    const fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    /// Steps on a device that takes `base` + `each` us for a token of a prompt, a tenth more or less; answers the
+    /// share of the last 200 of 400 steps that were late, and the chunk at the end.
+    fn run(pace: &mut Pace, base: u64, each: u64) -> (u32, u32) {
+        let (mut random, mut late) = (ChaCha8Rng::seed_from_u64(7), 0);
+        for step in 0..400 {
+            let n = pace.chunk(4);
+            let us = (base + each * u64::from(n)) * (900 + u64::from(random.next_u32() % 201)) / 1000;
+            let time = Duration::from_micros(us);
+            late += u32::from(step >= 200 && time > ms(110));
+            pace.took(time, 4, n);
+        }
+        (late, pace.chunk(4))
+    }
+
+    #[test]
+    fn a_chunk_is_as_large_as_the_target_allows() {
+        let mut pace = Pace::new(Some(ms(100)), 256);
+        let (late, chunk) = run(&mut pace, 20_000, 1000);
+        assert!(late <= 4 && (55..=85).contains(&chunk), "{late} late steps, {chunk} tokens");
+    }
+
+    #[test]
+    fn a_slower_device_shrinks_the_chunk_and_a_faster_one_lets_it_grow() {
+        let mut pace = Pace::new(Some(ms(100)), 256);
+        let before = run(&mut pace, 20_000, 1000).1;
+        let (late, halved) = run(&mut pace, 40_000, 2000);
+        assert!(late <= 4 && (20..=before / 2).contains(&halved), "{late} late steps, {halved} of {before} tokens");
+        assert_eq!(run(&mut pace, 1000, 10).1, 256);
+        // Nothing helps a device that is too slow without prompts.
+        assert_eq!(run(&mut pace, 500_000, 1000).1, CHUNK_MIN);
+    }
+
+    #[test]
+    fn without_a_target_or_running_answers_a_step_is_full() {
+        let mut pace = Pace::new(None, 256);
+        pace.took(ms(9999), 4, 256);
+        assert_eq!(pace.chunk(4), 256);
+        let mut pace = Pace::new(Some(ms(1)), 256);
+        pace.took(ms(9999), 4, 256);
+        assert_eq!((pace.chunk(0), pace.chunk(1)), (256, 128));
+        pace.bound(64);
+        assert_eq!((pace.chunk(0), pace.chunk(1)), (64, 64));
+    }
+
+    #[test]
+    fn who_is_told_to_wait_is_told_how_long_one_request_takes() {
+        let mut throughput = Throughput::default();
+        assert_eq!(throughput.retry_after_s(4, 4000, 1), 1, "nothing is known yet");
+        throughput.took(ms(1000), 100);
+        throughput.answered(200);
+        assert_eq!(throughput.retry_after_s(4, 4000, 1), 12);
+        assert_eq!(throughput.retry_after_s(4, 4000, 3), 36);
+        assert_eq!(throughput.retry_after_s(1, 1 << 40, 1), 600);
+    }
+}

@@ -1,0 +1,266 @@
+//! What has the engine of a model done, and why? Counters, distributions and the last decisions, for status pages.
+//!
+//! Counting takes no memory: it happens at every step. A decision, which is rare, is a line of the log, a counter, and
+//! one of the last few that are shown.
+
+use crate::api::{FinishReason, Finished, Owner};
+use crate::memory::{Pressure, Stage};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Upper ends of the buckets of a [`Histogram`], in seconds.
+pub const BUCKETS_S: [f64; 20] = [
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0,
+    640.0,
+];
+/// Refusals of a kind are told once in so long a time: who floods the daemon does not flood the log as well.
+const REFUSALS_APART: Duration = Duration::from_secs(1);
+/// Decisions that are remembered.
+const RECENT_MAX: usize = 16;
+
+/// A distribution of times.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Histogram {
+    /// Per entry of [`BUCKETS_S`], how many were within it and above the one before; the last: above all.
+    pub counts: [u64; BUCKETS_S.len() + 1],
+    /// Sum in seconds.
+    pub sum_s: f64,
+}
+
+impl Histogram {
+    /// All that were counted.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    pub(crate) fn add(&mut self, time_s: f64) {
+        self.counts[BUCKETS_S.partition_point(|&end| end < time_s)] += 1;
+        self.sum_s += time_s;
+    }
+}
+
+/// Counts since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Tally {
+    /// Tokens of prompts whose answer has begun.
+    pub prompt_tokens: u64,
+    /// Of them, those whose rows were there already.
+    pub cached_tokens: u64,
+    /// Answers by their end: `stop`, `length`, `tool_calls`.
+    pub finished: [u64; 3],
+    /// Requests that ended without an answer, or with a part of it.
+    pub failed: u64,
+    /// Sequences that gave their blocks back and waited.
+    pub preempted: u64,
+    /// Tokens whose rows a sequence had before, and which were computed or restored again.
+    pub again_tokens: u64,
+    /// Tokens whose rows came from a session's file.
+    pub restored_tokens: u64,
+    /// Blocks that were copied for a session's file.
+    pub saved_blocks: u64,
+    /// Blocks that moved to the slow tier.
+    pub demoted_blocks: u64,
+    /// Decisions by [`What`].
+    pub decisions: [u64; What::ALL.len()],
+    /// From a request's arrival to the engine taking it up.
+    pub queue: Histogram,
+    /// From a request's arrival to its first token.
+    pub first_token: Histogram,
+    /// Of an answer, the mean time between two tokens.
+    pub per_token: Histogram,
+    /// From a request's arrival to its end.
+    pub whole: Histogram,
+}
+
+impl Tally {
+    pub(crate) fn finished(&mut self, finished: &Finished) {
+        let timings = finished.timings;
+        let index = match finished.reason {
+            FinishReason::Stop => 0,
+            FinishReason::Length => 1,
+            FinishReason::ToolCalls => 2,
+        };
+        self.finished[index] += 1;
+        self.whole.add((timings.queue_ms + timings.prompt_ms + timings.predicted_ms) / 1e3);
+        let n_gaps = finished.usage.completion_tokens.saturating_sub(1);
+        if n_gaps > 0 {
+            self.per_token.add(timings.predicted_ms / 1e3 / f64::from(n_gaps));
+        }
+    }
+}
+
+/// What was decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// A further response to short memory.
+    Climb,
+    /// One response less.
+    Descend,
+    /// The pool may hold fewer blocks, or more again.
+    Bound,
+    /// A sequence gives its blocks back for another one.
+    Preempt,
+    /// A sequence gives its blocks back because memory is short.
+    Spill,
+    /// Fewer sequences may run, or more again, because of work that is done again.
+    Thrash,
+    /// A request is refused: too many wait.
+    QueueFull,
+    /// A request is refused: too many of its owner wait.
+    UserQueueFull,
+    /// A request is refused: memory is short.
+    MemoryShort,
+    /// A request could not begin in time.
+    DeadlineMissed,
+}
+
+impl What {
+    /// All, in the order of [`Tally::decisions`].
+    pub const ALL: [Self; 10] = [
+        Self::Climb,
+        Self::Descend,
+        Self::Bound,
+        Self::Preempt,
+        Self::Spill,
+        Self::Thrash,
+        Self::QueueFull,
+        Self::UserQueueFull,
+        Self::MemoryShort,
+        Self::DeadlineMissed,
+    ];
+
+    fn is_refusal(self) -> bool {
+        matches!(self, Self::QueueFull | Self::UserQueueFull | Self::MemoryShort | Self::DeadlineMissed)
+    }
+
+    /// One word, for logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Climb => "climb",
+            Self::Descend => "descend",
+            Self::Bound => "bound",
+            Self::Preempt => "preempt",
+            Self::Spill => "spill",
+            Self::Thrash => "thrash",
+            Self::QueueFull => "queue_full",
+            Self::UserQueueFull => "user_queue_full",
+            Self::MemoryShort => "memory_short",
+            Self::DeadlineMissed => "deadline_missed",
+        }
+    }
+}
+
+/// A decision that was made.
+#[derive(Clone, Debug)]
+pub struct Decision {
+    /// When, since the engine's start.
+    pub at: Duration,
+    /// What.
+    pub what: What,
+    /// Why, and what follows.
+    pub reason: String,
+}
+
+/// Counts an owner's requests.
+pub use crate::scheduler::OwnerLoad;
+
+/// What a model's scheduler looks like.
+#[derive(Clone, Debug, Default)]
+pub struct Board {
+    /// Who has requests.
+    pub owners: Vec<OwnerLoad>,
+    /// How short memory is.
+    pub pressure: Pressure,
+    /// What is done about it.
+    pub stage: Stage,
+    /// Bytes that the process may take beside what it has, at the last look.
+    pub headroom_bytes: i64,
+    /// Blocks that may be in use.
+    pub blocks_max: u32,
+    /// Sequences that may run.
+    pub running_max: u32,
+    /// Tokens of prompts that a step beside running answers carries at most.
+    pub chunk_tokens: u32,
+    /// Tokens in a second, lately.
+    pub tokens_per_s: f64,
+    /// The last decisions, the oldest first.
+    pub decisions: VecDeque<Decision>,
+    n_decided: u64,
+}
+
+/// The last decisions of a scheduler.
+#[derive(Debug, Default)]
+pub(crate) struct Decisions {
+    recent: VecDeque<Decision>,
+    n_decided: u64,
+}
+
+impl Decisions {
+    /// Notes a decision: a line of the log, a counter, one of the last few. Of refusals that follow close upon another
+    /// only the counter.
+    pub(crate) fn note(&mut self, what: What, reason: String, tally: &mut Tally, now: Duration) {
+        let index = What::ALL.iter().position(|&other| other == what).expect("all are listed");
+        tally.decisions[index] += 1;
+        let mut told = self.recent.iter().rev().take_while(|last| now.saturating_sub(last.at) < REFUSALS_APART);
+        if what.is_refusal() && told.any(|last| last.what == what) {
+            return;
+        }
+        log::info!(decision = what.name(), reason:% = reason; "decided");
+        if self.recent.len() == RECENT_MAX {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(Decision { at: now, what, reason });
+        self.n_decided += 1;
+    }
+
+    /// Shows the decisions on `board`, if there are new ones.
+    pub(crate) fn show(&self, board: &mut Board) {
+        if board.n_decided != self.n_decided {
+            board.decisions.clone_from(&self.recent);
+            board.n_decided = self.n_decided;
+        }
+    }
+}
+
+/// What an owner is called in logs.
+pub(crate) fn owner_name(owner: Owner) -> String {
+    match owner {
+        Owner::Uid(uid) => format!("uid {uid}"),
+        Owner::Named(_) => format!("owner {:016x}", owner.number()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_time_is_counted_in_the_first_bucket_that_holds_it() {
+        let mut histogram = Histogram::default();
+        [0.0, 0.001, 0.0011, 641.0].iter().for_each(|&time| histogram.add(time));
+        assert_eq!((histogram.counts[0], histogram.counts[1], histogram.counts[20], histogram.count()), (2, 1, 1, 4));
+        assert!((histogram.sum_s - 641.0021).abs() < 1e-9);
+    }
+
+    #[test]
+    fn refusals_that_follow_close_are_counted_and_not_told() {
+        let (mut decisions, mut tally, mut board) = (Decisions::default(), Tally::default(), Board::default());
+        for n in 0..20 {
+            decisions.note(What::QueueFull, n.to_string(), &mut tally, Duration::from_millis(100 * n));
+        }
+        decisions.show(&mut board);
+        assert_eq!(board.decisions.iter().map(|d| d.reason.as_str()).collect::<Vec<_>>(), ["0", "10"]);
+        assert_eq!(tally.decisions[6], 20);
+    }
+
+    #[test]
+    fn the_last_decisions_are_shown_and_all_are_counted() {
+        let (mut decisions, mut tally, mut board) = (Decisions::default(), Tally::default(), Board::default());
+        for n in 0..20 {
+            decisions.note(What::Preempt, n.to_string(), &mut tally, Duration::from_secs(n));
+        }
+        decisions.show(&mut board);
+        assert_eq!((board.decisions.len(), board.decisions[0].reason.as_str()), (16, "4"));
+        assert_eq!(tally.decisions[3], 20);
+    }
+}

@@ -1,0 +1,330 @@
+//! What does a monitoring system see? `GET /metrics` in OpenMetrics text, and the same numbers for `/v1/status`.
+//!
+//! Where vLLM or llama.cpp's server have a metric it has their name, so that dashboards made for them work; what only
+//! this daemon has begins with `sparsed_`. Everything is read anew at each scrape; nothing is registered globally.
+
+use super::Shared;
+use axum::extract::State;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, text};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::registry::Registry;
+use serde_json::{Value, json};
+use sparsed_engine::api::Owner;
+use sparsed_engine::memory::{Budget, Outlook};
+use sparsed_engine::telemetry::{BUCKETS_S, Histogram, What};
+use sparsed_engine::{DeviceState, DeviceStatus, ModelState, ModelStatus, Service};
+use std::fmt;
+use std::time::Instant;
+
+const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// A number of a model: its name, what it is, and where it is found.
+type Number<T> = (&'static str, &'static str, fn(&ModelStatus) -> T);
+
+const GAUGES: &[Number<f64>] = &[
+    ("vllm:num_requests_running", "Requests that run", |m| m.stats.load.running.into()),
+    ("vllm:num_requests_waiting", "Requests that wait", |m| m.stats.load.waiting.into()),
+    ("vllm:kv_cache_usage_perc", "KV blocks held, 1 is all", usage),
+    ("vllm:gpu_cache_usage_perc", "As vllm:kv_cache_usage_perc, by its older name", usage),
+    ("llamacpp:requests_processing", "Requests that run", |m| m.stats.load.running.into()),
+    ("llamacpp:requests_deferred", "Requests that wait", |m| m.stats.load.waiting.into()),
+    ("llamacpp:kv_cache_usage_ratio", "KV blocks held, 1 is all", usage),
+    ("sparsed_model_ready", "Whether the model answers", |m| f64::from(matches!(m.state, ModelState::Ready(_)))),
+    ("sparsed_memory_stage", "Responses to short memory: 0 none, 7 requests are refused", |m| {
+        m.board.stage.number().into()
+    }),
+    ("sparsed_kv_blocks_max", "KV blocks that may be in use", |m| m.board.blocks_max.into()),
+    ("sparsed_running_max", "Requests that may run", |m| m.board.running_max.into()),
+    ("sparsed_prefill_chunk_tokens", "Prompt tokens of a step beside running answers, at most", |m| {
+        m.board.chunk_tokens.into()
+    }),
+    ("sparsed_tokens_per_second", "Tokens computed in a second, lately", |m| m.board.tokens_per_s),
+];
+
+const COUNTERS: &[Number<u64>] = &[
+    ("vllm:prompt_tokens", "Prompt tokens of answers that have begun", |m| m.stats.tally.prompt_tokens),
+    ("vllm:generation_tokens", "Tokens sampled", |m| m.stats.sampled_tokens),
+    ("vllm:prefix_cache_queries", "Prompt tokens that were looked for", |m| m.stats.tally.prompt_tokens),
+    ("vllm:prefix_cache_hits", "Prompt tokens whose rows were there", |m| m.stats.tally.cached_tokens),
+    ("vllm:num_preemptions", "Sequences that gave their blocks back", |m| m.stats.tally.preempted),
+    ("llamacpp:prompt_tokens", "Prompt tokens of answers that have begun", |m| m.stats.tally.prompt_tokens),
+    ("llamacpp:tokens_predicted", "Tokens sampled", |m| m.stats.sampled_tokens),
+    ("llamacpp:n_decode", "Steps", |m| m.stats.steps),
+    ("sparsed_steps", "Steps", |m| m.stats.steps),
+    ("sparsed_computed_tokens", "Tokens that went through the model", |m| m.stats.computed_tokens),
+    ("sparsed_again_tokens", "Tokens computed or restored again", |m| m.stats.tally.again_tokens),
+    ("sparsed_restored_tokens", "Tokens whose rows came from a session's file", |m| m.stats.tally.restored_tokens),
+    ("sparsed_saved_blocks", "KV blocks copied for a session's file", |m| m.stats.tally.saved_blocks),
+    ("sparsed_demoted_blocks", "KV blocks moved to the slow tier", |m| m.stats.tally.demoted_blocks),
+    ("sparsed_failed_requests", "Requests without a whole answer", |m| m.stats.tally.failed),
+];
+
+const HISTOGRAMS: &[Number<Histogram>] = &[
+    ("vllm:time_to_first_token_seconds", "From arrival to the first token", |m| m.stats.tally.first_token),
+    ("vllm:time_per_output_token_seconds", "Mean between two tokens of an answer", |m| m.stats.tally.per_token),
+    ("vllm:request_queue_time_seconds", "From arrival to the first step", |m| m.stats.tally.queue),
+    ("vllm:e2e_request_latency_seconds", "From arrival to the end", |m| m.stats.tally.whole),
+];
+
+fn usage(model: &ModelStatus) -> f64 {
+    let load = &model.stats.load;
+    f64::from(load.blocks_used) / f64::from(load.blocks_total.max(1))
+}
+
+/// `GET /metrics`.
+pub(crate) async fn metrics(State(shared): State<Shared>) -> Response {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Scrape::of(&shared.service)));
+    let mut body = String::new();
+    if text::encode(&mut body, &registry).is_err() {
+        return StatusCode::INTERNAL_SERVER_ERROR.into_response();
+    }
+    ([(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE))], body).into_response()
+}
+
+/// All that a scrape shows.
+#[derive(Debug)]
+struct Scrape {
+    models: Vec<ModelStatus>,
+    device: DeviceStatus,
+    budget: Budget,
+    outlook: Outlook,
+}
+
+impl Scrape {
+    fn of(service: &Service) -> Self {
+        Self {
+            models: service.models(),
+            device: service.device(),
+            budget: service.budget(),
+            outlook: service.outlook(),
+        }
+    }
+
+    /// Blocks by where they are.
+    fn encode_blocks(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let mut family = encoder.encode_descriptor("sparsed_kv_blocks", "KV blocks", None, MetricType::Gauge)?;
+        for model in &self.models {
+            let load = &model.stats.load;
+            let states = [
+                ("held", load.blocks_used),
+                ("cached", load.blocks_cached),
+                ("slow", load.blocks_slow),
+                ("all", load.blocks_total),
+            ];
+            for (state, n) in states {
+                let labels = [("model_name", model.name.as_str()), ("state", state)];
+                family.encode_family(&labels)?.encode_gauge(&i64::from(n))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_ends(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let (name, help) = ("vllm:request_success", "Answers by their end");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for model in &self.models {
+            for (reason, n) in ["stop", "length", "tool_calls"].into_iter().zip(model.stats.tally.finished) {
+                let labels = [("model_name", model.name.as_str()), ("finished_reason", reason)];
+                family.encode_family(&labels)?.encode_counter::<[(&str, &str); 0], _, u64>(&n, None)?;
+            }
+        }
+        let (name, help) = ("sparsed_decisions", "Decisions of the scheduler; the log has their reasons");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for model in &self.models {
+            for (what, n) in What::ALL.into_iter().zip(model.stats.tally.decisions) {
+                let labels = [("model_name", model.name.as_str()), ("decision", what.name())];
+                family.encode_family(&labels)?.encode_counter::<[(&str, &str); 0], _, u64>(&n, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn encode_machine(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let (name, help) = ("sparsed_memory_limit_bytes", "What may be taken, as reckoned at the start");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for bound in &self.budget.bounds {
+            family.encode_family(&[("limit", bound.limit.name())])?.encode_gauge(&signed(bound.bytes))?;
+        }
+        let numbers = [
+            ("sparsed_memory_pressure", "0 none, 1 some, 2 critical", self.outlook.pressure as i64),
+            ("sparsed_memory_headroom_bytes", "Bytes that may be taken yet", self.outlook.headroom_bytes),
+            ("sparsed_memory_weights_bytes", "Bytes of weights", signed(self.budget.weights_bytes)),
+            ("sparsed_memory_workspace_bytes", "Bytes of workspaces", signed(self.budget.workspace_bytes)),
+            ("sparsed_memory_kv_bytes", "Bytes for KV caches", signed(self.budget.for_kv().unwrap_or(0))),
+            ("sparsed_device_up", "Whether a device computes", i64::from(self.device.state == DeviceState::Ready)),
+        ];
+        for (name, help, value) in numbers {
+            encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&value)?;
+        }
+        let (name, help) = ("sparsed_device_faults", "Times that a device was lost or could not be had");
+        let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        metric.encode_counter::<[(&str, &str); 0], _, u64>(&self.device.n_faults, None)
+    }
+}
+
+impl Collector for Scrape {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        for (name, help, value) in GAUGES {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+            for model in &self.models {
+                family.encode_family(&label(model))?.encode_gauge(&value(model))?;
+            }
+        }
+        for (name, help, value) in COUNTERS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for model in &self.models {
+                family
+                    .encode_family(&label(model))?
+                    .encode_counter::<[(&str, &str); 0], _, u64>(&value(model), None)?;
+            }
+        }
+        for (name, help, value) in HISTOGRAMS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for model in &self.models {
+                let histogram = value(model);
+                let ends = BUCKETS_S.into_iter().chain([f64::INFINITY]);
+                let buckets: Vec<(f64, u64)> = ends.zip(histogram.counts).collect();
+                let labels = label(model);
+                let mut metric = family.encode_family(&labels)?;
+                metric.encode_histogram::<[(&str, &str); 0]>(histogram.sum_s, histogram.count(), &buckets, None)?;
+            }
+        }
+        self.encode_blocks(&mut encoder)?;
+        self.encode_ends(&mut encoder)?;
+        self.encode_machine(&mut encoder)
+    }
+}
+
+fn label(model: &ModelStatus) -> impl EncodeLabelSet + use<'_> {
+    [("model_name", model.name.as_str())]
+}
+
+fn signed(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
+}
+
+/// What memory there is and which limit binds, for `/v1/status`.
+pub(crate) fn memory(service: &Service) -> Value {
+    let (budget, outlook) = (service.budget(), service.outlook());
+    let limits: serde_json::Map<String, Value> =
+        budget.bounds.iter().map(|bound| (bound.limit.name().to_owned(), json!(bound.bytes))).collect();
+    // Where nothing limits the memory, or nobody has looked yet, there is no number.
+    let is_known = outlook.number > 0 && outlook.headroom_bytes < i64::MAX;
+    json!({
+        "limits": limits,
+        "binds": budget.tightest().map(|bound| bound.limit.name()),
+        "weights_bytes": budget.weights_bytes,
+        "workspace_bytes": budget.workspace_bytes,
+        "kv_bytes": budget.for_kv(),
+        "kv_bytes_configured": budget.kv_bytes,
+        "pressure": outlook.pressure.name(),
+        "headroom_bytes": is_known.then_some(outlook.headroom_bytes),
+    })
+}
+
+/// Who waits and what was decided about a model's requests, for `/v1/status`.
+pub(crate) fn scheduling(service: &Service, model: &ModelStatus) -> Value {
+    let (board, uptime) = (&model.board, service.uptime(Instant::now()));
+    let owners: Vec<Value> = board
+        .owners
+        .iter()
+        .map(|load| {
+            // Whom a door knows by a name has no user's number.
+            let uid = match load.owner {
+                Owner::Uid(uid) => Some(uid),
+                Owner::Named(_) => None,
+            };
+            json!({ "uid": uid, "running": load.running, "waiting": load.waiting, "served_tokens": load.served })
+        })
+        .collect();
+    let decisions: Vec<Value> = board
+        .decisions
+        .iter()
+        .map(|decision| {
+            let age = uptime.saturating_sub(decision.at).as_secs();
+            json!({ "seconds_ago": age, "decision": decision.what.name(), "reason": decision.reason })
+        })
+        .collect();
+    json!({
+        "stage": board.stage.name(),
+        "kv_blocks_max": board.blocks_max,
+        "running_max": board.running_max,
+        "prefill_chunk_tokens": board.chunk_tokens,
+        "tokens_per_second": board.tokens_per_s,
+        "preemptions": model.stats.tally.preempted,
+        "owners": owners,
+        "decisions": decisions,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_engine::Stats;
+    use sparsed_engine::memory::Limit;
+    use sparsed_engine::telemetry::Board;
+
+    fn scrape() -> Scrape {
+        let mut stats = Stats { sampled_tokens: 7, steps: 3, ..Stats::default() };
+        (stats.load.running, stats.load.blocks_used, stats.load.blocks_total) = (2, 1, 4);
+        stats.tally.first_token.counts[3] = 2;
+        stats.tally.first_token.counts[20] = 1;
+        stats.tally.first_token.sum_s = 700.5;
+        stats.tally.finished[1] = 9;
+        let state = ModelState::Failed("no \"file\"".to_owned());
+        let model = ModelStatus { name: "a\"b".to_owned(), state, stats, board: Board::default() };
+        let device = DeviceStatus {
+            name: "cpu".to_owned(),
+            state: DeviceState::Ready,
+            last_fault: None,
+            n_faults: 4,
+            backend_changed: false,
+        };
+        let mut budget = Budget::default();
+        budget.bind(Limit::CgroupHigh, 1000);
+        Scrape { models: vec![model], device, budget, outlook: Outlook::default() }
+    }
+
+    fn text_of(scrape: Scrape) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(scrape));
+        let mut body = String::new();
+        text::encode(&mut body, &registry).unwrap();
+        body
+    }
+
+    #[test]
+    fn dashboards_of_vllm_and_llama_cpp_find_their_names() {
+        let body = text_of(scrape());
+        for line in [
+            "vllm:num_requests_running{model_name=\"a\\\"b\"} 2.0",
+            "vllm:kv_cache_usage_perc{model_name=\"a\\\"b\"} 0.25",
+            "vllm:generation_tokens_total{model_name=\"a\\\"b\"} 7",
+            "llamacpp:tokens_predicted_total{model_name=\"a\\\"b\"} 7",
+            "vllm:request_success_total{model_name=\"a\\\"b\",finished_reason=\"length\"} 9",
+            "sparsed_memory_limit_bytes{limit=\"cgroup_high\"} 1000",
+            "sparsed_device_faults_total 4",
+            "# TYPE vllm:time_to_first_token_seconds histogram",
+        ] {
+            assert!(body.lines().any(|have| have == line), "no '{line}' in:\n{body}");
+        }
+        assert!(body.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn buckets_of_a_histogram_add_up() {
+        let body = text_of(scrape());
+        let bucket = |end: &str| {
+            let start = format!("vllm:time_to_first_token_seconds_bucket{{le=\"{end}\",model_name=\"a\\\"b\"}} ");
+            body.lines().find_map(|line| line.strip_prefix(&start)).unwrap_or_else(|| panic!("{body}")).to_owned()
+        };
+        assert_eq!(
+            (bucket("0.005"), bucket("0.01"), bucket("640.0"), bucket("+Inf")),
+            ("0".into(), "2".into(), "2".into(), "3".into())
+        );
+    }
+}
