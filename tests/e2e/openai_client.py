@@ -55,7 +55,32 @@ def refused(kind, **arguments):
 
 
 assert refused(openai.NotFoundError, model="nothing")["code"] == "model_not_found"
-assert refused(openai.BadRequestError, n=2)["param"] == "n"
+assert refused(openai.BadRequestError, n=5)["param"] == "n"
+assert refused(openai.BadRequestError, store=True)["param"] == "store"
+image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+assert "messages[0]" in refused(openai.BadRequestError, messages=[{"role": "user", "content": [image]}])["param"]
+assert refused(openai.BadRequestError, extra_body={"strict": True, "tempratur": 1})["param"] == "tempratur"
+parts = [{"role": "user", "content": [{"type": "text", "text": question[0]["content"]}]}]
+assert client.chat.completions.create(model="default", messages=parts, temperature=0).choices[0].message.content == expected
+
+# Several answers, and how likely their tokens were, whole and streamed.
+several = dict(model="default", messages=question, n=3, seed=5, max_tokens=8, logprobs=True, top_logprobs=2)
+whole = client.chat.completions.create(**several)
+assert [choice.index for choice in whole.choices] == [0, 1, 2], whole
+streamed = {0: "", 1: "", 2: ""}
+tokens = {0: [], 1: [], 2: []}
+for chunk in client.chat.completions.create(**several, stream=True):
+    for choice in chunk.choices:
+        streamed[choice.index] += choice.delta.content or ""
+        tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
+for choice in whole.choices:
+    assert streamed[choice.index] == choice.message.content, (streamed, whole)
+    assert tokens[choice.index] == choice.logprobs.content, choice
+    assert b"".join(bytes(one.bytes) for one in choice.logprobs.content).decode() == choice.message.content, choice
+    assert all(len(one.top_logprobs) == 2 and one.logprob <= one.top_logprobs[0].logprob <= 0 for one in choice.logprobs.content)
+assert whole.usage.completion_tokens <= 24 and len({choice.message.content for choice in whole.choices}) > 1, whole
+echoed = client.completions.create(model="default", prompt="Once upon", echo=True, max_tokens=2).choices[0].text
+assert echoed.startswith("Once upon") and len(echoed) > 9, echoed
 assert refused(openai.BadRequestError, temperature=-1)["param"] == "temperature"
 assert refused(openai.BadRequestError, messages=[])["param"] == "messages"
 too_long = refused(openai.BadRequestError, messages=[{"role": "user", "content": "word " * 9000}])

@@ -12,20 +12,36 @@ const CONTROL: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
+/// Calls as Hermes and Qwen write them.
+const TEMPLATE_WITH_TOOLS: &str = "{% if tools %}<|im_start|>system\n{{ tools | tojson }} <tool_call><|im_end|>\n\
+                                   {% endif %}";
+
 /// Writes it into `folder`.
 ///
 /// # Panics
 /// When it cannot be written.
 pub fn write(folder: &Path) -> PathBuf {
-    let path = folder.join("chatty.gguf");
+    write_as(folder, "chatty.gguf", TEMPLATE)
+}
+
+/// The same with a template that shows tools, and whose calls are JSON between `<tool_call>` tags.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_with_tools(folder: &Path) -> PathBuf {
+    write_as(folder, "chatty-with-tools.gguf", &format!("{TEMPLATE_WITH_TOOLS}{TEMPLATE}"))
+}
+
+fn write_as(folder: &Path, name: &str, template: &str) -> PathBuf {
+    let path = folder.join(name);
     rewrite_with(&root().join("tests/golden/tiny/v32/model.gguf"), &path, |metadata, tensors| {
-        set_vocabulary(metadata);
+        set_vocabulary(metadata, template);
         tensors.into_iter().map(widened).collect()
     });
     path
 }
 
-fn set_vocabulary(metadata: &mut Metadata) {
+fn set_vocabulary(metadata: &mut Metadata, template: &str) {
     let names = (0..=255).map(letter).map(String::from).chain(CONTROL.map(str::to_owned)).collect();
     let kinds = (0..VOCAB).map(|id| if id < 256 { 1 } else { 3 }).collect();
     let end = |n: u32| Value::U32(u32::try_from(VOCAB).expect("few tokens") - n);
@@ -37,7 +53,7 @@ fn set_vocabulary(metadata: &mut Metadata) {
         ("tokenizer.ggml.token_type", Value::Array(Array::I32(kinds))),
         ("tokenizer.ggml.merges", Value::Array(Array::String(Vec::new()))),
         ("tokenizer.ggml.eos_token_id", end(1)),
-        ("tokenizer.chat_template", Value::String(TEMPLATE.to_owned())),
+        ("tokenizer.chat_template", Value::String(template.to_owned())),
     ] {
         metadata.set(key, value);
     }

@@ -6,8 +6,9 @@
 
 use crate::config::{Activations, Config, Model, Paths, SlowTierFor};
 use crate::devices;
-use crate::door::Door;
+use crate::door::{self, Door};
 use crate::memory::Sources;
+use crate::tcp::TcpSocket;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
@@ -33,6 +34,8 @@ pub struct Assembly {
     pub engine: JoinHandle<()>,
     /// Where clients come in.
     pub door: Door,
+    /// Where those come in that cannot use the door.
+    pub tcp: Option<TcpSocket>,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -52,7 +55,9 @@ impl Assembly {
         let configured = configured_models(config, &paths);
         let budget = sources.budget(config, configured.values());
         let models = model_options(config, &paths, configured, &budget);
-        let door = Door::open(&paths.socket)?;
+        let passed = door::passed()?;
+        let door = Door::open(&paths.socket, passed.api)?;
+        let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
         let limits = Limits {
             max_running: config.limits.max_running,
             max_waiting: config.limits.max_waiting,
@@ -78,7 +83,7 @@ impl Assembly {
         let started = sparsed_engine::start(devices, models, limits, &recovery, store, budget);
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
-        Ok(Self { service, engine, door, paths, _lock: lock })
+        Ok(Self { service, engine, door, tcp, paths, _lock: lock })
     }
 }
 

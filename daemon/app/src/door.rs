@@ -1,18 +1,30 @@
-//! On which socket do clients come in? On the one that the service manager has opened, else on one of our own.
+//! On which sockets do clients come in? On those that the service manager has opened, else on our own.
 //!
 //! A socket of the service manager's (`sparsed.socket`) is there before the daemon and after it: a client that comes
 //! while the daemon is restarted waits, and is not refused.
 
 use anyhow::{Context, bail};
 use std::fs::Permissions;
+use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 /// Who may connect to a socket of our own: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
-/// What the service manager calls the socket: `FileDescriptorName=`.
+/// What the service manager calls the Unix socket: `FileDescriptorName=`.
 const NAME: &str = "api";
+/// What it calls the TCP socket.
+const TCP_NAME: &str = "tcp";
+
+/// Sockets of the service manager's.
+#[derive(Debug, Default)]
+pub struct Passed {
+    /// Ours, or the only one without a name.
+    pub api: Option<UnixListener>,
+    /// For apps that cannot use a Unix socket.
+    pub tcp: Option<TcpListener>,
+}
 
 /// A socket that is listened on.
 #[derive(Debug)]
@@ -27,9 +39,9 @@ impl Door {
     /// The service manager's socket, or one at `path`.
     ///
     /// # Errors
-    /// A descriptor that is no listening Unix socket; a path that something else has.
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
-        let listener = match passed().context("the socket that the service manager has passed")? {
+    /// A path that something else has.
+    pub fn open(path: &Path, passed: Option<UnixListener>) -> anyhow::Result<Self> {
+        let listener = match passed {
             Some(listener) => Self { listener, path: None },
             None => Self { listener: listen(path)?, path: Some(path.to_owned()) },
         };
@@ -62,22 +74,29 @@ impl Closing {
     }
 }
 
-/// The socket that was passed under our name, or the only one without a name.
-fn passed() -> std::io::Result<Option<UnixListener>> {
+/// What the service manager has passed. May be asked once: afterwards it is not known any more.
+///
+/// # Errors
+/// A descriptor that is not a listening socket of its kind.
+pub fn passed() -> anyhow::Result<Passed> {
+    take_passed().context("the sockets that the service manager has passed")
+}
+
+fn take_passed() -> std::io::Result<Passed> {
     let mut passed = listenfd::ListenFd::from_env();
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
-    let index = match passed.len() {
-        0 => return Ok(None),
-        1 if names.is_empty() || names == "unknown" => Some(0),
-        _ => names.split(':').position(|name| name == NAME),
+    let place = |wanted: &str| names.split(':').take(passed.len()).position(|name| name == wanted);
+    let (api, tcp) = match passed.len() {
+        1 if names.is_empty() || names == "unknown" => (Some(0), None),
+        _ => (place(NAME), place(TCP_NAME)),
     };
-    match index {
-        Some(index) => passed.take_unix_listener(index),
-        None => {
-            log::warn!(names, wanted = NAME; "none of the sockets that were passed is ours");
-            Ok(None)
-        }
+    if passed.len() > 0 && api.is_none() && tcp.is_none() {
+        log::warn!(names, wanted = NAME; "none of the sockets that were passed is ours");
     }
+    Ok(Passed {
+        api: api.map(|at| passed.take_unix_listener(at)).transpose()?.flatten(),
+        tcp: tcp.map(|at| passed.take_tcp_listener(at)).transpose()?.flatten(),
+    })
 }
 
 /// Listens on `path`. A socket that nobody listens on any more is replaced, anything else is left alone.

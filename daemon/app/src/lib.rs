@@ -13,5 +13,7 @@ pub mod door;
 pub mod lifecycle;
 pub mod logging;
 pub mod memory;
+mod private;
 pub mod sessions;
+pub mod tcp;
 pub mod watchdog;

@@ -5,11 +5,12 @@
 
 use crate::assemble::Assembly;
 use crate::config::{Config, Source};
+use crate::tcp::TcpSocket;
 use crate::watchdog;
 use anyhow::{Context, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
-use sparsed_surface::ServeOptions;
+use sparsed_surface::{ServeOptions, TcpDoor};
 use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -111,10 +112,14 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, door, paths, .. } = assembly;
+    let Assembly { service, engine, door, tcp, paths, .. } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
+    let tcp = tcp.map(|TcpSocket { listener, keys }| {
+        Ok::<_, std::io::Error>(TcpDoor { listener: tokio::net::TcpListener::from_std(listener)?, keys })
+    });
+    let tcp = tcp.transpose()?;
     let options = ServeOptions {
         connections_max: config.limits.connections as usize,
         body_bytes_max: usize::try_from(config.limits.body.0)?,
@@ -130,7 +135,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     })?;
     let (stop_serving, stopped) = tokio::sync::oneshot::channel::<()>();
     let stopped = async move { drop(stopped.await) };
-    let serving = tokio::spawn(sparsed_surface::serve(listener, service.clone(), options, stopped));
+    let serving = tokio::spawn(sparsed_surface::serve(listener, tcp, service.clone(), options, stopped));
     let outcome = tokio::select! {
         sound = &mut engine_end => Some(sound.unwrap_or(false)),
         () = stop => None,

@@ -5,13 +5,14 @@
 //! Whoever loses it loses all sessions.
 
 use crate::config::{ContextFull, Durability, Sessions};
-use anyhow::{Context, bail};
+use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
+use anyhow::{Context, anyhow};
 use rustix::fs::{Mode, OFlags};
 use sparsed_session::{AnyDisk, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
 use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
 
 /// The credential's name.
 const CREDENTIAL: &str = "sparsed.master-key";
@@ -21,10 +22,8 @@ const KEY_FILE: &str = "master.key";
 const STORE_DIR: &str = "store";
 /// Bytes of the key.
 const KEY_BYTES: usize = 32;
-/// Mode bits that the key's file must not have.
-const FORBIDDEN_OF_FILE: u32 = 0o077;
-/// Those of a credential: systemd lets the daemon's user in by an ACL, whose mask shows as the group's bits.
-const FORBIDDEN_OF_CREDENTIAL: u32 = 0o007;
+/// Of a file that is no key, only so much is read.
+const FILE_BYTES_MAX: u64 = 4096;
 /// Seconds of a day.
 const DAY: u64 = 86_400;
 
@@ -36,9 +35,9 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
     if !config.enabled {
         return Ok(None);
     }
-    let master = match std::env::var_os("CREDENTIALS_DIRECTORY").map(|dir| PathBuf::from(dir).join(CREDENTIAL)) {
-        Some(path) if path.exists() => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
-        _ => key_of(&state_dir.join(KEY_FILE))?,
+    let master = match private::credential(CREDENTIAL) {
+        Some(path) => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
+        None => key_of(&state_dir.join(KEY_FILE))?,
     };
     let dir = state_dir.join(STORE_DIR);
     DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| dir.display().to_string())?;
@@ -100,29 +99,21 @@ fn key_of(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
 
 fn read_key(path: &Path, forbidden: u32) -> anyhow::Result<[u8; KEY_BYTES]> {
     let about = || format!("the sessions' key {}", path.display());
-    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
-    let mut file = File::from(fd.with_context(about)?);
-    let found = file.metadata().with_context(about)?;
-    if found.mode() & forbidden != 0 {
-        bail!("{} may be read by others; `chmod 600` it, or sessions are not private", about());
-    }
-    let mut key = [0; KEY_BYTES];
-    if found.len() != KEY_BYTES as u64 {
-        bail!(
-            "{} has {} bytes, {KEY_BYTES} are a key; put the right one there, or move it away to begin anew",
-            about(),
-            found.len()
-        );
-    }
-    std::io::Read::read_exact(&mut file, &mut key).with_context(about)?;
-    Ok(key)
+    let bytes = private::read(path, forbidden, FILE_BYTES_MAX).map_err(|error| anyhow!("{}: {error:#}", about()))?;
+    <[u8; KEY_BYTES]>::try_from(bytes).map_err(|bytes| {
+        let n = bytes.len();
+        anyhow!(
+            "{} has {n} bytes, {KEY_BYTES} are a key; put the right one there, or move it away to begin anew",
+            about()
+        )
+    })
 }
 
 /// Makes a key, whole or not at all.
 fn make_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
     let about = || format!("cannot make the sessions' key {}", path.display());
     let mut key = [0; KEY_BYTES];
-    getrandom::fill(&mut key).map_err(|error| anyhow::anyhow!("no random numbers: {error}"))?;
+    getrandom::fill(&mut key).map_err(|error| anyhow!("no random numbers: {error}"))?;
     let new = path.with_extension("new");
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(&new, flags, Mode::RUSR | Mode::WUSR).with_context(about)?;
@@ -138,7 +129,7 @@ fn make_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     #[test]
     fn a_key_is_made_once_and_only_its_owner_may_read_it() {

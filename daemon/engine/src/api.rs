@@ -4,8 +4,10 @@
 //! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
+pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 use crate::sessions::Recorder;
 use crate::{Grammar, Sampling};
+use sha2::{Digest, Sha256};
 use sparsed_kv::FileId;
 use sparsed_model::OutputParser;
 
@@ -30,10 +32,33 @@ pub struct Generate {
     pub ignore_end: bool,
     /// How reasoning and calls are told from content; `None`: all text is content.
     pub reading: Option<Reading>,
+    /// Say how likely each token was, and so many others (at most [`ALTERNATIVES_MAX`]) in its place.
+    pub logprobs: Option<u32>,
     /// When it is to begin.
     pub urgency: Urgency,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
+}
+
+impl Generate {
+    /// The same request for another answer: with the seed that comes `nth` after this one's, and without the session.
+    #[must_use]
+    pub fn sibling(&self, nth: u32) -> Self {
+        Self {
+            model: self.model.clone(),
+            owner: self.owner,
+            prompt: self.prompt.clone(),
+            max_tokens: self.max_tokens,
+            sampling: self.sampling.reseeded(nth),
+            grammar: self.grammar.clone(),
+            stops: self.stops.clone(),
+            ignore_end: self.ignore_end,
+            reading: self.reading.clone(),
+            logprobs: self.logprobs,
+            urgency: self.urgency,
+            turn: None,
+        }
+    }
 }
 
 /// When a request is to begin, as far as others leave it the choice.
@@ -64,13 +89,32 @@ pub struct Turn {
 pub enum Owner {
     /// A user of this box.
     Uid(u32),
+    /// Somebody whom a door knows by a name, see [`Owner::named`].
+    Named(NameDigest),
 }
 
+/// Stands for a name; no user's id is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NameDigest(u64);
+
+/// Set in every [`NameDigest`]; users' ids have 32 bits.
+const NAMED: u64 = 1 << 63;
+
 impl Owner {
+    /// The client that `door` knows as `name`. To be taken for another one, a client would need a name with the same 63
+    /// bits of SHA-256.
+    pub fn named(door: &str, name: &str) -> Self {
+        let digest = Sha256::new().chain_update(door).chain_update([0]).chain_update(name).finalize();
+        let mut head = [0; 8];
+        head.copy_from_slice(&digest[..8]);
+        Self::Named(NameDigest(u64::from_le_bytes(head) | NAMED))
+    }
+
     /// Different for different owners.
     pub(crate) fn number(self) -> u64 {
         match self {
             Self::Uid(uid) => u64::from(uid),
+            Self::Named(NameDigest(number)) => number,
         }
     }
 }
@@ -105,6 +149,8 @@ pub enum Event {
         /// The token.
         token: u32,
     },
+    /// How likely the token was whose text follows; comes before it, for each token but an end token.
+    Likelihood(Box<Likelihood>),
     /// The answer goes on.
     Delta {
         /// Whole characters; empty when a token's text is held back, or the model has no tokenizer.

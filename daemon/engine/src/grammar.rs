@@ -27,6 +27,9 @@ pub enum GrammarSpec {
     JsonSchema(Value),
     /// A text of this grammar, in `llguidance`'s dialect of Lark.
     Lark(String),
+    /// A call of one of the functions offered, as [`ServedModel::call_grammar`](crate::ServedModel::call_grammar) has
+    /// it: such a grammar too.
+    Call(String),
 }
 
 impl GrammarSpec {
@@ -35,6 +38,7 @@ impl GrammarSpec {
         match self {
             Self::JsonObject | Self::JsonSchema(_) => "response_format",
             Self::Lark(_) => "grammar",
+            Self::Call(_) => "tools",
         }
     }
 }
@@ -46,6 +50,13 @@ pub struct Grammar {
     allowed: SimpleVob,
     /// Whether `allowed` is still the one before the last token.
     stale: bool,
+}
+
+impl Clone for Grammar {
+    /// Goes on by itself from here.
+    fn clone(&self) -> Self {
+        Self { matcher: self.matcher.deep_clone(), allowed: self.allowed.clone(), stale: self.stale }
+    }
 }
 
 impl std::fmt::Debug for Grammar {

@@ -27,6 +27,7 @@ mod executor;
 mod grammar;
 mod ladder;
 mod lane;
+mod likelihood;
 mod orders;
 mod params;
 mod progress;
@@ -58,7 +59,8 @@ pub use runner::start;
 pub use scheduler::{Limits, Load};
 pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
 pub use sessions::{
-    Change, ContextFull, Durability, Session, SessionId, SessionState, SessionSummary, Sessions, Settings, Wishes,
+    Change, ContextFull, Durability, SaidTurn, Session, SessionId, SessionState, SessionSummary, Sessions, Settings,
+    TurnEnd, Wishes,
 };
 pub use sole::{CachedRows, SoleSequence};
 

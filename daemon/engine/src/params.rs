@@ -55,6 +55,11 @@ impl Default for Sampling {
 }
 
 impl Sampling {
+    /// The same with the seed that comes `nth` after this one's.
+    pub(crate) fn reseeded(&self, nth: u32) -> Self {
+        Self { seed: self.seed.wrapping_add(u64::from(nth)), ..self.clone() }
+    }
+
     /// Itself, if every number is in its range.
     ///
     /// # Errors

@@ -6,6 +6,7 @@ use crate::api::{
     Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Timings, Turn, Urgency, Usage,
 };
 use crate::durable::{Durable, Restore};
+use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
 use answer::Answer;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
@@ -59,6 +60,8 @@ pub(crate) struct Sequence {
     max_tokens: Option<u32>,
     ignore_end: bool,
     sampler: Sampler,
+    /// Alternatives of which the listener wants to hear.
+    logprobs: Option<u32>,
     answer: Answer,
     sink: Box<dyn Sink>,
     /// Sent once the listener has room; at most what one token makes, or what a resumed answer has said before.
@@ -111,6 +114,7 @@ impl Sequence {
             n_cached: None,
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
+            logprobs: request.logprobs,
             sink,
             outbox: VecDeque::new(),
             durable,
@@ -266,6 +270,8 @@ impl Sequence {
     ///
     /// Answers whether the answer is at its end.
     pub(crate) fn advance(&mut self, logits: &mut [f32], vocabulary: Vocabulary<'_>, now: Duration) -> bool {
+        // The sampler changes them in place.
+        let likelihoods = self.logprobs.map(|n| (Likelihoods::of(logits), n));
         let token = match self.sampler.next(logits) {
             Ok(token) => token,
             Err(failure) => {
@@ -273,6 +279,10 @@ impl Sequence {
                 return true;
             }
         };
+        if let Some((likelihoods, n)) = likelihoods.filter(|_| !vocabulary.ends(token)) {
+            let likelihood = likelihoods.tell(token, n, vocabulary.tokenizer);
+            self.outbox.push_back(Event::Likelihood(Box::new(likelihood)));
+        }
         if self.durable.is_some() {
             self.outbox.push_back(Event::Sampled { token });
         }

@@ -5,7 +5,7 @@
 
 mod turns;
 
-use crate::api::{ChatPrompt, Failure, Generate, Reading, Sink};
+use crate::api::{ALTERNATIVES_MAX, ChatPrompt, Failure, Generate, Reading, Sink};
 use crate::device::DeviceStatus;
 use crate::durable::Restored;
 use crate::grammar::{Compiler, Grammar, GrammarSpec};
@@ -347,6 +347,42 @@ impl ServedModel {
         tokens.map_err(|error| Failure::invalid("prompt", format!("cannot be tokenized: {error}")))
     }
 
+    /// What an answer must be that calls one of `tools`, or the one that is called `only`.
+    ///
+    /// # Errors
+    /// No such tool; a model whose calls cannot be enforced.
+    pub fn call_grammar(&self, tools: &[serde_json::Value], only: Option<&str>) -> Result<GrammarSpec, Failure> {
+        let name = |tool: &serde_json::Value| tool["function"]["name"].as_str().map(str::to_owned);
+        let offered: Vec<_> = tools.iter().filter(|tool| only.is_none() || name(tool).as_deref() == only).collect();
+        if offered.is_empty() {
+            return Err(Failure::invalid("tool_choice", "names a function that is not among the tools"));
+        }
+        let format = self.model.chat_format().filter(|format| format.takes_tools());
+        let grammar = format.and_then(|format| format.call_grammar(&offered));
+        let none = || Failure::invalid("tool_choice", "cannot be enforced: this model does not write calls as JSON");
+        grammar.map(GrammarSpec::Call).ok_or_else(none)
+    }
+
+    /// The text of tokens; what is not whole characters is replaced, and control tokens have their names.
+    ///
+    /// # Errors
+    /// A model without tokenizer; a token that is not of its vocabulary.
+    pub fn text_of(&self, tokens: &[u32]) -> Result<String, Failure> {
+        let none = || Failure::invalid("tokens", "have no text: the model has no tokenizer");
+        let tokenizer = self.model.tokenizer().ok_or_else(none)?;
+        let mut bytes = Vec::new();
+        for &token in tokens {
+            let text = tokenizer.token_bytes(token);
+            if text.is_empty() && token as usize >= tokenizer.vocab_size() {
+                let reason = format!("has token {token}, the vocabulary ends at {}", tokenizer.vocab_size());
+                return Err(Failure::invalid("tokens", reason));
+            }
+            let name = || tokenizer.token_name(token).unwrap_or_default().as_bytes();
+            bytes.extend_from_slice(if text.is_empty() { name() } else { text });
+        }
+        Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
     /// The grammar of an answer. Takes long, for some schemas: not for threads that must not wait.
     ///
     /// # Errors
@@ -369,6 +405,9 @@ impl ServedModel {
         let vocab = self.model.spec().vocab_size;
         if let Some((bad, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
             return Err(Failure::invalid("logit_bias", format!("has token {bad}, the vocabulary ends at {vocab}")));
+        }
+        if request.logprobs.is_some_and(|n| n > ALTERNATIVES_MAX) {
+            return Err(Failure::invalid("top_logprobs", format!("must be 0 to {ALTERNATIVES_MAX}")));
         }
         self.check_prompt(&request.prompt)
     }

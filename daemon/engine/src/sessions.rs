@@ -17,6 +17,7 @@ mod verbs;
 mod wishes;
 
 pub(crate) use asks::{Ask, Asks, ImagesOf};
+pub use conversation::{SaidTurn, TurnEnd};
 pub(crate) use keeper::{Keeper, spawn};
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
@@ -90,6 +91,21 @@ impl Sessions {
             let (settings, conversation) = (history.settings, Conversation::of(history));
             keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
             Ok(Session { summary, settings, messages: conversation?.messages() })
+        })
+    }
+
+    /// A session's turns one by one, and the name of its model.
+    ///
+    /// # Errors
+    /// As any verb.
+    pub fn turns(&self, owner: Owner, id: SessionId) -> Result<(String, Vec<SaidTurn>), Failure> {
+        self.ask(move |keeper| {
+            let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
+            let is_answered = keeper.is_answered(id);
+            let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
+            let turns = SaidTurn::all(history, is_answered);
+            keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
+            Ok((summary.model, turns?))
         })
     }
 

@@ -226,6 +226,7 @@ impl Decisions {
 pub(crate) fn owner_name(owner: Owner) -> String {
     match owner {
         Owner::Uid(uid) => format!("uid {uid}"),
+        Owner::Named(_) => format!("owner {:016x}", owner.number()),
     }
 }
 

@@ -250,6 +250,7 @@ pub(crate) fn request(owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, 
         stops: params::checked_stops(Vec::new()).unwrap(),
         ignore_end: false,
         reading: None,
+        logprobs: None,
         urgency: api::Urgency::default(),
         turn: None,
     }

@@ -141,6 +141,13 @@ impl ChatFormat {
         self.has_think
     }
 
+    /// A grammar, in `llguidance`'s dialect of Lark, of an answer that is one call of one of `tools`, as the model
+    /// writes calls. `None`: it has no tools, or writes arguments otherwise than as JSON.
+    pub fn call_grammar(&self, tools: &[&serde_json::Value]) -> Option<String> {
+        let functions: Vec<_> = tools.iter().map(|tool| &tool["function"]).collect();
+        self.syntax.one_call(&functions, |tag| self.control.find(tag).any(|(start, end, _)| end - start == tag.len()))
+    }
+
     /// Control tokens that [`OutputParser`] must see: pass them to [`crate::TextStream::new`].
     pub fn visible_tokens(&self) -> &[u32] {
         &self.visible

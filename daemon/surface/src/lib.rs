@@ -1,12 +1,49 @@
-//! How do local apps reach us? OpenAI-compatible HTTP over a Unix socket, so far; D-Bus and MQTT come beside it.
+//! How do local apps reach us? OpenAI-compatible HTTP over a Unix socket and loopback TCP, so far; D-Bus and MQTT come
+//! beside it.
 //!
 //! The only crate that knows wire formats. It translates: requests become [`sparsed_engine::api`] values, events become
 //! bytes. It computes nothing; what takes long (templates, tokenizing) goes to tokio's blocking pool.
 #![forbid(unsafe_code)]
 
+mod accept;
 mod bodies;
 mod http;
 mod refusal;
+mod tcp;
 mod unix;
 
-pub use unix::{ServeOptions, serve};
+pub use accept::ServeOptions;
+pub use tcp::{ApiKeys, TcpDoor};
+
+use sparsed_engine::Service;
+use std::future::Future;
+use tokio::net::UnixListener;
+use tokio::sync::watch;
+
+/// Serves HTTP/1.1 on `listener`, and on `tcp` if there is one, until `stop` resolves, then lets running requests end.
+pub async fn serve(
+    listener: UnixListener,
+    tcp: Option<TcpDoor>,
+    service: Service,
+    options: ServeOptions,
+    stop: impl Future<Output = ()>,
+) {
+    let router = http::router(service, options.body_bytes_max);
+    let (stopping, stopped) = watch::channel(());
+    let on_stop = move || {
+        let mut stopped = stopped.clone();
+        // The sender goes when it is time.
+        async move { while stopped.changed().await.is_ok() {} }
+    };
+    let unix = accept::serve(listener, router.clone(), options, on_stop());
+    let tcp = async {
+        if let Some(door) = tcp {
+            accept::serve(door, router, options, on_stop()).await;
+        }
+    };
+    let stop = async {
+        stop.await;
+        drop(stopping);
+    };
+    tokio::join!(unix, tcp, stop);
+}

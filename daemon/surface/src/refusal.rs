@@ -55,6 +55,14 @@ impl Refusal {
         self
     }
 
+    /// The same failure, about the field that `rename` makes of its own, where it makes one.
+    pub(crate) fn with_param(mut self, rename: impl FnOnce(&str) -> Option<&'static str>) -> Self {
+        if let Some(name) = self.param.as_deref().and_then(rename) {
+            self.param = Some(name.to_owned());
+        }
+        self
+    }
+
     /// What it is called.
     pub(crate) fn name(&self) -> Name {
         self.name

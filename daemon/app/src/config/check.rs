@@ -55,6 +55,8 @@ pub(super) const KEYS: &[&str] = &[
     "sessions.retention_days",
     "socket.path",
     "state_dir",
+    "tcp.keys",
+    "tcp.listen",
 ];
 
 /// How like a key must be to be suggested, 0 to 1.

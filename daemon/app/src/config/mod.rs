@@ -12,6 +12,7 @@ mod plugins;
 mod sessions;
 mod size;
 mod source;
+mod tcp;
 
 pub use layers::Layers;
 pub use limits::Limits;
@@ -21,6 +22,7 @@ pub use plugins::Plugins;
 pub use sessions::{ContextFull, Durability, Sessions};
 pub use size::Bytes;
 pub use source::Source;
+pub use tcp::Tcp;
 
 use serde::{Deserialize, Serialize};
 use sparsed_backend::STRIKES_MAX;
@@ -69,6 +71,8 @@ pub struct Config {
     pub state_dir: Option<PathBuf>,
     /// The Unix socket.
     pub socket: Socket,
+    /// Loopback TCP.
+    pub tcp: Tcp,
     /// Plugins.
     pub plugins: Plugins,
     /// Which device computes.
@@ -266,7 +270,8 @@ impl Config {
             return Some(("engine.watchdog_ms".to_owned(), reason));
         }
         let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
-        (self.dbus.bus != "off").then(|| ("dbus.bus".to_owned(), reason))
+        let dbus = || (self.dbus.bus != "off").then(|| ("dbus.bus".to_owned(), reason));
+        self.tcp.wrong_value().or_else(dbus)
     }
 }
 
@@ -335,6 +340,8 @@ mod tests {
         assert!(load("", &["plugins.strike=1"]).unwrap_err().contains("did you mean 'plugins.strikes'?"));
         assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
+        assert!(load("", &["tcp.listen=0.0.0.0:80"]).unwrap_err().contains("of this box alone"));
+        assert!(load("", &["tcp.listen=localhost"]).unwrap_err().contains("--set tcp.listen=localhost"));
         assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));
         assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));
         assert!(load("", &["engine.retry.backoff_ms=[]"]).unwrap_err().contains("must have 1 to 16"));

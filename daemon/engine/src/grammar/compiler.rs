@@ -75,7 +75,7 @@ impl Compiler {
         let source = match spec {
             GrammarSpec::JsonObject => Source::Schema(json!({ "type": "object" })),
             GrammarSpec::JsonSchema(schema) => Source::Schema(schema),
-            GrammarSpec::Lark(text) => Source::Lark(text),
+            GrammarSpec::Lark(text) | GrammarSpec::Call(text) => Source::Lark(text),
         };
         source.check().map_err(refuse)?;
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);

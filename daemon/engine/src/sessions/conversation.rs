@@ -20,6 +20,67 @@ pub(super) struct Conversation {
     pub(super) cut: Option<Cut>,
 }
 
+/// One turn, as its owner may look at it.
+#[derive(Clone, Debug)]
+pub struct SaidTurn {
+    /// When it began, seconds since 1970.
+    pub at: u64,
+    /// What was new in it.
+    pub messages: Vec<ChatMessage>,
+    /// What was answered; of an answer that was cut and is to be finished, nothing.
+    pub answer: Option<ChatMessage>,
+    /// How it ended.
+    pub end: TurnEnd,
+    /// Tokens of its prompt, the conversation before it included.
+    pub prompt_tokens: u32,
+    /// Tokens of its answer so far.
+    pub answer_tokens: u32,
+    /// Most tokens of its answer.
+    pub max_tokens: Option<u32>,
+}
+
+/// How a turn ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TurnEnd {
+    /// It is being answered.
+    Running,
+    /// The answer is complete.
+    Complete,
+    /// Its client went away.
+    Cancelled,
+    /// It could not be answered.
+    Failed,
+    /// The daemon has cut it; it is to be finished.
+    Cut,
+}
+
+impl SaidTurn {
+    /// All turns of a session.
+    ///
+    /// # Errors
+    /// [`Failure::SessionDamaged`] for records of another version.
+    pub(super) fn all(history: &History, is_answering: bool) -> Result<Vec<Self>, Failure> {
+        let last = history.turns.len().saturating_sub(1);
+        let turns = history.turns.iter().enumerate().map(|(at, turn)| Self::of(turn, is_answering && at == last));
+        turns.collect()
+    }
+
+    fn of(turn: &TurnHistory, is_running: bool) -> Result<Self, Failure> {
+        let asked = Asked::decode(&turn.request, &turn.sampling)?;
+        let end = match turn.outcome {
+            _ if is_running => TurnEnd::Running,
+            Some(Outcome::Complete) => TurnEnd::Complete,
+            Some(Outcome::Cancelled) => TurnEnd::Cancelled,
+            Some(Outcome::Failed) => TurnEnd::Failed,
+            None | Some(Outcome::Interrupted) => TurnEnd::Cut,
+        };
+        let max_tokens = asked.wishes.max_tokens;
+        let Said { messages, answer, .. } = Said::of(turn)?;
+        let (prompt_tokens, answer_tokens) = (turn.prompt_end, turn.end_token.saturating_sub(turn.prompt_end));
+        Ok(Self { at: turn.at, messages, answer, end, prompt_tokens, answer_tokens, max_tokens })
+    }
+}
+
 /// One turn's messages.
 #[derive(Clone, Debug)]
 struct Said {

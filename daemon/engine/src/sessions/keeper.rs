@@ -283,6 +283,11 @@ impl Keeper {
         let _gone = self.store.release(owner, id).is_err();
     }
 
+    /// Whether a turn of the session is on its way.
+    pub(super) fn is_answered(&self, id: SessionId) -> bool {
+        self.answers.values().any(|answer| answer.id == id && answer.holds)
+    }
+
     /// That nobody has taken a session.
     pub(crate) fn check_free(&self, id: SessionId) -> Result<(), Failure> {
         if self.taken.contains(&id) { Err(busy(id)) } else { Ok(()) }

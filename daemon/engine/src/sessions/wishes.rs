@@ -36,6 +36,7 @@ impl Wishes {
             stops: self.stops.clone(),
             ignore_end: self.ignore_end,
             reading: None,
+            logprobs: None,
             urgency: self.urgency,
             turn: None,
         }

@@ -8,6 +8,7 @@
 //! Line breaks around the tags of reasoning are layout and are dropped, as is up to 64 bytes of whitespace before a
 //! call. Calls are looked for in content only, and only if the request had tools.
 
+mod enforce;
 mod syntax;
 
 pub(super) use syntax::ToolSyntax;

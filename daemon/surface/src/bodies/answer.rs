@@ -1,19 +1,13 @@
 //! How does an answer travel? From the engine's events to OpenAI's objects: one whole body, or pieces.
-//!
-//! Both hold the receiving end of the request's channel: when the client goes away and its door drops them, the engine
-//! sees the closed channel and frees the sequence.
 
+use super::listen::Listening;
+use super::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::Service;
-use sparsed_engine::api::{Event, Failure, FinishReason, Finished, Generate, Refused, Sink};
+use sparsed_engine::api::{Event, FinishReason, Finished, Generate, Likelihood};
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
-use tokio::sync::mpsc::error::TrySendError;
-
-/// Events between engine and client; a client that reads slower than this pauses its sequence.
-const CHANNEL: usize = 64;
 
 /// How the two kinds of answers are written.
 pub(crate) trait Wire: Send + 'static {
@@ -31,6 +25,8 @@ pub(crate) trait Wire: Send + 'static {
     fn piece(&self, event: &Event) -> Option<Value>;
     /// The choice of the last piece.
     fn last(&self, finish_reason: &str) -> Value;
+    /// How likely tokens were that have `n_chars` characters of the answer before them.
+    fn logprobs(&self, likelihoods: &[Likelihood], n_chars: usize) -> Value;
 }
 
 /// A whole answer.
@@ -44,6 +40,8 @@ pub(crate) struct Answer {
     pub(crate) calls: Vec<(String, String)>,
     /// The tokens, where the engine gives them out.
     pub(crate) tokens: Vec<u32>,
+    /// How likely the tokens were, where that was asked for.
+    pub(crate) likelihoods: Vec<Likelihood>,
 }
 
 /// What a client wants back.
@@ -60,6 +58,8 @@ pub(crate) struct Reply {
 pub(crate) struct Asked<W> {
     /// For the engine.
     pub(crate) request: Generate,
+    /// Where several answers are wanted, the requests for the others.
+    pub(crate) siblings: Vec<Generate>,
     /// What the client wants back.
     pub(crate) reply: Reply,
     /// How the answer is written.
@@ -74,31 +74,27 @@ struct Head {
     model: String,
 }
 
-struct ChannelSink(mpsc::Sender<Event>);
-
-impl Sink for ChannelSink {
-    fn offer(&mut self, event: Event) -> Result<(), Refused> {
-        self.0.try_send(event).map_err(|error| match error {
-            TrySendError::Full(event) => Refused::Full(event),
-            TrySendError::Closed(_) => Refused::Closed,
-        })
-    }
-
-    fn is_closed(&self) -> bool {
-        self.0.is_closed()
-    }
-}
-
-/// An answer on its way.
+/// An answer on its way, or several.
 #[derive(Debug)]
 pub(crate) struct Answering<W> {
     head: Head,
     wire: W,
     include_usage: bool,
-    events: mpsc::Receiver<Event>,
+    listening: Listening,
+    choices: Vec<Choice>,
     /// Written, not taken yet.
     ready: VecDeque<Piece>,
     has_ended: bool,
+}
+
+/// How far one of the answers has come.
+#[derive(Debug, Default)]
+struct Choice {
+    /// Of tokens whose text was not sent yet.
+    likelihoods: Vec<Likelihood>,
+    /// Characters of the tokens before these.
+    n_chars: usize,
+    finished: Option<Finished>,
 }
 
 /// What a stream carries.
@@ -116,21 +112,12 @@ impl<W: Wire> Answering<W> {
     /// # Errors
     /// The engine's, and that there is no room in its queue.
     pub(crate) async fn begin(service: &Service, asked: Asked<W>) -> Result<Self, Refusal> {
-        let Asked { request, reply, wire } = asked;
+        let Asked { request, siblings, reply, wire } = asked;
         let head = Head::new::<W>(request.model.clone());
-        let (sender, mut events) = mpsc::channel(CHANNEL);
-        service.generate(request, Box::new(ChannelSink(sender)))?;
-        // Whether the queue had room is known before the first byte of an answer is sent.
-        match events.recv().await {
-            Some(Event::Queued { .. }) => {}
-            Some(Event::Failed(failure)) => return Err(failure.into()),
-            Some(_) => {
-                return Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into());
-            }
-            None => return Err(Failure::CutOff.into()),
-        }
+        let choices = std::iter::repeat_with(Choice::default).take(1 + siblings.len()).collect();
+        let listening = Listening::begin(service, std::iter::once(request).chain(siblings)).await?;
         let include_usage = reply.include_usage;
-        Ok(Self { head, wire, include_usage, events, ready: VecDeque::new(), has_ended: false })
+        Ok(Self { head, wire, include_usage, listening, choices, ready: VecDeque::new(), has_ended: false })
     }
 
     /// The answer in one object.
@@ -138,47 +125,56 @@ impl<W: Wire> Answering<W> {
     /// # Errors
     /// Why there is none.
     pub(crate) async fn whole(mut self) -> Result<Value, Refusal> {
-        let mut answer = Answer::default();
+        let mut answers: Vec<Answer> = std::iter::repeat_with(Answer::default).take(self.choices.len()).collect();
         loop {
-            match self.events.recv().await {
-                Some(Event::Finished(finished)) => return Ok(self.object(&answer, &finished)),
-                Some(Event::Failed(failure)) => return Err(failure.into()),
-                Some(event) => answer.hear(event),
-                None => return Err(Failure::CutOff.into()),
+            match self.listening.next().await {
+                (_, Event::Failed(failure)) => return Err(failure.into()),
+                (index, Event::Finished(finished)) => {
+                    self.choices[index].finished = Some(finished);
+                    if let Some(all) = self.all_finished() {
+                        return Ok(self.object(&answers, &all));
+                    }
+                }
+                (index, event) => answers[index].hear(event),
             }
         }
     }
 
     /// Begins a stream of pieces: before any text comes the opening one, if the kind of answer has it.
     pub(crate) fn open(&mut self) {
-        if let Some(choice) = self.wire.opening() {
-            self.piece(&[choice], None);
+        for index in 0..self.choices.len() {
+            if let Some(choice) = self.wire.opening() {
+                self.piece(index, choice, None);
+            }
         }
     }
 
     /// The next piece; nothing after the last.
     pub(crate) async fn next(&mut self) -> Option<Piece> {
         while self.ready.is_empty() && !self.has_ended {
-            let event = self.events.recv().await;
-            self.write(event.unwrap_or(Event::Failed(Failure::CutOff)));
+            let (index, event) = self.listening.next().await;
+            self.write(index, event);
         }
         self.ready.pop_front()
     }
 
-    fn write(&mut self, event: Event) {
+    fn write(&mut self, index: usize, event: Event) {
         match event {
             Event::Queued { .. } | Event::Sampled { .. } => {}
+            Event::Likelihood(likelihood) => self.choices[index].likelihoods.push(*likelihood),
             Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => {
                 if let Some(choice) = self.wire.piece(&event) {
-                    self.piece(&[choice], None);
+                    self.piece(index, choice, None);
                 }
             }
             Event::Finished(finished) => {
                 let choice = self.wire.last(finish_reason(finished.reason));
-                self.piece(&[choice], Some(timings(&finished)));
+                self.piece(index, choice, Some(timings(&finished)));
+                self.choices[index].finished = Some(finished);
+                let Some(all) = self.all_finished() else { return };
                 if self.include_usage {
                     let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
-                    body["usage"] = usage(&finished);
+                    body["usage"] = usage(&all);
                     self.ready.push_back(Piece::Chunk(body));
                 }
                 self.has_ended = true;
@@ -190,19 +186,37 @@ impl<W: Wire> Answering<W> {
         }
     }
 
-    fn piece(&mut self, choices: &[Value], timings: Option<Value>) {
-        let mut body = self.head.object(W::CHUNK_OBJECT, choices);
+    /// How all answers ended, if they have.
+    fn all_finished(&self) -> Option<Vec<Finished>> {
+        self.choices.iter().map(|choice| choice.finished.clone()).collect()
+    }
+
+    fn piece(&mut self, index: usize, mut choice: Value, timings: Option<Value>) {
+        choice["index"] = json!(index);
+        let state = &mut self.choices[index];
+        if !state.likelihoods.is_empty() {
+            choice["logprobs"] = self.wire.logprobs(&state.likelihoods, state.n_chars);
+            state.n_chars += state.likelihoods.drain(..).map(|one| logprobs::n_chars(&one)).sum::<usize>();
+        }
+        let mut body = self.head.object(W::CHUNK_OBJECT, &[choice]);
         if let Some(timings) = timings {
             body["timings"] = timings;
         }
         self.ready.push_back(Piece::Chunk(body));
     }
 
-    fn object(&self, answer: &Answer, finished: &Finished) -> Value {
-        let choice = self.wire.choice(answer, finish_reason(finished.reason));
-        let mut body = self.head.object(W::OBJECT, &[choice]);
+    fn object(&self, answers: &[Answer], finished: &[Finished]) -> Value {
+        let choices = answers.iter().zip(finished).enumerate().map(|(index, (answer, finished))| {
+            let mut choice = self.wire.choice(answer, finish_reason(finished.reason));
+            choice["index"] = json!(index);
+            if !answer.likelihoods.is_empty() {
+                choice["logprobs"] = self.wire.logprobs(&answer.likelihoods, 0);
+            }
+            choice
+        });
+        let mut body = self.head.object(W::OBJECT, &choices.collect::<Vec<_>>());
         body["usage"] = usage(finished);
-        body["timings"] = timings(finished);
+        body["timings"] = finished.first().map(timings).unwrap_or_default();
         body
     }
 }
@@ -217,31 +231,20 @@ impl Answer {
             }
             Event::Reasoning { text } => self.reasoning += &text,
             Event::ToolCall { name, arguments, .. } => self.calls.push((name, arguments)),
+            Event::Likelihood(likelihood) => self.likelihoods.push(*likelihood),
             Event::Queued { .. } | Event::Sampled { .. } | Event::Finished(_) | Event::Failed(_) => {}
         }
     }
 }
 
-/// Has the engine finish an answer that nobody hears.
-///
-/// # Errors
-/// Why it could not be finished.
-pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), Refusal> {
-    let (sender, mut events) = mpsc::channel(CHANNEL);
-    service.generate(request, Box::new(ChannelSink(sender)))?;
-    loop {
-        match events.recv().await {
-            Some(Event::Finished(_)) => return Ok(()),
-            Some(Event::Failed(failure)) => return Err(failure.into()),
-            Some(_) => {}
-            None => return Err(Failure::CutOff.into()),
-        }
-    }
+/// Seconds since 1970.
+pub(crate) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 impl Head {
     fn new<W: Wire>(model: String) -> Self {
-        let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let created = now();
         let id = format!("{}-{:016x}", W::ID_PREFIX, getrandom::u64().unwrap_or(created));
         Self { id, created, model }
     }
@@ -259,13 +262,15 @@ fn finish_reason(reason: FinishReason) -> &'static str {
     }
 }
 
-fn usage(finished: &Finished) -> Value {
-    let usage = finished.usage;
+/// Of all answers to one prompt, which counts once.
+fn usage(finished: &[Finished]) -> Value {
+    let prompt = finished.first().map(|finished| finished.usage).unwrap_or_default();
+    let completion: u64 = finished.iter().map(|finished| u64::from(finished.usage.completion_tokens)).sum();
     json!({
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": u64::from(usage.prompt_tokens) + u64::from(usage.completion_tokens),
-        "prompt_tokens_details": { "cached_tokens": usage.cached_tokens },
+        "prompt_tokens": prompt.prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": u64::from(prompt.prompt_tokens) + completion,
+        "prompt_tokens_details": { "cached_tokens": prompt.cached_tokens },
     })
 }
 

@@ -1,14 +1,13 @@
 //! What is a chat completion? A conversation in, the assistant's next message out.
 
-use super::answer::{Answer, Asked, Reply, Wire};
+use super::answer::{Answer, Asked, Reply, Wire, now};
 use super::sampling::SamplingFields;
-use super::{parse, sessions};
+use super::{fields, logprobs, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::api::{Event, Failure, Generate, Owner};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, Service, Wishes};
-use std::time::{SystemTime, UNIX_EPOCH};
+use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, ServedModel, Service, Wishes};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
@@ -25,13 +24,47 @@ struct ChatFields {
     max_tokens: Option<u32>,
     max_completion_tokens: Option<u32>,
     tools: Option<Vec<Value>>,
-    tool_choice: Option<Value>,
+    tool_choice: Option<ToolChoice>,
+    parallel_tool_calls: Option<bool>,
     /// OpenAI's: `none` for an answer without reasoning.
     reasoning_effort: Option<String>,
     /// vLLM's and llama.cpp's: further variables of the template; `thinking` and `enable_thinking` turn reasoning on.
     chat_template_kwargs: Option<Map<String, Value>>,
     /// Ours: the conversation that the daemon keeps and `messages` go on with.
     session_id: Option<String>,
+}
+
+/// Whether a function must be called.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged, expecting = "expected 'auto', 'none', 'required' or a function")]
+enum ToolChoice {
+    Mode(ToolMode),
+    /// This one.
+    Named {
+        #[serde(rename = "type")]
+        #[expect(dead_code, reason = "there is only one")]
+        kind: FunctionKind,
+        function: NamedFunction,
+    },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum ToolMode {
+    Auto,
+    None,
+    Required,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum FunctionKind {
+    Function,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct NamedFunction {
+    name: String,
 }
 
 /// What goes with `stream`.
@@ -53,6 +86,8 @@ impl StreamOptions {
 pub(crate) struct ChatAsk {
     fields: ChatFields,
     wishes: Wishes,
+    n: u32,
+    logprobs: Option<u32>,
 }
 
 impl ChatAsk {
@@ -62,6 +97,12 @@ impl ChatAsk {
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let (fields, sampling) = (parse::<ChatFields>(body)?, parse::<SamplingFields>(body)?);
+        fields::check::<ChatFields, SamplingFields>(body)?;
+        let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_chat()?);
+        if fields.session_id.is_some() && (n > 1 || logprobs.is_some()) {
+            let name = if n > 1 { "n" } else { "logprobs" };
+            return Err(Refusal::invalid(name, "is not served in a session"));
+        }
         if fields.max_completion_tokens == Some(0) {
             return Err(Refusal::invalid("max_completion_tokens", "is 0, must be at least 1"));
         }
@@ -73,7 +114,7 @@ impl ChatAsk {
             ignore_end: sampling.ignore_end(),
             urgency: sampling.urgency()?,
         };
-        Ok(Self { fields, wishes })
+        Ok(Self { fields, wishes, n, logprobs })
     }
 
     /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
@@ -86,18 +127,25 @@ impl ChatAsk {
         owner: Owner,
         held: impl Send + 'static,
     ) -> Result<Asked<ChatWire>, Refusal> {
-        let Self { fields, wishes } = self;
+        let Self { fields, mut wishes, n, logprobs } = self;
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if let Some(session) = fields.session_id.clone() {
             if let Some(model) = &fields.model {
                 service.model(model)?;
             }
-            let request = sessions::turn(service, owner, &session, fields.request()?, wishes).await?;
-            return Ok(Asked { request, reply, wire: ChatWire });
+            let enforcing = if fields.enforces_call() {
+                Some(service.model(&sessions::model_of(service, owner, &session).await?)?)
+            } else {
+                None
+            };
+            let request = fields.request(enforcing.as_deref(), &mut wishes)?;
+            let request = sessions::turn(service, owner, &session, request, wishes).await?;
+            return Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire });
         }
-        let request = fields.request()?;
         let served = service.model(&model)?;
+        let enforcing = fields.enforces_call().then_some(&*served);
+        let request = fields.request(enforcing, &mut wishes)?;
         let spec = wishes.grammar.clone();
         let made = tokio::task::spawn_blocking(move || {
             let prompt = served.chat_prompt(&request)?;
@@ -106,15 +154,43 @@ impl ChatAsk {
         });
         let (prompt, grammar) =
             made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
-        let request =
-            Generate { model, prompt: prompt.tokens, grammar, reading: Some(prompt.reading), ..wishes.request(owner) };
-        Ok(Asked { request, reply, wire: ChatWire })
+        let (prompt, reading) = (prompt.tokens, Some(prompt.reading));
+        let request = Generate { model, prompt, grammar, reading, logprobs, ..wishes.request(owner) };
+        let siblings = (1..n).map(|nth| request.sibling(nth)).collect();
+        Ok(Asked { request, siblings, reply, wire: ChatWire })
     }
 }
 
 impl ChatFields {
+    /// Whether a function must be called.
+    fn enforces_call(&self) -> bool {
+        matches!(self.tool_choice, Some(ToolChoice::Mode(ToolMode::Required) | ToolChoice::Named { .. }))
+    }
+
+    /// The conversation. Where a call is enforced, what `enforcing`, the model that answers, must write is one of the
+    /// wishes then.
+    fn request(mut self, enforcing: Option<&ServedModel>, wishes: &mut Wishes) -> Result<ChatRequest, Refusal> {
+        let choice = self.tool_choice.take();
+        let Some(served) = enforcing else {
+            return self.conversation(choice.is_some_and(|choice| choice.is_none()));
+        };
+        let only = match &choice {
+            Some(ToolChoice::Named { function, .. }) => Some(function.name.as_str()),
+            _ => None,
+        };
+        if wishes.grammar.is_some() {
+            return Err(Refusal::invalid("tool_choice", "excludes response_format and grammar"));
+        }
+        self.parallel_tool_calls = None; // One call is what is enforced.
+        let mut request = self.conversation(false)?;
+        wishes.grammar = Some(served.call_grammar(&request.tools, only)?);
+        // Its reasoning would have to follow the grammar too.
+        request.thinking = Some(false);
+        Ok(request)
+    }
+
     /// The conversation, as far as it can be checked without the model.
-    fn request(self) -> Result<ChatRequest, Refusal> {
+    fn conversation(self, no_tools: bool) -> Result<ChatRequest, Refusal> {
         let (messages, tools) = (self.messages, self.tools.unwrap_or_default());
         if messages.is_empty() || messages.len() > MESSAGES_MAX {
             let reason = format!("has {} entries, 1 to {MESSAGES_MAX} are allowed", messages.len());
@@ -130,19 +206,23 @@ impl ChatFields {
         if tools.len() > TOOLS_MAX {
             return Err(Refusal::invalid("tools", format!("has {} entries, the limit is {TOOLS_MAX}", tools.len())));
         }
-        let tools = match self.tool_choice {
-            None | Some(Value::Null) => tools,
-            Some(choice) if choice == "auto" => tools,
-            Some(choice) if choice == "none" => Vec::new(),
-            Some(_) => return Err(Refusal::invalid("tool_choice", "must be 'auto' or 'none'; no call is enforced")),
-        };
+        let tools = if no_tools { Vec::new() } else { tools };
+        if self.parallel_tool_calls == Some(false) && !tools.is_empty() {
+            let reason = "cannot be false unless tool_choice enforces a call: the model may call several functions";
+            return Err(Refusal::invalid("parallel_tool_calls", reason));
+        }
         let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
         let asked = ["thinking", "enable_thinking"].map(|name| template_arguments.remove(name));
         let asked = asked.into_iter().flatten().find_map(|value| value.as_bool());
         let thinking = asked.or_else(|| self.reasoning_effort.map(|effort| effort != "none"));
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
-        let now = now.and_then(|since| i64::try_from(since.as_secs()).ok());
+        let now = i64::try_from(now()).ok();
         Ok(ChatRequest { messages, tools, thinking, template_arguments, now, ..ChatRequest::default() })
+    }
+}
+
+impl ToolChoice {
+    fn is_none(&self) -> bool {
+        matches!(self, Self::Mode(ToolMode::None))
     }
 }
 
@@ -203,6 +283,10 @@ impl Wire for ChatWire {
     fn last(&self, finish_reason: &str) -> Value {
         Self::delta(&json!({}), Some(finish_reason))
     }
+
+    fn logprobs(&self, likelihoods: &[Likelihood], _: usize) -> Value {
+        logprobs::of_chat(likelihoods)
+    }
 }
 
 #[cfg(test)]
@@ -210,7 +294,9 @@ mod tests {
     use super::*;
 
     fn parsed(text: &str) -> Result<ChatRequest, Refusal> {
-        serde_json::from_str::<ChatFields>(text).unwrap().request()
+        let fields: ChatFields = serde_json::from_str(text).unwrap();
+        let none = fields.tool_choice.as_ref().is_some_and(ToolChoice::is_none);
+        fields.conversation(none)
     }
 
     #[test]
@@ -228,10 +314,9 @@ mod tests {
     fn what_cannot_be_kept_is_refused_by_name() {
         let param = |text: &str| parsed(text).unwrap_err().body()["error"]["param"].as_str().unwrap().to_owned();
         assert_eq!(param(r#"{"messages": []}"#), "messages");
-        assert_eq!(
-            param(r#"{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}"#),
-            "tool_choice"
-        );
+        let parallel =
+            r#"{"messages": [{"role": "user", "content": "x"}], "tools": [{}], "parallel_tool_calls": false}"#;
+        assert_eq!(param(parallel), "parallel_tool_calls");
     }
 
     #[test]

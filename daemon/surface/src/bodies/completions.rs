@@ -2,12 +2,12 @@
 
 use super::answer::{Answer, Asked, Wire};
 use super::chat::StreamOptions;
-use super::parse;
 use super::sampling::SamplingFields;
+use super::{fields, logprobs, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Event, Failure, Generate, Owner};
+use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner};
 use sparsed_engine::{DEFAULT_MODEL, Service, Wishes};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
@@ -42,6 +42,8 @@ enum Prompt {
 pub(crate) struct CompletionAsk {
     fields: CompletionFields,
     wishes: Wishes,
+    n: u32,
+    logprobs: Option<u32>,
 }
 
 impl CompletionAsk {
@@ -51,7 +53,9 @@ impl CompletionAsk {
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let (fields, sampling) = (parse::<CompletionFields>(body)?, parse::<SamplingFields>(body)?);
-        fields.refuse_what_is_missing()?;
+        fields::check::<CompletionFields, SamplingFields>(body)?;
+        let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
+        fields.refuse_what_is_missing(logprobs.is_some())?;
         let wishes = Wishes {
             max_tokens: Some(fields.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)),
             sampling: sampling.sampling()?,
@@ -60,7 +64,7 @@ impl CompletionAsk {
             ignore_end: sampling.ignore_end(),
             urgency: sampling.urgency()?,
         };
-        Ok(Self { fields, wishes })
+        Ok(Self { fields, wishes, n, logprobs })
     }
 
     /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
@@ -73,27 +77,37 @@ impl CompletionAsk {
         owner: Owner,
         held: impl Send + 'static,
     ) -> Result<Asked<CompletionWire>, Refusal> {
-        let Self { fields, wishes } = self;
+        let Self { fields, wishes, n, logprobs } = self;
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
         let model = fields.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         let served = service.model(&model)?;
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
-        let (prompt, spec) = (fields.prompt.single()?, wishes.grammar.clone());
+        let (prompt, spec, echoes) = (fields.prompt.single()?, wishes.grammar.clone(), fields.echo == Some(true));
         let made = tokio::task::spawn_blocking(move || {
+            let echo = match &prompt {
+                Err(text) if echoes => text.clone(),
+                Ok(tokens) if echoes => served.text_of(tokens)?,
+                _ => String::new(),
+            };
             let prompt = prompt.map_or_else(|text| served.text_prompt(&text), Ok)?;
             drop(held);
-            Ok::<_, Failure>((prompt, spec.map(|spec| served.grammar(spec)).transpose()?))
+            let grammar = spec.map(|spec| served.grammar(spec)).transpose()?;
+            Ok::<_, Failure>((prompt, echo, grammar))
         });
-        let (prompt, grammar) = made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
-        let request = Generate { model, prompt, grammar, ..wishes.request(owner) };
-        Ok(Asked { request, reply, wire: CompletionWire { with_tokens } })
+        let (prompt, echo, grammar) =
+            made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
+        let request = Generate { model, prompt, grammar, logprobs, ..wishes.request(owner) };
+        let siblings = (1..n).map(|nth| request.sibling(nth)).collect();
+        Ok(Asked { request, siblings, reply, wire: CompletionWire { with_tokens, echo } })
     }
 }
 
 impl CompletionFields {
-    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
+    fn refuse_what_is_missing(&self, logprobs: bool) -> Result<(), Refusal> {
+        if logprobs && self.echo == Some(true) {
+            return Err(Refusal::invalid("logprobs", "beside echo is not served: a prompt's tokens have none"));
+        }
         let asked = [
-            ("echo", self.echo == Some(true)),
             ("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty())),
             ("best_of", self.best_of.is_some_and(|n| n != 1)),
         ];
@@ -120,9 +134,11 @@ impl Prompt {
 }
 
 /// Writes answers as text completions.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct CompletionWire {
     with_tokens: bool,
+    /// Comes before the answer: the prompt, if that is wanted.
+    echo: String,
 }
 
 impl CompletionWire {
@@ -141,11 +157,11 @@ impl Wire for CompletionWire {
     const CHUNK_OBJECT: &'static str = "text_completion";
 
     fn choice(&self, answer: &Answer, finish_reason: &str) -> Value {
-        self.written(&answer.text, &answer.tokens, Some(finish_reason))
+        self.written(&format!("{}{}", self.echo, answer.text), &answer.tokens, Some(finish_reason))
     }
 
     fn opening(&self) -> Option<Value> {
-        None
+        (!self.echo.is_empty()).then(|| self.written(&self.echo, &[], None))
     }
 
     fn piece(&self, event: &Event) -> Option<Value> {
@@ -159,5 +175,9 @@ impl Wire for CompletionWire {
 
     fn last(&self, finish_reason: &str) -> Value {
         self.written("", &[], Some(finish_reason))
+    }
+
+    fn logprobs(&self, likelihoods: &[Likelihood], n_chars: usize) -> Value {
+        logprobs::of_completion(likelihoods, n_chars)
     }
 }

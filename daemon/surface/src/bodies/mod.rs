@@ -3,8 +3,14 @@
 mod answer;
 mod chat;
 mod completions;
+mod fields;
+pub(crate) mod listen;
+mod logprobs;
+pub(crate) mod ollama;
+pub(crate) mod responses;
 mod sampling;
 pub(crate) mod sessions;
+pub(crate) mod tokens;
 
 pub(crate) use answer::{Answering, Asked, Piece, Wire};
 pub(crate) use chat::ChatAsk;

@@ -3,9 +3,12 @@
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::api::Urgency;
+use sparsed_engine::api::{ALTERNATIVES_MAX, Urgency};
 use sparsed_engine::{GrammarSpec, Sampling, checked_stops};
 use std::collections::BTreeMap;
+
+/// Most answers to one request.
+const ANSWERS_MAX: u32 = 4;
 
 /// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM and llama.cpp have them.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -30,9 +33,11 @@ pub(crate) struct SamplingFields {
     response_format: Option<ResponseFormat>,
     /// llama.cpp's name; here in llguidance's dialect of Lark.
     grammar: Option<String>,
-    // What would change the answer and is not there yet.
+    /// Of chats whether, of completions how many.
     logprobs: Option<Value>,
-    top_logprobs: Option<Value>,
+    top_logprobs: Option<u32>,
+    // What would change the answer and is not served.
+    store: Option<Value>,
     functions: Option<Value>,
     modalities: Option<Value>,
     audio: Option<Value>,
@@ -134,6 +139,42 @@ impl SamplingFields {
         self.ignore_eos.unwrap_or(false)
     }
 
+    /// How many answers are wanted.
+    pub(crate) fn answers(&self) -> Result<u32, Refusal> {
+        match self.n.unwrap_or(1) {
+            n @ 1..=ANSWERS_MAX => Ok(n),
+            n => Err(Refusal::invalid("n", format!("is {n}, must be 1 to {ANSWERS_MAX}"))),
+        }
+    }
+
+    /// Whether a chat wants to hear how likely its tokens were, and how many alternatives.
+    pub(crate) fn logprobs_of_chat(&self) -> Result<Option<u32>, Refusal> {
+        let top = self.top_logprobs.unwrap_or(0);
+        if top > ALTERNATIVES_MAX {
+            return Err(Refusal::invalid("top_logprobs", format!("is {top}, must be 0 to {ALTERNATIVES_MAX}")));
+        }
+        match &self.logprobs {
+            Some(Value::Bool(true)) => Ok(Some(top)),
+            None | Some(Value::Null | Value::Bool(false)) if top == 0 => Ok(None),
+            None | Some(Value::Null | Value::Bool(false)) => {
+                Err(Refusal::invalid("top_logprobs", "needs logprobs to be true"))
+            }
+            Some(_) => Err(Refusal::invalid("logprobs", "must be true or false")),
+        }
+    }
+
+    /// The same of a completion, where `logprobs` is the number of alternatives.
+    pub(crate) fn logprobs_of_completion(&self) -> Result<Option<u32>, Refusal> {
+        let wrong = || Refusal::invalid("logprobs", format!("must be a number from 0 to {ALTERNATIVES_MAX}"));
+        match &self.logprobs {
+            None | Some(Value::Null | Value::Bool(false)) => Ok(None),
+            Some(value) => {
+                let n = value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n <= ALTERNATIVES_MAX);
+                n.map(Some).ok_or_else(wrong)
+            }
+        }
+    }
+
     fn biases(&self) -> Result<Vec<(u32, f32)>, Refusal> {
         let parse = |(id, bias): (&String, &f32)| {
             let id =
@@ -145,17 +186,13 @@ impl SamplingFields {
 
     /// Refuses fields that ask for more than there is, rather than to answer something else than was asked for.
     fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
-        if self.n.is_some_and(|n| n != 1) {
-            return Err(Refusal::invalid("n", "must be 1: one answer per request is served"));
-        }
         let asks = |value: &Option<Value>| match value {
             None | Some(Value::Null | Value::Bool(false)) => false,
             Some(Value::Array(list)) => !list.is_empty(),
             Some(_) => true,
         };
         let fields = [
-            ("logprobs", &self.logprobs),
-            ("top_logprobs", &self.top_logprobs),
+            ("store", &self.store),
             ("functions", &self.functions),
             ("audio", &self.audio),
             ("prediction", &self.prediction),
@@ -219,9 +256,8 @@ mod tests {
     #[test]
     fn what_is_not_served_is_refused_by_name() {
         for (json, param) in [
-            (r#"{"n": 2}"#, "n"),
+            (r#"{"store": true}"#, "store"),
             (r#"{"functions": [{}]}"#, "functions"),
-            (r#"{"logprobs": true}"#, "logprobs"),
             (r#"{"top_k": -2}"#, "top_k"),
             (r#"{"temperature": -0.1}"#, "temperature"),
             (r#"{"modalities": ["audio"]}"#, "modalities"),
@@ -229,8 +265,29 @@ mod tests {
         ] {
             assert_eq!(refused(json), param, "{json}");
         }
-        let harmless =
-            r#"{"n": 1, "functions": [], "response_format": {"type": "text"}, "logprobs": false, "metadata": {}}"#;
+        let harmless = r#"{"store": false, "functions": [], "response_format": {"type": "text"}, "metadata": {}}"#;
         assert!(fields(harmless).sampling().is_ok());
+    }
+
+    #[test]
+    fn one_to_four_answers_may_be_wanted() {
+        assert_eq!(fields("{}").answers().unwrap(), 1);
+        assert_eq!(fields(r#"{"n": 4}"#).answers().unwrap(), 4);
+        assert!(fields(r#"{"n": 0}"#).answers().is_err() && fields(r#"{"n": 5}"#).answers().is_err());
+    }
+
+    #[test]
+    fn likelihoods_are_asked_for_in_two_ways() {
+        let chat = |json: &str| fields(json).logprobs_of_chat().map_err(|error| error.body()["error"]["param"].clone());
+        assert_eq!(chat(r#"{"logprobs": true, "top_logprobs": 20}"#), Ok(Some(20)));
+        assert_eq!(chat(r#"{"logprobs": true}"#), Ok(Some(0)));
+        assert_eq!(chat(r#"{"logprobs": false}"#), Ok(None));
+        assert_eq!(chat(r#"{"logprobs": true, "top_logprobs": 21}"#), Err("top_logprobs".into()));
+        assert_eq!(chat(r#"{"top_logprobs": 2}"#), Err("top_logprobs".into()));
+        assert_eq!(chat(r#"{"logprobs": 3}"#), Err("logprobs".into()));
+        let completion = |json: &str| fields(json).logprobs_of_completion().ok();
+        assert_eq!(completion(r#"{"logprobs": 3}"#), Some(Some(3)));
+        assert_eq!(completion("{}"), Some(None));
+        assert_eq!((completion(r#"{"logprobs": 21}"#), completion(r#"{"logprobs": true}"#)), (None, None));
     }
 }

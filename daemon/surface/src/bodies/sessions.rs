@@ -2,8 +2,9 @@
 //!
 //! All of it belongs to the caller; another one's session is not found.
 
-use super::answer::{Asked, Reply, finish};
+use super::answer::{Asked, Reply};
 use super::chat::{ChatWire, StreamOptions};
+use super::listen::finish;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -127,7 +128,7 @@ pub(crate) async fn resume(
     let id = session_id(id)?;
     let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
     let request = verb(service, move |service| service.resume_turn(owner, id)).await?;
-    Ok(Asked { request, reply, wire: ChatWire })
+    Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire })
 }
 
 /// A session as one file.
@@ -166,6 +167,14 @@ pub(crate) async fn turn(
     }
 }
 
+/// The name of a session's model.
+///
+/// # Errors
+/// The session's.
+pub(super) async fn model_of(service: &Service, owner: Owner, id: &str) -> Result<String, Refusal> {
+    on(service, id, move |sessions, id| Ok(sessions.get(owner, id)?.summary.model)).await
+}
+
 /// Has a thread that may wait carry out `action` on the session that is called `id`.
 async fn on<T: Send + 'static>(
     service: &Service,
@@ -177,7 +186,7 @@ async fn on<T: Send + 'static>(
 }
 
 /// Has a thread that may wait carry out `verb`.
-async fn verb<T: Send + 'static>(
+pub(super) async fn verb<T: Send + 'static>(
     service: &Service,
     verb: impl FnOnce(&Service) -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Refusal> {

@@ -233,7 +233,11 @@ pub(crate) fn scheduling(service: &Service, model: &ModelStatus) -> Value {
         .owners
         .iter()
         .map(|load| {
-            let Owner::Uid(uid) = load.owner;
+            // Whom a door knows by a name has no user's number.
+            let uid = match load.owner {
+                Owner::Uid(uid) => Some(uid),
+                Owner::Named(_) => None,
+            };
             json!({ "uid": uid, "running": load.running, "waiting": load.waiting, "served_tokens": load.served })
         })
         .collect();

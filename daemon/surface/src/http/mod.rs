@@ -6,15 +6,17 @@ mod completions;
 mod error;
 mod metrics;
 mod models;
+mod ollama;
 mod reply;
+mod responses;
 mod sessions;
+mod tokens;
 
+use crate::bodies::responses::Runs;
+use axum::Router;
 use axum::extract::DefaultBodyLimit;
-use axum::routing::{get, post};
-use axum::{Extension, Router};
-use hyper_util::service::TowerToHyperService;
+use axum::routing::{delete, get, post};
 use sparsed_engine::Service;
-use sparsed_engine::api::Owner;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 
@@ -28,6 +30,8 @@ struct Shared {
     body_bytes_max: usize,
     /// Bytes of bodies that may still come, in KiB.
     bodies: Arc<Semaphore>,
+    /// Responses in the background.
+    runs: Runs,
 }
 
 /// The whole HTTP interface.
@@ -35,12 +39,20 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     Router::new()
         .route("/health", get(models::health))
+        .route("/ready", get(models::health))
+        .route("/props", get(tokens::props))
+        .route("/tokenize", post(tokens::tokenize))
+        .route("/detokenize", post(tokens::detokenize))
+        .route("/v1/embeddings", post(tokens::embeddings))
         .route("/metrics", get(metrics::metrics))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/completions", post(completions::create))
+        .route("/v1/responses", post(responses::create))
+        .route("/v1/responses/{id}", get(responses::one).delete(responses::delete))
+        .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/import", post(sessions::import))
         .route(
@@ -53,13 +65,27 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .route("/v1/sessions/{id}/checkpoint", post(sessions::checkpoint))
         .route("/v1/sessions/{id}/pin", post(sessions::pin))
         .route("/v1/sessions/{id}/export", get(sessions::export))
+        .merge(ollama())
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))
-        .with_state(Shared { service, body_bytes_max, bodies })
+        .with_state(Shared { service, body_bytes_max, bodies, runs: Runs::default() })
 }
 
-/// The interface as one connection's client sees it.
-pub(crate) fn of(router: &Router, owner: Owner) -> TowerToHyperService<Router> {
-    TowerToHyperService::new(router.clone().layer(Extension(owner)))
+/// Ollama's interface.
+fn ollama() -> Router<Shared> {
+    Router::new()
+        .route("/api/chat", post(ollama::chat))
+        .route("/api/generate", post(ollama::generate))
+        .route("/api/tags", get(ollama::tags))
+        .route("/api/ps", get(ollama::running))
+        .route("/api/show", post(ollama::show))
+        .route("/api/version", get(ollama::version))
+        .route("/api/embed", post(ollama::embed))
+        .route("/api/embeddings", post(ollama::embed))
+        .route("/api/pull", post(ollama::not_here))
+        .route("/api/push", post(ollama::not_here))
+        .route("/api/create", post(ollama::not_here))
+        .route("/api/copy", post(ollama::not_here))
+        .route("/api/delete", delete(ollama::not_here))
 }

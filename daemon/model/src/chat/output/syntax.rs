@@ -42,7 +42,7 @@ const DEEPSEEK_V3_TAGS: Tags = Tags {
     item_close: "<｜tool▁call▁end｜>",
     block: Some(("<｜tool▁call▁begin｜>", "<｜tool▁calls▁end｜>")),
 };
-const SEPARATOR: &str = "<｜tool▁sep｜>";
+pub(super) const SEPARATOR: &str = "<｜tool▁sep｜>";
 const TOOL_CALL_TAGS: Tags = Tags { open: "<tool_call>", item_close: "</tool_call>", block: None };
 const KEY: (&str, &str) = ("<arg_key>", "</arg_key>");
 const VALUE: (&str, &str) = ("<arg_value>", "</arg_value>");

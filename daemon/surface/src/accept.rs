@@ -1,0 +1,94 @@
+//! What may a connection cost? The accept loop of every socket that speaks HTTP, with its limits.
+
+use axum::Router;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Semaphore;
+
+/// Most bytes of a request's head; also the read buffer.
+const HEAD_BYTES_MAX: usize = 32 << 10;
+/// Most header lines of a request.
+const HEADERS_MAX: usize = 100;
+/// How long a request's head may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(15);
+/// Pause after a failed accept: out of file descriptors, most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Limits of a socket.
+#[derive(Clone, Copy, Debug)]
+pub struct ServeOptions {
+    /// Most open connections; further ones wait to be accepted.
+    pub connections_max: usize,
+    /// Most bytes of a request's body.
+    pub body_bytes_max: usize,
+    /// How long running answers may go on after `stop`.
+    pub stop_timeout: Duration,
+}
+
+/// A socket that is listened on.
+pub(crate) trait Listener {
+    /// A connection.
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next one.
+    fn accept(&self) -> impl Future<Output = std::io::Result<Self::Stream>> + Send;
+
+    /// The interface as the client at the other end sees it; `None` for one that is gone already.
+    fn interface(&self, stream: &Self::Stream, router: &Router) -> Option<Router>;
+}
+
+/// Serves HTTP/1.1 on `listener` until `stop` resolves, then lets running requests end.
+pub(crate) async fn serve<L: Listener>(
+    listener: L,
+    router: Router,
+    options: ServeOptions,
+    stop: impl Future<Output = ()>,
+) {
+    let graceful = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(options.connections_max));
+    let mut stop = std::pin::pin!(stop);
+    let mut is_failing = false;
+    loop {
+        let accepted = async {
+            let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+            (place, listener.accept().await)
+        };
+        let (place, accepted) = tokio::select! {
+            accepted = accepted => accepted,
+            () = &mut stop => break,
+        };
+        let stream = match accepted {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Once per episode: out of file descriptors lasts.
+                if !std::mem::replace(&mut is_failing, true) {
+                    log::warn!(reason:% = error; "connection not accepted");
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        is_failing = false;
+        let Some(interface) = listener.interface(&stream, &router) else { continue };
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+        builder.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
+        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(interface));
+        let connection = graceful.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                log::debug!(reason:% = error; "connection ended early");
+            }
+            drop(place);
+        });
+    }
+    drop(listener); // further clients are refused at once instead of waiting
+    if tokio::time::timeout(options.stop_timeout, graceful.shutdown()).await.is_err() {
+        log::warn!("answers were still running when the time to stop was over");
+    }
+}

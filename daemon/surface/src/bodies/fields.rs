@@ -1,0 +1,102 @@
+//! Which fields may a body have? All of them are ignored that are not known, unless the client says `"strict": true`.
+
+use super::parse;
+use crate::refusal::Refusal;
+use serde::de::value::Error;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, Visitor};
+use serde::forward_to_deserialize_any;
+use std::collections::BTreeMap;
+
+/// Fields that change nothing here and are no mistake: labels, and wishes about what this daemon does not have.
+const HARMLESS: &[&str] = &[
+    "cache_salt",
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "strict",
+    "user",
+];
+
+#[derive(serde::Deserialize)]
+struct Strict {
+    strict: Option<bool>,
+}
+
+/// Refuses fields that neither `A` nor `B` has, if the body says that it is strict.
+///
+/// # Errors
+/// The first unknown field.
+pub(super) fn check<A: DeserializeOwned, B: DeserializeOwned>(body: &[u8]) -> Result<(), Refusal> {
+    if parse::<Strict>(body)?.strict != Some(true) {
+        return Ok(());
+    }
+    let known = [HARMLESS, names::<A>(), names::<B>()];
+    let all = parse::<BTreeMap<String, IgnoredAny>>(body)?;
+    match all.keys().find(|name| !known.iter().any(|names| names.contains(&name.as_str()))) {
+        Some(name) => Err(Refusal::invalid(name, "is not known, and the request is strict")),
+        None => Ok(()),
+    }
+}
+
+/// The names of a struct's fields, as its derived reader asks for them.
+fn names<T: DeserializeOwned>() -> &'static [&'static str] {
+    let mut names: &'static [&'static str] = &[];
+    // It never gets a value: it is asked only for what it would read.
+    let _refused = T::deserialize(Probe(&mut names)).is_err();
+    names
+}
+
+struct Probe<'p>(&'p mut &'static [&'static str]);
+
+impl<'de> Deserializer<'de> for Probe<'_> {
+    type Error = Error;
+
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Error> {
+        Err(Error::custom("only names are asked for"))
+    }
+
+    fn deserialize_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        _: V,
+    ) -> Result<V::Value, Error> {
+        *self.0 = fields;
+        Err(Error::custom("only names are asked for"))
+    }
+
+    forward_to_deserialize_any! {
+        bool i8 i16 i32 i64 i128 u8 u16 u32 u64 u128 f32 f64 char str string bytes byte_buf option unit unit_struct
+        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(serde::Deserialize)]
+    #[expect(dead_code, reason = "only named")]
+    struct One {
+        model: Option<String>,
+    }
+
+    #[derive(serde::Deserialize)]
+    #[expect(dead_code, reason = "only named")]
+    struct Two {
+        #[serde(rename = "top_k")]
+        k: Option<u32>,
+    }
+
+    #[test]
+    fn a_strict_body_has_known_fields_only() {
+        let checked =
+            |body: &str| check::<One, Two>(body.as_bytes()).map_err(|error| error.body()["error"]["param"].clone());
+        assert_eq!(checked(r#"{"model": "x", "top_k": 1, "tempratur": 1}"#), Ok(()));
+        assert_eq!(checked(r#"{"strict": true, "model": "x", "top_k": 1, "user": "me"}"#), Ok(()));
+        assert_eq!(checked(r#"{"strict": true, "tempratur": 1}"#), Err("tempratur".into()));
+        assert_eq!(checked(r#"{"strict": 1}"#), Err("strict".into()));
+    }
+}

@@ -1,0 +1,81 @@
+//! How does a door hear the engine? One bounded channel for all answers to a request.
+//!
+//! When the client goes away and its door drops this, the engine sees the closed channel and frees the sequences. When
+//! it does not read, the channel fills and all of them pause.
+
+use crate::refusal::Refusal;
+use sparsed_engine::Service;
+use sparsed_engine::api::{Event, Failure, Generate, Refused, Sink};
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+
+/// Events between engine and client; a client that reads slower than this pauses its sequence.
+const CHANNEL: usize = 64;
+
+struct ChannelSink {
+    index: usize,
+    events: mpsc::Sender<(usize, Event)>,
+}
+
+impl Sink for ChannelSink {
+    fn offer(&mut self, event: Event) -> Result<(), Refused> {
+        self.events.try_send((self.index, event)).map_err(|error| match error {
+            TrySendError::Full((_, event)) => Refused::Full(event),
+            TrySendError::Closed(_) => Refused::Closed,
+        })
+    }
+
+    fn is_closed(&self) -> bool {
+        self.events.is_closed()
+    }
+}
+
+/// The receiving end of a request's answers.
+#[derive(Debug)]
+pub(crate) struct Listening {
+    events: mpsc::Receiver<(usize, Event)>,
+}
+
+impl Listening {
+    /// Hands a request and its siblings to the engine. Their events are numbered in this order.
+    ///
+    /// # Errors
+    /// The engine's, and that there is no room in its queue: that is known before the first byte of an answer is sent.
+    pub(crate) async fn begin(
+        service: &Service,
+        requests: impl IntoIterator<Item = Generate>,
+    ) -> Result<Self, Refusal> {
+        let (sender, mut events) = mpsc::channel(CHANNEL);
+        for (index, request) in requests.into_iter().enumerate() {
+            service.generate(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
+        }
+        drop(sender);
+        match events.recv().await {
+            Some((_, Event::Queued { .. })) => Ok(Self { events }),
+            Some((_, Event::Failed(failure))) => Err(failure.into()),
+            Some(_) => Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into()),
+            None => Err(Failure::CutOff.into()),
+        }
+    }
+
+    /// The next event, and of which answer it is. After the last event of the last answer, and when the engine has
+    /// let go of it: [`Failure::CutOff`].
+    pub(crate) async fn next(&mut self) -> (usize, Event) {
+        self.events.recv().await.unwrap_or((0, Event::Failed(Failure::CutOff)))
+    }
+}
+
+/// Has the engine finish an answer that nobody hears.
+///
+/// # Errors
+/// Why it could not be finished.
+pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), Refusal> {
+    let mut listening = Listening::begin(service, [request]).await?;
+    loop {
+        match listening.next().await.1 {
+            Event::Finished(_) => return Ok(()),
+            Event::Failed(failure) => return Err(failure.into()),
+            _ => {}
+        }
+    }
+}

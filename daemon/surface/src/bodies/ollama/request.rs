@@ -1,0 +1,339 @@
+//! How does a request of Ollama's become one of OpenAI's?
+
+use crate::bodies::parse;
+use crate::refusal::Refusal;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use sparsed_engine::DEFAULT_MODEL;
+
+/// What Ollama's clients append to names.
+const TAG: &str = ":latest";
+
+/// What a request becomes.
+#[derive(Debug)]
+pub(crate) enum Wanted {
+    /// An answer: the request in OpenAI's words.
+    Answer(Generation),
+    /// Nothing to answer: asks that the model be in memory, or (`unload`) leave it.
+    Nothing {
+        /// The model's name.
+        model: String,
+        /// `keep_alive` is 0.
+        unload: bool,
+    },
+}
+
+/// A request in OpenAI's words.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    /// The model's name.
+    pub(crate) model: String,
+    /// The body of a chat completion, or (`is_chat` is false) of a completion.
+    pub(crate) body: Value,
+    pub(crate) is_chat: bool,
+    /// Pieces, which is Ollama's default.
+    pub(crate) stream: bool,
+}
+
+/// Fields of both kinds.
+#[derive(Debug, Deserialize)]
+struct Common {
+    model: Option<String>,
+    stream: Option<bool>,
+    format: Option<Value>,
+    #[serde(default)]
+    options: Options,
+    think: Option<Value>,
+    keep_alive: Option<Value>,
+    logprobs: Option<Value>,
+    top_logprobs: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ChatFields {
+    #[serde(default)]
+    messages: Vec<Message>,
+    tools: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct GenerateFields {
+    #[serde(default)]
+    prompt: String,
+    suffix: Option<String>,
+    system: Option<String>,
+    template: Option<String>,
+    context: Option<Vec<u32>>,
+    #[serde(default)]
+    raw: bool,
+    #[serde(default)]
+    images: Option<Vec<Value>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Message {
+    role: String,
+    #[serde(default)]
+    content: String,
+    thinking: Option<String>,
+    images: Option<Vec<Value>>,
+    tool_calls: Option<Vec<Call>>,
+    /// Of a tool's result.
+    tool_name: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Call {
+    function: Function,
+}
+
+#[derive(Debug, Deserialize)]
+struct Function {
+    name: String,
+    #[serde(default)]
+    arguments: Map<String, Value>,
+}
+
+/// How tokens are chosen. What says how the machine computes (`num_ctx`, `num_gpu`, `num_thread`, ...) is the daemon's
+/// business and ignored.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Options {
+    num_predict: Option<i64>,
+    temperature: Option<f64>,
+    top_k: Option<i64>,
+    top_p: Option<f64>,
+    min_p: Option<f64>,
+    seed: Option<i64>,
+    stop: Option<Value>,
+    repeat_penalty: Option<f64>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    mirostat: Option<i64>,
+    typical_p: Option<f64>,
+    tfs_z: Option<f64>,
+}
+
+/// A body of `/api/chat`.
+///
+/// # Errors
+/// What is wrong with it, and where.
+pub(crate) fn chat(bytes: &[u8]) -> Result<Wanted, Refusal> {
+    let (common, fields) = (parse::<Common>(bytes)?, parse::<ChatFields>(bytes)?);
+    if fields.messages.is_empty() {
+        return Ok(common.nothing());
+    }
+    let messages = messages(fields.messages)?;
+    common.answer(true, json!({ "messages": messages, "tools": fields.tools }))
+}
+
+/// A body of `/api/generate`: a chat of one message, or with `raw` a text that goes on.
+///
+/// # Errors
+/// What is wrong with it, and where.
+pub(crate) fn generate(bytes: &[u8]) -> Result<Wanted, Refusal> {
+    let (common, fields) = (parse::<Common>(bytes)?, parse::<GenerateFields>(bytes)?);
+    let asks = [
+        ("suffix", fields.suffix.is_some_and(|suffix| !suffix.is_empty())),
+        ("template", fields.template.is_some_and(|template| !template.is_empty())),
+        ("context", fields.context.is_some_and(|context| !context.is_empty())),
+        ("images", fields.images.is_some_and(|images| !images.is_empty())),
+    ];
+    if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
+        return Err(Refusal::invalid(name, "is not served"));
+    }
+    if fields.prompt.is_empty() {
+        return Ok(common.nothing());
+    }
+    if fields.raw {
+        return common.answer(false, json!({ "prompt": fields.prompt }));
+    }
+    let system = fields.system.filter(|system| !system.is_empty());
+    let mut messages: Vec<Value> =
+        system.into_iter().map(|system| json!({ "role": "system", "content": system })).collect();
+    messages.push(json!({ "role": "user", "content": fields.prompt }));
+    common.answer(true, json!({ "messages": messages }))
+}
+
+/// The name of a model without Ollama's tag.
+pub(crate) fn model_name(name: &str) -> &str {
+    name.strip_suffix(TAG).unwrap_or(name)
+}
+
+/// The name as Ollama's clients know it.
+pub(crate) fn tagged(name: &str) -> String {
+    if name.contains(':') { name.to_owned() } else { format!("{name}{TAG}") }
+}
+
+impl Common {
+    fn name(&self) -> String {
+        self.model.as_deref().map_or(DEFAULT_MODEL, model_name).to_owned()
+    }
+
+    fn nothing(&self) -> Wanted {
+        let unload = self.keep_alive.as_ref().is_some_and(|value| *value == json!(0) || *value == json!("0"));
+        Wanted::Nothing { model: self.name(), unload }
+    }
+
+    fn answer(self, is_chat: bool, mut body: Value) -> Result<Wanted, Refusal> {
+        let model = self.name();
+        self.options.write(&mut body)?;
+        body["model"] = json!(model);
+        body["response_format"] = match self.format {
+            None | Some(Value::Null) => Value::Null,
+            Some(Value::String(name)) if name.is_empty() => Value::Null,
+            Some(Value::String(name)) if name == "json" => json!({ "type": "json_object" }),
+            Some(schema @ Value::Object(_)) => json!({ "type": "json_schema", "json_schema": { "schema": schema } }),
+            Some(_) => return Err(Refusal::invalid("format", "must be 'json' or a JSON schema")),
+        };
+        match self.think {
+            None | Some(Value::Null) => {}
+            Some(Value::Bool(think)) => body["chat_template_kwargs"] = json!({ "thinking": think }),
+            Some(Value::String(effort)) => body["reasoning_effort"] = json!(effort),
+            Some(_) => return Err(Refusal::invalid("think", "must be true, false or an effort")),
+        }
+        if !is_chat && self.logprobs == Some(Value::Bool(true)) {
+            body["logprobs"] = json!(self.top_logprobs.unwrap_or(0));
+        } else if is_chat {
+            (body["logprobs"], body["top_logprobs"]) = (json!(self.logprobs), json!(self.top_logprobs));
+        }
+        Ok(Wanted::Answer(Generation { model, body, is_chat, stream: self.stream.unwrap_or(true) }))
+    }
+}
+
+impl Options {
+    fn write(self, body: &mut Value) -> Result<(), Refusal> {
+        let other = [
+            ("options.mirostat", self.mirostat.is_some_and(|kind| kind != 0)),
+            ("options.typical_p", self.typical_p.is_some_and(|p| p != 1.0)),
+            ("options.tfs_z", self.tfs_z.is_some_and(|z| z != 1.0)),
+        ];
+        if let Some((name, _)) = other.iter().find(|(_, asks)| *asks) {
+            return Err(Refusal::invalid(name, "is not served"));
+        }
+        body["max_tokens"] = match self.num_predict {
+            // -1: without end, -2: to the end of the context; both end there.
+            None | Some(-2 | -1) => Value::Null,
+            Some(n) if u32::try_from(n).is_ok_and(|n| n > 0) => json!(n),
+            Some(n) => {
+                return Err(Refusal::invalid("options.num_predict", format!("is {n}, must be 1 or more, or -1")));
+            }
+        };
+        if self.num_predict.is_none_or(|n| n < 0) && body.get("prompt").is_some() {
+            // A completion would end after OpenAI's 16.
+            body["max_tokens"] = json!(u32::MAX);
+        }
+        for (name, value) in [
+            ("temperature", json!(self.temperature)),
+            ("top_k", json!(self.top_k)),
+            ("top_p", json!(self.top_p)),
+            ("min_p", json!(self.min_p)),
+            ("seed", json!(self.seed)),
+            ("stop", json!(self.stop)),
+            ("repetition_penalty", json!(self.repeat_penalty)),
+            ("presence_penalty", json!(self.presence_penalty)),
+            ("frequency_penalty", json!(self.frequency_penalty)),
+        ] {
+            body[name] = value;
+        }
+        Ok(())
+    }
+}
+
+/// Messages as OpenAI has them. Ollama's calls have no ids: results answer them in their order.
+fn messages(messages: Vec<Message>) -> Result<Vec<Value>, Refusal> {
+    let (mut n_calls, mut n_results) = (0u32, 0u32);
+    let id = |n: &mut u32| {
+        *n += 1;
+        format!("call_{}", *n - 1)
+    };
+    let mut written = Vec::with_capacity(messages.len());
+    for (at, message) in messages.into_iter().enumerate() {
+        if message.images.is_some_and(|images| !images.is_empty()) {
+            return Err(Refusal::invalid(&format!("messages[{at}].images"), "is not served: models here read text"));
+        }
+        let mut one = json!({ "role": message.role, "content": message.content });
+        if let Some(thinking) = message.thinking.filter(|thinking| !thinking.is_empty()) {
+            one["reasoning_content"] = json!(thinking);
+        }
+        if let Some(calls) = message.tool_calls.filter(|calls| !calls.is_empty()) {
+            let mut call = |call: Call| {
+                let arguments = Value::Object(call.function.arguments).to_string();
+                let function = json!({ "name": call.function.name, "arguments": arguments });
+                json!({ "id": id(&mut n_calls), "type": "function", "function": function })
+            };
+            one["tool_calls"] = calls.into_iter().map(&mut call).collect();
+        }
+        if message.role == "tool" {
+            one["tool_call_id"] = json!(id(&mut n_results));
+            one["name"] = json!(message.tool_name);
+        }
+        written.push(one);
+    }
+    Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(wanted: Result<Wanted, Refusal>) -> Value {
+        match wanted.unwrap() {
+            Wanted::Answer(generation) => generation.body,
+            Wanted::Nothing { .. } => panic!("nothing is wanted"),
+        }
+    }
+
+    fn refused(wanted: Result<Wanted, Refusal>) -> Value {
+        wanted.unwrap_err().body()["error"]["param"].clone()
+    }
+
+    #[test]
+    fn options_and_format_have_names_of_openais() {
+        let body = body(chat(
+            br#"{"model": "default:latest", "messages": [{"role": "user", "content": "x"}], "format": "json",
+                "think": false, "options": {"num_predict": 5, "repeat_penalty": 1.5, "num_ctx": 4096, "stop": ["y"]}}"#,
+        ));
+        assert_eq!((&body["model"], &body["max_tokens"]), (&json!("default"), &json!(5)));
+        assert_eq!((&body["repetition_penalty"], &body["stop"]), (&json!(1.5), &json!(["y"])));
+        assert_eq!(body["response_format"]["type"], "json_object");
+        assert_eq!(body["chat_template_kwargs"]["thinking"], false);
+    }
+
+    #[test]
+    fn results_answer_calls_in_their_order() {
+        let body = body(chat(
+            br#"{"messages": [{"role": "user", "content": "x"},
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}},
+                                                     {"function": {"name": "g"}}]},
+                {"role": "tool", "tool_name": "f", "content": "1"}, {"role": "tool", "tool_name": "g", "content": "2"}]}"#,
+        ));
+        let messages = body["messages"].as_array().unwrap();
+        assert_eq!(messages[1]["tool_calls"][0]["function"]["arguments"], r#"{"a":1}"#);
+        assert_eq!(messages[1]["tool_calls"][1]["id"], messages[3]["tool_call_id"]);
+    }
+
+    #[test]
+    fn a_generation_is_a_chat_of_one_message_or_raw_text() {
+        let chat = body(generate(br#"{"prompt": "x", "system": "y"}"#));
+        assert_eq!(chat["messages"].as_array().unwrap().len(), 2);
+        let raw = body(generate(br#"{"prompt": "x", "raw": true}"#));
+        assert_eq!((&raw["prompt"], &raw["max_tokens"]), (&json!("x"), &json!(u32::MAX)));
+    }
+
+    #[test]
+    fn what_is_not_served_is_refused_by_its_name_in_ollamas_words() {
+        assert_eq!(refused(generate(br#"{"prompt": "x", "suffix": "y"}"#)), "suffix");
+        assert_eq!(refused(chat(br#"{"messages": [{"role": "user", "images": ["x"]}]}"#)), "messages[0].images");
+        let options =
+            |options: &str| refused(generate(format!(r#"{{"prompt": "x", "options": {options}}}"#).as_bytes()));
+        assert_eq!(options(r#"{"mirostat": 1}"#), "options.mirostat");
+        assert_eq!(options(r#"{"num_predict": -5}"#), "options.num_predict");
+    }
+
+    #[test]
+    fn a_request_without_text_asks_for_the_model_only() {
+        let nothing = |wanted| matches!(wanted, Ok(Wanted::Nothing { unload: true, .. }));
+        assert!(nothing(chat(br#"{"keep_alive": 0}"#)) && nothing(generate(br#"{"keep_alive": "0"}"#)));
+    }
+}

@@ -1,0 +1,273 @@
+//! How does a response's request become a chat's?
+
+use super::script::Head;
+use crate::bodies::answer::now;
+use crate::bodies::{fields, parse};
+use crate::refusal::Refusal;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use sparsed_engine::DEFAULT_MODEL;
+
+/// The request. What is not named is ignored.
+#[derive(Debug, Deserialize)]
+pub(super) struct Fields {
+    pub(super) model: Option<String>,
+    input: Input,
+    pub(super) instructions: Option<String>,
+    pub(super) stream: Option<bool>,
+    pub(super) background: Option<bool>,
+    pub(super) store: Option<bool>,
+    pub(super) previous_response_id: Option<String>,
+    max_output_tokens: Option<u32>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<i64>,
+    min_p: Option<f64>,
+    seed: Option<i64>,
+    ignore_eos: Option<bool>,
+    tools: Option<Vec<Value>>,
+    tool_choice: Option<Value>,
+    parallel_tool_calls: Option<bool>,
+    text: Option<TextFields>,
+    reasoning: Option<ReasoningFields>,
+    metadata: Option<Value>,
+    truncation: Option<String>,
+    // What would change the answer and is not served.
+    conversation: Option<Value>,
+    prompt: Option<Value>,
+    top_logprobs: Option<u32>,
+    max_tool_calls: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a text or a list of items")]
+enum Input {
+    Text(String),
+    Items(Vec<Map<String, Value>>),
+}
+
+#[derive(Debug, Deserialize)]
+struct TextFields {
+    format: Option<Value>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ReasoningFields {
+    effort: Option<String>,
+}
+
+impl Fields {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// What is wrong with it, and where.
+    pub(super) fn read(body: &[u8]) -> Result<Self, Refusal> {
+        let fields: Self = parse(body)?;
+        fields::check::<Self, Self>(body)?;
+        let asks = [
+            ("conversation", fields.conversation.as_ref().is_some_and(|value| !value.is_null())),
+            ("prompt", fields.prompt.as_ref().is_some_and(|value| !value.is_null())),
+            ("top_logprobs", fields.top_logprobs.is_some_and(|n| n > 0)),
+            ("max_tool_calls", fields.max_tool_calls.is_some()),
+            ("truncation", fields.truncation.as_ref().is_some_and(|kind| kind != "disabled")),
+        ];
+        if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
+            return Err(Refusal::invalid(name, "is not served"));
+        }
+        if fields.background == Some(true) && fields.store == Some(false) {
+            return Err(Refusal::invalid("background", "needs a response that is stored"));
+        }
+        if fields.previous_response_id.is_some() && fields.store == Some(false) {
+            let reason = "needs a response that is stored: what goes on from one is kept with it";
+            return Err(Refusal::invalid("previous_response_id", reason));
+        }
+        Ok(fields)
+    }
+
+    /// Whether the response is kept.
+    pub(super) fn is_stored(&self) -> bool {
+        self.store == Some(true) || self.background == Some(true) || self.previous_response_id.is_some()
+    }
+
+    /// The model's name.
+    pub(super) fn model(&self) -> &str {
+        self.model.as_deref().unwrap_or(DEFAULT_MODEL)
+    }
+
+    /// The body of a chat completion. `session` is the one that it goes on with.
+    ///
+    /// # Errors
+    /// An item that is not served, with its place.
+    pub(super) fn chat(&self, session: Option<&str>) -> Result<Value, Refusal> {
+        let rules = self.instructions.iter().map(|text| json!({ "role": "system", "content": text }));
+        let mut messages: Vec<Value> = rules.collect();
+        match &self.input {
+            Input::Text(text) => messages.push(json!({ "role": "user", "content": text })),
+            Input::Items(items) => {
+                for (at, item) in items.iter().enumerate() {
+                    messages.extend(message(at, item)?);
+                }
+            }
+        }
+        let tools: Option<Vec<Value>> =
+            self.tools.as_ref().map(|tools| tools.iter().map(tool).collect::<Result<_, _>>()).transpose()?;
+        Ok(json!({
+            // A session's model is its own.
+            "model": if session.is_some() { None } else { Some(self.model()) },
+            "session_id": session,
+            "messages": messages,
+            "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "seed": self.seed,
+            "ignore_eos": self.ignore_eos,
+            "tools": tools,
+            "tool_choice": self.tool_choice.as_ref().map(tool_choice),
+            "parallel_tool_calls": self.parallel_tool_calls,
+            "response_format": self.text.as_ref().and_then(|text| text.format.as_ref()).map(format),
+            "reasoning_effort": self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.clone()),
+        }))
+    }
+
+    /// What the response called `id` says of itself.
+    pub(super) fn head(&self, id: String) -> Head {
+        let fixed = json!({
+            "created_at": now(),
+            "model": self.model(),
+            "background": self.background.unwrap_or(false),
+            "store": self.is_stored(),
+            "instructions": self.instructions,
+            "max_output_tokens": self.max_output_tokens,
+            "metadata": self.metadata.clone().unwrap_or_else(|| json!({})),
+            "parallel_tool_calls": self.parallel_tool_calls.unwrap_or(true),
+            "previous_response_id": self.previous_response_id,
+            "reasoning": { "effort": self.reasoning.as_ref().and_then(|r| r.effort.clone()), "summary": null },
+            "temperature": self.temperature,
+            "text": { "format": self.text.as_ref().and_then(|text| text.format.clone())
+                .unwrap_or_else(|| json!({ "type": "text" })) },
+            "tool_choice": self.tool_choice.clone().unwrap_or_else(|| json!("auto")),
+            "tools": self.tools.clone().unwrap_or_default(),
+            "top_p": self.top_p,
+            "truncation": "disabled",
+        });
+        Head { id, fixed }
+    }
+}
+
+/// An item as a message; what the model thought in another response is not needed.
+fn message(at: usize, item: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
+    let text = |name: &str| item.get(name).and_then(Value::as_str).unwrap_or_default();
+    let place = |name: &str| format!("input[{at}].{name}");
+    match item.get("type").and_then(Value::as_str).unwrap_or("message") {
+        "message" => {
+            let content = content(item.get("content"), &place("content"))?;
+            Ok(Some(json!({ "role": text("role"), "content": content })))
+        }
+        "function_call" => {
+            let function = json!({ "name": text("name"), "arguments": text("arguments") });
+            let call = json!({ "id": text("call_id"), "type": "function", "function": function });
+            Ok(Some(json!({ "role": "assistant", "content": null, "tool_calls": [call] })))
+        }
+        "function_call_output" => {
+            let output = content(item.get("output"), &place("output"))?;
+            Ok(Some(json!({ "role": "tool", "tool_call_id": text("call_id"), "content": output })))
+        }
+        "reasoning" => Ok(None),
+        other => Err(Refusal::invalid(&place("type"), format!("is '{other}', which is not served"))),
+    }
+}
+
+/// A text, or parts of text.
+fn content(value: Option<&Value>, place: &str) -> Result<Value, Refusal> {
+    match value {
+        Some(Value::String(text)) => Ok(json!(text)),
+        Some(Value::Array(parts)) => {
+            let part = |(at, part): (usize, &Value)| match part["type"].as_str() {
+                Some("input_text" | "output_text" | "text") => Ok(json!({ "type": "text", "text": part["text"] })),
+                _ => {
+                    let reason = format!("is '{}', only text is served", part["type"].as_str().unwrap_or_default());
+                    Err(Refusal::invalid(&format!("{place}[{at}].type"), reason))
+                }
+            };
+            parts.iter().enumerate().map(part).collect()
+        }
+        _ => Err(Refusal::invalid(place, "must be a text or a list of parts")),
+    }
+}
+
+/// A function as chats have it.
+fn tool(tool: &Value) -> Result<Value, Refusal> {
+    if tool["type"] != "function" {
+        return Err(Refusal::invalid("tools", "must be functions: no others are served"));
+    }
+    let member = |name: &str| tool.get(name).cloned().unwrap_or(Value::Null);
+    let mut function = json!({ "name": member("name") });
+    for name in ["description", "parameters"] {
+        if !member(name).is_null() {
+            function[name] = member(name);
+        }
+    }
+    Ok(json!({ "type": "function", "function": function }))
+}
+
+fn tool_choice(choice: &Value) -> Value {
+    match choice.get("name") {
+        Some(name) => json!({ "type": "function", "function": { "name": name } }),
+        None => choice.clone(),
+    }
+}
+
+/// `text.format` as chats have it: there a schema lies one level deeper.
+fn format(format: &Value) -> Value {
+    match format["type"].as_str() {
+        Some("json_schema") => {
+            json!({ "type": "json_schema", "json_schema": { "name": format["name"], "schema": format["schema"] } })
+        }
+        _ => format.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chat(body: &str) -> Result<Value, Value> {
+        let fields = Fields::read(body.as_bytes()).map_err(|error| error.body()["error"]["param"].clone())?;
+        fields.chat(None).map_err(|error| error.body()["error"]["param"].clone())
+    }
+
+    #[test]
+    fn items_become_messages() {
+        let chat = chat(
+            r#"{"instructions": "Be brief.", "input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+                {"type": "reasoning", "summary": []},
+                {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+                {"type": "function_call_output", "call_id": "c", "output": "1"}],
+                "tools": [{"type": "function", "name": "f", "strict": true}], "tool_choice": {"type": "function", "name": "f"},
+                "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "array"}}}}"#,
+        );
+        let chat = chat.unwrap();
+        let roles: Vec<&str> =
+            chat["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
+        assert_eq!(roles, ["system", "user", "assistant", "tool"]);
+        assert_eq!(chat["messages"][1]["content"][0], json!({ "type": "text", "text": "x" }));
+        assert_eq!(chat["tool_choice"]["function"]["name"], "f");
+        assert_eq!(chat["response_format"]["json_schema"]["schema"]["type"], "array");
+    }
+
+    #[test]
+    fn what_is_not_served_is_refused_with_its_place() {
+        let refused = |body: &str| chat(body).unwrap_err();
+        assert_eq!(
+            refused(r#"{"input": [{"role": "user", "content": [{"type": "input_image"}]}]}"#),
+            "input[0].content[0].type"
+        );
+        assert_eq!(refused(r#"{"input": [{"type": "item_reference", "id": "x"}]}"#), "input[0].type");
+        assert_eq!(refused(r#"{"input": "x", "tools": [{"type": "web_search"}]}"#), "tools");
+        assert_eq!(refused(r#"{"input": "x", "truncation": "auto"}"#), "truncation");
+        assert_eq!(refused(r#"{"input": "x", "background": true, "store": false}"#), "background");
+        assert_eq!(refused(r#"{"input": "x", "previous_response_id": "y", "store": false}"#), "previous_response_id");
+    }
+}

@@ -1,0 +1,249 @@
+//! Who answers when nobody listens? Tasks of responses in the background, and what clients hear of them.
+//!
+//! A run keeps its events while it goes on, so that any number of clients may listen from any of them; what it has said
+//! is in its session's journal too, from where it is told once the run is forgotten. Memory of a run is bounded by the
+//! length of its answer; runs at a time are by the engine's limits.
+
+use super::script::{End, Head, Script, Tokens};
+use super::stored::ResponseId;
+use crate::bodies::listen::Listening;
+use crate::refusal::Refusal;
+use serde_json::Value;
+use sparsed_engine::Service;
+use sparsed_engine::api::{Generate, Owner};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::watch;
+
+/// Runs that are over and still remembered: for those that failed before they said anything, there is no journal.
+const OVER_MAX: usize = 64;
+
+/// All runs of the daemon; cheap to clone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Runs(Arc<Mutex<VecDeque<Entry>>>);
+
+#[derive(Debug)]
+struct Entry {
+    owner: Owner,
+    id: ResponseId,
+    run: Arc<Run>,
+}
+
+/// One response that is answered whether anybody listens or not.
+#[derive(Debug)]
+pub(crate) struct Run {
+    said: Mutex<Said>,
+    /// Changes with each event.
+    news: watch::Sender<()>,
+    cancel: watch::Sender<bool>,
+}
+
+#[derive(Debug)]
+struct Said {
+    events: Vec<Arc<Heard>>,
+    response: Value,
+    is_over: bool,
+}
+
+/// An event as it is sent.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    number: u64,
+    /// Its `type`.
+    pub(crate) kind: String,
+    /// All of it as JSON.
+    pub(crate) data: String,
+}
+
+impl Heard {
+    pub(crate) fn of(event: &Value) -> Self {
+        Self {
+            number: event["sequence_number"].as_u64().unwrap_or(0),
+            kind: event["type"].as_str().unwrap_or_default().to_owned(),
+            data: event.to_string(),
+        }
+    }
+}
+
+impl Runs {
+    /// The run of a response, if it goes on or was over not long ago.
+    pub(crate) fn get(&self, owner: Owner, id: ResponseId) -> Option<Arc<Run>> {
+        let runs = self.lock();
+        runs.iter().rfind(|entry| entry.owner == owner && entry.id == id).map(|entry| Arc::clone(&entry.run))
+    }
+
+    /// Has a request answered by a task of its own.
+    ///
+    /// # Errors
+    /// The engine's, and that there is no room in its queue.
+    pub(crate) async fn start(
+        &self,
+        service: &Service,
+        owner: Owner,
+        id: ResponseId,
+        head: Head,
+        request: Generate,
+    ) -> Result<Arc<Run>, Refusal> {
+        let listening = Listening::begin(service, [request]).await?;
+        let mut script = Script::begin(head, None);
+        let run = Arc::new(Run::new(script.response("in_progress"), &script.take()));
+        self.add(Entry { owner, id, run: Arc::clone(&run) });
+        let task = Arc::clone(&run);
+        tokio::spawn(async move { task.carry_out(listening, script).await });
+        Ok(run)
+    }
+
+    /// Forgets a response that is deleted.
+    pub(crate) fn forget(&self, owner: Owner, id: ResponseId) {
+        self.lock().retain(|entry| entry.owner != owner || entry.id != id);
+    }
+
+    fn add(&self, entry: Entry) {
+        let mut runs = self.lock();
+        runs.push_back(entry);
+        let n_over = runs.iter().filter(|entry| entry.run.is_over()).count();
+        let mut excess = n_over.saturating_sub(OVER_MAX);
+        runs.retain(|entry| {
+            let forget = excess > 0 && entry.run.is_over();
+            excess -= usize::from(forget);
+            !forget
+        });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<Entry>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Run {
+    fn new(response: Value, events: &[Value]) -> Self {
+        let events = events.iter().map(|event| Arc::new(Heard::of(event))).collect();
+        let said = Mutex::new(Said { events, response, is_over: false });
+        Self { said, news: watch::Sender::new(()), cancel: watch::Sender::new(false) }
+    }
+
+    /// The response as it is now.
+    pub(crate) fn response(&self) -> Value {
+        self.lock().response.clone()
+    }
+
+    /// Gives the answer up; it is over soon after.
+    pub(crate) fn cancel(&self) {
+        self.cancel.send_replace(true);
+    }
+
+    /// Waits until it is over.
+    pub(crate) async fn end(&self) {
+        let mut news = self.news.subscribe();
+        while !self.is_over() {
+            // The sender is this run's own.
+            let _closed = news.changed().await.is_err();
+        }
+    }
+
+    /// The first event after the one numbered `after`, when it comes; nothing after the last.
+    pub(crate) async fn next(&self, after: Option<u64>) -> Option<(u64, Arc<Heard>)> {
+        let mut news = self.news.subscribe();
+        loop {
+            {
+                let said = self.lock();
+                let heard = after.map_or(0, |after| said.events.partition_point(|event| event.number <= after));
+                if let Some(event) = said.events.get(heard) {
+                    return Some((event.number, Arc::clone(event)));
+                }
+                if said.is_over {
+                    return None;
+                }
+            }
+            let _closed = news.changed().await.is_err();
+        }
+    }
+
+    async fn carry_out(&self, mut listening: Listening, mut script: Script) {
+        let mut cancelled = self.cancel.subscribe();
+        loop {
+            let is_over = tokio::select! {
+                (_, event) = listening.next() => script.hear(event),
+                cancelled = cancelled.wait_for(|cancelled| *cancelled) => {
+                    drop(cancelled);
+                    script.end(&End::Cancelled, Tokens::default())
+                }
+            };
+            self.tell(&script.take(), is_over);
+            if is_over {
+                return;
+            }
+        }
+    }
+
+    fn tell(&self, events: &[Value], is_over: bool) {
+        let mut said = self.lock();
+        said.events.extend(events.iter().map(|event| Arc::new(Heard::of(event))));
+        if is_over {
+            said.response = Script::last_response(events).unwrap_or_default();
+        }
+        said.is_over = is_over;
+        drop(said);
+        self.news.send_replace(());
+    }
+
+    fn is_over(&self) -> bool {
+        self.lock().is_over
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Said> {
+        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn event(number: u64) -> Value {
+        json!({ "type": "x", "sequence_number": number, "response": { "n": number } })
+    }
+
+    #[tokio::test]
+    async fn a_listener_hears_what_comes_after_its_number_and_then_the_end() {
+        let run = Run::new(json!({ "n": 0 }), &[event(0), event(1)]);
+        let waiting = async {
+            let (number, heard) = run.next(Some(1)).await.unwrap();
+            assert_eq!((number, heard.kind.as_str()), (5, "x"));
+            run.next(Some(5)).await
+        };
+        let telling = async {
+            tokio::task::yield_now().await;
+            run.tell(&[event(5)], false);
+            tokio::task::yield_now().await;
+            run.tell(&[event(6)], true);
+        };
+        let (last, ()) = tokio::join!(waiting, telling);
+        assert_eq!(last.unwrap().0, 6);
+        assert!(run.next(Some(6)).await.is_none());
+        assert_eq!(run.next(None).await.unwrap().0, 0);
+        assert_eq!(run.response(), json!({ "n": 6 }));
+        run.end().await;
+    }
+
+    #[test]
+    fn runs_that_are_over_are_forgotten_in_time_and_others_never() {
+        let runs = Runs::default();
+        let id = |turn| ResponseId { session: sparsed_engine::SessionId::from_bytes([1; 16]), turn };
+        let owner = Owner::Uid(1);
+        for turn in 0..200 {
+            let run = Arc::new(Run::new(json!({}), &[]));
+            if turn > 0 {
+                run.tell(&[event(1)], true);
+            }
+            runs.add(Entry { owner, id: id(turn), run });
+        }
+        assert!(runs.get(owner, id(0)).is_some(), "it goes on");
+        assert!(runs.get(owner, id(199)).is_some() && runs.get(owner, id(1)).is_none());
+        assert!(runs.get(Owner::Uid(2), id(199)).is_none(), "another one's");
+        assert_eq!(runs.lock().len(), OVER_MAX + 1);
+        runs.forget(owner, id(0));
+        assert!(runs.get(owner, id(0)).is_none());
+    }
+}

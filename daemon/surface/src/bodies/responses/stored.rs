@@ -1,0 +1,272 @@
+//! Where is a response kept? As a turn of a session, whose name is part of the response's.
+
+use super::request::Fields;
+use super::script::{End, Head, Script, Tokens};
+use crate::bodies::{ChatAsk, sessions};
+use crate::refusal::Refusal;
+use serde_json::{Value, json};
+use sparsed_engine::api::{Failure, Generate, Owner};
+use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, TurnEnd};
+use std::fmt;
+use std::str::FromStr;
+
+/// What responses' names begin with.
+const PREFIX: &str = "resp_";
+/// What a session is about that holds responses.
+const TITLE: &str = "response";
+
+/// The name of a stored response: `resp_`, the digits of its session's name, `_`, the number of its turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ResponseId {
+    pub(super) session: SessionId,
+    /// From 0.
+    pub(super) turn: u32,
+}
+
+/// A request that may be handed to the engine.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) request: Generate,
+    pub(crate) head: Head,
+    pub(crate) stream: bool,
+    pub(crate) background: bool,
+    /// Of one that is stored.
+    pub(crate) id: Option<ResponseId>,
+}
+
+/// What became of a stored response.
+#[derive(Debug)]
+pub(crate) enum Stored {
+    /// It is over, or another connection hears it: its events after a number, and the response.
+    Told(Vec<Value>, Value),
+    /// The daemon has cut it: this request goes on with it.
+    Cut(Box<Generate>, Head),
+}
+
+/// Reads a request and makes a prompt of it; one that is stored is in the journal then.
+///
+/// # Errors
+/// What is wrong with the request; the model's or the session's.
+pub(crate) async fn prepare(
+    service: &Service,
+    owner: Owner,
+    body: &[u8],
+    held: impl Send + 'static,
+) -> Result<Prepared, Refusal> {
+    let mut fields = Fields::read(body)?;
+    let (stream, background) = (fields.stream.unwrap_or(false), fields.background.unwrap_or(false));
+    if !fields.is_stored() {
+        let id = format!("{PREFIX}{:016x}", getrandom::u64().unwrap_or_default());
+        let ask = ChatAsk::read(fields.chat(None)?.to_string().as_bytes()).map_err(renamed)?;
+        let request = ask.prepare(service, owner, held).await.map_err(renamed)?.request;
+        return Ok(Prepared { request, head: fields.head(id), stream, background, id: None });
+    }
+    // What cannot be read makes no session.
+    fields.chat(None)?;
+    let (id, is_new) = place(service, owner, &mut fields).await?;
+    let asked = async {
+        let ask = ChatAsk::read(fields.chat(Some(&id.session.to_string()))?.to_string().as_bytes())?;
+        ask.prepare(service, owner, held).await
+    };
+    match asked.await {
+        Ok(asked) => {
+            let mut head = fields.head(id.to_string());
+            head.fixed["model"] = json!(asked.request.model);
+            Ok(Prepared { request: asked.request, head, stream, background, id: Some(id) })
+        }
+        Err(refusal) => {
+            if is_new {
+                let session = id.session;
+                sessions::verb(service, move |service| service.sessions()?.delete(owner, session)).await?;
+            }
+            Err(renamed(refusal))
+        }
+    }
+}
+
+/// The turn that a request will be: of the session of the response that it goes on from, of a fork of it where that
+/// one has gone on already, or of a new one. Answers whether the session was made for it.
+async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, bool), Refusal> {
+    let Some(previous) = &fields.previous_response_id else {
+        let model = fields.model().to_owned();
+        let made = sessions::verb(service, move |service| {
+            service.create_session(owner, &model, Change { title: Some(TITLE.to_owned()), ..Change::default() })
+        });
+        return Ok((ResponseId { session: made.await?.id, turn: 0 }, true));
+    };
+    let previous: ResponseId = previous.parse().map_err(|()| not_found("previous_response_id", previous))?;
+    let (_, turns) = turns(service, owner, previous, "previous_response_id").await?;
+    let first = turns.first().and_then(|turn| turn.messages.first());
+    let rules = first.filter(|message| message.role == Role::System).and_then(|message| message.content.clone());
+    if fields.instructions.is_some() && fields.instructions != rules {
+        let reason = "are those of the first response and stay so; leave them out, or begin anew";
+        return Err(Refusal::invalid("instructions", reason));
+    }
+    fields.instructions = None;
+    let turn = previous.turn + 1;
+    if turn as usize == turns.len() {
+        return Ok((ResponseId { session: previous.session, turn }, false));
+    }
+    let fork = move |service: &Service| service.sessions()?.fork(owner, previous.session, Some(turn));
+    Ok((ResponseId { session: sessions::verb(service, fork).await?.id, turn }, true))
+}
+
+/// A stored response and its events after the number `after`.
+///
+/// # Errors
+/// There is none of that name, or the session's.
+pub(crate) async fn stored(
+    service: &Service,
+    owner: Owner,
+    id: ResponseId,
+    after: Option<u64>,
+) -> Result<Stored, Refusal> {
+    let (model, turns) = turns(service, owner, id, "response_id").await?;
+    let is_last = id.turn as usize + 1 == turns.len();
+    let turn = &turns[id.turn as usize];
+    let head = head(id, &model, turn);
+    if turn.end == TurnEnd::Cut && is_last {
+        let request = sessions::verb(service, move |service| service.resume_turn(owner, id.session)).await?;
+        return Ok(Stored::Cut(Box::new(request), head));
+    }
+    let mut script = Script::begin(head, after);
+    if turn.end == TurnEnd::Running {
+        let response = script.response("in_progress");
+        return Ok(Stored::Told(script.take(), response));
+    }
+    if let Some(answer) = &turn.answer {
+        say(&mut script, answer);
+    }
+    let end = match turn.end {
+        TurnEnd::Complete if turn.max_tokens == Some(turn.answer_tokens) => End::Incomplete,
+        TurnEnd::Complete => End::Completed,
+        TurnEnd::Cancelled => End::Cancelled,
+        TurnEnd::Failed | TurnEnd::Cut | TurnEnd::Running => {
+            End::Failed { code: "cut_off".to_owned(), message: "the answer was given up".to_owned() }
+        }
+    };
+    let status = match end {
+        End::Completed => "completed",
+        End::Incomplete => "incomplete",
+        End::Cancelled => "cancelled",
+        End::Failed { .. } => "failed",
+    };
+    script.end(&end, Tokens { input: turn.prompt_tokens, cached: None, output: turn.answer_tokens });
+    let events = script.take();
+    let response = Script::last_response(&events).unwrap_or_else(|| script.response(status));
+    Ok(Stored::Told(events, response))
+}
+
+/// Deletes a response, which must be the last of its session; with the only one goes the session.
+///
+/// # Errors
+/// There is none of that name, it is being answered, or another one goes on from it.
+pub(crate) async fn delete(service: &Service, owner: Owner, id: ResponseId) -> Result<Value, Refusal> {
+    let (_, turns) = turns(service, owner, id, "response_id").await?;
+    if id.turn as usize + 1 != turns.len() {
+        let message = format!("another response goes on from '{id}'; delete that one first");
+        return Err(Refusal::unreadable(409, "response_in_use", Some("response_id".to_owned()), message));
+    }
+    let ResponseId { session, turn } = id;
+    let gone = sessions::verb(service, move |service| match turn {
+        0 => service.sessions()?.delete(owner, session),
+        turn => service.sessions()?.truncate(owner, session, turn).map(drop),
+    });
+    gone.await?;
+    Ok(json!({ "id": id.to_string(), "object": "response", "deleted": true }))
+}
+
+async fn turns(
+    service: &Service,
+    owner: Owner,
+    id: ResponseId,
+    param: &str,
+) -> Result<(String, Vec<SaidTurn>), Refusal> {
+    let turns = sessions::verb(service, move |service| match service.sessions()?.turns(owner, id.session) {
+        Err(Failure::SessionNotFound { .. }) => Ok(None),
+        turns => turns.map(Some),
+    });
+    turns.await?.filter(|(_, turns)| (id.turn as usize) < turns.len()).ok_or_else(|| not_found(param, &id.to_string()))
+}
+
+/// What is known of a response without its request.
+fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
+    let previous = id.turn.checked_sub(1).map(|turn| ResponseId { turn, ..id }.to_string());
+    let rules = turn.messages.first().filter(|message| message.role == Role::System);
+    let fixed = json!({
+        "created_at": turn.at,
+        "model": model,
+        "store": true,
+        "instructions": rules.and_then(|message| message.content.clone()),
+        "max_output_tokens": turn.max_tokens,
+        "metadata": {},
+        "parallel_tool_calls": true,
+        "previous_response_id": previous,
+        "tool_choice": "auto",
+        "tools": [],
+        "truncation": "disabled",
+    });
+    Head { id: id.to_string(), fixed }
+}
+
+fn say(script: &mut Script, answer: &ChatMessage) {
+    script.text_of(true, answer.reasoning_content.as_deref().unwrap_or_default());
+    script.text_of(false, answer.content.as_deref().unwrap_or_default());
+    for call in &answer.tool_calls {
+        script.call(&call.name, &call.arguments);
+    }
+}
+
+pub(crate) fn not_found(param: &str, id: &str) -> Refusal {
+    let id: String = id.chars().take(64).collect();
+    Refusal::unreadable(404, "response_not_found", Some(param.to_owned()), format!("there is no response '{id}'"))
+}
+
+/// Fields of chats that have other names here.
+fn renamed(refusal: Refusal) -> Refusal {
+    refusal.with_param(|param| match param {
+        "messages" => Some("input"),
+        "max_completion_tokens" => Some("max_output_tokens"),
+        "response_format" => Some("text.format"),
+        "session_id" => Some("previous_response_id"),
+        _ => None,
+    })
+}
+
+impl fmt::Display for ResponseId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let session = self.session.to_string();
+        let (_, digits) = session.split_once('_').unwrap_or(("", &session));
+        write!(f, "{PREFIX}{digits}_{}", self.turn)
+    }
+}
+
+impl FromStr for ResponseId {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let (digits, turn) = text.strip_prefix(PREFIX).ok_or(())?.split_once('_').ok_or(())?;
+        let session = format!("sess_{digits}").parse().map_err(drop)?;
+        let id = Self { session, turn: turn.parse().map_err(drop)? };
+        // One spelling each.
+        if id.to_string() == text { Ok(id) } else { Err(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_tells_the_session_and_the_turn() {
+        let id = ResponseId { session: SessionId::from_bytes([0xab; 16]), turn: 7 };
+        let text = id.to_string();
+        assert_eq!(text, format!("resp_{}_7", "ab".repeat(16)));
+        assert_eq!(text.parse(), Ok(id));
+        for wrong in
+            ["", "resp_", "resp_ab_7", &format!("{text}x"), &text.replace("_7", "_07"), &text.replace("resp", "sess")]
+        {
+            assert_eq!(wrong.parse::<ResponseId>(), Err(()), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,214 @@
+//! Who connects over TCP? Whoever has an API key, from this box, and no page of a browser's other tabs.
+//!
+//! A page that a browser has loaded from elsewhere can reach 127.0.0.1, under a name of its own that resolves to it
+//! (DNS rebinding), or directly: so names in `Host` and `Origin` must be this box's. The key is asked for after them.
+
+use crate::accept::Listener;
+use crate::refusal::Refusal;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use sparsed_engine::api::Owner;
+use std::fmt;
+use std::sync::Arc;
+use subtle::ConstantTimeEq;
+use tokio::net::{TcpListener, TcpStream};
+
+/// Names of this box for itself.
+const HOSTS: &[&str] = &["localhost", "127.0.0.1", "[::1]"];
+/// Shortest key in bytes.
+const KEY_BYTES_MIN: usize = 16;
+/// Longest key in bytes.
+const KEY_BYTES_MAX: usize = 512;
+/// Most keys.
+const KEYS_MAX: usize = 256;
+
+/// The keys that clients may have, and who has them.
+#[derive(Clone, Default)]
+pub struct ApiKeys(Arc<[(Owner, String)]>);
+
+impl fmt::Debug for ApiKeys {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiKeys").field("n", &self.0.len()).finish_non_exhaustive()
+    }
+}
+
+impl ApiKeys {
+    /// Reads a line for each: a name and its key, parted by blanks. Whoever has one of a name's keys is that name's
+    /// owner, so a key can be exchanged. Empty lines and those that begin with `#` say nothing.
+    ///
+    /// # Errors
+    /// What is wrong with a line, by its number; there are no keys, or more than 256.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut keys: Vec<(Owner, String)> = Vec::new();
+        let lines = text.lines().enumerate().map(|(at, line)| (at + 1, line.trim()));
+        for (at, line) in lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#')) {
+            let mut words = line.split_whitespace();
+            let (Some(name), Some(key), None) = (words.next(), words.next(), words.next()) else {
+                return Err(format!("line {at} is not a name and a key"));
+            };
+            if !(KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len()) {
+                let len = key.len();
+                return Err(format!("line {at}: a key of {len} bytes; {KEY_BYTES_MIN} to {KEY_BYTES_MAX} are allowed"));
+            }
+            if keys.iter().any(|(_, known)| known == key) {
+                return Err(format!("line {at}: the key is there already"));
+            }
+            keys.push((Owner::named("tcp", name), key.to_owned()));
+        }
+        match keys.len() {
+            0 => Err("there is no key".to_owned()),
+            1..=KEYS_MAX => Ok(Self(keys.into())),
+            n => Err(format!("{n} keys, the limit is {KEYS_MAX}")),
+        }
+    }
+
+    /// Whose key it is. Takes as long for any key of the same length.
+    fn owner(&self, key: &str) -> Option<Owner> {
+        let all = self.0.iter().map(|(owner, known)| (*owner, known.as_bytes().ct_eq(key.as_bytes())));
+        all.fold(None, |found, (owner, is_it)| if bool::from(is_it) { Some(owner) } else { found })
+    }
+}
+
+/// A socket on a loopback address.
+#[derive(Debug)]
+pub struct TcpDoor {
+    /// Non-blocking.
+    pub listener: TcpListener,
+    /// Who may come in.
+    pub keys: ApiKeys,
+}
+
+impl Listener for TcpDoor {
+    type Stream = TcpStream;
+
+    async fn accept(&self) -> std::io::Result<TcpStream> {
+        let (stream, _) = self.listener.accept().await?;
+        // Tokens are small and wanted at once.
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    fn interface(&self, _: &TcpStream, router: &Router) -> Option<Router> {
+        Some(router.clone().layer(middleware::from_fn_with_state(self.keys.clone(), guard)))
+    }
+}
+
+async fn guard(State(keys): State<ApiKeys>, mut request: Request, next: Next) -> Response {
+    match admitted(&keys, request.headers(), request.uri()) {
+        Ok(owner) => {
+            request.extensions_mut().insert(owner);
+            next.run(request).await
+        }
+        Err(refusal) => {
+            let is_unknown = refusal.name().status == 401;
+            let mut response = refusal.into_response();
+            if is_unknown {
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            response
+        }
+    }
+}
+
+/// Whose request it is.
+fn admitted(keys: &ApiKeys, headers: &HeaderMap, uri: &Uri) -> Result<Owner, Refusal> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    // A request line may have the name too; it then counts as well.
+    let in_line = uri.authority().is_none_or(|authority| is_ours(authority.as_str()));
+    if !in_line || !host.is_some_and(is_ours) {
+        return Err(forbidden("the host is not a name of this box"));
+    }
+    if let Some(origin) = headers.get(header::ORIGIN) {
+        let host = origin.to_str().ok().and_then(|origin| Some(origin.split_once("://")?.1));
+        if !host.is_some_and(is_ours) {
+            return Err(forbidden("the request comes from a page of another site"));
+        }
+    }
+    let key = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
+    key.and_then(|key| keys.owner(key.trim())).ok_or_else(|| {
+        let message = "an API key is needed: Authorization: Bearer KEY".to_owned();
+        Refusal::unreadable(401, "invalid_api_key", None, message)
+    })
+}
+
+fn forbidden(message: &str) -> Refusal {
+    Refusal::unreadable(403, "forbidden", None, message.to_owned())
+}
+
+/// Whether `host`, which may have a port, is a name of this box for itself.
+fn is_ours(host: &str) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if !port.contains(']') => {
+            if port.is_empty() || !port.bytes().all(|byte| byte.is_ascii_digit()) {
+                return false;
+            }
+            name
+        }
+        _ => host,
+    };
+    HOSTS.iter().any(|ours| name.eq_ignore_ascii_case(ours))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FIRST: &str = "0123456789abcdef";
+    const SECOND: &str = "fedcba9876543210";
+
+    fn keys() -> ApiKeys {
+        ApiKeys::parse(&format!("# keys\n\nhall {FIRST}\n  bath\t{SECOND}\n")).unwrap()
+    }
+
+    fn status(headers: &[(header::HeaderName, &str)]) -> Result<Owner, u16> {
+        let headers = headers.iter().map(|(name, value)| (name.clone(), value.parse().unwrap())).collect();
+        admitted(&keys(), &headers, &Uri::from_static("/v1/models")).map_err(|refusal| refusal.name().status)
+    }
+
+    #[test]
+    fn each_name_is_an_owner_of_its_own() {
+        let bearer =
+            |key: &str| status(&[(header::HOST, "localhost:1"), (header::AUTHORIZATION, &format!("Bearer {key}"))]);
+        let (first, second) = (bearer(FIRST).unwrap(), bearer(SECOND).unwrap());
+        assert_eq!((first, second), (Owner::named("tcp", "hall"), Owner::named("tcp", "bath")));
+        assert_ne!(first, second);
+        for wrong in ["", "0123456789abcde", "0123456789abcdeg", "hall"] {
+            assert_eq!(bearer(wrong), Err(401), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn hosts_and_origins_of_others_are_refused_before_the_key_is_looked_at() {
+        let from = |host: &str, origin: Option<&str>| {
+            let bearer = format!("Bearer {FIRST}");
+            let mut headers = vec![(header::HOST, host), (header::AUTHORIZATION, bearer.as_str())];
+            headers.extend(origin.map(|origin| (header::ORIGIN, origin)));
+            status(&headers).map(drop)
+        };
+        for host in ["localhost", "LOCALHOST:80", "127.0.0.1:11535", "[::1]:5", "[::1]"] {
+            assert_eq!(from(host, None), Ok(()), "{host}");
+        }
+        for host in ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example:80", "localhost:", "a:b:80", ""]
+        {
+            assert_eq!(from(host, None), Err(403), "{host}");
+        }
+        assert_eq!(from("localhost", Some("http://localhost:3000")), Ok(()));
+        for origin in ["null", "https://evil.example", "http://localhost.evil.example"] {
+            assert_eq!(from("localhost", Some(origin)), Err(403), "{origin}");
+        }
+        assert_eq!(status(&[(header::AUTHORIZATION, &format!("Bearer {FIRST}"))]), Err(403), "no host");
+    }
+
+    #[test]
+    fn lines_that_are_no_keys_are_named() {
+        let wrong = |text: &str| ApiKeys::parse(text).unwrap_err();
+        assert_eq!(wrong("# none\n"), "there is no key");
+        assert!(wrong("hall\n").contains("line 1 is not"));
+        assert!(wrong("\nhall short\n").contains("line 2: a key of 5 bytes"));
+        assert!(wrong(&format!("a {FIRST}\nb {FIRST}")).contains("line 2: the key is there already"));
+        assert!(!format!("{:?}", keys()).contains(FIRST));
+    }
+}

@@ -1,0 +1,269 @@
+//! What no client should send, and what nobody else should notice.
+
+use serde_json::{Value, json};
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::{Daemon, read_answer};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+const PATHS: &[&str] = &[
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/api/chat",
+    "/api/generate",
+    "/api/show",
+    "/tokenize",
+    "/detokenize",
+    "/v1/sessions",
+    "/v1/sessions/import",
+];
+/// Pieces of requests, right and wrong; a fuzzer of bytes alone would not get past the parser.
+const NAMES: &[&str] = &[
+    "messages",
+    "prompt",
+    "input",
+    "content",
+    "model",
+    "max_tokens",
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stop",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "grammar",
+    "stream",
+    "options",
+    "format",
+    "tokens",
+    "session_id",
+    "previous_response_id",
+    "background",
+    "store",
+    "strict",
+    "echo",
+    "think",
+    "stream_options",
+    "keep_alive",
+    "images",
+    "title",
+    "durability",
+    "instructions",
+    "text",
+    "reasoning",
+];
+const TEXTS: &[&str] = &[
+    "default",
+    "",
+    "x",
+    "required",
+    "json",
+    "start: /(/",
+    "start: \"a\"",
+    "sess_0",
+    "resp_0_0",
+    "\u{0}\u{202e}\u{1f980}",
+    "<|im_end|>",
+    "-1",
+    "auto",
+    "user",
+    "token",
+];
+
+fn value(random: &mut fastrand::Rng, depth: u32) -> Value {
+    match random.u32(..if depth > 4 { 7 } else { 11 }) {
+        0 => Value::Null,
+        1 => json!(random.bool()),
+        2 => json!(random.i32(-3..40)),
+        3 => json!(random.choice([i64::MIN, i64::MAX, 1 << 32, -1]).unwrap()),
+        4 => json!(random.choice([-0.5, 1e300, 0.5, 1e-300]).unwrap()),
+        5 | 6 => json!(random.choice(TEXTS).unwrap()),
+        7 => (0..random.usize(..4)).map(|_| value(random, depth + 1)).collect(),
+        8 => json!([{ "role": random.choice(TEXTS).unwrap(), "content": value(random, depth + 1) }]),
+        _ => object(random, depth + 1),
+    }
+}
+
+fn object(random: &mut fastrand::Rng, depth: u32) -> Value {
+    (0..random.usize(..6)).map(|_| ((*random.choice(NAMES).unwrap()).to_owned(), value(random, depth))).collect()
+}
+
+/// A request that is broken somewhere, or means nothing, or is right by accident; it must not run for long then.
+/// Answers too whether less is sent than announced.
+fn request(random: &mut fastrand::Rng) -> (Vec<u8>, bool) {
+    let path = random.choice(PATHS).unwrap();
+    let mut body = object(random, 0);
+    if random.bool() {
+        body["messages"] = json!([{ "role": "user", "content": value(random, 3) }]);
+        body["prompt"] = value(random, 3);
+        body["input"] = value(random, 2);
+    }
+    for name in ["max_tokens", "max_output_tokens", "max_completion_tokens"] {
+        body[name] = if random.u32(..8) == 0 { value(random, 5) } else { json!(2) };
+    }
+    if random.u32(..4) > 0 {
+        body["options"] = json!({ "num_predict": 2 });
+    }
+    body["background"] = json!(false);
+    let mut body = body.to_string().into_bytes();
+    let method = random.choice(["POST", "POST", "POST", "POST", "GET", "DELETE", "BREW", ""]).unwrap();
+    let mut length = body.len();
+    let spoilt = random.u32(..12);
+    match spoilt {
+        0 => body.truncate(random.usize(..=body.len())),
+        1 => length = random.usize(..1 << 40),
+        2 => body.iter_mut().for_each(|byte| {
+            if random.u32(..20) == 0 {
+                *byte = random.u8(..)
+            }
+        }),
+        _ => {}
+    }
+    let mut bytes = format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n");
+    match random.u32(..30) {
+        0 => bytes += &"x: y\r\n".repeat(random.usize(..300)),
+        1 => bytes += &format!("x: {}\r\n", "y".repeat(random.usize(..80_000))),
+        2 => bytes += "content-length: 1\r\n",
+        3 => bytes += "transfer-encoding: chunked\r\n",
+        4 => bytes += "\u{7}\u{ff}: \r\n",
+        _ => {}
+    }
+    let mut bytes = (bytes + "\r\n").into_bytes();
+    bytes.extend(body);
+    (bytes, spoilt < 2)
+}
+
+#[test]
+fn ten_thousand_malformed_requests_harm_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(
+        &chatty::write(dir.path()),
+        &["sessions.max_per_user=20", "limits.body=64KiB", "model.default.max_context=128"],
+    );
+    let n: u64 = if std::env::var_os("LONG").is_some() { 100_000 } else { 10_000 };
+    let threads: Vec<_> = (0..4u64)
+        .map(|thread| {
+            let socket = daemon.socket();
+            std::thread::spawn(move || {
+                let mut statuses = std::collections::BTreeMap::new();
+                for seed in (thread..n).step_by(4) {
+                    let mut random = fastrand::Rng::with_seed(seed);
+                    let mut stream = UnixStream::connect(&socket).unwrap();
+                    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+                    let (bytes, is_short) = request(&mut random);
+                    // The daemon may have refused it before all was there.
+                    let _refused = stream.write_all(&bytes).is_err();
+                    if is_short {
+                        // Otherwise it would wait for the rest.
+                        let _refused = stream.shutdown(std::net::Shutdown::Write).is_err();
+                    }
+                    let status = read_answer(stream).map_or(0, |answer| answer.status);
+                    *statuses.entry(status).or_insert(0u32) += 1;
+                }
+                statuses
+            })
+        })
+        .collect();
+    let mut statuses = std::collections::BTreeMap::new();
+    for thread in threads {
+        thread.join().unwrap().into_iter().for_each(|(status, n)| *statuses.entry(status).or_insert(0) += n);
+    }
+    assert!(statuses.keys().all(|status| *status < 500), "the daemon took the blame: {statuses:?}\n{}", daemon.log());
+    assert!(statuses[&400] > 1000, "the fuzzer does not get to where requests are read: {statuses:?}");
+    daemon.wait_until("free", || daemon.status()["running"] == 0 && daemon.status()["kv_blocks_used"] == 0);
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+    let chat = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 3 });
+    assert_eq!(daemon.post("/v1/chat/completions", &chat).status, 200);
+}
+
+#[test]
+fn slow_clients_take_connections_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let body = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 3 });
+    // Heads and bodies that never end.
+    let slow: Vec<UnixStream> = (0..200)
+        .map(|at| {
+            let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+            let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 400\r\n";
+            stream.write_all(head.as_bytes()).unwrap();
+            stream.write_all(if at % 2 == 0 { b"x: " } else { b"\r\n{" }).unwrap();
+            stream
+        })
+        .collect();
+    for _ in 0..5 {
+        assert_eq!(daemon.post("/v1/chat/completions", &body).status, 200);
+    }
+    drop(slow);
+    // Deep and long bodies are refused for what they are.
+    let deep = format!("{{\"messages\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    assert_eq!(raw(&daemon, &deep), 400);
+    let many = json!({ "messages": vec![json!({ "role": "user", "content": "x" }); 10_001] }).to_string();
+    assert_eq!(raw(&daemon, &many), 400);
+}
+
+fn raw(daemon: &Daemon, body: &str) -> u16 {
+    let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n";
+    stream.write_all(format!("{head}content-length: {}\r\n\r\n{body}", body.len()).as_bytes()).unwrap();
+    read_answer(stream).unwrap().status
+}
+
+#[test]
+fn a_prompt_of_eight_mebibytes_stalls_nobody_elses_stream() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &["limits.body=9MiB", "model.default.max_context=4096"]);
+    let stream = json!({
+        "prompt": "x", "max_tokens": 3000, "ignore_eos": true, "stream": true, "temperature": 0,
+    });
+    let mut reader = daemon.open("/v1/completions", &stream);
+    let mut buffer = [0; 4096];
+    assert!(reader.read(&mut buffer).unwrap() > 0);
+    let large = json!({ "messages": [{ "role": "user", "content": "word ".repeat((8 << 20) / 5) }] }).to_string();
+    let socket = daemon.socket();
+    let sender = std::thread::spawn(move || {
+        let mut stream = UnixStream::connect(socket).unwrap();
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n";
+        stream.write_all(format!("{head}content-length: {}\r\n\r\n", large.len()).as_bytes()).unwrap();
+        stream.write_all(large.as_bytes()).unwrap();
+        let began = Instant::now();
+        (read_answer(stream).unwrap(), began.elapsed())
+    });
+    // Reads while the prompt is worked on; how long was the longest silence?
+    let mut longest = Duration::ZERO;
+    let mut last = Instant::now();
+    while !sender.is_finished() {
+        match reader.read(&mut buffer) {
+            Ok(0) => reader = daemon.open("/v1/completions", &stream),
+            Ok(_) => {}
+            Err(error) => panic!("{error}"),
+        }
+        longest = longest.max(last.elapsed());
+        last = Instant::now();
+    }
+    let (answer, took) = sender.join().unwrap();
+    assert_eq!((answer.status, answer.json()["error"]["code"].clone()), (400, json!("context_length_exceeded")));
+    // Where there is a core for each; otherwise they share it, and the stream is as fast as that allows.
+    assert!(longest < Duration::from_secs(2).max(took / 2), "silent for {longest:?}, the prompt took {took:?}");
+}
+
+/// One owner's flood is bounded: what does not fit is told to come again, and who has waited is served.
+#[test]
+fn a_flood_is_told_to_come_again_and_what_was_taken_is_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &["limits.max_running=2", "limits.max_waiting=8"]);
+    let request = json!({ "prompt": "x", "max_tokens": 60, "ignore_eos": true });
+    let streams: Vec<UnixStream> = (0..100).map(|_| daemon.open("/v1/completions", &request)).collect();
+    let statuses: Vec<u16> = streams.into_iter().map(|stream| read_answer(stream).unwrap().status).collect();
+    assert!(statuses.iter().all(|status| [200, 429].contains(status)), "{statuses:?}");
+    assert!(statuses.iter().filter(|status| **status == 200).count() >= 10, "{statuses:?}");
+    assert_eq!(daemon.post("/v1/completions", &request).status, 200);
+}

@@ -1,0 +1,46 @@
+//! Clients that others have written, unchanged: Ollama's, OpenAI's for responses.
+
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::Daemon;
+use std::path::Path;
+use std::process::Command;
+
+/// Runs a script of this folder with the Python clients; answers what it has printed.
+fn run(script: &str, socket: &Path, arguments: &[&str], daemon: &Daemon) -> String {
+    let python = sparsed_tests::root().join(".venv/python");
+    assert!(python.exists(), "{} is not there: run `make test`", python.display());
+    let script = sparsed_tests::root().join("tests/e2e/http").join(script);
+    let mut command = Command::new("python3");
+    let done = command.env("PYTHONPATH", python).arg(script).arg(socket).args(arguments).output().unwrap();
+    assert!(done.status.success(), "{}\n{}", String::from_utf8_lossy(&done.stderr), daemon.log());
+    String::from_utf8(done.stdout).unwrap().trim().to_owned()
+}
+
+#[test]
+fn ollamas_client_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
+    assert_eq!(run("ollama_client.py", &daemon.socket(), &[], &daemon), "ollama client: ok");
+}
+
+#[test]
+fn the_openai_clients_responses_are_served_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
+    assert_eq!(run("responses_client.py", &daemon.socket(), &["all"], &daemon), "responses: ok");
+}
+
+#[test]
+fn a_response_in_the_background_is_finished_after_the_daemon_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let sets = ["engine.threads=1", "model.default.max_context=4096"];
+    let mut daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &sets);
+    // Answers that the same request gets undisturbed, and that the daemon's death cuts.
+    let whole = run("responses_client.py", &daemon.socket(), &["whole"], &daemon);
+    let started = run("responses_client.py", &daemon.socket(), &["begin"], &daemon);
+    daemon.kill_and_restart(&sets);
+    assert!(daemon.log().contains("interrupted=1"), "the answer was over before the daemon: {}", daemon.log());
+    let (id, heard) = started.split_once('\n').unwrap();
+    let said = run("responses_client.py", &daemon.socket(), &["finish", id, heard], &daemon);
+    assert_eq!(said, whole);
+}

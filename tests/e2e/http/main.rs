@@ -1,0 +1,8 @@
+//! The real daemon over HTTP: fields of requests, clients of others, loopback TCP, and what no client should send.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+mod abuse;
+mod clients;
+mod fields;
+mod schema;
+mod tcp;
