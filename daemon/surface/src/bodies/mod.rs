@@ -3,6 +3,7 @@
 mod answer;
 mod chat;
 mod completions;
+pub(crate) mod models;
 mod sampling;
 pub(crate) mod sessions;
 
