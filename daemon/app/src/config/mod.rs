@@ -4,6 +4,7 @@
 //! line and the nearest known key; nothing is ignored.
 
 mod check;
+mod dbus;
 mod memory;
 mod paths;
 mod plugins;
@@ -11,6 +12,7 @@ mod sessions;
 mod size;
 mod source;
 
+pub use dbus::Dbus;
 pub use memory::{Memory, SlowTierFor};
 pub use paths::Paths;
 pub use plugins::Plugins;
@@ -196,20 +198,6 @@ impl Default for Limits {
     }
 }
 
-/// `[dbus]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Dbus {
-    /// `off`; this version serves no D-Bus.
-    pub bus: String,
-}
-
-impl Default for Dbus {
-    fn default() -> Self {
-        Self { bus: "off".to_owned() }
-    }
-}
-
 /// `[model.<name>]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -284,6 +272,7 @@ impl Config {
             ("limits.body".to_owned(), limits.body.0, 1024, 1 << 30),
             ("limits.slow_consumer_s".to_owned(), limits.slow_consumer_s, 1, 3600),
             ("limits.stop_s".to_owned(), limits.stop_s, 0, 3600),
+            ("dbus.requests_per_user".to_owned(), self.dbus.requests_per_user.into(), 1, 65536),
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
             ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
             ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
@@ -336,8 +325,7 @@ impl Config {
             );
             return Some(("engine.watchdog_ms".to_owned(), reason));
         }
-        let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
-        (self.dbus.bus != "off").then(|| ("dbus.bus".to_owned(), reason))
+        self.dbus.bus(None).err().map(|reason| ("dbus.bus".to_owned(), reason))
     }
 }
 
@@ -417,7 +405,8 @@ mod tests {
         assert!(load("", &["plugins.strike=1"]).unwrap_err().contains("did you mean 'plugins.strikes'?"));
         assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
-        assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));
+        assert!(load("", &["dbus.bus=sytem"]).unwrap_err().contains("dbus.bus is 'sytem', must be"));
+        assert!(load("", &["dbus.requests_per_user=0"]).unwrap_err().contains("must be 1 to 65536"));
         assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));
         assert!(load("", &["engine.retry.backoff_ms=[]"]).unwrap_err().contains("must have 1 to 16"));
         assert!(load("", &["engine.retry.backoff_ms=[1, 86400001]"]).unwrap_err().contains("must be 0 to 86400000"));

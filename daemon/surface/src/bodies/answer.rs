@@ -110,6 +110,16 @@ pub(crate) enum Piece {
     Failed(Refusal),
 }
 
+#[cfg(test)]
+impl<W: Wire> Answering<W> {
+    /// An answer of which a test has the engine's end.
+    pub(crate) fn of(wire: W) -> (Self, mpsc::Sender<Event>) {
+        let (sender, events) = mpsc::channel(CHANNEL);
+        let head = Head::new::<W>("test".to_owned());
+        (Self { head, wire, include_usage: false, events, ready: VecDeque::new(), has_ended: false }, sender)
+    }
+}
+
 impl<W: Wire> Answering<W> {
     /// Hands the request to the engine.
     ///

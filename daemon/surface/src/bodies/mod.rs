@@ -9,6 +9,8 @@ pub(crate) mod sessions;
 
 pub(crate) use answer::{Answering, Asked, Piece, Wire};
 pub(crate) use chat::ChatAsk;
+#[cfg(test)]
+pub(crate) use chat::ChatWire;
 pub(crate) use completions::CompletionAsk;
 
 use crate::refusal::Refusal;
