@@ -9,6 +9,10 @@ mkdir -p "$plugins"
 sh packaging/stage-plugin.sh cpu "$build/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$plugins"
 install -D -m 0644 -t "$root/usr/lib/systemd/system" systemd/sparsed.service systemd/sparsed.socket
 install -D -m 0644 systemd/sysusers.conf "$root/usr/lib/sysusers.d/sparsed.conf"
+install -D -m 0644 packaging/dbus/org.sparsed1.conf -t "$root/usr/share/dbus-1/system.d"
+install -D -m 0644 packaging/dbus/org.sparsed1.service -t "$root/usr/share/dbus-1/system-services"
+install -D -m 0644 packaging/dbus/org.sparsed1.policy -t "$root/usr/share/polkit-1/actions"
+install -D -m 0644 packaging/dbus/interfaces/*.xml -t "$root/usr/share/dbus-1/interfaces"
 install -D -m 0644 -t "$root/var/lib/sparsed/models" models/smollm2-135m-dsa.gguf
 # What a maintainer script does; the checks start the service when they want it.
 systemd-sysusers --root="$root" sparsed.conf

@@ -1,6 +1,6 @@
 //! `sparsectl run`: asks a model of the daemon, or runs a model file in a private daemon of its own.
 
-use super::client::{Client, socket_or_default};
+use super::client::{Address, Client};
 use super::private::{PrivateDaemon, PrivateOptions};
 use super::repl;
 use anyhow::bail;
@@ -19,9 +19,8 @@ pub(super) struct Run {
     /// Without a prompt: a conversation on a terminal, or else the prompt is read from standard input.
     #[arg(value_name = "MODEL_OR_FILE] [PROMPT", num_args = 0..=2)]
     words: Vec<String>,
-    /// The daemon's socket.
-    #[arg(long, env = "SPARSED_SOCKET")]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    address: Address,
     #[command(flatten)]
     options: ChatOptions,
     /// Print the whole answer as JSON instead of streaming it.
@@ -98,7 +97,7 @@ impl Run {
                         "options for a model file do not go with a model of the daemon; set them in its configuration"
                     );
                 }
-                (Client::new(&socket_or_default(self.socket.as_deref())), name, None)
+                (self.address.client(), name, None)
             }
             Target::File(file) => {
                 let private = PrivateDaemon::start(&file, &self.private).await?;
@@ -135,7 +134,7 @@ impl Run {
         let mut messages = self.options.opening();
         messages.push(json!({ "role": "user", "content": prompt }));
         if self.json {
-            let answer = client.post("/v1/chat/completions", &self.options.request(model, &messages, false)).await?;
+            let answer = client.chat(&self.options.request(model, &messages, false)).await?;
             return super::print_json(&answer);
         }
         let answer = stream_answer(client, &self.options.request(model, &messages, true)).await?;
@@ -151,7 +150,7 @@ impl Run {
 /// # Errors
 /// The daemon's, or that nobody reads standard output.
 pub(super) async fn stream_answer(client: &Client, request: &Value) -> anyhow::Result<String> {
-    let mut events = client.stream("/v1/chat/completions", request).await?;
+    let mut events = client.stream(request).await?;
     let mut answer = String::new();
     while let Some(event) = events.next().await? {
         if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {

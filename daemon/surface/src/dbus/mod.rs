@@ -58,6 +58,21 @@ pub enum Bus {
     Address(String),
 }
 
+impl Bus {
+    /// A connection to it.
+    ///
+    /// # Errors
+    /// No such bus, or it does not let us in.
+    pub async fn connect(&self) -> zbus::Result<Connection> {
+        let builder = match self {
+            Self::System => Builder::system(),
+            Self::Session => Builder::session(),
+            Self::Address(address) => Builder::address(address.as_str()),
+        };
+        builder.build().await
+    }
+}
+
 impl FromStr for Bus {
     type Err = String;
 
@@ -70,7 +85,7 @@ impl FromStr for Bus {
                 Ok(_) => Ok(Self::Address(address.to_owned())),
                 Err(error) => Err(format!("is '{address}', which is no address: {error}")),
             },
-            _ => Err(format!("is '{text}', must be auto, off, system, session or an address that begins with unix:")),
+            _ => Err(format!("is '{text}', must be off, auto, system, session or an address that begins with unix:")),
         }
     }
 }
@@ -160,13 +175,8 @@ pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Futur
 
 /// Connects and takes the name, in an order that loses no call.
 async fn connect(shared: &Arc<Shared>) -> zbus::Result<(Arc<Door>, MessageStream)> {
-    let builder = match &shared.options.bus {
-        Bus::System => Builder::system(),
-        Bus::Session => Builder::session(),
-        Bus::Address(address) => Builder::address(address.as_str()),
-    };
     let connecting = async {
-        let bus = builder.build().await?;
+        let bus = shared.options.bus.connect().await?;
         let rule = MatchRule::builder().msg_type(Type::MethodCall).build()?;
         let calls = MessageStream::for_match_rule(rule, &bus, None).await?;
         let reply = bus.request_name_with_flags(NAME, RequestNameFlags::DO_NOT_QUEUE).await?;
