@@ -180,7 +180,6 @@ def interface(address, folder):
     path = client.manager("CreateSession", "a{sv}", {})[0]
     request, fd = client.generate(endless(), endpoint="completions")
     introspectable = "org.freedesktop.DBus.Introspectable"
-    unknown = ("UnknownMethod", "UnknownInterface", "UnknownProperty")
     for at, name in ((ROOT, MANAGER), (path, SESSION), (request, REQUEST)):
         said = client.call(at, introspectable, "Introspect")[0]
         installed = open(f"{folder}/{name}.xml").read().splitlines()
@@ -331,7 +330,7 @@ def cut(address):
     """Begins a turn and prints the session; the daemon is then killed, which ends the pipe."""
     client = Client(address)
     path = client.manager("CreateSession", "a{sv}", variants({"durability": "token"}))[0]
-    body = {**endless(messages=QUESTION, max_tokens=200), "session_id": client.get(path, SESSION, "Id")}
+    body = {**endless(messages=QUESTION), "session_id": client.get(path, SESSION, "Id")}
     del body["prompt"]
     _, fd = client.generate(body)
     with open(fd) as pipe:

@@ -6,6 +6,7 @@
 
 use super::call::{Call, CallError, Outcome};
 use super::interface::{Interface, Method, ROOT, Verb};
+use super::manager::INLINE_BYTES_MAX;
 use super::object::{Folder, Object};
 use super::requests::Request;
 use super::values::{self, Dict};
@@ -17,8 +18,11 @@ use zbus::Message;
 use zbus::message::Flags;
 use zbus::names::OwnedUniqueName;
 
+/// Most bytes of a message that is looked at: the longest body of a request, and something for its options.
+const MESSAGE_BYTES_MAX: usize = INLINE_BYTES_MAX + (64 << 10);
+
 /// Answers a method call, whatever it is.
-pub(super) async fn answer(door: &Door, message: Message) {
+async fn answer(door: &Door, message: Message) {
     let (reply, after) = match outcome(door, &message).await {
         Ok(Outcome { reply, after }) => (Ok(reply), after),
         Err(error) => (error.reply(&message), None),
@@ -38,10 +42,8 @@ pub(super) async fn answer(door: &Door, message: Message) {
     }
 }
 
-/// Tells the caller that there is no room for its call.
-pub(super) async fn refuse(door: &Door, message: &Message) {
-    let refused = CallError::limit("too many calls are being answered already").reply(message);
-    let Ok(reply) = refused else { return };
+async fn refuse(door: &Door, message: &Message, error: &CallError) {
+    let Ok(reply) = error.reply(message) else { return };
     if let Err(error) = door.bus.send(&reply).await {
         log::debug!(reason:% = error; "not refused");
     }
@@ -180,15 +182,21 @@ async fn children(door: &Door, call: &Call, object: Object<'_>) -> Result<Vec<St
     })
 }
 
-/// A place for a call, of those that there are for all callers.
-pub(super) fn spawn(door: &Arc<Door>, message: Message) {
+/// Takes a call if it is small enough and there is room, and has a task answer it. Waits only while the bus does not take
+/// a refusal: then nothing more is to be taken from it.
+pub(super) async fn take(door: &Arc<Door>, message: Message) {
+    let length = message.body().len();
+    if length > MESSAGE_BYTES_MAX {
+        let said = format!("the message has {length} bytes, the limit is {MESSAGE_BYTES_MAX}; use GenerateFromFd");
+        return refuse(door, &message, &CallError::limit(said)).await;
+    }
+    let Ok(place) = Arc::clone(&door.calls).try_acquire_owned() else {
+        return refuse(door, &message, &CallError::limit("too many calls are being answered already")).await;
+    };
     let door = Arc::clone(door);
-    let place = Arc::clone(&door.calls).try_acquire_owned();
     tokio::spawn(async move {
-        match place {
-            Ok(_place) => answer(&door, message).await,
-            Err(_) => refuse(&door, &message).await,
-        }
+        answer(&door, message).await;
+        drop(place);
     });
 }
 

@@ -196,8 +196,8 @@ pub(super) static SESSION: Interface = Interface {
             "Continue",
             &[("options", "a{sv}")],
             &[("request", "o"), ("answer", "h")],
-            "The last answer, which was cut: once more from its first token, and on. Options: stream b, and those \
-             of Manager.Generate but endpoint.",
+            "The last answer, which was cut: once more from its first token, and on. Options: stream b, \
+             handle_token s, detach b, as for Manager.Generate.",
         ),
         method(
             Verb::Fork,

@@ -2,7 +2,7 @@
 
 use super::Door;
 use super::call::{Call, CallError, Outcome};
-use super::interface::{MANAGER, REQUEST, Verb};
+use super::interface::{REQUEST, Verb};
 use super::requests::Place;
 use super::values::{self, Dict};
 use super::{memfd, polkit, session, stream};
@@ -17,15 +17,15 @@ use zbus::wire::OwnedVariant;
 use zbus::{Fd, OwnedFd};
 
 /// Most bytes of a body that comes in a message: the bus copies it, and other users' messages wait.
-const INLINE_BYTES_MAX: usize = 1 << 20;
+pub(super) const INLINE_BYTES_MAX: usize = 1 << 20;
 
 /// How a request is to be carried.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct GenerateOptions {
-    endpoint: Option<String>,
-    handle_token: Option<String>,
-    detach: bool,
+    pub(super) endpoint: Option<String>,
+    pub(super) handle_token: Option<String>,
+    pub(super) detach: bool,
 }
 
 /// Carries out `verb`.
@@ -168,7 +168,7 @@ pub(super) async fn begin<W: Wire>(
     }))
 }
 
-/// All properties of the manager, in the order of its table.
+/// All properties of the manager, always in the same order.
 pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
     let service = &door.shared.service;
     let third_party = service.third_party_plugins();
@@ -176,19 +176,18 @@ pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
     let sum = |of: fn(&sparsed_engine::Stats) -> u64| states.iter().map(|model| of(&model.stats)).sum::<u64>();
     let count = |of| OwnedVariant::from(u32::try_from(sum(of)).unwrap_or(u32::MAX));
     let health = models::health(service);
-    let value = |name: &str| match name {
-        "Version" => values::text(env!("CARGO_PKG_VERSION")),
-        "State" => values::text(health.state),
-        "StatusText" => values::text(&health.text),
-        "Tainted" => (!third_party.is_empty()).into(),
-        "ThirdPartyPlugins" => values::texts(&third_party),
-        "Device" => values::text(&service.device().name),
-        "Models" => values::texts(&models::ready(service)),
-        "RunningRequests" => count(|stats| u64::from(stats.load.running)),
-        "QueuedRequests" => count(|stats| u64::from(stats.load.waiting)),
-        "KvBlocksUsed" => count(|stats| u64::from(stats.load.blocks_used)),
-        "KvBlocksTotal" => count(|stats| u64::from(stats.load.blocks_total)),
-        _ => OwnedVariant::from(sum(|stats| stats.sampled_tokens)),
-    };
-    MANAGER.properties.iter().map(|row| (row.name, value(row.name))).collect()
+    vec![
+        ("Version", values::text(env!("CARGO_PKG_VERSION"))),
+        ("State", values::text(health.state)),
+        ("StatusText", values::text(&health.text)),
+        ("Tainted", (!third_party.is_empty()).into()),
+        ("ThirdPartyPlugins", values::texts(&third_party)),
+        ("Device", values::text(&service.device().name)),
+        ("Models", values::texts(&models::ready(service))),
+        ("RunningRequests", count(|stats| u64::from(stats.load.running))),
+        ("QueuedRequests", count(|stats| u64::from(stats.load.waiting))),
+        ("KvBlocksUsed", count(|stats| u64::from(stats.load.blocks_used))),
+        ("KvBlocksTotal", count(|stats| u64::from(stats.load.blocks_total))),
+        ("SampledTokens", sum(|stats| stats.sampled_tokens).into()),
+    ]
 }

@@ -149,12 +149,18 @@ pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Futur
             Ok((door, calls)) => {
                 (pauses, is_failing) = (BACKOFF.into_iter(), false);
                 log::info!(bus:? = shared.options.bus; "on D-Bus as {NAME}");
-                let is_stopped = tokio::select! {
-                    () = serve_on(&door, calls) => false,
-                    () = &mut stop => true,
-                };
-                if is_stopped {
-                    return wind_down(&door).await;
+                let mut is_stopping = false;
+                tokio::select! {
+                    () = serve_on(&door, calls) => {}
+                    // Calls are answered until the last answer has ended: one of them may be to cancel it.
+                    () = async {
+                        (&mut stop).await;
+                        is_stopping = true;
+                        wind_down(&door).await;
+                    } => {}
+                }
+                if is_stopping {
+                    return;
                 }
                 log::warn!("the bus is gone");
                 shared.requests.sender_gone(None);
@@ -197,7 +203,7 @@ async fn serve_on(door: &Arc<Door>, mut calls: MessageStream) {
     let announcing = tokio::spawn(announce(Arc::clone(door)));
     let ends = Ends(vec![leaving.abort_handle(), announcing.abort_handle()]);
     while let Some(Ok(message)) = calls.next().await {
-        dispatch::spawn(door, message);
+        dispatch::take(door, message).await;
     }
     drop(ends);
 }
@@ -245,12 +251,11 @@ async fn announce(door: Arc<Door>) {
         looks.tick().await;
         let now = manager::properties(&door);
         let (mut changed, mut noted): (HashMap<&str, &OwnedVariant>, Vec<&str>) = Default::default();
-        for ((row, (name, value)), (_, before)) in MANAGER.properties.iter().zip(&now).zip(&said) {
-            match row.changes {
-                _ if value == before => {}
-                Changes::Announced => drop(changed.insert(name, value)),
-                Changes::Noted => noted.push(name),
-                Changes::Constant | Changes::Never => {}
+        for ((name, value), _) in now.iter().zip(&said).filter(|(now, before)| now.1 != before.1) {
+            match MANAGER.properties.iter().find(|row| row.name == *name).map(|row| row.changes) {
+                Some(Changes::Announced) => drop(changed.insert(name, value)),
+                Some(Changes::Noted) => noted.push(name),
+                _ => {}
             }
         }
         if changed.is_empty() && noted.is_empty() {

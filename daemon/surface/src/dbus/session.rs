@@ -8,6 +8,7 @@ use super::object::session_path;
 use super::values::{self, Dict};
 use super::{interface::Verb, memfd};
 use crate::bodies::sessions::{self, SessionFields};
+use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::api::Failure;
 use zbus::Fd;
@@ -28,6 +29,15 @@ const FIELDS: &[(&str, &str)] = &[
     ("Damaged", "damaged"),
 ];
 
+/// How an answer goes on.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct ContinueOptions {
+    stream: bool,
+    handle_token: Option<String>,
+    detach: bool,
+}
+
 /// Carries out `verb` on the session `id`.
 ///
 /// # Errors
@@ -40,11 +50,11 @@ pub(super) async fn call(door: &Door, call: &Call, id: &str, verb: Verb) -> Resu
             call.answer(&(session["messages"].to_string(),))
         }
         Verb::Continue => {
-            let (own, rest) = values::split(call.arguments::<(Dict,)>()?.0, &["handle_token", "detach"]);
-            let options: GenerateOptions = values::fields(&own)?;
+            let ContinueOptions { stream, handle_token, detach } = values::fields(&call.arguments::<(Dict,)>()?.0)?;
+            let options = GenerateOptions { endpoint: None, handle_token, detach };
             let place = manager::place(door, call, &options)?;
-            let asked = sessions::resume(service, owner, id, values::fields(&rest)?).await?;
-            manager::begin(door, call, place, asked).await
+            let fields = crate::bodies::parse(json!({ "stream": stream }).to_string().as_bytes())?;
+            manager::begin(door, call, place, sessions::resume(service, owner, id, fields).await?).await
         }
         Verb::Fork => {
             let fork = sessions::fork(service, owner, id, values::fields(&call.arguments::<(Dict,)>()?.0)?).await?;

@@ -20,11 +20,6 @@ pub(super) fn fields<T: DeserializeOwned>(dict: &Dict) -> Result<T, CallError> {
     Ok(parse(Value::Object(json).to_string().as_bytes())?)
 }
 
-/// Values of the one kind of fields and of another, in dictionaries of their own.
-pub(super) fn split(dict: Dict, firsts: &[&str]) -> (Dict, Dict) {
-    dict.into_iter().partition(|(key, _)| firsts.contains(&key.as_str()))
-}
-
 fn json(key: &str, value: &OwnedVariant) -> Result<Value, Refusal> {
     Ok(match &**value {
         Variant::Bool(value) => (*value).into(),
