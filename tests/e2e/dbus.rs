@@ -14,7 +14,8 @@ const STRANGER: &str = "64123";
 /// A daemon for the tiny chatting model on `bus`.
 fn start(bus: &Bus, sets: &[&str]) -> Daemon {
     let on_bus = format!("dbus.bus={}", bus.address());
-    let daemon = Daemon::start(&chatty::write(bus.folder()), &[&[on_bus.as_str()], sets].concat());
+    let always = [on_bus.as_str(), "model.default.max_context=4096"];
+    let daemon = Daemon::start(&chatty::write(bus.folder()), &[&always, sets].concat());
     bus.client("waits", &[]);
     daemon
 }
