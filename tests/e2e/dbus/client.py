@@ -19,6 +19,8 @@ PROPERTIES = "org.freedesktop.DBus.Properties"
 ERROR = f"{NAME}.Error."
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PATIENCE = 120
+# The smallest that a pipe can be, and more than any line of a completion has.
+SMALL_PIPE, LINE_BYTES_MAX = 4096, 400
 SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
 
 
@@ -331,7 +333,7 @@ def cut(address):
     """Begins a turn and prints the session; the daemon is then killed, which ends the pipe."""
     client = Client(address)
     path = client.manager("CreateSession", "a{sv}", variants({"durability": "token"}))[0]
-    body = {**endless(messages=QUESTION), "session_id": client.get(path, SESSION, "Id")}
+    body = {**endless(messages=QUESTION, max_tokens=600), "session_id": client.get(path, SESSION, "Id")}
     del body["prompt"]
     _, fd = client.generate(body)
     with open(fd) as pipe:
@@ -437,20 +439,25 @@ def slow(address, pid):
         with open(f"/proc/{pid}/status") as status:
             return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
 
+    def hold(client):
+        path, fd = client.generate(endless(), endpoint="completions")
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, SMALL_PIPE)
+        return client, path, fd
+
     reader = Client(address)
     reader.lines(chat())
     clients = [Client(address) for _ in range(8)]
-    held = [(client, *client.generate(endless(), endpoint="completions")) for client in clients for _ in range(25)]
+    held = [hold(client) for client in clients for _ in range(25)]
     lines = lambda: [client.get(path, REQUEST, "Lines") for client, path, _ in held]
     seen = []
 
     def stuck():
         seen.append(lines())
-        return len(seen) > 20 and seen[-1] == seen[-20] and min(seen[-1]) > 0
+        return len(seen) > 5 and seen[-1] == seen[-5] and min(seen[-1]) * LINE_BYTES_MAX > SMALL_PIPE
 
     until("all stuck", stuck)
     before = rss()
-    for _ in range(20):
+    for _ in range(10):
         assert len(reader.lines(chat())) == 1
     grown = rss() - before
     print(f"200 readers that do not read: {sum(lines())} lines in pipes, RSS {before >> 10} MiB, {grown} KiB more")
