@@ -333,7 +333,7 @@ def cut(address):
     """Begins a turn and prints the session; the daemon is then killed, which ends the pipe."""
     client = Client(address)
     path = client.manager("CreateSession", "a{sv}", variants({"durability": "token"}))[0]
-    body = {**endless(messages=QUESTION, max_tokens=600), "session_id": client.get(path, SESSION, "Id")}
+    body = {**endless(messages=QUESTION, max_tokens=400), "session_id": client.get(path, SESSION, "Id")}
     del body["prompt"]
     _, fd = client.generate(body)
     with open(fd) as pipe:
