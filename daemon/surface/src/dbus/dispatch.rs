@@ -1,6 +1,7 @@
 //! What becomes of a message? Its caller is found out, its row looked up, its verb carried out, its reply sent.
 //!
-//! Not zbus's object server: that one shows every object to everybody, in introspection and in its object manager, wants
+//! Not zbus's object server: that one shows every object to everybody, in introspection and in its object manager,
+//! wants
 //! an object for each of the sessions on the disk, and takes calls without a limit. Here a path is looked at when it is
 //! called, for the one who calls.
 
@@ -182,7 +183,8 @@ async fn children(door: &Door, call: &Call, object: Object<'_>) -> Result<Vec<St
     })
 }
 
-/// Takes a call if it is small enough and there is room, and has a task answer it. Waits only while the bus does not take
+/// Takes a call if it is small enough and there is room, and has a task answer it. Waits only while the bus does not
+/// take
 /// a refusal: then nothing more is to be taken from it.
 pub(super) async fn take(door: &Arc<Door>, message: Message) {
     let length = message.body().len();

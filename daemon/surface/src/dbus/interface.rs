@@ -1,6 +1,7 @@
 //! What does `org.sparsed1` look like? The tables of its methods, properties and signals.
 //!
-//! A call is looked up here before anything of it is read: what has no row, or other arguments than its row, is refused.
+//! A call is looked up here before anything of it is read: what has no row, or other arguments than its row, is
+//! refused.
 //! `xml.rs` makes the introspection data of the same rows.
 
 use Changes::{Announced, Constant, Never, Noted};

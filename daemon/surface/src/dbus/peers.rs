@@ -1,6 +1,7 @@
 //! Who calls, and how much at a time? The users behind connections, as the bus knows them.
 //!
-//! A unique name is never given to another connection while the bus runs, so what is known of it stays true until it goes.
+//! A unique name is never given to another connection while the bus runs, so what is known of it stays true until it
+//! goes.
 
 use super::call::CallError;
 use std::collections::HashMap;

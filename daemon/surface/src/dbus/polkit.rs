@@ -14,7 +14,8 @@ const AUTHORITY_INTERFACE: &str = "org.freedesktop.PolicyKit1.Authority";
 /// `AllowUserInteraction`
 const ASK_USER: u32 = 1;
 
-/// Lets `call` pass if its caller may do `action`. `bus` is the system's bus, where polkit's name is guarded; on another
+/// Lets `call` pass if its caller may do `action`. `bus` is the system's bus, where polkit's name is guarded; on
+/// another
 /// one anybody could have it.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
 //! How does D-Bus carry an answer? As lines of JSON through a pipe that the daemon has made.
 //!
-//! Never as signals: a bus keeps what a slow reader does not take, and one of them drops the sender for it. The pipe holds
+//! Never as signals: a bus keeps what a slow reader does not take, and one of them drops the sender for it. The pipe
+//! holds
 //! little; when it is full the engine's channel fills, and the sequence pauses.
 
 use super::requests::Request;
@@ -234,7 +235,8 @@ mod tests {
         assert_eq!((ended.reason.as_str(), place.request.lines()), ("shutting_down", 4));
     }
 
-    /// A measurement: how much later than the engine gives a token out has a reader its line? The engine is a thread that
+    /// A measurement: how much later than the engine gives a token out has a reader its line? The engine is a thread
+    /// that
     /// computes all the time; the runtime is the daemon's.
     #[test]
     #[ignore = "a measurement; run it with --nocapture"]
