@@ -14,6 +14,9 @@ const AUTHORITY_INTERFACE: &str = "org.freedesktop.PolicyKit1.Authority";
 /// `AllowUserInteraction`
 const ASK_USER: u32 = 1;
 
+/// Whether it is allowed, whether it would be after somebody was asked, and details.
+type Answer = ((bool, bool, HashMap<String, String>),);
+
 /// Lets `call` pass if its caller may do `action`. `bus` is the system's bus, where polkit's name is guarded; on
 /// another
 /// one anybody could have it.
@@ -34,7 +37,7 @@ pub(super) async fn check(bus: Option<&Connection>, call: &Call, action: &str) -
         bus.call_method(Some(AUTHORITY), AUTHORITY_PATH, Some(AUTHORITY_INTERFACE), "CheckAuthorization", &asked);
     let reply = reply.await.map_err(|error| denied(&format!("polkit does not answer: {error}")))?;
     let body = reply.body();
-    let answer: Result<((bool, bool, HashMap<String, String>),), _> = body.deserialize();
+    let answer: zbus::Result<Answer> = body.deserialize();
     let ((is_authorized, is_challenge, _),) = answer.map_err(|error| denied(&error.to_string()))?;
     match (is_authorized, is_challenge) {
         (true, _) => Ok(()),
