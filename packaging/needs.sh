@@ -9,6 +9,11 @@ need python3 python3
 python3 -m pip --version >/dev/null 2>&1 || missing="$missing python3-pip"
 if [ "${1:-build}" = test ]; then
   need c++ g++
+  need dbus-daemon dbus-daemon
+  need dbus-broker-launch dbus-broker
+  need gdbus libglib2.0-bin
+  need busctl systemd
+  need unshare util-linux
 fi
 # A C compiler without the C library's headers links nothing.
 echo 'int main(void) { return 0; }' | cc -x c - -o /dev/null 2>/dev/null || missing="$missing libc6-dev"

@@ -35,6 +35,11 @@ def until(what, condition, patience=PATIENCE):
         time.sleep(0.05)
 
 
+def called(user, *arguments, check=True):
+    """What busctl says to a user of the system's bus."""
+    return run("setpriv", "--reuid", user, "--regid", user, "--init-groups", "busctl", "--system", *arguments, check=check)
+
+
 def curl(user, path, body=None, method=None):
     """The process of a request."""
     command = ["setpriv", "--reuid", user, "--regid", user, "--init-groups"]

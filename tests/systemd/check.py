@@ -7,18 +7,20 @@ the group sparsed, mallory is not; the packages in DEBS are installed and the bo
 import glob
 import json
 import os
+import pwd
 import signal
 import sys
 import time
 
 from box import (
-    answer, ask, curl, events, heard, is_active, journal, pid, restart, run, served, shown, text_of, until, until_ready,
+    answer, ask, called, curl, events, heard, is_active, journal, pid, restart, run, served, shown, text_of, until, until_ready,
 )
 
 CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 PARIS = "The capital of France is Paris."
 # Where the packages lie in the box.
 DEBS = "/opt/debs"
+MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
 # Seconds from a SIGKILL to the next daemon that listens, or from a hang to it: RestartSec and the watchdog included.
 RESTART_S = 15
 # Highest exposure that systemd-analyze may see, in tenths.
@@ -111,6 +113,25 @@ def two_users_see_their_own_sessions_only():
         assert own in listed and other not in listed, f"{user}: {listed}"
         status, value = ask(user, f"/v1/sessions/{other}")
         assert status == 404, f"{user}: {status} {value}"
+
+
+def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
+    run("systemctl", "stop", "sparsed.service")
+    assert called("alice", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version").startswith('s "')
+    until_ready()
+    path = called("alice", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "CreateSession", "a{sv}", "0").split('"')[1]
+    for user, sees in (("alice", True), ("bob", False)):
+        listed = called(user, "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessions")
+        assert (path in listed) == sees, f"{user}: {listed}"
+    said = called("bob", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete", check=False)
+    assert "there is no session" in said, said
+    uid = str(pwd.getpwnam("alice").pw_uid)
+    said = called("bob", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid, check=False)
+    assert "polkit does not answer" in said, said
+    assert path.rsplit("/", 1)[1] in called("root", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid)
+    said = called("mallory", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version", check=False)
+    assert "ccess denied" in said, said
+    called("alice", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete")
 
 
 def after_a_kill_a_session_goes_on_alike_and_no_client_is_refused():
@@ -274,6 +295,7 @@ CHECKS = [
     a_chat_is_answered,
     who_is_not_in_the_group_is_refused_by_the_sockets_mode,
     two_users_see_their_own_sessions_only,
+    a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart,
     after_a_kill_a_session_goes_on_alike_and_no_client_is_refused,
     a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again,
     a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start,

@@ -7,10 +7,10 @@ use crate::assemble::Assembly;
 use crate::config::{Config, Source};
 use crate::tcp::TcpSocket;
 use crate::watchdog;
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
-use sparsed_surface::{ServeOptions, TcpDoor};
+use sparsed_surface::{DbusOptions, ServeOptions, TcpDoor, serve_dbus};
 use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -133,9 +133,22 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         // Whoever waited is gone only when the daemon ends.
         let _unheard = ended.send(engine.join().is_ok()).is_err();
     })?;
-    let (stop_serving, stopped) = tokio::sync::oneshot::channel::<()>();
-    let stopped = async move { drop(stopped.await) };
-    let serving = tokio::spawn(sparsed_surface::serve(listener, tcp, service.clone(), options, stopped));
+    // Dropped, it stops all doors.
+    let (stop_serving, stopped) = tokio::sync::watch::channel(());
+    let stopped = move || {
+        let mut stopped = stopped.clone();
+        async move { while stopped.changed().await.is_ok() {} }
+    };
+    let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped());
+    let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
+    let serving = tokio::spawn(async {
+        let on_bus = async {
+            if let Some(on_bus) = on_bus {
+                on_bus.await;
+            }
+        };
+        tokio::join!(on_socket, on_bus);
+    });
     let outcome = tokio::select! {
         sound = &mut engine_end => Some(sound.unwrap_or(false)),
         () = stop => None,
@@ -152,6 +165,19 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
             wind_down(&service, serving, engine_end, Duration::from_secs(config.limits.stop_s)).await
         }
     }
+}
+
+/// The D-Bus door, if there is to be one.
+fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<DbusOptions>> {
+    let bus =
+        config.dbus.bus(std::env::var_os("NOTIFY_SOCKET").as_deref()).map_err(|wrong| anyhow!("dbus.bus {wrong}"))?;
+    Ok(bus.map(|bus| DbusOptions {
+        bus,
+        requests_per_user: config.dbus.requests_per_user as usize,
+        body_bytes_max: socket.body_bytes_max,
+        reader_patience: Duration::from_secs(config.limits.slow_consumer_s),
+        stop_timeout: socket.stop_timeout,
+    }))
 }
 
 /// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process

@@ -1,5 +1,5 @@
-//! How do local apps reach us? OpenAI-compatible HTTP over a Unix socket and loopback TCP, so far; D-Bus and MQTT come
-//! beside it.
+//! How do local apps reach us? By OpenAI-compatible HTTP over a Unix socket and loopback TCP, and by D-Bus, so far;
+//! MQTT comes beside them.
 //!
 //! The only crate that knows wire formats. It translates: requests become [`sparsed_engine::api`] values, events become
 //! bytes. It computes nothing; what takes long (templates, tokenizing) goes to tokio's blocking pool.
@@ -7,12 +7,14 @@
 
 mod accept;
 mod bodies;
+mod dbus;
 mod http;
 mod refusal;
 mod tcp;
 mod unix;
 
 pub use accept::ServeOptions;
+pub use dbus::{Bus, DbusOptions, serve_dbus};
 pub use tcp::{ApiKeys, TcpDoor};
 
 use sparsed_engine::Service;

@@ -47,6 +47,13 @@ impl Refusal {
         Self { name, param: None, retry_after_s: Some(1), message }
     }
 
+    /// A caller has all the requests it may have under way.
+    pub(crate) fn too_many_requests(limit: usize) -> Self {
+        let message = format!("{limit} of your requests are under way, which is all you may have at a time");
+        let name = Name { status: 429, kind: RATE, code: "too_many_requests" };
+        Self { name, param: None, retry_after_s: Some(1), message }
+    }
+
     /// The same failure, where the prompt stands in another field than `messages`.
     pub(crate) fn about_prompt(mut self) -> Self {
         if self.name.code == "context_length_exceeded" {
@@ -66,6 +73,17 @@ impl Refusal {
     /// What it is called.
     pub(crate) fn name(&self) -> Name {
         self.name
+    }
+
+    /// For people.
+    pub(crate) fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// The last part of D-Bus's error name: the code in camel case, so that the table has each failure's name once.
+    pub(crate) fn camel_code(&self) -> String {
+        let capital = |word: &str| word[..1].to_ascii_uppercase() + &word[1..];
+        self.name.code.split('_').filter(|word| !word.is_empty()).map(capital).collect()
     }
 
     /// After how many seconds the same request may be taken.

@@ -7,6 +7,7 @@ use toml::de::{DeTable, DeValue};
 /// Every key; `*` stands for a name that the operator chooses, a last `*` for any value below.
 pub(super) const KEYS: &[&str] = &[
     "dbus.bus",
+    "dbus.requests_per_user",
     "engine.device",
     "engine.failover",
     "engine.isolation",

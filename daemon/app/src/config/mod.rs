@@ -4,6 +4,7 @@
 //! error that names the line and the nearest known key; nothing is ignored.
 
 mod check;
+mod dbus;
 mod layers;
 mod limits;
 mod memory;
@@ -14,6 +15,7 @@ mod size;
 mod source;
 mod tcp;
 
+pub use dbus::Dbus;
 pub use layers::Layers;
 pub use limits::Limits;
 pub use memory::{Memory, SlowTierFor};
@@ -166,20 +168,6 @@ impl Default for Retry {
     }
 }
 
-/// `[dbus]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Dbus {
-    /// `off`; this version serves no D-Bus.
-    pub bus: String,
-}
-
-impl Default for Dbus {
-    fn default() -> Self {
-        Self { bus: "off".to_owned() }
-    }
-}
-
 /// `[model.<name>]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -217,6 +205,7 @@ impl Config {
         let plugins = &self.plugins;
         let mut ranges = self.limits.ranges();
         ranges.extend([
+            ("dbus.requests_per_user".to_owned(), self.dbus.requests_per_user.into(), 1, 65536),
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
             ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
             ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
@@ -269,8 +258,7 @@ impl Config {
             );
             return Some(("engine.watchdog_ms".to_owned(), reason));
         }
-        let reason = format!("is '{}'; this version serves no D-Bus, only 'off' is possible", self.dbus.bus);
-        let dbus = || (self.dbus.bus != "off").then(|| ("dbus.bus".to_owned(), reason));
+        let dbus = || self.dbus.bus(None).err().map(|reason| ("dbus.bus".to_owned(), reason));
         self.tcp.wrong_value().or_else(dbus)
     }
 }
@@ -342,7 +330,8 @@ mod tests {
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
         assert!(load("", &["tcp.listen=0.0.0.0:80"]).unwrap_err().contains("of this box alone"));
         assert!(load("", &["tcp.listen=localhost"]).unwrap_err().contains("--set tcp.listen=localhost"));
-        assert!(load("", &["dbus.bus=system"]).unwrap_err().contains("only 'off'"));
+        assert!(load("", &["dbus.bus=sytem"]).unwrap_err().contains("dbus.bus is 'sytem', must be"));
+        assert!(load("", &["dbus.requests_per_user=0"]).unwrap_err().contains("must be 1 to 65536"));
         assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));
         assert!(load("", &["engine.retry.backoff_ms=[]"]).unwrap_err().contains("must have 1 to 16"));
         assert!(load("", &["engine.retry.backoff_ms=[1, 86400001]"]).unwrap_err().contains("must be 0 to 86400000"));

@@ -1,16 +1,21 @@
-//! How does the tool speak to the daemon? HTTP/1.1 over its Unix socket.
+//! How does the tool speak to the daemon? HTTP/1.1 over its Unix socket, or D-Bus where that is asked for.
 
+use super::bus::{self, Pipe};
 use crate::config::{Config, Paths};
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
 use hyper::client::conn::http1;
 use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
+use sparsed_surface::Bus;
 use std::path::{Path, PathBuf};
 use tokio::net::UnixStream;
 
+/// Where chats are asked for.
+const CHAT: &str = "/v1/chat/completions";
+const WENT_AWAY: &str = "the daemon went away in the middle of the answer";
 /// Largest answer that is taken as one body.
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest line of an event stream.
@@ -27,15 +32,52 @@ pub(super) fn socket_or_default(named: Option<&Path>) -> PathBuf {
     named.map_or_else(found, Path::to_owned)
 }
 
-/// A daemon's socket.
+/// Where the daemon is.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct Address {
+    /// The daemon's socket.
+    #[arg(long, env = "SPARSED_SOCKET")]
+    socket: Option<PathBuf>,
+    /// Speak D-Bus instead: system, session or the address of a bus.
+    #[arg(long, value_name = "BUS", num_args = 0..=1, require_equals = true, default_missing_value = "system")]
+    dbus: Option<Bus>,
+}
+
+impl Address {
+    /// A client of the daemon there.
+    pub(super) fn client(&self) -> Client {
+        match &self.dbus {
+            Some(bus) => Client::OnBus(bus.clone()),
+            None => Client::new(&self.socket()),
+        }
+    }
+
+    fn socket(&self) -> PathBuf {
+        socket_or_default(self.socket.as_deref())
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.dbus {
+            Some(_) => f.write_str("org.sparsed1"),
+            None => self.socket().display().fmt(f),
+        }
+    }
+}
+
+/// A way to a daemon.
 #[derive(Clone, Debug)]
-pub(super) struct Client {
-    socket: PathBuf,
+pub(super) enum Client {
+    /// Its socket.
+    OnSocket(PathBuf),
+    /// The bus that it is on.
+    OnBus(Bus),
 }
 
 impl Client {
     pub(super) fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self::OnSocket(socket.to_owned())
     }
 
     /// The JSON at `path`.
@@ -43,7 +85,45 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn get(&self, path: &str) -> anyhow::Result<Value> {
-        self.whole(self.send("GET", path, Bytes::new()).await?).await
+        match self {
+            Self::OnSocket(socket) => whole(send(socket, "GET", path, Bytes::new()).await?).await,
+            Self::OnBus(bus) => bus::get(bus, path).await,
+        }
+    }
+
+    /// The chat completion that `body` asks for, as one object.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn chat(&self, body: &Value) -> anyhow::Result<Value> {
+        match self {
+            Self::OnSocket(socket) => whole(send(socket, "POST", CHAT, body.to_string().into()).await?).await,
+            Self::OnBus(_) => self.stream(body).await?.next().await?.context("the answer is empty"),
+        }
+    }
+
+    /// The chunks of the chat completion that `body` asks for. Dropping them ends the request.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn stream(&self, body: &Value) -> anyhow::Result<Events> {
+        match self {
+            Self::OnBus(bus) => Ok(Events::of(Source::Pipe(Pipe::open(bus, body).await?))),
+            Self::OnSocket(_) => self.stream_at(CHAT, body).await,
+        }
+    }
+
+    /// The events that answer `body` at another path than chats'. Dropping them ends the request.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn stream_at(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
+        let response = send(self.on_socket()?, "POST", path, body.to_string().into()).await?;
+        if response.status() != StatusCode::OK {
+            whole(response).await?;
+            bail!("the daemon answered without an event stream");
+        }
+        Ok(Events::of(Source::Body(response.into_body())))
     }
 
     /// The JSON answer to `body`.
@@ -51,7 +131,7 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        self.whole(self.send("POST", path, body.to_string().into()).await?).await
+        whole(send(self.on_socket()?, "POST", path, body.to_string().into()).await?).await
     }
 
     /// The JSON answer to deleting what is at `path`.
@@ -59,7 +139,7 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn delete(&self, path: &str) -> anyhow::Result<Value> {
-        self.whole(self.send("DELETE", path, Bytes::new()).await?).await
+        whole(send(self.on_socket()?, "DELETE", path, Bytes::new()).await?).await
     }
 
     /// The JSON answer to a file that is sent as it is.
@@ -67,7 +147,7 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn put_file(&self, path: &str, file: Vec<u8>) -> anyhow::Result<Value> {
-        self.whole(self.send("POST", path, file.into()).await?).await
+        whole(send(self.on_socket()?, "POST", path, file.into()).await?).await
     }
 
     /// The file at `path`.
@@ -75,68 +155,77 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn get_file(&self, path: &str) -> anyhow::Result<Bytes> {
-        let response = self.send("GET", path, Bytes::new()).await?;
+        let response = send(self.on_socket()?, "GET", path, Bytes::new()).await?;
         if response.status() != StatusCode::OK {
-            self.whole(response).await?;
+            whole(response).await?;
             bail!("the daemon answered without a file");
         }
-        body(response).await
+        body_of(response).await
     }
 
-    /// The events that answer `body`. Dropping them ends the request.
-    ///
-    /// # Errors
-    /// No daemon, or its own error.
-    pub(super) async fn stream(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
-        let response = self.send("POST", path, body.to_string().into()).await?;
-        if response.status() != StatusCode::OK {
-            self.whole(response).await?;
-            bail!("the daemon answered without an event stream");
-        }
-        Ok(Events { body: response.into_body(), buffer: Vec::new() })
-    }
-
-    async fn send(&self, method: &str, path: &str, body: Bytes) -> anyhow::Result<Response<Incoming>> {
-        let hint = || {
-            format!("no daemon answers on {}; start `sparsed`, or name its socket with --socket", self.socket.display())
-        };
-        let stream = UnixStream::connect(&self.socket).await.with_context(hint)?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-        tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                log::debug!(reason:% = error; "connection ended early");
-            }
-        });
-        let request = Request::builder().method(method).uri(path).header("host", "sparsed");
-        let request = request.header("content-type", "application/json").body(Full::new(body))?;
-        Ok(sender.send_request(request).await?)
-    }
-
-    async fn whole(&self, response: Response<Incoming>) -> anyhow::Result<Value> {
-        let status = response.status();
-        let body = body(response).await?;
-        let json: Value = serde_json::from_slice(&body).with_context(|| format!("status {status}, not JSON"))?;
-        match json["error"]["message"].as_str() {
-            Some(message) => bail!("{message}"),
-            // `/health` and its kind answer 503 with a body of their own.
-            None => Ok(json),
+    /// What only HTTP has.
+    fn on_socket(&self) -> anyhow::Result<&Path> {
+        match self {
+            Self::OnSocket(socket) => Ok(socket),
+            Self::OnBus(_) => bail!("this goes over the socket only; leave --dbus out"),
         }
     }
 }
 
-async fn body(response: Response<Incoming>) -> anyhow::Result<Bytes> {
+async fn send(socket: &Path, method: &str, path: &str, body: Bytes) -> anyhow::Result<Response<Incoming>> {
+    let hint =
+        || format!("no daemon answers on {}; start `sparsed`, or name its socket with --socket", socket.display());
+    let stream = UnixStream::connect(socket).await.with_context(hint)?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            log::debug!(reason:% = error; "connection ended early");
+        }
+    });
+    let request = Request::builder().method(method).uri(path).header("host", "sparsed");
+    let request = request.header("content-type", "application/json").body(Full::new(body))?;
+    Ok(sender.send_request(request).await?)
+}
+
+async fn whole(response: Response<Incoming>) -> anyhow::Result<Value> {
+    let status = response.status();
+    let body = body_of(response).await?;
+    let json: Value = serde_json::from_slice(&body).with_context(|| format!("status {status}, not JSON"))?;
+    match json["error"]["message"].as_str() {
+        Some(message) => bail!("{message}"),
+        // `/health` and its kind answer 503 with a body of their own.
+        None => Ok(json),
+    }
+}
+
+async fn body_of(response: Response<Incoming>) -> anyhow::Result<Bytes> {
     let body = http_body_util::Limited::new(response.into_body(), BODY_BYTES_MAX);
     Ok(body.collect().await.map_err(|error| anyhow::anyhow!("the answer broke off: {error}"))?.to_bytes())
 }
 
-/// Server-sent events, one JSON value each.
+/// Chunks of an answer, one JSON value each.
 #[derive(Debug)]
 pub(super) struct Events {
-    body: Incoming,
+    source: Source,
     buffer: Vec<u8>,
+    /// The times have come, which end an answer.
+    is_complete: bool,
+}
+
+/// Where chunks come from.
+#[derive(Debug)]
+enum Source {
+    /// Server-sent events, which have an end of their own.
+    Body(Incoming),
+    /// Lines, whose end is the pipe's.
+    Pipe(Pipe),
 }
 
 impl Events {
+    fn of(source: Source) -> Self {
+        Self { source, buffer: Vec::new(), is_complete: false }
+    }
+
     /// The next value; `None` after the last.
     ///
     /// # Errors
@@ -145,22 +234,32 @@ impl Events {
         loop {
             while let Some(end) = self.buffer.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                let Some(data) = line.strip_prefix(b"data: ") else { continue };
+                let data = match &self.source {
+                    Source::Body(_) => line.strip_prefix(b"data: "),
+                    Source::Pipe(_) => Some(line.as_slice()),
+                };
+                let Some(data) = data else { continue };
                 if data.trim_ascii() == b"[DONE]" {
                     return Ok(None);
                 }
                 let value: Value = serde_json::from_slice(data).context("an event that is not JSON")?;
+                self.is_complete |= value.get("timings").is_some();
                 return match value["error"]["message"].as_str() {
                     Some(message) => bail!("{message}"),
                     None => Ok(Some(value)),
                 };
             }
-            match self.body.frame().await {
-                Some(frame) => {
-                    let frame = frame.context("the daemon went away in the middle of the answer")?;
+            match &mut self.source {
+                Source::Body(body) => {
+                    let frame = body.frame().await.context(WENT_AWAY)?.context(WENT_AWAY)?;
                     self.buffer.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
                 }
-                None => bail!("the daemon went away in the middle of the answer"),
+                Source::Pipe(pipe) => {
+                    if !pipe.read(&mut self.buffer).await? {
+                        ensure!(self.is_complete, WENT_AWAY);
+                        return Ok(None);
+                    }
+                }
             }
             if self.buffer.len() > LINE_BYTES_MAX {
                 bail!("an event of more than {LINE_BYTES_MAX} bytes");

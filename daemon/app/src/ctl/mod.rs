@@ -1,6 +1,7 @@
 //! The commands of `sparsectl`. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
 mod bench;
+mod bus;
 mod client;
 mod config;
 mod conform;

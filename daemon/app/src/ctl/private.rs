@@ -81,6 +81,7 @@ impl PrivateOptions {
     fn config(&self, file: &Path, home: &Path) -> Config {
         let mut config = Config { state_dir: Some(home.join("state")), ..Config::default() };
         config.socket.path = Some(home.join("api.sock"));
+        "off".clone_into(&mut config.dbus.bus);
         self.device.configure(&mut config);
         config.model.insert(DEFAULT_MODEL.to_owned(), self.device.configured(file, self.top_k));
         config

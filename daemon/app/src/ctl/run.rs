@@ -1,6 +1,6 @@
 //! `sparsectl run`: asks a model of the daemon, or runs a model file in a private daemon of its own.
 
-use super::client::{Client, socket_or_default};
+use super::client::{Address, Client, Events};
 use super::private::{PrivateDaemon, PrivateOptions};
 use super::repl;
 use super::sessions::whole_id;
@@ -20,9 +20,8 @@ pub(super) struct Run {
     /// Without a prompt: a conversation on a terminal, or else the prompt is read from standard input.
     #[arg(value_name = "MODEL_OR_FILE] [PROMPT", num_args = 0..=2)]
     words: Vec<String>,
-    /// The daemon's socket.
-    #[arg(long, env = "SPARSED_SOCKET")]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    address: Address,
     #[command(flatten)]
     options: ChatOptions,
     /// Print the whole answer as JSON instead of streaming it.
@@ -106,7 +105,7 @@ impl Run {
                         "options for a model file do not go with a model of the daemon; set them in its configuration"
                     );
                 }
-                let client = Client::new(&socket_or_default(self.socket.as_deref()));
+                let client = self.address.client();
                 if let Some(session) = &mut self.options.session {
                     *session = whole_id(&client, session).await?;
                 }
@@ -150,7 +149,7 @@ impl Run {
         let mut messages = self.options.opening();
         messages.push(json!({ "role": "user", "content": prompt }));
         if self.json {
-            let answer = client.post("/v1/chat/completions", &self.options.request(model, &messages, false)).await?;
+            let answer = client.chat(&self.options.request(model, &messages, false)).await?;
             return super::print_json(&answer);
         }
         let answer = stream_answer(client, &self.options.request(model, &messages, true)).await?;
@@ -166,15 +165,14 @@ impl Run {
 /// # Errors
 /// The daemon's, or that nobody reads standard output.
 pub(super) async fn stream_answer(client: &Client, request: &Value) -> anyhow::Result<String> {
-    stream_from(client, "/v1/chat/completions", request).await
+    written(client.stream(request).await?).await
 }
 
-/// As [`stream_answer`], of the request at `path`.
+/// Writes the pieces of an answer to standard output as they come, and gives it back whole.
 ///
 /// # Errors
-/// As there.
-pub(super) async fn stream_from(client: &Client, path: &str, request: &Value) -> anyhow::Result<String> {
-    let mut events = client.stream(path, request).await?;
+/// As [`stream_answer`].
+pub(super) async fn written(mut events: Events) -> anyhow::Result<String> {
     let mut answer = String::new();
     while let Some(event) = events.next().await? {
         if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {

@@ -1,7 +1,7 @@
 //! `sparsectl sessions`: conversations that the daemon keeps.
 
 use super::client::{Client, socket_or_default};
-use super::run::stream_from;
+use super::run::written;
 use super::{number, print, print_json};
 use anyhow::{Context, bail};
 use clap::Subcommand;
@@ -139,7 +139,7 @@ async fn carry_out(client: &Client, verb: Verb, as_json: bool) -> anyhow::Result
             if as_json {
                 return print_json(&client.post(&path, &json!({})).await?);
             }
-            stream_from(client, &path, &json!({ "stream": true })).await?;
+            written(client.stream_at(&path, &json!({ "stream": true })).await?).await?;
             return print("");
         }
         Verb::Export { id, file } => return export(&client.get_file(&(one(&id).await? + "/export")).await?, &file),

@@ -1,10 +1,9 @@
 //! `sparsectl status` and `sparsectl models`: what the daemon does and serves.
 
-use super::client::{Client, socket_or_default};
+use super::client::Address;
 use anyhow::ensure;
 use serde_json::Value;
 use std::fmt::Write;
-use std::path::PathBuf;
 
 /// Show what the daemon is doing.
 #[derive(Debug, clap::Args)]
@@ -25,9 +24,8 @@ pub(super) struct Models {
 
 #[derive(Debug, clap::Args)]
 struct Daemon {
-    /// The daemon's socket.
-    #[arg(long, env = "SPARSED_SOCKET")]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    address: Address,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -56,16 +54,12 @@ impl Daemon {
         if self.json {
             return super::print_json(&part(&status));
         }
-        super::print(&text(&status, &self.socket().display().to_string()))
+        super::print(&text(&status, &self.address.to_string()))
     }
 
     fn get(&self, path: &str) -> anyhow::Result<Value> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(Client::new(&self.socket()).get(path))
-    }
-
-    fn socket(&self) -> PathBuf {
-        socket_or_default(self.socket.as_deref())
+        runtime.block_on(self.address.client().get(path))
     }
 }
 

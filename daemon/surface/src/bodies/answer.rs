@@ -106,6 +106,17 @@ pub(crate) enum Piece {
     Failed(Refusal),
 }
 
+#[cfg(test)]
+impl<W: Wire> Answering<W> {
+    /// An answer of which a test has the engine's end.
+    pub(crate) fn of(wire: W) -> (Self, tokio::sync::mpsc::Sender<(usize, Event)>) {
+        let (listening, engine) = Listening::of();
+        let (head, choices) = (Head::new::<W>("test".to_owned()), vec![Choice::default()]);
+        let (include_usage, ready) = (false, VecDeque::new());
+        (Self { head, wire, include_usage, listening, choices, ready, has_ended: false }, engine)
+    }
+}
+
 impl<W: Wire> Answering<W> {
     /// Hands the request to the engine.
     ///

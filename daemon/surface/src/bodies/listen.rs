@@ -36,6 +36,15 @@ pub(crate) struct Listening {
     events: mpsc::Receiver<(usize, Event)>,
 }
 
+#[cfg(test)]
+impl Listening {
+    /// One of which a test has the engine's end.
+    pub(crate) fn of() -> (Self, mpsc::Sender<(usize, Event)>) {
+        let (sender, events) = mpsc::channel(CHANNEL);
+        (Self { events }, sender)
+    }
+}
+
 impl Listening {
     /// Hands a request and its siblings to the engine. Their events are numbered in this order.
     ///

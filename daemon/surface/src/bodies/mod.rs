@@ -5,7 +5,9 @@ mod chat;
 mod completions;
 mod fields;
 pub(crate) mod listen;
+mod load;
 mod logprobs;
+pub(crate) mod models;
 pub(crate) mod ollama;
 pub(crate) mod responses;
 mod sampling;
@@ -14,6 +16,8 @@ pub(crate) mod tokens;
 
 pub(crate) use answer::{Answering, Asked, Piece, Wire};
 pub(crate) use chat::ChatAsk;
+#[cfg(test)]
+pub(crate) use chat::ChatWire;
 pub(crate) use completions::CompletionAsk;
 
 use crate::refusal::Refusal;

@@ -11,13 +11,10 @@ use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
-use serde_json::{Value, json};
-use sparsed_engine::api::Owner;
 use sparsed_engine::memory::{Budget, Outlook};
 use sparsed_engine::telemetry::{BUCKETS_S, Histogram, What};
 use sparsed_engine::{DeviceState, DeviceStatus, ModelState, ModelStatus, Service};
 use std::fmt;
-use std::time::Instant;
 
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -205,60 +202,6 @@ fn label(model: &ModelStatus) -> impl EncodeLabelSet + use<'_> {
 
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
-}
-
-/// What memory there is and which limit binds, for `/v1/status`.
-pub(crate) fn memory(service: &Service) -> Value {
-    let (budget, outlook) = (service.budget(), service.outlook());
-    let limits: serde_json::Map<String, Value> =
-        budget.bounds.iter().map(|bound| (bound.limit.name().to_owned(), json!(bound.bytes))).collect();
-    // Where nothing limits the memory, or nobody has looked yet, there is no number.
-    let is_known = outlook.number > 0 && outlook.headroom_bytes < i64::MAX;
-    json!({
-        "limits": limits,
-        "binds": budget.tightest().map(|bound| bound.limit.name()),
-        "weights_bytes": budget.weights_bytes,
-        "workspace_bytes": budget.workspace_bytes,
-        "kv_bytes": budget.for_kv(),
-        "kv_bytes_configured": budget.kv_bytes,
-        "pressure": outlook.pressure.name(),
-        "headroom_bytes": is_known.then_some(outlook.headroom_bytes),
-    })
-}
-
-/// Who waits and what was decided about a model's requests, for `/v1/status`.
-pub(crate) fn scheduling(service: &Service, model: &ModelStatus) -> Value {
-    let (board, uptime) = (&model.board, service.uptime(Instant::now()));
-    let owners: Vec<Value> = board
-        .owners
-        .iter()
-        .map(|load| {
-            // Whom a door knows by a name has no user's number.
-            let uid = match load.owner {
-                Owner::Uid(uid) => Some(uid),
-                Owner::Named(_) => None,
-            };
-            json!({ "uid": uid, "running": load.running, "waiting": load.waiting, "served_tokens": load.served })
-        })
-        .collect();
-    let decisions: Vec<Value> = board
-        .decisions
-        .iter()
-        .map(|decision| {
-            let age = uptime.saturating_sub(decision.at).as_secs();
-            json!({ "seconds_ago": age, "decision": decision.what.name(), "reason": decision.reason })
-        })
-        .collect();
-    json!({
-        "stage": board.stage.name(),
-        "kv_blocks_max": board.blocks_max,
-        "running_max": board.running_max,
-        "prefill_chunk_tokens": board.chunk_tokens,
-        "tokens_per_second": board.tokens_per_s,
-        "preemptions": model.stats.tally.preempted,
-        "owners": owners,
-        "decisions": decisions,
-    })
 }
 
 #[cfg(test)]

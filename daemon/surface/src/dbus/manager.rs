@@ -1,0 +1,193 @@
+//! What can be asked of the daemon as a whole? The verbs and properties of `/org/sparsed1`.
+
+use super::Door;
+use super::call::{Call, CallError, Outcome};
+use super::interface::{REQUEST, Verb};
+use super::requests::Place;
+use super::values::{self, Dict};
+use super::{memfd, polkit, session, stream};
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, models, sessions};
+use crate::refusal::Refusal;
+use serde::Deserialize;
+use serde_json::Value;
+use sparsed_engine::api::Owner;
+use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
+use zbus::wire::OwnedVariant;
+use zbus::{Fd, OwnedFd};
+
+/// Most bytes of a body that comes in a message: the bus copies it, and other users' messages wait.
+pub(super) const INLINE_BYTES_MAX: usize = 1 << 20;
+
+/// How a request is to be carried.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct GenerateOptions {
+    pub(super) endpoint: Option<String>,
+    pub(super) handle_token: Option<String>,
+    pub(super) detach: bool,
+}
+
+/// Carries out `verb`.
+///
+/// # Errors
+/// Whatever stands against it.
+pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome, CallError> {
+    let (service, owner) = (&door.shared.service, call.owner());
+    match verb {
+        Verb::Generate => {
+            let (body, options): (String, Dict) = call.arguments()?;
+            if body.len() > INLINE_BYTES_MAX {
+                let message = format!("the body has {} bytes, {INLINE_BYTES_MAX} go into a message", body.len());
+                let message = message + "; use GenerateFromFd";
+                return Err(Refusal::unreadable(413, "body_too_large", None, message).into());
+            }
+            let share = share(door, body.len())?;
+            generate(door, call, body.into_bytes(), share, &options).await
+        }
+        Verb::GenerateFromFd => {
+            let (fd, options): (OwnedFd, Dict) = call.arguments()?;
+            let (body, share) = received(door, fd, "body").await?;
+            generate(door, call, body, share, &options).await
+        }
+        Verb::GetStatus => call.answer(&(models::status(service).to_string(),)),
+        Verb::ListModels => call.answer(&(models::list(service).to_string(),)),
+        Verb::CreateSession => {
+            let fields = values::fields(&call.arguments::<(Dict,)>()?.0)?;
+            session::created(call, &sessions::create(service, owner, fields).await?)
+        }
+        Verb::ListSessions => {
+            let list = sessions::list(service, owner).await?;
+            let entry = |session: &Value| Ok((session::path(session)?, session::dictionary(session)));
+            let entries = list["data"].as_array().into_iter().flatten().map(entry);
+            call.answer(&(entries.collect::<Result<Vec<_>, CallError>>()?,))
+        }
+        Verb::ImportSession => {
+            let (fd,): (OwnedFd,) = call.arguments()?;
+            let (file, _share) = received(door, fd, "file").await?;
+            session::created(call, &sessions::import(service, owner, file).await?)
+        }
+        Verb::ListSessionsOf => {
+            let (uid,): (u32,) = call.arguments()?;
+            polkit::check(door.system_bus(), call, polkit::MANAGE_OTHERS).await?;
+            let list = sessions::list(service, Owner::Uid(uid)).await?;
+            let mut sessions: Vec<Dict> =
+                list["data"].as_array().into_iter().flatten().map(session::dictionary).collect();
+            // What somebody talks about is not an administrator's business.
+            sessions.iter_mut().for_each(|session| drop(session.remove("Title")));
+            call.answer(&(sessions,))
+        }
+        Verb::DeleteSessionOf => {
+            let (uid, id): (u32, String) = call.arguments()?;
+            polkit::check(door.system_bus(), call, polkit::MANAGE_OTHERS).await?;
+            sessions::delete(service, Owner::Uid(uid), &id).await?;
+            call.answer(&())
+        }
+        _ => Err(CallError::Standard("UnknownMethod", "the manager does not have it".to_owned())),
+    }
+}
+
+/// The bytes of a memfd and their share of what bodies may hold together.
+async fn received(door: &Door, fd: OwnedFd, param: &'static str) -> Result<(Vec<u8>, OwnedSemaphorePermit), CallError> {
+    let (fd, limit) = (std::os::fd::OwnedFd::from(fd), door.shared.options.body_bytes_max);
+    let share = share(door, memfd::length(&fd)?.min(limit))?;
+    let read = tokio::task::spawn_blocking(move || memfd::read(fd, param, limit)).await;
+    let bytes = read.map_err(|error| CallError::Standard("Failed", error.to_string()))??;
+    Ok((bytes, share))
+}
+
+fn share(door: &Door, bytes: usize) -> Result<OwnedSemaphorePermit, CallError> {
+    let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+    let share = Arc::clone(&door.shared.bodies).try_acquire_many_owned(kib);
+    share.map_err(|_| Refusal::too_many_bodies().into())
+}
+
+/// Opens the object of a request.
+///
+/// # Errors
+/// As [`super::requests::Requests::begin`].
+pub(super) fn place(door: &Door, call: &Call, options: &GenerateOptions) -> Result<Place, CallError> {
+    door.shared.requests.begin(call.uid, &call.sender, options.handle_token.as_deref(), options.detach)
+}
+
+async fn generate(
+    door: &Door,
+    call: &Call,
+    body: Vec<u8>,
+    share: OwnedSemaphorePermit,
+    options: &Dict,
+) -> Result<Outcome, CallError> {
+    let options: GenerateOptions = values::fields(options)?;
+    let (service, owner) = (&door.shared.service, call.owner());
+    match options.endpoint.as_deref() {
+        None | Some("chat.completions") => {
+            let ask = ChatAsk::read(&body)?;
+            drop(body);
+            let place = place(door, call, &options)?;
+            begin(door, call, place, ask.prepare(service, owner, share).await?).await
+        }
+        Some("completions") => {
+            let ask = CompletionAsk::read(&body)?;
+            drop(body);
+            let place = place(door, call, &options)?;
+            let asked = ask.prepare(service, owner, share).await.map_err(Refusal::about_prompt)?;
+            begin(door, call, place, asked).await
+        }
+        Some(other) => {
+            let reason = format!("is '{other}', must be 'chat.completions' or 'completions'");
+            Err(Refusal::invalid("endpoint", reason).into())
+        }
+    }
+}
+
+/// Hands a request to the engine and gives the reading end of its pipe to the caller.
+///
+/// # Errors
+/// The engine's; no descriptors left.
+pub(super) async fn begin<W: Wire>(
+    door: &Door,
+    call: &Call,
+    place: Place,
+    asked: Asked<W>,
+) -> Result<Outcome, CallError> {
+    let streams = asked.reply.stream;
+    let (pipe, reader) = tokio::net::unix::pipe::pipe().map_err(|error| CallError::system(&error))?;
+    let reader = reader.into_blocking_fd().map_err(|error| CallError::system(&error))?;
+    let answering = Answering::begin(&door.shared.service, asked).await?;
+    place.request.answers();
+    let outcome = call.answer(&(place.request.path.clone(), Fd::from(reader)))?;
+    let (bus, patience) = (door.bus.clone(), door.shared.options.reader_patience);
+    Ok(outcome.then(async move {
+        let request = &place.request;
+        let ended = stream::carry(answering, streams, &pipe, request, patience).await;
+        let (to, carried) = (Some(request.sender.as_str()), (ended.reason, ended.usage));
+        let said = bus.emit_signal(to, &request.path, REQUEST.name, "Finished", &carried).await;
+        if let Err(error) = said {
+            log::debug!(reason:% = error; "the end of a request was not heard");
+        }
+    }))
+}
+
+/// All properties of the manager, always in the same order.
+pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
+    let service = &door.shared.service;
+    let third_party = service.third_party_plugins();
+    let states = service.models();
+    let sum = |of: fn(&sparsed_engine::Stats) -> u64| states.iter().map(|model| of(&model.stats)).sum::<u64>();
+    let count = |of| OwnedVariant::from(u32::try_from(sum(of)).unwrap_or(u32::MAX));
+    let health = models::health(service);
+    vec![
+        ("Version", values::text(env!("CARGO_PKG_VERSION"))),
+        ("State", values::text(health.state)),
+        ("StatusText", values::text(&health.text)),
+        ("Tainted", (!third_party.is_empty()).into()),
+        ("ThirdPartyPlugins", values::texts(&third_party)),
+        ("Device", values::text(&service.device().name)),
+        ("Models", values::texts(&models::ready(service))),
+        ("RunningRequests", count(|stats| u64::from(stats.load.running))),
+        ("QueuedRequests", count(|stats| u64::from(stats.load.waiting))),
+        ("KvBlocksUsed", count(|stats| u64::from(stats.load.blocks_used))),
+        ("KvBlocksTotal", count(|stats| u64::from(stats.load.blocks_total))),
+        ("SampledTokens", sum(|stats| stats.sampled_tokens).into()),
+    ]
+}

@@ -1,0 +1,47 @@
+//! May this caller do what is an administrator's? Root may; of others polkit says so, where it is there.
+
+use super::call::{Call, CallError};
+use std::collections::HashMap;
+use zbus::Connection;
+use zbus::wire::Variant;
+
+/// polkit's action for sessions of other users.
+pub(super) const MANAGE_OTHERS: &str = "org.sparsed1.manage-sessions-of-others";
+
+const AUTHORITY: &str = "org.freedesktop.PolicyKit1";
+const AUTHORITY_PATH: &str = "/org/freedesktop/PolicyKit1/Authority";
+const AUTHORITY_INTERFACE: &str = "org.freedesktop.PolicyKit1.Authority";
+/// `AllowUserInteraction`
+const ASK_USER: u32 = 1;
+
+/// Whether it is allowed, whether it would be after somebody was asked, and details.
+type Answer = ((bool, bool, HashMap<String, String>),);
+
+/// Lets `call` pass if its caller may do `action`. `bus` is the system's bus, where polkit's name is guarded; on
+/// another
+/// one anybody could have it.
+///
+/// # Errors
+/// `AccessDenied`, with the reason.
+pub(super) async fn check(bus: Option<&Connection>, call: &Call, action: &str) -> Result<(), CallError> {
+    if call.uid == 0 {
+        return Ok(());
+    }
+    let denied = |reason: &str| CallError::Standard("AccessDenied", format!("{action} is not allowed: {reason}"));
+    let bus = bus.ok_or_else(|| denied("only root may, since this is not the system's bus"))?;
+    let subject = ("system-bus-name", HashMap::from([("name", Variant::from(call.sender.as_str()))]));
+    let details: HashMap<&str, &str> = HashMap::new();
+    let flags = if call.may_ask_user() { ASK_USER } else { 0 };
+    let asked = (subject, action, details, flags, "");
+    let reply =
+        bus.call_method(Some(AUTHORITY), AUTHORITY_PATH, Some(AUTHORITY_INTERFACE), "CheckAuthorization", &asked);
+    let reply = reply.await.map_err(|error| denied(&format!("polkit does not answer: {error}")))?;
+    let body = reply.body();
+    let answer: zbus::Result<Answer> = body.deserialize();
+    let ((is_authorized, is_challenge, _),) = answer.map_err(|error| denied(&error.to_string()))?;
+    match (is_authorized, is_challenge) {
+        (true, _) => Ok(()),
+        (false, true) => Err(denied("an administrator's password is needed; allow interactive authorization")),
+        (false, false) => Err(denied("you are no administrator")),
+    }
+}

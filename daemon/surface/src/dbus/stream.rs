@@ -1,0 +1,285 @@
+//! How does D-Bus carry an answer? As lines of JSON through a pipe that the daemon has made.
+//!
+//! Never as signals: a bus keeps what a slow reader does not take, and one of them drops the sender for it. The pipe
+//! holds
+//! little; when it is full the engine's channel fills, and the sequence pauses.
+
+use super::requests::Request;
+use super::values::{self, Dict};
+use crate::bodies::{Answering, Piece, Wire};
+use crate::refusal::Refusal;
+use serde_json::{Map, Value};
+use sparsed_engine::api::Failure;
+use std::io::ErrorKind;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::net::unix::pipe::Sender;
+
+/// How an answer ended.
+#[derive(Debug)]
+pub(super) struct Ended {
+    /// OpenAI's `finish_reason`, or why there is none.
+    pub(super) reason: String,
+    /// Tokens counted, when it is complete.
+    pub(super) usage: Dict,
+}
+
+/// Why a pipe takes no more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Broken {
+    /// Cancelled, or nobody holds the other end.
+    Cancelled,
+    /// Nobody reads.
+    Stalled,
+}
+
+/// Writes the answer into `pipe` until it ends, is cancelled, or is not read for `patience`.
+pub(super) async fn carry<W: Wire>(
+    mut answering: Answering<W>,
+    streams: bool,
+    pipe: &Sender,
+    request: &Request,
+    patience: Duration,
+) -> Ended {
+    if !streams {
+        let whole = tokio::select! {
+            whole = answering.whole() => whole,
+            () = gone(pipe, request) => return Ended::broken(Broken::Cancelled, patience),
+        };
+        let (line, ended) = match whole {
+            Ok(object) => (object.to_string(), Ended::complete(&object)),
+            Err(refusal) => (refusal.body().to_string(), Ended::failed(&refusal)),
+        };
+        return match write(pipe, line, request, patience).await {
+            Ok(()) => ended,
+            Err(broken) => Ended::broken(broken, patience),
+        };
+    }
+    answering.open();
+    let mut last = Ended::failed(&Failure::CutOff.into());
+    loop {
+        let piece = tokio::select! {
+            piece = answering.next() => piece,
+            () = gone(pipe, request) => return Ended::broken(Broken::Cancelled, patience),
+        };
+        let line = match piece {
+            None => return last,
+            Some(Piece::Chunk(chunk)) => {
+                // The chunk that has the times is the one that ends the answer; one with the usage may follow.
+                if chunk.get("timings").is_some() {
+                    last = Ended::complete(&chunk);
+                }
+                chunk.to_string()
+            }
+            Some(Piece::Failed(refusal)) => {
+                last = Ended::failed(&refusal);
+                refusal.body().to_string()
+            }
+        };
+        if let Err(broken) = write(pipe, line, request, patience).await {
+            return Ended::broken(broken, patience);
+        }
+    }
+}
+
+impl Ended {
+    /// By an object that has the times.
+    fn complete(object: &Value) -> Self {
+        let reason = object["choices"][0]["finish_reason"].as_str().unwrap_or("stop").to_owned();
+        let timings = &object["timings"];
+        let count = |name: &str| timings[name].as_u64().unwrap_or_default();
+        let counts = [
+            ("prompt_tokens", count("cache_n").saturating_add(count("prompt_n"))),
+            ("cached_tokens", count("cache_n")),
+            ("completion_tokens", count("predicted_n")),
+        ];
+        let usage: Map<String, Value> = counts.map(|(name, n)| (name.to_owned(), n.into())).into_iter().collect();
+        Self { reason, usage: values::counts(&usage) }
+    }
+
+    fn failed(refusal: &Refusal) -> Self {
+        Self { reason: refusal.name().code.to_owned(), usage: Dict::new() }
+    }
+
+    fn broken(broken: Broken, patience: Duration) -> Self {
+        match broken {
+            Broken::Cancelled => Self { reason: "cancelled".to_owned(), usage: Dict::new() },
+            Broken::Stalled => Self::failed(&Failure::SlowConsumer { limit_s: patience.as_secs() }.into()),
+        }
+    }
+}
+
+/// Resolves when nobody wants the answer any more.
+async fn gone(pipe: &Sender, request: &Request) {
+    tokio::select! {
+        () = request.cancelled() => {}
+        () = closed(pipe) => {}
+    }
+}
+
+/// Resolves when the last reader has closed the pipe.
+async fn closed(pipe: &Sender) {
+    loop {
+        match pipe.ready(Interest::ERROR).await {
+            Ok(ready) if !ready.is_error() && !ready.is_write_closed() => {}
+            _ => return,
+        }
+    }
+}
+
+async fn write(pipe: &Sender, mut line: String, request: &Request, patience: Duration) -> Result<(), Broken> {
+    line.push('\n');
+    let mut rest = line.as_bytes();
+    while !rest.is_empty() {
+        match pipe.try_write(rest) {
+            Ok(n) => rest = &rest[n..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let writable = tokio::time::timeout(patience, pipe.writable());
+                tokio::select! {
+                    writable = writable => drop(writable.map_err(|_| Broken::Stalled)?),
+                    () = gone(pipe, request) => return Err(Broken::Cancelled),
+                }
+            }
+            Err(_) => return Err(Broken::Cancelled),
+        }
+    }
+    request.count_line();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bodies::ChatWire;
+    use crate::dbus::requests::{Place, Requests};
+    use serde_json::json;
+    use sparsed_engine::api::Event;
+    use std::io::{BufRead, BufReader};
+    use std::sync::Arc;
+    use std::time::Instant;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    fn place() -> Place {
+        Arc::new(Requests::new(1)).begin(5, &":1.1".try_into().unwrap(), None, false).unwrap()
+    }
+
+    fn pipe() -> (Sender, std::fs::File) {
+        let (sender, receiver) = tokio::net::unix::pipe::pipe().unwrap();
+        (sender, receiver.into_blocking_fd().unwrap().into())
+    }
+
+    #[tokio::test]
+    async fn a_line_that_is_larger_than_the_pipe_arrives_whole() {
+        let (sender, file) = pipe();
+        let reader = std::thread::spawn(move || BufReader::new(file).lines().next().unwrap().unwrap());
+        write(&sender, "x".repeat(1 << 20), &place().request, LONG).await.unwrap();
+        drop(sender);
+        assert_eq!(reader.join().unwrap().len(), 1 << 20);
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_closes_is_noticed_before_anything_is_written() {
+        let (sender, file) = pipe();
+        drop(file);
+        closed(&sender).await;
+        assert_eq!(write(&sender, "x".to_owned(), &place().request, LONG).await, Err(Broken::Cancelled));
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_closes_while_the_pipe_is_full_ends_the_wait() {
+        let (sender, file) = pipe();
+        let place = place();
+        let full = write(&sender, "x".repeat(1 << 20), &place.request, LONG);
+        let close = async { drop(file) };
+        let (written, ()) = tokio::join!(full, close);
+        assert_eq!(written, Err(Broken::Cancelled));
+    }
+
+    #[tokio::test]
+    async fn nobody_is_waited_for_without_end() {
+        let (sender, _file) = pipe();
+        let place = place();
+        let short = Duration::from_millis(10);
+        assert_eq!(write(&sender, "x".repeat(1 << 20), &place.request, short).await, Err(Broken::Stalled));
+        assert_eq!(place.request.lines(), 0);
+    }
+
+    #[tokio::test]
+    async fn cancel_ends_the_wait_for_a_reader() {
+        let (sender, _file) = pipe();
+        let place = place();
+        place.request.cancel();
+        assert_eq!(write(&sender, "x".repeat(1 << 20), &place.request, LONG).await, Err(Broken::Cancelled));
+    }
+
+    fn delta(text: &str) -> Event {
+        Event::Delta { text: text.to_owned(), tokens: vec![1] }
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_a_line_for_each_chunk_and_one_for_its_failure() {
+        let (answering, engine) = Answering::of(ChatWire);
+        let (sender, file) = pipe();
+        let place = place();
+        for event in [delta("Par"), delta("is"), Event::Failed(Failure::ShuttingDown)] {
+            engine.try_send((0, event)).unwrap();
+        }
+        let ended = carry(answering, true, &sender, &place.request, LONG).await;
+        drop(sender);
+        let lines: Vec<Value> =
+            BufReader::new(file).lines().map(|line| serde_json::from_str(&line.unwrap()).unwrap()).collect();
+        let text = |line: &Value| line["choices"][0]["delta"]["content"].as_str().unwrap_or_default().to_owned();
+        assert_eq!(lines[..3].iter().map(text).collect::<String>(), "Paris");
+        assert_eq!((lines.len(), &lines[3]["error"]["code"]), (4, &json!("shutting_down")));
+        assert_eq!((ended.reason.as_str(), place.request.lines()), ("shutting_down", 4));
+    }
+
+    /// A measurement: how much later than the engine gives a token out has a reader its line? The engine is a thread
+    /// that computes all the time; the runtime is the daemon's.
+    #[test]
+    #[ignore = "a measurement; run it with --nocapture"]
+    #[expect(clippy::print_stdout, reason = "a measurement says what it has measured")]
+    fn measure_the_time_from_the_engine_to_the_reader() {
+        const TOKENS: usize = 2000;
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let (answering, engine) = Answering::of(ChatWire);
+        let (sender, file) = runtime.block_on(async { pipe() });
+        let carried = runtime.spawn(async move {
+            let place = place();
+            carry(answering, true, &sender, &place.request, LONG).await
+        });
+        let reader = std::thread::spawn(move || {
+            // The first line is the opening one.
+            BufReader::new(file).lines().skip(1).map(|_| Instant::now()).take(TOKENS).collect::<Vec<Instant>>()
+        });
+        let given = std::thread::spawn(move || {
+            let compute = || {
+                let began = Instant::now();
+                while began.elapsed() < Duration::from_millis(2) {
+                    std::hint::spin_loop();
+                }
+                let now = Instant::now();
+                engine.try_send((0, delta("word"))).unwrap();
+                now
+            };
+            (0..TOKENS).map(|_| compute()).collect::<Vec<Instant>>()
+        });
+        let (given, read) = (given.join().unwrap(), reader.join().unwrap());
+        let mut late: Vec<Duration> = given.iter().zip(&read).map(|(given, read)| *read - *given).collect();
+        late.sort();
+        assert_eq!(late.len(), TOKENS);
+        println!("p50 {:?}, p90 {:?}, p99 {:?}", late[TOKENS / 2], late[TOKENS * 9 / 10], late[TOKENS * 99 / 100]);
+        assert_eq!(runtime.block_on(carried).unwrap().reason, "cut_off");
+    }
+
+    #[test]
+    fn usage_is_read_from_the_times() {
+        let chunk = json!({ "choices": [{ "finish_reason": "length" }],
+                            "timings": { "cache_n": 64, "prompt_n": 6, "predicted_n": 9 } });
+        let Ended { reason, usage } = Ended::complete(&chunk);
+        let count = |name: &str| u32::try_from(&usage[name]).unwrap();
+        let counts = (count("prompt_tokens"), count("cached_tokens"), count("completion_tokens"));
+        assert_eq!((reason.as_str(), counts), ("length", (70, 64, 9)));
+    }
+}

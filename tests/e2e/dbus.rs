@@ -1,0 +1,178 @@
+//! `org.sparsed1` with clients that are not ours, on both message buses: what is said, what ends, what is whose.
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test")]
+
+use sparsed_tests::bus::{Broker, Bus};
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::Daemon;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// nobody: dbus-daemon lets in only users that the system knows.
+const STRANGER: &str = "65534";
+
+/// A daemon for the tiny chatting model on `bus`.
+fn start(bus: &Bus, sets: &[&str]) -> Daemon {
+    let on_bus = format!("dbus.bus={}", bus.address());
+    let always = [on_bus.as_str(), "model.default.max_context=4096"];
+    let daemon = Daemon::start(&chatty::write(bus.folder()), &[&always, sets].concat());
+    bus.client("waits", &[]);
+    daemon
+}
+
+/// Tries the same on each message bus, with a daemon of its own.
+fn on_each_bus(sets: &[&str], check: impl Fn(&Bus, &Daemon)) {
+    for broker in [Broker::DbusDaemon, Broker::DbusBroker] {
+        let bus = Bus::start(broker);
+        let daemon = start(&bus, sets);
+        check(&bus, &daemon);
+    }
+}
+
+#[test]
+fn an_answer_is_what_http_gives_and_refusals_have_names() {
+    on_each_bus(&[], |bus, daemon| {
+        bus.client("answers", &[daemon.socket().to_str().unwrap()]);
+        bus.client("refusals", &[]);
+    });
+}
+
+#[test]
+fn objects_have_what_is_installed_and_say_when_it_changes() {
+    let folder = sparsed_tests::root().join("packaging/dbus/interfaces");
+    on_each_bus(&[], |bus, _| {
+        bus.client("interface", &[folder.to_str().unwrap()]);
+        bus.client("announces", &[]);
+    });
+}
+
+#[test]
+fn a_request_ends_with_its_reader_its_sender_or_its_client() {
+    on_each_bus(&[], |bus, daemon| {
+        bus.client("ends", &[daemon.socket().to_str().unwrap()]);
+    });
+}
+
+#[test]
+fn large_bodies_come_in_sealed_memory_and_in_nothing_else() {
+    on_each_bus(&["limits.body=3MiB"], |bus, _| {
+        bus.client("large", &[&(3 << 20).to_string()]);
+    });
+}
+
+#[test]
+fn a_session_does_what_its_owner_says() {
+    on_each_bus(&[], |bus, _| {
+        bus.client("sessions", &[]);
+    });
+}
+
+#[test]
+fn another_user_sees_changes_and_cancels_nothing() {
+    on_each_bus(&["dbus.requests_per_user=4"], |bus, _| {
+        bus.client("others", &[STRANGER]);
+    });
+}
+
+#[test]
+fn a_session_goes_on_after_the_daemon_was_killed() {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let mut daemon = start(&bus, &[]);
+    let mut cut = bus.client_command("cut", &[]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(cut.stdout.take().unwrap()).lines();
+    let path = lines.next().expect("the turn has begun").unwrap();
+    daemon.kill_and_restart(&[&format!("dbus.bus={}", bus.address())]);
+    let begun = lines.next().expect("the pipe has ended with the daemon").unwrap();
+    assert!(cut.wait().unwrap().success());
+    bus.client("waits", &[]);
+    bus.client("goes_on", &[&path, &begun]);
+}
+
+#[test]
+fn a_bus_may_come_late_and_go() {
+    let mut bus = Bus::new(Broker::DbusDaemon);
+    let on_bus = format!("dbus.bus={}", bus.address());
+    let mut daemon = Daemon::start(&chatty::write(bus.folder()), &[&on_bus]);
+    assert!(daemon.log().contains("not on D-Bus; tried again later"), "{}", daemon.log());
+    for _ in 0..2 {
+        bus.run();
+        bus.client("waits", &[]);
+        bus.stop();
+        daemon.wait_until("told", || daemon.log().contains("the bus is gone"));
+    }
+    assert_eq!(daemon.get("/health").status, 200);
+    daemon.signal("TERM");
+    assert!(daemon.wait().success());
+}
+
+#[test]
+fn slow_readers_cost_no_memory_and_nobody_elses_time() {
+    let sets = ["limits.max_running=256", "dbus.requests_per_user=256", "limits.slow_consumer_s=3600"];
+    on_each_bus(&sets, |bus, daemon| {
+        let said = bus.client("slow", &[&daemon.pid().to_string()]);
+        println!("{said}");
+    });
+}
+
+#[test]
+fn who_may_act_for_others_is_asked_of_polkit() {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let address = bus.address();
+    let environment = [("DBUS_SYSTEM_BUS_ADDRESS", Path::new(&address))];
+    let model = chatty::write(bus.folder());
+    let _daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system"]).ready();
+    bus.client("waits", &[]);
+    bus.client("polkit", &[STRANGER]);
+}
+
+#[test]
+fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let daemon = start(&bus, &[]);
+    let tool = |arguments: &[&str]| {
+        let on = |way: String| {
+            let done = Command::new(sparsed_tests::sparsectl()).args(arguments).arg(way).output().unwrap();
+            assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+            String::from_utf8(done.stdout).unwrap()
+        };
+        (on(format!("--dbus={}", bus.address())), on(format!("--socket={}", daemon.socket().display())))
+    };
+    for arguments in [&["run", "--max-tokens=20", "--temperature=0", "Hello!"][..], &["models"], &["status", "--ready"]]
+    {
+        let (on_bus, on_socket) = tool(arguments);
+        // Where the daemon is, is another place; and what it has done is more at the second look.
+        let told =
+            |text: &str| if arguments[0] == "status" { text.lines().count().to_string() } else { text.to_owned() };
+        assert!(!on_bus.trim().is_empty());
+        assert_eq!(told(&on_bus), told(&on_socket), "{arguments:?}");
+    }
+    let nobody =
+        Command::new(sparsed_tests::sparsectl()).args(["status", "--dbus=unix:path=/nonexistent/bus"]).output();
+    assert!(String::from_utf8(nobody.unwrap().stderr).unwrap().contains("no bus to be reached"));
+}
+
+/// Every command of the manual, as it stands there.
+#[test]
+fn the_manuals_commands_do_what_it_says() {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let address = bus.address();
+    let environment = [("DBUS_SYSTEM_BUS_ADDRESS", Path::new(&address))];
+    let model = chatty::write(bus.folder());
+    let _daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system"]).ready();
+    bus.client("waits", &[]);
+    let manual = std::fs::read_to_string(sparsed_tests::root().join("packaging/dbus.md")).unwrap();
+    let blocks: Vec<&str> = manual.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert!(blocks.len() >= 4);
+    let python = bus.client_command("", &[]);
+    let python = python.get_envs().find(|(name, _)| *name == "PYTHONPATH").unwrap().1.unwrap().to_owned();
+    for block in blocks {
+        let mut shell = Command::new("bash");
+        shell.args(["-eu", "-o", "pipefail", "-c", block]).current_dir(sparsed_tests::root());
+        shell.env("DBUS_SYSTEM_BUS_ADDRESS", &address).env("PYTHONPATH", &python);
+        let tools = sparsed_tests::root().join("target/release");
+        shell.env("PATH", format!("{}:{}", tools.display(), std::env::var("PATH").unwrap()));
+        let done = shell.output().unwrap();
+        let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        assert!(done.status.success() && !out.trim().is_empty(), "{block}\n{out}\n{err}");
+    }
+}

@@ -1,0 +1,478 @@
+"""Clients of org.sparsed1 with jeepney. Usage: client.py ADDRESS SCENARIO [ARGUMENT...]; each scenario is a function."""
+import fcntl
+import http.client
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+
+from jeepney import DBusAddress, DBusErrorResponse, HeaderFields, MatchRule, MessageFlag, MessageType, message_bus
+from jeepney import new_method_call, new_method_return
+from jeepney.io.blocking import open_dbus_connection
+
+NAME, ROOT = "org.sparsed1", "/org/sparsed1"
+MANAGER, SESSION, REQUEST = (f"{NAME}.{name}" for name in ("Manager", "Session", "Request"))
+PROPERTIES = "org.freedesktop.DBus.Properties"
+ERROR = f"{NAME}.Error."
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+PATIENCE = 120
+# The smallest that a pipe can be, and more than any line of a completion has.
+SMALL_PIPE, LINE_BYTES_MAX = 4096, 400
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK
+
+
+class Client:
+    """A connection, and the daemon at the other end of it."""
+
+    def __init__(self, address):
+        self.bus = open_dbus_connection(bus=address, enable_fds=True)
+
+    def call(self, path, interface, member, signature=None, *body, flags=None):
+        to = DBusAddress(path, bus_name=NAME, interface=interface)
+        message = new_method_call(to, member, signature, body)
+        if flags:
+            message.header.flags |= flags
+        reply = self.bus.send_and_get_reply(message, timeout=PATIENCE)
+        if reply.header.message_type == MessageType.error:
+            raise DBusErrorResponse(reply)
+        return reply.body
+
+    def manager(self, member, signature=None, *body, **more):
+        return self.call(ROOT, MANAGER, member, signature, *body, **more)
+
+    def session(self, path, member, signature=None, *body):
+        return self.call(path, SESSION, member, signature, *body)
+
+    def get(self, path, interface, name):
+        return self.call(path, PROPERTIES, "Get", "ss", interface, name)[0][1]
+
+    def generate(self, body, **options):
+        """The request's path and the reading end of its pipe."""
+        path, fd = self.manager("Generate", "sa{sv}", json.dumps(body), variants(options))
+        return path, fd.to_raw_fd()
+
+    def lines(self, body, **options):
+        """The whole answer, line by line."""
+        return read_lines(self.generate(body, **options)[1])
+
+
+def variants(options):
+    kinds = {str: "s", bool: "b", int: "u"}
+    return {key: (kinds[type(value)], value) for key, value in options.items()}
+
+
+def read_lines(fd):
+    with open(fd) as pipe:
+        return [json.loads(line) for line in pipe]
+
+
+def refused(name, action, *arguments, **more):
+    """That `action` fails with the error `name`; gives its message."""
+    try:
+        got = action(*arguments, **more)
+    except DBusErrorResponse as error:
+        assert error.name == name, f"{error.name}: {error.data}, not {name}"
+        return error.data
+    raise AssertionError(f"{got} instead of {name}")
+
+
+def until(what, condition):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"not {what} after {PATIENCE} s"
+        select.select([], [], [], 0.01)
+
+
+def chat(**more):
+    return {"messages": QUESTION, "temperature": 0, "max_tokens": 24, "ignore_eos": True, **more}
+
+
+def endless(**more):
+    """Longer than any pipe."""
+    return {"prompt": [1, 2, 3], "max_tokens": 100_000, "ignore_eos": True, "stream": True, **more}
+
+
+def memfd(data, seals=SEALS):
+    fd = os.memfd_create("body", os.MFD_ALLOW_SEALING)
+    os.write(fd, data)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    return fd
+
+
+def post(path, body):
+    """The same request over HTTP."""
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(path)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    return connection.getresponse().read().decode()
+
+
+def same(answers):
+    """Without what differs between two answers that are the same."""
+    return [{key: value for key, value in one.items() if key not in ("id", "created", "timings")} for one in answers]
+
+
+def answers(address, http_socket):
+    client = Client(address)
+    client.bus.send_and_get_reply(message_bus.AddMatch(MatchRule(type="signal", interface=REQUEST)))
+    whole = client.lines(chat())
+    assert same(whole) == same([json.loads(post(http_socket, chat()))]), whole
+    body = chat(stream=True, stream_options={"include_usage": True})
+    events = [line[6:] for line in post(http_socket, body).splitlines() if line.startswith("data: ")]
+    assert events.pop() == "[DONE]"
+    chunks = client.lines(body)
+    assert same(chunks) == same(map(json.loads, events)), chunks
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks if chunk["choices"])
+    assert text == whole[0]["choices"][0]["message"]["content"] and len(chunks) > 10, chunks
+
+    # The path is known before the call; the end is told to the caller.
+    with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
+        path, fd = client.generate(chat(stream=True), handle_token="mine")
+        unique = client.bus.unique_name[1:].replace(".", "_")
+        assert path == f"{ROOT}/requests/{unique}/mine", path
+        read_lines(fd)
+        # Of the requests before it, something may still come.
+        while (signal := client.bus.recv_until_filtered(finished, timeout=PATIENCE)).header.fields[HeaderFields.path] != path:
+            pass
+    reason, usage = signal.body
+    counts = {key: value for key, (kind, value) in usage.items() if kind == "u"}
+    assert (reason, counts["completion_tokens"]) == ("length", 24) and counts["prompt_tokens"] > 20, signal.body
+    until("gone", lambda: gone(client, path))
+
+    completion = client.lines({"prompt": [1, 2, 3], "max_tokens": 3, "return_tokens": True}, endpoint="completions")
+    assert completion[0]["object"] == "text_completion", completion
+
+
+def gone(client, path):
+    try:
+        client.get(path, REQUEST, "State")
+    except DBusErrorResponse as error:
+        assert error.name == "org.freedesktop.DBus.Error.UnknownObject", error
+        return True
+    return False
+
+
+def refusals(address):
+    client = Client(address)
+    message, error = refused(ERROR + "InvalidJson", client.generate, {"messages": 5})
+    assert json.loads(error)["error"]["param"] == "messages" and "messages" in message, (message, error)
+    refused(ERROR + "ModelNotFound", client.generate, chat(model="none"))
+    refused(ERROR + "ContextLengthExceeded", client.generate, {"messages": [{"role": "user", "content": "x" * 50000}]})
+    refused(ERROR + "InvalidJson", client.generate, chat(), colour="red")
+    refused(ERROR + "InvalidValue", client.generate, chat(), endpoint="embeddings")
+    refused(ERROR + "InvalidValue", client.generate, chat(), handle_token="../x")
+    refused(ERROR + "SessionNotFound", client.session, f"{ROOT}/sessions/sess_0", "Checkpoint")
+    refused(ERROR + "BodyTooLarge", client.generate, {"messages": "x" * (1 << 20)})
+    standard = "org.freedesktop.DBus.Error."
+    refused(standard + "InvalidArgs", client.manager, "Generate", "s", "{}")
+    refused(standard + "InvalidArgs", client.manager, "Generate", "ssa{sv}", "{}", "", {})
+    refused(standard + "UnknownMethod", client.manager, "Degenerate")
+    refused(standard + "UnknownObject", client.call, ROOT + "/x", MANAGER, "GetStatus")
+    refused(standard + "UnknownObject", client.call, ROOT + "/requests/1_1/r0", REQUEST, "Cancel")
+    refused(standard + "UnknownProperty", client.get, ROOT, MANAGER, "Colour")
+    refused(standard + "PropertyReadOnly", client.call, ROOT, PROPERTIES, "Set", "ssv", MANAGER, "State", ("s", "x"))
+
+
+def interface(address, folder):
+    """The objects say of themselves what is installed, and have every method and property of it."""
+    client = Client(address)
+    path = client.manager("CreateSession", "a{sv}", {})[0]
+    request, fd = client.generate(endless(), endpoint="completions")
+    introspectable = "org.freedesktop.DBus.Introspectable"
+    for at, name in ((ROOT, MANAGER), (path, SESSION), (request, REQUEST)):
+        said = client.call(at, introspectable, "Introspect")[0]
+        installed = open(f"{folder}/{name}.xml").read().splitlines()
+        begin, end = (next(i for i, line in enumerate(installed) if mark in line) for mark in ("<interface", "</interface"))
+        assert "\n".join(installed[begin:end]) in said, said
+        values = client.call(at, PROPERTIES, "GetAll", "s", name)[0]
+        rows = [line.split('"') for line in installed if "<property" in line]
+        assert {row[1]: row[3] for row in rows} == {key: kind for key, (kind, _) in values.items()}, values
+        for row in rows:
+            client.get(at, name, row[1])
+        for method in [line.split('"')[1] for line in installed if "<method" in line]:
+            # Arguments that no method takes: each is found, and refuses them.
+            assert refused("org.freedesktop.DBus.Error.InvalidArgs", client.call, at, name, method, "(y)", (1,))
+    assert client.get(ROOT, MANAGER, "State") == "ready" and client.get(ROOT, MANAGER, "Models") == ["default"]
+    status = json.loads(client.manager("GetStatus")[0])
+    assert status["models"][0]["state"] == "ready", status
+    assert json.loads(client.manager("ListModels")[0])["data"][0]["id"] == "default"
+    client.call(request, REQUEST, "Cancel")
+    os.close(fd)
+
+
+def announces(address):
+    """Changes are announced, and once a second at most."""
+    client = Client(address)
+    rule = MatchRule(type="signal", interface=PROPERTIES, member="PropertiesChanged", path=ROOT)
+    client.bus.send_and_get_reply(message_bus.AddMatch(rule))
+    began, n_heard, noted = time.monotonic(), 0, set()
+    with client.bus.filter(rule) as heard:
+        for _ in range(20):
+            client.lines(chat(max_tokens=2))
+        while "SampledTokens" not in noted or n_heard < 2:
+            signal = client.bus.recv_until_filtered(heard, timeout=PATIENCE)
+            n_heard += 1
+            assert signal.body[0] == MANAGER and not set(signal.body[1]) & {"SampledTokens", "Version"}, signal.body
+            noted |= set(signal.body[2])
+            client.lines(chat(max_tokens=2))
+    assert n_heard <= time.monotonic() - began + 1, n_heard
+
+
+def ends(address, http_socket):
+    """A request ends by Cancel, by its pipe, by its sender, and not without a reason."""
+    client = Client(address)
+    running = lambda: client.get(ROOT, MANAGER, "RunningRequests")
+    client.bus.send_and_get_reply(message_bus.AddMatch(MatchRule(type="signal", interface=REQUEST)))
+    with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
+        path, fd = client.generate(endless(), endpoint="completions")
+        os.read(fd, 1)
+        assert client.get(path, REQUEST, "State") == "answering"
+        client.call(path, REQUEST, "Cancel")
+        assert client.bus.recv_until_filtered(finished, timeout=PATIENCE).body[0] == "cancelled"
+        while os.read(fd, 65536):
+            pass
+        until("ended by Cancel", lambda: running() == 0)
+
+        path, fd = client.generate(endless(), endpoint="completions")
+        os.close(fd)
+        assert client.bus.recv_until_filtered(finished, timeout=PATIENCE).body[0] == "cancelled"
+        until("ended by its pipe", lambda: running() == 0)
+
+    def leaver(**options):
+        other = Client(address)
+        path, fd = other.generate(endless(), endpoint="completions", **options)
+        os.read(fd, 1)
+        other.bus.close()
+        return path, fd
+
+    _, fd = leaver()
+    until("ended by its sender", lambda: running() == 0)
+    while os.read(fd, 65536):
+        pass
+    path, kept = leaver(detach=True)
+    _, fd = leaver()
+    until("one is left", lambda: running() == 1)
+    assert client.get(path, REQUEST, "State") == "answering"
+    for _ in range(100):
+        assert os.read(kept, 4096)
+    os.close(kept)
+    until("ended by its pipe", lambda: running() == 0)
+
+    # A client that is killed, with its pipe and its connection.
+    command = [sys.executable, __file__, address, "holds"]
+    victim = subprocess.Popen(command, stdout=subprocess.PIPE)
+    victim.stdout.readline()
+    assert running() == 1
+    victim.kill()
+    victim.wait()
+    until("ended with its client", lambda: running() == 0)
+
+
+def holds(address):
+    _, fd = Client(address).generate(endless(), endpoint="completions")
+    os.read(fd, 1)
+    print("holds", flush=True)
+    select.select([], [], [])
+
+
+def large(address, limit):
+    """Bodies by memfd, and what cannot be one."""
+    client = Client(address)
+    data = json.dumps(chat(max_tokens=4, metadata={"filler": "x" * (2 << 20)})).encode()
+    by_fd = lambda fd: client.manager("GenerateFromFd", "ha{sv}", fd, {})
+    _, fd = by_fd(memfd(data))
+    whole = read_lines(fd.to_raw_fd())
+    assert same(whole) == same(client.lines(chat(max_tokens=4))), whole
+    refused(ERROR + "InvalidValue", by_fd, memfd(data, seals=fcntl.F_SEAL_GROW))
+    refused(ERROR + "InvalidValue", by_fd, os.pipe()[0])
+    refused(ERROR + "InvalidValue", by_fd, os.open(__file__, os.O_RDONLY))
+    refused(ERROR + "InvalidValue", by_fd, os.open("/dev/zero", os.O_RDONLY))
+    refused(ERROR + "BodyTooLarge", by_fd, memfd(b"x" * (int(limit) + 1)))
+    refused(ERROR + "InvalidJson", by_fd, memfd(b""))
+
+
+def sessions(address):
+    client = Client(address)
+    path = client.manager("CreateSession", "a{sv}", variants({"title": "trains", "pinned": True}))[0]
+    name = client.get(path, SESSION, "Id")
+    assert path == f"{ROOT}/sessions/{name}" and client.get(path, SESSION, "Title") == "trains"
+    turn = lambda text: client.lines({**chat(max_tokens=8), "session_id": name, "messages": [{"role": "user", "content": text}]})
+    turn("one")
+    turn("two")
+    assert len(json.loads(client.session(path, "GetMessages")[0])) == 4
+    assert client.get(path, SESSION, "Turns") == 2
+    fork = client.session(path, "Fork", "a{sv}", variants({"turns": 1}))[0]
+    assert client.get(fork, SESSION, "Turns") == 1
+    client.session(path, "Truncate", "u", 1)
+    client.session(path, "Checkpoint")
+    client.session(path, "Rename", "s", "planes")
+    client.session(path, "Pin", "b", False)
+    client.session(path, "Change", "a{sv}", variants({"durability": "token"}))
+    values = {key: value for key, (_, value) in client.call(path, PROPERTIES, "GetAll", "s", SESSION)[0].items()}
+    assert (values["Title"], values["Pinned"], values["Turns"], values["State"]) == ("planes", False, 1, "idle"), values
+    exported = os.fdopen(client.session(path, "Export")[0].to_raw_fd(), "rb")
+    assert fcntl.fcntl(exported, fcntl.F_GET_SEALS) & SEALS == SEALS
+    exported.seek(0)
+    copy = client.manager("ImportSession", "h", memfd(exported.read()))[0]
+    assert client.session(copy, "GetMessages") == client.session(path, "GetMessages") and copy != path
+    listed = [entry[0] for entry in client.manager("ListSessions")[0]]
+    assert {path, fork, copy} <= set(listed), listed
+    tree = client.call(f"{ROOT}/sessions", "org.freedesktop.DBus.Introspectable", "Introspect")[0]
+    assert all(name.rsplit("/", 1)[1] in tree for name in (path, fork, copy)), tree
+    refused(ERROR + "InvalidJson", client.session, path, "Change", "a{sv}", variants({"durability": 5}))
+    for one in (path, fork, copy):
+        client.session(one, "Delete")
+        refused(ERROR + "SessionNotFound", client.session, one, "GetMessages")
+
+
+def cut(address):
+    """Begins a turn and prints the session; the daemon is then killed, which ends the pipe."""
+    client = Client(address)
+    path = client.manager("CreateSession", "a{sv}", variants({"durability": "token"}))[0]
+    body = {**endless(messages=QUESTION, max_tokens=400), "session_id": client.get(path, SESSION, "Id")}
+    del body["prompt"]
+    _, fd = client.generate(body)
+    with open(fd) as pipe:
+        lines = [json.loads(pipe.readline()) for _ in range(5)]
+        print(path, flush=True)
+        rest = [line for line in pipe if line.endswith("\n")]
+    assert not any("timings" in json.loads(line) for line in rest), "it was not cut"
+    print(json.dumps([line["choices"][0]["delta"].get("content", "") for line in lines]), flush=True)
+
+
+def goes_on(address, path, begun):
+    """After the restart: the same session, all of its answer."""
+    client = Client(address)
+    assert client.get(path, SESSION, "State") == "interrupted"
+    _, fd = client.session(path, "Continue", "a{sv}", variants({"stream": True}))
+    lines = read_lines(fd.to_raw_fd())
+    text = "".join(line["choices"][0]["delta"].get("content", "") for line in lines)
+    assert text.startswith("".join(json.loads(begun))) and "timings" in lines[-1], lines[-1]
+    assert client.get(path, SESSION, "State") == "idle"
+
+
+def others(address, uid):
+    """Another user finds nothing of ours, and cannot do what an administrator does."""
+    client = Client(address)
+    mine = client.manager("CreateSession", "a{sv}", {})[0]
+    request, fd = client.generate(endless(), endpoint="completions")
+    os.read(fd, 1)
+    done = subprocess.run([sys.executable, __file__, address, "stranger", uid, mine, request], check=False)
+    assert done.returncode == 0
+    assert client.get(request, REQUEST, "State") == "answering", "it was cancelled"
+    assert client.get(mine, SESSION, "Turns") == 0
+    client.call(request, REQUEST, "Cancel")
+    # Root is told of the stranger's session, but not what it is about, and may delete it.
+    found = client.manager("ListSessionsOf", "u", int(uid))[0]
+    assert len(found) == 1 and "Title" not in found[0], found
+    client.manager("DeleteSessionOf", "us", int(uid), found[0]["Id"][1])
+    assert client.manager("ListSessionsOf", "u", int(uid))[0] == []
+
+
+def stranger(address, uid, session, request):
+    os.setgid(int(uid))
+    os.setuid(int(uid))
+    client = Client(address)
+    own = client.manager("CreateSession", "a{sv}", variants({"title": "mine"}))[0]
+    assert [entry[0] for entry in client.manager("ListSessions")[0]] == [own]
+    for method, *arguments in (
+        ("GetMessages",), ("Fork", "a{sv}", {}), ("Truncate", "u", 0), ("Rename", "s", "x"), ("Pin", "b", True),
+        ("Export",), ("Checkpoint",), ("Delete",), ("Continue", "a{sv}", {}), ("Change", "a{sv}", {"title": ("s", "x")}),
+    ):
+        refused(ERROR + "SessionNotFound", client.session, session, method, *arguments)
+    refused(ERROR + "SessionNotFound", client.call, session, PROPERTIES, "GetAll", "s", SESSION)
+    refused(ERROR + "SessionNotFound", client.generate, chat(session_id=session.rsplit("/", 1)[1]))
+    unknown = "org.freedesktop.DBus.Error.UnknownObject"
+    refused(unknown, client.call, request, REQUEST, "Cancel")
+    refused(unknown, client.call, request, PROPERTIES, "GetAll", "s", REQUEST)
+    for path in ("", "/sessions", "/requests", request.removeprefix(ROOT).rsplit("/", 1)[0]):
+        tree = client.call(ROOT + path, "org.freedesktop.DBus.Introspectable", "Introspect")[0]
+        assert session.rsplit("/", 1)[1] not in tree and request.rsplit("/", 1)[1] + '"' not in tree, tree
+    denied = "org.freedesktop.DBus.Error.AccessDenied"
+    refused(denied, client.manager, "ListSessionsOf", "u", 0)
+    refused(denied, client.manager, "DeleteSessionOf", "us", 0, session.rsplit("/", 1)[1])
+    # A user's many requests leave another one's alone.
+    held = []
+    while True:
+        try:
+            held.append(client.generate(endless(), endpoint="completions")[1])
+        except DBusErrorResponse as error:
+            assert error.name == ERROR + "TooManyRequests", error
+            break
+    assert len(held) == 4, held
+    assert Client(address).get(ROOT, MANAGER, "State") == "ready"
+
+
+def polkit(address, uid):
+    """A polkit that says yes to interactive callers, and is asked with the caller's name."""
+    authority = open_dbus_connection(bus=address)
+    name = "org.freedesktop.PolicyKit1"
+    authority.send_and_get_reply(message_bus.RequestName(name))
+    command = [sys.executable, __file__, address, "administrator", uid]
+    caller = subprocess.Popen(command)
+    for allowed in (False, True):
+        asked = authority.receive(timeout=PATIENCE)
+        while asked.header.message_type != MessageType.method_call:
+            asked = authority.receive(timeout=PATIENCE)
+        (kind, subject), action, _, flags, _ = asked.body
+        assert kind == "system-bus-name" and subject["name"][1].startswith(":"), asked.body
+        assert action == f"{NAME}.manage-sessions-of-others" and flags == int(allowed), asked.body
+        authority.send(new_method_return(asked, "(bba{ss})", ((allowed, not allowed, {}),)))
+    assert caller.wait() == 0
+
+
+def administrator(address, uid):
+    os.setuid(int(uid))
+    client = Client(address)
+    refused("org.freedesktop.DBus.Error.AccessDenied", client.manager, "ListSessionsOf", "u", 0)
+    interactive = MessageFlag.allow_interactive_authorization
+    assert client.manager("ListSessionsOf", "u", 12345, flags=interactive) == ([],)
+
+
+def slow(address, pid):
+    """200 readers that do not read, on 8 connections: memory stays, and who reads is served."""
+    def rss():
+        with open(f"/proc/{pid}/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    def hold(client):
+        path, fd = client.generate(endless(), endpoint="completions")
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, SMALL_PIPE)
+        return client, path, fd
+
+    reader = Client(address)
+    reader.lines(chat())
+    clients = [Client(address) for _ in range(8)]
+    held = [hold(client) for client in clients for _ in range(25)]
+    lines = lambda: [client.get(path, REQUEST, "Lines") for client, path, _ in held]
+    seen = []
+
+    def stuck():
+        seen.append(lines())
+        return len(seen) > 5 and seen[-1] == seen[-5] and min(seen[-1]) * LINE_BYTES_MAX > SMALL_PIPE
+
+    until("all stuck", stuck)
+    before = rss()
+    for _ in range(10):
+        assert len(reader.lines(chat())) == 1
+    grown = rss() - before
+    print(f"200 readers that do not read: {sum(lines())} lines in pipes, RSS {before >> 10} MiB, {grown} KiB more")
+    assert lines() == seen[-1] and grown < 4096, grown
+    for _, _, fd in held:
+        os.close(fd)
+    until("over", lambda: reader.get(ROOT, MANAGER, "RunningRequests") == 0)
+
+
+def waits(address):
+    """Until the name is there."""
+    bus = open_dbus_connection(bus=address)
+    until("on the bus", lambda: bus.send_and_get_reply(message_bus.NameHasOwner(NAME)).body[0])
+    assert Client(address).lines(chat(max_tokens=2))
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[2]](sys.argv[1], *sys.argv[3:])
