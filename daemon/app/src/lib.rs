@@ -12,5 +12,6 @@ pub mod devices;
 pub mod door;
 pub mod lifecycle;
 pub mod logging;
+pub mod mqtt;
 pub mod sessions;
 pub mod watchdog;

@@ -9,7 +9,7 @@ use crate::watchdog;
 use anyhow::{Context, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
-use sparsed_surface::ServeOptions;
+use sparsed_surface::{MqttDoor, ServeOptions};
 use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -114,9 +114,12 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         // Whoever waited is gone only when the daemon ends.
         let _unheard = ended.send(engine.join().is_ok()).is_err();
     })?;
-    let (stop_serving, stopped) = tokio::sync::oneshot::channel::<()>();
-    let stopped = async move { drop(stopped.await) };
-    let serving = tokio::spawn(sparsed_surface::serve(listener, service.clone(), options, stopped));
+    // Dropping the sender is the stop, for every door.
+    let (stop_serving, stopped) = tokio::sync::watch::channel(());
+    let stop_of = |mut stopped: tokio::sync::watch::Receiver<()>| async move { drop(stopped.changed().await) };
+    let http = sparsed_surface::serve(listener, service.clone(), options, stop_of(stopped.clone()));
+    let mqtt = serve_mqtt(crate::mqtt::open(config, &paths)?, service.clone(), stop_of(stopped));
+    let serving = tokio::spawn(async { tokio::join!(http, mqtt) });
     let outcome = tokio::select! {
         sound = &mut engine_end => Some(sound.unwrap_or(false)),
         () = stop => None,
@@ -135,11 +138,19 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     }
 }
 
+async fn serve_mqtt(door: Option<MqttDoor>, service: Service, stop: impl Future<Output = ()>) {
+    if let Some(door) = door
+        && let Err(error) = door.serve(service, stop).await
+    {
+        log::error!(reason:% = error; "MQTT is not served");
+    }
+}
+
 /// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process
 /// is killed, and if it has none, the daemon's end is its end.
 async fn wind_down(
     service: &Service,
-    serving: tokio::task::JoinHandle<()>,
+    serving: tokio::task::JoinHandle<((), ())>,
     mut engine_end: tokio::sync::oneshot::Receiver<bool>,
     stop_timeout: Duration,
 ) -> anyhow::Result<()> {

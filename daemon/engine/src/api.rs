@@ -6,6 +6,7 @@
 
 use crate::sessions::Recorder;
 use crate::{Grammar, Sampling};
+use sha2::{Digest, Sha256};
 use sparsed_kv::FileId;
 use sparsed_model::OutputParser;
 
@@ -52,13 +53,32 @@ pub struct Turn {
 pub enum Owner {
     /// A user of this box.
     Uid(u32),
+    /// Somebody whom a door knows by a name, see [`Owner::named`].
+    Named(NameDigest),
 }
 
+/// Stands for a name; no user's id is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct NameDigest(u64);
+
+/// Set in every [`NameDigest`]; users' ids have 32 bits.
+const NAMED: u64 = 1 << 63;
+
 impl Owner {
+    /// The client that `door` knows as `name`. To be taken for another one, a client would need a name with the same 63
+    /// bits of SHA-256.
+    pub fn named(door: &str, name: &str) -> Self {
+        let digest = Sha256::new().chain_update(door).chain_update([0]).chain_update(name).finalize();
+        let mut head = [0; 8];
+        head.copy_from_slice(&digest[..8]);
+        Self::Named(NameDigest(u64::from_le_bytes(head) | NAMED))
+    }
+
     /// Different for different owners.
     pub(crate) fn number(self) -> u64 {
         match self {
             Self::Uid(uid) => u64::from(uid),
+            Self::Named(NameDigest(number)) => number,
         }
     }
 }
@@ -318,5 +338,19 @@ impl Failure {
     /// [`Failure::InvalidRequest`] for `param`.
     pub fn invalid(param: &str, reason: impl Into<String>) -> Self {
         Self::InvalidRequest { param: param.to_owned(), reason: reason.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_named_client_is_neither_a_user_nor_another_doors_client() {
+        let owner = Owner::named("mqtt", "lamp");
+        assert_eq!(owner, Owner::named("mqtt", "lamp"));
+        assert_ne!(owner, Owner::named("mqtt", "lamp2"));
+        assert_ne!(owner, Owner::named("mqt", "tlamp"));
+        assert!(owner.number() > u64::from(u32::MAX) && Owner::Uid(u32::MAX).number() <= u64::from(u32::MAX));
     }
 }

@@ -1,4 +1,4 @@
-//! How do local apps reach us? OpenAI-compatible HTTP over a Unix socket, so far; D-Bus and MQTT come beside it.
+//! How do apps and devices reach us? OpenAI-compatible HTTP over a Unix socket, and MQTT; D-Bus comes beside them.
 //!
 //! The only crate that knows wire formats. It translates: requests become [`sparsed_engine::api`] values, events become
 //! bytes. It computes nothing; what takes long (templates, tokenizing) goes to tokio's blocking pool.
@@ -6,7 +6,9 @@
 
 mod bodies;
 mod http;
+mod mqtt;
 mod refusal;
 mod unix;
 
+pub use mqtt::{MqttDoor, MqttOptions, TlsError, tls_config};
 pub use unix::{ServeOptions, serve};

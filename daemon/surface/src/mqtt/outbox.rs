@@ -1,0 +1,96 @@
+//! What is on its way to the broker? A queue, and a window of publishes that it has not acknowledged yet.
+
+use super::desk::Ack;
+use super::message::{Address, Key};
+use std::collections::{BTreeMap, VecDeque};
+
+/// Something to be published with QoS 1.
+#[derive(Clone, Debug)]
+pub(super) enum Out {
+    /// The answer to a request, not yet in parts.
+    Finale(Key),
+    /// A part of it, or all.
+    Part {
+        /// Of which request.
+        key: Key,
+        /// Where to.
+        address: Address,
+        /// What.
+        payload: String,
+    },
+    /// Something else.
+    Note {
+        /// Where to.
+        address: Address,
+        /// What.
+        payload: String,
+        /// The broker keeps it for whoever comes.
+        retain: bool,
+        /// What may be acknowledged once the broker has this.
+        acks: Vec<Ack>,
+    },
+}
+
+/// The queue and the window.
+#[derive(Debug, Default)]
+pub(super) struct Outbox {
+    queue: VecDeque<Out>,
+    /// By token, which grows.
+    flying: BTreeMap<u64, Out>,
+    next_token: u64,
+    /// Publishes that may be unacknowledged at a time; 0 while there is no connection.
+    window: usize,
+}
+
+impl Outbox {
+    /// A connection is there.
+    pub(super) fn open(&mut self, window: usize) {
+        self.window = window;
+    }
+
+    /// The connection is gone: what was on its way goes again, first things first. Retained notes are made anew.
+    pub(super) fn close(&mut self) {
+        self.window = 0;
+        for (_, out) in std::mem::take(&mut self.flying).into_iter().rev() {
+            self.queue.push_front(out);
+        }
+        self.queue.retain(|out| !matches!(out, Out::Note { retain: true, .. }));
+    }
+
+    /// Puts something behind all others.
+    pub(super) fn push(&mut self, out: Out) {
+        self.queue.push_back(out);
+    }
+
+    /// Puts parts before all others.
+    pub(super) fn push_first(&mut self, parts: impl DoubleEndedIterator<Item = Out>) {
+        parts.rev().for_each(|part| self.queue.push_front(part));
+    }
+
+    /// The next thing that may go.
+    pub(super) fn pop(&mut self) -> Option<Out> {
+        if self.flying.len() >= self.window { None } else { self.queue.pop_front() }
+    }
+
+    /// Something goes; answers its token.
+    pub(super) fn fly(&mut self, out: Out) -> u64 {
+        self.next_token += 1;
+        self.flying.insert(self.next_token, out);
+        self.next_token
+    }
+
+    /// The broker has it.
+    pub(super) fn land(&mut self, token: u64) -> Option<Out> {
+        self.flying.remove(&token)
+    }
+
+    /// Whether anything waits for the broker's word.
+    pub(super) fn is_flying(&self) -> bool {
+        !self.flying.is_empty()
+    }
+
+    /// Whether nothing is to be sent, and nothing on its way.
+    pub(super) fn is_empty(&self) -> bool {
+        self.flying.is_empty() && self.queue.is_empty()
+    }
+}
