@@ -9,6 +9,9 @@ need python3 python3
 python3 -m pip --version >/dev/null 2>&1 || missing="$missing python3-pip"
 if [ "${1:-build}" = test ]; then
   need c++ g++
+  need mosquitto_rr mosquitto-clients
+  need openssl openssl
+  [ -x /usr/sbin/mosquitto ] || need mosquitto mosquitto
 fi
 # A C compiler without the C library's headers links nothing.
 echo 'int main(void) { return 0; }' | cc -x c - -o /dev/null 2>/dev/null || missing="$missing libc6-dev"

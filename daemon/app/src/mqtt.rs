@@ -26,13 +26,16 @@ const KEY_CONTEXT: &[u8] = b"sparsed mqtt journal 1";
 /// # Errors
 /// A secret that cannot be read, a broker that would have to trust anybody, a journal of another key.
 pub fn open(config: &Config, paths: &Paths) -> anyhow::Result<Option<MqttDoor>> {
-    let Some(options) = options(config, paths)? else { return Ok(None) };
+    let Some(mut options) = options(config, paths)? else { return Ok(None) };
+    let master = crate::sessions::master_key(&paths.state_dir)?;
+    let key = Sha256::new().chain_update(KEY_CONTEXT).chain_update(master.as_slice()).finalize();
+    *options.key = key.into();
     make_dir(&options.dir, 0o700)?;
     let dir = options.dir.display().to_string();
     Ok(Some(MqttDoor::open(options).with_context(|| format!("the MQTT journal in {dir}"))?))
 }
 
-/// What the door needs to know.
+/// What the door, or another client of its broker, needs to know; the key is still all zeros.
 ///
 /// # Errors
 /// As [`open`].
@@ -55,8 +58,6 @@ pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<M
         tls_config(secret(&mqtt.ca_file, "ca").as_deref(), own)
     });
     let node = mqtt.node.clone().unwrap_or_else(host_name);
-    let master = crate::sessions::master_key(&paths.state_dir)?;
-    let key = Sha256::new().chain_update(KEY_CONTEXT).chain_update(master.as_slice()).finalize();
     Ok(Some(MqttOptions {
         host: broker.host,
         port: broker.port,
@@ -79,7 +80,7 @@ pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<M
         // As HTTP's clients have it.
         stop_timeout: Duration::from_secs(config.limits.stop_s + 2),
         dir: paths.state_dir.join(DIR),
-        key: Zeroizing::new(key.into()),
+        key: Zeroizing::new([0; 32]),
     }))
 }
 
@@ -131,12 +132,15 @@ mod tests {
     }
 
     #[test]
-    fn the_journals_key_is_made_of_the_master_key_and_is_not_it() {
+    fn the_journal_is_sealed_with_a_key_made_of_the_master_key() {
         let dir = tempfile::tempdir().unwrap();
-        let options = || opened(dir.path(), &["mqtt.broker=mqtt://localhost"]).unwrap().unwrap();
-        let key = options().key;
-        assert_eq!(key, options().key);
-        assert_ne!(key.as_slice(), std::fs::read(dir.path().join("master.key")).unwrap());
+        let sets = ["mqtt.broker=mqtt://localhost".to_owned(), format!("state_dir={}", dir.path().display())];
+        let config = Config::load(None, &sets).unwrap();
+        let opened = || open(&config, &Paths::of(&config)).map(|door| door.is_some());
+        assert!(opened().unwrap());
+        // A journal begins with its first record: an empty one has nothing that another key could not open.
+        assert!(dir.path().join("mqtt/journal").exists() && opened().unwrap());
+        assert_eq!(std::fs::read(dir.path().join("master.key")).unwrap().len(), 32);
     }
 
     #[test]

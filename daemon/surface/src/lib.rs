@@ -10,5 +10,5 @@ mod mqtt;
 mod refusal;
 mod unix;
 
-pub use mqtt::{MqttDoor, MqttOptions, TlsError, tls_config};
+pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, TlsError, mqtt_probe, tls_config};
 pub use unix::{ServeOptions, serve};

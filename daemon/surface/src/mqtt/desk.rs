@@ -277,3 +277,6 @@ impl Desk {
         self.outbox.push(Out::Note { address, payload, retain, acks: Vec::new() });
     }
 }
+
+#[cfg(test)]
+mod tests;

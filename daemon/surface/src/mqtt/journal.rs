@@ -99,11 +99,11 @@ impl Journal {
         let mut file = options().read(true).open(dir.join(FILE_NAME))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
-        let mut log = Self { dir: dir.to_owned(), file, seal, length: 0, is_doubtful: false };
+        let mut journal = Self { dir: dir.to_owned(), file, seal, length: 0, is_doubtful: false };
         if bytes.len() < MAGIC.len() {
             // A new file, or one that a power cut left before its first record.
-            log.rewrite([])?;
-            return Ok((log, Vec::new()));
+            journal.rewrite([])?;
+            return Ok((journal, Vec::new()));
         }
         if !bytes.starts_with(MAGIC) {
             return Err(Error::other(format!("{} is of another version, or damaged", dir.join(FILE_NAME).display())));
@@ -112,15 +112,15 @@ impl Journal {
         while let Some(sealed) = sealed(&bytes[at..]) {
             let foreign =
                 || Error::other("the MQTT journal was written with another key; restore the key, or move it away");
-            records.push(log.seal.open(sealed, at as u64).ok_or_else(foreign)?);
+            records.push(journal.seal.open(sealed, at as u64).ok_or_else(foreign)?);
             at += HEAD_BYTES + sealed.len();
         }
-        log.length = at as u64;
+        journal.length = at as u64;
         if at < bytes.len() {
             log::warn!(bytes = bytes.len() - at; "the end of the MQTT journal was torn and is cut off");
-            log.cut()?;
+            journal.cut()?;
         }
-        Ok((log, records))
+        Ok((journal, records))
     }
 
     /// Appends `records` and syncs them; none is there after an error.
@@ -176,6 +176,19 @@ impl Journal {
     /// Whether it must be written anew before anything can be appended.
     pub(super) fn is_doubtful(&self) -> bool {
         self.is_doubtful
+    }
+
+    /// From now on nothing can be written, here or anew.
+    #[cfg(test)]
+    pub(super) fn break_disk(&mut self) {
+        self.file = File::open(self.dir.join(FILE_NAME)).expect("the file is there");
+        self.dir.push("gone");
+    }
+
+    /// From now on the file can be written anew.
+    #[cfg(test)]
+    pub(super) fn mend_disk(&mut self) {
+        self.dir.pop();
     }
 
     fn write_all(&self, file: &mut File, records: impl IntoIterator<Item = Vec<u8>>) -> Result<u64> {

@@ -116,6 +116,18 @@ impl Ledger {
         Ok(())
     }
 
+    /// From now on nothing can be written.
+    #[cfg(test)]
+    pub(super) fn break_disk(&mut self) {
+        self.journal.break_disk();
+    }
+
+    /// From now on it can be written again.
+    #[cfg(test)]
+    pub(super) fn mend_disk(&mut self) {
+        self.journal.mend_disk();
+    }
+
     fn rewrite(&mut self, all: &[Record]) -> Result<()> {
         self.journal.rewrite(lines(all)?)?;
         self.base_bytes = self.journal.length();

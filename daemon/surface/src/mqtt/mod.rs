@@ -13,11 +13,13 @@ mod link;
 mod message;
 mod options;
 mod outbox;
+mod probe;
 mod rumqtt;
 mod topics;
 mod work;
 
 pub use options::{MqttOptions, TlsError, tls_config};
+pub use probe::{MqttProbe, MqttProbeError, mqtt_probe};
 
 use desk::{Act, Desk, Input, Limits, Line};
 use ledger::Ledger;
@@ -36,6 +38,8 @@ use topics::Topics;
 const INBOX: usize = 256;
 /// How often time is told.
 const TICK: Duration = Duration::from_millis(100);
+/// How long goodbyes may take.
+const GOODBYE: Duration = Duration::from_secs(1);
 /// A broker that acknowledges nothing for so many keepalives is left.
 const STALL_KEEPALIVES: u32 = 3;
 
@@ -101,10 +105,10 @@ impl MqttDoor {
         let _heard = sender.send(Told::Input(say("online"))).await.is_ok();
         let (stopping, stopped) = watch::channel(false);
         let link = Arc::new(rumqtt::Rumqtt::new(options.clone(), will));
-        let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(link::keep(Arc::clone(&link), Line::Node, sender.clone(), Some(now_there), stopped.clone()));
+        let (mut lines, mut tasks) = (tokio::task::JoinSet::new(), tokio::task::JoinSet::new());
+        lines.spawn(link::keep(Arc::clone(&link), Line::Node, sender.clone(), Some(now_there), stopped.clone()));
         if options.pool.is_some() {
-            tasks.spawn(link::keep(link, Line::Pool, sender.clone(), None, stopped));
+            lines.spawn(link::keep(link, Line::Pool, sender.clone(), None, stopped));
         }
         tasks.spawn(tell_time(sender.clone()));
         let stop_timeout = options.stop_timeout;
@@ -116,6 +120,8 @@ impl MqttDoor {
         if tokio::time::timeout(stop_timeout, has_ended).await.is_err() {
             log::warn!("the MQTT broker or answers were still there when the time to stop was over");
         }
+        // They say goodbye; a broker that does not hear it says what our will is.
+        let _said = tokio::time::timeout(GOODBYE, lines.join_all()).await.is_ok();
         Ok(())
     }
 }

@@ -53,19 +53,28 @@ impl Rumqtt {
     }
 
     fn options(&self, line: Line) -> rumqttc::v5::MqttOptions {
-        let own = &self.options;
-        let id = match line {
-            Line::Node => own.client_id.clone(),
-            Line::Pool => format!("{}-pool", own.client_id),
+        let mut options = Self::passing(&self.options, line);
+        options.set_manual_acks(true);
+        match line {
+            Line::Pool => options.set_client_id(format!("{}-pool", self.options.client_id)),
+            Line::Node => {
+                let (topic, payload) = self.will.clone();
+                options.set_last_will(LastWill::new(topic, payload, QoS::AtLeastOnce, true, None))
+            }
         };
-        let mut options = rumqttc::v5::MqttOptions::new(id, own.host.clone(), own.port);
+        options
+    }
+
+    /// What a client needs that has no will, and acknowledges what it hears.
+    pub(super) fn passing(own: &MqttOptions, line: Line) -> rumqttc::v5::MqttOptions {
+        let mut options = rumqttc::v5::MqttOptions::new(own.client_id.clone(), own.host.clone(), own.port);
         options.set_keep_alive(own.keepalive).set_connection_timeout(CONNECT_TIMEOUT_S);
         let packet_bytes_max = u32::try_from(own.payload_bytes_max).unwrap_or(u32::MAX);
         options.set_max_packet_size(Some(packet_bytes_max.saturating_mul(2).saturating_add(PACKET_FRAME_BYTES)));
         let mut network = options.network_options();
         network.set_tcp_nodelay(true); // a delta is a small packet, and is wanted now
         options.set_network_options(network);
-        options.set_manual_acks(true).set_outgoing_inflight_upper_limit(PACKET_NUMBERS);
+        options.set_outgoing_inflight_upper_limit(PACKET_NUMBERS);
         // The pool's session ends with its connection, so that the broker gives its requests to somebody else; what one
         // node holds unanswered is what the others do not get.
         let (clean, expiry_s, receive_max) = match line {
@@ -76,10 +85,6 @@ impl Rumqtt {
         options.set_receive_maximum(Some(receive_max));
         if let Some(user) = &own.username {
             options.set_credentials(user, own.password.as_ref().map_or("", |password| password.as_str()));
-        }
-        if line == Line::Node {
-            let (topic, payload) = self.will.clone();
-            options.set_last_will(LastWill::new(topic, payload, QoS::AtLeastOnce, true, None));
         }
         if let Some(tls) = &own.tls {
             options.set_transport(Transport::tls_with_config(TlsConfiguration::Rustls(Arc::clone(tls))));

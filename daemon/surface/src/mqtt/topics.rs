@@ -9,6 +9,8 @@
 pub(super) const ANONYMOUS: &str = "anonymous";
 /// Longest topic in bytes that a request may name.
 const TOPIC_BYTES_MAX: usize = 512;
+/// Most levels of it. A broker may take one that is deeper, or has control characters, for a broken packet, and go.
+const TOPIC_LEVELS_MAX: usize = 32;
 /// Longest segment of a client, node, pool or id.
 const SEGMENT_BYTES_MAX: usize = 128;
 
@@ -118,8 +120,13 @@ impl Topics {
     /// # Errors
     /// Why not.
     pub(super) fn check_reply(&self, client: &str, topic: &str) -> Result<(), &'static str> {
-        if topic.is_empty() || topic.len() > TOPIC_BYTES_MAX || topic.contains(['\0', '\n']) {
+        let is_text =
+            |c: char| !c.is_control() && u32::from(c) & 0xfffe != 0xfffe && !('\u{fdd0}'..='\u{fdef}').contains(&c);
+        if topic.is_empty() || topic.len() > TOPIC_BYTES_MAX || !topic.chars().all(is_text) {
             return Err("is no topic");
+        }
+        if topic.split('/').count() > TOPIC_LEVELS_MAX {
+            return Err("has more than 32 levels");
         }
         if topic.contains(['+', '#']) || topic.starts_with('$') {
             return Err("has a wildcard, or begins with '$'");
@@ -209,7 +216,11 @@ mod tests {
         for topic in denied {
             assert!(check(topic).is_err(), "{topic}");
         }
-        assert!(check(&format!("s/v1/reply/{}", "x".repeat(600))).is_err());
+        for broken in
+            ["x".repeat(600), "x/".repeat(40), "\u{1}".to_owned(), "\u{ffff}".to_owned(), "\u{fdd0}".to_owned()]
+        {
+            assert!(check(&format!("s/v1/reply/{broken}")).is_err(), "{broken}");
+        }
     }
 
     #[test]
