@@ -246,13 +246,14 @@ pub(super) fn error(id: Option<&str>, refusal: &Refusal, node: &str, retry: bool
 }
 
 /// Payloads of at most `limit` bytes that carry `finale`: itself if it fits, else its text in parts and then the rest of
-/// it, with the number of `parts` in the place of the text. `None` when even the rest does not fit.
+/// it without its timings, with the number of `parts` in the place of the text. `None` when even the rest does not fit.
 pub(super) fn parts(finale: &str, limit: usize) -> Option<Vec<String>> {
     if finale.len() <= limit {
         return Some(vec![finale.to_owned()]);
     }
     let mut rest: Map<String, Value> = serde_json::from_str(finale).ok()?;
     let text = rest.remove("text")?;
+    rest.remove("timings"); // nothing that a small device counts on
     let (text, id) = (text.as_str()?, rest.get("id")?.clone());
     let frame =
         |part: usize, text: &str| json!({ "v": 1, "id": id, "kind": "part", "part": part, "text": text }).to_string();
