@@ -37,7 +37,7 @@ pub(super) struct Limits {
     pub(super) keep_ms: u64,
     /// Time of a request that does not say.
     pub(super) deadline_ms: u64,
-    /// A broker that acknowledges nothing for so long is left and connected to anew.
+    /// A broker that does not acknowledge something for so long is left and connected to anew.
     pub(super) stall_ms: u64,
 }
 
@@ -113,8 +113,6 @@ pub(super) struct Desk {
     lazy: Vec<Record>,
     arrivals: u64,
     attempts: u64,
-    /// When the broker last acknowledged something or came.
-    progress_ms: u64,
     is_stopping: bool,
     /// Why the journal could not be written last, and when that is tried again.
     disk_failed: Option<(String, u64)>,
@@ -136,7 +134,6 @@ impl Desk {
             lazy: Vec::new(),
             arrivals: 0,
             attempts: 0,
-            progress_ms: 0,
             is_stopping: false,
             disk_failed: None,
         };
@@ -172,7 +169,7 @@ impl Desk {
         }
         self.save(now_ms, flush, &mut acts);
         self.begin(now_ms, &mut acts);
-        self.send(&mut acts);
+        self.send(now_ms, &mut acts);
         acts
     }
 
@@ -186,7 +183,6 @@ impl Desk {
                 };
                 acts.push(Act::Subscribe { line, filters });
                 if line == Line::Node {
-                    self.progress_ms = now_ms;
                     self.packet_bytes_max = packet_bytes_max.unwrap_or(usize::MAX);
                     self.outbox.open(window);
                     let retained = self.retained.clone();
@@ -259,8 +255,7 @@ impl Desk {
         for key in self.entries.iter().filter_map(stale).collect::<Vec<_>>() {
             self.forget(&key);
         }
-        if self.outbox.is_flying() && self.progress_ms.saturating_add(self.limits.stall_ms) <= now_ms {
-            self.progress_ms = now_ms;
+        if self.outbox.is_stuck(now_ms.saturating_sub(self.limits.stall_ms), now_ms) {
             log::warn!("the broker acknowledges nothing; connecting anew");
             acts.push(Act::Reset(Line::Node));
         }

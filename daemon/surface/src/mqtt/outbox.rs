@@ -35,8 +35,8 @@ pub(super) enum Out {
 #[derive(Debug, Default)]
 pub(super) struct Outbox {
     queue: VecDeque<Out>,
-    /// By token, which grows.
-    flying: BTreeMap<u64, Out>,
+    /// By token, which grows; each with the time when it went, in milliseconds.
+    flying: BTreeMap<u64, (Out, u64)>,
     next_token: u64,
     /// Publishes that may be unacknowledged at a time; 0 while there is no connection.
     window: usize,
@@ -51,7 +51,7 @@ impl Outbox {
     /// The connection is gone: what was on its way goes again, first things first. Retained notes are made anew.
     pub(super) fn close(&mut self) {
         self.window = 0;
-        for (_, out) in std::mem::take(&mut self.flying).into_iter().rev() {
+        for (_, (out, _)) in std::mem::take(&mut self.flying).into_iter().rev() {
             self.queue.push_front(out);
         }
         self.queue.retain(|out| !matches!(out, Out::Note { retain: true, .. }));
@@ -72,21 +72,30 @@ impl Outbox {
         if self.flying.len() >= self.window { None } else { self.queue.pop_front() }
     }
 
-    /// Something goes; answers its token.
-    pub(super) fn fly(&mut self, out: Out) -> u64 {
+    /// Something goes now; answers its token.
+    pub(super) fn fly(&mut self, out: Out, now_ms: u64) -> u64 {
         self.next_token += 1;
-        self.flying.insert(self.next_token, out);
+        self.flying.insert(self.next_token, (out, now_ms));
         self.next_token
     }
 
     /// The broker has it.
     pub(super) fn land(&mut self, token: u64) -> Option<Out> {
-        self.flying.remove(&token)
+        self.flying.remove(&token).map(|(out, _)| out)
     }
 
-    /// Whether anything waits for the broker's word.
-    pub(super) fn is_flying(&self) -> bool {
-        !self.flying.is_empty()
+    /// Whether the broker has had no word for something that went before `from_ms`; then all of it counts as gone now.
+    pub(super) fn is_stuck(&mut self, from_ms: u64, now_ms: u64) -> bool {
+        let is_stuck = self.flying.values().any(|(_, went_ms)| *went_ms <= from_ms);
+        if is_stuck {
+            self.flying.values_mut().for_each(|(_, went_ms)| *went_ms = now_ms);
+        }
+        is_stuck
+    }
+
+    /// Things that wait to go.
+    pub(super) fn waiting(&self) -> usize {
+        self.queue.len()
     }
 
     /// Whether nothing is to be sent, and nothing on its way.

@@ -15,6 +15,8 @@ use tokio::time::{Instant, sleep_until};
 
 /// A delta is sent when it has so many bytes, however short the time since the last one.
 const DELTA_BYTES: usize = 512;
+/// Pause before a delta that found no room is tried again.
+const FULL_PAUSE: Duration = Duration::from_millis(20);
 /// The door's name among owners.
 const DOOR: &str = "mqtt";
 
@@ -220,16 +222,19 @@ struct Teller<'a> {
     kind: &'static str,
     text: String,
     seq: u64,
+    /// There was no room for the last one.
+    is_full: bool,
 }
 
 impl<'a> Teller<'a> {
     fn new(request: &'a Request, deltas: &'a Deltas, pause: Duration) -> Self {
-        Self { request, deltas, pause, last: None, kind: "text", text: String::new(), seq: 0 }
+        Self { request, deltas, pause, last: None, kind: "text", text: String::new(), seq: 0, is_full: false }
     }
 
     /// When the text that waits is to be told.
     fn due(&self) -> Option<Instant> {
-        (!self.text.is_empty()).then(|| self.last.map_or_else(Instant::now, |last| last + self.pause))
+        let pause = if self.is_full { self.pause.max(FULL_PAUSE) } else { self.pause };
+        (!self.text.is_empty()).then(|| self.last.map_or_else(Instant::now, |last| last + pause))
     }
 
     fn hear(&mut self, kind: &'static str, text: &str) {
@@ -238,7 +243,8 @@ impl<'a> Teller<'a> {
             self.kind = kind;
         }
         self.text += text;
-        if self.text.len() >= DELTA_BYTES || self.due().is_some_and(|due| due <= Instant::now()) {
+        let is_long = self.text.len() >= DELTA_BYTES && !self.is_full;
+        if is_long || self.due().is_some_and(|due| due <= Instant::now()) {
             self.tell();
         }
     }
@@ -250,7 +256,8 @@ impl<'a> Teller<'a> {
         }
         self.last = Some(Instant::now());
         let payload = delta(&self.request.id, self.seq, self.kind, &self.text);
-        if self.deltas.tell(Delta { address: self.request.address(), payload }) {
+        self.is_full = !self.deltas.tell(Delta { address: self.request.address(), payload });
+        if !self.is_full {
             self.text.clear();
             self.seq += 1;
         }

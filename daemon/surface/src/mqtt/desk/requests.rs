@@ -8,6 +8,9 @@ use crate::mqtt::outbox::Out;
 use crate::mqtt::topics::Op;
 use crate::refusal::Refusal;
 
+/// Messages that may wait before a refusal that nobody waits for is dropped.
+const REFUSALS_MAX: usize = 1024;
+
 impl Desk {
     /// A publish came in on one of our filters.
     pub(super) fn hear(&mut self, now_ms: u64, line: Line, ack: Option<Ack>, publish: &Publish, acts: &mut Vec<Act>) {
@@ -68,6 +71,8 @@ impl Desk {
             }
         }
         if pool {
+            // What an earlier connection waited for is over.
+            entry.acks.retain(|old| acks.first().is_some_and(|new| old.epoch == new.epoch));
             entry.acks.extend(acks);
         } else {
             self.acknowledge(acks, acts);
@@ -124,6 +129,9 @@ impl Desk {
 
     /// Answers what was no request that could be kept; it is acknowledged when the broker has the refusal.
     pub(super) fn refuse(&mut self, id: Option<&str>, address: Address, refusal: &Refusal, acks: Vec<Ack>) {
+        if acks.is_empty() && self.outbox.waiting() >= REFUSALS_MAX {
+            return; // sent with QoS 0, and the broker does not slow down who sends it
+        }
         let payload = error(id, refusal, self.topics.node(), refusal.may_pass());
         self.outbox.push(Out::Note { address, payload, retain: false, acks });
     }

@@ -132,7 +132,7 @@ impl Desk {
     }
 
     /// Publishes what the window has room for.
-    pub(super) fn send(&mut self, acts: &mut Vec<Act>) {
+    pub(super) fn send(&mut self, now_ms: u64, acts: &mut Vec<Act>) {
         while let Some(out) = self.outbox.pop() {
             let (address, payload, retain) = match &out {
                 Out::Finale(key) => {
@@ -144,7 +144,7 @@ impl Desk {
             };
             // What waits for its reader is of use as long as it is kept.
             let expiry_s = (!retain).then(|| u32::try_from(self.limits.keep_ms / 1000).unwrap_or(u32::MAX));
-            let token = self.outbox.fly(out);
+            let token = self.outbox.fly(out, now_ms);
             acts.push(Act::Publish { token, address, payload, retain, expiry_s });
         }
     }
@@ -167,7 +167,6 @@ impl Desk {
     }
 
     pub(super) fn landed(&mut self, now_ms: u64, token: u64, refused: Option<String>, acts: &mut Vec<Act>) {
-        self.progress_ms = now_ms;
         let (key, address) = match self.outbox.land(token) {
             Some(Out::Part { key, address, .. }) => (key, address),
             Some(Out::Note { acks, address, .. }) => {
