@@ -358,7 +358,7 @@ fn a_payload_that_is_too_large_is_refused_and_a_small_reader_gets_parts() {
 /// request has one result, the same each time, and in the end all have one.
 #[test]
 fn the_promise_holds_through_any_row_of_misfortunes() {
-    for seed in 0..40 {
+    for seed in 0..6 {
         let limits = Limits { per_client: 1000, pending: 1000, deadline_ms: 1 << 40, keep_ms: 1 << 40, ..LIMITS };
         let (mut bench, mut random) = (Bench::with(limits), fastrand::Rng::with_seed(seed));
         let (mut n_computed, mut n_asked) = (0, 0);
