@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_journal_is_sealed_with_a_key_made_of_the_master_key() {
+    fn opening_makes_the_journal_and_the_master_key_if_there_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let sets = ["mqtt.broker=mqtt://localhost".to_owned(), format!("state_dir={}", dir.path().display())];
         let config = Config::load(None, &sets).unwrap();
