@@ -14,6 +14,9 @@ if [ "${1:-build}" = test ]; then
   need gdbus libglib2.0-bin
   need busctl systemd
   need unshare util-linux
+  need mosquitto_rr mosquitto-clients
+  need openssl openssl
+  [ -x /usr/sbin/mosquitto ] || need mosquitto mosquitto
 fi
 # A C compiler without the C library's headers links nothing.
 echo 'int main(void) { return 0; }' | cc -x c - -o /dev/null 2>/dev/null || missing="$missing libc6-dev"

@@ -1,5 +1,6 @@
 //! What the tests share: where the built tool and the prepared models are, and how outputs are read and compared.
 
+pub mod broker;
 pub mod bus;
 pub mod chatty;
 pub mod daemon;

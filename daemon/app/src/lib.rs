@@ -13,6 +13,7 @@ pub mod door;
 pub mod lifecycle;
 pub mod logging;
 pub mod memory;
+pub mod mqtt;
 mod private;
 pub mod sessions;
 pub mod tcp;

@@ -10,7 +10,7 @@ use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
-use sparsed_surface::{DbusOptions, ServeOptions, TcpDoor, serve_dbus};
+use sparsed_surface::{DbusOptions, MqttDoor, ServeOptions, TcpDoor, serve_dbus};
 use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -141,13 +141,14 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     };
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
+    let on_broker = serve_mqtt(crate::mqtt::open(config, &paths)?, service.clone(), stopped());
     let serving = tokio::spawn(async {
         let on_bus = async {
             if let Some(on_bus) = on_bus {
                 on_bus.await;
             }
         };
-        tokio::join!(on_socket, on_bus);
+        tokio::join!(on_socket, on_bus, on_broker);
     });
     let outcome = tokio::select! {
         sound = &mut engine_end => Some(sound.unwrap_or(false)),
@@ -178,6 +179,14 @@ fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<
         reader_patience: Duration::from_secs(config.limits.slow_consumer_s),
         stop_timeout: socket.stop_timeout,
     }))
+}
+
+async fn serve_mqtt(door: Option<MqttDoor>, service: Service, stop: impl Future<Output = ()>) {
+    if let Some(door) = door
+        && let Err(error) = door.serve(service, stop).await
+    {
+        log::error!(reason:% = error; "MQTT is not served");
+    }
 }
 
 /// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process

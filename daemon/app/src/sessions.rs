@@ -13,6 +13,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use zeroize::Zeroizing;
 
 /// The credential's name.
 const CREDENTIAL: &str = "sparsed.master-key";
@@ -35,18 +36,27 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
     if !config.enabled {
         return Ok(None);
     }
-    let master = match private::credential(CREDENTIAL) {
-        Some(path) => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
-        None => key_of(&state_dir.join(KEY_FILE))?,
-    };
+    let master = master_key(state_dir)?;
     let dir = state_dir.join(STORE_DIR);
     DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| dir.display().to_string())?;
     let disk: AnyDisk = Box::new(OsDisk::open(&dir).with_context(|| dir.display().to_string())?);
     let random = Box::new(|bytes: &mut [u8]| getrandom::fill(bytes).expect("the system gave random bytes before"));
-    let (store, report) = Store::open(disk, random, MasterKey::new(master), limits(config))
+    let (store, report) = Store::open(disk, random, MasterKey::new(*master), limits(config))
         .with_context(|| format!("sessions in {}", dir.display()))?;
     tell(&report, &dir);
     Ok(Some(store))
+}
+
+/// The key of all that is kept; made if there is none.
+///
+/// # Errors
+/// A key that cannot be read or made.
+pub(crate) fn master_key(state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_BYTES]>> {
+    let key = match private::credential(CREDENTIAL) {
+        Some(path) => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
+        None => key_of(&state_dir.join(KEY_FILE))?,
+    };
+    Ok(Zeroizing::new(key))
 }
 
 fn limits(config: &Sessions) -> Limits {

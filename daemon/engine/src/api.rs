@@ -398,3 +398,17 @@ impl Failure {
         Self::InvalidRequest { param: param.to_owned(), reason: reason.into() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_named_client_is_neither_a_user_nor_another_doors_client() {
+        let owner = Owner::named("mqtt", "lamp");
+        assert_eq!(owner, Owner::named("mqtt", "lamp"));
+        assert_ne!(owner, Owner::named("mqtt", "lamp2"));
+        assert_ne!(owner, Owner::named("mqt", "tlamp"));
+        assert!(owner.number() > u64::from(u32::MAX) && Owner::Uid(u32::MAX).number() <= u64::from(u32::MAX));
+    }
+}

@@ -1,5 +1,5 @@
-//! How do local apps reach us? By OpenAI-compatible HTTP over a Unix socket and loopback TCP, and by D-Bus, so far;
-//! MQTT comes beside them.
+//! How do apps and devices reach us? By OpenAI-compatible HTTP over a Unix socket and loopback TCP, by D-Bus, and by
+//! MQTT.
 //!
 //! The only crate that knows wire formats. It translates: requests become [`sparsed_engine::api`] values, events become
 //! bytes. It computes nothing; what takes long (templates, tokenizing) goes to tokio's blocking pool.
@@ -9,12 +9,14 @@ mod accept;
 mod bodies;
 mod dbus;
 mod http;
+mod mqtt;
 mod refusal;
 mod tcp;
 mod unix;
 
 pub use accept::ServeOptions;
 pub use dbus::{Bus, DbusOptions, serve_dbus};
+pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, TlsError, mqtt_probe, tls_config};
 pub use tcp::{ApiKeys, TcpDoor};
 
 use sparsed_engine::Service;

@@ -54,6 +54,17 @@ impl Refusal {
         Self { name, param: None, retry_after_s: Some(1), message }
     }
 
+    /// A door has as many requests as it may, and says so in `message`.
+    pub(crate) fn door_full(message: String) -> Self {
+        let name = Name { status: 429, kind: RATE, code: "queue_full" };
+        Self { name, param: None, retry_after_s: Some(1), message }
+    }
+
+    /// Whether the same request may be answered another time: the failure says nothing of the request itself.
+    pub(crate) fn may_pass(&self) -> bool {
+        matches!(self.name.status, 408 | 429 | 500 | 502..)
+    }
+
     /// The same failure, where the prompt stands in another field than `messages`.
     pub(crate) fn about_prompt(mut self) -> Self {
         if self.name.code == "context_length_exceeded" {

@@ -36,6 +36,26 @@ pub(super) const KEYS: &[&str] = &[
     "model.*.max_context",
     "model.*.path",
     "model.*.top_k",
+    "mqtt.allow_insecure",
+    "mqtt.broker",
+    "mqtt.ca_file",
+    "mqtt.cert_file",
+    "mqtt.client_id",
+    "mqtt.deadline_s",
+    "mqtt.inbox",
+    "mqtt.keep_s",
+    "mqtt.keepalive_s",
+    "mqtt.key_file",
+    "mqtt.node",
+    "mqtt.password_file",
+    "mqtt.payload",
+    "mqtt.pending",
+    "mqtt.per_client",
+    "mqtt.pool",
+    "mqtt.reply_topics",
+    "mqtt.root",
+    "mqtt.running",
+    "mqtt.username",
     "plugins.call_timeout_ms",
     "plugins.dir",
     "plugins.grace_ms",
@@ -220,6 +240,11 @@ mod tests {
         config.memory.budget = Some(Bytes(1));
         config.memory.total = Some(Bytes(1));
         config.engine.set.insert("*".to_owned(), "x".to_owned());
+        let name = || Some("x".to_owned());
+        (config.mqtt.node, config.mqtt.pool, config.mqtt.client_id, config.mqtt.username) =
+            (name(), name(), name(), name());
+        let files = [&mut config.mqtt.password_file, &mut config.mqtt.ca_file, &mut config.mqtt.cert_file];
+        files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
         let model = Model { path: "x".into(), max_context: Some(1), top_k: Some(1), activations: Default::default() };
         config.model.insert("*".to_owned(), model);
         let mut found = Vec::new();

@@ -8,6 +8,7 @@ mod dbus;
 mod layers;
 mod limits;
 mod memory;
+mod mqtt;
 mod paths;
 mod plugins;
 mod sessions;
@@ -19,6 +20,7 @@ pub use dbus::Dbus;
 pub use layers::Layers;
 pub use limits::Limits;
 pub use memory::{Memory, SlowTierFor};
+pub use mqtt::{Broker, Mqtt};
 pub use paths::Paths;
 pub use plugins::Plugins;
 pub use sessions::{ContextFull, Durability, Sessions};
@@ -87,6 +89,8 @@ pub struct Config {
     pub sessions: Sessions,
     /// D-Bus.
     pub dbus: Dbus,
+    /// MQTT.
+    pub mqtt: Mqtt,
     /// Models by name. Without any, `default` is the packaged model.
     pub model: BTreeMap<String, Model>,
 }
@@ -220,6 +224,7 @@ impl Config {
             ("plugins.grace_ms".to_owned(), plugins.grace_ms, 1, GRACE_MS_MAX),
             ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, HOUR_MS),
         ]);
+        ranges.extend(self.mqtt.ranges());
         let pauses = &self.engine.retry.backoff_ms;
         if !(1..=PAUSES_MAX).contains(&pauses.len()) {
             let reason = format!("has {} pauses, must have 1 to {PAUSES_MAX}", pauses.len());
@@ -247,6 +252,9 @@ impl Config {
         }
         if let Some((key, _)) = paths.into_iter().find(|(_, path)| path.as_os_str().is_empty()) {
             return Some((key, "is empty, must be a path".to_owned()));
+        }
+        if let Some(wrong) = self.mqtt.wrong_value() {
+            return Some(wrong);
         }
         let longest = pauses.iter().max().copied().unwrap_or(0);
         let grace = plugins.grace_ms;

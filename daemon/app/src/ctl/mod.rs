@@ -12,6 +12,7 @@ mod generate;
 mod inspect;
 mod local;
 mod logits;
+mod mqtt;
 mod plugins;
 mod private;
 mod quantize;
@@ -46,6 +47,7 @@ enum Command {
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
     Models(status::Models),
+    Mqtt(mqtt::Mqtt),
     Plugins(plugins::Plugins),
     Quantize(quantize::Quantize),
     Run(run::Run),
@@ -69,6 +71,7 @@ pub fn main() -> ExitCode {
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
         Command::Models(command) => command.run(),
+        Command::Mqtt(command) => command.run(),
         Command::Plugins(command) => command.run(),
         Command::Quantize(command) => command.run(),
         Command::Run(command) => command.run(),

@@ -1,0 +1,160 @@
+//! With what does the MQTT door open? The configuration, and the secrets that it names.
+//!
+//! A secret is a file that the configuration names, or else a credential that systemd hands over
+//! (`LoadCredential=sparsed.mqtt-password:...`). A broker elsewhere must be told who we are.
+
+use crate::assemble::make_dir;
+use crate::config::{Config, Paths};
+use anyhow::{Context, bail};
+use sha2::{Digest, Sha256};
+use sparsed_surface::{MqttDoor, MqttOptions, tls_config};
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use zeroize::Zeroizing;
+
+/// The journal's folder in the state folder.
+const DIR: &str = "mqtt";
+/// Largest password in bytes.
+const PASSWORD_BYTES_MAX: u64 = 4096;
+/// What the journal's key is made of, beside the master key.
+const KEY_CONTEXT: &[u8] = b"sparsed mqtt journal 1";
+
+/// Opens the door, if there is to be one.
+///
+/// # Errors
+/// A secret that cannot be read, a broker that would have to trust anybody, a journal of another key.
+pub fn open(config: &Config, paths: &Paths) -> anyhow::Result<Option<MqttDoor>> {
+    let Some(mut options) = options(config, paths)? else { return Ok(None) };
+    let master = crate::sessions::master_key(&paths.state_dir)?;
+    let key = Sha256::new().chain_update(KEY_CONTEXT).chain_update(master.as_slice()).finalize();
+    *options.key = key.into();
+    make_dir(&options.dir, 0o700)?;
+    let dir = options.dir.display().to_string();
+    Ok(Some(MqttDoor::open(options).with_context(|| format!("the MQTT journal in {dir}"))?))
+}
+
+/// What the door, or another client of its broker, needs to know; the key is still all zeros.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<MqttOptions>> {
+    let mqtt = &config.mqtt;
+    let Some(broker) = mqtt.broker().map_err(|reason| anyhow::anyhow!("mqtt.broker {reason}"))? else {
+        return Ok(None);
+    };
+    let password = secret(&mqtt.password_file, "password").map(|path| password(&path)).transpose()?;
+    let own = secret(&mqtt.cert_file, "cert").zip(secret(&mqtt.key_file, "key"));
+    if !broker.is_here() && !mqtt.allow_insecure && own.is_none() && (mqtt.username.is_none() || password.is_none()) {
+        bail!(
+            "the broker {} is elsewhere and would not know who this is: set mqtt.username and mqtt.password_file, or \
+               mqtt.cert_file and mqtt.key_file, or mqtt.allow_insecure",
+            broker.host
+        );
+    }
+    let tls = broker.tls.then(|| {
+        let own = own.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
+        tls_config(secret(&mqtt.ca_file, "ca").as_deref(), own)
+    });
+    let node = mqtt.node.clone().unwrap_or_else(host_name);
+    Ok(Some(MqttOptions {
+        host: broker.host,
+        port: broker.port,
+        tls: tls.transpose().context("TLS for the MQTT broker")?,
+        client_id: mqtt.client_id.clone().unwrap_or_else(|| format!("sparsed-{node}")),
+        username: mqtt.username.clone(),
+        password,
+        root: mqtt.root.clone(),
+        node,
+        pool: mqtt.pool.clone(),
+        reply_topics: mqtt.reply_topics.clone(),
+        keepalive: Duration::from_secs(mqtt.keepalive_s),
+        payload_bytes_max: usize::try_from(mqtt.payload.0)?,
+        per_client: mqtt.per_client as usize,
+        pending_max: mqtt.pending as usize,
+        running_max: mqtt.running as usize,
+        held_bytes_max: mqtt.inbox.0,
+        keep: Duration::from_secs(mqtt.keep_s),
+        deadline: Duration::from_secs(mqtt.deadline_s),
+        // As HTTP's clients have it.
+        stop_timeout: Duration::from_secs(config.limits.stop_s + 2),
+        dir: paths.state_dir.join(DIR),
+        key: Zeroizing::new([0; 32]),
+    }))
+}
+
+/// The file of a secret: the one that is configured, or else the credential `sparsed.mqtt-NAME`.
+fn secret(configured: &Option<PathBuf>, name: &str) -> Option<PathBuf> {
+    let credential = || {
+        let dir = PathBuf::from(std::env::var_os("CREDENTIALS_DIRECTORY")?);
+        Some(dir.join(format!("sparsed.mqtt-{name}"))).filter(|path| path.exists())
+    };
+    configured.clone().or_else(credential)
+}
+
+/// The first line of a file.
+fn password(path: &Path) -> anyhow::Result<Zeroizing<String>> {
+    let about = || format!("the MQTT password in {}", path.display());
+    let mut text = Zeroizing::new(String::new());
+    let file = File::open(path).with_context(about)?;
+    file.take(PASSWORD_BYTES_MAX).read_to_string(&mut text).with_context(about)?;
+    let line = text.lines().next().unwrap_or_default();
+    if line.is_empty() {
+        bail!("{} is empty", about());
+    }
+    Ok(Zeroizing::new(line.to_owned()))
+}
+
+/// The host's name, as far as it may stand in a topic.
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let name: String = name.chars().filter(|c| c.is_ascii_alphanumeric() || "-_.".contains(*c)).take(64).collect();
+    if name.is_empty() { "node".to_owned() } else { name }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layers;
+
+    fn opened(dir: &Path, sets: &[&str]) -> Result<Option<MqttOptions>, String> {
+        let mut sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+        sets.push(format!("state_dir={}", dir.display()));
+        let config = Layers::read(&[], &sets).unwrap().config().unwrap();
+        options(&config, &Paths::of(&config)).map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn without_a_broker_there_is_no_door_and_no_key_is_made() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(opened(dir.path(), &[]).unwrap().is_none());
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn opening_makes_the_journal_and_the_master_key_if_there_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = ["mqtt.broker=mqtt://localhost".to_owned(), format!("state_dir={}", dir.path().display())];
+        let config = Layers::read(&[], &sets).unwrap().config().unwrap();
+        let opened = || open(&config, &Paths::of(&config)).map(|door| door.is_some());
+        assert!(opened().unwrap());
+        // A journal begins with its first record: an empty one has nothing that another key could not open.
+        assert!(dir.path().join("mqtt/journal").exists() && opened().unwrap());
+        assert_eq!(std::fs::read(dir.path().join("master.key")).unwrap().len(), 32);
+    }
+
+    #[test]
+    fn a_broker_elsewhere_is_told_who_we_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = opened(dir.path(), &["mqtt.broker=mqtts://b.example"]).unwrap_err();
+        assert!(said.contains("mqtt.username"), "{said}");
+        let path = dir.path().join("password");
+        std::fs::write(&path, "secret\n").unwrap();
+        let file = format!("mqtt.password_file={}", path.display());
+        let options = opened(dir.path(), &["mqtt.broker=mqtt://localhost", "mqtt.username=u", &file]).unwrap().unwrap();
+        assert_eq!(options.password.unwrap().as_str(), "secret");
+        std::fs::write(&path, "").unwrap();
+        assert!(opened(dir.path(), &["mqtt.broker=mqtt://localhost", &file]).unwrap_err().contains("is empty"));
+    }
+}

@@ -1,0 +1,234 @@
+//! Which topic is what? The tree below `{root}`, who asks by a request's topic, and where answers may go.
+//!
+//! Identity is the `<client>` segment of the request's topic: the broker's ACL must let a client publish below its own
+//! segment only (mosquitto: `pattern write sparsed/v1/+/req/%c/#`). Answers go where the request says, so the daemon must
+//! not lend a client its own rights: reply topics are matched against a list, and the reply space of one client is closed
+//! to all others.
+
+/// Who asks without a segment of its own.
+pub(super) const ANONYMOUS: &str = "anonymous";
+/// Longest topic in bytes that a request may name.
+const TOPIC_BYTES_MAX: usize = 512;
+/// Most levels of it. A broker may take one that is deeper, or has control characters, for a broken packet, and go.
+const TOPIC_LEVELS_MAX: usize = 32;
+/// Longest segment of a client, node, pool or id.
+const SEGMENT_BYTES_MAX: usize = 128;
+
+/// What is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Op {
+    /// A chat completion.
+    Chat,
+    /// A completion.
+    Complete,
+    /// The tokens of a text.
+    Tokenize,
+    /// A verb of sessions.
+    Session,
+    /// The end of another request of the same client.
+    Cancel,
+}
+
+impl Op {
+    /// All of them by their names in topics.
+    pub(super) const ALL: [(&'static str, Self); 5] = [
+        ("chat", Self::Chat),
+        ("complete", Self::Complete),
+        ("tokenize", Self::Tokenize),
+        ("session", Self::Session),
+        ("cancel", Self::Cancel),
+    ];
+}
+
+/// Where a request came in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    /// Who asks.
+    pub(super) client: String,
+    /// What.
+    pub(super) op: Op,
+    /// By the pool's topic, not by this node's.
+    pub(super) pool: bool,
+}
+
+/// The topics of this node.
+#[derive(Clone, Debug)]
+pub(super) struct Topics {
+    root: String,
+    node: String,
+    pool: Option<String>,
+    /// Filters; `{client}` in them stands for who asks.
+    replies: Vec<String>,
+}
+
+impl Topics {
+    /// `replies` are filters of topics that answers may go to, beside the tree's own.
+    pub(super) fn new(root: &str, node: &str, pool: Option<&str>, replies: &[String]) -> Self {
+        let own = [format!("{root}/+/res/#"), format!("{root}/pool/+/res/#"), format!("{root}/reply/#")];
+        let replies = own.into_iter().chain(replies.iter().cloned()).collect();
+        Self { root: root.to_owned(), node: node.to_owned(), pool: pool.map(str::to_owned), replies }
+    }
+
+    /// The name of this node.
+    pub(super) fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// Filters of requests to this node.
+    pub(super) fn direct(&self) -> Vec<String> {
+        [&["+"][..], &["+", "+"]].map(|rest| format!("{}/{}/req/{}", self.root, self.node, rest.join("/"))).into()
+    }
+
+    /// Filters of requests to its pool, none without one.
+    pub(super) fn pooled(&self) -> Vec<String> {
+        let filters =
+            |pool: &String| ["+", "+/+"].map(|rest| format!("$share/{pool}/{}/pool/{pool}/req/{rest}", self.root));
+        self.pool.as_ref().map(filters).into_iter().flatten().collect()
+    }
+
+    /// A topic of this node's own.
+    pub(super) fn own(&self, name: &str) -> String {
+        format!("{}/{}/{name}", self.root, self.node)
+    }
+
+    /// What a topic asks, if it is one for requests.
+    pub(super) fn place(&self, topic: &str) -> Option<Place> {
+        let rest = topic.strip_prefix(&self.root)?.strip_prefix('/')?;
+        let direct = rest.strip_prefix(&self.node).and_then(|rest| rest.strip_prefix("/req/"));
+        let pooled = || {
+            let pool = self.pool.as_ref()?;
+            rest.strip_prefix("pool/")?.strip_prefix(pool)?.strip_prefix("/req/")
+        };
+        let (rest, pool) = direct.map(|rest| (rest, false)).or_else(|| Some((pooled()?, true)))?;
+        let (client, op) = rest.rsplit_once('/').unwrap_or((ANONYMOUS, rest));
+        let (_, op) = Op::ALL.into_iter().find(|(name, _)| *name == op)?;
+        is_segment(client).then(|| Place { client: client.to_owned(), op, pool })
+    }
+
+    /// Where an answer goes when its request does not say.
+    pub(super) fn reply(&self, place: &Place, id: &str) -> String {
+        let client = &place.client;
+        match &self.pool {
+            Some(pool) if place.pool => format!("{}/pool/{pool}/res/{client}/{id}", self.root),
+            _ => format!("{}/{}/res/{client}/{id}", self.root, self.node),
+        }
+    }
+
+    /// Whether an answer to `client` may go to `topic`.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn check_reply(&self, client: &str, topic: &str) -> Result<(), &'static str> {
+        let is_text =
+            |c: char| !c.is_control() && u32::from(c) & 0xfffe != 0xfffe && !('\u{fdd0}'..='\u{fdef}').contains(&c);
+        if topic.is_empty() || topic.len() > TOPIC_BYTES_MAX || !topic.chars().all(is_text) {
+            return Err("is no topic");
+        }
+        if topic.split('/').count() > TOPIC_LEVELS_MAX {
+            return Err("has more than 32 levels");
+        }
+        if topic.contains(['+', '#']) || topic.starts_with('$') {
+            return Err("has a wildcard, or begins with '$'");
+        }
+        if !self.replies.iter().any(|filter| matches(&filter.replace("{client}", client), topic)) {
+            return Err("is not among the topics that answers may go to (mqtt.reply_topics)");
+        }
+        if self.reply_space(topic).is_some_and(|owner| owner != client) {
+            return Err("is another client's");
+        }
+        Ok(())
+    }
+
+    /// Whose topic it is: `<client>` of `{root}/{node}/res/<client>/...`.
+    fn reply_space<'a>(&self, topic: &'a str) -> Option<&'a str> {
+        let rest = topic.strip_prefix(&self.root)?.strip_prefix('/')?;
+        let rest = rest.strip_prefix("pool/").unwrap_or(rest);
+        let (_, rest) = rest.split_once("/res/")?;
+        Some(rest.split_once('/').map_or(rest, |(client, _)| client))
+    }
+}
+
+/// Whether `text` may stand between two slashes: a client, a node, an id.
+pub(super) fn is_segment(text: &str) -> bool {
+    let is_plain = |c: char| c.is_alphanumeric() || "-_.:@~".contains(c);
+    !text.is_empty() && text.len() <= SEGMENT_BYTES_MAX && text.chars().all(is_plain)
+}
+
+/// MQTT's filters: `+` is one level, a last `#` any number of them.
+fn matches(filter: &str, topic: &str) -> bool {
+    let (mut filters, mut levels) = (filter.split('/'), topic.split('/'));
+    loop {
+        match (filters.next(), levels.next()) {
+            (Some("#"), _) | (None, None) => return true,
+            (Some("+"), Some(_)) => {}
+            (Some(wanted), Some(level)) if wanted == level => {}
+            _ => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn topics() -> Topics {
+        Topics::new("s/v1", "box", Some("fleet"), &["home/{client}/answers".to_owned()])
+    }
+
+    #[test]
+    fn a_requests_topic_says_who_asks_what() {
+        let place = |topic: &str| topics().place(topic).map(|place| (place.client, place.op, place.pool));
+        assert_eq!(place("s/v1/box/req/lamp/chat"), Some(("lamp".to_owned(), Op::Chat, false)));
+        assert_eq!(place("s/v1/box/req/cancel"), Some((ANONYMOUS.to_owned(), Op::Cancel, false)));
+        assert_eq!(place("s/v1/pool/fleet/req/a/tokenize"), Some(("a".to_owned(), Op::Tokenize, true)));
+        for none in [
+            "s/v1/box/req/lamp/x",
+            "s/v1/other/req/chat",
+            "s/v1/pool/x/req/chat",
+            "s/v1/box/req/a/b/chat",
+            "s/v1/box/req//chat",
+        ] {
+            assert_eq!(place(none), None, "{none}");
+        }
+    }
+
+    #[test]
+    fn answers_go_only_where_their_asker_may_be() {
+        let check = |topic: &str| topics().check_reply("lamp", topic);
+        for allowed in
+            ["s/v1/box/res/lamp/1", "s/v1/pool/fleet/res/lamp/1", "s/v1/reply/any/thing", "home/lamp/answers"]
+        {
+            assert_eq!(check(allowed), Ok(()), "{allowed}");
+        }
+        let denied = [
+            "",
+            "s/v1/box/res/tv/1",
+            "s/v1/box/res/tv",
+            "s/v1/pool/fleet/res/tv/1",
+            "s/v1/box/req/lamp/chat",
+            "$SYS/x",
+            "s/v1/reply/+",
+            "s/v1/reply/#",
+            "home/tv/answers",
+            "s/v1/box/status",
+        ];
+        for topic in denied {
+            assert!(check(topic).is_err(), "{topic}");
+        }
+        for broken in
+            ["x".repeat(600), "x/".repeat(40), "\u{1}".to_owned(), "\u{ffff}".to_owned(), "\u{fdd0}".to_owned()]
+        {
+            assert!(check(&format!("s/v1/reply/{broken}")).is_err(), "{broken}");
+        }
+    }
+
+    #[test]
+    fn an_answers_own_topic_is_allowed() {
+        let topics = topics();
+        for pool in [false, true] {
+            let place = Place { client: "lamp".to_owned(), op: Op::Chat, pool };
+            assert_eq!(topics.check_reply("lamp", &topics.reply(&place, "7")), Ok(()));
+        }
+    }
+}

@@ -1,0 +1,269 @@
+"""Real MQTT clients against the real daemon.
+
+Usage: mqtt_client.py basics|v311|big|small PORT, or full PORT FOLDER, or flood PORT PREFIX N WINDOW
+"""
+import asyncio
+import json
+import os
+import queue
+import sys
+import time
+
+import aiomqtt
+import paho.mqtt.client as paho
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+ROOT = "sparsed/v1"
+NODE = f"{ROOT}/box"
+LETTERS = {str(byte): -100 for byte in range(259) if not 32 <= byte < 127}
+SAY = {
+    "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "temperature": 0, "ignore_eos": True,
+    "logit_bias": LETTERS,
+}
+PATIENCE = 60
+
+
+class Client:
+    """A client of one name: what comes goes into a queue."""
+
+    def __init__(self, port, name, filters, version=paho.MQTTv5):
+        self.came, self.name, self.v5 = queue.Queue(), name, version == paho.MQTTv5
+        self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, protocol=version)
+        self.client.on_connect = lambda *_: self.client.subscribe([(each, 1) for each in filters])
+        self.client.on_subscribe = lambda *_: self.came.put(None)
+        self.client.on_message = lambda _client, _data, message: self.came.put(message)
+        self.client.connect("127.0.0.1", port, keepalive=20)
+        self.client.loop_start()
+        assert self.came.get(timeout=PATIENCE) is None
+
+    def ask(self, op, payload, topic=None, **properties):
+        packed = None
+        if self.v5 and properties:
+            packed = Properties(PacketTypes.PUBLISH)
+            for key, value in properties.items():
+                setattr(packed, key, value)
+        topic = topic or f"{NODE}/req/{self.name}/{op}"
+        text = payload if isinstance(payload, str) else json.dumps(payload)
+        self.client.publish(topic, text, qos=1, properties=packed)
+
+    def next(self):
+        message = self.came.get(timeout=PATIENCE)
+        return message, json.loads(message.payload)
+
+    def until_final(self):
+        told = []
+        while True:
+            message, payload = self.next()
+            told.append(payload)
+            if payload["kind"] in ("final", "error"):
+                return message, payload, told[:-1]
+
+    def done(self, op, payload, **properties):
+        self.ask(op, payload, **properties)
+        return self.until_final()[1]
+
+
+def basics(port):
+    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#", f"{ROOT}/reply/#"])
+    # A topic and a word of its own, deltas in order, and a final that says it all again.
+    body = {"id": "1", "body": SAY, "stream": {"mode": "delta", "min_ms": 0}}
+    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/x", CorrelationData=b"\x00word")
+    message, final, deltas = lamp.until_final()
+    assert message.topic == f"{ROOT}/reply/x" and message.properties.CorrelationData == b"\x00word"
+    assert message.properties.ContentType == "application/json", message.properties
+    assert [delta["seq"] for delta in deltas] == list(range(len(deltas))) and len(deltas) > 3, deltas
+    assert "".join(delta["text"] for delta in deltas) == final["text"] != "", final
+    assert final["seq"] == len(deltas) and final["node"] == "box" and final["finish"] == "length", final
+    assert final["usage"]["completion_tokens"] == 12, final
+
+    # The same id hears the same, word for word; another body is none of it.
+    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/x", CorrelationData=b"\x00word")
+    assert lamp.next()[1] == final
+    conflict = {"id": "1", "body": {**SAY, "max_tokens": 3}}
+    lamp.ask("chat", conflict, ResponseTopic=f"{ROOT}/reply/x")
+    assert lamp.next()[1]["code"] == "id_conflict"
+
+    # Without `stream` the reply topic gets the final only.
+    lamp.ask("chat", {"id": "2", "body": {**SAY, "seed": 1}})
+    message, final, deltas = lamp.until_final()
+    assert message.topic == f"{NODE}/res/lamp/2" and deltas == [] and len(final["text"]) > 0, final
+
+    done = lamp.done("complete", {"id": "3", "body": {"prompt": "Once", "max_tokens": 3, "temperature": 0, "ignore_eos": True}})
+    assert done["kind"] == "final" and done["usage"]["completion_tokens"] == 3, done
+    assert lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"] == {"tokens": [97, 98, 99], "count": 3}
+
+    # What is wrong has the same codes as on the other doors.
+    for n, (body, code, param) in enumerate([
+        ({"id": "e0", "body": {"messages": []}}, "invalid_value", "messages"),
+        ({"id": "e1", "body": {**SAY, "model": "nothing"}}, "model_not_found", "model"),
+        ({"id": "e2", "body": {**SAY, "temperature": -1}}, "invalid_value", "temperature"),
+        ({"id": "e3", "reply_to": f"{NODE}/res/tv/1", "body": SAY}, "invalid_value", "reply_to"),
+        ("{", "invalid_json", None),
+        ({"body": SAY}, "invalid_value", "id"),
+    ]):
+        refused = lamp.done("chat", body)
+        assert (refused["code"], refused["param"], refused["retry"]) == (code, param, False), (n, refused)
+
+    # A running request is ended by its id, by its own client only.
+    lamp.ask("chat", {"id": "long", "body": {**SAY, "max_tokens": 200000}, "stream": {"mode": "delta", "min_ms": 0}})
+    refused = lamp.next()[1]
+    if refused["kind"] == "delta":
+        lamp.ask("cancel", {"id": "long"}, topic=f"{NODE}/req/tv/cancel")
+        lamp.ask("cancel", {"id": "long"})
+        assert lamp.until_final()[1]["code"] == "cancelled"
+    refused = lamp.done("chat", {"id": "late", "deadline_ms": 1, "body": {**SAY, "max_tokens": 3000}})
+    assert refused["code"] == "deadline_exceeded" and refused["retry"], refused
+
+    # Sessions belong to their client.
+    session = lamp.done("session", {"id": "s1", "body": {"verb": "create", "title": "lamp's"}})["result"]["id"]
+    turn = lamp.done("chat", {"id": "s2", "session": session, "body": SAY})
+    assert turn["kind"] == "final", turn
+    whole = lamp.done("session", {"id": "s3", "body": {"verb": "get", "id": session}})["result"]
+    assert [message["role"] for message in whole["messages"]] == ["user", "assistant"], whole
+    assert whole["messages"][1]["content"] == turn["text"]
+    tv = Client(port, "tv", [f"{NODE}/res/tv/#"])
+    assert tv.done("session", {"id": "s", "body": {"verb": "get", "id": session}})["code"] == "session_not_found"
+    assert tv.done("session", {"id": "l", "body": {"verb": "list"}})["result"]["data"] == []
+    assert lamp.done("session", {"id": "s4", "body": {"verb": "delete", "id": session}})["result"]["deleted"]
+
+    # Without a segment of its own a client is one of the anonymous.
+    anonymous = Client(port, "anybody", [f"{NODE}/res/anonymous/#"])
+    anonymous.ask("tokenize", {"id": "a", "body": {"prompt": "a"}}, topic=f"{NODE}/req/tokenize")
+    assert anonymous.until_final()[1]["result"]["count"] == 1
+
+    # Who comes late learns what there is.
+    late = Client(port, "late", [f"{NODE}/status", f"{NODE}/info"])
+    told = dict((message.topic.rsplit("/", 1)[1], payload) for message, payload in (late.next(), late.next()))
+    assert told["status"]["state"] == "online" and told["info"]["models"][0]["id"] == "default", told
+    assert "chat" in told["info"]["ops"] and told["info"]["max_payload"] == 256 << 10, told
+    asyncio.run(modern(port))
+
+
+async def modern(port):
+    async with aiomqtt.Client("127.0.0.1", port, identifier="aio", protocol=aiomqtt.ProtocolVersion.V5) as client:
+        await client.subscribe(f"{NODE}/res/aio/#", qos=1)
+        await client.publish(f"{NODE}/req/aio/chat", json.dumps({"id": "q", "body": SAY}), qos=1)
+        async for message in client.messages:
+            final = json.loads(message.payload)
+            assert final["kind"] == "final" and final["usage"]["completion_tokens"] == 12, final
+            return
+
+
+def v311(port):
+    """A small device: no properties, and no more than 300 bytes at a time."""
+    device = Client(port, "dev", [f"{ROOT}/reply/dev"], paho.MQTTv311)
+    ask = {"id": "d1", "reply_to": f"{ROOT}/reply/dev", "max_bytes": 300, "body": {**SAY, "max_tokens": 1000}}
+    device.ask("chat", ask)
+    parts, last = [], None
+    while last is None:
+        message, payload = device.next()
+        assert len(message.payload) <= 300
+        parts, last = (parts + [payload], None) if payload["kind"] == "part" else (parts, payload)
+    assert last["kind"] == "final" and last["parts"] == len(parts) > 3, last
+    assert [part["part"] for part in parts] == list(range(len(parts))), parts
+    assert last["usage"]["completion_tokens"] == 1000 and len("".join(part["text"] for part in parts)) > 900, parts
+
+
+def big(port):
+    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#"])
+    for kib in (50, 200):
+        content = "x" * (kib << 10)
+        done = lamp.done("tokenize", {"id": f"b{kib}", "body": {"prompt": content}})
+        assert done["result"]["count"] == kib << 10, str(done)[:300]
+        done = lamp.done("chat", {"id": f"c{kib}", "body": {**SAY, "messages": [{"role": "user", "content": content}]}})
+        assert done.get("code") in (None, "context_length_exceeded"), str(done)[:300]
+    refused = lamp.done("chat", {"id": "x", "body": {**SAY, "messages": [{"role": "user", "content": "x" * (300 << 10)}]}})
+    assert refused["code"] == "body_too_large", refused
+
+
+def small(port):
+    """The broker takes no packets of more than 2000 bytes, and nobody has said so to the daemon but the broker."""
+    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#"])
+    body = {**SAY, "max_tokens": 1900}
+    del body["logit_bias"]
+    lamp.ask("chat", {"id": "1", "body": body})
+    _, final, parts = lamp.until_final()
+    assert final["kind"] == "final" and final["parts"] == len(parts) > 1, str(final)[:300]
+    assert lamp.done("tokenize", {"id": "2", "body": {"prompt": "a"}})["result"]["count"] == 1
+    print(final["parts"], "parts")
+
+
+def full(port, folder):
+    """The state folder's disk is filled up, and then there is room again."""
+    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#"])
+    assert lamp.done("tokenize", {"id": "1", "body": {"prompt": "a"}})["kind"] == "final"
+    filler = os.path.join(folder, "filler")
+    with open(filler, "wb", buffering=0) as file:
+        try:
+            while file.write(b"x" * 4096):
+                pass
+        except OSError:
+            pass
+    # What is in the file's last page may still find room.
+    refused = lamp.done("tokenize", {"id": "2", "body": {"prompt": "a" * 9000}})
+    assert refused["code"] == "disk_failed" and refused["retry"], str(refused)[:300]
+    os.remove(filler)
+    deadline = time.monotonic() + PATIENCE
+    while (done := lamp.done("tokenize", {"id": "2", "body": {"prompt": "a" * 9000}}))["kind"] != "final":
+        assert done["code"] == "disk_failed" and time.monotonic() < deadline, str(done)[:300]
+    assert done["result"]["count"] == 9000
+    again = lamp.done("tokenize", {"id": "1", "body": {"prompt": "a"}})
+    assert again["result"]["count"] == 1
+    print("ok")
+
+
+def flood(port, prefix, n, window):
+    """Keeps WINDOW requests under way until N have a result, asking again with the same id after a while of silence."""
+    reply, came = f"{ROOT}/reply/flood", queue.Queue()
+    client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id="flood", protocol=paho.MQTTv5)
+    client.reconnect_delay_set(min_delay=1, max_delay=1)
+    client.on_connect = lambda *_: client.subscribe(reply, qos=1)
+    client.on_message = lambda _client, _data, message: came.put(json.loads(message.payload))
+    client.connect("127.0.0.1", port, keepalive=5)
+    client.loop_start()
+    ids = [f"f{i}" for i in range(n)]
+    unasked, waiting, results, asked = ids[::-1], {}, {}, 0
+    deadline = time.monotonic() + 900
+    while len(results) < n:
+        assert time.monotonic() < deadline, f"{len(results)} of {n} after {asked} asked"
+        while unasked and len(waiting) < window:
+            waiting[unasked.pop()] = 0.0
+        for each, when in waiting.items():
+            if when < time.monotonic() - 4 and client.is_connected():
+                waiting[each] = time.monotonic()
+                asked += 1
+                body = {**SAY, "temperature": 1, "max_tokens": 6, "seed": int(each[1:])}
+                payload = {"id": each, "reply_to": reply, "deadline_ms": 300000, "body": body}
+                client.publish(f"{prefix}/req/flood/chat", json.dumps(payload), qos=1)
+        try:
+            came_now = came.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        if came_now["kind"] == "error" and came_now["retry"]:
+            if came_now["id"] in waiting:
+                waiting[came_now["id"]] = time.monotonic() - 3
+            continue
+        assert came_now["kind"] == "final", came_now
+        results.setdefault(came_now["id"], []).append(came_now)
+        waiting.pop(came_now["id"], None)
+        if len(results) % 20 == 0:
+            print(len(results), flush=True)
+    nodes = set()
+    for each, finals in results.items():
+        by_node = {}
+        for final in finals:
+            nodes.add(final["node"])
+            before = by_node.setdefault(final["node"], final)
+            assert before == final, f"two results of {each}: {before} {final}"
+    print(json.dumps({"results": len(results), "asked": asked, "finals": sum(map(len, results.values())), "nodes": sorted(nodes)}))
+
+
+if __name__ == "__main__":
+    what, port, rest = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+    if what == "flood":
+        flood(port, rest[0], int(rest[1]), int(rest[2]))
+    elif what == "full":
+        full(port, rest[0])
+    else:
+        {"basics": basics, "v311": v311, "big": big, "small": small}[what](port)
