@@ -134,12 +134,17 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
     called("alice", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete")
 
 
-def after_a_kill_a_session_goes_on_alike_and_no_client_is_refused():
+def a_story_that_has_begun():
+    """A session that is being answered, the whole answer, its stream, and what was heard of that."""
     session = new_session()
     twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
     whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
     stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 150, session, True))
-    before = heard(stream, 20)
+    return session, whole, stream, heard(stream, 20)
+
+
+def after_a_kill_a_session_goes_on_alike_and_no_client_is_refused():
+    session, whole, stream, before = a_story_that_has_begun()
     old = pid()
     os.kill(old, signal.SIGKILL)
     killed = time.monotonic()
@@ -252,11 +257,7 @@ def the_master_key_may_be_a_credential_plain_or_encrypted():
 
 def an_upgrade_in_the_middle_of_an_answer_does_not_lose_it():
     restart()
-    session = new_session()
-    twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
-    whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
-    stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 150, session, True))
-    before = heard(stream, 20)
+    session, whole, stream, before = a_story_that_has_begun()
     old = pid()
     run("dpkg", "--install", *glob.glob(f"{DEBS}/sparsed_*.deb"))
     until_ready()

@@ -353,6 +353,8 @@ impl Run {
     fn revert(&mut self, at: usize) -> Checked {
         let (owner, id) = (self.chats[at].owner, self.chats[at].id);
         let answer = self.store().revert(owner, id);
+        // Also where the disk could not be asked.
+        self.chats[at].answering = false;
         if self.done(answer)?.is_some() {
             self.find(at, Found::AfterKill)?;
         }

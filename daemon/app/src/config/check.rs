@@ -245,6 +245,8 @@ mod tests {
             (name(), name(), name(), name());
         let files = [&mut config.mqtt.password_file, &mut config.mqtt.ca_file, &mut config.mqtt.cert_file];
         files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
+        config.tcp.listen = Some("127.0.0.1:1".parse().unwrap());
+        config.tcp.keys = Some("x".into());
         let model = Model { path: "x".into(), max_context: Some(1), top_k: Some(1), activations: Default::default() };
         config.model.insert("*".to_owned(), model);
         let mut found = Vec::new();

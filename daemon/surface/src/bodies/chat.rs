@@ -106,14 +106,7 @@ impl ChatAsk {
         if fields.max_completion_tokens == Some(0) {
             return Err(Refusal::invalid("max_completion_tokens", "is 0, must be at least 1"));
         }
-        let wishes = Wishes {
-            max_tokens: fields.max_completion_tokens.or(fields.max_tokens),
-            grammar: sampling.grammar()?,
-            sampling: sampling.sampling()?,
-            stops: sampling.stops()?,
-            ignore_end: sampling.ignore_end(),
-            urgency: sampling.urgency()?,
-        };
+        let wishes = sampling.wishes(fields.max_completion_tokens.or(fields.max_tokens))?;
         Ok(Self { fields, wishes, n, logprobs })
     }
 

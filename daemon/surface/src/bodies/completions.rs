@@ -56,14 +56,7 @@ impl CompletionAsk {
         fields::check::<CompletionFields, SamplingFields>(body)?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
         fields.refuse_what_is_missing(logprobs.is_some())?;
-        let wishes = Wishes {
-            max_tokens: Some(fields.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)),
-            sampling: sampling.sampling()?,
-            stops: sampling.stops()?,
-            grammar: sampling.grammar()?,
-            ignore_end: sampling.ignore_end(),
-            urgency: sampling.urgency()?,
-        };
+        let wishes = sampling.wishes(Some(fields.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)))?;
         Ok(Self { fields, wishes, n, logprobs })
     }
 

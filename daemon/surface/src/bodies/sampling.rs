@@ -4,7 +4,7 @@ use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
 use sparsed_engine::api::{ALTERNATIVES_MAX, Urgency};
-use sparsed_engine::{GrammarSpec, Sampling, checked_stops};
+use sparsed_engine::{GrammarSpec, Sampling, Wishes, checked_stops};
 use std::collections::BTreeMap;
 
 /// Most answers to one request.
@@ -68,6 +68,18 @@ enum Stop {
 }
 
 impl SamplingFields {
+    /// All that an answer is wished to be.
+    pub(crate) fn wishes(&self, max_tokens: Option<u32>) -> Result<Wishes, Refusal> {
+        Ok(Wishes {
+            max_tokens,
+            grammar: self.grammar()?,
+            sampling: self.sampling()?,
+            stops: self.stops()?,
+            ignore_end: self.ignore_end(),
+            urgency: self.urgency()?,
+        })
+    }
+
     /// The parameters, every one in its range.
     pub(crate) fn sampling(&self) -> Result<Sampling, Refusal> {
         self.refuse_what_is_missing()?;
