@@ -50,7 +50,9 @@ impl Broker {
     fn start_in(dir: TempDir, settings: &str) -> Self {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port");
         let port = free.port();
-        let mut text = format!("user root\nlistener {port} 127.0.0.1\n");
+        // Its database would be in the folder of whoever starts it, and shared with other brokers.
+        let place = dir.path().display();
+        let mut text = format!("user root\nlistener {port} 127.0.0.1\npersistence_location {place}/\n");
         write!(text, "{settings}\nlog_dest file {}\n", dir.path().join("log").display()).expect("a String takes all");
         std::fs::write(dir.path().join("conf"), text).expect("a file");
         let broker = Self { child: run(dir.path()), dir, port };

@@ -4,7 +4,11 @@
 //! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
+mod failure;
+
 pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
+pub use failure::Failure;
+
 use crate::sessions::Recorder;
 use crate::{Grammar, Sampling};
 use sha2::{Digest, Sha256};
@@ -241,162 +245,6 @@ pub enum Refused {
     Full(Event),
     /// No listener any more.
     Closed,
-}
-
-/// Why a request failed. Surfaces map each variant to their own codes, in one table each.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum Failure {
-    /// No such model is configured.
-    #[error("model '{name}' is not configured; known are: {known}")]
-    ModelNotFound {
-        /// What was asked for.
-        name: String,
-        /// What there is.
-        known: String,
-    },
-    /// The model is still being loaded.
-    #[error("model '{name}' is loading")]
-    ModelLoading {
-        /// The model.
-        name: String,
-    },
-    /// The model could not be loaded.
-    #[error("model '{name}' cannot be served: {reason}")]
-    ModelUnavailable {
-        /// The model.
-        name: String,
-        /// Why not.
-        reason: String,
-    },
-    /// The prompt leaves no room for an answer.
-    #[error("the prompt has {have_tokens} tokens, the context holds {max_tokens}, the answer included")]
-    ContextTooLong {
-        /// Tokens of the prompt.
-        have_tokens: usize,
-        /// Tokens of the context.
-        max_tokens: u32,
-    },
-    /// A parameter is not what it must be.
-    #[error("'{param}' {reason}")]
-    InvalidRequest {
-        /// The parameter.
-        param: String,
-        /// What it must be.
-        reason: String,
-    },
-    /// Too many requests wait.
-    #[error("{limit} requests are waiting already; try again in {retry_after_s} s")]
-    QueueFull {
-        /// Requests that may wait.
-        limit: u32,
-        /// When to try again.
-        retry_after_s: u32,
-    },
-    /// Too many requests of its owner wait.
-    #[error("{limit} requests of this user are waiting already; try again in {retry_after_s} s")]
-    UserQueueFull {
-        /// Requests of one owner that may wait.
-        limit: u32,
-        /// When to try again.
-        retry_after_s: u32,
-    },
-    /// Memory is short.
-    #[error("memory is short; try again in {retry_after_s} s")]
-    MemoryShort {
-        /// When to try again.
-        retry_after_s: u32,
-    },
-    /// It could not begin before its deadline.
-    #[error("the request could not begin within its deadline of {deadline_ms} ms")]
-    DeadlineMissed {
-        /// As the request had it.
-        deadline_ms: u64,
-    },
-    /// The listener did not read for too long.
-    #[error("the answer was not read for {limit_s} s")]
-    SlowConsumer {
-        /// How long a listener may be silent.
-        limit_s: u64,
-    },
-    /// The answer cannot go on under its grammar: nothing is allowed, or a limit is reached.
-    #[error("the answer cannot go on under its grammar: {reason}")]
-    GrammarFailed {
-        /// What happened.
-        reason: String,
-    },
-    /// The device failed.
-    #[error("the device failed: {reason}")]
-    BackendFailed {
-        /// What it said.
-        reason: String,
-    },
-    /// The answer ended without a last event: its listener did not read in time, or the engine is gone.
-    #[error("the answer was cut off: it was not read for too long, or the engine has ended")]
-    CutOff,
-    /// The daemon is stopping.
-    #[error("the daemon is stopping")]
-    ShuttingDown,
-    /// The daemon keeps no sessions.
-    #[error("this daemon keeps no sessions; set sessions.enabled")]
-    SessionsOff,
-    /// The caller has no such session.
-    #[error("there is no session '{id}'")]
-    SessionNotFound {
-        /// What was asked for.
-        id: String,
-    },
-    /// The session cannot be used so now.
-    #[error("session '{id}' is {state}")]
-    SessionBusy {
-        /// The session.
-        id: String,
-        /// What it is.
-        state: &'static str,
-    },
-    /// The daemon has cut the session's last answer, and it is to be finished before another turn begins.
-    #[error("the last answer of session '{id}' was cut; it is to be finished first")]
-    SessionCut {
-        /// The session.
-        id: String,
-    },
-    /// The session's tokens are another model's.
-    #[error(
-        "session '{id}' was made with another model that was called '{model}'; its tokens mean nothing to this one"
-    )]
-    SessionOfOtherModel {
-        /// The session.
-        id: String,
-        /// Its model's name.
-        model: String,
-    },
-    /// A quota of sessions.
-    #[error("{what}: the limit is {limit}; delete a session, or raise the limit")]
-    SessionLimit {
-        /// Of what.
-        what: &'static str,
-        /// The limit.
-        limit: u64,
-    },
-    /// A session's files are not what was written.
-    #[error("the session is damaged: {reason}")]
-    SessionDamaged {
-        /// What is wrong.
-        reason: String,
-    },
-    /// The disk took nothing more: what was said before is safe.
-    #[error("the session could not be written: {reason}")]
-    DiskFailed {
-        /// What it said.
-        reason: String,
-    },
-}
-
-impl Failure {
-    /// [`Failure::InvalidRequest`] for `param`.
-    pub fn invalid(param: &str, reason: impl Into<String>) -> Self {
-        Self::InvalidRequest { param: param.to_owned(), reason: reason.into() }
-    }
 }
 
 #[cfg(test)]

@@ -1,93 +1,19 @@
 //! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
+mod error;
+
+pub use error::ExecutorError;
+
 use crate::batch::Batch;
 use crate::warm::WriteJob;
 use sparsed_abi::{HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
 use sparsed_backend::{
-    Arena, Backend, BackendError, Fault, KvDesc, KvPool, MemoryInfo, Plan, Queue, SlowArea, Weight, WeightFile,
-    WeightUpload,
+    Arena, Backend, BackendError, KvDesc, KvPool, MemoryInfo, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
 };
-use sparsed_kv::{BLOCK_TOKENS, BlockId, KvError};
-use sparsed_model::{Model, ModelError, Program, ProgramOptions};
+use sparsed_kv::{BLOCK_TOKENS, BlockId};
+use sparsed_model::{Model, Program, ProgramOptions};
 use std::path::Path;
 use std::sync::Arc;
-
-/// Why a model could not be loaded or run.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ExecutorError {
-    /// The model's fault.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The device's or plugin's fault.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// The pool is too small.
-    #[error(transparent)]
-    Kv(#[from] KvError),
-    /// The device does not take a weight's dtype.
-    #[error("tensor {name} has dtype {dtype}, which the device does not compute with")]
-    Dtype {
-        /// The tensor.
-        name: String,
-        /// `DT_*`
-        dtype: u32,
-    },
-    /// A step is larger than what was compiled.
-    #[error("a step of {have} tokens, at most {max} were compiled for")]
-    StepTooLarge {
-        /// Tokens of the step.
-        have: usize,
-        /// Tokens the plan takes.
-        max: u32,
-    },
-    /// The plugin's host image is not what the program's rows take.
-    #[error("the host image of a KV block is {have} bytes, its rows take {expected}")]
-    Image {
-        /// Bytes, as the plugin says.
-        have: u64,
-        /// Bytes of the rows.
-        expected: u64,
-    },
-    /// The device gave logits that are not numbers.
-    #[error("a logit is not a number")]
-    NotANumber,
-    /// The device does not pass its own examination.
-    #[error("the device is of no use: {reason}")]
-    Unfit {
-        /// In its own words.
-        reason: String,
-    },
-    /// Steps fail, though the device finds nothing wrong with itself.
-    #[error("steps failed for all their sequences ({failures} lately), and the device finds nothing wrong with itself")]
-    Unreliable {
-        /// How many within the time that counts.
-        failures: usize,
-    },
-}
-
-impl ExecutorError {
-    /// The block whose rows in the slow tier are not what was written.
-    pub(crate) fn bad_block(&self) -> Option<BlockId> {
-        if let Self::Backend(error) = self { error.bad_block().map(BlockId) } else { None }
-    }
-
-    pub(crate) fn is_not_a_number(&self) -> bool {
-        matches!(self, Self::NotANumber)
-    }
-
-    /// What the failure says about the device.
-    pub(crate) fn fault(&self) -> Fault {
-        match self {
-            Self::Backend(error) => error.fault(),
-            Self::NotANumber => Fault::Step,
-            Self::Unfit { .. } | Self::Unreliable { .. } => Fault::Device,
-            Self::Model(_) | Self::Kv(_) | Self::Dtype { .. } | Self::StepTooLarge { .. } | Self::Image { .. } => {
-                Fault::Caller
-            }
-        }
-    }
-}
 
 /// How a model is put on a device.
 #[derive(Clone, Copy, Debug)]

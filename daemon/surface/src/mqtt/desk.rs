@@ -2,9 +2,9 @@
 //! work out. Knows no socket, no thread and no clock, but the journal.
 //!
 //! The promise: a request to this node has exactly one result, repeated to whoever asks again with the same id. So a
-//! request is acknowledged to the broker when it is journaled, its result is journaled before it is sent, and stays for a
-//! while. A request of the pool is acknowledged only when the broker has its result: if this node dies, another one has
-//! it. Failures that may pass (no room, a device that failed) are no results: whoever asks again is answered anew.
+//! request is acknowledged to the broker when it is journaled, its result is journaled before it is sent, and stays for
+//! a while. A request of the pool is acknowledged only when the broker has its result: if this node dies, another one
+//! has it. Failures that may pass (no room, a device that failed) are no results: whoever asks again is answered anew.
 
 mod requests;
 mod results;

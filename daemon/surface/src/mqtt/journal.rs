@@ -1,10 +1,11 @@
 //! How do records survive a power cut? A file that only grows, sealed and checksummed, synced before anybody is told.
 //!
 //! The file begins with [`MAGIC`]; each record is its length, the CRC32C of what follows (both u32, little-endian), a
-//! nonce, and the record under XChaCha20-Poly1305 with its place in the file as associated data: a record that is moved,
-//! or comes from another file, does not open. What follows the first record whose checksum is wrong is a torn tail and is
-//! cut off; one whose checksum is right and that does not open is an error, since another key may have written it. After a failed write or sync nothing is appended until the file is written anew as a whole: what the page
-//! cache calls clean then need not be on the disk.
+//! nonce, and the record under XChaCha20-Poly1305 with its place in the file as associated data: a record that is
+//! moved, or comes from another file, does not open. What follows the first record whose checksum is wrong is a torn
+//! tail and is cut off; one whose checksum is right and that does not open is an error, since another key may have
+//! written it. After a failed write or sync nothing is appended until the file is written anew as a whole: what the
+//! page cache calls clean then need not be on the disk.
 
 use chacha20poly1305::aead::{AeadInPlace, KeyInit};
 use chacha20poly1305::{Key, Tag, XChaCha20Poly1305, XNonce};

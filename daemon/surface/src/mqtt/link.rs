@@ -1,7 +1,7 @@
 //! What must an MQTT client do for us? Carry one connection; and what keeps connections coming.
 //!
-//! The library behind [`MqttLink`] can be another one. A link lives as long as its connection: nothing of its state goes
-//! over to the next, since what is to be sent again is known to the desk.
+//! The library behind [`MqttLink`] can be another one. A link lives as long as its connection: nothing of its state
+//! goes over to the next, since what is to be sent again is known to the desk.
 
 use super::desk::{Input, Line};
 use super::message::Address;
@@ -10,7 +10,8 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 
-/// Commands between desk and connection. The desk's window is far smaller: a connection that does not take them is stuck.
+/// Commands between desk and connection. The desk's window is far smaller: a connection that does not take them is
+/// stuck.
 const COMMANDS: usize = 256;
 /// Deltas between answers and connection; further ones grow instead.
 const DELTAS: usize = 64;
@@ -99,8 +100,8 @@ pub(super) struct Wire {
 pub(super) trait MqttLink: Send + Sync + 'static {
     /// Carries one connection from its beginning to its end; answers why it has ended.
     ///
-    /// Tells the desk [`Input::Up`], each publish that comes, and for each publish of the desk's either that it has landed
-    /// or nothing. Ends when `commands` is closed, or after [`Command::Close`] when what came before it is sent.
+    /// Tells the desk [`Input::Up`], each publish that comes, and for each publish of the desk's either that it has
+    /// landed or nothing. Ends when `commands` is closed, or after [`Command::Close`] when what came before it is sent.
     fn carry(&self, wire: Wire) -> impl Future<Output = String> + Send;
 }
 

@@ -245,8 +245,9 @@ pub(super) fn error(id: Option<&str>, refusal: &Refusal, node: &str, retry: bool
     payload.to_string()
 }
 
-/// Payloads of at most `limit` bytes that carry `finale`: itself if it fits, else its text in parts and then the rest of
-/// it without its timings, with the number of `parts` in the place of the text. `None` when even the rest does not fit.
+/// Payloads of at most `limit` bytes that carry `finale`: itself if it fits, else its text in parts and then the rest
+/// of it without its timings, with the number of `parts` in the place of the text. `None` when even the rest does not
+/// fit.
 pub(super) fn parts(finale: &str, limit: usize) -> Option<Vec<String>> {
     if finale.len() <= limit {
         return Some(vec![finale.to_owned()]);

@@ -1,8 +1,9 @@
 //! How do devices reach us? MQTT: requests and answers on topics, by a broker that may die at any moment.
 //!
-//! From the broker to the engine: [`rumqtt`] carries a connection (behind [`link::MqttLink`]), the [`desk`] decides what
-//! is to be done, on a thread of its own that may wait for its journal ([`ledger`], [`journal`]), and [`work`] answers with
-//! the bodies that every door has. Deltas go past the desk: they are lost without harm, since a result has the whole text.
+//! From the broker to the engine: [`rumqtt`] carries a connection (behind [`link::MqttLink`]), the [`desk`] decides
+//! what is to be done, on a thread of its own that may wait for its journal ([`ledger`], [`journal`]), and [`work`]
+//! answers with the bodies that every door has. Deltas go past the desk: they are lost without harm, since a result has
+//! the whole text.
 
 mod desk;
 mod entry;

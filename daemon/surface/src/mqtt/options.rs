@@ -82,7 +82,8 @@ pub enum TlsError {
     Rustls(#[from] rustls::Error),
 }
 
-/// TLS with the authorities of `ca`, or else of the system, and with a certificate of our own where the broker wants one.
+/// TLS with the authorities of `ca`, or else of the system, and with a certificate of our own where the broker wants
+/// one.
 ///
 /// # Errors
 /// Files that cannot be read, or that do not belong together.

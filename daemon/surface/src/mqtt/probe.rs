@@ -59,7 +59,8 @@ pub enum MqttProbeError {
     },
 }
 
-/// Asks the node of `options` for the completion of `prompt`, by its broker, as the client with `-test` behind its name.
+/// Asks the node of `options` for the completion of `prompt`, by its broker, as the client with `-test` behind its
+/// name.
 ///
 /// # Errors
 /// Why there is no answer.

@@ -1,8 +1,8 @@
 //! How does rumqttc carry a connection? With as little of its own memory as possible.
 //!
-//! Measured and read in 0.25: a request channel with room loses publishes when a connection ends, so it has none; `poll`
-//! must not be dropped half-way, so a task of its own does nothing else; its state after a broken connection can hold a
-//! collision for ever, so each connection has an event loop of its own, and the desk sends again what was not
+//! Measured and read in 0.25: a request channel with room loses publishes when a connection ends, so it has none;
+//! `poll` must not be dropped half-way, so a task of its own does nothing else; its state after a broken connection can
+//! hold a collision for ever, so each connection has an event loop of its own, and the desk sends again what was not
 //! acknowledged. A packet that is larger than the broker takes ends the connection, so the desk cuts answers first.
 
 use super::desk::{Ack, Input, Line};

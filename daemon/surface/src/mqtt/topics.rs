@@ -1,9 +1,9 @@
 //! Which topic is what? The tree below `{root}`, who asks by a request's topic, and where answers may go.
 //!
 //! Identity is the `<client>` segment of the request's topic: the broker's ACL must let a client publish below its own
-//! segment only (mosquitto: `pattern write sparsed/v1/+/req/%c/#`). Answers go where the request says, so the daemon must
-//! not lend a client its own rights: reply topics are matched against a list, and the reply space of one client is closed
-//! to all others.
+//! segment only (mosquitto: `pattern write sparsed/v1/+/req/%c/#`). Answers go where the request says, so the daemon
+//! must not lend a client its own rights: reply topics are matched against a list, and the reply space of one client is
+//! closed to all others.
 
 /// Who asks without a segment of its own.
 pub(super) const ANONYMOUS: &str = "anonymous";

@@ -1,5 +1,5 @@
-//! How is a request answered? Through the bodies that every door has, its pieces gathered to a result and told as deltas
-//! on the way.
+//! How is a request answered? Through the bodies that every door has, its pieces gathered to a result and told as
+//! deltas on the way.
 
 use super::link::{Delta, Deltas};
 use super::message::{Request, delta};

@@ -28,9 +28,9 @@ pub(crate) const RULES: &[Rule] = &[
     rule(
         Level::L4,
         "life.confined_slow",
-        "the slow tier is read in a process that is confined so: there is no io_uring",
+        "the slow tier's file is read in a process that is confined so: there is no io_uring",
         "VENDOR.md, the process your code runs in",
-        &["life.confined"],
+        &["life.confined", "slow.file"],
         |context| confined(context, read_while_confined),
     ),
 ];

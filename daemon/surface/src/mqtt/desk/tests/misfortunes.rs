@@ -4,8 +4,8 @@ use super::{Bench, LIMITS, Limits, finale};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Clients that ask again until they have heard, a broker that loses connections, a daemon that dies at any moment: each
-/// request has one result, the same each time, and in the end all have one.
+/// Clients that ask again until they have heard, a broker that loses connections, a daemon that dies at any moment:
+/// each request has one result, the same each time, and in the end all have one.
 #[test]
 fn the_promise_holds_through_any_row_of_misfortunes() {
     for seed in 0..6 {
