@@ -127,7 +127,8 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
     assert "there is no session" in said, said
     uid = str(pwd.getpwnam("alice").pw_uid)
     said = called("bob", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid, check=False)
-    assert "polkit does not answer" in said, said
+    # Without polkit nobody but root may; busctl has words of its own for it.
+    assert "ccess denied" in said, said
     assert path.rsplit("/", 1)[1] in called("root", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid)
     said = called("mallory", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version", check=False)
     assert "ccess denied" in said, said
