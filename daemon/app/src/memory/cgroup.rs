@@ -123,7 +123,12 @@ pub(super) fn own_groups() -> Vec<Group> {
 /// The file that tells of the own group's stalls, where the system has one.
 pub(super) fn pressure_file() -> Option<PathBuf> {
     let dirs = trees().into_iter().filter_map(|(mount, path, _)| ancestors(mount, &path).next());
-    dirs.map(|dir| dir.join("memory.pressure")).find(|file| file.exists())
+    dirs.filter(|dir| is_group(dir)).map(|dir| dir.join("memory.pressure")).find(|file| file.exists())
+}
+
+/// Whether a folder is a group's: the root's stalls are the whole machine's, and it has no type.
+fn is_group(dir: &Path) -> bool {
+    dir.join("cgroup.type").exists()
 }
 
 /// Mounts that may have the memory controller, and the path below them.
@@ -156,6 +161,15 @@ fn ancestors(mount: &str, path: &str) -> impl Iterator<Item = PathBuf> + use<> {
 mod tests {
     use super::*;
     use std::fs::write;
+
+    #[test]
+    fn the_root_of_all_groups_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path().join("memory.pressure"), "").unwrap();
+        assert!(!is_group(dir.path()));
+        write(dir.path().join("cgroup.type"), "domain\n").unwrap();
+        assert!(is_group(dir.path()));
+    }
 
     /// A group as version 2 has it.
     fn group(dir: &Path, max: &str, high: &str, current: u64) -> Group {

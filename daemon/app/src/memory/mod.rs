@@ -62,6 +62,11 @@ impl Sources {
         groups.chain(machine).reduce(Spare::tighter)
     }
 
+    /// Whether a control group limits the process. Where none does, its stalls are the whole machine's matter.
+    pub(crate) fn is_limited(&self) -> bool {
+        self.groups.iter().any(|group| group.spare().is_some())
+    }
+
     /// Whether other processes leave little to the whole machine, so that what is given back helps them.
     pub(crate) fn is_machine_full(&self) -> bool {
         self.available().is_none_or(|available| available < self.total_bytes / 4)

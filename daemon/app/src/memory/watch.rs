@@ -162,7 +162,9 @@ impl Stalls {
                 self.take(first, Pressure::Some).max(self.take(second, Pressure::Critical))
             }
         };
-        told(!self.is_machine || sources.is_machine_full(), pressure)
+        // A machine with much left stalls for reasons that giving memory back does not mend.
+        let is_groups = !self.is_machine && sources.is_limited();
+        told(is_groups || sources.is_machine_full(), pressure)
     }
 
     /// What a trigger's flags say. One that is broken would be ready for ever: it is let go of.
