@@ -20,6 +20,17 @@ fn start(bus: &Bus, sets: &[&str]) -> Daemon {
     daemon
 }
 
+/// A daemon that takes the bus for the system's.
+fn on_the_systems_bus() -> (Bus, Daemon) {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let address = bus.address();
+    let environment = [("DBUS_SYSTEM_BUS_ADDRESS", Path::new(&address))];
+    let model = chatty::write(bus.folder());
+    let daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system"]).ready();
+    bus.client("waits", &[]);
+    (bus, daemon)
+}
+
 /// Tries the same on each message bus, with a daemon of its own.
 fn on_each_bus(sets: &[&str], check: impl Fn(&Bus, &Daemon)) {
     for broker in [Broker::DbusDaemon, Broker::DbusBroker] {
@@ -116,12 +127,7 @@ fn slow_readers_cost_no_memory_and_nobody_elses_time() {
 
 #[test]
 fn who_may_act_for_others_is_asked_of_polkit() {
-    let bus = Bus::start(Broker::DbusDaemon);
-    let address = bus.address();
-    let environment = [("DBUS_SYSTEM_BUS_ADDRESS", Path::new(&address))];
-    let model = chatty::write(bus.folder());
-    let _daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system"]).ready();
-    bus.client("waits", &[]);
+    let (bus, _daemon) = on_the_systems_bus();
     bus.client("polkit", &[STRANGER]);
 }
 
@@ -154,12 +160,7 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
 /// Every command of the manual, as it stands there.
 #[test]
 fn the_manuals_commands_do_what_it_says() {
-    let bus = Bus::start(Broker::DbusDaemon);
-    let address = bus.address();
-    let environment = [("DBUS_SYSTEM_BUS_ADDRESS", Path::new(&address))];
-    let model = chatty::write(bus.folder());
-    let _daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system"]).ready();
-    bus.client("waits", &[]);
+    let (bus, _daemon) = on_the_systems_bus();
     let manual = std::fs::read_to_string(sparsed_tests::root().join("packaging/dbus.md")).unwrap();
     let blocks: Vec<&str> = manual.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() >= 4);
@@ -168,7 +169,7 @@ fn the_manuals_commands_do_what_it_says() {
     for block in blocks {
         let mut shell = Command::new("bash");
         shell.args(["-eu", "-o", "pipefail", "-c", block]).current_dir(sparsed_tests::root());
-        shell.env("DBUS_SYSTEM_BUS_ADDRESS", &address).env("PYTHONPATH", &python);
+        shell.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address()).env("PYTHONPATH", &python);
         let tools = sparsed_tests::root().join("target/release");
         shell.env("PATH", format!("{}:{}", tools.display(), std::env::var("PATH").unwrap()));
         let done = shell.output().unwrap();

@@ -139,7 +139,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         let mut stopped = stopped.clone();
         async move { while stopped.changed().await.is_ok() {} }
     };
-    let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped());
+    let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
     let on_broker = serve_mqtt(crate::mqtt::open(config, &paths)?, service.clone(), stopped());
     let serving = tokio::spawn(async {

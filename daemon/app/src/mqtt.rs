@@ -5,6 +5,7 @@
 
 use crate::assemble::make_dir;
 use crate::config::{Config, Paths};
+use crate::private::credential;
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 use sparsed_surface::{MqttDoor, MqttOptions, tls_config};
@@ -86,11 +87,7 @@ pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<M
 
 /// The file of a secret: the one that is configured, or else the credential `sparsed.mqtt-NAME`.
 fn secret(configured: &Option<PathBuf>, name: &str) -> Option<PathBuf> {
-    let credential = || {
-        let dir = PathBuf::from(std::env::var_os("CREDENTIALS_DIRECTORY")?);
-        Some(dir.join(format!("sparsed.mqtt-{name}"))).filter(|path| path.exists())
-    };
-    configured.clone().or_else(credential)
+    configured.clone().or_else(|| credential(&format!("sparsed.mqtt-{name}")))
 }
 
 /// The first line of a file.

@@ -22,32 +22,22 @@ pub use tcp::{ApiKeys, TcpDoor};
 use sparsed_engine::Service;
 use std::future::Future;
 use tokio::net::UnixListener;
-use tokio::sync::watch;
 
-/// Serves HTTP/1.1 on `listener`, and on `tcp` if there is one, until `stop` resolves, then lets running requests end.
-pub async fn serve(
+/// Serves HTTP/1.1 on `listener`, and on `tcp` if there is one, until what `stop` makes resolves, then lets running
+/// requests end.
+pub async fn serve<S: Future<Output = ()>>(
     listener: UnixListener,
     tcp: Option<TcpDoor>,
     service: Service,
     options: ServeOptions,
-    stop: impl Future<Output = ()>,
+    stop: impl Fn() -> S,
 ) {
     let router = http::router(service, options.body_bytes_max);
-    let (stopping, stopped) = watch::channel(());
-    let on_stop = move || {
-        let mut stopped = stopped.clone();
-        // The sender goes when it is time.
-        async move { while stopped.changed().await.is_ok() {} }
-    };
-    let unix = accept::serve(listener, router.clone(), options, on_stop());
+    let unix = accept::serve(listener, router.clone(), options, stop());
     let tcp = async {
         if let Some(door) = tcp {
-            accept::serve(door, router, options, on_stop()).await;
+            accept::serve(door, router, options, stop()).await;
         }
     };
-    let stop = async {
-        stop.await;
-        drop(stopping);
-    };
-    tokio::join!(unix, tcp, stop);
+    tokio::join!(unix, tcp);
 }

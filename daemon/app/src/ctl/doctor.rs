@@ -9,6 +9,7 @@ use super::{print, print_json};
 use crate::config::{Config, Paths, Source};
 use anyhow::bail;
 use serde_json::{Value, json};
+use sparsed_backend::SearchPath;
 use std::path::{Path, PathBuf};
 
 /// Check this box: configuration, files, models, plugins, accelerators, memory, disk, clock and access to the daemon.
@@ -103,8 +104,9 @@ impl Doctor {
         let memory = machine::Memory::of(root);
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(installation::models(&config, &paths, memory.as_ref()));
-        checks.extend(installation::plugins(&config));
-        checks.extend(machine::accelerators(root, &installation::plugin_ids(&config)));
+        let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+        checks.extend(installation::plugins(&config, &scan));
+        checks.extend(machine::accelerators(root, &installation::plugin_ids(&config, &scan)));
         checks.extend(machine::clock());
         checks.extend(machine::temperature(root));
         let socket = self.socket.clone().unwrap_or_else(|| match self.source.names_nothing() {

@@ -121,6 +121,11 @@ fn number(value: &Value) -> String {
     value.as_u64().map_or_else(|| "-".to_owned(), |n| n.to_string())
 }
 
+/// A text; `-` where there is none.
+fn word(value: &Value) -> &str {
+    value.as_str().unwrap_or("-")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

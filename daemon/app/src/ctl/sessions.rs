@@ -2,7 +2,7 @@
 
 use super::client::{Client, socket_or_default};
 use super::run::written;
-use super::{number, print, print_json};
+use super::{number, print, print_json, word};
 use anyhow::{Context, bail};
 use clap::Subcommand;
 use serde_json::{Map, Value, json};
@@ -226,10 +226,6 @@ fn plain(text: &str) -> String {
 /// A flag, or a reason.
 fn is_set(value: &Value) -> bool {
     !matches!(value, Value::Null | Value::Bool(false))
-}
-
-fn word(value: &Value) -> &str {
-    value.as_str().unwrap_or("-")
 }
 
 #[cfg(test)]

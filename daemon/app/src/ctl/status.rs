@@ -1,6 +1,7 @@
 //! `sparsectl status` and `sparsectl models`: what the daemon does and serves.
 
 use super::client::Address;
+use super::word;
 use anyhow::ensure;
 use serde_json::Value;
 use std::fmt::Write;
@@ -148,10 +149,6 @@ fn state(model: &Value) -> String {
         "failed" => format!("failed: {}", word(&detail["reason"])),
         other => other.to_owned(),
     }
-}
-
-fn word(value: &Value) -> &str {
-    value.as_str().unwrap_or("-")
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `sparsectl top`: who is served how fast, where the memory goes, and what was decided about it.
 
 use super::client::{Client, socket_or_default};
+use super::word;
 use serde_json::Value;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -133,10 +134,6 @@ fn line(text: &mut String, line: String) {
 
 fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
-}
-
-fn word(value: &Value) -> &str {
-    value.as_str().unwrap_or("-")
 }
 
 /// Bytes in MiB; `-` where there is no number.

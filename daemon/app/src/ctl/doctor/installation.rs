@@ -6,7 +6,7 @@ use crate::assemble::{configured_models, now_ms, quarantine};
 use crate::config::{Config, Paths, Source};
 use crate::ctl::inspect;
 use rustix::fs::Access;
-use sparsed_backend::SearchPath;
+use sparsed_backend::Scan;
 use sparsed_model::Inspection;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -86,8 +86,7 @@ pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>) ->
 }
 
 /// Which plugins are there, and whether the one that is configured may be used.
-pub(super) fn plugins(config: &Config) -> Vec<Check> {
-    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+pub(super) fn plugins(config: &Config, scan: &Scan) -> Vec<Check> {
     let store = quarantine(config);
     let mut checks = Vec::new();
     for found in &scan.found {
@@ -120,8 +119,7 @@ pub(super) fn plugins(config: &Config) -> Vec<Check> {
 }
 
 /// The ids of all plugins that are there, and the one that is configured first.
-pub(super) fn plugin_ids(config: &Config) -> Vec<String> {
-    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+pub(super) fn plugin_ids(config: &Config, scan: &Scan) -> Vec<String> {
     let mut ids = vec![config.engine.plugin.clone()];
     ids.extend(scan.found.iter().map(|found| found.manifest.id.clone()));
     ids
