@@ -260,10 +260,13 @@ fn a_prompt_of_eight_mebibytes_stalls_nobody_elses_stream() {
 fn a_flood_is_told_to_come_again_and_what_was_taken_is_answered() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write(dir.path()), &["limits.max_running=2", "limits.max_waiting=8"]);
-    let request = json!({ "prompt": "x", "max_tokens": 60, "ignore_eos": true });
-    let streams: Vec<UnixStream> = (0..100).map(|_| daemon.open("/v1/completions", &request)).collect();
+    let request = |tokens: u32| json!({ "prompt": "x", "max_tokens": tokens, "ignore_eos": true });
+    // All that come before the engine looks wait together: two are to run already, then as many again as may wait.
+    let mut streams: Vec<UnixStream> = (0..2).map(|_| daemon.open("/v1/completions", &request(2000))).collect();
+    daemon.wait_until("two run", || daemon.status()["running"] == 2);
+    streams.extend((0..98).map(|_| daemon.open("/v1/completions", &request(60))));
     let statuses: Vec<u16> = streams.into_iter().map(|stream| read_answer(stream).unwrap().status).collect();
     assert!(statuses.iter().all(|status| [200, 429].contains(status)), "{statuses:?}");
     assert!(statuses.iter().filter(|status| **status == 200).count() >= 10, "{statuses:?}");
-    assert_eq!(daemon.post("/v1/completions", &request).status, 200);
+    assert_eq!(daemon.post("/v1/completions", &request(60)).status, 200);
 }
