@@ -14,9 +14,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Steps of one side before the other's turn.
-const TURN: usize = 20;
+const TURN: usize = 200;
 /// Turns of each side.
-const TURNS: usize = 20;
+const TURNS: usize = 6;
 /// Tokens in the cache.
 const DEPTH: u32 = 32;
 /// Starts and ends that are timed.
