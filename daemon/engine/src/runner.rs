@@ -235,7 +235,7 @@ impl Engine {
         let began = clock();
         let backend = self.devices.open(device).map_err(|error| match error.fault() {
             // Another device would only hide that.
-            Fault::Caller if self.devices.is_untried() => NotUp::Refused(error),
+            Fault::Caller if self.devices.is_untried() && !error.is_quarantine() => NotUp::Refused(error),
             _ => NotUp::Failed(error),
         })?;
         if self.is_ending() {

@@ -15,6 +15,7 @@ pub(super) const KEYS: &[&str] = &[
     "engine.retry.backoff_ms",
     "engine.retry.forget_ms",
     "engine.set.*",
+    "engine.spare_devices",
     "engine.step_timeout_ms",
     "engine.threads",
     "engine.watchdog_ms",

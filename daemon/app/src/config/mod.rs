@@ -111,6 +111,8 @@ pub struct Engine {
     pub plugin: String,
     /// Device of the plugin, from 0.
     pub device: u32,
+    /// Devices of the plugin that take over when that one is lost for good, in this order.
+    pub spare_devices: Vec<u32>,
     /// Compute threads; 0: the plugin's choice.
     pub threads: u32,
     /// Whether the CPU plugin takes over when another one's device is lost for good.
@@ -145,6 +147,7 @@ impl Default for Engine {
         Self {
             plugin: "cpu".to_owned(),
             device: 0,
+            spare_devices: Vec::new(),
             threads: 0,
             failover: true,
             watchdog_ms: 60_000,
