@@ -114,6 +114,14 @@ impl Owner {
         Self::Named(NameDigest(u64::from_le_bytes(head) | NAMED))
     }
 
+    /// Whose [`number`](Self::number) this is; nobody's is none of those.
+    pub(crate) fn numbered(number: u64) -> Option<Self> {
+        match u32::try_from(number) {
+            Ok(uid) => Some(Self::Uid(uid)),
+            Err(_) => (number & NAMED != 0).then_some(Self::Named(NameDigest(number))),
+        }
+    }
+
     /// Different for different owners.
     pub(crate) fn number(self) -> u64 {
         match self {
@@ -258,5 +266,9 @@ mod tests {
         assert_ne!(owner, Owner::named("mqtt", "lamp2"));
         assert_ne!(owner, Owner::named("mqt", "tlamp"));
         assert!(owner.number() > u64::from(u32::MAX) && Owner::Uid(u32::MAX).number() <= u64::from(u32::MAX));
+        for owner in [owner, Owner::Uid(0), Owner::Uid(u32::MAX)] {
+            assert_eq!(Owner::numbered(owner.number()), Some(owner));
+        }
+        assert_eq!(Owner::numbered(1 << 32), None);
     }
 }
