@@ -42,6 +42,19 @@ pub fn start(service: Service) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Says that the configuration is being read again.
+pub fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => log::debug!(reason:% = error; "the service manager was not told of a reload"),
+    }
+}
+
+/// Says that it has been read, whatever has become of it.
+pub fn reloaded() {
+    tell(&[NotifyState::Ready]);
+}
+
 /// Says that the daemon is stopping.
 pub fn stopping() {
     tell(&[NotifyState::Stopping]);

@@ -1,7 +1,7 @@
 //! `sparsectl config`: what does the daemon's configuration come to, who says so, and is it right?
 
 use super::print;
-use crate::config::{Layers, Source};
+use crate::config::{Layers, Source, flatten};
 use clap::Subcommand;
 
 /// Show or check the daemon's configuration.
@@ -54,19 +54,6 @@ fn with_origins(layers: &Layers) -> anyhow::Result<String> {
         lines.push(format!("{key} = {value} # {origin}"));
     });
     Ok(lines.join("\n"))
-}
-
-/// Gives `each` every value with its key, dotted and quoted as TOML has it.
-fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut impl FnMut(&str, &toml::Value)) {
-    for (key, value) in table {
-        let bare = key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !key.is_empty();
-        above.push(if bare { key.clone() } else { toml::Value::from(key.as_str()).to_string() });
-        match value {
-            toml::Value::Table(below) => flatten(below, above, each),
-            _ => each(&above.join("."), value),
-        }
-        above.pop();
-    }
 }
 
 #[cfg(test)]
