@@ -280,7 +280,11 @@ fn run_at(home: &Path, environment: &[(&str, &Path)], model: Option<&Path>, sets
         set("model.default.path", model);
     }
     for set in sets {
-        command.arg("--set").arg(set);
+        // An argument by itself, or a setting.
+        if !set.starts_with("--") {
+            command.arg("--set");
+        }
+        command.arg(set);
     }
     command.envs(environment.iter().copied());
     let log = File::options().create(true).append(true).open(home.join("log")).expect("a log file");

@@ -72,7 +72,7 @@ pub fn main() -> ExitCode {
                     run(arguments.source, config)
                 }
                 Err(error) => {
-                    log::error!("{:#}", anyhow::Error::from(error));
+                    log::error!(reason:% = error; "configuration is wrong");
                     return ExitCode::from(MISCONFIGURED);
                 }
             }
@@ -81,7 +81,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            log::error!("{error:#}");
+            log::error!(reason:% = format!("{error:#}"); "the daemon cannot serve");
             ExitCode::FAILURE
         }
     }
@@ -249,8 +249,8 @@ async fn reload_at(mut hangups: Signal, mut reloader: Reloader) {
     while hangups.recv().await.is_some() {
         watchdog::reloading();
         match tokio::task::block_in_place(|| reloader.reload()) {
-            Ok(reloaded) => log::info!("configuration reloaded: {reloaded}"),
-            Err(error) => log::error!("configuration not reloaded, nothing changes: {error:#}"),
+            Ok(reloaded) => log::info!(changes:% = reloaded; "configuration reloaded"),
+            Err(error) => log::error!(reason:% = format!("{error:#}"); "configuration not reloaded, nothing changes"),
         }
         watchdog::reloaded();
     }

@@ -58,7 +58,8 @@ impl Reloader {
     pub fn reload(&mut self) -> anyhow::Result<Reloaded> {
         let next = self.source.load()?;
         let keys = self.keys.as_ref().map(|_| tcp::keys(&next.tcp)).transpose()?;
-        let mqtt = self.mqtt.as_ref().map(|_| crate::mqtt::options(&next, &self.paths)).transpose().context("[mqtt]")?;
+        let mqtt =
+            self.mqtt.as_ref().map(|_| crate::mqtt::options(&next, &self.paths)).transpose().context("[mqtt]")?;
         let (changed, pending) = self.running.differences(&next).into_iter().partition(Difference::is_live);
         self.running = self.running.adopting(&next);
         logging::set_level(self.running.log.level.into());

@@ -72,7 +72,8 @@ pub fn start(
         };
         let lanes = slots.into_iter().zip(&models).enumerate().map(open).collect();
         drop(links);
-        Engine { lanes, devices, inbox, shared, n_sequences: 0, announced: false, draining: false, for_kv: u64::MAX }.run();
+        Engine { lanes, devices, inbox, shared, n_sequences: 0, announced: false, draining: false, for_kv: u64::MAX }
+            .run();
         if let Some((asks, thread)) = keeper {
             asks.tell(Ask::Stop);
             // A thread that has panicked has said so.

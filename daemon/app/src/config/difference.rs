@@ -70,11 +70,8 @@ impl Config {
         let value = |values: &[(String, String)], key: &str| {
             values.iter().find(|(known, _)| known == key).map(|(_, value)| value.clone())
         };
-        let difference = |key: &String| Difference {
-            key: key.clone(),
-            before: value(&before, key),
-            after: value(&after, key),
-        };
+        let difference =
+            |key: &String| Difference { key: key.clone(), before: value(&before, key), after: value(&after, key) };
         keys.into_iter().map(difference).filter(|difference| difference.before != difference.after).collect()
     }
 

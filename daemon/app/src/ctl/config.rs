@@ -47,7 +47,7 @@ impl ConfigCommand {
 }
 
 /// Every setting on a line of its own, and where it was said.
-fn with_origins(layers: &Layers) -> anyhow::Result<String> {
+pub(super) fn with_origins(layers: &Layers) -> anyhow::Result<String> {
     let mut lines = Vec::new();
     flatten(&toml::Table::try_from(layers.config()?)?, &mut Vec::new(), &mut |key, value| {
         let origin = layers.origin(key).unwrap_or_else(|| "default".to_owned());

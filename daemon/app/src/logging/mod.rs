@@ -1,6 +1,10 @@
 //! Where do log lines go? To the journal under systemd, to standard error otherwise.
 
-use log::LevelFilter;
+mod events;
+mod journal;
+
+use journal::Journal;
+use log::{LevelFilter, Metadata};
 use std::io::Write;
 use std::str::FromStr;
 
@@ -30,7 +34,7 @@ const OURS: &str = "sparsed";
 pub fn start(default: LevelFilter) {
     if systemd_journal_logger::connected_to_journal() {
         let journal = systemd_journal_logger::JournalLog::new();
-        if journal.is_ok_and(|journal| journal.install().is_ok()) {
+        if journal.is_ok_and(|journal| log::set_boxed_logger(Box::new(Journal(journal))).is_ok()) {
             set_level(default);
             return;
         }
@@ -41,6 +45,11 @@ pub fn start(default: LevelFilter) {
     if logger.try_init().is_ok() {
         set_level(default);
     }
+}
+
+/// Whether a line is for the operator: of other crates only what is at least an information.
+fn is_wanted(metadata: &Metadata<'_>) -> bool {
+    metadata.level() <= log::Level::Info || metadata.target().starts_with(OURS)
 }
 
 /// Logs what is as important as `level`, or as the variable wants it.
