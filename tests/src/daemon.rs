@@ -143,7 +143,12 @@ impl Daemon {
     /// # Panics
     /// When the log cannot be read.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.home.path().join("log")).expect("a log file")
+        std::fs::read_to_string(self.log_file()).expect("a log file")
+    }
+
+    /// Where it logs.
+    pub fn log_file(&self) -> PathBuf {
+        self.home.path().join("log")
     }
 
     /// The answer to a GET.

@@ -2,4 +2,8 @@
 //! support bundle shows, and what it costs when nobody asks anything.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
+mod bundle;
+mod idle;
+mod readmes;
 mod reload;
+mod tutorials;
