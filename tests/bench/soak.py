@@ -26,6 +26,8 @@ PATIENCE = 120
 # What may be added between the first third and the end: memory in MiB and as a share of what there was, descriptors,
 # threads, MiB on disk.
 RSS_MIB, RSS_SHARE, FDS, THREADS, DISK_MIB = 12, 0.04, 2, 2, 4
+# Little memory, so that all of it has been touched soon.
+SETTINGS = ["memory.budget=24MiB", "model.default.max_context=1024", "sessions.kv=16MiB"]
 QUESTION = [{"role": "user", "content": "Name three colours."}]
 
 
@@ -222,7 +224,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--model", default=f"{ROOT}/models/smollm2-135m-dsa.gguf")
-    parser.add_argument("--set", action="append", default=["memory.budget=128MiB", "sessions.kv=64MiB"])
+    parser.add_argument("--set", action="append", default=list(SETTINGS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     box = Box(options)

@@ -1,6 +1,5 @@
 //! How does an answer travel? From the engine's events to OpenAI's objects: one whole body, or pieces.
 
-use super::entry::Entry;
 use super::listen::Listening;
 use super::logprobs;
 use crate::refusal::Refusal;
@@ -86,7 +85,6 @@ pub(crate) struct Answering<W> {
     /// Written, not taken yet.
     ready: VecDeque<Piece>,
     has_ended: bool,
-    entry: Entry,
 }
 
 /// How far one of the answers has come.
@@ -115,8 +113,7 @@ impl<W: Wire> Answering<W> {
         let (listening, engine) = Listening::of();
         let (head, choices) = (Head::new::<W>("test".to_owned()), vec![Choice::default()]);
         let (include_usage, ready) = (false, VecDeque::new());
-        let entry = Entry::default();
-        (Self { head, wire, include_usage, listening, choices, ready, has_ended: false, entry }, engine)
+        (Self { head, wire, include_usage, listening, choices, ready, has_ended: false }, engine)
     }
 }
 
@@ -128,13 +125,10 @@ impl<W: Wire> Answering<W> {
     pub(crate) async fn begin(service: &Service, asked: Asked<W>) -> Result<Self, Refusal> {
         let Asked { request, siblings, reply, wire } = asked;
         let head = Head::new::<W>(request.model.clone());
-        let mut entry = Entry::new(&head.id, &request);
         let choices = std::iter::repeat_with(Choice::default).take(1 + siblings.len()).collect();
-        let listening = Listening::begin(service, std::iter::once(request).chain(siblings)).await;
-        let listening = listening.inspect_err(|_| entry.refused())?;
+        let listening = Listening::begin(service, &head.id, std::iter::once(request).chain(siblings)).await?;
         let include_usage = reply.include_usage;
-        let ready = VecDeque::new();
-        Ok(Self { head, wire, include_usage, listening, choices, ready, has_ended: false, entry })
+        Ok(Self { head, wire, include_usage, listening, choices, ready: VecDeque::new(), has_ended: false })
     }
 
     /// The answer in one object.
@@ -145,15 +139,10 @@ impl<W: Wire> Answering<W> {
         let mut answers: Vec<Answer> = std::iter::repeat_with(Answer::default).take(self.choices.len()).collect();
         loop {
             match self.listening.next().await {
-                (_, Event::Failed(failure)) => {
-                    let refusal = Refusal::from(failure);
-                    self.entry.failed(&refusal);
-                    return Err(refusal);
-                }
+                (_, Event::Failed(failure)) => return Err(failure.into()),
                 (index, Event::Finished(finished)) => {
                     self.choices[index].finished = Some(finished);
                     if let Some(all) = self.all_finished() {
-                        self.entry.answered(&all);
                         return Ok(self.object(&answers, &all));
                     }
                 }
@@ -194,7 +183,6 @@ impl<W: Wire> Answering<W> {
                 self.piece(index, choice, Some(timings(&finished)));
                 self.choices[index].finished = Some(finished);
                 let Some(all) = self.all_finished() else { return };
-                self.entry.answered(&all);
                 if self.include_usage {
                     let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
                     body["usage"] = usage(&all);
@@ -203,9 +191,7 @@ impl<W: Wire> Answering<W> {
                 self.has_ended = true;
             }
             Event::Failed(failure) => {
-                let refusal = Refusal::from(failure);
-                self.entry.failed(&refusal);
-                self.ready.push_back(Piece::Failed(refusal));
+                self.ready.push_back(Piece::Failed(failure.into()));
                 self.has_ended = true;
             }
         }
