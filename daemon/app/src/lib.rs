@@ -1,7 +1,8 @@
 //! Who starts what, and when does it stop?
 //!
 //! The daemon `sparsed`: `config` says what is wanted, `assemble` puts it together, `lifecycle` runs and stops it,
-//! `reload` changes it meanwhile, `watchdog` tells the service manager. The tool `sparsectl` (`ctl`) is a client of the daemon's socket, and runs models by itself where no daemon is needed.
+//! `reload` changes it meanwhile, `watchdog` tells the service manager. The tool `sparsectl` (`ctl`) is a client of the
+//! daemon's socket, and runs models by itself where no daemon is needed.
 #![forbid(unsafe_code)]
 
 pub mod assemble;

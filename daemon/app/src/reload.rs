@@ -1,7 +1,7 @@
 //! What of a new configuration takes hold without a restart? All that SIGHUP finds changed and that can be.
 //!
-//! Everything is read and checked first, the files that the configuration names among it: what is wrong leaves all as it
-//! was. What changed, and what waits for the next start, is one line of the log.
+//! Everything is read and checked first, the files that the configuration names among it: what is wrong leaves all as
+//! it was. What changed, and what waits for the next start, is one line of the log.
 
 use crate::assemble::{Assembly, engine_limits};
 use crate::config::{Config, Difference, Paths, Source};

@@ -63,9 +63,7 @@ impl Generate {
             turn: None,
         }
     }
-}
 
-impl Generate {
     /// The session whose turn it is, if it is one of a session.
     pub fn session(&self) -> Option<SessionId> {
         self.turn.as_ref()?.recorder.as_ref().map(Recorder::session)

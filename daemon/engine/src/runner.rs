@@ -72,8 +72,8 @@ pub fn start(
         };
         let lanes = slots.into_iter().zip(&models).enumerate().map(open).collect();
         drop(links);
-        Engine { lanes, devices, inbox, shared, n_sequences: 0, announced: false, draining: false, for_kv: u64::MAX }
-            .run();
+        let (announced, draining, for_kv) = (false, false, u64::MAX);
+        Engine { lanes, devices, inbox, shared, n_sequences: 0, announced, draining, for_kv }.run();
         if let Some((asks, thread)) = keeper {
             asks.tell(Ask::Stop);
             // A thread that has panicked has said so.
@@ -156,12 +156,12 @@ impl Engine {
         budget.weights_bytes = memory.used_weights;
         budget.workspace_bytes = memory.used_workspace;
         budget.bind(Limit::Device, memory.total);
-        let for_kv = budget.for_kv().unwrap_or(u64::MAX);
+        let for_kv = budget.for_kv();
         drop(budget);
-        self.allow(for_kv);
+        self.allow(for_kv.unwrap_or(u64::MAX));
     }
 
-    /// Divides so many bytes among the models' pools.
+    /// Divides bytes among the models' pools.
     fn allow(&mut self, for_kv: u64) {
         self.for_kv = for_kv;
         let n = self.lives().count().max(1) as u64;
@@ -170,12 +170,10 @@ impl Engine {
 
     /// Takes up what the operator has changed since the last turn.
     fn tune(&mut self) {
-        let limits = *lock(&self.shared.limits);
+        let (limits, for_kv) = (*lock(&self.shared.limits), lock(&self.shared.budget).for_kv().unwrap_or(u64::MAX));
         self.lives_mut().for_each(|live| live.scheduler.set_limits(limits));
-        let for_kv = lock(&self.shared.budget).for_kv().unwrap_or(u64::MAX);
-        // Before models are loaded the budget is an estimate, and `reckon` is still to come.
         if self.announced && for_kv != self.for_kv {
-            self.allow(for_kv);
+            self.allow(for_kv); // Before, the budget is an estimate, and `reckon` is still to come.
         }
     }
 

@@ -209,14 +209,15 @@ impl Service {
         self.wake();
     }
 
-    /// Changes what the configuration has for memory: bytes of the whole process, and of its KV caches. Pools are bounded
-    /// from the engine's next turn on, and never grow beyond their size at the start.
+    /// Changes what the configuration has for memory: bytes of the whole process, and of its KV caches. Pools are
+    /// bounded from the engine's next turn on, and never grow beyond their size at the start.
     pub fn set_memory(&self, total_bytes: Option<u64>, kv_bytes: Option<u64>) {
         lock(&self.shared.budget).configure(total_bytes, kv_bytes);
         self.wake();
     }
 
-    /// Has an engine that waits in its inbox look again. One with a full inbox is awake, one that has ended needs nothing.
+    /// Has an engine that waits in its inbox look again. One with a full inbox is awake, one that has ended needs
+    /// nothing.
     fn wake(&self) {
         let _unheard = self.inbox.try_send(Command::Look).is_err();
     }

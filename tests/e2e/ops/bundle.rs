@@ -34,8 +34,8 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     secret_file(&path("keys"), &format!("hall {}\n", PLANTED[4]));
     secret_file(&path("password"), &format!("{}\n", PLANTED[5]));
     let config = format!(
-        "[log]\nlevel = \"debug\"\n[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n[mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\n\
-         username = \"{}\"\npassword_file = \"{}\"\n",
+        "[log]\nlevel = \"debug\"\n[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
+         [mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\nusername = \"{}\"\npassword_file = \"{}\"\n",
         path("keys").display(),
         PLANTED[7],
         path("password").display()

@@ -1,4 +1,5 @@
-//! What does a daemon cost that nobody asks anything? On all doors, with a service manager to tell and a broker to hear.
+//! What does a daemon cost that nobody asks anything? On all doors, with a service manager to tell and a broker to
+//! hear.
 
 use sparsed_tests::broker::Broker;
 use sparsed_tests::bus::{self, Bus};

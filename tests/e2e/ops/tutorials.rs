@@ -1,5 +1,5 @@
-//! Each command of the tutorials, run against a daemon with the tiny model. `sudo` and the service manager are stand-ins
-//! that do to this daemon what the real ones do to the service; `tests/systemd` has the real ones.
+//! Each command of the tutorials, run against a daemon with the tiny model. `sudo` and the service manager are
+//! stand-ins that do to this daemon what the real ones do to the service; `tests/systemd` has the real ones.
 
 use sparsed_tests::broker::Broker;
 use sparsed_tests::bus::{self, Bus};
@@ -64,7 +64,8 @@ impl Desk {
             "systemctl",
             &format!(
                 "test \"$*\" = 'reload sparsed'\ncat {conf_d}/*.toml > {file}\nkill -HUP {pid}\n\
-                 for n in $(seq 600); do grep -q 'configuration reloaded' {daemons_log} && exit 0; sleep 0.1; done\nexit 1",
+                 for n in $(seq 600); do\n  grep -q 'configuration reloaded' {daemons_log} && exit 0\n  sleep 0.1\n\
+                 done\nexit 1",
                 daemons_log = daemons_log.display()
             ),
         );
@@ -72,7 +73,8 @@ impl Desk {
         std::fs::write(&log, "").unwrap();
         // The system's files are this desk's.
         let config = format!(
-            "case \"$1\" in doctor|config|plugins|support-bundle) exec {release} \"$@\" --config {file};; *) exec {release} \"$@\";; esac"
+            "case \"$1\" in\ndoctor|config|plugins|support-bundle) exec {release} \"$@\" --config {file};;\n\
+             *) exec {release} \"$@\";;\nesac"
         );
         self.tool("sparsectl", &config);
     }

@@ -17,11 +17,12 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Write what helps to find a fault into a tar file: status, configuration, doctor's report, log, kernel, control group.
+/// Write what helps to find a fault into a tar file: status, configuration, doctor's report, log, kernel, control
+/// group.
 ///
-/// Prompts, answers, conversations, keys, passwords and environments are not in it: they are not collected, secrets that
-/// the configuration names are looked for in all the rest, and settings that may be secret are left out. Look at it
-/// before you send it: `tar xOf FILE | less`. Run it as root to have the service's log and control group in it.
+/// Prompts, answers, conversations, keys, passwords and environments are not in it: they are not collected, secrets
+/// that the configuration names are looked for in all the rest, and settings that may be secret are left out. Look at
+/// it before you send it: `tar xOf FILE | less`. Run it as root to have the service's log and control group in it.
 #[derive(Debug, clap::Args)]
 pub(super) struct SupportBundle {
     /// Where it goes; sparsed-support-TIME.tar here without it. It must not be there yet.

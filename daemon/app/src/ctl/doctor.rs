@@ -14,8 +14,8 @@ use serde_json::{Value, json};
 use sparsed_backend::SearchPath;
 use std::path::{Path, PathBuf};
 
-/// Check this box: configuration, files, models, plugins, accelerators, processor, memory, disk, clock, temperature, and
-/// access to the daemon, the message bus and the MQTT broker.
+/// Check this box: configuration, files, models, plugins, accelerators, processor, memory, disk, clock, temperature,
+/// and access to the daemon, the message bus and the MQTT broker.
 ///
 /// Each line is ok, warn (it serves, but not as well as it could) or fail (it does not serve), with what to type. Run
 /// it as the daemon's user (`sudo -u sparsed sparsectl doctor`) to check what the daemon may do, as yourself to check

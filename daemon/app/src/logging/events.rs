@@ -22,7 +22,6 @@ pub(super) fn id_of(text: &str) -> Option<&'static str> {
 }
 
 /// All of them, in the catalogue's order.
-#[rustfmt::skip]
 pub(super) const EVENTS: &[Event] = &[
     event("9fb93534081c4253b1e273a87984a8ab", "listening"),
     event("db149e4714be49abb93fe42eabd2d9f2", "device open"),
@@ -35,7 +34,10 @@ pub(super) const EVENTS: &[Event] = &[
     event("d561cab77e4d473db44d04cb5f0f2c02", "request failed"),
     event("3c85b930b9f0420f929e04e213311e91", "request cancelled"),
     event("1b0b5a92ca9f4dae85e1fb5bb643edf4", "step failed, trying again"),
-    event("fece6b989a324eaeb86c67b35a0ac810", "step failed for all its sequences, which may be the device's fault: trying again"),
+    event(
+        "fece6b989a324eaeb86c67b35a0ac810",
+        "step failed for all its sequences, which may be the device's fault: trying again",
+    ),
     event("5da24106869b4c3d819274d465ee28de", "step failed for a sequence alone, which ends"),
     event("4bcee26a6a9d449c8954549c429fdbf7", "device lost, requests wait"),
     event("56c8a7f9757f4125ad53b107073391a5", "strike against the plugin"),
@@ -49,8 +51,14 @@ pub(super) const EVENTS: &[Event] = &[
     event("98177d4622d24a85be8804180025cd7f", "the disk is full: blocks of sessions are dropped"),
     event("884f31660a434e8899ef1e6ea55cafd9", "sessions past their retention are deleted"),
     event("8e71e249e05046ee8adb2a053379959f", "made the key of all sessions; back it up with them"),
-    event("c48f6f41a4504d59ab87a4dc157a8060", "the slow tier takes no more blocks: long contexts have to wait for each other now"),
-    event("b9f3dd48974b4a32b2f3d31d476345e5", "rows in the slow tier are not what was written, they are computed again"),
+    event(
+        "c48f6f41a4504d59ab87a4dc157a8060",
+        "the slow tier takes no more blocks: long contexts have to wait for each other now",
+    ),
+    event(
+        "b9f3dd48974b4a32b2f3d31d476345e5",
+        "rows in the slow tier are not what was written, they are computed again",
+    ),
     event("79923b201db04de5bfdc3b1dd2742ee7", "connection not accepted"),
     event("528efc2d91d140e4adaf31aca920a5ea", "connected to the MQTT broker"),
     event("f3e9b455903c4f11b998756565e1a396", "the broker acknowledges nothing; connecting anew"),

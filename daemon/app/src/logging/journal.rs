@@ -1,7 +1,7 @@
 //! What does a line look like in the journal? Its text with all that it says, and each of its values as a field.
 //!
-//! A value `model` is the field `SPARSED_MODEL`, and stands behind the text too, since `journalctl` shows that alone. The
-//! id of an event (`events`) is its `MESSAGE_ID`.
+//! A value `model` is the field `SPARSED_MODEL`, and stands behind the text too, since `journalctl` shows that alone.
+//! The id of an event (`events`) is its `MESSAGE_ID`.
 
 use super::{events, is_wanted};
 use log::kv::{Error, Key, Value, VisitSource};

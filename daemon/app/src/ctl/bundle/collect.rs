@@ -19,9 +19,9 @@ const PART_BYTES_MAX: usize = 4 << 20;
 /// Lines of the log.
 const LOG_LINES: &str = "5000";
 /// What the service manager is asked: its environment is not among it.
-const PROPERTIES: &str = "ActiveState,SubState,Result,NRestarts,ExecMainStatus,ExecMainStartTimestamp,MainPID,MemoryCurrent,\
-                          MemoryPeak,MemoryHigh,MemoryMax,CPUUsageNSec,TasksCurrent,WatchdogUSec,FragmentPath,DropInPaths,\
-                          ControlGroup";
+const PROPERTIES: &str = "ActiveState,SubState,Result,NRestarts,ExecMainStatus,ExecMainStartTimestamp,MainPID,\
+    MemoryCurrent,MemoryPeak,MemoryHigh,MemoryMax,CPUUsageNSec,TasksCurrent,WatchdogUSec,FragmentPath,DropInPaths,\
+    ControlGroup";
 /// The service's unit.
 const UNIT: &str = "sparsed.service";
 /// What a group says of itself.

@@ -1,4 +1,5 @@
-//! What must not leave the box? Secrets that the configuration names, settings that may be some, and what looks like one.
+//! What must not leave the box? Secrets that the configuration names, settings that may be some, and what looks like
+//! one.
 
 use crate::config::Config;
 use regex::Regex;
