@@ -15,6 +15,7 @@ use sparsed_backend::QuarantineStore;
 use sparsed_engine::memory::Budget;
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
+use sparsed_surface::MqttDoor;
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
@@ -36,6 +37,8 @@ pub struct Assembly {
     pub door: Door,
     /// Where those come in that cannot use the door.
     pub tcp: Option<TcpSocket>,
+    /// Where devices come in; it is not served yet.
+    pub mqtt: Option<MqttDoor>,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -58,19 +61,7 @@ impl Assembly {
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
-        let limits = Limits {
-            max_running: config.limits.max_running,
-            max_waiting: config.limits.max_waiting,
-            max_batched_tokens: config.limits.max_batched_tokens,
-            slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
-            slow_stateless: config.memory.slow_tier == SlowTierFor::All,
-            per_user_running: or_all(config.limits.per_user_running),
-            per_user_waiting: or_all(config.limits.per_user_waiting),
-            tpot_target: match config.limits.tpot_target_ms {
-                0 => None,
-                ms => Some(Duration::from_millis(ms)),
-            },
-        };
+        let mqtt = crate::mqtt::open(config, &paths)?;
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
@@ -80,10 +71,10 @@ impl Assembly {
             step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
         let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
-        let started = sparsed_engine::start(devices, models, limits, &recovery, store, budget);
+        let started = sparsed_engine::start(devices, models, engine_limits(config), &recovery, store, budget);
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
-        Ok(Self { service, engine, door, tcp, paths, _lock: lock })
+        Ok(Self { service, engine, door, tcp, mqtt, paths, _lock: lock })
     }
 }
 
@@ -111,6 +102,23 @@ pub fn program_options(model: &Model) -> ProgramOptions {
         Some(k) => Selection::TopK(k),
     };
     ProgramOptions { activations, selection, kv, selections_out: false, queries_out: false }
+}
+
+/// What requests may ask of the engine.
+pub(crate) fn engine_limits(config: &Config) -> Limits {
+    Limits {
+        max_running: config.limits.max_running,
+        max_waiting: config.limits.max_waiting,
+        max_batched_tokens: config.limits.max_batched_tokens,
+        slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
+        slow_stateless: config.memory.slow_tier == SlowTierFor::All,
+        per_user_running: or_all(config.limits.per_user_running),
+        per_user_waiting: or_all(config.limits.per_user_waiting),
+        tpot_target: match config.limits.tpot_target_ms {
+            0 => None,
+            ms => Some(Duration::from_millis(ms)),
+        },
+    }
 }
 
 /// A limit of which 0 means none.

@@ -9,7 +9,7 @@ mod failure;
 pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 pub use failure::Failure;
 
-use crate::sessions::Recorder;
+use crate::sessions::{Recorder, SessionId};
 use crate::{Grammar, Sampling};
 use sha2::{Digest, Sha256};
 use sparsed_kv::FileId;
@@ -62,6 +62,11 @@ impl Generate {
             urgency: self.urgency,
             turn: None,
         }
+    }
+
+    /// The session whose turn it is, if it is one of a session.
+    pub fn session(&self) -> Option<SessionId> {
+        self.turn.as_ref()?.recorder.as_ref().map(Recorder::session)
     }
 }
 
@@ -123,7 +128,7 @@ impl Owner {
     }
 
     /// Different for different owners.
-    pub(crate) fn number(self) -> u64 {
+    pub fn number(self) -> u64 {
         match self {
             Self::Uid(uid) => u64::from(uid),
             Self::Named(NameDigest(number)) => number,

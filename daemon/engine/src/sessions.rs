@@ -31,7 +31,7 @@ use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest};
 use conversation::{Conversation, Cut};
 use keeper::failure;
-use sparsed_session::{NewSession, NewTurn, StoreError};
+use sparsed_session::{Limits as SessionLimits, NewSession, NewTurn, StoreError};
 use std::sync::mpsc::sync_channel;
 use wishes::Asked;
 
@@ -68,6 +68,11 @@ pub struct Change {
 impl Sessions {
     pub(crate) fn new(asks: Asks) -> Self {
         Self { asks }
+    }
+
+    /// Keeps to other limits from now on. Does not wait for the thread.
+    pub fn set_limits(&self, limits: SessionLimits) {
+        self.asks.tell(Ask::Do(Box::new(move |keeper| keeper.store.set_limits(limits))));
     }
 
     /// All sessions of `owner`, the one used last first.

@@ -16,7 +16,7 @@ mod unix;
 
 pub use accept::ServeOptions;
 pub use dbus::{Bus, DbusOptions, serve_dbus};
-pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, TlsError, mqtt_probe, tls_config};
+pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, MqttSettings, TlsError, mqtt_probe, tls_config};
 pub use tcp::{ApiKeys, TcpDoor};
 
 use sparsed_engine::Service;

@@ -29,6 +29,7 @@ pub(super) const KEYS: &[&str] = &[
     "limits.slow_consumer_s",
     "limits.stop_s",
     "limits.tpot_target_ms",
+    "log.level",
     "memory.budget",
     "memory.hot_share",
     "memory.slow_tier",

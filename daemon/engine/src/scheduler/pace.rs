@@ -33,6 +33,14 @@ impl Pace {
         Self { aim: target.map(|target| target.mul_f64(AIM)), most, chunk: most }
     }
 
+    /// Keeps another time per token, or none.
+    pub(super) fn set_target(&mut self, target: Option<Duration>) {
+        self.target = target;
+        if target.is_none() {
+            self.chunk = self.most;
+        }
+    }
+
     /// Bounds the chunk while memory is short, or lifts that.
     pub(super) fn bound(&mut self, most: u32) {
         self.most = most;

@@ -322,7 +322,7 @@ impl Keeper {
             log::warn!(session:% = id, reason:% = error; "blocks cannot be read, they are computed again");
             0
         });
-        let recorder = Recorder::new(self.asks.clone(), turn);
+        let recorder = Recorder::new(self.asks.clone(), turn, id);
         Turn { file, n_saved: n_saved.min(n_kept / BLOCK_TOKENS), resumed: tokens, recorder: Some(recorder) }
     }
 }

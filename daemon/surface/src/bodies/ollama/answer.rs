@@ -38,7 +38,7 @@ impl Speaking {
         model: String,
         request: Generate,
     ) -> Result<Self, Refusal> {
-        let listening = Listening::begin(service, [request]).await?;
+        let listening = Listening::begin(service, "", [request]).await?;
         Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })
     }
 
