@@ -17,4 +17,5 @@ pub mod mqtt;
 mod private;
 pub mod sessions;
 pub mod tcp;
+pub mod upstream;
 pub mod watchdog;

@@ -112,7 +112,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, door, tcp, paths, .. } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, paths, .. } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -142,6 +142,10 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
     let on_broker = serve_mqtt(crate::mqtt::open(config, &paths)?, service.clone(), stopped());
+    for upstream in upstreams {
+        // They end with the runtime.
+        tokio::spawn(async move { upstream.watch().await });
+    }
     let serving = tokio::spawn(async {
         let on_bus = async {
             if let Some(on_bus) = on_bus {
@@ -200,7 +204,7 @@ async fn wind_down(
     // Told on threads of their own: the inbox may be full, and the blocking pool busy with prompts.
     let drained = service.clone();
     std::thread::spawn(move || drained.drain());
-    let answers = service.models().iter().any(|model| matches!(model.state, ModelState::Ready(_)));
+    let answers = service.models().iter().any(|model| model.state.answers());
     // While models are being loaded there is no answer to wait for.
     let patience = if answers { stop_timeout } else { stop_timeout.min(LAST_TASKS) };
     let mut flushing = patience + 2 * LAST_TASKS;

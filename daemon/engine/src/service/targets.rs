@@ -39,6 +39,9 @@ impl Service {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Failure::ShuttingDown);
         }
+        if relay.wishes.max_tokens == Some(0) {
+            return Err(Failure::invalid("max_tokens", "is 0, must be at least 1"));
+        }
         let unknown = || Failure::ModelNotFound { name: relay.model.clone(), known: self.known() };
         let upstream = self.upstream(&relay.model).ok_or_else(unknown)?;
         upstream.engine.submit(relay, sink)

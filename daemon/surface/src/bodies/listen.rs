@@ -5,7 +5,7 @@
 
 use crate::refusal::Refusal;
 use sparsed_engine::Service;
-use sparsed_engine::api::{Event, Failure, Generate, Refused, Sink};
+use sparsed_engine::api::{Event, Failure, Refused, Request, Sink};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -50,13 +50,10 @@ impl Listening {
     ///
     /// # Errors
     /// The engine's, and that there is no room in its queue: that is known before the first byte of an answer is sent.
-    pub(crate) async fn begin(
-        service: &Service,
-        requests: impl IntoIterator<Item = Generate>,
-    ) -> Result<Self, Refusal> {
+    pub(crate) async fn begin(service: &Service, requests: impl IntoIterator<Item = Request>) -> Result<Self, Refusal> {
         let (sender, mut events) = mpsc::channel(CHANNEL);
         for (index, request) in requests.into_iter().enumerate() {
-            service.generate(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
+            service.submit(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
         }
         drop(sender);
         match events.recv().await {
@@ -78,7 +75,7 @@ impl Listening {
 ///
 /// # Errors
 /// Why it could not be finished.
-pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), Refusal> {
+pub(crate) async fn finish(service: &Service, request: Request) -> Result<(), Refusal> {
     let mut listening = Listening::begin(service, [request]).await?;
     loop {
         match listening.next().await.1 {

@@ -6,7 +6,7 @@ use crate::bodies::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::Service;
-use sparsed_engine::api::{Event, FinishReason, Finished, Generate, Likelihood};
+use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
 
 /// Whose words an answer is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ impl Speaking {
         service: &Service,
         kind: Kind,
         model: String,
-        request: Generate,
+        request: Request,
     ) -> Result<Self, Refusal> {
         let listening = Listening::begin(service, [request]).await?;
         Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })

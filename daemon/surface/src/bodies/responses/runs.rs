@@ -10,7 +10,7 @@ use crate::bodies::listen::Listening;
 use crate::refusal::Refusal;
 use serde_json::Value;
 use sparsed_engine::Service;
-use sparsed_engine::api::{Generate, Owner};
+use sparsed_engine::api::{Owner, Request};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
@@ -82,7 +82,7 @@ impl Runs {
         owner: Owner,
         id: ResponseId,
         head: Head,
-        request: Generate,
+        request: Request,
     ) -> Result<Arc<Run>, Refusal> {
         let listening = Listening::begin(service, [request]).await?;
         let mut script = Script::begin(head, None);

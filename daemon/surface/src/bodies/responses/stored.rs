@@ -5,7 +5,7 @@ use super::script::{End, Head, Script, Tokens};
 use crate::bodies::{ChatAsk, sessions};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Failure, Generate, Owner};
+use sparsed_engine::api::{Failure, Owner, Request};
 use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, TurnEnd};
 use std::fmt;
 use std::str::FromStr;
@@ -26,7 +26,7 @@ pub(crate) struct ResponseId {
 /// A request that may be handed to the engine.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    pub(crate) request: Generate,
+    pub(crate) request: Request,
     pub(crate) head: Head,
     pub(crate) stream: bool,
     pub(crate) background: bool,
@@ -40,7 +40,7 @@ pub(crate) enum Stored {
     /// It is over, or another connection hears it: its events after a number, and the response.
     Told(Vec<Value>, Value),
     /// The daemon has cut it: this request goes on with it.
-    Cut(Box<Generate>, Head),
+    Cut(Box<Request>, Head),
 }
 
 /// Reads a request and makes a prompt of it; one that is stored is in the journal then.
@@ -71,7 +71,7 @@ pub(crate) async fn prepare(
     match asked.await {
         Ok(asked) => {
             let mut head = fields.head(id.to_string());
-            head.fixed["model"] = json!(asked.request.model);
+            head.fixed["model"] = json!(asked.request.model());
             Ok(Prepared { request: asked.request, head, stream, background, id: Some(id) })
         }
         Err(refusal) => {
@@ -127,7 +127,7 @@ pub(crate) async fn stored(
     let head = head(id, &model, turn);
     if turn.end == TurnEnd::Cut && is_last {
         let request = sessions::verb(service, move |service| service.resume_turn(owner, id.session)).await?;
-        return Ok(Stored::Cut(Box::new(request), head));
+        return Ok(Stored::Cut(Box::new(request.into()), head));
     }
     let mut script = Script::begin(head, after);
     if turn.end == TurnEnd::Running {
