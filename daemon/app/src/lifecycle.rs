@@ -15,6 +15,7 @@ use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::Instant;
 
 /// Threads that carry bytes between sockets and engine; they never compute.
 const SURFACE_THREADS: usize = 2;
@@ -197,7 +198,7 @@ async fn serve_mqtt(door: Option<MqttDoor>, service: Service, stop: impl Future<
 /// is killed, and if it has none, the daemon's end is its end.
 async fn wind_down(
     service: &Service,
-    serving: tokio::task::JoinHandle<()>,
+    mut serving: tokio::task::JoinHandle<()>,
     mut engine_end: tokio::sync::oneshot::Receiver<bool>,
     stop_timeout: Duration,
 ) -> anyhow::Result<()> {
@@ -208,6 +209,7 @@ async fn wind_down(
     // While models are being loaded there is no answer to wait for.
     let patience = if answers { stop_timeout } else { stop_timeout.min(LAST_TASKS) };
     let mut flushing = patience + 2 * LAST_TASKS;
+    let over = Instant::now() + patience;
     if tokio::time::timeout(patience, &mut engine_end).await.is_err() {
         flushing = LAST_TASKS;
         log::warn!("answers were cut off: the time to stop is over");
@@ -218,8 +220,14 @@ async fn wind_down(
             sparsed_backend::kill_plugin_hosts();
         }
     }
+    // Answers of engines elsewhere may go on for as long as those of this box.
+    if service.has_upstreams() && tokio::time::timeout_at(over, &mut serving).await.is_err() {
+        flushing = LAST_TASKS;
+        let stopped = service.clone();
+        std::thread::spawn(move || stopped.stop());
+    }
     // Whoever was answered reads to the end, or is not there any more.
-    if tokio::time::timeout(flushing, serving).await.is_err() {
+    if !serving.is_finished() && tokio::time::timeout(flushing, serving).await.is_err() {
         log::warn!("connections were cut off: the time to stop is over");
     }
     log::info!("stopped");

@@ -1,6 +1,5 @@
 //! What does the other engine say? Chunks of OpenAI's streams become the events that every request hears.
 
-use crate::events::Events;
 use crate::logprobs::Logprobs;
 use crate::trouble::{Trouble, clean};
 use serde::Deserialize;
@@ -228,19 +227,10 @@ impl Counts {
     }
 }
 
-/// Reads a whole stream, as [`crate::read_stream`] says.
-pub(crate) fn read_all(bytes: &[u8]) {
-    let (mut events, mut answer) = (Events::default(), Answer::new(Some(5), Some("key")));
-    let mut n = 0u64;
-    let ended = events.push(bytes, |data| answer.read(data, |_| n += 1)).and_then(|()| answer.end());
-    if let Ok((_, usage)) = ended {
-        assert!(usage.cached_tokens <= usage.prompt_tokens);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::events::Events;
 
     type Heard = (Vec<Event>, Result<(FinishReason, Usage), Trouble>);
 
@@ -330,5 +320,41 @@ mod tests {
         assert!(matches!(filtered, Err(Trouble::Failed(said)) if said.contains("content_filter")));
         let error = heard(&[r#"{"error": {"message": "out of memory", "code": 500}}"#]).1;
         assert_eq!(error, Err(Trouble::Failed("status 500: out of memory".to_owned())));
+    }
+
+    /// Bytes that are changed, doubled, dropped or cut somewhere: the stream has an end, and its counts make sense.
+    #[test]
+    fn a_stream_that_is_damaged_anywhere_is_read_or_refused() {
+        let stream = concat!(
+            ": ping\n\ndata: {\"choices\": [{\"index\": 0, \"delta\": {\"content\": \"\u{e9}\", \"reasoning\": \"r\"}}]}\n\n",
+            "data: {\"choices\": [{\"delta\": {\"tool_calls\": [{\"index\": 0, \"function\": {\"name\": \"f\", \"arguments\": \"{}\"}}]},",
+            " \"logprobs\": {\"content\": [{\"token\": \"a\", \"logprob\": -1, \"bytes\": [97], \"top_logprobs\": []}]}}]}\r\n\r\n",
+            "data: {\"choices\": [{\"delta\": {}, \"finish_reason\": \"tool_calls\"}]}\n\n",
+            "data: {\"choices\": [], \"usage\": {\"prompt_tokens\": 5, \"prompt_tokens_details\": {\"cached_tokens\": 4}}}\n\n",
+            "data: [DONE]\n\n",
+        );
+        let mut random = fastrand::Rng::with_seed(11);
+        let (mut n_whole, mut n_refused) = (0, 0);
+        for _ in 0..4000 {
+            let mut bytes = stream.as_bytes().to_vec();
+            for _ in 0..random.usize(0..4) {
+                let at = random.usize(0..bytes.len());
+                match random.u8(0..4) {
+                    0 => bytes[at] = random.u8(..),
+                    1 => bytes.insert(at, bytes[at]),
+                    2 => drop(bytes.remove(at)),
+                    _ => bytes.truncate(at.max(1)),
+                }
+            }
+            let (mut events, mut answer) = (Events::default(), Answer::new(Some(5), Some("key")));
+            match events.push(&bytes, |data| answer.read(data, |_| ())).and_then(|()| answer.end()) {
+                Ok((_, usage)) => {
+                    assert!(usage.cached_tokens <= usage.prompt_tokens);
+                    n_whole += 1;
+                }
+                Err(_) => n_refused += 1,
+            }
+        }
+        assert!(n_whole > 500 && n_refused > 500, "{n_whole} whole, {n_refused} refused");
     }
 }

@@ -1,4 +1,5 @@
-//! Which engine is it? What it says of its models (`owned_by`) tells, and with it which fields beyond OpenAI's it knows.
+//! Which engine is it? What it says of its models (`owned_by`) tells, and with it which fields beyond OpenAI's it
+//! knows.
 
 /// A kind of engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,9 +28,3 @@ pub use address::Address;
 pub use client::Client;
 pub use described::Described;
 pub use options::Options;
-
-/// For the fuzz target: reads bytes as the stream of a chat's answer, to its end or the first thing that is wrong.
-#[doc(hidden)]
-pub fn read_stream(bytes: &[u8]) {
-    answer::read_all(bytes);
-}

@@ -1,5 +1,5 @@
-//! How does the other engine hear a request? As the body of OpenAI's chat completion or completion, with the fields that
-//! it knows beyond OpenAI's.
+//! How does the other engine hear a request? As the body of OpenAI's chat completion or completion, with the fields
+//! that it knows beyond OpenAI's.
 
 use crate::described::Described;
 use crate::dialect::Dialect;

@@ -1,6 +1,7 @@
 //! `sparsectl doctor`: what keeps this box from serving well, and which command mends it?
 
 mod access;
+mod elsewhere;
 mod installation;
 mod machine;
 
@@ -104,6 +105,7 @@ impl Doctor {
         let memory = machine::Memory::of(root);
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(installation::models(&config, &paths, memory.as_ref()));
+        checks.extend(elsewhere::upstreams(&config));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(installation::plugins(&config, &scan));
         checks.extend(machine::accelerators(root, &installation::plugin_ids(&config, &scan)));

@@ -1,5 +1,5 @@
-//! What is another engine asked that computes in this one's place? Texts and wishes instead of tokens; its client stands
-//! behind a trait, since it needs a network, which this crate does not know.
+//! What is another engine asked that computes in this one's place? Texts and wishes instead of tokens; its client
+//! stands behind a trait, since it needs a network, which this crate does not know.
 
 use super::{Failure, Generate, Owner, Sink};
 use crate::{ChatRequest, Stats, Wishes};
