@@ -46,6 +46,8 @@ pub enum DeviceState {
     Ready,
     /// Lost; requests wait until it, or another one, computes.
     Recovering,
+    /// No model of this box is served; others are, by engines elsewhere.
+    Unused,
 }
 
 /// The devices, and which of them is in use.

@@ -30,12 +30,12 @@ pub(super) struct Pace {
 impl Pace {
     /// At most `most` tokens; running answers are to have a token each `target`.
     pub(super) fn new(target: Option<Duration>, most: u32) -> Self {
-        Self { aim: target.map(|target| target.mul_f64(AIM)), most, chunk: most }
+        Self { aim: aim(target), most, chunk: most }
     }
 
     /// Keeps another time per token, or none.
     pub(super) fn set_target(&mut self, target: Option<Duration>) {
-        self.target = target;
+        self.aim = aim(target);
         if target.is_none() {
             self.chunk = self.most;
         }
@@ -121,6 +121,10 @@ fn towards(mean: &mut f64, value: f64) {
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of a u32")]
 fn scaled(n: u32, ratio: f64) -> u32 {
     (f64::from(n) * ratio.clamp(0.0, 1.0)) as u32
+}
+
+fn aim(target: Option<Duration>) -> Option<Duration> {
+    target.map(|target| target.mul_f64(AIM))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use serde_json::Value;
 use sparsed_engine::Service;
-use sparsed_engine::api::{Generate, Owner};
+use sparsed_engine::api::{Owner, Request};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
@@ -113,7 +113,7 @@ impl Runs {
         };
         let mut request = sessions::verb(service, move |service| service.resume_turn(owner, id.session)).await?;
         request.urgency.priority = priority;
-        Ok(Found::Run(self.start(service, owner, id, head, request).await?))
+        Ok(Found::Run(self.start(service, owner, id, head, request.into()).await?))
     }
 
     /// The run of a response, if it goes on or was over not long ago.
@@ -132,7 +132,7 @@ impl Runs {
         owner: Owner,
         id: ResponseId,
         head: Head,
-        request: Generate,
+        request: Request,
     ) -> Result<Arc<Run>, Refusal> {
         let listening = Listening::begin(service, &head.id, [request]).await?;
         let mut script = Script::begin(head, None);

@@ -5,7 +5,7 @@ use super::script::{End, Head, Script, Tokens};
 use crate::bodies::{ChatAsk, sessions};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Failure, Generate, Owner};
+use sparsed_engine::api::{Failure, Owner, Request};
 use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, TurnEnd};
 use std::fmt;
 use std::str::FromStr;
@@ -26,7 +26,7 @@ pub(crate) struct ResponseId {
 /// A request that may be handed to the engine.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    pub(crate) request: Generate,
+    pub(crate) request: Request,
     pub(crate) head: Head,
     pub(crate) stream: bool,
     pub(crate) background: bool,
@@ -74,7 +74,7 @@ pub(crate) async fn prepare(
     match asked.await {
         Ok(asked) => {
             let mut head = fields.head(id.to_string());
-            head.fixed["model"] = json!(asked.request.model);
+            head.fixed["model"] = json!(asked.request.model());
             Ok(Prepared { request: asked.request, head, stream, background, id: Some(id) })
         }
         Err(refusal) => {
