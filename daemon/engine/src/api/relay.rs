@@ -9,7 +9,7 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub enum Request {
     /// A device of this box.
-    Here(Generate),
+    Here(Box<Generate>),
     /// An engine elsewhere.
     Elsewhere(Relay),
 }
@@ -26,7 +26,7 @@ impl Request {
 
 impl From<Generate> for Request {
     fn from(request: Generate) -> Self {
-        Self::Here(request)
+        Self::Here(Box::new(request))
     }
 }
 
