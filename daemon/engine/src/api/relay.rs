@@ -11,7 +11,7 @@ pub enum Request {
     /// A device of this box.
     Here(Box<Generate>),
     /// An engine elsewhere.
-    Elsewhere(Relay),
+    Elsewhere(Box<Relay>),
 }
 
 impl Request {
@@ -27,6 +27,12 @@ impl Request {
 impl From<Generate> for Request {
     fn from(request: Generate) -> Self {
         Self::Here(Box::new(request))
+    }
+}
+
+impl From<Relay> for Request {
+    fn from(relay: Relay) -> Self {
+        Self::Elsewhere(Box::new(relay))
     }
 }
 

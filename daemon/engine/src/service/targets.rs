@@ -44,7 +44,7 @@ impl Service {
         }
         let unknown = || Failure::ModelNotFound { name: relay.model.clone(), known: self.known() };
         let upstream = self.upstream(&relay.model).ok_or_else(unknown)?;
-        upstream.engine.submit(relay, sink)
+        upstream.engine.submit(*relay, sink)
     }
 
     /// Whether any model is computed elsewhere.
