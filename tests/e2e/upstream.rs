@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use serde_json::{Value, json};
+use sparsed_tests::broker::Broker;
+use sparsed_tests::bus::{self, Bus};
 use sparsed_tests::daemon::{Answer, Daemon, read_answer};
 use sparsed_tests::{chatty, root, sparsectl};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -299,6 +301,36 @@ fn an_answer_is_asked_for_again_before_its_first_token_and_never_after() {
         (&choice["finish_reason"], &engine.seen("good")["body"]["tool_choice"]),
         (&json!("tool_calls"), &json!("required"))
     );
+}
+
+#[test]
+fn d_bus_and_mqtt_carry_the_same_answers_and_failures() {
+    let (engine, dir) = (Engine::start(None), tempfile::tempdir().unwrap());
+    let (broker, bus) = (Broker::start(""), Bus::start(bus::Broker::DbusDaemon));
+    let on_bus = format!("dbus.bus={}", bus.address());
+    let on_broker = format!("mqtt.broker=mqtt://127.0.0.1:{}", broker.port());
+    let daemon = relaying(&engine, dir.path(), &["good", "refuses"], &[&on_bus, &on_broker, "mqtt.node=box"]);
+    let mut said = String::new();
+    daemon.wait_until("on the bus", || {
+        let mut run = Command::new(sparsectl());
+        let run = run.arg("run").arg(format!("--dbus={}", bus.address())).args(["good", "Hi"]).output().unwrap();
+        said = String::from_utf8(run.stdout).unwrap();
+        run.status.success()
+    });
+    assert!(said.contains("Hello"), "{said}");
+    daemon.wait_until("subscribed", || daemon.log().contains("connected to the MQTT broker"));
+    let result = |name: &str| {
+        let payload = json!({ "id": name, "body": chat(name) }).to_string();
+        let reply = format!("sparsed/v1/reply/lamp/{name}");
+        let mut ask = Command::new("mosquitto_rr");
+        ask.args(["-V", "5", "-i", "lamp", "-q", "1", "-W", "20", "-p", &broker.port().to_string()]);
+        ask.args(["-t", "sparsed/v1/box/req/lamp/chat", "-e", &reply, "-m", &payload]);
+        let said = ask.output().unwrap().stdout;
+        serde_json::from_slice::<Value>(&said).unwrap_or_else(|error| panic!("{error}; {}", daemon.log()))
+    };
+    let (good, refused) = (result("good"), result("refuses"));
+    assert_eq!((&good["text"], &good["reasoning"], &good["kind"]), (&json!("Hello"), &json!("hm"), &json!("final")));
+    assert_eq!((&refused["code"], &refused["param"]), (&json!("upstream_refused"), &json!("messages[0]")));
 }
 
 #[test]

@@ -57,7 +57,7 @@ class Engine(http.server.BaseHTTPRequestHandler):
     def delta(self, finish=None, **delta):
         self.say({"id": "x", "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
 
-    def finish(self, reason="stop"):
+    def complete(self, reason="stop"):
         self.delta(reason)
         usage = {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}
         self.say({"id": "x", "choices": [], "usage": usage})
@@ -108,10 +108,10 @@ class Engine(http.server.BaseHTTPRequestHandler):
             self.delta(tool_calls=[call])
             for part in ['{"on":', " true}"]:
                 self.delta(tool_calls=[{"index": 0, "function": {"arguments": part}}])
-            return self.finish("tool_calls")
+            return self.complete("tool_calls")
         self.delta(content="Hel")
         self.delta(content="lo")
-        return self.finish()
+        return self.complete()
 
     def on_drops_twice(self, n, body):
         if n > 2:

@@ -147,7 +147,7 @@ impl Engine {
     }
 
     /// With no model of its own the thread stays for those who keep sessions, and until the daemon's end is asked for.
-    fn await_end(&mut self) {
+    fn await_end(&self) {
         if self.is_ending() || self.draining {
             return;
         }

@@ -9,9 +9,9 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub enum Request {
     /// A device of this box.
-    Here(Generate),
+    Here(Box<Generate>),
     /// An engine elsewhere.
-    Elsewhere(Relay),
+    Elsewhere(Box<Relay>),
 }
 
 impl Request {
@@ -42,7 +42,13 @@ impl Request {
 
 impl From<Generate> for Request {
     fn from(request: Generate) -> Self {
-        Self::Here(request)
+        Self::Here(Box::new(request))
+    }
+}
+
+impl From<Relay> for Request {
+    fn from(relay: Relay) -> Self {
+        Self::Elsewhere(Box::new(relay))
     }
 }
 

@@ -33,7 +33,7 @@ impl Service {
     /// What is wrong with the request, or that it cannot be taken now. The sink has heard nothing then.
     pub fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<(), Failure> {
         let relay = match request {
-            Request::Here(request) => return self.generate(request, sink),
+            Request::Here(request) => return self.generate(*request, sink),
             Request::Elsewhere(relay) => relay,
         };
         if self.shared.stopping.load(Ordering::Relaxed) {
@@ -44,7 +44,7 @@ impl Service {
         }
         let unknown = || Failure::ModelNotFound { name: relay.model.clone(), known: self.known() };
         let upstream = self.upstream(&relay.model).ok_or_else(unknown)?;
-        upstream.engine.submit(relay, sink)
+        upstream.engine.submit(*relay, sink)
     }
 
     /// Whether any model is computed elsewhere.

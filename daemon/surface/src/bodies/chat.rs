@@ -6,7 +6,7 @@ use super::{fields, logprobs, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt, Request};
+use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
 use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, ServedModel, Service, Target, Wishes};
 
 /// Most messages of a conversation.
@@ -147,8 +147,8 @@ impl ChatAsk {
             Target::Elsewhere(_) => {
                 let prompt = fields.relayed(&wishes)?;
                 let relay = Relay { model, owner, prompt, wishes, logprobs };
-                let siblings = (1..n).map(|nth| Request::Elsewhere(relay.sibling(nth))).collect();
-                return Ok(Asked { request: Request::Elsewhere(relay), siblings, reply, wire: ChatWire });
+                let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
+                return Ok(Asked { request: relay.into(), siblings, reply, wire: ChatWire });
             }
         };
         let enforcing = fields.enforces_call().then_some(&*served);

@@ -7,7 +7,7 @@ use super::{fields, logprobs, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt, Request};
+use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
 use sparsed_engine::{DEFAULT_MODEL, Service, Target, Wishes};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
@@ -78,9 +78,9 @@ impl CompletionAsk {
             Target::Elsewhere(_) => {
                 let (prompt, echo) = fields.relayed()?;
                 let relay = Relay { model, owner, prompt, wishes, logprobs };
-                let siblings = (1..n).map(|nth| Request::Elsewhere(relay.sibling(nth))).collect();
+                let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
                 let wire = CompletionWire { with_tokens: false, echo };
-                return Ok(Asked { request: Request::Elsewhere(relay), siblings, reply, wire });
+                return Ok(Asked { request: relay.into(), siblings, reply, wire });
             }
         };
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
