@@ -140,14 +140,14 @@ fn a_session_goes_on_after_a_restart_without_reading_everything_again() {
 
 #[test]
 fn sessions_that_take_turns_on_a_budget_for_an_eighth_of_them_read_nothing_twice_and_wait_alike() {
-    const SESSIONS: usize = 32;
+    const SESSIONS: usize = 16;
     const TURNS: usize = 10;
     let text = |at: usize, turn: usize| format!("{at}, {turn}: {}", "tell. ".repeat(if turn == 0 { 40 } else { 1 }));
     let roomy = Bench::start(&["memory.budget=256MiB"]);
     let per_token = roomy.daemon.get("/v1/models").json()["data"][0]["meta"]["kv_bytes_per_token"].as_u64().unwrap();
     // At the end a session has some 800 tokens.
     let budget: &'static str = format!("memory.budget={}", SESSIONS as u64 / 8 * 832 * per_token).leak();
-    let bench = Bench::start(&[budget, "memory.slow_tier=off", "limits.max_running=4", "limits.max_batched_tokens=64"]);
+    let bench = Bench::start(&[budget, "memory.slow_tier=off", "limits.max_running=2", "limits.max_batched_tokens=64"]);
     let ids: Vec<String> = (0..SESSIONS).map(|_| bench.create(&json!({}))).collect();
     let n_done: Vec<AtomicUsize> = (0..SESSIONS).map(|_| AtomicUsize::new(0)).collect();
     let at_first_end: OnceLock<Vec<usize>> = OnceLock::new();

@@ -15,7 +15,7 @@ const LOOKUP_BYTES: u64 = 4;
 const SLOT_BYTES: u64 = 28;
 /// Steps whose selections the cache of rows is to hold.
 const CACHE_STEPS: u64 = 2;
-/// One part in so many of the memory goes to them even where the hot share is smaller.
+/// One part in so many of the memory goes to them even where the hot share is smaller and another sequence would fit.
 const CACHE_PARTS: u64 = 4;
 /// Memory that readers of the slow tier need.
 const READERS_BYTES: u64 = 2 << 20;
@@ -117,7 +117,9 @@ impl Need {
         let hot = share(latent);
         let steps_bytes = CACHE_STEPS * layer_bytes * self.layers;
         let least_rows = steps_bytes.min(left / CACHE_PARTS);
-        let most = (left / (cold + hot).max(1)).min((left - least_rows) / cold.max(1));
+        // One sequence of the wanted length comes before them.
+        let one = u64::from(blocks_for(self.context)).min(left / cold.max(1));
+        let most = (left / (cold + hot).max(1)).min(((left - least_rows) / cold.max(1)).max(one));
         let n_blocks = whole(most.min(u64::from(all)));
         let hot_bytes = left - cold * u64::from(n_blocks);
         // So many sequences of full length may be read by turns, each from its own rows.
@@ -202,11 +204,12 @@ mod tests {
     #[test]
     fn without_a_hot_share_a_step_still_finds_its_rows_where_there_is_memory() {
         let one = Limits { max_running: 1, ..LIMITS };
-        let room = Need { context: 1 << 20, ..NEED }.with_slow_tier(256 << 20, one, 0.0).unwrap();
-        assert!(room.cache_bytes >= 2 * STEP && room.n_fast == least_fast(one), "{room:?}");
-        // A quarter of next to nothing is no step.
-        let room = Need { context: 1 << 20, ..NEED }.with_slow_tier(40 << 20, one, 0.0).unwrap();
-        assert!(room.cache_bytes < 2 * STEP, "{room:?}");
+        let two = Limits { max_running: 2, ..LIMITS };
+        let room = NEED.with_slow_tier(160 << 20, two, 0.0).unwrap();
+        assert!(room.n_blocks > 512 && room.n_blocks < 1024 && room.cache_bytes >= 2 * STEP, "{room:?}");
+        // What one sequence needs is not taken for rows.
+        let room = NEED.with_slow_tier(100 << 20, one, 0.0).unwrap();
+        assert!(room.n_blocks == 512 && room.cache_bytes < 2 * STEP, "{room:?}");
     }
 
     #[test]
