@@ -17,8 +17,7 @@ const FILE_BYTES_MAX: u64 = 256 << 10;
 /// Settings whose values are not shown: they may be secret, or say who somebody is.
 const SETTINGS: &str = r#"(?m)^((?:engine\.set\.\S+|mqtt\.(?:username|client_id)) = )("(?:[^"\\]|\\.)*"|\S+)"#;
 /// Words after which a secret comes, in whatever file, and names of people in addresses.
-const AFTER_WORDS: &str =
-    r#"(?i)((?:bearer\s+|(?:password|passwd|secret|api[_-]?key|authorization)["']?\s*[=:]\s*["']?))([^\s"',;]+)"#;
+const AFTER_WORDS: &str = r#"(?i)((?:bearer\s+|(?:password|passwd|secret|api[_-]?key|authorization)["']?\s*[=:]\s*["']?(?:(?:bearer|basic)\s+)?))([^\s"',;]+)"#;
 /// Name and password in an address.
 const IN_ADDRESSES: &str = r"(://)[^/\s@]+@";
 /// The line of a file that an error of the configuration quotes: what stands there is not known to be a setting.
@@ -40,7 +39,9 @@ impl Redactor {
             let keys = keys.filter_map(|line| line.split_whitespace().nth(1));
             secrets.extend(keys.map(|key| Zeroizing::new(key.to_owned())));
         }
-        for path in [&config.mqtt.password_file, &config.mqtt.key_file].into_iter().flatten() {
+        let relays = config.model.values().filter_map(|model| model.relay.as_ref()?.key_file.as_ref());
+        let files = [&config.mqtt.password_file, &config.mqtt.key_file].into_iter().flatten();
+        for path in files.chain(relays) {
             let Some(text) = read(path) else { continue };
             secrets.extend(text.lines().map(|line| Zeroizing::new(line.trim().to_owned())));
         }
@@ -115,7 +116,7 @@ mod tests {
 
     #[test]
     fn what_looks_like_a_secret_goes_and_counts_of_tokens_stay() {
-        assert_eq!(cleaned("Authorization: Bearer abc.def-1"), "Authorization: [redacted] [redacted]");
+        assert_eq!(cleaned("Authorization: Bearer abc.def-1"), "Authorization: Bearer [redacted]");
         assert_eq!(cleaned("{\"password\": \"x y\"}"), "{\"password\": \"[redacted] y\"}");
         assert_eq!(cleaned("mqtts://anna:pw@host:8883/"), "mqtts://[redacted]@host:8883/");
         let counts = "prompt_tokens=5 max_batched_tokens = 256 key=limits.x";
