@@ -65,7 +65,7 @@ impl Described {
             Some(wanted) => Trouble::Failed(format!("it does not serve '{wanted}'; it serves {}", others.join(", "))),
             None => Trouble::Failed("it serves no model".to_owned()),
         })?;
-        let context = entry.max_model_len.or(entry.meta.and_then(|meta| meta.n_ctx));
+        let context = entry.max_model_len.or_else(|| entry.meta?.n_ctx);
         Ok(Self {
             model: entry.id,
             max_context: context.filter(|&tokens| tokens > 0),

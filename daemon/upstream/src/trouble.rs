@@ -44,7 +44,10 @@ impl Trouble {
         let said = error["message"].as_str().map(|text| clean(text, key)).filter(|text| !text.is_empty());
         let code = error["code"].as_u64().and_then(|code| u16::try_from(code).ok());
         let status = status.or(code).unwrap_or(500);
-        let with = |what: String| said.as_ref().map_or(what.clone(), |said| format!("{what}: {said}"));
+        let with = |what: String| match &said {
+            Some(said) => format!("{what}: {said}"),
+            None => what,
+        };
         match status {
             // Its message may repeat a part of the key, and is about us, not the client.
             401 | 403 => Self::Failed(format!("it does not let this box in (status {status}); see relay.key_file")),
