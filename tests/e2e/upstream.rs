@@ -26,7 +26,9 @@ impl Engine {
     fn start(certificate: Option<(&Path, &Path)>) -> Self {
         let mut command = Command::new("python3");
         command.arg(root().join("tests/e2e/upstream_engine.py"));
-        certificate.into_iter().for_each(|(certificate, key)| drop(command.arg(certificate).arg(key)));
+        if let Some((certificate, key)) = certificate {
+            command.arg(certificate).arg(key);
+        }
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
