@@ -9,6 +9,7 @@ mod failure;
 pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 pub use failure::Failure;
 
+use crate::service::Lease;
 use crate::sessions::Recorder;
 use crate::{Grammar, Sampling};
 use sha2::{Digest, Sha256};
@@ -42,6 +43,8 @@ pub struct Generate {
     pub urgency: Urgency,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
+    /// Keeps the model in memory until the request has ended; the service takes one where there is none.
+    pub lease: Option<Lease>,
 }
 
 impl Generate {
@@ -61,6 +64,7 @@ impl Generate {
             logprobs: self.logprobs,
             urgency: self.urgency,
             turn: None,
+            lease: self.lease.clone(),
         }
     }
 }

@@ -39,6 +39,7 @@ impl Wishes {
             logprobs: None,
             urgency: self.urgency,
             turn: None,
+            lease: None,
         }
     }
 }
