@@ -2,12 +2,12 @@
 
 use super::answer::{Answer, Asked, Reply, Wire, now};
 use super::sampling::SamplingFields;
-use super::{fields, logprobs, parse, sessions};
+use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, ServedModel, Service, Wishes};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Held, Role, ServedModel, Service, Wishes};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
@@ -125,18 +125,19 @@ impl ChatAsk {
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if let Some(session) = fields.session_id.clone() {
             if let Some(model) = &fields.model {
-                service.model(model)?;
+                service.hold(model)?;
             }
             let enforcing = if fields.enforces_call() {
-                Some(service.model(&sessions::model_of(service, owner, &session).await?)?)
+                Some(models::held(service, &sessions::model_of(service, owner, &session).await?).await?)
             } else {
                 None
             };
-            let request = fields.request(enforcing.as_deref(), &mut wishes)?;
+            let request = fields.request(enforcing.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
             return Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire });
         }
-        let served = service.model(&model)?;
+        let Held { model: served, lease } = models::held(service, &model).await?;
+        let lease = Some(lease);
         let enforcing = fields.enforces_call().then_some(&*served);
         let request = fields.request(enforcing, &mut wishes)?;
         let spec = wishes.grammar.clone();
@@ -148,7 +149,7 @@ impl ChatAsk {
         let (prompt, grammar) =
             made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
         let (prompt, reading) = (prompt.tokens, Some(prompt.reading));
-        let request = Generate { model, prompt, grammar, reading, logprobs, ..wishes.request(owner) };
+        let request = Generate { model, prompt, grammar, reading, logprobs, lease, ..wishes.request(owner) };
         let siblings = (1..n).map(|nth| request.sibling(nth)).collect();
         Ok(Asked { request, siblings, reply, wire: ChatWire })
     }

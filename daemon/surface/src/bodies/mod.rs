@@ -5,7 +5,7 @@ mod chat;
 mod completions;
 mod fields;
 pub(crate) mod listen;
-mod load;
+pub(crate) mod load;
 mod logprobs;
 pub(crate) mod models;
 pub(crate) mod ollama;

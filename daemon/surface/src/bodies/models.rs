@@ -1,9 +1,21 @@
 //! What is said of models and of the daemon as a whole? Objects that every door gives out.
 
 use super::load;
+use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::api::Failure;
-use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel, Service};
+use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, Held, ModelState, ModelStatus, ServedModel, Service};
+
+/// The model `name`, loaded if it is not there, and kept as long as what this answers. Dropped, nobody waits any more.
+///
+/// # Errors
+/// Not configured, not to be loaded, or not within the time that a request waits for a model.
+pub(crate) async fn held(service: &Service, name: &str) -> Result<Held, Refusal> {
+    let arriving = service.hold(name)?;
+    let patience = arriving.patience();
+    let waited = tokio::time::timeout(patience, arriving).await;
+    Ok(waited.unwrap_or_else(|_| Err(Failure::ModelLoading { name: name.to_owned() }))?)
+}
 
 /// Whether a request for the default model would be served.
 #[derive(Clone, Debug)]
@@ -23,10 +35,27 @@ pub(crate) fn health(service: &Service) -> Health {
         }
         Ok(_) if device.backend_changed => ("degraded", format!("{} computes in another one's place", device.name)),
         Ok(_) => ("ready", "requests are served".to_owned()),
+        // It is loaded when somebody asks.
+        Err(Failure::ModelUnloaded { .. }) => match device.state {
+            DeviceState::Loading => ("starting", format!("{} is being opened", device.name)),
+            DeviceState::Ready => ("ready", "the default model is loaded with the first request".to_owned()),
+            DeviceState::Recovering => ("recovering", format!("{} is being opened again", device.name)),
+        },
+        // Requests wait for it.
+        Err(Failure::ModelLoading { .. }) if is_on_demand(service) && device.state == DeviceState::Ready => {
+            ("ready", "the default model is being loaded".to_owned())
+        }
         Err(failure @ Failure::ModelLoading { .. }) => ("starting", failure.to_string()),
         Err(failure) => ("failed", failure.to_string()),
     };
     Health { state, text }
+}
+
+/// Whether the default model is loaded when somebody asks for it.
+fn is_on_demand(service: &Service) -> bool {
+    let models = service.models();
+    let default = models.iter().find(|model| model.name == DEFAULT_MODEL).or(models.first());
+    default.is_some_and(|model| !model.keeping.at_start)
 }
 
 /// Names of the models that answer.
@@ -35,15 +64,35 @@ pub(crate) fn ready(service: &Service) -> Vec<String> {
     models.filter(|model| matches!(model.state, ModelState::Ready(_))).map(|model| model.name).collect()
 }
 
-/// Models that answer, as OpenAI lists them.
+/// Models that may be asked for, as OpenAI lists them: those that answer, and those that are loaded then.
 pub(crate) fn list(service: &Service) -> Value {
-    let models = service.models();
-    let data = models.iter().filter_map(|status| match &status.state {
-        ModelState::Ready(served) => Some(entry(&status.name, served)),
-        ModelState::Loading { .. } | ModelState::Failed(_) => None,
-    });
-    let data: Vec<Value> = data.collect();
+    let data: Vec<Value> = service.models().iter().filter(|status| is_offered(status)).map(listed).collect();
     json!({ "object": "list", "data": data })
+}
+
+/// Whether a request for the model would be answered, now or after it is loaded.
+pub(crate) fn is_offered(status: &ModelStatus) -> bool {
+    match status.state {
+        ModelState::Ready(_) | ModelState::Unloaded => true,
+        ModelState::Loading { .. } => !status.keeping.at_start,
+        ModelState::Failed(_) => false,
+    }
+}
+
+/// A model as OpenAI lists it, with llama.cpp's `status`.
+pub(crate) fn listed(status: &ModelStatus) -> Value {
+    let mut entry = match &status.state {
+        ModelState::Ready(served) => entry(&status.name, served),
+        _ => json!({ "id": status.name, "object": "model", "created": 0, "owned_by": "sparsed" }),
+    };
+    let value = match &status.state {
+        ModelState::Ready(_) => "loaded",
+        ModelState::Unloaded => "unloaded",
+        ModelState::Loading { .. } => "loading",
+        ModelState::Failed(_) => "failed",
+    };
+    entry["status"] = json!({ "value": value });
+    entry
 }
 
 /// The device, every configured model with its state and load, and whether code of others runs in the daemon; what
@@ -77,7 +126,7 @@ fn device_status(device: &DeviceStatus) -> Value {
     })
 }
 
-/// A model as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.
+/// A model that answers as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.
 pub(crate) fn entry(id: &str, served: &ServedModel) -> Value {
     json!({
         "id": id,
@@ -107,6 +156,7 @@ fn meta(served: &ServedModel) -> Value {
 
 fn model_status(service: &Service, status: &ModelStatus) -> Value {
     let (state, detail) = match &status.state {
+        ModelState::Unloaded => ("unloaded", json!({})),
         ModelState::Loading { progress_permille } => ("loading", json!({ "progress_permille": progress_permille })),
         ModelState::Ready(served) => ("ready", json!({ "max_context": served.max_context, "meta": meta(served) })),
         ModelState::Failed(reason) => ("failed", json!({ "reason": reason })),
@@ -126,5 +176,6 @@ fn model_status(service: &Service, status: &ModelStatus) -> Value {
         "sampled_tokens": stats.sampled_tokens,
         "steps": stats.steps,
         "scheduling": load::scheduling(service, status),
+        "keeping": load::keeping(service, status),
     })
 }

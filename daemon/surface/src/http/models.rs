@@ -22,7 +22,7 @@ pub(crate) async fn health(State(shared): State<Shared>) -> Response {
     (status, Json(json!({ "status": text }))).into_response()
 }
 
-/// `GET /v1/models`: models that answer.
+/// `GET /v1/models`: models that may be asked for.
 pub(crate) async fn list(State(shared): State<Shared>) -> Json<Value> {
     Json(models::list(&shared.service))
 }
@@ -34,8 +34,16 @@ pub(crate) async fn one(
 ) -> Result<Json<Value>, Refusal> {
     let Path(id) =
         id.map_err(|error| Refusal::unreadable(400, "invalid_path", Some("model".to_owned()), error.body_text()))?;
-    let served = shared.service.model(&id)?;
-    Ok(Json(models::entry(&id, &served)))
+    let all = shared.service.models();
+    let found = all.iter().find(|status| status.name == id).filter(|status| models::is_offered(status));
+    match found {
+        Some(status) => Ok(Json(models::listed(status))),
+        // Another name of the first one, or what is wrong with it.
+        None => {
+            let served = shared.service.model(&id)?;
+            Ok(Json(models::entry(&id, &served)))
+        }
+    }
 }
 
 /// `GET /v1/status`.

@@ -2,7 +2,7 @@
 
 use super::request::Fields;
 use super::script::{End, Head, Script, Tokens};
-use crate::bodies::{ChatAsk, sessions};
+use crate::bodies::{ChatAsk, models, sessions};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Generate, Owner};
@@ -89,6 +89,7 @@ pub(crate) async fn prepare(
 async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, bool), Refusal> {
     let Some(previous) = &fields.previous_response_id else {
         let model = fields.model().to_owned();
+        let _held = models::held(service, &model).await?;
         let made = sessions::verb(service, move |service| {
             service.create_session(owner, &model, Change { title: Some(TITLE.to_owned()), ..Change::default() })
         });
@@ -126,7 +127,7 @@ pub(crate) async fn stored(
     let turn = &turns[id.turn as usize];
     let head = head(id, &model, turn);
     if turn.end == TurnEnd::Cut && is_last {
-        let request = sessions::verb(service, move |service| service.resume_turn(owner, id.session)).await?;
+        let request = sessions::with_model(service, move |service| service.resume_turn(owner, id.session)).await?;
         return Ok(Stored::Cut(Box::new(request), head));
     }
     let mut script = Script::begin(head, after);
