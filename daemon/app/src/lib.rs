@@ -16,5 +16,6 @@ pub mod memory;
 pub mod mqtt;
 mod private;
 pub mod sessions;
+pub mod store;
 pub mod tcp;
 pub mod watchdog;

@@ -20,6 +20,7 @@ pub(super) const KEYS: &[&str] = &[
     "engine.watchdog_ms",
     "limits.body",
     "limits.connections",
+    "limits.load_wait_s",
     "limits.max_batched_tokens",
     "limits.max_running",
     "limits.max_waiting",
@@ -33,9 +34,14 @@ pub(super) const KEYS: &[&str] = &[
     "memory.slow_tier",
     "memory.total",
     "model.*.activations",
+    "model.*.keep_alive",
+    "model.*.load",
     "model.*.max_context",
     "model.*.path",
     "model.*.top_k",
+    "models.dir",
+    "models.hub",
+    "models.max_bytes",
     "mqtt.allow_insecure",
     "mqtt.broker",
     "mqtt.ca_file",
@@ -247,7 +253,9 @@ mod tests {
         files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
         config.tcp.listen = Some("127.0.0.1:1".parse().unwrap());
         config.tcp.keys = Some("x".into());
-        let model = Model { path: "x".into(), max_context: Some(1), top_k: Some(1), activations: Default::default() };
+        config.models.dir = Some("x".into());
+        let keep_alive = Some(toml::Value::from("5m").try_into().unwrap());
+        let model = Model { max_context: Some(1), top_k: Some(1), keep_alive, ..Model::at("x".into()) };
         config.model.insert("*".to_owned(), model);
         let mut found = Vec::new();
         flatten(&toml::Table::try_from(config).unwrap(), "", &mut found);

@@ -8,6 +8,7 @@ mod dbus;
 mod layers;
 mod limits;
 mod memory;
+mod models;
 mod mqtt;
 mod paths;
 mod plugins;
@@ -20,6 +21,7 @@ pub use dbus::Dbus;
 pub use layers::Layers;
 pub use limits::Limits;
 pub use memory::{Memory, SlowTierFor};
+pub use models::{KeepAlive, LoadWhen, Models};
 pub use mqtt::{Broker, Mqtt};
 pub use paths::Paths;
 pub use plugins::Plugins;
@@ -91,6 +93,8 @@ pub struct Config {
     pub dbus: Dbus,
     /// MQTT.
     pub mqtt: Mqtt,
+    /// The store of models.
+    pub models: Models,
     /// Models by name. Without any, `default` is the packaged model.
     pub model: BTreeMap<String, Model>,
 }
@@ -176,7 +180,7 @@ impl Default for Retry {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// The file.
+    /// The file; `store:NAME` is one of the store.
     pub path: PathBuf,
     /// Most tokens of prompt and answer; `None`: as many as the model was trained for.
     #[serde(default)]
@@ -187,6 +191,20 @@ pub struct Model {
     /// How activations go into products.
     #[serde(default)]
     pub activations: Activations,
+    /// When it is loaded.
+    #[serde(default)]
+    pub load: LoadWhen,
+    /// How long it stays when nobody asks for it; `None`: as [`LoadWhen`] has it.
+    #[serde(default)]
+    pub keep_alive: Option<KeepAlive>,
+}
+
+impl Model {
+    /// The model at `path`, all else as it is by default.
+    pub fn at(path: PathBuf) -> Self {
+        let (max_context, top_k, activations) = (None, None, Activations::default());
+        Self { path, max_context, top_k, activations, load: LoadWhen::default(), keep_alive: None }
+    }
 }
 
 /// How activations go into products with quantised weights.
@@ -231,8 +249,12 @@ impl Config {
             return Some(("engine.retry.backoff_ms".to_owned(), reason));
         }
         ranges.extend(pauses.iter().map(|&pause| ("engine.retry.backoff_ms".to_owned(), pause, 0, DAY_MS)));
-        let paths =
-            [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
+        let paths = [
+            ("state_dir", &self.state_dir),
+            ("socket.path", &self.socket.path),
+            ("plugins.dir", &self.plugins.dir),
+            ("models.dir", &self.models.dir),
+        ];
         let mut paths: Vec<_> =
             paths.into_iter().filter_map(|(key, path)| Some((key.to_owned(), path.as_ref()?))).collect();
         for (name, model) in &self.model {
@@ -253,7 +275,7 @@ impl Config {
         if let Some((key, _)) = paths.into_iter().find(|(_, path)| path.as_os_str().is_empty()) {
             return Some((key, "is empty, must be a path".to_owned()));
         }
-        if let Some(wrong) = self.mqtt.wrong_value() {
+        if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()) {
             return Some(wrong);
         }
         let longest = pauses.iter().max().copied().unwrap_or(0);

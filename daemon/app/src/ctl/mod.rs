@@ -12,6 +12,7 @@ mod generate;
 mod inspect;
 mod local;
 mod logits;
+mod model;
 mod mqtt;
 mod plugins;
 mod private;
@@ -46,6 +47,7 @@ enum Command {
     Generate(generate::Generate),
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
+    Model(model::Model),
     Models(status::Models),
     Mqtt(mqtt::Mqtt),
     Plugins(plugins::Plugins),
@@ -70,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Generate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
+        Command::Model(command) => command.run(),
         Command::Models(command) => command.run(),
         Command::Mqtt(command) => command.run(),
         Command::Plugins(command) => command.run(),
