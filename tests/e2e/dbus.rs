@@ -58,6 +58,13 @@ fn objects_have_what_is_installed_and_say_when_it_changes() {
 }
 
 #[test]
+fn a_descriptor_keeps_a_model_in_memory() {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let _daemon = start(&bus, &["model.default.load=demand", "model.default.keep_alive=0"]);
+    bus.client("leases", &[]);
+}
+
+#[test]
 fn a_request_ends_with_its_reader_its_sender_or_its_client() {
     on_each_bus(&[], |bus, daemon| {
         bus.client("ends", &[daemon.socket().to_str().unwrap()]);

@@ -213,7 +213,8 @@ fn a_step_that_no_device_can_compute_is_nobodys_strike() {
 fn a_plugin_that_does_not_come_back_keeps_neither_clients_waiting_nor_the_daemon_from_stopping() {
     for isolation in ["none", "process"] {
         let isolation = format!("engine.isolation={isolation}");
-        let mut daemon = faulty_spawned(&tiny(), &[], &["engine.set.hang_open=yes", &isolation]);
+        let mut daemon =
+            faulty_spawned(&tiny(), &[], &["engine.set.hang_open=yes", &isolation, "limits.load_wait_s=1"]);
         let said = daemon.first_answer("/health");
         assert_eq!((said.status, &said.json()["status"]), (503, &json!("loading")), "{}", daemon.log());
         assert_eq!(daemon.get("/v1/models").json()["data"], json!([]));

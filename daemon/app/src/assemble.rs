@@ -4,17 +4,18 @@
 //! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the
 //! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
-use crate::config::{Activations, Config, Model, Paths, SlowTierFor};
+use crate::config::{Activations, Config, KeepAlive, LoadWhen, Model, Paths, SlowTierFor};
 use crate::devices;
 use crate::door::{self, Door};
 use crate::memory::Sources;
+use crate::store::{Store, StoredModel, reference};
 use crate::tcp::TcpSocket;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
 use sparsed_engine::api::UpstreamModel;
 use sparsed_engine::memory::Budget;
-use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
+use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, ModelSource, Recovery, Residence, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use sparsed_surface::MqttDoor;
 use sparsed_upstream::Client;
@@ -28,6 +29,9 @@ use std::time::{Duration, SystemTime};
 
 /// The budget where the available memory cannot be found out.
 const BUDGET_UNKNOWN_BYTES: u64 = 512 << 20;
+
+/// Remembers in the state folder which files of the store were read as a whole.
+const VERIFIED_FILE: &str = "verified-models";
 
 /// A daemon that is ready to run.
 #[derive(Debug)]
@@ -61,7 +65,7 @@ impl Assembly {
         let devices = devices::find(config)?;
         let sources = Sources::open();
         let configured = configured_models(config, &paths);
-        let budget = sources.budget(config, configured.values());
+        let budget = sources.budget(config, &Store::at(&paths.models_dir), configured.values());
         let models = model_options(config, &paths, configured, &budget);
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
@@ -161,17 +165,38 @@ fn model_options(
         let (limit, mib) = (bound.limit.name(), bound.bytes >> 20);
         log::info!(limit, limit_mib = mib, weights_mib = budget.weights_bytes >> 20, kv_mib = bytes >> 20; "budget");
     }
-    let kv_bytes = bytes / models.len().max(1) as u64;
+    // Those that are loaded at the start have their shares, and one that comes on demand.
+    let is_demand = |model: &Model| model.load == LoadWhen::Demand;
+    let n_on_demand = models.values().filter(|model| is_demand(model)).count();
+    let n_shares = models.len() - n_on_demand + n_on_demand.min(1);
+    let kv_bytes = bytes / n_shares.max(1) as u64;
+    let patience = Duration::from_secs(config.limits.load_wait_s);
     let options = |(name, model): (String, Model)| ModelOptions {
         name,
         program: program_options(&model),
-        path: model.path,
+        source: source(&model.path, paths),
+        residence: Residence {
+            at_start: !is_demand(&model),
+            keep_alive: model.keep_alive.as_ref().map_or_else(|| model.load.default_keep_alive(), KeepAlive::parsed),
+            patience,
+        },
         max_context: model.max_context,
         kv_bytes,
         slow_tier: (config.memory.slow_tier != SlowTierFor::Off)
             .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share }),
     };
     models.into_iter().map(options).collect()
+}
+
+/// Where the file of a configured model is.
+fn source(path: &Path, paths: &Paths) -> Arc<dyn ModelSource> {
+    match reference(path) {
+        Some(name) => {
+            let verified = paths.state_dir.join(VERIFIED_FILE);
+            Arc::new(StoredModel::new(Store::at(&paths.models_dir), name, Some(verified)))
+        }
+        None => Arc::new(path.to_owned()),
+    }
 }
 
 /// Makes the state folder and takes its lock.

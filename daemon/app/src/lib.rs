@@ -17,6 +17,7 @@ pub mod mqtt;
 mod private;
 pub mod reload;
 pub mod sessions;
+pub mod store;
 pub mod tcp;
 pub mod upstream;
 pub mod watchdog;

@@ -11,6 +11,7 @@ pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 pub use failure::Failure;
 pub use relay::{Calling, Reach, Relay, RelayPrompt, Request, Upstream, UpstreamModel, UpstreamStatus};
 
+use crate::service::Lease;
 use crate::sessions::{Recorder, SessionId};
 use crate::{Grammar, Sampling};
 use sha2::{Digest, Sha256};
@@ -44,6 +45,8 @@ pub struct Generate {
     pub urgency: Urgency,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
+    /// Keeps the model in memory until the request has ended; the service takes one where there is none.
+    pub lease: Option<Lease>,
 }
 
 impl Generate {
@@ -63,6 +66,7 @@ impl Generate {
             logprobs: self.logprobs,
             urgency: self.urgency,
             turn: None,
+            lease: self.lease.clone(),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::batch::Batch;
 use crate::warm::WriteJob;
 use sparsed_abi::{HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
 use sparsed_backend::{
-    Arena, Backend, BackendError, KvDesc, KvPool, MemoryInfo, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
+    Arena, Backend, BackendError, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
 };
 use sparsed_kv::{BLOCK_TOKENS, BlockId};
 use sparsed_model::{Model, Program, ProgramOptions};
@@ -142,14 +142,6 @@ impl DeviceModel {
     /// Bytes of device memory for intermediate tensors.
     pub fn workspace_bytes(&self) -> u64 {
         self.plan.info().workspace_bytes
-    }
-
-    /// What the device's memory is used for.
-    ///
-    /// # Errors
-    /// The device's failure.
-    pub(crate) fn memory(&self) -> Result<MemoryInfo, ExecutorError> {
-        Ok(self.backend.memory()?)
     }
 
     /// Bytes that one token holds in the KV pool.

@@ -1,4 +1,5 @@
-//! What does the engine hold of one model? The file, its requests, and its place on the device while there is one.
+//! What does the engine hold of one model? While it is in memory its file and requests, and its place on the device
+//! while there is one; what it has done otherwise.
 
 use crate::api::Failure;
 use crate::attempt::Watched;
@@ -7,18 +8,19 @@ use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
 use crate::grammar::Compiler;
 use crate::ladder::Conduct;
 use crate::orders::Orders;
+use crate::residence::{Left, ModelSource, RETRY_AFTER, Residence, Resident, Take};
 use crate::room::{Need, Room, SlowTier, least_fast};
-use crate::scheduler::{Footprint, Limits, Scheduler};
+use crate::scheduler::{Footprint, Limits, Load, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
-use crate::service::{ServedModel, Slot, Stats};
+use crate::service::{ServedModel, Slot, Stats, lock};
 use crate::step::{Done, step};
+use crate::telemetry::Board;
 use sparsed_backend::Backend;
 use sparsed_kv::{BLOCK_TOKENS, Pool, PrefixHasher};
 use sparsed_model::{Model, ModelError, Program, ProgramOptions};
 use sparsed_session::ImageShape;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 /// A model to serve.
@@ -27,7 +29,9 @@ pub struct ModelOptions {
     /// What requests call it.
     pub name: String,
     /// The file.
-    pub path: PathBuf,
+    pub source: Arc<dyn ModelSource>,
+    /// When it is loaded, and when it goes.
+    pub residence: Residence,
     /// Most tokens of a sequence; `None`: as many as the model was trained for.
     pub max_context: Option<u32>,
     /// What its steps compute.
@@ -41,8 +45,27 @@ pub struct ModelOptions {
 /// A configured model.
 pub(crate) struct Lane {
     pub(crate) slot: Arc<Slot>,
-    /// `None` when it cannot be served.
+    pub(crate) options: ModelOptions,
+    /// `None` while it is not in memory.
     pub(crate) live: Option<Live>,
+    /// It cannot be served as long as the daemon runs.
+    is_refused: bool,
+    /// When it could not be loaded.
+    pub(crate) failed_at: Option<Duration>,
+    /// Since when nobody has asked for it, as far as it may go.
+    idle_since: Option<Duration>,
+    /// What it had done when it left the memory.
+    past: Stats,
+}
+
+/// A model's file, read as far as it takes no device.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    served: ServedModel,
+    program: Arc<Program>,
+    load: LoadOptions,
+    footprint: Footprint,
+    slow_dir: Option<PathBuf>,
 }
 
 /// A model that is served, whether or not there is a device at the moment.
@@ -58,55 +81,82 @@ pub(crate) struct Live {
     /// Where the slow tier's file is, if there is one.
     slow_dir: Option<PathBuf>,
     stats: Stats,
+    take: Take,
+}
+
+/// What it takes to put a model on a device, apart from the lane: the engine may go on meanwhile.
+pub(crate) struct Upload {
+    program: Arc<Program>,
+    load: LoadOptions,
+    slow_dir: Option<PathBuf>,
 }
 
 impl Lane {
-    /// Opens the model's file; `created` is the time in seconds since 1970.
-    pub(crate) fn open(
-        slot: Arc<Slot>,
-        options: &ModelOptions,
-        limits: Limits,
-        created: u64,
-        orders: &dyn Fn(ImageShape) -> Orders,
-    ) -> Self {
-        let mut lane = Self { slot, live: None };
-        match Live::open(&lane.slot, options, limits, created, orders) {
-            Ok(live) => lane.live = Some(live),
-            Err(reason) => lane.refuse(reason),
-        }
-        lane
+    /// A model that is not in memory.
+    pub(crate) fn new(slot: Arc<Slot>, options: ModelOptions) -> Self {
+        let (is_refused, past) = (false, Stats::default());
+        Self { slot, options, live: None, is_refused, failed_at: None, idle_since: None, past }
     }
 
-    /// The model cannot be served, and was not yet.
+    /// The model cannot be served as long as the daemon runs.
     pub(crate) fn refuse(&mut self, reason: String) {
         log::error!(model:% = self.slot.name, reason:%; "model not served");
-        self.live = None;
-        self.slot.outcome.set(Err(reason)).expect("a model is refused before it is announced, and once");
+        (self.live, self.is_refused) = (None, true);
+        self.slot.failed(reason);
+    }
+
+    /// The model could not be loaded now.
+    pub(crate) fn fail(&mut self, reason: String, now: Duration) {
+        log::error!(model:% = self.slot.name, reason:%; "model not loaded");
+        (self.live, self.failed_at) = (None, Some(now));
+        self.slot.failed(reason);
+    }
+
+    /// Whether anybody may still be answered.
+    pub(crate) fn may_serve(&self) -> bool {
+        !self.is_refused && (self.live.is_some() || self.may_leave())
+    }
+
+    /// Whether the model ever leaves the memory, and comes back.
+    pub(crate) fn may_leave(&self) -> bool {
+        self.slot.residence.may_unload()
+    }
+
+    /// The model is open; it goes onto a device with [`Live::attach`].
+    pub(crate) fn come(&mut self, opened: Opened, limits: Limits, orders: Orders) -> Result<(), String> {
+        self.live = Some(Live::new(opened, limits, orders, self.past)?);
+        (self.failed_at, self.idle_since) = (None, None);
+        Ok(())
     }
 
     /// Lets requests come.
     pub(crate) fn announce(&self) {
-        if let Some(live) = &self.live {
-            self.slot.outcome.set(Ok(Arc::clone(&live.served))).expect("models are announced once");
+        if let Some(live) = self.live.as_ref().filter(|live| live.device.is_some()) {
+            self.slot.ready(&live.served);
             self.slot.set_stats(live.stats);
         }
     }
 
     /// Puts the model on a device; it takes the place of the one in use with [`Live::attach`]. `None` for a model that
-    /// is not served. `uploading` is called again and again meanwhile.
+    /// is not in memory. `uploading` is called again and again meanwhile.
     pub(crate) fn load(
         &self,
         backend: &Backend,
         uploading: &mut dyn FnMut(),
     ) -> Result<Option<DeviceModel>, ExecutorError> {
-        let Some(live) = &self.live else { return Ok(None) };
+        let Some(upload) = self.upload(backend) else { return Ok(None) };
         let mut progress = |done: u64, total: u64| {
-            self.slot.progress_permille.store(done * 1000 / total.max(1), Ordering::Relaxed);
+            self.slot.uploaded(done, total);
             uploading();
         };
+        upload.run(backend, &mut progress).map(Some)
+    }
+
+    /// What is to be put on a device.
+    pub(crate) fn upload(&self, backend: &Backend) -> Option<Upload> {
+        let live = self.live.as_ref()?;
         let load = live.load_options(&self.slot, backend);
-        let slow_dir = live.slow_dir.as_deref();
-        DeviceModel::load_program(backend, Arc::clone(&live.program), load, slow_dir, &mut progress).map(Some)
+        Some(Upload { program: Arc::clone(&live.program), load, slow_dir: live.slow_dir.clone() })
     }
 
     /// Takes a request of this model.
@@ -122,27 +172,77 @@ impl Lane {
         // The service lets no request pass to a model that is not served.
         let _ignored = sequence.deliver(now);
     }
+
+    /// Looks whether anybody needs the model; the next who asks may have one loaded that failed a while ago.
+    pub(crate) fn tend(&mut self, now: Duration) {
+        if self.failed_at.is_some_and(|at| now.saturating_sub(at) >= RETRY_AFTER) {
+            self.failed_at = None;
+            self.slot.may_retry();
+        }
+        self.idle_since = if self.may_go_now() { self.idle_since.or(Some(now)) } else { None };
+        self.slot.set_expires(self.resident().and_then(|resident| resident.expires()));
+    }
+
+    /// Whether nobody needs the model any more and that was not noticed yet.
+    pub(crate) fn is_unnoticed(&self) -> bool {
+        self.idle_since.is_none() && self.may_go_now()
+    }
+
+    fn may_go_now(&self) -> bool {
+        let is_free = |live: &Live| live.device.is_some() && live.scheduler.is_quiet() && self.slot.is_free();
+        self.may_leave() && self.live.as_ref().is_some_and(is_free)
+    }
+
+    /// The model, if it may leave the memory.
+    pub(crate) fn resident(&self) -> Option<Resident> {
+        Some(Resident { idle_since: self.idle_since?, keep: self.slot.keep_alive() })
+    }
+
+    /// Lets go of the model, unless somebody needs it meanwhile. Answers whether it is gone.
+    pub(crate) fn leave(&mut self, why: Left) -> bool {
+        self.idle_since = None;
+        if !self.slot.leave(why) {
+            return false;
+        }
+        if let Some(mut live) = self.live.take() {
+            self.past = Stats { load: Load::default(), ..live.stats() };
+        }
+        self.slot.set_stats(self.past);
+        *lock(&self.slot.board) = Board::default();
+        log::info!(model:% = self.slot.name, reason = why.name(); "model unloaded");
+        true
+    }
 }
 
-impl Live {
-    fn open(
-        slot: &Slot,
-        options: &ModelOptions,
-        limits: Limits,
-        created: u64,
-        orders: &dyn Fn(ImageShape) -> Orders,
-    ) -> Result<Self, String> {
+impl Upload {
+    /// Puts it on a device. `progress` hears (bytes uploaded, bytes in all).
+    pub(crate) fn run(
+        self,
+        backend: &Backend,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<DeviceModel, ExecutorError> {
+        DeviceModel::load_program(backend, self.program, self.load, self.slow_dir.as_deref(), progress)
+    }
+}
+
+impl Opened {
+    /// Finds and reads the file of the model `name`; `created` is the time in seconds since 1970. Takes long for long
+    /// files: an engine that serves somebody has a thread of its own do it.
+    ///
+    /// # Errors
+    /// Why the model cannot be served.
+    pub(crate) fn open(name: &str, options: &ModelOptions, limits: Limits, created: u64) -> Result<Self, String> {
         let text = |error: ModelError| error.to_string();
-        let model = Model::open(&options.path).map_err(text)?;
+        let model = Model::open(&options.source.locate()?).map_err(text)?;
         let program = Arc::new(model.program(&options.program).map_err(text)?);
         let top_k = program.top_k();
         let (latent_bytes, index_bytes) = program.kv.plane_bytes_per_token().map_err(text)?;
-        let context = wanted_context(slot, &model, options);
+        let context = wanted_context(name, &model, options);
         let layers = program.kv.n_layers.into();
         let need = Need { index_bytes, latent_bytes, layers, top_k: top_k.unwrap_or(0).into(), context };
         // Who reads everything at every token is not helped by a slow tier.
         let slow_tier = options.slow_tier.as_ref().filter(|_| top_k.is_some());
-        let room = room(slot, &need, options.kv_bytes, limits, slow_tier)?;
+        let room = room(name, &need, options.kv_bytes, limits, slow_tier)?;
         let Room { max_context, n_blocks, n_fast, cache_bytes } = room;
         let load = LoadOptions {
             program: options.program,
@@ -162,27 +262,53 @@ impl Live {
         let grammars = Compiler::default();
         let served =
             ServedModel { model, max_context, kv_bytes_per_token, top_k, created, vocabulary, images, grammars };
-        let mut secret = [0; 32];
-        getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
-        let mut scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
-        scheduler.weigh(Footprint {
+        let footprint = Footprint {
             block_bytes: need.block_bytes(),
             latent_bytes: latent_bytes * u64::from(BLOCK_TOKENS),
             least_fast: least_fast(limits).min(n_fast),
             pool_bytes: need.bytes_of(&room),
-        });
-        let stats = Stats { load: scheduler.load(), ..Stats::default() };
+        };
+        Ok(Self { served, program, load, footprint, slow_dir: slow_tier.map(|tier| tier.dir.clone()) })
+    }
+
+    /// What the host images of its blocks are.
+    pub(crate) fn images(&self) -> ImageShape {
+        self.served.images
+    }
+
+    /// What it will take of the memory.
+    pub(crate) fn take(&self) -> Take {
+        Take { weights_bytes: self.served.model.file_bytes(), pool_bytes: self.footprint.pool_bytes }
+    }
+}
+
+impl Live {
+    fn new(opened: Opened, limits: Limits, orders: Orders, past: Stats) -> Result<Self, String> {
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(|error| format!("no random numbers: {error}"))?;
+        let take = opened.take();
+        let LoadOptions { n_blocks, n_fast, .. } = opened.load;
+        let mut scheduler = Scheduler::new(limits, Pool::with_slow_tier(n_blocks, n_fast), PrefixHasher::new(secret));
+        scheduler.weigh(opened.footprint);
+        scheduler.count_on(past.tally);
+        let stats = Stats { load: scheduler.load(), ..past };
         Ok(Self {
-            served: Arc::new(served),
-            program,
-            load,
+            served: Arc::new(opened.served),
+            program: opened.program,
+            load: opened.load,
             device: None,
             scheduler,
             batch: Batch::default(),
-            orders: orders(images),
-            slow_dir: slow_tier.map(|tier| tier.dir.clone()),
+            orders,
+            slow_dir: opened.slow_dir,
             stats,
+            take,
         })
+    }
+
+    /// What it takes of the memory.
+    pub(crate) fn take(&self) -> Take {
+        self.take
     }
 
     /// How it is put on a device, which may not have a slow tier.
@@ -240,17 +366,17 @@ fn vocabulary(served: &ServedModel) -> Vocabulary<'_> {
 }
 
 /// Most tokens of a sequence that the configuration wants.
-fn wanted_context(slot: &Slot, model: &Model, options: &ModelOptions) -> u32 {
+fn wanted_context(name: &str, model: &Model, options: &ModelOptions) -> u32 {
     let trained = model.spec().context_length;
     let wanted = options.max_context.unwrap_or(trained);
     if wanted > trained {
-        log::warn!(model:% = slot.name, max_context = wanted, trained; "longer than the model was trained for");
+        log::warn!(model:% = name, max_context = wanted, trained; "longer than the model was trained for");
     }
     wanted
 }
 
 /// What fits the memory there is.
-fn room(slot: &Slot, need: &Need, budget: u64, limits: Limits, slow: Option<&SlowTier>) -> Result<Room, String> {
+fn room(name: &str, need: &Need, budget: u64, limits: Limits, slow: Option<&SlowTier>) -> Result<Room, String> {
     let room = match slow {
         Some(tier) => need.with_slow_tier(budget, limits, tier.hot_share)?,
         None => need.without_slow_tier(budget, limits),
@@ -261,8 +387,8 @@ fn room(slot: &Slot, need: &Need, budget: u64, limits: Limits, slow: Option<&Slo
         return Err(format!("{budget} bytes are left for its KV cache, {needed} are the least; raise memory.budget"));
     }
     if max_context < need.context {
-        log::warn!(model:% = slot.name, max_context, wanted = need.context; "memory.budget holds a shorter context");
+        log::warn!(model:% = name, max_context, wanted = need.context; "memory.budget holds a shorter context");
     }
-    log::info!(model:% = slot.name, max_context, kv_blocks = n_blocks, fast_blocks = n_fast; "model open");
+    log::info!(model:% = name, max_context, kv_blocks = n_blocks, fast_blocks = n_fast; "model open");
     Ok(room)
 }

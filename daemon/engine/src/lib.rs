@@ -31,6 +31,7 @@ mod likelihood;
 mod orders;
 mod params;
 mod progress;
+mod residence;
 mod room;
 mod runner;
 mod sampler;
@@ -54,10 +55,13 @@ pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
 pub use ladder::Recovery;
 pub use lane::ModelOptions;
 pub use params::{Sampling, checked_stops};
+pub use residence::{KeepAlive, Left, ModelSource, Residence};
 pub use room::SlowTier;
 pub use runner::start;
 pub use scheduler::{Limits, Load};
-pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats, Target};
+pub use service::{
+    Arriving, DEFAULT_MODEL, Held, Keeping, Lease, ModelState, ModelStatus, ServedModel, Service, Stats,
+};
 pub use sessions::{
     Change, ContextFull, Durability, SaidTurn, Session, SessionId, SessionState, SessionSummary, Sessions, Settings,
     TurnEnd, Wishes,

@@ -5,22 +5,25 @@
 //! it the models is all that the thread does besides.
 #![expect(clippy::disallowed_methods, reason = "the one place of this crate that knows the time")]
 
+mod bring_up;
+mod residents;
+
 use crate::api::{Failure, UpstreamModel};
 use crate::device::{DeviceSource, DeviceState, DeviceStatus, Devices};
-use crate::executor::{DeviceModel, ExecutorError};
 use crate::ladder::Recovery;
-use crate::lane::{Lane, Live, ModelOptions};
-use crate::memory::{Budget, Limit, Outlook};
+use crate::lane::{Lane, Live, ModelOptions, Opened};
+use crate::memory::{Budget, Outlook};
 use crate::orders::{Links, SlowWriter};
 use crate::progress::Progress;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
 use crate::sessions::{self, Ask, Sessions};
-use sparsed_backend::{Backend, Fault};
+use residents::Coming;
+use sparsed_backend::Backend;
 use sparsed_session::{AnyDisk, Store};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -31,8 +34,9 @@ const INBOX: u32 = 256;
 const PARKED_PAUSE: Duration = Duration::from_millis(10);
 
 /// Starts the engine thread on the first of `devices`; the others take over in their order when it is lost for good.
-/// The service answers at once; models appear in it when all are loaded. The thread ends when it is told to, or when
-/// none of the models can be served and there are no `upstreams`, which engines elsewhere compute.
+/// The service answers at once; models that are loaded at the start appear in it when all of them are, the others when
+/// somebody asks. The thread ends when it is told to, or when none of the models can be served and there are no
+/// `upstreams`, which engines elsewhere compute.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -48,7 +52,8 @@ pub fn start(
     store: Option<Store<AnyDisk>>,
     budget: Budget,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
-    let slots: Vec<_> = models.iter().map(|options| Arc::new(Slot::new(options.name.clone()))).collect();
+    let slot = |options: &ModelOptions| Arc::new(Slot::new(options.name.clone(), options.residence));
+    let slots: Vec<_> = models.iter().map(slot).collect();
     let (sender, inbox) = sync_channel(INBOX as usize);
     let shared = Arc::new(Shared {
         stopping: AtomicBool::new(false),
@@ -64,22 +69,32 @@ pub fn start(
     let keeper = store.map(|store| sessions::spawn(store, sender.clone(), Box::new(seconds))).transpose()?;
     let sessions = keeper.as_ref().map(|(asks, _)| Sessions::new(asks.clone()));
     let has_upstreams = !upstreams.is_empty();
-    let service = Service::new(slots.clone(), upstreams, sender, INBOX, Arc::clone(&shared), sessions);
+    let service = Service::new(slots.clone(), upstreams, sender.clone(), INBOX, Arc::clone(&shared), sessions);
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));
     let links = Links { asks: keeper.as_ref().map(|(asks, _)| asks.clone()), writer };
     let run = move || {
-        let created = seconds();
-        let open = |(index, (slot, options)): (_, (_, &ModelOptions))| {
-            Lane::open(slot, options, limits, created, &|shape| links.orders(index, shape))
+        let lanes = slots.into_iter().zip(models).map(|(slot, options)| Lane::new(slot, options)).collect();
+        let mut engine = Engine {
+            lanes,
+            devices,
+            backend: None,
+            inbox,
+            sender,
+            links,
+            limits,
+            shared,
+            n_sequences: 0,
+            announced: false,
+            draining: false,
+            coming: Coming::default(),
+            relieved_at: 0,
+            for_kv: u64::MAX,
         };
-        let lanes = slots.into_iter().zip(&models).enumerate().map(open).collect();
-        drop(links);
-        let (announced, draining, for_kv) = (false, false, u64::MAX);
-        let mut engine = Engine { lanes, devices, inbox, shared, n_sequences: 0, announced, draining, for_kv };
         engine.run();
         if has_upstreams {
             engine.await_end();
         }
+        engine.close();
         if let Some((asks, thread)) = keeper {
             asks.tell(Ask::Stop);
             // A thread that has panicked has said so.
@@ -93,7 +108,13 @@ pub fn start(
 struct Engine {
     lanes: Vec<Lane>,
     devices: Devices,
+    /// The device in use.
+    backend: Option<Backend>,
     inbox: Receiver<Command>,
+    /// For threads that have something to tell.
+    sender: SyncSender<Command>,
+    links: Links,
+    limits: Limits,
     shared: Arc<Shared>,
     n_sequences: u64,
     /// Whether requests may come: once all models are loaded, since they would wait for those that are still to be.
@@ -101,6 +122,9 @@ struct Engine {
     draining: bool,
     /// Bytes that KV caches were last allowed.
     for_kv: u64,
+    coming: Coming,
+    /// The last look at critically short memory that a model has left for.
+    relieved_at: u64,
 }
 
 /// How long the inbox is waited for.
@@ -110,18 +134,10 @@ enum Wait {
     Forever,
 }
 
-/// Why a device is not up.
-enum NotUp {
-    Failed(ExecutorError),
-    /// It refuses what the installation asks of it, and would again.
-    Refused(ExecutorError),
-    /// The engine is to end.
-    Ending,
-}
-
 impl Engine {
     fn run(&mut self) {
-        while !self.lanes.iter().all(|lane| lane.live.is_none()) {
+        self.open_first();
+        while self.lanes.iter().any(Lane::may_serve) {
             if !self.take_requests() {
                 break;
             }
@@ -134,16 +150,42 @@ impl Engine {
                 Some(due) if now >= due => self.bring_up(),
                 Some(_) => self.lives_mut().for_each(|live| live.scheduler.tend(now)),
             }
-            for lane in &mut self.lanes {
-                if let Some(live) = &mut lane.live {
-                    lane.slot.set_stats(live.stats());
-                    live.scheduler.show(&mut lock(&lane.slot.board));
-                }
-            }
+            self.reside();
+            self.show();
         }
         // With nothing to serve there is nobody to tell either: whoever waits for the thread says why.
         let now = self.now();
         self.lives_mut().for_each(|live| live.scheduler.fail_all(&Failure::ShuttingDown, now));
+    }
+
+    /// Whoever waits for a model hears that none comes any more.
+    fn close(&self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        self.lanes.iter().for_each(|lane| lane.slot.wake());
+    }
+
+    /// Opens what is to be loaded at the start.
+    fn open_first(&mut self) {
+        let created = seconds();
+        for (index, lane) in self.lanes.iter_mut().enumerate().filter(|(_, lane)| lane.slot.residence.at_start) {
+            let opened = Opened::open(&lane.slot.name, &lane.options, self.limits, created).and_then(|opened| {
+                let orders = self.links.orders(index, opened.images());
+                lane.come(opened, self.limits, orders)
+            });
+            if let Err(reason) = opened {
+                lane.refuse(reason);
+            }
+        }
+    }
+
+    /// Shows what models do on their boards.
+    fn show(&mut self) {
+        for lane in &mut self.lanes {
+            if let Some(live) = &mut lane.live {
+                lane.slot.set_stats(live.stats());
+                live.scheduler.show(&mut lock(&lane.slot.board));
+            }
+        }
     }
 
     /// With no model of its own the thread stays for those who keep sessions, and until the daemon's end is asked for.
@@ -167,29 +209,10 @@ impl Engine {
         self.lives_mut().for_each(|live| live.scheduler.look(outlook, now));
     }
 
-    /// Reckons the budget with what weights and workspace take indeed: where less is left than was thought, pools are
-    /// bounded.
-    fn reckon(&mut self, models: &[Option<DeviceModel>]) {
-        let Some(Ok(memory)) = models.iter().flatten().next().map(DeviceModel::memory) else { return };
-        let mut budget = lock(&self.shared.budget);
-        budget.weights_bytes = memory.used_weights;
-        budget.workspace_bytes = memory.used_workspace;
-        budget.bind(Limit::Device, memory.total);
-        let for_kv = budget.for_kv();
-        drop(budget);
-        self.allow(for_kv.unwrap_or(u64::MAX));
-    }
-
-    /// Divides bytes among the models' pools.
-    fn allow(&mut self, for_kv: u64) {
-        self.for_kv = for_kv;
-        let n = self.lives().count().max(1) as u64;
-        self.lives_mut().for_each(|live| live.scheduler.allow(for_kv / n));
-    }
-
     /// Takes up what the operator has changed since the last turn.
     fn tune(&mut self) {
-        let (limits, for_kv) = (*lock(&self.shared.limits), lock(&self.shared.budget).for_kv().unwrap_or(u64::MAX));
+        self.limits = *lock(&self.shared.limits);
+        let (limits, for_kv) = (self.limits, lock(&self.shared.budget).for_kv().unwrap_or(u64::MAX));
         self.lives_mut().for_each(|live| live.scheduler.set_limits(limits));
         if self.announced && for_kv != self.for_kv {
             self.allow(for_kv); // Before, the budget is an estimate, and `reckon` is still to come.
@@ -219,105 +242,6 @@ impl Engine {
         }
     }
 
-    /// The device in use is lost: everything waits, and the device is let go of.
-    fn lose(&mut self, error: &ExecutorError) {
-        self.lives_mut().for_each(Live::detach);
-        let now = self.now();
-        lock(&self.shared.progress).lost(now);
-        self.devices.lost(error, now);
-    }
-
-    /// Opens the device that is due and gives it the models.
-    fn bring_up(&mut self) {
-        let device = self.devices.current();
-        match self.open(device) {
-            Ok(models) => self.go_on(device, models),
-            Err(NotUp::Failed(error)) => self.lose(&error),
-            Err(NotUp::Refused(error)) => {
-                let live = self.lanes.iter_mut().filter(|lane| lane.live.is_some());
-                live.for_each(|lane| lane.refuse(error.to_string()));
-            }
-            Err(NotUp::Ending) => {}
-        }
-    }
-
-    /// Tries to go back to the preferred device, while nobody needs the other one.
-    fn prefer(&mut self) {
-        match self.open(0) {
-            Ok(models) => self.go_on(0, models),
-            Err(NotUp::Failed(error) | NotUp::Refused(error)) => self.devices.not_yet(&error, self.now()),
-            Err(NotUp::Ending) => {}
-        }
-        lock(&self.shared.progress).uploaded();
-    }
-
-    fn go_on(&mut self, device: usize, models: Vec<Option<DeviceModel>>) {
-        self.reckon(&models);
-        for (lane, model) in self.lanes.iter_mut().zip(models) {
-            if let (Some(live), Some(model)) = (&mut lane.live, model) {
-                live.attach(model);
-            }
-        }
-        let now = self.now();
-        lock(&self.shared.progress).uploaded();
-        self.devices.up(device, now);
-        if !std::mem::replace(&mut self.announced, true) {
-            self.lanes.iter().for_each(Lane::announce);
-        }
-    }
-
-    /// Opens a device and puts every model on it. A model that the last of the devices does not take is not served if
-    /// that shows before any was; otherwise it is the device's failure, since there is another one to try, or there may
-    /// be requests that wait.
-    fn open(&mut self, device: usize) -> Result<Vec<Option<DeviceModel>>, NotUp> {
-        let clock = clock(&self.shared);
-        let began = clock();
-        let backend = self.devices.open(device).map_err(|error| match error.fault() {
-            // Another device would only hide that.
-            Fault::Caller if self.devices.is_untried() && !error.is_quarantine() => NotUp::Refused(error),
-            _ => NotUp::Failed(error),
-        })?;
-        if self.is_ending() {
-            return Err(NotUp::Ending);
-        }
-        let mut models = Vec::with_capacity(self.lanes.len());
-        for index in 0..self.lanes.len() {
-            if self.is_ending() {
-                return Err(NotUp::Ending);
-            }
-            let lane = &mut self.lanes[index];
-            let mut uploading = || lock(&self.shared.progress).uploading(clock());
-            let is_first = !self.announced && self.devices.is_last(device);
-            match lane.load(&backend, &mut uploading) {
-                Ok(model) => models.push(model),
-                Err(error) if is_first && !concerns_device(&error) => {
-                    lane.refuse(error.to_string());
-                    models.push(None);
-                }
-                Err(error) => return Err(NotUp::Failed(error)),
-            }
-        }
-        // A device that was lost is believed once it has passed its own test.
-        if let Some(model) = models.iter().flatten().next().filter(|_| self.announced) {
-            model.examine().map_err(NotUp::Failed)?;
-        }
-        self.log_up(&backend, clock().saturating_sub(began));
-        Ok(models)
-    }
-
-    fn log_up(&self, backend: &Backend, took: Duration) {
-        let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
-        for lane in self.lanes.iter().filter(|lane| lane.live.is_some()) {
-            log::info!(model:% = lane.slot.name, device:% = backend.info().name, took_ms; "model ready");
-        }
-    }
-
-    /// Whether a device that is being brought up would have nobody to serve.
-    fn is_ending(&self) -> bool {
-        let is = |flag: &AtomicBool| flag.load(Ordering::Relaxed);
-        is(&self.shared.ending) || (is(&self.shared.stopping) && !self.announced)
-    }
-
     /// Empties the inbox, waiting in it while there is nothing to run. Answers false when the engine is to end.
     fn take_requests(&mut self) -> bool {
         loop {
@@ -333,22 +257,36 @@ impl Engine {
                 }),
             };
             match received {
-                Ok(Command::Generate { slot, request, sink }) => {
-                    let now = self.now();
-                    let sequence = Sequence::new(SequenceId(self.n_sequences), *request, sink, now);
-                    self.n_sequences += 1;
-                    self.lanes[slot].submit(sequence, now);
-                }
-                Ok(Command::Written { slot }) => self.with(slot, |scheduler| scheduler.written()),
-                Ok(Command::Demoted { slot, demoted }) => self.with(slot, |scheduler| scheduler.demoted(demoted)),
-                Ok(Command::Restored { slot, restored }) => self.with(slot, |scheduler| scheduler.arrived(restored)),
-                // Taken up in the turn that follows, though nobody has anything to do.
-                Ok(Command::Look) => return true,
-                Ok(Command::Drain) => self.draining = true,
                 // Without a service nobody can ask any more.
                 Ok(Command::Stop) | Err(TryRecvError::Disconnected) => return false,
                 Err(TryRecvError::Empty) => return true,
+                Ok(command) => {
+                    // Taken up in the turn that follows, though nobody has anything to do.
+                    let is_for_now = matches!(command, Command::Look | Command::Opened { .. });
+                    self.heed(command);
+                    if is_for_now {
+                        return true;
+                    }
+                }
             }
+        }
+    }
+
+    /// Does what it is told; what ends it or only wakes it is for [`Self::take_requests`].
+    fn heed(&mut self, command: Command) {
+        match command {
+            Command::Generate { slot, request, sink } => {
+                let now = self.now();
+                let sequence = Sequence::new(SequenceId(self.n_sequences), *request, sink, now);
+                self.n_sequences += 1;
+                self.lanes[slot].submit(sequence, now);
+            }
+            Command::Written { slot } => self.with(slot, |scheduler| scheduler.written()),
+            Command::Demoted { slot, demoted } => self.with(slot, |scheduler| scheduler.demoted(demoted)),
+            Command::Restored { slot, restored } => self.with(slot, |scheduler| scheduler.arrived(restored)),
+            Command::Opened { slot, opened } => self.opened(slot, opened),
+            Command::Drain => self.draining = true,
+            Command::Look | Command::Stop => {}
         }
     }
 
@@ -363,7 +301,7 @@ impl Engine {
         let now = self.now();
         let (is_busy, is_idle) = (self.lives().any(|live| live.scheduler.has_work()), self.is_idle());
         let until = |at: Duration| at.saturating_sub(now);
-        match self.devices.due() {
+        let wait = match self.devices.due() {
             Some(due) if due <= now => Wait::Not,
             Some(due) if is_idle => Wait::For(until(due)),
             Some(due) => Wait::For(until(due).min(PARKED_PAUSE)),
@@ -376,6 +314,11 @@ impl Engine {
                     None => Wait::Forever,
                 }
             }
+        };
+        match (wait, self.reside_at()) {
+            (Wait::Forever, Some(at)) => Wait::For(until(at)),
+            (Wait::For(time), Some(at)) => Wait::For(time.min(until(at))),
+            (wait, _) => wait,
         }
     }
 
@@ -411,9 +354,4 @@ pub(crate) fn seconds() -> u64 {
 fn clock(shared: &Shared) -> impl Fn() -> Duration + use<> {
     let epoch = shared.epoch;
     move || epoch.elapsed()
-}
-
-/// Whether loading failed for the device's sake and not the model's.
-fn concerns_device(error: &ExecutorError) -> bool {
-    matches!(error.fault(), Fault::Device | Fault::Queue | Fault::Step | Fault::Cancelled)
 }

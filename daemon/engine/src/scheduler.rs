@@ -212,6 +212,21 @@ impl Scheduler {
         self.archive.is_idle()
     }
 
+    /// Whether nothing is under way for anybody: what comes later would be another scheduler's.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.is_idle()
+            && self.is_saved()
+            && self.n_restores == 0
+            && self.arrivals.is_empty()
+            && !self.demotions.is_under_way()
+            && !self.demotions.has_results()
+    }
+
+    /// Goes on counting from what the model's last scheduler has counted.
+    pub(crate) fn count_on(&mut self, tally: Tally) {
+        self.tally = tally;
+    }
+
     /// Blocks that nobody holds any more since the last call: to be discarded before the next step runs.
     pub(crate) fn take_freed(&mut self) -> Vec<BlockId> {
         std::mem::take(&mut self.freed)

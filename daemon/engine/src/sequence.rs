@@ -8,6 +8,7 @@ use crate::api::{
 use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
+use crate::service::Lease;
 use answer::Answer;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
 use sparsed_model::Tokenizer;
@@ -70,6 +71,8 @@ pub(crate) struct Sequence {
     pub(crate) durable: Option<Durable>,
     parked_since: Option<Duration>,
     times: Times,
+    /// Its model stays as long as it does.
+    _lease: Option<Lease>,
 }
 
 /// When things happened, since the engine's start.
@@ -120,6 +123,7 @@ impl Sequence {
             durable,
             parked_since: None,
             times: Times { submitted: now, started: None, first_token: None, last_token: now },
+            _lease: request.lease,
         }
     }
 

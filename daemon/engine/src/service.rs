@@ -3,25 +3,30 @@
 //! A [`Service`] is shared by all surfaces. It never waits for the engine: requests go into a bounded inbox, answers
 //! come back through each request's sink.
 
+mod lease;
 mod served;
+mod slot;
 mod targets;
 mod turns;
 
+pub use lease::{Arriving, Held, Lease};
 pub use served::ServedModel;
-pub use targets::Target;
+pub use slot::Keeping;
+pub(crate) use slot::Slot;
 
 use crate::api::{Failure, Generate, Sink, UpstreamModel, UpstreamStatus};
 use crate::device::DeviceStatus;
 use crate::durable::Restored;
+use crate::lane::Opened;
 use crate::memory::{Budget, Outlook};
 use crate::progress::Progress;
 use crate::scheduler::{Limits, Load};
 use crate::sessions::Sessions;
 use crate::telemetry::{Board, Tally};
 use crate::warm::Demoted;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The model of requests that name none.
@@ -72,7 +77,9 @@ pub(crate) enum Command {
     Demoted { slot: usize, demoted: Demoted },
     /// Images of the model `slot` that were asked for.
     Restored { slot: usize, restored: Restored },
-    /// There is a new look at the memory.
+    /// The file of the model `slot` is open, or cannot be opened.
+    Opened { slot: usize, opened: Result<Box<Opened>, String> },
+    /// There is a new look at the memory, a model is wanted, or may go.
     Look,
     /// Take nothing new; end when nothing runs any more.
     Drain,
@@ -88,25 +95,12 @@ impl std::fmt::Debug for Command {
             Self::Written { .. } => "Written",
             Self::Demoted { .. } => "Demoted",
             Self::Restored { .. } => "Restored",
+            Self::Opened { .. } => "Opened",
             Self::Look => "Look",
             Self::Drain => "Drain",
             Self::Stop => "Stop",
         })
     }
-}
-
-/// A configured model, loaded or not.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) name: String,
-    /// Set once, when loading has ended: the model, or why there is none.
-    pub(crate) outcome: OnceLock<Result<Arc<ServedModel>, String>>,
-    /// Bytes uploaded, in thousandths of all.
-    pub(crate) progress_permille: AtomicU64,
-    /// The engine thread writes it after each step, status pages read it.
-    pub(crate) stats: Mutex<Stats>,
-    /// As `stats`: who waits, and what was decided.
-    pub(crate) board: Mutex<Board>,
 }
 
 /// What a model's engine has done and holds.
@@ -127,6 +121,8 @@ pub struct Stats {
 /// What a configured model is doing.
 #[derive(Clone, Debug)]
 pub enum ModelState {
+    /// Not in memory; whoever asks for it has it loaded.
+    Unloaded,
     /// Being read and uploaded.
     Loading {
         /// Thousandths of the weights that are uploaded.
@@ -146,7 +142,7 @@ impl ModelState {
         match self {
             Self::Ready(_) => true,
             Self::Elsewhere(upstream) => upstream.is_up(),
-            Self::Loading { .. } | Self::Failed(_) => false,
+            Self::Unloaded | Self::Loading { .. } | Self::Failed(_) => false,
         }
     }
 }
@@ -162,35 +158,13 @@ pub struct ModelStatus {
     pub stats: Stats,
     /// Who waits and runs, and what was decided about it.
     pub board: Board,
+    /// What keeps it in memory.
+    pub keeping: Keeping,
 }
 
 /// Values behind these locks are whole at any time, so a panic elsewhere has spoilt nothing.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Slot {
-    pub(crate) fn new(name: String) -> Self {
-        Self {
-            name,
-            outcome: OnceLock::new(),
-            progress_permille: AtomicU64::new(0),
-            stats: Mutex::new(Stats::default()),
-            board: Mutex::new(Board::default()),
-        }
-    }
-
-    pub(crate) fn set_stats(&self, stats: Stats) {
-        *lock(&self.stats) = stats;
-    }
-
-    fn state(&self) -> ModelState {
-        match self.outcome.get() {
-            None => ModelState::Loading { progress_permille: self.progress_permille.load(Ordering::Relaxed) },
-            Some(Err(reason)) => ModelState::Failed(reason.clone()),
-            Some(Ok(model)) => ModelState::Ready(Arc::clone(model)),
-        }
-    }
 }
 
 impl Service {
@@ -265,6 +239,7 @@ impl Service {
             state: slot.state(),
             stats: *lock(&slot.stats),
             board: lock(&slot.board).clone(),
+            keeping: slot.keeping(),
         };
         self.slots.iter().map(status).chain(self.upstream_statuses()).collect()
     }
@@ -277,10 +252,11 @@ impl Service {
     /// The model `name` of this box, if it answers.
     ///
     /// # Errors
-    /// Not configured, loading, failed, or computed elsewhere.
+    /// Not configured, not loaded, failed, or computed elsewhere. [`Service::hold`] has it loaded and waits.
     pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, Failure> {
         match self.slot(name)?.1.state() {
             ModelState::Ready(model) => Ok(model),
+            ModelState::Unloaded => Err(Failure::ModelUnloaded { name: name.to_owned() }),
             ModelState::Loading { .. } => Err(Failure::ModelLoading { name: name.to_owned() }),
             ModelState::Failed(reason) => Err(Failure::ModelUnavailable { name: name.to_owned(), reason }),
             ModelState::Elsewhere(_) => Err(Failure::ComputedElsewhere { name: name.to_owned() }),
@@ -295,21 +271,26 @@ impl Service {
         if self.shared.stopping.load(Ordering::Relaxed) {
             return Err(Failure::ShuttingDown);
         }
-        let (slot, _) = self.slot(&request.model)?;
-        let model = self.model(&request.model)?;
-        model.check(&request)?;
+        let (index, _) = self.slot(&request.model)?;
+        // From here on it stays until the request has ended.
+        let held = self.held_now(&request.model)?;
+        held.model.check(&request)?;
+        request.lease = Some(held.lease);
         if let Some(recorder) = request.turn.as_mut().and_then(|turn| turn.recorder.take()) {
             sink = recorder.record(sink);
         }
-        self.inbox.try_send(Command::Generate { slot, request: Box::new(request), sink }).map_err(|error| match error {
-            TrySendError::Full(_) => Failure::QueueFull { limit: self.inbox_limit, retry_after_s: 1 },
-            TrySendError::Disconnected(_) => Failure::ShuttingDown,
+        self.inbox.try_send(Command::Generate { slot: index, request: Box::new(request), sink }).map_err(|error| {
+            match error {
+                TrySendError::Full(_) => Failure::QueueFull { limit: self.inbox_limit, retry_after_s: 1 },
+                TrySendError::Disconnected(_) => Failure::ShuttingDown,
+            }
         })
     }
 
     /// Takes no more requests; the engine ends when those it has are answered.
     pub fn drain(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
+        self.slots.iter().for_each(|slot| slot.wake());
         self.tell(Command::Drain);
     }
 
@@ -318,6 +299,7 @@ impl Service {
         self.shared.stopping.store(true, Ordering::Relaxed);
         self.upstreams.iter().for_each(|upstream| upstream.engine.stop());
         self.shared.ending.store(true, Ordering::Relaxed);
+        self.slots.iter().for_each(|slot| slot.wake());
         self.tell(Command::Stop);
     }
 

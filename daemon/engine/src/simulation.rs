@@ -132,7 +132,7 @@ impl Machine {
                 Command::Written { .. } => self.scheduler.written(),
                 Command::Demoted { demoted, .. } => self.scheduler.demoted(demoted),
                 Command::Restored { restored, .. } => self.scheduler.arrived(restored),
-                Command::Look | Command::Drain | Command::Stop => {}
+                Command::Opened { .. } | Command::Look | Command::Drain | Command::Stop => {}
             }
         }
         let Some(device) = device else {

@@ -7,18 +7,24 @@ pub(crate) use paged::{Paged, next_token};
 
 use crate::api::{Event, Generate, Owner, Refused, Sink};
 use crate::batch::Batch;
+use crate::device::DeviceStatus;
 use crate::durable::{Files, Restore, Restored};
 use crate::executor::ExecutorError;
+use crate::progress::Progress;
+use crate::residence::Residence;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
+use crate::service::{Command, Service, Shared, Slot};
 use crate::step::{Done, step};
 use crate::warm::{Demoted, WriteJob};
 use crate::{Grammar, Sampling, api, params};
 use sparsed_kv::{BLOCK_TOKENS, FileId, Pool, PrefixHasher, Save};
 use std::cell::Cell;
 use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::AtomicBool;
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) const VOCAB: usize = 97;
 pub(crate) const BLOCK: usize = BLOCK_TOKENS as usize;
@@ -253,6 +259,7 @@ pub(crate) fn request(owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, 
         logprobs: None,
         urgency: api::Urgency::default(),
         turn: None,
+        lease: None,
     }
 }
 
@@ -278,4 +285,22 @@ pub(crate) fn naive(mut tokens: Vec<u32>, n: u32) -> Vec<u32> {
         tokens.push(next_token(tokens.iter().copied()));
     }
     tokens.split_off(start)
+}
+
+/// A service of one model `m` without an engine, and what the engine would be told.
+#[expect(clippy::disallowed_methods, reason = "an engine's time begins somewhere")]
+pub(crate) fn service_of(residence: Residence) -> (Service, Receiver<Command>) {
+    let (inbox, commands) = sync_channel(512);
+    let shared = Arc::new(Shared {
+        stopping: AtomicBool::new(false),
+        ending: AtomicBool::new(false),
+        device: Mutex::new(DeviceStatus::new("test")),
+        progress: Mutex::new(Progress::new(Duration::from_secs(60))),
+        outlook: Mutex::default(),
+        budget: Mutex::default(),
+        limits: Mutex::new(limits()),
+        epoch: Instant::now(),
+    });
+    let slots = vec![Arc::new(Slot::new("m".to_owned(), residence))];
+    (Service::new(slots, Vec::new(), inbox, 512, shared, None), commands)
 }

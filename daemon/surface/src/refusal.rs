@@ -54,6 +54,13 @@ impl Refusal {
         Self { name, param: None, retry_after_s: Some(1), message }
     }
 
+    /// A caller has all the leases of models it may have.
+    pub(crate) fn too_many_leases(limit: usize) -> Self {
+        let message = format!("you have {limit} leases of models, which is all you may have at a time");
+        let name = Name { status: 429, kind: RATE, code: "too_many_leases" };
+        Self { name, param: None, retry_after_s: None, message }
+    }
+
     /// A door has as many requests as it may, and says so in `message`.
     pub(crate) fn door_full(message: String) -> Self {
         let name = Name { status: 429, kind: RATE, code: "queue_full" };
@@ -114,6 +121,7 @@ fn name(failure: &Failure) -> Name {
     let (status, kind, code) = match failure {
         Failure::ModelNotFound { .. } => (404, INVALID, "model_not_found"),
         Failure::ModelLoading { .. } => (503, SERVER, "model_loading"),
+        Failure::ModelUnloaded { .. } => (503, SERVER, "model_unloaded"),
         Failure::ModelUnavailable { .. } => (503, SERVER, "model_unavailable"),
         Failure::ContextTooLong { .. } => (400, INVALID, "context_length_exceeded"),
         Failure::InvalidRequest { .. } => (400, INVALID, "invalid_value"),

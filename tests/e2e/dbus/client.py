@@ -204,6 +204,32 @@ def interface(address, folder):
     os.close(fd)
 
 
+def leases(address):
+    """A descriptor keeps a model in memory that would leave at once."""
+    client = Client(address)
+
+    def model():
+        return json.loads(client.manager("GetStatus")[0])["models"][0]
+
+    refused(ERROR + "ModelNotFound", client.manager, "Lease", "s", "none")
+    first, second = (client.manager("Lease", "s", "default")[0].to_raw_fd() for _ in range(2))
+    until("loaded", lambda: model()["state"] == "ready" and model()["keeping"]["leases"] == 2)
+    client.lines(chat(max_tokens=2))
+    os.close(first)
+    until("one lease", lambda: model()["keeping"]["leases"] == 1)
+    # The lease is the descriptor's, not the connection's.
+    client.bus.close()
+    client = Client(address)
+    assert model()["state"] == "ready", model()
+    os.close(second)
+    until("unloaded", lambda: model()["state"] == "unloaded")
+    assert model()["keeping"]["unloads"]["idle"] == 1 and model()["keeping"]["loads"] == 1, model()
+    held = [client.manager("Lease", "s", "default")[0].to_raw_fd() for _ in range(32)]
+    refused(ERROR + "TooManyLeases", client.manager, "Lease", "s", "default")
+    for fd in held:
+        os.close(fd)
+
+
 def announces(address):
     """Changes are announced, and once in two seconds at most."""
     client = Client(address)

@@ -73,7 +73,7 @@ fn a_daemon_that_nobody_asks_sleeps() {
     let spans: Vec<(f64, f64)> = spans.collect();
     let least = spans.iter().copied().reduce(|a, b| (a.0.min(b.0), a.1.min(b.1))).unwrap();
     let rss = resident_kib(daemon.pid());
-    println!("wakeups/s and CPU share: {spans:?}; {rss} KiB resident");
+    eprintln!("wakeups/s and CPU share: {spans:?}; {rss} KiB resident");
     assert!(least.0 <= WAKEUPS_PER_S_MAX, "{spans:?} wakeups/s and CPU share");
     assert!(least.1 <= CPU_SHARE_MAX, "{spans:?} wakeups/s and CPU share");
     assert!(rss <= RSS_KIB_MAX, "{rss} KiB resident");

@@ -21,6 +21,7 @@ pub(super) const KEYS: &[&str] = &[
     "engine.watchdog_ms",
     "limits.body",
     "limits.connections",
+    "limits.load_wait_s",
     "limits.max_batched_tokens",
     "limits.max_running",
     "limits.max_waiting",
@@ -35,6 +36,8 @@ pub(super) const KEYS: &[&str] = &[
     "memory.slow_tier",
     "memory.total",
     "model.*.activations",
+    "model.*.keep_alive",
+    "model.*.load",
     "model.*.max_context",
     "model.*.path",
     "model.*.relay.allow_insecure",
@@ -49,6 +52,9 @@ pub(super) const KEYS: &[&str] = &[
     "model.*.relay.waiting",
     "model.*.top_k",
     "model.*.upstream",
+    "models.dir",
+    "models.hub",
+    "models.max_bytes",
     "mqtt.allow_insecure",
     "mqtt.broker",
     "mqtt.ca_file",
@@ -260,15 +266,17 @@ mod tests {
         files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
         config.tcp.listen = Some("127.0.0.1:1".parse().unwrap());
         config.tcp.keys = Some("x".into());
+        config.models.dir = Some("x".into());
+        let keep_alive = Some(toml::Value::from("5m").try_into().unwrap());
         let file = || Some("x".into());
         let relay = Relay { model: name(), key_file: file(), ca_file: file(), ..Relay::default() };
         let model = Model {
-            path: "x".into(),
             upstream: name(),
             relay: Some(relay),
             max_context: Some(1),
             top_k: Some(1),
-            activations: Default::default(),
+            keep_alive,
+            ..Model::at("x".into())
         };
         config.model.insert("*".to_owned(), model);
         let mut found = Vec::new();

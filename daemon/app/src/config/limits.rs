@@ -23,6 +23,8 @@ pub struct Limits {
     pub connections: u32,
     /// Most bytes of a request's body.
     pub body: Bytes,
+    /// Seconds that a request waits for its model to be loaded.
+    pub load_wait_s: u64,
     /// Seconds that a client may not read before its answer is given up.
     pub slow_consumer_s: u64,
     /// Seconds that running answers may go on when the daemon is told to stop.
@@ -40,6 +42,7 @@ impl Default for Limits {
             tpot_target_ms: 0,
             connections: 512,
             body: Bytes(8 << 20),
+            load_wait_s: 300,
             slow_consumer_s: 30,
             stop_s: 20,
         }
@@ -58,6 +61,7 @@ impl Limits {
             ("tpot_target_ms", self.tpot_target_ms, 0, 60_000),
             ("connections", self.connections.into(), 1, 65536),
             ("body", self.body.0, 1024, 1 << 30),
+            ("load_wait_s", self.load_wait_s, 1, 86_400),
             ("slow_consumer_s", self.slow_consumer_s, 1, 3600),
             ("stop_s", self.stop_s, 0, 3600),
         ];

@@ -6,10 +6,13 @@
 mod check;
 mod dbus;
 mod difference;
+mod engine;
 mod layers;
 mod limits;
 mod log;
 mod memory;
+mod model;
+mod models;
 mod mqtt;
 mod paths;
 mod plugins;
@@ -21,10 +24,13 @@ mod tcp;
 
 pub use dbus::Dbus;
 pub use difference::Difference;
+pub use engine::{Engine, Isolation, Retry};
 pub use layers::Layers;
 pub use limits::Limits;
 pub use log::{Log, LogLevel};
 pub use memory::{Memory, SlowTierFor};
+pub use model::{Activations, Model};
+pub use models::{KeepAlive, LoadWhen, Models};
 pub use mqtt::{Broker, Mqtt};
 pub use paths::Paths;
 pub use plugins::Plugins;
@@ -35,12 +41,8 @@ pub use source::Source;
 pub use tcp::Tcp;
 
 use serde::{Deserialize, Serialize};
-use sparsed_backend::STRIKES_MAX;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-
-/// The longest time that can be configured.
-const YEAR_MS: u64 = 365 * 86_400_000;
+use std::path::PathBuf;
 
 /// Most pauses between attempts to open a device.
 const PAUSES_MAX: usize = 16;
@@ -48,8 +50,6 @@ const PAUSES_MAX: usize = 16;
 const DAY_MS: u64 = 24 * HOUR_MS;
 /// The longest time of a call.
 const HOUR_MS: u64 = 3600 * 1000;
-/// The longest time that a hung call may hold its end up.
-const GRACE_MS_MAX: u64 = 60_000;
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +99,8 @@ pub struct Config {
     pub dbus: Dbus,
     /// MQTT.
     pub mqtt: Mqtt,
+    /// The store of models.
+    pub models: Models,
     /// Models by name. Without any, `default` is the packaged model.
     pub model: BTreeMap<String, Model>,
 }
@@ -111,146 +113,6 @@ pub struct Socket {
     pub path: Option<PathBuf>,
 }
 
-/// `[engine]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Engine {
-    /// The plugin's id.
-    pub plugin: String,
-    /// Device of the plugin, from 0.
-    pub device: u32,
-    /// Devices of the plugin that take over when that one is lost for good, in this order.
-    pub spare_devices: Vec<u32>,
-    /// Compute threads; 0: the plugin's choice.
-    pub threads: u32,
-    /// Whether the CPU plugin takes over when another one's device is lost for good.
-    pub failover: bool,
-    /// Milliseconds without progress after which the service manager is not told any more that all is well.
-    pub watchdog_ms: u64,
-    /// How a lost device is treated.
-    pub retry: Retry,
-    /// Settings for the plugin.
-    pub set: BTreeMap<String, String>,
-    /// Where the plugin's code runs.
-    pub isolation: Isolation,
-    /// Milliseconds that a step may take in a process of the plugin's own before it is cancelled.
-    pub step_timeout_ms: u64,
-}
-
-/// Where a plugin's code runs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Isolation {
-    /// The CPU plugin in the daemon, every other one in a process of its own.
-    #[default]
-    Auto,
-    /// In a process of its own.
-    Process,
-    /// In the daemon; what the plugin breaks is then broken for everybody.
-    None,
-}
-
-impl Default for Engine {
-    fn default() -> Self {
-        Self {
-            plugin: "cpu".to_owned(),
-            device: 0,
-            spare_devices: Vec::new(),
-            threads: 0,
-            failover: true,
-            watchdog_ms: 60_000,
-            retry: Retry::default(),
-            set: BTreeMap::new(),
-            isolation: Isolation::Auto,
-            step_timeout_ms: 20_000,
-        }
-    }
-}
-
-/// `[engine.retry]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Retry {
-    /// Pauses in milliseconds before a lost device is opened again.
-    pub backoff_ms: Vec<u64>,
-    /// A device that was up for so many milliseconds begins with the first pause again.
-    pub forget_ms: u64,
-}
-
-impl Default for Retry {
-    fn default() -> Self {
-        Self { backoff_ms: vec![1000, 5000, 30_000], forget_ms: 600_000 }
-    }
-}
-
-/// `[model.<name>]`
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Model {
-    /// The file; empty where an engine elsewhere computes the model.
-    #[serde(default, skip_serializing_if = "is_empty")]
-    pub path: PathBuf,
-    /// The OpenAI interface of the engine that computes it, `https://host[:port]/v1`; `None`: this box does.
-    #[serde(default)]
-    pub upstream: Option<String>,
-    /// How that engine is asked.
-    #[serde(default)]
-    pub relay: Option<Relay>,
-    /// Most tokens of prompt and answer; `None`: as many as the model was trained for.
-    #[serde(default)]
-    pub max_context: Option<u32>,
-    /// Tokens that attention selects; `None`: as many as the model was made for, 0: all.
-    #[serde(default)]
-    pub top_k: Option<u32>,
-    /// How activations go into products.
-    #[serde(default)]
-    pub activations: Activations,
-}
-
-impl Model {
-    /// The model of a file, all else as it has it.
-    pub fn at(path: PathBuf) -> Self {
-        let (upstream, relay) = (None, None);
-        Self { path, upstream, relay, max_context: None, top_k: None, activations: Activations::default() }
-    }
-
-    /// What of it does not go together.
-    fn wrong_value(&self, name: &str) -> Option<(String, String)> {
-        let key = |key: &str| format!("model.{name}.{key}");
-        let (has_path, relay) = (!is_empty(&self.path), self.relay.as_ref());
-        match &self.upstream {
-            Some(_) if has_path => Some((key("upstream"), format!("and model.{name}.path exclude each other"))),
-            Some(_) if self.top_k.is_some() => {
-                Some((key("top_k"), "is the upstream engine's to choose; leave it out".to_owned()))
-            }
-            Some(upstream) => relay.cloned().unwrap_or_default().wrong_value(name, upstream),
-            None if relay.is_some() => Some((key("relay"), format!("belongs to a model with model.{name}.upstream"))),
-            None if !has_path => {
-                Some((key("path"), format!("is missing or empty; set a path, or model.{name}.upstream")))
-            }
-            None => None,
-        }
-    }
-}
-
-fn is_empty(path: &Path) -> bool {
-    path.as_os_str().is_empty()
-}
-
-/// How activations go into products with quantised weights.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Activations {
-    /// Rounded to 16 bits per 32 values; KV rows in f16 and q8_0.
-    #[default]
-    Int16,
-    /// As f32, and KV rows in f32; for comparisons.
-    F32,
-    /// Rounded to int8 per 32 values, KV rows in f16 and q8_0; near ties between tokens may fall otherwise, and prompts
-    /// are read up to one and a half times as fast.
-    Int8,
-}
-
 impl Config {
     /// The first value out of its range, and what it must be.
     fn wrong_value(&self) -> Option<(String, String)> {
@@ -261,17 +123,9 @@ impl Config {
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
             ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
             ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
-            ("plugins.strikes".to_owned(), plugins.strikes.into(), 1, STRIKES_MAX.into()),
-            ("plugins.strike_window_ms".to_owned(), plugins.strike_window_ms, 1, YEAR_MS),
-            ("plugins.quarantine_ms".to_owned(), plugins.quarantine_ms, 1, plugins.quarantine_max_ms),
-            ("plugins.quarantine_max_ms".to_owned(), plugins.quarantine_max_ms, 1, YEAR_MS),
-            ("plugins.step_failures".to_owned(), plugins.step_failures.into(), 2, 1024),
-            ("plugins.step_window_ms".to_owned(), plugins.step_window_ms, 1, DAY_MS),
-            ("plugins.start_timeout_ms".to_owned(), plugins.start_timeout_ms, 1, HOUR_MS),
-            ("plugins.call_timeout_ms".to_owned(), plugins.call_timeout_ms, 1, HOUR_MS),
-            ("plugins.grace_ms".to_owned(), plugins.grace_ms, 1, GRACE_MS_MAX),
             ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, HOUR_MS),
         ]);
+        ranges.extend(plugins.ranges());
         ranges.extend(self.mqtt.ranges());
         let pauses = &self.engine.retry.backoff_ms;
         if !(1..=PAUSES_MAX).contains(&pauses.len()) {
@@ -279,8 +133,12 @@ impl Config {
             return Some(("engine.retry.backoff_ms".to_owned(), reason));
         }
         ranges.extend(pauses.iter().map(|&pause| ("engine.retry.backoff_ms".to_owned(), pause, 0, DAY_MS)));
-        let paths =
-            [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
+        let paths = [
+            ("state_dir", &self.state_dir),
+            ("socket.path", &self.socket.path),
+            ("plugins.dir", &self.plugins.dir),
+            ("models.dir", &self.models.dir),
+        ];
         let paths: Vec<_> =
             paths.into_iter().filter_map(|(key, path)| Some((key.to_owned(), path.as_ref()?))).collect();
         for (name, model) in &self.model {
@@ -306,7 +164,7 @@ impl Config {
         if let Some((key, _)) = paths.into_iter().find(|(_, path)| path.as_os_str().is_empty()) {
             return Some((key, "is empty, must be a path".to_owned()));
         }
-        if let Some(wrong) = self.mqtt.wrong_value() {
+        if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()) {
             return Some(wrong);
         }
         let longest = pauses.iter().max().copied().unwrap_or(0);
@@ -340,6 +198,7 @@ pub(crate) fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut i
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn load(text: &str, sets: &[&str]) -> Result<Config, String> {
         let dir = tempfile::tempdir().unwrap();

@@ -16,6 +16,8 @@ pub struct Paths {
     pub state_dir: PathBuf,
     /// The Unix socket.
     pub socket: PathBuf,
+    /// The store of models.
+    pub models_dir: PathBuf,
     /// The model `default` when none is configured.
     pub default_model: PathBuf,
 }
@@ -57,7 +59,8 @@ impl Paths {
         let default_model = models.join(DEFAULT_MODEL_FILE);
         let packaged = Path::new(PACKAGED_MODELS).join(DEFAULT_MODEL_FILE);
         let default_model = if is_there(&packaged) && !is_there(&default_model) { packaged } else { default_model };
-        Self { state_dir, socket, default_model }
+        let models_dir = config.models.dir.clone().unwrap_or(models);
+        Self { state_dir, socket, models_dir, default_model }
     }
 }
 

@@ -1,9 +1,15 @@
 //! Which plugins may be used, and how much time do they have?
 
+use super::{DAY_MS, HOUR_MS};
 use serde::{Deserialize, Serialize};
-use sparsed_backend::{HostOptions, QuarantinePolicy};
+use sparsed_backend::{HostOptions, QuarantinePolicy, STRIKES_MAX};
 use std::path::PathBuf;
 use std::time::Duration;
+
+/// The longest time that can be configured.
+const YEAR_MS: u64 = 365 * 86_400_000;
+/// The longest time that a hung call may hold its end up.
+const GRACE_MS_MAX: u64 = 60_000;
 
 /// `[plugins]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -51,6 +57,21 @@ impl Default for Plugins {
 }
 
 impl Plugins {
+    /// What each number must be.
+    pub(super) fn ranges(&self) -> [(String, u64, u64, u64); 9] {
+        [
+            ("plugins.strikes".to_owned(), self.strikes.into(), 1, STRIKES_MAX.into()),
+            ("plugins.strike_window_ms".to_owned(), self.strike_window_ms, 1, YEAR_MS),
+            ("plugins.quarantine_ms".to_owned(), self.quarantine_ms, 1, self.quarantine_max_ms),
+            ("plugins.quarantine_max_ms".to_owned(), self.quarantine_max_ms, 1, YEAR_MS),
+            ("plugins.step_failures".to_owned(), self.step_failures.into(), 2, 1024),
+            ("plugins.step_window_ms".to_owned(), self.step_window_ms, 1, DAY_MS),
+            ("plugins.start_timeout_ms".to_owned(), self.start_timeout_ms, 1, HOUR_MS),
+            ("plugins.call_timeout_ms".to_owned(), self.call_timeout_ms, 1, HOUR_MS),
+            ("plugins.grace_ms".to_owned(), self.grace_ms, 1, GRACE_MS_MAX),
+        ]
+    }
+
     /// When a library is quarantined, and for how long.
     pub fn quarantine_policy(&self) -> QuarantinePolicy {
         QuarantinePolicy {

@@ -13,6 +13,7 @@ mod generate;
 mod inspect;
 mod local;
 mod logits;
+mod model;
 mod mqtt;
 mod plugins;
 mod private;
@@ -47,6 +48,7 @@ enum Command {
     Generate(generate::Generate),
     Inspect(inspect::Inspect),
     Logits(logits::Logits),
+    Model(model::Model),
     Models(status::Models),
     Mqtt(mqtt::Mqtt),
     Plugins(plugins::Plugins),
@@ -72,6 +74,7 @@ pub fn main() -> ExitCode {
         Command::Generate(command) => command.run(),
         Command::Inspect(command) => command.run(),
         Command::Logits(command) => command.run(),
+        Command::Model(command) => command.run(),
         Command::Models(command) => command.run(),
         Command::Mqtt(command) => command.run(),
         Command::Plugins(command) => command.run(),

@@ -16,7 +16,7 @@ pub(super) struct Status {
     ready: bool,
 }
 
-/// List the configured models.
+/// List the models that the daemon is configured to serve; `model list` lists the store.
 #[derive(Debug, clap::Args)]
 pub(super) struct Models {
     #[command(flatten)]

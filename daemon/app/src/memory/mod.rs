@@ -9,7 +9,8 @@ mod watch;
 
 pub use watch::start;
 
-use crate::config::{Config, Model};
+use crate::config::{Config, LoadWhen, Model};
+use crate::store::Store;
 use cgroup::Group;
 use sparsed_engine::memory::{Budget, Limit};
 use std::fs::File;
@@ -77,10 +78,18 @@ impl Sources {
     }
 
     /// What KV caches may take, with the sizes of `models`' files for their weights: the device says later what they
-    /// take indeed.
-    pub fn budget<'a>(&self, config: &Config, models: impl Iterator<Item = &'a Model>) -> Budget {
+    /// take indeed. Of those that are loaded on demand only the largest counts: they make way for each other.
+    pub fn budget<'a>(&self, config: &Config, store: &Store, models: impl Iterator<Item = &'a Model>) -> Budget {
+        let (mut at_start, mut on_demand) = (0_u64, 0);
+        for model in models {
+            let bytes = weights_bytes(&store.resolve(&model.path));
+            match model.load {
+                LoadWhen::Start => at_start = at_start.saturating_add(bytes),
+                LoadWhen::Demand => on_demand = bytes.max(on_demand),
+            }
+        }
         let mut budget = Budget {
-            weights_bytes: models.map(|model| weights_bytes(&model.path)).sum(),
+            weights_bytes: at_start.saturating_add(on_demand),
             kv_bytes: config.memory.budget.map(|bytes| bytes.0),
             is_whole: config.memory.total.is_some(),
             ..Budget::default()

@@ -18,6 +18,12 @@ pub enum Failure {
         /// The model.
         name: String,
     },
+    /// The model is not in memory, and this does not have it loaded.
+    #[error("model '{name}' is not loaded; a request for an answer loads it")]
+    ModelUnloaded {
+        /// The model.
+        name: String,
+    },
     /// The model could not be loaded.
     #[error("model '{name}' cannot be served: {reason}")]
     ModelUnavailable {

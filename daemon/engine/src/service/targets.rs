@@ -1,30 +1,15 @@
 //! Who computes the model that a request names? A device of this box, or an engine elsewhere.
 
-use super::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service};
+use super::{DEFAULT_MODEL, Keeping, ModelState, ModelStatus, Service};
 use crate::api::{Failure, Request, Sink, UpstreamModel, UpstreamStatus};
 use crate::telemetry::Board;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-/// Who computes a model.
-#[derive(Clone, Debug)]
-pub enum Target {
-    /// This box.
-    Here(Arc<ServedModel>),
-    /// An engine elsewhere, as it was when it was asked last; it need not be reachable.
-    Elsewhere(UpstreamStatus),
-}
-
 impl Service {
-    /// Who computes the model `name`.
-    ///
-    /// # Errors
-    /// Not configured; of this box and loading, or failed.
-    pub fn target(&self, name: &str) -> Result<Target, Failure> {
-        match self.upstream(name) {
-            Some(upstream) => Ok(Target::Elsewhere(upstream.engine.status())),
-            None => self.model(name).map(Target::Here),
-        }
+    /// The engine that computes the model `name` in this box's place, as it was when it was asked last; it need not be
+    /// reachable. `None` for a model of this box, and for one that is not configured.
+    pub fn elsewhere(&self, name: &str) -> Option<UpstreamStatus> {
+        self.upstream(name).map(|upstream| upstream.engine.status())
     }
 
     /// Hands a request to whoever computes its model; its events go to `sink`.
@@ -65,6 +50,7 @@ impl Service {
             state: ModelState::Elsewhere(upstream.engine.status()),
             stats: upstream.engine.stats(),
             board: Board::default(),
+            keeping: Keeping::default(),
         })
     }
 

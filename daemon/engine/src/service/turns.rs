@@ -1,6 +1,6 @@
 //! How does a surface ask for a turn of a session? The same [`Generate`] comes of it as of a request without one.
 
-use super::{ServedModel, Service};
+use super::{Held, Service};
 use crate::ChatRequest;
 use crate::api::{ChatPrompt, Failure, Generate, Owner, Turn};
 use crate::sessions::{Change, OpenSession, SessionId, SessionSummary, Sessions, Wishes};
@@ -36,14 +36,14 @@ impl Service {
         chat: ChatRequest,
         wishes: &Wishes,
     ) -> Result<Generate, Failure> {
-        let (session, model) = self.open_session(owner, id)?;
+        let (session, Held { model, lease }) = self.open_session(owner, id)?;
         if session.is_cut() {
             return Err(Failure::SessionCut { id: id.to_string() });
         }
         let name = session.model().to_owned();
         let grammar = wishes.grammar.clone().map(|spec| model.grammar(spec)).transpose()?;
         let (prompt, turn) = session.begin(&model, chat, wishes)?;
-        Ok(with(name, prompt, turn, Generate { grammar, ..wishes.request(owner) }))
+        Ok(with(name, prompt, turn, Generate { grammar, lease: Some(lease), ..wishes.request(owner) }))
     }
 
     /// Goes on with the last answer of a session, which was cut: all of it is sent, from its first token on. Waits for
@@ -52,17 +52,17 @@ impl Service {
     /// # Errors
     /// The session's or the model's; the last answer was not cut.
     pub fn resume_turn(&self, owner: Owner, id: SessionId) -> Result<Generate, Failure> {
-        let (session, model) = self.open_session(owner, id)?;
+        let (session, Held { model, lease }) = self.open_session(owner, id)?;
         let name = session.model().to_owned();
         let (prompt, wishes, turn) = session.resume(&model)?;
         let grammar = wishes.grammar.clone().map(|spec| model.grammar(spec)).transpose()?;
-        Ok(with(name, prompt, turn, Generate { grammar, ..wishes.request(owner) }))
+        Ok(with(name, prompt, turn, Generate { grammar, lease: Some(lease), ..wishes.request(owner) }))
     }
 
-    fn open_session(&self, owner: Owner, id: SessionId) -> Result<(OpenSession, std::sync::Arc<ServedModel>), Failure> {
+    fn open_session(&self, owner: Owner, id: SessionId) -> Result<(OpenSession, Held), Failure> {
         let session = self.sessions()?.open(owner, id)?;
-        let model = self.model(session.model())?;
-        Ok((session, model))
+        let held = self.held_now(session.model())?;
+        Ok((session, held))
     }
 }
 

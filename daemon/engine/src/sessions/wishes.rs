@@ -42,6 +42,7 @@ impl Wishes {
             logprobs: None,
             urgency: self.urgency,
             turn: None,
+            lease: None,
         }
     }
 }

@@ -2,12 +2,12 @@
 
 use super::answer::{Answer, Asked, Reply, Wire, now};
 use super::sampling::SamplingFields;
-use super::{fields, logprobs, parse, sessions};
+use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, ServedModel, Service, Target, Wishes};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Held, Role, ServedModel, Service, Wishes};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
@@ -131,26 +131,25 @@ impl ChatAsk {
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if let Some(session) = fields.session_id.clone() {
             if let Some(model) = &fields.model {
-                service.model(model)?;
+                service.hold(model)?;
             }
             let enforcing = if fields.enforces_call() {
-                Some(service.model(&sessions::model_of(service, owner, &session).await?)?)
+                Some(models::held(service, &sessions::model_of(service, owner, &session).await?).await?)
             } else {
                 None
             };
-            let request = fields.request(enforcing.as_deref(), &mut wishes)?;
+            let request = fields.request(enforcing.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
             return Ok(Asked { request: request.into(), siblings: Vec::new(), reply, wire: ChatWire });
         }
-        let served = match service.target(&model)? {
-            Target::Here(served) => served,
-            Target::Elsewhere(_) => {
-                let prompt = fields.relayed(&wishes)?;
-                let relay = Relay { model, owner, prompt, wishes, logprobs };
-                let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
-                return Ok(Asked { request: relay.into(), siblings, reply, wire: ChatWire });
-            }
-        };
+        if service.elsewhere(&model).is_some() {
+            let prompt = fields.relayed(&wishes)?;
+            let relay = Relay { model, owner, prompt, wishes, logprobs };
+            let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
+            return Ok(Asked { request: relay.into(), siblings, reply, wire: ChatWire });
+        }
+        let Held { model: served, lease } = models::held(service, &model).await?;
+        let lease = Some(lease);
         let enforcing = fields.enforces_call().then_some(&*served);
         let request = fields.request(enforcing, &mut wishes)?;
         let spec = wishes.grammar.clone();
@@ -162,7 +161,7 @@ impl ChatAsk {
         let (prompt, grammar) =
             made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
         let (prompt, reading) = (prompt.tokens, Some(prompt.reading));
-        let request = Generate { model, prompt, grammar, reading, logprobs, ..wishes.request(owner) };
+        let request = Generate { model, prompt, grammar, reading, logprobs, lease, ..wishes.request(owner) };
         let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
         Ok(Asked { request: request.into(), siblings, reply, wire: ChatWire })
     }

@@ -3,12 +3,12 @@
 use super::answer::{Answer, Asked, Wire};
 use super::chat::StreamOptions;
 use super::sampling::SamplingFields;
-use super::{fields, logprobs, parse};
+use super::{fields, logprobs, models, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
-use sparsed_engine::{DEFAULT_MODEL, Service, Target, Wishes};
+use sparsed_engine::{DEFAULT_MODEL, Held, Service, Wishes};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
 const MAX_TOKENS_DEFAULT: u32 = 16;
@@ -73,16 +73,15 @@ impl CompletionAsk {
         let Self { fields, wishes, n, logprobs } = self;
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
-        let served = match service.target(&model)? {
-            Target::Here(served) => served,
-            Target::Elsewhere(_) => {
-                let (prompt, echo) = fields.relayed()?;
-                let relay = Relay { model, owner, prompt, wishes, logprobs };
-                let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
-                let wire = CompletionWire { with_tokens: false, echo };
-                return Ok(Asked { request: relay.into(), siblings, reply, wire });
-            }
-        };
+        if service.elsewhere(&model).is_some() {
+            let (prompt, echo) = fields.relayed()?;
+            let relay = Relay { model, owner, prompt, wishes, logprobs };
+            let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
+            let wire = CompletionWire { with_tokens: false, echo };
+            return Ok(Asked { request: relay.into(), siblings, reply, wire });
+        }
+        let Held { model: served, lease } = models::held(service, &model).await?;
+        let lease = Some(lease);
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
         let (prompt, spec, echoes) = (fields.prompt.single()?, wishes.grammar.clone(), fields.echo == Some(true));
         let made = tokio::task::spawn_blocking(move || {
@@ -98,7 +97,7 @@ impl CompletionAsk {
         });
         let (prompt, echo, grammar) =
             made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
-        let request = Generate { model, prompt, grammar, logprobs, ..wishes.request(owner) };
+        let request = Generate { model, prompt, grammar, logprobs, lease, ..wishes.request(owner) };
         let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
         Ok(Asked { request: request.into(), siblings, reply, wire: CompletionWire { with_tokens, echo } })
     }

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 use sparsed_engine::api::Owner;
-use sparsed_engine::{ModelStatus, Service};
-use std::time::Instant;
+use sparsed_engine::{Left, ModelStatus, Service};
+use std::time::{Duration, Instant};
 
 /// What memory there is and which limit binds.
 pub(crate) fn memory(service: &Service) -> Value {
@@ -22,6 +22,26 @@ pub(crate) fn memory(service: &Service) -> Value {
         "pressure": outlook.pressure.name(),
         "headroom_bytes": is_known.then_some(outlook.headroom_bytes),
     })
+}
+
+/// What keeps a model in memory, and how often it came and went.
+pub(crate) fn keeping(service: &Service, model: &ModelStatus) -> Value {
+    let keeping = &model.keeping;
+    let left: serde_json::Map<String, Value> =
+        Left::ALL.iter().zip(keeping.n_left).map(|(why, n)| (why.name().to_owned(), json!(n))).collect();
+    json!({
+        "load": if keeping.at_start { "start" } else { "demand" },
+        "leases": keeping.n_leases,
+        "keep_alive_s": keeping.keep_alive.map(|time| time.as_secs_f64()),
+        "unloads_in_s": leaves_in(service, model).map(|time| time.as_secs_f64()),
+        "loads": keeping.n_loads,
+        "unloads": left,
+    })
+}
+
+/// How long a model that nobody needs stays; `None` when it is needed, or does not go.
+pub(crate) fn leaves_in(service: &Service, model: &ModelStatus) -> Option<Duration> {
+    Some(model.keeping.expires?.saturating_sub(service.uptime(Instant::now())))
 }
 
 /// Who waits and what was decided about a model's requests.

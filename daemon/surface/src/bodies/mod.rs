@@ -6,7 +6,7 @@ mod completions;
 mod entry;
 mod fields;
 pub(crate) mod listen;
-mod load;
+pub(crate) mod load;
 mod logprobs;
 pub(crate) mod models;
 pub(crate) mod ollama;

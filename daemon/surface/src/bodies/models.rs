@@ -1,9 +1,22 @@
 //! What is said of models and of the daemon as a whole? Objects that every door gives out.
 
 use super::load;
+use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Reach, UpstreamStatus};
-use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel, Service, Target};
+use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, Held, ModelState, ModelStatus, ServedModel, Service};
+
+/// The model `name` of this box, loaded if it is not there, and kept as long as what this answers. Dropped, nobody waits
+/// any more.
+///
+/// # Errors
+/// Not configured, not to be loaded, or not within the time that a request waits for a model.
+pub(crate) async fn held(service: &Service, name: &str) -> Result<Held, Refusal> {
+    let arriving = service.hold(name)?;
+    let patience = arriving.patience();
+    let waited = tokio::time::timeout(patience, arriving).await;
+    Ok(waited.unwrap_or_else(|_| Err(Failure::ModelLoading { name: name.to_owned() }))?)
+}
 
 /// Whether a request for the default model would be served.
 #[derive(Clone, Debug)]
@@ -17,21 +30,43 @@ pub(crate) struct Health {
 /// How the daemon is.
 pub(crate) fn health(service: &Service) -> Health {
     let device = service.device();
-    let (state, text) = match service.target(DEFAULT_MODEL) {
-        Ok(Target::Elsewhere(upstream)) => match upstream.reach {
+    if let Some(upstream) = service.elsewhere(DEFAULT_MODEL) {
+        let (state, text) = match upstream.reach {
             Reach::Up => ("ready", format!("{} computes", upstream.address)),
             Reach::Unknown => ("starting", format!("{} is being asked", upstream.address)),
             Reach::Down(reason) => ("recovering", reason),
-        },
+        };
+        return Health { state, text };
+    }
+    let (state, text) = match service.model(DEFAULT_MODEL) {
         Ok(_) if device.state == DeviceState::Recovering => {
             ("recovering", format!("{} is being opened again; requests wait", device.name))
         }
         Ok(_) if device.backend_changed => ("degraded", format!("{} computes in another one's place", device.name)),
         Ok(_) => ("ready", "requests are served".to_owned()),
+        // It is loaded when somebody asks.
+        Err(Failure::ModelUnloaded { .. }) => match device.state {
+            DeviceState::Loading => ("starting", format!("{} is being opened", device.name)),
+            DeviceState::Ready | DeviceState::Unused => {
+                ("ready", "the default model is loaded with the first request".to_owned())
+            }
+            DeviceState::Recovering => ("recovering", format!("{} is being opened again", device.name)),
+        },
+        // Requests wait for it.
+        Err(Failure::ModelLoading { .. }) if is_on_demand(service) && device.state == DeviceState::Ready => {
+            ("ready", "the default model is being loaded".to_owned())
+        }
         Err(failure @ Failure::ModelLoading { .. }) => ("starting", failure.to_string()),
         Err(failure) => ("failed", failure.to_string()),
     };
     Health { state, text }
+}
+
+/// Whether the default model is loaded when somebody asks for it.
+fn is_on_demand(service: &Service) -> bool {
+    let models = service.models();
+    let default = models.iter().find(|model| model.name == DEFAULT_MODEL).or_else(|| models.first());
+    default.is_some_and(|model| !model.keeping.at_start)
 }
 
 /// Names of the models that answer.
@@ -40,16 +75,37 @@ pub(crate) fn ready(service: &Service) -> Vec<String> {
     models.filter(|model| model.state.answers()).map(|model| model.name).collect()
 }
 
-/// Models that answer, as OpenAI lists them, and those of engines elsewhere, which say whether they do.
+/// Models that may be asked for, as OpenAI lists them: those that answer, those that are loaded then, and those of engines
+/// elsewhere, which say whether they answer.
 pub(crate) fn list(service: &Service) -> Value {
-    let models = service.models();
-    let data = models.iter().filter_map(|status| match &status.state {
-        ModelState::Ready(served) => Some(entry(&status.name, served)),
-        ModelState::Elsewhere(upstream) => Some(entry_elsewhere(&status.name, upstream)),
-        ModelState::Loading { .. } | ModelState::Failed(_) => None,
-    });
-    let data: Vec<Value> = data.collect();
+    let data: Vec<Value> = service.models().iter().filter(|status| is_offered(status)).map(listed).collect();
     json!({ "object": "list", "data": data })
+}
+
+/// Whether a request for the model would be answered, now or after it is loaded.
+pub(crate) fn is_offered(status: &ModelStatus) -> bool {
+    match status.state {
+        ModelState::Ready(_) | ModelState::Unloaded | ModelState::Elsewhere(_) => true,
+        ModelState::Loading { .. } => !status.keeping.at_start,
+        ModelState::Failed(_) => false,
+    }
+}
+
+/// A model as OpenAI lists it, one of this box with llama.cpp's `status`.
+fn listed(status: &ModelStatus) -> Value {
+    let mut entry = match &status.state {
+        ModelState::Ready(served) => entry(&status.name, served),
+        ModelState::Elsewhere(upstream) => return entry_elsewhere(&status.name, upstream),
+        _ => json!({ "id": status.name, "object": "model", "created": 0, "owned_by": "sparsed" }),
+    };
+    let value = match &status.state {
+        ModelState::Ready(_) | ModelState::Elsewhere(_) => "loaded",
+        ModelState::Unloaded => "unloaded",
+        ModelState::Loading { .. } => "loading",
+        ModelState::Failed(_) => "failed",
+    };
+    entry["status"] = json!({ "value": value });
+    entry
 }
 
 /// The device, every configured model with its state and load, and whether code of others runs in the daemon; what
@@ -87,12 +143,17 @@ fn device_status(device: &DeviceStatus) -> Value {
 /// The model `id` as OpenAI lists it.
 ///
 /// # Errors
-/// Not configured, or of this box and not there.
+/// Not configured, or of this box and not offered.
 pub(crate) fn one(service: &Service, id: &str) -> Result<Value, Failure> {
-    Ok(match service.target(id)? {
-        Target::Here(served) => entry(id, &served),
-        Target::Elsewhere(upstream) => entry_elsewhere(id, &upstream),
-    })
+    if let Some(upstream) = service.elsewhere(id) {
+        return Ok(entry_elsewhere(id, &upstream));
+    }
+    let all = service.models();
+    match all.iter().find(|status| status.name == id).filter(|status| is_offered(status)) {
+        Some(status) => Ok(listed(status)),
+        // Another name of the first one, or what is wrong with it.
+        None => Ok(entry(id, &*service.model(id)?)),
+    }
 }
 
 /// A model of an engine elsewhere. The list is made without asking it, so when it was made is not known.
@@ -123,7 +184,7 @@ fn meta_elsewhere(upstream: &UpstreamStatus) -> Value {
     })
 }
 
-/// A model as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.
+/// A model that answers as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.
 fn entry(id: &str, served: &ServedModel) -> Value {
     json!({
         "id": id,
@@ -153,6 +214,7 @@ fn meta(served: &ServedModel) -> Value {
 
 fn model_status(service: &Service, status: &ModelStatus) -> Value {
     let (state, detail) = match &status.state {
+        ModelState::Unloaded => ("unloaded", json!({})),
         ModelState::Loading { progress_permille } => ("loading", json!({ "progress_permille": progress_permille })),
         ModelState::Ready(served) => ("ready", json!({ "max_context": served.max_context, "meta": meta(served) })),
         ModelState::Failed(reason) => ("failed", json!({ "reason": reason })),
@@ -182,5 +244,6 @@ fn model_status(service: &Service, status: &ModelStatus) -> Value {
         "sampled_tokens": stats.sampled_tokens,
         "steps": stats.steps,
         "scheduling": load::scheduling(service, status),
+        "keeping": load::keeping(service, status),
     })
 }

@@ -5,12 +5,13 @@
 use super::answer::{Asked, Reply};
 use super::chat::{ChatWire, StreamOptions};
 use super::listen::finish;
+use super::models;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Generate, Owner};
 use sparsed_engine::{
-    Change, ChatRequest, ContextFull, DEFAULT_MODEL, Durability, Service, Session, SessionId, SessionState,
+    Change, ChatRequest, ContextFull, DEFAULT_MODEL, Durability, Held, Service, Session, SessionId, SessionState,
     SessionSummary, Sessions, Settings, Wishes,
 };
 
@@ -66,6 +67,7 @@ impl SessionFields {
 pub(crate) async fn create(service: &Service, owner: Owner, fields: SessionFields) -> Result<Value, Refusal> {
     let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
     let change = fields.change()?;
+    let _held = models::held(service, &model).await?;
     Ok(summary(&verb(service, move |service| service.create_session(owner, &model, change)).await?))
 }
 
@@ -127,7 +129,7 @@ pub(crate) async fn resume(
 ) -> Result<Asked<ChatWire>, Refusal> {
     let id = session_id(id)?;
     let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
-    let request = verb(service, move |service| service.resume_turn(owner, id)).await?.into();
+    let request = with_model(service, move |service| service.resume_turn(owner, id)).await?.into();
     Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire })
 }
 
@@ -155,14 +157,14 @@ pub(crate) async fn turn(
     let id = session_id(id)?;
     loop {
         let (chat, wishes) = (chat.clone(), wishes.clone());
-        let begun = verb(service, move |service| match service.begin_turn(owner, id, chat, &wishes) {
+        let begun = with_model(service, move |service| match service.begin_turn(owner, id, chat.clone(), &wishes) {
             Err(Failure::SessionCut { .. }) => Ok(None),
             begun => begun.map(Some),
         });
         if let Some(request) = begun.await? {
             return Ok(request);
         }
-        let cut = verb(service, move |service| service.resume_turn(owner, id)).await?;
+        let cut = with_model(service, move |service| service.resume_turn(owner, id)).await?;
         finish(service, cut.into()).await?;
     }
 }
@@ -183,6 +185,26 @@ async fn on<T: Send + 'static>(
 ) -> Result<T, Refusal> {
     let id = session_id(id)?;
     verb(service, move |service| action(service.sessions()?, id)).await
+}
+
+/// As [`verb`], and once more when the model that it needs is loaded. Whose turn has begun has a lease of its own.
+pub(super) async fn with_model<T: Send + 'static>(
+    service: &Service,
+    verb: impl Fn(&Service) -> Result<T, Failure> + Clone + Send + 'static,
+) -> Result<T, Refusal> {
+    let mut held: Option<Held> = None;
+    loop {
+        let verb = verb.clone();
+        let is_first = held.is_none();
+        let done = self::verb(service, move |service| match verb(service) {
+            Err(Failure::ModelUnloaded { name } | Failure::ModelLoading { name }) if is_first => Ok(Err(name)),
+            done => done.map(Ok),
+        });
+        match done.await? {
+            Ok(done) => return Ok(done),
+            Err(name) => held = Some(models::held(service, &name).await?),
+        }
+    }
 }
 
 /// Has a thread that may wait carry out `verb`.

@@ -1,12 +1,11 @@
 //! Which tokens is a text, and which text are tokens? As llama.cpp's server asks and answers.
 
-use super::parse;
+use super::{models, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::api::Failure;
 use sparsed_engine::{DEFAULT_MODEL, ServedModel, Service};
-use std::sync::Arc;
 
 #[derive(Debug, Deserialize)]
 struct TokenizeFields {
@@ -69,9 +68,9 @@ async fn on(
     held: impl Send + 'static,
     compute: impl FnOnce(&ServedModel) -> Result<Value, Failure> + Send + 'static,
 ) -> Result<Value, Refusal> {
-    let model: Arc<ServedModel> = service.model(model.as_deref().unwrap_or(DEFAULT_MODEL))?;
+    let model = models::held(service, model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
     let made = tokio::task::spawn_blocking(move || {
-        let made = compute(&model);
+        let made = compute(&model.model);
         drop(held);
         made
     });

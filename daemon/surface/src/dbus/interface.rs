@@ -23,6 +23,7 @@ pub(super) enum Verb {
     GenerateFromFd,
     GetStatus,
     ListModels,
+    Lease,
     CreateSession,
     ListSessions,
     ImportSession,
@@ -132,6 +133,15 @@ pub(super) static MANAGER: Interface = Interface {
         ),
         method(Verb::GetStatus, "GetStatus", &[], &[("status", "s")], "The JSON of GET /v1/status."),
         method(Verb::ListModels, "ListModels", &[], &[("models", "s")], "The JSON of GET /v1/models."),
+        method(
+            Verb::Lease,
+            "Lease",
+            &[("model", "s")],
+            &[("lease", "h")],
+            "Has the model loaded, and keeps it in memory as long as the descriptor is open, in whichever process. \
+             Returns at once; nothing is ever to be read from it but its end, which says that the model could not be \
+             loaded.",
+        ),
         method(
             Verb::CreateSession,
             "CreateSession",

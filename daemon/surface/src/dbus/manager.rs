@@ -5,7 +5,7 @@ use super::call::{Call, CallError, Outcome};
 use super::interface::{REQUEST, Verb};
 use super::requests::Place;
 use super::values::{self, Dict};
-use super::{memfd, polkit, session, stream};
+use super::{leases, memfd, polkit, session, stream};
 use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, models, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -52,6 +52,10 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
         }
         Verb::GetStatus => call.answer(&(models::status(service).to_string(),)),
         Verb::ListModels => call.answer(&(models::list(service).to_string(),)),
+        Verb::Lease => {
+            let (model,): (String,) = call.arguments()?;
+            lease(door, call, model)
+        }
         Verb::CreateSession => {
             let fields = values::fields(&call.arguments::<(Dict,)>()?.0)?;
             session::created(call, &sessions::create(service, owner, fields).await?)
@@ -166,6 +170,18 @@ pub(super) async fn begin<W: Wire>(
             log::debug!(reason:% = error; "the end of a request was not heard");
         }
     }))
+}
+
+/// Keeps a model in memory for whoever holds the other end of a pipe.
+fn lease(door: &Door, call: &Call, model: String) -> Result<Outcome, CallError> {
+    let service = &door.shared.service;
+    // Not waited for: a caller waits less for a reply than a large model takes.
+    drop(service.hold(&model).map_err(Refusal::from)?);
+    let place = door.shared.leases.begin(call.uid)?;
+    let (pipe, reader) = tokio::net::unix::pipe::pipe().map_err(|error| CallError::system(&error))?;
+    let reader = reader.into_blocking_fd().map_err(|error| CallError::system(&error))?;
+    let outcome = call.answer(&(Fd::from(reader),))?;
+    Ok(outcome.then(leases::keep(service.clone(), model, pipe, place)))
 }
 
 /// All properties of the manager, always in the same order.

@@ -6,6 +6,7 @@
 mod call;
 mod dispatch;
 mod interface;
+mod leases;
 mod manager;
 mod memfd;
 mod object;
@@ -19,6 +20,7 @@ mod xml;
 
 use futures_util::StreamExt;
 use interface::{Changes, MANAGER, NAME, ROOT};
+use leases::Leases;
 use peers::Peers;
 use requests::Requests;
 use sparsed_engine::Service;
@@ -111,6 +113,7 @@ struct Shared {
     service: Service,
     options: DbusOptions,
     requests: Arc<Requests>,
+    leases: Arc<Leases>,
     /// Bytes of bodies that may still come, in KiB.
     bodies: Arc<Semaphore>,
 }
@@ -136,7 +139,7 @@ impl Door {
 pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Future<Output = ()>) {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
     let requests = Arc::new(Requests::new(options.requests_per_user));
-    let shared = Arc::new(Shared { service, options, requests, bodies });
+    let shared = Arc::new(Shared { service, options, requests, leases: Arc::default(), bodies });
     let mut stop = std::pin::pin!(stop);
     let mut pauses = BACKOFF.into_iter();
     let mut is_failing = false;

@@ -118,7 +118,7 @@ async fn gone(pipe: &Sender, request: &Request) {
 }
 
 /// Resolves when the last reader has closed the pipe.
-async fn closed(pipe: &Sender) {
+pub(super) async fn closed(pipe: &Sender) {
     loop {
         match pipe.ready(Interest::ERROR).await {
             Ok(ready) if !ready.is_error() && !ready.is_write_closed() => {}

@@ -13,7 +13,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use sparsed_engine::memory::{Budget, Outlook};
 use sparsed_engine::telemetry::{BUCKETS_S, Histogram, What};
-use sparsed_engine::{DeviceState, DeviceStatus, ModelStatus, Service};
+use sparsed_engine::{DeviceState, DeviceStatus, Left, ModelStatus, Service};
 use std::fmt;
 
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -30,6 +30,7 @@ const GAUGES: &[Number<f64>] = &[
     ("llamacpp:requests_deferred", "Requests that wait", |m| m.stats.load.waiting.into()),
     ("llamacpp:kv_cache_usage_ratio", "KV blocks held, 1 is all", usage),
     ("sparsed_model_ready", "Whether the model answers", |m| f64::from(m.state.answers())),
+    ("sparsed_model_leases", "Requests and leases that keep the model in memory", |m| m.keeping.n_leases.into()),
     ("sparsed_memory_stage", "Responses to short memory: 0 none, 7 requests are refused", |m| {
         m.board.stage.number().into()
     }),
@@ -56,6 +57,7 @@ const COUNTERS: &[Number<u64>] = &[
     ("sparsed_restored_tokens", "Tokens whose rows came from a session's file", |m| m.stats.tally.restored_tokens),
     ("sparsed_saved_blocks", "KV blocks copied for a session's file", |m| m.stats.tally.saved_blocks),
     ("sparsed_demoted_blocks", "KV blocks moved to the slow tier", |m| m.stats.tally.demoted_blocks),
+    ("sparsed_model_loads", "Times that the model was loaded", |m| m.keeping.n_loads),
     ("sparsed_failed_requests", "Requests without a whole answer", |m| m.stats.tally.failed),
 ];
 
@@ -137,6 +139,14 @@ impl Scrape {
                 family.encode_family(&labels)?.encode_counter::<[(&str, &str); 0], _, u64>(&n, None)?;
             }
         }
+        let (name, help) = ("sparsed_model_unloads", "Times that the model has left the memory, and why");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for model in &self.models {
+            for (why, n) in Left::ALL.into_iter().zip(model.keeping.n_left) {
+                let labels = [("model_name", model.name.as_str()), ("reason", why.name())];
+                family.encode_family(&labels)?.encode_counter::<[(&str, &str); 0], _, u64>(&n, None)?;
+            }
+        }
         Ok(())
     }
 
@@ -209,7 +219,7 @@ mod tests {
     use super::*;
     use sparsed_engine::memory::Limit;
     use sparsed_engine::telemetry::Board;
-    use sparsed_engine::{ModelState, Stats};
+    use sparsed_engine::{Keeping, ModelState, Stats};
 
     fn scrape() -> Scrape {
         let mut stats = Stats { sampled_tokens: 7, steps: 3, ..Stats::default() };
@@ -219,7 +229,8 @@ mod tests {
         stats.tally.first_token.sum_s = 700.5;
         stats.tally.finished[1] = 9;
         let state = ModelState::Failed("no \"file\"".to_owned());
-        let model = ModelStatus { name: "a\"b".to_owned(), state, stats, board: Board::default() };
+        let keeping = Keeping { n_loads: 3, n_left: [2, 0, 1], ..Keeping::default() };
+        let model = ModelStatus { name: "a\"b".to_owned(), state, stats, board: Board::default(), keeping };
         let device = DeviceStatus {
             name: "cpu".to_owned(),
             state: DeviceState::Ready,
@@ -251,6 +262,8 @@ mod tests {
             "vllm:request_success_total{model_name=\"a\\\"b\",finished_reason=\"length\"} 9",
             "sparsed_memory_limit_bytes{limit=\"cgroup_high\"} 1000",
             "sparsed_device_faults_total 4",
+            "sparsed_model_loads_total{model_name=\"a\\\"b\"} 3",
+            "sparsed_model_unloads_total{model_name=\"a\\\"b\",reason=\"pressure\"} 1",
             "# TYPE vllm:time_to_first_token_seconds histogram",
         ] {
             assert!(body.lines().any(|have| have == line), "no '{line}' in:\n{body}");

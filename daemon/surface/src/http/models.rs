@@ -22,7 +22,7 @@ pub(crate) async fn health(State(shared): State<Shared>) -> Response {
     (status, Json(json!({ "status": text }))).into_response()
 }
 
-/// `GET /v1/models`: models that answer.
+/// `GET /v1/models`: models that may be asked for.
 pub(crate) async fn list(State(shared): State<Shared>) -> Json<Value> {
     Json(models::list(&shared.service))
 }

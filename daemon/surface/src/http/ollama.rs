@@ -3,7 +3,7 @@
 use super::Shared;
 use super::body::Body;
 use crate::bodies::ollama::{self, Kind, Speaking, Wanted, idle, model_name, tagged};
-use crate::bodies::{ChatAsk, CompletionAsk};
+use crate::bodies::{ChatAsk, CompletionAsk, load, models};
 use crate::refusal::Refusal;
 use axum::body::Body as Bytes;
 use axum::extract::State;
@@ -14,10 +14,11 @@ use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Owner, Request, UpstreamStatus};
-use sparsed_engine::{ModelState, ServedModel, Service, Target};
+use sparsed_engine::{KeepAlive, ModelState, ModelStatus, ServedModel, Service};
 use std::convert::Infallible;
+use std::time::Duration;
 
-/// When a model that is served is let go of: not in any client's time.
+/// When a model leaves the memory that stays: not in any client's time.
 const NEVER: &str = "9999-12-31T23:59:59Z";
 
 /// A failure in Ollama's words.
@@ -63,8 +64,13 @@ pub(crate) async fn generate(
 async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, body: Body) -> Result<Response, Refused> {
     let generation = match wanted {
         Wanted::Answer(generation) => generation,
-        Wanted::Nothing { model, unload } => {
-            service.target(&model).map_err(Refusal::from)?;
+        Wanted::Nothing { model, keep_alive } => {
+            let unload = keep_alive.is_some_and(|keep| keep.time() == Some(Duration::ZERO));
+            // It is not loaded only to leave.
+            let is_needed = !unload && service.elsewhere(&model).is_none();
+            let held = if is_needed { Some(models::held(service, &model).await?) } else { None };
+            keep(service, &model, keep_alive)?;
+            drop(held);
             return Ok(Json(idle(kind, &tagged(&model), unload)).into_response());
         }
     };
@@ -74,6 +80,8 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
     } else {
         CompletionAsk::read(bytes.as_bytes())?.prepare(service, owner, share).await?.request
     };
+    // The request has a lease: the model does not leave before its answer.
+    keep(service, &generation.model, generation.keep_alive)?;
     let speaking = Speaking::begin(service, kind, tagged(&generation.model), request).await?;
     if !generation.stream {
         return Ok(Json(speaking.whole().await?).into_response());
@@ -86,20 +94,42 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
     Ok((kind, Bytes::from_stream(lines)).into_response())
 }
 
-/// `GET /api/tags`: models that answer.
-pub(crate) async fn tags(State(shared): State<Shared>) -> Json<Value> {
-    Json(json!({ "models": listed(&shared.service, |_| json!({})) }))
+/// What an engine elsewhere keeps in memory is its own business.
+fn keep(service: &Service, model: &str, keep_alive: Option<KeepAlive>) -> Result<(), Refusal> {
+    match keep_alive.filter(|_| service.elsewhere(model).is_none()) {
+        Some(keep_alive) => Ok(service.keep(model, keep_alive)?),
+        None => Ok(()),
+    }
 }
 
-/// `GET /api/ps`: all of them are in memory, and stay there.
+/// `GET /api/tags`: models that may be asked for. Of one that is not in memory no more than its name is known.
+pub(crate) async fn tags(State(shared): State<Shared>) -> Json<Value> {
+    let mut all = listed(&shared.service, |_, _| json!({}));
+    let service = &shared.service;
+    let away = |status: &ModelStatus| !matches!(status.state, ModelState::Ready(_)) && models::is_offered(status);
+    all.extend(service.models().iter().filter(|status| away(status)).map(|status| {
+        let name = tagged(&status.name);
+        json!({ "name": name, "model": name, "modified_at": time(0), "size": 0, "details": {} })
+    }));
+    Json(json!({ "models": all }))
+}
+
+/// `GET /api/ps`: those that are in memory, and until when.
 pub(crate) async fn running(State(shared): State<Shared>) -> Json<Value> {
-    let more =
-        |served: &ServedModel| json!({ "expires_at": NEVER, "size_vram": 0, "context_length": served.max_context });
+    let more = |status: &ModelStatus, served: &ServedModel| {
+        // While it is needed its time begins anew.
+        let stays = load::leaves_in(&shared.service, status).or(status.keeping.keep_alive);
+        let until = stays
+            .and_then(|stays| jiff::Timestamp::now().checked_add(jiff::SignedDuration::try_from(stays).ok()?).ok());
+        let expires_at = until.map_or_else(|| NEVER.to_owned(), |until| until.to_string());
+        json!({ "expires_at": expires_at, "size_vram": 0, "context_length": served.max_context })
+    };
     Json(json!({ "models": listed(&shared.service, more) }))
 }
 
-fn listed(service: &Service, more: impl Fn(&ServedModel) -> Value) -> Vec<Value> {
-    let entry = |name: &str, served: &ServedModel| {
+fn listed(service: &Service, more: impl Fn(&ModelStatus, &ServedModel) -> Value) -> Vec<Value> {
+    let entry = |status: &ModelStatus, served: &ServedModel| {
+        let name = status.name.as_str();
         let mut entry = json!({
             "name": tagged(name),
             "model": tagged(name),
@@ -107,15 +137,15 @@ fn listed(service: &Service, more: impl Fn(&ServedModel) -> Value) -> Vec<Value>
             "size": served.model.file_bytes(),
             "details": details(served),
         });
-        if let (Some(entry), Value::Object(more)) = (entry.as_object_mut(), more(served)) {
+        if let (Some(entry), Value::Object(more)) = (entry.as_object_mut(), more(status, served)) {
             entry.extend(more);
         }
         entry
     };
     let ready = service.models().into_iter().filter_map(|status| match &status.state {
-        ModelState::Ready(served) => Some(entry(&status.name, served)),
+        ModelState::Ready(served) => Some(entry(&status, served)),
         ModelState::Elsewhere(upstream) if upstream.is_up() => Some(listed_elsewhere(&status.name, upstream)),
-        ModelState::Elsewhere(_) | ModelState::Loading { .. } | ModelState::Failed(_) => None,
+        ModelState::Elsewhere(_) | ModelState::Unloaded | ModelState::Loading { .. } | ModelState::Failed(_) => None,
     });
     ready.collect()
 }
@@ -130,22 +160,24 @@ pub(crate) struct ShowFields {
 /// `POST /api/show`: one model.
 pub(crate) async fn show(State(shared): State<Shared>, body: Body) -> Result<Json<Value>, Refused> {
     let fields: ShowFields = body.parse()?;
-    let served = match shared.service.target(model_name(&fields.model)).map_err(Refusal::from)? {
-        Target::Here(served) => served,
-        Target::Elsewhere(upstream) => return Ok(Json(shown_elsewhere(&upstream))),
-    };
+    let name = model_name(&fields.model);
+    if let Some(upstream) = shared.service.elsewhere(name) {
+        return Ok(Json(shown_elsewhere(&upstream)));
+    }
+    let held = models::held(&shared.service, name).await?;
+    let served = &held.model;
     let (spec, summary) = (served.model.spec(), served.model.summary());
     let format = served.model.chat_format();
     let mut capabilities = vec!["completion"];
     capabilities.extend(format.filter(|format| format.takes_tools()).map(|_| "tools"));
     capabilities.extend(format.filter(|format| format.can_think()).map(|_| "thinking"));
-    let family = family(&served);
+    let family = family(served);
     Ok(Json(json!({
         "modified_at": time(served.created),
         "modelfile": "",
         "parameters": "",
         "template": "",
-        "details": details(&served),
+        "details": details(served),
         "model_info": {
             "general.architecture": family,
             "general.basename": served.model.name(),

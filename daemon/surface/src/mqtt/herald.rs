@@ -64,6 +64,7 @@ fn info(service: &Service, options: &MqttOptions) -> Value {
             "id": name, "name": served.model.name(), "max_context": served.max_context,
             "chat": served.model.chat_format().is_some(), "label": served.model.label(),
         })),
+        ModelState::Unloaded => Some(json!({ "id": name, "loaded": false })),
         ModelState::Elsewhere(upstream) if upstream.is_up() => Some(json!({
             "id": name, "name": upstream.model, "max_context": upstream.max_context, "chat": true,
             "label": format!("computed elsewhere, by {}", upstream.address), "upstream": true,
@@ -93,7 +94,9 @@ fn events(service: &Service, states: &mut BTreeMap<String, &'static str>) -> Vec
     let mut events = Vec::new();
     for status in service.models() {
         let (kind, reason) = match status.state {
-            ModelState::Loading { .. } => continue,
+            // One that is loaded on demand is no news until it was there.
+            ModelState::Unloaded if states.contains_key(&format!("model {}", status.name)) => ("model_unloaded", None),
+            ModelState::Unloaded | ModelState::Loading { .. } => continue,
             ModelState::Ready(_) => ("model_loaded", None),
             ModelState::Failed(reason) => ("model_failed", Some(reason)),
             ModelState::Elsewhere(upstream) => match upstream.reach {

@@ -4,7 +4,7 @@
 use super::link::{Delta, Deltas};
 use super::message::{Request, delta};
 use super::topics::Op;
-use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, parse, sessions};
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -82,8 +82,8 @@ fn streamed(body: &[u8]) -> Result<Vec<u8>, Refusal> {
 }
 
 async fn tokenize(service: &Service, fields: TokenizeFields) -> Result<Value, Refusal> {
-    let model = service.model(fields.model.as_deref().unwrap_or(DEFAULT_MODEL))?;
-    let made = tokio::task::spawn_blocking(move || model.text_prompt(&fields.prompt)).await;
+    let held = models::held(service, fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
+    let made = tokio::task::spawn_blocking(move || held.model.text_prompt(&fields.prompt)).await;
     let tokens = made.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
     Ok(json!({ "tokens": tokens, "count": tokens.len() }))
 }

@@ -5,6 +5,7 @@ use super::{Check, size};
 use crate::assemble::{configured_models, now_ms, quarantine};
 use crate::config::{Config, Paths, Source};
 use crate::ctl::inspect;
+use crate::store::{Store, reference};
 use rustix::fs::Access;
 use sparsed_backend::Scan;
 use sparsed_model::Inspection;
@@ -58,14 +59,19 @@ pub(super) fn state_folder(dir: &Path) -> Check {
 /// Whether each configured model can be read and served, and whether it fits.
 pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>) -> Vec<Check> {
     let models = configured_models(config, paths).into_iter();
+    let store = Store::at(&paths.models_dir);
     let checks = models.map(|(name, model)| {
         let title = format!("model {name}");
-        let shown = model.path.display();
-        if !model.path.exists() {
+        if let Some(error) = reference(&model.path).and_then(|stored| store.entry(stored).err()) {
+            return Check::fail(title, format!("{error:#}"), "sparsectl model pull; sparsectl model list");
+        }
+        let path = store.resolve(&model.path);
+        let shown = path.display();
+        if !path.exists() {
             let fix = format!("put a model there, or set model.{name}.path; `make models` makes the default one");
             return Check::fail(title, format!("{shown} is not there, or not to be seen by you"), fix);
         }
-        let found = match Inspection::read(&model.path) {
+        let found = match Inspection::read(&path) {
             Ok(found) => found,
             Err(error) => return Check::fail(title, error.to_string(), "fetch it again: the file is not whole"),
         };

@@ -104,7 +104,7 @@ impl Speaking {
     }
 }
 
-/// What is answered where there is nothing to say: the model is there, and stays.
+/// What is answered where there is nothing to say: the model is there, or may go (`unload`).
 pub(crate) fn idle(kind: Kind, model: &str, unload: bool) -> Value {
     let mut line = head(kind, model, &Answer::default());
     line["done"] = json!(true);

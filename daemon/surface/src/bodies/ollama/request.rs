@@ -4,7 +4,7 @@ use crate::bodies::parse;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::DEFAULT_MODEL;
+use sparsed_engine::{DEFAULT_MODEL, KeepAlive};
 
 /// What Ollama's clients append to names.
 const TAG: &str = ":latest";
@@ -14,12 +14,12 @@ const TAG: &str = ":latest";
 pub(crate) enum Wanted {
     /// An answer: the request in OpenAI's words.
     Answer(Generation),
-    /// Nothing to answer: asks that the model be in memory, or (`unload`) leave it.
+    /// Nothing to answer: asks that the model be in memory, or (`keep_alive` is 0) leave it.
     Nothing {
         /// The model's name.
         model: String,
-        /// `keep_alive` is 0.
-        unload: bool,
+        /// How long it is to stay.
+        keep_alive: Option<KeepAlive>,
     },
 }
 
@@ -31,6 +31,8 @@ pub(crate) struct Generation {
     /// The body of a chat completion, or (`is_chat` is false) of a completion.
     pub(crate) body: Value,
     pub(crate) is_chat: bool,
+    /// How long the model is to stay afterwards.
+    pub(crate) keep_alive: Option<KeepAlive>,
     /// Pieces, which is Ollama's default.
     pub(crate) stream: bool,
 }
@@ -121,7 +123,7 @@ struct Options {
 pub(crate) fn chat(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let (common, fields) = (parse::<Common>(bytes)?, parse::<ChatFields>(bytes)?);
     if fields.messages.is_empty() {
-        return Ok(common.nothing());
+        return common.nothing();
     }
     let messages = messages(fields.messages)?;
     common.answer(true, json!({ "messages": messages, "tools": fields.tools }))
@@ -143,7 +145,7 @@ pub(crate) fn generate(bytes: &[u8]) -> Result<Wanted, Refusal> {
         return Err(Refusal::invalid(name, "is not served"));
     }
     if fields.prompt.is_empty() {
-        return Ok(common.nothing());
+        return common.nothing();
     }
     if fields.raw {
         return common.answer(false, json!({ "prompt": fields.prompt }));
@@ -170,13 +172,24 @@ impl Common {
         self.model.as_deref().map_or(DEFAULT_MODEL, model_name).to_owned()
     }
 
-    fn nothing(&self) -> Wanted {
-        let unload = self.keep_alive.as_ref().is_some_and(|value| *value == json!(0) || *value == json!("0"));
-        Wanted::Nothing { model: self.name(), unload }
+    fn nothing(&self) -> Result<Wanted, Refusal> {
+        Ok(Wanted::Nothing { model: self.name(), keep_alive: self.keep_alive()? })
+    }
+
+    /// Seconds, or a text as `5m`; negative for ever.
+    fn keep_alive(&self) -> Result<Option<KeepAlive>, Refusal> {
+        let invalid = |reason: String| Refusal::invalid("keep_alive", reason);
+        let number = |value: &serde_json::Number| value.as_f64().and_then(KeepAlive::seconds);
+        match &self.keep_alive {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Number(value)) => Ok(number(value)),
+            Some(Value::String(text)) => text.parse().map(Some).map_err(invalid),
+            Some(_) => Err(invalid("must be a number of seconds, or text as '5m'".to_owned())),
+        }
     }
 
     fn answer(self, is_chat: bool, mut body: Value) -> Result<Wanted, Refusal> {
-        let model = self.name();
+        let (model, keep_alive) = (self.name(), self.keep_alive()?);
         self.options.write(&mut body)?;
         body["model"] = json!(model);
         body["response_format"] = match self.format {
@@ -197,7 +210,7 @@ impl Common {
         } else if is_chat {
             (body["logprobs"], body["top_logprobs"]) = (json!(self.logprobs), json!(self.top_logprobs));
         }
-        Ok(Wanted::Answer(Generation { model, body, is_chat, stream: self.stream.unwrap_or(true) }))
+        Ok(Wanted::Answer(Generation { model, body, is_chat, keep_alive, stream: self.stream.unwrap_or(true) }))
     }
 }
 
@@ -333,7 +346,16 @@ mod tests {
 
     #[test]
     fn a_request_without_text_asks_for_the_model_only() {
-        let nothing = |wanted| matches!(wanted, Ok(Wanted::Nothing { unload: true, .. }));
-        assert!(nothing(chat(br#"{"keep_alive": 0}"#)) && nothing(generate(br#"{"keep_alive": "0"}"#)));
+        let keep = |wanted| match wanted {
+            Ok(Wanted::Nothing { keep_alive, .. }) => {
+                keep_alive.map(|keep: KeepAlive| keep.time().map(|t| t.as_secs()))
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(keep(chat(br#"{"keep_alive": 0}"#)), Some(Some(0)));
+        assert_eq!(keep(generate(br#"{"keep_alive": "5m"}"#)), Some(Some(300)));
+        assert_eq!(keep(generate(br#"{"keep_alive": -1}"#)), Some(None));
+        assert_eq!(keep(generate(br#"{}"#)), None);
+        assert_eq!(refused(chat(br#"{"keep_alive": "soon"}"#)), "keep_alive");
     }
 }

@@ -2,7 +2,7 @@
 
 use super::request::Fields;
 use super::script::{End, Head, Script, Tokens};
-use crate::bodies::{ChatAsk, sessions};
+use crate::bodies::{ChatAsk, models, sessions};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Owner, Request};
@@ -92,6 +92,7 @@ pub(crate) async fn prepare(
 async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, bool), Refusal> {
     let Some(previous) = &fields.previous_response_id else {
         let model = fields.model().to_owned();
+        let _held = models::held(service, &model).await?;
         let made = sessions::verb(service, move |service| {
             service.create_session(owner, &model, Change { title: Some(TITLE.to_owned()), ..Change::default() })
         });

@@ -1,0 +1,80 @@
+//! Which file is a model, or which engine elsewhere, and how is it used?
+
+use super::{KeepAlive, LoadWhen, Relay};
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
+
+/// `[model.<name>]`
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Model {
+    /// The file; `store:NAME` is one of the store. Empty where an engine elsewhere computes the model.
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub path: PathBuf,
+    /// The OpenAI interface of the engine that computes it, `https://host[:port]/v1`; `None`: this box does.
+    #[serde(default)]
+    pub upstream: Option<String>,
+    /// How that engine is asked.
+    #[serde(default)]
+    pub relay: Option<Relay>,
+    /// Most tokens of prompt and answer; `None`: as many as the model was trained for.
+    #[serde(default)]
+    pub max_context: Option<u32>,
+    /// Tokens that attention selects; `None`: as many as the model was made for, 0: all.
+    #[serde(default)]
+    pub top_k: Option<u32>,
+    /// How activations go into products.
+    #[serde(default)]
+    pub activations: Activations,
+    /// When it is loaded.
+    #[serde(default)]
+    pub load: LoadWhen,
+    /// How long it stays when nobody asks for it; `None`: as [`LoadWhen`] has it.
+    #[serde(default)]
+    pub keep_alive: Option<KeepAlive>,
+}
+
+impl Model {
+    /// The model at `path`, all else as it is by default.
+    pub fn at(path: PathBuf) -> Self {
+        let (upstream, relay, max_context, top_k, keep_alive) = (None, None, None, None, None);
+        let (activations, load) = (Activations::default(), LoadWhen::default());
+        Self { path, upstream, relay, max_context, top_k, activations, load, keep_alive }
+    }
+
+    /// What of it does not go together.
+    pub(super) fn wrong_value(&self, name: &str) -> Option<(String, String)> {
+        let key = |key: &str| format!("model.{name}.{key}");
+        let (has_path, relay) = (!is_empty(&self.path), self.relay.as_ref());
+        match &self.upstream {
+            Some(_) if has_path => Some((key("upstream"), format!("and model.{name}.path exclude each other"))),
+            Some(_) if self.top_k.is_some() => {
+                Some((key("top_k"), "is the upstream engine's to choose; leave it out".to_owned()))
+            }
+            Some(upstream) => relay.cloned().unwrap_or_default().wrong_value(name, upstream),
+            None if relay.is_some() => Some((key("relay"), format!("belongs to a model with model.{name}.upstream"))),
+            None if !has_path => {
+                Some((key("path"), format!("is missing or empty; set a path, or model.{name}.upstream")))
+            }
+            None => None,
+        }
+    }
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
+}
+
+/// How activations go into products with quantised weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// Rounded to 16 bits per 32 values; KV rows in f16 and q8_0.
+    #[default]
+    Int16,
+    /// As f32, and KV rows in f32; for comparisons.
+    F32,
+    /// Rounded to int8 per 32 values, KV rows in f16 and q8_0; near ties between tokens may fall otherwise, and prompts
+    /// are read up to one and a half times as fast.
+    Int8,
+}

@@ -1,0 +1,262 @@
+//! `sparsectl model`: what is in the store of models? Fetched, listed, read again, removed.
+
+use crate::config::{Config, Paths, Source as Configuration};
+use crate::store::{Digest, Entry, FetchOptions, Source, Store, Watcher, fetch, reference};
+use anyhow::{Context, bail, ensure};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+use std::io::IsTerminal;
+use std::time::Duration;
+
+/// Pauses before further attempts to go on.
+const PAUSES_S: [u64; 6] = [1, 2, 5, 10, 30, 60];
+/// How long a server may be silent.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Where a hub's clients look for its address and a token.
+const HUB_VARIABLE: &str = "HF_ENDPOINT";
+const TOKEN_VARIABLE: &str = "HF_TOKEN";
+
+/// Fetch models into the store, and look after them.
+///
+/// A model of the store is a single GGUF file that nobody changes any more. `path = "store:NAME"` below [model.<name>]
+/// of the configuration has the daemon serve it.
+#[derive(Debug, clap::Args)]
+pub(super) struct Model {
+    #[command(flatten)]
+    configuration: Configuration,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, clap::Subcommand)]
+enum Command {
+    /// Fetch a model: https://..., hf:OWNER/NAME/FILE[@REVISION] or file:PATH.
+    ///
+    /// What was interrupted is continued. A hub's files need its address, or that of a mirror: --hub, HF_ENDPOINT or
+    /// models.hub; a token in HF_TOKEN goes there and nowhere else.
+    Pull(Pull),
+    /// List the models of the store.
+    List(List),
+    /// Read models and compare them with what they were; all of them, or those that are named.
+    Verify(Verify),
+    /// Take a name away; `gc` removes its file.
+    Rm(Rm),
+    /// Remove files that no name stands for.
+    Gc(Gc),
+}
+
+#[derive(Debug, clap::Args)]
+struct Pull {
+    /// Where from.
+    source: String,
+    /// What it is to be called; otherwise as its file, without .gguf.
+    #[arg(long)]
+    name: Option<String>,
+    /// What its SHA-256 must be.
+    #[arg(long)]
+    sha256: Option<Digest>,
+    /// What hf: stands for.
+    #[arg(long, env = HUB_VARIABLE)]
+    hub: Option<String>,
+    /// Largest file.
+    #[arg(long)]
+    max_bytes: Option<u64>,
+}
+
+#[derive(Debug, clap::Args)]
+struct List {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+struct Verify {
+    names: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Rm {
+    #[arg(required = true)]
+    names: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+struct Gc {
+    /// Also what was begun to be fetched and is not being fetched now.
+    #[arg(long)]
+    partial: bool,
+    /// Only say what would be removed.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+impl Model {
+    pub(super) fn run(self) -> anyhow::Result<()> {
+        let config = self.configuration.load()?;
+        let store = Store::at(&Paths::of(&config).models_dir);
+        match self.command {
+            Command::Pull(pull) => pull.run(&config, &store),
+            Command::List(list) => list.run(&store),
+            Command::Verify(verify) => verify.run(&store),
+            Command::Rm(Rm { names }) => names.iter().try_for_each(|name| remove(&config, &store, name)),
+            Command::Gc(gc) => gc.run(&store),
+        }
+    }
+}
+
+impl Pull {
+    fn run(self, config: &Config, store: &Store) -> anyhow::Result<()> {
+        let hub = self.hub.or_else(|| Some(config.models.hub.clone())).filter(|hub| !hub.is_empty());
+        let source = Source::parse(&self.source, hub.as_deref())?;
+        let name = self.name.unwrap_or_else(|| source.default_name());
+        let is_of_hub = self.source.starts_with("hf:");
+        let options = FetchOptions {
+            expected: self.sha256,
+            bytes_max: self.max_bytes.unwrap_or(config.models.max_bytes.0),
+            token: std::env::var(TOKEN_VARIABLE).ok().filter(|token| is_of_hub && !token.is_empty()),
+            pauses: PAUSES_S.map(Duration::from_secs).to_vec(),
+            patience: PATIENCE,
+        };
+        let mut shown = Shown::new()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let fetched = runtime.block_on(fetch(store, &name, &source, &options, &mut shown));
+        shown.bar.finish_and_clear();
+        let fetched = fetched.with_context(|| format!("{} was not fetched", self.source))?;
+        if fetched.resumed_bytes > 0 {
+            super::print(&format!("{} were there from before", HumanBytes(fetched.resumed_bytes)))?;
+        }
+        let Entry { sha256, bytes, .. } = fetched.entry;
+        super::print(&format!("{name}: {}, sha256 {sha256}", HumanBytes(bytes)))?;
+        if let Err(error) = sparsed_model::Model::open(&store.blob(&sha256)) {
+            super::print(&format!("note: sparsed cannot serve it: {error}"))?;
+        }
+        super::print(&format!("in the configuration: [model.{name}] path = \"store:{name}\""))
+    }
+}
+
+/// How far it is: a bar on a terminal, else a line for each tenth.
+struct Shown {
+    bar: ProgressBar,
+    tenths: u64,
+}
+
+impl Shown {
+    fn new() -> anyhow::Result<Self> {
+        let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let style = "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+        bar.set_style(ProgressStyle::with_template(style)?);
+        Ok(Self { bar, tenths: 0 })
+    }
+
+    fn show(&mut self, what: &'static str, done: u64, total: Option<u64>) {
+        self.bar.set_message(what);
+        self.bar.set_length(total.unwrap_or(0));
+        self.bar.set_position(done);
+        let tenths = done.saturating_mul(10).checked_div(total.unwrap_or(0)).unwrap_or(0);
+        if self.bar.is_hidden() && tenths != self.tenths {
+            self.tenths = tenths;
+            self.say(&format!("{what} {} %", tenths * 10));
+        }
+    }
+
+    #[expect(clippy::print_stderr, reason = "a command-line tool speaks on standard error")]
+    fn say(&self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+}
+
+impl Watcher for Shown {
+    fn fetched(&mut self, done: u64, total: Option<u64>) {
+        self.show("fetched", done, total);
+    }
+
+    fn hashed(&mut self, done: u64, total: u64) {
+        self.show("verified", done, Some(total));
+    }
+
+    fn note(&mut self, text: &str) {
+        self.say(text);
+    }
+}
+
+impl List {
+    fn run(&self, store: &Store) -> anyhow::Result<()> {
+        let names = store.names()?;
+        if self.json {
+            let entry = |(name, entry): (String, anyhow::Result<Entry>)| match entry {
+                Ok(entry) => json!({
+                    "name": name, "sha256": entry.sha256, "bytes": entry.bytes, "source": entry.source,
+                    "added": entry.added, "path": store.blob(&entry.sha256),
+                }),
+                Err(error) => json!({ "name": name, "error": format!("{error:#}") }),
+            };
+            return super::print_json(&Value::Array(names.into_iter().map(entry).collect()));
+        }
+        if names.is_empty() {
+            return super::print(&format!(
+                "no models in {}; `sparsectl model pull` fetches one",
+                store.dir().display()
+            ));
+        }
+        let line = |(name, entry): &(String, anyhow::Result<Entry>)| match entry {
+            Ok(entry) => format!(
+                "{name:<24} {:>11}  {}  {}",
+                HumanBytes(entry.bytes).to_string(),
+                &entry.sha256.to_string()[..12],
+                entry.source
+            ),
+            Err(error) => format!("{name:<24} cannot be read: {error:#}"),
+        };
+        super::print(&names.iter().map(line).collect::<Vec<_>>().join("\n"))
+    }
+}
+
+impl Verify {
+    fn run(self, store: &Store) -> anyhow::Result<()> {
+        let all = store.names()?.into_iter().map(|(name, _)| name);
+        let names = if self.names.is_empty() { all.collect() } else { self.names };
+        let mut n_bad = 0;
+        for name in &names {
+            let mut shown = Shown::new()?;
+            let verified = store.entry(name).and_then(|entry| {
+                store.verify(name, &entry, &mut |done| shown.show("verified", done, Some(entry.bytes)))
+            });
+            shown.bar.finish_and_clear();
+            match verified {
+                Ok(()) => super::print(&format!("{name}: whole"))?,
+                Err(error) => {
+                    n_bad += 1;
+                    super::print(&format!("{name}: {error:#}"))?;
+                }
+            }
+        }
+        ensure!(n_bad == 0, "{n_bad} of {} models are not what they were", names.len());
+        Ok(())
+    }
+}
+
+/// Takes a name away that the configuration does not use.
+fn remove(config: &Config, store: &Store, name: &str) -> anyhow::Result<()> {
+    if let Some((user, _)) = config.model.iter().find(|(_, model)| reference(&model.path) == Some(name)) {
+        bail!("model.{user}.path of the configuration is store:{name}; take it out there first");
+    }
+    store.remove(name)
+}
+
+impl Gc {
+    fn run(&self, store: &Store) -> anyhow::Result<()> {
+        store.make()?;
+        let lock = store.lock()?;
+        let garbage = store.garbage(&lock, self.partial)?;
+        if !self.dry_run {
+            store.sweep(&lock, &garbage)?;
+        }
+        for one in &garbage {
+            super::print(&format!("{} {}", HumanBytes(one.bytes), one.path.display()))?;
+        }
+        let bytes = HumanBytes(garbage.iter().map(|one| one.bytes).sum());
+        let done = if self.dry_run { "would be removed" } else { "removed" };
+        super::print(&format!("{} files, {bytes} {done}", garbage.len()))
+    }
+}

@@ -1,0 +1,388 @@
+//! How does a model come into the store? In pieces if need be, whatever the server and the line do.
+//!
+//! What has come lies in `partial/`, with what is known of it. The next attempt, or the next call, asks for the rest
+//! only if the server says that the file is still the same (`If-Range` with a strong ETag), or where the digest is
+//! known. At the end all of it is read from the disk and hashed, so what is put into the store is what lies there.
+
+#[cfg(test)]
+mod tests;
+
+use super::http::{Client, Part, Reply};
+use super::{Digest, Entry, Source, Store, place};
+use anyhow::{Context, anyhow, bail, ensure};
+use hyper::{StatusCode, Uri, header};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// What the disk is to have left beside the model.
+const RESERVE_BYTES: u64 = 64 << 20;
+/// How often a file may turn out to be another one.
+const RESTARTS_MAX: u32 = 3;
+/// The longest pause that a server may ask for.
+const RETRY_AFTER_S_MAX: u64 = 60;
+/// Largest file of what is known of a partial one.
+const KNOWN_BYTES_MAX: u64 = 16 << 10;
+/// Bytes that are copied at a time.
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// How a model is fetched.
+#[derive(Clone, Debug)]
+pub struct FetchOptions {
+    /// What it must be.
+    pub expected: Option<Digest>,
+    /// Largest file.
+    pub bytes_max: u64,
+    /// For the server that is asked first.
+    pub token: Option<String>,
+    /// Pauses before further attempts; so many may fail one after another that bring nothing.
+    pub pauses: Vec<Duration>,
+    /// How long a server may be silent.
+    pub patience: Duration,
+}
+
+/// What has been put into the store.
+#[derive(Clone, Debug)]
+pub struct Fetched {
+    /// What its name stands for.
+    pub entry: Entry,
+    /// Bytes that were there from an earlier call.
+    pub resumed_bytes: u64,
+}
+
+/// Hears how far a fetch is.
+pub trait Watcher {
+    /// `done` bytes of `total` have come.
+    fn fetched(&mut self, done: u64, total: Option<u64>);
+    /// All has come, `done` bytes of `total` are hashed.
+    fn hashed(&mut self, done: u64, total: u64);
+    /// Something that people are to know.
+    fn note(&mut self, text: &str);
+}
+
+/// Fetches `source` and has `name` stand for it.
+///
+/// # Errors
+/// Why not; what has come stays for the next call, unless it is known to be wrong.
+pub async fn fetch(
+    store: &Store,
+    name: &str,
+    source: &Source,
+    options: &FetchOptions,
+    watcher: &mut dyn Watcher,
+) -> anyhow::Result<Fetched> {
+    super::check_name(name)?;
+    store.make()?;
+    let mut partial = Partial::open(store, source)?;
+    let resumed_bytes = partial.have;
+    let expected = match source {
+        Source::File(path) => {
+            copy(&mut partial, path, options, watcher)?;
+            options.expected
+        }
+        Source::Web(uri) => download(&mut partial, uri, options, watcher).await?,
+    };
+    let total = partial.have;
+    partial.file.sync_all()?;
+    let digest = Digest::of_file(&partial.file, &mut |done| watcher.hashed(done, total))?;
+    if let Some(expected) = expected.filter(|expected| *expected != digest) {
+        partial.discard()?;
+        bail!("what has come is another file: its SHA-256 is {digest}, not {expected}; it was removed");
+    }
+    let entry = store.put(name, &partial.path, digest, source.public())?;
+    // What remains is what was known of it.
+    let _gone = std::fs::remove_file(partial.known_path()).is_ok();
+    Ok(Fetched { entry, resumed_bytes })
+}
+
+/// Whether somebody fetches the file `path` of the folder of partial ones, or what is known of it.
+pub(super) fn is_being_fetched(path: &Path) -> bool {
+    let Ok(file) = File::open(path.with_extension("part")) else { return false };
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+}
+
+/// A file that is not whole yet, locked.
+#[derive(Debug)]
+struct Partial {
+    path: PathBuf,
+    file: File,
+    /// Its length.
+    have: u64,
+    known: Known,
+}
+
+/// What is known of the whole file.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+struct Known {
+    /// What the server calls this state of it, if it says so reliably.
+    etag: Option<String>,
+    total: Option<u64>,
+}
+
+impl Partial {
+    fn open(store: &Store, source: &Source) -> anyhow::Result<Self> {
+        let path = store.partial().join(source.key()).with_extension("part");
+        let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
+        let file = file.with_context(|| path.display().to_string())?;
+        let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        // Whoever had it may have put it into the store meanwhile.
+        let is_there = path.metadata().is_ok_and(|meta| meta.ino() == file.metadata().map_or(0, |meta| meta.ino()));
+        ensure!(locked && is_there, "another process fetches this file; try again when it has ended");
+        let mut partial = Self { have: file.metadata()?.len(), path, file, known: Known::default() };
+        match partial.recall() {
+            Some(known) => partial.known = known,
+            None => partial.restart()?,
+        }
+        partial.file.seek(SeekFrom::End(0))?;
+        Ok(partial)
+    }
+
+    fn known_path(&self) -> PathBuf {
+        self.path.with_extension("json")
+    }
+
+    fn recall(&self) -> Option<Known> {
+        let mut text = Vec::new();
+        File::open(self.known_path()).ok()?.take(KNOWN_BYTES_MAX).read_to_end(&mut text).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// Notes what is known of the whole file.
+    fn know(&mut self, known: Known) -> anyhow::Result<()> {
+        if self.known != known {
+            place::write(&self.known_path(), &serde_json::to_vec(&known)?, 0o600)?;
+            self.known = known;
+        }
+        Ok(())
+    }
+
+    /// Forgets what has come.
+    fn restart(&mut self) -> anyhow::Result<()> {
+        self.file.set_len(0)?;
+        self.file.seek(SeekFrom::Start(0))?;
+        self.have = 0;
+        Ok(())
+    }
+
+    fn discard(&self) -> anyhow::Result<()> {
+        std::fs::remove_file(&self.path)?;
+        let _gone = std::fs::remove_file(self.known_path()).is_ok();
+        Ok(())
+    }
+
+    fn is_whole(&self) -> bool {
+        self.known.total == Some(self.have)
+    }
+
+    fn write(&mut self, bytes: &[u8], options: &FetchOptions) -> anyhow::Result<()> {
+        self.have = self.have.saturating_add(bytes.len() as u64);
+        fits(self.have, options)?;
+        self.file.write_all(bytes).with_context(|| self.path.display().to_string())
+    }
+
+    /// That the disk has room for the rest.
+    fn check_room(&self, total: u64, options: &FetchOptions) -> anyhow::Result<()> {
+        fits(total, options)?;
+        let disk = rustix::fs::fstatvfs(&self.file)?;
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let needed = total.saturating_sub(self.have).saturating_add(RESERVE_BYTES);
+        let size = |bytes| indicatif::BinaryBytes(bytes).to_string();
+        ensure!(
+            needed <= free,
+            "{} has {} left, the rest of the model needs {}; `sparsectl model gc` removes what no name stands for",
+            self.path.parent().unwrap_or(&self.path).display(),
+            size(free),
+            size(needed)
+        );
+        Ok(())
+    }
+}
+
+fn fits(bytes: u64, options: &FetchOptions) -> anyhow::Result<()> {
+    let limit = options.bytes_max;
+    ensure!(bytes <= limit, "the file is larger than {limit} bytes; set models.max_bytes, or --max-bytes");
+    Ok(())
+}
+
+/// A file of this box is copied, so that nobody changes it any more.
+fn copy(partial: &mut Partial, path: &Path, options: &FetchOptions, watcher: &mut dyn Watcher) -> anyhow::Result<()> {
+    partial.restart()?;
+    let within = || path.display().to_string();
+    let mut from = File::open(path).with_context(within)?;
+    let meta = from.metadata()?;
+    ensure!(meta.is_file(), "{} is no plain file; the store holds single files", path.display());
+    partial.check_room(meta.len(), options)?;
+    let mut chunk = vec![0; CHUNK_BYTES];
+    loop {
+        match from.read(&mut chunk).with_context(within)? {
+            0 => return Ok(()),
+            n => partial.write(&chunk[..n], options)?,
+        }
+        watcher.fetched(partial.have, Some(meta.len()));
+    }
+}
+
+/// Why an attempt ended.
+enum Ended {
+    /// Another one may go further.
+    ForNow(anyhow::Error, Option<Duration>),
+    /// The file is another one than before: all of it is to come again.
+    Changed,
+    /// No other one would.
+    ForGood(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Ended {
+    fn from(error: E) -> Self {
+        Self::ForGood(error.into())
+    }
+}
+
+/// Has all of `uri` in the partial file. Answers what it must be, as far as anybody has said.
+async fn download(
+    partial: &mut Partial,
+    uri: &Uri,
+    options: &FetchOptions,
+    watcher: &mut dyn Watcher,
+) -> anyhow::Result<Option<Digest>> {
+    let (mut client, mut expected) = (Client::new(options.patience, options.token.clone()), options.expected);
+    let (mut failures, mut restarts) = (options.pauses.iter(), 0);
+    loop {
+        let before = partial.have;
+        match attempt(partial, &mut client, uri, &mut expected, options, watcher).await {
+            Ok(()) => return Ok(expected),
+            Err(Ended::ForGood(error)) => return Err(error),
+            Err(Ended::Changed) => {
+                restarts += 1;
+                ensure!(restarts <= RESTARTS_MAX, "the file at the server changes again and again");
+                watcher.note("the file is another one than before: all of it is fetched again");
+                partial.restart()?;
+            }
+            Err(Ended::ForNow(error, asked)) => {
+                if partial.have > before {
+                    failures = options.pauses.iter();
+                }
+                let Some(pause) = failures.next() else {
+                    return Err(error.context("given up; what has come is kept, and the same command goes on with it"));
+                };
+                let pause = asked.unwrap_or(*pause);
+                watcher.note(&format!("{error:#}; next attempt in {:.1} s", pause.as_secs_f64()));
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+}
+
+async fn attempt(
+    partial: &mut Partial,
+    client: &mut Client,
+    uri: &Uri,
+    expected: &mut Option<Digest>,
+    options: &FetchOptions,
+    watcher: &mut dyn Watcher,
+) -> Result<(), Ended> {
+    if partial.have > 0 && partial.known.etag.is_none() && expected.is_none() {
+        // Nobody could say whether the rest belongs to it.
+        partial.restart()?;
+    }
+    let etag = partial.known.etag.clone();
+    let part = Part { from: partial.have, if_still: etag.as_deref() };
+    let mut reply = client.get(uri, part).await.map_err(|error| Ended::ForNow(error, None))?;
+    *expected = expected.or(reply.digest);
+    begin(partial, &reply, expected.is_some(), options)?;
+    watcher.fetched(partial.have, partial.known.total);
+    if partial.is_whole() {
+        return Ok(());
+    }
+    loop {
+        match reply.next().await {
+            Ok(Some(bytes)) => partial.write(&bytes, options)?,
+            Ok(None) => break,
+            Err(error) => return Err(Ended::ForNow(error.context("the line broke"), None)),
+        }
+        watcher.fetched(partial.have, partial.known.total);
+    }
+    match partial.known.total {
+        Some(total) if partial.have > total => Err(anyhow!("more came than the {total} bytes that were told").into()),
+        Some(total) if partial.have < total => Err(Ended::ForNow(anyhow!("the server ended too early"), None)),
+        _ => Ok(()),
+    }
+}
+
+/// Looks at an answer's head, and has the partial file ready for its body.
+fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &FetchOptions) -> Result<(), Ended> {
+    let (status, have) = (reply.status, partial.have);
+    let encoding = reply.text(header::CONTENT_ENCODING).unwrap_or("identity");
+    if status.is_success() && encoding != "identity" {
+        return Err(anyhow!("the server sends it encoded ({encoding}), though it was asked not to").into());
+    }
+    // Weak ones may be the same for different bytes.
+    let etag = reply.text(header::ETAG).filter(|etag| etag.starts_with('"')).map(str::to_owned);
+    match status {
+        StatusCode::OK => {
+            if have > 0 {
+                // It ignores ranges, or the file is another one.
+                partial.restart()?;
+            }
+            let total = reply.number(header::CONTENT_LENGTH);
+            let ends_by_itself = reply.text(header::TRANSFER_ENCODING).is_some();
+            if total.is_none() && !ends_by_itself && !is_digest_known {
+                let reason = "the server tells no length, so nobody would see that an end is missing; give --sha256";
+                return Err(anyhow!(reason).into());
+            }
+            partial.know(Known { etag, total })?;
+        }
+        StatusCode::PARTIAL_CONTENT => {
+            let range = reply.text(header::CONTENT_RANGE).and_then(content_range);
+            let is_other = partial.known.etag.is_some() && etag.is_some() && etag != partial.known.etag;
+            let fits_total = |total| partial.known.total.is_none_or(|known| known == total);
+            match range {
+                Some((first, total)) if first == have && !is_other && total.is_none_or(fits_total) => {
+                    partial.know(Known { etag: partial.known.etag.clone(), total: partial.known.total.or(total) })?;
+                }
+                _ => return Err(Ended::Changed),
+            }
+        }
+        // Nothing follows what is there: it is whole, or longer than the file now is.
+        StatusCode::RANGE_NOT_SATISFIABLE if have > 0 => {
+            let total =
+                reply.text(header::CONTENT_RANGE).and_then(|range| range.strip_prefix("bytes */")?.parse().ok());
+            if total != Some(have) || !(is_digest_known || partial.is_whole()) {
+                return Err(Ended::Changed);
+            }
+            partial.know(Known { total, ..partial.known.clone() })?;
+        }
+        _ => return Err(refused(reply)),
+    }
+    partial.known.total.map_or(Ok(()), |total| partial.check_room(total, options))?;
+    Ok(())
+}
+
+fn refused(reply: &Reply) -> Ended {
+    let status = reply.status;
+    let may_pass = status.is_server_error() || matches!(status.as_u16(), 408 | 425 | 429);
+    if may_pass {
+        let pause = reply.number(header::RETRY_AFTER).map(|s| Duration::from_secs(s.min(RETRY_AFTER_S_MAX)));
+        return Ended::ForNow(anyhow!("the server answers {status}"), pause);
+    }
+    Ended::ForGood(match status.as_u16() {
+        401 | 403 => {
+            anyhow!("the server answers {status}: it wants a token (HF_TOKEN), or the file is not for everybody")
+        }
+        404 => anyhow!("the server answers {status}: there is no such file"),
+        _ => anyhow!("the server answers {status}"),
+    })
+}
+
+/// First byte and length of the whole in `bytes 5-9/10`.
+fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    let total = if total.trim() == "*" { None } else { Some(total.trim().parse().ok()?) };
+    (first <= last && total.is_none_or(|total| last < total)).then_some((first, total))
+}

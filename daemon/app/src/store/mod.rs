@@ -1,0 +1,354 @@
+//! Where do models lie that the tool has fetched? Whole files by their SHA-256, and names that stand for them.
+//!
+//! ```text
+//! models_dir/blobs/<sha256>    a file; put there whole, by rename, and never written again
+//! models_dir/names/<name>.json what a name stands for
+//! models_dir/partial/          what is being fetched
+//! models_dir/lock              held by whoever changes names or removes files
+//! ```
+//!
+//! A file has its place before its name, and loses its name before its place: whenever the power goes, a name stands
+//! for a whole file, and at worst a file has no name, which `gc` removes. Another model under a name is another file:
+//! who has the old one mapped keeps it.
+
+mod digest;
+mod fetch;
+mod http;
+mod place;
+mod source;
+mod verified;
+
+pub use digest::Digest;
+pub use fetch::{FetchOptions, Fetched, Watcher, fetch};
+pub use source::Source;
+pub use verified::StoredModel;
+
+use anyhow::{Context, bail, ensure};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// Longest name.
+const NAME_CHARS_MAX: usize = 64;
+/// Largest file of a name.
+const ENTRY_BYTES_MAX: u64 = 16 << 10;
+/// Most names that are looked at.
+const NAMES_MAX: usize = 4096;
+/// What begins a path that is a name of the store.
+const REFERENCE: &str = "store:";
+
+/// A folder of models.
+#[derive(Clone, Debug)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+/// What a name stands for.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entry {
+    /// The form of this file.
+    v: u32,
+    /// The file.
+    pub sha256: Digest,
+    /// Its size.
+    pub bytes: u64,
+    /// Where it came from, without what might be a secret.
+    pub source: String,
+    /// Seconds since 1970, when it was put here.
+    pub added: u64,
+}
+
+/// The store's lock, until it is dropped.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+/// A file that no name stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Garbage {
+    /// The file.
+    pub path: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// The name in a path that refers to the store: `store:NAME`.
+pub fn reference(path: &Path) -> Option<&str> {
+    path.to_str()?.strip_prefix(REFERENCE)
+}
+
+/// That a name can be a file's, and cannot be a path.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_name(name: &str) -> anyhow::Result<()> {
+    let fits = |letter: u8| letter.is_ascii_alphanumeric() || b"._-".contains(&letter);
+    ensure!(
+        (1..=NAME_CHARS_MAX).contains(&name.len()) && name.bytes().all(fits) && !name.starts_with('.'),
+        "'{name}' cannot be a model's name: 1 to {NAME_CHARS_MAX} of A-Z, a-z, 0-9, '.', '_' and '-', not '.' first"
+    );
+    Ok(())
+}
+
+impl Store {
+    /// The store in `dir`, which need not be there yet.
+    pub fn at(dir: &Path) -> Self {
+        Self { dir: dir.to_owned() }
+    }
+
+    /// Its folder.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the file `digest` has its place.
+    pub fn blob(&self, digest: &Digest) -> PathBuf {
+        self.blobs().join(digest.to_string())
+    }
+
+    fn blobs(&self) -> PathBuf {
+        self.dir.join("blobs")
+    }
+
+    fn partial(&self) -> PathBuf {
+        self.dir.join("partial")
+    }
+
+    fn names_dir(&self) -> PathBuf {
+        self.dir.join("names")
+    }
+
+    fn name_file(&self, name: &str) -> PathBuf {
+        self.names_dir().join(format!("{name}.json"))
+    }
+
+    /// Makes what is missing of its folders. Files in them are for everybody to read, since the daemon is another user
+    /// than who fetches; what is being fetched is not.
+    ///
+    /// # Errors
+    /// A folder that cannot be made.
+    pub fn make(&self) -> anyhow::Result<()> {
+        for (dir, mode) in
+            [(&self.dir, 0o755), (&self.blobs(), 0o755), (&self.names_dir(), 0o755), (&self.partial(), 0o700)]
+        {
+            place::make_dir(dir, mode)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the lock that whoever changes the store must have.
+    ///
+    /// # Errors
+    /// A store that is not there or not the caller's to change.
+    pub fn lock(&self) -> anyhow::Result<Lock> {
+        let path = self.dir.join("lock");
+        let file = File::options().create(true).append(true).open(&path).with_context(|| path.display().to_string())?;
+        rustix::fs::flock(&file, FlockOperation::LockExclusive).with_context(|| path.display().to_string())?;
+        Ok(Lock { _file: file })
+    }
+
+    /// All names, in their order; those that cannot be read with the reason.
+    ///
+    /// # Errors
+    /// A folder that cannot be read.
+    pub fn names(&self) -> anyhow::Result<Vec<(String, anyhow::Result<Entry>)>> {
+        let dir = self.names_dir();
+        let entries = match dir.read_dir() {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.with_context(|| dir.display().to_string())?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            let file_name = entry?.file_name();
+            let Some(name) = file_name.to_str().and_then(|name| name.strip_suffix(".json")) else { continue };
+            if check_name(name).is_ok() {
+                names.push(name.to_owned());
+            }
+            ensure!(names.len() <= NAMES_MAX, "{} has more than {NAMES_MAX} names", dir.display());
+        }
+        names.sort_unstable();
+        Ok(names.into_iter().map(|name| (name.clone(), self.entry(&name))).collect())
+    }
+
+    /// The file of a configured path: of a name what it stands for, else the path itself.
+    pub fn resolve(&self, path: &Path) -> PathBuf {
+        let entry = reference(path).and_then(|name| self.entry(name).ok());
+        entry.map_or_else(|| path.to_owned(), |entry| self.blob(&entry.sha256))
+    }
+
+    /// What `name` stands for.
+    ///
+    /// # Errors
+    /// No such name, or a file that is none.
+    pub fn entry(&self, name: &str) -> anyhow::Result<Entry> {
+        check_name(name)?;
+        let path = self.name_file(name);
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                bail!("there is no model '{name}' in {}; `sparsectl model pull` fetches one", self.dir.display())
+            }
+            file => file.with_context(|| path.display().to_string())?,
+        };
+        let mut text = Vec::new();
+        file.take(ENTRY_BYTES_MAX + 1).read_to_end(&mut text).with_context(|| path.display().to_string())?;
+        ensure!(text.len() as u64 <= ENTRY_BYTES_MAX, "{} is longer than {ENTRY_BYTES_MAX} bytes", path.display());
+        let entry: Entry = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
+        ensure!(entry.v == 1, "{} has form {}, known is 1", path.display(), entry.v);
+        Ok(entry)
+    }
+
+    /// Puts the file `partial`, whose content is `digest`, in its place, and has `name` stand for it. Who has the same
+    /// file already keeps it.
+    ///
+    /// # Errors
+    /// A disk that fails. Then the name stands for what it stood for before.
+    pub fn put(&self, name: &str, partial: &Path, digest: Digest, source: String) -> anyhow::Result<Entry> {
+        check_name(name)?;
+        let _lock = self.lock()?;
+        let (bytes, blob) = (partial.metadata()?.len(), self.blob(&digest));
+        place::seal(partial)?;
+        // A file that decayed is replaced by what has just been hashed.
+        std::fs::rename(partial, &blob).with_context(|| blob.display().to_string())?;
+        place::sync_dir(&self.blobs())?;
+        let added = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let entry = Entry { v: 1, sha256: digest, bytes, source, added };
+        place::write(&self.name_file(name), &serde_json::to_vec(&entry)?, 0o644)?;
+        Ok(entry)
+    }
+
+    /// Takes `name` away; its file stays until [`sweep`](Self::sweep).
+    ///
+    /// # Errors
+    /// No such name.
+    pub fn remove(&self, name: &str) -> anyhow::Result<()> {
+        check_name(name)?;
+        let path = self.name_file(name);
+        // Also one that cannot be read.
+        ensure!(path.exists(), "there is no model '{name}' in {}", self.dir.display());
+        let _lock = self.lock()?;
+        std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
+        place::sync_dir(&self.names_dir())
+    }
+
+    /// Files that no name stands for, and with `partial` what was begun to be fetched and is not being fetched now.
+    /// A name that cannot be read might stand for any file: then there is no garbage.
+    ///
+    /// # Errors
+    /// A folder or a name that cannot be read.
+    pub fn garbage(&self, _lock: &Lock, partial: bool) -> anyhow::Result<Vec<Garbage>> {
+        let mut used = Vec::new();
+        for (name, entry) in self.names()? {
+            used.push(
+                self.blob(&entry.with_context(|| format!("model {name}; `sparsectl model rm {name}` first"))?.sha256),
+            );
+        }
+        let mut garbage = Vec::new();
+        for entry in self.blobs().read_dir()? {
+            let path = entry?.path();
+            if !used.contains(&path) {
+                garbage.push(Garbage { bytes: path.metadata()?.len(), path });
+            }
+        }
+        if partial {
+            for entry in self.partial().read_dir()? {
+                let path = entry?.path();
+                if !fetch::is_being_fetched(&path) {
+                    garbage.push(Garbage { bytes: path.metadata()?.len(), path });
+                }
+            }
+        }
+        garbage.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        Ok(garbage)
+    }
+
+    /// Removes `garbage`.
+    ///
+    /// # Errors
+    /// A file that cannot be removed.
+    pub fn sweep(&self, _lock: &Lock, garbage: &[Garbage]) -> anyhow::Result<()> {
+        for Garbage { path, .. } in garbage {
+            std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(&dir.path().join("models"));
+        store.make().unwrap();
+        (dir, store)
+    }
+
+    fn put(store: &Store, name: &str, text: &str) -> Entry {
+        let partial = store.partial().join("x");
+        std::fs::write(&partial, text).unwrap();
+        store.put(name, &partial, Digest::of(text.as_bytes()), "file:x".to_owned()).unwrap()
+    }
+
+    #[test]
+    fn a_name_stands_for_its_last_file_and_the_one_before_is_garbage() {
+        let (_dir, store) = store();
+        let (first, other) = (put(&store, "a", "one"), put(&store, "b", "two"));
+        put(&store, "a", "three");
+        assert_eq!(std::fs::read(store.blob(&store.entry("a").unwrap().sha256)).unwrap(), b"three");
+        let lock = store.lock().unwrap();
+        let garbage = store.garbage(&lock, false).unwrap();
+        assert_eq!(garbage, [Garbage { path: store.blob(&first.sha256), bytes: 3 }]);
+        store.sweep(&lock, &garbage).unwrap();
+        assert!(!store.blob(&first.sha256).exists() && store.blob(&other.sha256).exists());
+    }
+
+    #[test]
+    fn a_file_with_two_names_stays_until_both_are_gone() {
+        let (_dir, store) = store();
+        let entry = put(&store, "a", "one");
+        put(&store, "b", "one");
+        store.remove("a").unwrap();
+        assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+        store.remove("b").unwrap();
+        assert_eq!(store.garbage(&store.lock().unwrap(), false).unwrap()[0].path, store.blob(&entry.sha256));
+        assert!(store.remove("b").unwrap_err().to_string().contains("no model 'b'"));
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_read_keeps_all_files_and_can_be_removed() {
+        let (_dir, store) = store();
+        put(&store, "a", "one");
+        std::fs::write(store.name_file("b"), "{").unwrap();
+        std::fs::write(store.name_file("c"), vec![b' '; 20_000]).unwrap();
+        assert!(store.garbage(&store.lock().unwrap(), false).is_err());
+        assert!(store.entry("c").unwrap_err().to_string().contains("longer than"));
+        store.remove("b").unwrap();
+        store.remove("c").unwrap();
+        assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+    }
+
+    #[test]
+    fn nothing_that_leads_elsewhere_is_a_name() {
+        let (_dir, store) = store();
+        for bad in ["", ".", "..", "../x", "a/b", ".hidden", "a b", "ü", &"x".repeat(65)] {
+            assert!(check_name(bad).is_err() && store.entry(bad).is_err(), "{bad}");
+        }
+        assert!(check_name("Qwen2.5-0.5b_q8").is_ok());
+        assert_eq!(reference(Path::new("store:a")), Some("a"));
+        assert_eq!(reference(Path::new("/store:a")), None);
+    }
+
+    #[test]
+    fn nobody_may_write_a_file_of_the_store() {
+        use std::os::unix::fs::PermissionsExt;
+        let (_dir, store) = store();
+        let entry = put(&store, "a", "one");
+        assert_eq!(store.blob(&entry.sha256).metadata().unwrap().permissions().mode() & 0o7777, 0o444);
+    }
+}

@@ -1,0 +1,139 @@
+//! Where is a model to be fetched from? A URL, a file of a hub that speaks Hugging Face's paths, or a file of this box.
+
+use anyhow::{Context, bail, ensure};
+use hyper::Uri;
+use sha2::{Digest, Sha256};
+use std::fmt::Write;
+use std::path::PathBuf;
+
+/// The branch of a hub's repository.
+const REVISION: &str = "main";
+
+/// A place to fetch from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// By HTTP.
+    Web(Uri),
+    /// From this box.
+    File(PathBuf),
+}
+
+impl Source {
+    /// Reads `https://...`, `http://...`, `hf:OWNER/NAME/PATH`, `hf:OWNER/NAME/PATH@REVISION` or `file:PATH`. `hub` is
+    /// what stands before a repository's name.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(text: &str, hub: Option<&str>) -> anyhow::Result<Self> {
+        if let Some(path) = text.strip_prefix("file:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            ensure!(!path.is_empty(), "'{text}' names no file");
+            return Ok(Self::File(PathBuf::from(path)));
+        }
+        let url = match text.strip_prefix("hf:") {
+            Some(file) => in_hub(file, hub)?,
+            None => text.to_owned(),
+        };
+        let uri: Uri = url.parse().with_context(|| format!("'{url}' is no URL"))?;
+        match uri.scheme_str() {
+            Some("http" | "https") if uri.host().is_some_and(|host| !host.is_empty()) => Ok(Self::Web(uri)),
+            _ => bail!("'{text}' must begin with https://, http://, hf: or file:"),
+        }
+    }
+
+    /// What is remembered of it: no user, password or query, which may be secrets.
+    pub fn public(&self) -> String {
+        match self {
+            Self::Web(uri) => {
+                let (scheme, host) = (uri.scheme_str().unwrap_or_default(), uri.host().unwrap_or_default());
+                let port = uri.port_u16().map(|port| format!(":{port}")).unwrap_or_default();
+                format!("{scheme}://{host}{port}{}", uri.path())
+            }
+            Self::File(path) => format!("file:{}", path.display()),
+        }
+    }
+
+    /// The name that a model from there has when nobody gives it another one: that of its file, without `.gguf`.
+    pub fn default_name(&self) -> String {
+        let path = match self {
+            Self::Web(uri) => uri.path().to_owned(),
+            Self::File(path) => path.display().to_string(),
+        };
+        let file = path.rsplit('/').next().unwrap_or_default();
+        file.strip_suffix(".gguf").unwrap_or(file).to_owned()
+    }
+
+    /// What its unfinished file is called.
+    pub(super) fn key(&self) -> String {
+        let whole = match self {
+            Self::Web(uri) => uri.to_string(),
+            Self::File(path) => path.display().to_string(),
+        };
+        Sha256::digest(whole).iter().take(8).fold(String::new(), |mut key, byte| {
+            write!(key, "{byte:02x}").expect("a string takes all");
+            key
+        })
+    }
+}
+
+/// The URL of a hub's file.
+fn in_hub(file: &str, hub: Option<&str>) -> anyhow::Result<String> {
+    let hub =
+        hub.context("hf: needs to know the hub: set models.hub, or HF_ENDPOINT, or --hub, to its https:// address")?;
+    let (file, revision) = file.rsplit_once('@').unwrap_or((file, REVISION));
+    let mut parts = file.splitn(3, '/');
+    let (Some(owner), Some(name), Some(path)) = (parts.next(), parts.next(), parts.next()) else {
+        bail!("'hf:{file}' must be hf:OWNER/NAME/FILE");
+    };
+    ensure!(
+        [owner, name, revision].iter().chain(&path.split('/').collect::<Vec<_>>()).all(|part| is_plain(part)),
+        "'hf:{file}' must be hf:OWNER/NAME/FILE, each part of letters, digits, '.', '_' and '-'"
+    );
+    Ok(format!("{}/{owner}/{name}/resolve/{revision}/{path}", hub.trim_end_matches('/')))
+}
+
+fn is_plain(part: &str) -> bool {
+    let fits = |letter: u8| letter.is_ascii_alphanumeric() || b"._-".contains(&letter);
+    !part.is_empty() && part != "." && part != ".." && part.bytes().all(fits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn web(text: &str) -> String {
+        match Source::parse(text, Some("https://hub.example/")).unwrap() {
+            Source::Web(uri) => uri.to_string(),
+            Source::File(path) => panic!("{}", path.display()),
+        }
+    }
+
+    #[test]
+    fn a_hubs_file_is_a_url_below_the_hub() {
+        assert_eq!(web("hf:a/b/c.gguf"), "https://hub.example/a/b/resolve/main/c.gguf");
+        assert_eq!(web("hf:a/b/d/c.gguf@v1.0"), "https://hub.example/a/b/resolve/v1.0/d/c.gguf");
+        let without = Source::parse("hf:a/b/c.gguf", None).unwrap_err().to_string();
+        assert!(without.contains("models.hub"), "{without}");
+        for bad in ["hf:a/b", "hf:a//c", "hf:a/b/../c", "hf:a/b/c?x", "hf:a/b/c@", "hf:a/b/c d"] {
+            assert!(Source::parse(bad, Some("https://hub.example")).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_has_no_secret() {
+        let source = Source::parse("https://me:word@host:8443/a/b.gguf?token=x", None).unwrap();
+        assert_eq!(source.public(), "https://host:8443/a/b.gguf");
+        assert_eq!(source.default_name(), "b");
+        assert_ne!(source.key(), Source::parse("https://host:8443/a/b.gguf", None).unwrap().key());
+    }
+
+    #[test]
+    fn files_are_named_with_and_without_slashes_and_nothing_else_is_a_source() {
+        for text in ["file:/m.gguf", "file:///m.gguf"] {
+            assert_eq!(Source::parse(text, None).unwrap(), Source::File("/m.gguf".into()));
+        }
+        for bad in ["", "m.gguf", "/m.gguf", "ftp://host/m", "https://", "https:///m", "file:", "http://a b/"] {
+            assert!(Source::parse(bad, None).is_err(), "{bad}");
+        }
+    }
+}

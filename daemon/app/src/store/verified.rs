@@ -1,0 +1,217 @@
+//! May a file of the store be mapped? Only one that nobody else can change, and that is what its name says.
+//!
+//! A file that was cut or has decayed would end the daemon (SIGBUS) or answer wrongly; so it is hashed before it is
+//! used, all of it, once for each (device, inode, size, times), which a write or a copy changes. That is remembered in
+//! the state folder. What remains: a disk that decays under a file which was read well before, and does not tell; for
+//! that there is `sparsectl model verify`, which always reads everything.
+
+use super::{Digest, Entry, Store, place};
+use anyhow::{Context, ensure};
+use sparsed_engine::ModelSource;
+use std::fs::{File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Files that are remembered, the last ones.
+const REMEMBERED_MAX: usize = 256;
+/// Largest file of what is remembered.
+const REMEMBERED_BYTES_MAX: u64 = 64 << 10;
+
+/// A model of the store, as the daemon uses it.
+#[derive(Clone, Debug)]
+pub struct StoredModel {
+    store: Store,
+    name: String,
+    /// Where it is remembered which files were hashed; `None`: nowhere.
+    remembered: Option<PathBuf>,
+}
+
+impl StoredModel {
+    /// The model `name`.
+    pub fn new(store: Store, name: &str, remembered: Option<PathBuf>) -> Self {
+        Self { store, name: name.to_owned(), remembered }
+    }
+
+    /// Its file, which is what its name says. Reads all of it where that was not done before; `progress` hears bytes.
+    ///
+    /// # Errors
+    /// No such model; a file that others may change; one that is not what it was.
+    pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<PathBuf> {
+        let entry = self.store.entry(&self.name)?;
+        let path = self.store.blob(&entry.sha256);
+        let file = open(&self.store, &self.name, &entry)?;
+        let known = mark(&file.metadata()?, &entry.sha256);
+        let mut all = self.remembered.as_deref().map(recall).unwrap_or_default();
+        if all.contains(&known) {
+            return Ok(path);
+        }
+        hash(&file, &self.name, &entry, progress)?;
+        log::info!(model:% = self.name, sha256:% = entry.sha256; "model file verified");
+        if let Some(remembered) = &self.remembered {
+            all.push(known);
+            let first = all.len().saturating_sub(REMEMBERED_MAX);
+            if let Err(error) = place::write(remembered, (all[first..].join("\n") + "\n").as_bytes(), 0o600) {
+                log::warn!(reason:% = error; "that a model's file was verified is not remembered");
+            }
+        }
+        Ok(path)
+    }
+}
+
+impl Store {
+    /// Reads all of the file of `entry`, whatever was read before.
+    ///
+    /// # Errors
+    /// As [`StoredModel::verify`].
+    pub fn verify(&self, name: &str, entry: &Entry, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
+        hash(&open(self, name, entry)?, name, entry, progress)
+    }
+}
+
+impl ModelSource for StoredModel {
+    fn locate(&self) -> Result<PathBuf, String> {
+        self.verify(&mut |_| {}).map_err(|error| format!("{error:#}"))
+    }
+}
+
+/// Opens a model's file: a plain one of the right size that only root or we can have written.
+fn open(store: &Store, name: &str, entry: &Entry) -> anyhow::Result<File> {
+    let path = store.blob(&entry.sha256);
+    for dir in [store.dir(), &store.blobs()] {
+        let meta = dir.metadata().with_context(|| dir.display().to_string())?;
+        ensure!(is_ours(&meta), "{} may be written by others; chown root: and chmod go-w it", dir.display());
+    }
+    let file = File::open(&path).with_context(|| format!("model '{name}': {}", path.display()))?;
+    let meta = file.metadata()?;
+    ensure!(meta.is_file() && !path.is_symlink(), "model '{name}': {} is no plain file", path.display());
+    ensure!(
+        is_ours(&meta),
+        "model '{name}': {} may be written by others, who could change it while it is used",
+        path.display()
+    );
+    ensure!(
+        meta.len() == entry.bytes,
+        "model '{name}' is damaged: {} has {} bytes, it had {}; pull it again",
+        path.display(),
+        meta.len(),
+        entry.bytes
+    );
+    Ok(file)
+}
+
+fn hash(file: &File, name: &str, entry: &Entry, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
+    let found = Digest::of_file(file, progress).with_context(|| format!("model '{name}' cannot be read"))?;
+    ensure!(found == entry.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull it again");
+    Ok(())
+}
+
+/// Whether only root or we may write it.
+fn is_ours(meta: &Metadata) -> bool {
+    let euid = rustix::process::geteuid().as_raw();
+    (meta.uid() == 0 || meta.uid() == euid) && meta.mode() & 0o022 == 0
+}
+
+/// What tells that a file is still the one that was hashed.
+fn mark(meta: &Metadata, digest: &Digest) -> String {
+    let times = [meta.mtime(), meta.mtime_nsec(), meta.ctime(), meta.ctime_nsec()].map(|time| time.to_string());
+    format!("{digest} {} {} {} {}", meta.dev(), meta.ino(), meta.len(), times.join(" "))
+}
+
+/// The marks that are remembered; none where there is no such file, or one that is none.
+fn recall(path: &Path) -> Vec<String> {
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(REMEMBERED_BYTES_MAX).read_to_string(&mut text));
+    // The worst that comes of it is that files are hashed once more.
+    if read.is_err() { Vec::new() } else { text.lines().map(str::to_owned).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{self, Permissions};
+    use std::os::unix::fs::PermissionsExt;
+
+    struct Bench {
+        dir: tempfile::TempDir,
+        store: Store,
+        blob: PathBuf,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let store = Store::at(&dir.path().join("models"));
+            store.make().unwrap();
+            let partial = dir.path().join("x");
+            fs::write(&partial, "weights").unwrap();
+            let entry = store.put("m", &partial, Digest::of(b"weights"), "file:x".to_owned()).unwrap();
+            Self { blob: store.blob(&entry.sha256), store, dir }
+        }
+
+        /// Whether the model may be used, and how many bytes were read for the answer.
+        fn verify(&self) -> (Result<PathBuf, String>, u64) {
+            let remembered = Some(self.dir.path().join("verified"));
+            let (model, mut read) = (StoredModel::new(self.store.clone(), "m", remembered), 0);
+            let verified = model.verify(&mut |done| read = done);
+            (verified.map_err(|error| format!("{error:#}")), read)
+        }
+
+        fn refused(&self, why: &str) {
+            let said = self.verify().0.unwrap_err();
+            assert!(said.contains(why), "{said}");
+        }
+
+        fn rewrite(&self, text: &str) {
+            fs::set_permissions(&self.blob, Permissions::from_mode(0o644)).unwrap();
+            fs::write(&self.blob, text).unwrap();
+            fs::set_permissions(&self.blob, Permissions::from_mode(0o444)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_once_for_as_long_as_it_is_the_same() {
+        let bench = Bench::new();
+        assert_eq!(bench.verify(), (Ok(bench.blob.clone()), 7));
+        assert_eq!(bench.verify(), (Ok(bench.blob.clone()), 0));
+        bench.rewrite("weights");
+        assert_eq!(bench.verify().1, 7, "it was written again");
+    }
+
+    #[test]
+    fn a_file_that_was_cut_or_has_decayed_is_refused_though_it_was_good() {
+        let bench = Bench::new();
+        assert!(bench.verify().0.is_ok());
+        bench.rewrite("weigh");
+        bench.refused("has 5 bytes, it had 7");
+        bench.rewrite("weightz");
+        bench.refused("SHA-256");
+        bench.refused("SHA-256");
+    }
+
+    #[test]
+    fn a_file_that_others_could_change_is_refused() {
+        let bench = Bench::new();
+        fs::set_permissions(&bench.blob, Permissions::from_mode(0o664)).unwrap();
+        bench.refused("may be written by others");
+        fs::set_permissions(&bench.blob, Permissions::from_mode(0o444)).unwrap();
+        fs::set_permissions(bench.store.blobs(), Permissions::from_mode(0o777)).unwrap();
+        bench.refused("may be written by others");
+        fs::set_permissions(bench.store.blobs(), Permissions::from_mode(0o755)).unwrap();
+        let elsewhere = bench.dir.path().join("elsewhere");
+        fs::rename(&bench.blob, &elsewhere).unwrap();
+        std::os::unix::fs::symlink(&elsewhere, &bench.blob).unwrap();
+        bench.refused("no plain file");
+    }
+
+    #[test]
+    fn what_is_remembered_may_be_lost_or_spoilt() {
+        let bench = Bench::new();
+        let remembered = bench.dir.path().join("verified");
+        fs::write(&remembered, [0xff; 100]).unwrap();
+        assert_eq!(bench.verify().1, 7);
+        assert_eq!(bench.verify().1, 0);
+        fs::remove_file(&remembered).unwrap();
+        assert_eq!(bench.verify().1, 7);
+    }
+}
