@@ -1,6 +1,6 @@
 //! A plugin's process is killed, stopped, crashed and corrupted while chats stream: no stream is lost and none changes.
 //! `LONG=1` does it 200 times with the default model instead of 40 times with a tiny one, `LONG=n` n times.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "a test")]
 
 mod memory_group;
 
