@@ -214,7 +214,7 @@ impl Model {
             Some(_) if self.top_k.is_some() => {
                 Some((key("top_k"), "is the upstream engine's to choose; leave it out".to_owned()))
             }
-            Some(upstream) => relay.unwrap_or(&Relay::default()).wrong_value(name, upstream),
+            Some(upstream) => relay.cloned().unwrap_or_default().wrong_value(name, upstream),
             None if relay.is_some() => Some((key("relay"), format!("belongs to a model with model.{name}.upstream"))),
             None if !has_path => {
                 Some((key("path"), format!("is missing or empty; set a path, or model.{name}.upstream")))
