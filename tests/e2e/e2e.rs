@@ -202,14 +202,6 @@ fn nothing_is_ready_before_every_model_is_loaded() {
 }
 
 #[test]
-fn a_hangup_harms_nobody() {
-    let daemon = Daemon::start(&default_model(), &[]);
-    daemon.signal("HUP");
-    daemon.wait_until("told", || daemon.log().contains("SIGHUP"));
-    assert_eq!(daemon.get("/health").status, 200);
-}
-
-#[test]
 fn ctrl_c_in_a_chat_stops_the_answer_and_not_the_conversation() {
     let root = sparsed_tests::root();
     let mut command = Command::new("python3");

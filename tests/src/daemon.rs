@@ -143,7 +143,12 @@ impl Daemon {
     /// # Panics
     /// When the log cannot be read.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.home.path().join("log")).expect("a log file")
+        std::fs::read_to_string(self.log_file()).expect("a log file")
+    }
+
+    /// Where it logs.
+    pub fn log_file(&self) -> PathBuf {
+        self.home.path().join("log")
     }
 
     /// The answer to a GET.
@@ -280,7 +285,11 @@ fn run_at(home: &Path, environment: &[(&str, &Path)], model: Option<&Path>, sets
         set("model.default.path", model);
     }
     for set in sets {
-        command.arg("--set").arg(set);
+        // An argument by itself, or a setting.
+        if !set.starts_with("--") {
+            command.arg("--set");
+        }
+        command.arg(set);
     }
     command.envs(environment.iter().copied());
     let log = File::options().create(true).append(true).open(home.join("log")).expect("a log file");

@@ -13,7 +13,7 @@ import sys
 import time
 
 from box import (
-    answer, ask, called, curl, events, heard, is_active, journal, pid, restart, run, served, shown, text_of, until, until_ready,
+    CONFIG, answer, ask, called, curl, events, heard, is_active, journal, pid, restart, run, served, shown, text_of, until, until_ready,
 )
 
 CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
@@ -202,6 +202,42 @@ def a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_th
     assert len(after) > len(before), "nothing came after what was said before the stop"
 
 
+def entries(*matches):
+    """Lines of the journal as objects."""
+    return [json.loads(line) for line in run("journalctl", "--no-pager", "-o", "json", *matches).splitlines()]
+
+
+def a_reload_takes_up_what_it_can_and_the_journal_explains_it():
+    restart(drop_in="[Service]\nType=notify-reload\nExecReload=\n")
+    old = pid()
+    with open(CONFIG, "w") as file:
+        file.write("[limits]\nmax_waiting = 7\nconnections = 100\n")
+    run("systemctl", "reload", "sparsed.service")
+    # With this type the reload is over when the command is.
+    told = [entry for entry in entries("-u", "sparsed.service") if entry["MESSAGE"].startswith("configuration reloaded")]
+    assert len(told) == 1 and "limits.max_waiting = 7 (was 256)" in told[0]["SPARSED_CHANGES"], told
+    assert "a restart is needed for limits.connections = 100" in told[0]["MESSAGE"], told[0]["MESSAGE"]
+    explained = run("journalctl", "--no-pager", "-x", f"MESSAGE_ID={told[0]['MESSAGE_ID']}")
+    assert "Subject: The configuration was read again" in explained, explained
+    restart()
+    with open(CONFIG, "w") as file:
+        file.write("[limits]\nmax_waitin = 7\n")
+    run("systemctl", "reload", "sparsed.service")
+    until("the mistake is told", lambda: "did you mean 'limits.max_waiting'" in journal())
+    assert is_active() and pid() != old
+    with open(CONFIG, "w") as file:
+        file.write("")
+
+
+def a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal():
+    answered = served("alice", "/v1/chat/completions", CAPITAL)
+    found = until("the request is in the journal", lambda: entries(f"SPARSED_REQUEST_ID={answered['id']}"))
+    alice = str(pwd.getpwnam("alice").pw_uid)
+    assert [(entry["SPARSED_OWNER"], entry["SPARSED_MODEL"]) for entry in found] == [(alice, "default")], found
+    said = journal()
+    assert "capital of France" not in said and PARIS not in said
+
+
 def a_plugin_in_a_process_of_its_own_answers_in_the_sandbox():
     restart(config='[engine]\nisolation = "process"\n', drop_in=STRICT)
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
@@ -301,6 +337,8 @@ CHECKS = [
     after_a_kill_a_session_goes_on_alike_and_no_client_is_refused,
     a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again,
     a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start,
+    a_reload_takes_up_what_it_can_and_the_journal_explains_it,
+    a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,

@@ -16,6 +16,7 @@ use sparsed_engine::api::UpstreamModel;
 use sparsed_engine::memory::Budget;
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
+use sparsed_surface::MqttDoor;
 use sparsed_upstream::Client;
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
@@ -41,6 +42,8 @@ pub struct Assembly {
     pub door: Door,
     /// Where those come in that cannot use the door.
     pub tcp: Option<TcpSocket>,
+    /// Where devices come in; it is not served yet.
+    pub mqtt: Option<MqttDoor>,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -63,19 +66,7 @@ impl Assembly {
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
-        let limits = Limits {
-            max_running: config.limits.max_running,
-            max_waiting: config.limits.max_waiting,
-            max_batched_tokens: config.limits.max_batched_tokens,
-            slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
-            slow_stateless: config.memory.slow_tier == SlowTierFor::All,
-            per_user_running: or_all(config.limits.per_user_running),
-            per_user_waiting: or_all(config.limits.per_user_waiting),
-            tpot_target: match config.limits.tpot_target_ms {
-                0 => None,
-                ms => Some(Duration::from_millis(ms)),
-            },
-        };
+        let mqtt = crate::mqtt::open(config, &paths)?;
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
@@ -89,11 +80,12 @@ impl Assembly {
         let relays = upstreams
             .iter()
             .map(|(name, client)| UpstreamModel { name: name.clone(), engine: Arc::new(client.clone()) });
+        let limits = engine_limits(config);
         let started = sparsed_engine::start(devices, models, relays.collect(), limits, &recovery, store, budget);
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
         let upstreams = upstreams.into_iter().map(|(_, client)| client).collect();
-        Ok(Self { service, engine, upstreams, door, tcp, paths, _lock: lock })
+        Ok(Self { service, engine, upstreams, door, tcp, mqtt, paths, _lock: lock })
     }
 }
 
@@ -121,6 +113,23 @@ pub fn program_options(model: &Model) -> ProgramOptions {
         Some(k) => Selection::TopK(k),
     };
     ProgramOptions { activations, selection, kv, selections_out: false, queries_out: false }
+}
+
+/// What requests may ask of the engine.
+pub(crate) fn engine_limits(config: &Config) -> Limits {
+    Limits {
+        max_running: config.limits.max_running,
+        max_waiting: config.limits.max_waiting,
+        max_batched_tokens: config.limits.max_batched_tokens,
+        slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
+        slow_stateless: config.memory.slow_tier == SlowTierFor::All,
+        per_user_running: or_all(config.limits.per_user_running),
+        per_user_waiting: or_all(config.limits.per_user_waiting),
+        tpot_target: match config.limits.tpot_target_ms {
+            0 => None,
+            ms => Some(Duration::from_millis(ms)),
+        },
+    }
 }
 
 /// A limit of which 0 means none.

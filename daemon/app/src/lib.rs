@@ -1,8 +1,8 @@
 //! Who starts what, and when does it stop?
 //!
 //! The daemon `sparsed`: `config` says what is wanted, `assemble` puts it together, `lifecycle` runs and stops it,
-//! `watchdog` tells the service manager. The
-//! tool `sparsectl` (`ctl`) is a client of the daemon's socket, and runs models by itself where no daemon is needed.
+//! `reload` changes it meanwhile, `watchdog` tells the service manager. The tool `sparsectl` (`ctl`) is a client of the
+//! daemon's socket, and runs models by itself where no daemon is needed.
 #![forbid(unsafe_code)]
 
 pub mod assemble;
@@ -15,6 +15,7 @@ pub mod logging;
 pub mod memory;
 pub mod mqtt;
 mod private;
+pub mod reload;
 pub mod sessions;
 pub mod tcp;
 pub mod upstream;

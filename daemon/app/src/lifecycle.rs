@@ -5,6 +5,7 @@
 
 use crate::assemble::Assembly;
 use crate::config::{Config, Source};
+use crate::reload::Reloader;
 use crate::tcp::TcpSocket;
 use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
@@ -14,7 +15,7 @@ use sparsed_surface::{DbusOptions, MqttDoor, ServeOptions, TcpDoor, serve_dbus};
 use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
 
 /// Threads that carry bytes between sockets and engine; they never compute.
@@ -67,9 +68,12 @@ pub fn main() -> ExitCode {
         None => {
             crate::logging::start(log::LevelFilter::Info);
             match arguments.source.load() {
-                Ok(config) => run(&config),
+                Ok(config) => {
+                    crate::logging::set_level(config.log.level.into());
+                    run(arguments.source, config)
+                }
                 Err(error) => {
-                    log::error!("{:#}", anyhow::Error::from(error));
+                    log::error!(reason:% = error; "configuration is wrong");
                     return ExitCode::from(MISCONFIGURED);
                 }
             }
@@ -78,17 +82,23 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            log::error!("{error:#}");
+            log::error!(reason:% = format!("{error:#}"); "the daemon cannot serve");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(config: &Config) -> anyhow::Result<()> {
-    let assembly = Assembly::new(config)?;
-    watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
+fn run(source: Source, config: Config) -> anyhow::Result<()> {
     let runtime = runtime()?;
-    let outcome = runtime.block_on(serve_until(assembly, config, signalled()));
+    let hangups = {
+        let _entered = runtime.enter();
+        // Caught before anybody is told that the daemon is ready, and so may be told to reload.
+        signal(SignalKind::hangup()).context("SIGHUP cannot be caught")?
+    };
+    let assembly = Assembly::new(&config)?;
+    watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
+    runtime.spawn(reload_at(hangups, Reloader::new(source, config.clone(), &assembly)));
+    let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));
     // A prompt that is being made for a client that is gone must not hold the end up.
     runtime.shutdown_timeout(LAST_TASKS);
     outcome
@@ -113,7 +123,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, upstreams, door, tcp, paths, .. } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, mqtt, paths, .. } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -142,7 +152,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     };
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
-    let on_broker = serve_mqtt(crate::mqtt::open(config, &paths)?, service.clone(), stopped());
+    let on_broker = serve_mqtt(mqtt, service.clone(), stopped());
     for upstream in upstreams {
         // They end with the runtime.
         tokio::spawn(async move { upstream.watch().await });
@@ -246,6 +256,18 @@ fn why_ended(service: &Service, sound: bool) -> String {
     "the engine thread failed; the lines above say why".to_owned()
 }
 
+/// Reads the configuration again at each SIGHUP.
+async fn reload_at(mut hangups: Signal, mut reloader: Reloader) {
+    while hangups.recv().await.is_some() {
+        watchdog::reloading();
+        match tokio::task::block_in_place(|| reloader.reload()) {
+            Ok(reloaded) => log::info!(changes:% = reloaded; "configuration reloaded"),
+            Err(error) => log::error!(reason:% = format!("{error:#}"); "configuration not reloaded, nothing changes"),
+        }
+        watchdog::reloaded();
+    }
+}
+
 /// Resolves at the first SIGTERM or SIGINT; at the second the process ends at once.
 async fn signalled() {
     let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
@@ -259,13 +281,6 @@ async fn signalled() {
             _ = interrupt.recv() => {}
         }
     };
-    tokio::spawn(async {
-        // The terminal's end, or an operator's habit: nothing is reloaded yet, and nothing is to die of it.
-        let Ok(mut hangup) = signal(SignalKind::hangup()) else { return };
-        while hangup.recv().await.is_some() {
-            log::info!("SIGHUP: this version reloads nothing; restart it for a new configuration");
-        }
-    });
     next().await;
     watchdog::stopping();
     tokio::spawn(async move {

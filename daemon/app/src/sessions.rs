@@ -59,7 +59,8 @@ pub(crate) fn master_key(state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_
     Ok(Zeroizing::new(key))
 }
 
-fn limits(config: &Sessions) -> Limits {
+/// What the store keeps to.
+pub(crate) fn limits(config: &Sessions) -> Limits {
     let durability = match config.durability {
         Durability::Token => sparsed_session::Durability::Token,
         Durability::Turn => sparsed_session::Durability::Turn,

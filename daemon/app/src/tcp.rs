@@ -44,7 +44,11 @@ impl TcpSocket {
     }
 }
 
-fn keys(config: &Tcp) -> anyhow::Result<ApiKeys> {
+/// The keys that the configuration names, or the service manager's credential.
+///
+/// # Errors
+/// Keys that are missing, wrong, or may be read by others.
+pub(crate) fn keys(config: &Tcp) -> anyhow::Result<ApiKeys> {
     let (path, forbidden) = match (&config.keys, private::credential(CREDENTIAL)) {
         (Some(path), _) => (path.clone(), FORBIDDEN_OF_FILE),
         (None, Some(path)) => (path, FORBIDDEN_OF_CREDENTIAL),

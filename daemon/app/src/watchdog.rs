@@ -6,8 +6,10 @@ use sd_notify::NotifyState;
 use sparsed_engine::{DeviceState, Service};
 use std::time::{Duration, Instant};
 
-/// Longest pause between looks; also how late READY and STATUS are.
-const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// Pause between looks while models are loaded or a device is away; also how late STATUS is then.
+const PAUSE: Duration = Duration::from_millis(500);
+/// Longest pause while all is well, so that an idle box sleeps.
+const STEADY_PAUSE: Duration = Duration::from_secs(5);
 
 /// What was told last.
 #[derive(Debug, Default)]
@@ -26,7 +28,7 @@ pub fn start(service: Service) -> std::io::Result<()> {
     }
     let watchdog = sd_notify::watchdog_enabled();
     // systemd asks for a sign in half the time.
-    let pause = watchdog.map_or(PAUSE_MAX, |limit| (limit / 4).min(PAUSE_MAX));
+    let longest = watchdog.map_or(STEADY_PAUSE, |limit| (limit / 4).min(STEADY_PAUSE));
     let mut told = Told::default();
     let run = move || {
         loop {
@@ -34,12 +36,25 @@ pub fn start(service: Service) -> std::io::Result<()> {
             if watchdog.is_some() && alive {
                 tell(&[NotifyState::Watchdog]);
             }
-            told.tell(&service, alive);
-            std::thread::sleep(pause);
+            let is_steady = told.tell(&service, alive);
+            std::thread::sleep(if is_steady { longest } else { longest.min(PAUSE) });
         }
     };
     std::thread::Builder::new().name("watchdog".to_owned()).spawn(run)?;
     Ok(())
+}
+
+/// Says that the configuration is being read again.
+pub fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(error) => log::debug!(reason:% = error; "the service manager was not told of a reload"),
+    }
+}
+
+/// Says that it has been read, whatever has become of it.
+pub fn reloaded() {
+    tell(&[NotifyState::Ready]);
 }
 
 /// Says that the daemon is stopping.
@@ -48,7 +63,8 @@ pub fn stopping() {
 }
 
 impl Told {
-    fn tell(&mut self, service: &Service, alive: bool) {
+    /// Answers whether all is well and was so before.
+    fn tell(&mut self, service: &Service, alive: bool) -> bool {
         let device = service.device();
         let state = match device.state {
             DeviceState::Loading => "loading models".to_owned(),
@@ -58,7 +74,8 @@ impl Told {
             DeviceState::Unused => "serving models of upstream engines".to_owned(),
         };
         let status = if alive { state } else { format!("stuck: {state}") };
-        if status != self.status {
+        let is_new = status != self.status;
+        if is_new {
             tell(&[NotifyState::Status(&status)]);
             self.status = status;
         }
@@ -66,6 +83,7 @@ impl Told {
         if !std::mem::replace(&mut self.ready, true) {
             tell(&[NotifyState::Ready]);
         }
+        alive && !is_new && device.state == DeviceState::Ready
     }
 }
 

@@ -12,7 +12,7 @@ pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 pub use failure::Failure;
 pub use relay::{Calling, Reach, Relay, RelayPrompt, Request, Upstream, UpstreamModel, UpstreamStatus};
 
-use crate::sessions::Recorder;
+use crate::sessions::{Recorder, SessionId};
 use crate::{Grammar, Sampling};
 use sha2::{Digest, Sha256};
 use sparsed_kv::FileId;
@@ -66,6 +66,11 @@ impl Generate {
             turn: None,
         }
     }
+
+    /// The session whose turn it is, if it is one of a session.
+    pub fn session(&self) -> Option<SessionId> {
+        self.turn.as_ref()?.recorder.as_ref().map(Recorder::session)
+    }
 }
 
 /// When a request is to begin, as far as others leave it the choice.
@@ -117,8 +122,16 @@ impl Owner {
         Self::Named(NameDigest(u64::from_le_bytes(head) | NAMED))
     }
 
+    /// Whose [`number`](Self::number) this is; nobody's is none of those.
+    pub(crate) fn numbered(number: u64) -> Option<Self> {
+        match u32::try_from(number) {
+            Ok(uid) => Some(Self::Uid(uid)),
+            Err(_) => (number & NAMED != 0).then_some(Self::Named(NameDigest(number))),
+        }
+    }
+
     /// Different for different owners.
-    pub(crate) fn number(self) -> u64 {
+    pub fn number(self) -> u64 {
         match self {
             Self::Uid(uid) => u64::from(uid),
             Self::Named(NameDigest(number)) => number,
@@ -261,5 +274,9 @@ mod tests {
         assert_ne!(owner, Owner::named("mqtt", "lamp2"));
         assert_ne!(owner, Owner::named("mqt", "tlamp"));
         assert!(owner.number() > u64::from(u32::MAX) && Owner::Uid(u32::MAX).number() <= u64::from(u32::MAX));
+        for owner in [owner, Owner::Uid(0), Owner::Uid(u32::MAX)] {
+            assert_eq!(Owner::numbered(owner.number()), Some(owner));
+        }
+        assert_eq!(Owner::numbered(1 << 32), None);
     }
 }

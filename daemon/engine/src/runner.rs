@@ -57,6 +57,7 @@ pub fn start(
         progress: Mutex::new(Progress::new(recovery.watchdog)),
         outlook: Mutex::new(Outlook::default()),
         budget: Mutex::new(budget),
+        limits: Mutex::new(limits),
         epoch: Instant::now(),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
@@ -73,7 +74,8 @@ pub fn start(
         };
         let lanes = slots.into_iter().zip(&models).enumerate().map(open).collect();
         drop(links);
-        let mut engine = Engine { lanes, devices, inbox, shared, n_sequences: 0, announced: false, draining: false };
+        let (announced, draining, for_kv) = (false, false, u64::MAX);
+        let mut engine = Engine { lanes, devices, inbox, shared, n_sequences: 0, announced, draining, for_kv };
         engine.run();
         if has_upstreams {
             engine.await_end();
@@ -97,6 +99,8 @@ struct Engine {
     /// Whether requests may come: once all models are loaded, since they would wait for those that are still to be.
     announced: bool,
     draining: bool,
+    /// Bytes that KV caches were last allowed.
+    for_kv: u64,
 }
 
 /// How long the inbox is waited for.
@@ -123,6 +127,7 @@ impl Engine {
             }
             let now = self.now();
             self.look(now);
+            self.tune();
             match self.devices.due() {
                 None if self.devices.prefer_at().is_some_and(|at| now >= at) && self.is_idle() => self.prefer(),
                 None => self.turn(),
@@ -170,10 +175,25 @@ impl Engine {
         budget.weights_bytes = memory.used_weights;
         budget.workspace_bytes = memory.used_workspace;
         budget.bind(Limit::Device, memory.total);
-        let for_kv = budget.for_kv().unwrap_or(u64::MAX);
+        let for_kv = budget.for_kv();
         drop(budget);
+        self.allow(for_kv.unwrap_or(u64::MAX));
+    }
+
+    /// Divides bytes among the models' pools.
+    fn allow(&mut self, for_kv: u64) {
+        self.for_kv = for_kv;
         let n = self.lives().count().max(1) as u64;
         self.lives_mut().for_each(|live| live.scheduler.allow(for_kv / n));
+    }
+
+    /// Takes up what the operator has changed since the last turn.
+    fn tune(&mut self) {
+        let (limits, for_kv) = (*lock(&self.shared.limits), lock(&self.shared.budget).for_kv().unwrap_or(u64::MAX));
+        self.lives_mut().for_each(|live| live.scheduler.set_limits(limits));
+        if self.announced && for_kv != self.for_kv {
+            self.allow(for_kv); // Before, the budget is an estimate, and `reckon` is still to come.
+        }
     }
 
     /// One step of each model.
@@ -254,7 +274,7 @@ impl Engine {
         let began = clock();
         let backend = self.devices.open(device).map_err(|error| match error.fault() {
             // Another device would only hide that.
-            Fault::Caller if self.devices.is_untried() => NotUp::Refused(error),
+            Fault::Caller if self.devices.is_untried() && !error.is_quarantine() => NotUp::Refused(error),
             _ => NotUp::Failed(error),
         })?;
         if self.is_ending() {

@@ -129,6 +129,15 @@ pub(crate) struct Scheduler {
 }
 
 impl Scheduler {
+    /// Takes other limits. The sizes of a step and who may use the slow tier stay: plans and pools were made for them.
+    pub(crate) fn set_limits(&mut self, limits: Limits) {
+        let Limits { max_running, max_batched_tokens, slow_stateless, tpot_target, .. } = self.limits;
+        if limits.tpot_target != tpot_target {
+            self.pace.set_target(limits.tpot_target);
+        }
+        self.limits = Limits { max_running, max_batched_tokens, slow_stateless, ..limits };
+    }
+
     pub(crate) fn new(limits: Limits, pool: Pool, hasher: PrefixHasher) -> Self {
         Self {
             limits,

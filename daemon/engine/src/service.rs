@@ -15,7 +15,7 @@ use crate::device::DeviceStatus;
 use crate::durable::Restored;
 use crate::memory::{Budget, Outlook};
 use crate::progress::Progress;
-use crate::scheduler::Load;
+use crate::scheduler::{Limits, Load};
 use crate::sessions::Sessions;
 use crate::telemetry::{Board, Tally};
 use crate::warm::Demoted;
@@ -56,6 +56,8 @@ pub(crate) struct Shared {
     pub(crate) outlook: Mutex<Outlook>,
     /// What KV caches may take; the engine knows the exact sizes of the rest once models are loaded.
     pub(crate) budget: Mutex<Budget>,
+    /// What the scheduler may use; those of its parts that can change are looked at before each turn.
+    pub(crate) limits: Mutex<Limits>,
     /// The engine's time begins here.
     pub(crate) epoch: Instant,
 }
@@ -218,6 +220,26 @@ impl Service {
         lock(&self.shared.budget).clone()
     }
 
+    /// Has the engine keep to other limits from its next turn on. The sizes of a step (`max_running`,
+    /// `max_batched_tokens`) and who may use the slow tier stay those of the start: plans and pools were made for them.
+    pub fn set_limits(&self, limits: Limits) {
+        *lock(&self.shared.limits) = limits;
+        self.wake();
+    }
+
+    /// Changes what the configuration has for memory: bytes of the whole process, and of its KV caches. Pools are
+    /// bounded from the engine's next turn on, and never grow beyond their size at the start.
+    pub fn set_memory(&self, total_bytes: Option<u64>, kv_bytes: Option<u64>) {
+        lock(&self.shared.budget).configure(total_bytes, kv_bytes);
+        self.wake();
+    }
+
+    /// Has an engine that waits in its inbox look again. One with a full inbox is awake, one that has ended needs
+    /// nothing.
+    fn wake(&self) {
+        let _unheard = self.inbox.try_send(Command::Look).is_err();
+    }
+
     /// The last look at the memory.
     pub fn outlook(&self) -> Outlook {
         *lock(&self.shared.outlook)
@@ -232,8 +254,7 @@ impl Service {
     pub fn report(&self, outlook: Outlook, matters: bool) {
         *lock(&self.shared.outlook) = outlook;
         if matters {
-            // An engine with a full inbox is awake; one that has ended needs nothing.
-            let _unheard = self.inbox.try_send(Command::Look).is_err();
+            self.wake();
         }
     }
 

@@ -31,7 +31,7 @@ use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest};
 use conversation::{Conversation, Cut};
 use keeper::failure;
-use sparsed_session::{NewSession, NewTurn, StoreError};
+use sparsed_session::{Limits as SessionLimits, NewSession, NewTurn, StoreError};
 use std::sync::mpsc::sync_channel;
 use wishes::Asked;
 
@@ -68,6 +68,11 @@ pub struct Change {
 impl Sessions {
     pub(crate) fn new(asks: Asks) -> Self {
         Self { asks }
+    }
+
+    /// Keeps to other limits from now on. Does not wait for the thread.
+    pub fn set_limits(&self, limits: SessionLimits) {
+        self.asks.tell(Ask::Do(Box::new(move |keeper| keeper.store.set_limits(limits))));
     }
 
     /// All sessions of `owner`, the one used last first.
@@ -107,6 +112,27 @@ impl Sessions {
             keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
             Ok((summary.model, turns?))
         })
+    }
+
+    /// All sessions, whoever's, whose last answer the daemon's end has cut, the one used last at the end.
+    ///
+    /// # Errors
+    /// [`Failure::ShuttingDown`].
+    pub fn interrupted(&self) -> Result<Vec<(Owner, SessionId)>, Failure> {
+        self.ask(|keeper| {
+            let cut = keeper.store.interrupted().into_iter();
+            Ok(cut.filter_map(|(owner, id)| Some((Owner::numbered(owner)?, id))).collect())
+        })
+    }
+
+    /// The number of the turn with which a session is to go on by itself, if there is one: an answer in the background
+    /// that the daemon's end has cut. One at which several daemons have ended before it had another token waits
+    /// for somebody to ask.
+    ///
+    /// # Errors
+    /// As any verb.
+    pub fn goes_on_alone(&self, owner: Owner, id: SessionId) -> Result<Option<u32>, Failure> {
+        self.ask(move |keeper| keeper.goes_on_alone(owner.number(), id))
     }
 
     /// Changes a session and answers what it is then.

@@ -12,7 +12,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use sparsed_engine::api::Owner;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 use subtle::ConstantTimeEq;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -25,13 +25,13 @@ const KEY_BYTES_MAX: usize = 512;
 /// Most keys.
 const KEYS_MAX: usize = 256;
 
-/// The keys that clients may have, and who has them.
+/// The keys that clients may have, and who has them. Clones are the same keys, also after [`ApiKeys::replace`].
 #[derive(Clone, Default)]
-pub struct ApiKeys(Arc<[(Owner, String)]>);
+pub struct ApiKeys(Arc<RwLock<Vec<(Owner, String)>>>);
 
 impl fmt::Debug for ApiKeys {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ApiKeys").field("n", &self.0.len()).finish_non_exhaustive()
+        f.debug_struct("ApiKeys").field("n", &self.keys().len()).finish_non_exhaustive()
     }
 }
 
@@ -60,14 +60,32 @@ impl ApiKeys {
         }
         match keys.len() {
             0 => Err("there is no key".to_owned()),
-            1..=KEYS_MAX => Ok(Self(keys.into())),
+            1..=KEYS_MAX => Ok(Self(Arc::new(RwLock::new(keys)))),
             n => Err(format!("{n} keys, the limit is {KEYS_MAX}")),
         }
     }
 
+    /// How many there are.
+    #[expect(clippy::len_without_is_empty, reason = "a door without keys is not opened")]
+    pub fn len(&self) -> usize {
+        self.keys().len()
+    }
+
+    /// Takes the place of all keys there are, for every clone: requests that come from now on need one of these.
+    pub fn replace(&self, keys: &Self) {
+        let keys = keys.keys().clone();
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = keys;
+    }
+
+    /// A list behind this lock is whole at any time.
+    fn keys(&self) -> RwLockReadGuard<'_, Vec<(Owner, String)>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Whose key it is. Takes as long for any key of the same length.
     fn owner(&self, key: &str) -> Option<Owner> {
-        let all = self.0.iter().map(|(owner, known)| (*owner, known.as_bytes().ct_eq(key.as_bytes())));
+        let keys = self.keys();
+        let all = keys.iter().map(|(owner, known)| (*owner, known.as_bytes().ct_eq(key.as_bytes())));
         all.fold(None, |found, (owner, is_it)| if bool::from(is_it) { Some(owner) } else { found })
     }
 }
@@ -178,6 +196,15 @@ mod tests {
         for wrong in ["", "0123456789abcde", "0123456789abcdeg", "hall"] {
             assert_eq!(bearer(wrong), Err(401), "{wrong}");
         }
+    }
+
+    #[test]
+    fn exchanged_keys_hold_for_a_door_that_is_open() {
+        let (held, first) = (keys(), keys());
+        let at_the_door = held.clone();
+        held.replace(&ApiKeys::parse("attic abcdefghijklmnop").unwrap());
+        assert_eq!(at_the_door.owner("abcdefghijklmnop"), Some(Owner::named("tcp", "attic")));
+        assert_eq!((at_the_door.owner(FIRST), first.owner(FIRST).is_some()), (None, true));
     }
 
     #[test]

@@ -5,8 +5,10 @@
 
 mod check;
 mod dbus;
+mod difference;
 mod layers;
 mod limits;
+mod log;
 mod memory;
 mod mqtt;
 mod paths;
@@ -18,8 +20,10 @@ mod source;
 mod tcp;
 
 pub use dbus::Dbus;
+pub use difference::Difference;
 pub use layers::Layers;
 pub use limits::Limits;
+pub use log::{Log, LogLevel};
 pub use memory::{Memory, SlowTierFor};
 pub use mqtt::{Broker, Mqtt};
 pub use paths::Paths;
@@ -87,6 +91,8 @@ pub struct Config {
     pub memory: Memory,
     /// Limits of requests.
     pub limits: Limits,
+    /// What is logged.
+    pub log: Log,
     /// Durable sessions.
     pub sessions: Sessions,
     /// D-Bus.
@@ -113,6 +119,8 @@ pub struct Engine {
     pub plugin: String,
     /// Device of the plugin, from 0.
     pub device: u32,
+    /// Devices of the plugin that take over when that one is lost for good, in this order.
+    pub spare_devices: Vec<u32>,
     /// Compute threads; 0: the plugin's choice.
     pub threads: u32,
     /// Whether the CPU plugin takes over when another one's device is lost for good.
@@ -147,6 +155,7 @@ impl Default for Engine {
         Self {
             plugin: "cpu".to_owned(),
             device: 0,
+            spare_devices: Vec::new(),
             threads: 0,
             failover: true,
             watchdog_ms: 60_000,
@@ -312,6 +321,19 @@ impl Config {
         }
         let dbus = || self.dbus.bus(None).err().map(|reason| ("dbus.bus".to_owned(), reason));
         self.tcp.wrong_value().or_else(dbus)
+    }
+}
+
+/// Gives `each` every value with its key, dotted and quoted as TOML has it.
+pub(crate) fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut impl FnMut(&str, &toml::Value)) {
+    for (key, value) in table {
+        let bare = key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !key.is_empty();
+        above.push(if bare { key.clone() } else { toml::Value::from(key.as_str()).to_string() });
+        match value {
+            toml::Value::Table(below) => flatten(below, above, each),
+            _ => each(&above.join("."), value),
+        }
+        above.pop();
     }
 }
 

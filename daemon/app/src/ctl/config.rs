@@ -1,7 +1,7 @@
 //! `sparsectl config`: what does the daemon's configuration come to, who says so, and is it right?
 
 use super::print;
-use crate::config::{Layers, Source};
+use crate::config::{Layers, Source, flatten};
 use clap::Subcommand;
 
 /// Show or check the daemon's configuration.
@@ -47,26 +47,13 @@ impl ConfigCommand {
 }
 
 /// Every setting on a line of its own, and where it was said.
-fn with_origins(layers: &Layers) -> anyhow::Result<String> {
+pub(super) fn with_origins(layers: &Layers) -> anyhow::Result<String> {
     let mut lines = Vec::new();
     flatten(&toml::Table::try_from(layers.config()?)?, &mut Vec::new(), &mut |key, value| {
         let origin = layers.origin(key).unwrap_or_else(|| "default".to_owned());
         lines.push(format!("{key} = {value} # {origin}"));
     });
     Ok(lines.join("\n"))
-}
-
-/// Gives `each` every value with its key, dotted and quoted as TOML has it.
-fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut impl FnMut(&str, &toml::Value)) {
-    for (key, value) in table {
-        let bare = key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !key.is_empty();
-        above.push(if bare { key.clone() } else { toml::Value::from(key.as_str()).to_string() });
-        match value {
-            toml::Value::Table(below) => flatten(below, above, each),
-            _ => each(&above.join("."), value),
-        }
-        above.pop();
-    }
 }
 
 #[cfg(test)]

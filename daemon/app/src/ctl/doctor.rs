@@ -1,6 +1,8 @@
 //! `sparsectl doctor`: what keeps this box from serving well, and which command mends it?
 
+mod accelerators;
 mod access;
+mod doors;
 mod elsewhere;
 mod installation;
 mod machine;
@@ -13,7 +15,8 @@ use serde_json::{Value, json};
 use sparsed_backend::SearchPath;
 use std::path::{Path, PathBuf};
 
-/// Check this box: configuration, files, models, plugins, accelerators, memory, disk, clock and access to the daemon.
+/// Check this box: configuration, files, models, plugins, accelerators, processor, memory, disk, clock, temperature,
+/// and access to the daemon, the message bus and the MQTT broker.
 ///
 /// Each line is ok, warn (it serves, but not as well as it could) or fail (it does not serve), with what to type. Run
 /// it as the daemon's user (`sudo -u sparsed sparsectl doctor`) to check what the daemon may do, as yourself to check
@@ -102,22 +105,35 @@ impl Doctor {
         let root = Path::new("/");
         checks.push(installation::state_folder(&paths.state_dir));
         checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
+        checks.push(machine::processor());
         let memory = machine::Memory::of(root);
         checks.extend(machine::memory(root, memory.as_ref()));
+        checks.extend(memory.as_ref().map(machine::largest_model));
         checks.extend(installation::models(&config, &paths, memory.as_ref()));
         checks.extend(elsewhere::upstreams(&config));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(installation::plugins(&config, &scan));
-        checks.extend(machine::accelerators(root, &installation::plugin_ids(&config, &scan)));
-        checks.extend(machine::clock());
+        checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan)));
+        checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
         let socket = self.socket.clone().unwrap_or_else(|| match self.source.names_nothing() {
             true => socket_or_default(None),
             false => paths.socket.clone(),
         });
         checks.extend(access::daemon(&socket)?);
+        checks.extend(doors::message_bus(root, &config)?);
+        checks.extend(doors::broker(&config.mqtt));
         Ok(checks)
     }
+}
+
+/// All checks as JSON, for a daemon at `socket`.
+///
+/// # Errors
+/// As the command's.
+pub(super) fn report(source: &Source, socket: Option<&Path>) -> anyhow::Result<Value> {
+    let doctor = Doctor { source: source.clone(), socket: socket.map(Path::to_owned), json: true };
+    Ok(doctor.checks()?.iter().map(Check::json).collect())
 }
 
 fn text(checks: &[Check]) -> String {

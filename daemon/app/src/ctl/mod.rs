@@ -1,6 +1,7 @@
 //! The commands of `sparsectl`. Exit codes: 0 done, 1 failed, 2 wrong arguments.
 
 mod bench;
+mod bundle;
 mod bus;
 mod client;
 mod config;
@@ -53,6 +54,7 @@ enum Command {
     Run(run::Run),
     Sessions(sessions::SessionsCommand),
     Status(status::Status),
+    SupportBundle(bundle::SupportBundle),
     Top(top::Top),
 }
 
@@ -77,6 +79,7 @@ pub fn main() -> ExitCode {
         Command::Run(command) => command.run(),
         Command::Sessions(command) => command.run(),
         Command::Status(command) => command.run(),
+        Command::SupportBundle(command) => command.run(),
         Command::Top(command) => command.run(),
     };
     match outcome {

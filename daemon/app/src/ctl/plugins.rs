@@ -61,7 +61,8 @@ impl Plugins {
     }
 }
 
-fn report(config: &Config, scan: &Scan, quarantine: &QuarantineStore, now_ms: u64) -> Value {
+/// All plugins with state and reason.
+pub(super) fn report(config: &Config, scan: &Scan, quarantine: &QuarantineStore, now_ms: u64) -> Value {
     let describe = |found: &Found| {
         let is_selected = found.manifest.id == config.engine.plugin;
         let no_settings = BTreeMap::new();

@@ -2,7 +2,7 @@
 //! stands behind a trait, since it needs a network, which this crate does not know.
 
 use super::{Failure, Generate, Owner, Sink};
-use crate::{ChatRequest, Stats, Wishes};
+use crate::{ChatRequest, SessionId, Stats, Wishes};
 use std::sync::Arc;
 
 /// A request by who computes its answer.
@@ -20,6 +20,22 @@ impl Request {
         match self {
             Self::Here(request) => &request.model,
             Self::Elsewhere(relay) => &relay.model,
+        }
+    }
+
+    /// Who asks.
+    pub fn owner(&self) -> Owner {
+        match self {
+            Self::Here(request) => request.owner,
+            Self::Elsewhere(relay) => relay.owner,
+        }
+    }
+
+    /// The session whose turn it is, if it is one of a session.
+    pub fn session(&self) -> Option<SessionId> {
+        match self {
+            Self::Here(request) => request.session(),
+            Self::Elsewhere(_) => None,
         }
     }
 }

@@ -76,6 +76,14 @@ impl Budget {
         }
     }
 
+    /// Takes what the configuration has, in the place of what it had.
+    pub fn configure(&mut self, total_bytes: Option<u64>, kv_bytes: Option<u64>) {
+        self.bounds.retain(|bound| bound.limit != Limit::Config);
+        self.bounds.extend(total_bytes.map(|bytes| Bound { limit: Limit::Config, bytes }));
+        self.kv_bytes = kv_bytes;
+        self.is_whole = total_bytes.is_some();
+    }
+
     /// Adds a limit, or a tighter value of one that is there.
     pub fn bind(&mut self, limit: Limit, bytes: u64) {
         match self.bounds.iter_mut().find(|bound| bound.limit == limit) {
@@ -100,6 +108,18 @@ mod tests {
         assert_eq!((budget.left(), budget.for_kv()), (Some(550), Some(550)));
         budget.is_whole = false;
         assert_eq!(budget.for_kv(), Some(275));
+    }
+
+    #[test]
+    fn another_configuration_takes_the_place_of_the_first_and_leaves_other_limits() {
+        let mut budget = Budget { weights_bytes: 100, ..Budget::default() };
+        budget.bind(Limit::Machine, 1000);
+        budget.configure(Some(600), None);
+        assert_eq!(budget.for_kv(), Some(500));
+        budget.configure(Some(800), Some(50));
+        assert_eq!((budget.tightest().map(|bound| bound.bytes), budget.for_kv()), (Some(800), Some(50)));
+        budget.configure(None, None);
+        assert_eq!(budget.for_kv(), Some(450));
     }
 
     #[test]

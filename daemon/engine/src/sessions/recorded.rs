@@ -5,6 +5,7 @@
 //! events on this way, so that the thread's queue is bounded by the number of answers, and a client that does not read
 //! pauses its own sequence only.
 
+use super::SessionId;
 use super::asks::{Ask, Asks};
 use crate::api::{Event, Refused, Sink};
 use std::sync::Arc;
@@ -22,11 +23,17 @@ pub(crate) struct TurnId(pub(super) u64);
 pub(crate) struct Recorder {
     asks: Asks,
     turn: TurnId,
+    session: SessionId,
 }
 
 impl Recorder {
-    pub(super) fn new(asks: Asks, turn: TurnId) -> Self {
-        Self { asks, turn }
+    pub(super) fn new(asks: Asks, turn: TurnId, session: SessionId) -> Self {
+        Self { asks, turn, session }
+    }
+
+    /// Whose turn it is.
+    pub(crate) fn session(&self) -> SessionId {
+        self.session
     }
 
     /// A sink for the engine that leads to `sink`.

@@ -126,7 +126,7 @@ impl<W: Wire> Answering<W> {
         let Asked { request, siblings, reply, wire } = asked;
         let head = Head::new::<W>(request.model().to_owned());
         let choices = std::iter::repeat_with(Choice::default).take(1 + siblings.len()).collect();
-        let listening = Listening::begin(service, std::iter::once(request).chain(siblings)).await?;
+        let listening = Listening::begin(service, &head.id, std::iter::once(request).chain(siblings)).await?;
         let include_usage = reply.include_usage;
         Ok(Self { head, wire, include_usage, listening, choices, ready: VecDeque::new(), has_ended: false })
     }

@@ -110,6 +110,12 @@ impl ChatAsk {
         Ok(Self { fields, wishes, n, logprobs })
     }
 
+    /// The same, whose answer is wanted although nobody waits for it.
+    pub(crate) fn in_background(mut self, in_background: bool) -> Self {
+        self.wishes.in_background = in_background;
+        self
+    }
+
     /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
     ///
     /// # Errors

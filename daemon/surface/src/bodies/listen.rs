@@ -3,6 +3,7 @@
 //! When the client goes away and its door drops this, the engine sees the closed channel and frees the sequences. When
 //! it does not read, the channel fills and all of them pause.
 
+use super::entry::Entry;
 use crate::refusal::Refusal;
 use sparsed_engine::Service;
 use sparsed_engine::api::{Event, Failure, Refused, Request, Sink};
@@ -34,6 +35,7 @@ impl Sink for ChannelSink {
 #[derive(Debug)]
 pub(crate) struct Listening {
     events: mpsc::Receiver<(usize, Event)>,
+    entry: Entry,
 }
 
 #[cfg(test)]
@@ -41,33 +43,51 @@ impl Listening {
     /// One of which a test has the engine's end.
     pub(crate) fn of() -> (Self, mpsc::Sender<(usize, Event)>) {
         let (sender, events) = mpsc::channel(CHANNEL);
-        (Self { events }, sender)
+        (Self { events, entry: Entry::default() }, sender)
     }
 }
 
 impl Listening {
-    /// Hands a request and its siblings to the engine. Their events are numbered in this order.
+    /// Hands a request and its siblings to the engine, which the log is to call `id`. Their events are numbered in this
+    /// order.
     ///
     /// # Errors
     /// The engine's, and that there is no room in its queue: that is known before the first byte of an answer is sent.
-    pub(crate) async fn begin(service: &Service, requests: impl IntoIterator<Item = Request>) -> Result<Self, Refusal> {
+    pub(crate) async fn begin(
+        service: &Service,
+        id: &str,
+        requests: impl IntoIterator<Item = Request>,
+    ) -> Result<Self, Refusal> {
         let (sender, mut events) = mpsc::channel(CHANNEL);
-        for (index, request) in requests.into_iter().enumerate() {
-            service.submit(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
-        }
+        let mut entry = Entry::default();
+        let hand_over = || {
+            for (index, request) in requests.into_iter().enumerate() {
+                entry.add(id, &request);
+                service.submit(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
+            }
+            Ok(())
+        };
+        let handed: Result<(), Failure> = hand_over();
         drop(sender);
-        match events.recv().await {
-            Some((_, Event::Queued { .. })) => Ok(Self { events }),
-            Some((_, Event::Failed(failure))) => Err(failure.into()),
-            Some(_) => Err(Failure::BackendFailed { reason: "an answer began before its turn".to_owned() }.into()),
-            None => Err(Failure::CutOff.into()),
-        }
+        let refused = match handed {
+            Err(failure) => failure,
+            Ok(()) => match events.recv().await {
+                Some((_, Event::Queued { .. })) => return Ok(Self { events, entry }),
+                Some((_, Event::Failed(failure))) => failure,
+                Some(_) => Failure::BackendFailed { reason: "an answer began before its turn".to_owned() },
+                None => Failure::CutOff,
+            },
+        };
+        entry.refused();
+        Err(refused.into())
     }
 
     /// The next event, and of which answer it is. After the last event of the last answer, and when the engine has
     /// let go of it: [`Failure::CutOff`].
     pub(crate) async fn next(&mut self) -> (usize, Event) {
-        self.events.recv().await.unwrap_or((0, Event::Failed(Failure::CutOff)))
+        let (index, event) = self.events.recv().await.unwrap_or((0, Event::Failed(Failure::CutOff)));
+        self.entry.hear(&event);
+        (index, event)
     }
 }
 
@@ -76,7 +96,7 @@ impl Listening {
 /// # Errors
 /// Why it could not be finished.
 pub(crate) async fn finish(service: &Service, request: Request) -> Result<(), Refusal> {
-    let mut listening = Listening::begin(service, [request]).await?;
+    let mut listening = Listening::begin(service, "", [request]).await?;
     loop {
         match listening.next().await.1 {
             Event::Finished(_) => return Ok(()),

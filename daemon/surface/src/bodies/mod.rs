@@ -3,6 +3,7 @@
 mod answer;
 mod chat;
 mod completions;
+mod entry;
 mod fields;
 pub(crate) mod listen;
 mod load;

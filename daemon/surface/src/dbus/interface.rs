@@ -57,9 +57,9 @@ pub(super) struct Method {
 /// What is said when a property changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Changes {
-    /// Its value, at most once a second.
+    /// Its value, at most once in two seconds.
     Announced,
-    /// That it changed, at most once a second.
+    /// That it changed, at most once in two seconds.
     Noted,
     /// Nothing: it does not change.
     Constant,

@@ -45,7 +45,7 @@ const BACKOFF: [Duration; 4] =
 /// How long a bus may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often changed properties are looked for, and so at most how often they are announced.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Which bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -148,7 +148,7 @@ pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Futur
         match connected {
             Ok((door, calls)) => {
                 (pauses, is_failing) = (BACKOFF.into_iter(), false);
-                log::info!(bus:? = shared.options.bus; "on D-Bus as {NAME}");
+                log::info!(bus:? = shared.options.bus, name = NAME; "on D-Bus");
                 let mut is_stopping = false;
                 tokio::select! {
                     () = serve_on(&door, calls) => {}
@@ -242,7 +242,7 @@ async fn hear_who_leaves(door: Arc<Door>) {
     }
 }
 
-/// Says once a second at most which of the manager's properties have changed. Nobody's own are among them.
+/// Says at most once in two seconds which of the manager's properties have changed. Nobody's own are among them.
 async fn announce(door: Arc<Door>) {
     let mut looks = tokio::time::interval(LOOK);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -76,6 +76,8 @@ pub(super) enum Input {
     Done { key: Key, attempt: u64, outcome: Result<String, Refusal> },
     /// Something to tell everybody, retained or once.
     News { topic: String, payload: String, retain: bool },
+    /// The operator wants other limits, and answers on other topics.
+    Settings { limits: Limits, topics: Topics },
     /// No more requests are taken.
     Stop,
     /// Time goes by.
@@ -159,6 +161,13 @@ impl Desk {
         !runs && self.staged.is_empty() && (self.outbox.is_empty() || self.epochs[0].is_none())
     }
 
+    /// Whether time changes nothing soon: nobody waits, nothing is to be written or sent.
+    pub(super) fn is_quiet(&self) -> bool {
+        let nothing_is_sent = self.outbox.is_empty() || self.epochs[0].is_none();
+        let nothing_waits = self.staged.is_empty() && self.lazy.is_empty() && nothing_is_sent;
+        nothing_waits && !self.entries.values().any(Entry::is_open)
+    }
+
     /// Takes what has happened; answers what is to be done, in order.
     pub(super) fn handle(&mut self, now_ms: u64, inputs: impl IntoIterator<Item = Input>) -> Vec<Act> {
         let mut acts = Vec::new();
@@ -208,6 +217,7 @@ impl Desk {
                     self.note(topic, payload, retain);
                 }
             }
+            Input::Settings { limits, topics } => (self.limits, self.topics) = (limits, topics),
             Input::Stop => self.is_stopping = true,
             Input::Tick => self.tick(now_ms, acts),
         }

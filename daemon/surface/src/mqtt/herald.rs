@@ -10,12 +10,12 @@ use sparsed_engine::api::Reach;
 use sparsed_engine::{DeviceState, ModelState, Service};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// How often models and device are looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_secs(2);
 /// Looks between two telemetry messages.
-const TELEMETRY_LOOKS: u64 = 10;
+const TELEMETRY_LOOKS: u64 = 5;
 
 /// The payload of the status topic.
 pub(super) fn status(state: &str, boot_id: &str) -> String {
@@ -25,7 +25,7 @@ pub(super) fn status(state: &str, boot_id: &str) -> String {
 /// Tells the desk what is new, until it has ended.
 pub(super) async fn herald(
     service: Service,
-    options: MqttOptions,
+    options: watch::Receiver<MqttOptions>,
     topics: Topics,
     deltas: Deltas,
     desk: mpsc::Sender<Told>,
@@ -35,7 +35,7 @@ pub(super) async fn herald(
     for look in 0_u64.. {
         looks.tick().await;
         let mut news = Vec::new();
-        let info = info(&service, &options).to_string();
+        let info = info(&service, &options.borrow()).to_string();
         if said != info {
             said.clone_from(&info);
             news.push((topics.own("info"), info, true));

@@ -19,7 +19,7 @@ mod rumqtt;
 mod topics;
 mod work;
 
-pub use options::{MqttOptions, TlsError, tls_config};
+pub use options::{MqttOptions, MqttSettings, TlsError, tls_config};
 pub use probe::{MqttProbe, MqttProbeError, mqtt_probe};
 
 use desk::{Act, Desk, Input, Limits, Line};
@@ -39,6 +39,8 @@ use topics::Topics;
 const INBOX: usize = 256;
 /// How often time is told.
 const TICK: Duration = Duration::from_millis(100);
+/// How often while nobody waits for anything: results that were kept long enough are forgotten.
+const QUIET_TICK: Duration = Duration::from_secs(5);
 /// How long goodbyes may take.
 const GOODBYE: Duration = Duration::from_secs(1);
 /// A broker that acknowledges nothing for so many keepalives is left.
@@ -50,6 +52,7 @@ pub struct MqttDoor {
     options: MqttOptions,
     desk: Desk,
     topics: Topics,
+    settings: MqttSettings,
 }
 
 impl MqttDoor {
@@ -60,19 +63,15 @@ impl MqttDoor {
     pub fn open(options: MqttOptions) -> std::io::Result<Self> {
         std::fs::create_dir_all(&options.dir)?;
         let (ledger, kept) = Ledger::open(&options.dir, &options.key)?;
-        let topics = Topics::new(&options.root, &options.node, options.pool.as_deref(), &options.reply_topics);
-        let limits = Limits {
-            per_client: options.per_client,
-            pending: options.pending_max,
-            running: options.running_max,
-            held_bytes: options.held_bytes_max,
-            payload_bytes: options.payload_bytes_max,
-            keep_ms: millis(options.keep),
-            deadline_ms: millis(options.deadline),
-            stall_ms: millis(options.keepalive * STALL_KEEPALIVES),
-        };
-        let desk = Desk::new(topics.clone(), limits, ledger, kept);
-        Ok(Self { options, desk, topics })
+        let topics = topics_of(&options);
+        let desk = Desk::new(topics.clone(), limits_of(&options), ledger, kept);
+        let settings = MqttSettings::new(options.clone());
+        Ok(Self { options, desk, topics, settings })
+    }
+
+    /// What can be changed about the door while it is open.
+    pub fn settings(&self) -> MqttSettings {
+        self.settings.clone()
     }
 
     /// Serves until `stop` resolves; then running answers may end within the time that the options give them.
@@ -80,7 +79,7 @@ impl MqttDoor {
     /// # Errors
     /// When the desk's thread cannot be started.
     pub async fn serve(self, service: Service, stop: impl Future<Output = ()>) -> std::io::Result<()> {
-        let Self { options, desk, topics } = self;
+        let Self { options, desk, topics, settings } = self;
         let boot_id = format!("{:016x}", getrandom::u64().unwrap_or_else(|_| now_ms()));
         let (sender, inbox) = mpsc::channel(INBOX);
         let (now_there, deltas) = Deltas::new();
@@ -97,7 +96,9 @@ impl MqttDoor {
             sender: sender.clone(),
             lines: [None, None],
             running: HashMap::new(),
+            quiet: watch::Sender::new(false),
         };
+        let quiet = thread.quiet.subscribe();
         let (ended, has_ended) = tokio::sync::oneshot::channel::<()>();
         std::thread::Builder::new().name("mqtt".to_owned()).spawn(move || {
             thread.run(inbox, farewell);
@@ -111,9 +112,10 @@ impl MqttDoor {
         if options.pool.is_some() {
             lines.spawn(link::keep(link, Line::Pool, sender.clone(), None, stopped));
         }
-        tasks.spawn(tell_time(sender.clone()));
+        tasks.spawn(tell_time(quiet, sender.clone()));
+        tasks.spawn(tell_settings(settings.subscribe(), sender.clone()));
         let stop_timeout = options.stop_timeout;
-        tasks.spawn(herald::herald(service, options, topics, deltas, sender.clone()));
+        tasks.spawn(herald::herald(service, settings.subscribe(), topics, deltas, sender.clone()));
         stop.await;
         let _known = stopping.send(true).is_ok();
         let _heard = sender.send(Told::Input(Input::Stop)).await.is_ok();
@@ -127,11 +129,46 @@ impl MqttDoor {
     }
 }
 
-async fn tell_time(desk: mpsc::Sender<Told>) {
-    let mut ticks = tokio::time::interval(TICK);
+fn topics_of(options: &MqttOptions) -> Topics {
+    Topics::new(&options.root, &options.node, options.pool.as_deref(), &options.reply_topics)
+}
+
+fn limits_of(options: &MqttOptions) -> Limits {
+    Limits {
+        per_client: options.per_client,
+        pending: options.pending_max,
+        running: options.running_max,
+        held_bytes: options.held_bytes_max,
+        payload_bytes: options.payload_bytes_max,
+        keep_ms: millis(options.keep),
+        deadline_ms: millis(options.deadline),
+        stall_ms: millis(options.keepalive * STALL_KEEPALIVES),
+    }
+}
+
+/// Tells the desk that time goes by, seldom while it is quiet.
+async fn tell_time(mut quiet: watch::Receiver<bool>, desk: mpsc::Sender<Told>) {
     loop {
-        ticks.tick().await;
+        if *quiet.borrow_and_update() {
+            // Whoever ends the quiet is told the time at once.
+            let _passed = tokio::time::timeout(QUIET_TICK, quiet.changed()).await.is_err();
+        } else {
+            tokio::time::sleep(TICK).await;
+        }
         if desk.send(Told::Input(Input::Tick)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Tells the desk what the operator has changed.
+async fn tell_settings(mut settings: watch::Receiver<MqttOptions>, desk: mpsc::Sender<Told>) {
+    while settings.changed().await.is_ok() {
+        let input = {
+            let options = settings.borrow_and_update();
+            Input::Settings { limits: limits_of(&options), topics: topics_of(&options) }
+        };
+        if desk.send(Told::Input(input)).await.is_err() {
             return;
         }
     }
@@ -156,6 +193,8 @@ struct Thread {
     /// The ways to the connections.
     lines: [Option<mpsc::Sender<Command>>; 2],
     running: HashMap<Key, AbortHandle>,
+    /// Whether the desk is.
+    quiet: watch::Sender<bool>,
 }
 
 impl Thread {
@@ -183,6 +222,8 @@ impl Thread {
             }
             let acts = self.desk.handle(now_ms(), inputs);
             acts.into_iter().for_each(|act| self.act(act));
+            let is_quiet = self.desk.is_quiet();
+            self.quiet.send_if_modified(|quiet| std::mem::replace(quiet, is_quiet) != is_quiet);
             if is_stopping && self.desk.is_idle() {
                 match farewell.next() {
                     Some(last) => {

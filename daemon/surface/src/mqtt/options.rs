@@ -6,6 +6,7 @@ use rustls::{ClientConfig, RootCertStore};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 /// The broker, this node, and limits.
@@ -59,6 +60,33 @@ impl std::fmt::Debug for MqttOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         // No secrets.
         f.debug_struct("MqttOptions").field("host", &self.host).field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+/// What can be changed about a door that is open; clones are the same door's.
+#[derive(Clone, Debug)]
+pub struct MqttSettings(watch::Sender<MqttOptions>);
+
+impl MqttSettings {
+    pub(super) fn new(options: MqttOptions) -> Self {
+        Self(watch::Sender::new(options))
+    }
+
+    /// Takes the limits, times and reply topics of `options`; the broker, names and secrets stay.
+    pub fn change(&self, options: &MqttOptions) {
+        self.0.send_modify(|held| {
+            held.reply_topics.clone_from(&options.reply_topics);
+            held.per_client = options.per_client;
+            held.pending_max = options.pending_max;
+            held.running_max = options.running_max;
+            held.held_bytes_max = options.held_bytes_max;
+            held.keep = options.keep;
+            held.deadline = options.deadline;
+        });
+    }
+
+    pub(super) fn subscribe(&self) -> watch::Receiver<MqttOptions> {
+        self.0.subscribe()
     }
 }
 

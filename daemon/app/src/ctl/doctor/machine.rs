@@ -1,4 +1,4 @@
-//! Does the machine have what serving wants? Memory, disk, accelerators, clock, temperature.
+//! Does the machine have what serving wants? Processor, memory, disk, clock, temperature.
 //!
 //! What the kernel says is read below a root folder, so that tests can have another machine.
 
@@ -8,6 +8,10 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
+/// What the daemon takes beside models, workspaces among it.
+const FIXED_BYTES: u64 = 128 << 20;
+/// No useful model is smaller.
+const MODEL_BYTES_MIN: u64 = 64 << 20;
 /// Less free space than this is no good for conversations.
 const DISK_FREE_MIN: u64 = 1 << 30;
 /// What is written to learn the disk's speed.
@@ -66,6 +70,24 @@ pub(super) fn memory(root: &Path, memory: Option<&Memory>) -> Vec<Check> {
     checks
 }
 
+/// The largest model that this memory serves, reckoned: its file is mapped and a copy of it packed for the kernels, and
+/// an eighth as much is for its context.
+pub(super) fn largest_model(memory: &Memory) -> Check {
+    const NAME: &str = "largest model";
+    let file = memory.free.saturating_sub(FIXED_BYTES) / 9 * 4;
+    if file < MODEL_BYTES_MIN {
+        let found = format!("with {} free next to nothing can be served", size(memory.free));
+        return Check::warn(NAME, found, "stop what else runs, or raise MemoryMax= of the service");
+    }
+    // Q4_K has 4.5 bits for a weight.
+    let billions = file as f64 * 8.0 / 4.5 / 1e9;
+    let text = format!(
+        "a file of some {}, as Q4_K {billions:.1} G parameters; `sparsectl inspect FILE` reckons one",
+        size(file)
+    );
+    Check::ok(NAME, text)
+}
+
 /// Whether conversations have room, and how long a durable write takes.
 pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
     let Some(dir) = state_dir.ancestors().find(|dir| dir.is_dir()) else { return Vec::new() };
@@ -99,79 +121,94 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
     checks
 }
 
-/// A kind of accelerator, how it shows, and what serves it.
-struct Accelerator {
-    name: &'static str,
-    /// What device nodes begin with, below `/dev`.
-    node: &'static str,
-    plugin: &'static str,
-}
-
-const ACCELERATORS: &[Accelerator] = &[
-    Accelerator { name: "NVIDIA GPU", node: "nvidia0", plugin: "cuda" },
-    Accelerator { name: "Ascend NPU", node: "davinci0", plugin: "ascend" },
-    Accelerator { name: "Cambricon MLU", node: "cambricon_dev0", plugin: "cambricon" },
-];
-
-/// Each accelerator found, and why it is or is not used. `plugins`: the one that is configured, then all there are.
-pub(super) fn accelerators(root: &Path, plugins: &[String]) -> Vec<Check> {
-    let there = ACCELERATORS.iter().filter(|kind| root.join("dev").join(kind.node).exists());
-    let checks = there.map(|Accelerator { name, node, plugin }| {
-        let title = format!("{name} (/dev/{node})");
-        let path = root.join("dev").join(node);
-        if !plugins.iter().any(|id| id == plugin) {
-            let found = format!("not used: there is no plugin '{plugin}'; this version ships none for it");
-            return Check::warn(title, found, "the CPU serves; see the README's table");
-        }
-        if rustix::fs::access(&path, rustix::fs::Access::READ_OK | rustix::fs::Access::WRITE_OK).is_err() {
-            let found = "not used: you may not open it".to_owned();
-            return Check::warn(title, found, format!("add the daemon's user to its group: ls -l /dev/{node}"));
-        }
-        if plugins.first().is_some_and(|id| id == plugin) {
-            return Check::ok(title, format!("used by the plugin '{plugin}'"));
-        }
-        Check::warn(
-            title,
-            format!("not used: engine.plugin = \"{}\"", plugins[0]),
-            format!("set engine.plugin = \"{plugin}\""),
-        )
-    });
-    checks.collect()
-}
-
-/// Whether it has been set.
-pub(super) fn clock() -> Option<Check> {
+/// Whether the clock has been set, and whether somebody keeps it right.
+pub(super) fn clock(root: &Path) -> Check {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-    (since < CLOCK_MIN_S).then(|| {
-        let found = "has not been set: TLS will fail, and sessions will look old".to_owned();
-        Check::warn("clock", found, "timedatectl set-ntp true")
-    })
+    clock_at(root, since)
 }
 
-/// Processors that are about to be slowed down.
+fn clock_at(root: &Path, seconds: u64) -> Check {
+    const NAME: &str = "clock";
+    if seconds < CLOCK_MIN_S {
+        let found = "has not been set: TLS will fail, and sessions will look old".to_owned();
+        return Check::warn(NAME, found, "timedatectl set-ntp true");
+    }
+    let has_rtc = root.join("dev/rtc0").exists() || root.join("dev/rtc").exists();
+    let kept = match root.join("run/systemd/timesync/synchronized").exists() {
+        true => ", kept by systemd-timesyncd",
+        false => "",
+    };
+    Check::ok(NAME, format!("is set{kept}{}", if has_rtc { "" } else { "; no clock runs while the box is off" }))
+}
+
+/// What the CPU plugin has to compute with.
+pub(super) fn processor() -> Check {
+    const NAME: &str = "processor";
+    let n = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+    match instructions() {
+        "" => Check::warn(
+            NAME,
+            format!("{n} threads, no vector instructions that the CPU plugin knows"),
+            "a newer processor, or an accelerator",
+        ),
+        known => Check::ok(NAME, format!("{n} threads, {known}")),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn instructions() -> &'static str {
+    match () {
+        () if std::is_x86_feature_detected!("avx512vnni") => "AVX-512 with VNNI",
+        () if std::is_x86_feature_detected!("avx512f") => "AVX-512",
+        () if std::is_x86_feature_detected!("avx2") => "AVX2",
+        () => "",
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+fn instructions() -> &'static str {
+    match () {
+        () if std::arch::is_aarch64_feature_detected!("i8mm") => "NEON with i8mm",
+        () if std::arch::is_aarch64_feature_detected!("dotprod") => "NEON with dot products",
+        () => "NEON",
+    }
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn instructions() -> &'static str {
+    ""
+}
+
+/// How warm the warmest part is, and whether a processor is about to be slowed down. Nothing where nobody measures.
 pub(super) fn temperature(root: &Path) -> Option<Check> {
+    const NAME: &str = "temperature";
     let zones = fs::read_dir(root.join("sys/class/thermal")).ok()?.flatten().map(|entry| entry.path());
     let number = |path: &Path| fs::read_to_string(path).ok()?.trim().parse::<i64>().ok();
-    let hot = zones.filter_map(|zone| {
-        let now = number(&zone.join("temp"))?;
+    let measured = zones.filter_map(|zone| {
         let trips = (0..16).filter_map(|at| {
             let kind = fs::read_to_string(zone.join(format!("trip_point_{at}_type"))).ok()?;
             matches!(kind.trim(), "passive" | "hot").then(|| number(&zone.join(format!("trip_point_{at}_temp"))))?
         });
-        let trip = trips.filter(|&trip| trip > 0).min()?;
-        (now + HOT_MARGIN >= trip).then_some((now, trip))
+        Some((number(&zone.join("temp"))?, trips.filter(|&trip| trip > 0).min()))
     });
-    let (now, trip) = hot.max()?;
-    let found = format!("{} °C; at {} °C the processor is slowed down", now / 1000, trip / 1000);
-    Some(Check::warn("temperature", found, "more air, or fewer engine.threads"))
+    let measured: Vec<(i64, Option<i64>)> = measured.collect();
+    let hot =
+        measured.iter().filter_map(|&(now, trip)| Some((now, trip?))).filter(|(now, trip)| now + HOT_MARGIN >= *trip);
+    if let Some((now, trip)) = hot.max() {
+        let found = format!("{} °C; at {} °C the processor is slowed down", now / 1000, trip / 1000);
+        return Some(Check::warn(NAME, found, "more air, or fewer engine.threads"));
+    }
+    let warmest = measured.iter().map(|&(now, _)| now).max()?;
+    Some(Check::ok(NAME, format!("{} °C at the warmest place", warmest / 1000)))
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::Verdict;
     use super::*;
 
-    fn machine(files: &[(&str, &str)]) -> tempfile::TempDir {
+    /// A folder with these files, as a machine's root.
+    pub(in super::super) fn machine(files: &[(&str, &str)]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         for (name, text) in files {
             let path = root.path().join(name);
@@ -198,19 +235,6 @@ mod tests {
     }
 
     #[test]
-    fn an_accelerator_says_why_it_is_not_used() {
-        let root = machine(&[("dev/davinci0", "")]);
-        let found = |plugins: &[&str]| {
-            let plugins: Vec<String> = plugins.iter().map(|&id| id.to_owned()).collect();
-            accelerators(root.path(), &plugins).remove(0)
-        };
-        assert!(found(&["cpu"]).found.contains("no plugin 'ascend'"));
-        assert!(found(&["cpu", "ascend"]).fix.unwrap().contains("engine.plugin = \"ascend\""));
-        assert_eq!(found(&["ascend"]).verdict, Verdict::Ok);
-        assert!(accelerators(machine(&[]).path(), &[]).is_empty());
-    }
-
-    #[test]
     fn a_processor_near_its_trip_point_is_told() {
         let zone = |now: &str| {
             machine(&[
@@ -220,6 +244,26 @@ mod tests {
             ])
         };
         assert!(temperature(zone("82000\n").path()).unwrap().found.starts_with("82 °C; at 85 °C"));
-        assert_eq!(temperature(zone("60000\n").path()), None);
+        let cool = temperature(zone("60000\n").path()).unwrap();
+        assert_eq!((cool.verdict, cool.found.as_str()), (Verdict::Ok, "60 °C at the warmest place"));
+        assert_eq!(temperature(machine(&[]).path()), None);
+    }
+
+    #[test]
+    fn a_clock_that_was_never_set_is_told_and_one_that_is_kept_says_by_whom() {
+        let root = machine(&[("run/systemd/timesync/synchronized", ""), ("dev/rtc0", "")]);
+        assert_eq!(clock_at(root.path(), 1000).verdict, Verdict::Warn);
+        let set = clock_at(root.path(), CLOCK_MIN_S);
+        assert_eq!((set.verdict, set.found.as_str()), (Verdict::Ok, "is set, kept by systemd-timesyncd"));
+        assert!(clock_at(machine(&[]).path(), CLOCK_MIN_S).found.contains("no clock runs"));
+    }
+
+    #[test]
+    fn the_largest_model_leaves_room_for_its_copy_and_its_context() {
+        let of = |free: u64| largest_model(&Memory { free, limit: None });
+        let small = of(FIXED_BYTES);
+        assert!(small.verdict == Verdict::Warn, "{small:?}");
+        let (gib, shown) = (1_u64 << 30, of(9 * (1 << 30) + FIXED_BYTES).found);
+        assert!(shown.contains(&size(4 * gib)), "{shown}");
     }
 }

@@ -33,7 +33,7 @@ impl Speaking {
     /// # Errors
     /// The engine's.
     pub(crate) async fn begin(service: &Service, kind: Kind, model: String, request: Request) -> Result<Self, Refusal> {
-        let listening = Listening::begin(service, [request]).await?;
+        let listening = Listening::begin(service, "", [request]).await?;
         Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })
     }
 

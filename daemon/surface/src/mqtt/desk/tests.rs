@@ -354,3 +354,28 @@ fn a_payload_that_is_too_large_is_refused_and_a_small_reader_gets_parts() {
     assert_eq!((said, &last["kind"]), (text, &json!("final")));
     assert!(last["parts"].as_u64().unwrap() > 2 && bench.desk.is_idle());
 }
+
+#[test]
+fn other_settings_hold_for_what_comes_next() {
+    let mut bench = Bench::new();
+    let reply_to = |bench: &mut Bench, pkid: u16, id: &str| {
+        let request = json!({ "id": id, "reply_to": "elsewhere/lamp", "body": { "x": 1 } });
+        bench.ask(pkid, "s/box/req/lamp/chat", &request);
+    };
+    reply_to(&mut bench, 1, "a");
+    assert_eq!(bench.n_started, 0, "a topic that answers may not go to");
+    let topics = Topics::new("s", "box", Some("fleet"), &["elsewhere/{client}".to_owned()]);
+    bench.take(Input::Settings { limits: Limits { per_client: 1, ..LIMITS }, topics });
+    reply_to(&mut bench, 2, "b");
+    bench.chat(3, "c");
+    assert_eq!((bench.n_started, bench.started.len()), (1, 1), "one of a client at a time");
+}
+
+#[test]
+fn a_desk_is_quiet_when_nobody_waits_and_not_before() {
+    let mut bench = Bench::new();
+    bench.take(Input::Tick);
+    assert!(bench.desk.is_quiet());
+    bench.chat(1, "a");
+    assert!(!bench.desk.is_quiet());
+}

@@ -1,6 +1,10 @@
 //! Where do log lines go? To the journal under systemd, to standard error otherwise.
 
-use log::LevelFilter;
+mod events;
+mod journal;
+
+use journal::Journal;
+use log::{LevelFilter, Metadata};
 use std::io::Write;
 use std::str::FromStr;
 
@@ -23,17 +27,33 @@ pub fn start_for_daemon(level: LevelFilter) {
     let _installed = logger.try_init().is_ok();
 }
 
+/// What the target of every line of ours begins with; lines of others may show what clients say.
+const OURS: &str = "sparsed";
+
 /// Starts logging; `default` is the level when the variable says nothing.
 pub fn start(default: LevelFilter) {
-    let level =
-        std::env::var(LEVEL_VARIABLE).ok().and_then(|text| LevelFilter::from_str(&text).ok()).unwrap_or(default);
     if systemd_journal_logger::connected_to_journal() {
         let journal = systemd_journal_logger::JournalLog::new();
-        if journal.is_ok_and(|journal| journal.install().is_ok()) {
-            log::set_max_level(level);
+        if journal.is_ok_and(|journal| log::set_boxed_logger(Box::new(Journal(journal))).is_ok()) {
+            set_level(default);
             return;
         }
     }
+    let mut logger = env_logger::Builder::new();
+    logger.filter_level(LevelFilter::Info).filter_module(OURS, LevelFilter::Trace).format_timestamp_millis();
     // A logger that is installed already (a test's) stays.
-    let _installed = env_logger::Builder::new().filter_level(level).format_timestamp_millis().try_init().is_ok();
+    if logger.try_init().is_ok() {
+        set_level(default);
+    }
+}
+
+/// Whether a line is for the operator: of other crates only what is at least an information.
+fn is_wanted(metadata: &Metadata<'_>) -> bool {
+    metadata.level() <= log::Level::Info || metadata.target().starts_with(OURS)
+}
+
+/// Logs what is as important as `level`, or as the variable wants it.
+pub fn set_level(level: LevelFilter) {
+    let wanted = std::env::var(LEVEL_VARIABLE).ok().and_then(|text| LevelFilter::from_str(&text).ok());
+    log::set_max_level(wanted.unwrap_or(level));
 }

@@ -1,0 +1,108 @@
+//! Can what else the daemon speaks to be reached? The MQTT broker, and the message bus.
+
+use super::Check;
+use crate::config::{Config, Mqtt};
+use crate::ctl::bus;
+use serde_json::Value;
+use sparsed_surface::Bus;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::path::Path;
+use std::time::Duration;
+
+/// How long a broker or a bus may take to answer.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// Where the system's bus is.
+const SYSTEM_BUS: &str = "run/dbus/system_bus_socket";
+
+/// Whether the broker that is configured takes connections; nothing without one.
+pub(super) fn broker(mqtt: &Mqtt) -> Option<Check> {
+    const NAME: &str = "MQTT broker";
+    let broker = mqtt.broker().ok()??;
+    let host = broker.host.trim_start_matches('[').trim_end_matches(']');
+    let shown = format!("{}:{}", broker.host, broker.port);
+    let connect = || {
+        let addresses = (host, broker.port).to_socket_addrs()?;
+        let mut refused = std::io::Error::from(std::io::ErrorKind::AddrNotAvailable);
+        for address in addresses {
+            match TcpStream::connect_timeout(&address, PATIENCE) {
+                Ok(_) => return Ok(()),
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused)
+    };
+    Some(match connect() {
+        Ok(()) => Check::ok(NAME, format!("{shown} takes connections; `sparsectl mqtt test` asks a question by it")),
+        Err(error) => {
+            let fix =
+                format!("sudo systemctl status mosquitto, or mend mqtt.broker; then nc -z {host} {}", broker.port);
+            Check::warn(NAME, format!("{shown}: {error}; requests come when it is there"), fix)
+        }
+    })
+}
+
+/// Whether the daemon answers on its bus. `auto` is the system's, as the service has it, where there is one.
+///
+/// # Errors
+/// A runtime that cannot be started.
+pub(super) fn message_bus(root: &Path, config: &Config) -> anyhow::Result<Option<Check>> {
+    const NAME: &str = "D-Bus";
+    let is_auto = config.dbus.bus == "auto";
+    let bus = match config.dbus.bus(None) {
+        Ok(None) if is_auto && root.join(SYSTEM_BUS).exists() => Bus::System,
+        Ok(None) if is_auto => {
+            let found = format!("there is no bus at /{SYSTEM_BUS}: the other doors serve");
+            return Ok(Some(Check::ok(NAME, found)));
+        }
+        Ok(Some(bus)) => bus,
+        // Switched off, or wrong, which is the configuration's check.
+        _ => return Ok(None),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let health = runtime.block_on(async { tokio::time::timeout(PATIENCE, bus::get(&bus, "/health")).await });
+    let said = match health {
+        Ok(Ok(health)) => {
+            let state = health["status"].as_str().map_or_else(|| Value::Null.to_string(), str::to_owned);
+            return Ok(Some(Check::ok(NAME, format!("org.sparsed1 answers: {state}"))));
+        }
+        Ok(Err(error)) => format!("{error:#}"),
+        Err(_) => format!("no answer within {} s", PATIENCE.as_secs()),
+    };
+    // A daemon that is not run as the service is on no bus by itself.
+    let verdict = if is_auto {
+        Check::ok(NAME, format!("not on the system's bus ({said})"))
+    } else {
+        Check::warn(NAME, said, "sudo systemctl status sparsed dbus; busctl status org.sparsed1")
+    };
+    Ok(Some(verdict))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_broker_is_connected_to_and_one_that_is_not_there_is_told() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let mqtt = Mqtt { broker: format!("mqtt://127.0.0.1:{port}"), ..Mqtt::default() };
+        assert_eq!(broker(&mqtt).unwrap().verdict, Verdict::Ok);
+        drop(listener);
+        let gone = broker(&mqtt).unwrap();
+        assert!(gone.verdict == Verdict::Warn && gone.found.contains("refused"), "{gone:?}");
+        assert_eq!(broker(&Mqtt::default()), None);
+    }
+
+    #[test]
+    fn a_bus_that_is_configured_and_not_there_is_told_and_a_box_without_one_is_well() {
+        let root = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        assert_eq!(message_bus(root.path(), &config).unwrap().unwrap().verdict, Verdict::Ok);
+        config.dbus.bus = format!("unix:path={}", root.path().join("none").display());
+        assert_eq!(message_bus(root.path(), &config).unwrap().unwrap().verdict, Verdict::Warn);
+        "off".clone_into(&mut config.dbus.bus);
+        assert_eq!(message_bus(root.path(), &config).unwrap(), None);
+    }
+}

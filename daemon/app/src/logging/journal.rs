@@ -1,0 +1,117 @@
+//! What does a line look like in the journal? Its text with all that it says, and each of its values as a field.
+//!
+//! A value `model` is the field `SPARSED_MODEL`, and stands behind the text too, since `journalctl` shows that alone.
+//! The id of an event (`events`) is its `MESSAGE_ID`.
+
+use super::{events, is_wanted};
+use log::kv::{Error, Key, Value, VisitSource};
+use log::{Log, Metadata, Record};
+use std::fmt::Write as _;
+use systemd_journal_logger::JournalLog;
+
+/// What all fields of ours begin with.
+const PREFIX: &str = "SPARSED_";
+/// Longest value in bytes: a line of the journal is a datagram, and no value of ours is a text.
+const VALUE_BYTES_MAX: usize = 4096;
+
+/// The logger of a daemon that the service manager has started.
+pub(super) struct Journal(pub(super) JournalLog);
+
+impl Log for Journal {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        is_wanted(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let line = Line::of(record);
+        let mut fields = Record::builder();
+        fields.metadata(record.metadata().clone()).key_values(&line.fields);
+        fields.file(record.file()).line(record.line()).module_path(record.module_path());
+        // A journal that does not take it cannot be told so.
+        let _lost = self.0.journal_send(&fields.args(format_args!("{}", line.text)).build()).is_err();
+    }
+
+    fn flush(&self) {}
+}
+
+/// A line as the journal has it.
+#[derive(Debug, Default)]
+struct Line {
+    text: String,
+    fields: Vec<(String, String)>,
+}
+
+impl Line {
+    fn of(record: &Record<'_>) -> Self {
+        let mut line = Self { text: printable(&record.args().to_string()), fields: Vec::new() };
+        if let Some(id) = record.args().as_str().and_then(events::id_of) {
+            line.fields.push(("MESSAGE_ID".to_owned(), id.to_owned()));
+        }
+        // Its visitor does not fail.
+        let _whole = record.key_values().visit(&mut line).is_ok();
+        line
+    }
+}
+
+impl<'kvs> VisitSource<'kvs> for Line {
+    fn visit_pair(&mut self, key: Key<'kvs>, value: Value<'kvs>) -> Result<(), Error> {
+        let value = printable(&value.to_string());
+        // What there is not: a request without a session.
+        if value.is_empty() {
+            return Ok(());
+        }
+        // A String takes all.
+        let _whole = write!(self.text, " {key}={value}").is_ok();
+        let name = match key.as_str() {
+            "request" => "REQUEST_ID".to_owned(),
+            key => key.to_ascii_uppercase(),
+        };
+        self.fields.push((format!("{PREFIX}{name}"), value));
+        Ok(())
+    }
+}
+
+/// A text that moves no cursor and begins no line, of bounded length: it may have come from a plugin or a broker.
+fn printable(text: &str) -> String {
+    let mut printed = String::with_capacity(text.len().min(VALUE_BYTES_MAX));
+    for c in text.chars().map(|c| if c.is_control() { ' ' } else { c }) {
+        if printed.len() + c.len_utf8() > VALUE_BYTES_MAX {
+            printed.push('…');
+            break;
+        }
+        printed.push(c);
+    }
+    printed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(args: std::fmt::Arguments<'_>, values: &[(&str, Value<'_>)]) -> Line {
+        Line::of(&Record::builder().args(args).key_values(&values).build())
+    }
+
+    #[test]
+    fn a_line_shows_its_values_and_has_each_as_a_field() {
+        let values = [("model", Value::from("default")), ("request", Value::from("chatcmpl-1"))];
+        let Line { text, fields } = line(format_args!("model ready"), &values);
+        assert_eq!(text, "model ready model=default request=chatcmpl-1");
+        let fields: Vec<(&str, &str)> = fields.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let id = events::id_of("model ready").unwrap();
+        let expected = [("MESSAGE_ID", id), ("SPARSED_MODEL", "default"), ("SPARSED_REQUEST_ID", "chatcmpl-1")];
+        assert_eq!(fields, expected);
+    }
+
+    #[test]
+    fn nothing_that_is_said_begins_a_line_of_its_own_and_what_is_not_there_is_no_field() {
+        let values = [("reason", Value::from("a\nMESSAGE_ID=x\x1b[2J")), ("session", Value::from(""))];
+        let Line { text, fields } = line(format_args!("x {}", 1), &values);
+        assert_eq!((text.as_str(), fields.len()), ("x 1 reason=a MESSAGE_ID=x [2J", 1));
+        let long = "é".repeat(VALUE_BYTES_MAX);
+        assert!(printable(&long).len() <= VALUE_BYTES_MAX + '…'.len_utf8());
+    }
+}

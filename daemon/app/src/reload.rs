@@ -1,0 +1,104 @@
+//! What of a new configuration takes hold without a restart? All that SIGHUP finds changed and that can be.
+//!
+//! Everything is read and checked first, the files that the configuration names among it: what is wrong leaves all as
+//! it was. What changed, and what waits for the next start, is one line of the log.
+
+use crate::assemble::{Assembly, engine_limits};
+use crate::config::{Config, Difference, Paths, Source};
+use crate::{logging, tcp};
+use anyhow::Context;
+use sparsed_engine::Service;
+use sparsed_surface::{ApiKeys, MqttSettings};
+use std::fmt;
+
+/// The running parts that can be changed, and what they were told last.
+#[derive(Debug)]
+pub struct Reloader {
+    source: Source,
+    running: Config,
+    paths: Paths,
+    service: Service,
+    keys: Option<ApiKeys>,
+    mqtt: Option<MqttSettings>,
+    /// Bytes that KV pools were laid out for.
+    kv_bytes: Option<u64>,
+}
+
+/// What has become of a new configuration.
+#[derive(Debug, Default)]
+pub struct Reloaded {
+    /// Taken up.
+    changed: Vec<Difference>,
+    /// Waits for the next start.
+    pending: Vec<Difference>,
+    /// API keys that were read again.
+    n_keys: Option<usize>,
+    /// KV pools cannot grow as far as they may now.
+    pools_stay: bool,
+}
+
+impl Reloader {
+    /// A daemon that runs with `config`, which `source` says.
+    pub fn new(source: Source, config: Config, assembly: &Assembly) -> Self {
+        Self {
+            source,
+            running: config,
+            paths: assembly.paths.clone(),
+            service: assembly.service.clone(),
+            keys: assembly.tcp.as_ref().map(|tcp| tcp.keys.clone()),
+            mqtt: assembly.mqtt.as_ref().map(sparsed_surface::MqttDoor::settings),
+            kv_bytes: assembly.service.budget().for_kv(),
+        }
+    }
+
+    /// Reads the configuration again and takes up what can be. Nothing waits for the engine or a disk.
+    ///
+    /// # Errors
+    /// What is wrong, with its line; nothing has changed then.
+    pub fn reload(&mut self) -> anyhow::Result<Reloaded> {
+        let next = self.source.load()?;
+        let keys = self.keys.as_ref().map(|_| tcp::keys(&next.tcp)).transpose()?;
+        let mqtt =
+            self.mqtt.as_ref().map(|_| crate::mqtt::options(&next, &self.paths)).transpose().context("[mqtt]")?;
+        let (changed, pending) = self.running.differences(&next).into_iter().partition(Difference::is_live);
+        self.running = self.running.adopting(&next);
+        logging::set_level(self.running.log.level.into());
+        self.service.set_limits(engine_limits(&self.running));
+        let bytes = |bytes: Option<crate::config::Bytes>| bytes.map(|bytes| bytes.0);
+        let memory = &self.running.memory;
+        self.service.set_memory(bytes(memory.total), bytes(memory.budget));
+        if let Ok(sessions) = self.service.sessions() {
+            sessions.set_limits(crate::sessions::limits(&self.running.sessions));
+        }
+        let n_keys = keys.as_ref().map(ApiKeys::len);
+        if let (Some(held), Some(keys)) = (&self.keys, &keys) {
+            held.replace(keys);
+        }
+        if let (Some(held), Some(Some(options))) = (&self.mqtt, &mqtt) {
+            held.change(options);
+        }
+        let pools_stay = self.service.budget().for_kv().zip(self.kv_bytes).is_some_and(|(now, then)| now > then);
+        Ok(Reloaded { changed, pending, n_keys, pools_stay })
+    }
+}
+
+impl fmt::Display for Reloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |list: &[Difference]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        match self.changed.as_slice() {
+            [] => f.write_str("nothing changed that can change now")?,
+            changed => f.write_str(&list(changed))?,
+        }
+        let is_memory = |difference: &Difference| difference.key().starts_with("memory.");
+        if self.pools_stay && self.changed.iter().any(is_memory) {
+            f.write_str("; KV pools do not grow beyond their size at the start")?;
+        }
+        if let Some(n) = self.n_keys {
+            write!(f, "; {n} API keys read")?;
+        }
+        match self.pending.as_slice() {
+            [] => Ok(()),
+            pending => write!(f, "; a restart is needed for {}", list(pending)),
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! `sparsectl support-bundle`: what must be in it, and what must not.
+
+use serde_json::json;
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::Daemon;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::Command;
+
+/// Words that are said, and secrets, each planted somewhere else; none of them may leave the box.
+const PLANTED: [&str; 11] = [
+    "prompt-zebra-1",
+    "system-zebra-2",
+    "session-zebra-3",
+    "title-zebra-4",
+    "api-key-zebra-5-0123",
+    "mqtt-password-zebra-6",
+    "environment-zebra-7",
+    "user-zebra-8",
+    "log-bearer-zebra-9",
+    "refused-zebra-10",
+    "tool-environment-zebra-11",
+];
+
+fn secret_file(path: &Path, text: &str) {
+    std::fs::write(path, text).unwrap();
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).unwrap();
+}
+
+#[test]
+fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    secret_file(&path("keys"), &format!("hall {}\n", PLANTED[4]));
+    secret_file(&path("password"), &format!("{}\n", PLANTED[5]));
+    let config = format!(
+        "[log]\nlevel = \"debug\"\n[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
+         [mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\nusername = \"{}\"\npassword_file = \"{}\"\n",
+        path("keys").display(),
+        PLANTED[7],
+        path("password").display()
+    );
+    std::fs::write(path("config.toml"), config).unwrap();
+    let argument = format!("--config={}", path("config.toml").display());
+    let planted = Path::new(PLANTED[6]);
+    let daemon = Daemon::spawn_in(&[("PLANTED", planted)], Some(&chatty::write(dir.path())), &[&argument]).ready();
+    // Everything that can be said is said.
+    let say = |messages: serde_json::Value, more: serde_json::Value| {
+        let mut body = json!({ "messages": messages, "max_tokens": 4, "user": PLANTED[0] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        daemon.post("/v1/chat/completions", &body).status
+    };
+    let messages = json!([{ "role": "system", "content": PLANTED[1] }, { "role": "user", "content": PLANTED[0] }]);
+    assert_eq!(say(messages, json!({})), 200);
+    let session = daemon.post("/v1/sessions", &json!({ "title": PLANTED[3] })).json()["id"].clone();
+    assert_eq!(say(json!([{ "role": "user", "content": PLANTED[2] }]), json!({ "session_id": session })), 200);
+    assert_eq!(say(json!([{ "role": PLANTED[9], "content": PLANTED[9] }]), json!({ "grammar": PLANTED[9] })), 400);
+    // The service's log: the daemon's own, and a line of somebody else with a key in it.
+    let tools = path("tools");
+    std::fs::create_dir(&tools).unwrap();
+    let log = daemon.log_file();
+    let bearer = format!("Authorization: Bearer {}", PLANTED[8]);
+    std::fs::write(tools.join("journalctl"), format!("#!/bin/sh\ncat {}\necho '{bearer}'\n", log.display())).unwrap();
+    std::fs::set_permissions(tools.join("journalctl"), PermissionsExt::from_mode(0o755)).unwrap();
+    let bundle = path("bundle.tar");
+    let mut tool = Command::new(sparsed_tests::sparsectl());
+    tool.arg("support-bundle").arg(&bundle).arg("--config").arg(path("config.toml"));
+    tool.arg("--socket").arg(daemon.socket()).env("PLANTED", PLANTED[10]);
+    tool.env("PATH", format!("{}:{}", tools.display(), std::env::var("PATH").unwrap()));
+    let done = tool.output().unwrap();
+    let said = String::from_utf8_lossy(&done.stdout);
+    assert!(done.status.success(), "{said}\n{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(bundle.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    let bytes = std::fs::read(&bundle).unwrap();
+    let text = String::from_utf8_lossy(&bytes);
+    for word in PLANTED {
+        assert!(!text.contains(word), "{word} is in the bundle");
+    }
+    for part in [
+        "/versions.txt",
+        "/config.toml",
+        "/status.json",
+        "/metrics.txt",
+        "/doctor.json",
+        "/plugins.json",
+        "/log.txt",
+        "/machine.txt",
+        "/process.txt",
+        "/missing.txt",
+    ] {
+        assert!(text.contains(part), "{part} is not in the bundle: {said}");
+    }
+    // It helps: settings with their origin, numbers, the log's events, and that something was taken out.
+    let helps =
+        ["tcp.listen = \"127.0.0.1:0\" # ", "sparsed_memory_kv_bytes", "request answered", "[redacted]", "MemTotal"];
+    for words in helps {
+        assert!(text.contains(words), "{words} is not in the bundle");
+    }
+    // What is there is not written over.
+    assert!(!tool.output().unwrap().status.success());
+    assert_eq!(std::fs::read(&bundle).unwrap(), bytes);
+}
+
+#[test]
+fn without_a_daemon_and_with_a_broken_configuration_there_is_a_bundle_that_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (file, bundle) = (dir.path().join("config.toml"), dir.path().join("bundle.tar"));
+    std::fs::write(&file, "[mqtt]\nbroker = 5 # password-zebra\n").unwrap();
+    let mut tool = Command::new(sparsed_tests::sparsectl());
+    tool.arg("support-bundle").arg(&bundle).arg("--config").arg(&file);
+    let done = tool.arg("--socket").arg(dir.path().join("none.sock")).output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let text = String::from_utf8_lossy(&std::fs::read(&bundle).unwrap()).into_owned();
+    assert!(text.contains("config.toml:2") && text.contains("no daemon answers"), "{text}");
+    assert!(!text.contains("password-zebra"), "the line that is wrong is quoted");
+}

@@ -1,0 +1,9 @@
+//! The real daemon as its operator has it: a new configuration while it runs, what it tells the service manager, what a
+//! support bundle shows, and what it costs when nobody asks anything.
+#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+
+mod bundle;
+mod idle;
+mod readmes;
+mod reload;
+mod tutorials;

@@ -1,0 +1,168 @@
+//! SIGHUP: what of a new configuration takes hold, and what is said of the rest.
+
+use serde_json::{Value, json};
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::{Daemon, read_answer};
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+const OLD_KEY: &str = "old-key-0123456789";
+const NEW_KEY: &str = "new-key-0123456789";
+
+/// A daemon whose configuration is a file.
+struct Operated {
+    daemon: Daemon,
+    file: PathBuf,
+    _dir: TempDir,
+    n_reloads: usize,
+}
+
+impl Operated {
+    fn start(text: &str, sets: &[&str], environment: &[(&str, &Path)]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("sparsed.toml");
+        std::fs::write(&file, text).unwrap();
+        let argument = format!("--config={}", file.display());
+        let sets: Vec<&str> = std::iter::once(argument.as_str()).chain(sets.iter().copied()).collect();
+        let daemon = Daemon::spawn_in(environment, Some(&chatty::write(dir.path())), &sets).ready();
+        Self { daemon, file, _dir: dir, n_reloads: 0 }
+    }
+
+    /// Lets it read `text`; answers what it says about it.
+    fn reload(&mut self, text: &str) -> String {
+        std::fs::write(&self.file, text).unwrap();
+        self.daemon.signal("HUP");
+        self.n_reloads += 1;
+        let lines = |log: &str| {
+            let told = log.lines().filter(|line| line.contains("configuration") && line.contains("reloaded"));
+            told.map(str::to_owned).collect::<Vec<_>>()
+        };
+        self.daemon.wait_until("reloaded", || lines(&self.daemon.log()).len() == self.n_reloads);
+        lines(&self.daemon.log()).pop().unwrap()
+    }
+
+    /// A request that runs or waits until it is dropped.
+    fn endless(&self) -> std::os::unix::net::UnixStream {
+        self.daemon.open("/v1/completions", &endless())
+    }
+
+    fn waits(&self, n: u64) {
+        self.daemon.wait_until("waiting", || self.daemon.status()["waiting"] == n);
+    }
+}
+
+fn endless() -> Value {
+    json!({ "prompt": "x", "max_tokens": 100_000, "ignore_eos": true, "stream": true })
+}
+
+#[test]
+fn a_limit_that_is_changed_holds_for_the_next_request_and_the_rest_waits_for_a_restart() {
+    let text = |waiting: u32, threads: u32| {
+        format!("[limits]\nmax_running = 1\nmax_waiting = {waiting}\n[engine]\nthreads = {threads}\n")
+    };
+    let mut here = Operated::start(&text(1, 1), &["model.default.max_context=200000"], &[]);
+    let _running = here.endless();
+    here.daemon.wait_until("running", || here.daemon.status()["running"] == 1);
+    let _waiting = here.endless();
+    here.waits(1);
+    assert_eq!(here.daemon.post("/v1/completions", &endless()).status, 429);
+    let said = here.reload(&text(2, 2));
+    assert!(said.contains("limits.max_waiting = 2 (was 1)"), "{said}");
+    assert!(said.contains("a restart is needed for engine.threads = 2 (was 1)"), "{said}");
+    let _second = here.endless();
+    here.waits(2);
+    assert_eq!(here.daemon.post("/v1/completions", &endless()).status, 429);
+    // What waits for a restart is said again, what was taken up is not.
+    let said = here.reload(&text(2, 2));
+    assert!(said.contains("nothing changed") && said.contains("engine.threads = 2 (was 1)"), "{said}");
+    // A wrong file changes nothing and says where it is wrong.
+    let said = here.reload("[limits]\nmax_waitin = 9\n");
+    assert!(
+        said.contains("not reloaded") && said.contains("sparsed.toml:2: unknown key 'limits.max_waitin'"),
+        "{said}"
+    );
+    assert!(said.contains("did you mean 'limits.max_waiting'"), "{said}");
+    assert_eq!(here.daemon.post("/v1/completions", &endless()).status, 429);
+}
+
+#[test]
+fn api_keys_are_exchanged_without_a_restart_and_broken_ones_leave_the_old() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = dir.path().join("keys");
+    let write = |text: &str| {
+        std::fs::write(&keys, text).unwrap();
+        std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(0o600)).unwrap();
+    };
+    write(&format!("hall {OLD_KEY}\n"));
+    let text = format!("[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n", keys.display());
+    let mut here = Operated::start(&text, &[], &[]);
+    let log = here.daemon.log();
+    let port = log.split("tcp=127.0.0.1:").nth(1).unwrap();
+    let port: u16 = port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap();
+    let status = |key: &str| {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        let head = "GET /v1/models HTTP/1.1\r\nconnection: close\r\nhost: localhost\r\nauthorization: Bearer";
+        stream.write_all(format!("{head} {key}\r\n\r\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    assert_eq!((status(OLD_KEY), status(NEW_KEY)), ("200".to_owned(), "401".to_owned()));
+    write("hall short\n");
+    let said = here.reload(&text);
+    assert!(said.contains("not reloaded") && said.contains("line 1: a key of 5 bytes"), "{said}");
+    assert_eq!(status(OLD_KEY), "200");
+    write(&format!("hall {NEW_KEY}\n"));
+    let said = here.reload(&text);
+    assert!(said.contains("1 API keys read") && !said.contains(NEW_KEY), "{said}");
+    assert_eq!((status(OLD_KEY), status(NEW_KEY)), ("401".to_owned(), "200".to_owned()));
+}
+
+#[test]
+fn less_memory_holds_at_once_and_more_than_at_the_start_does_not() {
+    let budget = |mib: u32| format!("[memory]\nbudget = \"{mib}MiB\"\n");
+    let mut here = Operated::start(&budget(8), &["model.default.max_context=2048"], &[]);
+    let kv_mib = |here: &Operated| {
+        let metrics = here.daemon.get("/metrics").body;
+        let line = metrics.lines().find(|line| line.starts_with("sparsed_memory_kv_bytes ")).unwrap().to_owned();
+        line.rsplit(' ').next().unwrap().parse::<u64>().unwrap() >> 20
+    };
+    assert_eq!(kv_mib(&here), 8);
+    let said = here.reload(&budget(4));
+    assert!(said.contains("memory.budget = 4194304 (was 8388608)") && !said.contains("do not grow"), "{said}");
+    assert_eq!(kv_mib(&here), 4);
+    let said = here.reload(&budget(16));
+    assert!(said.contains("KV pools do not grow beyond their size at the start"), "{said}");
+}
+
+#[test]
+fn the_level_of_the_log_changes_and_the_service_manager_hears_of_a_reload() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    let level = |level: &str| format!("[log]\nlevel = \"{level}\"\n[dbus]\nbus = \"off\"\n");
+    let mut here = Operated::start(&level("warn"), &[], &[("NOTIFY_SOCKET", &path)]);
+    assert!(!here.daemon.log().contains("model ready"), "{}", here.daemon.log());
+    std::fs::write(&here.file, level("debug")).unwrap();
+    here.daemon.signal("HUP");
+    here.daemon.wait_until("reloaded", || here.daemon.log().contains("log.level = \"debug\" (was \"warn\")"));
+    let _answer = here.daemon.get("/health");
+    here.daemon.wait_until("logged", || here.daemon.log().contains("connected"));
+    here.n_reloads += 1;
+    let heard = || {
+        let mut buffer = [0; 4096];
+        let n = socket.recv(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..n]).into_owned()
+    };
+    let reloading = std::iter::repeat_with(heard).find(|text| text.contains("RELOADING=1")).unwrap();
+    assert!(reloading.contains("MONOTONIC_USEC="), "{reloading}");
+    std::iter::repeat_with(heard).find(|text| text.contains("READY=1")).unwrap();
+    // A stream that is under way is not touched.
+    let stream = here.daemon.open("/v1/completions", &json!({ "prompt": "x", "max_tokens": 40, "ignore_eos": true }));
+    here.reload(&level("info"));
+    assert_eq!(read_answer(stream).unwrap().json()["usage"]["completion_tokens"], 40);
+}
