@@ -1,8 +1,9 @@
 //! What can a surface ask, and what does it hear? The whole vocabulary between surfaces and engine.
 //!
 //! A surface hands a [`Request`] and a [`Sink`] to [`Service::submit`](crate::Service::submit): a [`Generate`] for this
-//! box's devices, or a [`Relay`] for an engine elsewhere. The sink then hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
-//! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
+//! box's devices, or a [`Relay`] for an engine elsewhere. The sink then hears [`Event`]s: [`Event::Queued`], any number
+//! of pieces of the answer, then exactly one [`Event::Finished`] or [`Event::Failed`] (which may also come first),
+//! unless the listener goes away, which cancels the request.
 
 mod failure;
 mod relay;

@@ -173,7 +173,10 @@ impl Answer {
             self.calls.push(Call { number, ..Call::default() });
         }
         if let Some(call) = self.calls.last_mut() {
-            call.name += &function.name.unwrap_or_default();
+            // Some engines repeat it with each piece.
+            if call.name.is_empty() {
+                call.name = function.name.unwrap_or_default();
+            }
             call.arguments += &function.arguments.unwrap_or_default();
         }
         Ok(())
@@ -281,7 +284,7 @@ mod tests {
         };
         let chunks = [
             piece(0, r#"{"name": "f", "arguments": ""}"#),
-            piece(0, r#"{"arguments": "{\"a\":"}"#),
+            piece(0, r#"{"name": "f", "arguments": "{\"a\":"}"#),
             piece(0, r#"{"arguments": " 1}"}"#),
             piece(1, r#"{"name": "g"}"#),
         ];

@@ -119,8 +119,9 @@ impl Inner {
             let (model, engine) = (self.options.name.as_str(), &self.options.address);
             log::warn!(model, engine:%, reason:%; "upstream engine does not answer");
         }
-        // Another model may be there when it answers again.
-        *found = Found { reach: Reach::Down(reason), there: None };
+        // A busy engine may be slow to list its models and answers all the same; one that was gone may have others.
+        let there = if matches!(trouble, Trouble::Late { .. }) { found.there.take() } else { None };
+        *found = Found { reach: Reach::Down(reason), there };
     }
 
     /// Takes note of what went wrong with a request, as far as it says that the engine is not there.

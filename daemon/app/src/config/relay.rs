@@ -10,7 +10,8 @@ use std::path::PathBuf;
 pub struct Relay {
     /// The model's name there; `None`: the first that the engine lists.
     pub model: Option<String>,
-    /// The file with the key that the engine wants; `None`: the credential `sparsed.upstream-NAME-key`, if there is one.
+    /// The file with the key that the engine wants; `None`: the credential `sparsed.upstream-NAME-key`, if there is
+    /// one.
     pub key_file: Option<PathBuf>,
     /// Certificates of authorities; `None`: the credential `sparsed.upstream-NAME-ca`, or else the system's.
     pub ca_file: Option<PathBuf>,

@@ -103,15 +103,15 @@ pub enum TlsError {
         reason: String,
     },
     /// The system's certificates cannot be read.
-    #[error("no certificates of authorities on this system; set mqtt.ca_file")]
+    #[error("no certificates of authorities on this system; name a file of them with ca_file")]
     NoRoots,
     /// The parts do not make a whole.
     #[error("{0}")]
     Rustls(#[from] rustls::Error),
 }
 
-/// TLS with the authorities of `ca`, or else of the system, and with a certificate of our own where the broker wants
-/// one.
+/// TLS with the authorities of `ca`, or else of the system, and with a certificate of our own where the other side
+/// wants one: for brokers and upstream engines.
 ///
 /// # Errors
 /// Files that cannot be read, or that do not belong together.
