@@ -318,7 +318,7 @@ def slow(home):
     for tokens in ARGUMENTS.tokens:
         session, n_prompt, _ = prepared(home, tokens)
         base = None
-        for profile, hot in [("as it is", None)] + [(p, h) for p in ARGUMENTS.disks for h in (0.2, 0.07, 0.0)]:
+        for profile, hot in [("as it is", None)] + [(p, h) for p in ARGUMENTS.disks for h in ARGUMENTS.shares]:
             more = []
             if hot is not None:
                 more = tight(tokens, (tokens + 1024) * hot * LATENT_BYTES + least()) + [f"memory.hot_share={hot}"]
@@ -443,6 +443,7 @@ if __name__ == "__main__":
     PARSER.add_argument("--rounds", type=int, default=3, help="`many`: turns of each")
     PARSER.add_argument("--clients", type=int, default=8, help="`many`: turns at a time")
     PARSER.add_argument("--disks", nargs="*", default=list(Disk.PROFILES), help="`slow`: which kinds are played")
+    PARSER.add_argument("--shares", type=float, nargs="*", default=[0.2, 0.07, 0.0], help="`slow`: hot ones")
     PARSER.add_argument("--answer", type=int, default=96, help="`slow`: tokens of an answer")
     PARSER.add_argument("--text", help="a pattern of files whose text is read instead of a sentence again and again")
     PARSER.add_argument("--keep", help="a folder for sessions that are read once")

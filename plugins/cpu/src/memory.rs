@@ -167,13 +167,13 @@ unsafe impl Sync for Plane {}
 unsafe impl Send for Plane {}
 
 impl Plane {
-    fn new(block_bytes: usize, n_blocks: usize) -> Result<Self> {
+    fn new(block_bytes: usize, n_blocks: usize, pages: Advice) -> Result<Self> {
         let overflow = || PluginError::invalid("a KV pool's size overflows");
         let total = block_bytes.checked_mul(n_blocks).ok_or_else(overflow)?.max(1);
         let no_memory = |error: std::io::Error| PluginError::new(E_NOMEM_DEVICE, format!("{total} bytes: {error}"));
         let mut map = MmapMut::map_anon(total).map_err(no_memory)?;
-        // Huge pages where the system gives them: gathered rows are all over the plane. A refusal costs speed only.
-        let _refused = map.advise(Advice::HugePage);
+        // A refusal costs speed, or memory that comes back later.
+        let _refused = map.advise(pages);
         Ok(Self { at: map.as_mut_ptr(), map, block_bytes })
     }
 
@@ -235,6 +235,9 @@ impl Pool {
         let image = latent_block.checked_add(index_block).ok_or_else(overflow)?;
         let total = (image as u64).checked_mul(u64::from(desc.n_blocks)).ok_or_else(overflow)?;
         let cached = slow.as_ref().map_or(0, |slow| slow.cache_bytes);
+        // Huge pages where the system gives them: gathered rows are all over a plane. Not where latents of single blocks
+        // go to the slow tier: a huge page of which a part is given back stays the process's until memory is short.
+        let pages = if slow.is_some() { Advice::NoHugePage } else { Advice::HugePage };
         let held = usage.hold(|u| &u.kv, total.checked_add(cached).ok_or_else(overflow)?)?;
         let slow = slow.map(|slow| {
             let layout = SlowLayout::new(latent.bytes + rope.bytes, desc.block_tokens, desc.n_layers)?;
@@ -250,8 +253,8 @@ impl Pool {
             n_index_layers: desc.n_index_layers as usize,
             slow: slow.transpose()?,
             _held: held,
-            latent_plane: Plane::new(latent_block, desc.n_blocks as usize)?,
-            index_plane: Plane::new(index_block, desc.n_blocks as usize)?,
+            latent_plane: Plane::new(latent_block, desc.n_blocks as usize, pages)?,
+            index_plane: Plane::new(index_block, desc.n_blocks as usize, Advice::HugePage)?,
         };
         let info = SpdKvInfo {
             device_bytes: total,
