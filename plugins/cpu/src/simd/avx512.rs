@@ -102,6 +102,7 @@ impl Lanes for Avx512 {
             )))
         }
         fn round_f(v: __m512) -> __m512 { _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(v) }
+        fn largest(v: __m512) -> f32 { _mm512_reduce_max_ps(v) }
     }
 
     #[inline(always)]
@@ -116,6 +117,43 @@ impl Lanes for Avx512 {
             }
         }
         (nearest, rest)
+    }
+
+    #[inline(always)]
+    fn transpose(self, vectors: &[__m512; LANES]) -> [__m512; LANES] {
+        let (mut two, mut four) = ([self.splat(0.0); LANES], [self.splat(0.0); LANES]);
+        let (mut eight, mut all) = (two, two);
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // Of 2, 4, 8, then 16 vectors: two[2 i + b] has lanes 4 k + 2 b, 4 k + 2 b + 1 of vectors 2 i and 2 i + 1.
+            for i in 0..8 {
+                let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+                two[2 * i] = _mm512_unpacklo_ps(a, b);
+                two[2 * i + 1] = _mm512_unpackhi_ps(a, b);
+            }
+            // four[4 i + j] has lanes 4 k + j of vectors 4 i .. 4 i + 4, k by its 128-bit lanes.
+            for i in 0..4 {
+                for b in 0..2 {
+                    let (x, y) = (_mm512_castps_pd(two[4 * i + b]), _mm512_castps_pd(two[4 * i + 2 + b]));
+                    four[4 * i + 2 * b] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+                    four[4 * i + 2 * b + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+                }
+            }
+            // 128-bit lanes k of four vectors become one: first lanes 0 and 2, or 1 and 3, of two.
+            for i in 0..2 {
+                for j in 0..4 {
+                    let (x, y) = (four[8 * i + j], four[8 * i + 4 + j]);
+                    eight[8 * i + j] = _mm512_shuffle_f32x4::<0x88>(x, y);
+                    eight[8 * i + 4 + j] = _mm512_shuffle_f32x4::<0xdd>(x, y);
+                }
+            }
+            for j in 0..8 {
+                let (x, y) = (eight[j], eight[8 + j]);
+                all[j] = _mm512_shuffle_f32x4::<0x88>(x, y);
+                all[8 + j] = _mm512_shuffle_f32x4::<0xdd>(x, y);
+            }
+        }
+        all
     }
 
     #[inline(always)]

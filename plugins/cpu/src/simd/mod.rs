@@ -89,6 +89,33 @@ pub(crate) trait Lanes: Copy {
     /// Lane i: [`Self::sum`] of vector i.
     fn sums(self, vectors: &[Self::F; LANES]) -> Self::F;
 
+    /// Vector i: lane i of all vectors.
+    #[inline(always)]
+    fn transpose(self, vectors: &[Self::F; LANES]) -> [Self::F; LANES] {
+        let (mut from, mut to) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
+        for (from, v) in from.iter_mut().zip(vectors) {
+            self.store(*v, from);
+        }
+        for (i, to) in to.iter_mut().enumerate() {
+            for (from, to) in from.iter().zip(to) {
+                *to = from[i];
+            }
+        }
+        let mut out = *vectors;
+        for (out, to) in out.iter_mut().zip(&to) {
+            *out = self.load(to);
+        }
+        out
+    }
+
+    /// The greatest of the lanes; of no use where a NaN may be.
+    #[inline(always)]
+    fn largest(self, v: Self::F) -> f32 {
+        let mut lanes = [0.0; LANES];
+        self.store(v, &mut lanes);
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+
     /// The sum of the lanes in a fixed tree order: i + 8, i + 4, i + 2, i + 1.
     #[inline(always)]
     fn sum(self, v: Self::F) -> f32 {
