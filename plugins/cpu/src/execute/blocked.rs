@@ -26,9 +26,7 @@ struct Room {
     states: Vec<Softmax>,
     /// Sums `[latent width]`.
     out: Vec<f32>,
-    /// A block's rows, side by side.
-    copies: Vec<u8>,
-    /// What a group sees of them, for many heads.
+    /// What a group sees of a block's rows, for many heads.
     widened: Widened,
 }
 
@@ -124,8 +122,6 @@ impl Attention<'_> {
         room.begin(self, &heads);
         let listed: Vec<usize> = tokens.clone().map(|t| self.listed(t)).collect();
         let longest = listed.iter().copied().max().unwrap_or(0);
-        let row_bytes = self.pool.latent.bytes + self.pool.rope.bytes;
-        room.copies.resize(ROWS * row_bytes, 0);
         let per_group = tokens.len() * own.len();
         let job = Run {
             own: own.len(),
@@ -134,17 +130,16 @@ impl Attention<'_> {
         };
         // Each row once, for whoever sees it; the next block's rows are asked for in equal shares.
         let passes = groups.len() * per_group.div_ceil(job.at_once());
+        let mut now = self.fetch(tokens.end - 1, 0..longest.min(ROWS));
         for first in (0..longest).step_by(ROWS) {
             let n = (longest - first).min(ROWS);
             let next = self.fetch(tokens.end - 1, first + n..longest.min(first + n + ROWS));
             let mut ahead = next[..longest.saturating_sub(first + n).min(ROWS)].chunks(ROWS.div_ceil(passes));
-            for (to, i) in room.copies.chunks_exact_mut(row_bytes).zip(first..first + n) {
-                to.copy_from_slice(self.row(self.frame.slot(tokens.end - 1, self.position(tokens.end - 1, i))));
-            }
             let seen: Vec<usize> = listed.iter().map(|listed| listed.saturating_sub(first).min(ROWS)).collect();
             for (number, group) in groups.clone().enumerate() {
-                self.block(&job, group, number * per_group, (n, &seen), &mut ahead, room);
+                self.block(&job, self.slices(group, &now[..n]), number * per_group, &seen, &mut ahead, room);
             }
+            now = next;
         }
         for ((&(t, head), state), sums) in heads.iter().zip(&room.states).zip(room.out.chunks_exact_mut(self.out.n2)) {
             state.finish(sums);
@@ -153,20 +148,20 @@ impl Attention<'_> {
         }
     }
 
-    /// The `n` rows that are copied, for the heads of one group: those in [`Room`] from `first_head` on. Token i sees the
-    /// first `seen[i]` rows.
+    /// What a group sees of a block of rows, for the group's heads: those in [`Room`] from `first_head` on. Token i sees
+    /// the first `seen[i]` rows, the last token sees them all.
     fn block<'r>(
         &self,
         job: &Run,
-        group: usize,
+        rows: [Row<'_>; ROWS],
         first_head: usize,
-        (n, seen): (usize, &[usize]),
+        seen: &[usize],
         ahead: &mut impl Iterator<Item = &'r [&'r [u8]]>,
         room: &mut Room,
     ) {
         let level = self.frame.device.level;
-        let Room { q, states, out, copies, widened } = room;
-        let rows = self.slices(group, copies.chunks_exact(self.pool.latent.bytes + self.pool.rope.bytes).take(n));
+        let Room { q, states, out, widened, .. } = room;
+        let n = seen.last().copied().unwrap_or(0);
         if job.widen {
             widened.fill(level, &rows[..n], job.q_width);
         }
@@ -217,7 +212,7 @@ impl Attention<'_> {
     }
 
     /// What `group` sees of rows.
-    fn slices<'r>(&self, group: usize, rows: impl Iterator<Item = &'r [u8]>) -> [Row<'r>; ROWS] {
+    fn slices<'r>(&self, group: usize, rows: &[&'r [u8]]) -> [Row<'r>; ROWS] {
         let (latent, rope) = (self.out.n2 * 2, self.q_rope.n2 * 2); // bytes of a slice
         let mut slices = [Row::default(); ROWS];
         for (slice, row) in slices.iter_mut().zip(rows) {

@@ -157,22 +157,32 @@ fn scores<L: Lanes, const H: usize>(
     q: &[&[[f32; LANES]]; H],
     out: &mut [[f32; ROWS]; H],
 ) {
-    // Of 16 rows; what is left of other rows is not looked at.
-    let mut sums = [[l.splat(0.0); LANES]; H];
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
     for (sixteen, rows) in rows.chunks(LANES).enumerate() {
-        let mut at = 0;
         if L::REGISTERS < REGISTERS_FOR_ONE {
-            for rows in rows.as_chunks::<TOGETHER>().0 {
+            // Rows j, j + 4, j + 8 and j + 12. Of rows that are missing the first takes the place; nobody looks at it.
+            let mut folded = [[l.splat(0.0); 4]; H];
+            for j in 0..rows.len().min(4) {
                 ask(l, &mut ahead, TOGETHER);
-                dot_rows::<L, H, TOGETHER>(l, rows, q, at, &mut sums);
-                at += TOGETHER;
+                let four: [&Row<'_>; TOGETHER] = std::array::from_fn(|i| rows.get(j + 4 * i).unwrap_or(&rows[j]));
+                let totals = dot_rows::<L, H, TOGETHER>(l, &four, q);
+                for (folded, totals) in folded.iter_mut().zip(&totals) {
+                    folded[j] = l.fold(totals);
+                }
             }
+            for (folded, out) in folded.iter().zip(&mut *out) {
+                l.store(l.finish(folded), &mut out.as_chunks_mut().0[sixteen]);
+            }
+            continue;
         }
-        for row in &rows[at..] {
+        // What is left of other rows is not looked at.
+        let mut sums = [[l.splat(0.0); LANES]; H];
+        for (at, row) in rows.iter().enumerate() {
             ask(l, &mut ahead, 1);
-            dot_rows::<L, H, 1>(l, std::array::from_ref(row), q, at, &mut sums);
-            at += 1;
+            let totals = dot_rows::<L, H, 1>(l, &[row], q);
+            for (sums, [total]) in sums.iter_mut().zip(totals) {
+                sums[at] = total;
+            }
         }
         for (sums, out) in sums.iter().zip(&mut *out) {
             l.store(l.sums(sums), &mut out.as_chunks_mut().0[sixteen]);
@@ -203,15 +213,13 @@ fn ask<L: Lanes>(l: L, ahead: &mut Ahead<'_>, n: usize) {
     }
 }
 
-/// `sums[h][at + r]`: the lanes' sums of head h with row r.
+/// The lanes' sums of each head with R rows.
 #[inline(always)]
 fn dot_rows<L: Lanes, const H: usize, const R: usize>(
     l: L,
-    rows: &[Row<'_>; R],
+    rows: &[&Row<'_>; R],
     q: &[&[[f32; LANES]]; H],
-    at: usize,
-    sums: &mut [[L::F; LANES]; H],
-) {
+) -> [[L::F; R]; H] {
     let rope = rows[0].rope.len();
     let mut totals = [[l.splat(0.0); R]; H];
     let keys: [&[[u8; 2 * LANES]]; R] = std::array::from_fn(|r| rows[r].rope);
@@ -220,11 +228,7 @@ fn dot_rows<L: Lanes, const H: usize, const R: usize>(
         let keys: [&[[u8; 2 * LANES]]; R] = std::array::from_fn(|r| rows[r].latent);
         add_products(l, &keys, q[0].len() - rope, q, rope, &mut totals);
     }
-    for (sums, totals) in sums.iter_mut().zip(totals) {
-        for (r, total) in totals.into_iter().enumerate() {
-            sums[at + r] = total;
-        }
-    }
+    totals
 }
 
 /// Adds the products of `width` vectors of keys with those of the queries from vector `first` on.

@@ -157,30 +157,31 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn sums(self, vectors: &[__m512; LANES]) -> __m512 {
-        let mut eight = [self.splat(0.0); 8];
-        let mut four = [self.splat(0.0); 4];
-        let mut two = [self.splat(0.0); 2];
+    fn fold(self, v: &[__m512; 4]) -> __m512 {
         // SAFETY: `self` proves that the CPU has the instructions.
         unsafe {
-            // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once: eight[i] has vectors i
-            // and i + 4 (i + 8 and i + 12 for i above 3), four[i] has i, i + 4, i + 8 and i + 12 in its 128-bit lanes.
-            for (i, eight) in eight.iter_mut().enumerate() {
-                let (a, b) = (vectors[i / 4 * 8 + i % 4], vectors[i / 4 * 8 + i % 4 + 4]);
-                *eight = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
-            }
-            for (i, four) in four.iter_mut().enumerate() {
-                let (a, b) = (eight[i], eight[i + 4]);
-                *four = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
-            }
-            for (i, two) in two.iter_mut().enumerate() {
-                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
+            // Lane i + 8 to lane i of two vectors at once, then i + 4 of all: 128-bit lane j is what is left of v[j].
+            let a = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(v[0], v[1]), _mm512_shuffle_f32x4::<0xee>(v[0], v[1]));
+            let b = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(v[2], v[3]), _mm512_shuffle_f32x4::<0xee>(v[2], v[3]));
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+        }
+    }
+
+    #[inline(always)]
+    fn finish(self, folded: &[__m512; 4]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // Lane i + 2 to lane i, then i + 1.
+            let mut two = [folded[0]; 2];
+            for (two, pair) in two.iter_mut().zip(folded.as_chunks::<2>().0) {
+                let (a, b) = (_mm512_castps_pd(pair[0]), _mm512_castps_pd(pair[1]));
                 *two = _mm512_add_ps(
                     _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                     _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
                 );
             }
-            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(two[0], two[1]), _mm512_shuffle_ps::<0xdd>(two[0], two[1]))
+            let [a, b] = two;
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))
         }
     }
 }

@@ -86,8 +86,20 @@ pub(crate) trait Lanes: Copy {
     /// Rounded to integers, ties to even; for magnitudes below 2^22.
     fn round_f(self, v: Self::F) -> Self::F;
 
-    /// Lane i: [`Self::sum`] of vector i.
-    fn sums(self, vectors: &[Self::F; LANES]) -> Self::F;
+    /// The first half of [`Self::sums`] for four vectors, for [`Self::finish`].
+    fn fold(self, vectors: &[Self::F; 4]) -> Self::F;
+    /// The other half: lane 4 i + j is the sum of the i-th of the vectors that became `folded[j]`.
+    fn finish(self, folded: &[Self::F; 4]) -> Self::F;
+
+    /// Lane i: the sum of vector i, its lanes added as a tree: lane i + 8 to lane i, then i + 4, i + 2, i + 1.
+    #[inline(always)]
+    fn sums(self, vectors: &[Self::F; LANES]) -> Self::F {
+        let mut folded = [vectors[0]; 4];
+        for (j, folded) in folded.iter_mut().enumerate() {
+            *folded = self.fold(&[vectors[j], vectors[j + 4], vectors[j + 8], vectors[j + 12]]);
+        }
+        self.finish(&folded)
+    }
 
     /// Vector i: lane i of all vectors.
     #[inline(always)]
@@ -114,21 +126,6 @@ pub(crate) trait Lanes: Copy {
         let mut lanes = [0.0; LANES];
         self.store(v, &mut lanes);
         lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
-    }
-
-    /// The sum of the lanes in a fixed tree order: i + 8, i + 4, i + 2, i + 1.
-    #[inline(always)]
-    fn sum(self, v: Self::F) -> f32 {
-        let mut lanes = [0.0; LANES];
-        self.store(v, &mut lanes);
-        let mut width = LANES / 2;
-        while width > 0 {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
-            width /= 2;
-        }
-        lanes[0]
     }
 }
 

@@ -14,7 +14,7 @@ pub(crate) fn can_widen(key_width: usize) -> bool {
     key_width <= WIDTH_MAX
 }
 
-/// The order in which a score's sums are computed, so that few wait to be added: [`Lanes::sum`] adds lanes i and i + 8,
+/// The order in which a score's sums are computed, so that few wait to be added: [`Lanes::sums`] adds lanes i and i + 8,
 /// then i + 4, i + 2, i + 1.
 const ORDER: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
 
@@ -134,7 +134,7 @@ pub(super) fn scores<L: Lanes, const H: usize>(
 
 type Sums<L, const H: usize, const T: usize> = [[<L as Lanes>::F; T]; H];
 
-/// Scores of H heads with T times 16 rows: the 16 sums of each added as [`Lanes::sum`] adds lanes.
+/// Scores of H heads with T times 16 rows: the 16 sums of each added as [`Lanes::sums`] adds lanes.
 #[inline(always)]
 fn tree<L: Lanes, const H: usize, const T: usize>(
     l: L,
