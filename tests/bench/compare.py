@@ -6,9 +6,10 @@ and says "busy" where the machine had other work. llama.cpp reads what lies befo
 side of a test at depth is run with --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
 
 Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
-           [--baby BABY_DSA.gguf] [--mla BABY_MLA.gguf] [--rounds 3] [--deep] [--only TEXT] [--results RESULTS.md]
-           [--plot FOLDER]
+           [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf] [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3]
+           [--deep] [--only TEXT] [--results RESULTS.md] [--plot FOLDER]
 BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
+The others have random weights: BABY_DSA 16 index heads, BABY_DSA_64 64 of them.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+MODELS = ("base", "dsa", "baby", "wide", "mla", "moe")
 MARK = "## Against llama.cpp and against dense attention"
 
 
@@ -56,7 +58,10 @@ TESTS = [
       for d, goal in [(2048, "15 ms"), (8192, "17 ms"), (65536, "30 ms")]),
     *(Test(f"12-layer DSA, prefill {n}", "prefill", n, 0, 1, "baby", "baby", goal)
       for n, goal in [(512, "400 t/s"), (4096, "250 t/s")]),
+    Test("12-layer DSA, 64 index heads, decode at 64K", "decode", 8, 65536, 1, "wide", "wide", "65 ms"),
     Test("12-layer dense MLA, decode at 32K", "decode", 8, 32768, 1, "mla", "mla", "110 ms"),
+    *(Test(f"12-layer MoE, 64 experts, 6 active, {kind}", kind, n, 0, 1, "moe", "moe", "1.3 times llama.cpp")
+      for kind, n in [("decode", 64), ("prefill", 512)]),
 ]
 
 
@@ -69,7 +74,7 @@ class Sides:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.models = {name: getattr(arguments, name) for name in ("base", "dsa", "baby", "mla")}
+        self.models = {name: getattr(arguments, name) for name in MODELS}
 
     def ours(self, test: Test) -> tuple[float, float]:
         """Milliseconds per token: wall, CPU."""
@@ -183,9 +188,9 @@ def plot(sides: Sides, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("sparsectl", "llama-bench", "base", "dsa"):
+    for name in ("sparsectl", "llama-bench", *MODELS[:2]):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("baby", "mla", "results", "plot"):
+    for name in (*MODELS[2:], "results", "plot"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--deep", action="store_true")

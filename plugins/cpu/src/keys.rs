@@ -19,10 +19,11 @@ impl Pool {
         self.index.format == Format::Q8_0
     }
 
-    /// The tile of 16 keys whose first is at `slot`.
-    pub(crate) fn key_tile(&self, layer: usize, slot: usize) -> &[u8] {
+    /// `n` tiles of 16 keys of one block; the first key is at `slot`.
+    pub(crate) fn key_tiles(&self, layer: usize, slot: usize, n: usize) -> &[u8] {
+        debug_assert!(slot % self.block_tokens + n * TILE_ROWS <= self.block_tokens, "tiles of one block");
         let (at, row) = (self.index_offset(layer, slot), self.index.bytes);
-        self.index_plane.bytes(at, row * TILE_ROWS)
+        self.index_plane.bytes(at, n * row * TILE_ROWS)
     }
 
     /// Stores the encoded key of `slot`.

@@ -5,13 +5,18 @@
 //! its list, so that its bits do not depend on its neighbours.
 
 use super::attention::Attention;
-use crate::kernels::blocked::{HEADS_MAX, Heads, ROWS, Row, Softmax, attend, can_block};
+use crate::kernels::blocked::{
+    HEADS_MAX, Heads, ROWS, Row, Softmax, WIDENED_HEADS_MAX, Widened, attend, attend_widened, can_block, can_widen,
+};
 use crate::threads::part;
 use sparsed_quant::Format;
 use std::ops::Range;
 
 /// Tokens in a run: enough to pay for fetching a block, few enough to spread over a team.
 const RUN_TOKENS: usize = 32;
+
+/// From this many heads of tokens that read a block on it is widened: then transposing its keys is a twentieth of the work.
+const WIDEN_FROM: usize = 24;
 
 /// What a thread keeps from unit to unit, each `[group][token][head]`.
 #[derive(Debug, Default)]
@@ -21,8 +26,40 @@ struct Room {
     states: Vec<Softmax>,
     /// Sums `[latent width]`.
     out: Vec<f32>,
-    /// A block's rows, side by side.
-    copies: Vec<u8>,
+    /// What a group sees of a block's rows, for many heads.
+    widened: Widened,
+}
+
+impl Room {
+    /// Makes room for these heads of tokens, and takes their queries.
+    fn begin(&mut self, attention: &Attention<'_>, heads: &[(usize, usize)]) {
+        self.q.clear();
+        for &(t, head) in heads {
+            self.q.extend_from_slice(attention.q_rope.row(t, head));
+            self.q.extend_from_slice(attention.q_latent.map_or(&[], |q| q.row(t, head)));
+        }
+        self.states.clear();
+        self.states.resize(heads.len(), Softmax::EMPTY);
+        self.out.clear();
+        self.out.resize(heads.len() * attention.out.n2, 0.0);
+    }
+}
+
+/// How the blocks of a run are read.
+struct Run {
+    /// Heads of a token.
+    own: usize,
+    /// Values of a query.
+    q_width: usize,
+    /// A block is widened for its heads.
+    widen: bool,
+}
+
+impl Run {
+    /// Heads that share a pass over a block.
+    fn at_once(&self) -> usize {
+        if self.widen { WIDENED_HEADS_MAX } else { HEADS_MAX }
+    }
 }
 
 impl Attention<'_> {
@@ -81,67 +118,75 @@ impl Attention<'_> {
 
     /// Heads `own` of each of `groups`, for some tokens.
     fn run(&self, tokens: &Range<usize>, groups: Range<usize>, own: Range<usize>, room: &mut Room) {
-        let Room { q, states, out, copies } = room;
         let heads = self.heads(tokens, groups.clone(), own.clone());
-        q.clear();
-        for &(t, head) in &heads {
-            q.extend_from_slice(self.q_rope.row(t, head));
-            q.extend_from_slice(self.q_latent.map_or(&[], |q| q.row(t, head)));
-        }
-        states.clear();
-        states.resize(heads.len(), Softmax::EMPTY);
-        out.clear();
-        out.resize(heads.len() * self.out.n2, 0.0);
+        room.begin(self, &heads);
         let listed: Vec<usize> = tokens.clone().map(|t| self.listed(t)).collect();
         let longest = listed.iter().copied().max().unwrap_or(0);
-        let row_bytes = self.pool.latent.bytes + self.pool.rope.bytes;
-        copies.resize(ROWS * row_bytes, 0);
+        let per_group = tokens.len() * own.len();
+        let job = Run {
+            own: own.len(),
+            q_width: room.q.len() / heads.len(),
+            widen: per_group > WIDEN_FROM && can_widen(room.q.len() / heads.len()),
+        };
         // Each row once, for whoever sees it; the next block's rows are asked for in equal shares.
-        let passes = groups.len() * (tokens.len() * own.len()).div_ceil(HEADS_MAX);
+        let passes = groups.len() * per_group.div_ceil(job.at_once());
+        let mut now = self.fetch(tokens.end - 1, 0..longest.min(ROWS));
         for first in (0..longest).step_by(ROWS) {
             let n = (longest - first).min(ROWS);
             let next = self.fetch(tokens.end - 1, first + n..longest.min(first + n + ROWS));
             let mut ahead = next[..longest.saturating_sub(first + n).min(ROWS)].chunks(ROWS.div_ceil(passes));
-            for (to, i) in copies.chunks_exact_mut(row_bytes).zip(first..first + n) {
-                to.copy_from_slice(self.row(self.frame.slot(tokens.end - 1, self.position(tokens.end - 1, i))));
-            }
-            let mut now = [&[][..]; ROWS];
-            now.iter_mut().zip(copies.chunks_exact(row_bytes)).for_each(|(row, copy)| *row = copy);
+            let seen: Vec<usize> = listed.iter().map(|listed| listed.saturating_sub(first).min(ROWS)).collect();
             for (number, group) in groups.clone().enumerate() {
-                let rows = self.slices(group, &now[..n]);
-                let seen = |token: usize| listed[token].saturating_sub(first).min(ROWS);
-                let mut token = 0;
-                while token < tokens.len() {
-                    // Tokens that see as many of these rows as this one go together.
-                    let alike = (token..tokens.len()).take_while(|&other| seen(other) == seen(token)).count();
-                    let at = (number * tokens.len() + token) * own.len();
-                    let end = at + alike * own.len();
-                    if seen(token) > 0 {
-                        for at in (at..end).step_by(HEADS_MAX) {
-                            let some = at..end.min(at + HEADS_MAX);
-                            let (q_width, width) = (q.len() / heads.len(), self.out.n2);
-                            let mut heads = Heads {
-                                q: &q[some.start * q_width..some.end * q_width],
-                                scale: self.scale,
-                                states: &mut states[some.clone()],
-                                out: &mut out[some.start * width..some.end * width],
-                            };
-                            attend(
-                                self.frame.device.level,
-                                &rows[..seen(token)],
-                                ahead.next().unwrap_or_default(),
-                                &mut heads,
-                            );
-                        }
-                    }
-                    token += alike;
-                }
+                self.block(&job, self.slices(group, &now[..n]), number * per_group, &seen, &mut ahead, room);
             }
+            now = next;
         }
-        for ((&(t, head), state), sums) in heads.iter().zip(&*states).zip(out.chunks_exact_mut(self.out.n2)) {
+        for ((&(t, head), state), sums) in heads.iter().zip(&room.states).zip(room.out.chunks_exact_mut(self.out.n2)) {
             state.finish(sums);
             // SAFETY: units are disjoint in tokens or heads.
             unsafe { self.out.row_mut(t, head) }.copy_from_slice(sums);
+        }
+    }
+
+    /// What a group sees of a block of rows, for the group's heads: those in [`Room`] from `first_head` on. Token i sees
+    /// the first `seen[i]` rows, the last token sees them all.
+    fn block<'r>(
+        &self,
+        job: &Run,
+        rows: [Row<'_>; ROWS],
+        first_head: usize,
+        seen: &[usize],
+        ahead: &mut impl Iterator<Item = &'r [&'r [u8]]>,
+        room: &mut Room,
+    ) {
+        let level = self.frame.device.level;
+        let Room { q, states, out, widened, .. } = room;
+        let n = seen.last().copied().unwrap_or(0);
+        if job.widen {
+            widened.fill(level, &rows[..n], job.q_width);
+        }
+        let mut token = 0;
+        while token < seen.len() {
+            // Tokens that see as many of these rows as this one go together.
+            let visible = seen[token];
+            let alike = seen[token..].iter().take_while(|&&other| other == visible).count();
+            let (at, end) = (first_head + token * job.own, first_head + (token + alike) * job.own);
+            for at in (at..if visible > 0 { end } else { at }).step_by(job.at_once()) {
+                let some = at..end.min(at + job.at_once());
+                let mut heads = Heads {
+                    q: &q[some.start * job.q_width..some.end * job.q_width],
+                    scale: self.scale,
+                    states: &mut states[some.clone()],
+                    out: &mut out[some.start * self.out.n2..some.end * self.out.n2],
+                };
+                let ahead = ahead.next().unwrap_or_default();
+                if job.widen {
+                    attend_widened(level, widened, visible, ahead, &mut heads);
+                } else {
+                    attend(level, &rows[..visible], ahead, &mut heads);
+                }
+            }
+            token += alike;
         }
     }
 
@@ -173,8 +218,8 @@ impl Attention<'_> {
         for (slice, row) in slices.iter_mut().zip(rows) {
             let (latent_row, rope_row) = row.split_at(self.pool.latent.bytes);
             *slice = Row {
-                latent: &latent_row[group * latent..(group + 1) * latent],
-                rope: &rope_row[group * rope..(group + 1) * rope],
+                latent: latent_row[group * latent..(group + 1) * latent].as_chunks().0,
+                rope: rope_row[group * rope..(group + 1) * rope].as_chunks().0,
             };
         }
         slices

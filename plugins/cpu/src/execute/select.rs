@@ -138,22 +138,32 @@ impl Indexer<'_> {
         let (level, last) = (self.frame.device.level, run.end - 1);
         let queries: Vec<Query> = run.map(|t| self.query(t)).collect();
         let longest = scores.iter().map(|scores| scores.len()).max().unwrap_or(0);
-        let tile = |at: usize| match at < longest {
-            true => self.pool.key_tile(self.layer, self.frame.slot(last, first + at)),
-            false => &[],
+        // From position `at` on to the end of the pool's block: those tiles lie side by side.
+        let tiles = |at: usize| {
+            let (position, block) = (first + at, self.pool.block_tokens);
+            let n = (block - position % block).min(longest.saturating_sub(at)).div_ceil(TILE_ROWS);
+            let slot = || self.frame.slot(last, position);
+            (n, if n > 0 { self.pool.key_tiles(self.layer, slot(), n) } else { &[] })
         };
-        for at in (0..longest).step_by(TILE_ROWS) {
-            let (keys, mut ahead) = (tile(at), tile(at + self.pool.block_tokens));
+        let (mut found, mut at) = (Vec::new(), 0);
+        let (mut n, mut keys) = tiles(at);
+        while n > 0 {
+            let next = tiles(at + n * TILE_ROWS);
+            let mut ahead = next.1;
             for (query, scores) in queries.iter().zip(&mut *scores) {
                 let Some(to) = scores.get_mut(at..) else { continue };
-                let (mut found, mut head) = (Sums::default(), 0);
+                found.clear();
+                found.resize(n, Sums::default());
+                let mut head = 0;
                 for (heads, x) in &query.groups {
                     score_keys(level, keys, ahead, x, &query.w[head..head + heads], &mut found);
                     ahead = &[];
                     head += heads;
                 }
-                to.iter_mut().zip(found).for_each(|(to, score)| *to = score);
+                to.iter_mut().zip(found.as_flattened()).for_each(|(to, score)| *to = *score);
             }
+            at += n * TILE_ROWS;
+            (n, keys) = next;
         }
     }
 

@@ -4,43 +4,75 @@
 //! several tokens. A score is 16 interleaved sums over the key's values, folded as a tree; values are summed over the
 //! listed rows in order. Both are functions of the list alone.
 
+mod softmax;
+mod widened;
+
+pub(crate) use softmax::Softmax;
+pub(crate) use widened::{Widened, can_widen};
+
 use crate::simd::{LANES, Lanes, on_level};
+use softmax::exponentials;
 
 /// Listed rows in a block.
 pub(crate) const ROWS: usize = 64;
 /// Most heads that share one pass over a block.
 pub(crate) const HEADS_MAX: usize = 6;
 
+/// The same of a block that was widened: more sums do not stay in registers.
+pub(crate) const WIDENED_HEADS_MAX: usize = 4;
+
 /// Rows, or vectors of values, that are multiplied with every head at once: their sums and they fill the registers.
 const TOGETHER: usize = 4;
 /// One at a time where 16 values fill this many registers: the sums of six heads are 24 of 32 then.
 const REGISTERS_FOR_ONE: usize = 4;
+
+/// `$run::<H>(..)` for the number of heads.
+macro_rules! for_heads {
+    ($heads:ident, $run:ident($($argument:expr),*)) => {
+        match $heads.states.len() {
+            1 => $run::<1>($($argument),*),
+            2 => $run::<2>($($argument),*),
+            3 => $run::<3>($($argument),*),
+            4 => $run::<4>($($argument),*),
+            5 => $run::<5>($($argument),*),
+            6 => $run::<6>($($argument),*),
+            n => unreachable!("{n} heads, at most {HEADS_MAX}"),
+        }
+    };
+}
 
 /// True when rows of this width can be blocked.
 pub(crate) fn can_block(width: usize) -> bool {
     width > 0 && width.is_multiple_of(LANES)
 }
 
-/// The encoded slices of a row that a head group sees.
+/// The slices of a row that a head group sees, as vectors of 16 halves.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Row<'a> {
-    pub(crate) latent: &'a [u8],
-    pub(crate) rope: &'a [u8],
+    pub(crate) latent: &'a [[u8; 2 * LANES]],
+    pub(crate) rope: &'a [[u8; 2 * LANES]],
 }
 
-/// The running softmax of one head.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Softmax {
-    max: f32,
-    sum: f32,
+/// The values of a block of rows.
+trait Values: Copy {
+    fn rows(self) -> usize;
+    /// V vectors of a row from vector `at` on.
+    fn load<L: Lanes, const V: usize>(self, l: L, row: usize, at: usize) -> [L::F; V];
 }
 
-impl Softmax {
-    pub(crate) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
-
-    /// Divides what [`attend`] summed.
-    pub(crate) fn finish(self, out: &mut [f32]) {
-        out.iter_mut().for_each(|o| *o /= self.sum);
+impl Values for &[Row<'_>] {
+    #[inline(always)]
+    fn rows(self) -> usize {
+        self.len()
+    }
+    #[inline(always)]
+    fn load<L: Lanes, const V: usize>(self, l: L, row: usize, at: usize) -> [L::F; V] {
+        let from = &self[row].latent[at..at + V];
+        let mut values = [l.splat(0.0); V];
+        for v in 0..V {
+            values[v] = l.load_half(&from[v]);
+        }
+        values
     }
 }
 
@@ -58,66 +90,104 @@ pub(crate) struct Heads<'a> {
 /// Adds a block of rows, at most 64, to the heads' softmaxes. Memory is asked for the rows `ahead` meanwhile.
 pub(crate) fn attend(level: crate::level::Level, rows: &[Row<'_>], ahead: &[&[u8]], heads: &mut Heads<'_>) {
     debug_assert!(!rows.is_empty() && rows.len() <= ROWS, "a block");
-    match heads.states.len() {
-        1 => attend_heads::<1>(level, rows, ahead, heads),
-        2 => attend_heads::<2>(level, rows, ahead, heads),
-        3 => attend_heads::<3>(level, rows, ahead, heads),
-        4 => attend_heads::<4>(level, rows, ahead, heads),
-        5 => attend_heads::<5>(level, rows, ahead, heads),
-        6 => attend_heads::<6>(level, rows, ahead, heads),
-        n => unreachable!("{n} heads, at most {HEADS_MAX}"),
-    }
+    for_heads!(heads, attend_halves(level, rows, ahead, heads));
+}
+
+/// As [`attend`], with the first `n` rows of a block that was widened before.
+pub(crate) fn attend_widened(
+    level: crate::level::Level,
+    block: &Widened,
+    n: usize,
+    ahead: &[&[u8]],
+    heads: &mut Heads<'_>,
+) {
+    for_heads!(heads, attend_floats(level, block, n, ahead, heads));
 }
 
 on_level! {
-    fn attend_heads<const H: usize>(rows: &[Row<'_>], ahead: &[&[u8]], heads: &mut Heads<'_>) = attend_body
+    fn attend_halves<const H: usize>(rows: &[Row<'_>], ahead: &[&[u8]], heads: &mut Heads<'_>) = halves_body
+}
+on_level! {
+    fn attend_floats<const H: usize>(block: &Widened, n: usize, ahead: &[&[u8]], heads: &mut Heads<'_>) = floats_body
 }
 
 #[inline(always)]
-fn attend_body<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]], heads: &mut Heads<'_>) {
-    let mut p = scores::<L, H>(l, rows, ahead, heads.q);
-    let mut shrink = [0f32; H];
-    for h in 0..H {
-        shrink[h] = exponentials(l, &mut p[h], rows.len(), heads.scale, &mut heads.states[h]);
-    }
+fn halves_body<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]], heads: &mut Heads<'_>) {
+    let mut p = [[0.0; ROWS]; H];
+    scores::<L, H>(l, rows, ahead, &queries(heads.q), &mut p);
+    add::<L, _, H>(l, rows, &mut p, heads);
+}
+
+#[inline(always)]
+fn floats_body<L: Lanes, const H: usize>(l: L, block: &Widened, n: usize, ahead: &[&[u8]], heads: &mut Heads<'_>) {
+    ask(l, &mut Ahead { rows: ahead, share: ahead.len(), rest: 0 }, ROWS);
+    let mut p = [[0.0; ROWS]; H];
+    widened::scores::<L, H>(l, block.columns(), &queries(heads.q), &mut p);
+    add::<L, _, H>(l, block.values(n), &mut p, heads);
+}
+
+/// Each head's query as vectors.
+#[inline(always)]
+fn queries<const H: usize>(q: &[f32]) -> [&[[f32; LANES]]; H] {
+    let width = q.len() / H;
+    std::array::from_fn(|h| q[h * width..(h + 1) * width].as_chunks().0)
+}
+
+/// Adds rows with scores `p` to the softmaxes.
+#[inline(always)]
+fn add<L: Lanes, R: Values, const H: usize>(l: L, rows: R, p: &mut [[f32; ROWS]; H], heads: &mut Heads<'_>) {
+    let shrink = exponentials(l, p, rows.rows(), heads.scale, heads.states);
     let width = heads.out.len() / H / LANES;
-    let together = if L::REGISTERS < REGISTERS_FOR_ONE { width / TOGETHER } else { 0 };
-    for part in 0..together {
-        weigh::<L, H, TOGETHER>(l, rows, heads, part * TOGETHER, &p, &shrink);
+    let mut at = 0;
+    while L::REGISTERS < REGISTERS_FOR_ONE && at + TOGETHER <= width {
+        weigh::<L, R, H, TOGETHER>(l, rows, heads, at, p, &shrink);
+        at += TOGETHER;
     }
-    for part in together * TOGETHER..width {
-        weigh::<L, H, 1>(l, rows, heads, part, &p, &shrink);
+    for at in at..width {
+        weigh::<L, R, H, 1>(l, rows, heads, at, p, &shrink);
     }
 }
 
 /// `q[h] . key[row]` for every row of the block.
 #[inline(always)]
-fn scores<L: Lanes, const H: usize>(l: L, rows: &[Row<'_>], ahead: &[&[u8]], q: &[f32]) -> [[f32; ROWS]; H] {
-    let width = q.len() / H;
-    let q: [&[[f32; LANES]]; H] = std::array::from_fn(|h| q[h * width..(h + 1) * width].as_chunks().0);
-    let mut out = [[0.0; ROWS]; H];
-    // Of 16 rows; what is left of other rows is not looked at.
-    let mut sums = [[l.splat(0.0); LANES]; H];
+fn scores<L: Lanes, const H: usize>(
+    l: L,
+    rows: &[Row<'_>],
+    ahead: &[&[u8]],
+    q: &[&[[f32; LANES]]; H],
+    out: &mut [[f32; ROWS]; H],
+) {
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
     for (sixteen, rows) in rows.chunks(LANES).enumerate() {
-        let mut at = 0;
         if L::REGISTERS < REGISTERS_FOR_ONE {
-            for rows in rows.as_chunks::<TOGETHER>().0 {
+            // Rows j, j + 4, j + 8 and j + 12. Of rows that are missing the first takes the place; nobody looks at it.
+            let mut folded = [[l.splat(0.0); 4]; H];
+            for j in 0..rows.len().min(4) {
                 ask(l, &mut ahead, TOGETHER);
-                dot_rows::<L, H, TOGETHER>(l, rows, &q, at, &mut sums);
-                at += TOGETHER;
+                let four: [&Row<'_>; TOGETHER] = std::array::from_fn(|i| rows.get(j + 4 * i).unwrap_or(&rows[j]));
+                let totals = dot_rows::<L, H, TOGETHER>(l, &four, q);
+                for (folded, totals) in folded.iter_mut().zip(&totals) {
+                    folded[j] = l.fold(totals);
+                }
+            }
+            for (folded, out) in folded.iter().zip(&mut *out) {
+                l.store(l.finish(folded), &mut out.as_chunks_mut().0[sixteen]);
+            }
+            continue;
+        }
+        // What is left of other rows is not looked at.
+        let mut sums = [[l.splat(0.0); LANES]; H];
+        for (at, row) in rows.iter().enumerate() {
+            ask(l, &mut ahead, 1);
+            let totals = dot_rows::<L, H, 1>(l, &[row], q);
+            for (sums, [total]) in sums.iter_mut().zip(totals) {
+                sums[at] = total;
             }
         }
-        for row in &rows[at..] {
-            ask(l, &mut ahead, 1);
-            dot_rows::<L, H, 1>(l, &[*row], &q, at, &mut sums);
-            at += 1;
-        }
-        for (sums, out) in sums.iter().zip(&mut out) {
+        for (sums, out) in sums.iter().zip(&mut *out) {
             l.store(l.sums(sums), &mut out.as_chunks_mut().0[sixteen]);
         }
     }
-    out
 }
 
 /// Rows to ask memory for, evenly while a block is read: what is asked for at once waits for each other.
@@ -143,41 +213,35 @@ fn ask<L: Lanes>(l: L, ahead: &mut Ahead<'_>, n: usize) {
     }
 }
 
-/// `sums[h][at + r]`: the lanes' sums of head h with row r.
+/// The lanes' sums of each head with R rows.
 #[inline(always)]
 fn dot_rows<L: Lanes, const H: usize, const R: usize>(
     l: L,
-    rows: &[Row<'_>; R],
+    rows: &[&Row<'_>; R],
     q: &[&[[f32; LANES]]; H],
-    at: usize,
-    sums: &mut [[L::F; LANES]; H],
-) {
-    let rope = rows[0].rope.len() / (2 * LANES);
+) -> [[L::F; R]; H] {
+    let rope = rows[0].rope.len();
     let mut totals = [[l.splat(0.0); R]; H];
-    let (keys, width): ([&[u8]; R], usize) = (std::array::from_fn(|r| rows[r].rope), rope);
-    add_products(l, &keys, width, q, 0, &mut totals);
+    let keys: [&[[u8; 2 * LANES]]; R] = std::array::from_fn(|r| rows[r].rope);
+    add_products(l, &keys, rope, q, 0, &mut totals);
     if q[0].len() > rope {
-        let keys: [&[u8]; R] = std::array::from_fn(|r| rows[r].latent);
+        let keys: [&[[u8; 2 * LANES]]; R] = std::array::from_fn(|r| rows[r].latent);
         add_products(l, &keys, q[0].len() - rope, q, rope, &mut totals);
     }
-    for (sums, totals) in sums.iter_mut().zip(totals) {
-        for (r, total) in totals.into_iter().enumerate() {
-            sums[at + r] = total;
-        }
-    }
+    totals
 }
 
 /// Adds the products of `width` vectors of keys with those of the queries from vector `first` on.
 #[inline(always)]
 fn add_products<L: Lanes, const H: usize, const R: usize>(
     l: L,
-    keys: &[&[u8]; R],
+    keys: &[&[[u8; 2 * LANES]]; R],
     width: usize,
     q: &[&[[f32; LANES]]; H],
     first: usize,
     totals: &mut [[L::F; R]; H],
 ) {
-    let keys: [&[[u8; 2 * LANES]]; R] = std::array::from_fn(|r| &keys[r].as_chunks().0[..width]);
+    let keys: [&[[u8; 2 * LANES]]; R] = std::array::from_fn(|r| &keys[r][..width]);
     let q: [&[[f32; LANES]]; H] = std::array::from_fn(|h| &q[h][first..first + width]);
     for i in 0..width {
         let mut key = [l.splat(0.0); R];
@@ -193,43 +257,11 @@ fn add_products<L: Lanes, const H: usize, const R: usize>(
     }
 }
 
-/// Turns the first `n` scores into exp(score - max) and the others into 0; returns what earlier sums shrink by.
-#[inline(always)]
-fn exponentials<L: Lanes>(l: L, p: &mut [f32; ROWS], n: usize, scale: f32, state: &mut Softmax) -> f32 {
-    for z in p.as_chunks_mut().0 {
-        l.store(l.mul(l.load(z), l.splat(scale)), z);
-    }
-    p[n..].fill(f32::NEG_INFINITY);
-    let mut most = l.splat(state.max);
-    for z in p.as_chunks().0 {
-        most = l.max(most, l.load(z));
-    }
-    let mut lanes = [0.0; LANES];
-    l.store(most, &mut lanes);
-    let largest = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-    let shrink = if state.max == f32::NEG_INFINITY {
-        0.0
-    } else {
-        let mut lanes = [0.0; LANES];
-        l.store(exp(l, l.splat(state.max - largest)), &mut lanes);
-        lanes[0]
-    };
-    let max = l.splat(largest);
-    for p in p.as_chunks_mut().0 {
-        l.store(exp(l, l.sub(l.load(p), max)), p);
-    }
-    p[n..].fill(0.0);
-    let lanes = p.as_chunks::<LANES>().0;
-    let sum = l.add(l.add(l.load(&lanes[0]), l.load(&lanes[1])), l.add(l.load(&lanes[2]), l.load(&lanes[3])));
-    *state = Softmax { max: largest, sum: state.sum.mul_add(shrink, l.sum(sum)) };
-    shrink
-}
-
 /// `out = out shrink + sum_row p[row] value[row]` for V vectors of values from vector `at` on.
 #[inline(always)]
-fn weigh<L: Lanes, const H: usize, const V: usize>(
+fn weigh<L: Lanes, R: Values, const H: usize, const V: usize>(
     l: L,
-    rows: &[Row<'_>],
+    rows: R,
     heads: &mut Heads<'_>,
     at: usize,
     p: &[[f32; ROWS]; H],
@@ -242,12 +274,8 @@ fn weigh<L: Lanes, const H: usize, const V: usize>(
             *sum = l.mul(l.load(out), l.splat(*shrink));
         }
     }
-    for (r, row) in rows.iter().enumerate().take(ROWS) {
-        let from = &row.latent.as_chunks::<{ 2 * LANES }>().0[at..at + V];
-        let mut value = [l.splat(0.0); V];
-        for v in 0..V {
-            value[v] = l.load_half(&from[v]);
-        }
+    for r in 0..rows.rows().min(ROWS) {
+        let value = rows.load::<L, V>(l, r, at);
         for h in 0..H {
             let p = l.splat(p[h][r]);
             for v in 0..V {
@@ -260,22 +288,6 @@ fn weigh<L: Lanes, const H: usize, const V: usize>(
             l.store(*sum, out);
         }
     }
-}
-
-/// e^x for x <= 0: x = n ln 2 + r, a polynomial of degree 6 in r, then n goes into the exponent. Relative error below
-/// 3e-7 down to -87; below that e^-87, nothing beside the block's 1.
-#[inline(always)]
-fn exp<L: Lanes>(l: L, x: L::F) -> L::F {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = l.max(l.splat(-87.0), x); // in this order a NaN stays
-    let n = l.round_f(l.mul(x, l.splat(std::f32::consts::LOG2_E)));
-    let r = l.mul_add(n, l.splat(-LN2_LOW), l.mul_add(n, l.splat(-LN2_HIGH), x));
-    let mut p = l.splat(1.0 / 720.0);
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
-        p = l.mul_add(p, r, l.splat(c));
-    }
-    l.mul(p, l.power_of_two(n))
 }
 
 #[cfg(test)]
@@ -298,25 +310,37 @@ mod tests {
         scale: f32,
     }
 
-    const LATENT: usize = 80;
     const ROPE: usize = 32;
 
     impl Case {
+        fn width(&self) -> usize {
+            self.latent[0].len() / 2
+        }
+
         fn key_width(&self) -> usize {
-            if self.absorbed { ROPE + LATENT } else { ROPE }
+            if self.absorbed { ROPE + self.width() } else { ROPE }
         }
 
         /// All rows in blocks, for `heads` heads from `first` on.
-        fn run(&self, level: Level, first: usize, heads: usize) -> Vec<f32> {
-            let (mut out, mut states) = (vec![0.0; heads * LATENT], vec![Softmax::EMPTY; heads]);
-            let rows: Vec<Row<'_>> =
-                self.latent.iter().zip(&self.rope).map(|(latent, rope)| Row { latent, rope }).collect();
+        fn run(&self, level: Level, widened: bool, first: usize, heads: usize) -> Vec<f32> {
+            let (mut out, mut states) = (vec![0.0; heads * self.width()], vec![Softmax::EMPTY; heads]);
+            let row = |(latent, rope): (&'_ Vec<u8>, &'_ Vec<u8>)| {
+                (latent.as_chunks().0.to_vec(), rope.as_chunks().0.to_vec())
+            };
+            let rows: Vec<_> = self.latent.iter().zip(&self.rope).map(row).collect();
+            let rows: Vec<Row<'_>> = rows.iter().map(|(latent, rope)| Row { latent, rope }).collect();
+            let mut block = Widened::default();
             for rows in rows.chunks(ROWS) {
                 let q = &self.q[first * self.key_width()..][..heads * self.key_width()];
                 let mut job = Heads { q, scale: self.scale, states: &mut states, out: &mut out };
-                attend(level, rows, &[&self.latent[0]], &mut job);
+                if widened {
+                    block.fill(level, rows, self.key_width());
+                    attend_widened(level, &block, rows.len(), &[&self.latent[0]], &mut job);
+                } else {
+                    attend(level, rows, &[&self.latent[0]], &mut job);
+                }
             }
-            states.iter().zip(out.chunks_exact_mut(LATENT)).for_each(|(state, out)| state.finish(out));
+            states.iter().zip(out.chunks_exact_mut(self.width())).for_each(|(state, out)| state.finish(out));
             out
         }
 
@@ -325,7 +349,7 @@ mod tests {
                 bytes.as_chunks::<2>().0.iter().map(|b| f64::from(f16::from_le_bytes(*b).to_f32())).collect()
             };
             let q = &self.q[head * self.key_width()..][..self.key_width()];
-            let (mut out, mut total) = (vec![0.0; LATENT], 0.0);
+            let (mut out, mut total) = (vec![0.0; self.width()], 0.0);
             for (latent, rope) in self.latent.iter().zip(&self.rope) {
                 let latent = decode(latent);
                 let keys = decode(rope).into_iter().chain(latent.iter().copied());
@@ -342,31 +366,33 @@ mod tests {
         #[test]
         fn levels_and_head_counts_agree_bit_for_bit_and_are_close_to_f64(
             seed in proptest::collection::vec(-1f32..1.0, 97), rows in 1usize..150, heads in 1usize..=HEADS_MAX,
-            absorbed: bool,
+            absorbed: bool, latent in prop_oneof![Just(80usize), Just(176)],
         ) {
             let value = |i: usize| seed[i % seed.len()] + 0.3 * seed[i * 7 % seed.len()];
             let row = |width: usize, from: usize| halves(&(0..width).map(|i| value(from + i)).collect::<Vec<_>>());
             let case = Case {
-                latent: (0..rows).map(|r| row(LATENT, r * 31)).collect(),
+                latent: (0..rows).map(|r| row(latent, r * 31)).collect(),
                 rope: (0..rows).map(|r| row(ROPE, r * 17 + 5)).collect(),
-                q: (0..heads * (ROPE + LATENT)).map(|i| value(i * 3)).collect(),
+                q: (0..heads * (ROPE + latent)).map(|i| value(i * 3)).collect(),
                 heads,
                 absorbed,
                 scale: if rows % 2 == 0 { 0.2 } else { -0.2 },
             };
-            let scalar = case.run(Level::Scalar, 0, case.heads);
-            for (head, found) in scalar.chunks_exact(LATENT).enumerate() {
+            let scalar = case.run(Level::Scalar, false, 0, case.heads);
+            for (head, found) in scalar.chunks_exact(latent).enumerate() {
                 for (found, exact) in found.iter().zip(case.exact(head)) {
                     prop_assert!((f64::from(*found) - exact).abs() < 1e-5, "{found} {exact}");
                 }
             }
+            let alike = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits());
             for level in Level::all() {
-                let together = case.run(level, 0, case.heads);
-                prop_assert!(together.iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits()), "{level:?}");
-                for head in 0..case.heads {
-                    let alone = case.run(level, head, 1);
-                    let part = &scalar[head * LATENT..(head + 1) * LATENT];
-                    prop_assert!(alone.iter().zip(part).all(|(a, b)| a.to_bits() == b.to_bits()), "head {head} alone");
+                for widened in [false, true] {
+                    let together = case.run(level, widened, 0, case.heads);
+                    prop_assert!(alike(&together, &scalar), "{level:?}, widened before: {widened}");
+                    for head in 0..case.heads {
+                        let alone = case.run(level, widened, head, 1);
+                        prop_assert!(alike(&alone, &scalar[head * latent..(head + 1) * latent]), "head {head} alone");
+                    }
                 }
             }
         }

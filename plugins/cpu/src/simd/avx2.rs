@@ -134,24 +134,29 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    fn sums(self, vectors: &[F; LANES]) -> F {
-        let mut out = [self.splat(0.0)[0]; 2];
-        for (out, v) in out.iter_mut().zip(vectors.as_chunks::<8>().0) {
-            // SAFETY: `self` proves that the CPU has the instructions.
-            unsafe {
-                // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once.
-                let mut eight = [*out; 8];
-                for (eight, v) in eight.iter_mut().zip(v) {
-                    *eight = _mm256_add_ps(v[0], v[1]);
-                }
-                let mut four = [*out; 4];
-                for (i, four) in four.iter_mut().enumerate() {
-                    let (a, b) = (eight[i], eight[i + 4]);
-                    *four = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
-                }
+    fn fold(self, v: &[F; 4]) -> F {
+        let mut out = v[0];
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            for (out, v) in out.iter_mut().zip(v.as_chunks::<2>().0) {
+                // Lane i + 8 to lane i, then i + 4 of two vectors at once.
+                let (a, b) = (_mm256_add_ps(v[0][0], v[0][1]), _mm256_add_ps(v[1][0], v[1][1]));
+                *out = _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn finish(self, folded: &[F; 4]) -> F {
+        let mut out = folded[0];
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            for (half, out) in out.iter_mut().enumerate() {
+                // Lane i + 2 to lane i, then i + 1.
                 let mut two = [*out; 2];
-                for (i, two) in two.iter_mut().enumerate() {
-                    let (a, b) = (_mm256_castps_pd(four[2 * i]), _mm256_castps_pd(four[2 * i + 1]));
+                for (two, pair) in two.iter_mut().zip(folded.as_chunks::<2>().0) {
+                    let (a, b) = (_mm256_castps_pd(pair[0][half]), _mm256_castps_pd(pair[1][half]));
                     *two = _mm256_add_ps(
                         _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)),
                         _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)),

@@ -102,6 +102,7 @@ impl Lanes for Avx512 {
             )))
         }
         fn round_f(v: __m512) -> __m512 { _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(v) }
+        fn largest(v: __m512) -> f32 { _mm512_reduce_max_ps(v) }
     }
 
     #[inline(always)]
@@ -119,30 +120,68 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn sums(self, vectors: &[__m512; LANES]) -> __m512 {
-        let mut eight = [self.splat(0.0); 8];
-        let mut four = [self.splat(0.0); 4];
-        let mut two = [self.splat(0.0); 2];
+    fn transpose(self, vectors: &[__m512; LANES]) -> [__m512; LANES] {
+        let (mut two, mut four) = ([self.splat(0.0); LANES], [self.splat(0.0); LANES]);
+        let (mut eight, mut all) = (two, two);
         // SAFETY: `self` proves that the CPU has the instructions.
         unsafe {
-            // Lane i + 8 to lane i, then i + 4, i + 2, i + 1, of more and more vectors at once: eight[i] has vectors i
-            // and i + 4 (i + 8 and i + 12 for i above 3), four[i] has i, i + 4, i + 8 and i + 12 in its 128-bit lanes.
-            for (i, eight) in eight.iter_mut().enumerate() {
-                let (a, b) = (vectors[i / 4 * 8 + i % 4], vectors[i / 4 * 8 + i % 4 + 4]);
-                *eight = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            // Of 2, 4, 8, then 16 vectors: two[2 i + b] has lanes 4 k + 2 b, 4 k + 2 b + 1 of vectors 2 i and 2 i + 1.
+            for i in 0..8 {
+                let (a, b) = (vectors[2 * i], vectors[2 * i + 1]);
+                two[2 * i] = _mm512_unpacklo_ps(a, b);
+                two[2 * i + 1] = _mm512_unpackhi_ps(a, b);
             }
-            for (i, four) in four.iter_mut().enumerate() {
-                let (a, b) = (eight[i], eight[i + 4]);
-                *four = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            // four[4 i + j] has lanes 4 k + j of vectors 4 i .. 4 i + 4, k by its 128-bit lanes.
+            for i in 0..4 {
+                for b in 0..2 {
+                    let (x, y) = (_mm512_castps_pd(two[4 * i + b]), _mm512_castps_pd(two[4 * i + 2 + b]));
+                    four[4 * i + 2 * b] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+                    four[4 * i + 2 * b + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+                }
             }
-            for (i, two) in two.iter_mut().enumerate() {
-                let (a, b) = (_mm512_castps_pd(four[2 * i]), _mm512_castps_pd(four[2 * i + 1]));
+            // 128-bit lanes k of four vectors become one: first lanes 0 and 2, or 1 and 3, of two.
+            for i in 0..2 {
+                for j in 0..4 {
+                    let (x, y) = (four[8 * i + j], four[8 * i + 4 + j]);
+                    eight[8 * i + j] = _mm512_shuffle_f32x4::<0x88>(x, y);
+                    eight[8 * i + 4 + j] = _mm512_shuffle_f32x4::<0xdd>(x, y);
+                }
+            }
+            for j in 0..8 {
+                let (x, y) = (eight[j], eight[8 + j]);
+                all[j] = _mm512_shuffle_f32x4::<0x88>(x, y);
+                all[8 + j] = _mm512_shuffle_f32x4::<0xdd>(x, y);
+            }
+        }
+        all
+    }
+
+    #[inline(always)]
+    fn fold(self, v: &[__m512; 4]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // Lane i + 8 to lane i of two vectors at once, then i + 4 of all: 128-bit lane j is what is left of v[j].
+            let a = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(v[0], v[1]), _mm512_shuffle_f32x4::<0xee>(v[0], v[1]));
+            let b = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(v[2], v[3]), _mm512_shuffle_f32x4::<0xee>(v[2], v[3]));
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b))
+        }
+    }
+
+    #[inline(always)]
+    fn finish(self, folded: &[__m512; 4]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // Lane i + 2 to lane i, then i + 1.
+            let mut two = [folded[0]; 2];
+            for (two, pair) in two.iter_mut().zip(folded.as_chunks::<2>().0) {
+                let (a, b) = (_mm512_castps_pd(pair[0]), _mm512_castps_pd(pair[1]));
                 *two = _mm512_add_ps(
                     _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
                     _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
                 );
             }
-            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(two[0], two[1]), _mm512_shuffle_ps::<0xdd>(two[0], two[1]))
+            let [a, b] = two;
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))
         }
     }
 }

@@ -86,22 +86,46 @@ pub(crate) trait Lanes: Copy {
     /// Rounded to integers, ties to even; for magnitudes below 2^22.
     fn round_f(self, v: Self::F) -> Self::F;
 
-    /// Lane i: [`Self::sum`] of vector i.
-    fn sums(self, vectors: &[Self::F; LANES]) -> Self::F;
+    /// The first half of [`Self::sums`] for four vectors, for [`Self::finish`].
+    fn fold(self, vectors: &[Self::F; 4]) -> Self::F;
+    /// The other half: lane 4 i + j is the sum of the i-th of the vectors that became `folded[j]`.
+    fn finish(self, folded: &[Self::F; 4]) -> Self::F;
 
-    /// The sum of the lanes in a fixed tree order: i + 8, i + 4, i + 2, i + 1.
+    /// Lane i: the sum of vector i, its lanes added as a tree: lane i + 8 to lane i, then i + 4, i + 2, i + 1.
     #[inline(always)]
-    fn sum(self, v: Self::F) -> f32 {
+    fn sums(self, vectors: &[Self::F; LANES]) -> Self::F {
+        let mut folded = [vectors[0]; 4];
+        for (j, folded) in folded.iter_mut().enumerate() {
+            *folded = self.fold(&[vectors[j], vectors[j + 4], vectors[j + 8], vectors[j + 12]]);
+        }
+        self.finish(&folded)
+    }
+
+    /// Vector i: lane i of all vectors.
+    #[inline(always)]
+    fn transpose(self, vectors: &[Self::F; LANES]) -> [Self::F; LANES] {
+        let (mut from, mut to) = ([[0.0; LANES]; LANES], [[0.0; LANES]; LANES]);
+        for (from, v) in from.iter_mut().zip(vectors) {
+            self.store(*v, from);
+        }
+        for (i, to) in to.iter_mut().enumerate() {
+            for (from, to) in from.iter().zip(to) {
+                *to = from[i];
+            }
+        }
+        let mut out = *vectors;
+        for (out, to) in out.iter_mut().zip(&to) {
+            *out = self.load(to);
+        }
+        out
+    }
+
+    /// The greatest of the lanes; of no use where a NaN may be.
+    #[inline(always)]
+    fn largest(self, v: Self::F) -> f32 {
         let mut lanes = [0.0; LANES];
         self.store(v, &mut lanes);
-        let mut width = LANES / 2;
-        while width > 0 {
-            for i in 0..width {
-                lanes[i] += lanes[i + width];
-            }
-            width /= 2;
-        }
-        lanes[0]
+        lanes.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 }
 

@@ -190,18 +190,24 @@ impl<P: Copy> Lanes for Neon<P> {
     }
 
     #[inline(always)]
-    fn sums(self, vectors: &[F; LANES]) -> F {
-        let mut out = self.splat(0.0);
-        for (out, vectors) in out.iter_mut().zip(vectors.as_chunks::<4>().0) {
-            let mut four = self.splat(0.0);
+    fn fold(self, v: &[F; 4]) -> F {
+        let mut out = v[0];
+        for (out, v) in out.iter_mut().zip(v) {
             // SAFETY: NEON is part of the target.
-            unsafe {
-                // Lane i + 8 to lane i, then i + 4, of each; then i + 2 of two vectors and i + 1 of four at once.
-                for (four, v) in four.iter_mut().zip(vectors) {
-                    *four = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
-                }
-                *out = vpaddq_f32(halves(four[0], four[1]), halves(four[2], four[3]));
-            }
+            // Lane i + 8 to lane i, then i + 4.
+            *out = unsafe { vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3])) };
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn finish(self, folded: &[F; 4]) -> F {
+        let mut out = folded[0];
+        for (i, out) in out.iter_mut().enumerate() {
+            let [a, b, c, d] = *folded;
+            // SAFETY: NEON is part of the target.
+            // Lane i + 2 to lane i of two vectors at once, then i + 1 of four.
+            *out = unsafe { vpaddq_f32(halves(a[i], b[i]), halves(c[i], d[i])) };
         }
         out
     }

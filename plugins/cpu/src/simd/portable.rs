@@ -80,8 +80,18 @@ impl Lanes for Portable {
         zip(a, b, |a, b| if a > b { a } else { b })
     }
     #[inline(always)]
-    fn sums(self, vectors: &[F; LANES]) -> F {
-        vectors.map(|v| self.sum(v))
+    fn fold(self, vectors: &[F; 4]) -> F {
+        std::array::from_fn(|i| {
+            let (v, i) = (&vectors[i / 4], i % 4);
+            (v[i] + v[i + 8]) + (v[i + 4] + v[i + 12])
+        })
+    }
+    #[inline(always)]
+    fn finish(self, folded: &[F; 4]) -> F {
+        std::array::from_fn(|i| {
+            let four = &folded[i % 4][i / 4 * 4..];
+            (four[0] + four[2]) + (four[1] + four[3])
+        })
     }
 
     #[inline(always)]

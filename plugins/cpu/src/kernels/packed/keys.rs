@@ -1,4 +1,4 @@
-//! How well do index keys match a query? 16 keys of a pool's tile (see `crate::keys`) against all heads.
+//! How well do index keys match a query? Tiles of 16 keys of the pool (see `crate::keys`) against all heads.
 
 use super::{Sums, TILE_ROWS};
 use crate::kernels::activations::{BLOCK, Block};
@@ -8,27 +8,44 @@ use crate::simd::{Products, on_level};
 /// Bytes of 16 blocks of keys: codes, signed, then scales.
 const TILE_BLOCK_BYTES: usize = TILE_ROWS * (BLOCK + 2);
 
-/// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys. `x` holds the heads' queries in 16 bits, a
-/// number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for `ahead` meanwhile.
-pub(crate) fn score_keys(level: Level, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+/// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys of each tile. `x` holds the heads' queries in
+/// 16 bits, a number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for as many tiles
+/// `ahead` meanwhile.
+pub(crate) fn score_keys(level: Level, tiles: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut [Sums]) {
     match w.len() {
-        1 => score_heads::<1>(level, tile, ahead, x, w, scores),
-        2 => score_heads::<2>(level, tile, ahead, x, w, scores),
-        4 if const { super::is_compiled(4, 2) } => score_heads::<4>(level, tile, ahead, x, w, scores),
-        8 if const { super::is_compiled(8, 2) } => score_heads::<8>(level, tile, ahead, x, w, scores),
+        1 => score_heads::<1>(level, tiles, ahead, x, w, scores),
+        2 => score_heads::<2>(level, tiles, ahead, x, w, scores),
+        4 if const { super::is_compiled(4, 2) } => score_heads::<4>(level, tiles, ahead, x, w, scores),
+        8 if const { super::is_compiled(8, 2) } => score_heads::<8>(level, tiles, ahead, x, w, scores),
         n => unreachable!("{n} heads: tokens_at_once was asked"),
     }
 }
 
 on_level! {
-    fn score_heads<const N: usize>(tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) = score_body
+    fn score_heads<const N: usize>(tiles: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut [Sums]) = score_body
 }
 
 #[inline(always)]
-fn score_body<L: Products, const N: usize>(l: L, tile: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
-    for line in ahead.chunks(64) {
-        l.prefetch(&line[0]);
+fn score_body<L: Products, const N: usize>(
+    l: L,
+    tiles: &[u8],
+    ahead: &[u8],
+    x: &[Block],
+    w: &[f32],
+    scores: &mut [Sums],
+) {
+    let tile_bytes = x.len() / N * TILE_BLOCK_BYTES;
+    let mut ahead = ahead.chunks(tile_bytes);
+    for (tile, scores) in tiles.chunks_exact(tile_bytes).zip(scores) {
+        for line in ahead.next().unwrap_or_default().chunks(64) {
+            l.prefetch(&line[0]);
+        }
+        score_tile::<L, N>(l, tile, x, w, scores);
     }
+}
+
+#[inline(always)]
+fn score_tile<L: Products, const N: usize>(l: L, tile: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
     let mut totals = [l.splat(0.0); N];
     for (block, x) in tile.as_chunks::<TILE_BLOCK_BYTES>().0.iter().zip(x.as_chunks::<N>().0) {
         let (codes, scales) = block.split_at(TILE_ROWS * BLOCK);
