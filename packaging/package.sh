@@ -10,7 +10,7 @@ into=$(realpath -m "${INTO:-target}")
 built=${BUILT:-$(sh packaging/release.sh "$arch" | tail -n 1)}
 work=target/package glibc=$(cat packaging/glibc)
 command -v cargo-deb >/dev/null || cargo install --quiet --locked cargo-deb --version 3.8.0
-command -v rpmbuild >/dev/null || sh packaging/needs.sh package
+sh packaging/needs.sh package
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y Cargo.toml)}
 export SOURCE_DATE_EPOCH
 umask 022

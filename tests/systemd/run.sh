@@ -3,6 +3,7 @@
 # SUITE (default: trixie; bookworm and bullseye have older systemds), boots it with systemd as PID 1, and runs check.py in
 # it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
+# Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -14,7 +15,7 @@ bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
 packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3-minimal
 # Most seconds for the boot, and for all checks.
 BOOT_S=60
-CHECKS_S=300
+CHECKS_S=${CHECKS_S:-420}
 
 skip() {
   echo "skipped: $*" >&2
@@ -80,7 +81,7 @@ case "${state:-none}" in
   *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
 esac
 status=0
-timeout "$CHECKS_S" nsenter -t "$leader" -a python3 -B /opt/checks/check.py || status=$?
+timeout "$CHECKS_S" nsenter -t "$leader" -a python3 -B /opt/checks/check.py "$@" || status=$?
 if [ "$status" != 0 ]; then
   inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
   echo "the journal is in $work/journal.log" >&2
