@@ -1,6 +1,6 @@
 """How do the checks drive the box? systemctl as root, curl over the socket as a user of the box, files of /etc.
 
-Only what Debian's python3-minimal has. Waiting is asking again until a deadline.
+Only what Python's own library has. Waiting is asking again until a deadline.
 """
 
 import json

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 
+import reduced
 from box import (
     answer, ask, called, curl, events, heard, is_active, journal, pid, restart, run, served, shown, systemd_version,
     text_of, until, until_ready,
@@ -382,6 +383,7 @@ CHECKS = [
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,
     the_tcp_socket_is_opt_in_and_asks_for_a_key,
     a_user_has_a_service_of_his_own,
+    *reduced.CHECKS,
     an_upgrade_in_the_middle_of_an_answer_does_not_lose_it,
     nothing_was_killed_for_a_system_call,
     removing_leaves_conversations_and_settings_and_purging_leaves_nothing,
@@ -400,7 +402,7 @@ def main():
             print(f"ok {claim} ({time.monotonic() - began:.1f} s)", flush=True)
         except Exception as error:
             failed += 1
-            print(f"not ok {claim}: {type(error).__name__}: {error}"[:1000], flush=True)
+            print(f"not ok {claim}: {type(error).__name__}: {error}"[:4000], flush=True)
     sys.exit(1 if failed else 0)
 
 

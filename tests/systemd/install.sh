@@ -14,4 +14,4 @@ rm "$root/usr/sbin/policy-rc.d"
 chroot "$root" useradd -G sparsed alice
 chroot "$root" useradd -G sparsed bob
 chroot "$root" useradd --create-home mallory
-install -D -m 0644 -t "$root/opt/checks" tests/systemd/box.py tests/systemd/check.py
+install -D -m 0644 -t "$root/opt/checks" tests/systemd/*.py

@@ -12,7 +12,7 @@ debs=$(realpath -m "${DEBS:-target/debian}")
 work=$(realpath -m target/systemd)
 suite=${SUITE:-trixie}
 bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
-packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3-minimal
+packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3
 # Most seconds for the boot, and for all checks.
 BOOT_S=60
 CHECKS_S=${CHECKS_S:-420}
