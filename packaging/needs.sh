@@ -1,6 +1,6 @@
 #!/bin/sh
-# What the build (and with the argument `test` the tests, with `package` the packages) need from the system. Root gets it installed by apt; anybody
-# else is told the one line that does, and the exit status is 2.
+# What the build (and with the argument `test` the tests, with `package` the packages) need from the system. Root gets
+# it installed by apt; anybody else is told the one line that does, and the exit status is 2.
 set -eu
 missing=
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }

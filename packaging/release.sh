@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds what the packages ship, for boxes as they are: linked by zig, which knows the symbols of every C library, against
-# the version in packaging/glibc; packaging/symbols.sh checks what came of it. For this machine only the linking differs
+# Builds what the packages ship, for boxes as they are: linked by zig, which knows the symbols of every C library,
+# against the version in packaging/glibc; packaging/symbols.sh checks what came of it. For this machine only the linking differs
 # from `make build`, whose crates are used: what is shipped is what was tested.
 # Usage: release.sh [ARCH [CARGO_COMMAND...]]: x86_64 or aarch64, this machine's without it; for another machine's also
 # something else than to build the daemon and its plugin. The last line of the output is the folder of what is built.
@@ -20,7 +20,8 @@ fi
 linker=$zig/$arch-cc
 cat >"$linker.new" <<SH
 #!/bin/sh
-CARGO_ZIGBUILD_ZIG_PATH=$zig/ziglang/zig exec $zig/bin/cargo-zigbuild zig cc -- -g -target $arch-linux-gnu.$(cat packaging/glibc) "\$@"
+CARGO_ZIGBUILD_ZIG_PATH=$zig/ziglang/zig \
+  exec $zig/bin/cargo-zigbuild zig cc -- -g -target $arch-linux-gnu.$(cat packaging/glibc) "\$@"
 SH
 chmod 0755 "$linker.new"
 mv "$linker.new" "$linker"

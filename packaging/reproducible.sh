@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Are the packages the same bytes when they are made again? From the same executables, and with LONG=1 from those of a
-# second build from nothing in another folder, at the same path of the sources: where these lie stays in the executables.
+# second build from nothing in another folder, at the same path of the sources, which stays in the executables.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 again=$PWD/target/again

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Do the FILEs run with the C library of packaging/glibc? Fails where one wants a later version of a symbol, a library that
-# is no part of the C library, or has a memcpy of its own: the C library's is made for the processor that it finds.
+# Do the FILEs run with the C library of packaging/glibc? Fails where one wants a later version of a symbol, a library
+# that is no part of the C library, or has a memcpy of its own: the C library's is made for the processor that it finds.
 # Usage: symbols.sh FILE...
 set -eu
 limit=$(cat "$(dirname "$0")/glibc")

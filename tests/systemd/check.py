@@ -103,7 +103,8 @@ def with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enou
         with open(path) as file:
             drop_in = file.read()
         for line in drop_in.splitlines():
-            for group in line.removeprefix("SupplementaryGroups=").split() if line.startswith("SupplementaryGroups=") else []:
+            key, _, groups = line.partition("=")
+            for group in groups.split() if key == "SupplementaryGroups" else []:
                 run("groupadd", "--force", group)
         restart(drop_in=drop_in)
         is_confined(EXPOSURE_TENTHS_ACCELERATOR)

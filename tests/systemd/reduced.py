@@ -1,4 +1,4 @@
-"""Does sparsed serve where something that it can do without is missing? Each time it starts, says what is reduced, and answers.
+"""Does sparsed serve where something is missing? Each time it starts, says what is reduced, and answers.
 
 What is missing is taken away by a drop-in of the service; the journal's words are of the daemon that has started then.
 """
@@ -28,7 +28,8 @@ def without_stall_information_and_control_groups_it_looks_at_memory_by_itself():
 
 def without_io_uring_slow_rows_are_read_by_threads():
     # So little memory that there is a slow tier.
-    small = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n[limits]\nmax_running = 4\nmax_batched_tokens = 64\n'
+    small = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n'
+    small += "[limits]\nmax_running = 4\nmax_batched_tokens = 64\n"
     is_served_without("io_uring", "io_uring cannot be used", MISSING_CALL.format("io_uring_setup"), small)
 
 
