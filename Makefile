@@ -53,7 +53,7 @@ test: testneeds models testplugins .venv/python/openai ## all tests
 e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
-systemd: package ## the service under a systemd of its own, in a Debian tree (root; says so where it cannot)
+systemd: package ## the service under a systemd of its own, in a tree of Debian SUITE (root; says so where it cannot)
 	bash tests/systemd/run.sh
 
 lint: ## format and clippy
@@ -84,10 +84,13 @@ asan: build ## the CPU plugin, built with AddressSanitizer, against the contract
 sim: ## the simulations of power cuts and of whole daemons, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture
 
-package: models ## the Debian packages, in target/debian
+package: models ## the packages for this machine's kind, in target/debian and target/rpm
 	bash packaging/package.sh
 
-aarch64: models ## builds for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
+reproducible: models ## whether the packages are the same bytes when they are made twice; with LONG=1 from two builds
+	bash packaging/reproducible.sh
+
+aarch64: models ## builds and packs for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
 	sh packaging/aarch64.sh
 
-.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz asan sim conform package aarch64
+.PHONY: help needs testneeds testplugins build models chat test e2e systemd lint bench fuzz asan sim conform package reproducible aarch64

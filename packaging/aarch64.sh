@@ -1,11 +1,9 @@
 #!/bin/sh
-# Builds the daemon and the CPU plugin for aarch64 and tries them under qemu as three CPUs, each with the level that it
-# must find: the plugin's tests, the conformance kit, one chat with the default model. Root has what is missing
-# installed by apt. Needs models/ (make models). Emulation says whether answers are right, nothing about speed.
-# Usage: aarch64.sh [build|try]: without an argument both.
+# Builds the daemon and the CPU plugin for aarch64, tries them under qemu as three CPUs, each with the level that it must
+# find (the plugin's tests, the conformance kit, one chat with the default model), and packs them. Root has what is
+# missing installed by apt. Needs models/ (make models). Emulation says whether answers are right, nothing about speed.
+# Usage: aarch64.sh [build|try|package]: without an argument all.
 set -eu
-target=aarch64-unknown-linux-gnu
-root=$PWD/target/aarch64
 model=models/smollm2-135m-dsa.gguf
 
 needs() {
@@ -22,38 +20,10 @@ needs() {
   DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $missing >&2
 }
 
-# A compiler with a standard library for aarch64: the installed one if rustup has the target, else Debian's packages,
-# unpacked into target/ and not installed. Its version differs from the installed cargo's, which does not matter.
-compiler() {
-  [ ! -d "$(rustc --print sysroot)/lib/rustlib/$target" ] || return 0
-  RUSTC=$root/rust/rustc
-  export RUSTC
-  [ ! -x "$RUSTC" ] || return 0
-  mkdir -p "$root/lists/partial" "$root/debs" "$root/rust"
-  set -- -o "Dir::State::Lists=$root/lists" -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache= \
-    -o APT::Architectures::=amd64 -o APT::Architectures::=arm64
-  apt-get "$@" update -q >&2
-  depends() { apt-cache "$@" | sed -n "s/^ *Depends: \($wanted\)$/\1/p" | head -n 1; }
-  wanted='libstd-rust-web-[0-9.]*'
-  std=$(depends "$@" depends libstd-rust-web-dev)
-  wanted='libllvm[0-9]*'
-  llvm=$(depends "$@" depends "$std")
-  (cd "$root/debs" && rm -f ./*.deb && apt-get "$@" download \
-    rustc-web "$std" "$llvm" libstd-rust-web-dev libstd-rust-web-dev:arm64 >&2)
-  for deb in "$root"/debs/*.deb; do dpkg -x "$deb" "$root/rust"; done
-  cat >"$RUSTC" <<SH
-#!/bin/sh
-LD_LIBRARY_PATH=$root/rust/usr/lib/x86_64-linux-gnu exec $root/rust/usr/bin/rustc "\$@"
-SH
-  chmod +x "$RUSTC"
-  "$RUSTC" --version >&2
-}
-
 build() {
   needs
-  compiler
-  cargo build --release --locked -p sparsed -p sparsed-plugin-cpu
-  cargo test --release --locked -p sparsed-plugin-cpu --no-run
+  sh packaging/release.sh aarch64
+  sh packaging/release.sh aarch64 test -p sparsed-plugin-cpu --no-run
   ARCH=aarch64 sh packaging/stage-plugin.sh cpu "$bin/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in \
     "$bin/plugins"
 }
@@ -75,7 +45,7 @@ inside() {
     QEMU_CPU=${cpu%:*} SPARSED_TEST_LEVEL=${cpu#*:}
     export QEMU_CPU SPARSED_TEST_LEVEL
     echo "== $QEMU_CPU: level $SPARSED_TEST_LEVEL"
-    cargo test --release --locked -p sparsed-plugin-cpu
+    sh packaging/release.sh aarch64 test -p sparsed-plugin-cpu
     "$bin/sparsectl" conform --deadline 900 "$bin/plugins/cpu"
     said=$(BIN=$bin sh packaging/chat.sh "$model" "What is the capital of France?")
     echo "$said"
@@ -83,21 +53,31 @@ inside() {
   done
 }
 
-bin=$root/$target/release
-export CARGO_TARGET_DIR="$root" CARGO_BUILD_TARGET=$target
-export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc CXX_aarch64_unknown_linux_gnu=aarch64-linux-gnu-g++
-case ${1:-both} in
+# The packages, and whether the executables in them start.
+package() {
+  needs
+  BUILT=$bin bash packaging/package.sh aarch64
+  for deb in target/debian/*_arm64.deb; do lintian --allow-root --fail-on error,warning "$deb"; done
+  rm -rf target/aarch64/unpacked
+  dpkg-deb --extract target/debian/sparsed_*_arm64.deb target/aarch64/unpacked
+  for name in sparsed sparsectl; do
+    QEMU_CPU=cortex-a57 qemu-aarch64-static -L /usr/aarch64-linux-gnu target/aarch64/unpacked/usr/bin/$name --version
+  done
+}
+
+bin=$PWD/target/aarch64/aarch64-unknown-linux-gnu/release
+case ${1:-all} in
   build) build ;;
   try)
     needs
-    compiler
     exec unshare --user --map-root-user --mount sh "$0" inside
     ;;
   inside) inside ;;
-  both)
+  package) package ;;
+  all)
     sh "$0" build
     sh "$0" try
+    sh "$0" package
     ;;
-  *) echo "usage: aarch64.sh [build|try]" >&2; exit 2 ;;
+  *) echo "usage: aarch64.sh [build|try|package]" >&2; exit 2 ;;
 esac

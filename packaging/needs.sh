@@ -1,6 +1,6 @@
 #!/bin/sh
-# What the build (and with the argument `test`, the tests) need from the system. Root gets it installed by apt; anybody
-# else is told the one line that does, and the exit status is 2.
+# What the build (and with the argument `test` the tests, with `package` the packages) need from the system. Root gets
+# it installed by apt; anybody else is told the one line that does, and the exit status is 2.
 set -eu
 missing=
 need() { command -v "$1" >/dev/null 2>&1 || missing="$missing $2"; }
@@ -17,6 +17,10 @@ if [ "${1:-build}" = test ]; then
   need mosquitto_rr mosquitto-clients
   need openssl openssl
   [ -x /usr/sbin/mosquitto ] || need mosquitto mosquitto
+fi
+if [ "${1:-build}" = package ]; then
+  need rpmbuild rpm
+  need objdump binutils
 fi
 # A C compiler without the C library's headers links nothing.
 echo 'int main(void) { return 0; }' | cc -x c - -o /dev/null 2>/dev/null || missing="$missing libc6-dev"

@@ -1,22 +1,58 @@
 #!/usr/bin/env bash
-# Makes the Debian packages of what is built in target/release, in target/debian. The same release is the same bytes: all
-# times are the last commit's.
+# Makes the packages: Debian's in target/debian, and of what is in them RPM's in target/rpm. The same release is the same
+# bytes: all times are the last commit's.
+# Usage: package.sh [ARCH]: x86_64 or aarch64, this machine's without it. BUILT: a folder with what release.sh has built,
+# instead of building it. INTO: instead of target.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+arch=${1:-$(uname -m)}
+into=$(realpath -m "${INTO:-target}")
+built=${BUILT:-$(sh packaging/release.sh "$arch" | tail -n 1)}
+work=target/package glibc=$(cat packaging/glibc)
 command -v cargo-deb >/dev/null || cargo install --quiet --locked cargo-deb --version 3.8.0
-built=target/release work=target/package
-rm -rf "$work"
-mkdir -p "$work/bin" "$work/plugins"
+sh packaging/needs.sh package
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y Cargo.toml)}
 export SOURCE_DATE_EPOCH
-# Without line tables, which are most of a file; the names of functions stay for whoever reads a crash.
-for name in sparsed sparsectl; do strip --strip-debug "$built/$name" -o "$work/bin/$name"; done
-strip --strip-debug "$built/libsparsed_plugin_cpu.so" -o "$work/libsparsed_plugin_cpu.so"
-sh packaging/stage-plugin.sh cpu "$work/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$work/plugins"
-"$built/sparsectl" generate "$work"
-find "$work" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
-mkdir -p target/debian
-for variant in "" model dev; do
-  cargo deb --quiet --package sparsed --no-build --no-strip --locked --output target/debian/ ${variant:+--variant "$variant"}
-done
-ls -l target/debian/*.deb
+umask 022
+
+stage() {
+  local strip run=
+  strip=$(command -v "$arch-linux-gnu-strip" || command -v strip)
+  [ "$arch" = "$(uname -m)" ] || run="qemu-$arch-static -L /usr/$arch-linux-gnu"
+  rm -rf "$work"
+  mkdir -p "$work/bin" "$work/plugins"
+  # Without line tables, which are most of a file; the names of functions stay for whoever reads a crash.
+  for name in sparsed sparsectl; do "$strip" --strip-debug "$built/$name" -o "$work/bin/$name"; done
+  "$strip" --strip-debug "$built/libsparsed_plugin_cpu.so" -o "$work/libsparsed_plugin_cpu.so"
+  sh packaging/symbols.sh "$work"/bin/* "$work"/*.so
+  ARCH=$arch sh packaging/stage-plugin.sh cpu "$work/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$work/plugins"
+  $run "$built/sparsectl" generate "$work"
+  find "$work" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
+}
+
+debian() {
+  local deb
+  mkdir -p "$into/debian"
+  for variant in "" model dev; do
+    deb=$(cargo deb --quiet --package sparsed --target "$arch-unknown-linux-gnu" --no-build --no-strip --locked \
+      --output "$into/debian/" ${variant:+--variant "$variant"})
+    if [ -z "$variant" ] && ! dpkg-deb --field "$deb" Depends | grep -qF "libc6 (>= $glibc)"; then
+      echo "$deb: depends on another C library than $glibc" >&2
+      exit 1
+    fi
+    unpacked=$work/rpm/$(basename "$deb" | cut -d _ -f 1)
+    mkdir -p "$unpacked"
+    dpkg-deb --extract "$deb" "$unpacked"
+  done
+}
+
+rpm() {
+  rpmbuild --quiet -bb packaging/sparsed.spec --target "$arch" --define "_topdir $PWD/$work/rpmbuild" \
+    --define "_rpmdir $into/rpm" --define "tree $PWD/$work/rpm" --define "glibc $glibc" \
+    --define "version_of_sparsed $(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)"
+}
+
+stage
+debian
+rpm
+ls -l "$into"/debian/*.deb "$into"/rpm/"$arch"/*.rpm

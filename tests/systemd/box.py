@@ -1,6 +1,6 @@
 """How do the checks drive the box? systemctl as root, curl over the socket as a user of the box, files of /etc.
 
-Only what Debian's python3-minimal has. Waiting is asking again until a deadline.
+Only what Python's own library has. Waiting is asking again until a deadline.
 """
 
 import json
@@ -40,11 +40,11 @@ def called(user, *arguments, check=True):
     return run("setpriv", "--reuid", user, "--regid", user, "--init-groups", "busctl", "--system", *arguments, check=check)
 
 
-def curl(user, path, body=None, method=None):
-    """The process of a request."""
+def curl(user, path, body=None, method=None, door=("--unix-socket", SOCKET, "http://localhost")):
+    """The process of a request. The door is what curl wants to hear of it; the address without the path comes last."""
     command = ["setpriv", "--reuid", user, "--regid", user, "--init-groups"]
-    command += ["curl", "-sSN", "--max-time", str(PATIENCE)]
-    command += ["--unix-socket", SOCKET, "-w", "\n%{http_code}", "http://localhost" + path]
+    command += ["curl", "-sSN", "--max-time", str(PATIENCE), "-w", "\n%{http_code}"]
+    command += [*door[:-1], door[-1] + path]
     if method:
         command += ["-X", method]
     if body is not None:
@@ -59,15 +59,15 @@ def answer(process):
     return (int(status), text) if process.returncode == 0 else (0, complaint)
 
 
-def ask(user, path, body=None, method=None):
+def ask(user, path, body=None, method=None, **door):
     """Status and JSON of an answer."""
-    status, text = answer(curl(user, path, body, method))
+    status, text = answer(curl(user, path, body, method, **door))
     return status, json.loads(text) if status else text
 
 
-def served(user, path, body=None, method=None):
+def served(user, path, body=None, method=None, **door):
     """The JSON of an answer that must be a success."""
-    status, value = ask(user, path, body, method)
+    status, value = ask(user, path, body, method, **door)
     assert status in (200, 201), f"{path}: {status} {value}"
     return value
 
@@ -97,6 +97,10 @@ def text_of(completion):
 def shown(prop, unit="sparsed.service"):
     """A property of a unit."""
     return run("systemctl", "show", "--value", "-p", prop, unit)
+
+
+def systemd_version():
+    return int(run("systemctl", "--version").split()[1])
 
 
 def pid():

@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Does sparsed serve as a service of systemd? Installs the packages in DEBS (default: target/debian) in a Debian tree,
-# boots it with systemd as PID 1, and runs check.py in it: one line "ok" or "not ok" for each claim.
+# Does sparsed serve as a service of systemd? Installs the packages in DEBS (default: target/debian) in a tree of Debian
+# SUITE (default: trixie; bookworm and bullseye have older systemds), boots it with systemd as PID 1, and runs check.py in
+# it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
+# Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
 debs=$(realpath -m "${DEBS:-target/debian}")
 work=$(realpath -m target/systemd)
-bare=$work/trixie tree=$work/tree name=sparsed-check-$$
+suite=${SUITE:-trixie}
+bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
+packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3
 # Most seconds for the boot, and for all checks.
 BOOT_S=60
-CHECKS_S=300
+CHECKS_S=${CHECKS_S:-420}
 
 skip() {
   echo "skipped: $*" >&2
@@ -28,12 +32,12 @@ unshare -m true 2>/dev/null || skip "no mount namespaces here"
 ls "$debs"/sparsed_*.deb "$debs"/sparsed-model-*.deb >/dev/null || { echo "missing: packages; make package builds them" >&2; exit 1; }
 
 mkdir -p "$work"
-if [ ! -e "$bare" ]; then
-  rm -rf "$bare.new"
-  packages=systemd,systemd-sysv,dbus,curl,python3-minimal
-  mmdebstrap --quiet --variant=minbase --include="$packages" trixie "$bare.new" >&2 ||
+if [ "$(cat "$bare.packages" 2>/dev/null)" != "$packages" ]; then
+  rm -rf "$bare.new" "$bare"
+  mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$bare.new" >&2 ||
     skip "mmdebstrap makes no tree (no network?)"
   mv "$bare.new" "$bare"
+  echo "$packages" >"$bare.packages"
 fi
 leader=
 inside() { nsenter -t "$leader" -a "$@"; }
@@ -77,7 +81,7 @@ case "${state:-none}" in
   *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
 esac
 status=0
-timeout "$CHECKS_S" nsenter -t "$leader" -a python3 -B /opt/checks/check.py || status=$?
+timeout "$CHECKS_S" nsenter -t "$leader" -a python3 -B /opt/checks/check.py "$@" || status=$?
 if [ "$status" != 0 ]; then
   inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
   echo "the journal is in $work/journal.log" >&2

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Are the packages the same bytes when they are made again? From the same executables, and with LONG=1 from those of a
+# second build from nothing in another folder, at the same path of the sources, which stays in the executables.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+again=$PWD/target/again
+rm -rf "$again/debian" "$again/rpm"
+if [ -n "${LONG:-}" ]; then
+  built=$(CARGO_TARGET_DIR=$again sh packaging/release.sh | tail -n 1)
+else
+  built=$(sh packaging/release.sh | tail -n 1)
+fi
+BUILT=$built INTO=$again bash packaging/package.sh >/dev/null
+differ=0
+for package in target/debian/*_"$(dpkg --print-architecture)".deb target/rpm/"$(uname -m)"/*.rpm; do
+  if cmp "$package" "$again/${package#target/}"; then
+    echo "the same: $(basename "$package")"
+  else
+    differ=1
+  fi
+done
+exit "$differ"

@@ -1,0 +1,61 @@
+"""Does sparsed serve where something is missing? Each time it starts, says what is reduced, and answers.
+
+What is missing is taken away by a drop-in of the service; the journal's words are of the daemon that has started then.
+"""
+
+from box import restart, run, served, shown, text_of
+
+CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+PARIS = "The capital of France is Paris."
+# Calls that are refused look as on a kernel that does not have them.
+MISSING_CALL = "[Service]\nSystemCallErrorNumber=ENOSYS\nSystemCallFilter=~{}\n"
+
+
+def is_served_without(what, says, drop_in="", config=""):
+    """Starts it so, and looks for the words."""
+    restart(config=config, drop_in=drop_in)
+    session = served("alice", "/v1/sessions", {})["id"]
+    said = text_of(served("alice", "/v1/chat/completions", CAPITAL | {"session_id": session}))
+    assert said == PARIS, f"without {what}: {said}"
+    lines = run("journalctl", "--no-pager", "-o", "verbose", f"_SYSTEMD_INVOCATION_ID={shown('InvocationID')}")
+    assert says in lines, f"without {what} nothing says {says!r}: {lines[-3000:]}"
+
+
+def without_stall_information_and_control_groups_it_looks_at_memory_by_itself():
+    hidden = "[Service]\nMemoryPressureWatch=skip\nInaccessiblePaths=-/proc/pressure -/sys/fs/cgroup\n"
+    is_served_without("PSI and cgroups", "the system tells of no stalls", hidden)
+
+
+def without_io_uring_slow_rows_are_read_by_threads():
+    # So little memory that there is a slow tier.
+    small = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n'
+    small += "[limits]\nmax_running = 4\nmax_batched_tokens = 64\n"
+    is_served_without("io_uring", "io_uring cannot be used", MISSING_CALL.format("io_uring_setup"), small)
+
+
+def without_landlock_a_plugins_process_is_confined_less_and_says_so():
+    config = '[engine]\nisolation = "process"\n'
+    is_served_without("Landlock", "no Landlock", MISSING_CALL.format("landlock_create_ruleset"), config)
+
+
+def without_a_bus_it_serves_the_socket_and_tries_again():
+    is_served_without("D-Bus", "not on D-Bus", "[Service]\nInaccessiblePaths=-/run/dbus\n")
+
+
+def without_a_network_and_a_broker_it_serves_the_socket():
+    is_served_without("MQTT's broker", "no connection to the MQTT broker", config='[mqtt]\nbroker = "mqtt://localhost"\n')
+
+
+def on_a_root_of_which_only_the_state_folder_can_be_written_it_serves():
+    read_only = "[Service]\nPrivateTmp=no\nReadOnlyPaths=/\nReadWritePaths=/var/lib/sparsed\n"
+    is_served_without("a writable root", "listening", read_only)
+
+
+CHECKS = [
+    without_stall_information_and_control_groups_it_looks_at_memory_by_itself,
+    without_io_uring_slow_rows_are_read_by_threads,
+    without_landlock_a_plugins_process_is_confined_less_and_says_so,
+    without_a_bus_it_serves_the_socket_and_tries_again,
+    without_a_network_and_a_broker_it_serves_the_socket,
+    on_a_root_of_which_only_the_state_folder_can_be_written_it_serves,
+]
