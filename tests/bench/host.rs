@@ -4,19 +4,19 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a measurement")]
 
 use rustix::process::{Pid, Signal, kill_process};
-use sparsed_backend::{Backend, HostOptions, OpenOptions, Plugin, SearchPath};
+use sparsed_backend::{Backend, Found, HostOptions, OpenOptions, Plugin, SearchPath};
 use sparsed_engine::{DeviceModel, LoadOptions, Rows, SoleSequence};
 use sparsed_kv::blocks_for;
 use sparsed_model::{Model, ProgramOptions};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Steps of one side before the other's turn.
-const TURN: usize = 20;
+const TURN: usize = 200;
 /// Turns of each side.
-const TURNS: usize = 20;
+const TURNS: usize = 6;
 /// Tokens in the cache.
 const DEPTH: u32 = 32;
 /// Starts and ends that are timed.
@@ -28,6 +28,8 @@ fn main() {
     println!("start, load, negotiate, open, close: {}", quantiles(&mut starts));
     let mut starts: Vec<Duration> = (0..STARTS).map(|_| timed(|| drop(open(false)))).collect();
     println!("the same in the process: {}", quantiles(&mut starts));
+    let mut sums: Vec<Duration> = (0..STARTS).map(|_| timed(|| found().verify().unwrap())).collect();
+    println!("of it the manifest, the ELF headers and sha256: {}", quantiles(&mut sums));
     for model in std::env::args().skip(1) {
         let model = Model::open(Path::new(&model)).unwrap();
         overhead(&model);
@@ -36,14 +38,19 @@ fn main() {
     }
 }
 
+fn release() -> PathBuf {
+    sparsed_tests::root().join("target/release")
+}
+
+fn found() -> Found {
+    SearchPath::only(vec![release().join("plugins")]).scan().select(Some("cpu")).unwrap().clone()
+}
+
 fn open(isolated: bool) -> (Arc<Plugin>, Backend) {
-    let release = sparsed_tests::root().join("target/release");
-    let scan = SearchPath::only(vec![release.join("plugins")]).scan();
-    let found = scan.select(Some("cpu")).unwrap();
-    let options = HostOptions { program: release.join("sparsed"), ..HostOptions::default() };
+    let options = HostOptions { program: release().join("sparsed"), ..HostOptions::default() };
     let plugin = match isolated {
-        true => Plugin::load_isolated(found, &BTreeMap::new(), &options).unwrap(),
-        false => Plugin::load(found, &BTreeMap::new()).unwrap(),
+        true => Plugin::load_isolated(&found(), &BTreeMap::new(), &options).unwrap(),
+        false => Plugin::load(&found(), &BTreeMap::new()).unwrap(),
     };
     // One thread: on a busy machine several would wait for each other, not for the host.
     let backend = Backend::open(&plugin, 0, &OpenOptions { n_threads: 1, ..OpenOptions::default() }).unwrap();

@@ -40,12 +40,15 @@ static void ring(bell *b, unsigned count, int is_futex) {
   else if (write(b->eventfd, &one, sizeof one) < 0) abort();
 }
 
-/* Looks for `spin_us` before it sleeps. */
-static void await(bell *b, unsigned old, int is_futex, double spin_us) {
+/* Looks for `spin_us` before it sleeps; between looks it may offer its processor to others. */
+static void await(bell *b, unsigned old, int is_futex, double spin_us, int yields) {
   double began = now_us();
   for (;;) {
     if (atomic_load_explicit(&b->count, memory_order_acquire) != old) return;
-    if (now_us() - began < spin_us) continue;
+    if (now_us() - began < spin_us) {
+      if (yields) sched_yield();
+      continue;
+    }
     struct pollfd rung = {.fd = b->eventfd, .events = POLLIN};
     uint64_t read_away;
     if (is_futex) syscall(SYS_futex, &b->count, FUTEX_WAIT, old, NULL, NULL, 0);
@@ -65,7 +68,7 @@ static int by_size(const void *a, const void *b) {
   return (x > y) - (x < y);
 }
 
-static void measure(int is_futex, double spin_us, int is_pinned) {
+static void measure(int is_futex, double spin_us, int yields, int is_pinned) {
   bell *bells = mmap(NULL, 2 * sizeof *bells, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   static double took[ROUNDS];
   if (bells == MAP_FAILED) abort();
@@ -74,22 +77,24 @@ static void measure(int is_futex, double spin_us, int is_pinned) {
   if (other < 0) abort();
   if (is_pinned) pin(other ? 0 : 1);
   if (!other)
-    for (unsigned i = 0;; i++) await(&bells[0], i, is_futex, spin_us), ring(&bells[1], i + 1, is_futex);
+    for (unsigned i = 0;; i++) await(&bells[0], i, is_futex, spin_us, yields), ring(&bells[1], i + 1, is_futex);
   for (unsigned i = 0; i < ROUNDS; i++) {
     double began = now_us();
-    ring(&bells[0], i + 1, is_futex), await(&bells[1], i, is_futex, spin_us);
+    ring(&bells[0], i + 1, is_futex), await(&bells[1], i, is_futex, spin_us, yields);
     took[i] = now_us() - began;
   }
   kill(other, SIGKILL), waitpid(other, NULL, 0);
   qsort(took, ROUNDS, sizeof *took, by_size);
-  printf("%s, looks for %2.0f us%s: p50 %.1f us, p10 %.1f, p90 %.1f\n", is_futex ? "futex  " : "eventfd", spin_us,
+  printf("%s, looks for %3.0f us%s%s: p50 %.1f us, p10 %.1f, p90 %.1f\n", is_futex ? "futex  " : "eventfd", spin_us,
+         yields ? ", yielding" : "",
          is_pinned ? ", pinned apart" : "", took[ROUNDS / 2], took[ROUNDS / 10], took[ROUNDS * 9 / 10]);
 }
 
 int main(void) {
   const double looks[] = {0, 5, 20};
   for (int is_futex = 0; is_futex < 2; is_futex++)
-    for (int i = 0; i < 3; i++) measure(is_futex, looks[i], 0);
-  measure(1, 20, 1);
+    for (int i = 0; i < 3; i++) measure(is_futex, looks[i], 0, 0);
+  measure(1, 20, 0, 1);
+  measure(0, 500, 1, 0);
   return 0;
 }

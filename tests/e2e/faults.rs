@@ -8,6 +8,7 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+const E_BUSY: i32 = -6;
 const E_DATA: i32 = -9;
 const E_STEP: i32 = -11;
 const E_QUEUE_LOST: i32 = -12;
@@ -61,7 +62,7 @@ fn no_stream_is_lost_to_any_fault_and_none_changes() {
     let expected = undisturbed();
     for seed in 1..=3 {
         let mut random = fastrand::Rng::with_seed(seed);
-        let kinds = [E_STEP, E_DATA, E_QUEUE_LOST, E_DEVICE_LOST, E_INTERNAL];
+        let kinds = [E_DEVICE_LOST, E_INTERNAL, E_STEP, E_DATA, E_BUSY, E_QUEUE_LOST];
         let mut statuses: Vec<i32> = kinds.into_iter().cycle().take(20).collect();
         random.shuffle(&mut statuses);
         // At most two in a row: a step that fails, and again, fails its sequence.
@@ -129,6 +130,15 @@ fn a_device_that_is_lost_for_good_hands_its_streams_to_the_cpu() {
         .unwrap();
     let said = String::from_utf8(tool.stdout).unwrap();
     assert!(tool.status.success() && said.contains("device cpu, which took over: ready"), "{said}");
+}
+
+#[test]
+fn a_spare_device_of_the_plugin_is_tried_before_the_cpu() {
+    let sets = ["engine.set.broken_from=\"20\"", "engine.retry.backoff_ms=[1, 1]", "engine.spare_devices=[0]"];
+    let daemon = faulty(&[], &sets);
+    assert_eq!(streamed(&daemon), undisturbed());
+    // Both computed, were lost and did not open again, twice.
+    assert_eq!(cpu_took_over(&daemon)["faults"], 6, "{}", daemon.log());
 }
 
 /// What `/v1/status` says of the device once the CPU has taken over.

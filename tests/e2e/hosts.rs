@@ -194,8 +194,14 @@ fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() 
     let step_timeout = format!("engine.step_timeout_ms={}", plan.step_timeout_ms);
     let daemon = Daemon::start(&plan.model, &[SETS, &[&step_timeout]].concat());
     let mut random = fastrand::Rng::with_seed(7);
-    let (mut blows, mut base, mut starved) = (0, None, 0);
+    assert_eq!(finish(begin(&daemon, &plan), &daemon), expected, "without a blow; log:\n{}", daemon.log());
+    daemon.wait_until("idle", || daemon.status()["running"] == 0);
+    let base = footprint(&daemon);
+    let (mut blows, mut starved) = (0, 0);
     let group = MemoryGroup::new();
+    if group.is_none() {
+        eprintln!("no control group for memory can be had here: the OOM killer is not tried");
+    }
     let kinds = [&BLOWS[..], group.as_ref().map_or(&[], |_| &[Blow::Starve])].concat();
     while blows < plan.blows {
         let streams = begin(&daemon, &plan);
@@ -219,11 +225,10 @@ fn whatever_happens_to_the_plugins_process_no_stream_is_lost_and_none_changes() 
         let answers = finish(streams, &daemon);
         assert_eq!(answers, expected, "after {blows} blows; log:\n{}", daemon.log());
         daemon.wait_until("idle", || daemon.status()["running"] == 0);
-        base.get_or_insert_with(|| footprint(&daemon));
     }
-    let (base, end) = (base.unwrap(), footprint(&daemon));
-    assert!(end.0 <= base.0 + 1, "{} descriptors, {} after the first round", end.0, base.0);
-    assert!(end.1 < base.1 + (16 << 10), "{} KiB, {} after the first round", end.1, base.1);
+    let end = footprint(&daemon);
+    assert!(end.0 <= base.0 + 1, "{} descriptors, {} before the blows", end.0, base.0);
+    assert!(end.1 < base.1 + (16 << 10), "{} KiB, {} before the blows", end.1, base.1);
     let faults = faults(&daemon);
     assert!(starved > 0 || group.is_none(), "the seed gives each blow its turn");
     assert!(faults >= plan.blows as u64, "{faults} faults of {} blows", plan.blows);

@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 use sparsed_backend::{QuarantinePolicy, QuarantineStore, SearchPath};
-use sparsed_tests::daemon::Daemon;
+use sparsed_tests::daemon::{Daemon, read_answer, streamed_tokens};
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -98,8 +98,71 @@ fn a_refused_plugin_is_listed_with_the_reason() {
     assert!(has || cpu["reason"].as_str().unwrap().contains("needs avx512fp16"), "{cpu}");
 }
 
+/// The daemon's device, once it is `name`.
+fn device(daemon: &Daemon, name: &str) -> Value {
+    let device = || daemon.get("/v1/status").json()["device"].clone();
+    daemon.wait_until(name, || device()["name"] == name && device()["state"] == "ready");
+    device()
+}
+
+/// Kills the plugin's process `times`, each time that it has computed a few tokens, while an answer streams; the tokens of
+/// the answer.
+fn killed_while_streaming(daemon: &Daemon, times: u64, tokens: u64) -> usize {
+    let prompt: Vec<u32> = (0..20).collect();
+    let request = serde_json::json!({
+        "prompt": prompt, "return_tokens": true, "max_tokens": tokens, "ignore_eos": true, "stream": true, "temperature": 0,
+    });
+    let stream = daemon.open("/v1/completions", &request);
+    let answer = std::thread::spawn(move || read_answer(stream).unwrap().body);
+    for time in 0..times {
+        let sampled = || daemon.status()["sampled_tokens"].as_u64().unwrap();
+        let before = sampled();
+        daemon.wait_until("tokens", || sampled() > before + 2);
+        let killed = Command::new("kill").args(["-KILL", &daemon.plugin_host().to_string()]).status().unwrap();
+        assert!(killed.success());
+        daemon.wait_until("noticed", || daemon.get("/v1/status").json()["device"]["faults"].as_u64() > Some(time));
+    }
+    streamed_tokens(&answer.join().unwrap()).len()
+}
+
+fn tiny() -> PathBuf {
+    sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf")
+}
+
 #[test]
-fn a_quarantined_plugin_keeps_the_daemon_from_starting_until_it_is_let_go() {
+fn a_plugin_that_crashes_three_times_is_quarantined_over_restarts_and_the_cpu_serves_meanwhile() {
+    let sets = ["engine.plugin=minimal", "engine.retry.backoff_ms=[20, 20, 20, 1000]"];
+    let mut daemon = Daemon::start(&tiny(), &sets);
+    let state = set("state_dir", &daemon.state_dir());
+    assert_eq!(killed_while_streaming(&daemon, 3, 400), 400, "a stream is lost: {}", daemon.log());
+    assert_eq!(device(&daemon, "cpu")["backend_changed"], true);
+    let minimal = listed("minimal", &[&state]);
+    assert_eq!((&minimal["state"], &minimal["times"]), (&"quarantined".into(), &1.into()));
+    assert!(minimal["reason"].as_str().unwrap().contains("signal 9"), "{minimal}");
+    daemon.kill_and_restart(&sets);
+    assert_eq!(device(&daemon, "cpu")["backend_changed"], true);
+    let log = daemon.log();
+    assert!(log.contains("plugin minimal is quarantined for another 60 min (time 1)"), "{log}");
+    assert!(
+        log.contains("sparsectl plugins unquarantine minimal") && log.contains("another device takes over"),
+        "{log}"
+    );
+    assert!(plugins(&["unquarantine", "minimal"], &[&state]).unwrap().contains("may be used again"));
+    assert_eq!(device(&daemon, "minimal")["backend_changed"], false);
+}
+
+#[test]
+fn the_last_device_is_used_whatever_it_does() {
+    let sets = ["engine.isolation=process", "engine.retry.backoff_ms=[1]"];
+    let daemon = Daemon::start(&tiny(), &sets);
+    assert_eq!(killed_while_streaming(&daemon, 5, 3000), 3000, "a stream is lost: {}", daemon.log());
+    assert_eq!(device(&daemon, "cpu")["faults"], 5);
+    assert_eq!(listed("cpu", &[&set("state_dir", &daemon.state_dir())])["state"], "quarantined");
+    assert!(daemon.log().contains("used all the same: no other device could take over"), "{}", daemon.log());
+}
+
+#[test]
+fn a_quarantined_plugin_is_told_until_it_is_let_go() {
     let state = tempfile::tempdir().unwrap();
     let state_dir = set("state_dir", state.path());
     let scan = SearchPath::only(vec![staged()]).scan();
@@ -107,18 +170,18 @@ fn a_quarantined_plugin_keeps_the_daemon_from_starting_until_it_is_let_go() {
     let now_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
     let store = QuarantineStore::new(state.path(), QuarantinePolicy::default());
     (0..3).for_each(|_| drop(store.strike("cpu", &sha256, "killed by signal 11", now_ms).unwrap()));
-    let mut refused = Daemon::spawn(Some(&model()), &[&state_dir]);
-    assert!(!refused.wait().success());
-    let log = refused.log();
+    let warned = Daemon::start(&model(), &[&state_dir]);
+    let log = warned.log();
     assert!(log.contains("plugin cpu is quarantined for another 60 min (time 1): killed by signal 11"), "{log}");
     assert!(log.contains("sparsectl plugins unquarantine cpu"), "{log}");
+    drop(warned);
     assert_eq!(listed("cpu", &[&state_dir])["state"], "quarantined");
     let said = plugins(&["unquarantine", &sha256[..8]], &[&state_dir]).unwrap();
     assert_eq!(said.trim_end(), format!("may be used again: {sha256}"));
     assert!(plugins(&["unquarantine", "cpu"], &[&state_dir]).unwrap_err().contains("no library of 'cpu'"));
     let daemon = Daemon::start(&model(), &[&state_dir]);
     assert_eq!(daemon.get("/v1/status").json()["tainted"], false);
-    assert!(!daemon.log().contains("tainted"));
+    assert!(!daemon.log().contains("tainted") && !daemon.log().contains("quarantine"));
 }
 
 #[test]

@@ -9,6 +9,8 @@ use sparsed_tests::daemon::{Daemon, read_answer};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const SETS: &[&str] = &["engine.threads=1", "model.default.max_context=4096"];
 
@@ -134,6 +136,58 @@ fn a_session_goes_on_after_a_restart_without_reading_everything_again() {
     assert_eq!(content(&answer), expected);
     // 360 characters and some tokens around them, and 200 tokens of an answer.
     assert!(cached(&answer) >= 512, "{answer}");
+}
+
+#[test]
+fn sessions_that_take_turns_on_a_budget_for_an_eighth_of_them_read_nothing_twice_and_wait_alike() {
+    const SESSIONS: usize = 16;
+    const TURNS: usize = 10;
+    let text = |at: usize, turn: usize| format!("{at}, {turn}: {}", "tell. ".repeat(if turn == 0 { 40 } else { 1 }));
+    let roomy = Bench::start(&["memory.budget=256MiB"]);
+    let per_token = roomy.daemon.get("/v1/models").json()["data"][0]["meta"]["kv_bytes_per_token"].as_u64().unwrap();
+    // At the end a session has some 800 tokens.
+    let budget: &'static str = format!("memory.budget={}", SESSIONS as u64 / 8 * 832 * per_token).leak();
+    let bench = Bench::start(&[budget, "memory.slow_tier=off", "limits.max_running=2", "limits.max_batched_tokens=64"]);
+    let ids: Vec<String> = (0..SESSIONS).map(|_| bench.create(&json!({}))).collect();
+    let n_done: Vec<AtomicUsize> = (0..SESSIONS).map(|_| AtomicUsize::new(0)).collect();
+    let at_first_end: OnceLock<Vec<usize>> = OnceLock::new();
+    let answers: Vec<Vec<Value>> = std::thread::scope(|scope| {
+        let client = |at: usize| {
+            let (ids, n_done, bench, at_first_end) = (&ids, &n_done, &bench, &at_first_end);
+            scope.spawn(move || {
+                let turn = |turn| {
+                    let answer = bench.turn(&ids[at], &text(at, turn), 20);
+                    n_done[at].fetch_add(1, Ordering::SeqCst);
+                    answer
+                };
+                let answers = (0..TURNS).map(turn).collect();
+                at_first_end.get_or_init(|| n_done.iter().map(|n| n.load(Ordering::SeqCst)).collect());
+                answers
+            })
+        };
+        let clients: Vec<_> = (0..SESSIONS).map(client).collect();
+        clients.into_iter().map(|client| client.join().unwrap()).collect()
+    });
+    let n_at_end = at_first_end.into_inner().unwrap();
+    assert!(n_at_end.iter().all(|&n| n * 5 >= TURNS * 4), "{n_at_end:?} turns when the first one had done all");
+    let metrics = bench.daemon.get("/metrics").body;
+    let value = |name: &str| -> u64 {
+        let line = metrics.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{metrics}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    };
+    assert_eq!(value(r#"sparsed_decisions_total{model_name="default",decision="thrash"}"#), 0);
+    // Each turn finds its full blocks, in memory or in its file.
+    let cached: u64 = answers.iter().flatten().map(cached).sum();
+    let prompts = answers.iter().flatten().map(|answer| answer["usage"]["prompt_tokens"].as_u64().unwrap());
+    let n_tokens: u64 = prompts.sum();
+    let (read, most) = (n_tokens - cached, (SESSIONS * (300 + TURNS * 110)) as u64);
+    assert!(read <= most, "{read} of {n_tokens} tokens of prompts were computed, {most} at most are new");
+    assert!(value("sparsed_restored_tokens_total") > n_tokens / 4, "{metrics}");
+    for at in [0, SESSIONS - 1] {
+        let id = roomy.create(&json!({}));
+        let alone: Vec<String> = (0..TURNS).map(|turn| content(&roomy.turn(&id, &text(at, turn), 20))).collect();
+        assert_eq!(answers[at].iter().map(content).collect::<Vec<_>>(), alone, "session {at}");
+    }
 }
 
 #[test]

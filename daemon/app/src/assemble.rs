@@ -12,14 +12,17 @@ use crate::tcp::TcpSocket;
 use anyhow::{Context, bail};
 use rustix::fs::FlockOperation;
 use sparsed_backend::QuarantineStore;
+use sparsed_engine::api::UpstreamModel;
 use sparsed_engine::memory::Budget;
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, Recovery, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use sparsed_surface::MqttDoor;
+use sparsed_upstream::Client;
 use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
@@ -33,6 +36,8 @@ pub struct Assembly {
     pub service: Service,
     /// The engine thread; it ends by itself when no model can be served.
     pub engine: JoinHandle<()>,
+    /// Clients of engines elsewhere, which look whether those are there once they are watched.
+    pub upstreams: Vec<Client>,
     /// Where clients come in.
     pub door: Door,
     /// Where those come in that cannot use the door.
@@ -71,10 +76,16 @@ impl Assembly {
             step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
         let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
-        let started = sparsed_engine::start(devices, models, engine_limits(config), &recovery, store, budget);
+        let upstreams = crate::upstream::clients(config)?;
+        let relays = upstreams
+            .iter()
+            .map(|(name, client)| UpstreamModel { name: name.clone(), engine: Arc::new(client.clone()) });
+        let limits = engine_limits(config);
+        let started = sparsed_engine::start(devices, models, relays.collect(), limits, &recovery, store, budget);
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
-        Ok(Self { service, engine, door, tcp, mqtt, paths, _lock: lock })
+        let upstreams = upstreams.into_iter().map(|(_, client)| client).collect();
+        Ok(Self { service, engine, upstreams, door, tcp, mqtt, paths, _lock: lock })
     }
 }
 
@@ -126,14 +137,14 @@ fn or_all(limit: u32) -> u32 {
     if limit == 0 { u32::MAX } else { limit }
 }
 
-/// The configured models by name: without any, the packaged one.
+/// The configured models of this box by name: without any at all, the packaged one.
 pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Model> {
     if !config.model.is_empty() {
-        return config.model.clone();
+        let here = config.model.iter().filter(|(_, model)| model.upstream.is_none());
+        return here.map(|(name, model)| (name.clone(), model.clone())).collect();
     }
     let path = paths.default_model.clone();
-    let model = Model { path, max_context: None, top_k: None, activations: Default::default() };
-    BTreeMap::from([(DEFAULT_MODEL.to_owned(), model)])
+    BTreeMap::from([(DEFAULT_MODEL.to_owned(), Model::at(path))])
 }
 
 fn model_options(
@@ -150,7 +161,7 @@ fn model_options(
         let (limit, mib) = (bound.limit.name(), bound.bytes >> 20);
         log::info!(limit, limit_mib = mib, weights_mib = budget.weights_bytes >> 20, kv_mib = bytes >> 20; "budget");
     }
-    let kv_bytes = bytes / models.len() as u64;
+    let kv_bytes = bytes / models.len().max(1) as u64;
     let options = |(name, model): (String, Model)| ModelOptions {
         name,
         program: program_options(&model),

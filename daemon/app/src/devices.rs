@@ -1,4 +1,4 @@
-//! Which devices may compute? The configured plugin's, and the CPU's when it is lost for good.
+//! Which devices may compute? The configured plugin's, and when they are lost for good, the CPU's.
 
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Engine, Isolation, Plugins};
@@ -17,6 +17,8 @@ pub struct PluginDevice {
     plugins: Plugins,
     engine: Engine,
     quarantine: QuarantineStore,
+    /// No other one takes over: a quarantine would help nobody.
+    is_last: bool,
     /// Loaded, and kept if its code is in this process, where it stays in any case.
     plugin: Option<(Found, Arc<Plugin>)>,
     /// Of the library that was tried last, loaded or not.
@@ -24,17 +26,22 @@ pub struct PluginDevice {
 }
 
 /// The devices in order of preference. No code of a plugin runs yet, however long it would take: the first plugin is
-/// found and checked, so that what is wrong with the installation shows at once; the engine opens it.
+/// found and checked, so that what is wrong with the installation shows at once; the engine opens it. One in quarantine
+/// is wrong with itself, and the next device takes over.
 ///
 /// # Errors
 /// Which file is wrong and why.
 pub fn find(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError> {
     let first = PluginDevice::configured(config);
-    first.find()?.verify()?;
-    let failover = (config.engine.failover && config.engine.plugin != CPU).then(|| first.cpu());
-    let mut devices: Vec<Box<dyn DeviceSource>> = vec![Box::new(first)];
-    devices.extend(failover.map(|cpu| Box::new(cpu) as Box<dyn DeviceSource>));
-    Ok(devices)
+    let spares: Vec<_> = config.engine.spare_devices.iter().map(|&device| first.spare(device)).collect();
+    let cpu = (config.engine.failover && config.engine.plugin != CPU).then(|| first.cpu());
+    let mut devices: Vec<_> = std::iter::once(first).chain(spares).chain(cpu).collect();
+    devices.last_mut().expect("there is a first one").is_last = true;
+    match devices[0].find().and_then(|found| found.verify()) {
+        Err(error @ BackendError::Quarantined { .. }) => log::error!(reason:% = error; "another device takes over"),
+        checked => checked?,
+    }
+    Ok(devices.into_iter().map(|device| Box::new(device) as Box<dyn DeviceSource>).collect())
 }
 
 impl PluginDevice {
@@ -49,8 +56,13 @@ impl PluginDevice {
         Self::new(self.plugins.clone(), engine, self.quarantine.clone())
     }
 
+    /// Another device of the same plugin.
+    fn spare(&self, device: u32) -> Self {
+        Self::new(self.plugins.clone(), Engine { device, ..self.engine.clone() }, self.quarantine.clone())
+    }
+
     fn new(plugins: Plugins, engine: Engine, quarantine: QuarantineStore) -> Self {
-        Self { plugins, engine, quarantine, plugin: None, sha256: None }
+        Self { plugins, engine, quarantine, is_last: false, plugin: None, sha256: None }
     }
 
     fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
@@ -77,11 +89,16 @@ impl PluginDevice {
         Ok((found, plugin))
     }
 
-    /// Whether the plugin is not quarantined. A quarantine that cannot be read keeps nobody from serving.
+    /// Whether the plugin is not quarantined, or there is no other. A quarantine that cannot be read keeps nobody from
+    /// serving.
     fn admit(&self, found: &Found) -> Result<(), BackendError> {
         match self.quarantine.admit(found, now_ms()) {
             Err(error @ BackendError::Io { .. }) => {
                 log::error!(reason:% = error; "quarantine cannot be read, no plugin is refused by it");
+                Ok(())
+            }
+            Err(error @ BackendError::Quarantined { .. }) if self.is_last => {
+                log::warn!(reason:% = error; "used all the same: no other device could take over");
                 Ok(())
             }
             admitted => admitted,

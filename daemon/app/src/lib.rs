@@ -18,4 +18,5 @@ mod private;
 pub mod reload;
 pub mod sessions;
 pub mod tcp;
+pub mod upstream;
 pub mod watchdog;

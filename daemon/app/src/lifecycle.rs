@@ -16,6 +16,7 @@ use std::future::Future;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::Instant;
 
 /// Threads that carry bytes between sockets and engine; they never compute.
 const SURFACE_THREADS: usize = 2;
@@ -122,7 +123,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, door, tcp, mqtt, paths, .. } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, mqtt, paths, .. } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -152,6 +153,10 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
     let on_broker = serve_mqtt(mqtt, service.clone(), stopped());
+    for upstream in upstreams {
+        // They end with the runtime.
+        tokio::spawn(async move { upstream.watch().await });
+    }
     let serving = tokio::spawn(async {
         let on_bus = async {
             if let Some(on_bus) = on_bus {
@@ -203,17 +208,18 @@ async fn serve_mqtt(door: Option<MqttDoor>, service: Service, stop: impl Future<
 /// is killed, and if it has none, the daemon's end is its end.
 async fn wind_down(
     service: &Service,
-    serving: tokio::task::JoinHandle<()>,
+    mut serving: tokio::task::JoinHandle<()>,
     mut engine_end: tokio::sync::oneshot::Receiver<bool>,
     stop_timeout: Duration,
 ) -> anyhow::Result<()> {
     // Told on threads of their own: the inbox may be full, and the blocking pool busy with prompts.
     let drained = service.clone();
     std::thread::spawn(move || drained.drain());
-    let answers = service.models().iter().any(|model| matches!(model.state, ModelState::Ready(_)));
+    let answers = service.models().iter().any(|model| model.state.answers());
     // While models are being loaded there is no answer to wait for.
     let patience = if answers { stop_timeout } else { stop_timeout.min(LAST_TASKS) };
     let mut flushing = patience + 2 * LAST_TASKS;
+    let over = Instant::now() + patience;
     if tokio::time::timeout(patience, &mut engine_end).await.is_err() {
         flushing = LAST_TASKS;
         log::warn!("answers were cut off: the time to stop is over");
@@ -224,8 +230,14 @@ async fn wind_down(
             sparsed_backend::kill_plugin_hosts();
         }
     }
+    // Answers of engines elsewhere may go on for as long as those of this box.
+    if service.has_upstreams() && tokio::time::timeout_at(over, &mut serving).await.is_err() {
+        flushing = LAST_TASKS;
+        let stopped = service.clone();
+        std::thread::spawn(move || stopped.stop());
+    }
     // Whoever was answered reads to the end, or is not there any more.
-    if tokio::time::timeout(flushing, serving).await.is_err() {
+    if !serving.is_finished() && tokio::time::timeout(flushing, serving).await.is_err() {
         log::warn!("connections were cut off: the time to stop is over");
     }
     log::info!("stopped");

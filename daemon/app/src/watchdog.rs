@@ -71,6 +71,7 @@ impl Told {
             DeviceState::Ready if device.backend_changed => format!("serving on {} instead", device.name),
             DeviceState::Ready => format!("serving on {}", device.name),
             DeviceState::Recovering => format!("no device, {} is next", device.name),
+            DeviceState::Unused => "serving models of upstream engines".to_owned(),
         };
         let status = if alive { state } else { format!("stuck: {state}") };
         let is_new = status != self.status;

@@ -217,10 +217,11 @@ impl BackendError {
         let Some(status) = self.status() else { return Fault::Caller };
         match status {
             E_CANCELLED => Fault::Cancelled,
-            E_STEP | E_DATA => Fault::Step,
+            // Nothing was taken, so it may be asked again.
+            E_STEP | E_DATA | E_BUSY => Fault::Step,
             E_NOMEM_DEVICE | E_NOMEM_HOST => Fault::Memory,
             E_QUEUE_LOST => Fault::Queue,
-            E_INVALID | E_UNSUPPORTED | E_ABI | E_BUSY => Fault::Caller,
+            E_INVALID | E_UNSUPPORTED | E_ABI => Fault::Caller,
             // E_DEVICE_LOST, E_INTERNAL, a driver's trouble, and what no header knows.
             _ => Fault::Device,
         }
@@ -263,11 +264,11 @@ mod tests {
     fn every_status_has_its_fault() {
         let table = [
             (Fault::Cancelled, &[E_CANCELLED][..]),
-            (Fault::Step, &[E_STEP, E_DATA]),
+            (Fault::Step, &[E_STEP, E_DATA, E_BUSY]),
             (Fault::Memory, &[E_NOMEM_DEVICE, E_NOMEM_HOST]),
             (Fault::Queue, &[E_QUEUE_LOST]),
             (Fault::Device, &[E_DEVICE_LOST, E_INTERNAL, E_DRIVER, E_TIMEOUT, NOT_READY, -99]),
-            (Fault::Caller, &[E_INVALID, E_UNSUPPORTED, E_ABI, E_BUSY]),
+            (Fault::Caller, &[E_INVALID, E_UNSUPPORTED, E_ABI]),
         ];
         for (fault, statuses) in table {
             statuses.iter().for_each(|&status| assert_eq!(call(status).fault(), fault, "{}", status_name(status)));

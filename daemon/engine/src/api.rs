@@ -1,13 +1,15 @@
 //! What can a surface ask, and what does it hear? The whole vocabulary between surfaces and engine.
 //!
-//! A surface hands a [`Generate`] and a [`Sink`] to [`Service::generate`](crate::Service::generate). The sink then
-//! hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
+//! A surface hands a [`Request`] and a [`Sink`] to [`Service::submit`](crate::Service::submit): a [`Generate`] for this
+//! box's devices, or a [`Relay`] for an engine elsewhere. The sink then hears [`Event`]s: [`Event::Queued`], any number of pieces of the answer, then exactly one [`Event::Finished`] or
 //! [`Event::Failed`] (which may also come first), unless the listener goes away, which cancels the request.
 
 mod failure;
+mod relay;
 
 pub use crate::likelihood::{ALTERNATIVES_MAX, Likelihood, TokenLogprob};
 pub use failure::Failure;
+pub use relay::{Calling, Reach, Relay, RelayPrompt, Request, Upstream, UpstreamModel, UpstreamStatus};
 
 use crate::sessions::{Recorder, SessionId};
 use crate::{Grammar, Sampling};
@@ -117,6 +119,14 @@ impl Owner {
         let mut head = [0; 8];
         head.copy_from_slice(&digest[..8]);
         Self::Named(NameDigest(u64::from_le_bytes(head) | NAMED))
+    }
+
+    /// Whose [`number`](Self::number) this is; nobody's is none of those.
+    pub(crate) fn numbered(number: u64) -> Option<Self> {
+        match u32::try_from(number) {
+            Ok(uid) => Some(Self::Uid(uid)),
+            Err(_) => (number & NAMED != 0).then_some(Self::Named(NameDigest(number))),
+        }
     }
 
     /// Different for different owners.
@@ -263,5 +273,9 @@ mod tests {
         assert_ne!(owner, Owner::named("mqtt", "lamp2"));
         assert_ne!(owner, Owner::named("mqt", "tlamp"));
         assert!(owner.number() > u64::from(u32::MAX) && Owner::Uid(u32::MAX).number() <= u64::from(u32::MAX));
+        for owner in [owner, Owner::Uid(0), Owner::Uid(u32::MAX)] {
+            assert_eq!(Owner::numbered(owner.number()), Some(owner));
+        }
+        assert_eq!(Owner::numbered(1 << 32), None);
     }
 }

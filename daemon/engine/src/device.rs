@@ -46,6 +46,8 @@ pub enum DeviceState {
     Ready,
     /// Lost; requests wait until it, or another one, computes.
     Recovering,
+    /// No model of this box is served; others are, by engines elsewhere.
+    Unused,
 }
 
 /// The devices, and which of them is in use.
@@ -56,7 +58,7 @@ pub(crate) struct Devices {
     conduct: Conduct,
     /// The device that failed at steps, and how, until it is known whether the next one fails at them too.
     suspect: Option<(usize, String)>,
-    /// Nothing has been opened yet, nor has failed to.
+    /// Nothing has been opened yet, nor has failed to; one in quarantine was not tried.
     is_untried: bool,
     /// When a device is to be opened; `None` while one is in use.
     due: Option<Duration>,
@@ -133,7 +135,7 @@ impl Devices {
     pub(crate) fn lost(&mut self, error: &ExecutorError, now: Duration) {
         let (fault, reason) = (error.fault(), error.to_string());
         let lost = self.ladder.current();
-        self.is_untried = false;
+        self.is_untried &= error.is_quarantine();
         let is_unreliable = matches!(error, ExecutorError::Unreliable { .. });
         if !is_unreliable {
             self.strike(lost, fault, &reason);
@@ -177,7 +179,9 @@ impl Devices {
 
     /// The preferred device is not back yet.
     pub(crate) fn not_yet(&mut self, error: &ExecutorError, now: Duration) {
-        log::info!(device = self.sources[0].name(), reason:% = error; "preferred device is not back yet");
+        // A quarantine has been told, and takes long.
+        let level = if error.is_quarantine() { log::Level::Debug } else { log::Level::Info };
+        log::log!(level, device = self.sources[0].name(), reason:% = error; "preferred device is not back yet");
         self.strike(0, error.fault(), &error.to_string());
         self.prefer_at = now + self.ladder.longest_pause();
     }

@@ -57,7 +57,7 @@ pub use params::{Sampling, checked_stops};
 pub use room::SlowTier;
 pub use runner::start;
 pub use scheduler::{Limits, Load};
-pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats};
+pub use service::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service, Stats, Target};
 pub use sessions::{
     Change, ContextFull, Durability, SaidTurn, Session, SessionId, SessionState, SessionSummary, Sessions, Settings,
     TurnEnd, Wishes,

@@ -17,7 +17,7 @@ pub struct Likelihood {
 /// A token and the logarithm of its probability.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenLogprob {
-    /// The token.
+    /// The token; [`u32::MAX`] where an engine elsewhere has told its text only.
     pub token: u32,
     /// Its text, which need not be whole characters; nothing where the model has no tokenizer.
     pub bytes: Vec<u8>,

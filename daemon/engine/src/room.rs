@@ -1,8 +1,9 @@
 //! How much of the KV cache fits the memory there is, and what of it lies in the slow tier?
 //!
 //! Where all of it fits nothing is slow. Otherwise the index planes stay in memory for as many blocks as possible, with
-//! a share of the latent planes and a cache for rows of the others: `blocks * (index + lookup + hot * latent)` bytes,
-//! the hot share half as blocks, half as cached rows.
+//! a share of the latent planes: `blocks * (index + lookup + hot * latent)` bytes. The share, and what no further block
+//! is wanted for, goes to cached rows first: fewer than one step selects are of no use, and more than two steps' bring
+//! next to nothing (`daemon/kv/WORKLOAD.md`). What is left keeps whole blocks.
 
 use crate::scheduler::Limits;
 use sparsed_kv::{BLOCK_TOKENS, blocks_for};
@@ -12,6 +13,10 @@ use std::path::PathBuf;
 const LOOKUP_BYTES: u64 = 4;
 /// Bytes of a cached row beside the row.
 const SLOT_BYTES: u64 = 28;
+/// Steps whose selections the cache of rows is to hold.
+const CACHE_STEPS: u64 = 2;
+/// One part in so many of the memory goes to them even where the hot share is smaller and another sequence would fit.
+const CACHE_PARTS: u64 = 4;
 /// Memory that readers of the slow tier need.
 const READERS_BYTES: u64 = 2 << 20;
 /// Fast blocks beyond those of one step: they are on their way to the slow tier or to a session's file.
@@ -94,7 +99,8 @@ impl Need {
         let least_fast = least_fast(limits);
         let least = u64::from(least_fast) * latent + READERS_BYTES;
         // A token's rows in one layer are in memory together, and those of the next token.
-        let least_cache = 2 * self.top_k * (self.latent_bytes / self.layers.max(1) + SLOT_BYTES);
+        let layer_bytes = self.top_k * (self.latent_bytes / self.layers.max(1) + SLOT_BYTES);
+        let least_cache = 2 * layer_bytes;
         let left = budget.checked_sub(least + least_cache).ok_or_else(|| {
             format!(
                 "{budget} bytes are left for its KV cache, {} are the least; raise memory.budget",
@@ -109,14 +115,22 @@ impl Need {
         )]
         let share = |bytes: u64| (bytes as f64 * hot_share.clamp(0.0, 1.0)) as u64;
         let hot = share(latent);
-        let n_blocks = whole((left / (cold + hot).max(1)).min(u64::from(all)));
-        let hot_bytes = hot * u64::from(n_blocks);
-        let n_fast = least_fast + whole(hot_bytes / 2 / latent.max(1));
+        let steps_bytes = CACHE_STEPS * layer_bytes * self.layers;
+        let least_rows = steps_bytes.min(left / CACHE_PARTS);
+        // One sequence of the wanted length comes before them.
+        let one = u64::from(blocks_for(self.context)).min(left / cold.max(1));
+        let most = (left / (cold + hot).max(1)).min(((left - least_rows) / cold.max(1)).max(one));
+        let n_blocks = whole(most.min(u64::from(all)));
+        let hot_bytes = left - cold * u64::from(n_blocks);
+        // So many sequences of full length may be read by turns, each from its own rows.
+        let n_seqs = u64::from((n_blocks / blocks_for(self.context).max(1)).clamp(1, limits.max_running.max(1)));
+        let rows_bytes = hot_bytes.min(steps_bytes * n_seqs);
+        let n_fast = least_fast + whole((hot_bytes - rows_bytes) / latent.max(1));
         let room = Room {
             max_context: self.context.min(n_blocks * BLOCK_TOKENS),
             n_blocks,
             n_fast: n_fast.min(n_blocks),
-            cache_bytes: least_cache + hot_bytes / 2,
+            cache_bytes: least_cache + rows_bytes,
         };
         // So little memory that keeping all in it holds more.
         Ok(if room.n_blocks > plain.n_blocks { room } else { plain })
@@ -167,6 +181,45 @@ mod tests {
             let taken = NEED.bytes_of(&room);
             assert!(taken <= budget, "{taken}");
         }
+    }
+
+    /// Bytes of the rows that one step selects in all layers.
+    const STEP: u64 = 30 * 512 * (384 + SLOT_BYTES);
+
+    #[test]
+    fn rows_of_two_steps_come_before_blocks() {
+        let one = Limits { max_running: 1, ..LIMITS };
+        // 8192 tokens of which 7 and 20 % are to be hot, and 32768: as half of the share it was 0.5 to 6 steps.
+        for (context, budget, hot) in [(8192, 64 << 20, 0.07), (8192, 64 << 20, 0.2), (32_768, 128 << 20, 0.07)] {
+            let need = Need { context, ..NEED };
+            let room = need.with_slow_tier(budget, one, hot).unwrap();
+            assert!(room.n_fast < room.n_blocks, "{room:?}");
+            let steps = room.cache_bytes / STEP;
+            assert_eq!(steps, 2, "{context}, {hot}: {room:?}");
+            let taken = need.bytes_of(&room);
+            assert!(taken <= budget && budget - taken < 1 << 20, "{context}, {hot}: {taken} of {budget}");
+        }
+    }
+
+    #[test]
+    fn without_a_hot_share_a_step_still_finds_its_rows_where_there_is_memory() {
+        let one = Limits { max_running: 1, ..LIMITS };
+        let two = Limits { max_running: 2, ..LIMITS };
+        let room = NEED.with_slow_tier(160 << 20, two, 0.0).unwrap();
+        assert!(room.n_blocks > 512 && room.n_blocks < 1024 && room.cache_bytes >= 2 * STEP, "{room:?}");
+        // What one sequence needs is not taken for rows.
+        let room = NEED.with_slow_tier(100 << 20, one, 0.0).unwrap();
+        assert!(room.n_blocks == 512 && room.cache_bytes < 2 * STEP, "{room:?}");
+    }
+
+    #[test]
+    fn memory_that_no_further_block_is_wanted_for_is_used_too() {
+        let one = Limits { max_running: 1, ..LIMITS };
+        let budget = 350 << 20;
+        let room = NEED.with_slow_tier(budget, one, 0.0).unwrap();
+        assert_eq!(room.n_blocks, 512);
+        let taken = NEED.bytes_of(&room);
+        assert!(taken <= budget && budget - taken < 1 << 20, "{taken} of {budget}: {room:?}");
     }
 
     #[test]

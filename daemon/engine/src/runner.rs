@@ -5,8 +5,8 @@
 //! it the models is all that the thread does besides.
 #![expect(clippy::disallowed_methods, reason = "the one place of this crate that knows the time")]
 
-use crate::api::Failure;
-use crate::device::{DeviceSource, DeviceStatus, Devices};
+use crate::api::{Failure, UpstreamModel};
+use crate::device::{DeviceSource, DeviceState, DeviceStatus, Devices};
 use crate::executor::{DeviceModel, ExecutorError};
 use crate::ladder::Recovery;
 use crate::lane::{Lane, Live, ModelOptions};
@@ -32,7 +32,7 @@ const PARKED_PAUSE: Duration = Duration::from_millis(10);
 
 /// Starts the engine thread on the first of `devices`; the others take over in their order when it is lost for good.
 /// The service answers at once; models appear in it when all are loaded. The thread ends when it is told to, or when
-/// none of the models can be served.
+/// none of the models can be served and there are no `upstreams`, which engines elsewhere compute.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -42,6 +42,7 @@ const PARKED_PAUSE: Duration = Duration::from_millis(10);
 pub fn start(
     devices: Vec<Box<dyn DeviceSource>>,
     models: Vec<ModelOptions>,
+    upstreams: Vec<UpstreamModel>,
     limits: Limits,
     recovery: &Recovery,
     store: Option<Store<AnyDisk>>,
@@ -62,7 +63,8 @@ pub fn start(
     let writer = SlowWriter::spawn(sender.clone())?;
     let keeper = store.map(|store| sessions::spawn(store, sender.clone(), Box::new(seconds))).transpose()?;
     let sessions = keeper.as_ref().map(|(asks, _)| Sessions::new(asks.clone()));
-    let service = Service::new(slots.clone(), sender, INBOX, Arc::clone(&shared), sessions);
+    let has_upstreams = !upstreams.is_empty();
+    let service = Service::new(slots.clone(), upstreams, sender, INBOX, Arc::clone(&shared), sessions);
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));
     let links = Links { asks: keeper.as_ref().map(|(asks, _)| asks.clone()), writer };
     let run = move || {
@@ -73,7 +75,11 @@ pub fn start(
         let lanes = slots.into_iter().zip(&models).enumerate().map(open).collect();
         drop(links);
         let (announced, draining, for_kv) = (false, false, u64::MAX);
-        Engine { lanes, devices, inbox, shared, n_sequences: 0, announced, draining, for_kv }.run();
+        let mut engine = Engine { lanes, devices, inbox, shared, n_sequences: 0, announced, draining, for_kv };
+        engine.run();
+        if has_upstreams {
+            engine.await_end();
+        }
         if let Some((asks, thread)) = keeper {
             asks.tell(Ask::Stop);
             // A thread that has panicked has said so.
@@ -114,7 +120,7 @@ enum NotUp {
 }
 
 impl Engine {
-    fn run(mut self) {
+    fn run(&mut self) {
         while !self.lanes.iter().all(|lane| lane.live.is_none()) {
             if !self.take_requests() {
                 break;
@@ -138,6 +144,19 @@ impl Engine {
         // With nothing to serve there is nobody to tell either: whoever waits for the thread says why.
         let now = self.now();
         self.lives_mut().for_each(|live| live.scheduler.fail_all(&Failure::ShuttingDown, now));
+    }
+
+    /// With no model of its own the thread stays for those who keep sessions, and until the daemon's end is asked for.
+    fn await_end(&self) {
+        if self.is_ending() || self.draining {
+            return;
+        }
+        lock(&self.shared.device).state = DeviceState::Unused;
+        while let Ok(command) = self.inbox.recv() {
+            if matches!(command, Command::Drain | Command::Stop) {
+                return;
+            }
+        }
     }
 
     /// Passes the last look at the memory on, to each model its part.
@@ -255,7 +274,7 @@ impl Engine {
         let began = clock();
         let backend = self.devices.open(device).map_err(|error| match error.fault() {
             // Another device would only hide that.
-            Fault::Caller if self.devices.is_untried() => NotUp::Refused(error),
+            Fault::Caller if self.devices.is_untried() && !error.is_quarantine() => NotUp::Refused(error),
             _ => NotUp::Failed(error),
         })?;
         if self.is_ending() {

@@ -4,11 +4,13 @@
 //! come back through each request's sink.
 
 mod served;
+mod targets;
 mod turns;
 
 pub use served::ServedModel;
+pub use targets::Target;
 
-use crate::api::{Failure, Generate, Sink};
+use crate::api::{Failure, Generate, Sink, UpstreamModel, UpstreamStatus};
 use crate::device::DeviceStatus;
 use crate::durable::Restored;
 use crate::memory::{Budget, Outlook};
@@ -29,6 +31,8 @@ pub const DEFAULT_MODEL: &str = "default";
 #[derive(Clone, Debug)]
 pub struct Service {
     slots: Arc<[Arc<Slot>]>,
+    /// Models that engines elsewhere compute.
+    upstreams: Arc<[UpstreamModel]>,
     inbox: SyncSender<Command>,
     shared: Arc<Shared>,
     /// Requests that the inbox holds.
@@ -132,6 +136,19 @@ pub enum ModelState {
     Ready(Arc<ServedModel>),
     /// Does not, and why.
     Failed(String),
+    /// Is computed by another engine, which is so.
+    Elsewhere(UpstreamStatus),
+}
+
+impl ModelState {
+    /// Whether requests for it would be answered, as far as is known.
+    pub fn answers(&self) -> bool {
+        match self {
+            Self::Ready(_) => true,
+            Self::Elsewhere(upstream) => upstream.is_up(),
+            Self::Loading { .. } | Self::Failed(_) => false,
+        }
+    }
 }
 
 /// A configured model.
@@ -179,12 +196,13 @@ impl Slot {
 impl Service {
     pub(crate) fn new(
         slots: Vec<Arc<Slot>>,
+        upstreams: Vec<UpstreamModel>,
         inbox: SyncSender<Command>,
         inbox_limit: u32,
         shared: Arc<Shared>,
         sessions: Option<Sessions>,
     ) -> Self {
-        Self { slots: slots.into(), inbox, shared, inbox_limit, sessions }
+        Self { slots: slots.into(), upstreams: upstreams.into(), inbox, shared, inbox_limit, sessions }
     }
 
     /// The device in use and how it is.
@@ -240,7 +258,7 @@ impl Service {
         }
     }
 
-    /// Every configured model, in the order of the configuration.
+    /// Every configured model: those of this box, then those of engines elsewhere, each in the order of their names.
     pub fn models(&self) -> Vec<ModelStatus> {
         let status = |slot: &Arc<Slot>| ModelStatus {
             name: slot.name.clone(),
@@ -248,7 +266,7 @@ impl Service {
             stats: *lock(&slot.stats),
             board: lock(&slot.board).clone(),
         };
-        self.slots.iter().map(status).collect()
+        self.slots.iter().map(status).chain(self.upstream_statuses()).collect()
     }
 
     /// Plugins of others that were loaded, as `id version`; any marks the daemon as tainted.
@@ -256,15 +274,16 @@ impl Service {
         sparsed_backend::third_party()
     }
 
-    /// The model `name`, if it answers.
+    /// The model `name` of this box, if it answers.
     ///
     /// # Errors
-    /// Not configured, loading, or failed.
+    /// Not configured, loading, failed, or computed elsewhere.
     pub fn model(&self, name: &str) -> Result<Arc<ServedModel>, Failure> {
         match self.slot(name)?.1.state() {
             ModelState::Ready(model) => Ok(model),
             ModelState::Loading { .. } => Err(Failure::ModelLoading { name: name.to_owned() }),
             ModelState::Failed(reason) => Err(Failure::ModelUnavailable { name: name.to_owned(), reason }),
+            ModelState::Elsewhere(_) => Err(Failure::ComputedElsewhere { name: name.to_owned() }),
         }
     }
 
@@ -294,9 +313,10 @@ impl Service {
         self.tell(Command::Drain);
     }
 
-    /// Ends the engine; requests that run hear [`Failure::ShuttingDown`].
+    /// Ends the engine; requests that run hear [`Failure::ShuttingDown`], those of engines elsewhere too.
     pub fn stop(&self) {
         self.shared.stopping.store(true, Ordering::Relaxed);
+        self.upstreams.iter().for_each(|upstream| upstream.engine.stop());
         self.shared.ending.store(true, Ordering::Relaxed);
         self.tell(Command::Stop);
     }
@@ -310,9 +330,9 @@ impl Service {
     fn slot(&self, name: &str) -> Result<(usize, &Arc<Slot>), Failure> {
         let found = self.slots.iter().enumerate().find(|(_, slot)| slot.name == name);
         let first = || self.slots.first().filter(|_| name == DEFAULT_MODEL).map(|slot| (0, slot));
-        found.or_else(first).ok_or_else(|| Failure::ModelNotFound {
-            name: name.to_owned(),
-            known: self.slots.iter().map(|slot| slot.name.as_str()).collect::<Vec<_>>().join(", "),
+        found.or_else(first).ok_or_else(|| match self.upstream(name) {
+            Some(upstream) => Failure::ComputedElsewhere { name: upstream.name.clone() },
+            None => Failure::ModelNotFound { name: name.to_owned(), known: self.known() },
         })
     }
 }

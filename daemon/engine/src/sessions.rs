@@ -114,6 +114,27 @@ impl Sessions {
         })
     }
 
+    /// All sessions, whoever's, whose last answer the daemon's end has cut, the one used last at the end.
+    ///
+    /// # Errors
+    /// [`Failure::ShuttingDown`].
+    pub fn interrupted(&self) -> Result<Vec<(Owner, SessionId)>, Failure> {
+        self.ask(|keeper| {
+            let cut = keeper.store.interrupted().into_iter();
+            Ok(cut.filter_map(|(owner, id)| Some((Owner::numbered(owner)?, id))).collect())
+        })
+    }
+
+    /// The number of the turn with which a session is to go on by itself, if there is one: an answer in the background
+    /// that the daemon's end has cut. One at which several daemons have ended before it had another token waits
+    /// for somebody to ask.
+    ///
+    /// # Errors
+    /// As any verb.
+    pub fn goes_on_alone(&self, owner: Owner, id: SessionId) -> Result<Option<u32>, Failure> {
+        self.ask(move |keeper| keeper.goes_on_alone(owner.number(), id))
+    }
+
     /// Changes a session and answers what it is then.
     ///
     /// # Errors

@@ -33,7 +33,8 @@ impl Histogram {
         self.counts.iter().sum()
     }
 
-    pub(crate) fn add(&mut self, time_s: f64) {
+    /// Counts one.
+    pub fn add(&mut self, time_s: f64) {
         self.counts[BUCKETS_S.partition_point(|&end| end < time_s)] += 1;
         self.sum_s += time_s;
     }
@@ -73,7 +74,8 @@ pub struct Tally {
 }
 
 impl Tally {
-    pub(crate) fn finished(&mut self, finished: &Finished) {
+    /// Counts an answer that is complete.
+    pub fn finished(&mut self, finished: &Finished) {
         let timings = finished.timings;
         let index = match finished.reason {
             FinishReason::Stop => 0,

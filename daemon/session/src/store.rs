@@ -25,7 +25,7 @@ pub use turns::NewTurn;
 use crate::cipher::{MasterKey, NONCE_BYTES};
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
-use crate::history::{History, Settings};
+use crate::history::{History, Settings, State};
 use crate::id::SessionId;
 use crate::limits::{Limits, MODEL_BYTES_MAX, TITLE_BYTES_MAX};
 use crate::record::{Create, Record};
@@ -99,6 +99,14 @@ impl<D: Disk> Store<D> {
     /// All sessions of `owner`, by name.
     pub fn list(&self, owner: u64) -> Vec<Summary> {
         self.sessions.values().filter(|session| session.is_of(owner)).map(Session::summary).collect()
+    }
+
+    /// All sessions, whoever's, whose last turn was cut, the one used last at the end.
+    pub fn interrupted(&self) -> Vec<(u64, SessionId)> {
+        let cut = self.sessions.values().filter(|session| session.state() == State::Interrupted);
+        let mut cut: Vec<&Session> = cut.collect();
+        cut.sort_by_key(|session| session.last_use);
+        cut.into_iter().map(|session| (session.owner, session.id)).collect()
     }
 
     /// What is known of a session without reading it.

@@ -24,7 +24,7 @@ use std::future::Future;
 use tokio::net::UnixListener;
 
 /// Serves HTTP/1.1 on `listener`, and on `tcp` if there is one, until what `stop` makes resolves, then lets running
-/// requests end.
+/// requests end. Responses in the background that the end of another daemon has cut go on meanwhile.
 pub async fn serve<S: Future<Output = ()>>(
     listener: UnixListener,
     tcp: Option<TcpDoor>,
@@ -32,12 +32,19 @@ pub async fn serve<S: Future<Output = ()>>(
     options: ServeOptions,
     stop: impl Fn() -> S,
 ) {
-    let router = http::router(service, options.body_bytes_max);
+    let runs = bodies::responses::Runs::default();
+    let router = http::router(service.clone(), runs.clone(), options.body_bytes_max);
     let unix = accept::serve(listener, router.clone(), options, stop());
     let tcp = async {
         if let Some(door) = tcp {
             accept::serve(door, router, options, stop()).await;
         }
     };
-    tokio::join!(unix, tcp);
+    let unfinished = async {
+        tokio::select! {
+            () = bodies::responses::finish_all(&service, &runs) => {}
+            () = stop() => {}
+        }
+    };
+    tokio::join!(unix, tcp, unfinished);
 }

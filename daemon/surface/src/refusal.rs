@@ -133,6 +133,21 @@ fn name(failure: &Failure) -> Name {
         Failure::SessionLimit { .. } => (429, "insufficient_quota", "session_limit"),
         Failure::SessionDamaged { .. } => (500, SERVER, "session_damaged"),
         Failure::DiskFailed { .. } => (507, SERVER, "disk_failed"),
+        _ => return elsewhere(failure),
+    };
+    Name { status, kind, code }
+}
+
+/// The table's part about engines elsewhere.
+fn elsewhere(failure: &Failure) -> Name {
+    let (status, kind, code) = match failure {
+        Failure::ComputedElsewhere { .. } => (400, INVALID, "computed_elsewhere"),
+        Failure::UpstreamUnreachable { .. } => (502, SERVER, "upstream_unreachable"),
+        Failure::UpstreamLate { .. } => (504, SERVER, "upstream_timeout"),
+        Failure::UpstreamBusy { .. } => (429, RATE, "upstream_busy"),
+        Failure::UpstreamFailed { .. } => (502, SERVER, "upstream_failed"),
+        Failure::UpstreamRefused { .. } => (400, INVALID, "upstream_refused"),
+        Failure::UpstreamContextTooLong { .. } => (400, INVALID, "context_length_exceeded"),
         _ => (500, SERVER, "internal_error"),
     };
     Name { status, kind, code }
@@ -144,14 +159,16 @@ impl From<Failure> for Refusal {
         let retry_after_s = match &failure {
             Failure::QueueFull { retry_after_s, .. }
             | Failure::UserQueueFull { retry_after_s, .. }
+            | Failure::UpstreamBusy { retry_after_s, .. }
             | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,
         };
         let param = match failure {
             Failure::InvalidRequest { param, .. } => Some(param),
-            Failure::ModelNotFound { .. } => Some("model".to_owned()),
-            Failure::ContextTooLong { .. } => Some("messages".to_owned()),
+            Failure::UpstreamRefused { param, .. } => param,
+            Failure::ModelNotFound { .. } | Failure::ComputedElsewhere { .. } => Some("model".to_owned()),
+            Failure::ContextTooLong { .. } | Failure::UpstreamContextTooLong { .. } => Some("messages".to_owned()),
             Failure::SessionNotFound { .. } | Failure::SessionBusy { .. } => Some("session_id".to_owned()),
             _ => None,
         };

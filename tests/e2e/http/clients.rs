@@ -1,7 +1,9 @@
 //! Clients that others have written, unchanged: Ollama's, OpenAI's for responses.
 
+use serde_json::json;
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::Daemon;
+use std::io::Read;
 use std::path::Path;
 use std::process::Command;
 
@@ -28,6 +30,36 @@ fn the_openai_clients_responses_are_served_and_kept() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
     assert_eq!(run("responses_client.py", &daemon.socket(), &["all"], &daemon), "responses: ok");
+}
+
+#[test]
+fn after_a_kill_an_answer_in_the_background_goes_on_by_itself_and_another_one_when_it_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let sets = ["engine.threads=1", "model.default.max_context=4096"];
+    let mut daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &sets);
+    let whole = run("responses_client.py", &daemon.socket(), &["whole"], &daemon);
+    let asked = daemon.post("/v1/sessions", &json!({ "title": "asked for" })).json();
+    let message = json!({ "role": "user", "content": "Hello" });
+    let chat = json!({
+        "session_id": asked["id"], "messages": [message], "max_tokens": 3000, "ignore_eos": true, "stream": true,
+    });
+    let mut stream = daemon.open("/v1/chat/completions", &chat);
+    stream.read_exact(&mut [0; 2000]).unwrap();
+    let started = run("responses_client.py", &daemon.socket(), &["begin"], &daemon);
+    daemon.kill_and_restart(&sets);
+    assert!(daemon.log().contains("interrupted=2"), "an answer was over before the daemon: {}", daemon.log());
+    let state = |title: &str| {
+        let list = daemon.get("/v1/sessions").json();
+        let found = list["data"].as_array().unwrap().iter().find(|session| session["title"] == title);
+        found.unwrap_or_else(|| panic!("{list}"))["state"].as_str().unwrap().to_owned()
+    };
+    daemon.wait_until("the answer has ended by itself", || state("response") == "idle");
+    assert_eq!(state("asked for"), "interrupted");
+    let (id, heard) = started.split_once('\n').unwrap();
+    assert_eq!(run("responses_client.py", &daemon.socket(), &["finish", id, heard], &daemon), whole);
+    let id = asked["id"].as_str().unwrap();
+    let answer = daemon.post(&format!("/v1/sessions/{id}/continue"), &json!({})).json();
+    assert_eq!(answer["usage"]["completion_tokens"], 3000, "{answer}");
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub(super) const KEYS: &[&str] = &[
     "engine.retry.backoff_ms",
     "engine.retry.forget_ms",
     "engine.set.*",
+    "engine.spare_devices",
     "engine.step_timeout_ms",
     "engine.threads",
     "engine.watchdog_ms",
@@ -36,7 +37,18 @@ pub(super) const KEYS: &[&str] = &[
     "model.*.activations",
     "model.*.max_context",
     "model.*.path",
+    "model.*.relay.allow_insecure",
+    "model.*.relay.ca_file",
+    "model.*.relay.connect_ms",
+    "model.*.relay.first_token_s",
+    "model.*.relay.idle_s",
+    "model.*.relay.key_file",
+    "model.*.relay.model",
+    "model.*.relay.retries",
+    "model.*.relay.running",
+    "model.*.relay.waiting",
     "model.*.top_k",
+    "model.*.upstream",
     "mqtt.allow_insecure",
     "mqtt.broker",
     "mqtt.ca_file",
@@ -230,7 +242,7 @@ fn line(text: &str, offset: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Bytes, Model};
+    use crate::config::{Bytes, Model, Relay};
 
     /// The list above and the types cannot drift apart: a full configuration has exactly these keys.
     #[test]
@@ -248,7 +260,16 @@ mod tests {
         files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
         config.tcp.listen = Some("127.0.0.1:1".parse().unwrap());
         config.tcp.keys = Some("x".into());
-        let model = Model { path: "x".into(), max_context: Some(1), top_k: Some(1), activations: Default::default() };
+        let file = || Some("x".into());
+        let relay = Relay { model: name(), key_file: file(), ca_file: file(), ..Relay::default() };
+        let model = Model {
+            path: "x".into(),
+            upstream: name(),
+            relay: Some(relay),
+            max_context: Some(1),
+            top_k: Some(1),
+            activations: Default::default(),
+        };
         config.model.insert("*".to_owned(), model);
         let mut found = Vec::new();
         flatten(&toml::Table::try_from(config).unwrap(), "", &mut found);

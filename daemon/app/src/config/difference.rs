@@ -143,6 +143,7 @@ mod tests {
             "sessions.context_full" => "truncate-oldest",
             "sessions.durability" => "token",
             "mqtt.reply_topics" => "[\"x/#\"]",
+            "engine.spare_devices" => "[1]",
             "mqtt.broker" => "mqtt://localhost",
             "tcp.listen" => "127.0.0.1:1",
             "mqtt.allow_insecure" => "true",

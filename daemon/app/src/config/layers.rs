@@ -176,7 +176,7 @@ mod tests {
     fn a_model_without_a_path_in_any_layer_is_refused() {
         let (_dir, files) = folder(&[("a.toml", "[model.small]\ntop_k = 1\n")]);
         let said = Layers::read(&files, &[]).unwrap().config().unwrap_err().to_string();
-        assert!(said.contains("a.toml") && said.contains("missing field `path`"), "{said}");
+        assert!(said.contains("a.toml") && said.contains("model.small.path is missing"), "{said}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod memory;
 mod mqtt;
 mod paths;
 mod plugins;
+mod relay;
 mod sessions;
 mod size;
 mod source;
@@ -27,6 +28,7 @@ pub use memory::{Memory, SlowTierFor};
 pub use mqtt::{Broker, Mqtt};
 pub use paths::Paths;
 pub use plugins::Plugins;
+pub use relay::Relay;
 pub use sessions::{ContextFull, Durability, Sessions};
 pub use size::Bytes;
 pub use source::Source;
@@ -35,7 +37,7 @@ pub use tcp::Tcp;
 use serde::{Deserialize, Serialize};
 use sparsed_backend::STRIKES_MAX;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// The longest time that can be configured.
 const YEAR_MS: u64 = 365 * 86_400_000;
@@ -117,6 +119,8 @@ pub struct Engine {
     pub plugin: String,
     /// Device of the plugin, from 0.
     pub device: u32,
+    /// Devices of the plugin that take over when that one is lost for good, in this order.
+    pub spare_devices: Vec<u32>,
     /// Compute threads; 0: the plugin's choice.
     pub threads: u32,
     /// Whether the CPU plugin takes over when another one's device is lost for good.
@@ -151,6 +155,7 @@ impl Default for Engine {
         Self {
             plugin: "cpu".to_owned(),
             device: 0,
+            spare_devices: Vec::new(),
             threads: 0,
             failover: true,
             watchdog_ms: 60_000,
@@ -182,8 +187,15 @@ impl Default for Retry {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// The file.
+    /// The file; empty where an engine elsewhere computes the model.
+    #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
+    /// The OpenAI interface of the engine that computes it, `https://host[:port]/v1`; `None`: this box does.
+    #[serde(default)]
+    pub upstream: Option<String>,
+    /// How that engine is asked.
+    #[serde(default)]
+    pub relay: Option<Relay>,
     /// Most tokens of prompt and answer; `None`: as many as the model was trained for.
     #[serde(default)]
     pub max_context: Option<u32>,
@@ -193,6 +205,36 @@ pub struct Model {
     /// How activations go into products.
     #[serde(default)]
     pub activations: Activations,
+}
+
+impl Model {
+    /// The model of a file, all else as it has it.
+    pub fn at(path: PathBuf) -> Self {
+        let (upstream, relay) = (None, None);
+        Self { path, upstream, relay, max_context: None, top_k: None, activations: Activations::default() }
+    }
+
+    /// What of it does not go together.
+    fn wrong_value(&self, name: &str) -> Option<(String, String)> {
+        let key = |key: &str| format!("model.{name}.{key}");
+        let (has_path, relay) = (!is_empty(&self.path), self.relay.as_ref());
+        match &self.upstream {
+            Some(_) if has_path => Some((key("upstream"), format!("and model.{name}.path exclude each other"))),
+            Some(_) if self.top_k.is_some() => {
+                Some((key("top_k"), "is the upstream engine's to choose; leave it out".to_owned()))
+            }
+            Some(upstream) => relay.cloned().unwrap_or_default().wrong_value(name, upstream),
+            None if relay.is_some() => Some((key("relay"), format!("belongs to a model with model.{name}.upstream"))),
+            None if !has_path => {
+                Some((key("path"), format!("is missing or empty; set a path, or model.{name}.upstream")))
+            }
+            None => None,
+        }
+    }
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 /// How activations go into products with quantised weights.
@@ -239,7 +281,7 @@ impl Config {
         ranges.extend(pauses.iter().map(|&pause| ("engine.retry.backoff_ms".to_owned(), pause, 0, DAY_MS)));
         let paths =
             [("state_dir", &self.state_dir), ("socket.path", &self.socket.path), ("plugins.dir", &self.plugins.dir)];
-        let mut paths: Vec<_> =
+        let paths: Vec<_> =
             paths.into_iter().filter_map(|(key, path)| Some((key.to_owned(), path.as_ref()?))).collect();
         for (name, model) in &self.model {
             if name.is_empty() {
@@ -247,7 +289,12 @@ impl Config {
             }
             ranges.push((format!("model.{name}.max_context"), model.max_context.unwrap_or(1).into(), 1, 1 << 24));
             ranges.push((format!("model.{name}.top_k"), model.top_k.unwrap_or(0).into(), 0, 1 << 24));
-            paths.push((format!("model.{name}.path"), &model.path));
+            if let Some(relay) = &model.relay {
+                ranges.extend(relay.ranges(name));
+            }
+            if let Some(wrong) = model.wrong_value(name) {
+                return Some(wrong);
+            }
         }
         let out = |(key, value, low, high): &(String, u64, u64, u64)| {
             let inside = (low..=high).contains(&value);
@@ -293,7 +340,6 @@ pub(crate) fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut i
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::path::Path;
 
     fn load(text: &str, sets: &[&str]) -> Result<Config, String> {
         let dir = tempfile::tempdir().unwrap();

@@ -3,6 +3,7 @@
 mod accelerators;
 mod access;
 mod doors;
+mod elsewhere;
 mod installation;
 mod machine;
 
@@ -109,6 +110,7 @@ impl Doctor {
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(memory.as_ref().map(machine::largest_model));
         checks.extend(installation::models(&config, &paths, memory.as_ref()));
+        checks.extend(elsewhere::upstreams(&config));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(installation::plugins(&config, &scan));
         checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan)));

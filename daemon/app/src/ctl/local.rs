@@ -104,7 +104,7 @@ impl LocalDevice {
     /// A model as a configuration would have it.
     pub(super) fn configured(&self, path: &Path, top_k: Option<u32>) -> crate::config::Model {
         let activations = self.activations();
-        crate::config::Model { path: path.to_owned(), max_context: None, top_k, activations }
+        crate::config::Model { top_k, activations, ..crate::config::Model::at(path.to_owned()) }
     }
 
     /// Compute threads; 0: the plugin's choice.

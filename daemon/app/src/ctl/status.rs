@@ -70,16 +70,16 @@ fn status_text(status: &Value, socket: &str) -> String {
     text += &memory(&status["memory"]);
     for model in status["models"].as_array().into_iter().flatten() {
         let (used, total) = (&model["kv_blocks_used"], &model["kv_blocks_total"]);
-        let line = format!(
-            "  {:<16} {}; {} running, {} waiting; {used} of {total} KV blocks; {} tokens computed, {} sampled\n",
-            word(&model["name"]),
-            state(model),
-            model["running"],
-            model["waiting"],
-            model["computed_tokens"],
-            model["sampled_tokens"],
-        );
+        let (name, running, waiting) = (word(&model["name"]), &model["running"], &model["waiting"]);
+        let line = format!("  {name:<16} {}; {running} running, {waiting} waiting; ", state(model));
         text += &line;
+        let (computed, sampled) = (&model["computed_tokens"], &model["sampled_tokens"]);
+        text += &match model["upstream"] == true {
+            true => {
+                format!("computed by {}; {sampled} tokens came from there\n", word(&model["detail"]["meta"]["address"]))
+            }
+            false => format!("{used} of {total} KV blocks; {computed} tokens computed, {sampled} sampled\n"),
+        };
     }
     let third_party = status["third_party_plugins"].as_array().into_iter().flatten();
     let third_party: Vec<&str> = third_party.map(word).collect();
@@ -147,6 +147,7 @@ fn state(model: &Value) -> String {
     match word(&model["state"]) {
         "loading" => format!("loading {} %", detail["progress_permille"].as_u64().unwrap_or(0) / 10),
         "failed" => format!("failed: {}", word(&detail["reason"])),
+        "unreachable" => format!("unreachable: {}", word(&detail["reason"])),
         other => other.to_owned(),
     }
 }
@@ -162,6 +163,8 @@ mod tests {
         assert_eq!(state(&loading), "loading 34 %");
         let failed = json!({ "state": "failed", "detail": { "reason": "no file" } });
         assert_eq!(state(&failed), "failed: no file");
+        let gone = json!({ "state": "unreachable", "detail": { "reason": "refused" } });
+        assert_eq!(state(&gone), "unreachable: refused");
     }
 
     #[test]

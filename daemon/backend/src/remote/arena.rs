@@ -1,11 +1,11 @@
 //! Which bytes do the daemon and a plugin host share? A sealed memory file per lane: a header, then one job's bytes.
 //!
-//! The daemon writes a job and then `submitted` (release); the host reads `submitted` (acquire) and then the job,
-//! works, writes the outcome and then `completed` (release); the daemon reads `completed` (acquire) and then the
-//! outcome. One job is under way at a time, so neither side touches what the other is writing. The host may break this
+//! The daemon writes a job and then raises `submitted`; the host sees `submitted` and then reads the job, works, writes
+//! the outcome and then raises `completed`; the daemon sees `completed` and then reads the outcome. One job is under way at a time, so neither side touches what the other is writing. The host may break this
 //! rule: therefore the daemon copies bytes in and out, never holds a reference to them, and believes no length but its
 //! own.
 
+use super::bell::Counter;
 use super::wire::Failure;
 use memmap2::MmapRaw;
 use rustix::fs::{MemfdFlags, SealFlags};
@@ -27,28 +27,28 @@ pub(super) const KIND_RUN: u32 = 1;
 /// A job is a list of KV operations.
 pub(super) const KIND_KV: u32 = 2;
 
-/// What one side tells the other. On three cache lines: written by the daemon, by the host, by both once a job.
+/// What one side tells the other. On two cache lines: what the daemon writes, and what the host does.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub(super) struct Header {
     /// The number of the last job given.
-    pub(super) submitted: AtomicU32,
+    pub(super) submitted: Counter,
     /// Not 0: the job is to end early.
     pub(super) cancel: AtomicU32,
     pub(super) kind: AtomicU32,
     /// The plan or the pool.
     pub(super) object: AtomicU32,
+    _daemon_gap: u32,
     /// Bytes of the step or of the operations, of the input, and of the output or host images.
     pub(super) lengths: [AtomicU64; 3],
-    _daemon_line: [u64; 3],
+    _daemon_line: [u64; 2],
     /// The number of the last job done.
-    pub(super) completed: AtomicU32,
+    pub(super) completed: Counter,
     /// Its outcome.
     pub(super) status: AtomicI32,
     pub(super) op_index: AtomicU32,
     pub(super) message_length: AtomicU32,
     pub(super) block: AtomicU32,
-    _gap: u32,
     pub(super) vendor_code: AtomicI64,
     _host_line: [u64; 4],
 }
@@ -207,6 +207,7 @@ impl Arena {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     #[test]
     fn what_one_side_writes_the_other_reads() {
@@ -214,8 +215,8 @@ mod tests {
         let (near, file) = Arena::create(layout.total).unwrap();
         let far = Arena::open(&file, layout.total).unwrap();
         near.write(&layout, 0, b"abc");
-        near.header().submitted.store(1, Ordering::Release);
-        assert_eq!(far.header().submitted.load(Ordering::Acquire), 1);
+        near.header().submitted.raise(1, file.as_fd());
+        assert_eq!(far.header().submitted.value(), 1);
         // SAFETY: submitted above, and this thread plays both sides.
         let (step, input, output) = unsafe { far.job(&layout) };
         assert_eq!((step, input.len(), output.len()), (&b"abc"[..], 0, 70));

@@ -3,9 +3,10 @@
 //! In the daemon, [`client`] implements the traits of the plugin kit by asking a child process, and the kit makes the
 //! C table of it: everything above the table cannot tell it from a loaded library. In the child, [`server`] loads the
 //! library and drives it as the daemon would. Between them are a socket for control calls ([`wire`]) and, for each
-//! queue that is in use, a lane: a piece of shared memory with a doorbell each way ([`arena`]).
+//! queue that is in use, a lane: a piece of shared memory ([`arena`]) with a doorbell each way ([`bell`]).
 
 mod arena;
+mod bell;
 mod client;
 mod server;
 mod wire;
@@ -44,14 +45,6 @@ impl Default for HostOptions {
             arena_bytes_max: 8 << 30,
         }
     }
-}
-
-/// How long a side of a lane looks at the other's counter before it sleeps. On few processors looking keeps the other
-/// side from running: the kernel tends to wake it on the processor that rang.
-fn spin_time() -> Duration {
-    const PROCESSORS_MIN: usize = 4;
-    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    if processors < PROCESSORS_MIN { Duration::ZERO } else { Duration::from_micros(20) }
 }
 
 /// A time as poll(2) takes it.

@@ -88,6 +88,67 @@ pub enum Failure {
         /// What it said.
         reason: String,
     },
+    /// The model is computed elsewhere, and what was asked for needs its tokens here.
+    #[error(
+        "model '{name}' is computed by another engine: chats and completions are passed on to it; it has no sessions, \
+         stored responses or tokens here"
+    )]
+    ComputedElsewhere {
+        /// The model.
+        name: String,
+    },
+    /// The engine that computes the model cannot be reached.
+    #[error("the engine that computes model '{name}' cannot be reached: {reason}")]
+    UpstreamUnreachable {
+        /// The model.
+        name: String,
+        /// Why not.
+        reason: String,
+    },
+    /// The engine that computes the model took too long.
+    #[error("the engine that computes model '{name}' took longer than {limit_s} s for {what}")]
+    UpstreamLate {
+        /// The model.
+        name: String,
+        /// For what.
+        what: &'static str,
+        /// How long it may take.
+        limit_s: u64,
+    },
+    /// The engine that computes the model takes no more requests now.
+    #[error("the engine that computes model '{name}' is busy; try again in {retry_after_s} s")]
+    UpstreamBusy {
+        /// The model.
+        name: String,
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// The engine that computes the model failed, or did not keep to the protocol.
+    #[error("the engine that computes model '{name}' failed: {reason}")]
+    UpstreamFailed {
+        /// The model.
+        name: String,
+        /// What it did.
+        reason: String,
+    },
+    /// The engine that computes the model refuses the request.
+    #[error("the engine that computes model '{name}' refuses the request: {reason}")]
+    UpstreamRefused {
+        /// The model.
+        name: String,
+        /// The parameter, where it names one.
+        param: Option<String>,
+        /// What it said.
+        reason: String,
+    },
+    /// The prompt is too long for the engine that computes the model.
+    #[error("the engine that computes model '{name}' refuses the prompt: {reason}")]
+    UpstreamContextTooLong {
+        /// The model.
+        name: String,
+        /// What it said.
+        reason: String,
+    },
     /// The answer ended without a last event: its listener did not read in time, or the engine is gone.
     #[error("the answer was cut off: it was not read for too long, or the engine has ended")]
     CutOff,

@@ -64,6 +64,11 @@ impl ExecutorError {
         if let Self::Backend(error) = self { error.bad_block().map(BlockId) } else { None }
     }
 
+    /// The plugin was not tried, for what it did before.
+    pub(crate) fn is_quarantine(&self) -> bool {
+        matches!(self, Self::Backend(BackendError::Quarantined { .. }))
+    }
+
     pub(crate) fn is_not_a_number(&self) -> bool {
         matches!(self, Self::NotANumber)
     }

@@ -10,6 +10,9 @@ use std::time::Duration;
 
 /// Least tokens of a prompt in a step: it gets on whatever the target.
 const CHUNK_MIN: u32 = 8;
+/// Part of the target that a step is to take: what varies from step to step stays below the target then, where a step
+/// that takes just so long would be late half of the time.
+const AIM: f64 = 0.9;
 /// Weight of the newest step in a mean, 1 / 2^n.
 const MEAN_SHIFT: f64 = 16.0;
 /// Longest time that is asked to be waited, in seconds.
@@ -18,21 +21,21 @@ const RETRY_S_MAX: f64 = 600.0;
 /// The part of a step that reads prompts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
-    /// Time per token that running answers are to keep.
-    target: Option<Duration>,
+    /// Time that a step beside running answers is to take.
+    aim: Option<Duration>,
     most: u32,
     chunk: u32,
 }
 
 impl Pace {
-    /// At most `most` tokens.
+    /// At most `most` tokens; running answers are to have a token each `target`.
     pub(super) fn new(target: Option<Duration>, most: u32) -> Self {
-        Self { target, most, chunk: most }
+        Self { aim: aim(target), most, chunk: most }
     }
 
     /// Keeps another time per token, or none.
     pub(super) fn set_target(&mut self, target: Option<Duration>) {
-        self.target = target;
+        self.aim = aim(target);
         if target.is_none() {
             self.chunk = self.most;
         }
@@ -42,7 +45,7 @@ impl Pace {
     pub(super) fn bound(&mut self, most: u32) {
         self.most = most;
         self.chunk = self.chunk.min(most);
-        if self.target.is_none() {
+        if self.aim.is_none() {
             self.chunk = most;
         }
     }
@@ -54,15 +57,15 @@ impl Pace {
 
     /// A step took so long.
     pub(super) fn took(&mut self, time: Duration, n_decodes: u32, n_prefill: u32) {
-        let Some(target) = self.target else { return };
+        let Some(aim) = self.aim else { return };
         if n_decodes == 0 || n_prefill == 0 {
             return;
         }
-        if time > target {
-            let ratio = target.as_secs_f64() / time.as_secs_f64();
+        if time > aim {
+            let ratio = aim.as_secs_f64() / time.as_secs_f64();
             // Not below half at once: one late step says little.
             self.chunk = scaled(n_prefill, ratio.max(0.5)).max(CHUNK_MIN).min(self.most);
-        } else if n_prefill >= self.chunk && time + time / 8 < target {
+        } else if n_prefill >= self.chunk && time + time / 8 < aim {
             self.chunk = (self.chunk + (self.chunk / 8).max(1)).min(self.most);
         }
     }
@@ -120,6 +123,10 @@ fn scaled(n: u32, ratio: f64) -> u32 {
     (f64::from(n) * ratio.clamp(0.0, 1.0)) as u32
 }
 
+fn aim(target: Option<Duration>) -> Option<Duration> {
+    target.map(|target| target.mul_f64(AIM))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,7 +145,7 @@ mod tests {
             let n = pace.chunk(4);
             let us = (base + each * u64::from(n)) * (900 + u64::from(random.next_u32() % 201)) / 1000;
             let time = Duration::from_micros(us);
-            late += u32::from(step >= 200 && time > ms(110));
+            late += u32::from(step >= 200 && time > ms(100));
             pace.took(time, 4, n);
         }
         (late, pace.chunk(4))

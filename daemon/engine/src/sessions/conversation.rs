@@ -1,6 +1,6 @@
 //! What was said in a session, as messages, and which of it still fits the context?
 
-use super::wishes::{Asked, answer};
+use super::wishes::{Asked, Wishes, answer};
 use crate::api::{ChatPrompt, Failure, Reading};
 use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest, Role};
@@ -37,6 +37,8 @@ pub struct SaidTurn {
     pub answer_tokens: u32,
     /// Most tokens of its answer.
     pub max_tokens: Option<u32>,
+    /// Whether it is wanted although nobody waits for it.
+    pub in_background: bool,
 }
 
 /// How a turn ended.
@@ -74,10 +76,10 @@ impl SaidTurn {
             Some(Outcome::Failed) => TurnEnd::Failed,
             None | Some(Outcome::Interrupted) => TurnEnd::Cut,
         };
-        let max_tokens = asked.wishes.max_tokens;
+        let Wishes { max_tokens, in_background, .. } = asked.wishes;
         let Said { messages, answer, .. } = Said::of(turn)?;
         let (prompt_tokens, answer_tokens) = (turn.prompt_end, turn.end_token.saturating_sub(turn.prompt_end));
-        Ok(Self { at: turn.at, messages, answer, end, prompt_tokens, answer_tokens, max_tokens })
+        Ok(Self { at: turn.at, messages, answer, end, prompt_tokens, answer_tokens, max_tokens, in_background })
     }
 }
 
@@ -209,7 +211,6 @@ fn is_cut_by_daemon(turn: &TurnHistory) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sessions::Wishes;
 
     fn history(prompt_end: u32, end_token: u32, n_tokens: u32, outcome: Option<Outcome>) -> History {
         let chat = ChatRequest { messages: vec![ChatMessage::new(Role::User, "Hi")], ..ChatRequest::default() };

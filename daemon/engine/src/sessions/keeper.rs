@@ -348,6 +348,8 @@ fn busy(id: SessionId) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ChatRequest;
+    use crate::sessions::wishes::{Asked, Wishes};
     use sparsed_session::{Limits, MasterKey, NewSession, NewTurn, OsDisk, Outcome};
     use std::sync::mpsc::sync_channel;
 
@@ -444,6 +446,36 @@ mod tests {
         let (_, end) = listener.heard();
         assert!(matches!(end, Some(crate::api::Event::Failed(Failure::DiskFailed { .. }))), "{end:?}");
         keeper.take_session(1, id).unwrap();
+    }
+
+    #[test]
+    fn an_answer_in_the_background_goes_on_alone_until_that_has_failed_too_often() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        for in_background in [false, true] {
+            let wishes = Wishes { in_background, ..Wishes::default() };
+            let (request, sampling) = Asked { chat: ChatRequest::default(), wishes, n_left_out: 0 }.encode();
+            let turn = NewTurn { keep_tokens: 0, prompt: &[1; 3], request: &request, sampling: &sampling };
+            keeper.take_session(1, id).unwrap();
+            keeper.store.begin_turn(1, id, &turn, 0).unwrap();
+            assert_eq!(keeper.goes_on_alone(1, id), Ok(None), "somebody has it");
+            keeper.store.end_turn(1, id, Outcome::Interrupted, b"", 0).unwrap();
+            keeper.let_go(1, id);
+            if !in_background {
+                assert_eq!(keeper.goes_on_alone(1, id), Ok(None), "its client may ask for it");
+            }
+        }
+        for _ in 0..3 {
+            assert_eq!(keeper.goes_on_alone(1, id), Ok(Some(1)));
+        }
+        assert_eq!(keeper.goes_on_alone(1, id), Ok(None));
+        keeper.store.resume_turn(1, id).unwrap();
+        keeper.store.append_tokens(1, id, &[5]).unwrap();
+        keeper.store.end_turn(1, id, Outcome::Interrupted, b"", 0).unwrap();
+        assert_eq!(keeper.goes_on_alone(1, id), Ok(Some(1)), "it has got on");
+        keeper.store.resume_turn(1, id).unwrap();
+        end(&mut keeper, id);
+        assert_eq!(keeper.goes_on_alone(1, id), Ok(None), "it is over");
     }
 
     #[test]

@@ -1,10 +1,14 @@
 //! What may be done with a session that is not being answered? The verbs that change what it says.
 
+use super::conversation::SaidTurn;
 use super::keeper::{Keeper, Resumed, failure};
 use crate::api::{Failure, Turn};
 #[cfg(feature = "simulation")]
 use sparsed_session::History;
 use sparsed_session::{Durability, ImageShape, NewSession, NewTurn, SessionId, StoreError, Summary};
+
+/// How often an answer goes on by itself from the same token: it may be what ends the daemon.
+const TRIES_MAX: u32 = 3;
 
 /// A turn that was cut and is to go on.
 #[derive(Clone, Debug)]
@@ -57,6 +61,26 @@ impl Keeper {
         let now = self.seconds();
         self.with_room(|store| store.begin_turn(owner, id, turn, now)).map_err(|error| failure(id, &error))?;
         Ok(self.turn(owner, id, shape, turn.keep_tokens, None))
+    }
+
+    /// As [`Sessions::goes_on_alone`](super::Sessions::goes_on_alone).
+    pub(crate) fn goes_on_alone(&mut self, owner: u64, id: SessionId) -> Result<Option<u32>, Failure> {
+        if self.check_free(id).is_err() {
+            return Ok(None);
+        }
+        let history = self.store.history(owner, id).map_err(|error| failure(id, &error))?;
+        let turns = if history.is_open() { SaidTurn::all(history, false) } else { Ok(Vec::new()) };
+        self.store.release(owner, id).map_err(|error| failure(id, &error))?;
+        let turns = turns?;
+        if turns.last().is_none_or(|turn| !turn.in_background) {
+            return Ok(None);
+        }
+        let n_tries = self.store.note_try(owner, id).map_err(|error| failure(id, &error))?;
+        if n_tries > TRIES_MAX {
+            log::warn!(session:% = id, tries = n_tries - 1; "daemons have ended at this answer, it waits to be asked for");
+            return Ok(None);
+        }
+        Ok(Some(super::count(turns.len()) - 1))
     }
 
     /// Goes on with the last turn of a session that is taken.

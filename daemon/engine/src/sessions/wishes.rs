@@ -18,6 +18,9 @@ pub struct Wishes {
     pub stops: Vec<String>,
     /// Go on past end tokens.
     pub ignore_end: bool,
+    /// Whether it is wanted although nobody waits for it: once cut by the daemon's end, it goes on by itself.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub in_background: bool,
     /// When it is to begin; no part of what the answer depends on.
     #[serde(skip)]
     pub urgency: Urgency,

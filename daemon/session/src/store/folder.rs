@@ -12,7 +12,7 @@ pub(super) const UNNAMED: &str = ".tmp";
 /// Most bytes that are kept of what was cut from a journal.
 const CUT_BYTES_MAX: usize = 1 << 20;
 /// All that a session's folder may have.
-const FILES: [&str; 7] = [KEY, JOURNAL, JOURNAL_NEW, CUT, TORN, UNSURE, KV];
+const FILES: [&str; 8] = [KEY, JOURNAL, JOURNAL_NEW, CUT, TORN, UNSURE, TRIES, KV];
 const KEY: &str = "key";
 const JOURNAL: &str = "journal";
 const JOURNAL_NEW: &str = "journal.new";
@@ -20,6 +20,9 @@ const KV: &str = "kv";
 const CUT: &str = "journal.cut";
 const TORN: &str = "journal.torn";
 const UNSURE: &str = "journal.unsure";
+const TRIES: &str = "tries";
+/// Bytes of what the file [`TRIES`] says: turns, tokens, tries, each a `u32`.
+const TRIES_BYTES: usize = 12;
 
 type Done = Result<(), DiskError>;
 
@@ -115,6 +118,23 @@ impl Folder {
             Err(DiskError::NotFound) => Ok(false),
             length => length.map(|_| true),
         }
+    }
+
+    /// Counts a try to go on from `n_tokens` in turn `n_turns`; answers how many there were from there, this one
+    /// included. Not synced: a power cut may take it back, the death of the process does not.
+    pub(super) fn note_try(&self, disk: &mut impl Disk, n_turns: u32, n_tokens: u32) -> Result<u32, DiskError> {
+        let (file, mut bytes) = (self.dir.child(TRIES), [0; TRIES_BYTES]);
+        let found = match disk.read_at(&file, 0, &mut bytes) {
+            Err(DiskError::NotFound) => disk.create(&file).map(|()| 0),
+            found => found,
+        };
+        let mut said = bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+        let place = [said.next(), said.next()];
+        let is_here = found? == TRIES_BYTES && place == [Some(n_turns), Some(n_tokens)];
+        let n_tries = if is_here { said.next().unwrap_or(0).saturating_add(1) } else { 1 };
+        let said: Vec<u8> = [n_turns, n_tokens, n_tries].into_iter().flat_map(u32::to_le_bytes).collect();
+        disk.write_at(&file, 0, &said)?;
+        Ok(n_tries)
     }
 
     /// Removes what a compaction left behind.

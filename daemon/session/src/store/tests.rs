@@ -100,6 +100,37 @@ fn a_turn_without_an_end_is_interrupted_and_can_be_resumed() {
 }
 
 #[test]
+fn tries_to_go_on_are_counted_from_token_to_token_and_from_process_to_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let (id, other) = (store.create(OWNER, &new(Durability::Turn), 5), store.create(OWNER, &new(Durability::Turn), 5));
+    let (id, other) = (id.unwrap(), other.unwrap());
+    for id in [other, id] {
+        let turn = NewTurn { keep_tokens: 0, prompt: &[1, 2], request: b"request", sampling: b"sampling" };
+        store.begin_turn(OWNER, id, &turn, 7).unwrap();
+        store.append_tokens(OWNER, id, &[3]).unwrap();
+        assert_eq!(store.flush().failed, []);
+    }
+    assert_eq!(store.interrupted(), [], "they are being answered");
+    for n_before in 0..3 {
+        drop(store);
+        store = open(folder.path(), 2).0;
+        assert_eq!(store.interrupted().len(), 2);
+        assert_eq!(store.note_try(OWNER, id), Ok(n_before + 1));
+    }
+    assert_eq!(store.note_try(OWNER, other), Ok(1));
+    store.resume_turn(OWNER, id).unwrap();
+    store.append_tokens(OWNER, id, &[4]).unwrap();
+    assert_eq!(store.note_try(OWNER, id), Ok(1), "it has got on");
+    std::fs::write(file_of(folder.path(), id, "tries"), [9; 5]).unwrap();
+    assert_eq!(store.note_try(OWNER, id), Ok(1), "half a file says nothing");
+    assert_eq!(store.note_try(OWNER, id), Ok(2));
+    store.end_turn(OWNER, id, Outcome::Complete, b"answer", 8).unwrap();
+    store.delete(OWNER, id).unwrap();
+    assert!(!file_of(folder.path(), id, "tries").exists());
+}
+
+#[test]
 fn durability_says_which_flushes_commit() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, _) = open(folder.path(), 1);

@@ -1,6 +1,6 @@
 //! What happens in a session, one turn after the other?
 
-use super::{Store, check_bytes, find};
+use super::{Store, Summary, check_bytes, find};
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::{Outcome, State};
@@ -43,6 +43,17 @@ impl<D: Disk> Store<D> {
         self.record(owner, id, Record::Turn(turn))?;
         find(&mut self.sessions, owner, id)?.answering = true;
         Ok(())
+    }
+
+    /// Counts a try to go on with the last turn that nobody has asked for; answers how many there were since its last
+    /// token came, this one included. Those before have ended with their process.
+    ///
+    /// # Errors
+    /// As [`Store::history`].
+    pub fn note_try(&mut self, owner: u64, id: SessionId) -> Result<u32> {
+        let session = find(&mut self.sessions, owner, id)?;
+        let Summary { n_turns, n_tokens, .. } = session.summary();
+        Ok(session.folder.note_try(&mut self.disk, n_turns, n_tokens)?)
     }
 
     /// A turn that was cut, or cancelled, goes on: more of its tokens come. Until they do, it is what it was.

@@ -5,7 +5,7 @@ use super::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::Service;
-use sparsed_engine::api::{Event, FinishReason, Finished, Generate, Likelihood};
+use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -57,9 +57,9 @@ pub(crate) struct Reply {
 #[derive(Debug)]
 pub(crate) struct Asked<W> {
     /// For the engine.
-    pub(crate) request: Generate,
+    pub(crate) request: Request,
     /// Where several answers are wanted, the requests for the others.
-    pub(crate) siblings: Vec<Generate>,
+    pub(crate) siblings: Vec<Request>,
     /// What the client wants back.
     pub(crate) reply: Reply,
     /// How the answer is written.
@@ -124,7 +124,7 @@ impl<W: Wire> Answering<W> {
     /// The engine's, and that there is no room in its queue.
     pub(crate) async fn begin(service: &Service, asked: Asked<W>) -> Result<Self, Refusal> {
         let Asked { request, siblings, reply, wire } = asked;
-        let head = Head::new::<W>(request.model.clone());
+        let head = Head::new::<W>(request.model().to_owned());
         let choices = std::iter::repeat_with(Choice::default).take(1 + siblings.len()).collect();
         let listening = Listening::begin(service, &head.id, std::iter::once(request).chain(siblings)).await?;
         let include_usage = reply.include_usage;

@@ -6,8 +6,8 @@ use super::{fields, logprobs, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, ServedModel, Service, Wishes};
+use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Role, ServedModel, Service, Target, Wishes};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
@@ -110,6 +110,12 @@ impl ChatAsk {
         Ok(Self { fields, wishes, n, logprobs })
     }
 
+    /// The same, whose answer is wanted although nobody waits for it.
+    pub(crate) fn in_background(mut self, in_background: bool) -> Self {
+        self.wishes.in_background = in_background;
+        self
+    }
+
     /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
     ///
     /// # Errors
@@ -134,9 +140,17 @@ impl ChatAsk {
             };
             let request = fields.request(enforcing.as_deref(), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
-            return Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire });
+            return Ok(Asked { request: request.into(), siblings: Vec::new(), reply, wire: ChatWire });
         }
-        let served = service.model(&model)?;
+        let served = match service.target(&model)? {
+            Target::Here(served) => served,
+            Target::Elsewhere(_) => {
+                let prompt = fields.relayed(&wishes)?;
+                let relay = Relay { model, owner, prompt, wishes, logprobs };
+                let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
+                return Ok(Asked { request: relay.into(), siblings, reply, wire: ChatWire });
+            }
+        };
         let enforcing = fields.enforces_call().then_some(&*served);
         let request = fields.request(enforcing, &mut wishes)?;
         let spec = wishes.grammar.clone();
@@ -149,8 +163,8 @@ impl ChatAsk {
             made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
         let (prompt, reading) = (prompt.tokens, Some(prompt.reading));
         let request = Generate { model, prompt, grammar, reading, logprobs, ..wishes.request(owner) };
-        let siblings = (1..n).map(|nth| request.sibling(nth)).collect();
-        Ok(Asked { request, siblings, reply, wire: ChatWire })
+        let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
+        Ok(Asked { request: request.into(), siblings, reply, wire: ChatWire })
     }
 }
 
@@ -171,15 +185,32 @@ impl ChatFields {
             Some(ToolChoice::Named { function, .. }) => Some(function.name.as_str()),
             _ => None,
         };
-        if wishes.grammar.is_some() {
-            return Err(Refusal::invalid("tool_choice", "excludes response_format and grammar"));
-        }
+        refuse_grammar(wishes)?;
         self.parallel_tool_calls = None; // One call is what is enforced.
         let mut request = self.conversation(false)?;
         wishes.grammar = Some(served.call_grammar(&request.tools, only)?);
         // Its reasoning would have to follow the grammar too.
         request.thinking = Some(false);
         Ok(request)
+    }
+
+    /// The conversation as another engine hears it, which enforces a call by itself.
+    fn relayed(mut self, wishes: &Wishes) -> Result<RelayPrompt, Refusal> {
+        let (calling, no_tools) = match self.tool_choice.take() {
+            None | Some(ToolChoice::Mode(ToolMode::Auto)) => (Calling::Free, false),
+            Some(ToolChoice::Mode(ToolMode::None)) => (Calling::Free, true),
+            Some(ToolChoice::Mode(ToolMode::Required)) => (Calling::Required, false),
+            Some(ToolChoice::Named { function, .. }) => (Calling::Only(function.name), false),
+        };
+        if calling != Calling::Free {
+            refuse_grammar(wishes)?;
+            self.parallel_tool_calls = None;
+        }
+        let chat = self.conversation(no_tools)?;
+        if calling != Calling::Free && chat.tools.is_empty() {
+            return Err(Refusal::invalid("tool_choice", "needs tools"));
+        }
+        Ok(RelayPrompt::Chat { chat: Box::new(chat), calling })
     }
 
     /// The conversation, as far as it can be checked without the model.
@@ -210,6 +241,14 @@ impl ChatFields {
         let thinking = asked.or_else(|| self.reasoning_effort.map(|effort| effort != "none"));
         let now = i64::try_from(now()).ok();
         Ok(ChatRequest { messages, tools, thinking, template_arguments, now, ..ChatRequest::default() })
+    }
+}
+
+/// A call that is enforced leaves no choice of another form.
+fn refuse_grammar(wishes: &Wishes) -> Result<(), Refusal> {
+    match &wishes.grammar {
+        Some(_) => Err(Refusal::invalid("tool_choice", "excludes response_format and grammar")),
+        None => Ok(()),
     }
 }
 

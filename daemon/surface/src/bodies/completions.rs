@@ -7,8 +7,8 @@ use super::{fields, logprobs, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner};
-use sparsed_engine::{DEFAULT_MODEL, Service, Wishes};
+use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
+use sparsed_engine::{DEFAULT_MODEL, Service, Target, Wishes};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
 const MAX_TOKENS_DEFAULT: u32 = 16;
@@ -72,8 +72,17 @@ impl CompletionAsk {
     ) -> Result<Asked<CompletionWire>, Refusal> {
         let Self { fields, wishes, n, logprobs } = self;
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
-        let model = fields.model.unwrap_or_else(|| DEFAULT_MODEL.to_owned());
-        let served = service.model(&model)?;
+        let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+        let served = match service.target(&model)? {
+            Target::Here(served) => served,
+            Target::Elsewhere(_) => {
+                let (prompt, echo) = fields.relayed()?;
+                let relay = Relay { model, owner, prompt, wishes, logprobs };
+                let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
+                let wire = CompletionWire { with_tokens: false, echo };
+                return Ok(Asked { request: relay.into(), siblings, reply, wire });
+            }
+        };
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
         let (prompt, spec, echoes) = (fields.prompt.single()?, wishes.grammar.clone(), fields.echo == Some(true));
         let made = tokio::task::spawn_blocking(move || {
@@ -90,12 +99,32 @@ impl CompletionAsk {
         let (prompt, echo, grammar) =
             made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
         let request = Generate { model, prompt, grammar, logprobs, ..wishes.request(owner) };
-        let siblings = (1..n).map(|nth| request.sibling(nth)).collect();
-        Ok(Asked { request, siblings, reply, wire: CompletionWire { with_tokens, echo } })
+        let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
+        Ok(Asked { request: request.into(), siblings, reply, wire: CompletionWire { with_tokens, echo } })
     }
 }
 
 impl CompletionFields {
+    /// The prompt as another engine hears it, and what comes before the answer.
+    fn relayed(self) -> Result<(RelayPrompt, String), Refusal> {
+        if self.return_tokens == Some(true) {
+            return Err(Refusal::invalid("return_tokens", "is not served: another engine computes this model"));
+        }
+        let echoes = self.echo == Some(true);
+        match self.prompt.single()? {
+            Err(text) if text.is_empty() => Err(Refusal::invalid("prompt", "is empty")),
+            Err(text) => {
+                let echo = if echoes { text.clone() } else { String::new() };
+                Ok((RelayPrompt::Text(text), echo))
+            }
+            Ok(tokens) if tokens.is_empty() => Err(Refusal::invalid("prompt", "is empty")),
+            Ok(_) if echoes => {
+                Err(Refusal::invalid("echo", "of token ids is not served: another engine has the vocabulary"))
+            }
+            Ok(tokens) => Ok((RelayPrompt::Tokens(tokens), String::new())),
+        }
+    }
+
     fn refuse_what_is_missing(&self, logprobs: bool) -> Result<(), Refusal> {
         if logprobs && self.echo == Some(true) {
             return Err(Refusal::invalid("logprobs", "beside echo is not served: a prompt's tokens have none"));

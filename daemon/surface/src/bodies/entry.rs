@@ -1,7 +1,7 @@
 //! What does the operator see of a request? One line of the log at its end, without a word of what was said.
 
 use crate::refusal::Refusal;
-use sparsed_engine::api::{Event, Failure, Generate, Usage};
+use sparsed_engine::api::{Event, Failure, Request, Usage};
 use std::time::Instant;
 
 /// A request that is being answered. Dropped before its end, its client has gone away.
@@ -25,11 +25,11 @@ struct Begun {
 
 impl Entry {
     /// Takes in a request that is about to be handed to the engine: the first, or another answer to it.
-    pub(super) fn add(&mut self, id: &str, request: &Generate) {
+    pub(super) fn add(&mut self, id: &str, request: &Request) {
         let begun = self.0.get_or_insert_with(|| Begun {
             request: id.to_owned(),
-            model: request.model.clone(),
-            owner: request.owner.number(),
+            model: request.model().to_owned(),
+            owner: request.owner().number(),
             session: request.session().map_or_else(String::new, |id| id.to_string()),
             at: Instant::now(),
             n_left: 0,

@@ -6,7 +6,7 @@
 use super::entry::Entry;
 use crate::refusal::Refusal;
 use sparsed_engine::Service;
-use sparsed_engine::api::{Event, Failure, Generate, Refused, Sink};
+use sparsed_engine::api::{Event, Failure, Refused, Request, Sink};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 
@@ -56,14 +56,14 @@ impl Listening {
     pub(crate) async fn begin(
         service: &Service,
         id: &str,
-        requests: impl IntoIterator<Item = Generate>,
+        requests: impl IntoIterator<Item = Request>,
     ) -> Result<Self, Refusal> {
         let (sender, mut events) = mpsc::channel(CHANNEL);
         let mut entry = Entry::default();
         let hand_over = || {
             for (index, request) in requests.into_iter().enumerate() {
                 entry.add(id, &request);
-                service.generate(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
+                service.submit(request, Box::new(ChannelSink { index, events: sender.clone() }))?;
             }
             Ok(())
         };
@@ -95,7 +95,7 @@ impl Listening {
 ///
 /// # Errors
 /// Why it could not be finished.
-pub(crate) async fn finish(service: &Service, request: Generate) -> Result<(), Refusal> {
+pub(crate) async fn finish(service: &Service, request: Request) -> Result<(), Refusal> {
     let mut listening = Listening::begin(service, "", [request]).await?;
     loop {
         match listening.next().await.1 {

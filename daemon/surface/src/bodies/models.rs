@@ -2,8 +2,8 @@
 
 use super::load;
 use serde_json::{Value, json};
-use sparsed_engine::api::Failure;
-use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel, Service};
+use sparsed_engine::api::{Failure, Reach, UpstreamStatus};
+use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, ModelState, ModelStatus, ServedModel, Service, Target};
 
 /// Whether a request for the default model would be served.
 #[derive(Clone, Debug)]
@@ -17,7 +17,12 @@ pub(crate) struct Health {
 /// How the daemon is.
 pub(crate) fn health(service: &Service) -> Health {
     let device = service.device();
-    let (state, text) = match service.model(DEFAULT_MODEL) {
+    let (state, text) = match service.target(DEFAULT_MODEL) {
+        Ok(Target::Elsewhere(upstream)) => match upstream.reach {
+            Reach::Up => ("ready", format!("{} computes", upstream.address)),
+            Reach::Unknown => ("starting", format!("{} is being asked", upstream.address)),
+            Reach::Down(reason) => ("recovering", reason),
+        },
         Ok(_) if device.state == DeviceState::Recovering => {
             ("recovering", format!("{} is being opened again; requests wait", device.name))
         }
@@ -32,14 +37,15 @@ pub(crate) fn health(service: &Service) -> Health {
 /// Names of the models that answer.
 pub(crate) fn ready(service: &Service) -> Vec<String> {
     let models = service.models().into_iter();
-    models.filter(|model| matches!(model.state, ModelState::Ready(_))).map(|model| model.name).collect()
+    models.filter(|model| model.state.answers()).map(|model| model.name).collect()
 }
 
-/// Models that answer, as OpenAI lists them.
+/// Models that answer, as OpenAI lists them, and those of engines elsewhere, which say whether they do.
 pub(crate) fn list(service: &Service) -> Value {
     let models = service.models();
     let data = models.iter().filter_map(|status| match &status.state {
         ModelState::Ready(served) => Some(entry(&status.name, served)),
+        ModelState::Elsewhere(upstream) => Some(entry_elsewhere(&status.name, upstream)),
         ModelState::Loading { .. } | ModelState::Failed(_) => None,
     });
     let data: Vec<Value> = data.collect();
@@ -67,6 +73,7 @@ fn device_status(device: &DeviceStatus) -> Value {
         DeviceState::Loading => "loading",
         DeviceState::Ready => "ready",
         DeviceState::Recovering => "recovering",
+        DeviceState::Unused => "unused",
     };
     json!({
         "name": device.name,
@@ -77,8 +84,47 @@ fn device_status(device: &DeviceStatus) -> Value {
     })
 }
 
+/// The model `id` as OpenAI lists it.
+///
+/// # Errors
+/// Not configured, or of this box and not there.
+pub(crate) fn one(service: &Service, id: &str) -> Result<Value, Failure> {
+    Ok(match service.target(id)? {
+        Target::Here(served) => entry(id, &served),
+        Target::Elsewhere(upstream) => entry_elsewhere(id, &upstream),
+    })
+}
+
+/// A model of an engine elsewhere. The list is made without asking it, so when it was made is not known.
+fn entry_elsewhere(id: &str, upstream: &UpstreamStatus) -> Value {
+    json!({
+        "id": id,
+        "object": "model",
+        "created": 0,
+        "owned_by": "upstream",
+        "max_model_len": upstream.max_context,
+        "upstream": true,
+        "reachable": upstream.is_up(),
+        "meta": meta_elsewhere(upstream),
+    })
+}
+
+fn meta_elsewhere(upstream: &UpstreamStatus) -> Value {
+    let reason = match &upstream.reach {
+        Reach::Down(reason) => Some(reason),
+        Reach::Unknown | Reach::Up => None,
+    };
+    json!({
+        "name": upstream.model,
+        "address": upstream.address,
+        "software": upstream.software,
+        "label": format!("computed elsewhere, by {}", upstream.address),
+        "reason": reason,
+    })
+}
+
 /// A model as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.
-pub(crate) fn entry(id: &str, served: &ServedModel) -> Value {
+fn entry(id: &str, served: &ServedModel) -> Value {
     json!({
         "id": id,
         "object": "model",
@@ -110,11 +156,21 @@ fn model_status(service: &Service, status: &ModelStatus) -> Value {
         ModelState::Loading { progress_permille } => ("loading", json!({ "progress_permille": progress_permille })),
         ModelState::Ready(served) => ("ready", json!({ "max_context": served.max_context, "meta": meta(served) })),
         ModelState::Failed(reason) => ("failed", json!({ "reason": reason })),
+        ModelState::Elsewhere(upstream) => {
+            let state = match &upstream.reach {
+                Reach::Up => "ready",
+                Reach::Unknown => "connecting",
+                Reach::Down(_) => "unreachable",
+            };
+            let meta = meta_elsewhere(upstream);
+            (state, json!({ "max_context": upstream.max_context, "reason": meta["reason"].clone(), "meta": meta }))
+        }
     };
     let (stats, load) = (&status.stats, &status.stats.load);
     json!({
         "name": status.name,
         "state": state,
+        "upstream": matches!(status.state, ModelState::Elsewhere(_)),
         "detail": detail,
         "running": load.running,
         "waiting": load.waiting,

@@ -76,6 +76,7 @@ impl SamplingFields {
             sampling: self.sampling()?,
             stops: self.stops()?,
             ignore_end: self.ignore_end(),
+            in_background: false,
             urgency: self.urgency()?,
         })
     }

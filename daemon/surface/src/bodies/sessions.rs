@@ -127,7 +127,7 @@ pub(crate) async fn resume(
 ) -> Result<Asked<ChatWire>, Refusal> {
     let id = session_id(id)?;
     let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
-    let request = verb(service, move |service| service.resume_turn(owner, id)).await?;
+    let request = verb(service, move |service| service.resume_turn(owner, id)).await?.into();
     Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire })
 }
 
@@ -163,7 +163,7 @@ pub(crate) async fn turn(
             return Ok(request);
         }
         let cut = verb(service, move |service| service.resume_turn(owner, id)).await?;
-        finish(service, cut).await?;
+        finish(service, cut.into()).await?;
     }
 }
 

@@ -13,7 +13,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use sparsed_engine::memory::{Budget, Outlook};
 use sparsed_engine::telemetry::{BUCKETS_S, Histogram, What};
-use sparsed_engine::{DeviceState, DeviceStatus, ModelState, ModelStatus, Service};
+use sparsed_engine::{DeviceState, DeviceStatus, ModelStatus, Service};
 use std::fmt;
 
 const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -29,7 +29,7 @@ const GAUGES: &[Number<f64>] = &[
     ("llamacpp:requests_processing", "Requests that run", |m| m.stats.load.running.into()),
     ("llamacpp:requests_deferred", "Requests that wait", |m| m.stats.load.waiting.into()),
     ("llamacpp:kv_cache_usage_ratio", "KV blocks held, 1 is all", usage),
-    ("sparsed_model_ready", "Whether the model answers", |m| f64::from(matches!(m.state, ModelState::Ready(_)))),
+    ("sparsed_model_ready", "Whether the model answers", |m| f64::from(m.state.answers())),
     ("sparsed_memory_stage", "Responses to short memory: 0 none, 7 requests are refused", |m| {
         m.board.stage.number().into()
     }),
@@ -207,9 +207,9 @@ fn signed(bytes: u64) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_engine::Stats;
     use sparsed_engine::memory::Limit;
     use sparsed_engine::telemetry::Board;
+    use sparsed_engine::{ModelState, Stats};
 
     fn scrape() -> Scrape {
         let mut stats = Stats { sampled_tokens: 7, steps: 3, ..Stats::default() };

@@ -35,7 +35,7 @@ struct Shared {
 }
 
 /// The whole HTTP interface.
-pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
+pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Router {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     Router::new()
         .route("/health", get(models::health))
@@ -69,7 +69,7 @@ pub(crate) fn router(service: Service, body_bytes_max: usize) -> Router {
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(DefaultBodyLimit::max(body_bytes_max))
-        .with_state(Shared { service, body_bytes_max, bodies, runs: Runs::default() })
+        .with_state(Shared { service, body_bytes_max, bodies, runs })
 }
 
 /// Ollama's interface.

@@ -34,8 +34,7 @@ pub(crate) async fn one(
 ) -> Result<Json<Value>, Refusal> {
     let Path(id) =
         id.map_err(|error| Refusal::unreadable(400, "invalid_path", Some("model".to_owned()), error.body_text()))?;
-    let served = shared.service.model(&id)?;
-    Ok(Json(models::entry(&id, &served)))
+    Ok(Json(models::one(&shared.service, &id)?))
 }
 
 /// `GET /v1/status`.

@@ -13,8 +13,8 @@ use axum::{Extension, Json};
 use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Generate, Owner};
-use sparsed_engine::{ModelState, ServedModel, Service};
+use sparsed_engine::api::{Owner, Request, UpstreamStatus};
+use sparsed_engine::{ModelState, ServedModel, Service, Target};
 use std::convert::Infallible;
 
 /// When a model that is served is let go of: not in any client's time.
@@ -64,12 +64,12 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
     let generation = match wanted {
         Wanted::Answer(generation) => generation,
         Wanted::Nothing { model, unload } => {
-            service.model(&model).map_err(Refusal::from)?;
+            service.target(&model).map_err(Refusal::from)?;
             return Ok(Json(idle(kind, &tagged(&model), unload)).into_response());
         }
     };
     let (bytes, share) = (generation.body.to_string(), body.into_share());
-    let request: Generate = if generation.is_chat {
+    let request: Request = if generation.is_chat {
         ChatAsk::read(bytes.as_bytes())?.prepare(service, owner, share).await?.request
     } else {
         CompletionAsk::read(bytes.as_bytes())?.prepare(service, owner, share).await?.request
@@ -114,7 +114,8 @@ fn listed(service: &Service, more: impl Fn(&ServedModel) -> Value) -> Vec<Value>
     };
     let ready = service.models().into_iter().filter_map(|status| match &status.state {
         ModelState::Ready(served) => Some(entry(&status.name, served)),
-        ModelState::Loading { .. } | ModelState::Failed(_) => None,
+        ModelState::Elsewhere(upstream) if upstream.is_up() => Some(listed_elsewhere(&status.name, upstream)),
+        ModelState::Elsewhere(_) | ModelState::Loading { .. } | ModelState::Failed(_) => None,
     });
     ready.collect()
 }
@@ -129,7 +130,10 @@ pub(crate) struct ShowFields {
 /// `POST /api/show`: one model.
 pub(crate) async fn show(State(shared): State<Shared>, body: Body) -> Result<Json<Value>, Refused> {
     let fields: ShowFields = body.parse()?;
-    let served = shared.service.model(model_name(&fields.model)).map_err(Refusal::from)?;
+    let served = match shared.service.target(model_name(&fields.model)).map_err(Refusal::from)? {
+        Target::Here(served) => served,
+        Target::Elsewhere(upstream) => return Ok(Json(shown_elsewhere(&upstream))),
+    };
     let (spec, summary) = (served.model.spec(), served.model.summary());
     let format = served.model.chat_format();
     let mut capabilities = vec!["completion"];
@@ -152,6 +156,48 @@ pub(crate) async fn show(State(shared): State<Shared>, body: Body) -> Result<Jso
         },
         "capabilities": capabilities,
     })))
+}
+
+/// A model of an engine elsewhere, with Ollama's own names for such.
+fn listed_elsewhere(name: &str, upstream: &UpstreamStatus) -> Value {
+    json!({
+        "name": tagged(name),
+        "model": tagged(name),
+        "remote_model": upstream.model,
+        "remote_host": upstream.address,
+        "modified_at": time(0),
+        "size": 0,
+        "size_vram": 0,
+        "expires_at": NEVER,
+        "context_length": upstream.max_context,
+        "details": details_elsewhere(),
+    })
+}
+
+/// What it can do the other engine would know; tools and reasoning are passed on.
+fn shown_elsewhere(upstream: &UpstreamStatus) -> Value {
+    json!({
+        "modified_at": time(0),
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "remote_model": upstream.model,
+        "remote_host": upstream.address,
+        "details": details_elsewhere(),
+        "model_info": { "general.architecture": "upstream", "upstream.context_length": upstream.max_context },
+        "capabilities": ["completion", "tools", "thinking"],
+    })
+}
+
+fn details_elsewhere() -> Value {
+    json!({
+        "parent_model": "",
+        "format": "",
+        "family": "upstream",
+        "families": ["upstream"],
+        "parameter_size": "",
+        "quantization_level": "",
+    })
 }
 
 fn details(served: &ServedModel) -> Value {

@@ -3,7 +3,7 @@
 use super::Shared;
 use super::body::Body;
 use crate::bodies::listen::Listening;
-use crate::bodies::responses::{self, Heard, ResponseId, Run, Script, Stored};
+use crate::bodies::responses::{self, Found, Heard, ResponseId, Run, Script};
 use crate::refusal::Refusal;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
@@ -13,7 +13,7 @@ use axum::{Extension, Json};
 use futures_util::{StreamExt, stream};
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::api::Owner;
+use sparsed_engine::api::{Owner, Urgency};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -104,28 +104,8 @@ pub(crate) async fn delete(
     Ok(Json(deleted))
 }
 
-enum Found {
-    Run(Arc<Run>),
-    Told(Vec<Value>, Value),
-}
-
-/// A response; one that the daemon's end has cut goes on from here.
 async fn find(shared: &Shared, owner: Owner, id: &str, after: Option<u64>) -> Result<Found, Refusal> {
-    let id = parsed(id)?;
-    if let Some(run) = shared.runs.get(owner, id) {
-        return Ok(Found::Run(run));
-    }
-    let stored = match responses::stored(&shared.service, owner, id, after).await {
-        // Somebody else has just had it go on.
-        Err(refusal) => return shared.runs.get(owner, id).map(Found::Run).ok_or(refusal),
-        Ok(stored) => stored,
-    };
-    match stored {
-        Stored::Told(events, response) => Ok(Found::Told(events, response)),
-        Stored::Cut(request, head) => {
-            Ok(Found::Run(shared.runs.start(&shared.service, owner, id, head, *request).await?))
-        }
-    }
+    shared.runs.find(&shared.service, owner, parsed(id)?, after, Urgency::default().priority).await
 }
 
 fn parsed(id: &str) -> Result<ResponseId, Refusal> {

@@ -6,6 +6,7 @@ use super::message::Address;
 use super::options::MqttOptions;
 use super::topics::{Op, Topics};
 use serde_json::{Value, json};
+use sparsed_engine::api::Reach;
 use sparsed_engine::{DeviceState, ModelState, Service};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -63,7 +64,11 @@ fn info(service: &Service, options: &MqttOptions) -> Value {
             "id": name, "name": served.model.name(), "max_context": served.max_context,
             "chat": served.model.chat_format().is_some(), "label": served.model.label(),
         })),
-        ModelState::Loading { .. } | ModelState::Failed(_) => None,
+        ModelState::Elsewhere(upstream) if upstream.is_up() => Some(json!({
+            "id": name, "name": upstream.model, "max_context": upstream.max_context, "chat": true,
+            "label": format!("computed elsewhere, by {}", upstream.address), "upstream": true,
+        })),
+        ModelState::Elsewhere(_) | ModelState::Loading { .. } | ModelState::Failed(_) => None,
     };
     let models = service.models().into_iter().filter_map(|status| model((status.name, status.state)));
     json!({
@@ -91,6 +96,11 @@ fn events(service: &Service, states: &mut BTreeMap<String, &'static str>) -> Vec
             ModelState::Loading { .. } => continue,
             ModelState::Ready(_) => ("model_loaded", None),
             ModelState::Failed(reason) => ("model_failed", Some(reason)),
+            ModelState::Elsewhere(upstream) => match upstream.reach {
+                Reach::Unknown => continue,
+                Reach::Up => ("model_loaded", None),
+                Reach::Down(reason) => ("model_failed", Some(reason)),
+            },
         };
         if states.insert(format!("model {}", status.name), kind) != Some(kind) {
             let payload = json!({ "v": 1, "model": status.name, "reason": reason });

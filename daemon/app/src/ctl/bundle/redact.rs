@@ -42,7 +42,9 @@ impl Redactor {
             let keys = keys.filter_map(|line| line.split_whitespace().nth(1));
             secrets.extend(keys.map(|key| Zeroizing::new(key.to_owned())));
         }
-        for path in [&config.mqtt.password_file, &config.mqtt.key_file].into_iter().flatten() {
+        let relays = config.model.values().filter_map(|model| model.relay.as_ref()?.key_file.as_ref());
+        let files = [&config.mqtt.password_file, &config.mqtt.key_file].into_iter().flatten();
+        for path in files.chain(relays) {
             let Some(text) = read(path) else { continue };
             secrets.extend(text.lines().map(|line| Zeroizing::new(line.trim().to_owned())));
         }

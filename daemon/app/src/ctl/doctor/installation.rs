@@ -150,8 +150,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");
         let mut config = Config::default();
-        let model = Model { path: path.clone(), max_context: None, top_k: None, activations: Default::default() };
-        config.model.insert("small".to_owned(), model);
+        config.model.insert("small".to_owned(), Model::at(path.clone()));
         let said = |config: &Config| models(config, &Paths::of(config), None).remove(0);
         assert_eq!(said(&config).verdict, Verdict::Fail);
         fs::write(&path, b"GGUF\x03\0\0\0").unwrap();

@@ -1,12 +1,12 @@
 //! How does a step reach the host and come back? Through shared memory, with a doorbell each way.
 //!
-//! A lane carries one job at a time. Where there are processors enough, both sides look at the shared counters for a
-//! few microseconds before they sleep. The doorbell is rung always: who sees the counter first only finds it rung.
+//! A lane carries one job at a time.
 
 use super::link::Link;
 use crate::remote::arena::{Arena, Layout};
+use crate::remote::bell::{Patience, was_rung};
+use crate::remote::timespec;
 use crate::remote::wire::{Failure, Object, Request};
-use crate::remote::{spin_time, timespec};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use sparsed_abi::{E_DEVICE_LOST, E_NOMEM_HOST, E_STEP, OK};
 use sparsed_plugin_kit::{PluginError, Result};
@@ -28,7 +28,7 @@ pub(super) struct Lane {
     from_host: OwnedFd,
     /// The number of the last job.
     turn: u32,
-    spin_time: Duration,
+    patience: Patience,
 }
 
 /// A step or a list of KV operations.
@@ -65,7 +65,7 @@ impl Lane {
         let (to_host, from_host, id) = (bell()?, bell()?, link.new_id());
         let request = Request::Lane { device, lane: id, arena_bytes: bytes as u64 };
         link.tell(&request, &[file.as_fd(), to_host.as_fd(), from_host.as_fd()])?;
-        Ok(Self { link: Arc::clone(link), id, arena, to_host, from_host, turn: 0, spin_time: spin_time() })
+        Ok(Self { link: Arc::clone(link), id, arena, to_host, from_host, turn: 0, patience: Patience::default() })
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -89,11 +89,9 @@ impl Lane {
             to.store(length as u64, Ordering::Relaxed);
         }
         self.turn = self.turn.wrapping_add(1);
-        header.submitted.store(self.turn, Ordering::Release);
-        // A full counter means that it is rung.
-        let _rung = rustix::io::write(&self.to_host, &1u64.to_ne_bytes()).is_err();
+        header.submitted.raise(self.turn, self.to_host.as_fd());
         let was_late = self.wait(job.cancel)?;
-        let status = header.status.load(Ordering::Relaxed);
+        let status = self.arena.header().status.load(Ordering::Relaxed);
         if status == OK {
             self.arena.read(&layout, 2, job.output);
             return Ok(());
@@ -109,23 +107,28 @@ impl Lane {
     }
 
     fn is_done(&self) -> bool {
-        self.arena.header().completed.load(Ordering::Acquire) == self.turn
+        self.arena.header().completed.value() == self.turn
     }
 
     fn late(&self) -> String {
         format!("the step took longer than {} ms", self.link.options().step_timeout.as_millis())
     }
 
-    /// Waits until the job is done. A job past its time is cancelled, which is told; one that does not end then costs
-    /// the host its life.
-    fn wait(&self, cancel: Option<&AtomicU32>) -> Result<bool> {
-        let began = Instant::now();
-        while began.elapsed() < self.spin_time {
-            if self.is_done() {
-                return Ok(false);
-            }
-            std::hint::spin_loop();
+    /// Waits until the job is done, and says whether it was late. A job past its time is cancelled, which is told; one
+    /// that does not end then costs the host its life.
+    fn wait(&mut self, cancel: Option<&AtomicU32>) -> Result<bool> {
+        let (began, completed) = (Instant::now(), &self.arena.header().completed);
+        if self.patience.look(|| completed.value() == self.turn) {
+            return Ok(false);
         }
+        completed.will_sleep();
+        let outcome = if self.is_done() { Ok(false) } else { self.sleep(began, cancel) };
+        completed.is_awake();
+        outcome
+    }
+
+    /// Sleeps until the host rings.
+    fn sleep(&self, began: Instant, cancel: Option<&AtomicU32>) -> Result<bool> {
         let options = self.link.options();
         let (mut deadline, mut is_late) = (began + options.step_timeout, false);
         loop {
@@ -138,7 +141,7 @@ impl Lane {
             // An interrupted wait is one that was short.
             let _woken = poll(&mut fds, Some(&timespec(pause))).is_err();
             let has_ended = !fds[1].revents().is_empty();
-            let is_rung = rustix::io::read(&self.from_host, &mut [0; 8]).is_ok();
+            let is_rung = was_rung(self.from_host.as_fd());
             if self.is_done() {
                 // A host without its doorbell would make every job as late as it may be.
                 let is_mute = !is_rung && !has_ended && cancel.is_none() && Instant::now() >= deadline;

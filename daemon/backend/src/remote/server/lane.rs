@@ -2,17 +2,18 @@
 
 use super::objects::{JobObjects, refuse};
 use crate::remote::arena::{Arena, KIND_KV, KIND_RUN, Layout};
+use crate::remote::bell::{Patience, ring, was_rung};
+use crate::remote::timespec;
 use crate::remote::wire::Failure;
-use crate::remote::{spin_time, timespec};
 use crate::{BackendError, Queue};
 use rustix::event::{PollFd, PollFlags, poll};
 use sparsed_abi::{Blob, E_INTERNAL, E_INVALID, OK, SpdKvOp, read_exact};
 use std::io::Error;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How long one sleep lasts; only a pause between looks.
 const SLEEP: Duration = Duration::from_secs(3600);
@@ -30,7 +31,6 @@ struct Lane {
     bell: OwnedFd,
     answer: OwnedFd,
     stops: AtomicBool,
-    spin_time: Duration,
 }
 
 impl LaneThread {
@@ -45,7 +45,7 @@ impl LaneThread {
     ) -> Result<Self, Error> {
         let bytes = usize::try_from(bytes).map_err(|_| std::io::ErrorKind::InvalidData)?;
         let arena = Arena::open(arena, bytes)?;
-        let shared = Arc::new(Lane { arena, bell, answer, stops: AtomicBool::new(false), spin_time: spin_time() });
+        let shared = Arc::new(Lane { arena, bell, answer, stops: AtomicBool::new(false) });
         let theirs = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("lane".to_owned()).spawn(move || theirs.work(queue, &jobs))?;
         Ok(Self { shared, thread: Some(thread) })
@@ -65,8 +65,8 @@ impl Drop for LaneThread {
 
 impl Lane {
     fn work(&self, mut queue: Queue, jobs: &JobObjects) {
-        let mut turn = 0u32;
-        while let Some(next) = self.next(turn) {
+        let (mut turn, mut patience) = (0u32, Patience::default());
+        while let Some(next) = self.next(turn, &mut patience) {
             turn = next;
             let outcome = self.job(&mut queue, jobs);
             let header = self.arena.header();
@@ -74,31 +74,25 @@ impl Lane {
                 Ok(()) => header.status.store(OK, Ordering::Relaxed),
                 Err(error) => self.arena.set_failure(&Failure::of(error, E_INTERNAL)),
             }
-            header.completed.store(turn, Ordering::Release);
-            ring(self.answer.as_fd());
+            header.completed.raise(turn, self.answer.as_fd());
         }
     }
 
     /// Waits for the job after number `turn`; `None` when the lane is dropped.
-    fn next(&self, turn: u32) -> Option<u32> {
-        let mut began = Instant::now();
-        loop {
-            let submitted = self.arena.header().submitted.load(Ordering::Acquire);
-            if submitted != turn {
-                return Some(submitted);
+    fn next(&self, turn: u32, patience: &mut Patience) -> Option<u32> {
+        let submitted = &self.arena.header().submitted;
+        let has_work = || submitted.value() != turn || self.stops.load(Ordering::Acquire);
+        if !patience.look(has_work) {
+            submitted.will_sleep();
+            while !has_work() {
+                // An interrupted sleep is one that was short.
+                let _woken = poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], Some(&timespec(SLEEP))).is_err();
+                let _rung = was_rung(self.bell.as_fd());
             }
-            if self.stops.load(Ordering::Acquire) {
-                return None;
-            }
-            if began.elapsed() < self.spin_time {
-                std::hint::spin_loop();
-                continue;
-            }
-            // An interrupted sleep is one that was short; what was rung before is read away first.
-            let _woken = poll(&mut [PollFd::new(&self.bell, PollFlags::IN)], Some(&timespec(SLEEP))).is_err();
-            let _empty = rustix::io::read(&self.bell, &mut [0; 8]).is_err();
-            began = Instant::now();
+            submitted.is_awake();
         }
+        let next = submitted.value();
+        (next != turn).then_some(next)
     }
 
     fn job(&self, queue: &mut Queue, jobs: &JobObjects) -> Result<(), BackendError> {
@@ -124,9 +118,4 @@ impl Lane {
             kind => Err(refuse(E_INVALID, format!("a job of the unknown kind {kind}"))),
         }
     }
-}
-
-/// Rings a doorbell. A full counter means that it is rung.
-fn ring(bell: BorrowedFd<'_>) {
-    let _rung = rustix::io::write(bell, &1u64.to_ne_bytes()).is_err();
 }

@@ -6,7 +6,7 @@ use crate::bodies::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::Service;
-use sparsed_engine::api::{Event, FinishReason, Finished, Generate, Likelihood};
+use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
 
 /// Whose words an answer is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,12 +32,7 @@ impl Speaking {
     ///
     /// # Errors
     /// The engine's.
-    pub(crate) async fn begin(
-        service: &Service,
-        kind: Kind,
-        model: String,
-        request: Generate,
-    ) -> Result<Self, Refusal> {
+    pub(crate) async fn begin(service: &Service, kind: Kind, model: String, request: Request) -> Result<Self, Refusal> {
         let listening = Listening::begin(service, "", [request]).await?;
         Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })
     }

@@ -5,12 +5,13 @@
 //! length of its answer; runs at a time are by the engine's limits.
 
 use super::script::{End, Head, Script, Tokens};
-use super::stored::ResponseId;
+use super::stored::{ResponseId, Stored, stored};
 use crate::bodies::listen::Listening;
+use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use serde_json::Value;
 use sparsed_engine::Service;
-use sparsed_engine::api::{Generate, Owner};
+use sparsed_engine::api::{Owner, Request};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
@@ -20,7 +21,11 @@ const OVER_MAX: usize = 64;
 
 /// All runs of the daemon; cheap to clone.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Runs(Arc<Mutex<VecDeque<Entry>>>);
+pub(crate) struct Runs {
+    entries: Arc<Mutex<VecDeque<Entry>>>,
+    /// Held while one begins to go on: who finds its session in use meanwhile waits, and then finds the run.
+    resuming: Arc<tokio::sync::Mutex<()>>,
+}
 
 #[derive(Debug)]
 struct Entry {
@@ -65,7 +70,52 @@ impl Heard {
     }
 }
 
+/// A response that was asked for by its name.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// It is being answered.
+    Run(Arc<Run>),
+    /// Its events, and the response.
+    Told(Vec<Value>, Value),
+}
+
 impl Runs {
+    /// A response with its events after the number `after`; one that the daemon's end has cut goes on from here, at
+    /// `priority`.
+    ///
+    /// # Errors
+    /// There is none of that name; the session's, or the engine's.
+    pub(crate) async fn find(
+        &self,
+        service: &Service,
+        owner: Owner,
+        id: ResponseId,
+        after: Option<u64>,
+        priority: i32,
+    ) -> Result<Found, Refusal> {
+        if let Some(run) = self.get(owner, id) {
+            return Ok(Found::Run(run));
+        }
+        let stored = stored(service, owner, id, after).await?;
+        if let Stored::Told(events, response) = stored {
+            return Ok(Found::Told(events, response));
+        }
+        let _alone = self.resuming.lock().await;
+        if let Some(run) = self.get(owner, id) {
+            return Ok(Found::Run(run));
+        }
+        let head = match stored {
+            // Its own connection hears it.
+            Stored::Told(events, response) | Stored::Running(events, response) => {
+                return Ok(Found::Told(events, response));
+            }
+            Stored::Cut(head) => head,
+        };
+        let mut request = sessions::verb(service, move |service| service.resume_turn(owner, id.session)).await?;
+        request.urgency.priority = priority;
+        Ok(Found::Run(self.start(service, owner, id, head, request.into()).await?))
+    }
+
     /// The run of a response, if it goes on or was over not long ago.
     pub(crate) fn get(&self, owner: Owner, id: ResponseId) -> Option<Arc<Run>> {
         let runs = self.lock();
@@ -82,7 +132,7 @@ impl Runs {
         owner: Owner,
         id: ResponseId,
         head: Head,
-        request: Generate,
+        request: Request,
     ) -> Result<Arc<Run>, Refusal> {
         let listening = Listening::begin(service, &head.id, [request]).await?;
         let mut script = Script::begin(head, None);
@@ -111,7 +161,7 @@ impl Runs {
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Entry>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

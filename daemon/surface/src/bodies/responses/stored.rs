@@ -5,7 +5,7 @@ use super::script::{End, Head, Script, Tokens};
 use crate::bodies::{ChatAsk, sessions};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Failure, Generate, Owner};
+use sparsed_engine::api::{Failure, Owner, Request};
 use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, TurnEnd};
 use std::fmt;
 use std::str::FromStr;
@@ -26,7 +26,7 @@ pub(crate) struct ResponseId {
 /// A request that may be handed to the engine.
 #[derive(Debug)]
 pub(crate) struct Prepared {
-    pub(crate) request: Generate,
+    pub(crate) request: Request,
     pub(crate) head: Head,
     pub(crate) stream: bool,
     pub(crate) background: bool,
@@ -37,10 +37,12 @@ pub(crate) struct Prepared {
 /// What became of a stored response.
 #[derive(Debug)]
 pub(crate) enum Stored {
-    /// It is over, or another connection hears it: its events after a number, and the response.
+    /// It is over: its events after a number, and the response.
     Told(Vec<Value>, Value),
-    /// The daemon has cut it: this request goes on with it.
-    Cut(Box<Generate>, Head),
+    /// It is being answered, with what is known of it.
+    Running(Vec<Value>, Value),
+    /// The daemon has cut it, and nobody goes on with it.
+    Cut(Head),
 }
 
 /// Reads a request and makes a prompt of it; one that is stored is in the journal then.
@@ -66,12 +68,13 @@ pub(crate) async fn prepare(
     let (id, is_new) = place(service, owner, &mut fields).await?;
     let asked = async {
         let ask = ChatAsk::read(fields.chat(Some(&id.session.to_string()))?.to_string().as_bytes())?;
+        let ask = ask.in_background(background);
         ask.prepare(service, owner, held).await
     };
     match asked.await {
         Ok(asked) => {
             let mut head = fields.head(id.to_string());
-            head.fixed["model"] = json!(asked.request.model);
+            head.fixed["model"] = json!(asked.request.model());
             Ok(Prepared { request: asked.request, head, stream, background, id: Some(id) })
         }
         Err(refusal) => {
@@ -126,13 +129,12 @@ pub(crate) async fn stored(
     let turn = &turns[id.turn as usize];
     let head = head(id, &model, turn);
     if turn.end == TurnEnd::Cut && is_last {
-        let request = sessions::verb(service, move |service| service.resume_turn(owner, id.session)).await?;
-        return Ok(Stored::Cut(Box::new(request), head));
+        return Ok(Stored::Cut(head));
     }
     let mut script = Script::begin(head, after);
     if turn.end == TurnEnd::Running {
         let response = script.response("in_progress");
-        return Ok(Stored::Told(script.take(), response));
+        return Ok(Stored::Running(script.take(), response));
     }
     if let Some(answer) = &turn.answer {
         say(&mut script, answer);
@@ -196,6 +198,7 @@ fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
     let fixed = json!({
         "created_at": turn.at,
         "model": model,
+        "background": turn.in_background,
         "store": true,
         "instructions": rules.and_then(|message| message.content.clone()),
         "max_output_tokens": turn.max_tokens,

@@ -1,0 +1,52 @@
+//! Do the engines elsewhere answer that models are configured with?
+
+use super::Check;
+use crate::config::Config;
+use crate::upstream;
+
+/// Whether each engine can be reached from here and has its model; asks all of them at a time.
+pub(super) fn upstreams(config: &Config) -> Vec<Check> {
+    let clients = match upstream::clients(config) {
+        Ok(clients) => clients,
+        Err(error) => {
+            return vec![Check::fail("upstream engines", format!("{error:#}"), "mend model.NAME.upstream or .relay")];
+        }
+    };
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
+    runtime.block_on(async {
+        let tasks =
+            clients.into_iter().map(|(name, client)| (name, tokio::spawn(async move { client.describe().await })));
+        let mut checks = Vec::new();
+        for (name, task) in tasks.collect::<Vec<_>>() {
+            let title = format!("model {name}");
+            let fix = format!("start that engine, or mend model.{name}.upstream and model.{name}.relay");
+            checks.push(match task.await {
+                Ok(Ok(there)) => {
+                    let context = there.max_context.map_or(String::new(), |n| format!(", context {n}"));
+                    Check::ok(title, format!("'{}' of {} elsewhere answers{context}", there.model, there.software()))
+                }
+                Ok(Err(failure)) => Check::fail(title, failure.to_string(), fix),
+                Err(error) => Check::fail(title, error.to_string(), fix),
+            });
+        }
+        checks
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+    use crate::config::Layers;
+    use std::net::TcpListener;
+
+    #[test]
+    fn an_engine_that_is_not_there_is_told_by_the_models_name() {
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap();
+        let sets = [format!("model.big.upstream=http://{free}/v1")];
+        let checks = upstreams(&Layers::read(&[], &sets).unwrap().config().unwrap());
+        assert_eq!((checks.len(), checks[0].verdict, checks[0].name.as_str()), (1, Verdict::Fail, "model big"));
+        assert!(checks[0].found.contains("cannot be reached"), "{checks:?}");
+        assert!(upstreams(&Config::default()).is_empty());
+    }
+}

@@ -1,0 +1,76 @@
+//! Who computes the model that a request names? A device of this box, or an engine elsewhere.
+
+use super::{DEFAULT_MODEL, ModelState, ModelStatus, ServedModel, Service};
+use crate::api::{Failure, Request, Sink, UpstreamModel, UpstreamStatus};
+use crate::telemetry::Board;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+/// Who computes a model.
+#[derive(Clone, Debug)]
+pub enum Target {
+    /// This box.
+    Here(Arc<ServedModel>),
+    /// An engine elsewhere, as it was when it was asked last; it need not be reachable.
+    Elsewhere(UpstreamStatus),
+}
+
+impl Service {
+    /// Who computes the model `name`.
+    ///
+    /// # Errors
+    /// Not configured; of this box and loading, or failed.
+    pub fn target(&self, name: &str) -> Result<Target, Failure> {
+        match self.upstream(name) {
+            Some(upstream) => Ok(Target::Elsewhere(upstream.engine.status())),
+            None => self.model(name).map(Target::Here),
+        }
+    }
+
+    /// Hands a request to whoever computes its model; its events go to `sink`.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or that it cannot be taken now. The sink has heard nothing then.
+    pub fn submit(&self, request: Request, sink: Box<dyn Sink>) -> Result<(), Failure> {
+        let relay = match request {
+            Request::Here(request) => return self.generate(*request, sink),
+            Request::Elsewhere(relay) => relay,
+        };
+        if self.shared.stopping.load(Ordering::Relaxed) {
+            return Err(Failure::ShuttingDown);
+        }
+        if relay.wishes.max_tokens == Some(0) {
+            return Err(Failure::invalid("max_tokens", "is 0, must be at least 1"));
+        }
+        let unknown = || Failure::ModelNotFound { name: relay.model.clone(), known: self.known() };
+        let upstream = self.upstream(&relay.model).ok_or_else(unknown)?;
+        upstream.engine.submit(*relay, sink)
+    }
+
+    /// Whether any model is computed elsewhere.
+    pub fn has_upstreams(&self) -> bool {
+        !self.upstreams.is_empty()
+    }
+
+    /// The model `name` of an engine elsewhere. [`DEFAULT_MODEL`] is the first of them where this box has none.
+    pub(super) fn upstream(&self, name: &str) -> Option<&UpstreamModel> {
+        let first = || self.upstreams.first().filter(|_| name == DEFAULT_MODEL && self.slots.is_empty());
+        self.upstreams.iter().find(|upstream| upstream.name == name).or_else(first)
+    }
+
+    /// What engines elsewhere serve, in the order of the configuration.
+    pub(super) fn upstream_statuses(&self) -> impl Iterator<Item = ModelStatus> {
+        self.upstreams.iter().map(|upstream| ModelStatus {
+            name: upstream.name.clone(),
+            state: ModelState::Elsewhere(upstream.engine.status()),
+            stats: upstream.engine.stats(),
+            board: Board::default(),
+        })
+    }
+
+    /// Names of all models, for people.
+    pub(super) fn known(&self) -> String {
+        let here = self.slots.iter().map(|slot| slot.name.as_str());
+        here.chain(self.upstreams.iter().map(|upstream| upstream.name.as_str())).collect::<Vec<_>>().join(", ")
+    }
+}

@@ -1,0 +1,57 @@
+//! Which answers go on by themselves once models are loaded? Those of responses in the background that the daemon's end
+//! has cut: whoever asked for them does not hold a connection and may never ask again.
+//!
+//! A few at a time, the one that was used first at the beginning, behind all else that their owners ask for. A client
+//! that asks for one meanwhile hears the same run, or begins it earlier.
+
+use super::runs::{Found, Runs};
+use super::stored::ResponseId;
+use crate::bodies::sessions;
+use crate::refusal::Refusal;
+use futures_util::{StreamExt, stream};
+use sparsed_engine::api::Owner;
+use sparsed_engine::{ModelState, Service, SessionId};
+use std::time::Duration;
+
+/// Answers that go on at a time.
+const AT_A_TIME: usize = 4;
+/// Behind all other requests of the same owner.
+const PRIORITY: i32 = 1000;
+/// Pause between looks at models that are being loaded.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Finishes what there is to finish; without sessions there is nothing.
+pub(crate) async fn finish_all(service: &Service, runs: &Runs) {
+    while service.models().iter().any(|model| matches!(model.state, ModelState::Loading { .. })) {
+        tokio::time::sleep(LOOK).await;
+    }
+    let Ok(cut) = sessions::verb(service, |service| service.sessions()?.interrupted()).await else { return };
+    let finish = |(owner, session)| async move {
+        if let Err(refusal) = finish_one(service, runs, owner, session).await {
+            log::warn!(session:%, reason = refusal.message(); "answer does not go on by itself, only when it is asked for");
+        }
+    };
+    stream::iter(cut).for_each_concurrent(AT_A_TIME, finish).await;
+}
+
+/// Waits until the answer is whole, if it is one in the background.
+async fn finish_one(service: &Service, runs: &Runs, owner: Owner, session: SessionId) -> Result<(), Refusal> {
+    let turn = sessions::verb(service, move |service| service.sessions()?.goes_on_alone(owner, session)).await?;
+    let Some(turn) = turn else { return Ok(()) };
+    let id = ResponseId { session, turn };
+    loop {
+        match runs.find(service, owner, id, None, PRIORITY).await {
+            Ok(Found::Run(run)) => {
+                log::info!(session:%; "answer that was cut goes on by itself");
+                run.end().await;
+                return Ok(());
+            }
+            Ok(Found::Told(..)) => return Ok(()),
+            // Others come first.
+            Err(refusal) => match refusal.retry_after_s() {
+                Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
+                None => return Err(refusal),
+            },
+        }
+    }
+}

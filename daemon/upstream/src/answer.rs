@@ -1,0 +1,360 @@
+//! What does the other engine say? Chunks of OpenAI's streams become the events that every request hears.
+
+use crate::logprobs::Logprobs;
+use crate::trouble::{Trouble, clean};
+use serde::Deserialize;
+use serde_json::Value;
+use sparsed_engine::api::{Event, FinishReason, Usage};
+
+/// Most functions that an answer may call.
+const CALLS_MAX: usize = 128;
+
+/// An answer, as far as it has come.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    /// Alternatives to a token that were asked for; `None`: nothing is said of how likely tokens were.
+    logprobs: Option<u32>,
+    /// Our own key, which no message repeats.
+    key: Option<String>,
+    calls: Vec<Call>,
+    /// Calls that were told already.
+    n_told: usize,
+    reason: Option<FinishReason>,
+    usage: Usage,
+    is_over: bool,
+}
+
+/// A call whose arguments come in pieces.
+#[derive(Debug, Default)]
+struct Call {
+    /// What the other engine numbers it with.
+    number: u64,
+    name: String,
+    arguments: String,
+}
+
+#[derive(Deserialize)]
+struct Chunk {
+    #[serde(default)]
+    choices: Vec<Choice>,
+    usage: Option<Counts>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice {
+    #[serde(default)]
+    index: u32,
+    delta: Option<Delta>,
+    /// Of a completion.
+    text: Option<String>,
+    finish_reason: Option<String>,
+    logprobs: Option<Logprobs>,
+}
+
+/// Some engines send both names of the reasoning, so they are no aliases.
+#[derive(Deserialize)]
+struct Delta {
+    content: Option<String>,
+    reasoning_content: Option<String>,
+    reasoning: Option<String>,
+    tool_calls: Option<Vec<CallPiece>>,
+}
+
+#[derive(Deserialize)]
+struct CallPiece {
+    index: Option<u64>,
+    function: Option<FunctionPiece>,
+}
+
+#[derive(Deserialize)]
+struct FunctionPiece {
+    name: Option<String>,
+    arguments: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Counts {
+    prompt_tokens: Option<u32>,
+    completion_tokens: Option<u32>,
+    prompt_tokens_details: Option<Details>,
+}
+
+#[derive(Deserialize)]
+struct Details {
+    cached_tokens: Option<u32>,
+}
+
+impl Answer {
+    pub(crate) fn new(logprobs: Option<u32>, key: Option<&str>) -> Self {
+        let (calls, usage, key) = (Vec::new(), Usage::default(), key.map(str::to_owned));
+        Self { logprobs, key, calls, n_told: 0, reason: None, usage, is_over: false }
+    }
+
+    /// Takes the data of an event in; what it says goes to `tell`.
+    ///
+    /// # Errors
+    /// An error that it carries; what is no chunk.
+    pub(crate) fn read(&mut self, data: &[u8], mut tell: impl FnMut(Event)) -> Result<(), Trouble> {
+        let data = data.trim_ascii();
+        if self.is_over || data.is_empty() {
+            return Ok(());
+        }
+        if data == b"[DONE]" {
+            self.is_over = true;
+            return Ok(());
+        }
+        let chunk: Chunk = serde_json::from_slice(data)
+            .map_err(|error| Trouble::Broken(format!("it sent an event that is no chunk of an answer: {error}")))?;
+        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+            return Err(Trouble::of_error(None, None, &error, self.key.as_deref()));
+        }
+        if let Some(counts) = chunk.usage {
+            self.usage = counts.usage();
+        }
+        for choice in chunk.choices.into_iter().filter(|choice| choice.index == 0) {
+            self.hear(choice, &mut tell)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the stream has said that there is no more.
+    pub(crate) fn is_over(&self) -> bool {
+        self.is_over
+    }
+
+    /// How the answer ended, once its stream has.
+    ///
+    /// # Errors
+    /// It was cut.
+    pub(crate) fn end(&self) -> Result<(FinishReason, Usage), Trouble> {
+        let reason = self.reason.ok_or_else(|| Trouble::Broken("its answer broke off in the middle".to_owned()))?;
+        Ok((reason, self.usage))
+    }
+
+    fn hear(&mut self, choice: Choice, tell: &mut impl FnMut(Event)) -> Result<(), Trouble> {
+        if let (Some(n), Some(logprobs)) = (self.logprobs, choice.logprobs) {
+            let likelihoods = logprobs.likelihoods(n as usize);
+            likelihoods.into_iter().for_each(|one| tell(Event::Likelihood(Box::new(one))));
+        }
+        let mut text = choice.text;
+        if let Some(delta) = choice.delta {
+            let reasoning = delta.reasoning_content.filter(|text| !text.is_empty()).or(delta.reasoning);
+            if let Some(text) = reasoning.filter(|text| !text.is_empty()) {
+                tell(Event::Reasoning { text });
+            }
+            text = text.or(delta.content);
+            for piece in delta.tool_calls.unwrap_or_default() {
+                self.call(piece, tell)?;
+            }
+        }
+        if let Some(text) = text.filter(|text| !text.is_empty()) {
+            tell(Event::Delta { text, tokens: Vec::new() });
+        }
+        match choice.finish_reason {
+            Some(reason) => self.finish(&reason, tell),
+            None => Ok(()),
+        }
+    }
+
+    /// A piece of a call; with the next call's first one it is whole.
+    fn call(&mut self, piece: CallPiece, tell: &mut impl FnMut(Event)) -> Result<(), Trouble> {
+        let function = piece.function.unwrap_or(FunctionPiece { name: None, arguments: None });
+        let number = piece.index.unwrap_or(0);
+        let goes_on = self.calls.last().is_some_and(|call| call.number == number);
+        if !goes_on {
+            self.tell_calls(tell)?;
+            if self.calls.iter().any(|call| call.number == number) {
+                return Err(Trouble::Broken("it went back to a call that was complete".to_owned()));
+            }
+            if self.calls.len() == CALLS_MAX {
+                return Err(Trouble::Broken(format!("it called more than {CALLS_MAX} functions")));
+            }
+            self.calls.push(Call { number, ..Call::default() });
+        }
+        if let Some(call) = self.calls.last_mut() {
+            call.name += &function.name.unwrap_or_default();
+            call.arguments += &function.arguments.unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// Tells the calls that were not told yet.
+    fn tell_calls(&mut self, tell: &mut impl FnMut(Event)) -> Result<(), Trouble> {
+        for (index, call) in (0u32..).zip(&mut self.calls).skip(self.n_told) {
+            let (name, mut arguments) = (call.name.clone(), std::mem::take(&mut call.arguments));
+            if arguments.trim().is_empty() {
+                "{}".clone_into(&mut arguments);
+            }
+            if serde_json::from_str::<serde_json::Map<String, Value>>(&arguments).is_err() {
+                let name = clean(&name, None);
+                return Err(Trouble::Failed(format!("it called '{name}' with arguments that are no JSON object")));
+            }
+            tell(Event::ToolCall { index, name, arguments });
+        }
+        self.n_told = self.calls.len();
+        Ok(())
+    }
+
+    fn finish(&mut self, reason: &str, tell: &mut impl FnMut(Event)) -> Result<(), Trouble> {
+        let reason = match reason {
+            "stop" => FinishReason::Stop,
+            "length" => FinishReason::Length,
+            "tool_calls" | "function_call" => FinishReason::ToolCalls,
+            other => return Err(Trouble::Failed(format!("it ended the answer with '{}'", clean(other, None)))),
+        };
+        // A call that the limit of tokens has cut is none.
+        if reason != FinishReason::Length {
+            self.tell_calls(tell)?;
+        }
+        // Where a certain function had to be called, some engines say `stop`.
+        let called = reason == FinishReason::Stop && !self.calls.is_empty();
+        self.reason = Some(if called { FinishReason::ToolCalls } else { reason });
+        Ok(())
+    }
+}
+
+impl Counts {
+    fn usage(self) -> Usage {
+        let prompt_tokens = self.prompt_tokens.unwrap_or(0);
+        let cached = self.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or(0);
+        Usage {
+            prompt_tokens,
+            // More than the whole prompt would be nonsense, and is reckoned with.
+            cached_tokens: cached.min(prompt_tokens),
+            completion_tokens: self.completion_tokens.unwrap_or(0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Events;
+
+    type Heard = (Vec<Event>, Result<(FinishReason, Usage), Trouble>);
+
+    fn heard(chunks: &[&str]) -> Heard {
+        let (mut answer, mut events) = (Answer::new(Some(1), None), Vec::new());
+        for chunk in chunks {
+            if let Err(trouble) = answer.read(chunk.as_bytes(), |event| events.push(event)) {
+                return (events, Err(trouble));
+            }
+        }
+        let end = answer.end();
+        (events, end)
+    }
+
+    fn delta(text: &str) -> Event {
+        Event::Delta { text: text.to_owned(), tokens: Vec::new() }
+    }
+
+    #[test]
+    fn a_chat_becomes_reasoning_text_and_an_end() {
+        let (events, end) = heard(&[
+            r#"{"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}"#,
+            r#"{"choices": [{"index": 0, "delta": {"reasoning_content": "hm", "reasoning": "hm"}}]}"#,
+            r#"{"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": -1.0}]}}]}"#,
+            r#"{"choices": [{"index": 0, "delta": {"content": "b"}, "finish_reason": "stop"}]}"#,
+            r#"{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}}"#,
+            "[DONE]",
+            r#"{"choices": [{"index": 0, "delta": {"content": "after the end"}}]}"#,
+        ]);
+        assert_eq!(events[0], Event::Reasoning { text: "hm".to_owned() });
+        assert!(matches!(&events[1], Event::Likelihood(one) if one.chosen.bytes == b"a"));
+        assert_eq!(events[2..], [delta("a"), delta("b")]);
+        let usage = Usage { prompt_tokens: 5, cached_tokens: 5, completion_tokens: 3 };
+        assert_eq!(end, Ok((FinishReason::Stop, usage)));
+    }
+
+    #[test]
+    fn calls_are_told_when_they_are_whole() {
+        let piece = |number: u32, function: &str| {
+            format!(
+                r#"{{"choices": [{{"delta": {{"tool_calls": [{{"index": {number}, "function": {function}}}]}}}}]}}"#
+            )
+        };
+        let call = |index, name: &str, arguments: &str| Event::ToolCall {
+            index,
+            name: name.to_owned(),
+            arguments: arguments.to_owned(),
+        };
+        let chunks = [
+            piece(0, r#"{"name": "f", "arguments": ""}"#),
+            piece(0, r#"{"arguments": "{\"a\":"}"#),
+            piece(0, r#"{"arguments": " 1}"}"#),
+            piece(1, r#"{"name": "g"}"#),
+        ];
+        let finish = |reason: &str| format!(r#"{{"choices": [{{"delta": {{}}, "finish_reason": "{reason}"}}]}}"#);
+        let all = |reason: &str| {
+            let finish = finish(reason);
+            heard(&chunks.iter().chain([&finish]).map(String::as_str).collect::<Vec<_>>())
+        };
+        let (events, end) = all("stop");
+        assert_eq!(events, [call(0, "f", r#"{"a": 1}"#), call(1, "g", "{}")]);
+        assert_eq!(end.unwrap().0, FinishReason::ToolCalls);
+        assert_eq!(all("length").0, [call(0, "f", r#"{"a": 1}"#)], "the last one was cut");
+        let broken = [piece(0, r#"{"name": "f", "arguments": "[1]"}"#), finish("tool_calls")];
+        let (_, end) = heard(&broken.each_ref().map(String::as_str));
+        assert!(matches!(end, Err(Trouble::Failed(said)) if said.contains("'f'")));
+        let many: Vec<String> = (0..129).map(|n| piece(n, r#"{"name": "f"}"#)).collect();
+        let (_, end) = heard(&many.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(matches!(end, Err(Trouble::Broken(said)) if said.contains("128 functions")));
+    }
+
+    #[test]
+    fn a_completion_is_text() {
+        let (events, end) = heard(&[
+            r#"{"choices": [{"index": 1, "text": "of another"}, {"index": 0, "text": "a"}]}"#,
+            r#"{"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}"#,
+        ]);
+        assert_eq!((events, end.unwrap().0), (vec![delta("a")], FinishReason::Length));
+    }
+
+    #[test]
+    fn what_is_no_answer_or_no_whole_one_is_told() {
+        let cut = heard(&[r#"{"choices": [{"index": 0, "delta": {"content": "a"}}]}"#, "[DONE]"]).1;
+        assert!(matches!(cut, Err(Trouble::Broken(said)) if said.contains("broke off")));
+        assert!(matches!(heard(&["garbage"]).1, Err(Trouble::Broken(_))));
+        let filtered = heard(&[r#"{"choices": [{"delta": {}, "finish_reason": "content_filter"}]}"#]).1;
+        assert!(matches!(filtered, Err(Trouble::Failed(said)) if said.contains("content_filter")));
+        let error = heard(&[r#"{"error": {"message": "out of memory", "code": 500}}"#]).1;
+        assert_eq!(error, Err(Trouble::Failed("status 500: out of memory".to_owned())));
+    }
+
+    /// Bytes that are changed, doubled, dropped or cut somewhere: the stream has an end, and its counts make sense.
+    #[test]
+    fn a_stream_that_is_damaged_anywhere_is_read_or_refused() {
+        let stream = concat!(
+            ": ping\n\ndata: {\"choices\": [{\"index\": 0, \"delta\": {\"content\": \"\u{e9}\", \"reasoning\": \"r\"}}]}\n\n",
+            "data: {\"choices\": [{\"delta\": {\"tool_calls\": [{\"index\": 0, \"function\": {\"name\": \"f\", \"arguments\": \"{}\"}}]},",
+            " \"logprobs\": {\"content\": [{\"token\": \"a\", \"logprob\": -1, \"bytes\": [97], \"top_logprobs\": []}]}}]}\r\n\r\n",
+            "data: {\"choices\": [{\"delta\": {}, \"finish_reason\": \"tool_calls\"}]}\n\n",
+            "data: {\"choices\": [], \"usage\": {\"prompt_tokens\": 5, \"prompt_tokens_details\": {\"cached_tokens\": 4}}}\n\n",
+            "data: [DONE]\n\n",
+        );
+        let mut random = fastrand::Rng::with_seed(11);
+        let (mut n_whole, mut n_refused) = (0, 0);
+        for _ in 0..4000 {
+            let mut bytes = stream.as_bytes().to_vec();
+            for _ in 0..random.usize(0..4) {
+                let at = random.usize(0..bytes.len());
+                match random.u8(0..4) {
+                    0 => bytes[at] = random.u8(..),
+                    1 => bytes.insert(at, bytes[at]),
+                    2 => drop(bytes.remove(at)),
+                    _ => bytes.truncate(at.max(1)),
+                }
+            }
+            let (mut events, mut answer) = (Events::default(), Answer::new(Some(5), Some("key")));
+            match events.push(&bytes, |data| answer.read(data, |_| ())).and_then(|()| answer.end()) {
+                Ok((_, usage)) => {
+                    assert!(usage.cached_tokens <= usage.prompt_tokens);
+                    n_whole += 1;
+                }
+                Err(_) => n_refused += 1,
+            }
+        }
+        assert!(n_whole > 500 && n_refused > 500, "{n_whole} whole, {n_refused} refused");
+    }
+}

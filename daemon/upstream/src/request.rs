@@ -1,0 +1,266 @@
+//! How does the other engine hear a request? As the body of OpenAI's chat completion or completion, with the fields
+//! that it knows beyond OpenAI's.
+
+use crate::described::Described;
+use crate::dialect::Dialect;
+use serde_json::{Map, Value, json};
+use sparsed_engine::api::{Calling, Failure, Relay, RelayPrompt};
+use sparsed_engine::{ChatRequest, GrammarSpec, Sampling};
+
+/// The seeds that every engine takes: llama.cpp's has 32 bits, its greatest means a random one.
+const SEED_MAX: u64 = 0x7fff_ffff;
+
+/// Where to and with what.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Body {
+    /// Below the base address.
+    pub(crate) endpoint: &'static str,
+    pub(crate) json: Value,
+}
+
+impl Body {
+    /// The body for a relay.
+    ///
+    /// # Errors
+    /// A wish that this engine does not know, by its name.
+    pub(crate) fn of(relay: &Relay, there: &Described) -> Result<Self, Failure> {
+        let mut json = Map::new();
+        let mut set = |name: &str, value: Value| drop(json.insert(name.to_owned(), value));
+        set("model", json!(there.model));
+        set("stream", json!(true));
+        set("stream_options", json!({ "include_usage": true }));
+        let endpoint = match &relay.prompt {
+            RelayPrompt::Chat { chat, calling } => {
+                chat_fields(chat, calling, there.dialect, &mut set)?;
+                "/chat/completions"
+            }
+            RelayPrompt::Text(text) => {
+                set("prompt", json!(text));
+                "/completions"
+            }
+            RelayPrompt::Tokens(tokens) => {
+                set("prompt", json!(tokens));
+                "/completions"
+            }
+        };
+        // At least one alternative: for llama.cpp none is no logprobs at all.
+        match (relay.logprobs, &relay.prompt) {
+            (Some(n), RelayPrompt::Chat { .. }) => {
+                set("logprobs", json!(true));
+                set("top_logprobs", json!(n.max(1)));
+            }
+            (Some(n), _) => set("logprobs", json!(n.max(1))),
+            (None, _) => {}
+        }
+        let wishes = &relay.wishes;
+        if let Some(n) = wishes.max_tokens {
+            set("max_tokens", json!(n));
+        }
+        if !wishes.stops.is_empty() {
+            set("stop", json!(wishes.stops));
+        }
+        sampling_fields(&wishes.sampling, there.dialect, &mut set)?;
+        if wishes.ignore_end {
+            known(there, "ignore_eos")?;
+            set("ignore_eos", json!(true));
+        }
+        if let Some(spec) = &wishes.grammar {
+            let (name, value) = grammar_field(spec, there)?;
+            set(name, value);
+        }
+        Ok(Self { endpoint, json: Value::Object(json) })
+    }
+}
+
+fn chat_fields(
+    chat: &ChatRequest,
+    calling: &Calling,
+    dialect: Dialect,
+    set: &mut impl FnMut(&str, Value),
+) -> Result<(), Failure> {
+    let unwritable = |error: serde_json::Error| Failure::invalid("messages", format!("cannot be passed on: {error}"));
+    set("messages", serde_json::to_value(&chat.messages).map_err(unwritable)?);
+    if !chat.tools.is_empty() {
+        set("tools", json!(chat.tools));
+    }
+    match calling {
+        Calling::Free => {}
+        Calling::Required => set("tool_choice", json!("required")),
+        Calling::Only(name) => set("tool_choice", json!({ "type": "function", "function": { "name": name } })),
+    }
+    let mut arguments = chat.template_arguments.clone();
+    if let Some(thinking) = chat.thinking {
+        // Templates differ in the name.
+        for name in ["thinking", "enable_thinking"] {
+            arguments.insert(name.to_owned(), json!(thinking));
+        }
+    }
+    if !arguments.is_empty() {
+        if dialect == Dialect::OpenAi {
+            return Err(not_known(dialect, "chat_template_kwargs"));
+        }
+        set("chat_template_kwargs", Value::Object(arguments));
+    }
+    Ok(())
+}
+
+/// What an engine would choose by itself is said too: its own choices are others than ours.
+fn sampling_fields(sampling: &Sampling, dialect: Dialect, set: &mut impl FnMut(&str, Value)) -> Result<(), Failure> {
+    set("temperature", json!(sampling.temperature));
+    set("top_p", json!(sampling.top_p));
+    set("seed", json!(sampling.seed & SEED_MAX));
+    for (name, value) in
+        [("frequency_penalty", sampling.frequency_penalty), ("presence_penalty", sampling.presence_penalty)]
+    {
+        if value != 0.0 {
+            set(name, json!(value));
+        }
+    }
+    if !sampling.logit_bias.is_empty() {
+        let biases = sampling.logit_bias.iter().map(|(token, bias)| (token.to_string(), json!(bias)));
+        set("logit_bias", Value::Object(biases.collect()));
+    }
+    let off = Sampling::default();
+    let Some(repetition_penalty) = dialect.repetition_penalty() else {
+        let asked = [
+            ("top_k", sampling.top_k != off.top_k),
+            ("min_p", sampling.min_p != off.min_p),
+            ("repetition_penalty", sampling.repetition_penalty != off.repetition_penalty),
+        ];
+        return match asked.iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => Err(not_known(dialect, name)),
+            None => Ok(()),
+        };
+    };
+    let all = if dialect.all_is_minus_one() { json!(-1) } else { json!(0) };
+    set("top_k", if sampling.top_k == 0 { all } else { json!(sampling.top_k) });
+    set("min_p", json!(sampling.min_p));
+    set(repetition_penalty, json!(sampling.repetition_penalty));
+    Ok(())
+}
+
+fn grammar_field(spec: &GrammarSpec, there: &Described) -> Result<(&'static str, Value), Failure> {
+    match spec {
+        GrammarSpec::JsonObject => Ok(("response_format", json!({ "type": "json_object" }))),
+        GrammarSpec::JsonSchema(schema) => {
+            let schema = json!({ "name": "answer", "strict": true, "schema": schema });
+            Ok(("response_format", json!({ "type": "json_schema", "json_schema": schema })))
+        }
+        GrammarSpec::Lark(text) if there.dialect.takes_lark() => Ok(("grammar", json!(text))),
+        GrammarSpec::Lark(_) => Err(not_known(there.dialect, "grammar")),
+        // Calls are enforced by `tool_choice`; no door makes this one for an engine elsewhere.
+        GrammarSpec::Call(_) => Err(not_known(there.dialect, "tools")),
+    }
+}
+
+/// # Errors
+/// Where only OpenAI's fields are known.
+fn known(there: &Described, param: &str) -> Result<(), Failure> {
+    if there.dialect == Dialect::OpenAi { Err(not_known(there.dialect, param)) } else { Ok(()) }
+}
+
+fn not_known(dialect: Dialect, param: &str) -> Failure {
+    let reason =
+        format!("cannot be passed on: the engine that computes this model ({}) does not know it", dialect.name());
+    Failure::invalid(param, reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_engine::api::Owner;
+    use sparsed_engine::{ChatMessage, Role, Wishes};
+
+    fn there(dialect: Dialect) -> Described {
+        Described { model: "ds".to_owned(), max_context: None, dialect }
+    }
+
+    fn chat() -> Relay {
+        let messages = vec![ChatMessage::new(Role::User, "x")];
+        let chat = Box::new(ChatRequest { messages, ..ChatRequest::default() });
+        Relay {
+            model: "big".to_owned(),
+            owner: Owner::Uid(1),
+            prompt: RelayPrompt::Chat { chat, calling: Calling::Free },
+            wishes: Wishes::default(),
+            logprobs: None,
+        }
+    }
+
+    fn body(relay: &Relay, dialect: Dialect) -> Value {
+        Body::of(relay, &there(dialect)).unwrap().json
+    }
+
+    fn refused(relay: &Relay, dialect: Dialect) -> String {
+        match Body::of(relay, &there(dialect)).unwrap_err() {
+            Failure::InvalidRequest { param, .. } => param,
+            other => panic!("{other}"),
+        }
+    }
+
+    #[test]
+    fn a_plain_chat_asks_openai_for_what_openai_knows_only() {
+        let expected = json!({
+            "model": "ds", "stream": true, "stream_options": { "include_usage": true },
+            "messages": [{ "role": "user", "content": "x" }], "temperature": 1.0, "top_p": 1.0, "seed": 0,
+        });
+        assert_eq!(body(&chat(), Dialect::OpenAi), expected);
+    }
+
+    #[test]
+    fn what_an_engine_would_choose_otherwise_is_said_in_its_own_words() {
+        let of = |dialect| body(&chat(), dialect);
+        assert_eq!((&of(Dialect::Vllm)["top_k"], &of(Dialect::LlamaCpp)["top_k"]), (&json!(-1), &json!(0)));
+        assert_eq!(of(Dialect::LlamaCpp)["repeat_penalty"], 1.0);
+        assert_eq!(of(Dialect::Sparsed)["repetition_penalty"], 1.0);
+    }
+
+    #[test]
+    fn a_wish_that_the_engine_does_not_know_is_refused_by_its_name() {
+        let with = |edit: fn(&mut Relay)| {
+            let mut relay = chat();
+            edit(&mut relay);
+            relay
+        };
+        let top_k = with(|relay| relay.wishes.sampling.top_k = 4);
+        assert_eq!(
+            (refused(&top_k, Dialect::OpenAi), &body(&top_k, Dialect::SgLang)["top_k"]),
+            ("top_k".to_owned(), &json!(4))
+        );
+        let grammar = with(|relay| relay.wishes.grammar = Some(GrammarSpec::Lark("start: \"a\"".to_owned())));
+        for dialect in [Dialect::Vllm, Dialect::SgLang, Dialect::LlamaCpp, Dialect::OpenAi] {
+            assert_eq!(refused(&grammar, dialect), "grammar");
+        }
+        assert_eq!(body(&grammar, Dialect::Sparsed)["grammar"], "start: \"a\"");
+        assert_eq!(refused(&with(|relay| relay.wishes.ignore_end = true), Dialect::OpenAi), "ignore_eos");
+        let thinking = with(|relay| {
+            let RelayPrompt::Chat { chat, .. } = &mut relay.prompt else { panic!("a chat") };
+            chat.thinking = Some(false);
+        });
+        assert_eq!(refused(&thinking, Dialect::OpenAi), "chat_template_kwargs");
+        assert_eq!(body(&thinking, Dialect::Vllm)["chat_template_kwargs"]["enable_thinking"], false);
+    }
+
+    #[test]
+    fn calls_schemas_and_logprobs_have_openais_forms() {
+        let mut relay = chat();
+        let RelayPrompt::Chat { chat, calling } = &mut relay.prompt else { panic!("a chat") };
+        chat.tools = vec![json!({ "type": "function", "function": { "name": "f" } })];
+        *calling = Calling::Only("f".to_owned());
+        relay.wishes.grammar = Some(GrammarSpec::JsonSchema(json!({ "type": "array" })));
+        relay.logprobs = Some(0);
+        let body = body(&relay, Dialect::OpenAi);
+        assert_eq!(body["tool_choice"]["function"]["name"], "f");
+        assert_eq!(body["response_format"]["json_schema"]["schema"]["type"], "array");
+        assert_eq!((&body["logprobs"], &body["top_logprobs"]), (&json!(true), &json!(1)));
+    }
+
+    #[test]
+    fn texts_and_tokens_are_completions_and_a_seed_fits_every_engine() {
+        let mut relay = Relay { prompt: RelayPrompt::Tokens(vec![3, 4]), logprobs: Some(2), ..chat() };
+        relay.wishes.sampling.seed = u64::MAX;
+        let body = Body::of(&relay, &there(Dialect::Vllm)).unwrap();
+        assert_eq!((body.endpoint, &body.json["prompt"]), ("/completions", &json!([3, 4])));
+        assert_eq!((&body.json["seed"], &body.json["logprobs"]), (&json!(SEED_MAX), &json!(2)));
+    }
+}
