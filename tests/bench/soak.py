@@ -27,7 +27,7 @@ PATIENCE = 120
 # threads, MiB on disk.
 RSS_MIB, RSS_SHARE, FDS, THREADS, DISK_MIB = 12, 0.04, 2, 2, 4
 # Little memory, so that all of it has been touched soon.
-SETTINGS = ["memory.budget=24MiB", "model.default.max_context=1024", "sessions.kv=16MiB"]
+SETTINGS = ["memory.budget=72MiB", "model.default.max_context=1024", "sessions.kv=16MiB"]
 QUESTION = [{"role": "user", "content": "Name three colours."}]
 
 
@@ -60,7 +60,7 @@ class Box:
         self.log = open(f"{self.home}/log", "w+")
         command = [f"{ROOT}/target/release/sparsed", *arguments]
         self.daemon = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=self.log)
-        until("ready", lambda: self.ask("GET", "/health")[0] == 200)
+        until("ready", lambda: self.lives() and self.ask("GET", "/health")[0] == 200)
         if self.port:
             until("on MQTT", lambda: "connected to the MQTT broker" in open(f"{self.home}/log").read())
         if self.bus:
@@ -95,6 +95,13 @@ class Box:
             return answer.status, answer.read()
         finally:
             connection.close()
+
+    def lives(self):
+        if self.daemon.poll() is not None:
+            for child in self.children:
+                child.kill()
+            sys.exit(f"the daemon ended: {open(self.log.name).read()[-2000:]}")
+        return True
 
     def held(self):
         """What the daemon holds: bytes of memory, descriptors, threads, bytes on disk, seconds of processor time."""

@@ -231,7 +231,7 @@ def leases(address):
 
 
 def announces(address):
-    """Changes are announced, and once in two seconds at most."""
+    """Changes are announced, and once in three seconds at most."""
     client = Client(address)
     rule = MatchRule(type="signal", interface=PROPERTIES, member="PropertiesChanged", path=ROOT)
     client.bus.send_and_get_reply(message_bus.AddMatch(rule))

@@ -1,9 +1,8 @@
-//! Each command of the tutorials, run against a daemon with the tiny model. `sudo` and the service manager are
+//! Each command of the tutorials, run against a daemon with the default model. `sudo` and the service manager are
 //! stand-ins that do to this daemon what the real ones do to the service; `tests/systemd` has the real ones.
 
 use sparsed_tests::broker::Broker;
 use sparsed_tests::bus::{self, Bus};
-use sparsed_tests::chatty;
 use sparsed_tests::daemon::Daemon;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -32,10 +31,13 @@ impl Desk {
         let conf_d = dir.path().join("conf.d");
         std::fs::create_dir(&conf_d).unwrap();
         let file = dir.path().join("config.toml");
-        std::fs::write(&file, "[limits]\nmax_waiting = 256\n").unwrap();
+        let model = sparsed_tests::model("smollm2-135m-dsa.gguf");
+        let base = format!("[model.default]\npath = \"{}\"\n", model.display());
+        std::fs::write(&file, &base).unwrap();
+        std::fs::write(conf_d.join("00-base.toml"), &base).unwrap();
         let config = format!("--config={}", file.display());
         let sets: Vec<&str> = std::iter::once(config.as_str()).chain(sets.iter().copied()).collect();
-        let daemon = Daemon::spawn_in(environment, Some(&chatty::write(dir.path())), &sets).ready();
+        let daemon = Daemon::spawn_in(environment, None, &sets).ready();
         let python = sparsed_tests::root().join(".venv/python");
         let release = sparsed_tests::root().join("target/release");
         let tools = dir.path().join("tools");

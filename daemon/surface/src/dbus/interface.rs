@@ -58,9 +58,9 @@ pub(super) struct Method {
 /// What is said when a property changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Changes {
-    /// Its value, at most once in two seconds.
+    /// Its value, at most once in three seconds.
     Announced,
-    /// That it changed, at most once in two seconds.
+    /// That it changed, at most once in three seconds.
     Noted,
     /// Nothing: it does not change.
     Constant,

@@ -47,7 +47,7 @@ const BACKOFF: [Duration; 4] =
 /// How long a bus may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often changed properties are looked for, and so at most how often they are announced.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(3);
 
 /// Which bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -245,7 +245,7 @@ async fn hear_who_leaves(door: Arc<Door>) {
     }
 }
 
-/// Says at most once in two seconds which of the manager's properties have changed. Nobody's own are among them.
+/// Says at most once in three seconds which of the manager's properties have changed. Nobody's own are among them.
 async fn announce(door: Arc<Door>) {
     let mut looks = tokio::time::interval(LOOK);
     looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);

@@ -13,9 +13,9 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
 /// How often models and device are looked at.
-const LOOK: Duration = Duration::from_secs(2);
+const LOOK: Duration = Duration::from_secs(5);
 /// Looks between two telemetry messages.
-const TELEMETRY_LOOKS: u64 = 5;
+const TELEMETRY_LOOKS: u64 = 2;
 
 /// The payload of the status topic.
 pub(super) fn status(state: &str, boot_id: &str) -> String {

@@ -40,7 +40,7 @@ const INBOX: usize = 256;
 /// How often time is told.
 const TICK: Duration = Duration::from_millis(100);
 /// How often while nobody waits for anything: results that were kept long enough are forgotten.
-const QUIET_TICK: Duration = Duration::from_secs(5);
+const QUIET_TICK: Duration = Duration::from_secs(10);
 /// How long goodbyes may take.
 const GOODBYE: Duration = Duration::from_secs(1);
 /// A broker that acknowledges nothing for so many keepalives is left.

@@ -16,8 +16,11 @@ const SECRET_BYTES_MIN: usize = 4;
 const FILE_BYTES_MAX: u64 = 256 << 10;
 /// Settings whose values are not shown: they may be secret, or say who somebody is.
 const SETTINGS: &str = r#"(?m)^((?:engine\.set\.\S+|mqtt\.(?:username|client_id)) = )("(?:[^"\\]|\\.)*"|\S+)"#;
-/// Words after which a secret comes, in whatever file, and names of people in addresses.
-const AFTER_WORDS: &str = r#"(?i)((?:bearer\s+|(?:password|passwd|secret|api[_-]?key|authorization)["']?\s*[=:]\s*["']?(?:(?:bearer|basic)\s+)?))([^\s"',;]+)"#;
+/// What an HTTP header has.
+const BEARERS: &str = r#"(?i)\b((?:bearer|basic)\s+)[^\s"',;]+"#;
+/// Words after which a secret comes, in whatever file.
+const AFTER_WORDS: &str =
+    r#"(?i)((?:password|passwd|secret|api[_-]?key|authorization)["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;]+)"#;
 /// Name and password in an address.
 const IN_ADDRESSES: &str = r"(://)[^/\s@]+@";
 /// The line of a file that an error of the configuration quotes: what stands there is not known to be a setting.
@@ -51,6 +54,7 @@ impl Redactor {
         let patterns = [
             (SETTINGS, "${1}\"[redacted]\""),
             (QUOTED_LINES, "${1}[redacted]"),
+            (BEARERS, "${1}[redacted]"),
             (AFTER_WORDS, "${1}[redacted]"),
             (IN_ADDRESSES, "${1}[redacted]@"),
         ];
@@ -116,8 +120,9 @@ mod tests {
 
     #[test]
     fn what_looks_like_a_secret_goes_and_counts_of_tokens_stay() {
-        assert_eq!(cleaned("Authorization: Bearer abc.def-1"), "Authorization: Bearer [redacted]");
-        assert_eq!(cleaned("{\"password\": \"x y\"}"), "{\"password\": \"[redacted] y\"}");
+        assert_eq!(cleaned("Authorization: Bearer abc.def-1"), "Authorization: [redacted] [redacted]");
+        assert_eq!(cleaned("{\"password\": \"x y\"}"), "{\"password\": [redacted]}");
+        assert_eq!(cleaned("curl -H 'authorization: Basic YTpi'"), "curl -H 'authorization: [redacted] [redacted]'");
         assert_eq!(cleaned("mqtts://anna:pw@host:8883/"), "mqtts://[redacted]@host:8883/");
         let counts = "prompt_tokens=5 max_batched_tokens = 256 key=limits.x";
         assert_eq!(cleaned(counts), counts);
