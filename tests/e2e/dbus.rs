@@ -80,7 +80,7 @@ fn a_session_does_what_its_owner_says() {
 
 #[test]
 fn another_user_sees_changes_and_cancels_nothing() {
-    on_each_bus(&["dbus.requests_per_user=4"], |bus, _| {
+    on_each_bus(&["limits.per_user_requests=4"], |bus, _| {
         bus.client("others", &[STRANGER]);
     });
 }
@@ -118,7 +118,7 @@ fn a_bus_may_come_late_and_go() {
 
 #[test]
 fn slow_readers_cost_no_memory_and_nobody_elses_time() {
-    let sets = ["limits.max_running=256", "dbus.requests_per_user=256", "limits.slow_consumer_s=3600"];
+    let sets = ["limits.max_running=256", "limits.per_user_requests=256", "limits.slow_consumer_s=3600"];
     on_each_bus(&sets, |bus, daemon| {
         let said = bus.client("slow", &[&daemon.pid().to_string()]);
         println!("{said}");

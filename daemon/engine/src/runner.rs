@@ -17,6 +17,7 @@ use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
 use crate::sessions::{self, Ask, Sessions};
+use crate::tenants::Tenants;
 use sparsed_backend::{Backend, Fault};
 use sparsed_session::{AnyDisk, Store};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -57,6 +58,7 @@ pub fn start(
         outlook: Mutex::new(Outlook::default()),
         budget: Mutex::new(budget),
         epoch: Instant::now(),
+        tenants: Arc::new(Tenants::new(limits.per_user_requests)),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
     let keeper = store.map(|store| sessions::spawn(store, sender.clone(), Box::new(seconds))).transpose()?;

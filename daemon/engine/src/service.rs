@@ -8,7 +8,7 @@ mod turns;
 
 pub use served::ServedModel;
 
-use crate::api::{Failure, Generate, Sink};
+use crate::api::{Failure, Generate, Owner, Sink};
 use crate::device::DeviceStatus;
 use crate::durable::Restored;
 use crate::memory::{Budget, Outlook};
@@ -16,6 +16,7 @@ use crate::progress::Progress;
 use crate::scheduler::Load;
 use crate::sessions::Sessions;
 use crate::telemetry::{Board, Tally};
+use crate::tenants::{Admission, Tenants};
 use crate::warm::Demoted;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
@@ -54,6 +55,8 @@ pub(crate) struct Shared {
     pub(crate) budget: Mutex<Budget>,
     /// The engine's time begins here.
     pub(crate) epoch: Instant,
+    /// Who has how many requests under way.
+    pub(crate) tenants: Arc<Tenants>,
 }
 
 /// What the engine thread is told.
@@ -245,6 +248,14 @@ impl Service {
             ModelState::Loading { .. } => Err(Failure::ModelLoading { name: name.to_owned() }),
             ModelState::Failed(reason) => Err(Failure::ModelUnavailable { name: name.to_owned(), reason }),
         }
+    }
+
+    /// Counts a request of `owner` as under way until what is given back is dropped. Doors ask before they read it.
+    ///
+    /// # Errors
+    /// The owner has as many as it may.
+    pub fn admit(&self, owner: Owner) -> Result<Admission, Failure> {
+        self.shared.tenants.admit(owner)
     }
 
     /// Hands a request to the engine; its events go to `sink`.

@@ -46,6 +46,7 @@ pub(super) async fn answer(
     deltas: &Deltas,
 ) -> Result<String, Refusal> {
     let owner = Owner::named(DOOR, &request.client);
+    let _admission = service.admit(owner)?;
     let body = request.body.as_bytes();
     let result = match request.op {
         Op::Chat => {
