@@ -157,6 +157,15 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
     assert!(String::from_utf8(nobody.unwrap().stderr).unwrap().contains("no bus to be reached"));
 }
 
+#[test]
+fn ten_thousand_malformed_calls_harm_nobody() {
+    let n = if std::env::var_os("LONG").is_some() { "100000" } else { "10000" };
+    let bus = Bus::start(Broker::DbusDaemon);
+    let daemon = start(&bus, &["sessions.max_per_user=20", "model.default.max_context=128"]);
+    println!("{}", bus.client("fuzz", &[&daemon.pid().to_string(), n]));
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
+}
+
 /// Every command of the manual, as it stands there.
 #[test]
 fn the_manuals_commands_do_what_it_says() {
