@@ -94,6 +94,11 @@ def basics(port):
     assert done["kind"] == "final" and done["usage"]["completion_tokens"] == 3, done
     assert lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"] == {"tokens": [97, 98, 99], "count": 3}
 
+    back = lamp.done("detokenize", {"id": "5", "body": {"tokens": [97, 98, 99]}})
+    assert back["result"] == {"content": "abc"}, back
+    refused = lamp.done("session", {"id": "6", "body": {"verb": "export", "id": "sess_0"}})
+    assert refused["param"] == "verb" and "HTTP" in refused["message"], refused
+
     # What is wrong has the same codes as on the other doors.
     for n, (body, code, param) in enumerate([
         ({"id": "e0", "body": {"messages": []}}, "invalid_value", "messages"),

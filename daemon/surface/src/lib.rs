@@ -15,7 +15,7 @@ mod tcp;
 mod unix;
 
 pub use accept::ServeOptions;
-pub use dbus::{Bus, DbusOptions, serve_dbus};
+pub use dbus::{Bus, DbusOptions, sealed, serve_dbus};
 pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, TlsError, mqtt_probe, tls_config};
 pub use tcp::{ApiKeys, TcpDoor};
 

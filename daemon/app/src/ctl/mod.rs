@@ -3,6 +3,7 @@
 mod bench;
 mod bus;
 mod client;
+mod complete;
 mod config;
 mod conform;
 mod convert;
@@ -38,6 +39,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    Complete(complete::Complete),
     Config(config::ConfigCommand),
     Conform(conform::Conform),
     Convert(convert::Convert),
@@ -62,6 +64,7 @@ pub fn main() -> ExitCode {
     crate::logging::start(log::LevelFilter::Warn);
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),
+        Command::Complete(command) => command.run(),
         Command::Config(command) => command.run(),
         Command::Conform(command) => command.run(),
         Command::Convert(command) => command.run(),

@@ -130,6 +130,14 @@ impl Door {
     }
 }
 
+/// A memfd with `bytes` that is sealed as the door wants it, for clients.
+///
+/// # Errors
+/// No memory or no descriptors.
+pub fn sealed(bytes: &[u8]) -> std::io::Result<std::os::fd::OwnedFd> {
+    memfd::write("body", bytes)
+}
+
 /// Serves `org.sparsed1` until `stop` resolves, then lets running answers end. A bus that is not there is waited for.
 pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Future<Output = ()>) {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
