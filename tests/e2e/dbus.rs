@@ -166,7 +166,9 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
     assert_eq!(tool(&["sessions", "set", session, "--pinned=true"]).0.trim(), session);
     assert_ne!(tool(&["sessions", "fork", session, "--turns=1"]).0.trim(), session);
     let files = [bus.folder().join("on-bus"), bus.folder().join("on-socket")];
-    for (file, way) in files.iter().zip([format!("--dbus={}", bus.address()), format!("--socket={}", daemon.socket().display())]) {
+    for (file, way) in
+        files.iter().zip([format!("--dbus={}", bus.address()), format!("--socket={}", daemon.socket().display())])
+    {
         for verb in [&["export", session, file.to_str().unwrap()][..], &["import", file.to_str().unwrap()]] {
             let done = Command::new(sparsed_tests::sparsectl()).arg("sessions").args(verb).arg(&way).output().unwrap();
             assert!(done.status.success(), "{verb:?}: {}", String::from_utf8_lossy(&done.stderr));

@@ -1,7 +1,7 @@
 //! How many of something may one owner have at a time: requests under way by all doors, connections to one?
 //!
-//! A request is counted from a request's arrival, before its body is read, to the end of its answer: who floods the daemon does not
-//! take the threads that read prompts from others.
+//! A request is counted from its arrival, before its body is read, to the end of its answer: who floods the daemon does
+//! not take the threads that read prompts from others.
 
 use crate::api::{Failure, Owner};
 use std::collections::HashMap;

@@ -33,7 +33,8 @@ pub async fn serve<S: Future<Output = ()>>(
     stop: impl Fn() -> S,
 ) {
     let router = http::router(service, options.body_bytes_max);
-    let unix = accept::serve(unix::UnixDoor::new(listener, options.connections_per_user), router.clone(), options, stop());
+    let unix =
+        accept::serve(unix::UnixDoor::new(listener, options.connections_per_user), router.clone(), options, stop());
     let tcp = async {
         if let Some(door) = tcp {
             accept::serve(door, router, options, stop()).await;

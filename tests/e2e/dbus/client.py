@@ -478,6 +478,16 @@ MEMBERS = ["Generate", "Generate", "GenerateFromFd", "GetStatus", "ListModels", 
            "ImportSession", "ListSessionsOf", "DeleteSessionOf", "Cancel", "Rename", "Fork", "Truncate", "Export",
            "Continue", "Delete", "Get", "GetAll", "Set", "Introspect", "Ping", "GetMachineId", "Nothing"]
 
+# Calls that get as far as their arguments.
+SESSION_AT = f"{ROOT}/sessions/x"
+CALLS = [
+    *[(ROOT, MANAGER, "Generate", ["s", "a{sv}"])] * 8, (ROOT, MANAGER, "GenerateFromFd", ["h", "a{sv}"]),
+    (ROOT, MANAGER, "CreateSession", ["a{sv}"]), (ROOT, MANAGER, "ImportSession", ["h"]), (ROOT, MANAGER, "ListSessionsOf", ["u"]),
+    (ROOT, MANAGER, "DeleteSessionOf", ["u", "s"]), (SESSION_AT, SESSION, "Rename", ["s"]), (SESSION_AT, SESSION, "Fork", ["a{sv}"]),
+    (SESSION_AT, SESSION, "Truncate", ["u"]), (SESSION_AT, SESSION, "Continue", ["a{sv}"]), (SESSION_AT, SESSION, "Change", ["a{sv}"]),
+    (ROOT, PROPERTIES, "Get", ["s", "s"]), (ROOT, PROPERTIES, "GetAll", ["s"]), (ROOT, PROPERTIES, "Set", ["s", "s", "v"]),
+]
+
 
 def thing(random, depth=0):
     """JSON that may mean something by accident; answers stay short."""
@@ -493,9 +503,12 @@ def thing(random, depth=0):
 
 def body_of(random):
     body = thing(random, 2)
-    if isinstance(body, dict) and random.random() < 0.6:
+    if random.random() < 0.7:
         content = random.choice(["x", "x", thing(random, 3)])
-        body |= {"messages": [{"role": "user", "content": content}], "prompt": content, "max_tokens": 2}
+        body = {"messages": [{"role": "user", "content": content}], "prompt": content, "max_tokens": 2}
+        for name in random.sample(NAMES, random.randrange(3)):
+            body[name] = thing(random, 3)
+        body["max_tokens"] = random.choice([2, 2, 2, body["max_tokens"] if body["max_tokens"] != 1 << 40 else 0])
     text = json.dumps(body)
     return text[: random.randrange(len(text) + 1)] if random.random() < 0.1 else text
 
@@ -517,7 +530,7 @@ def argument(random, kind):
             inner = random.choice("subd")
             return (inner, argument(random, inner))
         case "a{sv}":
-            return {random.choice(NAMES): argument(random, "v") for _ in range(random.randrange(3))}
+            return {random.choice(NAMES): argument(random, "v") for _ in range(random.choice([0, 0, 0, 1, 2]))}
         case "as":
             return random.choices(TEXTS, k=random.randrange(3))
         case "ay":
@@ -554,10 +567,14 @@ def fuzz(address, pid, n):
 
     open_calls, early = 0, 0
     for at in range(int(n)):
-        kinds = random.choice(signatures)
-        to = DBusAddress(random.choice(PATHS), bus_name=NAME, interface=random.choice(INTERFACES))
+        path, interface, member, kinds = random.choice(CALLS)
+        if random.random() < 0.4:
+            path, interface, member = random.choice(PATHS), random.choice(INTERFACES), random.choice(MEMBERS)
+        if random.random() < 0.2:
+            kinds = random.choice(signatures)
+        to = DBusAddress(path, bus_name=NAME, interface=interface)
         arguments = tuple(argument(random, kind) for kind in kinds)
-        client.bus.send(new_method_call(to, random.choice(MEMBERS), "".join(kinds) or None, arguments))
+        client.bus.send(new_method_call(to, member, "".join(kinds) or None, arguments))
         for kind, value in zip(kinds, arguments):
             if kind == "h":
                 os.close(value)

@@ -102,9 +102,8 @@ impl Wishes {
 
 impl SessionsCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        crate::lifecycle::runtime()?.block_on(async {
-            carry_out(&self.address.client(), self.verb.unwrap_or(Verb::List), self.json).await
-        })
+        crate::lifecycle::runtime()?
+            .block_on(async { carry_out(&self.address.client(), self.verb.unwrap_or(Verb::List), self.json).await })
     }
 }
 

@@ -146,7 +146,8 @@ impl Queue {
     }
 
     fn next_line(&self, admits: Admits<'_>) -> Option<usize> {
-        let may = |place: &Place, sequence: &Sequence| !(admits.only_begun && place.is_new) && admits.has_room_for(sequence);
+        let may =
+            |place: &Place, sequence: &Sequence| !(admits.only_begun && place.is_new) && admits.has_room_for(sequence);
         let first = |line: &Line| {
             let first = line.waiting.first_key_value();
             first.filter(|(place, sequence)| may(place, sequence)).map(|(place, _)| place.id)

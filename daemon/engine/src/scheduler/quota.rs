@@ -40,9 +40,8 @@ impl Scheduler {
         if most == u32::MAX {
             return;
         }
-        let beyond = |running: &[Sequence]| {
-            running.iter().map(Sequence::owner).find(|owner| blocks_of(running, *owner) > most)
-        };
+        let beyond =
+            |running: &[Sequence]| running.iter().map(Sequence::owner).find(|owner| blocks_of(running, *owner) > most);
         while let Some(owner) = beyond(&self.running) {
             let is_theirs = |sequence: &Sequence| sequence.owner() == owner;
             let youngest = self.running.iter().rposition(is_theirs).expect("one of them was just found");

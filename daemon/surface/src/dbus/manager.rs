@@ -107,11 +107,7 @@ fn share(door: &Door, bytes: usize) -> Result<OwnedSemaphorePermit, CallError> {
 ///
 /// # Errors
 /// The user has as many requests as it may; as [`super::requests::Requests::begin`].
-pub(super) fn place(
-    door: &Door,
-    call: &Call,
-    options: &GenerateOptions,
-) -> Result<(Place, Admission), CallError> {
+pub(super) fn place(door: &Door, call: &Call, options: &GenerateOptions) -> Result<(Place, Admission), CallError> {
     let admission = door.shared.service.admit(call.owner()).map_err(Refusal::from)?;
     let requests = &door.shared.requests;
     let place = requests.begin(call.uid, &call.sender, options.handle_token.as_deref(), options.detach)?;

@@ -3,13 +3,13 @@
 //! Looks at what is there, and at how things are, are for anybody at any time: a client that is told to wait may ask
 //! why.
 
+use crate::refusal::Refusal;
 use axum::body::{Body, HttpBody};
 use axum::extract::{Request, State};
 use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
-use crate::refusal::Refusal;
 use sparsed_engine::Service;
 use sparsed_engine::api::Owner;
 

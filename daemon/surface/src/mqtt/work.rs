@@ -108,7 +108,8 @@ async fn session(service: &Service, owner: Owner, verb: &str, id: &str, body: &[
         "truncate" => sessions::truncate(service, owner, id, parse(&body)?).await,
         "checkpoint" => sessions::checkpoint(service, owner, id).await,
         "export" | "import" => {
-            let reason = format!("is '{verb}': a session's file does not go through a broker; take HTTP or D-Bus for it");
+            let reason =
+                format!("is '{verb}': a session's file does not go through a broker; take HTTP or D-Bus for it");
             Err(Refusal::invalid("verb", reason))
         }
         _ => {
