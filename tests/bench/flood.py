@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How much does one user's flood slow another user's answers? Run as root: it asks as two users.
 
-    tests/bench/flood.py [--model FILE] [--flooders N] [--rounds N] [--set key=value ...]
+    tests/bench/flood.py [--daemon FILE] [--model FILE] [--flooders N] [--rounds N] [--set key=value ...]
 
 A daemon of its own; the user 65534 asks for short answers, one after the other: alone, and while root keeps as many
 requests under way as it may. Prints medians and 95th percentiles of whole answers and of the time to their first byte.
@@ -72,6 +72,7 @@ def show(name, times):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default=str(ROOT / "models/smollm2-135m-dsa.gguf"))
+    parser.add_argument("--daemon", default=str(ROOT / "target/release/sparsed"))
     parser.add_argument("--flooders", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--set", action="append", default=[])
@@ -80,7 +81,7 @@ def main():
     os.chmod(home.name, 0o755)
     path = f"{home.name}/api.sock"
     sets = [f"model.default.path={options.model}", f"state_dir={home.name}/state", f"socket.path={path}", *options.set]
-    command = [str(ROOT / "target/release/sparsed"), *(word for each in sets for word in ("--set", each))]
+    command = [options.daemon, *(word for each in sets for word in ("--set", each))]
     daemon = subprocess.Popen(command, stderr=open(f"{home.name}/log", "w"))
     try:
         while not os.path.exists(path) or b" 200 " not in health(path):

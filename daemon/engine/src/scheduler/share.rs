@@ -4,7 +4,9 @@
 //! A step costs something as such, for all the weights that are read, and something for each of its tokens. With `k`
 //! owners a step may take `k` times as long as the one would take that has nothing but the tokens of the owner with the
 //! fewest; what fits into that is divided among them, and what an owner has beyond its part waits, oldest first. Where
-//! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back.
+//! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A token
+//! of a small step costs more than one of a large step, so what shared steps take corrects how much fits into them: down at
+//! once in proportion, up by an eighth. At the least each owner has as many tokens as the one with the fewest.
 
 use super::pace::towards;
 use crate::api::Owner;
@@ -14,22 +16,40 @@ use std::time::Duration;
 const FEW_TOKENS: u32 = 8;
 /// A step of at least so many tokens tells what a token costs.
 const MANY_TOKENS: u32 = 32;
+/// Least of [`Shares::fitting`], from which it comes back in some thirty steps.
+const FITTING_MIN: f64 = 1.0 / 32.0;
 
 /// What steps cost, and what is left for whom in the next one.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Shares {
     /// Seconds of a step without its tokens; 0 before it was measured.
     step_s: f64,
     /// Seconds of a token; 0 before it was measured.
     token_s: f64,
+    /// Of the tokens that fit into a shared step beyond equal numbers, the part that has turned out to fit.
+    fitting: f64,
+    /// How long the step that was divided last may take; `None`: nobody shares it.
+    bearable: Option<f64>,
     /// Owners that could use the next step, and the tokens they may still have in it.
     owners: Vec<(Owner, u32)>,
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self { step_s: 0.0, token_s: 0.0, fitting: 1.0, bearable: None, owners: Vec::new() }
+    }
 }
 
 impl Shares {
     /// A step of `n_tokens` took so long.
     pub(super) fn took(&mut self, time: Duration, n_tokens: u32) {
         let (seconds, n) = (time.as_secs_f64(), f64::from(n_tokens));
+        if let Some(bearable) = self.bearable.take() {
+            // Not below half at once: one late step says little.
+            let change = (bearable / seconds.max(f64::MIN_POSITIVE)).clamp(0.5, 1.125);
+            self.fitting = (self.fitting * change).clamp(FITTING_MIN, 1.0);
+            return;
+        }
         if n_tokens >= MANY_TOKENS {
             towards(&mut self.token_s, seconds / n);
         } else if (1..=FEW_TOKENS).contains(&n_tokens) {
@@ -57,14 +77,17 @@ impl Shares {
     }
 
     /// Tokens of a step that all owners bear; those are sorted by what they want.
-    fn step_tokens(&self, most: u32) -> u32 {
+    fn step_tokens(&mut self, most: u32) -> u32 {
+        self.bearable = None;
         let n_owners = super::count(self.owners.len());
         let &[(_, fewest), _, ..] = self.owners.as_slice() else { return most };
         if self.step_s <= 0.0 || self.token_s <= 0.0 {
             return most;
         }
         let ratio = self.step_s / self.token_s;
-        let bearable = f64::from(n_owners) * (ratio + f64::from(fewest)) - ratio;
+        let (k, fewest) = (f64::from(n_owners), f64::from(fewest));
+        self.bearable = Some(k * (self.step_s + self.token_s * fewest));
+        let bearable = k * fewest + (k - 1.0) * ratio * self.fitting;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
         let bearable = bearable as u32;
         bearable.clamp(n_owners, most.max(n_owners))
@@ -133,6 +156,17 @@ mod tests {
         shares.took(Duration::from_micros(3200), 64);
         shares.took(Duration::from_millis(30), 1);
         assert_eq!(divided(&mut shares, &[(1, 100), (2, 1)]), [100, 1]);
+    }
+
+    #[test]
+    fn steps_that_take_longer_than_their_owners_can_bear_get_smaller_and_come_back() {
+        let mut shares = measured();
+        let mut sizes = Vec::new();
+        for ms in [6, 12, 12, 12, 12].into_iter().chain([1; 30]) {
+            sizes.push(divided(&mut shares, &[(1, 100), (2, 1)]).iter().sum::<u32>());
+            shares.took(Duration::from_millis(ms), 4);
+        }
+        assert_eq!((sizes[0], sizes[4], sizes[34]), (4, 2, 4), "{sizes:?}");
     }
 
     #[test]
