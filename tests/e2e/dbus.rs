@@ -153,7 +153,6 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
         &["models"],
         &["sessions", "list"],
         &["sessions", "show", session],
-        &["sessions", "continue", session],
         &["status", "--ready"],
     ] {
         let (on_bus, on_socket) = tool(arguments);
