@@ -39,6 +39,19 @@ chat: models ## a chat with the default model through the daemon; one answer wit
 	python3 -m pip install --quiet --disable-pip-version-check --target .venv/python -r tests/e2e/requirements.txt
 	touch $@
 
+# Apart from the others: it wants a newer openai than those.
+.venv/clients/llm: tests/e2e/requirements-clients.txt
+	rm -rf .venv/clients
+	python3 -m pip install --quiet --disable-pip-version-check --target .venv/clients -r tests/e2e/requirements-clients.txt
+	touch $@
+
+.venv/node/node_modules: tests/e2e/package.json
+	install -D -m 0644 tests/e2e/package.json .venv/node/package.json
+	npm install --prefix .venv/node --no-package-lock --no-audit --no-fund --loglevel=error
+	touch $@
+
+CLIENTS := .venv/python/openai .venv/clients/llm .venv/node/node_modules
+
 testneeds:
 	@sh packaging/needs.sh test
 
@@ -47,10 +60,10 @@ testplugins: build
 	sh packaging/stage-plugin.sh faulty target/release/libsparsed_faulty.so tests/faulty/plugin.toml.in target/release/test-plugins
 	install -m 0755 target/release/libsparsed_plugin_cpu.so target/release/test-plugins/faulty
 
-test: testneeds models testplugins .venv/python/openai ## all tests
+test: testneeds models testplugins $(CLIENTS) ## all tests
 	cargo test --release --workspace --locked
 
-e2e: testneeds models testplugins .venv/python/openai ## the end-to-end tests alone
+e2e: testneeds models testplugins $(CLIENTS) ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e
 
 systemd: package ## the service under a systemd of its own, in a tree of Debian SUITE (root; says so where it cannot)

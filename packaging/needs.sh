@@ -16,6 +16,8 @@ if [ "${1:-build}" = test ]; then
   need unshare util-linux
   need mosquitto_rr mosquitto-clients
   need openssl openssl
+  need node nodejs
+  need npm npm
   [ -x /usr/sbin/mosquitto ] || need mosquitto mosquitto
 fi
 if [ "${1:-build}" = package ]; then

@@ -87,7 +87,7 @@ fn a_session_does_what_its_owner_says() {
 
 #[test]
 fn another_user_sees_changes_and_cancels_nothing() {
-    on_each_bus(&["dbus.requests_per_user=4"], |bus, _| {
+    on_each_bus(&["limits.per_user_requests=4"], |bus, _| {
         bus.client("others", &[STRANGER]);
     });
 }
@@ -125,7 +125,7 @@ fn a_bus_may_come_late_and_go() {
 
 #[test]
 fn slow_readers_cost_no_memory_and_nobody_elses_time() {
-    let sets = ["limits.max_running=256", "dbus.requests_per_user=256", "limits.slow_consumer_s=3600"];
+    let sets = ["limits.max_running=256", "limits.per_user_requests=256", "limits.slow_consumer_s=3600"];
     on_each_bus(&sets, |bus, daemon| {
         let said = bus.client("slow", &[&daemon.pid().to_string()]);
         println!("{said}");
@@ -150,8 +150,18 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
         };
         (on(format!("--dbus={}", bus.address())), on(format!("--socket={}", daemon.socket().display())))
     };
-    for arguments in [&["run", "--max-tokens=20", "--temperature=0", "Hello!"][..], &["models"], &["status", "--ready"]]
-    {
+    let session = tool(&["sessions", "new", "--title=trains"]).0;
+    let session = session.trim();
+    let turn = ["run", "--session", session, "--max-tokens=8", "--temperature=0", "Hello!"];
+    assert!(!tool(&turn).0.trim().is_empty());
+    for arguments in [
+        &["run", "--max-tokens=20", "--temperature=0", "Hello!"][..],
+        &["complete", "--max-tokens=20", "--temperature=0", "Once"],
+        &["models"],
+        &["sessions", "list"],
+        &["sessions", "show", session],
+        &["status", "--ready"],
+    ] {
         let (on_bus, on_socket) = tool(arguments);
         // Where the daemon is, is another place; and what it has done is more at the second look.
         let told =
@@ -159,9 +169,31 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
         assert!(!on_bus.trim().is_empty());
         assert_eq!(told(&on_bus), told(&on_socket), "{arguments:?}");
     }
+    assert_eq!(tool(&["sessions", "set", session, "--pinned=true"]).0.trim(), session);
+    assert_ne!(tool(&["sessions", "fork", session, "--turns=1"]).0.trim(), session);
+    let files = [bus.folder().join("on-bus"), bus.folder().join("on-socket")];
+    for (file, way) in
+        files.iter().zip([format!("--dbus={}", bus.address()), format!("--socket={}", daemon.socket().display())])
+    {
+        for verb in [&["export", session, file.to_str().unwrap()][..], &["import", file.to_str().unwrap()]] {
+            let done = Command::new(sparsed_tests::sparsectl()).arg("sessions").args(verb).arg(&way).output().unwrap();
+            assert!(done.status.success(), "{verb:?}: {}", String::from_utf8_lossy(&done.stderr));
+        }
+    }
+    assert_eq!(tool(&["sessions", "list"]).0.lines().count(), 1 + 2 + 2 + 2, "a session is made on each way");
+    assert!(tool(&["top", "--once"]).0.contains("device"));
     let nobody =
         Command::new(sparsed_tests::sparsectl()).args(["status", "--dbus=unix:path=/nonexistent/bus"]).output();
     assert!(String::from_utf8(nobody.unwrap().stderr).unwrap().contains("no bus to be reached"));
+}
+
+#[test]
+fn ten_thousand_malformed_calls_harm_nobody() {
+    let n = if std::env::var_os("LONG").is_some() { "100000" } else { "10000" };
+    let bus = Bus::start(Broker::DbusDaemon);
+    let daemon = start(&bus, &["sessions.max_per_user=20", "model.default.max_context=128"]);
+    println!("{}", bus.client("fuzz", &[&daemon.pid().to_string(), n]));
+    assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
 }
 
 /// Every command of the manual, as it stands there.

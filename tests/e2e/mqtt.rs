@@ -1,6 +1,6 @@
 //! Real brokers and real clients: the promise of `packaging/mqtt.md` through the deaths of brokers and daemons.
 //! `LONG=1` asks 2000 times instead of 200.
-#![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test")]
 
 use serde_json::Value;
 use sparsed_tests::broker::Broker;
@@ -106,6 +106,16 @@ fn clients_of_both_versions_are_served() {
     succeeds(client(&["basics"], broker.port()), &node.daemon);
     succeeds(client(&["v311"], broker.port()), &node.daemon);
     succeeds(client(&["big"], broker.port()), &node.daemon);
+}
+
+#[test]
+fn ten_thousand_malformed_requests_harm_nobody() {
+    let broker = Broker::start("");
+    let node = Node::on(&broker, &["mqtt.per_client=64", "mqtt.inbox=16MiB", "sessions.max_per_user=20"]);
+    let n = if std::env::var_os("LONG").is_some() { "100000" } else { "10000" };
+    let pid = node.daemon.pid().to_string();
+    println!("{}", succeeds(client(&["fuzz", &pid, n], broker.port()), &node.daemon));
+    assert!(!node.daemon.log().contains("panicked"), "{}", node.daemon.log());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 """Real MQTT clients against the real daemon.
 
-Usage: mqtt_client.py basics|v311|big|small PORT, or full PORT FOLDER, or flood PORT PREFIX N WINDOW
+Usage: mqtt_client.py basics|v311|big|small PORT, or full PORT FOLDER, flood PORT PREFIX N WINDOW, fuzz PORT PID N
 """
 import asyncio
 import json
@@ -8,6 +8,7 @@ import os
 import queue
 import sys
 import time
+from random import Random
 
 import aiomqtt
 import paho.mqtt.client as paho
@@ -92,6 +93,11 @@ def basics(port):
     done = lamp.done("complete", {"id": "3", "body": {"prompt": "Once", "max_tokens": 3, "temperature": 0, "ignore_eos": True}})
     assert done["kind"] == "final" and done["usage"]["completion_tokens"] == 3, done
     assert lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"] == {"tokens": [97, 98, 99], "count": 3}
+
+    back = lamp.done("detokenize", {"id": "5", "body": {"tokens": [97, 98, 99]}})
+    assert back["result"] == {"content": "abc"}, back
+    refused = lamp.done("session", {"id": "6", "body": {"verb": "export", "id": "sess_0"}})
+    assert refused["param"] == "verb" and "HTTP" in refused["message"], refused
 
     # What is wrong has the same codes as on the other doors.
     for n, (body, code, param) in enumerate([
@@ -213,6 +219,74 @@ def full(port, folder):
     print("ok")
 
 
+def fuzz(port, pid, n):
+    """Publishes `n` requests that are broken somewhere, or right by accident; those with an address have an answer."""
+    random, n = Random(7), int(n)
+    client = Client(port, "fuzz", [f"{NODE}/res/fuzz/#", f"{ROOT}/reply/fuzz"])
+    names = ["messages", "prompt", "model", "max_tokens", "temperature", "tools", "verb", "id", "title", "turns", "n", "stop",
+             "mode", "min_ms", "response_format", "session_id", "seed"]
+    texts = ["default", "", "x", "create", "list", "get", "delete", "fork", "continue", "sess_0", "delta", "none", "#", "+/x",
+             f"{ROOT}/reply/fuzz", f"{NODE}/res/other/1", "$SYS/x", "\u202e\U0001f980"]
+
+    def thing(depth=0):
+        pick = random.randrange(5 if depth > 3 else 8)
+        if pick < 3:
+            return random.choice([None, True, 0, -1, 2, 40, 1 << 70, 0.5, 1e300])
+        if pick < 5:
+            return random.choice(texts)
+        if pick == 5:
+            return [thing(depth + 1) for _ in range(random.randrange(3))]
+        return {random.choice(names): thing(depth + 1) for _ in range(random.randrange(5))}
+
+    def request(at):
+        body = thing(2)
+        if random.random() < 0.8:
+            content = random.choice(["x", "x", thing(3)])
+            body = {"messages": [{"role": "user", "content": content}], "prompt": "x", "max_tokens": 2, "verb": random.choice(texts)}
+            for name in random.sample(names, random.randrange(3)):
+                body[name] = thing(3)
+        request = {"id": f"f{at}", "body": body}
+        if random.random() < 0.4:
+            request[random.choice(["reply_to", "deadline_ms", "stream", "max_bytes", "session", "id", "v"])] = thing(3)
+        return request
+
+    def rss():
+        with open(f"/proc/{pid}/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    outcomes, early = {}, 0
+    properties = Properties(PacketTypes.PUBLISH)
+    for at in range(n):
+        payload = json.dumps(random.choice([request(at), request(at), request(at), thing()])).encode()
+        if random.random() < 0.1:
+            payload = random.choice([payload[: random.randrange(len(payload) + 1)], random.randbytes(50), b"[" * 5000])
+        op = random.choice(["chat", "chat", "complete", "tokenize", "session", "session", "cancel", "nothing", ""])
+        topic = random.choice([f"{NODE}/req/fuzz/{op}", f"{NODE}/req/fuzz/{op}", f"{NODE}/req/fuzz/{op}/more", f"{NODE}/req/{op}"])
+        properties.CorrelationData = random.randbytes(random.randrange(200))
+        qos = random.randrange(2)
+        sent = client.client.publish(topic, payload, qos=qos, properties=random.choice([None, properties]))
+        if at % 50 == 0:
+            sent.wait_for_publish(PATIENCE)  # what waits in the broker and here stays little
+        if at == n // 5:
+            early = rss()
+    # Somebody who asks properly is answered all the while.
+    client.ask("complete", {"id": "last", "body": {"prompt": "x", "max_tokens": 2}})
+    while True:
+        message, payload = client.next()
+        kind = payload.get("code") or payload["kind"]
+        outcomes[kind] = outcomes.get(kind, 0) + 1
+        assert kind not in ("internal_error", "backend_failed", "session_damaged"), payload
+        if payload["id"] == "last":
+            if payload["kind"] == "final":
+                break
+            assert payload["retry"], payload
+            client.ask("complete", {"id": "last", "body": {"prompt": "x", "max_tokens": 2}})
+    assert sum(outcomes.values()) > n // 4 and outcomes["invalid_value"] > n // 50, outcomes
+    assert rss() < early + 32768, f"RSS {early} KiB early, {rss()} KiB at the end"
+    print(f"{outcomes}; RSS {early} KiB early, {rss()} KiB at the end")
+
+
+
 def flood(port, prefix, n, window):
     """Keeps WINDOW requests under way until N have a result, asking again with the same id after a while of silence."""
     reply, came = f"{ROOT}/reply/flood", queue.Queue()
@@ -265,5 +339,7 @@ if __name__ == "__main__":
         flood(port, rest[0], int(rest[1]), int(rest[2]))
     elif what == "full":
         full(port, rest[0])
+    elif what == "fuzz":
+        fuzz(port, *rest)
     else:
         {"basics": basics, "v311": v311, "big": big, "small": small}[what](port)

@@ -127,7 +127,10 @@ pub(crate) fn engine_limits(config: &Config) -> Limits {
         max_batched_tokens: config.limits.max_batched_tokens,
         slow_consumer: Duration::from_secs(config.limits.slow_consumer_s),
         slow_stateless: config.memory.slow_tier == SlowTierFor::All,
-        per_user_running: or_all(config.limits.per_user_running),
+        per_user_running: config.limits.running_of_one(),
+        per_user_requests: config.limits.per_user_requests,
+        per_user_queued_tokens: or_all_of(config.limits.per_user_queued_tokens),
+        per_user_kv_bytes: or_all_of(config.limits.per_user_kv.0),
         per_user_waiting: or_all(config.limits.per_user_waiting),
         tpot_target: match config.limits.tpot_target_ms {
             0 => None,
@@ -139,6 +142,11 @@ pub(crate) fn engine_limits(config: &Config) -> Limits {
 /// A limit of which 0 means none.
 fn or_all(limit: u32) -> u32 {
     if limit == 0 { u32::MAX } else { limit }
+}
+
+/// As [`or_all`], for limits of bytes or tokens.
+fn or_all_of(limit: u64) -> u64 {
+    if limit == 0 { u64::MAX } else { limit }
 }
 
 /// The configured models of this box by name: without any at all, the packaged one.

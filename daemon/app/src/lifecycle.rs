@@ -133,6 +133,10 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let tcp = tcp.transpose()?;
     let options = ServeOptions {
         connections_max: config.limits.connections as usize,
+        connections_per_user: match config.limits.per_user_connections {
+            0 => u32::MAX,
+            most => most,
+        },
         body_bytes_max: usize::try_from(config.limits.body.0)?,
         // Longer than running answers have, so that clients hear why theirs was cut off.
         stop_timeout: Duration::from_secs(config.limits.stop_s) + 2 * LAST_TASKS,
@@ -189,7 +193,6 @@ fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<
         config.dbus.bus(std::env::var_os("NOTIFY_SOCKET").as_deref()).map_err(|wrong| anyhow!("dbus.bus {wrong}"))?;
     Ok(bus.map(|bus| DbusOptions {
         bus,
-        requests_per_user: config.dbus.requests_per_user as usize,
         body_bytes_max: socket.body_bytes_max,
         reader_patience: Duration::from_secs(config.limits.slow_consumer_s),
         stop_timeout: socket.stop_timeout,

@@ -44,6 +44,7 @@ pub mod simulation;
 mod sole;
 mod step;
 mod stream;
+mod tenants;
 #[cfg(test)]
 mod testing;
 mod warm;
@@ -67,6 +68,7 @@ pub use sessions::{
     TurnEnd, Wishes,
 };
 pub use sole::{CachedRows, SoleSequence};
+pub use tenants::{Admission, Tenants};
 
 pub use sparsed_model::{ChatMessage, ChatRequest, Role};
 

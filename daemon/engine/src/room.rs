@@ -162,6 +162,9 @@ mod tests {
         per_user_running: 4,
         per_user_waiting: 8,
         tpot_target: None,
+        per_user_requests: 8,
+        per_user_queued_tokens: u64::MAX,
+        per_user_kv_bytes: u64::MAX,
     };
 
     #[test]

@@ -19,6 +19,7 @@ use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
 use crate::sessions::{self, Ask, Sessions};
+use crate::tenants::Tenants;
 use residents::Coming;
 use sparsed_backend::Backend;
 use sparsed_session::{AnyDisk, Store};
@@ -64,6 +65,7 @@ pub fn start(
         budget: Mutex::new(budget),
         limits: Mutex::new(limits),
         epoch: Instant::now(),
+        tenants: Arc::new(Tenants::new(limits.per_user_requests)),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
     let keeper = store.map(|store| sessions::spawn(store, sender.clone(), Box::new(seconds))).transpose()?;

@@ -18,7 +18,9 @@ mod cost;
 mod leaving;
 mod pace;
 mod queue;
+mod quota;
 mod relief;
+mod share;
 mod tiers;
 
 pub(crate) use leaving::Leaves;
@@ -32,6 +34,7 @@ use crate::telemetry::{Board, Decisions, Tally};
 use pace::{Pace, Throughput};
 use queue::Queue;
 use relief::Relief;
+use share::Shares;
 use sparsed_kv::{Archive, BlockId, Pool, PrefixHasher, Reservation};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -54,6 +57,12 @@ pub struct Limits {
     pub per_user_running: u32,
     /// Most requests of an owner that wait.
     pub per_user_waiting: u32,
+    /// Most requests of an owner that are under way, of all models and by all doors.
+    pub per_user_requests: u32,
+    /// Most tokens of an owner's prompts that wait.
+    pub per_user_queued_tokens: u64,
+    /// Most bytes of KV rows that an owner's sequences hold.
+    pub per_user_kv_bytes: u64,
     /// Time per token that running answers keep while prompts are read beside them; `None`: no such time.
     pub tpot_target: Option<Duration>,
 }
@@ -68,6 +77,9 @@ impl Default for Limits {
             slow_stateless: false,
             per_user_running: u32::MAX,
             per_user_waiting: u32::MAX,
+            per_user_requests: u32::MAX,
+            per_user_queued_tokens: u64::MAX,
+            per_user_kv_bytes: u64::MAX,
             tpot_target: None,
         }
     }
@@ -122,6 +134,7 @@ pub(crate) struct Scheduler {
     /// What was read for a sequence has no place until a block has moved.
     arrivals_wait: bool,
     pace: Pace,
+    shares: Shares,
     throughput: Throughput,
     relief: Relief,
     tally: Tally,
@@ -160,6 +173,7 @@ impl Scheduler {
             without_new_blocks: false,
             arrivals_wait: false,
             pace: Pace::new(limits.tpot_target, limits.max_batched_tokens),
+            shares: Shares::default(),
             throughput: Throughput::default(),
             relief: Relief::new(limits.max_running),
             tally: Tally::default(),
@@ -235,6 +249,7 @@ impl Scheduler {
     /// Fills `batch` with the next step's work. Answers false when there is nothing to do.
     pub(crate) fn schedule(&mut self, batch: &mut Batch, now: Duration) -> bool {
         self.admit(now);
+        self.hold_to_quota(now);
         (self.is_blocked, self.without_new_blocks) = (false, false);
         loop {
             let blocks = self.plan();
@@ -319,6 +334,7 @@ impl Scheduler {
         let n_tokens: u32 = self.scheduled.iter().map(|&(_, n)| n).sum();
         self.pace.took(time, n_decodes, n_tokens - n_decodes);
         self.throughput.took(time, n_tokens);
+        self.shares.took(time, n_tokens);
     }
 
     pub(crate) fn running_mut(&mut self, index: usize) -> &mut Sequence {
@@ -330,18 +346,21 @@ impl Scheduler {
         self.scheduled[place]
     }
 
-    /// Chooses who runs and with how many tokens; answers the new blocks that takes. Prompts of the owner that was
-    /// served least are read first, the oldest of them.
+    /// Chooses who runs and with how many tokens; answers the new blocks that takes. Each owner has its share of the
+    /// step; prompts of the owner that was served least are read first, the oldest of them.
     fn plan(&mut self) -> u32 {
         self.scheduled.clear();
         self.prefills.clear();
         let mut left = self.limits.max_batched_tokens;
+        let ready = self.running.iter().filter(|sequence| sequence.is_ready());
+        self.shares.divide(ready.map(|sequence| (sequence.owner(), sequence.n_pending())), left);
         let (without_new_blocks, queue) = (self.without_new_blocks, &self.queue);
         let fits = |sequence: &Sequence, n: u32| !without_new_blocks || sequence.table.blocks_needed(n) == 0;
         for (index, sequence) in self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_ready()) {
             match sequence.n_pending() {
-                1 if left > 0 && fits(sequence, 1) => {
+                1 if left.min(self.shares.left(sequence.owner())) > 0 && fits(sequence, 1) => {
                     left -= 1;
+                    self.shares.spend(sequence.owner(), 1);
                     self.scheduled.push((index, 1));
                 }
                 0 | 1 => {}
@@ -352,9 +371,10 @@ impl Scheduler {
         left = left.min(self.pace.chunk(count(self.scheduled.len())));
         for &(_, index) in &self.prefills {
             let sequence = &self.running[index];
-            let n = sequence.n_pending().min(left);
+            let n = sequence.n_pending().min(left).min(self.shares.left(sequence.owner()));
             if n > 0 && fits(sequence, n) {
                 left -= n;
+                self.shares.spend(sequence.owner(), n);
                 self.scheduled.push((index, n));
             }
         }

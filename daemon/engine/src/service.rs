@@ -14,7 +14,7 @@ pub use served::ServedModel;
 pub use slot::Keeping;
 pub(crate) use slot::Slot;
 
-use crate::api::{Failure, Generate, Sink, UpstreamModel, UpstreamStatus};
+use crate::api::{Failure, Generate, Owner, Sink, UpstreamModel, UpstreamStatus};
 use crate::device::DeviceStatus;
 use crate::durable::Restored;
 use crate::lane::Opened;
@@ -23,6 +23,7 @@ use crate::progress::Progress;
 use crate::scheduler::{Limits, Load};
 use crate::sessions::Sessions;
 use crate::telemetry::{Board, Tally};
+use crate::tenants::{Admission, Tenants};
 use crate::warm::Demoted;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError};
@@ -65,6 +66,8 @@ pub(crate) struct Shared {
     pub(crate) limits: Mutex<Limits>,
     /// The engine's time begins here.
     pub(crate) epoch: Instant,
+    /// Who has how many requests under way.
+    pub(crate) tenants: Arc<Tenants>,
 }
 
 /// What the engine thread is told.
@@ -261,6 +264,14 @@ impl Service {
             ModelState::Failed(reason) => Err(Failure::ModelUnavailable { name: name.to_owned(), reason }),
             ModelState::Elsewhere(_) => Err(Failure::ComputedElsewhere { name: name.to_owned() }),
         }
+    }
+
+    /// Counts a request of `owner` as under way until what is given back is dropped. Doors ask before they read it.
+    ///
+    /// # Errors
+    /// The owner has as many as it may.
+    pub fn admit(&self, owner: Owner) -> Result<Admission, Failure> {
+        self.shared.tenants.admit(owner)
     }
 
     /// Hands a request to the engine; its events go to `sink`.

@@ -110,6 +110,10 @@ pub enum What {
     QueueFull,
     /// A request is refused: too many of its owner wait.
     UserQueueFull,
+    /// A request is refused: prompts of its owner that wait have too many tokens.
+    UserTokensFull,
+    /// A request is refused, or ended: it needs more of the KV cache than its owner may have.
+    UserKvFull,
     /// A request is refused: memory is short.
     MemoryShort,
     /// A request could not begin in time.
@@ -118,7 +122,7 @@ pub enum What {
 
 impl What {
     /// All, in the order of [`Tally::decisions`].
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Climb,
         Self::Descend,
         Self::Bound,
@@ -127,12 +131,15 @@ impl What {
         Self::Thrash,
         Self::QueueFull,
         Self::UserQueueFull,
+        Self::UserTokensFull,
+        Self::UserKvFull,
         Self::MemoryShort,
         Self::DeadlineMissed,
     ];
 
     fn is_refusal(self) -> bool {
-        matches!(self, Self::QueueFull | Self::UserQueueFull | Self::MemoryShort | Self::DeadlineMissed)
+        use What::{DeadlineMissed, MemoryShort, QueueFull, UserKvFull, UserQueueFull, UserTokensFull};
+        matches!(self, QueueFull | UserQueueFull | UserTokensFull | UserKvFull | MemoryShort | DeadlineMissed)
     }
 
     /// One word, for logs and metrics.
@@ -146,6 +153,8 @@ impl What {
             Self::Thrash => "thrash",
             Self::QueueFull => "queue_full",
             Self::UserQueueFull => "user_queue_full",
+            Self::UserTokensFull => "user_tokens_full",
+            Self::UserKvFull => "user_kv_full",
             Self::MemoryShort => "memory_short",
             Self::DeadlineMissed => "deadline_missed",
         }

@@ -16,6 +16,7 @@ use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::service::{Command, Service, Shared, Slot};
 use crate::step::{Done, step};
+use crate::tenants::Tenants;
 use crate::warm::{Demoted, WriteJob};
 use crate::{Grammar, Sampling, api, params};
 use sparsed_kv::{BLOCK_TOKENS, FileId, Pool, PrefixHasher, Save};
@@ -300,6 +301,7 @@ pub(crate) fn service_of(residence: Residence) -> (Service, Receiver<Command>) {
         budget: Mutex::default(),
         limits: Mutex::new(limits()),
         epoch: Instant::now(),
+        tenants: Arc::new(Tenants::new(limits().per_user_requests)),
     });
     let slots = vec![Arc::new(Slot::new("m".to_owned(), residence))];
     (Service::new(slots, Vec::new(), inbox, 512, shared, None), commands)

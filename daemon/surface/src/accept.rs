@@ -24,6 +24,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct ServeOptions {
     /// Most open connections; further ones wait to be accepted.
     pub connections_max: usize,
+    /// Of them, most of one user, where the socket tells users apart.
+    pub connections_per_user: u32,
     /// Most bytes of a request's body.
     pub body_bytes_max: usize,
     /// How long running answers may go on after `stop`.

@@ -15,7 +15,7 @@ mod tcp;
 mod unix;
 
 pub use accept::ServeOptions;
-pub use dbus::{Bus, DbusOptions, serve_dbus};
+pub use dbus::{Bus, DbusOptions, sealed, serve_dbus};
 pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, MqttSettings, TlsError, mqtt_probe, tls_config};
 pub use tcp::{ApiKeys, TcpDoor};
 
@@ -34,7 +34,8 @@ pub async fn serve<S: Future<Output = ()>>(
 ) {
     let runs = bodies::responses::Runs::default();
     let router = http::router(service.clone(), runs.clone(), options.body_bytes_max);
-    let unix = accept::serve(listener, router.clone(), options, stop());
+    let unix =
+        accept::serve(unix::UnixDoor::new(listener, options.connections_per_user), router.clone(), options, stop());
     let tcp = async {
         if let Some(door) = tcp {
             accept::serve(door, router, options, stop()).await;

@@ -26,6 +26,8 @@ pub(crate) struct Name {
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
 const RATE: &str = "rate_limit_error";
+/// OpenAI's for what does not pass by waiting.
+const QUOTA: &str = "insufficient_quota";
 /// When a client should look again for a model that is loading.
 const LOADING_RETRY_S: u32 = 2;
 
@@ -47,13 +49,6 @@ impl Refusal {
         Self { name, param: None, retry_after_s: Some(1), message }
     }
 
-    /// A caller has all the requests it may have under way.
-    pub(crate) fn too_many_requests(limit: usize) -> Self {
-        let message = format!("{limit} of your requests are under way, which is all you may have at a time");
-        let name = Name { status: 429, kind: RATE, code: "too_many_requests" };
-        Self { name, param: None, retry_after_s: Some(1), message }
-    }
-
     /// A caller has all the leases of models it may have.
     pub(crate) fn too_many_leases(limit: usize) -> Self {
         let message = format!("you have {limit} leases of models, which is all you may have at a time");
@@ -70,6 +65,12 @@ impl Refusal {
     /// Whether the same request may be answered another time: the failure says nothing of the request itself.
     pub(crate) fn may_pass(&self) -> bool {
         matches!(self.name.status, 408 | 429 | 500 | 502..)
+    }
+
+    /// The same failure in other words.
+    pub(crate) fn saying(mut self, message: String) -> Self {
+        self.message = message;
+        self
     }
 
     /// The same failure, where the prompt stands in another field than `messages`.
@@ -127,6 +128,9 @@ fn name(failure: &Failure) -> Name {
         Failure::InvalidRequest { .. } => (400, INVALID, "invalid_value"),
         Failure::QueueFull { .. } => (429, RATE, "queue_full"),
         Failure::UserQueueFull { .. } => (429, RATE, "user_queue_full"),
+        Failure::TooManyRequests { .. } => (429, RATE, "too_many_requests"),
+        Failure::UserTokensFull { .. } => (429, RATE, "user_tokens_full"),
+        Failure::UserKvFull { .. } => (429, QUOTA, "user_kv_full"),
         Failure::MemoryShort { .. } => (503, SERVER, "memory_short"),
         Failure::DeadlineMissed { .. } => (504, SERVER, "deadline_missed"),
         Failure::SlowConsumer { .. } => (408, INVALID, "slow_consumer"),
@@ -138,7 +142,7 @@ fn name(failure: &Failure) -> Name {
         Failure::SessionNotFound { .. } => (404, INVALID, "session_not_found"),
         Failure::SessionBusy { .. } | Failure::SessionCut { .. } => (409, INVALID, "session_busy"),
         Failure::SessionOfOtherModel { .. } => (409, INVALID, "session_of_other_model"),
-        Failure::SessionLimit { .. } => (429, "insufficient_quota", "session_limit"),
+        Failure::SessionLimit { .. } => (429, QUOTA, "session_limit"),
         Failure::SessionDamaged { .. } => (500, SERVER, "session_damaged"),
         Failure::DiskFailed { .. } => (507, SERVER, "disk_failed"),
         _ => return elsewhere(failure),
@@ -168,6 +172,8 @@ impl From<Failure> for Refusal {
             Failure::QueueFull { retry_after_s, .. }
             | Failure::UserQueueFull { retry_after_s, .. }
             | Failure::UpstreamBusy { retry_after_s, .. }
+            | Failure::UserTokensFull { retry_after_s, .. }
+            | Failure::TooManyRequests { retry_after_s, .. }
             | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from random import Random
 
 from jeepney import DBusAddress, DBusErrorResponse, HeaderFields, MatchRule, MessageFlag, MessageType, message_bus
 from jeepney import new_method_call, new_method_return
@@ -491,6 +492,131 @@ def slow(address, pid):
     for _, _, fd in held:
         os.close(fd)
     until("over", lambda: reader.get(ROOT, MANAGER, "RunningRequests") == 0)
+
+
+NAMES = ["messages", "prompt", "model", "max_tokens", "temperature", "stop", "tools", "response_format", "stream", "n",
+         "session_id", "logit_bias", "seed", "title", "pinned", "endpoint", "handle_token", "detach", "durability"]
+TEXTS = ["default", "", "x", "chat.completions", "completions", "sess_0", "{", "\u202e\U0001f980", "<|im_end|>", "a/b", "token"]
+PATHS = [ROOT, ROOT, ROOT, f"{ROOT}/sessions", f"{ROOT}/sessions/x", f"{ROOT}/requests/1_1/x", "/", "/org", "/other"]
+INTERFACES = [MANAGER, MANAGER, SESSION, REQUEST, PROPERTIES, "org.freedesktop.DBus.Introspectable",
+              "org.freedesktop.DBus.Peer", "org.sparsed1.Nothing", None]
+MEMBERS = ["Generate", "Generate", "GenerateFromFd", "GetStatus", "ListModels", "CreateSession", "ListSessions",
+           "ImportSession", "ListSessionsOf", "DeleteSessionOf", "Cancel", "Rename", "Fork", "Truncate", "Export",
+           "Continue", "Delete", "Get", "GetAll", "Set", "Introspect", "Ping", "GetMachineId", "Nothing"]
+
+# Calls that get as far as their arguments.
+SESSION_AT = f"{ROOT}/sessions/x"
+CALLS = [
+    *[(ROOT, MANAGER, "Generate", ["s", "a{sv}"])] * 8, (ROOT, MANAGER, "GenerateFromFd", ["h", "a{sv}"]),
+    (ROOT, MANAGER, "CreateSession", ["a{sv}"]), (ROOT, MANAGER, "ImportSession", ["h"]), (ROOT, MANAGER, "ListSessionsOf", ["u"]),
+    (ROOT, MANAGER, "DeleteSessionOf", ["u", "s"]), (SESSION_AT, SESSION, "Rename", ["s"]), (SESSION_AT, SESSION, "Fork", ["a{sv}"]),
+    (SESSION_AT, SESSION, "Truncate", ["u"]), (SESSION_AT, SESSION, "Continue", ["a{sv}"]), (SESSION_AT, SESSION, "Change", ["a{sv}"]),
+    (ROOT, PROPERTIES, "Get", ["s", "s"]), (ROOT, PROPERTIES, "GetAll", ["s"]), (ROOT, PROPERTIES, "Set", ["s", "s", "v"]),
+]
+
+
+def thing(random, depth=0):
+    """JSON that may mean something by accident; answers stay short."""
+    pick = random.randrange(5 if depth > 3 else 8)
+    if pick < 3:
+        return random.choice([None, True, 0, -1, 2, 40, 1 << 40, 0.5, 1e300])
+    if pick < 5:
+        return random.choice(TEXTS)
+    if pick == 5:
+        return [thing(random, depth + 1) for _ in range(random.randrange(3))]
+    return {random.choice(NAMES): thing(random, depth + 1) for _ in range(random.randrange(5))}
+
+
+def body_of(random):
+    body = thing(random, 2)
+    if random.random() < 0.7:
+        content = random.choice(["x", "x", thing(random, 3)])
+        body = {"messages": [{"role": "user", "content": content}], "prompt": content, "max_tokens": 2}
+        for name in random.sample(NAMES, random.randrange(3)):
+            body[name] = thing(random, 3)
+        body["max_tokens"] = random.choice([2, 2, 2, body["max_tokens"] if body["max_tokens"] != 1 << 40 else 0])
+    text = json.dumps(body)
+    return text[: random.randrange(len(text) + 1)] if random.random() < 0.1 else text
+
+
+def argument(random, kind):
+    """A value of a D-Bus type."""
+    match kind:
+        case "s":
+            return body_of(random) if random.random() < 0.7 else random.choice(NAMES + TEXTS + INTERFACES[:3])
+        case "o":
+            return random.choice(PATHS)
+        case "u":
+            return random.choice([0, 1, os.getuid(), 65534, (1 << 32) - 1])
+        case "b":
+            return random.random() < 0.5
+        case "d":
+            return random.choice([0.0, -1.0, float("nan"), 1e300])
+        case "v":
+            inner = random.choice("subd")
+            return (inner, argument(random, inner))
+        case "a{sv}":
+            return {random.choice(NAMES): argument(random, "v") for _ in range(random.choice([0, 0, 0, 1, 2]))}
+        case "as":
+            return random.choices(TEXTS, k=random.randrange(3))
+        case "ay":
+            return random.randbytes(random.randrange(40))
+        case "h":
+            data = random.choice([b"", b"{", body_of(random).encode(), random.randbytes(60)])
+            return memfd(data, random.choice([0, SEALS, SEALS]))
+
+
+def fuzz(address, pid, n):
+    """Sends `n` calls that are broken somewhere, or right by accident; each has its answer."""
+    random = Random(7)
+    client = Client(address)
+    signatures = [["s", "a{sv}"], ["s", "a{sv}"], ["s", "s"], ["a{sv}"], ["h", "a{sv}"], ["h"], ["u"], ["u", "s"], ["s"], [],
+                  ["s", "s", "v"], ["o"], ["ay"], ["v"], ["as"], ["b", "d"]]
+    outcomes = {}
+
+    def rss():
+        with open(f"/proc/{pid}/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+    def answered():
+        message = client.bus.receive(timeout=PATIENCE)
+        if message.header.message_type not in (MessageType.error, MessageType.method_return):
+            return 0
+        name = message.header.fields.get(HeaderFields.error_name, "")
+        assert not name or name.startswith((ERROR, "org.freedesktop.DBus.Error.")), message
+        assert name not in (ERROR + "InternalError", ERROR + "BackendFailed", ERROR + "SessionDamaged"), message
+        outcomes[name] = outcomes.get(name, 0) + 1
+        for value in message.body:
+            if hasattr(value, "to_raw_fd"):
+                os.close(value.to_raw_fd())
+        return 1
+
+    open_calls, early = 0, 0
+    for at in range(int(n)):
+        path, interface, member, kinds = random.choice(CALLS)
+        if random.random() < 0.4:
+            path, interface, member = random.choice(PATHS), random.choice(INTERFACES), random.choice(MEMBERS)
+        if random.random() < 0.2:
+            kinds = random.choice(signatures)
+        to = DBusAddress(path, bus_name=NAME, interface=interface)
+        arguments = tuple(argument(random, kind) for kind in kinds)
+        client.bus.send(new_method_call(to, member, "".join(kinds) or None, arguments))
+        for kind, value in zip(kinds, arguments):
+            if kind == "h":
+                os.close(value)
+        open_calls += 1
+        while open_calls >= 8:
+            open_calls -= answered()
+        if at == int(n) // 5:
+            early = rss()
+    while open_calls:
+        open_calls -= answered()
+    assert sum(outcomes.values()) == int(n) and len(outcomes) > 5, outcomes
+    assert outcomes[""] < int(n) // 2 and outcomes[ERROR + "InvalidValue"] > int(n) // 200, outcomes
+    until("free", lambda: client.get(ROOT, MANAGER, "KvBlocksUsed") == client.get(ROOT, MANAGER, "RunningRequests") == 0)
+    assert rss() < early + 32768, f"RSS {early} KiB early, {rss()} KiB at the end"
+    assert client.lines(chat())[0]["choices"]
+    print(f"{outcomes}; RSS {early} KiB early, {rss()} KiB at the end")
 
 
 def waits(address):

@@ -187,7 +187,8 @@ fn ten_thousand_malformed_requests_harm_nobody() {
 #[test]
 fn slow_clients_take_connections_and_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    // Bodies on their way count among a user's requests; here all are one user's.
+    let daemon = Daemon::start(&chatty::write(dir.path()), &["limits.per_user_requests=256"]);
     let body = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 3 });
     // Heads and bodies that never end.
     let slow: Vec<UnixStream> = (0..200)

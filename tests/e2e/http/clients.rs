@@ -1,19 +1,33 @@
-//! Clients that others have written, unchanged: Ollama's, OpenAI's for responses.
+//! Clients that others have written, unchanged: Ollama's, OpenAI's for responses and for Node, LangChain's, and `llm`.
 
+use super::tcp;
 use serde_json::json;
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::Daemon;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Runs a script of this folder with the Python clients; answers what it has printed.
 fn run(script: &str, socket: &Path, arguments: &[&str], daemon: &Daemon) -> String {
-    let python = sparsed_tests::root().join(".venv/python");
-    assert!(python.exists(), "{} is not there: run `make test`", python.display());
-    let script = sparsed_tests::root().join("tests/e2e/http").join(script);
     let mut command = Command::new("python3");
-    let done = command.env("PYTHONPATH", python).arg(script).arg(socket).args(arguments).output().unwrap();
+    command.env("PYTHONPATH", installed("python")).arg(path(script)).arg(socket).args(arguments);
+    told(command, daemon)
+}
+
+/// What `make test` has installed below `.venv`.
+fn installed(folder: &str) -> PathBuf {
+    let folder = sparsed_tests::root().join(".venv").join(folder);
+    assert!(folder.exists(), "{} is not there: run `make test`", folder.display());
+    folder
+}
+
+fn path(script: &str) -> PathBuf {
+    sparsed_tests::root().join("tests/e2e/http").join(script)
+}
+
+fn told(mut command: Command, daemon: &Daemon) -> String {
+    let done = command.output().unwrap();
     assert!(done.status.success(), "{}\n{}", String::from_utf8_lossy(&done.stderr), daemon.log());
     String::from_utf8(done.stdout).unwrap().trim().to_owned()
 }
@@ -23,6 +37,32 @@ fn ollamas_client_is_served() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
     assert_eq!(run("ollama_client.py", &daemon.socket(), &[], &daemon), "ollama client: ok");
+}
+
+#[test]
+fn openais_client_for_node_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
+    let mut command = Command::new("node");
+    command.env("NODE_MODULES", installed("node")).arg(path("openai_client.mjs")).arg(daemon.socket());
+    assert_eq!(told(command, &daemon), "openai client for Node: ok");
+}
+
+#[test]
+fn langchain_is_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
+    let mut command = Command::new("python3");
+    command.env("PYTHONPATH", installed("clients")).arg(path("langchain_client.py")).arg(daemon.socket());
+    assert_eq!(told(command, &daemon), "LangChain: ok");
+}
+
+#[test]
+fn the_command_llm_is_served() {
+    let (daemon, port, _dir) = tcp::start_with(&["model.default.max_context=4096"]);
+    let mut command = Command::new("python3");
+    command.env("PYTHONPATH", installed("clients")).arg(path("llm_client.py")).args([&port.to_string(), tcp::key()]);
+    assert_eq!(told(command, &daemon), "llm: ok");
 }
 
 #[test]

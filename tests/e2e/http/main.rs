@@ -4,5 +4,6 @@
 mod abuse;
 mod clients;
 mod fields;
+mod quotas;
 mod schema;
 mod tcp;

@@ -62,4 +62,9 @@ called = question + [
     {"role": "tool", "tool_name": "light", "content": "done"},
 ]
 assert client.chat("default", called, tools=[light], options=options).done
+# A reader that leaves cancels; the next one is served.
+endless = client.chat("default", question, options={**options, "num_predict": 3000}, stream=True)
+next(endless)
+endless.close()
+assert client.chat("default", question, options=options).message.content == whole.message.content
 print("ollama client: ok")

@@ -10,17 +10,28 @@ const HALL: &str = "hall-key-0123456789";
 const BATH: &str = "bath-key-0123456789";
 
 pub(super) fn start() -> (Daemon, u16, tempfile::TempDir) {
+    start_with(&[])
+}
+
+/// A daemon with this door and these settings, and its port.
+pub(super) fn start_with(more: &[&str]) -> (Daemon, u16, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let keys = dir.path().join("keys");
     std::fs::write(&keys, format!("hall {HALL}\nbath {BATH}\n")).unwrap();
     std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(0o600)).unwrap();
-    let model = sparsed_tests::chatty::write(dir.path());
+    let model = sparsed_tests::chatty::write_with_tools(dir.path());
     let sets = ["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", keys.display())];
-    let daemon = Daemon::start(&model, &sets.each_ref().map(String::as_str));
+    let sets: Vec<&str> = sets.iter().map(String::as_str).chain(more.iter().copied()).collect();
+    let daemon = Daemon::start(&model, &sets);
     let log = daemon.log();
     let port = log.split("tcp=127.0.0.1:").nth(1).expect("the log names the port");
     let port = port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap();
     (daemon, port, dir)
+}
+
+/// The key of one who may come in.
+pub(super) fn key() -> &'static str {
+    HALL
 }
 
 /// The header of one who may come in.

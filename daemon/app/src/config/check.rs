@@ -7,7 +7,6 @@ use toml::de::{DeTable, DeValue};
 /// Every key; `*` stands for a name that the operator chooses, a last `*` for any value below.
 pub(super) const KEYS: &[&str] = &[
     "dbus.bus",
-    "dbus.requests_per_user",
     "engine.device",
     "engine.failover",
     "engine.isolation",
@@ -25,6 +24,10 @@ pub(super) const KEYS: &[&str] = &[
     "limits.max_batched_tokens",
     "limits.max_running",
     "limits.max_waiting",
+    "limits.per_user_connections",
+    "limits.per_user_kv",
+    "limits.per_user_queued_tokens",
+    "limits.per_user_requests",
     "limits.per_user_running",
     "limits.per_user_waiting",
     "limits.slow_consumer_s",

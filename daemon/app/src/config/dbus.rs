@@ -11,13 +11,11 @@ use std::path::Path;
 pub struct Dbus {
     /// `auto`, `off`, `system`, `session` or the address of a bus.
     pub bus: String,
-    /// Requests that a user may have under way.
-    pub requests_per_user: u32,
 }
 
 impl Default for Dbus {
     fn default() -> Self {
-        Self { bus: "auto".to_owned(), requests_per_user: 64 }
+        Self { bus: "auto".to_owned() }
     }
 }
 
@@ -44,7 +42,7 @@ mod tests {
     use super::*;
 
     fn bus(bus: &str, manager: Option<&str>) -> Result<Option<Bus>, String> {
-        Dbus { bus: bus.to_owned(), ..Dbus::default() }.bus(manager.map(OsStr::new))
+        Dbus { bus: bus.to_owned() }.bus(manager.map(OsStr::new))
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::fmt;
 /// Keys that take hold while the daemon runs; all others wait for its next start.
 const LIVE: &[&str] = &[
     "limits.max_waiting",
+    "limits.per_user_kv",
+    "limits.per_user_queued_tokens",
     "limits.per_user_running",
     "limits.per_user_waiting",
     "limits.slow_consumer_s",
@@ -81,6 +83,8 @@ impl Config {
         let Self { limits, log, memory, mqtt, sessions, tcp, .. } = next.clone();
         let held = &mut config.limits;
         held.max_waiting = limits.max_waiting;
+        held.per_user_kv = limits.per_user_kv;
+        held.per_user_queued_tokens = limits.per_user_queued_tokens;
         held.per_user_running = limits.per_user_running;
         held.per_user_waiting = limits.per_user_waiting;
         held.slow_consumer_s = limits.slow_consumer_s;

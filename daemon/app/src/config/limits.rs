@@ -11,16 +11,24 @@ pub struct Limits {
     pub max_running: u32,
     /// Most requests that wait, per model.
     pub max_waiting: u32,
-    /// Of them, most of one user that run; 0: as many as there are.
+    /// Of them, most of one user that run; 0: all but one in eight, see [`Limits::running_of_one`].
     pub per_user_running: u32,
     /// Of them, most of one user that wait; 0: as many as there are.
     pub per_user_waiting: u32,
+    /// Most requests of one user that are under way, by all doors.
+    pub per_user_requests: u32,
+    /// Most tokens of one user's prompts that wait; 0: as many as there are.
+    pub per_user_queued_tokens: u64,
+    /// Most bytes of KV rows of one user's running answers; 0: all.
+    pub per_user_kv: Bytes,
     /// Most tokens of a step.
     pub max_batched_tokens: u32,
     /// Milliseconds per token that running answers are to keep while prompts are read beside them; 0: no target.
     pub tpot_target_ms: u64,
     /// Most open connections.
     pub connections: u32,
+    /// Of them, most of one user on the Unix socket; 0: as many as there are.
+    pub per_user_connections: u32,
     /// Most bytes of a request's body.
     pub body: Bytes,
     /// Seconds that a request waits for its model to be loaded.
@@ -38,9 +46,13 @@ impl Default for Limits {
             max_waiting: 256,
             per_user_running: 0,
             per_user_waiting: 0,
+            per_user_requests: 64,
+            per_user_queued_tokens: 1 << 20,
+            per_user_kv: Bytes(0),
             max_batched_tokens: 256,
             tpot_target_ms: 0,
             connections: 512,
+            per_user_connections: 256,
             body: Bytes(8 << 20),
             load_wait_s: 300,
             slow_consumer_s: 30,
@@ -50,6 +62,15 @@ impl Default for Limits {
 }
 
 impl Limits {
+    /// Most answers of one user that run. Unless it is said, one place in eight stays free: an owner that floods the
+    /// daemon leaves others a place where their first request begins at once.
+    pub fn running_of_one(&self) -> u32 {
+        match self.per_user_running {
+            0 => self.max_running - self.max_running / 8,
+            said => said,
+        }
+    }
+
     /// Each number with its key and range.
     pub(super) fn ranges(&self) -> Vec<(String, u64, u64, u64)> {
         let ranges = [
@@ -57,9 +78,13 @@ impl Limits {
             ("max_waiting", self.max_waiting.into(), 1, 65536),
             ("per_user_running", self.per_user_running.into(), 0, 1024),
             ("per_user_waiting", self.per_user_waiting.into(), 0, 65536),
+            ("per_user_requests", self.per_user_requests.into(), 1, 65536),
+            ("per_user_queued_tokens", self.per_user_queued_tokens, 0, 1 << 40),
+            ("per_user_kv", self.per_user_kv.0, 0, 1 << 50),
             ("max_batched_tokens", self.max_batched_tokens.into(), self.max_running.into(), 65536),
             ("tpot_target_ms", self.tpot_target_ms, 0, 60_000),
             ("connections", self.connections.into(), 1, 65536),
+            ("per_user_connections", self.per_user_connections.into(), 0, 65536),
             ("body", self.body.0, 1024, 1 << 30),
             ("load_wait_s", self.load_wait_s, 1, 86_400),
             ("slow_consumer_s", self.slow_consumer_s, 1, 3600),

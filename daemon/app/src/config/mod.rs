@@ -119,7 +119,6 @@ impl Config {
         let plugins = &self.plugins;
         let mut ranges = self.limits.ranges();
         ranges.extend([
-            ("dbus.requests_per_user".to_owned(), self.dbus.requests_per_user.into(), 1, 65536),
             ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
             ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
             ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
@@ -263,7 +262,7 @@ mod tests {
         assert!(load("", &["tcp.listen=0.0.0.0:80"]).unwrap_err().contains("of this box alone"));
         assert!(load("", &["tcp.listen=localhost"]).unwrap_err().contains("--set tcp.listen=localhost"));
         assert!(load("", &["dbus.bus=sytem"]).unwrap_err().contains("dbus.bus is 'sytem', must be"));
-        assert!(load("", &["dbus.requests_per_user=0"]).unwrap_err().contains("must be 1 to 65536"));
+        assert!(load("", &["limits.per_user_requests=0"]).unwrap_err().contains("must be 1 to 65536"));
         assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));
         assert!(load("", &["engine.retry.backoff_ms=[]"]).unwrap_err().contains("must have 1 to 16"));
         assert!(load("", &["engine.retry.backoff_ms=[1, 86400001]"]).unwrap_err().contains("must be 0 to 86400000"));

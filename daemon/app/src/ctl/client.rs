@@ -36,10 +36,17 @@ pub(super) fn socket_or_default(named: Option<&Path>) -> PathBuf {
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Address {
     /// The daemon's socket.
-    #[arg(long, env = "SPARSED_SOCKET")]
+    #[arg(long, env = "SPARSED_SOCKET", global = true)]
     socket: Option<PathBuf>,
     /// Speak D-Bus instead: system, session or the address of a bus.
-    #[arg(long, value_name = "BUS", num_args = 0..=1, require_equals = true, default_missing_value = "system")]
+    #[arg(
+        long,
+        value_name = "BUS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "system",
+        global = true
+    )]
     dbus: Option<Bus>,
 }
 
@@ -87,7 +94,7 @@ impl Client {
     pub(super) async fn get(&self, path: &str) -> anyhow::Result<Value> {
         match self {
             Self::OnSocket(socket) => whole(send(socket, "GET", path, Bytes::new()).await?).await,
-            Self::OnBus(bus) => bus::get(bus, path).await,
+            Self::OnBus(bus) => bus::ask(bus, "GET", path, &Value::Null).await,
         }
     }
 
@@ -96,9 +103,17 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn chat(&self, body: &Value) -> anyhow::Result<Value> {
+        self.answer_at(CHAT, body).await
+    }
+
+    /// The answer to `body` at another path than chats', as one object.
+    ///
+    /// # Errors
+    /// No daemon, or its own error.
+    pub(super) async fn answer_at(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
         match self {
-            Self::OnSocket(socket) => whole(send(socket, "POST", CHAT, body.to_string().into()).await?).await,
-            Self::OnBus(_) => self.stream(body).await?.next().await?.context("the answer is empty"),
+            Self::OnSocket(socket) => whole(send(socket, "POST", path, body.to_string().into()).await?).await,
+            Self::OnBus(_) => self.stream_at(path, body).await?.next().await?.context("the answer is empty"),
         }
     }
 
@@ -107,10 +122,7 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn stream(&self, body: &Value) -> anyhow::Result<Events> {
-        match self {
-            Self::OnBus(bus) => Ok(Events::of(Source::Pipe(Pipe::open(bus, body).await?))),
-            Self::OnSocket(_) => self.stream_at(CHAT, body).await,
-        }
+        self.stream_at(CHAT, body).await
     }
 
     /// The events that answer `body` at another path than chats'. Dropping them ends the request.
@@ -118,7 +130,11 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn stream_at(&self, path: &str, body: &Value) -> anyhow::Result<Events> {
-        let response = send(self.on_socket()?, "POST", path, body.to_string().into()).await?;
+        let socket = match self {
+            Self::OnBus(bus) => return Ok(Events::of(Source::Pipe(Pipe::open(bus, path, body).await?))),
+            Self::OnSocket(socket) => socket,
+        };
+        let response = send(socket, "POST", path, body.to_string().into()).await?;
         if response.status() != StatusCode::OK {
             whole(response).await?;
             bail!("the daemon answered without an event stream");
@@ -131,7 +147,10 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        whole(send(self.on_socket()?, "POST", path, body.to_string().into()).await?).await
+        match self {
+            Self::OnSocket(socket) => whole(send(socket, "POST", path, body.to_string().into()).await?).await,
+            Self::OnBus(bus) => bus::ask(bus, "POST", path, body).await,
+        }
     }
 
     /// The JSON answer to deleting what is at `path`.
@@ -139,7 +158,10 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn delete(&self, path: &str) -> anyhow::Result<Value> {
-        whole(send(self.on_socket()?, "DELETE", path, Bytes::new()).await?).await
+        match self {
+            Self::OnSocket(socket) => whole(send(socket, "DELETE", path, Bytes::new()).await?).await,
+            Self::OnBus(bus) => bus::ask(bus, "DELETE", path, &Value::Null).await,
+        }
     }
 
     /// The JSON answer to a file that is sent as it is.
@@ -147,7 +169,10 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn put_file(&self, path: &str, file: Vec<u8>) -> anyhow::Result<Value> {
-        whole(send(self.on_socket()?, "POST", path, file.into()).await?).await
+        match self {
+            Self::OnSocket(socket) => whole(send(socket, "POST", path, file.into()).await?).await,
+            Self::OnBus(bus) => bus::put_file(bus, &file).await,
+        }
     }
 
     /// The file at `path`.
@@ -155,20 +180,16 @@ impl Client {
     /// # Errors
     /// No daemon, or its own error.
     pub(super) async fn get_file(&self, path: &str) -> anyhow::Result<Bytes> {
-        let response = send(self.on_socket()?, "GET", path, Bytes::new()).await?;
+        let socket = match self {
+            Self::OnBus(bus) => return Ok(bus::get_file(bus, path).await?.into()),
+            Self::OnSocket(socket) => socket,
+        };
+        let response = send(socket, "GET", path, Bytes::new()).await?;
         if response.status() != StatusCode::OK {
             whole(response).await?;
             bail!("the daemon answered without a file");
         }
         body_of(response).await
-    }
-
-    /// What only HTTP has.
-    fn on_socket(&self) -> anyhow::Result<&Path> {
-        match self {
-            Self::OnSocket(socket) => Ok(socket),
-            Self::OnBus(_) => bail!("this goes over the socket only; leave --dbus out"),
-        }
     }
 }
 

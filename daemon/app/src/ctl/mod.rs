@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod bus;
 mod client;
+mod complete;
 mod config;
 mod conform;
 mod convert;
@@ -40,6 +41,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     Bench(bench::Bench),
+    Complete(complete::Complete),
     Config(config::ConfigCommand),
     Conform(conform::Conform),
     Convert(convert::Convert),
@@ -66,6 +68,7 @@ pub fn main() -> ExitCode {
     crate::logging::start(log::LevelFilter::Warn);
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),
+        Command::Complete(command) => command.run(),
         Command::Config(command) => command.run(),
         Command::Conform(command) => command.run(),
         Command::Convert(command) => command.run(),

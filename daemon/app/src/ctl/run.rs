@@ -137,14 +137,7 @@ impl Run {
         let prompt = match prompt {
             Some(prompt) => prompt,
             None if std::io::stdin().is_terminal() => return repl::run(client, model, &self.options).await,
-            None => {
-                let mut text = String::new();
-                std::io::stdin().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text)?;
-                if text.len() as u64 > STDIN_BYTES_MAX {
-                    bail!("the prompt on standard input has more than {STDIN_BYTES_MAX} bytes");
-                }
-                text
-            }
+            None => prompt_of_stdin()?,
         };
         let mut messages = self.options.opening();
         messages.push(json!({ "role": "user", "content": prompt }));
@@ -158,6 +151,19 @@ impl Run {
         }
         Ok(())
     }
+}
+
+/// The prompt that is on standard input.
+///
+/// # Errors
+/// It is too long, or no text.
+pub(super) fn prompt_of_stdin() -> anyhow::Result<String> {
+    let mut text = String::new();
+    std::io::stdin().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > STDIN_BYTES_MAX {
+        bail!("the prompt on standard input has more than {STDIN_BYTES_MAX} bytes");
+    }
+    Ok(text)
 }
 
 /// Writes an answer to standard output as it comes, and gives it back whole.
@@ -175,7 +181,9 @@ pub(super) async fn stream_answer(client: &Client, request: &Value) -> anyhow::R
 pub(super) async fn written(mut events: Events) -> anyhow::Result<String> {
     let mut answer = String::new();
     while let Some(event) = events.next().await? {
-        if let Some(text) = event["choices"][0]["delta"]["content"].as_str() {
+        let choice = &event["choices"][0];
+        // A chat's piece, or a completion's.
+        if let Some(text) = choice["delta"]["content"].as_str().or_else(|| choice["text"].as_str()) {
             write_out(text)?;
             answer += text;
         }

@@ -1,6 +1,6 @@
 //! `sparsectl sessions`: conversations that the daemon keeps.
 
-use super::client::{Client, socket_or_default};
+use super::client::{Address, Client};
 use super::run::written;
 use super::{number, print, print_json, word};
 use anyhow::{Context, bail};
@@ -12,9 +12,8 @@ use std::path::PathBuf;
 /// List, read and change the conversations that the daemon keeps. A session may be named by the beginning of its id.
 #[derive(Debug, clap::Args)]
 pub(super) struct SessionsCommand {
-    /// The daemon's socket.
-    #[arg(long, env = "SPARSED_SOCKET", global = true)]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    address: Address,
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
@@ -103,10 +102,8 @@ impl Wishes {
 
 impl SessionsCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        crate::lifecycle::runtime()?.block_on(async {
-            let client = Client::new(&socket_or_default(self.socket.as_deref()));
-            carry_out(&client, self.verb.unwrap_or(Verb::List), self.json).await
-        })
+        crate::lifecycle::runtime()?
+            .block_on(async { carry_out(&self.address.client(), self.verb.unwrap_or(Verb::List), self.json).await })
     }
 }
 
@@ -137,7 +134,7 @@ async fn carry_out(client: &Client, verb: Verb, as_json: bool) -> anyhow::Result
         Verb::Continue { id } => {
             let path = one(&id).await? + "/continue";
             if as_json {
-                return print_json(&client.post(&path, &json!({})).await?);
+                return print_json(&client.answer_at(&path, &json!({})).await?);
             }
             written(client.stream_at(&path, &json!({ "stream": true })).await?).await?;
             return print("");

@@ -1,10 +1,9 @@
 //! `sparsectl top`: who is served how fast, where the memory goes, and what was decided about it.
 
-use super::client::{Client, socket_or_default};
+use super::client::Address;
 use super::word;
 use serde_json::Value;
 use std::fmt::Write;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Time between two pictures.
@@ -17,9 +16,8 @@ const DECISIONS: usize = 6;
 /// Watch the daemon at work.
 #[derive(Debug, clap::Args)]
 pub(super) struct Top {
-    /// The daemon's socket.
-    #[arg(long, env = "SPARSED_SOCKET")]
-    socket: Option<PathBuf>,
+    #[command(flatten)]
+    address: Address,
     /// Show one picture, of one second, and end.
     #[arg(long)]
     once: bool,
@@ -27,7 +25,7 @@ pub(super) struct Top {
 
 impl Top {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let client = Client::new(&socket_or_default(self.socket.as_deref()));
+        let client = self.address.client();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let look = || runtime.block_on(client.get("/v1/status"));
         let (mut before, mut at) = (look()?, Instant::now());

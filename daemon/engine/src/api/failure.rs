@@ -64,6 +64,30 @@ pub enum Failure {
         /// When to try again.
         retry_after_s: u32,
     },
+    /// Its owner has all the requests under way that one may have.
+    #[error(
+        "{limit} requests of this user are under way, which is all it may have at a time; try again in {retry_after_s} s"
+    )]
+    TooManyRequests {
+        /// Requests of one owner that may be under way, by all doors together.
+        limit: u32,
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// Prompts of its owner that wait have too many tokens.
+    #[error("{limit} tokens of this user's prompts may wait at a time; try again in {retry_after_s} s")]
+    UserTokensFull {
+        /// Tokens of one owner's prompts that may wait.
+        limit: u64,
+        /// When to try again.
+        retry_after_s: u32,
+    },
+    /// It wants more of the KV cache than its owner may have.
+    #[error("the request needs more than the {limit_bytes} bytes of the KV cache that one user may hold")]
+    UserKvFull {
+        /// Bytes of KV rows that one owner's requests may hold together.
+        limit_bytes: u64,
+    },
     /// Memory is short.
     #[error("memory is short; try again in {retry_after_s} s")]
     MemoryShort {

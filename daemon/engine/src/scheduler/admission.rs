@@ -6,7 +6,9 @@
 //! all, so somebody always gets to the end.
 
 use super::queue::Admits;
-use super::{Scheduler, count};
+use super::quota::blocks_per_owner;
+use super::relief::Relief;
+use super::{Limits, Scheduler, count};
 use crate::api::{Failure, Owner};
 use crate::memory::Stage;
 use crate::sequence::{Sequence, Vocabulary};
@@ -37,7 +39,7 @@ impl Scheduler {
 
     /// Why the request is not taken.
     fn refusal(&self, sequence: &Sequence) -> Option<(What, Failure)> {
-        let (owner, bounds) = (sequence.owner(), self.pool.bounds());
+        let bounds = self.pool.bounds();
         let is_too_long = bounds.blocks < self.pool.n_blocks() && blocks_for(sequence.n_pending()) > bounds.blocks;
         if self.relief.stage() == Stage::Refuse || is_too_long {
             let retry_after_s = self.retry_after_s(1).max(MEMORY_RETRY_S);
@@ -47,16 +49,11 @@ impl Scheduler {
         if self.queue.n_waiting() >= limit {
             return Some((What::QueueFull, Failure::QueueFull { limit, retry_after_s: self.retry_after_s(1) }));
         }
-        let limit = self.limits.per_user_waiting;
-        if self.queue.n_waiting_of(owner) >= limit {
-            let retry_after_s = self.retry_after_s(self.queue.n_owners());
-            return Some((What::UserQueueFull, Failure::UserQueueFull { limit, retry_after_s }));
-        }
-        None
+        self.beyond_quota(sequence)
     }
 
     /// Seconds until a place in the queue is free where `share` owners have a part of the device.
-    fn retry_after_s(&self, share: u32) -> u32 {
+    pub(super) fn retry_after_s(&self, share: u32) -> u32 {
         let n_pending = self.queue.waiting().map(|sequence| u64::from(sequence.n_pending())).sum();
         self.throughput.retry_after_s(self.queue.n_waiting(), n_pending, share)
     }
@@ -92,7 +89,8 @@ impl Scheduler {
     /// Moves waiting sequences into the batch while there is room for their prompts.
     pub(super) fn admit(&mut self, now: Duration) {
         while self.can_admit() {
-            let mut sequence = self.queue.take_next(self.admits()).expect("can_admit looked at it");
+            let admits = admits(&self.limits, &self.relief, &self.running);
+            let mut sequence = self.queue.take_next(admits).expect("can_admit looked at it");
             if let Some(time) = sequence.start(now) {
                 self.tally.queue.add(time.as_secs_f64());
             }
@@ -104,8 +102,8 @@ impl Scheduler {
     }
 
     /// Which requests may begin now.
-    pub(super) fn admits(&self) -> Admits {
-        Admits { running_max: self.limits.per_user_running, only_begun: self.relief.stage() >= Stage::Hold }
+    pub(super) fn admits(&self) -> Admits<'_> {
+        admits(&self.limits, &self.relief, &self.running)
     }
 
     /// Whether there is a place and room for the prompt of the sequence that is next.
@@ -154,7 +152,12 @@ impl Scheduler {
 
     /// Sends a running sequence back to wait.
     pub(super) fn preempt(&mut self, what: What, why: &str, now: Duration) {
-        let sequence = self.release(self.victim());
+        self.send_to_wait(self.victim(), what, why, now);
+    }
+
+    /// Sends the sequence at `index` of those that run back to wait.
+    pub(super) fn send_to_wait(&mut self, index: usize, what: What, why: &str, now: Duration) {
+        let sequence = self.release(index);
         let (owner, n) = (owner_name(sequence.owner()), sequence.tokens.len());
         let reason = format!("{why}: a sequence of {owner} with {n} tokens waits");
         self.decisions.note(what, reason, &mut self.tally, now);
@@ -179,6 +182,16 @@ impl Scheduler {
         let of_owner = |index: &usize| over.is_some_and(|owner| self.running[*index].owner() == owner);
         let victim = younger().filter(of_owner).max_by_key(urgency).or_else(|| younger().max_by_key(urgency));
         victim.expect("two or more run")
+    }
+}
+
+/// Which requests may begin beside those that are `running`.
+fn admits<'a>(limits: &Limits, relief: &Relief, running: &'a [Sequence]) -> Admits<'a> {
+    Admits {
+        running_max: limits.per_user_running,
+        only_begun: relief.stage() >= Stage::Hold,
+        running,
+        blocks_max: blocks_per_owner(limits.per_user_kv_bytes, relief),
     }
 }
 

@@ -7,8 +7,10 @@
 //!
 //! Knows no time but as an argument, and no pool.
 
+use super::quota::blocks_of;
 use crate::api::Owner;
 use crate::sequence::{Sequence, SequenceId};
+use sparsed_kv::blocks_for;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -45,11 +47,24 @@ pub struct OwnerLoad {
 
 /// Which requests may begin.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Admits {
+pub(super) struct Admits<'a> {
     /// Most requests of an owner that run.
     pub(super) running_max: u32,
     /// Only such that have begun before.
     pub(super) only_begun: bool,
+    /// What runs, of which an owner's sequences hold at most so many blocks.
+    pub(super) running: &'a [Sequence],
+    /// Most blocks of an owner.
+    pub(super) blocks_max: u32,
+}
+
+impl Admits<'_> {
+    /// Whether its owner may hold what the request needs; one who holds nothing may try.
+    fn has_room_for(&self, sequence: &Sequence) -> bool {
+        let held = if self.blocks_max == u32::MAX { 0 } else { blocks_of(self.running, sequence.owner()) };
+        // One more block, so that it does not have to wait again at once.
+        held == 0 || held + blocks_for(sequence.n_pending()) < self.blocks_max
+    }
 }
 
 /// Requests that wait, and who is served how much.
@@ -72,6 +87,12 @@ impl Queue {
     /// Requests of `owner` that wait.
     pub(super) fn n_waiting_of(&self, owner: Owner) -> u32 {
         self.line(owner).map_or(0, |line| super::count(line.waiting.len()))
+    }
+
+    /// Tokens of the prompts of `owner` that wait.
+    pub(super) fn n_tokens_of(&self, owner: Owner) -> u64 {
+        let waiting = self.line(owner).into_iter().flat_map(|line| line.waiting.values());
+        waiting.map(|sequence| u64::from(sequence.n_pending())).sum()
     }
 
     pub(super) fn owners(&self) -> impl Iterator<Item = OwnerLoad> + '_ {
@@ -110,13 +131,13 @@ impl Queue {
     }
 
     /// The request that begins next of those that may.
-    pub(super) fn next(&self, admits: Admits) -> Option<&Sequence> {
+    pub(super) fn next(&self, admits: Admits<'_>) -> Option<&Sequence> {
         let at = self.next_line(admits)?;
         self.lines[at].waiting.first_key_value().map(|(_, sequence)| sequence)
     }
 
     /// Takes the request that [`next`](Self::next) shows; it runs from now on.
-    pub(super) fn take_next(&mut self, admits: Admits) -> Option<Sequence> {
+    pub(super) fn take_next(&mut self, admits: Admits<'_>) -> Option<Sequence> {
         let at = self.next_line(admits)?;
         let (_, sequence) = self.lines[at].waiting.pop_first()?;
         self.lines[at].n_running += 1;
@@ -124,9 +145,13 @@ impl Queue {
         Some(sequence)
     }
 
-    fn next_line(&self, admits: Admits) -> Option<usize> {
-        let may = |place: &Place| !(admits.only_begun && place.is_new);
-        let first = |line: &Line| line.waiting.keys().next().filter(|place| may(place)).map(|place| place.id);
+    fn next_line(&self, admits: Admits<'_>) -> Option<usize> {
+        let may =
+            |place: &Place, sequence: &Sequence| !(admits.only_begun && place.is_new) && admits.has_room_for(sequence);
+        let first = |line: &Line| {
+            let first = line.waiting.first_key_value();
+            first.filter(|(place, sequence)| may(place, sequence)).map(|(place, _)| place.id)
+        };
         let lines = self.lines.iter().enumerate().filter(|(_, line)| line.n_running < admits.running_max);
         let keyed = lines.filter_map(|(at, line)| Some(((line.served, first(line)?), at)));
         keyed.min().map(|(_, at)| at)
@@ -204,8 +229,8 @@ mod tests {
     use crate::api::{Generate, Urgency};
     use crate::testing::{Listener, request};
 
-    const ALL: Admits = Admits { running_max: u32::MAX, only_begun: false };
-    const ONE: Admits = Admits { running_max: 1, ..ALL };
+    const ALL: Admits<'_> = Admits { running_max: u32::MAX, only_begun: false, running: &[], blocks_max: u32::MAX };
+    const ONE: Admits<'_> = Admits { running_max: 1, ..ALL };
 
     fn sequence(id: u64, uid: u32, priority: i32) -> Sequence {
         let urgency = Urgency { priority, deadline_ms: None };

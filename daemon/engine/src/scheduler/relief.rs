@@ -56,6 +56,11 @@ impl Relief {
         }
     }
 
+    /// Bytes of a block; 0 before they are known.
+    pub(super) fn block_bytes(&self) -> u64 {
+        self.footprint.block_bytes
+    }
+
     pub(super) fn stage(&self) -> Stage {
         self.ladder.stage()
     }

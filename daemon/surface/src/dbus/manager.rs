@@ -10,6 +10,7 @@ use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, models, sess
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
+use sparsed_engine::Admission;
 use sparsed_engine::api::Owner;
 use std::sync::Arc;
 use tokio::sync::OwnedSemaphorePermit;
@@ -109,9 +110,12 @@ fn share(door: &Door, bytes: usize) -> Result<OwnedSemaphorePermit, CallError> {
 /// Opens the object of a request.
 ///
 /// # Errors
-/// As [`super::requests::Requests::begin`].
-pub(super) fn place(door: &Door, call: &Call, options: &GenerateOptions) -> Result<Place, CallError> {
-    door.shared.requests.begin(call.uid, &call.sender, options.handle_token.as_deref(), options.detach)
+/// The user has as many requests as it may; as [`super::requests::Requests::begin`].
+pub(super) fn place(door: &Door, call: &Call, options: &GenerateOptions) -> Result<(Place, Admission), CallError> {
+    let admission = door.shared.service.admit(call.owner()).map_err(Refusal::from)?;
+    let requests = &door.shared.requests;
+    let place = requests.begin(call.uid, &call.sender, options.handle_token.as_deref(), options.detach)?;
+    Ok((place, admission))
 }
 
 async fn generate(
@@ -151,7 +155,7 @@ async fn generate(
 pub(super) async fn begin<W: Wire>(
     door: &Door,
     call: &Call,
-    place: Place,
+    (place, admission): (Place, Admission),
     asked: Asked<W>,
 ) -> Result<Outcome, CallError> {
     let streams = asked.reply.stream;
@@ -162,7 +166,8 @@ pub(super) async fn begin<W: Wire>(
     let outcome = call.answer(&(place.request.path.clone(), Fd::from(reader)))?;
     let (bus, patience) = (door.bus.clone(), door.shared.options.reader_patience);
     Ok(outcome.then(async move {
-        let request = &place.request;
+        // It counts as its user's until its end.
+        let (request, _admission) = (&place.request, admission);
         let ended = stream::carry(answering, streams, &pipe, request, patience).await;
         let (to, carried) = (Some(request.sender.as_str()), (ended.reason, ended.usage));
         let said = bus.emit_signal(to, &request.path, REQUEST.name, "Finished", &carried).await;

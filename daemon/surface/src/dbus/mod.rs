@@ -97,8 +97,6 @@ impl FromStr for Bus {
 pub struct DbusOptions {
     /// Which bus.
     pub bus: Bus,
-    /// Requests that a user may have under way.
-    pub requests_per_user: usize,
     /// Most bytes of a request's body.
     pub body_bytes_max: usize,
     /// How long a full pipe may not be read before its answer is given up.
@@ -135,10 +133,18 @@ impl Door {
     }
 }
 
+/// A memfd with `bytes` that is sealed as the door wants it, for clients.
+///
+/// # Errors
+/// No memory or no descriptors.
+pub fn sealed(bytes: &[u8]) -> std::io::Result<std::os::fd::OwnedFd> {
+    memfd::write("body", bytes)
+}
+
 /// Serves `org.sparsed1` until `stop` resolves, then lets running answers end. A bus that is not there is waited for.
 pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Future<Output = ()>) {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
-    let requests = Arc::new(Requests::new(options.requests_per_user));
+    let requests = Arc::new(Requests::new());
     let shared = Arc::new(Shared { service, options, requests, leases: Arc::default(), bodies });
     let mut stop = std::pin::pin!(stop);
     let mut pauses = BACKOFF.into_iter();

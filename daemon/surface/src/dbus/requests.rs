@@ -18,7 +18,6 @@ const TOKEN_MAX: usize = 64;
 pub(super) struct Requests {
     /// By what follows `requests/` in their paths.
     open: Mutex<BTreeMap<String, Arc<Request>>>,
-    per_user: usize,
     n_begun: AtomicU64,
     ended: Notify,
 }
@@ -47,15 +46,15 @@ pub(super) struct Place {
 }
 
 impl Requests {
-    /// None, of which a user may have `per_user` at a time.
-    pub(super) fn new(per_user: usize) -> Self {
-        Self { open: Mutex::default(), per_user, n_begun: AtomicU64::new(0), ended: Notify::new() }
+    /// None.
+    pub(super) fn new() -> Self {
+        Self { open: Mutex::default(), n_begun: AtomicU64::new(0), ended: Notify::new() }
     }
 
     /// Begins one. `token` is the last part of its path.
     ///
     /// # Errors
-    /// The user has too many; the token cannot be one or is taken.
+    /// The token cannot be one or is taken.
     pub(super) fn begin(
         self: &Arc<Self>,
         uid: u32,
@@ -77,9 +76,6 @@ impl Requests {
         let mut open = self.lock();
         if open.contains_key(&key) {
             return Err(Refusal::invalid("handle_token", "is the one of a request under way").into());
-        }
-        if open.values().filter(|request| request.uid == uid).count() >= self.per_user {
-            return Err(Refusal::too_many_requests(self.per_user).into());
         }
         let request = Arc::new(Request {
             path,
@@ -188,7 +184,7 @@ mod tests {
 
     #[test]
     fn a_path_is_known_before_the_call() {
-        let requests = Arc::new(Requests::new(8));
+        let requests = Arc::new(Requests::new());
         let place = requests.begin(5, &name(":1.42"), Some("chat_1"), false).unwrap();
         assert_eq!(place.request.path.as_str(), "/org/sparsed1/requests/1_42/chat_1");
         assert!(requests.begin(5, &name(":1.42"), Some("chat_1"), false).is_err(), "taken");
@@ -199,7 +195,7 @@ mod tests {
 
     #[test]
     fn nobody_finds_the_requests_of_others() {
-        let requests = Arc::new(Requests::new(8));
+        let requests = Arc::new(Requests::new());
         let place = requests.begin(5, &name(":1.42"), Some("a"), false).unwrap();
         assert!(requests.find(5, "1_42/a").is_some() && requests.find(6, "1_42/a").is_none());
         assert!(requests.keys(5) == ["1_42/a"] && requests.keys(6).is_empty());
@@ -209,7 +205,7 @@ mod tests {
 
     #[test]
     fn a_user_has_so_many_requests_whatever_the_connections() {
-        let requests = Arc::new(Requests::new(2));
+        let requests = Arc::new(Requests::new());
         let _held = (requests.begin(5, &name(":1.1"), None, false), requests.begin(5, &name(":1.2"), None, false));
         assert!(requests.begin(5, &name(":1.3"), None, false).is_err());
         assert!(requests.begin(6, &name(":1.4"), None, false).is_ok());
@@ -217,7 +213,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_sender_that_leaves_cancels_what_is_not_detached() {
-        let requests = Arc::new(Requests::new(8));
+        let requests = Arc::new(Requests::new());
         let ends = requests.begin(5, &name(":1.1"), None, false).unwrap();
         let stays = requests.begin(5, &name(":1.1"), None, true).unwrap();
         let other = requests.begin(5, &name(":1.2"), None, false).unwrap();

@@ -161,7 +161,7 @@ mod tests {
     const LONG: Duration = Duration::from_secs(60);
 
     fn place() -> Place {
-        Arc::new(Requests::new(1)).begin(5, &":1.1".try_into().unwrap(), None, false).unwrap()
+        Arc::new(Requests::new()).begin(5, &":1.1".try_into().unwrap(), None, false).unwrap()
     }
 
     fn pipe() -> (Sender, std::fs::File) {

@@ -3,6 +3,7 @@
 mod body;
 mod chat;
 mod completions;
+mod count;
 mod error;
 mod metrics;
 mod models;
@@ -15,6 +16,7 @@ mod tokens;
 use crate::bodies::responses::Runs;
 use axum::Router;
 use axum::extract::DefaultBodyLimit;
+use axum::middleware;
 use axum::routing::{delete, get, post};
 use sparsed_engine::Service;
 use std::sync::Arc;
@@ -37,6 +39,7 @@ struct Shared {
 /// The whole HTTP interface.
 pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Router {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
+    let counted = middleware::from_fn_with_state(service.clone(), count::count);
     Router::new()
         .route("/health", get(models::health))
         .route("/ready", get(models::health))
@@ -68,6 +71,7 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .merge(ollama())
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
+        .layer(counted)
         .layer(DefaultBodyLimit::max(body_bytes_max))
         .with_state(Shared { service, body_bytes_max, bodies, runs })
 }

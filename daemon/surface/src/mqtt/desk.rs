@@ -88,6 +88,7 @@ pub(super) enum Input {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Act {
     Subscribe { line: Line, filters: Vec<String> },
+    Unsubscribe { line: Line, filters: Vec<String> },
     Publish { token: u64, address: Address, payload: String, retain: bool, expiry_s: Option<u32> },
     Ack(Ack),
     Start { key: Key, attempt: u64, request: Box<Request> },
@@ -186,11 +187,12 @@ impl Desk {
         match input {
             Input::Up { line, epoch, window, packet_bytes_max } => {
                 self.epochs[line as usize] = Some(epoch);
-                let filters = match line {
-                    Line::Node => self.topics.direct(),
-                    Line::Pool => self.topics.pooled(),
-                };
-                acts.push(Act::Subscribe { line, filters });
+                match line {
+                    Line::Node => acts.push(Act::Subscribe { line, filters: self.topics.direct() }),
+                    // What would come now is for the nodes that stay.
+                    Line::Pool if self.is_stopping => {}
+                    Line::Pool => acts.push(Act::Subscribe { line, filters: self.topics.pooled() }),
+                }
                 if line == Line::Node {
                     self.packet_bytes_max = packet_bytes_max.unwrap_or(usize::MAX);
                     self.outbox.open(window);
@@ -218,7 +220,14 @@ impl Desk {
                 }
             }
             Input::Settings { limits, topics } => (self.limits, self.topics) = (limits, topics),
-            Input::Stop => self.is_stopping = true,
+            Input::Stop => {
+                self.is_stopping = true;
+                let line = Line::Pool;
+                if self.epochs[line as usize].is_some() {
+                    // The broker has other nodes for what comes; what this one has begun, it ends.
+                    acts.push(Act::Unsubscribe { line, filters: self.topics.pooled() });
+                }
+            }
             Input::Tick => self.tick(now_ms, acts),
         }
     }

@@ -26,6 +26,8 @@ const SOUND: Duration = Duration::from_secs(10);
 pub(super) enum Command {
     /// To these filters, with QoS 1 and without what the broker has retained.
     Subscribe(Vec<String>),
+    /// Not to these any more.
+    Unsubscribe(Vec<String>),
     /// With QoS 1.
     Publish {
         /// Comes back with the broker's word.

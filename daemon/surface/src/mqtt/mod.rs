@@ -242,6 +242,7 @@ impl Thread {
     fn act(&mut self, act: Act) {
         match act {
             Act::Subscribe { line, filters } => self.command(line, Command::Subscribe(filters)),
+            Act::Unsubscribe { line, filters } => self.command(line, Command::Unsubscribe(filters)),
             Act::Publish { token, address, payload, retain, expiry_s } => {
                 self.command(Line::Node, Command::Publish { token, address, payload, retain, expiry_s });
             }

@@ -158,6 +158,12 @@ async fn obey(client: &AsyncClient, command: Command, tokens: &Tokens) -> Result
             };
             client.subscribe_many(filters.into_iter().map(filter)).await
         }
+        Command::Unsubscribe(filters) => {
+            for filter in filters {
+                client.unsubscribe(filter).await?;
+            }
+            Ok(())
+        }
         Command::Publish { token, address, payload, retain, expiry_s } => {
             lock(tokens).push_back(token);
             let properties = properties(&address, expiry_s);

@@ -24,6 +24,8 @@ pub(super) enum Op {
     Complete,
     /// The tokens of a text.
     Tokenize,
+    /// The text of tokens.
+    Detokenize,
     /// A verb of sessions.
     Session,
     /// The end of another request of the same client.
@@ -32,10 +34,11 @@ pub(super) enum Op {
 
 impl Op {
     /// All of them by their names in topics.
-    pub(super) const ALL: [(&'static str, Self); 5] = [
+    pub(super) const ALL: [(&'static str, Self); 6] = [
         ("chat", Self::Chat),
         ("complete", Self::Complete),
         ("tokenize", Self::Tokenize),
+        ("detokenize", Self::Detokenize),
         ("session", Self::Session),
         ("cancel", Self::Cancel),
     ];

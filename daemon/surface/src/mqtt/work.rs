@@ -4,7 +4,7 @@
 use super::link::{Delta, Deltas};
 use super::message::{Request, delta};
 use super::topics::Op;
-use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, models, parse, sessions};
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, models, parse, sessions, tokens};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -46,6 +46,7 @@ pub(super) async fn answer(
     deltas: &Deltas,
 ) -> Result<String, Refusal> {
     let owner = Owner::named(DOOR, &request.client);
+    let _admission = service.admit(owner)?;
     let body = request.body.as_bytes();
     let result = match request.op {
         Op::Chat => {
@@ -58,6 +59,7 @@ pub(super) async fn answer(
             return gather(service, asked, request, node, deltas).await.map_err(Refusal::about_prompt);
         }
         Op::Tokenize => tokenize(service, parse(body)?).await?,
+        Op::Detokenize => tokens::detokenize(service, body, ()).await?,
         Op::Session => {
             let VerbFields { verb, id } = parse(body)?;
             let missing = || Refusal::invalid("id", "is missing: which session");
@@ -105,6 +107,11 @@ async fn session(service: &Service, owner: Owner, verb: &str, id: &str, body: &[
         "fork" => sessions::fork(service, owner, id, parse(&body)?).await,
         "truncate" => sessions::truncate(service, owner, id, parse(&body)?).await,
         "checkpoint" => sessions::checkpoint(service, owner, id).await,
+        "export" | "import" => {
+            let reason =
+                format!("is '{verb}': a session's file does not go through a broker; take HTTP or D-Bus for it");
+            Err(Refusal::invalid("verb", reason))
+        }
         _ => {
             let verbs = "create, list, get, change, pin, delete, fork, truncate, checkpoint and continue";
             Err(Refusal::invalid("verb", format!("is '{verb}'; known are {verbs}")))

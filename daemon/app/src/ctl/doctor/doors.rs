@@ -59,7 +59,8 @@ pub(super) fn message_bus(root: &Path, config: &Config) -> anyhow::Result<Option
         _ => return Ok(None),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let health = runtime.block_on(async { tokio::time::timeout(PATIENCE, bus::get(&bus, "/health")).await });
+    let health = runtime
+        .block_on(async { tokio::time::timeout(PATIENCE, bus::ask(&bus, "GET", "/health", &Value::Null)).await });
     let said = match health {
         Ok(Ok(health)) => {
             let state = health["status"].as_str().map_or_else(|| Value::Null.to_string(), str::to_owned);

@@ -40,7 +40,8 @@ impl Desk {
             Err(refusal) => match refusal.name().code {
                 "shutting_down" => entry.state = State::Waiting(NEVER_MS),
                 "cut_off" if self.is_stopping => entry.state = State::Waiting(NEVER_MS),
-                "queue_full" | "model_loading" | "too_many_bodies" => {
+                "queue_full" | "user_queue_full" | "user_tokens_full" | "too_many_requests" | "model_loading"
+                | "too_many_bodies" => {
                     let pause_ms = u64::from(refusal.retry_after_s().unwrap_or(0)) * 1000;
                     entry.state = State::Waiting(now_ms + pause_ms.max(RETRY_MS_MIN));
                 }

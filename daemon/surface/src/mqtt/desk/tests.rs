@@ -71,7 +71,7 @@ impl Bench {
                     self.started.push((key, attempt, *request));
                 }
                 Act::Cancel(key) => self.started.retain(|(started, ..)| *started != key),
-                Act::Subscribe { .. } | Act::Reset(_) => {}
+                Act::Subscribe { .. } | Act::Unsubscribe { .. } | Act::Reset(_) => {}
             }
         }
     }
@@ -303,6 +303,21 @@ fn a_request_that_finds_no_room_in_the_engine_is_tried_again_and_a_stop_leaves_i
     bench.tick(0);
     bench.finish(finale);
     assert_eq!(bench.land().1["kind"], "final");
+}
+
+#[test]
+fn a_node_that_is_told_to_stop_leaves_its_pool_first_and_ends_what_it_has_of_it() {
+    let mut bench = Bench::new();
+    bench.ask(1, "s/pool/fleet/req/lamp/chat", &json!({ "id": "a", "body": {} }));
+    let acts = bench.desk.handle(bench.now_ms, [Input::Stop]);
+    let left = |act: &Act| matches!(act, Act::Unsubscribe { line: Line::Pool, filters } if !filters.is_empty());
+    assert!(acts.iter().any(left), "{acts:?}");
+    bench.finish(finale);
+    assert_eq!(bench.land().1["kind"], "final");
+    assert_eq!(bench.acks, [1]);
+    // A connection that comes now is not for the pool any more.
+    let up = Input::Up { line: Line::Pool, epoch: 9, window: 3, packet_bytes_max: None };
+    assert_eq!(bench.desk.handle(bench.now_ms, [up]), []);
 }
 
 #[test]

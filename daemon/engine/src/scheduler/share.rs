@@ -1,0 +1,179 @@
+//! How much of a step may each owner have? So much that its answers are as fast as on a device that is its own for its
+//! part of the time.
+//!
+//! A step costs something as such, for all the weights that are read, and something for each of its tokens. With `k`
+//! owners a step may take `k` times as long as the one would take that has nothing but the tokens of the owner with the
+//! fewest; what fits into that is divided among them, and what an owner has beyond its part waits, oldest first. Where
+//! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A token
+//! of a small step costs more than one of a large step, so what shared steps take corrects how much fits into them: down at
+//! once in proportion, up by an eighth. At the least each owner has as many tokens as the one with the fewest.
+
+use super::pace::towards;
+use crate::api::Owner;
+use std::time::Duration;
+
+/// A step of at most so many tokens tells what a step costs as such.
+const FEW_TOKENS: u32 = 8;
+/// A step of at least so many tokens tells what a token costs.
+const MANY_TOKENS: u32 = 32;
+/// Least of [`Shares::fitting`], from which it comes back in some thirty steps.
+const FITTING_MIN: f64 = 1.0 / 32.0;
+
+/// What steps cost, and what is left for whom in the next one.
+#[derive(Debug)]
+pub(super) struct Shares {
+    /// Seconds of a step without its tokens; 0 before it was measured.
+    step_s: f64,
+    /// Seconds of a token; 0 before it was measured.
+    token_s: f64,
+    /// Of the tokens that fit into a shared step beyond equal numbers, the part that has turned out to fit.
+    fitting: f64,
+    /// How long the step that was divided last may take; `None`: nobody shares it.
+    bearable: Option<f64>,
+    /// Owners that could use the next step, and the tokens they may still have in it.
+    owners: Vec<(Owner, u32)>,
+}
+
+impl Default for Shares {
+    fn default() -> Self {
+        Self { step_s: 0.0, token_s: 0.0, fitting: 1.0, bearable: None, owners: Vec::new() }
+    }
+}
+
+impl Shares {
+    /// A step of `n_tokens` took so long.
+    pub(super) fn took(&mut self, time: Duration, n_tokens: u32) {
+        let (seconds, n) = (time.as_secs_f64(), f64::from(n_tokens));
+        if let Some(bearable) = self.bearable.take() {
+            // Not below half at once: one late step says little.
+            let change = (bearable / seconds.max(f64::MIN_POSITIVE)).clamp(0.5, 1.125);
+            self.fitting = (self.fitting * change).clamp(FITTING_MIN, 1.0);
+            return;
+        }
+        if n_tokens >= MANY_TOKENS {
+            towards(&mut self.token_s, seconds / n);
+        } else if (1..=FEW_TOKENS).contains(&n_tokens) {
+            towards(&mut self.step_s, (seconds - self.token_s * n).max(0.0));
+        }
+    }
+
+    /// Divides a step of at most `most` tokens among the owners of sequences that could use so many each.
+    pub(super) fn divide(&mut self, wanted: impl Iterator<Item = (Owner, u32)>, most: u32) {
+        self.owners.clear();
+        for (owner, n) in wanted {
+            match self.owners.iter_mut().find(|(known, _)| *known == owner) {
+                Some((_, wanted)) => *wanted = wanted.saturating_add(n),
+                None => self.owners.push((owner, n)),
+            }
+        }
+        self.owners.sort_unstable_by_key(|&(_, wanted)| wanted);
+        let mut left = self.step_tokens(most);
+        for at in 0..self.owners.len() {
+            let owners_left = super::count(self.owners.len() - at);
+            let wanted = &mut self.owners[at].1;
+            *wanted = (*wanted).min(left.div_ceil(owners_left));
+            left -= *wanted;
+        }
+    }
+
+    /// Tokens of a step that all owners bear; those are sorted by what they want.
+    fn step_tokens(&mut self, most: u32) -> u32 {
+        self.bearable = None;
+        let n_owners = super::count(self.owners.len());
+        let &[(_, fewest), _, ..] = self.owners.as_slice() else { return most };
+        if self.step_s <= 0.0 || self.token_s <= 0.0 {
+            return most;
+        }
+        let ratio = self.step_s / self.token_s;
+        let (k, fewest) = (f64::from(n_owners), f64::from(fewest));
+        self.bearable = Some(k * (self.step_s + self.token_s * fewest));
+        let bearable = k * fewest + (k - 1.0) * ratio * self.fitting;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
+        let bearable = bearable as u32;
+        bearable.clamp(n_owners, most.max(n_owners))
+    }
+
+    /// Tokens that `owner` may still have in the step.
+    pub(super) fn left(&self, owner: Owner) -> u32 {
+        self.owners.iter().find(|(known, _)| *known == owner).map_or(0, |&(_, left)| left)
+    }
+
+    /// `owner` has `n` tokens in the step.
+    pub(super) fn spend(&mut self, owner: Owner, n: u32) {
+        if let Some((_, left)) = self.owners.iter_mut().find(|(known, _)| *known == owner) {
+            *left -= n.min(*left);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MOST: u32 = 256;
+
+    fn divided(shares: &mut Shares, wanted: &[(u32, u32)]) -> Vec<u32> {
+        shares.divide(wanted.iter().map(|&(uid, n)| (Owner::Uid(uid), n)), MOST);
+        let mut uids: Vec<u32> = wanted.iter().map(|&(uid, _)| uid).collect();
+        uids.dedup();
+        uids.into_iter().map(|uid| shares.left(Owner::Uid(uid))).collect()
+    }
+
+    /// A step of `n` tokens takes 2 ms, and 1 ms for each of them.
+    fn measured() -> Shares {
+        let mut shares = Shares::default();
+        for n in [100, 2, 1] {
+            shares.took(Duration::from_micros(if n == 100 { 100_000 } else { 2000 + 1000 * n }), n as u32);
+        }
+        shares
+    }
+
+    #[test]
+    fn nobody_is_held_back_alone_or_before_costs_are_known() {
+        assert_eq!(divided(&mut measured(), &[(1, 1), (1, 300)]), [MOST]);
+        assert_eq!(divided(&mut Shares::default(), &[(1, 100), (2, 1)]), [100, 1]);
+    }
+
+    #[test]
+    fn a_step_takes_no_longer_than_an_owners_own_would_as_often_as_there_are_owners() {
+        // 2 * (2 + 1) ms: four tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 1), (1, 1), (1, 100), (2, 1)]), [3, 1]);
+        // 2 * (2 + 12) ms: 26 tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 12), (2, 200)]), [12, 14]);
+        // 3 * (2 + 1) ms: seven tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 50), (2, 1), (3, 50)]), [3, 1, 3]);
+    }
+
+    #[test]
+    fn who_has_one_answer_each_is_never_left_out() {
+        let wanted: Vec<(u32, u32)> = (0..16).map(|uid| (uid, 1)).collect();
+        assert_eq!(divided(&mut measured(), &wanted), [1; 16]);
+    }
+
+    #[test]
+    fn cheap_tokens_hold_nobody_back() {
+        let mut shares = Shares::default();
+        shares.took(Duration::from_micros(3200), 64);
+        shares.took(Duration::from_millis(30), 1);
+        assert_eq!(divided(&mut shares, &[(1, 100), (2, 1)]), [100, 1]);
+    }
+
+    #[test]
+    fn steps_that_take_longer_than_their_owners_can_bear_get_smaller_and_come_back() {
+        let mut shares = measured();
+        let mut sizes = Vec::new();
+        for ms in [6, 12, 12, 12, 12].into_iter().chain([1; 30]) {
+            sizes.push(divided(&mut shares, &[(1, 100), (2, 1)]).iter().sum::<u32>());
+            shares.took(Duration::from_millis(ms), 4);
+        }
+        assert_eq!((sizes[0], sizes[4], sizes[34]), (4, 2, 4), "{sizes:?}");
+    }
+
+    #[test]
+    fn what_is_spent_is_not_left() {
+        let mut shares = measured();
+        divided(&mut shares, &[(1, 100), (2, 1)]);
+        shares.spend(Owner::Uid(1), 2);
+        assert_eq!((shares.left(Owner::Uid(1)), shares.left(Owner::Uid(9))), (1, 0));
+    }
+}

@@ -1,0 +1,36 @@
+//! How many requests has a client under way? Those with a body count, from their head to the end of the answer.
+//!
+//! Looks at what is there, and at how things are, are for anybody at any time: a client that is told to wait may ask
+//! why.
+
+use crate::refusal::Refusal;
+use axum::body::{Body, HttpBody};
+use axum::extract::{Request, State};
+use axum::http::Method;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
+use sparsed_engine::Service;
+use sparsed_engine::api::Owner;
+
+pub(crate) async fn count(State(service): State<Service>, request: Request, next: Next) -> Response {
+    let owner = request.extensions().get::<Owner>().copied();
+    let Some(owner) = owner.filter(|_| request.method() == Method::POST) else {
+        return next.run(request).await;
+    };
+    let admission = match service.admit(owner) {
+        Ok(admission) => admission,
+        Err(failure) => return Refusal::from(failure).into_response(),
+    };
+    let response = next.run(request).await;
+    if response.body().size_hint().exact().is_some() {
+        return response;
+    }
+    // An answer that comes in pieces is under way until its last one, or until its client is gone.
+    response.map(|body| {
+        let pieces = body.into_data_stream();
+        Body::from_stream(pieces.inspect(move |_| {
+            let _counts_as_long_as_the_stream_lives = &admission;
+        }))
+    })
+}
