@@ -289,7 +289,7 @@ pub(crate) fn naive(mut tokens: Vec<u32>, n: u32) -> Vec<u32> {
 }
 
 /// A service of one model `m` without an engine, and what the engine would be told.
-#[expect(clippy::disallowed_methods, reason = "an engine's time begins somewhere")]
+#[expect(clippy::disallowed_methods, reason = "a service begins to count somewhere; nothing depends on where")]
 pub(crate) fn service_of(residence: Residence) -> (Service, Receiver<Command>) {
     let (inbox, commands) = sync_channel(512);
     let shared = Arc::new(Shared {

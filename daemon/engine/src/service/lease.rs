@@ -233,6 +233,9 @@ mod tests {
     fn a_client_says_how_long_a_model_stays_that_may_go_and_no_other() {
         let (service, _inbox) = on_demand();
         service.keep("m", KeepAlive::for_time(Duration::ZERO)).unwrap();
+        assert_eq!(service.models()[0].keeping.keep_alive, None, "it is not there");
+        assert!(poll(&mut service.hold("m").unwrap(), Waker::noop()).is_pending());
+        service.keep("m", KeepAlive::for_time(Duration::ZERO)).unwrap();
         assert_eq!(service.models()[0].keeping.keep_alive, Some(Duration::ZERO));
         let (service, _inbox) = service_of(Residence::default());
         service.keep("m", KeepAlive::for_time(Duration::ZERO)).unwrap();

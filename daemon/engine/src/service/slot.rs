@@ -202,10 +202,10 @@ impl Slot {
         standing.is_free() && self.residence.may_unload()
     }
 
-    /// A client wants it to stay for so long from now on.
+    /// A client wants it to stay for so long from now on; of one that is not there nothing is remembered.
     pub(super) fn keep(&self, keep: KeepAlive) {
         let mut standing = lock(&self.standing);
-        if self.residence.may_unload() {
+        if self.residence.may_unload() && !matches!(standing.phase, Phase::Unloaded) {
             standing.keep = Some(keep);
         }
     }
