@@ -211,6 +211,7 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
 
 def a_story_that_has_begun():
     """A session that is being answered, the whole answer, its stream, and what was heard of that."""
+    until_ready()
     session = new_session()
     twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
     whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
