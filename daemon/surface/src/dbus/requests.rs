@@ -203,14 +203,6 @@ mod tests {
         assert!(requests.find(5, "1_42/a").is_none());
     }
 
-    #[test]
-    fn a_user_has_so_many_requests_whatever_the_connections() {
-        let requests = Arc::new(Requests::new());
-        let _held = (requests.begin(5, &name(":1.1"), None, false), requests.begin(5, &name(":1.2"), None, false));
-        assert!(requests.begin(5, &name(":1.3"), None, false).is_err());
-        assert!(requests.begin(6, &name(":1.4"), None, false).is_ok());
-    }
-
     #[tokio::test]
     async fn a_sender_that_leaves_cancels_what_is_not_detached() {
         let requests = Arc::new(Requests::new());
