@@ -3,8 +3,8 @@
 use crate::rig::{Pool, Queue, Result, Rig, call, size};
 use fastrand::Rng;
 use sparsed_abi::{
-    DT_F16, DT_Q8_0, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdKvDesc,
-    SpdKvInfo, SpdKvOp, SpdRow,
+    DT_F16, DT_Q8_0, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW,
+    SpdKvDesc, SpdKvInfo, SpdKvOp, SpdRow,
 };
 use std::ops::Range;
 

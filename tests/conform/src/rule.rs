@@ -91,6 +91,7 @@ pub const RULES: &[&[Rule]] = &[
     checks::experts::RULES,
     checks::blocks::RULES,
     checks::sequences::RULES,
+    checks::queues::RULES,
     checks::slow::RULES,
     checks::features::RULES,
     checks::memory::RULES,

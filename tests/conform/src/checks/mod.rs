@@ -15,6 +15,7 @@ pub(crate) mod objects;
 pub(crate) mod plans;
 pub(crate) mod pool_rows;
 pub(crate) mod products;
+pub(crate) mod queues;
 pub(crate) mod repetition;
 pub(crate) mod rowwise;
 pub(crate) mod selection;
