@@ -90,6 +90,7 @@ pub const RULES: &[&[Rule]] = &[
     checks::selection::RULES,
     checks::experts::RULES,
     checks::blocks::RULES,
+    checks::long::RULES,
     checks::sequences::RULES,
     checks::queues::RULES,
     checks::slow::RULES,

@@ -9,6 +9,7 @@ pub(crate) mod features;
 pub(crate) mod files;
 pub(crate) mod garbage;
 mod layer;
+pub(crate) mod long;
 pub(crate) mod memory;
 pub(crate) mod negotiation;
 pub(crate) mod objects;
