@@ -11,7 +11,7 @@ use std::str::FromStr;
 pub(crate) enum SlowFault {
     /// A step over a bad page says that it went well.
     Swallow,
-    /// Blocks are read a page behind where they lie.
+    /// Blocks are read a page before where they lie.
     Shift,
     /// A pool with a slow tier wants to write a file of its own.
     Spill,
@@ -46,13 +46,13 @@ pub(crate) unsafe fn swallowed(status: SpdStatus, error: *mut SpdError) -> SpdSt
 /// # Safety
 /// `ops` has `count` elements that are `stride` bytes apart.
 pub(crate) unsafe fn shifted(ops: *const SpdKvOp, count: u32, stride: u32) -> Option<Vec<SpdKvOp>> {
-    if !has(SlowFault::Shift) || (stride as usize) < size_of::<SpdKvOp>() {
+    if !has(SlowFault::Shift) || stride as usize != size_of::<SpdKvOp>() {
         return None;
     }
     let shift = |i: usize| {
         // SAFETY: the caller's contract; an element may lie at any address.
         let mut op = unsafe { ops.byte_add(i * stride as usize).read_unaligned() };
-        op.slow_offset += if op.kind == KV_TO_SLOW { 4096 } else { 0 };
+        op.slow_offset = op.slow_offset.saturating_sub(if op.kind == KV_TO_SLOW { 4096 } else { 0 });
         op
     };
     Some((0..count as usize).map(shift).collect())
