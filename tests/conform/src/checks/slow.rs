@@ -294,7 +294,11 @@ fn there_and_back(
     (kind, cached): (Kind, Option<usize>),
 ) -> Outcome {
     let mut setting = Setting::new(session, rng, shape, (kind, cached))?;
-    let what = format!("{}, a cache of {} rows", shape.format.name(), cached.map_or("all".into(), |n| n.to_string()));
+    let what = format!(
+        "{}, a cache of {} rows",
+        shape.format.name(),
+        cached.map_or_else(|| "all".to_owned(), |n| n.to_string())
+    );
     let (fast, blocks) = (setting.answers()?, setting.movable());
     let images = export(session, &setting.pool, &blocks)?;
     setting.make_slow(&blocks)?;
