@@ -87,12 +87,17 @@ conform: build ## tries the plugin in PLUGIN (default: the C example) against th
 	target/release/sparsectl conform $(PLUGIN)
 
 ASAN := target/asan/$(shell uname -m)-unknown-linux-gnu/release
-asan: build ## the CPU plugin, built with AddressSanitizer, against the contract, mutated programs and steps among it
+asan: build ## the Rust plugins, built with AddressSanitizer, against the contract, mutated programs and steps among it
 	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address cargo build --release --locked -p sparsed-plugin-cpu \
-	  --target $(shell uname -m)-unknown-linux-gnu --target-dir target/asan
+	  -p sparsed-plugin-cuda -p sparsed-fake-cuda --target $(shell uname -m)-unknown-linux-gnu --target-dir target/asan
 	sh packaging/stage-plugin.sh cpu $(ASAN)/libsparsed_plugin_cpu.so plugins/cpu/plugin.toml.in target/asan/plugins
-	LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1 \
+	LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64 \
 	  target/release/sparsectl conform target/asan/plugins/cpu --deadline 300
+	sh packaging/stage-plugin.sh cuda $(ASAN)/libsparsed_plugin_cuda.so plugins/cuda/plugin.toml.in target/asan/plugins
+	install -m 0755 $(ASAN)/libsparsed_fake_cuda.so target/asan/plugins/cuda/libcuda.so.1
+	LD_PRELOAD=$$(cc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=1:thread_local_quarantine_size_kb=64 \
+	  SPARSED_CUDA_LIB_DIR=$(CURDIR)/target/asan/plugins/cuda target/release/sparsectl conform target/asan/plugins/cuda \
+	  --deadline 300
 
 sim: ## the simulations of power cuts and of whole daemons, 200 times as long as in the tests; SEED=n for one run
 	LONG=1 cargo test --release --locked -p sparsed-sim -- --nocapture

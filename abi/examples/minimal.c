@@ -283,7 +283,7 @@ static spd_status queue_run(spd_queue *q, spd_plan *plan, const spd_run *run, ui
   job j = {.e = e};
   SPD_TRY(spd_take(&r, run, sizeof r, e));
   SPD_VALID(q && plan && timeline && q->device == plan->device, "run: NULL, or a plan of another device");
-  SPD_HAVE(r.flags == 0 && r.reserved == 0, "run: flags %#x", r.flags);
+  SPD_HAVE(r.flags == 0, "run: flags %#x", r.flags);
   SPD_TRY(spd_read_step(&j.step, r.step, &plan->bucket, e));
   const spd_step *s = &j.step.head;
   SPD_HAVE((s->flags & SPD_STEP_PROFILE) == 0, "step: profiles");

@@ -14,14 +14,10 @@ pub const DT_Q5_K: u32 = 13;
 pub const DT_Q6_K: u32 = 14;
 pub const DT_IQ4_NL: u32 = 20;
 pub const DT_IQ4_XS: u32 = 23;
-pub const DT_I8: u32 = 24;
 pub const DT_I32: u32 = 26;
-pub const DT_I64: u32 = 27;
 pub const DT_BF16: u32 = 30;
 pub const DT_MXFP4: u32 = 39;
-pub const DT_U32: u32 = 128;
 pub const DT_F8E4M3: u32 = 129;
-pub const DT_F8E4M3_B128: u32 = 130;
 
 /// The bit of `dtype` in a dtype bitmap, as (word, mask); `None` past the bitmap.
 pub const fn dtype_bit(dtype: u32) -> Option<(usize, u64)> {

@@ -50,6 +50,6 @@ abi_struct! {
         cancel: *const u32,
         profile: *mut SpdProfile,
         profile_capacity: u32,
-        reserved: u32,
+        profile_stride: u32,
     }
 }

@@ -3,8 +3,8 @@
 use crate::rig::{Pool, Queue, Result, Rig, call, size};
 use fastrand::Rng;
 use sparsed_abi::{
-    DT_F16, DT_Q8_0, E_INVALID, E_UNSUPPORTED, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdKvDesc,
-    SpdKvInfo, SpdKvOp, SpdRow,
+    DT_F16, DT_Q8_0, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW,
+    SpdKvDesc, SpdKvInfo, SpdKvOp, SpdRow,
 };
 use std::ops::Range;
 
@@ -153,6 +153,28 @@ fn a_list_that_is_longer_than_the_staging_memory_comes_through_whole() {
     let timeline = queue.kv(&pool, &exports, &mut found).unwrap();
     queue.wait(timeline).unwrap();
     assert!(found == expected);
+}
+
+#[test]
+fn a_long_list_that_fails_in_its_third_part_writes_nothing_to_the_buffer_afterwards() {
+    let rig = Rig::open(&[]);
+    let n = (1 << 20) / IMAGE * 5 / 2; // three parts
+    let (pool, _) = rig.pool(n).unwrap();
+    let queue = rig.queue().unwrap();
+    let exports: Vec<_> = (0..n).map(|n| op(KV_EXPORT, n, 0, 0, n)).collect();
+    let mut host = vec![0; n * IMAGE];
+    rig.set("unrecorded_at", rig.counter("records") + 3);
+    let refused = queue.kv(&pool, &exports, &mut host).unwrap_err();
+    assert_eq!((refused.status, refused.vendor_code), (E_NOMEM_DEVICE, 2), "{refused:?}");
+    // It is the caller's again. What was enqueued is over once work behind it is.
+    host.fill(0x5a);
+    let after = queue.kv(&pool, &[op(KV_DISCARD, 0, 0, 0, 0)], &mut []).unwrap();
+    queue.wait(after).unwrap();
+    assert_eq!(queue.completed(), after);
+    assert!(host.iter().all(|&byte| byte == 0x5a), "an image was copied after the call had failed");
+    let (first, second) = (queue.wait(1), queue.wait(2).unwrap_err());
+    first.unwrap(); // over before the third part could be staged
+    assert_eq!(second.vendor_code, 2, "{second:?}");
 }
 
 #[test]

@@ -213,14 +213,10 @@ typedef struct spd_health {
 #define SPD_DT_Q6_K 14u
 #define SPD_DT_IQ4_NL 20u
 #define SPD_DT_IQ4_XS 23u
-#define SPD_DT_I8 24u
 #define SPD_DT_I32 26u
-#define SPD_DT_I64 27u
 #define SPD_DT_BF16 30u
 #define SPD_DT_MXFP4 39u
-#define SPD_DT_U32 128u
-#define SPD_DT_F8E4M3 129u     /* e4m3fn, one byte a value                                   */
-#define SPD_DT_F8E4M3_B128 130u /* e4m3fn with one f32 scale per 128 x 128 weights            */
+#define SPD_DT_F8E4M3 129u /* e4m3fn, one byte a value, no scale */
 
 /* ---- weights --------------------------------------------------------------------------------------------------- */
 
@@ -430,6 +426,7 @@ typedef struct spd_step {
 
 #define SPD_STEP_PROFILE 1u
 #define SPD_STEP_NAN_GUARD 2u /* a NaN in an output fails the step with SPD_E_DATA */
+/* Operators first_op .. first_op + n_ops, fused or not, took from begin_ns to end_ns of some clock of the device's. */
 typedef struct spd_profile {
   uint32_t first_op, n_ops;
   uint64_t begin_ns, end_ns;
@@ -437,7 +434,10 @@ typedef struct spd_profile {
 
 /* INPUT and OUTPUT tensors lie in their arenas in order of tensor number, each packed and begun at a multiple of 64
  * bytes, with this step's T, S and L.  `in` and `step` may be reused after the call; `out` belongs to the plugin until
- * the step's timeline value completes, and what lies between its tensors may be written. */
+ * the step's timeline value completes, and what lies between its tensors may be written.
+ *
+ * With SPD_STEP_PROFILE the plugin fills, before that, up to profile_capacity records that lie profile_stride bytes
+ * apart, in order of begin_ns; a record whose n_ops is 0 follows the last one where there is room. */
 typedef struct spd_run {
   uint32_t struct_size, flags;
   const spd_step *step;
@@ -447,7 +447,7 @@ typedef struct spd_run {
   uint64_t out_length;
   const uint32_t *cancel; /* not 0: give up with SPD_E_CANCELLED; NULL: never */
   spd_profile *profile;
-  uint32_t profile_capacity, reserved;
+  uint32_t profile_capacity, profile_stride;
 } spd_run;
 
 /* ---- the table ------------------------------------------------------------------------------------------------- */
@@ -517,14 +517,16 @@ typedef struct spd_api {
   spd_status (*queue_kv)(spd_queue *, spd_kvpool *, const spd_kv_op *, uint32_t n_ops, uint32_t stride, void *host,
                          uint64_t host_length, uint64_t *timeline, spd_error *);
   /* Work enqueued from now on waits until `timeline` of `other`, a queue of the same device, has completed, well or
-   * badly: this orders, it carries no failure. */
+   * badly: this orders, it carries no failure.  SPD_E_INVALID for a value that was never given. */
   spd_status (*queue_wait_queue)(spd_queue *, spd_queue *other, uint64_t timeline, spd_error *);
   /* [any]  The greatest value that has completed, well or badly. */
   spd_status (*queue_query)(spd_queue *, uint64_t *completed, spd_error *);
-  /* Waits until `timeline` has completed and answers with that work's status and error, SPD_E_TIMEOUT before.  A plugin
-   * remembers at least the last 1000 values; SPD_E_INVALID for those it has forgotten or never gave. */
+  /* Waits until `timeline` has completed and answers with that work's status and error, SPD_E_TIMEOUT before.  0 asks
+   * without waiting, UINT64_MAX waits without end.  A plugin remembers at least the last 1000 values; SPD_E_INVALID for
+   * those it has forgotten or never gave. */
   spd_status (*queue_wait)(spd_queue *, uint64_t timeline, uint64_t timeout_ns, spd_error *);
-  /* Work from this value on that has not completed ends with SPD_E_CANCELLED, as soon as the device can. */
+  /* Work in flight from this value on ends with SPD_E_CANCELLED, as soon as the device can, unless it completes first.
+   * Work that is taken later is not touched; a value that is in nobody's flight is SPD_OK. */
   spd_status (*queue_cancel)(spd_queue *, uint64_t from_timeline, spd_error *);
   /* [any]  An optional capability by id, or NULL. */
   const void *(*extension)(spd_instance *, const char *id);
@@ -595,7 +597,7 @@ typedef struct spd_api {
 #define SPD_L54 SPD_MIX(SPD_L53, spd_profile, first_op, n_ops, begin_ns, end_ns)
 #define SPD_L55 SPD_MIX(SPD_L54, spd_run, struct_size, flags, step, in)
 #define SPD_L56 SPD_MIX(SPD_L55, spd_run, in_length, out, out_length, cancel)
-#define SPD_L57 SPD_MIX(SPD_L56, spd_run, profile, profile_capacity, reserved, reserved)
+#define SPD_L57 SPD_MIX(SPD_L56, spd_run, profile, profile_capacity, profile_stride, profile_stride)
 #define SPD_L58 SPD_MIX(SPD_L57, spd_api, struct_size, abi_minor, layout, plugin_id)
 #define SPD_L59 SPD_MIX(SPD_L58, spd_api, plugin_version, required_host_features, instance_create, instance_destroy)
 #define SPD_L60 SPD_MIX(SPD_L59, spd_api, device_count, device_info, device_open, device_close)

@@ -2,6 +2,7 @@
 
 use crate::arena::Arena;
 use crate::call::{checked, text};
+use crate::limits::Limits;
 use crate::memory::{KvDesc, KvPool, Weight, WeightUpload};
 use crate::slow::{SlowArea, SlowSource};
 use crate::{BackendError, Plan, Plugin, Queue};
@@ -58,6 +59,7 @@ pub struct DeviceInfo {
     pub max_tokens: u32,
     /// Most tokens in a sequence, 0 without a limit.
     pub max_context: u32,
+    limits: Limits,
 }
 
 /// What kind of silicon computes.
@@ -209,13 +211,15 @@ impl Backend {
     /// Creates a KV pool whose rows read as zero, with `slow` as its slow tier.
     ///
     /// # Errors
-    /// The plugin's own, for example `SPD_E_NOMEM_DEVICE`.
+    /// The plugin's own, for example `SPD_E_NOMEM_DEVICE`; `SPD_E_UNSUPPORTED` for rows or blocks that the device does
+    /// not claim.
     pub fn create_kv(&self, desc: &KvDesc, slow: Option<&SlowArea>) -> Result<KvPool, BackendError> {
         self.create_kv_on(desc, slow.map(|area| area.source().clone()))
     }
 
     /// As [`Self::create_kv`], for whoever does not write into the slow tier.
     pub(crate) fn create_kv_on(&self, desc: &KvDesc, slow: Option<SlowSource>) -> Result<KvPool, BackendError> {
+        self.device.info.limits.allow_pool(desc)?;
         KvPool::create(&self.device, desc, slow)
     }
 
@@ -228,7 +232,7 @@ impl Backend {
     /// alive with the plan.
     ///
     /// # Errors
-    /// The plugin's own, naming the operator that it refuses.
+    /// The plugin's own, naming the operator that it refuses; `SPD_E_UNSUPPORTED` for a bucket beyond the device's limits.
     pub fn compile(
         &self,
         blob: &Blob,
@@ -236,6 +240,7 @@ impl Backend {
         pools: &[&KvPool],
         bucket: SpdBucket,
     ) -> Result<Plan, BackendError> {
+        self.device.info.limits.allow_bucket(&bucket)?;
         Plan::compile(&self.device, blob, weights, pools, bucket)
     }
 
@@ -335,5 +340,6 @@ fn device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<DeviceInfo, 
         weight_dtypes: out.weight_dtypes,
         max_tokens: out.max_tokens,
         max_context: out.max_context,
+        limits: Limits::of(&out),
     })
 }

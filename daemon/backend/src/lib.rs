@@ -20,6 +20,7 @@ mod folder;
 mod host;
 mod isa;
 mod library;
+mod limits;
 mod load;
 mod manifest;
 mod memory;

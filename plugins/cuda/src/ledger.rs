@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// Failures that are kept to be asked for; the contract does not say for how long a value may be asked about.
+/// Failures that are kept to be asked for: those of the last 1000 values at least, as `plugin.h` demands.
 const FAILURES_KEPT: usize = 1024;
 
 /// A queue's timeline. Any thread may move it on by looking at the events.
@@ -136,6 +136,15 @@ impl Ledger {
         for entry in state.in_flight.iter_mut().skip(usize::try_from(first).unwrap_or(usize::MAX)) {
             entry.is_cancelled = true;
             entry.frame.cancel_word().store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Lets what is in flight from this value on end as a failure that writes nothing to the caller's memory.
+    pub(crate) fn void(&self, from: u64, why: &PluginError) {
+        let mut state = self.state();
+        let first = from.saturating_sub(state.completed + 1);
+        for entry in state.in_flight.iter_mut().skip(usize::try_from(first).unwrap_or(usize::MAX)) {
+            entry.failure.get_or_insert_with(|| why.clone());
         }
     }
 

@@ -102,6 +102,27 @@ impl CudaQueue {
         // SAFETY: as above; the host looks at the outputs once the event is over.
         unsafe { stream.copy_out(frame.host(at), frame.address(at), bytes_out as usize) }
     }
+
+    /// Puts checked operations on the stream, as many at a time as a frame takes; answers the last part's value.
+    fn enqueue_parts(&self, pool: &Arc<Pool>, ops: &[SpdKvOp], host: &mut [u8]) -> Result<u64> {
+        let (mut rest, mut first_failure) = (ops, None);
+        loop {
+            let (part, later) = rest.split_at(pool.part(rest).min(rest.len()));
+            let frame = self.take_frame(&pool.frames)?;
+            // SAFETY: taken; the entry keeps it until its event is over.
+            let failure = unsafe { pool.enqueue(&self.stream, &frame, part, host) }.err();
+            frame.event.record(&self.stream)?;
+            first_failure = first_failure.or(failure);
+            let (out, _object) = (NonNull::from(&mut *host).cast(), Object::Pool(Arc::clone(pool)));
+            let failure = first_failure.clone();
+            let value =
+                self.ledger.push(Entry { frame, _object, out, guards_nan: false, is_cancelled: false, failure });
+            if later.is_empty() {
+                return Ok(value);
+            }
+            rest = later;
+        }
+    }
 }
 
 impl Queue<CudaDevice> for CudaQueue {
@@ -135,23 +156,9 @@ impl Queue<CudaDevice> for CudaQueue {
     fn kv(&self, pool: &Arc<Pool>, ops: &[SpdKvOp], host: &mut [u8]) -> Result<u64> {
         self.stream.context().enter()?;
         pool.check(ops, host.len())?;
-        let (mut rest, mut first_failure) = (ops, None);
-        loop {
-            let (part, later) = rest.split_at(pool.part(rest).min(rest.len()));
-            let frame = self.take_frame(&pool.frames)?;
-            // SAFETY: taken; the entry keeps it until its event is over.
-            let failure = unsafe { pool.enqueue(&self.stream, &frame, part, host) }.err();
-            frame.event.record(&self.stream)?;
-            first_failure = first_failure.or(failure);
-            let (out, _object) = (NonNull::from(&mut *host).cast(), Object::Pool(Arc::clone(pool)));
-            let failure = first_failure.clone();
-            let value =
-                self.ledger.push(Entry { frame, _object, out, guards_nan: false, is_cancelled: false, failure });
-            if later.is_empty() {
-                return Ok(value);
-            }
-            rest = later;
-        }
+        let before = self.ledger.given();
+        // Who is refused has the buffer back at once, so the parts that are in flight write nothing any more.
+        self.enqueue_parts(pool, ops, host).inspect_err(|error| self.ledger.void(before + 1, error))
     }
 
     fn wait_queue(&self, other: &Self, timeline: u64) -> Result<()> {

@@ -19,10 +19,17 @@ const DEADLINE_SECONDS: &str = "20";
 /// Rules that no plugin of the list breaks, and why.
 const NOT_BROKEN: &[(&str, &str)] = &[
     ("step.paging", "the golden rules shuffle blocks too, so who breaks it fails them first"),
-    ("elf.text_relocations", "what a compiler makes of code without -fPIC depends on the machine"),
-    ("slow.file_bad_page", "the C example has no slow tier"),
+    ("slow.file_bad_page", "the C example has no slow tier: it is broken by WRONG_SLOW"),
     ("slow.host_bad_page", "as above"),
     ("life.confined_slow", "as above"),
+];
+
+/// Faults of the slow tier of `faulty`, which is the CPU plugin but for them, and the rules that each breaks: those of
+/// the file and those of host memory.
+const WRONG_SLOW: &[(&str, &[&str])] = &[
+    ("swallow", &["slow.file_bad_page", "slow.host_bad_page"]),
+    ("shift", &["slow.file", "slow.host"]),
+    ("spill", &["life.confined_slow"]),
 ];
 
 #[derive(Deserialize)]
@@ -144,6 +151,34 @@ fn the_cpu_plugin_and_the_c_example_pass_completely() {
     }
 }
 
+/// Levels of instructions that this machine has, as the CPU plugin's setting `level` names them.
+fn levels() -> Vec<&'static str> {
+    let mut levels = vec!["scalar"];
+    #[cfg(target_arch = "x86_64")]
+    {
+        let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+        levels.extend((has_avx2 && is_x86_feature_detected!("f16c")).then_some("avx2"));
+        let has_avx512 = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512dq");
+        levels.extend((has_avx512 && is_x86_feature_detected!("avx512vnni")).then_some("avx512"));
+    }
+    #[cfg(target_arch = "aarch64")]
+    levels.push("neon");
+    levels
+}
+
+/// Up to L3: garbage and repetition look at what all levels share.
+#[test]
+fn the_cpu_plugin_computes_right_at_every_level_of_this_machine() {
+    let cpu = sparsectl().parent().unwrap().join("plugins/cpu");
+    for level in levels() {
+        let (report, passed) = conform_with(&cpu, &["--level", "L3", "--set", &format!("level={level}")], &[]);
+        assert!(passed, "{level}: {:?} of {report:#}", rules(&report, "failed"));
+        let driver = report["device"]["driver"].as_str().unwrap();
+        assert!(driver.contains(level), "{driver} is not {level}");
+        assert!(rules(&report, "ok").len() > 90, "{level}: {report:#}");
+    }
+}
+
 #[test]
 fn each_wrong_plugin_fails_the_rule_that_it_breaks_and_no_other() {
     let (all, next, bad) = (list(), AtomicUsize::new(0), Mutex::new(Vec::new()));
@@ -168,6 +203,19 @@ fn each_wrong_plugin_fails_the_rule_that_it_breaks_and_no_other() {
     });
     let bad = bad.into_inner().unwrap();
     assert!(bad.is_empty(), "{} of {}:\n{}", bad.len(), all.len(), bad.join("\n"));
+}
+
+#[test]
+fn a_slow_tier_that_is_wrong_fails_the_rules_that_it_breaks_and_no_other() {
+    let release = sparsectl().parent().unwrap();
+    let faulty = release.join("test-plugins/faulty");
+    let wrapped = faulty.join("libsparsed_plugin_cpu.so").to_str().unwrap().to_owned();
+    let environment = [("SPARSED_WRAPPED", wrapped)];
+    for (fault, broken) in WRONG_SLOW {
+        let arguments = ["--deadline", DEADLINE_SECONDS, "--set", &format!("slow={fault}")];
+        let (report, _) = conform_with(&faulty, &arguments, &environment);
+        assert_eq!(rules(&report, "failed"), *broken, "{fault}: {report:#}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //!   attempts;
 //! - `bad_from`, the step from which all fail though nothing is lost, with the status `bad_status` or, without one,
 //!   with logits that are no numbers; `honest`, with which its self-test says so;
+//! - `slow`, what is wrong with its slow tier: `swallow`, `shift` or `spill` (`slow.rs`);
 //! - `slow_host`, with which its slow tier is taken in host memory only;
 //! - `host_memory`, `none`: it gives none; `only`: steps whose arenas lie in other memory fail;
 //! - `hang_open`, with which it does not come back from being opened;
@@ -14,6 +15,10 @@
 //! As a real device does, a lost queue fails until there is a new one, and a lost device until it is opened again.
 //! Every other step of `faults` has done its work before it fails, and leaves nonsense in its output.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
+
+mod slow;
+
+use slow::SlowFault;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::{
@@ -40,6 +45,10 @@ static DEVICE_LOST: AtomicBool = AtomicBool::new(false);
 /// Memory that was given for arenas, freed or not.
 static GIVEN: Mutex<Vec<Range<usize>>> = Mutex::new(Vec::new());
 
+/// Between two operations of a list of ours.
+#[allow(clippy::cast_possible_truncation, reason = "a few dozen")]
+const OP_BYTES: u32 = size_of::<SpdKvOp>() as u32;
+
 /// What is to fail.
 #[derive(Debug, Default)]
 struct Planted {
@@ -52,6 +61,7 @@ struct Planted {
     bad_status: Option<SpdStatus>,
     is_honest: bool,
     slow_host: bool,
+    slow: Option<SlowFault>,
     /// None is given, or only what was given is taken.
     host_memory: Option<String>,
     hangs: bool,
@@ -81,6 +91,7 @@ fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
         device_open: Some(device_open),
         self_test: Some(self_test),
         host_alloc: Some(host_alloc),
+        kv_create: Some(slow::kv_create),
         queue_create: Some(queue_create),
         queue_run: Some(queue_run),
         queue_kv: Some(queue_kv),
@@ -135,13 +146,14 @@ fn parse(setting: impl Fn(&CStr) -> Option<String>) -> Option<Planted> {
         bad_status: number(setting(c"bad_status"))?,
         is_honest: setting(c"honest").is_some(),
         slow_host: setting(c"slow_host").is_some(),
+        slow: number(setting(c"slow"))?,
         host_memory: setting(c"host_memory"),
         hangs: setting(c"hang_open").is_some(),
         hog_at: number(setting(c"hog_at"))?,
     })
 }
 
-/// A number, if there is a setting; `None` when it is none.
+/// A number or a name, if there is a setting; `None` when it is none.
 fn number<T: FromStr>(text: Option<String>) -> Option<Option<T>> {
     text.map(|text| text.parse().ok()).map_or(Some(None), |number| number.map(Some))
 }
@@ -311,7 +323,7 @@ unsafe extern "C" fn queue_run(
     let call = real().queue_run.expect("a whole table");
     let Some(status) = status else {
         // SAFETY: as we were called; the CPU's queues are synchronous, so the work is done when the call returns.
-        let status = unsafe { call(queue, plan, run, timeline, error) };
+        let status = unsafe { slow::swallowed(call(queue, plan, run, timeline, error), error) };
         if planted.is_bad(number) {
             // SAFETY: the daemon gives an output arena of this size.
             unsafe { spoil(run) };
@@ -355,6 +367,11 @@ unsafe extern "C" fn queue_kv(
         return unsafe { refuse(error, status, "still lost") };
     }
     let call = real().queue_kv.expect("a whole table");
+    // SAFETY: the caller's array.
+    if let Some(list) = unsafe { slow::shifted(ops, count, stride) } {
+        // SAFETY: as we were called, but for the list, which is ours and lives through the call.
+        return unsafe { call(queue, pool, list.as_ptr(), count, OP_BYTES, host, length, timeline, error) };
+    }
     // SAFETY: as we were called.
     unsafe { call(queue, pool, ops, count, stride, host, length, timeline, error) }
 }

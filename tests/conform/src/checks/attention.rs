@@ -197,7 +197,8 @@ pub(crate) fn expected(
     for (t, (&position, seq)) in step.positions.iter().zip(step.seq_of()).enumerate() {
         let read: Vec<usize> = match sel {
             Some(sel) => {
-                let own = &sel[t * K..(t + 1) * K];
+                let k = sel.len() / step.tokens.len();
+                let own = &sel[t * k..(t + 1) * k];
                 own.iter().filter(|&&s| s >= 0).map(|s| s.unsigned_abs() as usize).collect()
             }
             None => (0..=position as usize).collect(),

@@ -105,25 +105,38 @@ fn compare(
     for (parts, step) in STEPS.iter().zip(&steps) {
         let (q, w) = inputs(rng, shape, step.tokens.len());
         let found = as_ints(&ready.run(step, &[&q, &w])?[0]);
-        let (q, w) = (wide(&crate::case::as_floats(&q)), wide(&crate::case::as_floats(&w)));
-        let width = shape.index as usize;
-        for (t, (&position, seq)) in step.positions.iter().zip(step.seq_of()).enumerate() {
-            let row = |s: usize| contents.index[layer as usize].row(contents.token(parts[seq].0, s));
-            let keys: Vec<&[f64]> = (0..=position as usize).map(row).collect();
-            let (q, w) = (&q[t * HEADS * width..(t + 1) * HEADS * width], &w[t * HEADS..(t + 1) * HEADS]);
-            let scores = oracle::scores(q, w, f64::from(SCALE), &keys);
-            let size = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
-            let largest = keys.iter().map(|key| size(key)).fold(0.0, f64::max);
-            let bound: f64 =
-                q.chunks_exact(width).zip(w).map(|(q, w)| f64::from(SCALE) * w.abs() * size(q) * largest).sum();
-            let judged = oracle::accepts(&found[t * k..(t + 1) * k], &scores, bound * tolerance(shape.format));
-            ensure!(
-                judged.is_ok(),
-                "IDX_TOPK of layer {layer} over {} keys of {width}, K = {k}, token {t} at position {position}: {}",
-                shape.format.name(),
-                judged.err().unwrap_or_default()
-            );
-        }
+        judge(contents, parts, step, (layer, k), &(q, w), &found)?;
+    }
+    Ok(())
+}
+
+/// Fails unless `found` is right for every token of the step that computes `parts` of the contents' sequences.
+pub(crate) fn judge(
+    contents: &Contents,
+    parts: &[Part],
+    step: &Step,
+    (layer, k): (u32, usize),
+    inputs: &(Words, Words),
+    found: &[i32],
+) -> Outcome {
+    let (q, w) = (wide(&crate::case::as_floats(&inputs.0)), wide(&crate::case::as_floats(&inputs.1)));
+    let (shape, width) = (&contents.shape, contents.shape.index as usize);
+    for (t, (&position, seq)) in step.positions.iter().zip(step.seq_of()).enumerate() {
+        let row = |s: usize| contents.index[layer as usize].row(contents.token(parts[seq].0, s));
+        let keys: Vec<&[f64]> = (0..=position as usize).map(row).collect();
+        let (q, w) = (&q[t * HEADS * width..(t + 1) * HEADS * width], &w[t * HEADS..(t + 1) * HEADS]);
+        let scores = oracle::scores(q, w, f64::from(SCALE), &keys);
+        let size = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
+        let largest = keys.iter().map(|key| size(key)).fold(0.0, f64::max);
+        let bound: f64 =
+            q.chunks_exact(width).zip(w).map(|(q, w)| f64::from(SCALE) * w.abs() * size(q) * largest).sum();
+        let judged = oracle::accepts(&found[t * k..(t + 1) * k], &scores, bound * tolerance(shape.format));
+        ensure!(
+            judged.is_ok(),
+            "IDX_TOPK of layer {layer} over {} keys of {width}, K = {k}, token {t} at position {position}: {}",
+            shape.format.name(),
+            judged.err().unwrap_or_default()
+        );
     }
     Ok(())
 }

@@ -13,8 +13,7 @@ use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
 use sparsed_abi::{
-    DIM_TOKENS, E_CANCELLED, E_DATA, E_UNSUPPORTED, FEAT_CANCEL_MID, OP_DENSE_MLA, OP_SPARSE_MLA, OpSpec,
-    STEP_NAN_GUARD,
+    DIM_TOKENS, E_CANCELLED, E_DATA, E_UNSUPPORTED, OP_DENSE_MLA, OP_SPARSE_MLA, OpSpec, STEP_NAN_GUARD,
 };
 use sparsed_quant::Format;
 use std::rc::Rc;
@@ -76,7 +75,7 @@ pub(crate) const RULES: &[Rule] = &[
     rule(
         Level::L3,
         "run.cancel",
-        "with SPD_FEAT_CANCEL_MID a set cancel flag ends the step as SPD_E_CANCELLED, and the next one runs",
+        "a step whose cancel flag is set when it is taken ends as SPD_E_CANCELLED, and the next one runs",
         "plugin.h, spd_run",
         &[],
         cancel,
@@ -287,9 +286,6 @@ fn shared(context: &Context) -> Outcome {
 
 fn cancel(context: &Context) -> Outcome {
     let (session, mut rng) = (context.session()?, context.random());
-    if !session.claims(FEAT_CANCEL_MID) {
-        return skip("SPD_FEAT_CANCEL_MID is not claimed");
-    }
     let step = Step::without_pool(&[3]);
     let ready = adder(&session).compile(&[&step])?;
     let (a, b, _) = addends(&mut rng, 3);

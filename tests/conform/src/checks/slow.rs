@@ -7,13 +7,13 @@ use super::sequences::{any_format, everyone};
 use crate::cache::{Contents, Plane, Shape, row_formats};
 use crate::case::{CLASS_F, Ready, Words, as_floats, close, wide};
 use crate::child::Context;
-use crate::rig::{Fault, Pool, Session, struct_size};
+use crate::rig::{Fault, Pool, RunParts, Session, struct_size};
 use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
 use sparsed_abi::{
-    E_ABI, E_DATA, E_INVALID, E_UNSUPPORTED, FEAT_SLOW_FILE, FEAT_SLOW_HOST, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA,
-    OP_SPARSE_MLA, SpdKvDesc, SpdKvOp, SpdKvSlow,
+    E_ABI, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, FEAT_SLOW_FILE, FEAT_SLOW_HOST, KV_TO_FAST, KV_TO_SLOW,
+    OP_DENSE_MLA, OP_SPARSE_MLA, SpdKvDesc, SpdKvOp, SpdKvSlow,
 };
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -66,6 +66,8 @@ pub(crate) const RULES: &[Rule] = &[
 ];
 
 const PAGE: usize = 4096;
+/// A row cache that holds every row of these checks, in bytes.
+const ROOMY: u64 = 1 << 20;
 /// Bytes of a page after its rows and zeros.
 const TRAILER: usize = 16;
 /// The area begins here, so that who forgets `spd_kv_slow.offset` reads nothing good.
@@ -95,6 +97,7 @@ struct Area {
     kind: Kind,
     pages: Vec<Page>,
     file: std::fs::File,
+    cache_bytes: u64,
 }
 
 impl Area {
@@ -102,7 +105,7 @@ impl Area {
         // In memory: a confined process may create no other.
         let file = rustix::fs::memfd_create("slow area", rustix::fs::MemfdFlags::CLOEXEC);
         let file = file.map_err(|errno| Wrong::Failed(format!("no file for the slow area: {errno}")))?.into();
-        let area = Self { kind, pages: vec![Page([0xee; PAGE]); OFFSET / PAGE + pages], file };
+        let area = Self { kind, pages: vec![Page([0xee; PAGE]); OFFSET / PAGE + pages], file, cache_bytes: ROOMY };
         area.flush()?;
         Ok(area)
     }
@@ -134,16 +137,21 @@ impl Area {
             ptr,
             offset: OFFSET as u64,
             length: (self.pages.len() * PAGE - OFFSET) as u64,
-            cache_bytes: 1 << 20,
+            cache_bytes: self.cache_bytes,
             ..SpdKvSlow::default()
         }
     }
 }
 
+/// Bytes of a token's latent and rope row.
+fn row_bytes(shape: &Shape) -> usize {
+    let bytes = |width: u32| shape.format.row_bytes(width as usize).expect("whole blocks");
+    bytes(shape.latent) + bytes(shape.rope)
+}
+
 /// Pages that the latent plane of a block has, and rows in each.
 fn paging(shape: &Shape) -> (usize, usize) {
-    let bytes = |width: u32| shape.format.row_bytes(width as usize).expect("whole blocks");
-    let rows = (PAGE - TRAILER) / (bytes(shape.latent) + bytes(shape.rope));
+    let rows = (PAGE - TRAILER) / row_bytes(shape);
     (shape.layers as usize * (shape.block_tokens as usize).div_ceil(rows), rows)
 }
 
@@ -179,9 +187,16 @@ struct Setting<'s> {
 }
 
 impl<'s> Setting<'s> {
-    fn new(session: &'s Session, rng: &mut fastrand::Rng, shape: Shape, kind: Kind) -> Result<Self, Wrong> {
+    /// With a row cache of `cached` rows, or one that holds them all.
+    fn new(
+        session: &'s Session,
+        rng: &mut fastrand::Rng,
+        shape: Shape,
+        (kind, cached): (Kind, Option<usize>),
+    ) -> Result<Self, Wrong> {
         let contents = attention::contents(rng, shape);
-        let area = Area::new(kind, paging(&shape).0 * contents.shape.n_blocks as usize)?;
+        let mut area = Area::new(kind, paging(&shape).0 * contents.shape.n_blocks as usize)?;
+        area.cache_bytes = cached.map_or(ROOMY, |rows| (rows * row_bytes(&shape)) as u64);
         let slow = area.desc();
         let pool = Rc::new(session.pool(&SpdKvDesc { slow: &raw const slow, ..contents.shape.desc() })?);
         contents.write(session, &pool, &[Plane::Latent])?;
@@ -198,12 +213,19 @@ impl<'s> Setting<'s> {
     }
 
     /// What DENSE_MLA and SPARSE_MLA answer.
-    fn answers(&self) -> Result<Vec<Words>, Wrong> {
-        let one = |(ready, inputs): &(Ready<'_>, Vec<Words>)| {
-            let inputs: Vec<_> = inputs.iter().map(|input| &input[..]).collect();
-            ready.run(&self.step, &inputs).map(|mut outputs| outputs.swap_remove(0))
-        };
-        self.plans.iter().map(one).collect()
+    fn answers(&self) -> Result<[Words; 2], Fault> {
+        Ok([self.attempt(0)?, self.attempt(1)?])
+    }
+
+    /// What DENSE_MLA (0) or SPARSE_MLA (1) answers.
+    fn attempt(&self, plan: usize) -> Result<Words, Fault> {
+        let (ready, inputs) = &self.plans[plan];
+        let inputs: Vec<_> = inputs.iter().map(|input| &input[..]).collect();
+        let (input, mut output) = (ready.input_arena(&self.step, &inputs), ready.output_arena(&self.step));
+        let blob = self.step.encode();
+        let parts = RunParts { step: &blob, input: &input, output: &mut output, cancel: None };
+        self.session.queue.run(&ready.plan, parts)?;
+        Ok(ready.outputs_in(&self.step, &output).swap_remove(0))
     }
 
     /// The full blocks of the longest sequence, whose rows are all written.
@@ -256,23 +278,47 @@ fn same_as_fast(context: &Context, kind: Kind) -> Outcome {
     for format in row_formats(&session) {
         // Three pages a layer in f32: rows do not fill a page evenly.
         let shape = Shape { latent: 128, index_layers: 1, ..Shape::usual(&session, format) };
-        let mut setting = Setting::new(&session, &mut rng, shape, kind)?;
-        let (fast, blocks) = (setting.answers()?, setting.movable());
-        let images = export(&session, &setting.pool, &blocks)?;
-        setting.make_slow(&blocks)?;
-        for again in ["first", "second"] {
-            let slow = setting.answers()?;
-            ensure!(slow == fast, "{}: the {again} step over slow blocks gives other bits", format.name());
+        // All rows; those of two selections, so that rows give way to others; fewer than one selection has.
+        for cached in [None, Some(2 * attention::K), Some(attention::K / 2)] {
+            there_and_back(&session, &mut rng, shape, (kind, cached))?;
         }
-        let exported = export(&session, &setting.pool, &blocks)?;
-        ensure!(exported == images, "{}: the image of a slow block differs", format.name());
-        let back = |&block: &u32| SpdKvOp { kind: KV_TO_FAST, dst_block: block, ..SpdKvOp::default() };
-        session.queue.kv(&setting.pool, &blocks.iter().map(back).collect::<Vec<_>>(), &mut [])?;
-        // Nobody reads the area any more.
-        setting.area.pages.fill(Page([0xee; PAGE]));
-        setting.area.flush()?;
-        ensure!(setting.answers()? == fast, "{}: blocks that came back give other bits", format.name());
     }
+    Ok(())
+}
+
+/// Blocks go to the slow tier and come back, and nobody can tell.
+fn there_and_back(
+    session: &Session,
+    rng: &mut fastrand::Rng,
+    shape: Shape,
+    (kind, cached): (Kind, Option<usize>),
+) -> Outcome {
+    let mut setting = Setting::new(session, rng, shape, (kind, cached))?;
+    let what = format!(
+        "{}, a cache of {} rows",
+        shape.format.name(),
+        cached.map_or_else(|| "all".to_owned(), |n| n.to_string())
+    );
+    let (fast, blocks) = (setting.answers()?, setting.movable());
+    let images = export(session, &setting.pool, &blocks)?;
+    setting.make_slow(&blocks)?;
+    for again in ["first", "second"] {
+        // Rows that a token lists at most.
+        for (plan, listed) in [(0, usize::MAX), (1, attention::K)] {
+            match setting.attempt(plan) {
+                Err(fault) if fault.status == E_NOMEM_DEVICE && cached.is_some_and(|rows| rows < listed) => {}
+                answer => ensure!(answer? == fast[plan], "{what}: the {again} step over slow blocks gives other bits"),
+            }
+        }
+    }
+    let exported = export(session, &setting.pool, &blocks)?;
+    ensure!(exported == images, "{what}: the image of a slow block differs");
+    let back = |&block: &u32| SpdKvOp { kind: KV_TO_FAST, dst_block: block, ..SpdKvOp::default() };
+    session.queue.kv(&setting.pool, &blocks.iter().map(back).collect::<Vec<_>>(), &mut [])?;
+    // Nobody reads the area any more.
+    setting.area.pages.fill(Page([0xee; PAGE]));
+    setting.area.flush()?;
+    ensure!(setting.answers()? == fast, "{what}: blocks that came back give other bits");
     Ok(())
 }
 
@@ -287,14 +333,16 @@ fn bad_page(context: &Context, kind: Kind) -> Outcome {
     let (pages, _) = paging(&shape);
     // A row, the tag, the page's number, the CRC.
     for at in [100, PAGE - 16, PAGE - 8, PAGE - 1] {
-        let mut setting = Setting::new(&session, &mut rng, shape, kind)?;
+        let mut setting = Setting::new(&session, &mut rng, shape, (kind, None))?;
         let (fast, blocks) = (setting.answers()?, setting.movable());
         setting.make_slow(&blocks)?;
         // The last page of the second block: of layer 1, which the steps read.
         let bad = (setting.contents.shape.n_blocks as usize - 2) * pages + pages - 1;
         setting.area.page(bad)[at] ^= 0x10;
         setting.area.flush()?;
-        let fault = run_fault(&setting)?;
+        let Err(fault) = setting.attempt(0) else {
+            return Err(Wrong::Failed("a step over a bad page is taken, SPD_E_DATA is right".to_owned()));
+        };
         ensure!(fault.status == E_DATA, "byte {at} of a page changed: {fault}, SPD_E_DATA is right");
         let named = u32::try_from(fault.block).is_ok_and(|block| block == blocks[1]);
         ensure!(named, "spd_error.block is {}, the bad page is block {}'s", fault.block, blocks[1]);
@@ -305,17 +353,4 @@ fn bad_page(context: &Context, kind: Kind) -> Outcome {
         }
     }
     Ok(())
-}
-
-/// How DENSE_MLA fails.
-fn run_fault(setting: &Setting<'_>) -> Result<Fault, Wrong> {
-    let (ready, inputs) = &setting.plans[0];
-    let inputs: Vec<_> = inputs.iter().map(|input| &input[..]).collect();
-    let (input, mut output) = (ready.input_arena(&setting.step, &inputs), ready.output_arena(&setting.step));
-    let blob = setting.step.encode();
-    let parts = crate::rig::RunParts { step: &blob, input: &input, output: &mut output, cancel: None };
-    match setting.session.queue.run(&ready.plan, parts) {
-        Ok(_) => Err(Wrong::Failed("a step over a bad page is taken, SPD_E_DATA is right".to_owned())),
-        Err(fault) => Ok(fault),
-    }
 }

@@ -87,6 +87,14 @@ pub(crate) struct KvList {
     pub(crate) stride: u32,
 }
 
+impl KvList {
+    /// The operations one behind the other; they live as long as the list is used.
+    fn of(ops: &[SpdKvOp]) -> Self {
+        let n = u32::try_from(ops.len()).expect("a handful");
+        Self { first: ops.as_ptr(), n, stride: struct_size::<SpdKvOp>() }
+    }
+}
+
 /// A queue of the device.
 #[derive(Debug)]
 pub(crate) struct Queue {
@@ -109,40 +117,66 @@ impl Queue {
     }
 
     pub(crate) fn run_raw(&self, plan: &Plan, raw: &SpdRun) -> Result<u64, Fault> {
-        let (run, mut timeline) = (entry!(self.device.api, queue_run), 0);
-        // SAFETY: living handles; step and arenas live until the work has been waited for.
-        call("queue_run", |e| unsafe { run(self.raw, plan.raw, raw, &raw mut timeline, e) })?;
+        let timeline = self.begin(plan, raw)?;
         self.wait(timeline)?;
+        Ok(timeline)
+    }
+
+    /// Gives the queue a step, whose output arena lives until the value that is answered has completed.
+    pub(crate) fn begin(&self, plan: &Plan, raw: &SpdRun) -> Result<u64, Fault> {
+        let (run, mut timeline) = (entry!(self.device.api, queue_run), 0);
+        // SAFETY: living handles; step and arenas live as long as they must.
+        call("queue_run", |e| unsafe { run(self.raw, plan.raw, raw, &raw mut timeline, e) })?;
         Ok(timeline)
     }
 
     /// Works on blocks and waits for the end.
     pub(crate) fn kv(&self, pool: &Pool, ops: &[SpdKvOp], host: &mut [u8]) -> Result<u64, Fault> {
-        let n = u32::try_from(ops.len()).expect("a handful");
-        self.kv_raw(pool, KvList { first: ops.as_ptr(), n, stride: struct_size::<SpdKvOp>() }, host)
+        self.kv_raw(pool, KvList::of(ops), host)
+    }
+
+    /// Gives the queue work on blocks; `host` lives until the value that is answered has completed.
+    pub(crate) fn begin_kv(&self, pool: &Pool, ops: &[SpdKvOp], host: &mut [u8]) -> Result<u64, Fault> {
+        self.begin_kv_raw(pool, KvList::of(ops), host)
     }
 
     /// As [`Self::kv`], from an array of any stride that lives through the call.
     pub(crate) fn kv_raw(&self, pool: &Pool, list: KvList, host: &mut [u8]) -> Result<u64, Fault> {
+        let timeline = self.begin_kv_raw(pool, list, host)?;
+        self.wait(timeline)?;
+        Ok(timeline)
+    }
+
+    fn begin_kv_raw(&self, pool: &Pool, list: KvList, host: &mut [u8]) -> Result<u64, Fault> {
         let (kv, mut timeline) = (entry!(self.device.api, queue_kv), 0);
         call("queue_kv", |e| {
             let (length, host) = (host.len() as u64, host.as_mut_ptr().cast());
             // SAFETY: living handles; operations and buffer live until the work has been waited for.
             unsafe { kv(self.raw, pool.raw, list.first, list.n, list.stride, host, length, &raw mut timeline, e) }
         })?;
-        self.wait(timeline)?;
         Ok(timeline)
     }
 
     pub(crate) fn wait(&self, timeline: u64) -> Result<(), Fault> {
-        let wait = entry!(self.device.api, queue_wait);
         loop {
-            // SAFETY: a living queue.
-            match call("queue_wait", |e| unsafe { wait(self.raw, timeline, WAIT_NS, e) }) {
+            match self.wait_once(timeline, WAIT_NS) {
                 Err(fault) if matches!(fault.status, E_TIMEOUT | NOT_READY) => {}
                 done => return done,
             }
         }
+    }
+
+    /// As [`Self::wait`], for this time only.
+    pub(crate) fn wait_once(&self, timeline: u64, timeout_ns: u64) -> Result<(), Fault> {
+        let wait = entry!(self.device.api, queue_wait);
+        // SAFETY: a living queue.
+        call("queue_wait", |e| unsafe { wait(self.raw, timeline, timeout_ns, e) })
+    }
+
+    pub(crate) fn cancel(&self, from: u64) -> Result<(), Fault> {
+        let cancel = entry!(self.device.api, queue_cancel);
+        // SAFETY: a living queue.
+        call("queue_cancel", |e| unsafe { cancel(self.raw, from, e) })
     }
 
     pub(crate) fn completed(&self) -> Result<u64, Fault> {

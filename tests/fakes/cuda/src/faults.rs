@@ -20,6 +20,8 @@ pub(crate) struct Faults {
     pub(crate) hang_at: u64,
     /// The call of `cuLaunchKernel` that answers `CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES`.
     pub(crate) refuse_at: u64,
+    /// The call of `cuEventRecord` that answers `CUDA_ERROR_OUT_OF_MEMORY`.
+    pub(crate) unrecorded_at: u64,
     /// 1: device code that is not real is refused, as by a real driver.
     pub(crate) real: u64,
 }
@@ -36,6 +38,7 @@ impl Default for Faults {
             lost_code: 719,
             hang_at: 0,
             refuse_at: 0,
+            unrecorded_at: 0,
             real: 0,
         }
     }
@@ -64,6 +67,7 @@ impl Faults {
             "lost_code" => &mut self.lost_code,
             "hang_at" => &mut self.hang_at,
             "refuse_at" => &mut self.refuse_at,
+            "unrecorded_at" => &mut self.unrecorded_at,
             "real" => &mut self.real,
             _ => return false,
         };

@@ -27,6 +27,7 @@ pub(crate) struct Machine {
     pub(crate) sticky: i32,
     pub(crate) allocations: u64,
     pub(crate) launches: u64,
+    pub(crate) records: u64,
     /// Kernels that have begun.
     pub(crate) executed: u64,
     /// Of those, the ones that found themselves cancelled.
@@ -49,6 +50,7 @@ static MACHINE: LazyLock<Mutex<Machine>> = LazyLock::new(|| {
         sticky: 0,
         allocations: 0,
         launches: 0,
+        records: 0,
         executed: 0,
         skipped: 0,
         misuses: 0,
@@ -81,6 +83,7 @@ impl Machine {
         Some(match name {
             "allocations" => self.allocations,
             "launches" => self.launches,
+            "records" => self.records,
             "executed" => self.executed,
             "skipped" => self.skipped,
             "misuses" => self.misuses,

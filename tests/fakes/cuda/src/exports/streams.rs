@@ -1,6 +1,6 @@
 //! Streams and events.
 
-use super::{INVALID_HANDLE, INVALID_VALUE, NOT_READY, bound, event, has_zero_flags, put, stream};
+use super::{INVALID_HANDLE, INVALID_VALUE, NOT_READY, OUT_OF_MEMORY, bound, event, has_zero_flags, put, stream};
 use crate::streams::{Event, Operation};
 use std::collections::VecDeque;
 use std::ffi::{c_int, c_uint, c_void};
@@ -57,6 +57,10 @@ pub extern "C" fn cuEventCreate(out: *mut *mut c_void, flags: c_uint) -> c_int {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventRecord(handle: *mut c_void, queue: *mut c_void) -> c_int {
     bound(|machine| {
+        machine.records += 1;
+        if machine.records == machine.faults.unrecorded_at {
+            return Err(OUT_OF_MEMORY);
+        }
         let recorded = event(machine, handle)?;
         recorded.recorded += 1;
         let record = recorded.recorded;
