@@ -4,9 +4,10 @@
 //! A step costs something as such, for all the weights that are read, and something for each of its tokens. With `k`
 //! owners a step may take `k` times as long as the one would take that has nothing but the tokens of the owner with the
 //! fewest; what fits into that is divided among them, and what an owner has beyond its part waits, oldest first. Where
-//! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A token
-//! of a small step costs more than one of a large step, so what shared steps take corrects how much fits into them: down at
-//! once in proportion, up by an eighth. At the least each owner has as many tokens as the one with the fewest.
+//! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A
+//! token of a small step costs more than one of a large step, so what shared steps take corrects how much fits into
+//! them: down at once in proportion, up by an eighth. At the least each owner has as many tokens as the one with the
+//! fewest.
 
 use super::pace::towards;
 use crate::api::Owner;
