@@ -8,7 +8,7 @@ use std::io::Read;
 
 /// Memory for a part of a long conversation: the rest of it lies in the slow tier.
 const TIGHT: &[&str] =
-    &["limits.max_running=4", "limits.max_batched_tokens=64", "memory.budget=6656KiB", "memory.hot_share=0"];
+    &["limits.max_running=4", "limits.max_batched_tokens=64", "memory.budget=5632KiB", "memory.hot_share=0"];
 
 #[test]
 fn every_kill_leaves_all_that_was_sent_and_the_answer_goes_on_alike() {

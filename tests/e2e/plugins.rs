@@ -105,8 +105,8 @@ fn device(daemon: &Daemon, name: &str) -> Value {
     device()
 }
 
-/// Kills the plugin's process `times`, each time that it has computed a few tokens, while an answer streams; the tokens of
-/// the answer.
+/// Kills the plugin's process `times`, each time that it has computed a few tokens, while an answer streams; the tokens
+/// of the answer.
 fn killed_while_streaming(daemon: &Daemon, times: u64, tokens: u64) -> usize {
     let prompt: Vec<u32> = (0..20).collect();
     let request = serde_json::json!({

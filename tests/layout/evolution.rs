@@ -1,6 +1,6 @@
-//! A plugin and a daemon of different minors: one that has grown by the rules runs with the other, whichever it is, and a
-//! plugin whose fields were moved is refused. The plugin is the C example, compiled with copies of the header; an old one
-//! is the example as it was when the minor was frozen, with the headers of that day. A newer daemon is played by
+//! A plugin and a daemon of different minors: one that has grown by the rules runs with the other, whichever it is, and
+//! a plugin whose fields were moved is refused. The plugin is the C example, compiled with copies of the header; an old
+//! one is the example as it was when the minor was frozen, with the headers of that day. A newer daemon is played by
 //! `newer.c`, a library around the plugin.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 

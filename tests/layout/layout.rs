@@ -1,6 +1,6 @@
 //! The header, its Rust mirror and the committed snapshot agree on every size, offset and number, in C11 and in C++17.
-//! After a wanted change: `SPARSED_BLESS=1 cargo test --release --test layout` rewrites the snapshot. The snapshot of the
-//! first minor is frozen: whatever is blessed, all of it is still there.
+//! After a wanted change: `SPARSED_BLESS=1 cargo test --release --test layout` rewrites the snapshot. The snapshot of
+//! the first minor is frozen: whatever is blessed, all of it is still there.
 #![allow(clippy::unwrap_used, missing_docs, reason = "a test")]
 
 use sparsed_abi::layouts;

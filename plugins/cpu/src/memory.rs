@@ -235,8 +235,9 @@ impl Pool {
         let image = latent_block.checked_add(index_block).ok_or_else(overflow)?;
         let total = (image as u64).checked_mul(u64::from(desc.n_blocks)).ok_or_else(overflow)?;
         let cached = slow.as_ref().map_or(0, |slow| slow.cache_bytes);
-        // Huge pages where the system gives them: gathered rows are all over a plane. Not where latents of single blocks
-        // go to the slow tier: a huge page of which a part is given back stays the process's until memory is short.
+        // Huge pages where the system gives them: gathered rows are all over a plane. Not where latents of single
+        // blocks go to the slow tier: a huge page of which a part is given back stays the process's until memory is
+        // short.
         let pages = if slow.is_some() { Advice::NoHugePage } else { Advice::HugePage };
         let held = usage.hold(|u| &u.kv, total.checked_add(cached).ok_or_else(overflow)?)?;
         let slow = slow.map(|slow| {

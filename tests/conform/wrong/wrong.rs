@@ -207,7 +207,8 @@ fn each_wrong_plugin_fails_the_rule_that_it_breaks_and_no_other() {
 
 #[test]
 fn a_slow_tier_that_is_wrong_fails_the_rules_that_it_breaks_and_no_other() {
-    let release = sparsectl().parent().unwrap();
+    let tool = sparsectl();
+    let release = tool.parent().unwrap();
     let faulty = release.join("test-plugins/faulty");
     let wrapped = faulty.join("libsparsed_plugin_cpu.so").to_str().unwrap().to_owned();
     let environment = [("SPARSED_WRAPPED", wrapped)];

@@ -213,6 +213,8 @@ def leases(address):
         return json.loads(client.manager("GetStatus")[0])["models"][0]
 
     refused(ERROR + "ModelNotFound", client.manager, "Lease", "s", "none")
+    until("unloaded", lambda: model()["state"] == "unloaded")
+    before = model()["keeping"]
     first, second = (client.manager("Lease", "s", "default")[0].to_raw_fd() for _ in range(2))
     until("loaded", lambda: model()["state"] == "ready" and model()["keeping"]["leases"] == 2)
     client.lines(chat(max_tokens=2))
@@ -224,7 +226,8 @@ def leases(address):
     assert model()["state"] == "ready", model()
     os.close(second)
     until("unloaded", lambda: model()["state"] == "unloaded")
-    assert model()["keeping"]["unloads"]["idle"] == 1 and model()["keeping"]["loads"] == 1, model()
+    after = model()["keeping"]
+    assert after["unloads"]["idle"] == before["unloads"]["idle"] + 1 and after["loads"] == before["loads"] + 1, after
     held = [client.manager("Lease", "s", "default")[0].to_raw_fd() for _ in range(32)]
     refused(ERROR + "TooManyLeases", client.manager, "Lease", "s", "default")
     for fd in held:

@@ -75,7 +75,7 @@ fn a_request_for_more_of_the_kv_cache_than_an_owner_may_have_is_told_so() {
 fn sessions_are_counted() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write(dir.path()), &["sessions.max_per_user=1"]);
-    assert_eq!(daemon.post("/v1/sessions", &json!({})).status, 200);
+    assert_eq!(daemon.post("/v1/sessions", &json!({})).status, 201);
     assert_eq!(refused(&daemon.post("/v1/sessions", &json!({}))), (429, json!("session_limit"), false));
 }
 

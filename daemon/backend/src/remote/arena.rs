@@ -1,8 +1,8 @@
 //! Which bytes do the daemon and a plugin host share? A sealed memory file per lane: a header, then one job's bytes.
 //!
 //! The daemon writes a job and then raises `submitted`; the host sees `submitted` and then reads the job, works, writes
-//! the outcome and then raises `completed`; the daemon sees `completed` and then reads the outcome. One job is under way
-//! at a time, so neither side touches what the other is writing. The host may break this rule: therefore the daemon
+//! the outcome and then raises `completed`; the daemon sees `completed` and then reads the outcome. One job is under
+//! way at a time, so neither side touches what the other is writing. The host may break this rule: therefore the daemon
 //! copies bytes in and out, never holds a reference to them, and believes no length but its own.
 
 use super::bell::Counter;

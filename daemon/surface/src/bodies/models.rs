@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Reach, UpstreamStatus};
 use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, Held, ModelState, ModelStatus, ServedModel, Service};
 
-/// The model `name` of this box, loaded if it is not there, and kept as long as what this answers. Dropped, nobody waits
-/// any more.
+/// The model `name` of this box, loaded if it is not there, and kept as long as what this answers. Dropped, nobody
+/// waits any more.
 ///
 /// # Errors
 /// Not configured, not to be loaded, or not within the time that a request waits for a model.
@@ -75,8 +75,8 @@ pub(crate) fn ready(service: &Service) -> Vec<String> {
     models.filter(|model| model.state.answers()).map(|model| model.name).collect()
 }
 
-/// Models that may be asked for, as OpenAI lists them: those that answer, those that are loaded then, and those of engines
-/// elsewhere, which say whether they answer.
+/// Models that may be asked for, as OpenAI lists them: those that answer, those that are loaded then, and those of
+/// engines elsewhere, which say whether they answer.
 pub(crate) fn list(service: &Service) -> Value {
     let data: Vec<Value> = service.models().iter().filter(|status| is_offered(status)).map(listed).collect();
     json!({ "object": "list", "data": data })

@@ -14,6 +14,8 @@ use tokio::sync::{mpsc, watch};
 
 /// How often models and device are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+/// How often while a model is loaded, which is waited for.
+const LOADING_LOOK: Duration = Duration::from_millis(250);
 /// Looks between two telemetry messages.
 const TELEMETRY_LOOKS: u64 = 2;
 
@@ -31,9 +33,9 @@ pub(super) async fn herald(
     desk: mpsc::Sender<Told>,
 ) {
     let (mut said, mut states, mut sampled) = (String::new(), BTreeMap::new(), 0);
-    let mut looks = tokio::time::interval(LOOK);
-    for look in 0_u64.. {
-        looks.tick().await;
+    let mut n_looks = 0_u64;
+    loop {
+        let is_loading = service.models().iter().any(|model| matches!(model.state, ModelState::Loading { .. }));
         let mut news = Vec::new();
         let info = info(&service, &options.borrow()).to_string();
         if said != info {
@@ -49,12 +51,14 @@ pub(super) async fn herald(
                 return;
             }
         }
-        if look % TELEMETRY_LOOKS == TELEMETRY_LOOKS - 1 {
+        if !is_loading && n_looks % TELEMETRY_LOOKS == TELEMETRY_LOOKS - 1 {
             let payload = telemetry(&service, &mut sampled).to_string();
             let address = Address { topic: topics.own("telemetry"), correlation: None };
             // Where there is no room, the next one says more.
             let _told = deltas.tell(Delta { address, payload });
         }
+        n_looks += u64::from(!is_loading);
+        tokio::time::sleep(if is_loading { LOADING_LOOK } else { LOOK }).await;
     }
 }
 

@@ -15,7 +15,8 @@ use std::ops::Range;
 /// Tokens in a run: enough to pay for fetching a block, few enough to spread over a team.
 const RUN_TOKENS: usize = 32;
 
-/// From this many heads of tokens that read a block on it is widened: then transposing its keys is a twentieth of the work.
+/// From this many heads of tokens that read a block on it is widened: then transposing its keys is a twentieth of the
+/// work.
 const WIDEN_FROM: usize = 24;
 
 /// What a thread keeps from unit to unit, each `[group][token][head]`.
@@ -148,8 +149,8 @@ impl Attention<'_> {
         }
     }
 
-    /// What a group sees of a block of rows, for the group's heads: those in [`Room`] from `first_head` on. Token i sees
-    /// the first `seen[i]` rows, the last token sees them all.
+    /// What a group sees of a block of rows, for the group's heads: those in [`Room`] from `first_head` on. Token i
+    /// sees the first `seen[i]` rows, the last token sees them all.
     fn block<'r>(
         &self,
         job: &Run,

@@ -14,8 +14,8 @@ pub(crate) fn can_widen(key_width: usize) -> bool {
     key_width <= WIDTH_MAX
 }
 
-/// The order in which a score's sums are computed, so that few wait to be added: [`Lanes::sums`] adds lanes i and i + 8,
-/// then i + 4, i + 2, i + 1.
+/// The order in which a score's sums are computed, so that few wait to be added: [`Lanes::sums`] adds lanes i and i +
+/// 8, then i + 4, i + 2, i + 1.
 const ORDER: [usize; LANES] = [0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15];
 
 /// Up to [`ROWS`] rows.

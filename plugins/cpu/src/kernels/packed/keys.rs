@@ -8,9 +8,9 @@ use crate::simd::{Products, on_level};
 /// Bytes of 16 blocks of keys: codes, signed, then scales.
 const TILE_BLOCK_BYTES: usize = TILE_ROWS * (BLOCK + 2);
 
-/// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys of each tile. `x` holds the heads' queries in
-/// 16 bits, a number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for as many tiles
-/// `ahead` meanwhile.
+/// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys of each tile. `x` holds the heads' queries
+/// in 16 bits, a number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for as many
+/// tiles `ahead` meanwhile.
 pub(crate) fn score_keys(level: Level, tiles: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut [Sums]) {
     match w.len() {
         1 => score_heads::<1>(level, tiles, ahead, x, w, scores),
