@@ -1,4 +1,4 @@
-//! How many of something may one owner have at a time: requests under way by all doors, connections to one?
+//! How many of something may one owner have at a time: requests under way by all doors, connections to one, leases?
 //!
 //! A request is counted from its arrival, before its body is read, to the end of its answer: who floods the daemon does
 //! not take the threads that read prompts from others.
@@ -45,6 +45,11 @@ impl Tenants {
         Ok(Admission { tenants: Arc::clone(self), owner })
     }
 
+    /// Whether nobody has any.
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Owner, u32>> {
         // Whole at any time.
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
@@ -77,6 +82,6 @@ mod tests {
         held.push(tenants.admit(Owner::Uid(1)).unwrap());
         assert!(tenants.admit(Owner::Uid(1)).is_err());
         drop(held);
-        assert!(tenants.lock().is_empty());
+        assert!(tenants.is_empty());
     }
 }

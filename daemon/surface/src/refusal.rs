@@ -50,7 +50,7 @@ impl Refusal {
     }
 
     /// A caller has all the leases of models it may have.
-    pub(crate) fn too_many_leases(limit: usize) -> Self {
+    pub(crate) fn too_many_leases(limit: u32) -> Self {
         let message = format!("you have {limit} leases of models, which is all you may have at a time");
         let name = Name { status: 429, kind: RATE, code: "too_many_leases" };
         Self { name, param: None, retry_after_s: None, message }

@@ -6,72 +6,41 @@
 use super::stream::closed;
 use crate::bodies::models;
 use crate::refusal::Refusal;
-use sparsed_engine::Service;
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use sparsed_engine::api::Owner;
+use sparsed_engine::{Admission, Service, Tenants};
+use std::sync::Arc;
 use tokio::net::unix::pipe::Sender;
 
 /// Most leases of a user at a time.
-const PER_USER_MAX: usize = 32;
+const PER_USER_MAX: u32 = 32;
 
-/// How many leases each user has.
-#[derive(Debug, Default)]
-pub(super) struct Leases(Mutex<HashMap<u32, usize>>);
-
-/// One of them; given back when it is dropped.
-#[derive(Debug)]
-pub(super) struct Place {
-    leases: Arc<Leases>,
-    uid: u32,
+/// Of which users have how many leases.
+pub(super) fn all() -> Arc<Tenants> {
+    Arc::new(Tenants::new(PER_USER_MAX))
 }
 
-impl Leases {
-    /// Begins one of `uid`'s.
-    ///
-    /// # Errors
-    /// The user has too many.
-    pub(super) fn begin(self: &Arc<Self>, uid: u32) -> Result<Place, Refusal> {
-        let mut all = self.lock();
-        let n = all.entry(uid).or_default();
-        if *n >= PER_USER_MAX {
-            return Err(Refusal::too_many_leases(PER_USER_MAX));
-        }
-        *n += 1;
-        Ok(Place { leases: Arc::clone(self), uid })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u32, usize>> {
-        // Whole at any time.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut all = self.leases.lock();
-        if let Some(n) = all.get_mut(&self.uid) {
-            *n -= 1;
-            if *n == 0 {
-                all.remove(&self.uid);
-            }
-        }
-    }
+/// Begins one of `uid`'s, which ends when what is returned is dropped.
+///
+/// # Errors
+/// The user has too many.
+pub(super) fn begin(leases: &Arc<Tenants>, uid: u32) -> Result<Admission, Refusal> {
+    leases.admit(Owner::Uid(uid)).map_err(|_| Refusal::too_many_leases(PER_USER_MAX))
 }
 
 /// Keeps `model` in memory until nobody holds the other end of `pipe`.
-pub(super) async fn keep(service: Service, model: String, pipe: Sender, place: Place) {
+pub(super) async fn keep(service: Service, model: String, pipe: Sender, uid: u32, _lease: Admission) {
     let held = tokio::select! {
         held = models::held(&service, &model) => held,
         () = closed(&pipe) => return,
     };
     match held {
         Ok(held) => {
-            log::info!(model:%, uid = place.uid; "model leased");
+            log::info!(model:%, uid; "model leased");
             closed(&pipe).await;
-            log::info!(model:%, uid = place.uid; "lease of a model ended");
+            log::info!(model:%, uid; "lease of a model ended");
             drop(held);
         }
-        Err(refusal) => log::warn!(model:%, uid = place.uid, reason = refusal.message(); "model not leased"),
+        Err(refusal) => log::warn!(model:%, uid, reason = refusal.message(); "model not leased"),
     }
 }
 
@@ -81,12 +50,12 @@ mod tests {
 
     #[test]
     fn a_user_has_so_many_leases_and_another_one_has_its_own() {
-        let leases = Arc::new(Leases::default());
-        let mut held: Vec<Place> = (0..PER_USER_MAX).map(|_| leases.begin(5).unwrap()).collect();
-        assert!(leases.begin(5).is_err() && leases.begin(6).is_ok());
+        let leases = all();
+        let mut held: Vec<Admission> = (0..PER_USER_MAX).map(|_| begin(&leases, 5).unwrap()).collect();
+        assert!(begin(&leases, 5).is_err() && begin(&leases, 6).is_ok());
         held.pop();
-        assert!(leases.begin(5).is_ok());
+        assert!(begin(&leases, 5).is_ok());
         held.clear();
-        assert!(leases.lock().is_empty());
+        assert!(leases.is_empty());
     }
 }

@@ -182,11 +182,11 @@ fn lease(door: &Door, call: &Call, model: String) -> Result<Outcome, CallError> 
     let service = &door.shared.service;
     // Not waited for: a caller waits less for a reply than a large model takes.
     drop(service.hold(&model).map_err(Refusal::from)?);
-    let place = door.shared.leases.begin(call.uid)?;
+    let lease = leases::begin(&door.shared.leases, call.uid)?;
     let (pipe, reader) = tokio::net::unix::pipe::pipe().map_err(|error| CallError::system(&error))?;
     let reader = reader.into_blocking_fd().map_err(|error| CallError::system(&error))?;
     let outcome = call.answer(&(Fd::from(reader),))?;
-    Ok(outcome.then(leases::keep(service.clone(), model, pipe, place)))
+    Ok(outcome.then(leases::keep(service.clone(), model, pipe, call.uid, lease)))
 }
 
 /// All properties of the manager, always in the same order.

@@ -20,10 +20,9 @@ mod xml;
 
 use futures_util::StreamExt;
 use interface::{Changes, MANAGER, NAME, ROOT};
-use leases::Leases;
 use peers::Peers;
 use requests::Requests;
-use sparsed_engine::Service;
+use sparsed_engine::{Service, Tenants};
 use std::collections::HashMap;
 use std::future::Future;
 use std::str::FromStr;
@@ -111,7 +110,7 @@ struct Shared {
     service: Service,
     options: DbusOptions,
     requests: Arc<Requests>,
-    leases: Arc<Leases>,
+    leases: Arc<Tenants>,
     /// Bytes of bodies that may still come, in KiB.
     bodies: Arc<Semaphore>,
 }
@@ -145,7 +144,7 @@ pub fn sealed(bytes: &[u8]) -> std::io::Result<std::os::fd::OwnedFd> {
 pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Future<Output = ()>) {
     let bodies = Arc::new(Semaphore::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
     let requests = Arc::new(Requests::new());
-    let shared = Arc::new(Shared { service, options, requests, leases: Arc::default(), bodies });
+    let shared = Arc::new(Shared { service, options, requests, leases: leases::all(), bodies });
     let mut stop = std::pin::pin!(stop);
     let mut pauses = BACKOFF.into_iter();
     let mut is_failing = false;
