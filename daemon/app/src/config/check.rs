@@ -114,10 +114,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<toml::Table, ConfigError>
         return Err(ConfigError::Invalid { origin, reason: unknown_key(&key) });
     }
     // Once into the types with the text at hand, so that a wrong one is named with its line.
-    match toml::from_str::<Config>(text) {
-        Err(error) if !is_missing(&error) => return Err(at(error)),
-        _ => {}
-    }
+    toml::from_str::<Config>(text).map_err(at)?;
     toml::from_str(text).map_err(at)
 }
 
@@ -185,14 +182,8 @@ pub(super) fn apply(set: &str, root: &mut toml::Table) -> Result<(), ConfigError
         table = entry.as_table_mut().ok_or_else(|| fail(format!("'{part}' is not a table")))?;
     }
     table.insert((*last).to_owned(), value);
-    // Types are checked one by one; what is still missing may come with the next setting.
-    let wrong = root.clone().try_into::<Config>().err().filter(|error| !is_missing(error));
-    wrong.map_or(Ok(()), |error| Err(fail(error.message().to_owned())))
-}
-
-/// Whether all that is wrong is that something is not said: a further layer may say it.
-fn is_missing(error: &toml::de::Error) -> bool {
-    error.message().starts_with("missing field")
+    // Types are checked one by one.
+    root.clone().try_into::<Config>().map(drop).map_err(|error| fail(error.message().to_owned()))
 }
 
 /// The first unknown key below `table`, and where it stands.
