@@ -29,7 +29,8 @@ pub(crate) fn checked(name: &'static str, call: impl FnOnce(*mut SpdError) -> Sp
 
 /// A fixed-size, NUL-terminated field as text.
 pub(crate) fn text(field: &[c_char]) -> String {
-    let bytes: Vec<u8> = field.iter().take_while(|&&c| c != 0).map(|&c| c.cast_unsigned()).collect();
+    // C's char has a sign on x86-64 and none on aarch64.
+    let bytes: Vec<u8> = field.iter().take_while(|&&c| c != 0).flat_map(|c| c.to_ne_bytes()).collect();
     clean(&String::from_utf8_lossy(&bytes))
 }
 

@@ -52,6 +52,6 @@ pub(crate) fn struct_size<T>() -> u32 {
 
 /// A fixed-size field up to its NUL as text; what is not UTF-8 is replaced.
 pub(crate) fn text(field: &[c_char]) -> String {
-    let bytes: Vec<u8> = field.iter().take_while(|&&c| c != 0).map(|&c| c.cast_unsigned()).collect();
+    let bytes: Vec<u8> = field.iter().take_while(|&&c| c != 0).flat_map(|c| c.to_ne_bytes()).collect();
     String::from_utf8_lossy(&bytes).into_owned()
 }
