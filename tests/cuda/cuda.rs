@@ -3,6 +3,7 @@
 
 mod driver;
 mod faults;
+mod isolated;
 mod loading;
 mod operators;
 mod pools;

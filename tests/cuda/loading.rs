@@ -9,7 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 /// Stages the plugin into `dir` as an operator would.
-fn stage(dir: &Path) {
+pub fn stage(dir: &Path) {
     let staged = Command::new("sh")
         .current_dir(sparsed_tests::root())
         .args(["packaging/stage-plugin.sh", "cuda"])

@@ -13,15 +13,18 @@ const VOCABULARY: usize = 11;
 const WIDTH: usize = 12;
 
 /// `logits = W norm((embed(token) + bias row) gathered)`: all operators of the slice in a row.
-struct Model {
+pub struct Model {
     table: Vec<f64>,
     gain: Vec<f32>,
     matrix: Vec<f64>,
-    data: [(u32, u64, u64, Vec<u8>); 3],
+    pub data: [(u32, u64, u64, Vec<u8>); 3],
 }
 
 impl Model {
-    fn new(random: &mut Rng) -> Self {
+    pub const VOCABULARY: u32 = VOCABULARY as u32;
+    pub const WIDTH: usize = WIDTH;
+
+    pub fn new(random: &mut Rng) -> Self {
         let (table_data, table) = halves(random, VOCABULARY * WIDTH);
         let (matrix_data, matrix) = halves(random, VOCABULARY * WIDTH);
         let gain = singles(random, WIDTH);
@@ -33,7 +36,7 @@ impl Model {
         Self { table, gain, matrix, data }
     }
 
-    fn blob() -> Blob {
+    pub fn blob() -> Blob {
         let (v, w) = (i32::try_from(VOCABULARY).unwrap(), i32::try_from(WIDTH).unwrap());
         program(|b| {
             let input = b.input(DT_F32, &[DIM_TOKENS, w]);
@@ -66,7 +69,7 @@ impl Model {
         rig.plan(&Self::blob(), &weights.iter().collect::<Vec<_>>()).unwrap()
     }
 
-    fn logits(&self, step: &Step, input: &[f32]) -> Vec<f64> {
+    pub fn logits(&self, step: &Step, input: &[f32]) -> Vec<f64> {
         let sum = add(&embed(&self.table, &step.tokens, WIDTH), &wide(input));
         let y = rms_norm(&sum, Some(&wide(&self.gain)), WIDTH, 1e-5);
         linear(&gather(&y, &step.rows, WIDTH), &self.matrix, None, WIDTH)

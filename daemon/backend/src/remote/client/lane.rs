@@ -82,7 +82,9 @@ impl Lane {
             self.arena.write(&layout, 2, job.output);
         }
         let header = self.arena.header();
-        header.cancel.store(0, Ordering::Relaxed);
+        // A flag that is set already keeps the plugin from taking the work, as it would in this process.
+        let is_cancelled = job.cancel.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0);
+        header.cancel.store(is_cancelled.into(), Ordering::Relaxed);
         header.kind.store(job.kind, Ordering::Relaxed);
         header.object.store(job.object, Ordering::Relaxed);
         for (to, length) in header.lengths.iter().zip([job.first.len(), job.input.len(), job.output.len()]) {
