@@ -93,6 +93,21 @@ fn a_device_that_reads_no_file_has_its_slow_tier_in_memory() {
 }
 
 #[test]
+fn a_device_without_room_for_the_pool_that_memory_allows_gets_a_smaller_one_and_answers_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let roomy = start(&model, &["memory.budget=256MiB"]).status()["kv_blocks_total"].as_u64().unwrap();
+    for isolation in ["engine.isolation=none", "engine.isolation=process"] {
+        let small = start(&model, &["memory.budget=256MiB", "engine.device_memory=4MiB", isolation]);
+        let blocks = small.status()["kv_blocks_total"].as_u64().unwrap();
+        assert!(blocks > 34 && blocks < roomy / 2, "{blocks} of {roomy} blocks; log:\n{}", small.log());
+        assert!(small.log().contains("the device has no room"), "{}", small.log());
+        let streams = requests().iter().map(|request| small.open("/v1/chat/completions", request)).collect();
+        assert_eq!(finish(streams), *EXPECTED, "log:\n{}", small.log());
+    }
+}
+
+#[test]
 fn a_plugin_host_that_dies_with_blocks_in_the_slow_tier_costs_no_answer() {
     let folder = tempfile::tempdir().unwrap();
     let model = chatty::write(folder.path());

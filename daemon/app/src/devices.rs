@@ -66,7 +66,8 @@ impl PluginDevice {
     }
 
     fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
-        let options = OpenOptions { n_threads: self.engine.threads, mem_budget: 0 };
+        let mem_budget = self.engine.device_memory.map_or(0, |bytes| bytes.0);
+        let options = OpenOptions { n_threads: self.engine.threads, mem_budget };
         Backend::open(plugin, self.engine.device, &options)
     }
 

@@ -87,9 +87,9 @@ pub struct OpenOptions {
 /// Memory of a device in bytes.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct MemoryInfo {
-    /// All of it.
+    /// All of it that the daemon may hold.
     pub total: u64,
-    /// Free now.
+    /// Free now of that.
     pub free: u64,
     /// Held by uploaded weights (0 for weights read in place).
     pub used_weights: u64,
@@ -154,9 +154,12 @@ impl Backend {
         let call = self.device.api().mem_info.expect("checked at load");
         // SAFETY: the device is alive; the out struct and the error are ours.
         checked("mem_info", |e| unsafe { call(self.device.raw.as_ptr(), &raw mut out, e) })?;
+        // A budget is as good as a smaller device.
+        let budget = if out.budget == 0 { u64::MAX } else { out.budget };
+        let used = out.used_weights.saturating_add(out.used_kv).saturating_add(out.used_workspace);
         Ok(MemoryInfo {
-            total: out.total,
-            free: out.free,
+            total: out.total.min(budget),
+            free: out.free.min(budget.saturating_sub(used)),
             used_weights: out.used_weights,
             used_kv: out.used_kv,
             used_workspace: out.used_workspace,
@@ -232,8 +235,8 @@ impl Backend {
     /// alive with the plan.
     ///
     /// # Errors
-    /// The plugin's own, naming the operator that it refuses; `SPD_E_UNSUPPORTED` for a bucket beyond the device's
-    /// limits.
+    /// The plugin's own, naming the operator that it refuses; `SPD_E_UNSUPPORTED` for a bucket or a selection beyond the
+    /// device's limits.
     pub fn compile(
         &self,
         blob: &Blob,
@@ -242,6 +245,7 @@ impl Backend {
         bucket: SpdBucket,
     ) -> Result<Plan, BackendError> {
         self.device.info.limits.allow_bucket(&bucket)?;
+        self.device.info.limits.allow_program(blob)?;
         Plan::compile(&self.device, blob, weights, pools, bucket)
     }
 

@@ -2,7 +2,9 @@
 //! limit by name.
 
 use crate::{BackendError, KvDesc};
-use sparsed_abi::{DTYPE_WORDS, E_UNSUPPORTED, SpdBucket, SpdDeviceInfo, SpdRow, dtype_bit};
+use sparsed_abi::{
+    Blob, DTYPE_WORDS, E_UNSUPPORTED, OP_IDX_TOPK, Program, SpdBucket, SpdDeviceInfo, SpdOp, SpdRow, dtype_bit,
+};
 
 /// The limits of a device; 0 is none.
 #[derive(Clone, Copy, Debug, Default)]
@@ -12,6 +14,7 @@ pub(crate) struct Limits {
     tokens: u32,
     seqs: u32,
     context: u32,
+    topk: u32,
     /// A block's tokens are a multiple of this.
     block_tokens_align: u32,
 }
@@ -23,6 +26,7 @@ impl Limits {
             tokens: info.max_tokens,
             seqs: info.max_seqs,
             context: info.max_context,
+            topk: info.max_topk,
             block_tokens_align: info.block_tokens_align,
         }
     }
@@ -58,17 +62,32 @@ impl Limits {
             }
         }
     }
+
+    /// # Errors
+    /// `SPD_E_UNSUPPORTED` for an operator that selects more tokens than the device can.
+    pub(crate) fn allow_program(&self, blob: &Blob) -> Result<(), BackendError> {
+        let Ok(program) = Program::parse(blob.as_bytes()) else { return Ok(()) }; // the plugin says what is wrong with it
+        let is_too_wide = |op: &SpdOp| op.kind == OP_IDX_TOPK && i64::from(op.i[0]) > i64::from(self.topk);
+        let Some(op) = program.ops().iter().position(is_too_wide).filter(|_| self.topk != 0) else { return Ok(()) };
+        let wanted = program.ops()[op].i[0];
+        let message = format!("the device selects {} tokens, {wanted} are wanted: set the model's top_k", self.topk);
+        Err(refused_op("plan_compile", message, u32::try_from(op).ok()))
+    }
 }
 
 /// What the plugin would say, said for it.
 fn refused(call: &'static str, message: String) -> BackendError {
-    BackendError::Call { call, status: E_UNSUPPORTED, message, op_index: None, block: None, vendor_code: 0 }
+    refused_op(call, message, None)
+}
+
+fn refused_op(call: &'static str, message: String, op_index: Option<u32>) -> BackendError {
+    BackendError::Call { call, status: E_UNSUPPORTED, message, op_index, block: None, vendor_code: 0 }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_abi::{DT_F16, DT_Q8_0};
+    use sparsed_abi::{DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, OpSpec, ProgramBuilder};
 
     fn limits() -> Limits {
         let mut info =
@@ -98,5 +117,23 @@ mod tests {
         let long = limits().allow_bucket(&SpdBucket { max_context: 4097, ..bucket }).unwrap_err().to_string();
         assert!(long.contains("4096 tokens of context, 4097 are wanted"), "{long}");
         assert!(limits().allow_bucket(&SpdBucket { max_tokens: 65, ..bucket }).is_err());
+    }
+
+    #[test]
+    fn a_selection_is_refused_by_the_operator_that_is_wider_than_the_device() {
+        let selects = |k: i32| {
+            let mut builder = ProgramBuilder::new();
+            let q = builder.input(DT_F32, &[DIM_TOKENS, 1, 32]);
+            let w = builder.input(DT_F32, &[DIM_TOKENS, 1]);
+            let sel = builder.activation(DT_I32, &[DIM_TOKENS, k]);
+            let (inputs, outputs) = (&[Some(q), Some(w)][..], &[Some(sel)][..]);
+            builder.op(OpSpec { kind: OP_IDX_TOPK, inputs, outputs, i: [k, 0, 0, 0, 0, 0], ..OpSpec::default() });
+            builder.finish(0)
+        };
+        let limits = Limits { topk: 512, ..limits() };
+        limits.allow_program(&selects(512)).unwrap();
+        let wide = limits.allow_program(&selects(513)).unwrap_err().to_string();
+        assert!(wide.contains("selects 512 tokens, 513 are wanted") && wide.contains("operator 0"), "{wide}");
+        Limits::default().allow_program(&selects(513)).unwrap();
     }
 }

@@ -325,7 +325,8 @@ impl Live {
 
     /// Goes on with `device`, whose KV pool is empty: what ran waits until its rows are computed again.
     pub(crate) fn attach(&mut self, device: DeviceModel) {
-        self.scheduler.requeue_on(Pool::with_slow_tier(device.n_blocks(), self.load.n_fast));
+        let n_blocks = device.n_blocks();
+        self.scheduler.requeue_on(Pool::with_slow_tier(n_blocks, self.load.n_fast.min(n_blocks)));
         self.device = Some(device);
     }
 

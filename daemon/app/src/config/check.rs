@@ -8,6 +8,7 @@ use toml::de::{DeTable, DeValue};
 pub(super) const KEYS: &[&str] = &[
     "dbus.bus",
     "engine.device",
+    "engine.device_memory",
     "engine.failover",
     "engine.isolation",
     "engine.plugin",

@@ -1,5 +1,6 @@
 //! Which device computes, and what becomes of one that is lost?
 
+use super::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
@@ -13,6 +14,8 @@ pub struct Engine {
     pub device: u32,
     /// Devices of the plugin that take over when that one is lost for good, in this order.
     pub spare_devices: Vec<u32>,
+    /// Most of the device's memory that its plugin may hold, for weights, pools and workspaces; `None`: all of it.
+    pub device_memory: Option<Bytes>,
     /// Compute threads; 0: the plugin's choice.
     pub threads: u32,
     /// Whether the CPU plugin takes over when another one's device is lost for good.
@@ -48,6 +51,7 @@ impl Default for Engine {
             plugin: "cpu".to_owned(),
             device: 0,
             spare_devices: Vec::new(),
+            device_memory: None,
             threads: 0,
             failover: true,
             watchdog_ms: 60_000,

@@ -1,5 +1,6 @@
 //! Why does a model not run, and whose fault is it?
 
+use sparsed_abi::E_NOMEM_DEVICE;
 use sparsed_backend::{BackendError, Fault};
 use sparsed_kv::{BlockId, KvError};
 use sparsed_model::ModelError;
@@ -67,6 +68,11 @@ impl ExecutorError {
     /// The plugin was not tried, for what it did before.
     pub(crate) fn is_quarantine(&self) -> bool {
         matches!(self, Self::Backend(BackendError::Quarantined { .. }))
+    }
+
+    /// The device has no room for what it was to hold.
+    pub(crate) fn is_out_of_memory(&self) -> bool {
+        matches!(self, Self::Backend(error) if error.status() == Some(E_NOMEM_DEVICE))
     }
 
     pub(crate) fn is_not_a_number(&self) -> bool {

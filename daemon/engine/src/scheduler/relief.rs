@@ -189,7 +189,10 @@ impl Scheduler {
     fn apply_bounds(&mut self) {
         let stage = self.relief.stage();
         let (all, fast_all) = (self.pool.n_blocks(), self.pool.fast_max());
-        let missing = self.relief.footprint.pool_bytes.saturating_sub(self.relief.allowed);
+        let Footprint { block_bytes, pool_bytes, .. } = self.relief.footprint;
+        // The pool may be smaller than it was meant to be: for want of a slow tier, or of room on the device.
+        let taken = if all == fast_all { pool_bytes.min(u64::from(all) * block_bytes) } else { pool_bytes };
+        let missing = taken.saturating_sub(self.relief.allowed);
         let (budget_blocks, budget_fast) = self.less((all, fast_all), missing);
         let (blocks, fast) = self.relief.room.unwrap_or((all, fast_all));
         let (blocks, fast) = (blocks.min(budget_blocks), fast.min(budget_fast));
