@@ -9,7 +9,7 @@ version=${5:-$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)}
 new=$destination.new.$$
 rm -rf "$new"
 mkdir -p "$new"
-install -m 0755 "$library" "$new/$(basename "$library")"
+install -m 0644 "$library" "$new/$(basename "$library")"
 sum=$(sha256sum "$library" | cut -d ' ' -f 1)
 sed -e "s/@VERSION@/$version/" -e "s/@ARCH@/${ARCH:-$(uname -m)}/" -e "s/@SHA256@/$sum/" "$template" >"$new/plugin.toml"
 chmod 0644 "$new/plugin.toml"
