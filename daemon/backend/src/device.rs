@@ -235,8 +235,8 @@ impl Backend {
     /// alive with the plan.
     ///
     /// # Errors
-    /// The plugin's own, naming the operator that it refuses; `SPD_E_UNSUPPORTED` for a bucket or a selection beyond the
-    /// device's limits.
+    /// The plugin's own, naming the operator that it refuses; `SPD_E_UNSUPPORTED` for a bucket or a selection beyond
+    /// the device's limits.
     pub fn compile(
         &self,
         blob: &Blob,

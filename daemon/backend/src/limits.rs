@@ -66,7 +66,8 @@ impl Limits {
     /// # Errors
     /// `SPD_E_UNSUPPORTED` for an operator that selects more tokens than the device can.
     pub(crate) fn allow_program(&self, blob: &Blob) -> Result<(), BackendError> {
-        let Ok(program) = Program::parse(blob.as_bytes()) else { return Ok(()) }; // the plugin says what is wrong with it
+        // What is wrong with a program is the plugin's to say.
+        let Ok(program) = Program::parse(blob.as_bytes()) else { return Ok(()) };
         let is_too_wide = |op: &SpdOp| op.kind == OP_IDX_TOPK && i64::from(op.i[0]) > i64::from(self.topk);
         let Some(op) = program.ops().iter().position(is_too_wide).filter(|_| self.topk != 0) else { return Ok(()) };
         let wanted = program.ops()[op].i[0];
