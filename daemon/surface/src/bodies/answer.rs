@@ -4,8 +4,8 @@ use super::listen::Listening;
 use super::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::Service;
 use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
+use sparsed_engine::{Service, ToolCall};
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -36,8 +36,8 @@ pub(crate) struct Answer {
     pub(crate) text: String,
     /// What the model thought before.
     pub(crate) reasoning: String,
-    /// Name and arguments of each function called.
-    pub(crate) calls: Vec<(String, String)>,
+    /// The functions called.
+    pub(crate) calls: Vec<ToolCall>,
     /// The tokens, where the engine gives them out.
     pub(crate) tokens: Vec<u32>,
     /// How likely the tokens were, where that was asked for.
@@ -241,7 +241,7 @@ impl Answer {
                 self.tokens.extend(tokens);
             }
             Event::Reasoning { text } => self.reasoning += &text,
-            Event::ToolCall { name, arguments, .. } => self.calls.push((name, arguments)),
+            Event::ToolCall { id, name, arguments, .. } => self.calls.push(ToolCall { id, name, arguments }),
             Event::Likelihood(likelihood) => self.likelihoods.push(*likelihood),
             Event::Queued { .. } | Event::Sampled { .. } | Event::Finished(_) | Event::Failed(_) => {}
         }

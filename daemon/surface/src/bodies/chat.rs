@@ -6,6 +6,8 @@ use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+#[cfg(test)]
+use sparsed_engine::ToolCall;
 use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
 use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Held, Role, ServedModel, Service, Wishes};
 
@@ -267,9 +269,8 @@ impl ChatWire {
     }
 }
 
-/// A call as OpenAI has it; its id is made up here, the model has none.
-fn call(name: &str, arguments: &str) -> Value {
-    let id = format!("call_{:016x}", getrandom::u64().unwrap_or_default());
+/// A call as OpenAI has it.
+fn call(id: &str, name: &str, arguments: &str) -> Value {
     json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
 }
 
@@ -284,7 +285,7 @@ impl Wire for ChatWire {
             message["reasoning_content"] = json!(answer.reasoning);
         }
         if !answer.calls.is_empty() {
-            message["tool_calls"] = answer.calls.iter().map(|(name, arguments)| call(name, arguments)).collect();
+            message["tool_calls"] = answer.calls.iter().map(|one| call(&one.id, &one.name, &one.arguments)).collect();
             if answer.text.is_empty() {
                 message["content"] = Value::Null;
             }
@@ -301,8 +302,8 @@ impl Wire for ChatWire {
             Event::Delta { text, .. } if text.is_empty() => return None,
             Event::Delta { text, .. } => json!({ "content": text }),
             Event::Reasoning { text } => json!({ "reasoning_content": text }),
-            Event::ToolCall { index, name, arguments } => {
-                let mut call = call(name, arguments);
+            Event::ToolCall { index, id, name, arguments } => {
+                let mut call = call(id, name, arguments);
                 call["index"] = json!(index);
                 json!({ "tool_calls": [call] })
             }
@@ -352,12 +353,17 @@ mod tests {
 
     #[test]
     fn calls_and_reasoning_stand_beside_the_content() {
-        let calls = vec![("f".to_owned(), "{}".to_owned())];
+        let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
+        let calls = vec![ToolCall { id: id.clone(), name: name.clone(), arguments: arguments.clone() }];
         let answer = Answer { reasoning: "hm".to_owned(), calls, ..Answer::default() };
         let message = &ChatWire.choice(&answer, "tool_calls")["message"];
         assert!(message["content"].is_null() && message["reasoning_content"] == "hm");
         assert_eq!(message["tool_calls"][0]["function"]["name"], "f");
-        let event = Event::ToolCall { index: 2, name: "f".to_owned(), arguments: "{}".to_owned() };
-        assert_eq!(ChatWire.piece(&event).unwrap()["delta"]["tool_calls"][0]["index"], 2);
+        let piece = ChatWire.piece(&Event::ToolCall { index: 2, id, name, arguments }).unwrap();
+        let told = [&piece["delta"]["tool_calls"][0], &message["tool_calls"][0]];
+        assert_eq!(
+            (&told[0]["index"], &told[0]["id"], &told[1]["id"]),
+            (&json!(2), &json!("call_7"), &json!("call_7"))
+        );
     }
 }

@@ -6,6 +6,7 @@ use crate::bodies::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::Service;
+use sparsed_engine::{Service, ToolCall};
 use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
 
 /// Whose words an answer is in.
@@ -127,7 +128,7 @@ fn head(kind: Kind, model: &str, answer: &Answer) -> Value {
                 line["message"]["thinking"] = json!(answer.reasoning);
             }
             if !answer.calls.is_empty() {
-                let call = |(name, arguments): &(String, String)| {
+                let call = |ToolCall { name, arguments, .. }: &ToolCall| {
                     let arguments: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
                     json!({ "function": { "name": name, "arguments": arguments } })
                 };
