@@ -11,6 +11,7 @@
 //! Knows no device, no text and no clock: time is an argument.
 
 mod admission;
+mod alike;
 #[cfg(feature = "simulation")]
 mod audit;
 #[cfg(test)]
@@ -250,6 +251,7 @@ impl Scheduler {
     pub(crate) fn schedule(&mut self, batch: &mut Batch, now: Duration) -> bool {
         self.admit(now);
         self.hold_to_quota(now);
+        self.adopt_alike();
         (self.is_blocked, self.without_new_blocks) = (false, false);
         loop {
             let blocks = self.plan(now);
@@ -360,7 +362,7 @@ impl Scheduler {
         self.shares.divide(ready().map(|(_, sequence)| (sequence.owner(), sequence.n_pending())), left, now);
         let (without_new_blocks, queue) = (self.without_new_blocks, &self.queue);
         let fits = |sequence: &Sequence, n: u32| !without_new_blocks || sequence.table.blocks_needed(n) == 0;
-        for (index, sequence) in self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_ready()) {
+        for (index, sequence) in ready() {
             match sequence.n_pending() {
                 1 if left.min(self.shares.left(sequence.owner())) > 0 && fits(sequence, 1) => {
                     left -= 1;
