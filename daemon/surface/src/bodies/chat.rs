@@ -132,14 +132,12 @@ impl ChatAsk {
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if let Some(session) = fields.session_id.clone() {
-            if let Some(model) = &fields.model {
-                service.hold(model)?;
+            let own = sessions::model_of(service, owner, &session).await?;
+            if let Some(model) = fields.model.as_ref().filter(|model| **model != own) {
+                let reason = format!("is '{model}', the session's is '{own}': make a new session for another one");
+                return Err(Refusal::invalid("model", reason));
             }
-            let enforcing = if fields.enforces_call() {
-                Some(models::held(service, &sessions::model_of(service, owner, &session).await?).await?)
-            } else {
-                None
-            };
+            let enforcing = if fields.enforces_call() { Some(models::held(service, &own).await?) } else { None };
             let request = fields.request(enforcing.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
             return Ok(Asked { request: request.into(), siblings: Vec::new(), reply, wire: ChatWire });
