@@ -140,13 +140,13 @@ impl ChatAsk {
             let enforcing = if fields.enforces_call() { Some(models::held(service, &own).await?) } else { None };
             let request = fields.request(enforcing.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
-            return Ok(Asked { request: request.into(), siblings: Vec::new(), reply, wire: ChatWire });
+            return Ok(Asked { request: request.into(), siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire });
         }
         if service.elsewhere(&model).is_some() {
             let prompt = fields.relayed(&wishes)?;
             let relay = Relay { model, owner, prompt, wishes, logprobs };
             let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
-            return Ok(Asked { request: relay.into(), siblings, reply, wire: ChatWire });
+            return Ok(Asked { request: relay.into(), siblings, per_prompt: n as usize, reply, wire: ChatWire });
         }
         let Held { model: served, lease } = models::held(service, &model).await?;
         let lease = Some(lease);
@@ -163,7 +163,7 @@ impl ChatAsk {
         let (prompt, reading) = (prompt.tokens, Some(prompt.reading));
         let request = Generate { model, prompt, grammar, reading, logprobs, lease, ..wishes.request(owner) };
         let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
-        Ok(Asked { request: request.into(), siblings, reply, wire: ChatWire })
+        Ok(Asked { request: request.into(), siblings, per_prompt: n as usize, reply, wire: ChatWire })
     }
 }
 
@@ -277,7 +277,7 @@ impl Wire for ChatWire {
     const OBJECT: &'static str = "chat.completion";
     const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
 
-    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value {
+    fn choice(&self, _: usize, answer: &Answer, finish_reason: &str) -> Value {
         let mut message = json!({ "role": "assistant", "content": answer.text });
         if !answer.reasoning.is_empty() {
             message["reasoning_content"] = json!(answer.reasoning);
@@ -291,7 +291,7 @@ impl Wire for ChatWire {
         json!({ "index": 0, "message": message, "logprobs": null, "finish_reason": finish_reason })
     }
 
-    fn opening(&self) -> Option<Value> {
+    fn opening(&self, _: usize) -> Option<Value> {
         Some(Self::delta(&json!({ "role": "assistant", "content": "" }), None))
     }
 
@@ -354,7 +354,7 @@ mod tests {
         let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
         let calls = vec![ToolCall { id: id.clone(), name: name.clone(), arguments: arguments.clone() }];
         let answer = Answer { reasoning: "hm".to_owned(), calls, ..Answer::default() };
-        let message = &ChatWire.choice(&answer, "tool_calls")["message"];
+        let message = &ChatWire.choice(0, &answer, "tool_calls")["message"];
         assert!(message["content"].is_null() && message["reasoning_content"] == "hm");
         assert_eq!(message["tool_calls"][0]["function"]["name"], "f");
         let piece = ChatWire.piece(&Event::ToolCall { index: 2, id, name, arguments }).unwrap();

@@ -126,7 +126,23 @@ async fn gather<W: Wire>(
     node: &str,
     deltas: &Deltas,
 ) -> Result<String, Refusal> {
-    let mut answering = Answering::begin(service, asked).await?;
+    if !asked.siblings.is_empty() {
+        return Err(Refusal::invalid("prompt", "has several entries; here each is to be a message of its own"));
+    }
+    let answering = Answering::begin(service, asked).await?;
+    tell(answering, request, node, deltas).await
+}
+
+/// Tells the deltas of an answer, and answers the final.
+///
+/// # Errors
+/// Why there is no more of it.
+pub(super) async fn tell<W: Wire>(
+    mut answering: Answering<W>,
+    request: &Request,
+    node: &str,
+    deltas: &Deltas,
+) -> Result<String, Refusal> {
     let mut told = Told::default();
     let mut teller = request.min_ms.map(|min_ms| Teller::new(request, deltas, Duration::from_millis(min_ms)));
     loop {

@@ -5,9 +5,8 @@ use crate::bodies::listen::Listening;
 use crate::bodies::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::Service;
-use sparsed_engine::{Service, ToolCall};
 use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
+use sparsed_engine::{Service, ToolCall};
 
 /// Whose words an answer is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,7 +33,7 @@ impl Speaking {
     /// # Errors
     /// The engine's.
     pub(crate) async fn begin(service: &Service, kind: Kind, model: String, request: Request) -> Result<Self, Refusal> {
-        let listening = Listening::begin(service, "", [request]).await?;
+        let listening = Listening::begin(service, "", [request], 1).await?;
         Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })
     }
 
