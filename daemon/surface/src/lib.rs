@@ -9,6 +9,8 @@ mod accept;
 mod bodies;
 mod dbus;
 mod http;
+#[cfg(test)]
+mod latency;
 mod mqtt;
 mod refusal;
 mod tcp;
