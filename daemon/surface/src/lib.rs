@@ -45,7 +45,7 @@ pub async fn serve<S: Future<Output = ()>>(
     };
     let unfinished = async {
         tokio::select! {
-            () = bodies::responses::finish_all(&service, &runs) => {}
+            () = bodies::responses::finish_all(&service, &runs, options.background) => {}
             () = stop() => {}
         }
     };
