@@ -171,18 +171,12 @@ impl Sequence {
         hasher.extend(self.owner.number(), &self.tokens, &mut self.hashes);
     }
 
-    /// Whether all blocks that it has are full and computed.
-    pub(crate) fn is_at_block_end(&self) -> bool {
-        self.table.n_tokens() as usize == self.n_sealed * BLOCK_TOKENS as usize
-    }
-
     /// Takes what the pool has of the sequence's beginning behind the full blocks that are there.
     pub(crate) fn adopt_beginning(&mut self, pool: &mut Pool) {
         let before = self.table.n_tokens();
         let mut table = std::mem::take(&mut self.table);
         let all = table.adopt(self.beginning(), pool);
-        self.table = table;
-        self.n_sealed = self.table.blocks().len();
+        (self.n_sealed, self.table) = (table.blocks().len(), table);
         // Rows that it has had itself come back, or are computed again: they were not there.
         if self.n_had == 0 || self.n_cached.is_none() {
             self.n_cached = Some(self.n_cached.unwrap_or(0) + all - before);

@@ -6,6 +6,7 @@
 
 use super::Scheduler;
 use crate::sequence::Sequence;
+use sparsed_kv::{BLOCK_TOKENS, BlockHash};
 
 impl Scheduler {
     /// Gives those whose prompts are read the blocks that others have computed meanwhile.
@@ -32,11 +33,13 @@ pub(super) fn waits(running: &[Sequence], index: usize) -> bool {
 
 /// What the next block of the prompt would contain, where one could be taken from somebody else now. Blocks of sessions
 /// come from their files.
-fn next_hash(sequence: &Sequence) -> Option<&sparsed_kv::BlockHash> {
-    if sequence.n_pending() <= 1 || sequence.durable.is_some() || !sequence.is_at_block_end() {
+fn next_hash(sequence: &Sequence) -> Option<&BlockHash> {
+    let n_blocks = sequence.computed_blocks().len();
+    let is_at_block_end = sequence.table.n_tokens() as usize == n_blocks * BLOCK_TOKENS as usize;
+    if sequence.n_pending() <= 1 || sequence.durable.is_some() || !is_at_block_end {
         return None;
     }
-    sequence.beginning().get(sequence.computed_blocks().len())
+    sequence.beginning().get(n_blocks)
 }
 
 #[cfg(test)]
