@@ -4,7 +4,8 @@
     tests/bench/flood.py [--daemon FILE] [--model FILE] [--flooders N] [--rounds N] [--set key=value ...]
 
 A daemon of its own; the user 65534 asks for short answers, one after the other: alone, and while root keeps as many
-requests under way as it may. Prints medians and 95th percentiles of whole answers and of the time to their first byte.
+requests under way as it may. Prints medians and 95th percentiles of whole answers and of the time to their first byte,
+and how much both users had computed meanwhile.
 """
 import argparse
 import http.client
@@ -107,7 +108,10 @@ def main():
         for thread in threads:
             thread.start()
         time.sleep(5)
+        before, began = computed(path), time.monotonic()
         flooded = show("in the flood", measured(path, options.rounds))
+        speed = (computed(path) - before) / (time.monotonic() - began)
+        print(f"both together: {speed:.0f} tokens/s, of prompts and answers")
         over.set()
         counts = {status: statuses.count(status) for status in sorted(set(statuses))}
         print(f"ratio of medians {flooded / alone:.2f}; the flood had {counts}")
@@ -116,14 +120,23 @@ def main():
         daemon.wait()
 
 
+def get(path, what):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        connection.sendall(f"GET {what} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
 def health(path):
     try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(path)
-            connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-            return connection.recv(64)
+        return get(path, "/health")
     except OSError:
         return b""
+
+
+def computed(path):
+    """Tokens that went through the model so far."""
+    return json.loads(get(path, "/v1/status").split(b"\r\n\r\n", 1)[1])["models"][0]["computed_tokens"]
 
 
 if __name__ == "__main__":

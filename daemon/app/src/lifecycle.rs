@@ -138,6 +138,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
             most => most,
         },
         body_bytes_max: usize::try_from(config.limits.body.0)?,
+        background: config.sessions.background as usize,
         // Longer than running answers have, so that clients hear why theirs was cut off.
         stop_timeout: Duration::from_secs(config.limits.stop_s) + 2 * LAST_TASKS,
     };

@@ -191,6 +191,8 @@ pub enum Event {
     ToolCall {
         /// Counts the calls of the answer from 0.
         index: u32,
+        /// Names the call; what it results in is told by it. The same in the session's history.
+        id: String,
         /// The function; need not be one that was offered.
         name: String,
         /// A JSON object.

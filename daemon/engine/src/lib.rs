@@ -70,7 +70,7 @@ pub use sessions::{
 pub use sole::{CachedRows, SoleSequence};
 pub use tenants::{Admission, Tenants};
 
-pub use sparsed_model::{ChatMessage, ChatRequest, Role};
+pub use sparsed_model::{ChatMessage, ChatRequest, Role, ToolCall};
 
 /// The same cases on every run, and no files written.
 #[cfg(test)]

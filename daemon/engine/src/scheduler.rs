@@ -11,6 +11,7 @@
 //! Knows no device, no text and no clock: time is an argument.
 
 mod admission;
+mod alike;
 #[cfg(feature = "simulation")]
 mod audit;
 #[cfg(test)]
@@ -250,9 +251,10 @@ impl Scheduler {
     pub(crate) fn schedule(&mut self, batch: &mut Batch, now: Duration) -> bool {
         self.admit(now);
         self.hold_to_quota(now);
+        self.adopt_alike();
         (self.is_blocked, self.without_new_blocks) = (false, false);
         loop {
-            let blocks = self.plan();
+            let blocks = self.plan(now);
             if self.scheduled.is_empty() {
                 self.is_blocked = self.without_new_blocks;
                 return false;
@@ -348,15 +350,19 @@ impl Scheduler {
 
     /// Chooses who runs and with how many tokens; answers the new blocks that takes. Each owner has its share of the
     /// step; prompts of the owner that was served least are read first, the oldest of them.
-    fn plan(&mut self) -> u32 {
+    fn plan(&mut self, now: Duration) -> u32 {
         self.scheduled.clear();
         self.prefills.clear();
         let mut left = self.limits.max_batched_tokens;
-        let ready = self.running.iter().filter(|sequence| sequence.is_ready());
-        self.shares.divide(ready.map(|sequence| (sequence.owner(), sequence.n_pending())), left);
+        let running = &self.running;
+        let ready = || {
+            let ready = running.iter().enumerate().filter(|(_, sequence)| sequence.is_ready());
+            ready.filter(|&(index, _)| !alike::waits(running, index))
+        };
+        self.shares.divide(ready().map(|(_, sequence)| (sequence.owner(), sequence.n_pending())), left, now);
         let (without_new_blocks, queue) = (self.without_new_blocks, &self.queue);
         let fits = |sequence: &Sequence, n: u32| !without_new_blocks || sequence.table.blocks_needed(n) == 0;
-        for (index, sequence) in self.running.iter().enumerate().filter(|(_, sequence)| sequence.is_ready()) {
+        for (index, sequence) in ready() {
             match sequence.n_pending() {
                 1 if left.min(self.shares.left(sequence.owner())) > 0 && fits(sequence, 1) => {
                     left -= 1;

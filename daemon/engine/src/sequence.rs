@@ -104,8 +104,8 @@ impl Sequence {
             id,
             n_prompt: request.prompt.len(),
             resumed,
+            answer: Answer::new(request.reading, request.stops, (request.sampling.seed, request.prompt.len())),
             sampler: Sampler::new(request.sampling, request.grammar, &request.prompt),
-            answer: Answer::new(request.reading, request.stops),
             tokens: request.prompt,
             table: BlockTable::new(),
             owner: request.owner,
@@ -171,13 +171,16 @@ impl Sequence {
         hasher.extend(self.owner.number(), &self.tokens, &mut self.hashes);
     }
 
-    /// Takes what the pool has of the sequence's beginning.
+    /// Takes what the pool has of the sequence's beginning behind the full blocks that are there.
     pub(crate) fn adopt_beginning(&mut self, pool: &mut Pool) {
+        let before = self.table.n_tokens();
         let mut table = std::mem::take(&mut self.table);
-        let cached = table.adopt(self.beginning(), pool);
-        self.table = table;
-        self.n_sealed = self.table.blocks().len();
-        self.n_cached.get_or_insert(cached);
+        let all = table.adopt(self.beginning(), pool);
+        (self.n_sealed, self.table) = (table.blocks().len(), table);
+        // Rows that it has had itself come back, or are computed again: they were not there.
+        if self.n_had == 0 || self.n_cached.is_none() {
+            self.n_cached = Some(self.n_cached.unwrap_or(0) + all - before);
+        }
     }
 
     /// Tells the pool what the blocks contain that have become full; their rows are computed.

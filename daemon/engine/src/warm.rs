@@ -138,7 +138,8 @@ mod tests {
         bench.executor.disk.0.lock().unwrap().values_mut().next().unwrap().0 += 1000;
         bench.run();
         assert_eq!(listener.heard().0, naive(prompt(1, 330), 40));
-        assert!(bench.executor.computed > 330 + 200, "{}", bench.executor.computed);
+        // The block at least; those behind it that the pool has kept are as good as they were.
+        assert!(bench.executor.computed >= 330 + 39 + 64, "{}", bench.executor.computed);
     }
 
     #[test]

@@ -64,13 +64,14 @@ impl BlockTable {
         self.assert_shape();
     }
 
-    /// Takes the longest known beginning of a sequence from the pool, for a table without tokens. Answers its tokens.
+    /// Takes the longest known beginning of a sequence from the pool: for a table whose blocks are all full, what comes
+    /// behind them. Answers its tokens.
     ///
     /// # Panics
-    /// When the table has tokens.
+    /// When the table's last block is not full.
     pub fn adopt(&mut self, hashes: &[BlockHash], pool: &mut Pool) -> u32 {
-        assert!(self.n_tokens == 0, "a table with tokens cannot adopt a beginning");
-        self.blocks.extend(hashes.iter().map_while(|&hash| pool.share(hash)));
+        assert!(self.n_tokens.is_multiple_of(BLOCK_TOKENS), "a beginning is adopted in whole blocks");
+        self.blocks.extend(hashes.iter().skip(self.blocks.len()).map_while(|&hash| pool.share(hash)));
         self.n_tokens = self.n_blocks() * BLOCK_TOKENS;
         self.assert_shape();
         self.n_tokens

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 
-/// Most bytes of a request's head; also the read buffer.
+/// Most bytes of a request's head; also the read buffer, which hyper fills up to twice that where more comes at once.
 const HEAD_BYTES_MAX: usize = 32 << 10;
 /// Most header lines of a request.
 const HEADERS_MAX: usize = 100;
@@ -28,6 +28,8 @@ pub struct ServeOptions {
     pub connections_per_user: u32,
     /// Most bytes of a request's body.
     pub body_bytes_max: usize,
+    /// Answers in the background that go on by themselves, at a time; 0: none does.
+    pub background: usize,
     /// How long running answers may go on after `stop`.
     pub stop_timeout: Duration,
 }

@@ -9,6 +9,8 @@ mod accept;
 mod bodies;
 mod dbus;
 mod http;
+#[cfg(test)]
+mod latency;
 mod mqtt;
 mod refusal;
 mod tcp;
@@ -43,7 +45,7 @@ pub async fn serve<S: Future<Output = ()>>(
     };
     let unfinished = async {
         tokio::select! {
-            () = bodies::responses::finish_all(&service, &runs) => {}
+            () = bodies::responses::finish_all(&service, &runs, options.background) => {}
             () = stop() => {}
         }
     };

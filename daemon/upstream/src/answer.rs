@@ -8,6 +8,8 @@ use sparsed_engine::api::{Event, FinishReason, Usage};
 
 /// Most functions that an answer may call.
 const CALLS_MAX: usize = 128;
+/// Longest name of a call that is kept.
+const CALL_ID_BYTES_MAX: usize = 128;
 
 /// An answer, as far as it has come.
 #[derive(Debug)]
@@ -29,6 +31,8 @@ pub(crate) struct Answer {
 struct Call {
     /// What the other engine numbers it with.
     number: u64,
+    /// Its own name of the call, by which it knows the result; empty where it gives none.
+    id: String,
     name: String,
     arguments: String,
 }
@@ -64,6 +68,7 @@ struct Delta {
 #[derive(Deserialize)]
 struct CallPiece {
     index: Option<u64>,
+    id: Option<String>,
     function: Option<FunctionPiece>,
 }
 
@@ -173,7 +178,10 @@ impl Answer {
             self.calls.push(Call { number, ..Call::default() });
         }
         if let Some(call) = self.calls.last_mut() {
-            // Some engines repeat it with each piece.
+            // Some engines repeat these with each piece.
+            if call.id.is_empty() {
+                call.id = piece.id.unwrap_or_default();
+            }
             if call.name.is_empty() {
                 call.name = function.name.unwrap_or_default();
             }
@@ -193,7 +201,9 @@ impl Answer {
                 let name = clean(&name, None);
                 return Err(Trouble::Failed(format!("it called '{name}' with arguments that are no JSON object")));
             }
-            tell(Event::ToolCall { index, name, arguments });
+            let id = Some(std::mem::take(&mut call.id)).filter(|id| is_id(id));
+            let id = id.unwrap_or_else(|| format!("call_{:016x}", fastrand::u64(..)));
+            tell(Event::ToolCall { index, id, name, arguments });
         }
         self.n_told = self.calls.len();
         Ok(())
@@ -215,6 +225,11 @@ impl Answer {
         self.reason = Some(if called { FinishReason::ToolCalls } else { reason });
         Ok(())
     }
+}
+
+/// Whether it names a call, or is nothing to be sent on.
+fn is_id(id: &str) -> bool {
+    !id.is_empty() && id.len() <= CALL_ID_BYTES_MAX && id.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 impl Counts {
@@ -271,16 +286,32 @@ mod tests {
     }
 
     #[test]
+    fn a_call_keeps_the_name_that_the_other_engine_gave_it_and_has_one_in_any_case() {
+        let long = "x".repeat(CALL_ID_BYTES_MAX + 1);
+        for (id, kept) in [("chatcmpl-tool-7", true), ("", false), ("a\u{7}b", false), (&long, false)] {
+            let piece = serde_json::json!({ "index": 0, "id": id, "function": { "name": "f", "arguments": "{}" } });
+            let choice = serde_json::json!({ "delta": { "tool_calls": [piece] }, "finish_reason": "tool_calls" });
+            let (events, _) = heard(&[&serde_json::json!({ "choices": [choice] }).to_string()]);
+            let [Event::ToolCall { id: told, .. }] = &events[..] else { panic!("{events:?}") };
+            assert_eq!(told == id, kept, "{id:?} became {told:?}");
+            assert!(is_id(told), "{told:?}");
+        }
+    }
+
+    #[test]
     fn calls_are_told_when_they_are_whole() {
         let piece = |number: u32, function: &str| {
             format!(
                 r#"{{"choices": [{{"delta": {{"tool_calls": [{{"index": {number}, "function": {function}}}]}}}}]}}"#
             )
         };
-        let call = |index, name: &str, arguments: &str| Event::ToolCall {
-            index,
-            name: name.to_owned(),
-            arguments: arguments.to_owned(),
+        let call = |index, name: &str, arguments: &str| (index, name.to_owned(), arguments.to_owned());
+        let calls = |events: &[Event]| {
+            let told = |event: &Event| match event {
+                Event::ToolCall { index, name, arguments, .. } => (*index, name.clone(), arguments.clone()),
+                other => panic!("{other:?}"),
+            };
+            events.iter().map(told).collect::<Vec<_>>()
         };
         let chunks = [
             piece(0, r#"{"name": "f", "arguments": ""}"#),
@@ -294,9 +325,9 @@ mod tests {
             heard(&chunks.iter().chain([&finish]).map(String::as_str).collect::<Vec<_>>())
         };
         let (events, end) = all("stop");
-        assert_eq!(events, [call(0, "f", r#"{"a": 1}"#), call(1, "g", "{}")]);
+        assert_eq!(calls(&events), [call(0, "f", r#"{"a": 1}"#), call(1, "g", "{}")]);
         assert_eq!(end.unwrap().0, FinishReason::ToolCalls);
-        assert_eq!(all("length").0, [call(0, "f", r#"{"a": 1}"#)], "the last one was cut");
+        assert_eq!(calls(&all("length").0), [call(0, "f", r#"{"a": 1}"#)], "the last one was cut");
         let broken = [piece(0, r#"{"name": "f", "arguments": "[1]"}"#), finish("tool_calls")];
         let (_, end) = heard(&broken.each_ref().map(String::as_str));
         assert!(matches!(end, Err(Trouble::Failed(said)) if said.contains("'f'")));

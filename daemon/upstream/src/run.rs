@@ -9,7 +9,7 @@ use crate::line::Place;
 use crate::request::Body;
 use crate::trouble::Trouble;
 use bytes::Bytes;
-use sparsed_engine::api::{Event, Failure, Finished, Relay, Timings};
+use sparsed_engine::api::{Calling, Event, Failure, FinishReason, Finished, Relay, RelayPrompt, Timings};
 use std::future::Future;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -146,7 +146,16 @@ impl Run<'_> {
             }
         }
         let (reason, usage) = answer.end()?;
+        if reason == FinishReason::Stop && self.must_call() {
+            // Some engines do not heed it, where the model's template knows no functions.
+            return Err(Trouble::Failed("it called no function, which it was told to".to_owned()).into());
+        }
         Ok(Finished { reason, usage, timings: self.timings(last) })
+    }
+
+    /// Whether the answer is nothing without a call.
+    fn must_call(&self) -> bool {
+        matches!(&self.relay.prompt, RelayPrompt::Chat { calling, .. } if *calling != Calling::Free)
     }
 
     /// As this end has measured them.

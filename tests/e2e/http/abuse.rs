@@ -256,6 +256,74 @@ fn a_prompt_of_eight_mebibytes_stalls_nobody_elses_stream() {
     assert!(longest < Duration::from_secs(2).max(took / 2), "silent for {longest:?}, the prompt took {took:?}");
 }
 
+/// What reaches no handler is answered by hyper: it has a status and no body.
+#[test]
+fn a_head_that_is_no_head_is_answered_with_a_status_and_the_end_of_the_connection() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let answer = |head: &str| {
+        let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+        // It may be refused before all of it is there.
+        let _refused = stream.write_all(head.as_bytes()).is_err();
+        let answer = read_answer(stream).unwrap();
+        assert!(answer.head.to_ascii_lowercase().contains("content-length: 0"), "{}", answer.head);
+        assert_eq!(answer.body, "");
+        answer.status
+    };
+    let line = "GET /health HTTP/1.1\r\n";
+    let cases = [
+        (format!("{line}{}\r\n", "x: y\r\n".repeat(101)), 431),
+        (format!("{line}x: {}\r\n\r\n", "y".repeat(70 << 10)), 431),
+        (format!("GET /{} HTTP/1.1\r\n\r\n", "y".repeat(70 << 10)), 431),
+        ("GET /health\r\n\r\n".to_owned(), 400),
+        ("\u{1} / HTTP/1.1\r\n\r\n".to_owned(), 400),
+        (format!("{line}no colon\r\n\r\n"), 400),
+        (format!("{line}content-length: many\r\n\r\n"), 400),
+    ];
+    for (head, status) in cases {
+        assert_eq!(answer(&head), status, "{}", &head[..head.len().min(60)]);
+    }
+    assert_eq!(daemon.get("/health").status, 200);
+}
+
+/// KiB of the daemon's memory that are no file's.
+fn rss(daemon: &Daemon) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim();
+    ["RssAnon:", "RssShmem:"].iter().map(|name| field(name).trim_end_matches(" kB").parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn three_hundred_clients_that_do_not_read_take_what_is_between_and_nothing_more() {
+    let dir = tempfile::tempdir().unwrap();
+    let sets = [
+        "limits.max_running=310",
+        "limits.per_user_running=310",
+        "limits.max_waiting=400",
+        "limits.slow_consumer_s=600",
+    ];
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[&sets[..], &["model.default.max_context=2048"]].concat());
+    let endless = json!({ "prompt": "x", "max_tokens": 2000, "ignore_eos": true, "stream": true });
+    let held: Vec<UnixStream> = (0..300).map(|_| daemon.open("/v1/completions", &endless)).collect();
+    let mut seen = Vec::new();
+    daemon.wait_until("all paused", || {
+        let status = daemon.status();
+        seen.push((status["running"].clone(), status["sampled_tokens"].clone()));
+        seen.len() > 100 && seen[seen.len() - 100..].iter().all(|one| *one == seen[seen.len() - 1])
+    });
+    assert_eq!(seen.last().unwrap().0, 300, "none of them was answered to its end");
+    let before = rss(&daemon);
+    let chat = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 8 });
+    for _ in 0..10 {
+        assert_eq!(daemon.post("/v1/chat/completions", &chat).status, 200);
+    }
+    let grown = rss(&daemon).saturating_sub(before);
+    println!("300 readers that do not read: {} tokens, RSS {before} KiB, {grown} KiB more", seen.last().unwrap().1);
+    assert!(grown < 4096, "{grown} KiB more than {before}");
+    drop(held);
+    daemon.wait_until("free", || daemon.status()["running"] == 0 && daemon.status()["kv_blocks_used"] == 0);
+}
+
 /// One owner's flood is bounded: what does not fit is told to come again, and who has waited is served.
 #[test]
 fn a_flood_is_told_to_come_again_and_what_was_taken_is_answered() {

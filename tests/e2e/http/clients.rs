@@ -49,6 +49,15 @@ fn openais_client_for_node_is_served() {
 }
 
 #[test]
+fn llama_cpps_assertions_hold_where_the_table_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &["model.default.max_context=512"]);
+    let table = sparsed_tests::root().join("packaging/compatibility.md");
+    let said = run("llama_cpp_table.py", &daemon.socket(), &[table.to_str().unwrap()], &daemon);
+    assert!(said.ends_with("by other tests: ok"), "{said}");
+}
+
+#[test]
 fn langchain_is_served() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);

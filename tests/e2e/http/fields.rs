@@ -88,6 +88,109 @@ fn several_answers_to_one_prompt_are_those_of_seeds_in_a_row() {
 }
 
 #[test]
+fn each_prompt_of_a_list_is_answered_as_if_it_were_alone() {
+    let daemon = Daemon::start(&tiny(), &[]);
+    let prompts = [vec![1u32, 2, 3], vec![4, 5, 6, 7, 8], vec![1, 2, 3]];
+    let request = |prompt: Value, n: u32| json!({ "prompt": prompt, "max_tokens": 7, "seed": 50, "n": n });
+    let answer = daemon.post("/v1/completions", &request(json!(prompts), 2)).json();
+    let tokens = |answer: &Value| -> Vec<Value> {
+        answer["choices"].as_array().unwrap().iter().map(|choice| choice["tokens"].clone()).collect()
+    };
+    let indices: Vec<_> = answer["choices"].as_array().unwrap().iter().map(|choice| choice["index"].clone()).collect();
+    assert_eq!(indices, [0, 1, 2, 3, 4, 5].map(|index| json!(index)), "the answers to a prompt come together");
+    for (prompt, choices) in prompts.iter().zip(tokens(&answer).chunks(2)) {
+        assert_eq!(tokens(&daemon.post("/v1/completions", &request(json!(prompt), 2)).json()), choices);
+    }
+    let usage = |answer: &Value| ["prompt_tokens", "completion_tokens"].map(|name| answer["usage"][name].clone());
+    assert_eq!(usage(&answer), [json!(3 + 5 + 3), json!(6 * 7)]);
+    // In pieces, each with the number of its answer.
+    let mut streamed = request(json!(prompts), 2);
+    (streamed["stream"], streamed["stream_options"]) = (json!(true), json!({ "include_usage": true }));
+    let pieces = events(&daemon.post("/v1/completions", &streamed).body);
+    let mut gathered = vec![Vec::new(); 6];
+    for choice in pieces.iter().filter_map(|piece| piece["choices"].get(0)) {
+        let index = usize::try_from(choice["index"].as_u64().unwrap()).unwrap();
+        gathered[index].extend(choice["tokens"].as_array().unwrap().clone());
+    }
+    assert_eq!(gathered.into_iter().map(Value::Array).collect::<Vec<_>>(), tokens(&answer));
+    assert_eq!(usage(pieces.last().unwrap()), usage(&answer));
+    // Without a seed, what is asked twice is drawn twice.
+    let drawn = json!({ "prompt": vec![[1, 2, 3]; 4], "max_tokens": 30, "temperature": 2.0 });
+    let drawn = tokens(&daemon.post("/v1/completions", &drawn).json());
+    assert!(drawn.iter().any(|other| *other != drawn[0]), "{drawn:?}");
+    for wrong in [json!([]), json!(vec![[1]; 33]), json!([[1], []]), json!([[1], "x"])] {
+        assert_eq!(param(&daemon.post("/v1/completions", &request(wrong, 1))), "prompt");
+    }
+}
+
+#[test]
+fn texts_of_a_list_are_echoed_before_their_own_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let request = json!({ "prompt": ["ab", "xyz"], "n": 2, "max_tokens": 3, "echo": true, "ignore_eos": true });
+    let choices = daemon.post("/v1/completions", &request).json()["choices"].clone();
+    for (index, prompt) in ["ab", "ab", "xyz", "xyz"].into_iter().enumerate() {
+        assert!(choices[index]["text"].as_str().unwrap().starts_with(prompt), "{choices}");
+    }
+}
+
+#[test]
+fn several_answers_read_their_prompt_once() {
+    let daemon = Daemon::start(&tiny(), &[]);
+    let prompt: Vec<u32> = (0..200).map(|i| i * 7 % 131).collect();
+    let request = json!({ "prompt": prompt, "max_tokens": 2, "n": 4, "ignore_eos": true });
+    let computed = |daemon: &Daemon| daemon.status()["computed_tokens"].as_u64().unwrap();
+    let before = computed(&daemon);
+    assert_eq!(daemon.post("/v1/completions", &request).status, 200);
+    // Three blocks of 64 are read once, the 8 tokens behind them by each; the last token of an answer is not computed.
+    assert_eq!(computed(&daemon) - before, 3 * 64 + 4 * (8 + 1));
+}
+
+#[test]
+fn a_session_is_not_answered_by_another_model_than_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let id = daemon.post("/v1/sessions", &json!({})).json()["id"].clone();
+    let turn = |model: Value| {
+        let messages = json!([{ "role": "user", "content": "x" }]);
+        daemon.post(
+            "/v1/chat/completions",
+            &json!({ "session_id": id, "model": model, "messages": messages, "max_tokens": 2 }),
+        )
+    };
+    assert_eq!(param(&turn(json!("other"))), "model");
+    assert_eq!((turn(json!("default")).status, turn(Value::Null).status), (200, 200));
+    let first = daemon.post("/v1/responses", &json!({ "input": "x", "store": true, "max_output_tokens": 2 })).json();
+    let next = json!({ "input": "y", "previous_response_id": first["id"], "model": "other", "max_output_tokens": 2 });
+    assert_eq!(param(&daemon.post("/v1/responses", &next)), "model");
+}
+
+#[test]
+fn a_call_has_the_same_name_wherever_it_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=2048"]);
+    let id = daemon.post("/v1/sessions", &json!({})).json()["id"].clone();
+    let tool = json!({ "type": "function", "function": { "name": "on", "parameters": {
+        "type": "object", "required": ["on"], "additionalProperties": false, "properties": { "on": { "type": "boolean" } },
+    } } });
+    let body = json!({
+        "session_id": id, "messages": [{ "role": "user", "content": "light" }], "tools": [tool], "tool_choice": "required",
+        "stream": true,
+    });
+    let pieces = events(&daemon.post("/v1/chat/completions", &body).body);
+    let mut told = pieces.iter().filter_map(|piece| piece["choices"][0]["delta"]["tool_calls"][0]["id"].as_str());
+    let told = told.next().expect("a call was enforced");
+    let session = daemon.get(&format!("/v1/sessions/{}", id.as_str().unwrap())).json();
+    let kept = session["messages"].as_array().unwrap().last().unwrap()["tool_calls"][0]["id"].clone();
+    assert_eq!(kept, told, "{session}");
+    // So the result is told by the name that the client knows.
+    let mut result = body;
+    result["messages"] = json!([{ "role": "tool", "tool_call_id": told, "content": "done" }]);
+    (result["tool_choice"], result["max_tokens"]) = (json!("none"), json!(2));
+    assert_eq!(daemon.post("/v1/chat/completions", &result).status, 200);
+}
+
+#[test]
 fn a_client_of_four_answers_that_goes_away_frees_all_of_them() {
     let daemon = Daemon::start(&tiny(), &[]);
     let request = json!({ "prompt": [1, 2, 3], "n": 4, "max_tokens": 1_000_000, "ignore_eos": true, "stream": true });

@@ -214,15 +214,26 @@ fn an_answer_is_asked_for_again_before_its_first_token_and_never_after() {
     }
     let seen = engine.seen("good");
     assert_eq!(seen["authorization"], format!("Bearer {KEY}"));
+}
+
+#[test]
+fn a_call_keeps_its_name_and_one_that_must_be_made_is_missed() {
+    let (engine, dir) = (Engine::start(None), tempfile::tempdir().unwrap());
+    let daemon = relaying(&engine, dir.path(), &["good", "talks"], &[]);
     let tool = json!({ "type": "function", "function": { "name": "light", "parameters": {} } });
     let body = with(with(chat("good"), "tools", json!([tool])), "tool_choice", json!("required"));
     let choice = daemon.post("/v1/chat/completions", &body).json()["choices"][0].clone();
+    assert_eq!(choice["message"]["tool_calls"][0]["id"], "c", "the engine knows its call by that");
     let function = &choice["message"]["tool_calls"][0]["function"];
     assert_eq!((&function["name"], &function["arguments"]), (&json!("light"), &json!(r#"{"on": true}"#)));
     assert_eq!(
         (&choice["finish_reason"], &engine.seen("good")["body"]["tool_choice"]),
         (&json!("tool_calls"), &json!("required"))
     );
+    // Some engines do not heed it.
+    let body = with(with(chat("talks"), "tools", body["tools"].clone()), "tool_choice", json!("required"));
+    let answer = daemon.post("/v1/chat/completions", &body);
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (502, &json!("upstream_failed")), "{}", answer.body);
 }
 
 #[test]

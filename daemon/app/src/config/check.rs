@@ -89,6 +89,7 @@ pub(super) const KEYS: &[&str] = &[
     "plugins.step_window_ms",
     "plugins.strike_window_ms",
     "plugins.strikes",
+    "sessions.background",
     "sessions.context_full",
     "sessions.durability",
     "sessions.enabled",

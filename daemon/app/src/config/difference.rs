@@ -95,7 +95,8 @@ impl Config {
         (held.deadline_s, held.keep_s, held.inbox) = (mqtt.deadline_s, mqtt.keep_s, mqtt.inbox);
         (held.pending, held.per_client, held.running) = (mqtt.pending, mqtt.per_client, mqtt.running);
         held.reply_topics = mqtt.reply_topics;
-        config.sessions = super::Sessions { enabled: config.sessions.enabled, ..sessions };
+        let (enabled, background) = (config.sessions.enabled, config.sessions.background);
+        config.sessions = super::Sessions { enabled, background, ..sessions };
         config.tcp.keys = tcp.keys;
         config
     }

@@ -23,6 +23,9 @@ pub struct Sessions {
     pub kv: Bytes,
     /// Days after its last use that an unpinned session is deleted; 0: never.
     pub retention_days: u64,
+    /// Answers in the background that the daemon's end has cut and that go on by themselves, so many at a time; 0: each
+    /// when it is asked for.
+    pub background: u32,
 }
 
 /// When is what was said on the disk for good?
@@ -61,6 +64,7 @@ impl Default for Sessions {
             kv_per_user: Bytes(limits.kv_bytes_per_owner),
             kv: Bytes(limits.kv_bytes),
             retention_days: 0,
+            background: 4,
         }
     }
 }

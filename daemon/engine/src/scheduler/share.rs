@@ -6,8 +6,11 @@
 //! fewest; what fits into that is divided among them, and what an owner has beyond its part waits, oldest first. Where
 //! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A
 //! token of a small step costs more than one of a large step, so what shared steps take corrects how much fits into
-//! them: down at once in proportion, up by an eighth. At the least each owner has as many tokens as the one with the
-//! fewest.
+//! them: down at once in proportion, up by an eighth. Who has the fewest gets all of them, if a step has room for as
+//! many of each owner.
+//!
+//! Who comes while a step runs waits for its end, and no division helps then. So an owner that is alone, but was not
+//! lately, has short steps: the other one may come again at any time.
 
 use super::pace::towards;
 use crate::api::Owner;
@@ -17,6 +20,12 @@ use std::time::Duration;
 const FEW_TOKENS: u32 = 8;
 /// A step of at least so many tokens tells what a token costs.
 const MANY_TOKENS: u32 = 32;
+/// What a shared step aims at, of the time that is bearable: what varies from step to step stays below it then.
+const AIM: f64 = 0.9;
+/// How long an owner that was not alone has short steps.
+const COMPANY: Duration = Duration::from_secs(60);
+/// A short step takes so many times as long as one with a single token.
+const SHORT_STEPS: f64 = 4.0;
 /// Least of [`Shares::fitting`], from which it comes back in some thirty steps.
 const FITTING_MIN: f64 = 1.0 / 32.0;
 
@@ -29,15 +38,17 @@ pub(super) struct Shares {
     token_s: f64,
     /// Of the tokens that fit into a shared step beyond equal numbers, the part that has turned out to fit.
     fitting: f64,
-    /// How long the step that was divided last may take; `None`: nobody shares it.
-    bearable: Option<f64>,
+    /// How long the step that was divided last is to take, and of how many tokens; `None`: as long as it likes.
+    aim: Option<(f64, u32)>,
+    /// When several owners could use a step, last.
+    shared_at: Option<Duration>,
     /// Owners that could use the next step, and the tokens they may still have in it.
     owners: Vec<(Owner, u32)>,
 }
 
 impl Default for Shares {
     fn default() -> Self {
-        Self { step_s: 0.0, token_s: 0.0, fitting: 1.0, bearable: None, owners: Vec::new() }
+        Self { step_s: 0.0, token_s: 0.0, fitting: 1.0, aim: None, shared_at: None, owners: Vec::new() }
     }
 }
 
@@ -45,10 +56,12 @@ impl Shares {
     /// A step of `n_tokens` took so long.
     pub(super) fn took(&mut self, time: Duration, n_tokens: u32) {
         let (seconds, n) = (time.as_secs_f64(), f64::from(n_tokens));
-        if let Some(bearable) = self.bearable.take() {
-            // Not below half at once: one late step says little.
-            let change = (bearable / seconds.max(f64::MIN_POSITIVE)).clamp(0.5, 1.125);
-            self.fitting = (self.fitting * change).clamp(FITTING_MIN, 1.0);
+        if let Some((aim, most)) = self.aim.take() {
+            // Not below half at once: one late step says little. Nor does a fast one with fewer tokens.
+            let change = (aim / seconds.max(f64::MIN_POSITIVE)).clamp(0.5, 1.125);
+            if change < 1.0 || n_tokens >= most {
+                self.fitting = (self.fitting * change).clamp(FITTING_MIN, 1.0);
+            }
             return;
         }
         if n_tokens >= MANY_TOKENS {
@@ -58,8 +71,8 @@ impl Shares {
         }
     }
 
-    /// Divides a step of at most `most` tokens among the owners of sequences that could use so many each.
-    pub(super) fn divide(&mut self, wanted: impl Iterator<Item = (Owner, u32)>, most: u32) {
+    /// Divides a step of at most `most` tokens at `now` among the owners of sequences that could use so many each.
+    pub(super) fn divide(&mut self, wanted: impl Iterator<Item = (Owner, u32)>, most: u32, now: Duration) {
         self.owners.clear();
         for (owner, n) in wanted {
             match self.owners.iter_mut().find(|(known, _)| *known == owner) {
@@ -68,30 +81,37 @@ impl Shares {
             }
         }
         self.owners.sort_unstable_by_key(|&(_, wanted)| wanted);
-        let mut left = self.step_tokens(most);
+        if self.owners.len() > 1 {
+            self.shared_at = Some(now);
+        }
+        let mut left = self.step_tokens(most, now);
+        let mut least = if self.owners.len() > 1 { most / super::count(self.owners.len()) } else { 0 };
         for at in 0..self.owners.len() {
             let owners_left = super::count(self.owners.len() - at);
             let wanted = &mut self.owners[at].1;
-            *wanted = (*wanted).min(left.div_ceil(owners_left));
-            left -= *wanted;
+            *wanted = (*wanted).min(left.div_ceil(owners_left).max(least));
+            left = left.saturating_sub(*wanted);
+            least = 0;
         }
     }
 
-    /// Tokens of a step that all owners bear; those are sorted by what they want.
-    fn step_tokens(&mut self, most: u32) -> u32 {
-        self.bearable = None;
+    /// Tokens of a step that all owners bear, and who may come; those are sorted by what they want.
+    fn step_tokens(&mut self, most: u32, now: Duration) -> u32 {
+        self.aim = None;
         let n_owners = super::count(self.owners.len());
-        let &[(_, fewest), _, ..] = self.owners.as_slice() else { return most };
         if self.step_s <= 0.0 || self.token_s <= 0.0 {
             return most;
         }
-        let ratio = self.step_s / self.token_s;
-        let (k, fewest) = (f64::from(n_owners), f64::from(fewest));
-        self.bearable = Some(k * (self.step_s + self.token_s * fewest));
-        let bearable = k * fewest + (k - 1.0) * ratio * self.fitting;
+        let (factor, fewest) = match self.owners.as_slice() {
+            &[(_, fewest), _, ..] => (AIM * f64::from(n_owners), f64::from(fewest)),
+            _ if self.shared_at.is_some_and(|at| now.saturating_sub(at) < COMPANY) => (SHORT_STEPS, 1.0),
+            _ => return most,
+        };
+        let fitting = factor * fewest + (factor - 1.0) * self.step_s / self.token_s * self.fitting;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
-        let bearable = bearable as u32;
-        bearable.clamp(n_owners, most.max(n_owners))
+        let fitting = (fitting as u32).clamp(n_owners, most.max(n_owners));
+        self.aim = Some((factor * (self.step_s + self.token_s * fewest), fitting));
+        fitting
     }
 
     /// Tokens that `owner` may still have in the step.
@@ -114,7 +134,11 @@ mod tests {
     const MOST: u32 = 256;
 
     fn divided(shares: &mut Shares, wanted: &[(u32, u32)]) -> Vec<u32> {
-        shares.divide(wanted.iter().map(|&(uid, n)| (Owner::Uid(uid), n)), MOST);
+        divided_at(shares, wanted, Duration::ZERO)
+    }
+
+    fn divided_at(shares: &mut Shares, wanted: &[(u32, u32)], now: Duration) -> Vec<u32> {
+        shares.divide(wanted.iter().map(|&(uid, n)| (Owner::Uid(uid), n)), MOST, now);
         let mut uids: Vec<u32> = wanted.iter().map(|&(uid, _)| uid).collect();
         uids.dedup();
         uids.into_iter().map(|uid| shares.left(Owner::Uid(uid))).collect()
@@ -137,12 +161,27 @@ mod tests {
 
     #[test]
     fn a_step_takes_no_longer_than_an_owners_own_would_as_often_as_there_are_owners() {
-        // 2 * (2 + 1) ms: four tokens.
-        assert_eq!(divided(&mut measured(), &[(1, 1), (1, 1), (1, 100), (2, 1)]), [3, 1]);
-        // 2 * (2 + 12) ms: 26 tokens.
-        assert_eq!(divided(&mut measured(), &[(1, 12), (2, 200)]), [12, 14]);
-        // 3 * (2 + 1) ms: seven tokens.
-        assert_eq!(divided(&mut measured(), &[(1, 50), (2, 1), (3, 50)]), [3, 1, 3]);
+        // 0.9 * 2 * (2 + 1) ms: three tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 1), (1, 1), (1, 100), (2, 1)]), [2, 1]);
+        // 0.9 * 2 * (2 + 12) ms: 23 tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 12), (2, 200)]), [12, 11]);
+        // 0.9 * 2 * (2 + 60) ms: 109 tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 60), (2, 200)]), [60, 49]);
+        // 0.9 * 3 * (2 + 1) ms: six tokens.
+        assert_eq!(divided(&mut measured(), &[(1, 50), (2, 1), (3, 50)]), [3, 1, 2]);
+    }
+
+    #[test]
+    fn who_was_not_alone_lately_has_short_steps_for_a_while() {
+        let (mut shares, alone) = (measured(), [(1, 1), (1, 300)]);
+        divided(&mut shares, &[(1, 100), (2, 1)]);
+        // 4 * (2 + 1) ms: ten tokens.
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [10]);
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY), [MOST]);
+        // A step with fewer tokens than it may have tells nothing of how many fit.
+        divided_at(&mut shares, &[(1, 2)], COMPANY / 2);
+        shares.took(Duration::from_millis(4), 2);
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [10]);
     }
 
     #[test]
@@ -167,14 +206,14 @@ mod tests {
             sizes.push(divided(&mut shares, &[(1, 100), (2, 1)]).iter().sum::<u32>());
             shares.took(Duration::from_millis(ms), 4);
         }
-        assert_eq!((sizes[0], sizes[4], sizes[34]), (4, 2, 4), "{sizes:?}");
+        assert_eq!((sizes[0], sizes[4], sizes[34]), (3, 2, 3), "{sizes:?}");
     }
 
     #[test]
     fn what_is_spent_is_not_left() {
         let mut shares = measured();
         divided(&mut shares, &[(1, 100), (2, 1)]);
-        shares.spend(Owner::Uid(1), 2);
+        shares.spend(Owner::Uid(1), 1);
         assert_eq!((shares.left(Owner::Uid(1)), shares.left(Owner::Uid(9))), (1, 0));
     }
 }

@@ -48,7 +48,7 @@ impl Listener {
         match &event {
             Event::Delta { text, .. } => self.parts.content(text),
             Event::Reasoning { text } => self.parts.reasoning(text),
-            Event::ToolCall { index, name, arguments } => self.parts.call(*index, name, arguments),
+            Event::ToolCall { id, name, arguments, .. } => self.parts.call(id, name, arguments),
             Event::Finished(_) => self.end = Some(End::Finished),
             // The next daemon goes on with it.
             Event::Failed(Failure::ShuttingDown) => self.end = Some(End::Cut),

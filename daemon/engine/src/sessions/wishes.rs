@@ -90,10 +90,10 @@ impl AnswerParts {
         self.reasoning += text;
     }
 
-    /// A call; templates that show an id see its number.
-    pub(super) fn call(&mut self, index: u32, name: &str, arguments: &str) {
-        let id = format!("call_{index}");
-        self.calls.push(ToolCall { id, name: name.to_owned(), arguments: arguments.to_owned() });
+    /// A call, as its client heard of it.
+    pub(super) fn call(&mut self, id: &str, name: &str, arguments: &str) {
+        let [id, name, arguments] = [id, name, arguments].map(str::to_owned);
+        self.calls.push(ToolCall { id, name, arguments });
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {

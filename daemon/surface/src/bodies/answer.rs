@@ -4,8 +4,8 @@ use super::listen::Listening;
 use super::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::Service;
 use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
+use sparsed_engine::{Service, ToolCall};
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -17,10 +17,10 @@ pub(crate) trait Wire: Send + 'static {
     const OBJECT: &'static str;
     /// `object` of a piece.
     const CHUNK_OBJECT: &'static str;
-    /// The choice of a whole answer.
-    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value;
-    /// The piece before any text, if the kind has one.
-    fn opening(&self) -> Option<Value>;
+    /// The choice of a whole answer, which is the `index`th.
+    fn choice(&self, index: usize, answer: &Answer, finish_reason: &str) -> Value;
+    /// The piece before any text of the `index`th answer, if the kind has one.
+    fn opening(&self, index: usize) -> Option<Value>;
     /// The choice of a piece, if the event is one for this kind.
     fn piece(&self, event: &Event) -> Option<Value>;
     /// The choice of the last piece.
@@ -36,8 +36,8 @@ pub(crate) struct Answer {
     pub(crate) text: String,
     /// What the model thought before.
     pub(crate) reasoning: String,
-    /// Name and arguments of each function called.
-    pub(crate) calls: Vec<(String, String)>,
+    /// The functions called.
+    pub(crate) calls: Vec<ToolCall>,
     /// The tokens, where the engine gives them out.
     pub(crate) tokens: Vec<u32>,
     /// How likely the tokens were, where that was asked for.
@@ -58,8 +58,10 @@ pub(crate) struct Reply {
 pub(crate) struct Asked<W> {
     /// For the engine.
     pub(crate) request: Request,
-    /// Where several answers are wanted, the requests for the others.
+    /// Where several answers are wanted, the requests for the others: all to the first prompt, then all to the next.
     pub(crate) siblings: Vec<Request>,
+    /// Answers to each prompt.
+    pub(crate) per_prompt: usize,
     /// What the client wants back.
     pub(crate) reply: Reply,
     /// How the answer is written.
@@ -82,6 +84,8 @@ pub(crate) struct Answering<W> {
     include_usage: bool,
     listening: Listening,
     choices: Vec<Choice>,
+    /// Answers to each prompt.
+    per_prompt: usize,
     /// Written, not taken yet.
     ready: VecDeque<Piece>,
     has_ended: bool,
@@ -112,8 +116,8 @@ impl<W: Wire> Answering<W> {
     pub(crate) fn of(wire: W) -> (Self, tokio::sync::mpsc::Sender<(usize, Event)>) {
         let (listening, engine) = Listening::of();
         let (head, choices) = (Head::new::<W>("test".to_owned()), vec![Choice::default()]);
-        let (include_usage, ready) = (false, VecDeque::new());
-        (Self { head, wire, include_usage, listening, choices, ready, has_ended: false }, engine)
+        let (include_usage, per_prompt, ready) = (false, 1, VecDeque::new());
+        (Self { head, wire, include_usage, listening, choices, per_prompt, ready, has_ended: false }, engine)
     }
 }
 
@@ -123,12 +127,13 @@ impl<W: Wire> Answering<W> {
     /// # Errors
     /// The engine's, and that there is no room in its queue.
     pub(crate) async fn begin(service: &Service, asked: Asked<W>) -> Result<Self, Refusal> {
-        let Asked { request, siblings, reply, wire } = asked;
+        let Asked { request, siblings, per_prompt, reply, wire } = asked;
         let head = Head::new::<W>(request.model().to_owned());
         let choices = std::iter::repeat_with(Choice::default).take(1 + siblings.len()).collect();
-        let listening = Listening::begin(service, &head.id, std::iter::once(request).chain(siblings)).await?;
-        let include_usage = reply.include_usage;
-        Ok(Self { head, wire, include_usage, listening, choices, ready: VecDeque::new(), has_ended: false })
+        let requests = std::iter::once(request).chain(siblings);
+        let listening = Listening::begin(service, &head.id, requests, per_prompt).await?;
+        let (include_usage, ready) = (reply.include_usage, VecDeque::new());
+        Ok(Self { head, wire, include_usage, listening, choices, per_prompt, ready, has_ended: false })
     }
 
     /// The answer in one object.
@@ -154,7 +159,7 @@ impl<W: Wire> Answering<W> {
     /// Begins a stream of pieces: before any text comes the opening one, if the kind of answer has it.
     pub(crate) fn open(&mut self) {
         for index in 0..self.choices.len() {
-            if let Some(choice) = self.wire.opening() {
+            if let Some(choice) = self.wire.opening(index) {
                 self.piece(index, choice, None);
             }
         }
@@ -185,7 +190,7 @@ impl<W: Wire> Answering<W> {
                 let Some(all) = self.all_finished() else { return };
                 if self.include_usage {
                     let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
-                    body["usage"] = usage(&all);
+                    body["usage"] = usage(&all, self.per_prompt);
                     self.ready.push_back(Piece::Chunk(body));
                 }
                 self.has_ended = true;
@@ -218,7 +223,7 @@ impl<W: Wire> Answering<W> {
 
     fn object(&self, answers: &[Answer], finished: &[Finished]) -> Value {
         let choices = answers.iter().zip(finished).enumerate().map(|(index, (answer, finished))| {
-            let mut choice = self.wire.choice(answer, finish_reason(finished.reason));
+            let mut choice = self.wire.choice(index, answer, finish_reason(finished.reason));
             choice["index"] = json!(index);
             if !answer.likelihoods.is_empty() {
                 choice["logprobs"] = self.wire.logprobs(&answer.likelihoods, 0);
@@ -226,7 +231,7 @@ impl<W: Wire> Answering<W> {
             choice
         });
         let mut body = self.head.object(W::OBJECT, &choices.collect::<Vec<_>>());
-        body["usage"] = usage(finished);
+        body["usage"] = usage(finished, self.per_prompt);
         body["timings"] = finished.first().map(timings).unwrap_or_default();
         body
     }
@@ -241,7 +246,7 @@ impl Answer {
                 self.tokens.extend(tokens);
             }
             Event::Reasoning { text } => self.reasoning += &text,
-            Event::ToolCall { name, arguments, .. } => self.calls.push((name, arguments)),
+            Event::ToolCall { id, name, arguments, .. } => self.calls.push(ToolCall { id, name, arguments }),
             Event::Likelihood(likelihood) => self.likelihoods.push(*likelihood),
             Event::Queued { .. } | Event::Sampled { .. } | Event::Finished(_) | Event::Failed(_) => {}
         }
@@ -273,15 +278,18 @@ fn finish_reason(reason: FinishReason) -> &'static str {
     }
 }
 
-/// Of all answers to one prompt, which counts once.
-fn usage(finished: &[Finished]) -> Value {
-    let prompt = finished.first().map(|finished| finished.usage).unwrap_or_default();
-    let completion: u64 = finished.iter().map(|finished| u64::from(finished.usage.completion_tokens)).sum();
+/// Of all answers, so many of them to each prompt, which counts once.
+fn usage(finished: &[Finished], per_prompt: usize) -> Value {
+    let sum = |step: usize, of: fn(&Finished) -> u32| -> u64 {
+        finished.iter().step_by(step).map(|finished| u64::from(of(finished))).sum()
+    };
+    let prompt = sum(per_prompt, |finished| finished.usage.prompt_tokens);
+    let completion = sum(1, |finished| finished.usage.completion_tokens);
     json!({
-        "prompt_tokens": prompt.prompt_tokens,
+        "prompt_tokens": prompt,
         "completion_tokens": completion,
-        "total_tokens": u64::from(prompt.prompt_tokens) + completion,
-        "prompt_tokens_details": { "cached_tokens": prompt.cached_tokens },
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": { "cached_tokens": sum(per_prompt, |finished| finished.usage.cached_tokens) },
     })
 }
 

@@ -6,6 +6,8 @@ use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+#[cfg(test)]
+use sparsed_engine::ToolCall;
 use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
 use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Held, Role, ServedModel, Service, Wishes};
 
@@ -130,23 +132,21 @@ impl ChatAsk {
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if let Some(session) = fields.session_id.clone() {
-            if let Some(model) = &fields.model {
-                service.hold(model)?;
+            let own = sessions::model_of(service, owner, &session).await?;
+            if let Some(model) = fields.model.as_ref().filter(|model| **model != own) {
+                let reason = format!("is '{model}', the session's is '{own}': make a new session for another one");
+                return Err(Refusal::invalid("model", reason));
             }
-            let enforcing = if fields.enforces_call() {
-                Some(models::held(service, &sessions::model_of(service, owner, &session).await?).await?)
-            } else {
-                None
-            };
+            let enforcing = if fields.enforces_call() { Some(models::held(service, &own).await?) } else { None };
             let request = fields.request(enforcing.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
-            return Ok(Asked { request: request.into(), siblings: Vec::new(), reply, wire: ChatWire });
+            return Ok(Asked { request: request.into(), siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire });
         }
         if service.elsewhere(&model).is_some() {
             let prompt = fields.relayed(&wishes)?;
             let relay = Relay { model, owner, prompt, wishes, logprobs };
             let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
-            return Ok(Asked { request: relay.into(), siblings, reply, wire: ChatWire });
+            return Ok(Asked { request: relay.into(), siblings, per_prompt: n as usize, reply, wire: ChatWire });
         }
         let Held { model: served, lease } = models::held(service, &model).await?;
         let lease = Some(lease);
@@ -163,7 +163,7 @@ impl ChatAsk {
         let (prompt, reading) = (prompt.tokens, Some(prompt.reading));
         let request = Generate { model, prompt, grammar, reading, logprobs, lease, ..wishes.request(owner) };
         let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
-        Ok(Asked { request: request.into(), siblings, reply, wire: ChatWire })
+        Ok(Asked { request: request.into(), siblings, per_prompt: n as usize, reply, wire: ChatWire })
     }
 }
 
@@ -267,9 +267,8 @@ impl ChatWire {
     }
 }
 
-/// A call as OpenAI has it; its id is made up here, the model has none.
-fn call(name: &str, arguments: &str) -> Value {
-    let id = format!("call_{:016x}", getrandom::u64().unwrap_or_default());
+/// A call as OpenAI has it.
+fn call(id: &str, name: &str, arguments: &str) -> Value {
     json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
 }
 
@@ -278,13 +277,13 @@ impl Wire for ChatWire {
     const OBJECT: &'static str = "chat.completion";
     const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
 
-    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value {
+    fn choice(&self, _: usize, answer: &Answer, finish_reason: &str) -> Value {
         let mut message = json!({ "role": "assistant", "content": answer.text });
         if !answer.reasoning.is_empty() {
             message["reasoning_content"] = json!(answer.reasoning);
         }
         if !answer.calls.is_empty() {
-            message["tool_calls"] = answer.calls.iter().map(|(name, arguments)| call(name, arguments)).collect();
+            message["tool_calls"] = answer.calls.iter().map(|one| call(&one.id, &one.name, &one.arguments)).collect();
             if answer.text.is_empty() {
                 message["content"] = Value::Null;
             }
@@ -292,7 +291,7 @@ impl Wire for ChatWire {
         json!({ "index": 0, "message": message, "logprobs": null, "finish_reason": finish_reason })
     }
 
-    fn opening(&self) -> Option<Value> {
+    fn opening(&self, _: usize) -> Option<Value> {
         Some(Self::delta(&json!({ "role": "assistant", "content": "" }), None))
     }
 
@@ -301,8 +300,8 @@ impl Wire for ChatWire {
             Event::Delta { text, .. } if text.is_empty() => return None,
             Event::Delta { text, .. } => json!({ "content": text }),
             Event::Reasoning { text } => json!({ "reasoning_content": text }),
-            Event::ToolCall { index, name, arguments } => {
-                let mut call = call(name, arguments);
+            Event::ToolCall { index, id, name, arguments } => {
+                let mut call = call(id, name, arguments);
                 call["index"] = json!(index);
                 json!({ "tool_calls": [call] })
             }
@@ -352,12 +351,17 @@ mod tests {
 
     #[test]
     fn calls_and_reasoning_stand_beside_the_content() {
-        let calls = vec![("f".to_owned(), "{}".to_owned())];
+        let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
+        let calls = vec![ToolCall { id: id.clone(), name: name.clone(), arguments: arguments.clone() }];
         let answer = Answer { reasoning: "hm".to_owned(), calls, ..Answer::default() };
-        let message = &ChatWire.choice(&answer, "tool_calls")["message"];
+        let message = &ChatWire.choice(0, &answer, "tool_calls")["message"];
         assert!(message["content"].is_null() && message["reasoning_content"] == "hm");
         assert_eq!(message["tool_calls"][0]["function"]["name"], "f");
-        let event = Event::ToolCall { index: 2, name: "f".to_owned(), arguments: "{}".to_owned() };
-        assert_eq!(ChatWire.piece(&event).unwrap()["delta"]["tool_calls"][0]["index"], 2);
+        let piece = ChatWire.piece(&Event::ToolCall { index: 2, id, name, arguments }).unwrap();
+        let told = [&piece["delta"]["tool_calls"][0], &message["tool_calls"][0]];
+        assert_eq!(
+            (&told[0]["index"], &told[0]["id"], &told[1]["id"]),
+            (&json!(2), &json!("call_7"), &json!("call_7"))
+        );
     }
 }

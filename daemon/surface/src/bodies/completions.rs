@@ -7,11 +7,13 @@ use super::{fields, logprobs, models, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
-use sparsed_engine::{DEFAULT_MODEL, Held, Service, Wishes};
+use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt, Request};
+use sparsed_engine::{DEFAULT_MODEL, Held, ServedModel, Service, Wishes};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
 const MAX_TOKENS_DEFAULT: u32 = 16;
+/// Most prompts of a request; each waits for the engine as a request of its own.
+const PROMPTS_MAX: usize = 32;
 
 #[derive(Debug, Deserialize)]
 struct CompletionFields {
@@ -44,6 +46,7 @@ pub(crate) struct CompletionAsk {
     wishes: Wishes,
     n: u32,
     logprobs: Option<u32>,
+    is_seeded: bool,
 }
 
 impl CompletionAsk {
@@ -57,10 +60,10 @@ impl CompletionAsk {
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
         fields.refuse_what_is_missing(logprobs.is_some())?;
         let wishes = sampling.wishes(Some(fields.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)))?;
-        Ok(Self { fields, wishes, n, logprobs })
+        Ok(Self { fields, wishes, n, logprobs, is_seeded: sampling.is_seeded() })
     }
 
-    /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
+    /// Makes prompts of it, on a thread that may compute, and lets go of `held` then.
     ///
     /// # Errors
     /// The model's, or what is wrong with the request.
@@ -70,58 +73,78 @@ impl CompletionAsk {
         owner: Owner,
         held: impl Send + 'static,
     ) -> Result<Asked<CompletionWire>, Refusal> {
-        let Self { fields, wishes, n, logprobs } = self;
+        let Self { fields, wishes, n, logprobs, is_seeded } = self;
         let reply = StreamOptions::reply(fields.stream_options, fields.stream);
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+        // The numbers of the answers to a prompt. With a seed each prompt has those that it would have alone; without
+        // one two prompts that are the same are answered differently.
+        let numbers = |at: usize| {
+            let first = if is_seeded { 0 } else { u32::try_from(at).unwrap_or(0) * n };
+            first..first + n
+        };
+        let asked = |requests: Vec<Request>, with_tokens: bool, echoes: Vec<String>| {
+            let (mut requests, per_prompt) = (requests.into_iter(), n as usize);
+            let request = requests.next().ok_or_else(|| Refusal::invalid("prompt", "is empty"))?;
+            let wire = CompletionWire { with_tokens, echoes, per_prompt };
+            Ok(Asked { request, siblings: requests.collect(), per_prompt, reply, wire })
+        };
         if service.elsewhere(&model).is_some() {
-            let (prompt, echo) = fields.relayed()?;
-            let relay = Relay { model, owner, prompt, wishes, logprobs };
-            let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
-            let wire = CompletionWire { with_tokens: false, echo };
-            return Ok(Asked { request: relay.into(), siblings, reply, wire });
+            let (prompts, echoes): (Vec<_>, Vec<_>) = fields.relayed()?.into_iter().unzip();
+            let relay = |(at, prompt): (usize, RelayPrompt)| {
+                let relay = Relay { model: model.clone(), owner, prompt, wishes: wishes.clone(), logprobs };
+                numbers(at).map(move |nth| relay.sibling(nth).into())
+            };
+            return asked(prompts.into_iter().enumerate().flat_map(relay).collect(), false, echoes);
         }
         let Held { model: served, lease } = models::held(service, &model).await?;
-        let lease = Some(lease);
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
-        let (prompt, spec, echoes) = (fields.prompt.single()?, wishes.grammar.clone(), fields.echo == Some(true));
+        let (prompts, spec, echoes) = (fields.prompt.all()?, wishes.grammar.clone(), fields.echo == Some(true));
         let made = tokio::task::spawn_blocking(move || {
-            let echo = match &prompt {
-                Err(text) if echoes => text.clone(),
-                Ok(tokens) if echoes => served.text_of(tokens)?,
-                _ => String::new(),
+            let read = |prompt: Single| {
+                let echo = match &prompt {
+                    Single::Text(text) if echoes => text.clone(),
+                    Single::Tokens(tokens) if echoes => served.text_of(tokens)?,
+                    _ => String::new(),
+                };
+                Ok((prompt.tokens(&served)?, echo))
             };
-            let prompt = prompt.map_or_else(|text| served.text_prompt(&text), Ok)?;
+            let (prompts, echoes): (Vec<_>, Vec<_>) =
+                prompts.into_iter().map(read).collect::<Result<Vec<_>, Failure>>()?.into_iter().unzip();
             drop(held);
             let grammar = spec.map(|spec| served.grammar(spec)).transpose()?;
-            Ok::<_, Failure>((prompt, echo, grammar))
+            Ok::<_, Failure>((prompts, echoes, grammar))
         });
-        let (prompt, echo, grammar) =
+        let (prompts, echoes, grammar) =
             made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
-        let request = Generate { model, prompt, grammar, logprobs, lease, ..wishes.request(owner) };
-        let siblings = (1..n).map(|nth| request.sibling(nth).into()).collect();
-        Ok(Asked { request: request.into(), siblings, reply, wire: CompletionWire { with_tokens, echo } })
+        let generate = |(at, prompt): (usize, Vec<u32>)| {
+            let (model, lease, grammar) = (model.clone(), Some(lease.clone()), grammar.clone());
+            let request = Generate { model, prompt, grammar, logprobs, lease, ..wishes.clone().request(owner) };
+            numbers(at).map(move |nth| request.sibling(nth).into())
+        };
+        asked(prompts.into_iter().enumerate().flat_map(generate).collect(), with_tokens, echoes)
     }
 }
 
 impl CompletionFields {
-    /// The prompt as another engine hears it, and what comes before the answer.
-    fn relayed(self) -> Result<(RelayPrompt, String), Refusal> {
+    /// The prompts as another engine hears them, and what comes before the answers to each.
+    fn relayed(self) -> Result<Vec<(RelayPrompt, String)>, Refusal> {
         if self.return_tokens == Some(true) {
             return Err(Refusal::invalid("return_tokens", "is not served: another engine computes this model"));
         }
         let echoes = self.echo == Some(true);
-        match self.prompt.single()? {
-            Err(text) if text.is_empty() => Err(Refusal::invalid("prompt", "is empty")),
-            Err(text) => {
+        let relayed = |prompt: Single| match prompt {
+            Single::Text(text) if text.is_empty() => Err(Refusal::invalid("prompt", "is empty")),
+            Single::Text(text) => {
                 let echo = if echoes { text.clone() } else { String::new() };
                 Ok((RelayPrompt::Text(text), echo))
             }
-            Ok(tokens) if tokens.is_empty() => Err(Refusal::invalid("prompt", "is empty")),
-            Ok(_) if echoes => {
+            Single::Tokens(tokens) if tokens.is_empty() => Err(Refusal::invalid("prompt", "is empty")),
+            Single::Tokens(_) if echoes => {
                 Err(Refusal::invalid("echo", "of token ids is not served: another engine has the vocabulary"))
             }
-            Ok(tokens) => Ok((RelayPrompt::Tokens(tokens), String::new())),
-        }
+            Single::Tokens(tokens) => Ok((RelayPrompt::Tokens(tokens), String::new())),
+        };
+        self.prompt.all()?.into_iter().map(relayed).collect()
     }
 
     fn refuse_what_is_missing(&self, logprobs: bool) -> Result<(), Refusal> {
@@ -139,17 +162,34 @@ impl CompletionFields {
     }
 }
 
-impl Prompt {
-    /// The one prompt of the request: token ids, or else text.
-    fn single(self) -> Result<Result<Vec<u32>, String>, Refusal> {
-        let several = |n: usize| Refusal::invalid("prompt", format!("has {n} prompts, one is served per request"));
+/// One prompt.
+#[derive(Debug)]
+enum Single {
+    Text(String),
+    Tokens(Vec<u32>),
+}
+
+impl Single {
+    fn tokens(self, served: &ServedModel) -> Result<Vec<u32>, Failure> {
         match self {
-            Self::Text(text) => Ok(Err(text)),
-            Self::Tokens(tokens) => Ok(Ok(tokens)),
-            Self::Texts(texts) => <[String; 1]>::try_from(texts).map(|[text]| Err(text)).map_err(|t| several(t.len())),
-            Self::TokenLists(lists) => {
-                <[Vec<u32>; 1]>::try_from(lists).map(|[tokens]| Ok(tokens)).map_err(|l| several(l.len()))
-            }
+            Self::Text(text) => served.text_prompt(&text),
+            Self::Tokens(tokens) => Ok(tokens),
+        }
+    }
+}
+
+impl Prompt {
+    /// All prompts of the request, at least one.
+    fn all(self) -> Result<Vec<Single>, Refusal> {
+        let prompts: Vec<Single> = match self {
+            Self::Text(text) => vec![Single::Text(text)],
+            Self::Tokens(tokens) => vec![Single::Tokens(tokens)],
+            Self::Texts(texts) => texts.into_iter().map(Single::Text).collect(),
+            Self::TokenLists(lists) => lists.into_iter().map(Single::Tokens).collect(),
+        };
+        match prompts.len() {
+            1..=PROMPTS_MAX => Ok(prompts),
+            n => Err(Refusal::invalid("prompt", format!("has {n} prompts, 1 to {PROMPTS_MAX} are served per request"))),
         }
     }
 }
@@ -158,11 +198,17 @@ impl Prompt {
 #[derive(Clone, Debug)]
 pub(crate) struct CompletionWire {
     with_tokens: bool,
-    /// Comes before the answer: the prompt, if that is wanted.
-    echo: String,
+    /// What comes before the answers to each prompt: the prompt, if that is wanted.
+    echoes: Vec<String>,
+    per_prompt: usize,
 }
 
 impl CompletionWire {
+    /// What comes before the `index`th answer.
+    fn echo(&self, index: usize) -> &str {
+        self.echoes.get(index / self.per_prompt).map_or("", String::as_str)
+    }
+
     fn written(&self, text: &str, tokens: &[u32], finish_reason: Option<&str>) -> Value {
         let mut choice = json!({ "index": 0, "text": text, "logprobs": null, "finish_reason": finish_reason });
         if self.with_tokens {
@@ -177,12 +223,13 @@ impl Wire for CompletionWire {
     const OBJECT: &'static str = "text_completion";
     const CHUNK_OBJECT: &'static str = "text_completion";
 
-    fn choice(&self, answer: &Answer, finish_reason: &str) -> Value {
-        self.written(&format!("{}{}", self.echo, answer.text), &answer.tokens, Some(finish_reason))
+    fn choice(&self, index: usize, answer: &Answer, finish_reason: &str) -> Value {
+        self.written(&format!("{}{}", self.echo(index), answer.text), &answer.tokens, Some(finish_reason))
     }
 
-    fn opening(&self) -> Option<Value> {
-        (!self.echo.is_empty()).then(|| self.written(&self.echo, &[], None))
+    fn opening(&self, index: usize) -> Option<Value> {
+        let echo = self.echo(index);
+        (!echo.is_empty()).then(|| self.written(echo, &[], None))
     }
 
     fn piece(&self, event: &Event) -> Option<Value> {

@@ -19,7 +19,7 @@ struct Begun {
     at: Instant,
     /// Answers that have not ended.
     n_left: usize,
-    /// Of those that have. The prompt is the same for all of them.
+    /// Of those that have; a prompt counts once.
     usage: Usage,
 }
 
@@ -38,10 +38,10 @@ impl Entry {
         begun.n_left += 1;
     }
 
-    /// Hears what its client hears.
-    pub(super) fn hear(&mut self, event: &Event) {
+    /// Hears what its client hears; of all answers to a prompt one is the first.
+    pub(super) fn hear(&mut self, event: &Event, is_first: bool) {
         match event {
-            Event::Finished(finished) => self.finished(finished.usage),
+            Event::Finished(finished) => self.finished(finished.usage, is_first),
             Event::Failed(failure) => self.failed(failure),
             _ => {}
         }
@@ -52,11 +52,15 @@ impl Entry {
         self.0 = None;
     }
 
-    fn finished(&mut self, usage: Usage) {
+    fn finished(&mut self, usage: Usage, is_first: bool) {
         let Some(begun) = &mut self.0 else { return };
         begun.n_left = begun.n_left.saturating_sub(1);
-        let completion_tokens = begun.usage.completion_tokens.saturating_add(usage.completion_tokens);
-        begun.usage = Usage { completion_tokens, ..usage };
+        let add = |sum: &mut u32, n: u32| *sum = sum.saturating_add(n);
+        add(&mut begun.usage.completion_tokens, usage.completion_tokens);
+        if is_first {
+            add(&mut begun.usage.prompt_tokens, usage.prompt_tokens);
+            add(&mut begun.usage.cached_tokens, usage.cached_tokens);
+        }
         if begun.n_left > 0 {
             return;
         }

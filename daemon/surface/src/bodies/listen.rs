@@ -35,6 +35,8 @@ impl Sink for ChannelSink {
 #[derive(Debug)]
 pub(crate) struct Listening {
     events: mpsc::Receiver<(usize, Event)>,
+    /// Answers to each prompt.
+    per_prompt: usize,
     entry: Entry,
 }
 
@@ -43,13 +45,13 @@ impl Listening {
     /// One of which a test has the engine's end.
     pub(crate) fn of() -> (Self, mpsc::Sender<(usize, Event)>) {
         let (sender, events) = mpsc::channel(CHANNEL);
-        (Self { events, entry: Entry::default() }, sender)
+        (Self { events, per_prompt: 1, entry: Entry::default() }, sender)
     }
 }
 
 impl Listening {
-    /// Hands a request and its siblings to the engine, which the log is to call `id`. Their events are numbered in this
-    /// order.
+    /// Hands a request and its siblings to the engine, which the log is to call `id`; so many of them in a row have one
+    /// prompt. Their events are numbered in this order.
     ///
     /// # Errors
     /// The engine's, and that there is no room in its queue: that is known before the first byte of an answer is sent.
@@ -57,6 +59,7 @@ impl Listening {
         service: &Service,
         id: &str,
         requests: impl IntoIterator<Item = Request>,
+        per_prompt: usize,
     ) -> Result<Self, Refusal> {
         let (sender, mut events) = mpsc::channel(CHANNEL);
         let mut entry = Entry::default();
@@ -72,7 +75,7 @@ impl Listening {
         let refused = match handed {
             Err(failure) => failure,
             Ok(()) => match events.recv().await {
-                Some((_, Event::Queued { .. })) => return Ok(Self { events, entry }),
+                Some((_, Event::Queued { .. })) => return Ok(Self { events, per_prompt, entry }),
                 Some((_, Event::Failed(failure))) => failure,
                 Some(_) => Failure::BackendFailed { reason: "an answer began before its turn".to_owned() },
                 None => Failure::CutOff,
@@ -86,7 +89,7 @@ impl Listening {
     /// let go of it: [`Failure::CutOff`].
     pub(crate) async fn next(&mut self) -> (usize, Event) {
         let (index, event) = self.events.recv().await.unwrap_or((0, Event::Failed(Failure::CutOff)));
-        self.entry.hear(&event);
+        self.entry.hear(&event, index.is_multiple_of(self.per_prompt));
         (index, event)
     }
 }
@@ -96,7 +99,7 @@ impl Listening {
 /// # Errors
 /// Why it could not be finished.
 pub(crate) async fn finish(service: &Service, request: Request) -> Result<(), Refusal> {
-    let mut listening = Listening::begin(service, "", [request]).await?;
+    let mut listening = Listening::begin(service, "", [request], 1).await?;
     loop {
         match listening.next().await.1 {
             Event::Finished(_) => return Ok(()),

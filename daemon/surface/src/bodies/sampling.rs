@@ -147,6 +147,11 @@ impl SamplingFields {
         Ok(Urgency::checked(self.priority, self.deadline_ms)?)
     }
 
+    /// Whether the client has chosen the seed.
+    pub(crate) fn is_seeded(&self) -> bool {
+        self.seed.is_some()
+    }
+
     /// Whether the answer goes on past end tokens.
     pub(crate) fn ignore_end(&self) -> bool {
         self.ignore_eos.unwrap_or(false)

@@ -130,7 +130,7 @@ pub(crate) async fn resume(
     let id = session_id(id)?;
     let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
     let request = with_model(service, move |service| service.resume_turn(owner, id)).await?.into();
-    Ok(Asked { request, siblings: Vec::new(), reply, wire: ChatWire })
+    Ok(Asked { request, siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire })
 }
 
 /// A session as one file.

@@ -152,6 +152,7 @@ mod tests {
     use super::*;
     use crate::bodies::ChatWire;
     use crate::dbus::requests::{Place, Requests};
+    use crate::latency;
     use serde_json::json;
     use sparsed_engine::api::Event;
     use std::io::{BufRead, BufReader};
@@ -241,8 +242,7 @@ mod tests {
     #[ignore = "a measurement; run it with --nocapture"]
     #[expect(clippy::print_stdout, reason = "a measurement says what it has measured")]
     fn measure_the_time_from_the_engine_to_the_reader() {
-        const TOKENS: usize = 2000;
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime = latency::runtime();
         let (answering, engine) = Answering::of(ChatWire);
         let (sender, file) = runtime.block_on(async { pipe() });
         let carried = runtime.spawn(async move {
@@ -251,25 +251,10 @@ mod tests {
         });
         let reader = std::thread::spawn(move || {
             // The first line is the opening one.
-            BufReader::new(file).lines().skip(1).map(|_| Instant::now()).take(TOKENS).collect::<Vec<Instant>>()
+            let lines = BufReader::new(file).lines().skip(1);
+            lines.map(|_| Instant::now()).take(latency::TOKENS).collect::<Vec<Instant>>()
         });
-        let given = std::thread::spawn(move || {
-            let compute = || {
-                let began = Instant::now();
-                while began.elapsed() < Duration::from_millis(2) {
-                    std::hint::spin_loop();
-                }
-                let now = Instant::now();
-                engine.try_send((0, delta("word"))).unwrap();
-                now
-            };
-            (0..TOKENS).map(|_| compute()).collect::<Vec<Instant>>()
-        });
-        let (given, read) = (given.join().unwrap(), reader.join().unwrap());
-        let mut late: Vec<Duration> = given.iter().zip(&read).map(|(given, read)| *read - *given).collect();
-        late.sort();
-        assert_eq!(late.len(), TOKENS);
-        println!("p50 {:?}, p90 {:?}, p99 {:?}", late[TOKENS / 2], late[TOKENS * 9 / 10], late[TOKENS * 99 / 100]);
+        println!("{}", latency::measure(engine, reader));
         assert_eq!(runtime.block_on(carried).unwrap().reason, "cut_off");
     }
 

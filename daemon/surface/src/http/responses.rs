@@ -47,7 +47,7 @@ pub(crate) async fn create(
         let run = shared.runs.start(&shared.service, owner, id, prepared.head, prepared.request).await?;
         return Ok(told(run, Telling { stream: prepared.stream, starting_after: None }));
     }
-    let listening = Listening::begin(&shared.service, &prepared.head.id, [prepared.request]).await?;
+    let listening = Listening::begin(&shared.service, &prepared.head.id, [prepared.request], 1).await?;
     let mut script = Script::begin(prepared.head, None);
     let ready = script.take().into();
     let mut speaking = Speaking { listening, script, ready, is_over: false };

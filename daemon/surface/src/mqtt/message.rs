@@ -287,8 +287,13 @@ fn split(text: &str, room: usize) -> Vec<&str> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A chat of the client `lamp`.
+    pub(in crate::mqtt) fn request(payload: &str) -> Request {
+        read(payload, |_| {}).unwrap()
+    }
 
     fn read(payload: &str, edit: impl FnOnce(&mut Publish)) -> Result<Request, Box<Unread>> {
         let topics = Topics::new("s", "box", None, &[]);

@@ -9,6 +9,8 @@ mod desk;
 mod entry;
 mod herald;
 mod journal;
+#[cfg(test)]
+mod latency;
 mod ledger;
 mod link;
 mod message;

@@ -13,7 +13,8 @@ use sparsed_engine::{DEFAULT_MODEL, Service};
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
-/// A delta is sent when it has so many bytes, however short the time since the last one.
+/// A delta is sent when it has so many bytes, however short the time since the last one. So much waits at most for a
+/// connection that has no room: a broker that is slow makes neither the daemon nor the deltas grow.
 const DELTA_BYTES: usize = 512;
 /// Pause before a delta that found no room is tried again.
 const FULL_PAUSE: Duration = Duration::from_millis(20);
@@ -126,7 +127,23 @@ async fn gather<W: Wire>(
     node: &str,
     deltas: &Deltas,
 ) -> Result<String, Refusal> {
-    let mut answering = Answering::begin(service, asked).await?;
+    if !asked.siblings.is_empty() {
+        return Err(Refusal::invalid("prompt", "has several entries; here each is to be a message of its own"));
+    }
+    let answering = Answering::begin(service, asked).await?;
+    tell(answering, request, node, deltas).await
+}
+
+/// Tells the deltas of an answer, and answers the final.
+///
+/// # Errors
+/// Why there is no more of it.
+pub(super) async fn tell<W: Wire>(
+    mut answering: Answering<W>,
+    request: &Request,
+    node: &str,
+    deltas: &Deltas,
+) -> Result<String, Refusal> {
     let mut told = Told::default();
     let mut teller = request.min_ms.map(|min_ms| Teller::new(request, deltas, Duration::from_millis(min_ms)));
     loop {
@@ -247,12 +264,24 @@ impl<'a> Teller<'a> {
     fn hear(&mut self, kind: &'static str, text: &str) {
         if kind != self.kind {
             self.tell();
+            self.lose();
             self.kind = kind;
+        }
+        if self.is_full && self.text.len() + text.len() > DELTA_BYTES {
+            self.lose();
         }
         self.text += text;
         let is_long = self.text.len() >= DELTA_BYTES && !self.is_full;
         if is_long || self.due().is_some_and(|due| due <= Instant::now()) {
             self.tell();
+        }
+    }
+
+    /// Gives up what waits: its number is missing then, and the final has it.
+    fn lose(&mut self) {
+        if !self.text.is_empty() {
+            self.text.clear();
+            self.seq += 1;
         }
     }
 
@@ -274,6 +303,39 @@ impl<'a> Teller<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mqtt::message::tests::request;
+
+    #[tokio::test]
+    async fn a_broker_that_takes_nothing_costs_a_delta_and_what_is_lost_has_a_number() {
+        let (way, deltas) = Deltas::new();
+        let (sender, mut taken) = tokio::sync::mpsc::channel(2);
+        way.send_replace(Some(sender));
+        let request = request(r#"{"id": "1", "stream": {"mode": "delta", "min_ms": 0}, "body": {}}"#);
+        let mut said = String::new();
+        let mut teller = Teller::new(&request, &deltas, Duration::ZERO);
+        for n in 0..5000 {
+            let word = format!("{n} ");
+            teller.hear("text", &word);
+            said += &word;
+            assert!(teller.text.len() <= DELTA_BYTES, "{} bytes wait", teller.text.len());
+        }
+        let mut heard = Vec::new();
+        let mut take = |delta: Delta| {
+            let delta: Value = serde_json::from_str(&delta.payload).unwrap();
+            heard.push((delta["seq"].as_u64().unwrap(), delta["text"].as_str().unwrap().to_owned()));
+        };
+        (0..2).for_each(|_| take(taken.try_recv().unwrap()));
+        teller.tell();
+        take(taken.try_recv().unwrap());
+        assert_eq!(heard[..2], [(0, "0 ".to_owned()), (1, "1 ".to_owned())]);
+        let (seq, last) = &heard[2];
+        assert!(*seq > 2 && teller.seq == seq + 1, "a gap tells that something is missing: {seq}");
+        assert!(said.ends_with(last.as_str()) && !last.is_empty());
+        // What was thought is not told as what was said, either.
+        (0..3).for_each(|_| teller.hear("reasoning", "hm"));
+        teller.hear("text", "so");
+        assert_eq!((teller.kind, teller.text.as_str()), ("text", "so"));
+    }
 
     #[test]
     fn chunks_of_both_kinds_become_one_result() {

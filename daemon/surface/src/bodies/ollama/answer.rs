@@ -5,8 +5,8 @@ use crate::bodies::listen::Listening;
 use crate::bodies::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::Service;
 use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
+use sparsed_engine::{Service, ToolCall};
 
 /// Whose words an answer is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ impl Speaking {
     /// # Errors
     /// The engine's.
     pub(crate) async fn begin(service: &Service, kind: Kind, model: String, request: Request) -> Result<Self, Refusal> {
-        let listening = Listening::begin(service, "", [request]).await?;
+        let listening = Listening::begin(service, "", [request], 1).await?;
         Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })
     }
 
@@ -127,7 +127,7 @@ fn head(kind: Kind, model: &str, answer: &Answer) -> Value {
                 line["message"]["thinking"] = json!(answer.reasoning);
             }
             if !answer.calls.is_empty() {
-                let call = |(name, arguments): &(String, String)| {
+                let call = |ToolCall { name, arguments, .. }: &ToolCall| {
                     let arguments: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
                     json!({ "function": { "name": name, "arguments": arguments } })
                 };

@@ -113,7 +113,7 @@ impl Fields {
             self.tools.as_ref().map(|tools| tools.iter().map(tool).collect::<Result<_, _>>()).transpose()?;
         Ok(json!({
             // A session's model is its own.
-            "model": if session.is_some() { None } else { Some(self.model()) },
+            "model": if session.is_some() { self.model.as_deref() } else { Some(self.model()) },
             "session_id": session,
             "messages": messages,
             "max_completion_tokens": self.max_output_tokens,

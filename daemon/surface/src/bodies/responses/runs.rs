@@ -134,7 +134,7 @@ impl Runs {
         head: Head,
         request: Request,
     ) -> Result<Arc<Run>, Refusal> {
-        let listening = Listening::begin(service, &head.id, [request]).await?;
+        let listening = Listening::begin(service, &head.id, [request], 1).await?;
         let mut script = Script::begin(head, None);
         let run = Arc::new(Run::new(script.response("in_progress"), &script.take()));
         self.add(Entry { owner, id, run: Arc::clone(&run) });

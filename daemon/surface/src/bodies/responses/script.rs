@@ -91,7 +91,7 @@ impl Script {
             Event::Queued { .. } | Event::Sampled { .. } | Event::Likelihood(_) => false,
             Event::Delta { text, .. } => self.text(Kind::Message, &text),
             Event::Reasoning { text } => self.text(Kind::Reasoning, &text),
-            Event::ToolCall { name, arguments, .. } => self.call(&name, &arguments),
+            Event::ToolCall { id, name, arguments, .. } => self.call(&id, &name, &arguments),
             Event::Finished(Finished { reason, usage, .. }) => {
                 let tokens = Tokens {
                     input: usage.prompt_tokens,
@@ -119,11 +119,10 @@ impl Script {
     }
 
     /// A call, whole. Always `false`: it is not the last event.
-    pub(super) fn call(&mut self, name: &str, arguments: &str) -> bool {
+    pub(super) fn call(&mut self, call_id: &str, name: &str, arguments: &str) -> bool {
         self.close();
         let at = self.output.len();
         let id = format!("fc_{}_{}", self.head.id, self.n_calls);
-        let call_id = format!("call_{}_{}", self.head.id, self.n_calls);
         self.n_calls += 1;
         let item = |arguments: &str, status: &str| {
             json!({ "type": "function_call", "id": id, "call_id": call_id, "name": name, "arguments": arguments,
@@ -315,7 +314,8 @@ mod tests {
         for text in pieces {
             script.hear(Event::Delta { text: (*text).to_owned(), tokens: Vec::new() });
         }
-        script.hear(Event::ToolCall { index: 0, name: "f".to_owned(), arguments: "{}".to_owned() });
+        let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
+        script.hear(Event::ToolCall { index: 0, id, name, arguments });
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 4 };
         let finished = Finished { reason: FinishReason::Stop, usage, timings: Timings::default() };
         assert!(script.hear(Event::Finished(finished)));

@@ -217,7 +217,7 @@ fn say(script: &mut Script, answer: &ChatMessage) {
     script.text_of(true, answer.reasoning_content.as_deref().unwrap_or_default());
     script.text_of(false, answer.content.as_deref().unwrap_or_default());
     for call in &answer.tool_calls {
-        script.call(&call.name, &call.arguments);
+        script.call(&call.id, &call.name, &call.arguments);
     }
 }
 

@@ -13,15 +13,16 @@ use sparsed_engine::api::Owner;
 use sparsed_engine::{ModelState, Service, SessionId};
 use std::time::Duration;
 
-/// Answers that go on at a time.
-const AT_A_TIME: usize = 4;
 /// Behind all other requests of the same owner.
 const PRIORITY: i32 = 1000;
 /// Pause between looks at models that are being loaded.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// Finishes what there is to finish; without sessions there is nothing.
-pub(crate) async fn finish_all(service: &Service, runs: &Runs) {
+/// Finishes what there is to finish, so many at a time; with 0 or without sessions there is nothing.
+pub(crate) async fn finish_all(service: &Service, runs: &Runs, at_a_time: usize) {
+    if at_a_time == 0 {
+        return;
+    }
     while service.models().iter().any(|model| matches!(model.state, ModelState::Loading { .. })) {
         tokio::time::sleep(LOOK).await;
     }
@@ -31,7 +32,7 @@ pub(crate) async fn finish_all(service: &Service, runs: &Runs) {
             log::warn!(session:%, reason = refusal.message(); "answer does not go on by itself, only when it is asked for");
         }
     };
-    stream::iter(cut).for_each_concurrent(AT_A_TIME, finish).await;
+    stream::iter(cut).for_each_concurrent(at_a_time, finish).await;
 }
 
 /// Waits until the answer is whole, if it is one in the background.
