@@ -83,11 +83,6 @@ impl Sessions {
         self.asks.clone()
     }
 
-    /// Why there are none now, if their disk cannot be used yet.
-    pub fn absence(&self) -> Option<String> {
-        self.absence.reason()
-    }
-
     /// Keeps to other limits from now on. Does not wait for the thread.
     pub fn set_limits(&self, limits: SessionLimits) {
         self.asks.tell(Ask::Do(Box::new(move |keeper| keeper.store.set_limits(limits))));

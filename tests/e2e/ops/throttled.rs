@@ -119,13 +119,13 @@ fn with_half_of_the_processor_an_answer_goes_on_at_its_pace_and_prompts_are_read
     }
     let whole = settled.iter().sum::<f64>() / 8.0;
     assert!(quota.set(50), "the quota cannot be halved");
-    let mut gaps = Vec::new();
-    let mut at = 0;
+    let (mut gaps, mut last, mut at) = (Vec::new(), Instant::now(), 0);
     while gaps.len() < TIMED {
-        let begun = Instant::now();
         assert!(piece(&mut answer), "{}", daemon.log());
+        let gap = last.elapsed();
+        last = Instant::now();
         if chunk(&daemon) < whole * 0.75 {
-            gaps.push(begun.elapsed());
+            gaps.push(gap);
         }
         at += 1;
         assert!(at < 400, "steps are as large as with the whole processor: {} of {whole}", chunk(&daemon));
