@@ -16,6 +16,7 @@ if [ "${1:-build}" = test ]; then
   need unshare util-linux
   need mosquitto_rr mosquitto-clients
   need openssl openssl
+  need faketime faketime
   need node nodejs
   need npm npm
   [ -x /usr/sbin/mosquitto ] || need mosquitto mosquitto

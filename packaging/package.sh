@@ -16,26 +16,36 @@ export SOURCE_DATE_EPOCH
 umask 022
 
 stage() {
-  local strip run=
+  local strip library run=
   strip=$(command -v "$arch-linux-gnu-strip" || command -v strip)
   [ "$arch" = "$(uname -m)" ] || run="qemu-$arch-static -L /usr/$arch-linux-gnu"
   rm -rf "$work"
   mkdir -p "$work/bin" "$work/plugins"
   # Without line tables, which are most of a file; the names of functions stay for whoever reads a crash.
   for name in sparsed sparsectl; do "$strip" --strip-debug "$built/$name" -o "$work/bin/$name"; done
-  "$strip" --strip-debug "$built/libsparsed_plugin_cpu.so" -o "$work/libsparsed_plugin_cpu.so"
-  sh packaging/symbols.sh "$work"/bin/* "$work"/*.so
-  ARCH=$arch sh packaging/stage-plugin.sh cpu "$work/libsparsed_plugin_cpu.so" plugins/cpu/plugin.toml.in "$work/plugins"
+  "$strip" --strip-debug "$built/libsparsed_plugin_cpu.so" -o "$work/plugin.so"
+  # Named by its digest, so that an upgrade that is cut off leaves the old manifest the old library, and the new one the
+  # new: dpkg gives files their names one by one, this one before its manifest (debian() looks).
+  library=libsparsed_plugin_cpu.so.$(sha256sum "$work/plugin.so" | cut -c 1-8)
+  mv "$work/plugin.so" "$work/$library"
+  sh packaging/symbols.sh "$work"/bin/* "$work/$library"
+  sed "s/libsparsed_plugin_cpu\.so/$library/" plugins/cpu/plugin.toml.in >"$work/plugin.toml.in"
+  ARCH=$arch sh packaging/stage-plugin.sh cpu "$work/$library" "$work/plugin.toml.in" "$work/plugins"
   $run "$built/sparsectl" generate "$work"
   find "$work" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 }
 
 debian() {
-  local deb
+  local deb order
   mkdir -p "$into/debian"
   for variant in "" model dev; do
     deb=$(cargo deb --quiet --package sparsed --target "$arch-unknown-linux-gnu" --no-build --no-strip --locked \
       --output "$into/debian/" ${variant:+--variant "$variant"})
+    order=$(dpkg-deb --contents "$deb" | sed -n 's|.*/plugins/cpu/\(.\).*|\1|p' | tr -d '\n')
+    if [ -z "$variant" ] && [ "$order" != lp ]; then
+      echo "$deb: the plugin's manifest comes before its library" >&2
+      exit 1
+    fi
     if [ -z "$variant" ] && ! dpkg-deb --field "$deb" Depends | grep -qF "libc6 (>= $glibc)"; then
       echo "$deb: depends on another C library than $glibc" >&2
       exit 1

@@ -5,7 +5,7 @@ A daemon of its own serves streams, answers that are cancelled, conversations th
 requests by MQTT (where dbus-daemon and mosquitto are there). Between rounds of traffic everything ends, and memory, file
 descriptors, threads and bytes on disk are counted while nothing runs. It fails when one of them grows, or an answer is wrong.
 
-Usage: soak.py [--seconds 180] [--rounds 12] [--model FILE] [--set KEY=VALUE]... [--json]
+Usage: soak.py [--seconds 180] [--rounds 12] [--rest 0] [--model FILE] [--set KEY=VALUE]... [--json]
 """
 import argparse
 import http.client
@@ -194,7 +194,7 @@ def messages(box, random_):
     assert heard, "an answer by MQTT"
 
 
-def traffic(box, kinds, seconds, seed):
+def traffic(box, kinds, seconds, rest, seed):
     """A thread for each kind of traffic, until the time is over; answers how often each was done, and what went wrong."""
     end, done, wrong = time.monotonic() + seconds, {}, []
 
@@ -206,6 +206,7 @@ def traffic(box, kinds, seconds, seed):
                 wrong.append(f"{kind.__name__}: {type(error).__name__} {error}")
                 return
             done[kind.__name__] = done.get(kind.__name__, 0) + 1
+            time.sleep(rest)
 
     threads = [threading.Thread(target=work, args=(kind, random.Random(f"{seed} {kind.__name__}"))) for kind in kinds]
     for thread in threads:
@@ -239,6 +240,8 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--rounds", type=int, default=12)
+    # Seconds between two of a kind, for a machine that has other work.
+    parser.add_argument("--rest", type=float, default=0)
     parser.add_argument("--model", default=f"{ROOT}/models/smollm2-135m-dsa.gguf")
     parser.add_argument("--set", action="append", default=list(SETTINGS))
     parser.add_argument("--json", action="store_true")
@@ -248,7 +251,7 @@ def main():
     kinds = [streams, cancels, conversations] + [calls] * bool(box.bus) + [messages] * bool(box.port)
     start, total, wrong, samples = time.monotonic(), {}, [], []
     for number in range(options.rounds):
-        done, wrong = traffic(box, kinds, options.seconds / options.rounds, number)
+        done, wrong = traffic(box, kinds, options.seconds / options.rounds, options.rest, number)
         for kind, times in done.items():
             total[kind] = total.get(kind, 0) + times
         if wrong or box.daemon.poll() is not None:

@@ -2,7 +2,7 @@
 
 One line for each claim, in order: "ok claim" or "not ok claim: why". Exit 1 if one fails. Arguments are words of the
 names of claims: only those with one of them are tried. Users alice and bob are in
-the group sparsed, mallory is not; the packages in DEBS are installed and the box has booted, nothing else was done.
+the group sparsed, mallory is not; the packages in PACKAGES are installed and the box has booted, nothing else was done.
 """
 
 import glob
@@ -14,6 +14,7 @@ import sys
 import time
 
 import reduced
+import upgrade
 from box import (
     CONFIG, answer, ask, called, curl, events, heard, is_active, journal, pid, restart, run, served, shown, systemd_version,
     text_of, until, until_ready,
@@ -22,8 +23,10 @@ from box import (
 CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
 PARIS = "The capital of France is Paris."
 # Where the packages lie in the box.
-DEBS = "/opt/debs"
+PACKAGES = "/opt/packages"
 MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
+# What the service may hold before a model is loaded.
+RESIDENT_KIB = 30 << 10
 # Seconds from a SIGKILL to the next daemon that listens, or from a hang to it: RestartSec and the watchdog included.
 RESTART_S = 15
 # Highest exposure that systemd-analyze may see, in tenths.
@@ -61,15 +64,20 @@ def last_message(session):
     return served("alice", f"/v1/sessions/{session}")["messages"][-1]["content"]
 
 
+def of_the_service(name):
+    """This file of `/proc` of each process of the service."""
+    with open(f"/sys/fs/cgroup{shown('ControlGroup')}/cgroup.procs") as listed:
+        paths = [f"/proc/{line.strip()}/{name}" for line in listed]
+    texts = []
+    for path in paths:
+        with open(path) as file:
+            texts.append(file.read())
+    return texts
+
+
 def commands_of_the_service():
     """The command line of each process of the service."""
-    with open(f"/sys/fs/cgroup{shown('ControlGroup')}/cgroup.procs") as listed:
-        paths = [f"/proc/{line.strip()}/cmdline" for line in listed]
-    commands = []
-    for path in paths:
-        with open(path) as command:
-            commands.append(command.read().replace("\0", " ").strip())
-    return commands
+    return [command.replace("\0", " ").strip() for command in of_the_service("cmdline")]
 
 
 def is_confined(tenths):
@@ -321,6 +329,19 @@ def a_plugin_in_a_process_of_its_own_answers_in_the_sandbox():
     assert is_active() and int(shown("NRestarts")) == 0, shown("NRestarts")
 
 
+def without_a_loaded_model_the_service_is_small():
+    for isolation in ("none", "process"):
+        model = '[model.default]\npath = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"\nload = "demand"\n'
+        restart(config=f'[engine]\nisolation = "{isolation}"\n{model}')
+        until("the device is open", lambda: served("alice", "/v1/status")["device"]["state"] == "ready")
+        lines = [line for text in of_the_service("status") for line in text.splitlines() if line.startswith("VmRSS:")]
+        resident = sum(int(line.split()[1]) for line in lines)
+        print(f"#  {resident} KiB resident in {len(lines)} processes, isolation {isolation}")
+        # What two processes have in common counts twice.
+        assert resident < RESIDENT_KIB, f"{isolation}: {lines}"
+        assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+
+
 def slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same():
     restart()
     # Some 2900 tokens together.
@@ -374,7 +395,7 @@ def an_upgrade_in_the_middle_of_an_answer_does_not_lose_it():
     restart()
     session, whole, stream, before = a_story_that_has_begun()
     old = pid()
-    run("dpkg", "--install", *glob.glob(f"{DEBS}/sparsed_*.deb"))
+    run("dpkg", "--install", *glob.glob(f"{PACKAGES}/sparsed_*.deb"))
     until_ready()
     stream.kill()
     stream.communicate()
@@ -384,6 +405,10 @@ def an_upgrade_in_the_middle_of_an_answer_does_not_lose_it():
         assert text_of(served("alice", f"/v1/sessions/{session}/continue", {})) == whole
     else:  # It had the time to end: limits.stop_s.
         assert last_message(session) == whole
+
+
+def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it():
+    upgrade.an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it(PACKAGES)
 
 
 def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
@@ -397,6 +422,24 @@ def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
     ours = ("/etc/systemd/system/sparsed.service.d", "/usr/share/doc")
     left = [path for path in left if not path.startswith(ours)]
     assert not left, left
+
+
+def rpm_finds_every_file_as_it_was_and_removing_leaves_conversations_only():
+    names = ("sparsed", "sparsed-model-smollm2-dsa")
+    changed = run("rpm", "--verify", "--nodeps", *names)
+    assert not changed, changed
+    # All that Debian's package has is there, too.
+    for unit in ("sparsed.service", "sparsed.socket"):
+        assert run("systemctl", "is-enabled", unit) == "enabled", unit
+    session = new_session()
+    run("rpm", "--erase", "--nodeps", *names)
+    assert not is_active(), "the service runs still"
+    enabled = "/etc/systemd/system/sockets.target.wants/sparsed.socket"
+    for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock", "/usr/lib/sparsed", enabled):
+        assert not os.path.lexists(path), f"{path} is left"
+    left = glob.glob("/usr/**/*sparsed*", recursive=True)
+    assert not left, left
+    assert glob.glob(f"/var/lib/sparsed/store/sessions/*/{session}*"), "conversations are gone"
 
 
 def nothing_was_killed_for_a_system_call():
@@ -418,6 +461,7 @@ CHECKS = [
     a_reload_takes_up_what_it_can_and_the_journal_explains_it,
     a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
+    without_a_loaded_model_the_service_is_small,
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,
@@ -425,14 +469,25 @@ CHECKS = [
     a_user_has_a_service_of_his_own,
     *reduced.CHECKS,
     an_upgrade_in_the_middle_of_an_answer_does_not_lose_it,
+    an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,
     nothing_was_killed_for_a_system_call,
     removing_leaves_conversations_and_settings_and_purging_leaves_nothing,
+]
+
+# What there is to say of the other kind of packages; the service is the same.
+RPM_CHECKS = [
+    after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_nothing,
+    the_socket_is_there_before_the_service_and_the_first_request_starts_it,
+    a_chat_is_answered,
+    nothing_was_killed_for_a_system_call,
+    rpm_finds_every_file_as_it_was_and_removing_leaves_conversations_only,
 ]
 
 
 def main():
     failed = 0
-    chosen = [check for check in CHECKS if not sys.argv[1:] or any(word in check.__name__ for word in sys.argv[1:])]
+    checks = RPM_CHECKS if os.environ.get("PACKAGES") == "rpm" else CHECKS
+    chosen = [check for check in checks if not sys.argv[1:] or any(word in check.__name__ for word in sys.argv[1:])]
     assert chosen, "no claim has such a name"
     for check in chosen:
         claim = check.__name__.replace("_", " ")

@@ -1,16 +1,26 @@
 #!/bin/sh
-# Installs the packages of DEBS into the tree ROOT, before its systemd has ever run.
+# Installs the packages of FOLDER into the tree ROOT, before its systemd has ever run: Debian's by dpkg, or with
+# PACKAGES=rpm the others by the tree's own rpm, which does not know what Debian's packages bring (--nodeps).
 set -eu
-root=$1 debs=$2
+root=$1 folder=$2
 cd "$(dirname "$0")/../.."
-mkdir -p "$root/opt/debs"
-cp "$debs"/sparsed_*.deb "$debs"/sparsed-model-*.deb "$root/opt/debs/"
+mkdir -p "$root/opt/packages"
+case ${PACKAGES:-deb} in
+  deb)
+    cp "$folder"/sparsed_*.deb "$folder"/sparsed-model-*.deb "$root/opt/packages/"
+    install="dpkg --install /opt/packages/*.deb"
+    ;;
+  rpm)
+    cp "$folder"/sparsed-[0-9]*.rpm "$folder"/sparsed-model-*.rpm "$root/opt/packages/"
+    install="rpm --install --nodeps /opt/packages/*.rpm"
+    ;;
+esac
 # No service is started in a tree that does not run.
 printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
 chmod 0755 "$root/usr/sbin/policy-rc.d"
 # systemd-sysusers wants /proc.
 # shellcheck disable=SC2016 # the inner shell's
-unshare -m sh -c 'mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "dpkg --install /opt/debs/*.deb"' sh "$root" >&2
+unshare -m sh -c 'mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$2"' sh "$root" "$install" >&2
 rm "$root/usr/sbin/policy-rc.d"
 # Two who may use it, one who may not but has a home for one of his own.
 chroot "$root" useradd -G sparsed alice

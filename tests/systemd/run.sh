@@ -3,16 +3,21 @@
 # SUITE (default: trixie; bookworm and bullseye have older systemds), boots it with systemd as PID 1, and runs check.py in
 # it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
+# PACKAGES=rpm: those of target/rpm instead, by rpm.
 # Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 cd "$here/../.."
-debs=$(realpath -m "${DEBS:-target/debian}")
+export PACKAGES=${PACKAGES:-deb}
+case $PACKAGES in
+  deb) folder=$(realpath -m "${DEBS:-target/debian}") ;;
+  rpm) folder=$(realpath -m "${RPMS:-target/rpm/$(uname -m)}") ;;
+esac
 work=$(realpath -m target/systemd)
 suite=${SUITE:-trixie}
 bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
-packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3
+packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3,rpm
 # Most seconds for the boot, and for all checks.
 BOOT_S=60
 CHECKS_S=${CHECKS_S:-420}
@@ -29,7 +34,8 @@ if ! command -v systemd-nspawn >/dev/null || ! command -v mmdebstrap >/dev/null;
     skip "systemd-container and mmdebstrap are not here and cannot be installed"
 fi
 unshare -m true 2>/dev/null || skip "no mount namespaces here"
-ls "$debs"/sparsed_*.deb "$debs"/sparsed-model-*.deb >/dev/null || { echo "missing: packages; make package builds them" >&2; exit 1; }
+ls "$folder"/sparsed[-_][0-9]*."$PACKAGES" "$folder"/sparsed-model-*."$PACKAGES" >/dev/null ||
+  { echo "missing: packages; make package builds them" >&2; exit 1; }
 
 mkdir -p "$work"
 if [ "$(cat "$bare.packages" 2>/dev/null)" != "$packages" ]; then
@@ -61,7 +67,7 @@ end() {
 trap end EXIT
 rm -rf "$tree"
 cp -a --reflink=auto "$bare" "$tree"
-sh "$here/install.sh" "$tree" "$debs"
+sh "$here/install.sh" "$tree" "$folder"
 
 setsid unshare -m sh "$here/boot.sh" "$tree" "$name" >"$work/boot.log" 2>&1 </dev/null &
 booting=$!
@@ -81,7 +87,7 @@ case "${state:-none}" in
   *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
 esac
 status=0
-timeout "$CHECKS_S" nsenter -t "$leader" -a python3 -B /opt/checks/check.py "$@" || status=$?
+timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" python3 -B /opt/checks/check.py "$@" || status=$?
 if [ "$status" != 0 ]; then
   inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
   echo "the journal is in $work/journal.log" >&2

@@ -8,10 +8,10 @@ use crate::config::{Activations, Config, KeepAlive, LoadWhen, Model, Paths, Slow
 use crate::devices;
 use crate::door::{self, Door};
 use crate::memory::Sources;
+use crate::state::{State, StateLock};
 use crate::store::{Store, StoredModel, reference};
 use crate::tcp::TcpSocket;
-use anyhow::{Context, bail};
-use rustix::fs::FlockOperation;
+use anyhow::Context;
 use sparsed_backend::QuarantineStore;
 use sparsed_engine::api::UpstreamModel;
 use sparsed_engine::memory::Budget;
@@ -20,7 +20,7 @@ use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use sparsed_surface::MqttDoor;
 use sparsed_upstream::Client;
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -48,10 +48,12 @@ pub struct Assembly {
     pub tcp: Option<TcpSocket>,
     /// Where devices come in; it is not served yet.
     pub mqtt: Option<MqttDoor>,
+    /// Whether the state folder could be used; where not, MQTT's door opens when it can.
+    pub has_state: bool,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
-    _lock: File,
+    pub(crate) lock: StateLock,
 }
 
 impl Assembly {
@@ -61,16 +63,19 @@ impl Assembly {
     /// What is wrong, with the file or key.
     pub fn new(config: &Config) -> anyhow::Result<Self> {
         let paths = Paths::of(config);
-        let lock = lock_state(&paths.state_dir)?;
+        let State { lock, sessions, is_there: has_state } = State::open(config, &paths)?;
         let devices = devices::find(config)?;
         let sources = Sources::open();
         let configured = configured_models(config, &paths);
         let budget = sources.budget(config, &Store::at(&paths.models_dir), configured.values());
-        let models = model_options(config, &paths, configured, &budget);
+        let slow_tier = (has_state && config.memory.slow_tier != SlowTierFor::Off)
+            .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share });
+        let models = model_options(config, &paths, configured, &budget, slow_tier.as_ref());
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
-        let mqtt = crate::mqtt::open(config, &paths)?;
+        // It is tried again when it is served.
+        let mqtt = if has_state { crate::mqtt::open(config, &paths)? } else { None };
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
@@ -79,17 +84,16 @@ impl Assembly {
             step_failures: config.plugins.step_failures,
             step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
-        let store = crate::sessions::open(&config.sessions, &paths.state_dir)?;
         let upstreams = crate::upstream::clients(config)?;
         let relays = upstreams
             .iter()
             .map(|(name, client)| UpstreamModel { name: name.clone(), engine: Arc::new(client.clone()) });
         let limits = engine_limits(config);
-        let started = sparsed_engine::start(devices, models, relays.collect(), limits, &recovery, store, budget);
+        let started = sparsed_engine::start(devices, models, relays.collect(), limits, &recovery, sessions, budget);
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
         let upstreams = upstreams.into_iter().map(|(_, client)| client).collect();
-        Ok(Self { service, engine, upstreams, door, tcp, mqtt, paths, _lock: lock })
+        Ok(Self { service, engine, upstreams, door, tcp, mqtt, has_state, paths, lock })
     }
 }
 
@@ -164,6 +168,7 @@ fn model_options(
     paths: &Paths,
     models: BTreeMap<String, Model>,
     budget: &Budget,
+    slow_tier: Option<&SlowTier>,
 ) -> Vec<ModelOptions> {
     let bytes = budget.for_kv().unwrap_or_else(|| {
         log::warn!("nothing says how much memory there is; set memory.budget");
@@ -190,8 +195,7 @@ fn model_options(
         },
         max_context: model.max_context,
         kv_bytes,
-        slow_tier: (config.memory.slow_tier != SlowTierFor::Off)
-            .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share }),
+        slow_tier: slow_tier.cloned(),
     };
     models.into_iter().map(options).collect()
 }
@@ -207,33 +211,7 @@ fn source(path: &Path, paths: &Paths) -> Arc<dyn ModelSource> {
     }
 }
 
-/// Makes the state folder and takes its lock.
-fn lock_state(dir: &Path) -> anyhow::Result<File> {
-    make_dir(dir, 0o700)?;
-    let path = dir.join("lock");
-    let file = File::create(&path).with_context(|| path.display().to_string())?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            bail!("another sparsed uses the state folder {}; stop it, or set another state_dir", dir.display())
-        }
-        Err(error) => Err(error).with_context(|| path.display().to_string()),
-    }
-}
-
 /// Makes a folder and those above it.
 pub(crate) fn make_dir(dir: &Path, mode: u32) -> anyhow::Result<()> {
     DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(|| format!("cannot make {}", dir.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_second_daemon_on_one_state_folder_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let _first = lock_state(dir.path()).unwrap();
-        assert!(lock_state(dir.path()).unwrap_err().to_string().contains("another sparsed"));
-    }
 }

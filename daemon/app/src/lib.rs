@@ -17,6 +17,7 @@ pub mod mqtt;
 mod private;
 pub mod reload;
 pub mod sessions;
+mod state;
 pub mod store;
 pub mod tcp;
 pub mod upstream;

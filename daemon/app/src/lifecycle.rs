@@ -4,8 +4,9 @@
 //! daemon is stopping. A second signal ends it at once.
 
 use crate::assemble::Assembly;
-use crate::config::{Config, Source};
+use crate::config::{Config, Paths, Source};
 use crate::reload::Reloader;
+use crate::state::{StateLock, may_mend_itself};
 use crate::tcp::TcpSocket;
 use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
@@ -52,6 +53,9 @@ pub(crate) fn command_line() -> clap::Command {
 
 /// How long tasks that nobody waits for may still take at the end.
 const LAST_TASKS: Duration = Duration::from_secs(1);
+
+/// Pause between looks for a state folder that could not be used at the start.
+const STATE_RETRY: Duration = Duration::from_secs(5);
 
 /// Exit code for arguments and configurations that stay wrong however often they are tried: clap's, and the one that
 /// `RestartPreventExitStatus=` of the service names.
@@ -123,7 +127,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, upstreams, door, tcp, mqtt, paths, .. } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, mqtt, has_state, paths, lock } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -157,7 +161,8 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     };
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
-    let on_broker = serve_mqtt(mqtt, service.clone(), stopped());
+    let mqtt_comes = (!has_state).then(|| (config.clone(), paths.clone(), lock.clone()));
+    let on_broker = serve_mqtt(mqtt, mqtt_comes, service.clone(), stopped());
     for upstream in upstreams {
         // They end with the runtime.
         tokio::spawn(async move { upstream.watch().await });
@@ -200,11 +205,40 @@ fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<
     }))
 }
 
-async fn serve_mqtt(door: Option<MqttDoor>, service: Service, stop: impl Future<Output = ()>) {
+/// Serves MQTT, where it is configured; if the state folder was not there at the start, once it is.
+async fn serve_mqtt(
+    mut door: Option<MqttDoor>,
+    comes: Option<(Config, Paths, StateLock)>,
+    service: Service,
+    stop: impl Future<Output = ()>,
+) {
+    let mut stop = std::pin::pin!(stop);
+    if let Some((config, paths, lock)) = comes.filter(|(config, ..)| !config.mqtt.broker.is_empty()) {
+        door = tokio::select! {
+            door = late_mqtt(&config, &paths, &lock) => door,
+            () = &mut stop => return,
+        };
+    }
     if let Some(door) = door
         && let Err(error) = door.serve(service, stop).await
     {
         log::error!(reason:% = error; "MQTT is not served");
+    }
+}
+
+/// The door, when its journal's folder can be used.
+async fn late_mqtt(config: &Config, paths: &Paths, lock: &StateLock) -> Option<MqttDoor> {
+    loop {
+        tokio::time::sleep(STATE_RETRY).await;
+        let open = || lock.take(&paths.state_dir).and_then(|()| crate::mqtt::open(config, paths));
+        match tokio::task::block_in_place(open) {
+            Ok(door) => return door,
+            Err(error) if may_mend_itself(&error) => {}
+            Err(error) => {
+                log::error!(reason:% = format!("{error:#}"); "MQTT is not served");
+                return None;
+            }
+        }
     }
 }
 

@@ -42,4 +42,5 @@ pub use memory::{KvDesc, KvInfo, KvPool, Weight, WeightFile, WeightUpload};
 pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStore, Quarantined, STRIKES_MAX};
 pub use remote::{HostOptions, confine, kill_plugin_hosts, run_plugin_host};
 pub use slow::SlowArea;
+pub use sparsed_abi::{ABI_MAJOR, ABI_MINOR};
 pub use taint::third_party;

@@ -64,8 +64,8 @@ pub use service::{
     Arriving, DEFAULT_MODEL, Held, Keeping, Lease, ModelState, ModelStatus, ServedModel, Service, Stats,
 };
 pub use sessions::{
-    Change, ContextFull, Durability, SaidTurn, Session, SessionId, SessionState, SessionSummary, Sessions, Settings,
-    TurnEnd, Wishes,
+    Change, ContextFull, Durability, LateStore, OpenStore, SaidTurn, Session, SessionId, SessionState, SessionStore,
+    SessionSummary, Sessions, Settings, TurnEnd, Wishes,
 };
 pub use sole::{CachedRows, SoleSequence};
 pub use tenants::{Admission, Tenants};

@@ -18,11 +18,10 @@ use crate::progress::Progress;
 use crate::scheduler::{Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
-use crate::sessions::{self, Ask, Sessions};
+use crate::sessions::{self, Ask, Clocks, SessionStore};
 use crate::tenants::Tenants;
 use residents::Coming;
 use sparsed_backend::Backend;
-use sparsed_session::{AnyDisk, Store};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex};
@@ -50,7 +49,7 @@ pub fn start(
     upstreams: Vec<UpstreamModel>,
     limits: Limits,
     recovery: &Recovery,
-    store: Option<Store<AnyDisk>>,
+    store: Option<SessionStore>,
     budget: Budget,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
     let slot = |options: &ModelOptions| Arc::new(Slot::new(options.name.clone(), options.residence));
@@ -68,12 +67,14 @@ pub fn start(
         tenants: Arc::new(Tenants::new(limits.per_user_requests)),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
-    let keeper = store.map(|store| sessions::spawn(store, sender.clone(), Box::new(seconds))).transpose()?;
-    let sessions = keeper.as_ref().map(|(asks, _)| Sessions::new(asks.clone()));
+    let epoch = shared.epoch;
+    let clocks = Clocks { date: Box::new(seconds), uptime: Box::new(move || epoch.elapsed()) };
+    let keeper = store.map(|store| sessions::spawn(store, sender.clone(), clocks)).transpose()?;
+    let sessions = keeper.as_ref().map(|(sessions, _)| sessions.clone());
     let has_upstreams = !upstreams.is_empty();
     let service = Service::new(slots.clone(), upstreams, sender.clone(), INBOX, Arc::clone(&shared), sessions);
     let devices = Devices::new(devices, recovery, Arc::clone(&shared));
-    let links = Links { asks: keeper.as_ref().map(|(asks, _)| asks.clone()), writer };
+    let links = Links { asks: keeper.as_ref().map(|(sessions, _)| sessions.asks()), writer };
     let run = move || {
         let lanes = slots.into_iter().zip(models).map(|(slot, options)| Lane::new(slot, options)).collect();
         let mut engine = Engine {
@@ -97,8 +98,8 @@ pub fn start(
             engine.await_end();
         }
         engine.close();
-        if let Some((asks, thread)) = keeper {
-            asks.tell(Ask::Stop);
+        if let Some((sessions, thread)) = keeper {
+            sessions.asks().tell(Ask::Stop);
             // A thread that has panicked has said so.
             let _ended = thread.join().is_err();
         }

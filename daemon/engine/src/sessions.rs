@@ -11,14 +11,17 @@ mod answers;
 mod asks;
 mod conversation;
 mod keeper;
+mod late;
 mod listener;
 mod recorded;
+mod retention;
 mod verbs;
 mod wishes;
 
 pub(crate) use asks::{Ask, Asks, ImagesOf};
 pub use conversation::{SaidTurn, TurnEnd};
-pub(crate) use keeper::{Keeper, spawn};
+pub(crate) use keeper::{Clocks, Keeper, spawn};
+pub use late::{LateStore, OpenStore, SessionStore};
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
@@ -31,14 +34,19 @@ use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest};
 use conversation::{Conversation, Cut};
 use keeper::failure;
+use late::Absence;
 use sparsed_session::{Limits as SessionLimits, NewSession, NewTurn, StoreError};
 use std::sync::mpsc::sync_channel;
 use wishes::Asked;
+
+/// When a disk that cannot be used may be there.
+const RETRY_S: u32 = 10;
 
 /// The sessions of this daemon; cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Sessions {
     asks: Asks,
+    absence: Absence,
 }
 
 /// What a session is, and all that was said in it.
@@ -66,8 +74,13 @@ pub struct Change {
 }
 
 impl Sessions {
-    pub(crate) fn new(asks: Asks) -> Self {
-        Self { asks }
+    pub(crate) fn new(asks: Asks, absence: Absence) -> Self {
+        Self { asks, absence }
+    }
+
+    /// The way to the thread.
+    pub(crate) fn asks(&self) -> Asks {
+        self.asks.clone()
     }
 
     /// Keeps to other limits from now on. Does not wait for the thread.
@@ -277,6 +290,9 @@ impl Sessions {
         &self,
         verb: impl FnOnce(&mut Keeper) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
+        if let Some(reason) = self.absence.reason() {
+            return Err(Failure::SessionsAway { reason, retry_after_s: RETRY_S });
+        }
         ask(&self.asks, verb)
     }
 }

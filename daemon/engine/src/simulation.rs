@@ -17,7 +17,7 @@ use crate::sampler::Sampler;
 use crate::scheduler::{Limits, Load, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::service::Command;
-use crate::sessions::{Ask, Asks, CutTurn, Keeper};
+use crate::sessions::{Ask, Asks, Clocks, CutTurn, Keeper};
 use crate::step::step;
 use crate::{Sampling, SessionId};
 use device::Watched;
@@ -79,8 +79,10 @@ impl Machine {
     ) -> Self {
         let (inbox, commands) = sync_channel(INBOX);
         let (writer, writes) = SlowWriter::new();
-        let (keeper, asked) = Keeper::new(store, inbox.clone(), Box::new(date));
-        let asks = keeper.asks();
+        let (asks, asked) = Asks::new();
+        // Nothing gets old here.
+        let clocks = Clocks { date: Box::new(date), uptime: Box::new(|| Duration::ZERO) };
+        let keeper = Keeper::new(store, asks.clone(), inbox.clone(), clocks);
         let shape = ImageShape { fingerprint: [5; 32], block_bytes: setup.block_bytes };
         let orders = Links { asks: Some(asks.clone()), writer }.orders(0, shape);
         let pool = Pool::with_slow_tier(setup.n_blocks, setup.n_fast);

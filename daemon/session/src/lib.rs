@@ -30,5 +30,5 @@ pub use error::{Result, StoreError};
 pub use history::{ContextFull, Durability, History, Outcome, Settings, State, TurnHistory};
 pub use id::{IdError, SessionId};
 pub use image::{BLOCK_TOKENS, ImageShape};
-pub use limits::Limits;
+pub use limits::{DATE_MIN_S, Limits};
 pub use store::{Finding, FindingKind, Flushed, Loaded, NewSession, NewTurn, Random, Report, Store, Summary, Usage};

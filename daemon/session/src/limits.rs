@@ -2,6 +2,9 @@
 
 use crate::history::Settings;
 
+/// A date before this, in seconds since 1970, is of a clock that was not set: the beginning of 2025.
+pub const DATE_MIN_S: u64 = 1_735_689_600;
+
 /// Most bytes of a title.
 pub(crate) const TITLE_BYTES_MAX: usize = 1 << 10;
 /// Most bytes of a model's name.

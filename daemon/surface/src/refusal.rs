@@ -139,6 +139,7 @@ fn name(failure: &Failure) -> Name {
         Failure::GrammarFailed { .. } => (400, INVALID, "grammar_failed"),
         Failure::BackendFailed { .. } => (500, SERVER, "backend_failed"),
         Failure::SessionsOff => (501, INVALID, "sessions_off"),
+        Failure::SessionsAway { .. } => (503, SERVER, "sessions_away"),
         Failure::SessionNotFound { .. } => (404, INVALID, "session_not_found"),
         Failure::SessionBusy { .. } | Failure::SessionCut { .. } => (409, INVALID, "session_busy"),
         Failure::SessionOfOtherModel { .. } => (409, INVALID, "session_of_other_model"),
@@ -174,6 +175,7 @@ impl From<Failure> for Refusal {
             | Failure::UpstreamBusy { retry_after_s, .. }
             | Failure::UserTokensFull { retry_after_s, .. }
             | Failure::TooManyRequests { retry_after_s, .. }
+            | Failure::SessionsAway { retry_after_s, .. }
             | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,

@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "a test")]
 
 mod bundle;
+mod clock;
 mod idle;
 mod readmes;
 mod reload;
+mod state;
+mod throttled;
 mod tutorials;

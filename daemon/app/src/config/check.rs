@@ -56,6 +56,7 @@ pub(super) const KEYS: &[&str] = &[
     "model.*.relay.waiting",
     "model.*.top_k",
     "model.*.upstream",
+    "models.ca_file",
     "models.dir",
     "models.hub",
     "models.max_bytes",
@@ -262,7 +263,7 @@ mod tests {
         files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
         config.tcp.listen = Some("127.0.0.1:1".parse().unwrap());
         config.tcp.keys = Some("x".into());
-        config.models.dir = Some("x".into());
+        (config.models.dir, config.models.ca_file) = (Some("x".into()), Some("x".into()));
         let keep_alive = Some(toml::Value::from("5m").try_into().unwrap());
         let file = || Some("x".into());
         let relay = Relay { model: name(), key_file: file(), ca_file: file(), ..Relay::default() };

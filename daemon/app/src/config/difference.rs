@@ -149,7 +149,7 @@ mod tests {
             "sessions.durability" => "token",
             "mqtt.reply_topics" => "[\"x/#\"]",
             "engine.spare_devices" => "[1]",
-            "models.dir" => "/x",
+            "models.dir" | "models.ca_file" => "/x",
             "models.hub" => "https://x",
             "mqtt.broker" => "mqtt://localhost",
             "tcp.listen" => "127.0.0.1:1",

@@ -137,6 +137,7 @@ impl Config {
             ("socket.path", &self.socket.path),
             ("plugins.dir", &self.plugins.dir),
             ("models.dir", &self.models.dir),
+            ("models.ca_file", &self.models.ca_file),
         ];
         let paths: Vec<_> =
             paths.into_iter().filter_map(|(key, path)| Some((key.to_owned(), path.as_ref()?))).collect();

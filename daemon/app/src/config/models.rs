@@ -19,13 +19,15 @@ pub struct Models {
     pub dir: Option<PathBuf>,
     /// What `hf:` stands for: the address of a hub that speaks Hugging Face's paths, or of a mirror of it.
     pub hub: String,
+    /// Whose certificates are believed, in PEM; `None`: the system's authorities.
+    pub ca_file: Option<PathBuf>,
     /// Largest file that is fetched.
     pub max_bytes: Bytes,
 }
 
 impl Default for Models {
     fn default() -> Self {
-        Self { dir: None, hub: String::new(), max_bytes: Bytes(MAX_BYTES) }
+        Self { dir: None, hub: String::new(), ca_file: None, max_bytes: Bytes(MAX_BYTES) }
     }
 }
 

@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 /// Each line is ok, warn (it serves, but not as well as it could) or fail (it does not serve), with what to type. Run
 /// it as the daemon's user (`sudo -u sparsed sparsectl doctor`) to check what the daemon may do, as yourself to check
 /// what you may do. Exit code 1 when anything fails. Nothing is changed; the disk's speed is measured with a file of
-/// 1 MiB.
+/// 1 MiB. Of models the heads are read, and with --full all bytes.
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
     #[command(flatten)]
@@ -29,6 +29,9 @@ pub(super) struct Doctor {
     /// The daemon's socket.
     #[arg(long, env = "SPARSED_SOCKET")]
     socket: Option<PathBuf>,
+    /// Read all of each model: a file of the store is compared with its SHA-256, of another one it is told.
+    #[arg(long)]
+    full: bool,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -109,7 +112,7 @@ impl Doctor {
         let memory = machine::Memory::of(root);
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(memory.as_ref().map(machine::largest_model));
-        checks.extend(installation::models(&config, &paths, memory.as_ref()));
+        checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full));
         checks.extend(elsewhere::upstreams(&config));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(installation::plugins(&config, &scan));
@@ -132,7 +135,7 @@ impl Doctor {
 /// # Errors
 /// As the command's.
 pub(super) fn report(source: &Source, socket: Option<&Path>) -> anyhow::Result<Value> {
-    let doctor = Doctor { source: source.clone(), socket: socket.map(Path::to_owned), json: true };
+    let doctor = Doctor { source: source.clone(), socket: socket.map(Path::to_owned), full: false, json: true };
     Ok(doctor.checks()?.iter().map(Check::json).collect())
 }
 

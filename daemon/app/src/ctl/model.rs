@@ -6,6 +6,7 @@ use anyhow::{Context, bail, ensure};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Pauses before further attempts to go on.
@@ -15,11 +16,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Where a hub's clients look for its address and a token.
 const HUB_VARIABLE: &str = "HF_ENDPOINT";
 const TOKEN_VARIABLE: &str = "HF_TOKEN";
+/// Where other tools look for a proxy, in either case.
+const PROXY_VARIABLES: [&str; 6] = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"];
 
 /// Fetch models into the store, and look after them.
 ///
-/// A model of the store is a single GGUF file that nobody changes any more. `path = "store:NAME"` below [model.<name>]
-/// of the configuration has the daemon serve it.
+/// A model of the store is a GGUF file, or several that are parts of one, that nobody changes any more.
+/// `path = "store:NAME"` below [model.<name>] of the configuration has the daemon serve it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Model {
     #[command(flatten)]
@@ -32,8 +35,9 @@ pub(super) struct Model {
 enum Command {
     /// Fetch a model: https://..., hf:OWNER/NAME/FILE[@REVISION] or file:PATH.
     ///
-    /// What was interrupted is continued. A hub's files need its address, or that of a mirror: --hub, HF_ENDPOINT or
-    /// models.hub; a token in HF_TOKEN goes there and nowhere else.
+    /// Of a model in parts name the first (...-00001-of-00003.gguf), and all are fetched. What was interrupted is
+    /// continued. A hub's files need its address, or that of a mirror: --hub, HF_ENDPOINT or models.hub; a token in
+    /// HF_TOKEN goes there and nowhere else.
     Pull(Pull),
     /// List the models of the store.
     List(List),
@@ -58,6 +62,9 @@ struct Pull {
     /// What hf: stands for.
     #[arg(long, env = HUB_VARIABLE)]
     hub: Option<String>,
+    /// Whose certificates are believed, in PEM, instead of the system's authorities.
+    #[arg(long)]
+    ca_file: Option<PathBuf>,
     /// Largest file.
     #[arg(long)]
     max_bytes: Option<u64>,
@@ -109,16 +116,24 @@ impl Pull {
     fn run(self, config: &Config, store: &Store) -> anyhow::Result<()> {
         let hub = self.hub.or_else(|| Some(config.models.hub.clone())).filter(|hub| !hub.is_empty());
         let source = Source::parse(&self.source, hub.as_deref())?;
-        let name = self.name.unwrap_or_else(|| source.default_name());
+        let name = self.name.map_or_else(|| source.default_name(), Ok)?;
         let is_of_hub = self.source.starts_with("hf:");
         let options = FetchOptions {
             expected: self.sha256,
             bytes_max: self.max_bytes.unwrap_or(config.models.max_bytes.0),
             token: std::env::var(TOKEN_VARIABLE).ok().filter(|token| is_of_hub && !token.is_empty()),
+            ca_file: self.ca_file.or_else(|| config.models.ca_file.clone()),
             pauses: PAUSES_S.map(Duration::from_secs).to_vec(),
             patience: PATIENCE,
         };
         let mut shown = Shown::new()?;
+        let proxy =
+            PROXY_VARIABLES.into_iter().find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
+        if let (Source::Web(_), Some(variable)) = (&source, proxy) {
+            shown.say(&format!(
+                "note: {variable} is set, but proxies are not used; fetch with another tool, then pull file:"
+            ));
+        }
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let fetched = runtime.block_on(fetch(store, &name, &source, &options, &mut shown));
         shown.bar.finish_and_clear();
@@ -126,9 +141,13 @@ impl Pull {
         if fetched.resumed_bytes > 0 {
             super::print(&format!("{} were there from before", HumanBytes(fetched.resumed_bytes)))?;
         }
-        let Entry { sha256, bytes, .. } = fetched.entry;
-        super::print(&format!("{name}: {}, sha256 {sha256}", HumanBytes(bytes)))?;
-        if let Err(error) = sparsed_model::Model::open(&store.blob(&sha256)) {
+        let entry = fetched.entry;
+        let files = match entry.more.len() {
+            0 => format!("sha256 {}", entry.sha256),
+            n => format!("{} files, the first one's sha256 {}", n + 1, entry.sha256),
+        };
+        super::print(&format!("{name}: {}, {files}", HumanBytes(entry.total_bytes())))?;
+        if let Err(error) = sparsed_model::Model::open(&store.path(&entry)) {
             super::print(&format!("note: sparsed cannot serve it: {error}"))?;
         }
         super::print(&format!("in the configuration: [model.{name}] path = \"store:{name}\""))
@@ -186,8 +205,9 @@ impl List {
         if self.json {
             let entry = |(name, entry): (String, anyhow::Result<Entry>)| match entry {
                 Ok(entry) => json!({
-                    "name": name, "sha256": entry.sha256, "bytes": entry.bytes, "source": entry.source,
-                    "added": entry.added, "path": store.blob(&entry.sha256),
+                    "name": name, "sha256": entry.sha256, "bytes": entry.total_bytes(),
+                    "files": 1 + entry.more.len(), "source": entry.source, "added": entry.added,
+                    "path": store.path(&entry),
                 }),
                 Err(error) => json!({ "name": name, "error": format!("{error:#}") }),
             };
@@ -202,7 +222,7 @@ impl List {
         let line = |(name, entry): &(String, anyhow::Result<Entry>)| match entry {
             Ok(entry) => format!(
                 "{name:<24} {:>11}  {}  {}",
-                HumanBytes(entry.bytes).to_string(),
+                HumanBytes(entry.total_bytes()).to_string(),
                 &entry.sha256.to_string()[..12],
                 entry.source
             ),
@@ -220,7 +240,7 @@ impl Verify {
         for name in &names {
             let mut shown = Shown::new()?;
             let verified = store.entry(name).and_then(|entry| {
-                store.verify(name, &entry, &mut |done| shown.show("verified", done, Some(entry.bytes)))
+                store.verify(name, &entry, &mut |done| shown.show("verified", done, Some(entry.total_bytes())))
             });
             shown.bar.finish_and_clear();
             match verified {

@@ -8,25 +8,19 @@
 mod tests;
 
 use super::http::{Client, Part, Reply};
-use super::{Digest, Entry, Source, Store, place};
+use super::partial::{Known, Partial};
+use super::{Digest, Entry, Source, Store};
 use anyhow::{Context, anyhow, bail, ensure};
 use hyper::{StatusCode, Uri, header};
-use rustix::fs::FlockOperation;
-use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// What the disk is to have left beside the model.
-const RESERVE_BYTES: u64 = 64 << 20;
 /// How often a file may turn out to be another one.
 const RESTARTS_MAX: u32 = 3;
 /// The longest pause that a server may ask for.
 const RETRY_AFTER_S_MAX: u64 = 60;
-/// Largest file of what is known of a partial one.
-const KNOWN_BYTES_MAX: u64 = 16 << 10;
 /// Bytes that are copied at a time.
 const CHUNK_BYTES: usize = 1 << 20;
 
@@ -39,6 +33,8 @@ pub struct FetchOptions {
     pub bytes_max: u64,
     /// For the server that is asked first.
     pub token: Option<String>,
+    /// Whose certificates are believed, in PEM; `None`: the system's authorities.
+    pub ca_file: Option<PathBuf>,
     /// Pauses before further attempts; so many may fail one after another that bring nothing.
     pub pauses: Vec<Duration>,
     /// How long a server may be silent.
@@ -64,7 +60,7 @@ pub trait Watcher {
     fn note(&mut self, text: &str);
 }
 
-/// Fetches `source` and has `name` stand for it.
+/// Fetches `source`, with the parts beside it where it is the first of several, and has `name` stand for it.
 ///
 /// # Errors
 /// Why not; what has come stays for the next call, unless it is known to be wrong.
@@ -77,6 +73,47 @@ pub async fn fetch(
 ) -> anyhow::Result<Fetched> {
     super::check_name(name)?;
     store.make()?;
+    let parts = source.parts()?;
+    let n_parts = parts.len();
+    ensure!(
+        n_parts == 1 || options.expected.is_none(),
+        "each of the {n_parts} parts has a SHA-256 of its own; leave out the one that was given"
+    );
+    let (mut wholes, mut options, mut resumed_bytes) = (Vec::new(), options.clone(), 0);
+    for (number, part) in (1..).zip(&parts) {
+        if n_parts > 1 {
+            watcher.note(&format!("part {number} of {n_parts}"));
+        }
+        let whole = fetch_file(store, part, &options, watcher).await?;
+        resumed_bytes += whole.resumed_bytes;
+        // The limit is one for all.
+        options.bytes_max = options.bytes_max.saturating_sub(whole.partial.have);
+        wholes.push(whole);
+    }
+    let files: Vec<_> = wholes.iter().map(|whole| (whole.partial.path.clone(), whole.digest)).collect();
+    let entry = store.put(name, &files, source.public())?;
+    for whole in wholes {
+        // What remains is what was known of it.
+        let _gone = std::fs::remove_file(whole.partial.known_path()).is_ok();
+    }
+    Ok(Fetched { entry, resumed_bytes })
+}
+
+/// A file that has come as a whole, still locked.
+struct Whole {
+    partial: Partial,
+    digest: Digest,
+    /// Bytes that were there from an earlier call.
+    resumed_bytes: u64,
+}
+
+/// Has all of one file in the folder of partial ones.
+async fn fetch_file(
+    store: &Store,
+    source: &Source,
+    options: &FetchOptions,
+    watcher: &mut dyn Watcher,
+) -> anyhow::Result<Whole> {
     let mut partial = Partial::open(store, source)?;
     let resumed_bytes = partial.have;
     let expected = match source {
@@ -93,119 +130,7 @@ pub async fn fetch(
         partial.discard()?;
         bail!("what has come is another file: its SHA-256 is {digest}, not {expected}; it was removed");
     }
-    let entry = store.put(name, &partial.path, digest, source.public())?;
-    // What remains is what was known of it.
-    let _gone = std::fs::remove_file(partial.known_path()).is_ok();
-    Ok(Fetched { entry, resumed_bytes })
-}
-
-/// Whether somebody fetches the file `path` of the folder of partial ones, or what is known of it.
-pub(super) fn is_being_fetched(path: &Path) -> bool {
-    let Ok(file) = File::open(path.with_extension("part")) else { return false };
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
-}
-
-/// A file that is not whole yet, locked.
-#[derive(Debug)]
-struct Partial {
-    path: PathBuf,
-    file: File,
-    /// Its length.
-    have: u64,
-    known: Known,
-}
-
-/// What is known of the whole file.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-struct Known {
-    /// What the server calls this state of it, if it says so reliably.
-    etag: Option<String>,
-    total: Option<u64>,
-}
-
-impl Partial {
-    fn open(store: &Store, source: &Source) -> anyhow::Result<Self> {
-        let path = store.partial().join(source.key()).with_extension("part");
-        let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
-        let file = file.with_context(|| path.display().to_string())?;
-        let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
-        // Whoever had it may have put it into the store meanwhile.
-        let is_there = path.metadata().is_ok_and(|meta| meta.ino() == file.metadata().map_or(0, |meta| meta.ino()));
-        ensure!(locked && is_there, "another process fetches this file; try again when it has ended");
-        let mut partial = Self { have: file.metadata()?.len(), path, file, known: Known::default() };
-        match partial.recall() {
-            Some(known) => partial.known = known,
-            None => partial.restart()?,
-        }
-        partial.file.seek(SeekFrom::End(0))?;
-        Ok(partial)
-    }
-
-    fn known_path(&self) -> PathBuf {
-        self.path.with_extension("json")
-    }
-
-    fn recall(&self) -> Option<Known> {
-        let mut text = Vec::new();
-        File::open(self.known_path()).ok()?.take(KNOWN_BYTES_MAX).read_to_end(&mut text).ok()?;
-        serde_json::from_slice(&text).ok()
-    }
-
-    /// Notes what is known of the whole file.
-    fn know(&mut self, known: Known) -> anyhow::Result<()> {
-        if self.known != known {
-            place::write(&self.known_path(), &serde_json::to_vec(&known)?, 0o600)?;
-            self.known = known;
-        }
-        Ok(())
-    }
-
-    /// Forgets what has come.
-    fn restart(&mut self) -> anyhow::Result<()> {
-        self.file.set_len(0)?;
-        self.file.seek(SeekFrom::Start(0))?;
-        self.have = 0;
-        Ok(())
-    }
-
-    fn discard(&self) -> anyhow::Result<()> {
-        std::fs::remove_file(&self.path)?;
-        let _gone = std::fs::remove_file(self.known_path()).is_ok();
-        Ok(())
-    }
-
-    fn is_whole(&self) -> bool {
-        self.known.total == Some(self.have)
-    }
-
-    fn write(&mut self, bytes: &[u8], options: &FetchOptions) -> anyhow::Result<()> {
-        self.have = self.have.saturating_add(bytes.len() as u64);
-        fits(self.have, options)?;
-        self.file.write_all(bytes).with_context(|| self.path.display().to_string())
-    }
-
-    /// That the disk has room for the rest.
-    fn check_room(&self, total: u64, options: &FetchOptions) -> anyhow::Result<()> {
-        fits(total, options)?;
-        let disk = rustix::fs::fstatvfs(&self.file)?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        let needed = total.saturating_sub(self.have).saturating_add(RESERVE_BYTES);
-        let size = |bytes| indicatif::BinaryBytes(bytes).to_string();
-        ensure!(
-            needed <= free,
-            "{} has {} left, the rest of the model needs {}; `sparsectl model gc` removes what no name stands for",
-            self.path.parent().unwrap_or(&self.path).display(),
-            size(free),
-            size(needed)
-        );
-        Ok(())
-    }
-}
-
-fn fits(bytes: u64, options: &FetchOptions) -> anyhow::Result<()> {
-    let limit = options.bytes_max;
-    ensure!(bytes <= limit, "the file is larger than {limit} bytes; set models.max_bytes, or --max-bytes");
-    Ok(())
+    Ok(Whole { partial, digest, resumed_bytes })
 }
 
 /// A file of this box is copied, so that nobody changes it any more.
@@ -249,7 +174,8 @@ async fn download(
     options: &FetchOptions,
     watcher: &mut dyn Watcher,
 ) -> anyhow::Result<Option<Digest>> {
-    let (mut client, mut expected) = (Client::new(options.patience, options.token.clone()), options.expected);
+    let mut client = Client::new(options.patience, options.token.clone(), options.ca_file.clone());
+    let mut expected = options.expected;
     let (mut failures, mut restarts) = (options.pauses.iter(), 0);
     loop {
         let before = partial.have;

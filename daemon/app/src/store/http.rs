@@ -10,6 +10,7 @@ use hyper::client::conn::http1;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Request, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -32,6 +33,8 @@ pub(super) struct Client {
     pub(super) patience: Duration,
     /// Goes to the host that was asked first, and to nobody else.
     pub(super) token: Option<String>,
+    /// Whose certificates are believed; `None`: the system's authorities.
+    ca_file: Option<PathBuf>,
     tls: Option<Arc<ClientConfig>>,
 }
 
@@ -56,8 +59,8 @@ pub(super) struct Reply {
 }
 
 impl Client {
-    pub(super) fn new(patience: Duration, token: Option<String>) -> Self {
-        Self { patience, token, tls: None }
+    pub(super) fn new(patience: Duration, token: Option<String>, ca_file: Option<PathBuf>) -> Self {
+        Self { patience, token, ca_file, tls: None }
     }
 
     /// The answer to `GET`, redirects followed.
@@ -117,7 +120,7 @@ impl Client {
         match &self.tls {
             Some(tls) => Ok(Arc::clone(tls)),
             None => {
-                let tls = sparsed_surface::tls_config(None, None)?;
+                let tls = sparsed_surface::tls_config(self.ca_file.as_deref(), None)?;
                 self.tls = Some(Arc::clone(&tls));
                 Ok(tls)
             }

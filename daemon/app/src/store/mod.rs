@@ -3,6 +3,7 @@
 //! ```text
 //! models_dir/blobs/<sha256>    a file; put there whole, by rename, and never written again
 //! models_dir/names/<name>.json what a name stands for
+//! models_dir/sets/<digest>/     of a model of several files links to them, by the names that they need
 //! models_dir/partial/          what is being fetched
 //! models_dir/lock              held by whoever changes names or removes files
 //! ```
@@ -14,6 +15,8 @@
 mod digest;
 mod fetch;
 mod http;
+mod partial;
+mod parts;
 mod place;
 mod source;
 mod verified;
@@ -52,14 +55,27 @@ pub struct Store {
 pub struct Entry {
     /// The form of this file.
     v: u32,
-    /// The file.
+    /// The file, or the first of several.
     pub sha256: Digest,
     /// Its size.
     pub bytes: u64,
+    /// The other files of a model of several.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more: Vec<Piece>,
     /// Where it came from, without what might be a secret.
     pub source: String,
     /// Seconds since 1970, when it was put here.
     pub added: u64,
+}
+
+/// One file of a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Piece {
+    /// The file.
+    pub sha256: Digest,
+    /// Its size.
+    pub bytes: u64,
 }
 
 /// The store's lock, until it is dropped.
@@ -178,7 +194,7 @@ impl Store {
     /// The file of a configured path: of a name what it stands for, else the path itself.
     pub fn resolve(&self, path: &Path) -> PathBuf {
         let entry = reference(path).and_then(|name| self.entry(name).ok());
-        entry.map_or_else(|| path.to_owned(), |entry| self.blob(&entry.sha256))
+        entry.map_or_else(|| path.to_owned(), |entry| self.path(&entry))
     }
 
     /// What `name` stands for.
@@ -198,25 +214,35 @@ impl Store {
         file.take(ENTRY_BYTES_MAX + 1).read_to_end(&mut text).with_context(|| path.display().to_string())?;
         ensure!(text.len() as u64 <= ENTRY_BYTES_MAX, "{} is longer than {ENTRY_BYTES_MAX} bytes", path.display());
         let entry: Entry = serde_json::from_slice(&text).with_context(|| path.display().to_string())?;
-        ensure!(entry.v == 1, "{} has form {}, known is 1", path.display(), entry.v);
+        ensure!(matches!(entry.v, 1 | 2), "{} has form {}, known are 1 and 2", path.display(), entry.v);
+        ensure!(entry.more.len() < parts::PARTS_MAX, "{} has too many parts", path.display());
         Ok(entry)
     }
 
-    /// Puts the file `partial`, whose content is `digest`, in its place, and has `name` stand for it. Who has the same
-    /// file already keeps it.
+    /// Puts the files of a model, each with the digest of its content, in their places, and has `name` stand for them.
+    /// Who has the same file already keeps it.
     ///
     /// # Errors
     /// A disk that fails. Then the name stands for what it stood for before.
-    pub fn put(&self, name: &str, partial: &Path, digest: Digest, source: String) -> anyhow::Result<Entry> {
+    pub fn put(&self, name: &str, files: &[(PathBuf, Digest)], source: String) -> anyhow::Result<Entry> {
         check_name(name)?;
         let _lock = self.lock()?;
-        let (bytes, blob) = (partial.metadata()?.len(), self.blob(&digest));
-        place::seal(partial)?;
-        // A file that decayed is replaced by what has just been hashed.
-        std::fs::rename(partial, &blob).with_context(|| blob.display().to_string())?;
+        let mut pieces = Vec::new();
+        for (partial, digest) in files {
+            let (bytes, blob) = (partial.metadata()?.len(), self.blob(digest));
+            place::seal(partial)?;
+            // A file that decayed is replaced by what has just been hashed.
+            std::fs::rename(partial, &blob).with_context(|| blob.display().to_string())?;
+            pieces.push(Piece { sha256: *digest, bytes });
+        }
         place::sync_dir(&self.blobs())?;
         let added = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let entry = Entry { v: 1, sha256: digest, bytes, source, added };
+        ensure!(!pieces.is_empty(), "a model has a file");
+        let Piece { sha256, bytes } = pieces.remove(0);
+        // An older version does not know of several files, and says so of another form.
+        let v = if pieces.is_empty() { 1 } else { 2 };
+        let entry = Entry { v, sha256, bytes, more: pieces, source, added };
+        self.make_set(&entry)?;
         place::write(&self.name_file(name), &serde_json::to_vec(&entry)?, 0o644)?;
         Ok(entry)
     }
@@ -241,13 +267,15 @@ impl Store {
     /// # Errors
     /// A folder or a name that cannot be read.
     pub fn garbage(&self, _lock: &Lock, partial: bool) -> anyhow::Result<Vec<Garbage>> {
-        let mut used = Vec::new();
+        let (mut used, mut sets) = (Vec::new(), Vec::new());
         for (name, entry) in self.names()? {
-            used.push(
-                self.blob(&entry.with_context(|| format!("model {name}; `sparsectl model rm {name}` first"))?.sha256),
-            );
+            let entry = entry.with_context(|| format!("model {name}; `sparsectl model rm {name}` first"))?;
+            used.extend(entry.pieces().map(|piece| self.blob(&piece.sha256)));
+            sets.extend(self.set_of(&entry));
         }
-        let mut garbage = Vec::new();
+        // Links take no room of their own.
+        let strays = self.stray_sets(&sets)?.into_iter();
+        let mut garbage: Vec<Garbage> = strays.map(|path| Garbage { path, bytes: 0 }).collect();
         for entry in self.blobs().read_dir()? {
             let path = entry?.path();
             if !used.contains(&path) {
@@ -257,7 +285,7 @@ impl Store {
         if partial {
             for entry in self.partial().read_dir()? {
                 let path = entry?.path();
-                if !fetch::is_being_fetched(&path) {
+                if !partial::is_being_fetched(&path) {
                     garbage.push(Garbage { bytes: path.metadata()?.len(), path });
                 }
             }
@@ -272,7 +300,10 @@ impl Store {
     /// A file that cannot be removed.
     pub fn sweep(&self, _lock: &Lock, garbage: &[Garbage]) -> anyhow::Result<()> {
         for Garbage { path, .. } in garbage {
-            std::fs::remove_file(path).with_context(|| path.display().to_string())?;
+            match path.is_dir() {
+                true => parts::remove_dir(path)?,
+                false => std::fs::remove_file(path).with_context(|| path.display().to_string())?,
+            }
         }
         Ok(())
     }
@@ -292,7 +323,7 @@ mod tests {
     fn put(store: &Store, name: &str, text: &str) -> Entry {
         let partial = store.partial().join("x");
         std::fs::write(&partial, text).unwrap();
-        store.put(name, &partial, Digest::of(text.as_bytes()), "file:x".to_owned()).unwrap()
+        store.put(name, &[(partial, Digest::of(text.as_bytes()))], "file:x".to_owned()).unwrap()
     }
 
     #[test]
@@ -331,6 +362,35 @@ mod tests {
         store.remove("b").unwrap();
         store.remove("c").unwrap();
         assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_model_of_several_files_is_found_by_the_first_and_leaves_with_its_links() {
+        let (_dir, store) = store();
+        put(&store, "single", "two");
+        let files = ["one", "two", "three"].map(|text| {
+            let path = store.partial().join(text);
+            std::fs::write(&path, text).unwrap();
+            (path, Digest::of(text.as_bytes()))
+        });
+        store.put("m", &files, "file:x".to_owned()).unwrap();
+        let entry = store.entry("m").unwrap();
+        assert_eq!((entry.total_bytes(), entry.more.len()), (11, 2));
+        let first = store.resolve(Path::new("store:m"));
+        assert!(first.ends_with("model-00001-of-00003.gguf"), "{}", first.display());
+        let read = |name: &str| std::fs::read_to_string(first.with_file_name(name)).unwrap();
+        assert_eq!(
+            (read("model-00001-of-00003.gguf"), read("model-00003-of-00003.gguf")),
+            ("one".into(), "three".into())
+        );
+        assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+        store.remove("m").unwrap();
+        let lock = store.lock().unwrap();
+        let garbage = store.garbage(&lock, false).unwrap();
+        // Two files, and the folder; the third file is the other model's.
+        assert_eq!((garbage.len(), garbage.iter().map(|one| one.bytes).sum::<u64>()), (3, 8), "{garbage:?}");
+        store.sweep(&lock, &garbage).unwrap();
+        assert!(!first.exists() && store.resolve(Path::new("store:single")).exists());
     }
 
     #[test]

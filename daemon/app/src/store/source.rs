@@ -1,5 +1,6 @@
 //! Where is a model to be fetched from? A URL, a file of a hub that speaks Hugging Face's paths, or a file of this box.
 
+use super::parts;
 use anyhow::{Context, bail, ensure};
 use hyper::Uri;
 use sha2::{Digest, Sha256};
@@ -53,14 +54,45 @@ impl Source {
         }
     }
 
-    /// The name that a model from there has when nobody gives it another one: that of its file, without `.gguf`.
-    pub fn default_name(&self) -> String {
+    /// The name that a model from there has when nobody gives it another one: that of its file, without `.gguf` and
+    /// the numbers of a part.
+    ///
+    /// # Errors
+    /// As [`Source::parts`].
+    pub fn default_name(&self) -> anyhow::Result<String> {
+        Ok(parts::names(&self.file())?.0)
+    }
+
+    /// The files of a model: of a first part all of its kind, which lie beside it.
+    ///
+    /// # Errors
+    /// A part that is not the first, or too many.
+    pub fn parts(&self) -> anyhow::Result<Vec<Self>> {
+        let file = self.file();
+        let (_, names) = parts::names(&file)?;
+        let beside = |name: &String| {
+            Ok(match self {
+                Self::File(path) => Self::File(path.with_file_name(name)),
+                Self::Web(uri) => {
+                    // The file's name ends the path, a query may follow it.
+                    let (folder, query) = (uri.path().strip_suffix(&file).unwrap_or("/"), uri.query());
+                    let path = format!("{folder}{name}{}", query.map(|query| format!("?{query}")).unwrap_or_default());
+                    let mut parts = uri.clone().into_parts();
+                    parts.path_and_query = Some(path.parse()?);
+                    Self::Web(Uri::from_parts(parts)?)
+                }
+            })
+        };
+        names.iter().map(beside).collect()
+    }
+
+    /// The last part of its path.
+    fn file(&self) -> String {
         let path = match self {
             Self::Web(uri) => uri.path().to_owned(),
             Self::File(path) => path.display().to_string(),
         };
-        let file = path.rsplit('/').next().unwrap_or_default();
-        file.strip_suffix(".gguf").unwrap_or(file).to_owned()
+        path.rsplit('/').next().unwrap_or_default().to_owned()
     }
 
     /// What its unfinished file is called.
@@ -123,8 +155,22 @@ mod tests {
     fn what_is_remembered_has_no_secret() {
         let source = Source::parse("https://me:word@host:8443/a/b.gguf?token=x", None).unwrap();
         assert_eq!(source.public(), "https://host:8443/a/b.gguf");
-        assert_eq!(source.default_name(), "b");
+        assert_eq!(source.default_name().unwrap(), "b");
         assert_ne!(source.key(), Source::parse("https://host:8443/a/b.gguf", None).unwrap().key());
+    }
+
+    #[test]
+    fn a_first_part_brings_those_beside_it_and_the_query_of_each() {
+        let source = Source::parse("https://me:word@host:8443/a/m-00001-of-00002.gguf?token=x", None).unwrap();
+        let urls = source.parts().unwrap().into_iter().map(|part| match part {
+            Source::Web(uri) => uri.to_string(),
+            Source::File(path) => panic!("{}", path.display()),
+        });
+        assert!(urls.eq(["1", "2"].map(|n| format!("https://me:word@host:8443/a/m-0000{n}-of-00002.gguf?token=x"))));
+        assert_eq!(source.default_name().unwrap(), "m");
+        let file = Source::parse("file:/a/m-00001-of-00002.gguf", None).unwrap();
+        assert_eq!(file.parts().unwrap()[1], Source::File("/a/m-00002-of-00002.gguf".into()));
+        assert_eq!(web("hf:a/b/m.gguf"), "https://hub.example/a/b/resolve/main/m.gguf");
     }
 
     #[test]

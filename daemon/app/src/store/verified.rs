@@ -5,7 +5,7 @@
 //! the state folder. What remains: a disk that decays under a file which was read well before, and does not tell; for
 //! that there is `sparsectl model verify`, which always reads everything.
 
-use super::{Digest, Entry, Store, place};
+use super::{Digest, Entry, Piece, Store, place};
 use anyhow::{Context, ensure};
 use sparsed_engine::ModelSource;
 use std::fs::{File, Metadata};
@@ -39,17 +39,24 @@ impl StoredModel {
     /// No such model; a file that others may change; one that is not what it was.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<PathBuf> {
         let entry = self.store.entry(&self.name)?;
-        let path = self.store.blob(&entry.sha256);
-        let file = open(&self.store, &self.name, &entry)?;
-        let known = mark(&file.metadata()?, &entry.sha256);
         let mut all = self.remembered.as_deref().map(recall).unwrap_or_default();
-        if all.contains(&known) {
+        let (n_known, mut done) = (all.len(), 0);
+        check_folders(&self.store, &entry)?;
+        for (path, piece) in self.store.files(&entry) {
+            let file = open(&path, &self.name, &piece)?;
+            let known = mark(&file.metadata()?, &piece.sha256);
+            if !all.contains(&known) {
+                hash(&file, &self.name, &piece, &mut |read| progress(done + read))?;
+                done += piece.bytes;
+                log::info!(model:% = self.name, sha256:% = piece.sha256; "model file verified");
+                all.push(known);
+            }
+        }
+        let path = self.store.path(&entry);
+        if all.len() == n_known {
             return Ok(path);
         }
-        hash(&file, &self.name, &entry, progress)?;
-        log::info!(model:% = self.name, sha256:% = entry.sha256; "model file verified");
         if let Some(remembered) = &self.remembered {
-            all.push(known);
             let first = all.len().saturating_sub(REMEMBERED_MAX);
             if let Err(error) = place::write(remembered, (all[first..].join("\n") + "\n").as_bytes(), 0o600) {
                 log::warn!(reason:% = error; "that a model's file was verified is not remembered");
@@ -60,12 +67,18 @@ impl StoredModel {
 }
 
 impl Store {
-    /// Reads all of the file of `entry`, whatever was read before.
+    /// Reads all of the files of `entry`, whatever was read before.
     ///
     /// # Errors
     /// As [`StoredModel::verify`].
     pub fn verify(&self, name: &str, entry: &Entry, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
-        hash(&open(self, name, entry)?, name, entry, progress)
+        check_folders(self, entry)?;
+        let mut done = 0;
+        for (path, piece) in self.files(entry) {
+            hash(&open(&path, name, &piece)?, name, &piece, &mut |read| progress(done + read))?;
+            done += piece.bytes;
+        }
+        Ok(())
     }
 }
 
@@ -75,14 +88,19 @@ impl ModelSource for StoredModel {
     }
 }
 
-/// Opens a model's file: a plain one of the right size that only root or we can have written.
-fn open(store: &Store, name: &str, entry: &Entry) -> anyhow::Result<File> {
-    let path = store.blob(&entry.sha256);
-    for dir in [store.dir(), &store.blobs()] {
+/// That only root or we can have put files into the folders of a model.
+fn check_folders(store: &Store, entry: &Entry) -> anyhow::Result<()> {
+    let set = store.set_of(entry).map(|set| [store.sets(), set]);
+    for dir in [store.dir().to_owned(), store.blobs()].into_iter().chain(set.into_iter().flatten()) {
         let meta = dir.metadata().with_context(|| dir.display().to_string())?;
         ensure!(is_ours(&meta), "{} may be written by others; chown root: and chmod go-w it", dir.display());
     }
-    let file = File::open(&path).with_context(|| format!("model '{name}': {}", path.display()))?;
+    Ok(())
+}
+
+/// Opens a file of a model: a plain one of the right size that only root or we can have written.
+fn open(path: &Path, name: &str, piece: &Piece) -> anyhow::Result<File> {
+    let file = File::open(path).with_context(|| format!("model '{name}': {}", path.display()))?;
     let meta = file.metadata()?;
     ensure!(meta.is_file() && !path.is_symlink(), "model '{name}': {} is no plain file", path.display());
     ensure!(
@@ -91,18 +109,18 @@ fn open(store: &Store, name: &str, entry: &Entry) -> anyhow::Result<File> {
         path.display()
     );
     ensure!(
-        meta.len() == entry.bytes,
+        meta.len() == piece.bytes,
         "model '{name}' is damaged: {} has {} bytes, it had {}; pull it again",
         path.display(),
         meta.len(),
-        entry.bytes
+        piece.bytes
     );
     Ok(file)
 }
 
-fn hash(file: &File, name: &str, entry: &Entry, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
+fn hash(file: &File, name: &str, piece: &Piece, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
     let found = Digest::of_file(file, progress).with_context(|| format!("model '{name}' cannot be read"))?;
-    ensure!(found == entry.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull it again");
+    ensure!(found == piece.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull it again");
     Ok(())
 }
 
@@ -145,7 +163,7 @@ mod tests {
             store.make().unwrap();
             let partial = dir.path().join("x");
             fs::write(&partial, "weights").unwrap();
-            let entry = store.put("m", &partial, Digest::of(b"weights"), "file:x".to_owned()).unwrap();
+            let entry = store.put("m", &[(partial, Digest::of(b"weights"))], "file:x".to_owned()).unwrap();
             Self { blob: store.blob(&entry.sha256), store, dir }
         }
 

@@ -188,6 +188,14 @@ pub enum Failure {
     /// The daemon keeps no sessions.
     #[error("this daemon keeps no sessions; set sessions.enabled")]
     SessionsOff,
+    /// The disk that keeps the sessions cannot be used yet.
+    #[error("no sessions are kept now: {reason}; try again in {retry_after_s} s")]
+    SessionsAway {
+        /// What is wrong with the disk.
+        reason: String,
+        /// When to try again.
+        retry_after_s: u32,
+    },
     /// The caller has no such session.
     #[error("there is no session '{id}'")]
     SessionNotFound {

@@ -39,7 +39,7 @@ pub(crate) struct Asks(Sender<Ask>);
 
 impl Asks {
     /// A way, and its end.
-    pub(super) fn new() -> (Self, Receiver<Ask>) {
+    pub(crate) fn new() -> (Self, Receiver<Ask>) {
         let (sender, receiver) = channel();
         (Self(sender), receiver)
     }

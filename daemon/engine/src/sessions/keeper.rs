@@ -5,10 +5,13 @@
 //! for each session; then listeners hear what they may. Images are written one at a time while nothing else is to do,
 //! so an answer never waits for more than one of them.
 
+use super::Sessions;
 use super::answers::Answer;
 use super::asks::{Ask, Asks};
+use super::late::{Absence, SessionStore};
 use super::listener::Listener;
 use super::recorded::{Recorder, TurnId};
+use super::retention::Settling;
 use crate::api::{Failure, Turn};
 use crate::durable::{Restore, Restored};
 use crate::service::Command;
@@ -44,14 +47,20 @@ pub(crate) struct Keeper {
     /// Waits until nothing else is to do.
     images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
     stopping: bool,
-    /// Seconds since 1970; may jump.
-    clock: Clock,
-    /// When old sessions were last looked for.
-    expired_at: u64,
+    clocks: Clocks,
+    /// Whether a date may say what is old.
+    settling: Settling,
+    /// When old sessions were last looked for, by the uptime.
+    expired_at: Option<Duration>,
 }
 
-/// Tells the date, in seconds since 1970.
-pub(crate) type Clock = Box<dyn Fn() -> u64 + Send>;
+/// What tells the time.
+pub(crate) struct Clocks {
+    /// Seconds since 1970; may jump.
+    pub(crate) date: Box<dyn Fn() -> u64 + Send>,
+    /// Time since some start; goes on.
+    pub(crate) uptime: Box<dyn Fn() -> Duration + Send>,
+}
 
 /// What a turn was before it goes on.
 pub(super) struct Resumed {
@@ -81,25 +90,28 @@ impl Drop for Alarm {
 /// # Errors
 /// When no thread can be started.
 pub(crate) fn spawn(
-    store: Store<AnyDisk>,
+    store: SessionStore,
     engine: SyncSender<Command>,
-    clock: Clock,
-) -> std::io::Result<(Asks, JoinHandle<()>)> {
-    let (keeper, receiver) = Keeper::new(store, engine, clock);
-    let asks = keeper.asks();
+    clocks: Clocks,
+) -> std::io::Result<(Sessions, JoinHandle<()>)> {
+    let (asks, receiver) = Asks::new();
+    let absence = Absence::of(&store);
+    let sessions = Sessions::new(asks.clone(), absence.clone());
     let run = move || {
-        let _alarm = Alarm(keeper.engine.clone());
+        let _alarm = Alarm(engine.clone());
+        let Some((store, verbs)) = store.wait(&receiver, &absence) else { return };
+        let mut keeper = Keeper::new(store, asks, engine, clocks);
+        verbs.into_iter().for_each(|verb| verb(&mut keeper));
         keeper.run(&receiver);
     };
     let thread = std::thread::Builder::new().name("sessions".to_owned()).spawn(run)?;
-    Ok((asks, thread))
+    Ok((sessions, thread))
 }
 
 impl Keeper {
-    /// A keeper, and where its asks come out.
-    pub(crate) fn new(store: Store<AnyDisk>, engine: SyncSender<Command>, clock: Clock) -> (Self, Receiver<Ask>) {
-        let (asks, receiver) = Asks::new();
-        let keeper = Self {
+    /// A keeper that is asked by `asks`.
+    pub(crate) fn new(store: Store<AnyDisk>, asks: Asks, engine: SyncSender<Command>, clocks: Clocks) -> Self {
+        Self {
             store,
             asks,
             engine,
@@ -110,15 +122,10 @@ impl Keeper {
             n_turns: 0,
             images: VecDeque::new(),
             stopping: false,
-            clock,
-            expired_at: 0,
-        };
-        (keeper, receiver)
-    }
-
-    /// The way to it.
-    pub(crate) fn asks(&self) -> Asks {
-        self.asks.clone()
+            clocks,
+            settling: Settling::default(),
+            expired_at: None,
+        }
     }
 
     fn run(mut self, asks: &Receiver<Ask>) {
@@ -156,7 +163,7 @@ impl Keeper {
 
     /// Seconds since 1970.
     pub(super) fn seconds(&self) -> u64 {
-        (self.clock)()
+        (self.clocks.date)()
     }
 
     fn take(&mut self, ask: Ask) {
@@ -258,11 +265,14 @@ impl Keeper {
     }
 
     fn expire(&mut self) {
-        let now = self.seconds();
-        if now.abs_diff(self.expired_at) < EXPIRY.as_secs() {
+        let (uptime, now) = ((self.clocks.uptime)(), self.seconds());
+        if self.expired_at.is_some_and(|at| uptime.saturating_sub(at) < EXPIRY) {
             return;
         }
-        self.expired_at = now;
+        self.expired_at = Some(uptime);
+        if !self.settling.look(uptime, now) {
+            return;
+        }
         match self.store.expire(now) {
             Ok(gone) if gone.is_empty() => {}
             Ok(gone) => log::info!(sessions = gone.len(); "sessions past their retention are deleted"),
@@ -367,7 +377,8 @@ mod tests {
         });
         let disk: AnyDisk = Box::new(OsDisk::open(dir).unwrap());
         let (store, _) = Store::open(disk, random, MasterKey::new([7; 32]), Limits::default()).unwrap();
-        let mut keeper = Keeper::new(store, engine, Box::new(|| 0)).0;
+        let clocks = Clocks { date: Box::new(|| 0), uptime: Box::new(|| Duration::ZERO) };
+        let mut keeper = Keeper::new(store, Asks::new().0, engine, clocks);
         let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
         let id = keeper.store.create(1, &new, 0).unwrap();
         (keeper, id, commands)

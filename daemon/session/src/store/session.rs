@@ -9,7 +9,7 @@ use crate::history::{Durability, History, State};
 use crate::id::SessionId;
 use crate::image::{Digests, ImageShape};
 use crate::journal::{self, Position, Replay, Tail, Unreadable};
-use crate::limits::{Limits, RECORD_TOKENS_MAX};
+use crate::limits::{DATE_MIN_S, Limits, RECORD_TOKENS_MAX};
 use crate::record::Record;
 
 /// One session.
@@ -143,6 +143,13 @@ impl Session {
 
     pub(super) fn used(&self) -> u64 {
         self.facts.used
+    }
+
+    /// Takes it for used at `now` where its own date is none.
+    pub(super) fn date(&mut self, now: u64) {
+        if self.facts.used < DATE_MIN_S {
+            self.facts.used = now;
+        }
     }
 
     pub(super) fn durability(&self) -> Durability {

@@ -6,6 +6,7 @@ use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::State;
 use crate::id::SessionId;
+use crate::limits::DATE_MIN_S;
 
 impl<D: Disk> Store<D> {
     /// Destroys a session's key, then removes its files.
@@ -31,15 +32,18 @@ impl<D: Disk> Store<D> {
     }
 
     /// Deletes all unpinned, idle sessions that were last used more than the limits' retention before `now`. One that
-    /// was used in the future is not old. Answers those that went.
+    /// was used in the future is not old, one that was used before the clock was set has been used now, until the store
+    /// is opened again, and by a clock that is not set none is. Answers those that went. Whether `now` may be believed
+    /// beyond that is the caller's to know.
     ///
     /// # Errors
     /// The disk; what was deleted before stays deleted.
     pub fn expire(&mut self, now: u64) -> Result<Vec<(u64, SessionId)>> {
         let retention = self.limits.retention_seconds;
-        if retention == 0 {
+        if retention == 0 || now < DATE_MIN_S {
             return Ok(Vec::new());
         }
+        self.sessions.values_mut().for_each(|session| session.date(now));
         let sessions = self.sessions.values().filter(|session| {
             let is_old = now.checked_sub(session.used()).is_some_and(|seconds| seconds > retention);
             is_old && !session.pinned() && !session.answering

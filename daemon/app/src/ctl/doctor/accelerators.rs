@@ -3,8 +3,12 @@
 use super::Check;
 use rustix::fs::Access;
 use std::fs;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+
+/// Of a file that tells a version, only so much is read.
+const VERSION_BYTES_MAX: u64 = 4096;
 
 /// The user of the service.
 const USER: &str = "sparsed";
@@ -17,6 +21,8 @@ struct Accelerator {
     /// What makes nodes that are missing.
     makes_nodes: &'static str,
     plugin: &'static str,
+    /// Files that tell the driver's version, and what stands before it there.
+    versions: &'static [(&'static str, &'static str)],
 }
 
 const ACCELERATORS: &[Accelerator] = &[
@@ -25,24 +31,28 @@ const ACCELERATORS: &[Accelerator] = &[
         nodes: &["nvidia0", "nvidiactl", "nvidia-uvm"],
         makes_nodes: "sudo nvidia-modprobe -c 0 -u",
         plugin: "cuda",
+        versions: &[("proc/driver/nvidia/version", "Kernel Module"), ("sys/module/nvidia/version", "")],
     },
     Accelerator {
         name: "NVIDIA Jetson",
         nodes: &["nvhost-gpu", "nvmap", "nvhost-ctrl"],
         makes_nodes: "sudo modprobe nvgpu",
         plugin: "cuda",
+        versions: &[("etc/nv_tegra_release", "#")],
     },
     Accelerator {
         name: "Ascend NPU",
         nodes: &["davinci0", "davinci_manager", "devmm_svm", "hisi_hdc"],
         makes_nodes: "npu-smi info; then install its driver again",
         plugin: "ascend",
+        versions: &[("usr/local/Ascend/driver/version.info", "Version=")],
     },
     Accelerator {
         name: "Cambricon MLU",
         nodes: &["cambricon_dev0", "cambricon_ctl"],
         makes_nodes: "cnmon; then install its driver again",
         plugin: "cambricon",
+        versions: &[("sys/module/cambricon_drv/version", "")],
     },
 ];
 
@@ -53,25 +63,44 @@ pub(super) fn accelerators(root: &Path, plugins: &[String]) -> Vec<Check> {
 }
 
 fn accelerator(root: &Path, kind: &Accelerator, plugins: &[String]) -> Check {
-    let Accelerator { name, nodes, makes_nodes, plugin } = kind;
+    let Accelerator { name, nodes, makes_nodes, plugin, .. } = kind;
     let title = format!("{name} (/dev/{})", nodes[0]);
+    let driver = match driver(root, kind) {
+        Some(version) => format!("driver {version}"),
+        None => "its driver tells no version".to_owned(),
+    };
     if !plugins.iter().any(|id| id == plugin) {
-        let found = format!("not used: there is no plugin '{plugin}'; this version ships none for it");
+        let found = format!("not used: there is no plugin '{plugin}', this version ships none for it; {driver}");
         return Check::warn(title, found, "the CPU serves; see the README's table");
     }
     let node = |node: &&&str| root.join("dev").join(node);
     if let Some(missing) = nodes.iter().find(|name| !node(name).exists()) {
-        return Check::warn(title, format!("not used: /dev/{missing} is not there"), *makes_nodes);
+        return Check::warn(title, format!("not used: /dev/{missing} is not there; {driver}"), *makes_nodes);
     }
     if let Some(closed) = nodes.iter().find(|name| !may_be_opened(root, &node(name))) {
-        let found = format!("not used: /dev/{closed} may not be opened by the daemon's user");
+        let found = format!("not used: /dev/{closed} may not be opened by the daemon's user; {driver}");
         return Check::warn(title, found, lets_in(root, &node(&closed), closed));
     }
     if plugins.first().is_some_and(|id| id == plugin) {
-        return Check::ok(title, format!("used by the plugin '{plugin}'"));
+        return Check::ok(title, format!("used by the plugin '{plugin}'; {driver}"));
     }
-    let found = format!("not used: engine.plugin = \"{}\"", plugins[0]);
+    let found = format!("not used: engine.plugin = \"{}\"; {driver}", plugins[0]);
     Check::warn(title, found, format!("set engine.plugin = \"{plugin}\""))
+}
+
+/// The version of its driver, where a file tells it.
+fn driver(root: &Path, kind: &Accelerator) -> Option<String> {
+    kind.versions.iter().find_map(|(file, before)| {
+        let file = fs::File::open(root.join(file)).ok()?;
+        let mut text = String::new();
+        file.take(VERSION_BYTES_MAX).read_to_string(&mut text).ok()?;
+        let rest = text.lines().find_map(|line| Some(line.split_once(before)?.1.trim()))?;
+        // In NVIDIA's line a column of its own.
+        let number =
+            rest.split("  ").map(str::trim).find(|part| part.starts_with(|letter: char| letter.is_ascii_digit()));
+        let version = number.unwrap_or(rest);
+        (!version.is_empty() && !version.chars().any(char::is_control)).then(|| version.to_owned())
+    })
 }
 
 /// Whether the daemon's user may read and write `node`; where there is no such user, whether whoever asks may.
@@ -144,6 +173,36 @@ mod tests {
         assert!(accelerators(machine(&[]).path(), &[]).is_empty());
         let part = machine(&NPU[..3]);
         assert!(found(part.path(), &["ascend"]).found.contains("/dev/hisi_hdc is not there"));
+    }
+
+    #[test]
+    fn a_driver_tells_its_version_where_each_maker_has_it() {
+        let nvidia =
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19 18:56:32 UTC 2023\nGCC version:\n";
+        let open = "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build  (builder)\n";
+        let cases = [
+            ("dev/nvidia0", "proc/driver/nvidia/version", nvidia, "driver 535.129.03"),
+            ("dev/nvidia0", "proc/driver/nvidia/version", open, "driver 540.4.0"),
+            ("dev/nvidia0", "sys/module/nvidia/version", "550.90.07\n", "driver 550.90.07"),
+            (
+                "dev/nvhost-gpu",
+                "etc/nv_tegra_release",
+                "# R35 (release), REVISION: 4.1, GCID: 1\n",
+                "driver R35 (release), REVISION: 4.1, GCID: 1",
+            ),
+            (
+                "dev/davinci0",
+                "usr/local/Ascend/driver/version.info",
+                "Version=23.0.3\nascendhal_version=7\n",
+                "driver 23.0.3",
+            ),
+            ("dev/cambricon_dev0", "sys/module/cambricon_drv/version", "5.10.22\n", "driver 5.10.22"),
+            ("dev/davinci0", "usr/local/Ascend/driver/other", "", "its driver tells no version"),
+        ];
+        for (node, file, text, expected) in cases {
+            let check = found(machine(&[(node, ""), (file, text)]).path(), &["cpu"]);
+            assert!(check.found.ends_with(&format!("; {expected}")), "{check:?}");
+        }
     }
 
     /// The files of a test have its own group, whoever runs it.

@@ -5,10 +5,11 @@ use super::{Check, size};
 use crate::assemble::{configured_models, now_ms, quarantine};
 use crate::config::{Config, Paths, Source};
 use crate::ctl::inspect;
-use crate::store::{Store, reference};
+use crate::store::{Digest, Store, reference};
 use rustix::fs::Access;
-use sparsed_backend::Scan;
+use sparsed_backend::{ABI_MAJOR, ABI_MINOR, Found, Scan};
 use sparsed_model::Inspection;
+use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -56,8 +57,8 @@ pub(super) fn state_folder(dir: &Path) -> Check {
     Check::ok(NAME, shown.to_string())
 }
 
-/// Whether each configured model can be read and served, and whether it fits.
-pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>) -> Vec<Check> {
+/// Whether each configured model can be read and served, and whether it fits; with `full` whether all of it can be read.
+pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>, full: bool) -> Vec<Check> {
     let models = configured_models(config, paths).into_iter();
     let store = Store::at(&paths.models_dir);
     let checks = models.map(|(name, model)| {
@@ -78,17 +79,50 @@ pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>) ->
         if let Some(reason) = found.refusals.first() {
             return Check::fail(title, reason.clone(), format!("sparsectl inspect {shown}"));
         }
+        let read = match integrity(&store, &model.path, &path, full) {
+            Ok(read) => read,
+            Err(error) => return Check::fail(title, format!("{error:#}"), "fetch it again: sparsectl model pull"),
+        };
         let bytes = inspect::bytes_to_serve(&found, model.max_context);
         match (bytes, memory) {
             (Some(bytes), Some(memory)) if bytes > memory.free => {
                 let text = format!("{shown} takes some {}, {} are free", size(bytes), size(memory.free));
                 Check::warn(title, text, format!("set a smaller model.{name}.max_context, or take a smaller model"))
             }
-            (Some(bytes), _) => Check::ok(title, format!("{shown}, some {} with its whole context", size(bytes))),
-            (None, _) => Check::ok(title, shown.to_string()),
+            (Some(bytes), _) => {
+                Check::ok(title, format!("{shown}, some {} with its whole context; {read}", size(bytes)))
+            }
+            (None, _) => Check::ok(title, format!("{shown}; {read}")),
         }
     });
     checks.collect()
+}
+
+/// How far the file of a model is known to be whole.
+///
+/// # Errors
+/// A file that cannot be read, or that is not what it was.
+fn integrity(store: &Store, configured: &Path, path: &Path, full: bool) -> anyhow::Result<String> {
+    if !full {
+        return Ok("its head was read; --full reads all".to_owned());
+    }
+    if let Some(name) = reference(configured) {
+        store.verify(name, &store.entry(name)?, &mut |_| {})?;
+        return Ok("all of it is what was fetched".to_owned());
+    }
+    if path.is_dir() {
+        return Ok("a folder: its files have no digests to compare with".to_owned());
+    }
+    let digest = Digest::of_file(&File::open(path)?, &mut |_| {})?;
+    Ok(format!("all of it can be read, nobody has told its SHA-256: {digest}"))
+}
+
+/// A plugin's version, the ABI that it speaks, and the daemon's.
+fn plugin_versions(found: &Found) -> String {
+    let abi = &found.manifest.abi;
+    let majors = abi.major.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    let (version, dir) = (&found.manifest.version, found.dir.display());
+    format!("{version} in {dir}; ABI {majors}, of the daemon's {ABI_MAJOR}.{ABI_MINOR}")
 }
 
 /// Which plugins are there, and whether the one that is configured may be used.
@@ -99,7 +133,7 @@ pub(super) fn plugins(config: &Config, scan: &Scan) -> Vec<Check> {
         let id = &found.manifest.id;
         let title = format!("plugin {id}");
         checks.push(match store.admit(found, now_ms()).and_then(|()| found.verify().map(drop)) {
-            Ok(()) => Check::ok(title, format!("{} in {}", found.manifest.version, found.dir.display())),
+            Ok(()) => Check::ok(title, plugin_versions(found)),
             Err(error) => Check::fail(
                 title,
                 error.to_string(),
@@ -157,10 +191,29 @@ mod tests {
         let path = dir.path().join("m.gguf");
         let mut config = Config::default();
         config.model.insert("small".to_owned(), Model::at(path.clone()));
-        let said = |config: &Config| models(config, &Paths::of(config), None).remove(0);
+        let said = |config: &Config| models(config, &Paths::of(config), None, false).remove(0);
         assert_eq!(said(&config).verdict, Verdict::Fail);
         fs::write(&path, b"GGUF\x03\0\0\0").unwrap();
         let cut = said(&config);
         assert!(cut.verdict == Verdict::Fail && cut.name == "model small" && cut.found.contains("m.gguf"), "{cut:?}");
+    }
+
+    #[test]
+    fn a_model_that_has_decayed_is_found_when_all_of_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, stored, partial) =
+            (Store::at(&dir.path().join("models")), Path::new("store:m"), dir.path().join("x"));
+        store.make().unwrap();
+        fs::write(&partial, "weights").unwrap();
+        store.put("m", &[(partial, Digest::of(b"weights"))], "file:x".to_owned()).unwrap();
+        let path = store.resolve(stored);
+        assert!(integrity(&store, stored, &path, true).unwrap().contains("what was fetched"));
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::write(&path, "weightz").unwrap();
+        assert!(integrity(&store, stored, &path, false).unwrap().contains("--full"));
+        assert!(integrity(&store, stored, &path, true).unwrap_err().to_string().contains("damaged"));
+        // Of a file elsewhere nobody knows what it was.
+        let said = integrity(&store, &path, &path, true).unwrap();
+        assert!(said.contains(&Digest::of(b"weightz").to_string()), "{said}");
     }
 }

@@ -3,6 +3,7 @@
 //! What the kernel says is read below a root folder, so that tests can have another machine.
 
 use super::{Check, size};
+use sparsed_session::DATE_MIN_S;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -18,8 +19,6 @@ const DISK_FREE_MIN: u64 = 1 << 30;
 const PROBE_BYTES: usize = 1 << 20;
 /// A disk that takes longer for that makes durable tokens wait.
 const PROBE_SLOW: Duration = Duration::from_millis(200);
-/// Clocks before 2025 have not been set since the box started.
-const CLOCK_MIN_S: u64 = 1_735_689_600;
 /// So near to a trip point, a processor is about to be slowed down, in thousandths of a degree.
 const HOT_MARGIN: i64 = 5_000;
 
@@ -129,8 +128,8 @@ pub(super) fn clock(root: &Path) -> Check {
 
 fn clock_at(root: &Path, seconds: u64) -> Check {
     const NAME: &str = "clock";
-    if seconds < CLOCK_MIN_S {
-        let found = "has not been set: TLS will fail, and sessions will look old".to_owned();
+    if seconds < DATE_MIN_S {
+        let found = "has not been set: TLS will fail, and no session is deleted for its age".to_owned();
         return Check::warn(NAME, found, "timedatectl set-ntp true");
     }
     let has_rtc = root.join("dev/rtc0").exists() || root.join("dev/rtc").exists();
@@ -253,9 +252,9 @@ pub(super) mod tests {
     fn a_clock_that_was_never_set_is_told_and_one_that_is_kept_says_by_whom() {
         let root = machine(&[("run/systemd/timesync/synchronized", ""), ("dev/rtc0", "")]);
         assert_eq!(clock_at(root.path(), 1000).verdict, Verdict::Warn);
-        let set = clock_at(root.path(), CLOCK_MIN_S);
+        let set = clock_at(root.path(), DATE_MIN_S);
         assert_eq!((set.verdict, set.found.as_str()), (Verdict::Ok, "is set, kept by systemd-timesyncd"));
-        assert!(clock_at(machine(&[]).path(), CLOCK_MIN_S).found.contains("no clock runs"));
+        assert!(clock_at(machine(&[]).path(), DATE_MIN_S).found.contains("no clock runs"));
     }
 
     #[test]

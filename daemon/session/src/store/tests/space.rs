@@ -1,6 +1,7 @@
 //! What takes room, and what goes for it.
 
 use super::*;
+use crate::limits::DATE_MIN_S;
 
 #[test]
 fn a_deleted_session_leaves_nothing() {
@@ -131,16 +132,29 @@ fn limits_are_told_by_name_and_change_nothing() {
 fn old_sessions_go_and_those_from_the_future_stay() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, _) = open_as(folder.path(), 1, Limits { retention_seconds: 100, ..Limits::default() });
-    let old = store.create(OWNER, &new(Durability::Turn), 1000).unwrap();
-    let pinned = store.create(OWNER, &new(Durability::Turn), 1000).unwrap();
+    let day = DATE_MIN_S + 1000;
+    let old = store.create(OWNER, &new(Durability::Turn), day).unwrap();
+    let pinned = store.create(OWNER, &new(Durability::Turn), day).unwrap();
     let future = store.create(OWNER, &new(Durability::Turn), 1 << 40).unwrap();
     store.pin(OWNER, pinned, true).unwrap();
     assert_eq!(store.expire(0), Ok(vec![]));
-    assert_eq!(store.expire(1100), Ok(vec![]));
-    assert_eq!(store.expire(1101), Ok(vec![(OWNER, old)]));
+    assert_eq!(store.expire(day + 100), Ok(vec![]));
+    assert_eq!(store.expire(day + 101), Ok(vec![(OWNER, old)]));
     let mut left: Vec<SessionId> = store.list(OWNER).iter().map(|summary| summary.id).collect();
     left.sort();
     let mut expected = vec![pinned, future];
     expected.sort();
     assert_eq!(left, expected);
+}
+
+#[test]
+fn a_session_from_before_the_clock_was_set_is_as_old_as_the_clock_that_was_set() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open_as(folder.path(), 1, Limits { retention_seconds: 100, ..Limits::default() });
+    let early = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    assert_eq!(store.expire(200), Ok(vec![]), "the clock is not set");
+    let day = DATE_MIN_S + 1000;
+    assert_eq!(store.expire(day), Ok(vec![]));
+    assert_eq!(store.expire(day + 100), Ok(vec![]));
+    assert_eq!(store.expire(day + 101), Ok(vec![(OWNER, early)]));
 }

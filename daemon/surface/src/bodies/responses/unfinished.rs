@@ -26,7 +26,16 @@ pub(crate) async fn finish_all(service: &Service, runs: &Runs, at_a_time: usize)
     while service.models().iter().any(|model| matches!(model.state, ModelState::Loading { .. })) {
         tokio::time::sleep(LOOK).await;
     }
-    let Ok(cut) = sessions::verb(service, |service| service.sessions()?.interrupted()).await else { return };
+    let cut = loop {
+        match sessions::verb(service, |service| service.sessions()?.interrupted()).await {
+            Ok(cut) => break cut,
+            // Their disk comes late.
+            Err(refusal) => match refusal.retry_after_s() {
+                Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
+                None => return,
+            },
+        }
+    };
     let finish = |(owner, session)| async move {
         if let Err(refusal) = finish_one(service, runs, owner, session).await {
             log::warn!(session:%, reason = refusal.message(); "answer does not go on by itself, only when it is asked for");

@@ -1,0 +1,72 @@
+//! May the clock say that a session is old?
+//!
+//! Sessions have dates, and clocks are wrong: in 1970 until a network is there, or years ahead for a moment. So nothing
+//! is deleted by a date until the clock has gone on as time does for an hour; one that is set begins its hour anew.
+
+use sparsed_session::DATE_MIN_S;
+use std::time::Duration;
+
+/// How long the clock must have gone on undisturbed.
+const SETTLED: Duration = Duration::from_secs(3600);
+/// What a clock may gain or lose between two looks and is not set: it is kept right by and by.
+const SLACK_S: u64 = 60;
+
+/// What was seen of the clock.
+#[derive(Debug, Default)]
+pub(super) struct Settling {
+    /// Time since some start and date in seconds since 1970, at the first look since it was set, and at the last one.
+    seen: Option<[(Duration, u64); 2]>,
+}
+
+impl Settling {
+    /// Looks at both clocks; answers whether the date may be believed.
+    pub(super) fn look(&mut self, uptime: Duration, date: u64) -> bool {
+        let now = (uptime, date);
+        let goes_on = |last: (Duration, u64)| {
+            let expected = last.1.saturating_add(uptime.saturating_sub(last.0).as_secs());
+            date.abs_diff(expected) <= SLACK_S
+        };
+        let first = self.seen.filter(|&[_, last]| goes_on(last)).map_or(now, |[first, _]| first);
+        self.seen = Some([first, now]);
+        date >= DATE_MIN_S && uptime.saturating_sub(first.0) >= SETTLED
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TODAY: u64 = DATE_MIN_S + 60_000_000;
+
+    /// Looks every ten minutes from `uptime` on, with a date that goes on; answers the last look's answer.
+    fn looks(settling: &mut Settling, uptime: u64, date: u64, n: u64) -> bool {
+        let look = |at: u64| settling.look(Duration::from_secs(uptime + 600 * at), date + 600 * at);
+        (0..n).map(look).last().unwrap()
+    }
+
+    #[test]
+    fn a_date_is_believed_after_an_hour_and_not_before() {
+        let mut settling = Settling::default();
+        assert!(!looks(&mut settling, 5, TODAY, 6));
+        assert!(settling.look(Duration::from_secs(3605), TODAY + 3600));
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_not_believed_for_an_hour_whichever_way_it_went() {
+        for jump in [-400_000_000, -61, 61, 400_000_000] {
+            let mut settling = Settling::default();
+            assert!(looks(&mut settling, 0, TODAY, 7));
+            let then = (TODAY + 7 * 600).saturating_add_signed(jump);
+            assert!(!looks(&mut settling, 7 * 600, then, 6), "{jump}");
+            assert!(looks(&mut settling, 13 * 600, then + 6 * 600, 1), "{jump}");
+        }
+    }
+
+    #[test]
+    fn a_clock_that_runs_a_little_fast_is_believed_and_one_that_was_never_set_is_not() {
+        let mut settling = Settling::default();
+        let fast = (0..100).map(|at| settling.look(Duration::from_secs(600 * at), TODAY + 630 * at));
+        assert!(fast.last().unwrap());
+        assert!(!looks(&mut Settling::default(), 0, 100, 1000));
+    }
+}

@@ -1,0 +1,121 @@
+//! A partition for the state that comes late, or is full: what is served meanwhile, and what is lost?
+
+use serde_json::{Value, json};
+use sparsed_tests::broker::Broker;
+use sparsed_tests::chatty;
+use sparsed_tests::daemon::{Answer, Daemon};
+use std::path::Path;
+use std::process::Command;
+
+fn chat(daemon: &Daemon, session: Option<&str>) -> Answer {
+    let body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 4, "session_id": session });
+    daemon.post("/v1/chat/completions", &body)
+}
+
+fn new_session(daemon: &Daemon) -> Answer {
+    daemon.post("/v1/sessions", &json!({}))
+}
+
+fn code(answer: &Answer) -> (u16, Value) {
+    (answer.status, answer.json()["error"]["code"].clone())
+}
+
+/// Waits for a session, and answers its name.
+fn first_session(daemon: &Daemon) -> String {
+    let mut made = None;
+    daemon.wait_until("sessions are kept", || {
+        made = Some(new_session(daemon)).filter(|answer| answer.status == 201);
+        made.is_some()
+    });
+    made.unwrap().json()["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_state_folder_that_comes_late_is_taken_up_without_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, partition) = (dir.path().join("state"), dir.path().join("partition"));
+    std::os::unix::fs::symlink(&partition, &state).unwrap();
+    let broker = Broker::start("");
+    let sets = [format!("state_dir={}", state.display()), format!("mqtt.broker=mqtt://127.0.0.1:{}", broker.port())];
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start(&chatty::write(dir.path()), &sets);
+    assert!(daemon.log().contains("the state folder cannot be used: no sessions, no MQTT"), "{}", daemon.log());
+    assert_eq!(chat(&daemon, None).status, 200);
+    let refused = new_session(&daemon);
+    assert_eq!(code(&refused), (503, json!("sessions_away")), "{}", refused.body);
+    assert!(refused.head.to_ascii_lowercase().contains("retry-after: "), "{}", refused.head);
+    assert!(!daemon.log().contains("connected to the MQTT broker"), "{}", daemon.log());
+    std::fs::create_dir(&partition).unwrap();
+    let session = first_session(&daemon);
+    assert_eq!(chat(&daemon, Some(&session)).status, 200);
+    daemon.wait_until("on MQTT", || daemon.log().contains("connected to the MQTT broker"));
+    daemon.kill_and_restart(&sets);
+    let said = daemon.get(&format!("/v1/sessions/{session}")).json();
+    assert_eq!(said["messages"].as_array().unwrap().len(), 2, "{said}");
+}
+
+/// A small disk, where this user may mount one.
+struct SmallDisk(tempfile::TempDir);
+
+impl SmallDisk {
+    fn mount() -> Option<Self> {
+        let dir = tempfile::tempdir().unwrap();
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(dir.path()).status();
+        mounted.is_ok_and(|status| status.success()).then_some(Self(dir))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Takes all of its room.
+    fn fill(&self) {
+        let mut filler = std::fs::File::create(self.path().join("filler")).unwrap();
+        while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    }
+
+    fn empty(&self) {
+        std::fs::remove_file(self.path().join("filler")).unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _unmounted = Command::new("umount").arg("-l").arg(self.path()).status().is_ok();
+    }
+}
+
+#[test]
+fn a_disk_that_is_full_refuses_conversations_serves_the_rest_and_loses_nothing() {
+    let Some(disk) = SmallDisk::mount() else {
+        eprintln!("skipped: this user may not mount a disk");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let state = format!("state_dir={}", disk.path().join("state").display());
+    let model = chatty::write(dir.path());
+    // Full from the start: not even a key can be made.
+    disk.fill();
+    let mut daemon = Daemon::start(&model, &[&state]);
+    assert_eq!(chat(&daemon, None).status, 200, "{}", daemon.log());
+    let refused = new_session(&daemon);
+    assert_eq!(code(&refused), (503, json!("sessions_away")), "{}", refused.body);
+    disk.empty();
+    let session = first_session(&daemon);
+    assert_eq!(chat(&daemon, Some(&session)).status, 200);
+    // Full in between.
+    disk.fill();
+    assert_eq!(chat(&daemon, None).status, 200);
+    let refused = new_session(&daemon);
+    assert_eq!(code(&refused), (507, json!("disk_failed")), "{}", refused.body);
+    // Killed and started with a full disk: what was said can be read.
+    daemon.kill_and_restart(&[&state]);
+    let said = daemon.get(&format!("/v1/sessions/{session}")).json();
+    assert_eq!(said["messages"].as_array().unwrap().len(), 2, "{said}");
+    assert_eq!(chat(&daemon, None).status, 200);
+    disk.empty();
+    assert_eq!(chat(&daemon, Some(&session)).status, 200);
+    daemon.kill_and_restart(&[&state]);
+    let said = daemon.get(&format!("/v1/sessions/{session}")).json();
+    assert_eq!(said["messages"].as_array().unwrap().len(), 4, "{said}");
+}
