@@ -136,7 +136,7 @@ def prepared(home, tokens):
 def alone(tokens):
     """Settings of a daemon that has all of one long session in memory."""
     return [f"model.default.max_context={tokens + 1024}", f"engine.threads={ARGUMENTS.threads}", "limits.max_running=1",
-            "memory.budget=2GiB"]
+            "memory.budget=2GiB", *ARGUMENTS.set]
 
 
 def ttft(answer):
@@ -377,8 +377,11 @@ def many(home):
     daemon.stop()
     budget = n_sessions // 8 * tokens * per_token
     daemon = Daemon(home, f"memory.budget={budget}", f"model.default.max_context={tokens + 512}",
-                    f"engine.threads={ARGUMENTS.threads}")
-    sessions = [daemon.session() for _ in range(n_sessions)]
+                    f"engine.threads={ARGUMENTS.threads}", *ARGUMENTS.set)
+    # Reading them takes many minutes: with --keep that is done once, and the turns can be measured while it is quiet.
+    note = pathlib.Path(home, f"prepared-{n_sessions}-of-{tokens}")
+    is_new = not note.exists()
+    sessions = [daemon.session() for _ in range(n_sessions)] if is_new else json.loads(note.read_text())
     failures, times = [], [[] for _ in sessions]
 
     def turn(at, text, n_answer):
@@ -389,8 +392,12 @@ def many(home):
         return time.monotonic() - begun
 
     # Other words at each beginning, or they would share their blocks.
-    for at in range(n_sessions):
-        turn(at, f"Story number {at}. " + TEXT * ((tokens - 256) // 18), 1)
+    if is_new:
+        for at in range(n_sessions):
+            turn(at, f"Story number {at}. " + TEXT * ((tokens - 256) // 18), 1)
+        note.write_text(json.dumps(sessions))
+    if not n_rounds:
+        return daemon.stop()
     before, begun = scheduling(daemon), time.monotonic()
     turns, lock = iter([(at, n) for n in range(n_rounds) for at in range(n_sessions)]), threading.Lock()
 
@@ -416,6 +423,8 @@ def many(home):
           f"| {took * n_clients / n_sessions / n_rounds:.2f} | {grown['restored'] / n_sessions / n_rounds:.0f} "
           f"| {grown['again']} | {grown['thrash']} | {least:.2f} to {most:.2f} |", flush=True)
     assert not failures, failures[0]
+    for session in sessions:
+        daemon.ask("POST", f"/v1/sessions/{session}/truncate", {"turns": 1})
     daemon.stop()
 
 
@@ -440,13 +449,14 @@ if __name__ == "__main__":
     PARSER.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192])
     PARSER.add_argument("--threads", type=int, default=2)
     PARSER.add_argument("--sessions", type=int, default=64, help="`many`: so many, of --tokens each")
-    PARSER.add_argument("--rounds", type=int, default=3, help="`many`: turns of each")
+    PARSER.add_argument("--rounds", type=int, default=3, help="`many`: turns of each; 0 reads the sessions only")
     PARSER.add_argument("--clients", type=int, default=8, help="`many`: turns at a time")
     PARSER.add_argument("--disks", nargs="*", default=list(Disk.PROFILES), help="`slow`: which kinds are played")
     PARSER.add_argument("--shares", type=float, nargs="*", default=[0.2, 0.07, 0.0], help="`slow`: hot ones")
     PARSER.add_argument("--answer", type=int, default=96, help="`slow`: tokens of an answer")
     PARSER.add_argument("--text", help="a pattern of files whose text is read instead of a sentence again and again")
     PARSER.add_argument("--keep", help="a folder for sessions that are read once")
+    PARSER.add_argument("--set", nargs="*", default=[], help="`many`, `restore`, `kill`, `slow`: more settings")
     PARSER.add_argument("--home", help="a folder on the disk that is to be measured")
     ARGUMENTS = PARSER.parse_args()
     MODEL = pathlib.Path(ARGUMENTS.model).resolve()

@@ -4,7 +4,7 @@
 //! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the
 //! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
-use crate::config::{Activations, Config, KeepAlive, LoadWhen, Model, Paths, SlowTierFor};
+use crate::config::{Activations, Config, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
 use crate::devices;
 use crate::door::{self, Door};
 use crate::memory::Sources;
@@ -114,6 +114,11 @@ pub fn program_options(model: &Model) -> ProgramOptions {
         Activations::Int16 => (sparsed_model::Activations::Int16, KvFormats::default()),
         Activations::F32 => (sparsed_model::Activations::F32, KvFormats::exact()),
         Activations::Int8 => (sparsed_model::Activations::Int8, KvFormats::default()),
+    };
+    let kv = match model.kv_dtype {
+        None => kv,
+        Some(KvDtype::F16) => KvFormats::default(),
+        Some(KvDtype::Q8_0) => KvFormats::small(),
     };
     let selection = match model.top_k {
         None => Selection::Model,

@@ -3,31 +3,46 @@
 //! file is too.
 //!
 //! Every block of the pool has its place in it, so nothing has to be found. Pages are written as `abi/OPS.md` has them,
-//! past the page cache where the file system can: what the cache would hold counts as the daemon's memory.
+//! past the page cache where the file system can: what the cache would hold counts as the daemon's memory. The place of a
+//! block that nobody holds any more is given back to the file system, by whoever writes.
 
 use crate::error::BackendError;
 use crate::memory::KvDesc;
 use memmap2::{MmapOptions, MmapRaw};
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use sparsed_abi::SpdKvSlow;
 use sparsed_plugin_kit::slow::rowcache::{PAGE_BYTES, SlowLayout};
 use sparsed_plugin_kit::struct_size;
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::IoSlice;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Pages that are written at a time.
 const PAGES_AT_ONCE: usize = 64;
+
+/// Bytes of the disk that the slow tier leaves for what is said in sessions.
+const RESERVE_BYTES: u64 = 64 << 20;
 
 /// The slow tier of one pool.
 #[derive(Debug)]
 pub struct SlowArea {
     layout: SlowLayout,
     source: SlowSource,
+    places: Mutex<Places>,
+}
+
+/// Which blocks' places take room.
+#[derive(Debug, Default)]
+struct Places {
+    /// Written, at least in part.
+    used: BTreeSet<u32>,
+    /// Of these, whose content nobody needs any more.
+    left: BTreeSet<u32>,
 }
 
 /// Where a plugin reads it; the pool keeps it open.
@@ -81,7 +96,8 @@ impl SlowArea {
         let io = |error: Errno| BackendError::Io { path: dir.to_owned(), source: error.into() };
         let file = File::from(unnamed(dir).map_err(io)?);
         rustix::fs::ftruncate(&file, length).map_err(io)?;
-        Ok(Self { layout, source: SlowSource { file: Arc::new(file), memory: None, offset: 0, length, cache_bytes } })
+        let source = SlowSource { file: Arc::new(file), memory: None, offset: 0, length, cache_bytes };
+        Ok(Self { layout, source, places: Mutex::default() })
     }
 
     /// As [`Self::create`], in memory, which is taken as it is written.
@@ -100,7 +116,8 @@ impl SlowArea {
         };
         let file = make().map_err(|errno: Errno| none(errno.into()))?;
         let memory = Some(map(&file, length).map_err(none)?);
-        Ok(Self { layout, source: SlowSource { file: Arc::new(file), memory, offset: 0, length, cache_bytes } })
+        let source = SlowSource { file: Arc::new(file), memory, offset: 0, length, cache_bytes };
+        Ok(Self { layout, source, places: Mutex::default() })
     }
 
     pub(crate) fn source(&self) -> &SlowSource {
@@ -112,11 +129,58 @@ impl SlowArea {
         u64::from(block) * self.layout.block_bytes() as u64
     }
 
+    /// Nobody needs what was written of the block any more. Waits for nothing; answers whether that leaves anything to
+    /// be [reclaimed](Self::reclaim).
+    pub fn leave(&self, block: u32) -> bool {
+        let places = &mut *self.places();
+        places.used.contains(&block) && places.left.insert(block)
+    }
+
+    /// Gives the places of blocks that were left back to the file system. May wait for the disk; not while a block is
+    /// written.
+    ///
+    /// # Errors
+    /// The disk's: the places stay, and are written again when their turn comes.
+    pub fn reclaim(&self) -> std::io::Result<()> {
+        let left = std::mem::take(&mut self.places().left);
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        for block in left {
+            let (offset, n_bytes) = (self.source.offset + self.offset_of(block), self.layout.block_bytes() as u64);
+            rustix::fs::fallocate(&*self.source.file, flags, offset, n_bytes)?;
+            self.places().used.remove(&block);
+        }
+        Ok(())
+    }
+
+    /// Takes the block's place, for which there must be room on the disk.
+    fn enter(&self, block: u32) -> std::io::Result<()> {
+        let is_new = {
+            let mut places = self.places();
+            places.left.remove(&block);
+            places.used.insert(block)
+        };
+        if is_new && self.source.memory.is_none() {
+            let stat = rustix::fs::fstatvfs(&*self.source.file)?;
+            let free = stat.f_bavail.saturating_mul(stat.f_frsize);
+            if free < self.layout.block_bytes() as u64 + RESERVE_BYTES {
+                self.places().used.remove(&block);
+                return Err(std::io::ErrorKind::StorageFull.into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Never held while anything waits.
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Writes a block's latent plane, as a host image has it. May wait for the disk.
     ///
     /// # Errors
-    /// The disk's; a plane of another size.
+    /// The disk's, which keeps a reserve for sessions' journals; a plane of another size.
     pub fn write(&self, block: u32, tag: u64, plane: &[u8]) -> std::io::Result<()> {
+        self.enter(block)?;
         let mut pages = vec![Page([0; PAGE_BYTES]); PAGES_AT_ONCE.min(self.layout.block_pages() as usize)];
         let mut offset = self.offset_of(block);
         let mut next = 0;
@@ -191,6 +255,30 @@ mod tests {
     use super::*;
     use sparsed_abi::{DT_F16, SpdRow};
     use std::os::unix::fs::FileExt;
+
+    #[test]
+    fn the_place_of_a_block_that_was_left_takes_no_room() {
+        let dir = tempfile::tempdir().unwrap();
+        let row = |width| SpdRow { dtype: DT_F16, width };
+        let (latent, rope, index) = (row(96), row(32), row(32));
+        let desc = KvDesc { block_tokens: 64, n_blocks: 3, n_layers: 30, n_index_layers: 1, latent, rope, index };
+        let plane = vec![7; 30 * 64 * 256];
+        for area in [SlowArea::create(dir.path(), &desc, 256, 1 << 20), SlowArea::in_memory(&desc, 256, 1 << 20)] {
+            let area = area.unwrap();
+            let blocks = |area: &SlowArea| rustix::fs::fstat(&*area.source.file).unwrap().st_blocks;
+            (0..3).for_each(|block| area.write(block, 1, &plane).unwrap());
+            let full = blocks(&area);
+            assert!(area.leave(1) && !area.leave(1), "left once");
+            assert!(area.leave(2));
+            area.write(2, 3, &plane).unwrap(); // Somebody else's before it was reclaimed.
+            area.reclaim().unwrap();
+            let expected = full - (area.layout.block_bytes() / 512) as i64;
+            assert_eq!(blocks(&area), expected, "of three places one is a hole");
+            assert!(!area.leave(1), "it has nothing to give back any more");
+            area.write(1, 4, &plane).unwrap();
+            assert_eq!(blocks(&area), full);
+        }
+    }
 
     #[test]
     fn what_is_written_is_what_the_layout_says_and_has_no_name() {

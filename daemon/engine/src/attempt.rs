@@ -3,7 +3,7 @@
 use crate::batch::Batch;
 use crate::executor::{DeviceModel, ExecutorError, Outputs};
 use crate::ladder::{Blame, Conduct, StepLadder, StepRung};
-use crate::warm::WriteJob;
+use crate::warm::{ReclaimJob, WriteJob};
 use sparsed_backend::Fault;
 use sparsed_kv::BlockId;
 use std::time::Duration;
@@ -24,6 +24,10 @@ pub(crate) trait Executor {
     fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError>;
     /// Reads a block's latent plane in the slow tier from now on.
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError>;
+    /// What gives the room of discarded blocks in the slow tier back, where there is some.
+    fn reclaim(&mut self) -> Option<ReclaimJob> {
+        None
+    }
     /// A step has failed for all its sequences; `is_call`: the calls have, not what they computed. An error when the
     /// device is to blame; true when that is open.
     fn examine(&mut self, is_call: bool) -> Result<bool, ExecutorError>;
@@ -65,6 +69,10 @@ impl Executor for Watched<'_> {
 
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
         self.device.relocate(block, tag)
+    }
+
+    fn reclaim(&mut self) -> Option<ReclaimJob> {
+        self.device.reclaim()
     }
 
     fn export(&mut self, block: BlockId) -> Result<Vec<u8>, ExecutorError> {

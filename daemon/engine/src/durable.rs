@@ -11,7 +11,7 @@ use crate::attempt::{Executor, Outcome, outlive};
 use crate::executor::ExecutorError;
 use crate::scheduler::Scheduler;
 use crate::sequence::SequenceId;
-use crate::warm::WriteJob;
+use crate::warm::{ReclaimJob, WriteJob};
 use sparsed_kv::{FileId, Save};
 
 /// Blocks that are asked for at a time.
@@ -51,6 +51,8 @@ pub(crate) trait Files {
     fn restore(&mut self, restore: Restore);
     /// Writes a block into the slow tier; the answer is [`Scheduler::demoted`].
     fn write(&mut self, tag: u64, job: WriteJob);
+    /// Gives room in the slow tier back, after all writes that were ordered before.
+    fn reclaim(&mut self, job: ReclaimJob);
 }
 
 /// A sequence's side of it.

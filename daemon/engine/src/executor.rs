@@ -5,7 +5,7 @@ mod error;
 pub use error::ExecutorError;
 
 use crate::batch::Batch;
-use crate::warm::WriteJob;
+use crate::warm::{ReclaimJob, WriteJob};
 use sparsed_abi::{HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
 use sparsed_backend::{
     Arena, Backend, BackendError, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
@@ -46,6 +46,8 @@ pub struct DeviceModel {
     pub(crate) pool: KvPool,
     /// Where latent planes lie that are not in fast memory.
     slow: Option<Arc<SlowArea>>,
+    /// Whether blocks have left the slow tier whose room was not given back.
+    has_left: bool,
     pub(crate) options: LoadOptions,
     step_id: u64,
     input: Arena,
@@ -114,7 +116,7 @@ impl DeviceModel {
         let queue = backend.queue()?;
         let (input, output) = (Arena::default(), Arena::default());
         let backend = backend.clone();
-        Ok(Self { backend, program, plan, queue, pool, slow, options, step_id: 0, input, output })
+        Ok(Self { backend, program, plan, queue, pool, slow, has_left: false, options, step_id: 0, input, output })
     }
 
     /// Tokens that attention selects, `None` when it reads all.
@@ -200,7 +202,17 @@ impl DeviceModel {
     pub fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
         let discard = |block: &BlockId| SpdKvOp { kind: KV_DISCARD, dst_block: block.0, ..SpdKvOp::default() };
         let ops: Vec<SpdKvOp> = blocks.iter().map(discard).collect();
-        Ok(self.queue.kv(&self.pool, &ops, &mut [])?)
+        self.queue.kv(&self.pool, &ops, &mut [])?;
+        if let Some(area) = &self.slow {
+            blocks.iter().for_each(|block| self.has_left |= area.leave(block.0));
+        }
+        Ok(())
+    }
+
+    /// What gives the room of discarded blocks in the slow tier back, where there is some.
+    pub(crate) fn reclaim(&mut self) -> Option<ReclaimJob> {
+        let area = Arc::clone(self.slow.as_ref().filter(|_| std::mem::take(&mut self.has_left))?);
+        Some(Box::new(move || area.reclaim()))
     }
 
     /// Host images of `blocks`, one after another, and the bytes of one.

@@ -3,7 +3,7 @@
 use crate::durable::{Files, Restore};
 use crate::service::Command;
 use crate::sessions::{Asks, ImagesOf};
-use crate::warm::{Demoted, WriteJob};
+use crate::warm::{Demoted, ReclaimJob, WriteJob};
 use sparsed_kv::Save;
 use sparsed_session::ImageShape;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
@@ -12,21 +12,33 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel};
 #[derive(Clone, Debug)]
 pub(crate) struct SlowWriter(Sender<SlowWrite>);
 
-/// A block to be written into the slow tier.
-pub(crate) struct SlowWrite {
-    slot: usize,
-    tag: u64,
-    job: WriteJob,
+/// What is to be done with the slow tier's file.
+pub(crate) enum SlowWrite {
+    /// Write a block of the model `slot`.
+    Block { slot: usize, tag: u64, job: WriteJob },
+    /// Give back what nobody needs.
+    Reclaim(ReclaimJob),
 }
 
 impl SlowWrite {
-    /// Writes it, which may wait for the disk; answers what the engine is to hear.
-    pub(crate) fn carry_out(self) -> Command {
-        let written = (self.job)();
-        if let Err(error) = &written {
-            log::warn!(reason:% = error; "block could not be written into the slow tier");
+    /// Does it, which may wait for the disk; answers what the engine is to hear.
+    pub(crate) fn carry_out(self) -> Option<Command> {
+        match self {
+            Self::Block { slot, tag, job } => {
+                let written = job();
+                if let Err(error) = &written {
+                    log::warn!(reason:% = error; "block could not be written into the slow tier");
+                }
+                Some(Command::Demoted { slot, demoted: Demoted { tag, is_written: written.is_ok() } })
+            }
+            Self::Reclaim(job) => {
+                // Not every file system can: the room is used again by the next block there.
+                if let Err(error) = job() {
+                    log::debug!(reason:% = error; "room in the slow tier could not be given back");
+                }
+                None
+            }
         }
-        Command::Demoted { slot: self.slot, demoted: Demoted { tag: self.tag, is_written: written.is_ok() } }
     }
 }
 
@@ -46,7 +58,7 @@ impl SlowWriter {
         let run = move || {
             for write in writes {
                 // An engine that has ended needs nothing any more.
-                let _ended = engine.send(write.carry_out()).is_err();
+                let _ended = write.carry_out().is_some_and(|command| engine.send(command).is_err());
             }
         };
         std::thread::Builder::new().name("slow-tier".to_owned()).spawn(run)?;
@@ -90,6 +102,10 @@ impl Files for Orders {
 
     fn write(&mut self, tag: u64, job: WriteJob) {
         // A thread that is gone has panicked, and said so: the block stays where it is.
-        let _ended = self.writer.0.send(SlowWrite { slot: self.slot, tag, job }).is_err();
+        let _ended = self.writer.0.send(SlowWrite::Block { slot: self.slot, tag, job }).is_err();
+    }
+
+    fn reclaim(&mut self, job: ReclaimJob) {
+        let _ended = self.writer.0.send(SlowWrite::Reclaim(job)).is_err();
     }
 }

@@ -166,7 +166,9 @@ impl Machine {
     /// The slow tier's thread writes a block; answers whether there was one.
     pub fn slow_turn(&mut self) -> bool {
         let Ok(write) = self.writes.try_recv() else { return false };
-        self.tell(write.carry_out());
+        if let Some(command) = write.carry_out() {
+            self.tell(command);
+        }
         true
     }
 

@@ -17,7 +17,7 @@ use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::service::{Command, Service, Shared, Slot};
 use crate::step::{Done, step};
 use crate::tenants::Tenants;
-use crate::warm::{Demoted, WriteJob};
+use crate::warm::{Demoted, ReclaimJob, WriteJob};
 use crate::{Grammar, Sampling, api, params};
 use sparsed_kv::{BLOCK_TOKENS, FileId, Pool, PrefixHasher, Save};
 use std::cell::Cell;
@@ -118,6 +118,10 @@ impl Files for Shelf {
         let is_written = self.writes_left != Some(0) && job().is_ok();
         self.writes_left = self.writes_left.map(|n| n.saturating_sub(1));
         self.orders.push_back((self.n_answered + self.delay, Answer::Demoted(Demoted { tag, is_written })));
+    }
+
+    fn reclaim(&mut self, job: ReclaimJob) {
+        job().unwrap();
     }
 }
 

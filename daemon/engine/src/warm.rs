@@ -12,6 +12,8 @@ use sparsed_kv::BlockId;
 
 /// Writes a block into the slow tier; may wait for the disk.
 pub(crate) type WriteJob = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
+/// Gives room in the slow tier back; may wait for the disk. Not at the same time as a [`WriteJob`].
+pub(crate) type ReclaimJob = Box<dyn FnOnce() -> std::io::Result<()> + Send>;
 
 /// The order to move a block to the slow tier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +43,9 @@ pub(crate) fn carry_out(
         let mut relocate = || outlive(executor, |executor| executor.relocate(block, demoted.tag));
         let is_moved = demoted.is_written && settled(relocate()?, "be read in");
         scheduler.settle(demoted.tag, is_moved);
+    }
+    if let Some(job) = executor.reclaim() {
+        files.reclaim(job);
     }
     for Demote { block, tag } in scheduler.take_demotes() {
         match outlive(executor, |executor| executor.slow_copy(block, tag))? {
@@ -96,6 +101,20 @@ mod tests {
             assert_eq!(bench.executor.computed, 330 + 59, "nothing is computed twice");
             assert!(bench.scheduler.load().blocks_slow >= 3, "{:?}", bench.scheduler.load());
         }
+    }
+
+    #[test]
+    fn the_room_of_blocks_that_nobody_holds_any_more_is_given_back() {
+        let mut bench = Bench::with_slow_tier(8, 3, small_steps());
+        answer(&mut bench, request(Owner::Uid(1), None, prompt(1, 330), 60));
+        let held = bench.executor.blocks_on_disk();
+        assert!(held.len() >= 3);
+        // Another one's blocks come in their stead, of which others are in the slow tier.
+        answer(&mut bench, request(Owner::Uid(1), None, prompt(2, 330), 60));
+        bench.steps(1);
+        let slow = bench.executor.slow.keys().copied().collect();
+        assert_eq!(bench.executor.blocks_on_disk(), slow, "what is there is what is read there");
+        assert!(held != slow);
     }
 
     #[test]

@@ -68,6 +68,11 @@ impl Default for KvFormats {
 }
 
 impl KvFormats {
+    /// Everything in 8 bits.
+    pub const fn small() -> Self {
+        Self { latent: DT_Q8_0, rope: DT_Q8_0, index: DT_Q8_0 }
+    }
+
     /// Everything in f32, for comparisons.
     pub const fn exact() -> Self {
         Self { latent: DT_F32, rope: DT_F32, index: DT_F32 }

@@ -2,9 +2,11 @@
 //!
 //! Every session has a random key of its own, which lies wrapped under the master key in the session's file `key`: who
 //! destroys that file destroys the session. XChaCha20-Poly1305, because its nonces are long enough to be random: a cut
-//! tail is written again with other content, so that no counter could name what a nonce was used for.
+//! tail is written again with other content, so that no counter could name what a nonce was used for. Images of blocks,
+//! which are thousands of times larger, have ciphers of their own (`suite`).
 
 use crate::id::SessionId;
+use crate::suite::ImageKeys;
 use chacha20poly1305::aead::{AeadInPlace, KeyInit};
 use chacha20poly1305::{Key, Tag, XChaCha20Poly1305, XNonce};
 use zeroize::{Zeroize, Zeroizing};
@@ -63,12 +65,14 @@ pub(crate) struct SessionKey {
     bytes: Zeroizing<[u8; KEY_BYTES]>,
     // Overwrites its copy of the key itself.
     cipher: XChaCha20Poly1305,
+    images: ImageKeys,
 }
 
 impl SessionKey {
     pub(crate) fn new(bytes: Zeroizing<[u8; KEY_BYTES]>) -> Self {
         let cipher = XChaCha20Poly1305::new(Key::from_slice(&*bytes));
-        Self { bytes, cipher }
+        let images = ImageKeys::of(&bytes);
+        Self { bytes, cipher, images }
     }
 
     /// Encrypts `bytes` in place; the tag covers `context` as well.
@@ -87,6 +91,11 @@ impl SessionKey {
     ) -> Result<(), Forged> {
         let (nonce, tag) = (XNonce::from_slice(nonce), Tag::from_slice(tag));
         self.cipher.decrypt_in_place_detached(nonce, context, bytes, tag).map_err(|_| Forged)
+    }
+
+    /// What encrypts images.
+    pub(crate) fn images(&self) -> &ImageKeys {
+        &self.images
     }
 
     /// The file `key` of a session.

@@ -91,6 +91,8 @@ pub trait Disk {
     fn len(&mut self, file: &Place) -> Result<u64>;
     /// Reads from byte `offset` on; answers how many bytes there were, fewer than `bytes` only at the file's end.
     fn read_at(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize>;
+    /// So many bytes from `offset` on will be read soon: the disk may fetch them meanwhile. Nothing depends on it.
+    fn will_read(&mut self, _file: &Place, _offset: u64, _n_bytes: u64) {}
     /// Writes all of `bytes` from byte `offset` on; the file grows as it must.
     fn write_at(&mut self, file: &Place, offset: u64, bytes: &[u8]) -> Result<()>;
     /// Cuts or grows (by zeros) a file.
@@ -134,6 +136,10 @@ impl Disk for AnyDisk {
 
     fn read_at(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize> {
         (**self).read_at(file, offset, bytes)
+    }
+
+    fn will_read(&mut self, file: &Place, offset: u64, n_bytes: u64) {
+        (**self).will_read(file, offset, n_bytes);
     }
 
     fn write_at(&mut self, file: &Place, offset: u64, bytes: &[u8]) -> Result<()> {

@@ -1,25 +1,29 @@
 //! Where does the image of a KV block lie in the file `kv`, and is it that of these tokens?
 //!
-//! A file is a header page (`magic "spdk", u32 version, 32 bytes fingerprint, u32 block_bytes, u32 CRC32C`, zeros) and
-//! places of a fixed number of pages, the image of block *i* in place *i*: nonce, tag, ciphertext. Numbers are
+//! A file is a header page (`magic "spdk", u32 version, 32 bytes fingerprint, u32 block_bytes, u32 cipher, u32 CRC32C`,
+//! zeros) and places of a fixed number of pages, the image of block *i* in place *i*: ciphertext, tag, nonce. Numbers are
 //! little-endian. A tag covers the session, the fingerprint, the block's number, and the digest of all tokens up to the
 //! block's end: an image of what the session no longer says does not verify. Nothing here is ever synced.
+//!
+//! A file of another version is as good as none, its blocks are computed again. Version 1 had one cipher, and the
+//! ciphertext last.
 
 use crate::cipher::{NONCE_BYTES, SessionKey, TAG_BYTES};
 use crate::id::SessionId;
 use crate::limits::{IMAGE_BYTES_MAX, SESSION_TOKENS_MAX};
+use crate::suite::Suite;
 
 /// Tokens of a block.
 pub const BLOCK_TOKENS: usize = 64;
 /// What places are multiples of.
 pub(crate) const PAGE_BYTES: u64 = 4096;
-/// Bytes of a place before its ciphertext.
-pub(crate) const SEAL_BYTES: usize = NONCE_BYTES + TAG_BYTES;
+/// Bytes of a place behind its ciphertext.
+pub(crate) const SEAL_BYTES: usize = TAG_BYTES + NONCE_BYTES;
 /// Bytes of a header that mean something.
-pub(crate) const HEADER_BYTES: usize = 48;
+pub(crate) const HEADER_BYTES: usize = 52;
 
 const MAGIC: &[u8; 4] = b"spdk";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const BLOCKS_MAX: u64 = (SESSION_TOKENS_MAX / BLOCK_TOKENS) as u64;
 
 /// What all images of a file have in common.
@@ -38,29 +42,31 @@ impl ImageShape {
     }
 
     /// The header of a file of such images.
-    pub(crate) fn header(&self) -> [u8; HEADER_BYTES] {
+    pub(crate) fn header(&self, suite: Suite) -> [u8; HEADER_BYTES] {
         let mut header = [0; HEADER_BYTES];
         header[..4].copy_from_slice(MAGIC);
         header[4..8].copy_from_slice(&VERSION.to_le_bytes());
         header[8..40].copy_from_slice(&self.fingerprint);
         header[40..44].copy_from_slice(&self.block_bytes.to_le_bytes());
-        let crc = crc32c::crc32c(&header[..44]);
-        header[44..].copy_from_slice(&crc.to_le_bytes());
+        header[44..48].copy_from_slice(&suite.number().to_le_bytes());
+        let crc = crc32c::crc32c(&header[..48]);
+        header[48..].copy_from_slice(&crc.to_le_bytes());
         header
     }
 
     /// What a file's header says, if it says anything.
-    pub(crate) fn parse(header: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(header: &[u8]) -> Option<(Self, Suite)> {
         let header = header.first_chunk::<HEADER_BYTES>()?;
         let (body, crc) = header.split_last_chunk::<4>()?;
         let (magic, rest) = body.split_first_chunk::<4>()?;
         let (version, rest) = rest.split_first_chunk::<4>()?;
-        let (fingerprint, block_bytes) = rest.split_first_chunk::<32>()?;
+        let (fingerprint, rest) = rest.split_first_chunk::<32>()?;
+        let (block_bytes, suite) = rest.split_first_chunk::<4>()?;
         let is_known = magic == MAGIC && u32::from_le_bytes(*version) == VERSION;
         let is_whole = crc32c::crc32c(body) == u32::from_le_bytes(*crc);
-        let block_bytes = u32::from_le_bytes(block_bytes.try_into().ok()?);
-        let shape = Self { fingerprint: *fingerprint, block_bytes };
-        (is_known && is_whole && shape.is_possible()).then_some(shape)
+        let suite = Suite::numbered(u32::from_le_bytes(suite.try_into().ok()?))?;
+        let shape = Self { fingerprint: *fingerprint, block_bytes: u32::from_le_bytes(*block_bytes) };
+        (is_known && is_whole && shape.is_possible()).then_some((shape, suite))
     }
 
     /// Bytes of one place.
@@ -83,34 +89,29 @@ impl ImageShape {
     pub(crate) fn seal(
         &self,
         image: &[u8],
-        key: &SessionKey,
+        (key, suite): (&SessionKey, Suite),
         context: &BlockContext,
         nonce: [u8; NONCE_BYTES],
         place: &mut Vec<u8>,
     ) {
         place.clear();
-        place.extend_from_slice(&nonce);
-        place.extend_from_slice(&[0; TAG_BYTES]);
         place.extend_from_slice(image);
-        let tag = key.seal(&nonce, &context.bytes(self), &mut place[SEAL_BYTES..]);
-        place[NONCE_BYTES..SEAL_BYTES].copy_from_slice(&tag);
+        let tag = key.images().seal(suite, &nonce, &context.bytes(self), place);
+        place.extend_from_slice(&tag);
+        place.extend_from_slice(&nonce);
         place.resize(usize::try_from(self.place_bytes()).expect("IMAGE_BYTES_MAX fits"), 0);
     }
 
     /// Turns the content of a place into the image; `false` when it is not the one that belongs there.
-    pub(crate) fn open(&self, place: &mut Vec<u8>, key: &SessionKey, context: &BlockContext) -> bool {
+    pub(crate) fn open(&self, place: &mut Vec<u8>, (key, suite): (&SessionKey, Suite), context: &BlockContext) -> bool {
         let n_bytes = SEAL_BYTES + self.block_bytes as usize;
         if place.len() < n_bytes {
             return false;
         }
         place.truncate(n_bytes);
-        let (seal, text) = place.split_at_mut(SEAL_BYTES);
-        let Some((nonce, tag)) = seal.split_first_chunk() else { return false };
-        let Ok(tag) = <&[u8; TAG_BYTES]>::try_from(tag) else { return false };
-        let is_right = key.open(nonce, &context.bytes(self), text, tag).is_ok();
-        if is_right {
-            place.drain(..SEAL_BYTES);
-        }
+        let Some((sealed, nonce)) = place.split_last_chunk_mut() else { return false };
+        let is_right = key.images().open(suite, nonce, &context.bytes(self), sealed).is_ok();
+        place.truncate(self.block_bytes as usize);
         is_right
     }
 }
@@ -171,16 +172,28 @@ mod tests {
 
     #[test]
     fn a_header_is_read_back_and_no_flipped_bit_of_it() {
-        let header = SHAPE.header();
-        assert_eq!(ImageShape::parse(&header), Some(SHAPE));
+        let header = SHAPE.header(Suite::ChaCha20Poly1305);
+        assert_eq!(ImageShape::parse(&header), Some((SHAPE, Suite::ChaCha20Poly1305)));
         for bit in 0..header.len() * 8 {
             let mut flipped = header;
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(ImageShape::parse(&flipped), None, "bit {bit}");
         }
-        assert_eq!(ImageShape::parse(&header[..47]), None);
+        assert_eq!(ImageShape::parse(&header[..51]), None);
         let huge = ImageShape { block_bytes: IMAGE_BYTES_MAX + 1, ..SHAPE };
-        assert_eq!(ImageShape::parse(&huge.header()), None);
+        assert_eq!(ImageShape::parse(&huge.header(Suite::Aes256Gcm)), None);
+    }
+
+    #[test]
+    fn a_file_of_the_version_before_says_nothing() {
+        let mut header = SHAPE.header(Suite::Aes256Gcm);
+        header[4..8].copy_from_slice(&1u32.to_le_bytes());
+        let crc = crc32c::crc32c(&header[..44]);
+        header[44..48].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(ImageShape::parse(&header), None);
+        let crc = crc32c::crc32c(&header[..48]);
+        header[48..].copy_from_slice(&crc.to_le_bytes());
+        assert_eq!(ImageShape::parse(&header), None, "nor with a CRC where it is now");
     }
 
     #[test]
@@ -195,17 +208,17 @@ mod tests {
 
     #[test]
     fn an_image_opens_for_its_own_block_and_tokens_only() {
-        let key = SessionKey::new(Zeroizing::new([1; 32]));
+        let key = &SessionKey::new(Zeroizing::new([1; 32]));
         let (tokens, id) = ((0..192).collect::<Vec<u32>>(), SessionId::from_bytes([7; 16]));
         let mut digests = Digests::default();
         let context = BlockContext { id, index: 2, digest: digests.of(&tokens, 2) };
         let image: Vec<u8> = (0..100).collect();
         let mut place = Vec::new();
-        SHAPE.seal(&image, &key, &context, [3; 24], &mut place);
+        SHAPE.seal(&image, (key, Suite::Aes256Gcm), &context, [3; 24], &mut place);
         assert_eq!(place.len(), 4096);
         let opens = |shape: &ImageShape, context: &BlockContext| {
             let mut place = place.clone();
-            shape.open(&mut place, &key, context).then_some(place)
+            shape.open(&mut place, (key, Suite::Aes256Gcm), context).then_some(place)
         };
         assert_eq!(opens(&SHAPE, &context), Some(image));
         let mut others = tokens.clone();
@@ -219,7 +232,8 @@ mod tests {
         ];
         wrong.iter().for_each(|context| assert_eq!(opens(&SHAPE, context), None, "{context:?}"));
         assert_eq!(opens(&ImageShape { fingerprint: [6; 32], ..SHAPE }, &context), None);
-        assert!(!SHAPE.open(&mut place[..139].to_vec(), &key, &context));
+        assert!(!SHAPE.open(&mut place.clone(), (key, Suite::ChaCha20Poly1305), &context));
+        assert!(!SHAPE.open(&mut place[..139].to_vec(), (key, Suite::Aes256Gcm), &context));
     }
 
     #[test]

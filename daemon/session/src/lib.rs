@@ -23,6 +23,7 @@ mod limits;
 pub mod probe;
 mod record;
 mod store;
+mod suite;
 
 pub use cipher::MasterKey;
 pub use disk::{AnyDisk, Disk, DiskError, Entry, OsDisk, Place};

@@ -51,8 +51,8 @@ pub fn export(file: &[u8]) -> Result<String> {
 
 /// Reads the header of a KV file. Answers the bytes of an image.
 pub fn kv(file: &[u8]) -> Option<u32> {
-    let shape = ImageShape::parse(file)?;
-    assert_eq!(ImageShape::parse(&shape.header()), Some(shape));
+    let (shape, suite) = ImageShape::parse(file)?;
+    assert_eq!(ImageShape::parse(&shape.header(suite)), Some((shape, suite)));
     let n_places = shape.n_places(u64::MAX);
     assert!(shape.offset(n_places) > shape.offset(n_places - 1), "places overlap");
     Some(shape.block_bytes)

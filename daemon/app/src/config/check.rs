@@ -41,6 +41,7 @@ pub(super) const KEYS: &[&str] = &[
     "memory.total",
     "model.*.activations",
     "model.*.keep_alive",
+    "model.*.kv_dtype",
     "model.*.load",
     "model.*.max_context",
     "model.*.path",

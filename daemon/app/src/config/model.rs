@@ -26,6 +26,9 @@ pub struct Model {
     /// How activations go into products.
     #[serde(default)]
     pub activations: Activations,
+    /// How KV rows are stored; `None`: as [`Activations`] has it.
+    #[serde(default)]
+    pub kv_dtype: Option<KvDtype>,
     /// When it is loaded.
     #[serde(default)]
     pub load: LoadWhen,
@@ -38,8 +41,8 @@ impl Model {
     /// The model at `path`, all else as it is by default.
     pub fn at(path: PathBuf) -> Self {
         let (upstream, relay, max_context, top_k, keep_alive) = (None, None, None, None, None);
-        let (activations, load) = (Activations::default(), LoadWhen::default());
-        Self { path, upstream, relay, max_context, top_k, activations, load, keep_alive }
+        let (activations, kv_dtype, load) = (Activations::default(), None, LoadWhen::default());
+        Self { path, upstream, relay, max_context, top_k, activations, kv_dtype, load, keep_alive }
     }
 
     /// What of it does not go together.
@@ -63,6 +66,19 @@ impl Model {
 
 fn is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
+}
+
+/// How latent and rope rows are stored; index rows are q8_0 in both.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum KvDtype {
+    /// 2 bytes a value.
+    #[value(name = "f16")]
+    F16,
+    /// 34 bytes for 32 values: nearly half the memory, and half of what a session's file has.
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
 }
 
 /// How activations go into products with quantised weights.

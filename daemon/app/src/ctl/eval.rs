@@ -199,6 +199,7 @@ impl Eval {
             "model": model.name(),
             "file_bytes": model.file_bytes(),
             "activations": self.device.activations(),
+            "kv_dtype": self.device.kv,
             "context_length": model.spec().context_length,
             "top_k": model.spec().indexer.as_ref().map(|indexer| indexer.top_k),
             "seed": self.seed,

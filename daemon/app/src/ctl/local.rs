@@ -1,7 +1,7 @@
 //! A model on a device in this process, for commands that need no daemon.
 
 use crate::assemble::program_options;
-use crate::config::{Activations, Config, Isolation};
+use crate::config::{Activations, Config, Isolation, KvDtype};
 use crate::devices::PluginDevice;
 use anyhow::Context;
 use sparsed_backend::Backend;
@@ -44,6 +44,9 @@ pub(super) struct LocalDevice {
     /// How activations go into products; int16 without it.
     #[arg(long, value_enum)]
     act: Option<Activations>,
+    /// How KV rows are stored; as the activations have it without it.
+    #[arg(long, value_enum)]
+    pub(super) kv: Option<KvDtype>,
 }
 
 /// What a command needs of each step.
@@ -85,9 +88,9 @@ impl Local {
 impl LocalDevice {
     /// Whether anything is given.
     pub(super) fn any(&self) -> bool {
-        let Self { plugin, plugins_dir, plugin_set, threads, isolation, act } = self;
+        let Self { plugin, plugins_dir, plugin_set, threads, isolation, act, kv } = self;
         let any = plugin.is_some() || plugins_dir.is_some() || !plugin_set.is_empty() || isolation.is_some();
-        any || threads.is_some() || act.is_some()
+        any || threads.is_some() || act.is_some() || kv.is_some()
     }
 
     /// Puts the device into a configuration.
@@ -103,8 +106,8 @@ impl LocalDevice {
 
     /// A model as a configuration would have it.
     pub(super) fn configured(&self, path: &Path, top_k: Option<u32>) -> crate::config::Model {
-        let activations = self.activations();
-        crate::config::Model { top_k, activations, ..crate::config::Model::at(path.to_owned()) }
+        let (activations, kv_dtype) = (self.activations(), self.kv);
+        crate::config::Model { top_k, activations, kv_dtype, ..crate::config::Model::at(path.to_owned()) }
     }
 
     /// Compute threads; 0: the plugin's choice.

@@ -4,11 +4,11 @@ use super::{BLOCK, VOCAB};
 use crate::attempt::Executor;
 use crate::batch::Batch;
 use crate::executor::{ExecutorError, Outputs};
-use crate::warm::WriteJob;
+use crate::warm::{ReclaimJob, WriteJob};
 use sparsed_abi::{E_DATA, E_QUEUE_LOST, E_STEP, SpdStatus};
 use sparsed_backend::BackendError;
 use sparsed_kv::BlockId;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex};
 
 /// A "model" whose next token is a function of the whole history, which it reads back through the block tables:
@@ -33,6 +33,8 @@ pub(crate) struct Paged {
     pub(crate) exported: usize,
     /// Blocks that are read in the slow tier, with their tags.
     pub(crate) slow: HashMap<u32, u64>,
+    /// Discarded blocks that the slow tier has still.
+    left: Vec<BlockId>,
     pub(crate) disk: Disk,
     /// Statuses of the next imports, the last one first.
     pub(crate) import_failures: Vec<SpdStatus>,
@@ -59,6 +61,11 @@ impl Paged {
             return Err(BackendError::Call { call, status, message, op_index, block, vendor_code }.into());
         };
         Ok(rows[usize::try_from(slot).unwrap() % BLOCK])
+    }
+
+    /// Blocks that take room in the slow tier.
+    pub(crate) fn blocks_on_disk(&self) -> BTreeSet<u32> {
+        self.disk.0.lock().unwrap().keys().copied().collect()
     }
 
     fn block_rows(&self, block: BlockId) -> Result<Vec<(u32, u32)>, ExecutorError> {
@@ -115,6 +122,8 @@ impl Executor for Paged {
     fn discard(&mut self, blocks: &[BlockId]) -> Result<(), ExecutorError> {
         self.rows.retain(|slot, _| !blocks.iter().any(|block| u64::from(block.0) == slot / BLOCK as u64));
         self.slow.retain(|slow, _| !blocks.contains(&BlockId(*slow)));
+        let disk = self.disk.0.lock().unwrap();
+        self.left.extend(blocks.iter().filter(|block| disk.contains_key(&block.0)));
         Ok(())
     }
 
@@ -153,6 +162,17 @@ impl Executor for Paged {
         self.rows.retain(|slot, _| u64::from(block.0) != slot / BLOCK as u64);
         self.slow.insert(block.0, tag);
         Ok(())
+    }
+
+    fn reclaim(&mut self) -> Option<ReclaimJob> {
+        if self.left.is_empty() {
+            return None;
+        }
+        let (disk, left) = (self.disk.clone(), std::mem::take(&mut self.left));
+        Some(Box::new(move || {
+            left.iter().for_each(|block| drop(disk.0.lock().unwrap().remove(&block.0)));
+            Ok(())
+        }))
     }
 
     fn import(&mut self, blocks: &[BlockId], images: &mut [Vec<u8>]) -> Result<(), ExecutorError> {

@@ -4,8 +4,9 @@
 //! folder above cannot lead the store elsewhere.
 
 use super::{Disk, DiskError, Entry, Place, Result};
-use rustix::fs::{self, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
+use rustix::fs::{self, Advice, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::{self, Errno};
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -101,6 +102,13 @@ impl Disk for OsDisk {
             }
         }
         Ok(n_read)
+    }
+
+    fn will_read(&mut self, file: &Place, offset: u64, n_bytes: u64) {
+        if let Ok(file) = self.file(file, OFlags::RDONLY) {
+            // What is wrong with the file, reading it says.
+            let _advised = fs::fadvise(file, offset, NonZeroU64::new(n_bytes), Advice::WillNeed).is_ok();
+        }
     }
 
     fn write_at(&mut self, file: &Place, offset: u64, bytes: &[u8]) -> Result<()> {

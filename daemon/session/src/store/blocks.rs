@@ -8,6 +8,7 @@ use crate::disk::{Disk, DiskError};
 use crate::error::{Result, StoreError};
 use crate::id::SessionId;
 use crate::image::{BLOCK_TOKENS, BlockContext, HEADER_BYTES, ImageShape, PAGE_BYTES};
+use crate::suite::Suite;
 
 /// What became of a block that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,7 +49,8 @@ impl<D: Disk> Store<D> {
         self.make_room(owner, id, grows_by)?;
         let session = find(&mut self.sessions, owner, id)?;
         let Some(context) = session.block(index) else { return Err(StoreError::NotFound) };
-        shape.seal(image, &session.key, &context, nonce(&mut *self.random), &mut self.scratch);
+        let key = (&session.key, session.suite());
+        shape.seal(image, key, &context, nonce(&mut *self.random), &mut self.scratch);
         loop {
             let session = find(&mut self.sessions, owner, id)?;
             match session.write_place(&mut self.disk, shape, index, &self.scratch) {
@@ -74,6 +76,16 @@ impl<D: Disk> Store<D> {
         Ok(u32::try_from(n_leading).expect("a session has fewer than 2^32 blocks"))
     }
 
+    /// Has the disk fetch the images of `n` blocks from `first` on, which are to be loaded soon.
+    pub fn expect_blocks(&mut self, owner: u64, id: SessionId, shape: &ImageShape, first: u32, n: u32) {
+        let Ok(session) = find(&mut self.sessions, owner, id) else { return };
+        let offset = shape.offset(first);
+        let n_bytes = (u64::from(n) * shape.place_bytes()).min(session.kv.n_bytes.saturating_sub(offset));
+        if n_bytes > 0 {
+            self.disk.will_read(&session.folder.kv(), offset, n_bytes);
+        }
+    }
+
     /// Fills `image` with the image of block `index` as it was saved for just these tokens.
     ///
     /// # Errors
@@ -96,7 +108,7 @@ impl<D: Disk> Store<D> {
         image.resize(n_bytes, 0);
         let n_read = self.disk.read_at(&session.folder.kv(), shape.offset(index), image).unwrap_or(0);
         image.truncate(n_read);
-        if shape.open(image, &session.key, &context) {
+        if shape.open(image, (&session.key, session.suite()), &context) {
             return Ok(Loaded::Image);
         }
         image.clear();
@@ -127,26 +139,24 @@ impl<D: Disk> Store<D> {
         }
         let mut header = [0; HEADER_BYTES];
         let is_read = self.disk.read_at(&session.folder.kv(), 0, &mut header) == Ok(HEADER_BYTES);
-        if !is_read || ImageShape::parse(&header) != Some(*shape) {
+        let Some((_, suite)) = ImageShape::parse(&header).filter(|(found, _)| is_read && found == shape) else {
             session.drop_kv(&mut self.disk)?;
             return Ok(());
-        }
+        };
         let n_tokens = session.history.as_ref().map_or(0, |history| history.tokens.len());
         let n_places = (shape.n_places(session.kv.n_bytes) as usize).min(n_tokens / BLOCK_TOKENS);
-        let mut is_saved = |index: usize| {
-            let mut nonce = [0; crate::cipher::NONCE_BYTES];
-            let index = u32::try_from(index).expect("a session has fewer than 2^32 blocks");
-            let read = self.disk.read_at(&session.folder.kv(), shape.offset(index), &mut nonce);
-            // A place that was never written is a hole.
-            read.is_ok() && nonce != [0; crate::cipher::NONCE_BYTES]
-        };
-        let saved = (0..n_places).map(&mut is_saved).collect();
-        session.kv.content = Some(KvContent { shape: *shape, saved });
+        // That a place is a hole is seen when it is loaded: looking at each would cost a cold file a read for every block.
+        session.kv.content = Some(KvContent { shape: *shape, suite, saved: vec![true; n_places] });
         Ok(())
     }
 }
 
 impl Session {
+    /// What images are encrypted with: as they are in the file, where there is one.
+    fn suite(&self) -> Suite {
+        self.kv.content.as_ref().map_or_else(Suite::fastest, |content| content.suite)
+    }
+
     /// Block `index` of the tokens in memory, if they have it whole.
     fn block(&mut self, index: u32) -> Option<BlockContext> {
         let tokens = &self.history.as_ref()?.tokens;
@@ -172,10 +182,11 @@ impl Session {
                 Err(DiskError::Exists) => disk.set_len(&kv, 0)?,
                 made => made?,
             }
-            disk.write_at(&kv, 0, &shape.header())?;
+            let suite = self.suite();
+            disk.write_at(&kv, 0, &shape.header(suite))?;
             n_written += HEADER_BYTES as u64;
             self.kv.n_bytes = PAGE_BYTES;
-            self.kv.content = Some(KvContent { shape: *shape, saved: Vec::new() });
+            self.kv.content = Some(KvContent { shape: *shape, suite, saved: Vec::new() });
         }
         let offset = shape.offset(u32::try_from(index).expect("it was one"));
         let written = disk.write_at(&kv, offset, place);

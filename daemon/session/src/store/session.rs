@@ -11,6 +11,7 @@ use crate::image::{Digests, ImageShape};
 use crate::journal::{self, Position, Replay, Tail, Unreadable};
 use crate::limits::{DATE_MIN_S, Limits, RECORD_TOKENS_MAX};
 use crate::record::Record;
+use crate::suite::Suite;
 
 /// One session.
 pub(super) struct Session {
@@ -65,6 +66,7 @@ pub(super) struct KvFile {
 #[derive(Debug)]
 pub(super) struct KvContent {
     pub(super) shape: ImageShape,
+    pub(super) suite: Suite,
     /// By block, whether there may be an image.
     pub(super) saved: Vec<bool>,
 }
