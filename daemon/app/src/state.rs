@@ -1,8 +1,8 @@
 //! Is there a state folder, and is it ours alone? A partition may come late, be full, or not come at all.
 //!
 //! Then the daemon begins without it, says so, and serves what needs none: no sessions, no MQTT, whose journal lies
-//! there, and no slow tier. Sessions and MQTT are there as soon as the folder is. A folder that another daemon has, or a
-//! key that is none, is a mistake of the installation, and the daemon does not begin.
+//! there, and no slow tier. Sessions and MQTT are there as soon as the folder is. A folder that another daemon has, or
+//! a key that is none, is a mistake of the installation, and the daemon does not begin.
 
 use crate::assemble::make_dir;
 use crate::config::{Config, Paths};

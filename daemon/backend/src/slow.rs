@@ -3,8 +3,8 @@
 //! file is too.
 //!
 //! Every block of the pool has its place in it, so nothing has to be found. Pages are written as `abi/OPS.md` has them,
-//! past the page cache where the file system can: what the cache would hold counts as the daemon's memory. The place of a
-//! block that nobody holds any more is given back to the file system, by whoever writes.
+//! past the page cache where the file system can: what the cache would hold counts as the daemon's memory. The place of
+//! a block that nobody holds any more is given back to the file system, by whoever writes.
 
 use crate::error::BackendError;
 use crate::memory::KvDesc;

@@ -1,9 +1,9 @@
 //! Where does the image of a KV block lie in the file `kv`, and is it that of these tokens?
 //!
 //! A file is a header page (`magic "spdk", u32 version, 32 bytes fingerprint, u32 block_bytes, u32 cipher, u32 CRC32C`,
-//! zeros) and places of a fixed number of pages, the image of block *i* in place *i*: ciphertext, tag, nonce. Numbers are
-//! little-endian. A tag covers the session, the fingerprint, the block's number, and the digest of all tokens up to the
-//! block's end: an image of what the session no longer says does not verify. Nothing here is ever synced.
+//! zeros) and places of a fixed number of pages, the image of block *i* in place *i*: ciphertext, tag, nonce. Numbers
+//! are little-endian. A tag covers the session, the fingerprint, the block's number, and the digest of all tokens up to
+//! the block's end: an image of what the session no longer says does not verify. Nothing here is ever synced.
 //!
 //! A file of another version is as good as none, its blocks are computed again. Version 1 had one cipher, and the
 //! ciphertext last.

@@ -1,10 +1,10 @@
 //! Which cipher are images encrypted with?
 //!
 //! A session that is restored decrypts hundreds of megabytes before its first token, so the cipher is the one that the
-//! processor is good at, and a file says which it was: a folder may move to another machine. Every image has a key of its
-//! own, BLAKE3's keyed hash of 24 random bytes under a key that comes of the session's: so it may be encrypted under a
-//! nonce of zeros, by ciphers whose nonces are too short to be random. *ring* does not overwrite a key when it is
-//! dropped; what may stay in memory opens that one image.
+//! processor is good at, and a file says which it was: a folder may move to another machine. Every image has a key of
+//! its own, BLAKE3's keyed hash of 24 random bytes under a key that comes of the session's: so it may be encrypted
+//! under a nonce of zeros, by ciphers whose nonces are too short to be random. *ring* does not overwrite a key when it
+//! is dropped; what may stay in memory opens that one image.
 
 use crate::cipher::{Forged, NONCE_BYTES, TAG_BYTES};
 use ring::aead::{AES_256_GCM, Aad, Algorithm, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};

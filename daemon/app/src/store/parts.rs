@@ -1,5 +1,5 @@
-//! How does a model of several files lie in the store? Each file by its SHA-256 as any other, and a folder that has them
-//! under the names by which the parts of a GGUF find one another.
+//! How does a model of several files lie in the store? Each file by its SHA-256 as any other, and a folder that has
+//! them under the names by which the parts of a GGUF find one another.
 //!
 //! The folder's files are hard links, its name is a digest of theirs: it is made whole and takes its place by rename.
 

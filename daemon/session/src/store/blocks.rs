@@ -145,7 +145,8 @@ impl<D: Disk> Store<D> {
         };
         let n_tokens = session.history.as_ref().map_or(0, |history| history.tokens.len());
         let n_places = (shape.n_places(session.kv.n_bytes) as usize).min(n_tokens / BLOCK_TOKENS);
-        // That a place is a hole is seen when it is loaded: looking at each would cost a cold file a read for every block.
+        // That a place is a hole is seen when it is loaded: looking at each would cost a cold file a read for every
+        // block.
         session.kv.content = Some(KvContent { shape: *shape, suite, saved: vec![true; n_places] });
         Ok(())
     }

@@ -57,7 +57,8 @@ pub(super) fn state_folder(dir: &Path) -> Check {
     Check::ok(NAME, shown.to_string())
 }
 
-/// Whether each configured model can be read and served, and whether it fits; with `full` whether all of it can be read.
+/// Whether each configured model can be read and served, and whether it fits; with `full` whether all of it can be
+/// read.
 pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>, full: bool) -> Vec<Check> {
     let models = configured_models(config, paths).into_iter();
     let store = Store::at(&paths.models_dir);
