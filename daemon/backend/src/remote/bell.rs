@@ -1,5 +1,5 @@
 //! How does one side of a lane wait for the other? It looks at a shared counter for a moment, then sleeps until it is
-//! rung.
+//! rung. Who knows how long the last jobs took sleeps before it looks, for as long as the next one surely takes.
 //!
 //! Between looks the processor is offered to others: the kernel tends to wake both sides on one, and there a look that
 //! kept it would cost its whole time. A processor that does not come back at once has other work, a job that outlasts a
@@ -11,8 +11,10 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// How long a side looks before it sleeps. A step that is longer does not notice what waking costs.
+/// How long a side looks before it sleeps until it is rung.
 const LOOK: Duration = Duration::from_micros(500);
+/// What waking by the clock may take too long, and a job be shorter than the one before.
+const EARLY: Duration = Duration::from_micros(250);
 /// Waits that are slept for at once after a look in vain, at first and at most.
 const ABSTINENCE: [u32; 2] = [16, 4096];
 
@@ -101,10 +103,42 @@ impl Patience {
     }
 }
 
+/// How long the last two jobs took. Decoding steps are much alike, and to be woken by the other process costs more than
+/// to wake by the clock shortly before it has an answer and look.
+#[derive(Debug, Default)]
+pub(super) struct Rhythm([Duration; 2]);
+
+impl Rhythm {
+    /// How long to sleep before the first look; `None` for jobs that are looked for at once.
+    pub(super) fn nap(&self) -> Option<Duration> {
+        let shorter = self.0[0].min(self.0[1]);
+        (shorter > LOOK).then(|| shorter - EARLY)
+    }
+
+    /// A job took so long.
+    pub(super) fn took(&mut self, time: Duration) {
+        self.0 = [self.0[1], time];
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::cell::Cell;
+
+    #[test]
+    fn a_job_is_slept_for_as_long_as_the_shorter_of_the_last_two_took_less_what_waking_takes() {
+        let mut rhythm = Rhythm::default();
+        assert_eq!(rhythm.nap(), None);
+        rhythm.took(MICRO * 4000);
+        assert_eq!(rhythm.nap(), None, "one long job says little");
+        rhythm.took(MICRO * 90_000);
+        assert_eq!(rhythm.nap(), Some(MICRO * 3750));
+        rhythm.took(MICRO * 4100);
+        assert_eq!(rhythm.nap(), Some(MICRO * 3850));
+        rhythm.took(MICRO * 100);
+        assert_eq!(rhythm.nap(), None, "short jobs are looked for");
+    }
 
     /// A look at a job that is done after `after`, with pauses of `pause`; whether it was seen, and the pauses made.
     fn look(patience: &mut Patience, after: Duration, pause: Duration) -> (bool, u32) {

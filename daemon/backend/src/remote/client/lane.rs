@@ -4,7 +4,7 @@
 
 use super::link::Link;
 use crate::remote::arena::{Arena, Layout};
-use crate::remote::bell::{Patience, was_rung};
+use crate::remote::bell::{Patience, Rhythm, was_rung};
 use crate::remote::timespec;
 use crate::remote::wire::{Failure, Object, Request};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
@@ -29,6 +29,7 @@ pub(super) struct Lane {
     /// The number of the last job.
     turn: u32,
     patience: Patience,
+    rhythm: Rhythm,
 }
 
 /// A step or a list of KV operations.
@@ -65,7 +66,8 @@ impl Lane {
         let (to_host, from_host, id) = (bell()?, bell()?, link.new_id());
         let request = Request::Lane { device, lane: id, arena_bytes: bytes as u64 };
         link.tell(&request, &[file.as_fd(), to_host.as_fd(), from_host.as_fd()])?;
-        Ok(Self { link: Arc::clone(link), id, arena, to_host, from_host, turn: 0, patience: Patience::default() })
+        let (link, patience, rhythm) = (Arc::clone(link), Patience::default(), Rhythm::default());
+        Ok(Self { link, id, arena, to_host, from_host, turn: 0, patience, rhythm })
     }
 
     pub(super) fn capacity(&self) -> usize {
@@ -119,22 +121,39 @@ impl Lane {
     /// Waits until the job is done, and says whether it was late. A job past its time is cancelled, which is told; one
     /// that does not end then costs the host its life.
     fn wait(&mut self, cancel: Option<&AtomicU32>) -> Result<bool> {
-        let (began, completed) = (Instant::now(), &self.arena.header().completed);
-        if self.patience.look(|| completed.value() == self.turn) {
-            return Ok(false);
-        }
+        let began = Instant::now();
+        let napped = match self.rhythm.nap() {
+            Some(nap) => self.sleep(began, Some(began + nap.min(self.link.options().step_timeout)), cancel)?,
+            None => None,
+        };
+        let was_late = match napped {
+            Some(was_late) => was_late,
+            None if self.look() => false,
+            None => self.sleep(began, None, cancel)?.unwrap_or(false),
+        };
+        self.rhythm.took(began.elapsed());
+        Ok(was_late)
+    }
+
+    fn look(&mut self) -> bool {
+        let (completed, turn) = (&self.arena.header().completed, self.turn);
+        self.patience.look(|| completed.value() == turn)
+    }
+
+    /// Sleeps until the host rings, and says whether that was late; `None` when it has not by `until`.
+    fn sleep(&self, began: Instant, until: Option<Instant>, cancel: Option<&AtomicU32>) -> Result<Option<bool>> {
+        let completed = &self.arena.header().completed;
         completed.will_sleep();
-        let outcome = if self.is_done() { Ok(false) } else { self.sleep(began, cancel) };
+        let outcome = if self.is_done() { Ok(Some(false)) } else { self.sleep_on(began, until, cancel) };
         completed.is_awake();
         outcome
     }
 
-    /// Sleeps until the host rings.
-    fn sleep(&self, began: Instant, cancel: Option<&AtomicU32>) -> Result<bool> {
+    fn sleep_on(&self, began: Instant, until: Option<Instant>, cancel: Option<&AtomicU32>) -> Result<Option<bool>> {
         let options = self.link.options();
         let (mut deadline, mut is_late) = (began + options.step_timeout, false);
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
+            let left = until.unwrap_or(deadline).min(deadline).saturating_duration_since(Instant::now());
             let pause = if cancel.is_some() { left.min(CANCEL_PAUSE) } else { left };
             let mut fds = [
                 PollFd::new(&self.from_host, PollFlags::IN),
@@ -147,13 +166,16 @@ impl Lane {
             if self.is_done() {
                 // A host without its doorbell would make every job as late as it may be.
                 let is_mute = !is_rung && !has_ended && cancel.is_none() && Instant::now() >= deadline;
-                return if is_mute { Err(self.link.lose("has closed its doorbell")) } else { Ok(is_late) };
+                return if is_mute { Err(self.link.lose("has closed its doorbell")) } else { Ok(Some(is_late)) };
             }
             if has_ended {
                 return Err(self.link.lose("ended during a step"));
             }
             if cancel.is_some_and(|flag| flag.load(Ordering::Relaxed) != 0) {
                 self.arena.header().cancel.store(1, Ordering::Relaxed);
+            }
+            if until.is_some_and(|until| Instant::now() >= until) {
+                return Ok(None);
             }
             if Instant::now() < deadline {
                 continue;
