@@ -303,8 +303,12 @@ fn three_hundred_clients_that_do_not_read_take_what_is_between_and_nothing_more(
         "limits.slow_consumer_s=600",
     ];
     let daemon = Daemon::start(&chatty::write(dir.path()), &[&sets[..], &["model.default.max_context=2048"]].concat());
-    let endless = json!({ "prompt": "x", "max_tokens": 2000, "ignore_eos": true, "stream": true });
-    let held: Vec<UnixStream> = (0..300).map(|_| daemon.open("/v1/completions", &endless)).collect();
+    // Alternatives make large events of tokens, which soon fill what is between.
+    let endless = json!({
+        "messages": [{ "role": "user", "content": "x" }], "max_tokens": 2000, "ignore_eos": true, "stream": true,
+        "logprobs": true, "top_logprobs": 20,
+    });
+    let held: Vec<UnixStream> = (0..300).map(|_| daemon.open("/v1/chat/completions", &endless)).collect();
     let mut seen = Vec::new();
     daemon.wait_until("all paused", || {
         let status = daemon.status();
