@@ -298,6 +298,7 @@ fn three_hundred_clients_that_do_not_read_take_what_is_between_and_nothing_more(
     let dir = tempfile::tempdir().unwrap();
     let sets = [
         "limits.max_running=310",
+        "limits.max_batched_tokens=310",
         "limits.per_user_running=310",
         "limits.max_waiting=400",
         "limits.slow_consumer_s=600",

@@ -115,7 +115,7 @@ impl Shares {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
         let fitting = (fitting as u32).clamp(least, most.max(least));
         // What one owner's steps take says nothing of shared ones: its answers may have far more behind them.
-        self.aim = (n_owners > 1).then(|| (factor * (self.step_s + self.token_s * fewest), fitting));
+        self.aim = (n_owners > 1).then_some((factor * (self.step_s + self.token_s * fewest), fitting));
         fitting
     }
 
