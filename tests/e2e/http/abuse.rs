@@ -323,7 +323,6 @@ fn three_hundred_clients_that_do_not_read_take_what_is_between_and_nothing_more(
         assert_eq!(daemon.post("/v1/chat/completions", &chat).status, 200);
     }
     let grown = rss(&daemon).saturating_sub(before);
-    println!("300 readers that do not read: {} tokens, RSS {before} KiB, {grown} KiB more", seen.last().unwrap().1);
     assert!(grown < 4096, "{grown} KiB more than {before}");
     drop(held);
     daemon.wait_until("free", || daemon.status()["running"] == 0 && daemon.status()["kv_blocks_used"] == 0);
