@@ -38,7 +38,8 @@ class Box:
         names = ("limits.max_running", "limits.per_user_running", "limits.per_user_requests", "mqtt.per_client",
                  "mqtt.running", "mqtt.pending", "limits.connections", "limits.per_user_connections")
         sets = [f"model.default.path={options.model}", f"state_dir={home}/state", f"socket.path={self.path}",
-                f"mqtt.broker=mqtt://127.0.0.1:{self.port}", "mqtt.node=box", *(f"{name}={n + 8}" for name in names), *sets]
+                f"mqtt.broker=mqtt://127.0.0.1:{self.port}", "mqtt.node=box", f"limits.max_batched_tokens={max(256, n + 8)}",
+                *(f"{name}={n + 8}" for name in names), *sets]
         self.log = f"{home}/log"
         command = [options.daemon, *(word for each in sets for word in ("--set", each))]
         self.children = [subprocess.Popen([broker, "-c", f"{home}/mosquitto.conf"], stderr=subprocess.DEVNULL)]

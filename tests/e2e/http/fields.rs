@@ -139,7 +139,10 @@ fn several_answers_read_their_prompt_once() {
     let daemon = Daemon::start(&tiny(), &[]);
     let prompt: Vec<u32> = (0..200).map(|i| i * 7 % 131).collect();
     let request = json!({ "prompt": prompt, "max_tokens": 2, "n": 4, "ignore_eos": true });
-    let computed = |daemon: &Daemon| daemon.status()["computed_tokens"].as_u64().unwrap();
+    let computed = |daemon: &Daemon| {
+        daemon.wait_until("counted", || daemon.status()["running"] == 0);
+        daemon.status()["computed_tokens"].as_u64().unwrap()
+    };
     let before = computed(&daemon);
     assert_eq!(daemon.post("/v1/completions", &request).status, 200);
     // Three blocks of 64 are read once, the 8 tokens behind them by each; the last token of an answer is not computed.

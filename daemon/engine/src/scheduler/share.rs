@@ -24,8 +24,10 @@ const MANY_TOKENS: u32 = 32;
 const AIM: f64 = 0.9;
 /// How long an owner that was not alone has short steps.
 const COMPANY: Duration = Duration::from_secs(60);
-/// A short step takes so many times as long as one with a single token.
+/// A short step takes so many times as long as one with a single token,
 const SHORT_STEPS: f64 = 4.0;
+/// but has room for so many: prompts get on, however much is behind them.
+const SHORT_STEP_TOKENS: u32 = 16;
 /// Least of [`Shares::fitting`], from which it comes back in some thirty steps.
 const FITTING_MIN: f64 = 1.0 / 32.0;
 
@@ -102,15 +104,18 @@ impl Shares {
         if self.step_s <= 0.0 || self.token_s <= 0.0 {
             return most;
         }
-        let (factor, fewest) = match self.owners.as_slice() {
-            &[(_, fewest), _, ..] => (AIM * f64::from(n_owners), f64::from(fewest)),
-            _ if self.shared_at.is_some_and(|at| now.saturating_sub(at) < COMPANY) => (SHORT_STEPS, 1.0),
+        let (factor, fewest, least) = match self.owners.as_slice() {
+            &[(_, fewest), _, ..] => (AIM * f64::from(n_owners), f64::from(fewest), n_owners),
+            _ if self.shared_at.is_some_and(|at| now.saturating_sub(at) < COMPANY) => {
+                (SHORT_STEPS, 1.0, SHORT_STEP_TOKENS.min(most))
+            }
             _ => return most,
         };
         let fitting = factor * fewest + (factor - 1.0) * self.step_s / self.token_s * self.fitting;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
-        let fitting = (fitting as u32).clamp(n_owners, most.max(n_owners));
-        self.aim = Some((factor * (self.step_s + self.token_s * fewest), fitting));
+        let fitting = (fitting as u32).clamp(least, most.max(least));
+        // What one owner's steps take says nothing of shared ones: its answers may have far more behind them.
+        self.aim = (n_owners > 1).then_some((factor * (self.step_s + self.token_s * fewest), fitting));
         fitting
     }
 
@@ -175,13 +180,26 @@ mod tests {
     fn who_was_not_alone_lately_has_short_steps_for_a_while() {
         let (mut shares, alone) = (measured(), [(1, 1), (1, 300)]);
         divided(&mut shares, &[(1, 100), (2, 1)]);
-        // 4 * (2 + 1) ms: ten tokens.
-        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [10]);
+        // 4 * (2 + 1) ms would be ten tokens.
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [SHORT_STEP_TOKENS]);
         assert_eq!(divided_at(&mut shares, &alone, COMPANY), [MOST]);
-        // A step with fewer tokens than it may have tells nothing of how many fit.
-        divided_at(&mut shares, &[(1, 2)], COMPANY / 2);
-        shares.took(Duration::from_millis(4), 2);
-        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [10]);
+        // 4 * (10 + 1) ms: 34 tokens.
+        shares.step_s *= 5.0;
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [34]);
+    }
+
+    #[test]
+    fn a_fast_step_with_fewer_tokens_than_it_might_have_had_tells_nothing() {
+        let mut shares = measured();
+        divided(&mut shares, &[(1, 100), (2, 1)]);
+        shares.took(Duration::from_millis(60), 3);
+        let fitting = shares.fitting;
+        divided(&mut shares, &[(1, 1), (2, 1)]);
+        shares.took(Duration::from_millis(1), 1);
+        assert_eq!(shares.fitting, fitting);
+        divided(&mut shares, &[(1, 100), (2, 1)]);
+        shares.took(Duration::from_millis(1), 3);
+        assert!(shares.fitting > fitting);
     }
 
     #[test]

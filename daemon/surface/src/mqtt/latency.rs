@@ -92,19 +92,20 @@ fn measure_the_time_from_the_engine_to_the_client() {
     let (_stop, stopped) = watch::channel(false);
     let link = Arc::new(Rumqtt::new(options(port, "box", dir.path()), ("s/box/status".to_owned(), "gone".to_owned())));
     runtime.spawn(keep(link, Line::Node, desk, Some(way), stopped));
-    // The connection ends when nobody can command it any more.
-    let mut _held = None;
-    runtime.block_on(async {
+    let commands = runtime.block_on(async {
+        let mut commands = None;
         loop {
             match told.recv().await.unwrap() {
-                Told::Opening(_, commands) => _held = Some(commands),
-                Told::Input(Input::Up { .. }) => break,
+                Told::Opening(_, opened) => commands = Some(opened),
+                Told::Input(Input::Up { .. }) => break commands,
                 Told::Input(other) => panic!("{other:?}"),
             }
         }
     });
     runtime.spawn(async move { work::tell(answering, &request, "box", &deltas).await.is_ok() });
     println!("{}", latency::measure(engine, reader));
+    // The connection would have ended, had nobody been there to command it.
+    drop(commands);
     broker.kill().unwrap();
     broker.wait().unwrap();
 }
