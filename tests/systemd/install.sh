@@ -7,7 +7,8 @@ cd "$(dirname "$0")/../.."
 mkdir -p "$root/opt/packages"
 case ${PACKAGES:-deb} in
   deb)
-    cp "$folder"/sparsed_*.deb "$folder"/sparsed-model-*.deb "$root/opt/packages/"
+    arch=$(dpkg --print-architecture)
+    cp "$folder"/sparsed_*_"$arch".deb "$folder"/sparsed-model-*_"$arch".deb "$root/opt/packages/"
     install="dpkg --install /opt/packages/*.deb"
     ;;
   rpm)
@@ -18,9 +19,9 @@ esac
 # No service is started in a tree that does not run.
 printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
 chmod 0755 "$root/usr/sbin/policy-rc.d"
-# systemd-sysusers wants /proc.
+# systemd-sysusers wants /proc, and rpm a root that is a mount.
 # shellcheck disable=SC2016 # the inner shell's
-unshare -m sh -c 'mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$2"' sh "$root" "$install" >&2
+unshare -m sh -c 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && exec chroot "$1" sh -c "$2"' sh "$root" "$install" >&2
 rm "$root/usr/sbin/policy-rc.d"
 # Two who may use it, one who may not but has a home for one of his own.
 chroot "$root" useradd -G sparsed alice

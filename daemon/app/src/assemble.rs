@@ -8,7 +8,7 @@ use crate::config::{Activations, Config, KeepAlive, KvDtype, LoadWhen, Model, Pa
 use crate::devices;
 use crate::door::{self, Door};
 use crate::memory::Sources;
-use crate::state::{State, StateLock};
+use crate::state::{State, StateLock, may_mend_itself};
 use crate::store::{Store, StoredModel, reference};
 use crate::tcp::TcpSocket;
 use anyhow::Context;
@@ -48,8 +48,8 @@ pub struct Assembly {
     pub tcp: Option<TcpSocket>,
     /// Where devices come in; it is not served yet.
     pub mqtt: Option<MqttDoor>,
-    /// Whether the state folder could be used; where not, MQTT's door opens when it can.
-    pub has_state: bool,
+    /// Whether they come in later: the journal's folder could not be used.
+    pub mqtt_comes: bool,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -74,8 +74,7 @@ impl Assembly {
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
-        // It is tried again when it is served.
-        let mqtt = if has_state { crate::mqtt::open(config, &paths)? } else { None };
+        let (mqtt, mqtt_comes) = open_mqtt(config, &paths, has_state)?;
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
@@ -93,7 +92,25 @@ impl Assembly {
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
         let upstreams = upstreams.into_iter().map(|(_, client)| client).collect();
-        Ok(Self { service, engine, upstreams, door, tcp, mqtt, has_state, paths, lock })
+        Ok(Self { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, paths, lock })
+    }
+}
+
+/// MQTT's door, or that it is to be opened when the state folder can be used.
+fn open_mqtt(config: &Config, paths: &Paths, has_state: bool) -> anyhow::Result<(Option<MqttDoor>, bool)> {
+    // What is wrong with the settings and their files is said at once.
+    if crate::mqtt::options(config, paths)?.is_none() {
+        return Ok((None, false));
+    }
+    if !has_state {
+        return Ok((None, true));
+    }
+    match crate::mqtt::open(config, paths) {
+        Err(error) if may_mend_itself(&error) => {
+            log::error!(reason:% = format!("{error:#}"); "MQTT is not served until its journal can be opened");
+            Ok((None, true))
+        }
+        door => Ok((door?, false)),
     }
 }
 

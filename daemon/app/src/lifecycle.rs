@@ -127,7 +127,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, upstreams, door, tcp, mqtt, has_state, paths, lock } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, paths, lock } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -161,7 +161,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     };
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
-    let mqtt_comes = (!has_state).then(|| (config.clone(), paths.clone(), lock.clone()));
+    let mqtt_comes = mqtt_comes.then(|| (config.clone(), paths.clone(), lock.clone()));
     let on_broker = serve_mqtt(mqtt, mqtt_comes, service.clone(), stopped());
     for upstream in upstreams {
         // They end with the runtime.
@@ -205,7 +205,7 @@ fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<
     }))
 }
 
-/// Serves MQTT, where it is configured; if the state folder was not there at the start, once it is.
+/// Serves MQTT, where it is configured; if its journal could not be opened at the start, once it can.
 async fn serve_mqtt(
     mut door: Option<MqttDoor>,
     comes: Option<(Config, Paths, StateLock)>,
@@ -213,7 +213,7 @@ async fn serve_mqtt(
     stop: impl Future<Output = ()>,
 ) {
     let mut stop = std::pin::pin!(stop);
-    if let Some((config, paths, lock)) = comes.filter(|(config, ..)| !config.mqtt.broker.is_empty()) {
+    if let Some((config, paths, lock)) = comes {
         door = tokio::select! {
             door = late_mqtt(&config, &paths, &lock) => door,
             () = &mut stop => return,

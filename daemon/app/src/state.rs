@@ -47,7 +47,7 @@ impl State {
                     dir:%, reason;
                     "the state folder cannot be used: no sessions, no MQTT and no slow tier until it can"
                 );
-                let sessions = config.sessions.enabled.then(|| late(config, paths, reason, lock.clone()));
+                let sessions = config.sessions.enabled.then(|| late(config, paths, format!("{error:#}"), lock.clone()));
                 Ok(Self { lock, sessions, is_there: false })
             }
             Err(error) => Err(error),
@@ -55,15 +55,21 @@ impl State {
     }
 }
 
-/// A store that is tried again.
-fn late(config: &Config, paths: &Paths, reason: String, lock: StateLock) -> SessionStore {
+/// A store that is tried again; another reason than the last one is told.
+fn late(config: &Config, paths: &Paths, mut told: String, lock: StateLock) -> SessionStore {
     let (sessions, dir) = (config.sessions.clone(), paths.state_dir.clone());
-    let open = move || {
-        let opened = lock.take(&dir).and_then(|()| crate::sessions::open(&sessions, &dir));
-        let opened = opened.and_then(|store| store.context("sessions are off"));
-        opened.map_err(|error| format!("{error:#}"))
+    let open = move || match lock.take(&dir).and_then(|()| crate::sessions::open(&sessions, &dir)) {
+        Ok(store) => store,
+        Err(error) => {
+            let reason = format!("{error:#}");
+            if reason != told {
+                log::error!(reason; "the state folder cannot be used yet");
+                told = reason;
+            }
+            None
+        }
     };
-    SessionStore::Late(LateStore { reason, open: Box::new(open) })
+    SessionStore::Late(LateStore(Box::new(open)))
 }
 
 impl StateLock {
@@ -124,11 +130,10 @@ mod tests {
         std::os::unix::fs::symlink(dir.path().join("partition"), &state).unwrap();
         let (config, paths) = (Config::default(), Paths { state_dir: state.clone(), ..Paths::of(&Config::default()) });
         let opened = State::open(&config, &paths).unwrap();
-        let Some(SessionStore::Late(mut late)) = opened.sessions else { panic!("{opened:?}") };
-        assert!(!opened.is_there && late.reason.contains("state"), "{late:?}");
-        assert!((late.open)().is_err());
+        let Some(SessionStore::Late(LateStore(mut late))) = opened.sessions else { panic!("{opened:?}") };
+        assert!(!opened.is_there && late().is_none());
         std::fs::create_dir(dir.path().join("partition")).unwrap();
-        drop((late.open)().unwrap());
+        drop(late().unwrap());
         drop((late, opened.lock));
         std::fs::write(state.join("master.key"), "short").unwrap();
         assert!(State::open(&config, &paths).unwrap_err().to_string().contains("the sessions' key"));

@@ -64,7 +64,7 @@ pub use service::{
     Arriving, DEFAULT_MODEL, Held, Keeping, Lease, ModelState, ModelStatus, ServedModel, Service, Stats,
 };
 pub use sessions::{
-    Change, ContextFull, Durability, LateStore, OpenStore, SaidTurn, Session, SessionId, SessionState, SessionStore,
+    Change, ContextFull, Durability, LateStore, SaidTurn, Session, SessionId, SessionState, SessionStore,
     SessionSummary, Sessions, Settings, TurnEnd, Wishes,
 };
 pub use sole::{CachedRows, SoleSequence};

@@ -21,7 +21,7 @@ mod wishes;
 pub(crate) use asks::{Ask, Asks, ImagesOf};
 pub use conversation::{SaidTurn, TurnEnd};
 pub(crate) use keeper::{Clocks, Keeper, spawn};
-pub use late::{LateStore, OpenStore, SessionStore};
+pub use late::{LateStore, SessionStore};
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
@@ -290,8 +290,8 @@ impl Sessions {
         &self,
         verb: impl FnOnce(&mut Keeper) -> Result<T, Failure> + Send + 'static,
     ) -> Result<T, Failure> {
-        if let Some(reason) = self.absence.reason() {
-            return Err(Failure::SessionsAway { reason, retry_after_s: RETRY_S });
+        if self.absence.lasts() {
+            return Err(Failure::SessionsAway { retry_after_s: RETRY_S });
         }
         ask(&self.asks, verb)
     }

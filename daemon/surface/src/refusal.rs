@@ -175,7 +175,7 @@ impl From<Failure> for Refusal {
             | Failure::UpstreamBusy { retry_after_s, .. }
             | Failure::UserTokensFull { retry_after_s, .. }
             | Failure::TooManyRequests { retry_after_s, .. }
-            | Failure::SessionsAway { retry_after_s, .. }
+            | Failure::SessionsAway { retry_after_s }
             | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,

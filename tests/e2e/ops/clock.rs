@@ -42,7 +42,7 @@ impl Clock {
     fn start(&self, sets: &[&str]) -> Daemon {
         let file = self.file();
         let environment = [
-            ("LD_PRELOAD", self.library.as_path()),
+            ("LD_PRELOAD", &self.library),
             ("FAKETIME_TIMESTAMP_FILE", &file),
             ("FAKETIME_NO_CACHE", Path::new("1")),
             ("FAKETIME_DONT_FAKE_MONOTONIC", Path::new("1")),

@@ -189,10 +189,8 @@ pub enum Failure {
     #[error("this daemon keeps no sessions; set sessions.enabled")]
     SessionsOff,
     /// The disk that keeps the sessions cannot be used yet.
-    #[error("no sessions are kept now: {reason}; try again in {retry_after_s} s")]
+    #[error("no sessions are kept now: their disk cannot be used; try again in {retry_after_s} s")]
     SessionsAway {
-        /// What is wrong with the disk.
-        reason: String,
         /// When to try again.
         retry_after_s: u32,
     },

@@ -1,14 +1,15 @@
 //! What if the disk of the sessions is not there yet, or has no room to begin?
 //!
-//! The thread then tries to open the store again and again. Whoever asks meanwhile hears why there are no sessions;
-//! everything else is served.
+//! The thread then tries to open the store again and again. Whoever asks meanwhile hears that there are no sessions now;
+//! everything else is served. Why it cannot be opened is for the log: clients need not know the disk.
 
 use super::asks::Ask;
 use super::keeper::Keeper;
 use sparsed_session::{AnyDisk, Store};
 use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Pause between two tries.
@@ -23,43 +24,31 @@ pub enum SessionStore {
     Late(LateStore),
 }
 
-/// Opens the store, or says why it cannot be.
-pub type OpenStore = Box<dyn FnMut() -> Result<Store<AnyDisk>, String> + Send>;
-
-/// A store that could not be opened.
-pub struct LateStore {
-    /// Why not.
-    pub reason: String,
-    /// Tries again.
-    pub open: OpenStore,
-}
+/// A store that could not be opened: tries again, and says in the log why it still cannot be.
+pub struct LateStore(pub Box<dyn FnMut() -> Option<Store<AnyDisk>> + Send>);
 
 impl fmt::Debug for LateStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LateStore").field("reason", &self.reason).finish_non_exhaustive()
+        f.debug_struct("LateStore").finish_non_exhaustive()
     }
 }
 
-/// Why there are no sessions now; `None` when there are. Cheap to clone.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Absence(Arc<Mutex<Option<String>>>);
+/// Whether there are no sessions now. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Absence(Arc<AtomicBool>);
 
 impl Absence {
     pub(super) fn of(store: &SessionStore) -> Self {
-        let reason = match store {
-            SessionStore::Open(_) => None,
-            SessionStore::Late(late) => Some(late.reason.clone()),
-        };
-        Self(Arc::new(Mutex::new(reason)))
+        Self(Arc::new(AtomicBool::new(matches!(store, SessionStore::Late(_)))))
     }
 
-    /// Why, if there are none.
-    pub(super) fn reason(&self) -> Option<String> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Whether it lasts.
+    pub(super) fn lasts(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 
-    fn set(&self, reason: Option<String>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    fn end(&self) {
+        self.0.store(false, Ordering::Relaxed);
     }
 }
 
@@ -70,9 +59,9 @@ impl SessionStore {
     /// The store, once it is there, and what it is to do first: only a change of the limits, since `absence` keeps all
     /// others from asking. `None` when the thread is to end.
     pub(super) fn wait(self, asks: &Receiver<Ask>, absence: &Absence) -> Option<(Store<AnyDisk>, Vec<Verb>)> {
-        let mut late = match self {
+        let mut open = match self {
             Self::Open(store) => return Some((*store, Vec::new())),
-            Self::Late(late) => late,
+            Self::Late(LateStore(open)) => open,
         };
         let mut verbs = Vec::new();
         loop {
@@ -81,14 +70,13 @@ impl SessionStore {
                 Ok(Ask::Stop) | Err(RecvTimeoutError::Disconnected) => return None,
                 // Of sessions that nobody could open.
                 Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => match (late.open)() {
-                    Ok(store) => {
+                Err(RecvTimeoutError::Timeout) => {
+                    if let Some(store) = open() {
                         log::info!("sessions are kept now");
-                        absence.set(None);
+                        absence.end();
                         return Some((store, verbs));
                     }
-                    Err(reason) => absence.set(Some(reason)),
-                },
+                }
             }
         }
     }
