@@ -34,7 +34,7 @@ pub(crate) struct Paged {
     /// Blocks that are read in the slow tier, with their tags.
     pub(crate) slow: HashMap<u32, u64>,
     /// Discarded blocks that the slow tier has still.
-    pub(super) left: Vec<BlockId>,
+    pub(crate) left: Vec<BlockId>,
     pub(crate) disk: Disk,
     /// Statuses of the next imports, the last one first.
     pub(crate) import_failures: Vec<SpdStatus>,
