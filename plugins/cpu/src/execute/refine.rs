@@ -1,10 +1,10 @@
 //! How does the indexer find a selection with half of the products? By the high bytes of its queries first.
 //!
-//! The score of a key with the high bytes alone is off by no more than a bound (`Indexer::margin`). A sample of the keys says
-//! which score more than the selected ones are above; keys that stay below it by more than the bound are passed over,
-//! the others are copied side by side while they are in the cache and get the score that they always had. When fewer
-//! than K of them are above the sample's score, or too many had to be copied, nothing was found and all keys are scored.
-//! Either way the selection is the same: it is a function of the scores.
+//! The score of a key with the high bytes alone is off by no more than a bound (`Indexer::margin`). A sample of the
+//! keys says which score more than the selected ones are above; keys that stay below it by more than the bound are
+//! passed over, the others are copied side by side while they are in the cache and get the score that they always had.
+//! When fewer than K of them are above the sample's score, or too many had to be copied, nothing was found and all keys
+//! are scored. Either way the selection is the same: it is a function of the scores.
 
 use super::select::{Indexer, Query};
 use crate::kernels::activations::Rounding;
@@ -185,10 +185,10 @@ impl Indexer<'_> {
 
     /// How far a score and the coarse one are apart, for a key of length 1.
     ///
-    /// With the rests r of the queries and weights w the difference is at most `sum_h |w_h r_h . key|`, which is at most
-    /// `sqrt(H)` times the length of `R key`, R having rows `w_h r_h`; and R's norm squared is at most the largest sum of
-    /// magnitudes in a row of `R R^T`. Both scores are also rounded, by no more than their terms' number times what f32
-    /// rounds the sum of magnitudes by.
+    /// With the rests r of the queries and weights w the difference is at most `sum_h |w_h r_h . key|`, which is at
+    /// most `sqrt(H)` times the length of `R key`, R having rows `w_h r_h`; and R's norm squared is at most the largest
+    /// sum of magnitudes in a row of `R R^T`. Both scores are also rounded, by no more than their terms' number times
+    /// what f32 rounds the sum of magnitudes by.
     #[allow(clippy::cast_precision_loss, reason = "small numbers")]
     fn margin(&self, t: usize, query: &Query) -> f32 {
         let (level, heads, width) = (self.frame.device.level, self.q.n1, self.q.n2);
