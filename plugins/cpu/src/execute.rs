@@ -5,6 +5,7 @@
 mod attention;
 mod blocked;
 mod matmul;
+mod refine;
 mod rowwise;
 mod select;
 mod slow;

@@ -4,9 +4,11 @@
 //! A tile takes the bytes of its rows. Block after block of 32 values it has the codes, vector g of 64 bytes holding
 //! bytes 4g .. 4g + 4 of each row's codes, then the rows' scales. A block's host image has rows, as `abi/OPS.md` says.
 
+use crate::kernels::activations::BLOCK;
 use crate::kernels::packed::TILE_ROWS;
 use crate::memory::Pool;
 use sparsed_quant::Format;
+use std::sync::atomic::Ordering;
 
 /// Bytes of an encoded block of 32 values.
 const BLOCK_BYTES: usize = 34;
@@ -26,6 +28,16 @@ impl Pool {
         self.index_plane.bytes(at, n * row * TILE_ROWS)
     }
 
+    /// No key that was ever stored in tiles of a layer is longer (its Euclidean length); a NaN when it is not known.
+    pub(crate) fn longest_key(&self, layer: usize) -> f32 {
+        f32::from_bits(self.longest_keys[layer].load(Ordering::Relaxed))
+    }
+
+    fn note_length(&self, layer: usize, row: &[u8]) {
+        // Relaxed: a number of its own; operators of a step, and calls of the host, follow each other.
+        self.longest_keys[layer].fetch_max(length(row).to_bits(), Ordering::Relaxed);
+    }
+
     /// Stores the encoded key of `slot`.
     ///
     /// # Safety
@@ -35,6 +47,7 @@ impl Pool {
             // SAFETY: the caller's contract.
             return unsafe { self.index_plane.put(self.index_offset(layer, slot), row) };
         }
+        self.note_length(layer, row);
         let (lane, tile) = (slot % TILE_ROWS, self.index_offset(layer, slot - slot % TILE_ROWS));
         for (place, part) in places(lane, row.len()) {
             // SAFETY: these bytes of the tile are this key's; otherwise the caller's contract.
@@ -72,6 +85,9 @@ impl Pool {
             return keys.copy_from_slice(image);
         }
         let row = self.index.bytes;
+        for (i, row) in image.chunks_exact(row).enumerate() {
+            self.note_length(i / self.block_tokens, row);
+        }
         for (tile, rows) in keys.chunks_exact_mut(row * TILE_ROWS).zip(image.chunks_exact(row * TILE_ROWS)) {
             for (lane, from) in rows.chunks_exact(row).enumerate() {
                 for (place, part) in places(lane, row) {
@@ -104,6 +120,35 @@ impl Pool {
     }
 }
 
+/// Copies the key in lane `from` of a tile to lane `to` of another one.
+pub(crate) fn copy_key(tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
+    let (from, to) = (from % TILE_ROWS, to % TILE_ROWS);
+    let (tile, _) = tile.as_chunks::<TILE_BLOCK_BYTES>();
+    for (tile, to_tile) in tile.iter().zip(to_tile.as_chunks_mut::<TILE_BLOCK_BYTES>().0) {
+        for group in 0..BLOCK / 4 {
+            let (from, to) = (64 * group + 4 * from, 64 * group + 4 * to);
+            to_tile[to..to + 4].copy_from_slice(&tile[from..from + 4]);
+        }
+        let (from, to) = (TILE_ROWS * BLOCK + 2 * from, TILE_ROWS * BLOCK + 2 * to);
+        to_tile[to..to + 2].copy_from_slice(&tile[from..from + 2]);
+    }
+}
+
+/// The Euclidean length of an encoded key, rounded up.
+fn length(row: &[u8]) -> f32 {
+    let squares = row.as_chunks::<BLOCK_BYTES>().0.iter().map(|block| {
+        let sum: i32 = block[2..].iter().map(|code| i32::from(code.cast_signed()).pow(2)).sum();
+        #[allow(clippy::cast_precision_loss, reason = "32 squares of bytes are below 2^24")]
+        let sum = sum as f32;
+        half::f16::from_le_bytes([block[0], block[1]]).to_f32().powi(2) * sum
+    });
+    // A NaN must not lose against other keys, whatever its sign.
+    match squares.sum::<f32>().sqrt() * 1.0001 {
+        length if length.is_nan() => f32::NAN.abs(),
+        length => length,
+    }
+}
+
 /// Where the parts of a row lie in its tile.
 fn places(lane: usize, row_bytes: usize) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
     (0..row_bytes / BLOCK_BYTES).flat_map(move |block| {
@@ -132,6 +177,50 @@ mod tests {
             ..SpdKvDesc::default()
         };
         Pool::create(&desc, None, &Arc::new(Usage::default())).unwrap().0
+    }
+
+    #[test]
+    fn a_key_copied_between_tiles_is_the_same_key_and_the_longest_is_known() {
+        let pool = pool(DT_Q8_0);
+        let (row, mut random) = (pool.index.bytes, fastrand::Rng::with_seed(6));
+        let mut longest = 0f64;
+        let rows: Vec<Vec<u8>> = (0..16)
+            .map(|_| {
+                let values: Vec<f32> = (0..64).map(|_| random.f32() - 0.5).collect();
+                let mut bytes = vec![0; row];
+                sparsed_quant::encode(Format::Q8_0, &values, &mut bytes).unwrap();
+                let mut back = vec![0.0; 64];
+                sparsed_quant::decode(Format::Q8_0, &bytes, &mut back).unwrap();
+                longest = longest.max(back.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
+                bytes
+            })
+            .collect();
+        for (slot, row) in rows.iter().enumerate() {
+            // SAFETY: this thread alone has the pool.
+            unsafe { pool.put_key(1, slot, row) };
+        }
+        let found = f64::from(pool.longest_key(1));
+        assert!(found >= longest && found < 1.001 * longest, "{found} {longest}");
+        assert_eq!(pool.longest_key(0), 0.0);
+        let mut turned = vec![0; 16 * row];
+        for lane in 0..16 {
+            copy_key(pool.key_tiles(1, 0, 1), lane, &mut turned, 15 - lane);
+        }
+        for (slot, row) in rows.iter().rev().enumerate() {
+            // SAFETY: as above.
+            unsafe { pool.put_key(0, slot, row) };
+        }
+        assert_eq!(pool.key_tiles(0, 0, 1), turned);
+        let mut image = vec![0; pool.index_plane.block_bytes];
+        pool.export_keys(0, &mut image);
+        let other = self::pool(DT_Q8_0);
+        // SAFETY: as above.
+        unsafe { other.import_keys(2, &image) };
+        assert_eq!(other.longest_key(1), pool.longest_key(1));
+        // Its sign does not matter.
+        // SAFETY: as above.
+        unsafe { other.put_key(1, 3, &[0, 0xfe].repeat(row / 2)) };
+        assert!(other.longest_key(1).is_nan());
     }
 
     #[test]

@@ -12,6 +12,7 @@ use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::SlowLayout;
 use sparsed_plugin_kit::{Held, PluginError, Result, SlowArea, Source, Usage};
 use sparsed_quant::Format;
+use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Largest page of the machines we run on; giving back less than could be given is harmless.
@@ -148,6 +149,8 @@ pub(crate) struct Pool {
     pub(crate) n_index_layers: usize,
     pub(crate) latent_plane: Plane,
     pub(crate) index_plane: Plane,
+    /// Per layer of tiles of keys: no key is longer. Bits of an f32, which order as its value does, a NaN last.
+    pub(crate) longest_keys: Vec<AtomicU32>,
     /// Where latent rows of some blocks lie instead; see `blocks.rs`.
     slow: Option<Mutex<SlowTier>>,
     _held: Held,
@@ -252,6 +255,7 @@ impl Pool {
             index,
             n_layers: desc.n_layers as usize,
             n_index_layers: desc.n_index_layers as usize,
+            longest_keys: (0..desc.n_index_layers).map(|_| AtomicU32::new(0)).collect(),
             slow: slow.transpose()?,
             _held: held,
             latent_plane: Plane::new(latent_block, desc.n_blocks as usize, pages)?,

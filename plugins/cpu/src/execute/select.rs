@@ -1,14 +1,17 @@
 //! The lightning indexer: which positions does each token select?
 //!
 //! Keys in q8_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of
-//! other formats are decoded. Scores are kept for the tokens of one run only.
+//! other formats are decoded. Scores are kept for the tokens of one run only. Where many keys are to be passed over,
+//! `refine` finds the same selection with half of the products.
 
 use super::Frame;
+use super::refine::Candidates;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
 use crate::kernels::attention::{ROWS, index_scores};
 use crate::kernels::packed::{Sums, TILE_ROWS, score_keys, tokens_at_once};
 use crate::kernels::rows::decode;
 use crate::kernels::select::{Scratch, top_k};
+use crate::level::Level;
 use crate::memory::Pool;
 use crate::tensor::Tensor;
 use crate::threads::part;
@@ -20,22 +23,56 @@ use std::ops::Range;
 const RUN_TOKENS: usize = 8;
 
 /// One IDX_TOPK of a step.
-struct Indexer<'a> {
-    frame: &'a Frame<'a>,
-    pool: &'a Pool,
-    layer: usize,
-    q: Tensor<'a, f32>,
-    w: Tensor<'a, f32>,
-    sel: Tensor<'a, i32>,
-    scale: f32,
+pub(super) struct Indexer<'a> {
+    pub(super) frame: &'a Frame<'a>,
+    pub(super) pool: &'a Pool,
+    pub(super) layer: usize,
+    pub(super) q: Tensor<'a, f32>,
+    pub(super) w: Tensor<'a, f32>,
+    pub(super) sel: Tensor<'a, i32>,
+    pub(super) scale: f32,
 }
 
 /// A token's heads, rounded, in groups as `score_keys` takes them.
 #[derive(Debug)]
-struct Query {
-    groups: Vec<(usize, Vec<Block>)>,
+pub(super) struct Query {
+    groups: Vec<Group>,
     /// Weight of each head, scaled.
-    w: Vec<f32>,
+    pub(super) w: Vec<f32>,
+}
+
+/// Heads that are multiplied together, block by block.
+#[derive(Debug)]
+struct Group {
+    heads: Range<usize>,
+    x: Vec<Block>,
+    /// Their high bytes.
+    coarse: Vec<Block>,
+}
+
+impl Query {
+    /// Sets the scores of 16 keys of each tile; with 8 bits those of the queries' high bytes. Memory is asked for the
+    /// tiles `ahead`.
+    pub(super) fn score(&self, level: Level, rounding: Rounding, keys: &[u8], mut ahead: &[u8], scores: &mut [Sums]) {
+        scores.fill(Sums::default());
+        for Group { heads, x, coarse } in &self.groups {
+            let x = if rounding == Rounding::Int8 { coarse } else { x };
+            score_keys(level, rounding, keys, ahead, x, &self.w[heads.clone()], scores);
+            ahead = &[];
+        }
+    }
+
+    /// What the high bytes leave out of each head's values, one head after another.
+    pub(super) fn rest(&self) -> Vec<f32> {
+        let of_group = |group: &Group| {
+            let n = group.heads.len();
+            let head = move |head: usize, x: &[Block]| -> Vec<f32> {
+                x[head..].iter().step_by(n).flat_map(Block::rest).collect()
+            };
+            (0..n).flat_map(|i| head(i, &group.x)).collect::<Vec<f32>>()
+        };
+        self.groups.iter().flat_map(of_group).collect()
+    }
 }
 
 impl Frame<'_> {
@@ -58,8 +95,12 @@ impl Frame<'_> {
         team.run(&|number| {
             let mut rows: [Vec<f32>; RUN_TOKENS] = Default::default();
             let mut scratch = Scratch::default();
+            let mut candidates: [Candidates; RUN_TOKENS] = Default::default();
             // Dealt out in turn: later tokens have more to score.
             for run in runs.iter().skip(number).step_by(team.len()) {
+                if job.refine_run(run, &mut candidates, &mut scratch) {
+                    continue;
+                }
                 for (t, row) in run.clone().zip(&mut rows) {
                     row.resize(if job.must_score(t) { job.visible(t) } else { 0 }, 0.0);
                 }
@@ -75,7 +116,7 @@ impl Frame<'_> {
 }
 
 impl Indexer<'_> {
-    fn visible(&self, t: usize) -> usize {
+    pub(super) fn visible(&self, t: usize) -> usize {
         self.frame.step.positions[t] as usize + 1
     }
 
@@ -99,6 +140,10 @@ impl Indexer<'_> {
     }
 
     fn select_shared(&self, t: usize, scores: &mut Vec<f32>) {
+        // SAFETY: one thread writes.
+        if self.refine_shared(t, unsafe { self.sel.row_mut(t, 0) }) {
+            return;
+        }
         if self.must_score(t) {
             let visible = self.visible(t);
             scores.resize(visible, 0.0);
@@ -117,7 +162,7 @@ impl Indexer<'_> {
     }
 
     /// Scores of tokens `run`, of each against as many positions from `first` on as `scores` has room for.
-    fn score(&self, run: Range<usize>, first: usize, scores: &mut [&mut [f32]]) {
+    pub(super) fn score(&self, run: Range<usize>, first: usize, scores: &mut [&mut [f32]]) {
         if self.pool.has_key_tiles() {
             return self.score_packed(run, first, scores);
         }
@@ -136,35 +181,44 @@ impl Indexer<'_> {
 
     fn score_packed(&self, run: Range<usize>, first: usize, scores: &mut [&mut [f32]]) {
         let (level, last) = (self.frame.device.level, run.end - 1);
-        let queries: Vec<Query> = run.map(|t| self.query(t)).collect();
         let longest = scores.iter().map(|scores| scores.len()).max().unwrap_or(0);
-        // From position `at` on to the end of the pool's block: those tiles lie side by side.
-        let tiles = |at: usize| {
-            let (position, block) = (first + at, self.pool.block_tokens);
-            let n = (block - position % block).min(longest.saturating_sub(at)).div_ceil(TILE_ROWS);
-            let slot = || self.frame.slot(last, position);
-            (n, if n > 0 { self.pool.key_tiles(self.layer, slot(), n) } else { &[] })
-        };
-        let (mut found, mut at) = (Vec::new(), 0);
-        let (mut n, mut keys) = tiles(at);
-        while n > 0 {
-            let next = tiles(at + n * TILE_ROWS);
-            let mut ahead = next.1;
-            for (query, scores) in queries.iter().zip(&mut *scores) {
+        if longest == 0 {
+            return; // everything is selected
+        }
+        let queries: Vec<Query> = run.map(|t| self.query(t)).collect();
+        let mut found = Vec::new();
+        self.walk(last, first..first + longest, |position, keys, ahead| {
+            let at = position - first;
+            found.resize(keys.len() / self.tile_bytes(), Sums::default());
+            for (number, (query, scores)) in queries.iter().zip(&mut *scores).enumerate() {
                 let Some(to) = scores.get_mut(at..) else { continue };
-                found.clear();
-                found.resize(n, Sums::default());
-                let mut head = 0;
-                for (heads, x) in &query.groups {
-                    score_keys(level, keys, ahead, x, &query.w[head..head + heads], &mut found);
-                    ahead = &[];
-                    head += heads;
-                }
+                query.score(level, Rounding::Int16, keys, if number == 0 { ahead } else { &[] }, &mut found);
                 to.iter_mut().zip(found.as_flattened()).for_each(|(to, score)| *to = *score);
             }
-            at += n * TILE_ROWS;
-            (n, keys) = next;
+        });
+    }
+
+    /// Calls `each` with tiles of keys that lie side by side, the position of the first key, and the tiles of the next
+    /// call; `positions`, of which the first is the first of a tile, are those of token t's sequence.
+    pub(super) fn walk(&self, t: usize, positions: Range<usize>, mut each: impl FnMut(usize, &[u8], &[u8])) {
+        // To the end of the pool's block.
+        let tiles = |at: usize| {
+            let block = self.pool.block_tokens;
+            let n = (block - at % block).min(positions.end.saturating_sub(at)).div_ceil(TILE_ROWS);
+            if n > 0 { self.pool.key_tiles(self.layer, self.frame.slot(t, at), n) } else { &[] }
+        };
+        let mut at = positions.start;
+        let mut keys = tiles(at);
+        while !keys.is_empty() {
+            let next = at + keys.len() / self.tile_bytes() * TILE_ROWS;
+            let ahead = tiles(next);
+            each(at, keys, ahead);
+            (at, keys) = (next, ahead);
         }
+    }
+
+    pub(super) fn tile_bytes(&self) -> usize {
+        self.pool.index.bytes * TILE_ROWS
     }
 
     /// The encoded key at `position` of token t's sequence.
@@ -176,7 +230,7 @@ impl Indexer<'_> {
         self.w.row(t, 0).iter().map(|w| w * self.scale).collect()
     }
 
-    fn query(&self, t: usize) -> Query {
+    pub(super) fn query(&self, t: usize) -> Query {
         let (level, blocks) = (self.frame.device.level, self.q.n2 / BLOCK);
         let (mut groups, mut head) = (Vec::new(), 0);
         while head < self.q.n1 {
@@ -186,7 +240,8 @@ impl Indexer<'_> {
                 round_row(level, Rounding::Int16, self.q.row(t, head + i), &mut row);
                 row.iter().zip(x[i..].iter_mut().step_by(n)).for_each(|(from, to)| *to = *from);
             }
-            groups.push((n, x));
+            let coarse = x.iter().map(Block::coarse).collect();
+            groups.push(Group { heads: head..head + n, x, coarse });
             head += n;
         }
         Query { groups, w: self.weights(t) }

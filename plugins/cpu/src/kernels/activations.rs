@@ -23,6 +23,38 @@ pub(crate) struct Block {
     pub(crate) minus_32: [i32; 2],
 }
 
+impl Block {
+    /// The high bytes alone, as codes of one byte.
+    pub(crate) fn coarse(&self) -> Self {
+        let sum: i32 = self.codes.iter().flat_map(|codes| &codes[..2]).map(signed_sum).sum();
+        let d = 256.0 * self.d;
+        #[allow(clippy::cast_precision_loss, reason = "a sum of 32 bytes")]
+        let sum_float = sum as f32;
+        Self {
+            codes: self.codes.map(|[high, other, ..]| [0, 0, high, other]),
+            d,
+            sum: d * sum_float,
+            minus_8: -8 * sum,
+            minus_128: -128 * sum,
+            minus_32: [0, 2]
+                .map(|at| -32 * self.codes[at..at + 2].iter().flat_map(|c| &c[..2]).map(signed_sum).sum::<i32>()),
+        }
+    }
+
+    /// What [`Self::coarse`] leaves out of each value.
+    pub(crate) fn rest(&self) -> [f32; BLOCK] {
+        let mut rest = [0.0; BLOCK];
+        let low = self.codes.iter().flat_map(|codes| &codes[2..]).flat_map(|four| four.to_le_bytes());
+        rest.iter_mut().zip(low).for_each(|(rest, low)| *rest = self.d * f32::from(low.cast_signed()));
+        rest
+    }
+}
+
+/// The sum of four signed bytes.
+fn signed_sum(four: &i32) -> i32 {
+    four.to_le_bytes().map(|byte| i32::from(byte.cast_signed())).iter().sum()
+}
+
 /// How finely activations are rounded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rounding {
@@ -132,6 +164,26 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn high_bytes_and_what_they_leave_out_are_the_whole() {
+        let mut random = fastrand::Rng::with_seed(11);
+        let x: Vec<f32> = (0..BLOCK).map(|_| random.f32() - 0.5).collect();
+        let mut block = [Block::default()];
+        round_row(Level::detect(), Rounding::Int16, &x, &mut block);
+        let (coarse, rest) = (block[0].coarse(), block[0].rest());
+        // A block of one byte has zeros where two bytes have the high ones.
+        let high = codes(&coarse);
+        for ((code, high), rest) in codes(&block[0]).into_iter().zip(&high).zip(rest) {
+            assert_eq!(block[0].d * (code - 256 * high) as f32, rest);
+            assert!((code - 256 * high).abs() <= 128);
+        }
+        assert_eq!(coarse.d, 256.0 * block[0].d);
+        assert_eq!(coarse.minus_128, -128 * high.iter().sum::<i32>());
+        assert_eq!(coarse.minus_8, -8 * high.iter().sum::<i32>());
+        assert_eq!(coarse.minus_32.map(|half| half / -32).iter().sum::<i32>(), high.iter().sum::<i32>());
+        assert!((coarse.sum - coarse.d * high.iter().sum::<i32>() as f32).abs() < 1e-6);
     }
 
     #[test]

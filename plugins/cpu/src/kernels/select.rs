@@ -88,6 +88,20 @@ fn pick_body<L: Lanes>(l: L, scores: &[f32], limit: f32, to: &mut Vec<u64>) {
     }
 }
 
+on_level! {
+    /// Which of 16 scores each are above `limit`: bit i of a mask for score i. A NaN is not.
+    fn above(scores: &[[f32; LANES]], limit: f32, masks: &mut Vec<u16>) = above_body
+}
+
+#[inline(always)]
+fn above_body<L: Lanes>(l: L, scores: &[[f32; LANES]], limit: f32, masks: &mut Vec<u16>) {
+    // No closure: it would be compiled without the level's instructions.
+    masks.resize(scores.len(), 0);
+    for (mask, scores) in masks.iter_mut().zip(scores) {
+        *mask = l.above(l.load(scores), l.splat(limit));
+    }
+}
+
 fn by_histogram(scores: &[f32], scratch: &mut Scratch, out: &mut [i32]) {
     let k = out.len();
     let bins = Bins::over(scores);

@@ -1,7 +1,7 @@
 //! How well do index keys match a query? Tiles of 16 keys of the pool (see `crate::keys`) against all heads.
 
 use super::{Sums, TILE_ROWS};
-use crate::kernels::activations::{BLOCK, Block};
+use crate::kernels::activations::{BLOCK, Block, Rounding};
 use crate::level::Level;
 use crate::simd::{Products, on_level};
 
@@ -9,24 +9,44 @@ use crate::simd::{Products, on_level};
 const TILE_BLOCK_BYTES: usize = TILE_ROWS * (BLOCK + 2);
 
 /// Adds `w[h] max(q[h] . key, 0)` of every head h to the scores of 16 keys of each tile. `x` holds the heads' queries
-/// in 16 bits, a number of [`super::tokens_at_once`], as `packed::product` wants them. Memory is asked for as many
-/// tiles `ahead` meanwhile.
-pub(crate) fn score_keys(level: Level, tiles: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut [Sums]) {
-    match w.len() {
-        1 => score_heads::<1>(level, tiles, ahead, x, w, scores),
-        2 => score_heads::<2>(level, tiles, ahead, x, w, scores),
-        4 if const { super::is_compiled(4, 2) } => score_heads::<4>(level, tiles, ahead, x, w, scores),
-        8 if const { super::is_compiled(8, 2) } => score_heads::<8>(level, tiles, ahead, x, w, scores),
-        n => unreachable!("{n} heads: tokens_at_once was asked"),
+/// as `rounding` says, a number of [`super::tokens_at_once`] with 16 bits, as `packed::product` wants them. Memory is
+/// asked for as many tiles `ahead` meanwhile.
+pub(crate) fn score_keys(
+    level: Level,
+    rounding: Rounding,
+    tiles: &[u8],
+    ahead: &[u8],
+    x: &[Block],
+    w: &[f32],
+    scores: &mut [Sums],
+) {
+    macro_rules! choose {
+        ($($n:literal)*) => {
+            match (rounding, w.len()) {
+                $(
+                    (Rounding::Int16, $n) if const { super::is_compiled($n, 2) } => {
+                        score_heads::<2, $n>(level, tiles, ahead, x, w, scores);
+                    }
+                    (Rounding::Int8, $n) if const { super::is_compiled($n, 2) } => {
+                        score_heads::<1, $n>(level, tiles, ahead, x, w, scores);
+                    }
+                )*
+                (_, n) => unreachable!("{n} heads: tokens_at_once was asked"),
+            }
+        };
     }
+    choose! { 1 2 4 8 }
 }
 
 on_level! {
-    fn score_heads<const N: usize>(tiles: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut [Sums]) = score_body
+    /// PLANES are the bytes of a query's value, N the number of heads.
+    fn score_heads<const PLANES: usize, const N: usize>(
+        tiles: &[u8], ahead: &[u8], x: &[Block], w: &[f32], scores: &mut [Sums],
+    ) = score_body
 }
 
 #[inline(always)]
-fn score_body<L: Products, const N: usize>(
+fn score_body<L: Products, const PLANES: usize, const N: usize>(
     l: L,
     tiles: &[u8],
     ahead: &[u8],
@@ -40,19 +60,25 @@ fn score_body<L: Products, const N: usize>(
         for line in ahead.next().unwrap_or_default().chunks(64) {
             l.prefetch(&line[0]);
         }
-        score_tile::<L, N>(l, tile, x, w, scores);
+        score_tile::<L, PLANES, N>(l, tile, x, w, scores);
     }
 }
 
 #[inline(always)]
-fn score_tile<L: Products, const N: usize>(l: L, tile: &[u8], x: &[Block], w: &[f32], scores: &mut Sums) {
+fn score_tile<L: Products, const PLANES: usize, const N: usize>(
+    l: L,
+    tile: &[u8],
+    x: &[Block],
+    w: &[f32],
+    scores: &mut Sums,
+) {
     let mut totals = [l.splat(0.0); N];
     for (block, x) in tile.as_chunks::<TILE_BLOCK_BYTES>().0.iter().zip(x.as_chunks::<N>().0) {
         let (codes, scales) = block.split_at(TILE_ROWS * BLOCK);
-        let mut products = [l.start::<2>(0); N];
+        let mut products = [l.start::<PLANES>(0); N];
         if L::BYTE_OFFSET == 128 {
             for n in 0..N {
-                products[n] = l.start::<2>(x[n].minus_128);
+                products[n] = l.start::<PLANES>(x[n].minus_128);
             }
         }
         for (at, [first, second]) in codes.as_chunks::<64>().0.as_chunks::<2>().0.iter().enumerate() {
@@ -60,14 +86,14 @@ fn score_tile<L: Products, const N: usize>(l: L, tile: &[u8], x: &[Block], w: &[
             if L::BYTE_OFFSET == 128 {
                 (first, second) = (l.offset_bytes(first), l.offset_bytes(second));
             }
-            let codes = l.codes::<2>(first, second);
+            let codes = l.codes::<PLANES>(first, second);
             for n in 0..N {
-                products[n] = l.dot::<2, false>(products[n], codes, &x[n].codes[at]);
+                products[n] = l.dot::<PLANES, false>(products[n], codes, &x[n].codes[at]);
             }
         }
         let d = l.load_half(&scales.as_chunks().0[0]);
         for n in 0..N {
-            let sum = l.to_float(l.total::<2>(products[n]));
+            let sum = l.to_float(l.total::<PLANES>(products[n]));
             totals[n] = l.mul_add(sum, l.mul(d, l.splat(x[n].d)), totals[n]);
         }
     }

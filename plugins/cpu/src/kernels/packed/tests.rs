@@ -108,7 +108,7 @@ proptest! {
                 }
             }
             let mut twice = [Sums::default(); 2];
-            score_keys(level, &[&tile[..], &tile].concat(), &tile[..64], &x, &w, &mut twice);
+            score_keys(level, Rounding::Int16, &[&tile[..], &tile].concat(), &tile[..64], &x, &w, &mut twice);
             prop_assert_eq!(twice[0].map(f32::to_bits), twice[1].map(f32::to_bits));
             let found = twice[0];
             for ((found, exact), size) in found.iter().zip(exact).zip(size) {
