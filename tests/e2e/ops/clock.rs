@@ -42,8 +42,8 @@ impl Clock {
     fn start(&self, sets: &[&str]) -> Daemon {
         let file = self.file();
         let environment = [
-            ("LD_PRELOAD", &self.library),
-            ("FAKETIME_TIMESTAMP_FILE", &file),
+            ("LD_PRELOAD", self.library.as_path()),
+            ("FAKETIME_TIMESTAMP_FILE", file.as_path()),
             ("FAKETIME_NO_CACHE", Path::new("1")),
             ("FAKETIME_DONT_FAKE_MONOTONIC", Path::new("1")),
         ];

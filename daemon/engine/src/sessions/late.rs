@@ -1,7 +1,7 @@
 //! What if the disk of the sessions is not there yet, or has no room to begin?
 //!
-//! The thread then tries to open the store again and again. Whoever asks meanwhile hears that there are no sessions now;
-//! everything else is served. Why it cannot be opened is for the log: clients need not know the disk.
+//! The thread then tries to open the store again and again. Whoever asks meanwhile hears that there are no sessions
+//! now; everything else is served. Why it cannot be opened is for the log: clients need not know the disk.
 
 use super::asks::Ask;
 use super::keeper::Keeper;
