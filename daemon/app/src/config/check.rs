@@ -246,7 +246,7 @@ fn line(text: &str, offset: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Bytes, Model, Relay};
+    use crate::config::{Bytes, KvDtype, Model, Relay};
 
     /// The list above and the types cannot drift apart: a full configuration has exactly these keys.
     #[test]
@@ -254,6 +254,7 @@ mod tests {
         let mut config = Config { state_dir: Some("x".into()), ..Config::default() };
         config.socket.path = Some("x".into());
         config.plugins.dir = Some("x".into());
+        config.engine.device_memory = Some(Bytes(1));
         config.memory.budget = Some(Bytes(1));
         config.memory.total = Some(Bytes(1));
         config.engine.set.insert("*".to_owned(), "x".to_owned());
@@ -273,6 +274,7 @@ mod tests {
             relay: Some(relay),
             max_context: Some(1),
             top_k: Some(1),
+            kv_dtype: Some(KvDtype::Q8_0),
             keep_alive,
             ..Model::at("x".into())
         };

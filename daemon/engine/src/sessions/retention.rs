@@ -53,7 +53,7 @@ mod tests {
 
     #[test]
     fn a_clock_that_was_set_is_not_believed_for_an_hour_whichever_way_it_went() {
-        for jump in [-400_000_000, -61, 61, 400_000_000] {
+        for jump in [-50_000_000, -61, 61, 400_000_000] {
             let mut settling = Settling::default();
             assert!(looks(&mut settling, 0, TODAY, 7));
             let then = (TODAY + 7 * 600).saturating_add_signed(jump);
