@@ -17,7 +17,7 @@ const DAY: i64 = 86_400;
 /// The date of one process.
 struct Clock {
     dir: TempDir,
-    library: PathBuf,
+    preloaded: PathBuf,
 }
 
 impl Clock {
@@ -25,7 +25,7 @@ impl Clock {
         let folders = std::fs::read_dir("/usr/lib").unwrap().flatten().map(|entry| entry.path());
         let mut libraries = folders.map(|folder| folder.join("faketime/libfaketimeMT.so.1"));
         let library = libraries.find(|path| path.exists()).expect("libfaketime: run `make testneeds`");
-        Self { dir: tempfile::tempdir().unwrap(), library }
+        Self { dir: tempfile::tempdir().unwrap(), preloaded: library }
     }
 
     fn file(&self) -> PathBuf {
@@ -42,7 +42,7 @@ impl Clock {
     fn start(&self, sets: &[&str]) -> Daemon {
         let file = self.file();
         let environment = [
-            ("LD_PRELOAD", self.library.as_path()),
+            ("LD_PRELOAD", self.preloaded.as_path()),
             ("FAKETIME_TIMESTAMP_FILE", file.as_path()),
             ("FAKETIME_NO_CACHE", Path::new("1")),
             ("FAKETIME_DONT_FAKE_MONOTONIC", Path::new("1")),
