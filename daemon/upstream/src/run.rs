@@ -172,15 +172,14 @@ impl Run<'_> {
 
 /// The last word to the listener, if there is one.
 pub(crate) async fn conclude(inner: &Inner, ear: &mut Ear, ended: Result<Finished, End>) {
-    let ended = match ended {
-        Ok(finished) => {
-            let told = ear.tell(Event::Finished(finished.clone())).await;
-            told.map(|()| finished)
-        }
-        failed => failed,
-    };
     match ended {
-        Ok(finished) => inner.finished(&finished),
+        Ok(finished) => {
+            // Counted first: who has heard the end finds it in the counts.
+            inner.finished(&finished);
+            if let Err(End::Trouble(trouble)) = ear.tell(Event::Finished(finished)).await {
+                ear.fail(trouble.failure(&inner.options.name));
+            }
+        }
         Err(End::Gone) => inner.failed(),
         Err(End::Trouble(trouble)) => {
             inner.failed();
