@@ -99,18 +99,16 @@ impl Assembly {
 /// MQTT's door, or that it is to be opened when the state folder can be used.
 fn open_mqtt(config: &Config, paths: &Paths, has_state: bool) -> anyhow::Result<(Option<MqttDoor>, bool)> {
     // What is wrong with the settings and their files is said at once.
-    if crate::mqtt::options(config, paths)?.is_none() {
-        return Ok((None, false));
-    }
+    let Some(options) = crate::mqtt::options(config, paths)? else { return Ok((None, false)) };
     if !has_state {
         return Ok((None, true));
     }
-    match crate::mqtt::open(config, paths) {
+    match crate::mqtt::open(options, paths) {
         Err(error) if may_mend_itself(&error) => {
             log::error!(reason:% = format!("{error:#}"); "MQTT is not served until its journal can be opened");
             Ok((None, true))
         }
-        door => Ok((door?, false)),
+        door => Ok((Some(door?), false)),
     }
 }
 

@@ -230,7 +230,10 @@ async fn serve_mqtt(
 async fn late_mqtt(config: &Config, paths: &Paths, lock: &StateLock) -> Option<MqttDoor> {
     loop {
         tokio::time::sleep(STATE_RETRY).await;
-        let open = || lock.take(&paths.state_dir).and_then(|()| crate::mqtt::open(config, paths));
+        let open = || {
+            lock.take(&paths.state_dir)?;
+            crate::mqtt::options(config, paths)?.map(|options| crate::mqtt::open(options, paths)).transpose()
+        };
         match tokio::task::block_in_place(open) {
             Ok(door) => return door,
             Err(error) if may_mend_itself(&error) => {}

@@ -22,24 +22,23 @@ const PASSWORD_BYTES_MAX: u64 = 4096;
 /// What the journal's key is made of, beside the master key.
 const KEY_CONTEXT: &[u8] = b"sparsed mqtt journal 1";
 
-/// Opens the door, if there is to be one.
+/// Opens the door with these [`options`].
 ///
 /// # Errors
-/// A secret that cannot be read, a broker that would have to trust anybody, a journal of another key.
-pub fn open(config: &Config, paths: &Paths) -> anyhow::Result<Option<MqttDoor>> {
-    let Some(mut options) = options(config, paths)? else { return Ok(None) };
+/// A journal that cannot be opened, or of another key.
+pub(crate) fn open(mut options: MqttOptions, paths: &Paths) -> anyhow::Result<MqttDoor> {
     let master = crate::sessions::master_key(&paths.state_dir)?;
     let key = Sha256::new().chain_update(KEY_CONTEXT).chain_update(master.as_slice()).finalize();
     *options.key = key.into();
     make_dir(&options.dir, 0o700)?;
     let dir = options.dir.display().to_string();
-    Ok(Some(MqttDoor::open(options).with_context(|| format!("the MQTT journal in {dir}"))?))
+    MqttDoor::open(options).with_context(|| format!("the MQTT journal in {dir}"))
 }
 
-/// What the door, or another client of its broker, needs to know; the key is still all zeros.
+/// What the door, or another client of its broker, needs to know, if there is to be one; the key is still all zeros.
 ///
 /// # Errors
-/// As [`open`].
+/// A secret that cannot be read, a broker that would have to trust anybody.
 pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<MqttOptions>> {
     let mqtt = &config.mqtt;
     let Some(broker) = mqtt.broker().map_err(|reason| anyhow::anyhow!("mqtt.broker {reason}"))? else {
@@ -134,10 +133,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let sets = ["mqtt.broker=mqtt://localhost".to_owned(), format!("state_dir={}", dir.path().display())];
         let config = Layers::read(&[], &sets).unwrap().config().unwrap();
-        let opened = || open(&config, &Paths::of(&config)).map(|door| door.is_some());
-        assert!(opened().unwrap());
+        let paths = Paths::of(&config);
+        let opened =
+            || options(&config, &paths).unwrap().map(|options| open(options, &paths)).is_some_and(|door| door.is_ok());
+        assert!(opened());
         // A journal begins with its first record: an empty one has nothing that another key could not open.
-        assert!(dir.path().join("mqtt/journal").exists() && opened().unwrap());
+        assert!(dir.path().join("mqtt/journal").exists() && opened());
         assert_eq!(std::fs::read(dir.path().join("master.key")).unwrap().len(), 32);
     }
 
