@@ -1,8 +1,10 @@
 //! How do kernels run on several cores? A fixed team that spins for a moment, then sleeps.
 //!
 //! Every job is run by every thread with its own number; what a thread does is a function of that number alone, so
-//! results never depend on timing. The caller is thread 0.
+//! results never depend on timing. The caller is thread 0. [`Team::apart`] is for jobs that sleep between others.
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use std::marker::PhantomData;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -37,6 +39,8 @@ unsafe impl Send for SendJob {}
 pub(crate) struct Team {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Processors that workers are bound to.
+    taken: CpuSet,
     /// One job at a time.
     turn: Mutex<()>,
 }
@@ -51,18 +55,35 @@ impl Team {
             job: Mutex::new(None),
             caller: Mutex::new(None),
         });
-        let mut workers = Vec::new();
+        let (mut workers, mut taken) = (Vec::new(), CpuSet::new());
         for number in 1..n.max(1) {
             let (shared, cpu) = (Arc::clone(&shared), cpus.get(number % cpus.len().max(1)).copied());
+            cpu.into_iter().for_each(|cpu| taken.set(cpu));
             let builder = std::thread::Builder::new().name(format!("spd-cpu-{number}"));
             workers.push(builder.spawn(move || work(&shared, number, cpu))?);
         }
-        Ok(Self { shared, workers, turn: Mutex::new(()) })
+        Ok(Self { shared, workers, taken, turn: Mutex::new(()) })
     }
 
     /// Threads in the team.
     pub(crate) fn len(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Keeps the calling thread off the workers' processors as long as the answer lives, if it may run elsewhere.
+    ///
+    /// For a thread that sleeps between jobs, as one that reads does: it is woken where the disk's interrupt comes. If
+    /// that is a worker's processor they run by turns from then on, and each looks in vain for the other one before it
+    /// sleeps, at every job. Where nobody sleeps threads part by themselves.
+    pub(crate) fn apart(&self) -> Apart {
+        let nowhere = Apart { before: None, thread: PhantomData };
+        let Ok(before) = sched_getaffinity(None) else { return nowhere };
+        let mut free = before;
+        (0..CpuSet::MAX_CPU).filter(|&cpu| self.taken.is_set(cpu)).for_each(|cpu| free.unset(cpu));
+        if free == before || free.count() == 0 || sched_setaffinity(None, &free).is_err() {
+            return nowhere;
+        }
+        Apart { before: Some(before), thread: PhantomData }
     }
 
     /// Runs `job(number)` on every thread and returns when all have finished. Panics if one of them did.
@@ -101,6 +122,22 @@ impl Drop for Team {
     }
 }
 
+/// See [`Team::apart`].
+#[derive(Debug)]
+pub(crate) struct Apart {
+    /// Where the thread might run before.
+    before: Option<CpuSet>,
+    /// It is this thread's: not to be dropped by another one.
+    thread: PhantomData<*const ()>,
+}
+
+impl Drop for Apart {
+    fn drop(&mut self) {
+        // A refusal costs speed, not correctness.
+        let _refused = self.before.map(|before| sched_setaffinity(None, &before));
+    }
+}
+
 /// The part `number` of `n` of `total` units: contiguous, sizes differ by at most one.
 pub(crate) fn part(total: usize, number: usize, n: usize) -> std::ops::Range<usize> {
     total * number / n..total * (number + 1) / n
@@ -108,20 +145,19 @@ pub(crate) fn part(total: usize, number: usize, n: usize) -> std::ops::Range<usi
 
 /// The processors this process may run on.
 pub(crate) fn allowed_cpus(mask: &[u64]) -> Vec<usize> {
-    let own = rustix::thread::sched_getaffinity(None).ok();
+    let own = sched_getaffinity(None).ok();
     let asked = |cpu: usize| mask.is_empty() || mask.get(cpu / 64).is_some_and(|word| word >> (cpu % 64) & 1 == 1);
     let here = |cpu: usize| own.as_ref().is_none_or(|set| set.is_set(cpu));
-    let count =
-        std::thread::available_parallelism().map_or(1, NonZero::get).max(rustix::thread::CpuSet::MAX_CPU.min(1024));
+    let count = std::thread::available_parallelism().map_or(1, NonZero::get).max(CpuSet::MAX_CPU.min(1024));
     (0..count).filter(|&cpu| here(cpu) && asked(cpu)).collect()
 }
 
 fn work(shared: &Shared, number: usize, cpu: Option<usize>) {
     if let Some(cpu) = cpu {
-        let mut set = rustix::thread::CpuSet::new();
+        let mut set = CpuSet::new();
         set.set(cpu);
         // A refused affinity costs speed, not correctness.
-        let _refused = rustix::thread::sched_setaffinity(None, &set);
+        let _refused = sched_setaffinity(None, &set);
     }
     let mut seen = 0;
     loop {
@@ -175,6 +211,39 @@ mod tests {
             });
         }
         assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
+    }
+
+    /// The processors this thread may run on.
+    fn here() -> Vec<usize> {
+        let set = sched_getaffinity(None).expect("one may look at oneself");
+        (0..CpuSet::MAX_CPU).filter(|&cpu| set.is_set(cpu)).collect()
+    }
+
+    #[test]
+    fn a_caller_that_sleeps_stays_off_the_workers_processors_for_so_long() {
+        let all = here();
+        // With one processor a team has one thread.
+        let team = Team::new(all.len().min(3), &all).expect("threads");
+        let apart = team.apart();
+        let rest: Vec<usize> = all.iter().copied().filter(|&cpu| !team.taken.is_set(cpu)).collect();
+        assert_eq!((here(), rest.len()), (rest, all.len() - team.workers.len()));
+        drop(apart);
+        assert_eq!(here(), all);
+    }
+
+    #[test]
+    fn a_caller_that_may_run_nowhere_else_stays() {
+        let all = here();
+        let last = all[all.len() - 1];
+        let mut only = CpuSet::new();
+        only.set(last);
+        sched_setaffinity(None, &only).expect("a part of what was allowed");
+        // The only worker is bound to the second of them.
+        let team = Team::new(2, &[all[0], last]).expect("threads");
+        let apart = team.apart();
+        assert!(team.taken.is_set(last) && apart.before.is_none());
+        assert_eq!(here(), [last]);
+        team.run(&|_| {});
     }
 
     #[test]

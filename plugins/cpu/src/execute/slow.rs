@@ -4,10 +4,18 @@
 //! rows of the pool are. A token's bits do not depend on the portion it is in.
 
 use super::attention::Attention;
+use crate::plan::Plan;
+use sparsed_abi::StepArrays;
 use sparsed_plugin_kit::Result;
 use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::{RowCache, RowKey};
 use std::ops::Range;
+
+/// Whether the step may have to read rows.
+pub(super) fn reads_slow(plan: &Plan, step: &StepArrays<'_>) -> bool {
+    let slow = plan.pools.first().and_then(|pool| pool.slow());
+    slow.is_some_and(|slow| step.block_ids.iter().any(|&block| slow.cache().is_attached(block)))
+}
 
 impl Attention<'_> {
     /// Computes its tokens, some of whose rows may be slow.
