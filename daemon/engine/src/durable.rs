@@ -14,8 +14,8 @@ use crate::sequence::SequenceId;
 use crate::warm::{ReclaimJob, WriteJob};
 use sparsed_kv::{FileId, Save};
 
-/// Blocks that are asked for at a time.
-const WINDOW: u32 = 8;
+/// Blocks that are asked for at a time: images of two windows are in memory, one that is read and one that is imported.
+const WINDOW: u32 = 4;
 /// Images that wait to be written at most.
 pub(crate) const IMAGES_MAX: u32 = 16;
 /// Blocks that are copied out of the device after a step: what that takes is added to everybody's token.
@@ -49,6 +49,8 @@ pub(crate) trait Files {
     fn save(&mut self, save: Save, image: Vec<u8>);
     /// Reads images.
     fn restore(&mut self, restore: Restore);
+    /// Takes images that are imported: the next ones may have their memory. Without any, none is needed any more.
+    fn recycle(&mut self, images: Vec<Vec<u8>>);
     /// Writes a block into the slow tier; the answer is [`Scheduler::demoted`].
     fn write(&mut self, tag: u64, job: WriteJob);
     /// Gives room in the slow tier back, after all writes that were ordered before.
@@ -130,7 +132,10 @@ pub(crate) fn carry_out(
             continue;
         }
         match outlive(executor, |executor| executor.import(&blocks, &mut restored.images))? {
-            Outcome::Done(()) => scheduler.placed(restored.restore.sequence),
+            Outcome::Done(()) => {
+                scheduler.placed(restored.restore.sequence);
+                files.recycle(restored.images);
+            }
             Outcome::Failed(error) => {
                 log::warn!(reason:% = error; "blocks could not be restored, they are computed again");
                 scheduler.displaced(&restored.restore);
@@ -138,6 +143,9 @@ pub(crate) fn carry_out(
         }
     }
     scheduler.take_restores().for_each(|restore| files.restore(restore));
+    if !scheduler.is_restoring() {
+        files.recycle(Vec::new());
+    }
     for _ in 0..SAVES_PER_STEP {
         let Some(save) = scheduler.next_save() else { break };
         let image = outlive(executor, |executor| executor.export(save.block));
@@ -254,6 +262,22 @@ mod tests {
         bench.files.delay = 3;
         let (answer, cached, _) = run_turn(&mut bench, turn_of(FILE, 6, tokens.clone(), 1));
         assert_eq!((answer, cached), (naive(tokens, 1), 384));
+        assert_eq!(bench.files.windows, [(4, 0), (2, 0)], "the second one was under way before there was spare memory");
+    }
+
+    #[test]
+    fn images_have_the_memory_of_those_before_as_long_as_any_come() {
+        let mut bench = Bench::new(32, Limits { max_batched_tokens: 400, ..limits() });
+        for seed in [1, 2] {
+            run_turn(&mut bench, turn_of(FileId(seed), 0, prompt(seed as u32, 399), 1));
+        }
+        let (mut bench, listener) = (restarted(bench, 32), Listener::with_room(10));
+        for seed in [1, 2] {
+            bench.submit_request(turn_of(FileId(seed), 6, prompt(seed as u32, 399), 1), &listener);
+        }
+        bench.run();
+        assert_eq!(bench.files.windows, [(4, 0), (4, 0), (2, 0), (2, 4)]);
+        assert!(bench.files.spare.is_empty(), "nothing comes any more");
     }
 
     #[test]

@@ -78,7 +78,7 @@ impl Links {
     /// The orders of the model `slot`, whose images have this shape.
     pub(crate) fn orders(&self, slot: usize, shape: ImageShape) -> Orders {
         let images = self.asks.clone().map(|asks| ImagesOf { asks, slot, shape });
-        Orders { slot, images, writer: self.writer.clone() }
+        Orders { slot, images, spare: Vec::new(), writer: self.writer.clone() }
     }
 }
 
@@ -88,6 +88,8 @@ pub(crate) struct Orders {
     slot: usize,
     /// `None` where no sessions are kept: no sequence has one then.
     images: Option<ImagesOf>,
+    /// Of the last window that was imported: memory for the next but one.
+    spare: Vec<Vec<u8>>,
     writer: SlowWriter,
 }
 
@@ -97,7 +99,12 @@ impl Files for Orders {
     }
 
     fn restore(&mut self, restore: Restore) {
-        self.images.as_ref().expect("a block of a session").restore(restore);
+        let spare = std::mem::take(&mut self.spare);
+        self.images.as_ref().expect("a block of a session").restore(restore, spare);
+    }
+
+    fn recycle(&mut self, images: Vec<Vec<u8>>) {
+        self.spare = images;
     }
 
     fn write(&mut self, tag: u64, job: WriteJob) {

@@ -93,6 +93,10 @@ pub(crate) struct Shelf {
     pub(crate) delay: usize,
     /// Writes to the slow tier that will fail from this one on.
     pub(crate) writes_left: Option<usize>,
+    /// What was given to be used again.
+    pub(crate) spare: Vec<Vec<u8>>,
+    /// Blocks of each order to read, and the images whose memory it was given.
+    pub(crate) windows: Vec<(u32, usize)>,
     orders: VecDeque<(usize, Answer)>,
     n_answered: usize,
 }
@@ -111,7 +115,12 @@ impl Files for Shelf {
     }
 
     fn restore(&mut self, restore: Restore) {
+        self.windows.push((restore.n, std::mem::take(&mut self.spare).len()));
         self.orders.push_back((self.n_answered + self.delay, Answer::Restored(restore)));
+    }
+
+    fn recycle(&mut self, images: Vec<Vec<u8>>) {
+        self.spare = images;
     }
 
     fn write(&mut self, tag: u64, job: WriteJob) {

@@ -376,7 +376,8 @@ impl Run {
                 answer => self.done(answer).map(drop),
             };
         }
-        let mut loaded = Vec::new();
+        // A buffer that has had another image.
+        let mut loaded = vec![0xEE; 2 * n_bytes];
         let answer = self.store().load_block(owner, id, &SHAPE, index, &mut loaded);
         if self.done(answer)? == Some(Loaded::Image) {
             self.outline.images += 1;

@@ -80,6 +80,11 @@ impl Scheduler {
         self.restores.drain(..n).collect::<Vec<_>>().into_iter()
     }
 
+    /// Whether anything is still to come from sessions' files.
+    pub(crate) fn is_restoring(&self) -> bool {
+        self.n_restores > 0 || !self.restores.is_empty() || !self.arrivals.is_empty()
+    }
+
     /// What was read.
     pub(crate) fn arrived(&mut self, restored: Restored) {
         self.n_restores -= 1;

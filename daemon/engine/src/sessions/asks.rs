@@ -26,8 +26,8 @@ pub(crate) enum Ask {
     Close { owner: u64, id: SessionId },
     /// Write an image for the model `slot`.
     Save { slot: usize, shape: ImageShape, save: Save, image: Vec<u8> },
-    /// Read images for the model `slot`.
-    Restore { slot: usize, shape: ImageShape, restore: Restore },
+    /// Read images for the model `slot`; they may have the memory of `spare` ones.
+    Restore { slot: usize, shape: ImageShape, restore: Restore, spare: Vec<Vec<u8>> },
     /// Write what there is and end.
     Stop,
 }
@@ -64,8 +64,8 @@ impl ImagesOf {
         self.asks.tell(Ask::Save { slot: self.slot, shape: self.shape, save, image });
     }
 
-    /// Reads images.
-    pub(crate) fn restore(&self, restore: Restore) {
-        self.asks.tell(Ask::Restore { slot: self.slot, shape: self.shape, restore });
+    /// Reads images, into the memory of `spare` ones as far as it goes.
+    pub(crate) fn restore(&self, restore: Restore, spare: Vec<Vec<u8>>) {
+        self.asks.tell(Ask::Restore { slot: self.slot, shape: self.shape, restore, spare });
     }
 }

@@ -176,7 +176,7 @@ impl Keeper {
             Ask::Gone { turn } => self.gone(turn),
             Ask::Close { owner, id } => self.let_go(owner, id),
             Ask::Save { slot, shape, save, image } => self.images.push_back((slot, shape, save, image)),
-            Ask::Restore { slot, shape, restore } => self.restore(slot, &shape, restore),
+            Ask::Restore { slot, shape, restore, spare } => self.restore(slot, &shape, restore, spare),
             Ask::Stop => self.stopping = true,
         }
     }
@@ -238,7 +238,8 @@ impl Keeper {
         self.tell_engine(Command::Written { slot });
     }
 
-    fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore) {
+    /// Memory that is used again is not to be fetched from the system page by page, which costs as much as decryption.
+    fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore, mut spare: Vec<Vec<u8>>) {
         self.read_ahead(shape, restore);
         let mut images = Vec::new();
         for block in restore.first..restore.first.saturating_add(restore.n) {
@@ -249,7 +250,7 @@ impl Keeper {
                 images.push(image.clone());
                 continue;
             }
-            let mut image = Vec::new();
+            let mut image = spare.pop().unwrap_or_default();
             match self.store.load_block(owner, id, shape, block, &mut image) {
                 Ok(Loaded::Image) => images.push(image),
                 Ok(Loaded::Missing) => break,
@@ -443,7 +444,8 @@ mod tests {
         }
         let mut brought = || {
             let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n: 3 };
-            keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore });
+            let spare = vec![vec![7; 5], Vec::new()];
+            keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore, spare });
             keeper.write_image();
             commands.try_iter().find_map(|command| match command {
                 Command::Restored { restored, .. } => Some(restored.images),

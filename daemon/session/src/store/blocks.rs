@@ -86,7 +86,7 @@ impl<D: Disk> Store<D> {
         }
     }
 
-    /// Fills `image` with the image of block `index` as it was saved for just these tokens.
+    /// Fills `image`, whatever it has, with the image of block `index` as it was saved for just these tokens.
     ///
     /// # Errors
     /// As [`Store::history`]; what is wrong with the file is [`Loaded::Missing`].
@@ -98,13 +98,16 @@ impl<D: Disk> Store<D> {
         index: u32,
         image: &mut Vec<u8>,
     ) -> Result<Loaded> {
-        image.clear();
         self.discover(owner, id, shape)?;
         let session = find(&mut self.sessions, owner, id)?;
         let is_saved = |content: &KvContent| content.saved.get(index as usize).copied().unwrap_or(false);
         let may_be_there = session.kv.content.as_ref().is_some_and(is_saved);
-        let Some(context) = session.block(index).filter(|_| may_be_there) else { return Ok(Loaded::Missing) };
+        let Some(context) = session.block(index).filter(|_| may_be_there) else {
+            image.clear();
+            return Ok(Loaded::Missing);
+        };
         let n_bytes = usize::try_from(shape.place_bytes()).expect("IMAGE_BYTES_MAX fits");
+        // Only what is new is zeroed: all of it is read over, or cut off.
         image.resize(n_bytes, 0);
         let n_read = self.disk.read_at(&session.folder.kv(), shape.offset(index), image).unwrap_or(0);
         image.truncate(n_read);

@@ -33,7 +33,9 @@ fn images_come_back_for_the_tokens_they_were_made_of() {
     drop(store);
     let (mut store, _) = open(folder.path(), 2);
     assert_eq!(store.saved_blocks(OWNER, id, &SHAPE), Ok(2));
-    for (index, fill) in [(0, 7), (1, 1)] {
+    // Whatever the buffer has had before.
+    for (index, fill, before) in [(0, 7, 0), (1, 1, 12_000), (0, 7, 10)] {
+        loaded = vec![9; before];
         assert_eq!(store.load_block(OWNER, id, &SHAPE, index, &mut loaded), Ok(Loaded::Image));
         assert_eq!(loaded, image(fill));
     }
@@ -42,12 +44,17 @@ fn images_come_back_for_the_tokens_they_were_made_of() {
     store.begin_turn(OWNER, id, &turn, 7).unwrap();
     assert_eq!(store.load_block(OWNER, id, &SHAPE, 0, &mut loaded), Ok(Loaded::Image));
     assert_eq!(store.load_block(OWNER, id, &SHAPE, 1, &mut loaded), Ok(Loaded::Missing));
+    assert!(loaded.is_empty());
+    loaded = vec![9; 12_000];
+    assert_eq!(store.load_block(OWNER, id, &SHAPE, 2, &mut loaded), Ok(Loaded::Missing));
+    assert!(loaded.is_empty(), "nothing of another image is left");
     store.end_turn(OWNER, id, Outcome::Complete, b"", 9).unwrap();
     assert_eq!(store.flush().failed, []);
     drop(store);
     // The file still has the old image, which must not be believed.
     let (mut store, _) = open(folder.path(), 3);
     assert_eq!(store.saved_blocks(OWNER, id, &SHAPE), Ok(2));
+    loaded = vec![9; 12_000];
     assert_eq!(store.load_block(OWNER, id, &SHAPE, 1, &mut loaded), Ok(Loaded::Missing));
     assert!(loaded.is_empty());
     // Another model's.
