@@ -11,7 +11,7 @@ use sparsed_kv::{BLOCK_TOKENS, BlockId, KvError, Place, Released, Save};
 use std::collections::{HashMap, VecDeque};
 
 /// Blocks that are on their way to the slow tier at most: each has an image in memory meanwhile.
-const DEMOTIONS_MAX: usize = 8;
+const DEMOTIONS_MAX: usize = 4;
 
 /// Windows of sessions' files that are read at a time.
 const RESTORES_MAX: usize = 3;
