@@ -2,7 +2,7 @@
 //!
 //! Where all of it fits nothing is slow. Otherwise the index planes stay in memory for as many blocks as possible, with
 //! a share of the latent planes: `blocks * (index + lookup + hot * latent)` bytes. The share, and what no further block
-//! is wanted for, goes to cached rows first: fewer than one step selects are of no use, and more than two steps' bring
+//! is wanted for, goes to cached rows first: fewer than one step selects are of no use, and more than three steps' bring
 //! next to nothing (`daemon/kv/WORKLOAD.md`). What is left keeps whole blocks.
 
 use crate::scheduler::Limits;
@@ -14,7 +14,7 @@ const LOOKUP_BYTES: u64 = 4;
 /// Bytes of a cached row beside the row.
 const SLOT_BYTES: u64 = 28;
 /// Steps whose selections the cache of rows is to hold.
-const CACHE_STEPS: u64 = 2;
+const CACHE_STEPS: u64 = 3;
 /// One part in so many of the memory goes to them even where the hot share is smaller and another sequence would fit.
 const CACHE_PARTS: u64 = 4;
 /// Memory that readers of the slow tier need.
@@ -190,7 +190,7 @@ mod tests {
     const STEP: u64 = 30 * 512 * (384 + SLOT_BYTES);
 
     #[test]
-    fn rows_of_two_steps_come_before_blocks() {
+    fn rows_of_three_steps_come_before_blocks() {
         let one = Limits { max_running: 1, ..LIMITS };
         // 8192 tokens of which 7 and 20 % are to be hot, and 32768: as half of the share it was 0.5 to 6 steps.
         for (context, budget, hot) in [(8192, 64 << 20, 0.07), (8192, 64 << 20, 0.2), (32_768, 128 << 20, 0.07)] {
@@ -198,7 +198,7 @@ mod tests {
             let room = need.with_slow_tier(budget, one, hot).unwrap();
             assert!(room.n_fast < room.n_blocks, "{room:?}");
             let steps = room.cache_bytes / STEP;
-            assert_eq!(steps, 2, "{context}, {hot}: {room:?}");
+            assert_eq!(steps, 3, "{context}, {hot}: {room:?}");
             let taken = need.bytes_of(&room);
             assert!(taken <= budget && budget - taken < 1 << 20, "{context}, {hot}: {taken} of {budget}");
         }
