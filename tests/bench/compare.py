@@ -152,7 +152,7 @@ def table(sides: Sides) -> list[str]:
 
 
 def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
-    """Lines over a doubling axis, both axes logarithmic."""
+    """Lines over a doubling axis, both axes logarithmic; x from 1024 on is told in K."""
     every = [point for line in points.values() for point in line]
     steps = sorted({x for x, _ in every})
     top = 10 ** len(str(int(max(y for _, y in every))))
@@ -161,7 +161,7 @@ def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
         return 60 + 500 * across, 320 - 280 * max(0.0, min(1.0, math.log10(y) / math.log10(top)))
     body = [f'<text x="60" y="20">{title}</text>']
     for x in steps:
-        body.append(f'<text x="{place(x, 1)[0] - 12:.0f}" y="340">{x // 1024}K</text>')
+        body.append(f'<text x="{place(x, 1)[0] - 12:.0f}" y="340">{f"{x // 1024}K" if x >= 1024 else x}</text>')
     for y in (10**i for i in range(len(str(top)))):
         height = place(steps[0], y)[1]
         body.append(f'<line x1="60" x2="560" y1="{height:.0f}" y2="{height:.0f}" stroke="#ddd"/>')
@@ -176,14 +176,27 @@ def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
 
 
 def plot(sides: Sides, folder: Path) -> None:
-    """CPU time of a decoded token against the context."""
+    """CPU time of a decoded token against the context, and against the sequences of a step."""
     points: dict[str, list[tuple[int, float]]] = {}
     for name, options in (("k = 512", ()), ("dense", ("--dense",))):
         for depth in (2048 << i for i in range(8)):
             test = Test("", "decode", 4 if options else 16, depth, 1, "dsa", None, "", options)
             points.setdefault(name, []).append((depth, sides.ours(test)[1]))
     (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread", points))
-    print({name: [(x, round(y, 2)) for x, y in line] for name, line in points.items()})
+    tell(points)
+    batch: dict[str, list[tuple[int, float]]] = {}
+    for name, depth, options in (("k = 512, 8K", 8192, ()), ("dense, 8K", 8192, ("--dense",)), ("512 tokens", 512, ())):
+        for sequences in (1, 2, 4, 8, 16):
+            every = ("--sequences", str(sequences), *options)
+            test = Test("", "decode", 4 if options else 16, depth, 1, "dsa", None, "", every)
+            batch.setdefault(name, []).append((sequences, sides.ours(test)[1]))
+    (folder / "batch.svg").write_text(
+        svg("CPU time per decoded token against sequences in a step, default model, one thread", batch))
+    tell(batch)
+
+
+def tell(points: dict[str, list[tuple[int, float]]]) -> None:
+    print({name: [(x, round(y, 2)) for x, y in line] for name, line in points.items()}, flush=True)
 
 
 def main() -> None:
