@@ -4,7 +4,7 @@ use crate::execute;
 use crate::level::Level;
 use crate::memory::{BLOCK_TOKENS_ALIGN, Pool, Weight};
 use crate::plan::Plan;
-use crate::threads::{Team, allowed_cpus};
+use crate::threads::{THREADS_MAX, Team, allowed_cpus};
 use crate::validate::Bound;
 use sparsed_abi::{
     DEV_CPU, DT_BF16, DT_F8E4M3, DT_F16, DT_F32, DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_Q2_K, DT_Q3_K, DT_Q4_0, DT_Q4_1,
@@ -25,9 +25,6 @@ const WEIGHT_DTYPES: &[u32] = &[
     DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_Q4_1, DT_Q5_0, DT_Q5_1, DT_Q2_K, DT_Q3_K, DT_Q4_K, DT_Q5_K, DT_Q6_K,
     DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_F8E4M3,
 ];
-
-/// Most threads in a team.
-const THREADS_MAX: usize = 256;
 
 /// The plugin: one device, the host's cores.
 #[derive(Debug)]
