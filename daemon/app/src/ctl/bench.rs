@@ -2,8 +2,8 @@
 //!
 //! For each number of sequences and each depth the cache is filled to it once; then each prompt length is read and the
 //! decode steps are run from there, repeated, and cut off again. Sequences go in one step, and a time per token is that
-//! of a step by the tokens of all of them. Times are wall times of the median repetition, and CPU times of the process in
-//! that of the median CPU time: on a machine with other work the second is the one to compare.
+//! of a step by the tokens of all of them. Times are wall times of the median repetition, and CPU times of the process
+//! in that of the median CPU time: on a machine with other work the second is the one to compare.
 //!
 //! Reading some ten thousand tokens only to measure behind them takes minutes, so all but the first [`READ_TOKENS`] of
 //! a depth are synthetic: copies of the rows of those. The work is the same; what the model says there means nothing.
