@@ -108,7 +108,7 @@ impl Team {
         self.workers.len() + 1
     }
 
-    /// Runs `job(part)` for every part below [`len`](Self::len) and returns when all are done. Panics as one of them did.
+    /// Runs `job(part)` for every part below [`len`](Self::len); returns when all are done. Panics as one of them did.
     pub(crate) fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() {
             return job(0);
