@@ -3,11 +3,11 @@
 
 Both sides run each test in turn (A B A B ...); the table has medians, in brackets the lowest and highest of the rounds,
 and says "busy" where the machine had other work. llama.cpp reads what lies before a depth, which takes minutes, so its
-side of a test at depth is run with --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
+side of a test is run at depths up to --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
 
 Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
            [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf] [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3]
-           [--deep] [--only TEXT] [--results RESULTS.md] [--plot FOLDER]
+           [--deep TOKENS] [--only TEXT] [--results RESULTS.md] [--plot FOLDER]
 BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
 The others have random weights: BABY_DSA 16 index heads, BABY_DSA_64 64 of them.
 """
@@ -118,7 +118,7 @@ def spread(times: list[float], kind: str) -> str:
 
 def measure(test: Test, sides: Sides) -> str:
     ours, cpu, theirs, their_cpu = [], [], [], []
-    both = test.theirs is not None and (test.depth == 0 or sides.arguments.deep)
+    both = test.theirs is not None and test.depth <= sides.arguments.deep
     busy = is_busy()
     for _ in range(sides.arguments.rounds):
         if both:
@@ -171,7 +171,7 @@ def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         x, y = place(*line[-1])
         body.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{colour}">{name}</text>')
-    head = '<svg xmlns="http://www.w3.org/2000/svg" width="680" height="350" font-family="sans-serif" font-size="12">'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="350" font-family="sans-serif" font-size="12">'
     return "\n".join([head, *body, "</svg>", ""])
 
 
@@ -182,6 +182,9 @@ def plot(sides: Sides, folder: Path) -> None:
         for depth in (2048 << i for i in range(8)):
             test = Test("", "decode", 4 if options else 16, depth, 1, "dsa", None, "", options)
             points.setdefault(name, []).append((depth, sides.ours(test)[1]))
+    for depth in (2048 << i for i in range(8) if 2048 << i <= sides.arguments.deep):
+        test = Test("", "decode", 8, depth, 1, "base", "base", "")
+        points.setdefault("llama.cpp, base model", []).append((depth, sides.theirs(test)[0]))
     (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread", points))
     tell(points)
     batch: dict[str, list[tuple[int, float]]] = {}
@@ -206,7 +209,7 @@ def main() -> None:
     for name in (*MODELS[2:], "results", "plot"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--deep", action="store_true")
+    parser.add_argument("--deep", type=int, default=0)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     sides = Sides(arguments)
