@@ -89,16 +89,20 @@ pub(crate) struct Team {
 }
 
 impl Team {
-    /// A team of `n` threads, at most [`THREADS_MAX`], the caller's included; `cpus` are the processors to use, empty
-    /// for any.
+    /// A team of `n` threads, at most [`THREADS_MAX`], the caller's included. Those that are started here may run on
+    /// any of `cpus`; empty: where the caller may. None is bound to one of them: the caller may be on the same one, and
+    /// the kernel could not part them.
     pub(crate) fn new(n: usize, cpus: &[usize]) -> std::io::Result<Self> {
         let parts = n.clamp(1, THREADS_MAX);
         let shared = Arc::new(Shared::new(parts));
         let mut workers = Vec::new();
+        let mut set = rustix::thread::CpuSet::new();
+        cpus.iter().for_each(|&cpu| set.set(cpu));
+        let set = (!cpus.is_empty()).then_some(set);
         for number in 1..parts {
-            let (shared, cpu) = (Arc::clone(&shared), cpus.get(number % cpus.len().max(1)).copied());
+            let shared = Arc::clone(&shared);
             let builder = std::thread::Builder::new().name(format!("spd-cpu-{number}"));
-            workers.push(builder.spawn(move || work(&shared, cpu))?);
+            workers.push(builder.spawn(move || work(&shared, set))?);
         }
         Ok(Self { shared, workers, turn: Mutex::new(()) })
     }
@@ -153,6 +157,12 @@ pub(crate) fn part(total: usize, number: usize, n: usize) -> std::ops::Range<usi
     total * number / n..total * (number + 1) / n
 }
 
+/// Threads for so many processors: no more than the control group's quota keeps busy. Threads beyond it would be stopped
+/// for the rest of each period while others wait for their parts.
+pub(crate) fn threads_for(cpus: usize) -> usize {
+    std::thread::available_parallelism().map_or(cpus, |quota| cpus.min(quota.get()))
+}
+
 /// The processors this process may run on.
 pub(crate) fn allowed_cpus(mask: &[u64]) -> Vec<usize> {
     let own = rustix::thread::sched_getaffinity(None).ok();
@@ -163,10 +173,8 @@ pub(crate) fn allowed_cpus(mask: &[u64]) -> Vec<usize> {
     (0..count).filter(|&cpu| here(cpu) && asked(cpu)).collect()
 }
 
-fn work(shared: &Shared, cpu: Option<usize>) {
-    if let Some(cpu) = cpu {
-        let mut set = rustix::thread::CpuSet::new();
-        set.set(cpu);
+fn work(shared: &Shared, cpus: Option<rustix::thread::CpuSet>) {
+    if let Some(set) = cpus {
         // A refused affinity costs speed, not correctness.
         let _refused = rustix::thread::sched_setaffinity(None, &set);
     }
