@@ -52,6 +52,7 @@ pub(super) const KEYS: &[&str] = &[
     "model.*.relay.idle_s",
     "model.*.relay.key_file",
     "model.*.relay.model",
+    "model.*.relay.priority",
     "model.*.relay.retries",
     "model.*.relay.running",
     "model.*.relay.waiting",
