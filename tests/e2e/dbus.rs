@@ -48,6 +48,27 @@ fn an_answer_is_what_http_gives_and_refusals_have_names() {
     });
 }
 
+/// GLib's own tool: it introspects before it calls, and shows a message only of an error that has nothing else.
+#[test]
+fn glibs_tool_can_look_call_and_read_what_went_wrong() {
+    on_each_bus(&[], |bus, _| {
+        let gdbus = |arguments: &[&str]| {
+            let mut command = Command::new("gdbus");
+            command.arg(arguments[0]).args(["--address", &bus.address(), "--dest", "org.sparsed1"]);
+            let done = command.args(["--object-path", "/org/sparsed1"]).args(&arguments[1..]).output().unwrap();
+            (done.status.success(), String::from_utf8([done.stdout, done.stderr].concat()).unwrap())
+        };
+        let method = |name: &str| format!("org.sparsed1.Manager.{name}");
+        let (looked, said) = gdbus(&["introspect"]);
+        assert!(looked && said.contains("interface org.sparsed1.Manager"), "{said}");
+        let (called, said) = gdbus(&["call", "--method", &method("ListModels")]);
+        assert!(called && said.contains("\"id\":\"default\""), "{said}");
+        let body = r#"{"model": "none", "messages": [{"role": "user", "content": "x"}]}"#;
+        let (called, said) = gdbus(&["call", "--method", &method("Generate"), body, "{}"]);
+        assert!(!called && said.contains("org.sparsed1.Error.ModelNotFound: model 'none' is not configured"), "{said}");
+    });
+}
+
 #[test]
 fn objects_have_what_is_installed_and_say_when_it_changes() {
     let folder = sparsed_tests::root().join("packaging/dbus/interfaces");

@@ -168,6 +168,7 @@ fn the_work_of_a_node_that_dies_for_good_is_done_by_the_others() {
     let first = flood.next().unwrap();
     drop(b); // killed, and nobody starts it again
     let summary = flood.summary(&first, &a.daemon.log());
+    println!("{summary}");
     assert_eq!(summary["results"], n, "{summary}");
     assert_eq!(summary["nodes"], serde_json::json!(["a", "b"]), "both had their share before");
 }

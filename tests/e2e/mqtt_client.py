@@ -221,7 +221,7 @@ def full(port, folder):
 
 def fuzz(port, pid, n):
     """Publishes `n` requests that are broken somewhere, or right by accident; those with an address have an answer."""
-    random, n = Random(7), int(n)
+    random, n = Random(int(os.environ.get("SEED", "7"))), int(n)
     client = Client(port, "fuzz", [f"{NODE}/res/fuzz/#", f"{ROOT}/reply/fuzz"])
     names = ["messages", "prompt", "model", "max_tokens", "temperature", "tools", "verb", "id", "title", "turns", "n", "stop",
              "mode", "min_ms", "response_format", "session_id", "seed"]

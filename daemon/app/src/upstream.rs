@@ -46,6 +46,7 @@ fn options(config: &Config, name: &str, model: &Model, upstream: &str) -> anyhow
         first_token: Duration::from_secs(relay.first_token_s),
         idle: Duration::from_secs(relay.idle_s),
         retries: relay.retries,
+        priority: relay.priority,
         running_max: relay.running,
         waiting_max: relay.waiting,
         per_owner_max: all(limits.per_user_running).saturating_add(all(limits.per_user_waiting)),

@@ -38,6 +38,8 @@ pub struct Generate {
     pub stops: Vec<String>,
     /// Go on past end tokens, for benchmarks.
     pub ignore_end: bool,
+    /// The answer ends with its first call.
+    pub one_call: bool,
     /// How reasoning and calls are told from content; `None`: all text is content.
     pub reading: Option<Reading>,
     /// Say how likely each token was, and so many others (at most [`ALTERNATIVES_MAX`]) in its place.
@@ -63,6 +65,7 @@ impl Generate {
             grammar: self.grammar.clone(),
             stops: self.stops.clone(),
             ignore_end: self.ignore_end,
+            one_call: self.one_call,
             reading: self.reading.clone(),
             logprobs: self.logprobs,
             urgency: self.urgency,
@@ -235,6 +238,8 @@ pub struct Usage {
     pub cached_tokens: u32,
     /// Of the answer, the end token included.
     pub completion_tokens: u32,
+    /// Of these, tokens of reasoning and of the tags around it.
+    pub reasoning_tokens: u32,
 }
 
 /// Times of a request in milliseconds.

@@ -12,6 +12,7 @@ mod guard;
 mod locate;
 
 pub use compiler::Compiler;
+pub(crate) use compiler::laid_out;
 
 use crate::api::Failure;
 use llguidance::toktrie::SimpleVob;
@@ -30,6 +31,13 @@ pub enum GrammarSpec {
     /// A call of one of the functions offered, as [`ServedModel::call_grammar`](crate::ServedModel::call_grammar) has
     /// it: such a grammar too.
     Call(String),
+    /// Calls, or what `json` says, as [`ServedModel::call_or_json`](crate::ServedModel::call_or_json) has it.
+    CallOrJson {
+        /// Such a grammar of both.
+        grammar: String,
+        /// [`Self::JsonObject`] or [`Self::JsonSchema`].
+        json: Box<Self>,
+    },
 }
 
 impl GrammarSpec {
@@ -38,7 +46,7 @@ impl GrammarSpec {
         match self {
             Self::JsonObject | Self::JsonSchema(_) => "response_format",
             Self::Lark(_) => "grammar",
-            Self::Call(_) => "tools",
+            Self::Call(_) | Self::CallOrJson { .. } => "tools",
         }
     }
 }

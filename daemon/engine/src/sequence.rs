@@ -104,7 +104,8 @@ impl Sequence {
             id,
             n_prompt: request.prompt.len(),
             resumed,
-            answer: Answer::new(request.reading, request.stops, (request.sampling.seed, request.prompt.len())),
+            answer: Answer::new(request.reading, request.stops, (request.sampling.seed, request.prompt.len()))
+                .ending_with_a_call(request.one_call),
             sampler: Sampler::new(request.sampling, request.grammar, &request.prompt),
             tokens: request.prompt,
             table: BlockTable::new(),
@@ -379,6 +380,7 @@ impl Sequence {
             // A resumed answer's rows may be there too.
             cached_tokens: self.n_cached.unwrap_or(0).min(count(self.n_prompt)),
             completion_tokens: count(self.n_answered()),
+            reasoning_tokens: self.answer.n_reasoning(),
         }
     }
 

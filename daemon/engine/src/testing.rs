@@ -273,6 +273,7 @@ pub(crate) fn request(owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, 
         logprobs: None,
         urgency: api::Urgency::default(),
         turn: None,
+        one_call: false,
         lease: None,
     }
 }

@@ -145,7 +145,18 @@ impl ChatFormat {
     /// writes calls. `None`: it has no tools, or writes arguments otherwise than as JSON.
     pub fn call_grammar(&self, tools: &[&serde_json::Value]) -> Option<String> {
         let functions: Vec<_> = tools.iter().map(|tool| &tool["function"]).collect();
-        self.syntax.one_call(&functions, |tag| self.control.find(tag).any(|(start, end, _)| end - start == tag.len()))
+        self.syntax.one_call(&functions, |tag| self.is_token(tag))
+    }
+
+    /// The same of an answer that is JSON that `schema` describes, or calls of `tools`.
+    pub fn call_or_json_grammar(&self, tools: &[&serde_json::Value], schema: &serde_json::Value) -> Option<String> {
+        let functions: Vec<_> = tools.iter().map(|tool| &tool["function"]).collect();
+        self.syntax.calls_or_json(&functions, schema, |tag| self.is_token(tag))
+    }
+
+    /// Whether all of it is one control token.
+    fn is_token(&self, tag: &str) -> bool {
+        self.control.find(tag).any(|(start, end, _)| end - start == tag.len())
     }
 
     /// Control tokens that [`OutputParser`] must see: pass them to [`crate::TextStream::new`].
@@ -164,18 +175,27 @@ impl ChatFormat {
         }
         let functions = request.functions()?;
         let string_parameters = output::string_parameters(&functions);
-        let request = self.prepared(request);
+        let mut request = self.prepared(request);
         let marks = Marks::choose(&self.control, &request)?;
-        let marked = match &self.encoding {
+        let begun = if request.continues { begun(request.to_mut())? } else { String::new() };
+        let mut marked = match &self.encoding {
             Encoding::Template(template) => template.render(&request, &marks)?,
             Encoding::DeepSeekV32 { bos, eos } => Encoder::new(&request, &marks, bos, eos).render()?,
         };
+        let mut thinking = self.thinking(&marked);
+        if !begun.is_empty() {
+            if thinking == Thinking::Open {
+                return Err(ModelError::Template("an answer cannot go on: the model thinks before each".to_owned()));
+            }
+            thinking = Thinking::None;
+            marked.push_str(&marks.text(&begun));
+        }
         if marked.len() > template::OUTPUT_BYTES_MAX {
             let limit = template::OUTPUT_BYTES_MAX;
             return Err(ModelError::Template(format!("{} bytes rendered, the limit is {limit}", marked.len())));
         }
         let syntax = if request.tools.is_empty() { ToolSyntax::None } else { self.syntax };
-        let output = OutputFormat { thinking: self.thinking(&marked), syntax, string_parameters };
+        let output = OutputFormat { thinking, syntax, string_parameters };
         Ok(Prompt { marked, unmark: marks.unmark(), output })
     }
 
@@ -215,6 +235,13 @@ impl ChatFormat {
         }
         request
     }
+}
+
+/// Takes the answer that is to go on off the end.
+fn begun(request: &mut ChatRequest) -> Result<String, ModelError> {
+    let last = request.messages.pop().filter(|last| last.role == Role::Assistant && last.tool_calls.is_empty());
+    let text = last.and_then(|last| last.content).filter(|text| !text.is_empty());
+    text.ok_or_else(|| ModelError::Template("the last message is no text of an assistant that could go on".to_owned()))
 }
 
 /// The ids of the calls in the first message, if exactly their results follow in another order.
@@ -347,6 +374,22 @@ mod tests {
         let unnamed = ChatRequest { tools: vec![json!({"type": "function"})], ..user("x") };
         let error = built_in("deepseek-v3.2", &[]).render(&unnamed).unwrap_err();
         assert!(error.to_string().contains("tools[0]"));
+    }
+
+    #[test]
+    fn an_answer_goes_on_behind_what_there_is_of_it() {
+        let format = built_in("chatml", &["<|im_start|>", "<|im_end|>"]);
+        let begun = ChatMessage::new(Role::Assistant, "One <|im_end|>, ");
+        let request = user("Count.");
+        let before = format.render(&request).unwrap().text();
+        let mut request = ChatRequest { continues: true, ..request };
+        assert!(format.render(&request).is_err(), "there is no answer");
+        request.messages.push(begun);
+        let prompt = format.render(&request).unwrap();
+        assert_eq!(prompt.text(), format!("{before}One <|im_end|>, "));
+        let tokens = bytes_and(&["<|im_start|>", "<|im_end|>"]).encode_prompt(&prompt).unwrap();
+        let n_control = tokens.iter().filter(|token| **token >= 256).count();
+        assert_eq!(n_control, before.matches("<|").count(), "what a client wrote is text: {tokens:?}");
     }
 
     #[test]

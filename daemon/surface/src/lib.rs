@@ -40,6 +40,7 @@ pub async fn serve<S: Future<Output = ()>>(
         accept::serve(unix::UnixDoor::new(listener, options.connections_per_user), router.clone(), options, stop());
     let tcp = async {
         if let Some(door) = tcp {
+            let door = tcp::CountedDoor::new(door, options.connections_per_user);
             accept::serve(door, router, options, stop()).await;
         }
     };

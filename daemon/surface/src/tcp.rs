@@ -5,14 +5,16 @@
 
 use crate::accept::Listener;
 use crate::refusal::Refusal;
+use crate::unix::all_taken;
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use sparsed_engine::api::Owner;
+use sparsed_engine::{Admission, Tenants};
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use subtle::ConstantTimeEq;
 use tokio::net::{TcpListener, TcpStream};
 
@@ -99,33 +101,75 @@ pub struct TcpDoor {
     pub keys: ApiKeys,
 }
 
-impl Listener for TcpDoor {
+/// The same with a count of who is connected by it.
+#[derive(Debug)]
+pub(crate) struct CountedDoor {
+    door: TcpDoor,
+    connections: Arc<Tenants>,
+    per_user: u32,
+}
+
+/// A connection: it counts from the first key that it has shown, as its owner's.
+#[derive(Clone, Debug)]
+struct Visit {
+    keys: ApiKeys,
+    connections: Arc<Tenants>,
+    per_user: u32,
+    counted: Arc<OnceLock<Admission>>,
+}
+
+impl CountedDoor {
+    /// Of each name `per_user` connections at a time.
+    pub(crate) fn new(door: TcpDoor, per_user: u32) -> Self {
+        Self { door, connections: Arc::new(Tenants::new(per_user)), per_user }
+    }
+}
+
+impl Visit {
+    /// Whose request it is, and whether its connection may be one more of that owner's.
+    fn admitted(&self, headers: &HeaderMap, uri: &Uri) -> Result<Owner, Refusal> {
+        let owner = admitted(&self.keys, headers, uri)?;
+        if self.counted.get().is_none() {
+            let admission = self.connections.admit(owner).map_err(|failure| all_taken(failure, self.per_user))?;
+            // Requests of a connection come one after the other.
+            let _counted_already = self.counted.set(admission).is_err();
+        }
+        Ok(owner)
+    }
+}
+
+impl Listener for CountedDoor {
     type Stream = TcpStream;
 
     async fn accept(&self) -> std::io::Result<TcpStream> {
-        let (stream, _) = self.listener.accept().await?;
+        let (stream, _) = self.door.listener.accept().await?;
         // Tokens are small and wanted at once.
         stream.set_nodelay(true)?;
         Ok(stream)
     }
 
     fn interface(&self, _: &TcpStream, router: &Router) -> Option<Router> {
-        Some(router.clone().layer(middleware::from_fn_with_state(self.keys.clone(), guard)))
+        let (keys, connections) = (self.door.keys.clone(), Arc::clone(&self.connections));
+        let visit = Visit { keys, connections, per_user: self.per_user, counted: Arc::default() };
+        Some(router.clone().layer(middleware::from_fn_with_state(visit, guard)))
     }
 }
 
-async fn guard(State(keys): State<ApiKeys>, mut request: Request, next: Next) -> Response {
-    match admitted(&keys, request.headers(), request.uri()) {
+async fn guard(State(visit): State<Visit>, mut request: Request, next: Next) -> Response {
+    match visit.admitted(request.headers(), request.uri()) {
         Ok(owner) => {
             request.extensions_mut().insert(owner);
             next.run(request).await
         }
         Err(refusal) => {
-            let is_unknown = refusal.name().status == 401;
+            let status = refusal.name().status;
             let mut response = refusal.into_response();
-            if is_unknown {
-                response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-            }
+            let more = match status {
+                401 => Some((header::WWW_AUTHENTICATE, "Bearer")),
+                429 => Some((header::CONNECTION, "close")),
+                _ => None,
+            };
+            response.headers_mut().extend(more.map(|(name, value)| (name, HeaderValue::from_static(value))));
             response
         }
     }

@@ -46,9 +46,7 @@ impl Listener for UnixDoor {
 
 /// Tells a client that it has all the connections it may have; one that does not take it finds its connection closed.
 fn turn_away(stream: &UnixStream, failure: Failure, per_user: u32) {
-    let refusal = Refusal::from(failure).saying(format!(
-        "{per_user} connections of this user are open, which is all it may have (limits.per_user_connections)"
-    ));
+    let refusal = all_taken(failure, per_user);
     let (body, retry_s) = (refusal.body().to_string(), refusal.retry_after_s().unwrap_or(1));
     let length = body.len();
     let answer = format!(
@@ -56,6 +54,13 @@ fn turn_away(stream: &UnixStream, failure: Failure, per_user: u32) {
          connection: close\r\ncontent-length: {length}\r\n\r\n{body}"
     );
     let _closed = stream.try_write(answer.as_bytes()).is_err();
+}
+
+/// An owner has all the connections that it may have.
+pub(crate) fn all_taken(failure: Failure, per_user: u32) -> Refusal {
+    Refusal::from(failure).saying(format!(
+        "{per_user} connections of this user are open, which is all it may have (limits.per_user_connections)"
+    ))
 }
 
 /// Who is at the other end. `None` when the kernel does not say, which happens to a client that is gone already.

@@ -16,6 +16,8 @@ const CALL_ID_BYTES_MAX: usize = 128;
 pub(crate) struct Answer {
     /// Alternatives to a token that were asked for; `None`: nothing is said of how likely tokens were.
     logprobs: Option<u32>,
+    /// Calls after the first are not told: some engines make them whatever they are told.
+    one_call: bool,
     /// Our own key, which no message repeats.
     key: Option<String>,
     calls: Vec<Call>,
@@ -39,10 +41,11 @@ struct Call {
 
 #[derive(Deserialize)]
 struct Chunk {
-    #[serde(default)]
-    choices: Vec<Choice>,
+    choices: Option<Vec<Choice>>,
     usage: Option<Counts>,
     error: Option<Value>,
+    /// `error` where the whole event is one, as older vLLM and what is in front of some engines have it.
+    object: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -83,6 +86,7 @@ struct Counts {
     prompt_tokens: Option<u32>,
     completion_tokens: Option<u32>,
     prompt_tokens_details: Option<Details>,
+    completion_tokens_details: Option<AnswerDetails>,
 }
 
 #[derive(Deserialize)]
@@ -90,10 +94,15 @@ struct Details {
     cached_tokens: Option<u32>,
 }
 
+#[derive(Deserialize)]
+struct AnswerDetails {
+    reasoning_tokens: Option<u32>,
+}
+
 impl Answer {
-    pub(crate) fn new(logprobs: Option<u32>, key: Option<&str>) -> Self {
+    pub(crate) fn new(logprobs: Option<u32>, one_call: bool, key: Option<&str>) -> Self {
         let (calls, usage, key) = (Vec::new(), Usage::default(), key.map(str::to_owned));
-        Self { logprobs, key, calls, n_told: 0, reason: None, usage, is_over: false }
+        Self { logprobs, one_call, key, calls, n_told: 0, reason: None, usage, is_over: false }
     }
 
     /// Takes the data of an event in; what it says goes to `tell`.
@@ -111,13 +120,16 @@ impl Answer {
         }
         let chunk: Chunk = serde_json::from_slice(data)
             .map_err(|error| Trouble::Broken(format!("it sent an event that is no chunk of an answer: {error}")))?;
-        if let Some(error) = chunk.error.filter(|error| !error.is_null()) {
+        let whole = || serde_json::from_slice::<Value>(data).unwrap_or_default();
+        let is_error = chunk.object.as_deref() == Some("error");
+        let error = chunk.error.filter(|error| !error.is_null()).or_else(|| is_error.then(whole));
+        if let Some(error) = error {
             return Err(Trouble::of_error(None, None, &error, self.key.as_deref()));
         }
         if let Some(counts) = chunk.usage {
             self.usage = counts.usage();
         }
-        for choice in chunk.choices.into_iter().filter(|choice| choice.index == 0) {
+        for choice in chunk.choices.into_iter().flatten().filter(|choice| choice.index == 0) {
             self.hear(choice, &mut tell)?;
         }
         Ok(())
@@ -156,7 +168,8 @@ impl Answer {
         if let Some(text) = text.filter(|text| !text.is_empty()) {
             tell(Event::Delta { text, tokens: Vec::new() });
         }
-        match choice.finish_reason {
+        // Not over yet is null, and with some an empty text.
+        match choice.finish_reason.filter(|reason| !reason.is_empty()) {
             Some(reason) => self.finish(&reason, tell),
             None => Ok(()),
         }
@@ -167,6 +180,9 @@ impl Answer {
         let function = piece.function.unwrap_or(FunctionPiece { name: None, arguments: None });
         let number = piece.index.unwrap_or(0);
         let goes_on = self.calls.last().is_some_and(|call| call.number == number);
+        if !goes_on && self.one_call && !self.calls.is_empty() {
+            return Ok(());
+        }
         if !goes_on {
             self.tell_calls(tell)?;
             if self.calls.iter().any(|call| call.number == number) {
@@ -236,11 +252,14 @@ impl Counts {
     fn usage(self) -> Usage {
         let prompt_tokens = self.prompt_tokens.unwrap_or(0);
         let cached = self.prompt_tokens_details.and_then(|details| details.cached_tokens).unwrap_or(0);
+        let completion_tokens = self.completion_tokens.unwrap_or(0);
+        let reasoning = self.completion_tokens_details.and_then(|details| details.reasoning_tokens).unwrap_or(0);
         Usage {
             prompt_tokens,
             // More than the whole prompt would be nonsense, and is reckoned with.
             cached_tokens: cached.min(prompt_tokens),
-            completion_tokens: self.completion_tokens.unwrap_or(0),
+            completion_tokens,
+            reasoning_tokens: reasoning.min(completion_tokens),
         }
     }
 }
@@ -253,7 +272,7 @@ mod tests {
     type Heard = (Vec<Event>, Result<(FinishReason, Usage), Trouble>);
 
     fn heard(chunks: &[&str]) -> Heard {
-        let (mut answer, mut events) = (Answer::new(Some(1), None), Vec::new());
+        let (mut answer, mut events) = (Answer::new(Some(1), false, None), Vec::new());
         for chunk in chunks {
             if let Err(trouble) = answer.read(chunk.as_bytes(), |event| events.push(event)) {
                 return (events, Err(trouble));
@@ -274,14 +293,14 @@ mod tests {
             r#"{"choices": [{"index": 0, "delta": {"reasoning_content": "hm", "reasoning": "hm"}}]}"#,
             r#"{"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": -1.0}]}}]}"#,
             r#"{"choices": [{"index": 0, "delta": {"content": "b"}, "finish_reason": "stop"}]}"#,
-            r#"{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}}}"#,
+            r#"{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}, "completion_tokens_details": {"reasoning_tokens": 2}}}"#,
             "[DONE]",
             r#"{"choices": [{"index": 0, "delta": {"content": "after the end"}}]}"#,
         ]);
         assert_eq!(events[0], Event::Reasoning { text: "hm".to_owned() });
         assert!(matches!(&events[1], Event::Likelihood(one) if one.chosen.bytes == b"a"));
         assert_eq!(events[2..], [delta("a"), delta("b")]);
-        let usage = Usage { prompt_tokens: 5, cached_tokens: 5, completion_tokens: 3 };
+        let usage = Usage { prompt_tokens: 5, cached_tokens: 5, completion_tokens: 3, reasoning_tokens: 2 };
         assert_eq!(end, Ok((FinishReason::Stop, usage)));
     }
 
@@ -336,6 +355,54 @@ mod tests {
         assert!(matches!(end, Err(Trouble::Broken(said)) if said.contains("128 functions")));
     }
 
+    /// As the sources of vLLM and SGLang write them: counts beside every piece, ids once, members that are null, matched stops.
+    #[test]
+    fn streams_of_known_engines_are_understood() {
+        let vllm = [
+            r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null},"logprobs":null,"finish_reason":null}],"prompt_token_ids":null,"usage":{"prompt_tokens":9,"total_tokens":9,"completion_tokens":0}}"#,
+            r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"reasoning":"hm","reasoning_content":"hm"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":{"prompt_tokens":9,"total_tokens":10,"completion_tokens":1}}"#,
+            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"tool_calls":[{"id":"chatcmpl-tool-1","type":"function","index":0,"function":{"name":"f"}}]},"finish_reason":null}]}"#,
+            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\": "}}]},"finish_reason":null}]}"#,
+            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"1}"}}]},"finish_reason":null}]}"#,
+            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"tool_calls","stop_reason":null}]}"#,
+            r#"{"id":"chatcmpl-1","choices":[],"usage":{"prompt_tokens":9,"total_tokens":21,"completion_tokens":12,"prompt_tokens_details":null}}"#,
+            "[DONE]",
+        ];
+        let (events, end) = heard(&vllm);
+        assert_eq!(events[0], Event::Reasoning { text: "hm".to_owned() });
+        assert!(
+            matches!(&events[1], Event::ToolCall { id, arguments, .. } if id == "chatcmpl-tool-1" && arguments == r#"{"a": 1}"#)
+        );
+        let usage = Usage { prompt_tokens: 9, completion_tokens: 12, ..Usage::default() };
+        assert_eq!(end, Ok((FinishReason::ToolCalls, usage)));
+        let sglang = [
+            r#"{"id":"a","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}"#,
+            r#"{"id":"a","choices":[{"index":0,"delta":{"role":null,"content":"Hi","reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}"#,
+            r#"{"id":"a","choices":[{"index":0,"delta":{"role":null,"content":null,"reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":"stop","matched_stop":151645}],"usage":null}"#,
+            r#"{"id":"a","choices":[],"usage":{"prompt_tokens":4,"total_tokens":6,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1},"reasoning_tokens":0}}"#,
+            "[DONE]",
+        ];
+        let (events, end) = heard(&sglang);
+        let usage = Usage { prompt_tokens: 4, cached_tokens: 1, completion_tokens: 2, ..Usage::default() };
+        assert_eq!((events, end), (vec![delta("Hi")], Ok((FinishReason::Stop, usage))));
+    }
+
+    #[test]
+    fn of_several_calls_the_first_is_told_where_one_is_wanted() {
+        let piece = |n: u32| {
+            format!(
+                r#"{{"choices": [{{"delta": {{"tool_calls": [{{"index": {n}, "function": {{"name": "f{n}", "arguments": "{{}}"}}}}]}}}}]}}"#
+            )
+        };
+        let finish = r#"{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}"#.to_owned();
+        let (mut answer, mut events) = (Answer::new(None, true, None), Vec::new());
+        for chunk in [piece(0), piece(1), finish] {
+            answer.read(chunk.as_bytes(), |event| events.push(event)).unwrap();
+        }
+        assert!(matches!(&events[..], [Event::ToolCall { name, .. }] if name == "f0"), "{events:?}");
+        assert_eq!(answer.end().unwrap().0, FinishReason::ToolCalls);
+    }
+
     #[test]
     fn a_completion_is_text() {
         let (events, end) = heard(&[
@@ -352,8 +419,15 @@ mod tests {
         assert!(matches!(heard(&["garbage"]).1, Err(Trouble::Broken(_))));
         let filtered = heard(&[r#"{"choices": [{"delta": {}, "finish_reason": "content_filter"}]}"#]).1;
         assert!(matches!(filtered, Err(Trouble::Failed(said)) if said.contains("content_filter")));
-        let error = heard(&[r#"{"error": {"message": "out of memory", "code": 500}}"#]).1;
-        assert_eq!(error, Err(Trouble::Failed("status 500: out of memory".to_owned())));
+        // vLLM's and SGLang's, an older vLLM's, and what others have.
+        for error in [
+            r#"{"error": {"message": "out of memory", "code": 500}}"#,
+            r#"{"object": "error", "message": "out of memory", "type": "InternalServerError", "param": null, "code": 500}"#,
+            r#"{"error": "out of memory"}"#,
+        ] {
+            let end = heard(&[r#"{"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}"#, error]).1;
+            assert_eq!(end, Err(Trouble::Failed("status 500: out of memory".to_owned())), "{error}");
+        }
     }
 
     /// Bytes that are changed, doubled, dropped or cut somewhere: the stream has an end, and its counts make sense.
@@ -380,7 +454,7 @@ mod tests {
                     _ => bytes.truncate(at.max(1)),
                 }
             }
-            let (mut events, mut answer) = (Events::default(), Answer::new(Some(5), Some("key")));
+            let (mut events, mut answer) = (Events::default(), Answer::new(Some(5), false, Some("key")));
             match events.push(&bytes, |data| answer.read(data, |_| ())).and_then(|()| answer.end()) {
                 Ok((_, usage)) => {
                     assert!(usage.cached_tokens <= usage.prompt_tokens);

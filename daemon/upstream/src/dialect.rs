@@ -51,6 +51,15 @@ impl Dialect {
         matches!(self, Self::Vllm | Self::SgLang)
     }
 
+    /// Our `priority` as its own, which for SGLang is higher where ours is lower; `None`: it has none.
+    pub(crate) fn priority(self, priority: i32) -> Option<i32> {
+        match self {
+            Self::Vllm | Self::Sparsed => Some(priority),
+            Self::SgLang => Some(-priority),
+            Self::LlamaCpp | Self::OpenAi => None,
+        }
+    }
+
     /// Whether its `grammar` is in the dialect of ours. llama.cpp's is GBNF, SGLang's EBNF, vLLM's depends on its
     /// configuration.
     pub(crate) fn takes_lark(self) -> bool {

@@ -30,6 +30,8 @@ pub struct Options {
     pub idle: Duration,
     /// Further attempts before the first token.
     pub retries: u32,
+    /// Whether the engine hears of priorities.
+    pub priority: bool,
     /// Most requests that are under way there.
     pub running_max: u32,
     /// Most further requests that wait here.

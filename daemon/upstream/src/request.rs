@@ -19,11 +19,11 @@ pub(crate) struct Body {
 }
 
 impl Body {
-    /// The body for a relay.
+    /// The body for a relay; with its priority where the engine is to hear of it.
     ///
     /// # Errors
     /// A wish that this engine does not know, by its name.
-    pub(crate) fn of(relay: &Relay, there: &Described) -> Result<Self, Failure> {
+    pub(crate) fn of(relay: &Relay, there: &Described, with_priority: bool) -> Result<Self, Failure> {
         let mut json = Map::new();
         let mut set = |name: &str, value: Value| drop(json.insert(name.to_owned(), value));
         set("model", json!(there.model));
@@ -31,7 +31,7 @@ impl Body {
         set("stream_options", json!({ "include_usage": true }));
         let endpoint = match &relay.prompt {
             RelayPrompt::Chat { chat, calling } => {
-                chat_fields(chat, calling, there.dialect, &mut set)?;
+                chat_fields(chat, (calling, relay.wishes.one_call), there.dialect, &mut set)?;
                 "/chat/completions"
             }
             RelayPrompt::Text(text) => {
@@ -64,6 +64,10 @@ impl Body {
             known(there, "ignore_eos")?;
             set("ignore_eos", json!(true));
         }
+        let priority = Some(wishes.urgency.priority).filter(|priority| with_priority && *priority != 0);
+        if let Some(priority) = priority.and_then(|priority| there.dialect.priority(priority)) {
+            set("priority", json!(priority));
+        }
         if let Some(spec) = &wishes.grammar {
             let (name, value) = grammar_field(spec, there)?;
             set(name, value);
@@ -74,7 +78,7 @@ impl Body {
 
 fn chat_fields(
     chat: &ChatRequest,
-    calling: &Calling,
+    (calling, one_call): (&Calling, bool),
     dialect: Dialect,
     set: &mut impl FnMut(&str, Value),
 ) -> Result<(), Failure> {
@@ -82,6 +86,19 @@ fn chat_fields(
     set("messages", serde_json::to_value(&chat.messages).map_err(unwritable)?);
     if !chat.tools.is_empty() {
         set("tools", json!(chat.tools));
+        if one_call {
+            set("parallel_tool_calls", json!(false));
+        }
+    }
+    if chat.continues {
+        match dialect {
+            Dialect::OpenAi => return Err(not_known(dialect, "continue_final_message")),
+            Dialect::LlamaCpp => {} // always
+            Dialect::Vllm | Dialect::SgLang | Dialect::Sparsed => {
+                set("continue_final_message", json!(true));
+                set("add_generation_prompt", json!(false));
+            }
+        }
     }
     match calling {
         Calling::Free => {}
@@ -149,7 +166,7 @@ fn grammar_field(spec: &GrammarSpec, there: &Described) -> Result<(&'static str,
         GrammarSpec::Lark(text) if there.dialect.takes_lark() => Ok(("grammar", json!(text))),
         GrammarSpec::Lark(_) => Err(not_known(there.dialect, "grammar")),
         // Calls are enforced by `tool_choice`; no door makes this one for an engine elsewhere.
-        GrammarSpec::Call(_) => Err(not_known(there.dialect, "tools")),
+        GrammarSpec::Call(_) | GrammarSpec::CallOrJson { .. } => Err(not_known(there.dialect, "tools")),
     }
 }
 
@@ -188,11 +205,11 @@ mod tests {
     }
 
     fn body(relay: &Relay, dialect: Dialect) -> Value {
-        Body::of(relay, &there(dialect)).unwrap().json
+        Body::of(relay, &there(dialect), true).unwrap().json
     }
 
     fn refused(relay: &Relay, dialect: Dialect) -> String {
-        match Body::of(relay, &there(dialect)).unwrap_err() {
+        match Body::of(relay, &there(dialect), true).unwrap_err() {
             Failure::InvalidRequest { param, .. } => param,
             other => panic!("{other}"),
         }
@@ -242,6 +259,32 @@ mod tests {
     }
 
     #[test]
+    fn a_priority_is_told_to_those_who_have_them_if_they_are_to_hear_of_it() {
+        let mut relay = chat();
+        relay.wishes.urgency.priority = 5;
+        let told = |dialect| body(&relay, dialect).get("priority").cloned();
+        assert_eq!((told(Dialect::Vllm), told(Dialect::SgLang)), (Some(json!(5)), Some(json!(-5))));
+        assert_eq!((told(Dialect::LlamaCpp), told(Dialect::OpenAi)), (None, None));
+        let untold = Body::of(&relay, &there(Dialect::Vllm), false).unwrap().json;
+        assert!(untold.get("priority").is_none());
+    }
+
+    #[test]
+    fn what_is_said_of_calls_and_of_an_answer_that_goes_on_is_said_where_it_is_known() {
+        let mut relay = chat();
+        relay.wishes.one_call = true;
+        assert!(body(&relay, Dialect::OpenAi).get("parallel_tool_calls").is_none(), "there is nothing to call");
+        let RelayPrompt::Chat { chat, .. } = &mut relay.prompt else { panic!("a chat") };
+        chat.tools = vec![json!({ "type": "function", "function": { "name": "f" } })];
+        assert_eq!(body(&relay, Dialect::OpenAi)["parallel_tool_calls"], false);
+        let RelayPrompt::Chat { chat, .. } = &mut relay.prompt else { panic!("a chat") };
+        chat.continues = true;
+        assert_eq!(refused(&relay, Dialect::OpenAi), "continue_final_message");
+        let said = |dialect| body(&relay, dialect).get("add_generation_prompt").cloned();
+        assert_eq!((said(Dialect::Vllm), said(Dialect::LlamaCpp)), (Some(json!(false)), None));
+    }
+
+    #[test]
     fn calls_schemas_and_logprobs_have_openais_forms() {
         let mut relay = chat();
         let RelayPrompt::Chat { chat, calling } = &mut relay.prompt else { panic!("a chat") };
@@ -259,7 +302,7 @@ mod tests {
     fn texts_and_tokens_are_completions_and_a_seed_fits_every_engine() {
         let mut relay = Relay { prompt: RelayPrompt::Tokens(vec![3, 4]), logprobs: Some(2), ..chat() };
         relay.wishes.sampling.seed = u64::MAX;
-        let body = Body::of(&relay, &there(Dialect::Vllm)).unwrap();
+        let body = Body::of(&relay, &there(Dialect::Vllm), false).unwrap();
         assert_eq!((body.endpoint, &body.json["prompt"]), ("/completions", &json!([3, 4])));
         assert_eq!((&body.json["seed"], &body.json["logprobs"]), (&json!(SEED_MAX), &json!(2)));
     }

@@ -114,7 +114,7 @@ impl Run<'_> {
         let options = &self.inner.options;
         let late = |what, limit: Duration| Some((Instant::now() + limit, Trouble::Late { what, limit }));
         let there = self.meanwhile(self.inner.there(), late("its list of models", options.first_token)).await??;
-        let body = Body::of(self.relay, &there).map_err(Trouble::Here)?;
+        let body = Body::of(self.relay, &there, options.priority).map_err(Trouble::Here)?;
         let bytes = Bytes::from(body.json.to_string());
         let mut limit = late("the first token", options.first_token);
         let open = async { Exchange::open(options, body.endpoint, Some(bytes)).await?.streaming(options).await };
@@ -122,7 +122,8 @@ impl Run<'_> {
         self.inner.up(there);
         self.ear.queued(0).await?;
         let key = options.key.as_ref().map(|key| key.as_str());
-        let (mut events, mut answer) = (Events::default(), Answer::new(self.relay.logprobs, key));
+        let (mut events, mut answer) =
+            (Events::default(), Answer::new(self.relay.logprobs, self.relay.wishes.one_call, key));
         let mut last = Instant::now();
         while !answer.is_over() {
             let Some(bytes) = self.meanwhile(exchange.next(), limit.clone()).await?? else { break };

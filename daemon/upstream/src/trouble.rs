@@ -35,13 +35,15 @@ impl Trouble {
     pub(crate) fn of_status(status: u16, retry_after_s: Option<u32>, body: &[u8], key: Option<&str>) -> Self {
         let json: Value = serde_json::from_slice(body).unwrap_or_default();
         // vLLM's older answers are the error itself.
-        let error = json.get("error").filter(|error| error.is_object()).unwrap_or(&json);
+        let error = json.get("error").filter(|error| !error.is_null()).unwrap_or(&json);
         Self::of_error(Some(status), retry_after_s, error, key)
     }
 
     /// What an error object says, whether it came with a status or inside a stream.
     pub(crate) fn of_error(status: Option<u16>, retry_after_s: Option<u32>, error: &Value, key: Option<&str>) -> Self {
-        let said = error["message"].as_str().map(|text| clean(text, key)).filter(|text| !text.is_empty());
+        // Some have the text alone, FastAPI calls it `detail`.
+        let text = [error, &error["message"], &error["detail"]].into_iter().find_map(Value::as_str);
+        let said = text.map(|text| clean(text, key)).filter(|text| !text.is_empty());
         let code = error["code"].as_u64().and_then(|code| u16::try_from(code).ok());
         let status = status.or(code).unwrap_or(500);
         let with = |what: String| match &said {
@@ -136,6 +138,9 @@ mod tests {
             reason: "must be positive".to_owned(),
         };
         assert_eq!(failure(422, param), expected);
+        for body in [r#"{"error": "no such thing"}"#, r#"{"detail": "no such thing"}"#] {
+            assert!(failure(400, body).to_string().ends_with("no such thing"), "{body}");
+        }
         assert_eq!(failure(400, "<html>").to_string().split(": ").last(), Some("status 400"));
     }
 

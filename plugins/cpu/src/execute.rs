@@ -44,8 +44,6 @@ pub(crate) fn run(device: &CpuDevice, plan: &Plan, run: Run<'_>) -> Result<()> {
     if tokens == 0 {
         return Ok(());
     }
-    // A thread that reads sleeps, and wakes where the disk's interrupt comes.
-    let _apart = slow::reads_slow(plan, &run.step).then(|| device.team.apart());
     let mut workspace = plan.workspace.lock().unwrap_or_else(PoisonError::into_inner);
     let Workspace { arena: own, rounded, scores } = &mut *workspace;
     rounded.forget();

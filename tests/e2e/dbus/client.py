@@ -160,8 +160,9 @@ def gone(client, path):
 
 def refusals(address):
     client = Client(address)
-    message, error = refused(ERROR + "InvalidJson", client.generate, {"messages": 5})
-    assert json.loads(error)["error"]["param"] == "messages" and "messages" in message, (message, error)
+    # One text and nothing else: GLib shows no message of an error that carries more.
+    (message,) = refused(ERROR + "InvalidJson", client.generate, {"messages": 5})
+    assert message.startswith("'messages'"), message
     refused(ERROR + "ModelNotFound", client.generate, chat(model="none"))
     refused(ERROR + "ContextLengthExceeded", client.generate, {"messages": [{"role": "user", "content": "x" * 50000}]})
     refused(ERROR + "InvalidJson", client.generate, chat(), colour="red")
@@ -574,7 +575,7 @@ def argument(random, kind):
 
 def fuzz(address, pid, n):
     """Sends `n` calls that are broken somewhere, or right by accident; each has its answer."""
-    random = Random(7)
+    random = Random(int(os.environ.get("SEED", "7")))
     client = Client(address)
     signatures = [["s", "a{sv}"], ["s", "a{sv}"], ["s", "s"], ["a{sv}"], ["h", "a{sv}"], ["h"], ["u"], ["u", "s"], ["s"], [],
                   ["s", "s", "v"], ["o"], ["ay"], ["v"], ["as"], ["b", "d"]]

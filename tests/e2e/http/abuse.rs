@@ -149,13 +149,14 @@ fn ten_thousand_malformed_requests_harm_nobody() {
         &["sessions.max_per_user=20", "limits.body=64KiB", "model.default.max_context=128"],
     );
     let n: u64 = if std::env::var_os("LONG").is_some() { 100_000 } else { 10_000 };
+    let first = std::env::var("SEED").map_or(0, |seed| seed.parse::<u64>().unwrap() * 1_000_000);
     let threads: Vec<_> = (0..4u64)
         .map(|thread| {
             let socket = daemon.socket();
             std::thread::spawn(move || {
                 let mut statuses = std::collections::BTreeMap::new();
                 for seed in (thread..n).step_by(4) {
-                    let mut random = fastrand::Rng::with_seed(seed);
+                    let mut random = fastrand::Rng::with_seed(first + seed);
                     let mut stream = UnixStream::connect(&socket).unwrap();
                     stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
                     let (bytes, is_short) = request(&mut random);

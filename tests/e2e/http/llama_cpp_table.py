@@ -93,7 +93,8 @@ def _():
 @check("different", "basic: server_slots", "basic: no_ui")
 def _():
     refused(ask("GET", "/slots"), status=404)
-    refused(ask("GET", "/"), status=404)
+    there = ask("GET", "/")
+    assert there.status == 200 and there.text == "sparsed is running", there.text
 
 
 @check("same", "chat_completion: chat_completion", "chat_completion: chat_completion_with_openai_library")
@@ -141,6 +142,23 @@ def _():
     for wrong in ({"type": "json_object", "schema": 123}, {"type": "json_object", "schema": {"type": 123}},
                   {"type": "json_object", "schema": {"type": "hiccup"}}, {"type": "sound"}):
         refused(chat(response_format=wrong))
+
+
+@check("different", "chat_completion: assistant_prefill")
+def _():
+    begun = [*BOOK, {"role": "assistant", "content": "Whill"}]
+    tokens = lambda **fields: ask("POST", "/v1/chat/completions/input_tokens", {"messages": begun, **fields}).body["input_tokens"]
+    assert tokens() > tokens(continue_final_message=True), "a new answer has its own beginning"
+
+
+@check("same", "chat_completion: continue_final_message", "chat_completion: token_count")
+def _():
+    count = ask("POST", "/v1/chat/completions/input_tokens", {"messages": BOOK})
+    assert count.status == 200 and count.body["input_tokens"] > 5, count
+    begun = [*BOOK, {"role": "assistant", "content": "Whill"}]
+    answer = chat(begun, continue_final_message=True, max_tokens=8)
+    # The tiny model's tokens are bytes.
+    assert answer.body["usage"]["prompt_tokens"] == count.body["input_tokens"] + len("Whill"), answer
 
 
 @check("different", "chat_completion: json_schema")

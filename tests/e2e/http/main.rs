@@ -6,4 +6,5 @@ mod clients;
 mod fields;
 mod quotas;
 mod schema;
+mod strangers;
 mod tcp;

@@ -77,6 +77,25 @@ fn only_who_has_a_key_is_served_and_sees_what_is_his() {
 }
 
 #[test]
+fn a_key_with_all_its_connections_gets_no_further_one_and_another_key_does() {
+    let (daemon, port, _dir) = start_with(&["limits.per_user_connections=2"]);
+    let kept = || {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.write_all(format!("GET /health HTTP/1.1\r\n{}\r\n", with_key(HALL)).as_bytes()).unwrap();
+        let mut start = [0; 12];
+        stream.read_exact(&mut start).unwrap();
+        assert_eq!(&start, b"HTTP/1.1 200");
+        stream
+    };
+    let kept = [kept(), kept()];
+    let refused = ask(port, "GET", "/v1/models", &with_key(HALL), None);
+    assert_eq!((refused.status, refused.json()["error"]["code"].clone()), (429, json!("too_many_requests")));
+    assert_eq!(ask(port, "GET", "/v1/models", &with_key(BATH), None).status, 200);
+    drop(kept);
+    daemon.wait_until("free", || ask(port, "GET", "/v1/models", &with_key(HALL), None).status == 200);
+}
+
+#[test]
 fn pages_of_other_sites_are_refused_though_they_have_the_key() {
     let (_daemon, port, _dir) = start();
     let key = format!("authorization: Bearer {HALL}\r\n");

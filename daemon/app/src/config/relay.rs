@@ -25,6 +25,8 @@ pub struct Relay {
     pub idle_s: u64,
     /// Further attempts before the first token.
     pub retries: u32,
+    /// Whether `priority` is passed on. The engine must have been started for it: others may refuse the request.
+    pub priority: bool,
     /// Requests that are under way there at a time.
     pub running: u32,
     /// Further requests, which wait here.
@@ -42,6 +44,7 @@ impl Default for Relay {
             first_token_s: 300,
             idle_s: 60,
             retries: 2,
+            priority: false,
             running: 64,
             waiting: 256,
         }

@@ -68,7 +68,7 @@ impl Compiler {
     pub(super) fn compile_with(
         &self,
         spec: GrammarSpec,
-        vocabulary: impl FnOnce() -> Vocabulary + Send,
+        vocabulary: impl Fn() -> Vocabulary + Copy + Send + Sync,
     ) -> Result<Grammar, Failure> {
         let param = spec.param();
         let refuse = |reason: String| Failure::invalid(param, reason);
@@ -76,6 +76,11 @@ impl Compiler {
             GrammarSpec::JsonObject => Source::Schema(json!({ "type": "object" })),
             GrammarSpec::JsonSchema(schema) => Source::Schema(schema),
             GrammarSpec::Lark(text) | GrammarSpec::Call(text) => Source::Lark(text),
+            GrammarSpec::CallOrJson { grammar, json } => {
+                // What is wrong with the JSON is said of it.
+                self.compile_with(*json, vocabulary)?;
+                Source::Lark(grammar)
+            }
         };
         source.check().map_err(refuse)?;
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -115,19 +120,22 @@ fn build(factory: &ParserFactory, source: &Source) -> Result<Grammar, String> {
             compile(factory, grammar).map_err(|error| format!("cannot be used: {error}"))
         }
         Source::Schema(schema) => {
-            let compile = |schema: &Value| {
-                let mut schema = schema.clone();
-                if let Some(members) = schema.as_object_mut() {
-                    members.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": WHITESPACE }));
-                }
-                compile(factory, TopLevelGrammar::from_json_schema(schema))
-            };
+            let compile = |schema: &Value| compile(factory, TopLevelGrammar::from_json_schema(laid_out(schema)));
             compile(schema).map_err(|error| {
                 let place = failing_place(schema, &error, &|part| compile(part).err());
                 format!("has a schema that cannot be used, at '{place}': {error}")
             })
         }
     }
+}
+
+/// The schema with a bound on the blanks between its tokens.
+pub(crate) fn laid_out(schema: &Value) -> Value {
+    let mut schema = schema.clone();
+    if let Some(members) = schema.as_object_mut() {
+        members.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": WHITESPACE }));
+    }
+    schema
 }
 
 fn compile(factory: &ParserFactory, grammar: TopLevelGrammar) -> Result<Grammar, String> {

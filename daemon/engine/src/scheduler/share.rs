@@ -5,14 +5,13 @@
 //! owners a step may take `k` times as long as the one would take that has nothing but the tokens of the owner with the
 //! fewest; what fits into that is divided among them, and what an owner has beyond its part waits, oldest first. Where
 //! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A
-//! token of a small step costs more than one of a large step, so what shared steps take corrects how much fits into
-//! them: down at once in proportion, up by an eighth. Who has the fewest gets all of them, if a step has room for as
-//! many of each owner.
+//! token of an answer costs more than one of a prompt, whose neighbours share its work, so what shared steps take
+//! corrects how much fits into them, those with few tokens of everybody and those with more by themselves: down at once
+//! in proportion, up by an eighth. Who has the fewest gets all of them, if a step has room for as many of each owner.
 //!
 //! Who comes while a step runs waits for its end, and no division helps then. So an owner that is alone, but was not
 //! lately, has short steps: the other one may come again at any time.
 
-use super::pace::towards;
 use crate::api::Owner;
 use std::time::Duration;
 
@@ -27,7 +26,11 @@ const COMPANY: Duration = Duration::from_secs(60);
 /// A short step takes so many times as long as one with a single token,
 const SHORT_STEPS: f64 = 4.0;
 /// but has room for so many: prompts get on, however much is behind them.
-const SHORT_STEP_TOKENS: u32 = 16;
+const SHORT_STEP_TOKENS: u32 = 8;
+/// Part of the way that a measured cost goes up with a step that took longer, 1 / n; what took less is believed sooner,
+/// since all that disturbs a step makes it longer.
+const UP: f64 = 16.0;
+const DOWN: f64 = 2.0;
 /// Least of [`Shares::fitting`], from which it comes back in some thirty steps.
 const FITTING_MIN: f64 = 1.0 / 32.0;
 
@@ -38,19 +41,30 @@ pub(super) struct Shares {
     step_s: f64,
     /// Seconds of a token; 0 before it was measured.
     token_s: f64,
-    /// Of the tokens that fit into a shared step beyond equal numbers, the part that has turned out to fit.
-    fitting: f64,
-    /// How long the step that was divided last is to take, and of how many tokens; `None`: as long as it likes.
-    aim: Option<(f64, u32)>,
+    /// Of the tokens that should fit into a shared step beside those of the owner with the fewest, the part that has
+    /// turned out to fit: where these are few, and where they are more.
+    fitting: [f64; 2],
+    /// What the step that was divided last should be; `None`: whatever it likes.
+    aim: Option<Aim>,
     /// When several owners could use a step, last.
     shared_at: Option<Duration>,
     /// Owners that could use the next step, and the tokens they may still have in it.
     owners: Vec<(Owner, u32)>,
 }
 
+/// What a shared step should be.
+#[derive(Clone, Copy, Debug)]
+struct Aim {
+    seconds: f64,
+    /// Most tokens.
+    most: u32,
+    /// Which of [`Shares::fitting`] it was made with.
+    size: usize,
+}
+
 impl Default for Shares {
     fn default() -> Self {
-        Self { step_s: 0.0, token_s: 0.0, fitting: 1.0, aim: None, shared_at: None, owners: Vec::new() }
+        Self { step_s: 0.0, token_s: 0.0, fitting: [1.0; 2], aim: None, shared_at: None, owners: Vec::new() }
     }
 }
 
@@ -58,18 +72,18 @@ impl Shares {
     /// A step of `n_tokens` took so long.
     pub(super) fn took(&mut self, time: Duration, n_tokens: u32) {
         let (seconds, n) = (time.as_secs_f64(), f64::from(n_tokens));
-        if let Some((aim, most)) = self.aim.take() {
+        if let Some(Aim { seconds: aim, most, size }) = self.aim.take() {
             // Not below half at once: one late step says little. Nor does a fast one with fewer tokens.
             let change = (aim / seconds.max(f64::MIN_POSITIVE)).clamp(0.5, 1.125);
             if change < 1.0 || n_tokens >= most {
-                self.fitting = (self.fitting * change).clamp(FITTING_MIN, 1.0);
+                self.fitting[size] = (self.fitting[size] * change).clamp(FITTING_MIN, 1.0);
             }
             return;
         }
         if n_tokens >= MANY_TOKENS {
-            towards(&mut self.token_s, seconds / n);
+            settle(&mut self.token_s, seconds / n);
         } else if (1..=FEW_TOKENS).contains(&n_tokens) {
-            towards(&mut self.step_s, (seconds - self.token_s * n).max(0.0));
+            settle(&mut self.step_s, (seconds - self.token_s * n).max(0.0));
         }
     }
 
@@ -111,11 +125,14 @@ impl Shares {
             }
             _ => return most,
         };
-        let fitting = factor * fewest + (factor - 1.0) * self.step_s / self.token_s * self.fitting;
+        let size = usize::from(fewest > f64::from(FEW_TOKENS));
+        let others = (factor - 1.0) * (fewest + self.step_s / self.token_s);
+        let fitting = fewest + others * self.fitting[size];
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
         let fitting = (fitting as u32).clamp(least, most.max(least));
         // What one owner's steps take says nothing of shared ones: its answers may have far more behind them.
-        self.aim = (n_owners > 1).then_some((factor * (self.step_s + self.token_s * fewest), fitting));
+        let seconds = factor * (self.step_s + self.token_s * fewest);
+        self.aim = (n_owners > 1).then_some(Aim { seconds, most: fitting, size });
         fitting
     }
 
@@ -130,6 +147,12 @@ impl Shares {
             *left -= n.min(*left);
         }
     }
+}
+
+/// Moves a measured cost; the first value is taken as it is.
+fn settle(cost: &mut f64, value: f64) {
+    let way = if value < *cost { DOWN } else { UP };
+    *cost += if *cost == 0.0 { value } else { (value - *cost) / way };
 }
 
 #[cfg(test)]
@@ -180,11 +203,14 @@ mod tests {
     fn who_was_not_alone_lately_has_short_steps_for_a_while() {
         let (mut shares, alone) = (measured(), [(1, 1), (1, 300)]);
         divided(&mut shares, &[(1, 100), (2, 1)]);
-        // 4 * (2 + 1) ms would be ten tokens.
-        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [SHORT_STEP_TOKENS]);
+        // 4 * (2 + 1) ms: ten tokens.
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [10]);
         assert_eq!(divided_at(&mut shares, &alone, COMPANY), [MOST]);
+        // 4 * (0.5 + 1) ms would be five tokens.
+        shares.step_s /= 4.0;
+        assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [SHORT_STEP_TOKENS]);
         // 4 * (10 + 1) ms: 34 tokens.
-        shares.step_s *= 5.0;
+        shares.step_s *= 20.0;
         assert_eq!(divided_at(&mut shares, &alone, COMPANY / 2), [34]);
     }
 
@@ -225,6 +251,29 @@ mod tests {
             shares.took(Duration::from_millis(ms), 4);
         }
         assert_eq!((sizes[0], sizes[4], sizes[34]), (3, 2, 3), "{sizes:?}");
+    }
+
+    #[test]
+    fn prompts_that_hold_others_up_leave_answers_what_they_had() {
+        let mut shares = measured();
+        let (prompt, answer) = ([(1, 200), (2, 60)], [(1, 200), (2, 1)]);
+        assert_eq!(divided(&mut shares, &prompt), [49, 60]);
+        // Twice as long as it was to be: half of the others' tokens go, none of the prompt's.
+        shares.took(Duration::from_millis(224), 109);
+        assert_eq!(divided(&mut shares, &prompt), [24, 60]);
+        assert_eq!(divided(&mut shares, &answer), [2, 1]);
+    }
+
+    #[test]
+    fn a_step_that_was_slow_by_chance_is_soon_forgotten() {
+        let mut shares = Shares::default();
+        shares.took(Duration::from_millis(1000), 100);
+        for _ in 0..6 {
+            shares.took(Duration::from_millis(100), 100);
+        }
+        assert!((1e-3..1.2e-3).contains(&shares.token_s), "{}", shares.token_s);
+        shares.took(Duration::from_millis(1000), 100);
+        assert!(shares.token_s < 1.8e-3, "{}", shares.token_s);
     }
 
     #[test]

@@ -15,16 +15,27 @@ pub(super) struct Answer {
     /// What ids of calls are made of: the seed and the length of the prompt.
     origin: (u64, usize),
     has_called: bool,
+    /// Nothing follows the first call.
+    one_call: bool,
+    /// Tokens of reasoning and of the tags around it.
+    n_reasoning: u32,
 }
 
 impl Answer {
     /// The answer to a prompt of so many tokens, which is drawn with this seed: its `origin`.
     pub(super) fn new(reading: Option<Reading>, stops: Vec<String>, origin: (u64, usize)) -> Self {
         let (parser, visible) = reading.map_or((None, Vec::new()), |r| (Some(r.parser), r.visible));
-        Self { stream: TextStream::new(&visible), stops: StopStrings::new(stops), parser, origin, has_called: false }
+        let (stream, stops) = (TextStream::new(&visible), StopStrings::new(stops));
+        Self { stream, stops, parser, origin, has_called: false, one_call: false, n_reasoning: 0 }
     }
 
-    /// Adds a token's text; an end token has none. Answers whether a stop string was reached.
+    /// The same, which ends with its first call if it is to.
+    pub(super) fn ending_with_a_call(self, one_call: bool) -> Self {
+        Self { one_call, ..self }
+    }
+
+    /// Adds a token's text; an end token has none. Answers whether nothing may follow: a stop string was reached, or
+    /// the only call is made.
     pub(super) fn take(
         &mut self,
         token: u32,
@@ -39,12 +50,14 @@ impl Answer {
         let piece = self.stops.push(&text);
         match &mut self.parser {
             Some(parser) => {
+                let was_reasoning = parser.is_reasoning();
                 let events = parser.push(&piece.text);
+                self.n_reasoning += u32::from(was_reasoning || parser.is_reasoning());
                 self.tell(events, outbox);
             }
             None => outbox.push_back(Event::Delta { text: piece.text, tokens: vec![token] }),
         }
-        piece.stopped
+        piece.stopped || self.is_over()
     }
 
     /// Adds what was held back: half a character, the start of a stop string or of a tag.
@@ -67,6 +80,9 @@ impl Answer {
 
     fn tell(&mut self, events: Vec<OutputEvent>, outbox: &mut VecDeque<Event>) {
         for event in events {
+            if self.is_over() {
+                return;
+            }
             outbox.push_back(match event {
                 OutputEvent::Content(text) => Event::Delta { text, tokens: Vec::new() },
                 OutputEvent::Reasoning(text) => Event::Reasoning { text },
@@ -76,6 +92,16 @@ impl Answer {
                 }
             });
         }
+    }
+
+    /// Tokens of reasoning so far, and of the tags around it.
+    pub(super) fn n_reasoning(&self) -> u32 {
+        self.n_reasoning
+    }
+
+    /// Whether the only call that there may be is made.
+    fn is_over(&self) -> bool {
+        self.one_call && self.has_called
     }
 
     /// Whether functions were called.

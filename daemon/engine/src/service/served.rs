@@ -1,7 +1,7 @@
 //! What can be asked of a loaded model without the engine? Prompts, grammars, and whether a request fits.
 
 use crate::api::{ALTERNATIVES_MAX, ChatPrompt, Failure, Generate, Reading};
-use crate::grammar::{Compiler, Grammar, GrammarSpec};
+use crate::grammar::{Compiler, Grammar, GrammarSpec, laid_out};
 use sparsed_model::{ChatRequest, Model, ModelError};
 use sparsed_session::ImageShape;
 
@@ -47,6 +47,11 @@ impl ServedModel {
         Ok(ChatPrompt { tokens, reading })
     }
 
+    /// Says which weights these are, and what is done with them: equal ones give the same rows.
+    pub fn digest(&self) -> [u8; 32] {
+        self.images.fingerprint
+    }
+
     /// The tokens of plain text. Takes long for long texts: not for threads that must not wait.
     ///
     /// # Errors
@@ -70,6 +75,22 @@ impl ServedModel {
         let grammar = format.and_then(|format| format.call_grammar(&offered));
         let none = || Failure::invalid("tool_choice", "cannot be enforced: this model does not write calls as JSON");
         grammar.map(GrammarSpec::Call).ok_or_else(none)
+    }
+
+    /// What an answer must be that may call `tools` and is JSON of `format` where it does not. For models that do not
+    /// write calls as JSON it is `format` alone.
+    pub fn call_or_json(&self, tools: &[serde_json::Value], format: GrammarSpec) -> GrammarSpec {
+        let schema = match &format {
+            GrammarSpec::JsonObject => serde_json::json!({ "type": "object" }),
+            GrammarSpec::JsonSchema(schema) if schema.is_object() => schema.clone(),
+            _ => return format,
+        };
+        let tools: Vec<_> = tools.iter().collect();
+        let chat = self.model.chat_format().filter(|chat| chat.takes_tools());
+        match chat.and_then(|chat| chat.call_or_json_grammar(&tools, &laid_out(&schema))) {
+            Some(grammar) => GrammarSpec::CallOrJson { grammar, json: Box::new(format) },
+            None => format,
+        }
     }
 
     /// The text of tokens; what is not whole characters is replaced, and control tokens have their names.

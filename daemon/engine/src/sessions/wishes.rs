@@ -18,6 +18,9 @@ pub struct Wishes {
     pub stops: Vec<String>,
     /// Go on past end tokens.
     pub ignore_end: bool,
+    /// The answer ends with its first call.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub one_call: bool,
     /// Whether it is wanted although nobody waits for it: once cut by the daemon's end, it goes on by itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub in_background: bool,
@@ -38,6 +41,7 @@ impl Wishes {
             grammar: None,
             stops: self.stops.clone(),
             ignore_end: self.ignore_end,
+            one_call: self.one_call,
             reading: None,
             logprobs: None,
             urgency: self.urgency,

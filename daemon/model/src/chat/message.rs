@@ -95,6 +95,8 @@ pub struct ChatRequest {
     pub tools: Vec<Value>,
     /// Whether the model should think first; `None`: as the model's template has it.
     pub thinking: Option<bool>,
+    /// The last message is an answer that goes on, instead of a new one.
+    pub continues: bool,
     /// A JSON schema that the answer must follow, for encodings that tell the model (DeepSeek-V3.2).
     pub response_format: Option<Value>,
     /// Further variables of the template: `chat_template_kwargs`.

@@ -120,6 +120,11 @@ impl OutputParser {
         self.run(false)
     }
 
+    /// Whether what comes now is reasoning.
+    pub fn is_reasoning(&self) -> bool {
+        self.state == State::Reasoning
+    }
+
     /// Ends the answer: what waited is text.
     pub fn finish(&mut self) -> Vec<OutputEvent> {
         self.run(true)

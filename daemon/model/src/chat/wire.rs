@@ -31,6 +31,7 @@ enum Content {
 struct Part {
     #[serde(rename = "type")]
     kind: String,
+    #[serde(alias = "refusal")]
     text: Option<String>,
 }
 
@@ -65,7 +66,8 @@ impl Content {
             Self::Parts(parts) => parts,
         };
         let text = |part: Part| match part.text {
-            Some(text) if part.kind == "text" => Ok(text),
+            // What an assistant has refused with comes back as a part of its own kind.
+            Some(text) if part.kind == "text" || part.kind == "refusal" => Ok(text),
             None if part.kind == "text" => Err("a part of type 'text' has no 'text'".to_owned()),
             _ => Err(format!("content of type '{}' is not supported, only 'text' is", part.kind)),
         };

@@ -136,6 +136,11 @@ impl<W: Wire> Answering<W> {
         Ok(Self { head, wire, include_usage, listening, choices, per_prompt, ready, has_ended: false })
     }
 
+    /// What the answer is called, in the log too.
+    pub(crate) fn id(&self) -> &str {
+        &self.head.id
+    }
+
     /// The answer in one object.
     ///
     /// # Errors
@@ -289,6 +294,7 @@ fn usage(finished: &[Finished], per_prompt: usize) -> Value {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
+        "completion_tokens_details": { "reasoning_tokens": sum(1, |finished| finished.usage.reasoning_tokens) },
         "prompt_tokens_details": { "cached_tokens": sum(per_prompt, |finished| finished.usage.cached_tokens) },
     })
 }

@@ -1,7 +1,7 @@
 //! What is a chat completion? A conversation in, the assistant's next message out.
 
 use super::answer::{Answer, Asked, Reply, Wire, now};
-use super::sampling::SamplingFields;
+use super::sampling::{SamplingFields, limit};
 use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 #[cfg(test)]
 use sparsed_engine::ToolCall;
 use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
-use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, Held, Role, ServedModel, Service, Wishes};
+use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, GrammarSpec, Held, Role, ServedModel, Service, Wishes};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
@@ -23,11 +23,13 @@ struct ChatFields {
     messages: Vec<ChatMessage>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
-    max_tokens: Option<u32>,
-    max_completion_tokens: Option<u32>,
+    max_tokens: Option<i64>,
+    max_completion_tokens: Option<i64>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<ToolChoice>,
     parallel_tool_calls: Option<bool>,
+    /// vLLM's: the last message is an answer that goes on.
+    continue_final_message: Option<bool>,
     /// OpenAI's: `none` for an answer without reasoning.
     reasoning_effort: Option<String>,
     /// vLLM's and llama.cpp's: further variables of the template; `thinking` and `enable_thinking` turn reasoning on.
@@ -38,7 +40,7 @@ struct ChatFields {
 
 /// Whether a function must be called.
 #[derive(Clone, Debug, Deserialize)]
-#[serde(untagged, expecting = "expected 'auto', 'none', 'required' or a function")]
+#[serde(untagged, expecting = "expected 'auto', 'none', 'required', a function or allowed_tools")]
 enum ToolChoice {
     Mode(ToolMode),
     /// This one.
@@ -48,6 +50,25 @@ enum ToolChoice {
         kind: FunctionKind,
         function: NamedFunction,
     },
+    /// Of the tools these.
+    Allowed {
+        #[serde(rename = "type")]
+        #[expect(dead_code, reason = "there is only one")]
+        kind: AllowedKind,
+        allowed_tools: AllowedTools,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum AllowedKind {
+    AllowedTools,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct AllowedTools {
+    mode: ToolMode,
+    tools: Vec<Value>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -98,17 +119,24 @@ impl ChatAsk {
     /// # Errors
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
-        let (fields, sampling) = (parse::<ChatFields>(body)?, parse::<SamplingFields>(body)?);
+        let (mut fields, sampling) = (parse::<ChatFields>(body)?, parse::<SamplingFields>(body)?);
         fields::check::<ChatFields, SamplingFields>(body)?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_chat()?);
         if fields.session_id.is_some() && (n > 1 || logprobs.is_some()) {
             let name = if n > 1 { "n" } else { "logprobs" };
             return Err(Refusal::invalid(name, "is not served in a session"));
         }
-        if fields.max_completion_tokens == Some(0) {
-            return Err(Refusal::invalid("max_completion_tokens", "is 0, must be at least 1"));
+        if fields.session_id.is_some() && fields.continue_final_message == Some(true) {
+            return Err(Refusal::invalid(
+                "continue_final_message",
+                "is not served in a session: it has a way to continue",
+            ));
         }
-        let wishes = sampling.wishes(fields.max_completion_tokens.or(fields.max_tokens))?;
+        fields.narrow()?;
+        let max_tokens = limit("max_tokens", fields.max_tokens)?;
+        let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?.or(max_tokens);
+        let mut wishes = sampling.wishes(max_tokens)?;
+        wishes.one_call = fields.parallel_tool_calls == Some(false);
         Ok(Self { fields, wishes, n, logprobs })
     }
 
@@ -116,6 +144,11 @@ impl ChatAsk {
     pub(crate) fn in_background(mut self, in_background: bool) -> Self {
         self.wishes.in_background = in_background;
         self
+    }
+
+    /// Whether it is a turn of a session.
+    pub(super) fn is_turn(&self) -> bool {
+        self.fields.session_id.is_some()
     }
 
     /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
@@ -137,21 +170,21 @@ impl ChatAsk {
                 let reason = format!("is '{model}', the session's is '{own}': make a new session for another one");
                 return Err(Refusal::invalid("model", reason));
             }
-            let enforcing = if fields.enforces_call() { Some(models::held(service, &own).await?) } else { None };
-            let request = fields.request(enforcing.as_ref().map(|held| &*held.model), &mut wishes)?;
+            let needed = fields.constrains_calls(&wishes);
+            let served = if needed { Some(models::held(service, &own).await?) } else { None };
+            let request = fields.request(served.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
             return Ok(Asked { request: request.into(), siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire });
         }
         if service.elsewhere(&model).is_some() {
-            let prompt = fields.relayed(&wishes)?;
+            let prompt = fields.relayed(&mut wishes)?;
             let relay = Relay { model, owner, prompt, wishes, logprobs };
             let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
             return Ok(Asked { request: relay.into(), siblings, per_prompt: n as usize, reply, wire: ChatWire });
         }
         let Held { model: served, lease } = models::held(service, &model).await?;
         let lease = Some(lease);
-        let enforcing = fields.enforces_call().then_some(&*served);
-        let request = fields.request(enforcing, &mut wishes)?;
+        let request = fields.request(Some(&*served), &mut wishes)?;
         let spec = wishes.grammar.clone();
         let made = tokio::task::spawn_blocking(move || {
             let prompt = served.chat_prompt(&request)?;
@@ -173,37 +206,64 @@ impl ChatFields {
         matches!(self.tool_choice, Some(ToolChoice::Mode(ToolMode::Required) | ToolChoice::Named { .. }))
     }
 
-    /// The conversation. Where a call is enforced, what `enforcing`, the model that answers, must write is one of the
-    /// wishes then.
-    fn request(mut self, enforcing: Option<&ServedModel>, wishes: &mut Wishes) -> Result<ChatRequest, Refusal> {
+    /// Whether calls must follow a grammar, of which the model has to be asked: a call is enforced, or what is no call
+    /// has a form.
+    fn constrains_calls(&self, wishes: &Wishes) -> bool {
+        let none = self.tool_choice.as_ref().is_some_and(ToolChoice::is_none);
+        let offers = !none && self.tools.as_ref().is_some_and(|tools| !tools.is_empty());
+        self.enforces_call() || (offers && wishes.grammar.as_ref().is_some_and(is_json))
+    }
+
+    /// Leaves those tools that `tool_choice` allows, if it says so.
+    fn narrow(&mut self) -> Result<(), Refusal> {
+        let Some(ToolChoice::Allowed { allowed_tools: AllowedTools { mode, tools: allowed }, .. }) = &self.tool_choice
+        else {
+            return Ok(());
+        };
+        let name = |tool: &Value| tool["function"]["name"].as_str().map(str::to_owned);
+        let (names, tools): (Vec<_>, _) = (allowed.iter().map(name).collect(), self.tools.get_or_insert_default());
+        if names.iter().any(|allowed| allowed.is_none() || !tools.iter().any(|tool| name(tool) == *allowed)) {
+            return Err(Refusal::invalid("tool_choice", "allows a function that is not among the tools"));
+        }
+        tools.retain(|tool| names.contains(&name(tool)));
+        self.tool_choice = Some(ToolChoice::Mode(*mode));
+        Ok(())
+    }
+
+    /// The conversation. Where calls must follow a grammar, what `served`, the model that answers, must write is one of
+    /// the wishes then.
+    fn request(mut self, served: Option<&ServedModel>, wishes: &mut Wishes) -> Result<ChatRequest, Refusal> {
+        let (constrains, enforces) = (self.constrains_calls(wishes), self.enforces_call());
         let choice = self.tool_choice.take();
-        let Some(served) = enforcing else {
+        let Some(served) = served.filter(|_| constrains) else {
             return self.conversation(choice.is_some_and(|choice| choice.is_none()));
         };
-        let only = match &choice {
-            Some(ToolChoice::Named { function, .. }) => Some(function.name.as_str()),
-            _ => None,
-        };
-        refuse_grammar(wishes)?;
-        self.parallel_tool_calls = None; // One call is what is enforced.
         let mut request = self.conversation(false)?;
-        wishes.grammar = Some(served.call_grammar(&request.tools, only)?);
+        wishes.grammar = if enforces {
+            drop_form(wishes)?;
+            let only = match &choice {
+                Some(ToolChoice::Named { function, .. }) => Some(function.name.as_str()),
+                _ => None,
+            };
+            Some(served.call_grammar(&request.tools, only)?)
+        } else {
+            wishes.grammar.take().map(|json| served.call_or_json(&request.tools, json))
+        };
         // Its reasoning would have to follow the grammar too.
         request.thinking = Some(false);
         Ok(request)
     }
 
     /// The conversation as another engine hears it, which enforces a call by itself.
-    fn relayed(mut self, wishes: &Wishes) -> Result<RelayPrompt, Refusal> {
+    fn relayed(mut self, wishes: &mut Wishes) -> Result<RelayPrompt, Refusal> {
         let (calling, no_tools) = match self.tool_choice.take() {
-            None | Some(ToolChoice::Mode(ToolMode::Auto)) => (Calling::Free, false),
+            None | Some(ToolChoice::Mode(ToolMode::Auto) | ToolChoice::Allowed { .. }) => (Calling::Free, false),
             Some(ToolChoice::Mode(ToolMode::None)) => (Calling::Free, true),
             Some(ToolChoice::Mode(ToolMode::Required)) => (Calling::Required, false),
             Some(ToolChoice::Named { function, .. }) => (Calling::Only(function.name), false),
         };
         if calling != Calling::Free {
-            refuse_grammar(wishes)?;
-            self.parallel_tool_calls = None;
+            drop_form(wishes)?;
         }
         let chat = self.conversation(no_tools)?;
         if calling != Calling::Free && chat.tools.is_empty() {
@@ -223,32 +283,47 @@ impl ChatFields {
         if let Some(at) = messages.iter().position(silent) {
             return Err(Refusal::invalid(&format!("messages[{at}].content"), "is missing"));
         }
-        if tools.iter().any(|tool| !tool.is_object()) {
-            return Err(Refusal::invalid("tools", "must be a list of objects with 'type' and 'function'"));
+        let is_function = |tool: &Value| {
+            let kind = tool.get("type").is_none_or(|kind| kind == "function");
+            kind && tool["function"]["name"].as_str().is_some_and(|name| !name.is_empty())
+        };
+        if let Some(at) = tools.iter().position(|tool| !is_function(tool)) {
+            let reason = "must have the type 'function' and a 'function' with a 'name': no others are served";
+            return Err(Refusal::invalid(&format!("tools[{at}]"), reason));
         }
         if tools.len() > TOOLS_MAX {
             return Err(Refusal::invalid("tools", format!("has {} entries, the limit is {TOOLS_MAX}", tools.len())));
         }
         let tools = if no_tools { Vec::new() } else { tools };
-        if self.parallel_tool_calls == Some(false) && !tools.is_empty() {
-            let reason = "cannot be false unless tool_choice enforces a call: the model may call several functions";
-            return Err(Refusal::invalid("parallel_tool_calls", reason));
+        let continues = self.continue_final_message == Some(true);
+        let goes_on = |last: &ChatMessage| {
+            last.role == Role::Assistant
+                && last.tool_calls.is_empty()
+                && last.content.as_ref().is_some_and(|text| !text.is_empty())
+        };
+        if continues && !messages.last().is_some_and(goes_on) {
+            return Err(Refusal::invalid("continue_final_message", "needs a last message of an assistant, with text"));
         }
         let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
         let asked = ["thinking", "enable_thinking"].map(|name| template_arguments.remove(name));
         let asked = asked.into_iter().flatten().find_map(|value| value.as_bool());
         let thinking = asked.or_else(|| self.reasoning_effort.map(|effort| effort != "none"));
         let now = i64::try_from(now()).ok();
-        Ok(ChatRequest { messages, tools, thinking, template_arguments, now, ..ChatRequest::default() })
+        Ok(ChatRequest { messages, tools, thinking, continues, template_arguments, now, ..ChatRequest::default() })
     }
 }
 
-/// A call that is enforced leaves no choice of another form.
-fn refuse_grammar(wishes: &Wishes) -> Result<(), Refusal> {
-    match &wishes.grammar {
-        Some(_) => Err(Refusal::invalid("tool_choice", "excludes response_format and grammar")),
-        None => Ok(()),
+/// Where a call is enforced, nothing is left that `response_format` would be about.
+fn drop_form(wishes: &mut Wishes) -> Result<(), Refusal> {
+    match wishes.grammar.take() {
+        Some(grammar) if !is_json(&grammar) => Err(Refusal::invalid("tool_choice", "excludes grammar")),
+        _ => Ok(()),
     }
+}
+
+/// Whether it comes from `response_format`.
+fn is_json(grammar: &GrammarSpec) -> bool {
+    matches!(grammar, GrammarSpec::JsonObject | GrammarSpec::JsonSchema(_))
 }
 
 impl ToolChoice {
@@ -332,7 +407,8 @@ mod tests {
     #[test]
     fn wishes_become_a_request() {
         let request = parsed(
-            r#"{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}], "tool_choice": "none",
+            r#"{"messages": [{"role": "user", "content": "x"}], "tool_choice": "none",
+                "tools": [{"type": "function", "function": {"name": "f"}}],
                 "chat_template_kwargs": {"enable_thinking": false, "style": "short"}}"#,
         );
         let request = request.unwrap();
@@ -344,9 +420,38 @@ mod tests {
     fn what_cannot_be_kept_is_refused_by_name() {
         let param = |text: &str| parsed(text).unwrap_err().body()["error"]["param"].as_str().unwrap().to_owned();
         assert_eq!(param(r#"{"messages": []}"#), "messages");
-        let parallel =
-            r#"{"messages": [{"role": "user", "content": "x"}], "tools": [{}], "parallel_tool_calls": false}"#;
-        assert_eq!(param(parallel), "parallel_tool_calls");
+        for tool in [r#"{"type": "custom", "custom": {"name": "f"}}"#, r#"{"function": {"name": ""}}"#, "1"] {
+            let tools = format!(r#""tools": [{{"function": {{"name": "f"}}}}, {tool}]"#);
+            assert_eq!(param(&format!(r#"{{"messages": [{{"role": "user", "content": "x"}}], {tools}}}"#)), "tools[1]");
+        }
+    }
+
+    #[test]
+    fn of_the_tools_those_are_left_that_are_allowed() {
+        let asked = |allowed: &str| {
+            let function = |name: &str| json!({ "type": "function", "function": { "name": name } });
+            let choice = json!({
+                "type": "allowed_tools", "allowed_tools": { "mode": "required", "tools": [function(allowed)] },
+            });
+            let body = json!({
+                "messages": [{ "role": "user", "content": "x" }], "tools": [function("f"), function("g")],
+                "tool_choice": choice, "parallel_tool_calls": false,
+            });
+            ChatAsk::read(body.to_string().as_bytes())
+        };
+        let ask = asked("g").unwrap();
+        assert!(ask.fields.enforces_call() && ask.wishes.one_call);
+        assert_eq!(ask.fields.tools.unwrap()[0]["function"]["name"], "g");
+        assert_eq!(asked("h").unwrap_err().body()["error"]["param"], "tool_choice");
+    }
+
+    #[test]
+    fn a_form_of_the_answer_is_nothing_beside_a_call_that_is_enforced_but_a_grammar_is_a_mistake() {
+        let mut wishes = Wishes { grammar: Some(GrammarSpec::JsonObject), ..Wishes::default() };
+        drop_form(&mut wishes).unwrap();
+        assert!(wishes.grammar.is_none());
+        wishes.grammar = Some(GrammarSpec::Lark("start: \"a\"".to_owned()));
+        assert_eq!(drop_form(&mut wishes).unwrap_err().body()["error"]["param"], "tool_choice");
     }
 
     #[test]

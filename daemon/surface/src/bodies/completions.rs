@@ -2,7 +2,7 @@
 
 use super::answer::{Answer, Asked, Wire};
 use super::chat::StreamOptions;
-use super::sampling::SamplingFields;
+use super::sampling::{SamplingFields, limit};
 use super::{fields, logprobs, models, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -11,7 +11,7 @@ use sparsed_engine::api::{Event, Failure, Generate, Likelihood, Owner, Relay, Re
 use sparsed_engine::{DEFAULT_MODEL, Held, ServedModel, Service, Wishes};
 
 /// Tokens of an answer when the request does not say, as OpenAI has it.
-const MAX_TOKENS_DEFAULT: u32 = 16;
+const MAX_TOKENS_DEFAULT: i64 = 16;
 /// Most prompts of a request; each waits for the engine as a request of its own.
 const PROMPTS_MAX: usize = 32;
 
@@ -22,7 +22,7 @@ struct CompletionFields {
     #[serde(default)]
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
-    max_tokens: Option<u32>,
+    max_tokens: Option<i64>,
     /// llama.cpp's name: the answer's token ids come along.
     return_tokens: Option<bool>,
     echo: Option<bool>,
@@ -58,8 +58,8 @@ impl CompletionAsk {
         let (fields, sampling) = (parse::<CompletionFields>(body)?, parse::<SamplingFields>(body)?);
         fields::check::<CompletionFields, SamplingFields>(body)?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
-        fields.refuse_what_is_missing(logprobs.is_some())?;
-        let wishes = sampling.wishes(Some(fields.max_tokens.unwrap_or(MAX_TOKENS_DEFAULT)))?;
+        fields.refuse_what_is_missing(n, logprobs.is_some())?;
+        let wishes = sampling.wishes(limit("max_tokens", fields.max_tokens.or(Some(MAX_TOKENS_DEFAULT)))?)?;
         Ok(Self { fields, wishes, n, logprobs, is_seeded: sampling.is_seeded() })
     }
 
@@ -147,13 +147,14 @@ impl CompletionFields {
         self.prompt.all()?.into_iter().map(relayed).collect()
     }
 
-    fn refuse_what_is_missing(&self, logprobs: bool) -> Result<(), Refusal> {
+    fn refuse_what_is_missing(&self, n: u32, logprobs: bool) -> Result<(), Refusal> {
         if logprobs && self.echo == Some(true) {
             return Err(Refusal::invalid("logprobs", "beside echo is not served: a prompt's tokens have none"));
         }
         let asked = [
             ("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty())),
-            ("best_of", self.best_of.is_some_and(|n| n != 1)),
+            // As many as are told are no choice.
+            ("best_of", self.best_of.is_some_and(|best| best != n)),
         ];
         match asked.iter().find(|(_, asked)| *asked) {
             Some((name, _)) => Err(Refusal::invalid(name, "is not served by this version")),

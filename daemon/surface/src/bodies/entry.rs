@@ -65,7 +65,7 @@ impl Entry {
             return;
         }
         let Some(Begun { request, model, owner, session, at, usage, .. }) = self.0.take() else { return };
-        let Usage { prompt_tokens, cached_tokens, completion_tokens } = usage;
+        let Usage { prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens: _ } = usage;
         log::info!(
             request:%, model:%, owner:%, session:%, prompt_tokens, cached_tokens, completion_tokens,
             took_ms = millis(at);

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 /// Fields that change nothing here and are no mistake: labels, and wishes about what this daemon does not have.
 const HARMLESS: &[&str] = &[
     "cache_salt",
+    "max_tool_calls",
     "metadata",
     "prompt_cache_key",
     "prompt_cache_retention",

@@ -13,6 +13,7 @@ pub(crate) mod ollama;
 pub(crate) mod responses;
 mod sampling;
 pub(crate) mod sessions;
+pub(crate) mod size;
 pub(crate) mod tokens;
 
 pub(crate) use answer::{Answering, Asked, Piece, Wire};
@@ -30,6 +31,10 @@ use serde::de::DeserializeOwned;
 /// # Errors
 /// What is wrong, and where.
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
+    // A list would be read as the fields in their order.
+    if bytes.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
+        return Err(Refusal::unreadable(400, "invalid_json", None, "the body is no JSON object".to_owned()));
+    }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
@@ -63,6 +68,9 @@ mod tests {
         assert!(refused(r#"{"at": [1, "x"]}"#).contains("'at[1]'"));
         assert!(refused("{").contains("EOF"));
         assert!(refused(r#"{"at": []} x"#).contains("after the body"));
-        assert!(refused(&format!("{}1{}", "[".repeat(200), "]".repeat(200))).contains("invalid type"));
+        assert!(refused(&format!("{{\"at\": {}1{}}}", "[".repeat(200), "]".repeat(200))).contains("'at"));
+        for other in ["[[1]]", "null", "\"x\"", "\u{feff}{}"] {
+            assert!(refused(other).contains("no JSON object"), "{other}");
+        }
     }
 }

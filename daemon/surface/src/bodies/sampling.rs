@@ -76,6 +76,7 @@ impl SamplingFields {
             sampling: self.sampling()?,
             stops: self.stops()?,
             ignore_end: self.ignore_end(),
+            one_call: false,
             in_background: false,
             urgency: self.urgency()?,
         })
@@ -97,7 +98,8 @@ impl SamplingFields {
         let sampling = Sampling {
             temperature: self.temperature.unwrap_or(default.temperature),
             top_k,
-            top_p: self.top_p.unwrap_or(default.top_p),
+            // OpenAI's range has 0 in it: the most likely token alone, as with the least number above it.
+            top_p: self.top_p.map_or(default.top_p, |p| if p == 0.0 { f32::MIN_POSITIVE } else { p }),
             min_p: self.min_p.unwrap_or(default.min_p),
             seed,
             repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
@@ -227,6 +229,17 @@ impl SamplingFields {
     }
 }
 
+/// Most tokens of an answer; -1 is no limit, as llama.cpp and LM Studio have it.
+pub(super) fn limit(name: &str, tokens: Option<i64>) -> Result<Option<u32>, Refusal> {
+    match tokens {
+        None | Some(-1) => Ok(None),
+        Some(n) => match u32::try_from(n) {
+            Ok(n @ 1..) => Ok(Some(n)),
+            _ => Err(Refusal::invalid(name, format!("is {n}, must be at least 1, or -1 for no limit"))),
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,6 +298,15 @@ mod tests {
         }
         let harmless = r#"{"store": false, "functions": [], "response_format": {"type": "text"}, "metadata": {}}"#;
         assert!(fields(harmless).sampling().is_ok());
+    }
+
+    #[test]
+    fn an_answer_has_a_limit_or_none() {
+        let of = |n: i64| limit("max_tokens", Some(n)).map_err(|error| error.body()["error"]["param"].clone());
+        assert_eq!((of(1), of(-1), limit("max_tokens", None).unwrap()), (Ok(Some(1)), Ok(None), None));
+        for wrong in [0, -2, 1 << 32] {
+            assert_eq!(of(wrong), Err("max_tokens".into()), "{wrong}");
+        }
     }
 
     #[test]

@@ -110,7 +110,8 @@ impl CallError {
         Self::limit(format!("no answer can be carried now: {error}"))
     }
 
-    /// The error that goes back: its message for people, and for programs OpenAI's error object, as HTTP has it.
+    /// The error that goes back: HTTP's code is its name, and its body the message alone. GLib shows no message of an
+    /// error that carries more.
     ///
     /// # Errors
     /// A message that cannot be built.
@@ -118,7 +119,7 @@ impl CallError {
         match self {
             Self::Refused(refusal) => {
                 let name = format!("{NAME}.Error.{}", refusal.camel_code());
-                Message::error(&to.header(), name.as_str()).build(&(refusal.message(), refusal.body().to_string()))
+                Message::error(&to.header(), name.as_str()).build(&(refusal.message(),))
             }
             Self::Standard(name, message) => {
                 let name = format!("org.freedesktop.DBus.Error.{name}");

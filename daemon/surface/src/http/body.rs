@@ -3,11 +3,11 @@
 use super::Shared;
 use crate::bodies::parse;
 use crate::refusal::Refusal;
-use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::body::{BodyDataStream, Bytes};
 use axum::extract::{FromRequest, Request};
-use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
+use axum::http::header;
+use bytes::BytesMut;
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,6 +15,9 @@ use tokio::sync::OwnedSemaphorePermit;
 
 /// How long a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How much of a body that is too large is let by before the connection is closed, and for how long.
+const LET_BY_BYTES_MAX: usize = 64 << 20;
+const LET_BY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A body that has arrived. The content type is not looked at, as OpenAI's servers and llama.cpp's don't.
 pub(crate) struct Body {
@@ -27,21 +30,69 @@ impl FromRequest<Shared> for Body {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, shared: &Shared) -> Result<Self, Refusal> {
+        let coding = request.headers().get(header::CONTENT_ENCODING).map(|coding| coding.to_str().unwrap_or_default());
+        if coding.is_some_and(|coding| !coding.eq_ignore_ascii_case("identity")) {
+            let message = "the body is compressed, which is not served: send it as it is".to_owned();
+            return Err(Refusal::unreadable(415, "unsupported_content_encoding", None, message));
+        }
+        let most = shared.body_bytes_max;
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
-        let length: usize = length.unwrap_or(shared.body_bytes_max);
-        if length > shared.body_bytes_max {
-            let message = format!("the body has {length} bytes, the limit is {} (limits.body)", shared.body_bytes_max);
-            return Err(Refusal::unreadable(413, "body_too_large", None, message));
+        let length: usize = length.unwrap_or(most);
+        if length > most {
+            // Who waits for a word before it sends the body has this one.
+            if length <= LET_BY_BYTES_MAX && !request.headers().contains_key(header::EXPECT) {
+                let_by(&mut request.into_body().into_data_stream()).await;
+            }
+            return Err(too_large(&format!("{length} bytes"), most));
         }
         let kib = u32::try_from(length.div_ceil(1024)).unwrap_or(u32::MAX);
         let share = Arc::clone(&shared.bodies).try_acquire_many_owned(kib).map_err(|_| Refusal::too_many_bodies())?;
-        let bytes = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, shared)).await;
-        let bytes = bytes.map_err(|_| {
+        let mut pieces = request.into_body().into_data_stream();
+        let arrived = tokio::time::timeout(BODY_TIMEOUT, gathered(&mut pieces, most)).await;
+        let arrived = arrived.map_err(|_| {
             let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
             Refusal::unreadable(408, "body_timeout", None, message)
         })?;
-        Ok(Self { bytes: bytes.map_err(unread)?, share })
+        if let Some(bytes) = arrived? {
+            return Ok(Self { bytes, share });
+        }
+        drop(share);
+        let_by(&mut pieces).await;
+        Err(too_large("more bytes", most))
     }
+}
+
+/// The whole body; nothing where it is longer than `most` bytes.
+async fn gathered(pieces: &mut BodyDataStream, most: usize) -> Result<Option<Bytes>, Refusal> {
+    let mut bytes = BytesMut::new();
+    while let Some(piece) = pieces.next().await {
+        let piece = piece
+            .map_err(|error| Refusal::unreadable(400, "invalid_body", None, format!("the body broke off: {error}")))?;
+        if bytes.len() + piece.len() > most {
+            return Ok(None);
+        }
+        bytes.extend_from_slice(&piece);
+    }
+    Ok(Some(bytes.freeze()))
+}
+
+/// Has a body that is refused go by, for a while: a client that finds the connection closed while it sends does not see
+/// why.
+async fn let_by(pieces: &mut BodyDataStream) {
+    let mut n_left = LET_BY_BYTES_MAX;
+    let all = async {
+        while let Some(Ok(piece)) = pieces.next().await {
+            n_left = n_left.saturating_sub(piece.len());
+            if n_left == 0 {
+                return;
+            }
+        }
+    };
+    let _in_time = tokio::time::timeout(LET_BY_TIMEOUT, all).await.is_ok();
+}
+
+fn too_large(what: &str, most: usize) -> Refusal {
+    Refusal::unreadable(413, "body_too_large", None, format!("the body has {what}, the limit is {most} (limits.body)"))
 }
 
 impl Body {
@@ -65,11 +116,4 @@ impl Body {
     pub(crate) fn into_share(self) -> OwnedSemaphorePermit {
         self.share
     }
-}
-
-fn unread(rejection: BytesRejection) -> Refusal {
-    let message = rejection.body_text();
-    let status = rejection.into_response().status();
-    let code = if status == StatusCode::PAYLOAD_TOO_LARGE { "body_too_large" } else { "invalid_body" };
-    Refusal::unreadable(status.as_u16(), code, None, message)
 }

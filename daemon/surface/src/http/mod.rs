@@ -15,7 +15,6 @@ mod tokens;
 
 use crate::bodies::responses::Runs;
 use axum::Router;
-use axum::extract::DefaultBodyLimit;
 use axum::middleware;
 use axum::routing::{delete, get, post};
 use sparsed_engine::Service;
@@ -50,11 +49,14 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .route("/metrics", get(metrics::metrics))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{id}", get(models::one))
+        .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
+        .route("/v1/chat/completions/input_tokens", post(chat::count))
         .route("/v1/completions", post(completions::create))
         .route("/v1/responses", post(responses::create))
         .route("/v1/responses/{id}", get(responses::one).delete(responses::delete))
+        .route("/v1/responses/input_tokens", post(responses::count))
+        .route("/v1/responses/{id}/input_items", get(responses::input_items))
         .route("/v1/responses/{id}/cancel", post(responses::cancel))
         .route("/v1/sessions", get(sessions::list).post(sessions::create))
         .route("/v1/sessions/import", post(sessions::import))
@@ -72,13 +74,13 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(counted)
-        .layer(DefaultBodyLimit::max(body_bytes_max))
         .with_state(Shared { service, body_bytes_max, bodies, runs })
 }
 
 /// Ollama's interface.
 fn ollama() -> Router<Shared> {
     Router::new()
+        .route("/", get(ollama::here))
         .route("/api/chat", post(ollama::chat))
         .route("/api/generate", post(ollama::generate))
         .route("/api/tags", get(ollama::tags))
@@ -87,7 +89,7 @@ fn ollama() -> Router<Shared> {
         .route("/api/version", get(ollama::version))
         .route("/api/embed", post(ollama::embed))
         .route("/api/embeddings", post(ollama::embed))
-        .route("/api/pull", post(ollama::not_here))
+        .route("/api/pull", post(ollama::pull))
         .route("/api/push", post(ollama::not_here))
         .route("/api/create", post(ollama::not_here))
         .route("/api/copy", post(ollama::not_here))

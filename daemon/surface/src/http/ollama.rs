@@ -13,6 +13,7 @@ use axum::{Extension, Json};
 use futures_util::stream;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use sparsed_engine::api::{Owner, Request, UpstreamStatus};
 use sparsed_engine::{KeepAlive, ModelState, ModelStatus, ServedModel, Service};
 use std::convert::Infallible;
@@ -20,6 +21,9 @@ use std::time::Duration;
 
 /// When a model leaves the memory that stays: not in any client's time.
 const NEVER: &str = "9999-12-31T23:59:59Z";
+
+/// The version of Ollama whose requests and answers these are: clients ask for it, and some refuse older ones.
+const VERSION: &str = "0.12.11";
 
 /// A failure in Ollama's words.
 #[derive(Debug)]
@@ -109,7 +113,8 @@ pub(crate) async fn tags(State(shared): State<Shared>) -> Json<Value> {
     let away = |status: &ModelStatus| !matches!(status.state, ModelState::Ready(_)) && models::is_offered(status);
     all.extend(service.models().iter().filter(|status| away(status)).map(|status| {
         let name = tagged(&status.name);
-        json!({ "name": name, "model": name, "modified_at": time(0), "size": 0, "details": {} })
+        let digest = named(&status.name);
+        json!({ "name": name, "model": name, "modified_at": time(0), "size": 0, "digest": digest, "details": {} })
     }));
     Json(json!({ "models": all }))
 }
@@ -135,6 +140,7 @@ fn listed(service: &Service, more: impl Fn(&ModelStatus, &ServedModel) -> Value)
             "model": tagged(name),
             "modified_at": time(served.created),
             "size": served.model.file_bytes(),
+            "digest": hex(served.digest()),
             "details": details(served),
         });
         if let (Some(entry), Value::Object(more)) = (entry.as_object_mut(), more(status, served)) {
@@ -199,6 +205,7 @@ fn listed_elsewhere(name: &str, upstream: &UpstreamStatus) -> Value {
         "remote_host": upstream.address,
         "modified_at": time(0),
         "size": 0,
+        "digest": named(name),
         "size_vram": 0,
         "expires_at": NEVER,
         "context_length": upstream.max_context,
@@ -255,9 +262,40 @@ fn time(seconds: u64) -> String {
     jiff::Timestamp::from_second(seconds).unwrap_or_default().to_string()
 }
 
+/// What stands for a model whose file is not known now: its name.
+fn named(name: &str) -> String {
+    hex(Sha256::digest(name).into())
+}
+
+fn hex(digest: [u8; 32]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// `GET /api/version`.
 pub(crate) async fn version() -> Json<Value> {
-    Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
+    Json(json!({ "version": VERSION, "sparsed": env!("CARGO_PKG_VERSION") }))
+}
+
+/// `GET /`: Ollama's clients look whether anybody is there.
+pub(crate) async fn here() -> &'static str {
+    "sparsed is running"
+}
+
+#[derive(Debug, Deserialize)]
+pub(crate) struct PullFields {
+    #[serde(alias = "name")]
+    model: String,
+}
+
+/// `POST /api/pull`: a model that is here needs no fetching, so scripts that begin with it go on.
+pub(crate) async fn pull(State(shared): State<Shared>, body: Body) -> Result<Response, Refused> {
+    let fields: PullFields = body.parse()?;
+    let name = model_name(&fields.model);
+    if !shared.service.models().iter().any(|status| status.name == name) {
+        return Ok(not_here().await);
+    }
+    let kind = [(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))];
+    Ok((kind, format!("{}\n", json!({ "status": "success" }))).into_response())
 }
 
 /// What would change which models there are.

@@ -3,6 +3,7 @@
 use crate::bodies::{Answering, Asked, Piece, Wire};
 use crate::refusal::Refusal;
 use axum::Json;
+use axum::http::HeaderValue;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
@@ -16,10 +17,17 @@ use std::convert::Infallible;
 pub(crate) async fn reply<W: Wire>(service: &Service, asked: Asked<W>) -> Result<Response, Refusal> {
     let streams = asked.reply.stream;
     let answering = Answering::begin(service, asked).await?;
-    if !streams {
-        return Ok(Json(answering.whole().await?).into_response());
+    let id = answering.id().to_owned();
+    let response = if streams { pieces(answering) } else { Json(answering.whole().await?).into_response() };
+    Ok(called(&id, response))
+}
+
+/// The answer with its name in the head, where OpenAI's clients look for it.
+pub(crate) fn called(id: &str, mut response: Response) -> Response {
+    if let Ok(id) = HeaderValue::from_str(id) {
+        response.headers_mut().insert("x-request-id", id);
     }
-    Ok(pieces(answering))
+    response
 }
 
 /// The answer as server-sent events.

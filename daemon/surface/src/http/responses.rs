@@ -2,8 +2,9 @@
 
 use super::Shared;
 use super::body::Body;
+use super::reply::called;
 use crate::bodies::listen::Listening;
-use crate::bodies::responses::{self, Found, Heard, ResponseId, Run, Script};
+use crate::bodies::responses::{self, Found, Heard, Page, ResponseId, Run, Script};
 use crate::refusal::Refusal;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
@@ -47,18 +48,19 @@ pub(crate) async fn create(
         let run = shared.runs.start(&shared.service, owner, id, prepared.head, prepared.request).await?;
         return Ok(told(run, Telling { stream: prepared.stream, starting_after: None }));
     }
+    let id = prepared.head.id.clone();
     let listening = Listening::begin(&shared.service, &prepared.head.id, [prepared.request], 1).await?;
     let mut script = Script::begin(prepared.head, None);
     let ready = script.take().into();
     let mut speaking = Speaking { listening, script, ready, is_over: false };
     if !prepared.stream {
-        return Ok(Json(speaking.whole().await?).into_response());
+        return Ok(called(&id, Json(speaking.whole().await?).into_response()));
     }
     let events = stream::unfold(speaking, |mut speaking| async move {
         let event = speaking.next().await?;
         Some((sent(&Heard::of(&event)), speaking))
     });
-    Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())
+    Ok(called(&id, Sse::new(events).keep_alive(KeepAlive::default()).into_response()))
 }
 
 pub(crate) async fn one(
@@ -76,6 +78,27 @@ pub(crate) async fn one(
             Ok(Sse::new(stream::iter(events)).into_response())
         }
     }
+}
+
+/// `GET /v1/responses/ID/input_items`.
+pub(crate) async fn input_items(
+    State(shared): State<Shared>,
+    Extension(owner): Caller,
+    Path(id): Path<String>,
+    page: Result<Query<Page>, QueryRejection>,
+) -> Result<Json<Value>, Refusal> {
+    let Query(page) = page.map_err(|error| Refusal::unreadable(400, "invalid_value", None, error.body_text()))?;
+    Ok(Json(responses::input_items(&shared.service, owner, parsed(&id)?, &page).await?))
+}
+
+/// `POST /v1/responses/input_tokens`.
+pub(crate) async fn count(
+    State(shared): State<Shared>,
+    Extension(owner): Caller,
+    body: Body,
+) -> Result<Json<Value>, Refusal> {
+    let bytes = body.bytes().to_vec();
+    Ok(Json(responses::count(&shared.service, owner, &bytes, body.into_share()).await?))
 }
 
 pub(crate) async fn cancel(

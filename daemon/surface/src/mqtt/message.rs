@@ -134,14 +134,18 @@ impl Request {
     ) -> Result<Self, Box<Unread>> {
         let correlation = publish.correlation.clone().filter(|bytes| bytes.len() <= CORRELATION_BYTES_MAX);
         let fallback = |id: &str| Address { topic: topics.reply(place, id), correlation: correlation.clone() };
-        let named = publish.response_topic.as_ref().filter(|topic| topics.check_reply(&place.client, topic).is_ok());
+        // A refusal goes where the answer would have gone, if that can be read and is allowed.
         let unread = |refusal: Refusal, id: Option<String>| {
-            let topic = named.cloned();
+            let topic = publish.response_topic.clone().or_else(|| text_of(&publish.payload, "reply_to"));
+            let topic = topic.filter(|topic| topics.check_reply(&place.client, topic).is_ok());
             let address = fallback(id.as_deref().filter(|id| is_segment(id)).unwrap_or("invalid"));
             let address = topic.map_or(address, |topic| Address { topic, correlation: correlation.clone() });
             Box::new(Unread { refusal, id, address })
         };
-        let envelope: Envelope = parse(&publish.payload).map_err(|refusal| unread(refusal, None))?;
+        let envelope: Envelope = parse(&publish.payload).map_err(|refusal| {
+            let id = text_of(&publish.payload, "id").filter(|id| is_segment(id));
+            unread(refusal, id)
+        })?;
         let id = envelope.id.clone().or_else(|| correlation.as_deref().map(id_of));
         let Some(id) = id.filter(|id| is_segment(id)) else {
             let reason = "is missing or no plain word of at most 128 bytes (letters, digits, - _ . : @ ~)";
@@ -185,6 +189,12 @@ impl Request {
     pub(super) fn address(&self) -> Address {
         Address { topic: self.reply.clone(), correlation: self.correlation.clone() }
     }
+}
+
+/// A text of a payload that is no request, if it is JSON at all.
+fn text_of(payload: &[u8], name: &str) -> Option<String> {
+    let fields: Map<String, Value> = serde_json::from_slice(payload).ok()?;
+    Some(fields.get(name)?.as_str()?.to_owned())
 }
 
 impl Envelope {
@@ -344,6 +354,11 @@ pub(super) mod tests {
             let unread = read(payload, |_| {}).unwrap_err();
             assert_eq!(unread.refusal.body()["error"]["param"].as_str(), param, "{payload}");
             assert!(unread.address.topic.starts_with("s/box/res/lamp/"), "{payload}: {}", unread.address.topic);
+        }
+        let asker = r#"{"id": "a", "reply_to": "s/reply/z", "body": "#;
+        for wrong in ["1}", "{}, \"v\": 2}", "{}, \"nope\": 1}"] {
+            let unread = read(&format!("{asker}{wrong}"), |_| {}).unwrap_err();
+            assert_eq!((unread.id.as_deref(), unread.address.topic.as_str()), (Some("a"), "s/reply/z"), "{wrong}");
         }
         let elsewhere = read("{", |publish| publish.response_topic = Some("s/reply/z".to_owned())).unwrap_err();
         assert_eq!(elsewhere.address.topic, "s/reply/z");

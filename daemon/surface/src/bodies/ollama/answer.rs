@@ -127,9 +127,9 @@ fn head(kind: Kind, model: &str, answer: &Answer) -> Value {
                 line["message"]["thinking"] = json!(answer.reasoning);
             }
             if !answer.calls.is_empty() {
-                let call = |ToolCall { name, arguments, .. }: &ToolCall| {
+                let call = |ToolCall { id, name, arguments }: &ToolCall| {
                     let arguments: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
-                    json!({ "function": { "name": name, "arguments": arguments } })
+                    json!({ "id": id, "function": { "name": name, "arguments": arguments } })
                 };
                 line["message"]["tool_calls"] = answer.calls.iter().map(call).collect();
             }

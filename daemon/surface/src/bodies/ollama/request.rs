@@ -43,8 +43,8 @@ struct Common {
     model: Option<String>,
     stream: Option<bool>,
     format: Option<Value>,
-    #[serde(default)]
-    options: Options,
+    /// Go's clients write null for none, here and elsewhere.
+    options: Option<Options>,
     think: Option<Value>,
     keep_alive: Option<Value>,
     logprobs: Option<Value>,
@@ -53,47 +53,43 @@ struct Common {
 
 #[derive(Debug, Deserialize)]
 struct ChatFields {
-    #[serde(default)]
-    messages: Vec<Message>,
+    messages: Option<Vec<Message>>,
     tools: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]
 struct GenerateFields {
-    #[serde(default)]
-    prompt: String,
+    prompt: Option<String>,
     suffix: Option<String>,
     system: Option<String>,
     template: Option<String>,
     context: Option<Vec<u32>>,
-    #[serde(default)]
-    raw: bool,
-    #[serde(default)]
+    raw: Option<bool>,
     images: Option<Vec<Value>>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Message {
     role: String,
-    #[serde(default)]
-    content: String,
+    content: Option<String>,
     thinking: Option<String>,
     images: Option<Vec<Value>>,
     tool_calls: Option<Vec<Call>>,
     /// Of a tool's result.
     tool_name: Option<String>,
+    tool_call_id: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Call {
+    id: Option<String>,
     function: Function,
 }
 
 #[derive(Debug, Deserialize)]
 struct Function {
     name: String,
-    #[serde(default)]
-    arguments: Map<String, Value>,
+    arguments: Option<Map<String, Value>>,
 }
 
 /// How tokens are chosen. What says how the machine computes (`num_ctx`, `num_gpu`, `num_thread`, ...) is the daemon's
@@ -122,11 +118,17 @@ struct Options {
 /// What is wrong with it, and where.
 pub(crate) fn chat(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let (common, fields) = (parse::<Common>(bytes)?, parse::<ChatFields>(bytes)?);
-    if fields.messages.is_empty() {
+    let messages = fields.messages.unwrap_or_default();
+    if messages.is_empty() {
         return common.nothing();
     }
-    let messages = messages(fields.messages)?;
-    common.answer(true, json!({ "messages": messages, "tools": fields.tools }))
+    let messages = written(messages)?;
+    // An answer that is the last message goes on.
+    let goes_on = messages
+        .last()
+        .is_some_and(|last| last["role"] == "assistant" && last["content"] != "" && last.get("tool_calls").is_none());
+    let body = json!({ "messages": messages, "tools": fields.tools, "continue_final_message": goes_on });
+    common.answer(true, body)
 }
 
 /// A body of `/api/generate`: a chat of one message, or with `raw` a text that goes on.
@@ -144,16 +146,14 @@ pub(crate) fn generate(bytes: &[u8]) -> Result<Wanted, Refusal> {
     if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
         return Err(Refusal::invalid(name, "is not served"));
     }
-    if fields.prompt.is_empty() {
-        return common.nothing();
-    }
-    if fields.raw {
-        return common.answer(false, json!({ "prompt": fields.prompt }));
+    let Some(prompt) = fields.prompt.filter(|prompt| !prompt.is_empty()) else { return common.nothing() };
+    if fields.raw == Some(true) {
+        return common.answer(false, json!({ "prompt": prompt }));
     }
     let system = fields.system.filter(|system| !system.is_empty());
     let mut messages: Vec<Value> =
         system.into_iter().map(|system| json!({ "role": "system", "content": system })).collect();
-    messages.push(json!({ "role": "user", "content": fields.prompt }));
+    messages.push(json!({ "role": "user", "content": prompt }));
     common.answer(true, json!({ "messages": messages }))
 }
 
@@ -190,7 +190,7 @@ impl Common {
 
     fn answer(self, is_chat: bool, mut body: Value) -> Result<Wanted, Refusal> {
         let (model, keep_alive) = (self.name(), self.keep_alive()?);
-        self.options.write(&mut body)?;
+        self.options.unwrap_or_default().write(&mut body)?;
         body["model"] = json!(model);
         body["response_format"] = match self.format {
             None | Some(Value::Null) => Value::Null,
@@ -225,14 +225,12 @@ impl Options {
             return Err(Refusal::invalid(name, "is not served"));
         }
         body["max_tokens"] = match self.num_predict {
-            // -1: without end, -2: to the end of the context; both end there.
-            None | Some(-2 | -1) => Value::Null,
-            Some(n) if u32::try_from(n).is_ok_and(|n| n > 0) => json!(n),
-            Some(n) => {
-                return Err(Refusal::invalid("options.num_predict", format!("is {n}, must be 1 or more, or -1")));
-            }
+            // Without end; it ends with the context.
+            None | Some(..=0) => Value::Null,
+            Some(n) if u32::try_from(n).is_ok() => json!(n),
+            Some(n) => return Err(Refusal::invalid("options.num_predict", format!("is {n}, which is too many"))),
         };
-        if self.num_predict.is_none_or(|n| n < 0) && body.get("prompt").is_some() {
+        if self.num_predict.is_none_or(|n| n <= 0) && body.get("prompt").is_some() {
             // A completion would end after OpenAI's 16.
             body["max_tokens"] = json!(u32::MAX);
         }
@@ -253,37 +251,39 @@ impl Options {
     }
 }
 
-/// Messages as OpenAI has them. Ollama's calls have no ids: results answer them in their order.
-fn messages(messages: Vec<Message>) -> Result<Vec<Value>, Refusal> {
+/// Messages as OpenAI has them. Calls of older clients have no ids: results answer them in their order.
+fn written(messages: Vec<Message>) -> Result<Vec<Value>, Refusal> {
     let (mut n_calls, mut n_results) = (0u32, 0u32);
     let id = |n: &mut u32| {
         *n += 1;
         format!("call_{}", *n - 1)
     };
-    let mut written = Vec::with_capacity(messages.len());
+    let mut all = Vec::with_capacity(messages.len());
     for (at, message) in messages.into_iter().enumerate() {
         if message.images.is_some_and(|images| !images.is_empty()) {
             return Err(Refusal::invalid(&format!("messages[{at}].images"), "is not served: models here read text"));
         }
-        let mut one = json!({ "role": message.role, "content": message.content });
+        let mut one = json!({ "role": message.role, "content": message.content.unwrap_or_default() });
         if let Some(thinking) = message.thinking.filter(|thinking| !thinking.is_empty()) {
             one["reasoning_content"] = json!(thinking);
         }
         if let Some(calls) = message.tool_calls.filter(|calls| !calls.is_empty()) {
             let mut call = |call: Call| {
-                let arguments = Value::Object(call.function.arguments).to_string();
+                let arguments = Value::Object(call.function.arguments.unwrap_or_default()).to_string();
                 let function = json!({ "name": call.function.name, "arguments": arguments });
-                json!({ "id": id(&mut n_calls), "type": "function", "function": function })
+                let counted = id(&mut n_calls);
+                json!({ "id": call.id.filter(|id| !id.is_empty()).unwrap_or(counted), "type": "function", "function": function })
             };
             one["tool_calls"] = calls.into_iter().map(&mut call).collect();
         }
         if message.role == "tool" {
-            one["tool_call_id"] = json!(id(&mut n_results));
+            let counted = id(&mut n_results);
+            one["tool_call_id"] = json!(message.tool_call_id.filter(|id| !id.is_empty()).unwrap_or(counted));
             one["name"] = json!(message.tool_name);
         }
-        written.push(one);
+        all.push(one);
     }
-    Ok(written)
+    Ok(all)
 }
 
 #[cfg(test)]
@@ -327,6 +327,29 @@ mod tests {
     }
 
     #[test]
+    fn calls_and_results_keep_the_ids_that_they_have() {
+        let body = body(chat(
+            br#"{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
+                {"role": "tool", "tool_call_id": "a", "content": "1"}]}"#,
+        ));
+        assert_eq!(
+            (&body["messages"][0]["tool_calls"][0]["id"], &body["messages"][1]["tool_call_id"]),
+            (&json!("a"), &json!("a"))
+        );
+    }
+
+    #[test]
+    fn null_is_nothing_as_clients_in_go_write_it() {
+        let all = br#"{"prompt": "x", "options": null, "format": null, "system": null, "raw": null, "images": null,
+            "context": null, "stream": null, "keep_alive": null, "think": null}"#;
+        assert_eq!(body(generate(all))["messages"].as_array().unwrap().len(), 1);
+        let unlimited =
+            body(chat(br#"{"messages": [{"role": "user", "content": "x"}], "options": {"num_predict": 0}}"#));
+        assert!(unlimited["max_tokens"].is_null());
+        assert!(matches!(chat(br#"{"messages": null}"#), Ok(Wanted::Nothing { .. })));
+    }
+
+    #[test]
     fn a_generation_is_a_chat_of_one_message_or_raw_text() {
         let chat = body(generate(br#"{"prompt": "x", "system": "y"}"#));
         assert_eq!(chat["messages"].as_array().unwrap().len(), 2);
@@ -341,7 +364,7 @@ mod tests {
         let options =
             |options: &str| refused(generate(format!(r#"{{"prompt": "x", "options": {options}}}"#).as_bytes()));
         assert_eq!(options(r#"{"mirostat": 1}"#), "options.mirostat");
-        assert_eq!(options(r#"{"num_predict": -5}"#), "options.num_predict");
+        assert_eq!(options(r#"{"num_predict": 5000000000}"#), "options.num_predict");
     }
 
     #[test]

@@ -36,7 +36,6 @@ pub(super) struct Fields {
     conversation: Option<Value>,
     prompt: Option<Value>,
     top_logprobs: Option<u32>,
-    max_tool_calls: Option<u32>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -68,7 +67,6 @@ impl Fields {
             ("conversation", fields.conversation.as_ref().is_some_and(|value| !value.is_null())),
             ("prompt", fields.prompt.as_ref().is_some_and(|value| !value.is_null())),
             ("top_logprobs", fields.top_logprobs.is_some_and(|n| n > 0)),
-            ("max_tool_calls", fields.max_tool_calls.is_some()),
             ("truncation", fields.truncation.as_ref().is_some_and(|kind| kind != "disabled")),
         ];
         if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
@@ -87,6 +85,14 @@ impl Fields {
     /// Whether the response is kept.
     pub(super) fn is_stored(&self) -> bool {
         self.store == Some(true) || self.background == Some(true) || self.previous_response_id.is_some()
+    }
+
+    /// The items of the input; none where it is a text.
+    pub(super) fn items_mut(&mut self) -> &mut [Map<String, Value>] {
+        match &mut self.input {
+            Input::Text(_) => &mut [],
+            Input::Items(items) => items,
+        }
     }
 
     /// The model's name.
@@ -186,6 +192,7 @@ fn content(value: Option<&Value>, place: &str) -> Result<Value, Refusal> {
         Some(Value::Array(parts)) => {
             let part = |(at, part): (usize, &Value)| match part["type"].as_str() {
                 Some("input_text" | "output_text" | "text") => Ok(json!({ "type": "text", "text": part["text"] })),
+                Some("refusal") => Ok(json!({ "type": "text", "text": part["refusal"] })),
                 _ => {
                     let reason = format!("is '{}', only text is served", part["type"].as_str().unwrap_or_default());
                     Err(Refusal::invalid(&format!("{place}[{at}].type"), reason))
@@ -213,9 +220,14 @@ fn tool(tool: &Value) -> Result<Value, Refusal> {
 }
 
 fn tool_choice(choice: &Value) -> Value {
-    match choice.get("name") {
-        Some(name) => json!({ "type": "function", "function": { "name": name } }),
-        None => choice.clone(),
+    let function = |choice: &Value| json!({ "type": "function", "function": { "name": choice["name"] } });
+    match choice["type"].as_str() {
+        Some("function") => function(choice),
+        Some("allowed_tools") => {
+            let tools: Vec<Value> = choice["tools"].as_array().into_iter().flatten().map(function).collect();
+            json!({ "type": "allowed_tools", "allowed_tools": { "mode": choice["mode"], "tools": tools } })
+        }
+        _ => choice.clone(),
     }
 }
 

@@ -37,6 +37,8 @@ pub(super) struct Tokens {
     /// Where that is known.
     pub(super) cached: Option<u32>,
     pub(super) output: u32,
+    /// Of the output, where that is known.
+    pub(super) reasoning: Option<u32>,
 }
 
 /// Writes the events of one response.
@@ -97,6 +99,7 @@ impl Script {
                     input: usage.prompt_tokens,
                     cached: Some(usage.cached_tokens),
                     output: usage.completion_tokens,
+                    reasoning: Some(usage.reasoning_tokens),
                 };
                 let end = if reason == FinishReason::Length { End::Incomplete } else { End::Completed };
                 self.end(&end, tokens)
@@ -164,6 +167,7 @@ impl Script {
                 "input_tokens": tokens.input,
                 "input_tokens_details": { "cached_tokens": tokens.cached },
                 "output_tokens": tokens.output,
+                "output_tokens_details": { "reasoning_tokens": tokens.reasoning },
                 "total_tokens": u64::from(tokens.input) + u64::from(tokens.output),
             });
         }
@@ -225,7 +229,8 @@ impl Script {
         self.open = Some(Open { kind, id, text: String::new() });
     }
 
-    fn close(&mut self) {
+    /// Ends the text that goes on.
+    pub(super) fn close(&mut self) {
         let Some(Open { kind, id, text }) = self.open.take() else { return };
         let mut event = self.part(kind.done(), &id);
         event["text"] = json!(text);
@@ -316,7 +321,7 @@ mod tests {
         }
         let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
         script.hear(Event::ToolCall { index: 0, id, name, arguments });
-        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 4 };
+        let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 4, reasoning_tokens: 2 };
         let finished = Finished { reason: FinishReason::Stop, usage, timings: Timings::default() };
         assert!(script.hear(Event::Finished(finished)));
         script.take()
@@ -346,6 +351,7 @@ mod tests {
         assert_eq!(response["output"][0]["content"][0]["text"], "Hello");
         assert_eq!(response["output"][1]["name"], "f");
         assert_eq!(response["usage"]["total_tokens"], 7);
+        assert_eq!(response["usage"]["output_tokens_details"]["reasoning_tokens"], 2);
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Where is a response kept? As a turn of a session, whose name is part of the response's.
 
+use super::items;
 use super::request::Fields;
 use super::script::{End, Head, Script, Tokens};
-use crate::bodies::{ChatAsk, models, sessions};
+use crate::bodies::{ChatAsk, models, sessions, size};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Owner, Request};
@@ -56,6 +57,7 @@ pub(crate) async fn prepare(
     held: impl Send + 'static,
 ) -> Result<Prepared, Refusal> {
     let mut fields = Fields::read(body)?;
+    items::resolve(service, owner, &mut fields).await?;
     let (stream, background) = (fields.stream.unwrap_or(false), fields.background.unwrap_or(false));
     if !fields.is_stored() {
         let id = format!("{PREFIX}{:016x}", getrandom::u64().unwrap_or_default());
@@ -85,6 +87,25 @@ pub(crate) async fn prepare(
             Err(renamed(refusal))
         }
     }
+}
+
+/// How many tokens a request would give the model.
+///
+/// # Errors
+/// What is wrong with the request; the model's, which must be of this box.
+pub(crate) async fn count(
+    service: &Service,
+    owner: Owner,
+    body: &[u8],
+    held: impl Send + 'static,
+) -> Result<Value, Refusal> {
+    let mut fields = Fields::read(body)?;
+    if fields.previous_response_id.is_some() {
+        return Err(Refusal::invalid("previous_response_id", "is not counted: send the whole conversation"));
+    }
+    items::resolve(service, owner, &mut fields).await?;
+    let ask = ChatAsk::read(fields.chat(None)?.to_string().as_bytes()).map_err(renamed)?;
+    size::of_chat(service, owner, ask, held).await.map_err(renamed)
 }
 
 /// The turn that a request will be: of the session of the response that it goes on from, of a fork of it where that
@@ -154,7 +175,8 @@ pub(crate) async fn stored(
         End::Cancelled => "cancelled",
         End::Failed { .. } => "failed",
     };
-    script.end(&end, Tokens { input: turn.prompt_tokens, cached: None, output: turn.answer_tokens });
+    let (input, output) = (turn.prompt_tokens, turn.answer_tokens);
+    script.end(&end, Tokens { input, cached: None, output, reasoning: None });
     let events = script.take();
     let response = Script::last_response(&events).unwrap_or_else(|| script.response(status));
     Ok(Stored::Told(events, response))
@@ -179,7 +201,7 @@ pub(crate) async fn delete(service: &Service, owner: Owner, id: ResponseId) -> R
     Ok(json!({ "id": id.to_string(), "object": "response", "deleted": true }))
 }
 
-async fn turns(
+pub(super) async fn turns(
     service: &Service,
     owner: Owner,
     id: ResponseId,
@@ -193,7 +215,7 @@ async fn turns(
 }
 
 /// What is known of a response without its request.
-fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
+pub(super) fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
     let previous = id.turn.checked_sub(1).map(|turn| ResponseId { turn, ..id }.to_string());
     let rules = turn.messages.first().filter(|message| message.role == Role::System);
     let fixed = json!({
@@ -213,7 +235,7 @@ fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
     Head { id: id.to_string(), fixed }
 }
 
-fn say(script: &mut Script, answer: &ChatMessage) {
+pub(super) fn say(script: &mut Script, answer: &ChatMessage) {
     script.text_of(true, answer.reasoning_content.as_deref().unwrap_or_default());
     script.text_of(false, answer.content.as_deref().unwrap_or_default());
     for call in &answer.tool_calls {

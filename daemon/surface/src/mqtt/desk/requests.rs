@@ -20,6 +20,9 @@ impl Desk {
             log::debug!(topic:% = publish.topic; "a publish that is no request");
             return self.acknowledge(acks, acts);
         };
+        if publish.payload.is_empty() && publish.response_topic.is_none() {
+            return self.acknowledge(acks, acts); // clears what a client had retained
+        }
         if self.is_stopping {
             return; // unacknowledged, the broker gives it again
         }
