@@ -77,24 +77,6 @@ fn answers_are_the_same_where_most_rows_are_slow() {
 }
 
 #[test]
-fn rows_in_8_bits_take_less_memory_and_say_the_same_wherever_they_lie() {
-    let folder = tempfile::tempdir().unwrap();
-    let model = chatty::write(folder.path());
-    let eight = "model.default.kv_dtype=q8_0";
-    let per_token = |daemon: &Daemon| {
-        let models = daemon.get("/v1/models").json();
-        models["data"][0]["meta"]["kv_bytes_per_token"].as_u64().unwrap()
-    };
-    let (wide, roomy) = (start(&model, &["memory.budget=256MiB"]), start(&model, &["memory.budget=256MiB", eight]));
-    assert!(per_token(&roomy) * 4 < per_token(&wide) * 3, "{} of {}", per_token(&roomy), per_token(&wide));
-    let expected = said(&roomy.post("/v1/chat/completions", &requests()[1]).body);
-    assert_eq!(roomy.status()["kv_blocks_slow"], 0);
-    let tight = start(&model, &[TIGHT, &[eight, "memory.hot_share=0", "memory.budget=5MiB"]].concat());
-    let answers = finish(begin(&tight));
-    assert_eq!(answers[1], expected, "log:\n{}", tight.log());
-}
-
-#[test]
 fn a_device_that_reads_no_file_has_its_slow_tier_in_memory() {
     let folder = tempfile::tempdir().unwrap();
     let model = chatty::write(folder.path());

@@ -15,8 +15,8 @@ use sparsed_quant::Format;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// Largest page of the machines we run on; giving back less than could be given is harmless.
-const PAGE_BYTES: usize = 1 << 16;
+/// Largest page of the machines we run on.
+const PAGE_BYTES_MAX: usize = 1 << 16;
 
 /// Tokens of a block are a multiple of this: tiles of index keys are whole.
 #[allow(clippy::cast_possible_truncation, reason = "16")]
@@ -210,7 +210,7 @@ impl Plane {
         // SAFETY: the host has let go of the block.
         unsafe { self.bytes_mut(range.start, self.block_bytes) }.fill(0);
         // Whole pages inside go back to the system; they read as zero afterwards, as they do now.
-        let page = PAGE_BYTES;
+        let page = page_bytes();
         let (first, last) = (range.start.next_multiple_of(page), range.end / page * page);
         if first < last {
             // SAFETY: private anonymous pages without a reference into them; a refusal leaves zeroed pages.
@@ -309,7 +309,52 @@ impl Pool {
     }
 }
 
+/// What the system gives and takes memory by. With a page too large for the machine, what blocks begin and end in would
+/// stay; one too small would take from the next block.
+fn page_bytes() -> usize {
+    // SAFETY: it answers a number and does nothing.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(bytes).ok().filter(|n| n.is_power_of_two()).unwrap_or(PAGE_BYTES_MAX)
+}
+
 fn small(n: u64) -> Result<usize> {
     let too_large = || PluginError::invalid(format!("{n} rows or columns"));
     usize::try_from(n).ok().filter(|&n| n <= 1 << 31).ok_or_else(too_large)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    /// Pages of the plane that are in memory.
+    fn resident(plane: &Plane) -> usize {
+        let (page, n) = (page_bytes(), plane.map.len().div_ceil(page_bytes()));
+        let mut entries = vec![0; 8 * n];
+        let first = plane.at.addr() / page;
+        File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, 8 * first as u64).unwrap();
+        entries.as_chunks().0.iter().filter(|entry| u64::from_ne_bytes(**entry) >> 63 == 1).count()
+    }
+
+    #[test]
+    fn memory_of_a_block_is_given_back_whole_and_its_neighbours_stay() {
+        // Odd numbers of pages, which no larger page divides, and a block that ends inside of one.
+        for (n_pages, more) in [(5, 0), (23, 0), (7, 100)] {
+            let block_bytes = n_pages * page_bytes() + more;
+            let plane = Plane::new(block_bytes, 4, Advice::NoHugePage).unwrap();
+            for block in 0..4 {
+                // SAFETY: nobody else uses the plane.
+                unsafe { plane.bytes_mut(block * block_bytes, block_bytes) }.fill(block as u8 + 1);
+            }
+            let all = resident(&plane);
+            plane.discard(1);
+            plane.discard(2);
+            let pages = all - resident(&plane);
+            assert!(pages == 2 * n_pages || more > 0 && pages >= 2 * (n_pages - 1), "{pages} of blocks of {n_pages}");
+            for (block, value) in [(0, 1), (1, 0), (2, 0), (3, 4)] {
+                assert!(plane.bytes(block * block_bytes, block_bytes).iter().all(|&byte| byte == value), "{block}");
+            }
+        }
+    }
 }
