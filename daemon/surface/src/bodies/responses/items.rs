@@ -7,7 +7,7 @@ use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sparsed_engine::api::Owner;
-use sparsed_engine::{ChatMessage, Role, SaidTurn, Service};
+use sparsed_engine::{ChatMessage, Role, SaidTurn, Service, ToolCall};
 
 /// Items of a page, when the client does not say, and most of them.
 const PAGE: (usize, usize) = (20, 100);
@@ -106,7 +106,10 @@ fn items_of(message: &ChatMessage) -> Vec<(&'static str, Value)> {
         _ => json!({ "type": "input_text", "text": text }),
     };
     let said = json!({ "type": "message", "role": message.role.as_str(), "content": [content] });
-    let call = |call: &sparsed_engine::ToolCall| json!({ "type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments });
+    let call = |call: &ToolCall| {
+        let ToolCall { id, name, arguments } = call;
+        json!({ "type": "function_call", "call_id": id, "name": name, "arguments": arguments })
+    };
     let said = (!text.is_empty() || message.tool_calls.is_empty()).then_some(("msg_", said));
     said.into_iter().chain(message.tool_calls.iter().map(|one| ("fc_", call(one)))).collect()
 }
@@ -145,7 +148,7 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_engine::{SessionId, ToolCall, TurnEnd};
+    use sparsed_engine::{SessionId, TurnEnd};
 
     fn turn(messages: Vec<ChatMessage>) -> SaidTurn {
         let (answer, end) = (Some(ChatMessage::new(Role::Assistant, "Yes.")), TurnEnd::Complete);
