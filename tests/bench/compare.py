@@ -3,11 +3,11 @@
 
 Both sides run each test in turn (A B A B ...); the table has medians, in brackets the lowest and highest of the rounds,
 and says "busy" where the machine had other work. llama.cpp reads what lies before a depth, which takes minutes, so its
-side of a test at depth is run with --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
+side of a test is run at depths up to --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
 
 Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
            [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf] [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3]
-           [--deep] [--only TEXT] [--results RESULTS.md] [--plot FOLDER]
+           [--deep TOKENS] [--only TEXT] [--results RESULTS.md] [--plot FOLDER]
 BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
 The others have random weights: BABY_DSA 16 index heads, BABY_DSA_64 64 of them.
 """
@@ -118,7 +118,7 @@ def spread(times: list[float], kind: str) -> str:
 
 def measure(test: Test, sides: Sides) -> str:
     ours, cpu, theirs, their_cpu = [], [], [], []
-    both = test.theirs is not None and (test.depth == 0 or sides.arguments.deep)
+    both = test.theirs is not None and test.depth <= sides.arguments.deep
     busy = is_busy()
     for _ in range(sides.arguments.rounds):
         if both:
@@ -152,7 +152,7 @@ def table(sides: Sides) -> list[str]:
 
 
 def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
-    """Lines over a doubling axis, both axes logarithmic."""
+    """Lines over a doubling axis, both axes logarithmic; x from 1024 on is told in K."""
     every = [point for line in points.values() for point in line]
     steps = sorted({x for x, _ in every})
     top = 10 ** len(str(int(max(y for _, y in every))))
@@ -161,7 +161,7 @@ def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
         return 60 + 500 * across, 320 - 280 * max(0.0, min(1.0, math.log10(y) / math.log10(top)))
     body = [f'<text x="60" y="20">{title}</text>']
     for x in steps:
-        body.append(f'<text x="{place(x, 1)[0] - 12:.0f}" y="340">{x // 1024}K</text>')
+        body.append(f'<text x="{place(x, 1)[0] - 12:.0f}" y="340">{f"{x // 1024}K" if x >= 1024 else x}</text>')
     for y in (10**i for i in range(len(str(top)))):
         height = place(steps[0], y)[1]
         body.append(f'<line x1="60" x2="560" y1="{height:.0f}" y2="{height:.0f}" stroke="#ddd"/>')
@@ -171,19 +171,35 @@ def svg(title: str, points: dict[str, list[tuple[int, float]]]) -> str:
         body.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         x, y = place(*line[-1])
         body.append(f'<text x="{x + 6:.0f}" y="{y + 4:.0f}" fill="{colour}">{name}</text>')
-    head = '<svg xmlns="http://www.w3.org/2000/svg" width="680" height="350" font-family="sans-serif" font-size="12">'
+    head = '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="350" font-family="sans-serif" font-size="12">'
     return "\n".join([head, *body, "</svg>", ""])
 
 
 def plot(sides: Sides, folder: Path) -> None:
-    """CPU time of a decoded token against the context."""
+    """CPU time of a decoded token against the context, and against the sequences of a step."""
     points: dict[str, list[tuple[int, float]]] = {}
     for name, options in (("k = 512", ()), ("dense", ("--dense",))):
         for depth in (2048 << i for i in range(8)):
             test = Test("", "decode", 4 if options else 16, depth, 1, "dsa", None, "", options)
             points.setdefault(name, []).append((depth, sides.ours(test)[1]))
+    for depth in (2048 << i for i in range(8) if 2048 << i <= sides.arguments.deep):
+        test = Test("", "decode", 8, depth, 1, "base", "base", "")
+        points.setdefault("llama.cpp, base model", []).append((depth, sides.theirs(test)[0]))
     (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread", points))
-    print({name: [(x, round(y, 2)) for x, y in line] for name, line in points.items()})
+    tell(points)
+    batch: dict[str, list[tuple[int, float]]] = {}
+    for name, depth, options in (("k = 512, 8K", 8192, ()), ("dense, 8K", 8192, ("--dense",)), ("512 tokens", 512, ())):
+        for sequences in (1, 2, 4, 8, 16):
+            every = ("--sequences", str(sequences), *options)
+            test = Test("", "decode", 4 if options else 16, depth, 1, "dsa", None, "", every)
+            batch.setdefault(name, []).append((sequences, sides.ours(test)[1]))
+    (folder / "batch.svg").write_text(
+        svg("CPU time per decoded token against sequences in a step, default model, one thread", batch))
+    tell(batch)
+
+
+def tell(points: dict[str, list[tuple[int, float]]]) -> None:
+    print({name: [(x, round(y, 2)) for x, y in line] for name, line in points.items()}, flush=True)
 
 
 def main() -> None:
@@ -193,7 +209,7 @@ def main() -> None:
     for name in (*MODELS[2:], "results", "plot"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--deep", action="store_true")
+    parser.add_argument("--deep", type=int, default=0)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     sides = Sides(arguments)

@@ -5,7 +5,7 @@
 
 use rustix::process::{Pid, Signal, kill_process};
 use sparsed_backend::{Backend, Found, HostOptions, OpenOptions, Plugin, SearchPath};
-use sparsed_engine::{DeviceModel, LoadOptions, Rows, SoleSequence};
+use sparsed_engine::{DeviceModel, LoadOptions, Lockstep, Rows};
 use sparsed_kv::blocks_for;
 use sparsed_model::{Model, ProgramOptions};
 use std::collections::BTreeMap;
@@ -88,13 +88,13 @@ fn overhead(model: &Model) {
 
 struct Side {
     device: DeviceModel,
-    sequence: SoleSequence,
+    sequence: Lockstep,
     times: Vec<Duration>,
 }
 
 impl Side {
     fn new(mut device: DeviceModel) -> Self {
-        let mut sequence = SoleSequence::new(&device);
+        let mut sequence = Lockstep::new(&device, 1);
         sequence.step(&mut device, &[1; DEPTH as usize], Rows::Last).unwrap();
         Self { device, sequence, times: Vec::new() }
     }

@@ -9,7 +9,7 @@
 
 use npyz::WriterBuilder;
 use sparsed_backend::{Backend, OpenOptions, Plugin, SearchPath};
-use sparsed_engine::{ChatMessage, ChatRequest, DeviceModel, LoadOptions, Role, Rows, SoleSequence};
+use sparsed_engine::{ChatMessage, ChatRequest, DeviceModel, LoadOptions, Lockstep, Role, Rows};
 use sparsed_kv::blocks_for;
 use sparsed_model::{Model, ProgramOptions, TextStream};
 use std::collections::BTreeMap;
@@ -64,7 +64,7 @@ type Selected = Vec<Vec<Vec<u16>>>;
 /// Steps `tokens`, and keeps what each of the last `steps` has selected.
 fn read(device: &mut DeviceModel, tokens: &[u32], steps: usize) -> Selected {
     let k = device.top_k().unwrap() as usize;
-    let (mut sequence, mut selected) = (SoleSequence::new(device), Selected::new());
+    let (mut sequence, mut selected) = (Lockstep::new(device, 1), Selected::new());
     let first = tokens.len() - steps;
     for (start, chunk) in (0..).step_by(CHUNK as usize).zip(tokens.chunks(CHUNK as usize)) {
         let outputs = sequence.step(device, chunk, Rows::Last).unwrap();
@@ -85,7 +85,7 @@ fn answer(model: &Model, device: &mut DeviceModel, piece: &[u32], context: usize
     let chat = ChatRequest { messages: vec![ChatMessage::new(Role::User, &message)], ..ChatRequest::default() };
     let prompt = model.chat_format().unwrap().render(&chat).unwrap();
     let prompt = model.tokenizer().unwrap().encode_prompt(&prompt).unwrap();
-    let (mut sequence, mut selected) = (SoleSequence::new(device), Selected::new());
+    let (mut sequence, mut selected) = (Lockstep::new(device, 1), Selected::new());
     let mut logits = Vec::new();
     for chunk in prompt.chunks(CHUNK as usize) {
         logits = sequence.step(device, chunk, Rows::Last).unwrap().logits;

@@ -251,7 +251,7 @@ fn the_tool_asks_the_daemon() {
     };
     assert_eq!(tool(&["run", "--temperature", "0", "What is the capital of France?"]), format!("{FRANCE}\n"));
     let json: Value =
-        serde_json::from_str(&tool(&["run", "default", "Say hi.", "--json", "--max-tokens", "3"])).unwrap();
+        serde_json::from_str(&tool(&["chat", "default", "Say hi.", "--json", "--max-tokens", "3"])).unwrap();
     assert_eq!(json["usage"]["completion_tokens"], 3);
     assert!(tool(&["status"]).contains("ready"));
     let models: Value = serde_json::from_str(&tool(&["models", "--json"])).unwrap();

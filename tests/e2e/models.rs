@@ -65,6 +65,19 @@ fn a_model_is_loaded_by_the_first_who_asks_and_all_who_come_meanwhile_are_answer
 }
 
 #[test]
+fn a_model_whose_name_has_a_slash_is_found_by_its_address() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf");
+    let sets = [format!("model.\"maker/tiny\".path={}", path.display()), "model.\"maker/tiny\".load=demand".to_owned()];
+    let daemon = start(folder.path(), &[&sets[0], &sets[1]]);
+    for address in ["/v1/models/maker/tiny", "/v1/models/maker%2Ftiny"] {
+        let answer = daemon.get(address);
+        assert_eq!((answer.status, &answer.json()["id"]), (200, &json!("maker/tiny")), "{address}");
+    }
+    assert_eq!(daemon.get("/v1/models/maker/other").status, 404);
+}
+
+#[test]
 fn a_model_leaves_when_its_time_is_over_and_comes_back_with_its_counts() {
     let folder = tempfile::tempdir().unwrap();
     let daemon = start(folder.path(), &[]);

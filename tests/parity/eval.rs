@@ -234,3 +234,25 @@ fn inspect_looks_for_the_tensors_of_a_folder_and_counts_what_they_become() {
     let (code, _, said) = run(&["inspect", "--json"], &[dir.path()]);
     assert!(code == 1 && said.contains("blk.3.") && said.contains("is missing"), "{said}");
 }
+
+#[test]
+fn the_bench_tells_each_number_of_sequences_and_each_depth_and_refuses_what_it_cannot_run() {
+    let model = Tiny::open("v32").gguf();
+    let bench = |arguments: &str| {
+        let all = format!("bench --json -t 1 -r 1 {arguments} --model");
+        run(&all.split(' ').collect::<Vec<_>>(), &[&model])
+    };
+    let (code, told, said) = bench("-p 8 -n 2 -s 1,3 -d 0,1088");
+    assert_eq!(code, 0, "{said}");
+    let key = |row: &Value| {
+        (row["sequences"].as_u64().unwrap(), row["depth"].as_u64().unwrap(), row["kind"].as_str().unwrap().to_owned())
+    };
+    let rows: Vec<_> = told["results"].as_array().unwrap().iter().map(key).collect();
+    let all = [1, 3].into_iter().flat_map(|sequences| [0, 1088].map(|depth| (sequences, depth)));
+    let all: Vec<_> = all.flat_map(|(s, d)| ["prefill", "decode"].map(|kind| (s, d, kind.to_owned()))).collect();
+    assert_eq!(rows, all);
+    let (code, _, said) = bench("-s 129");
+    assert!(code == 2 && said.contains("1..=128"), "{said}");
+    let (code, _, said) = bench("-p 0 -n 0");
+    assert!(code == 1 && said.contains("-p or -n"), "{said}");
+}

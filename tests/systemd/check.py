@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import pwd
+import re
 import signal
 import sys
 import time
@@ -27,6 +28,10 @@ PACKAGES = "/opt/packages"
 MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
 # What the service may hold before a model is loaded.
 RESIDENT_KIB = 30 << 10
+# For how many seconds it is watched while nobody asks, and what it may do then: of a processor, and wakeups per second.
+IDLE_S = 30
+IDLE_SHARE = 0.001
+IDLE_WAKEUPS = 2
 # Seconds from a SIGKILL to the next daemon that listens, or from a hang to it: RestartSec and the watchdog included.
 RESTART_S = 15
 # Highest exposure that systemd-analyze may see, in tenths.
@@ -342,6 +347,31 @@ def without_a_loaded_model_the_service_is_small():
         assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
 
+def used_by_the_service():
+    """Ticks of CPU time that its processes used so far, and how often a thread of theirs went to sleep."""
+    ticks = sum(int(field) for text in of_the_service("stat") for field in text.rpartition(")")[2].split()[11:13])
+    sleeps = 0
+    for process in of_the_service("status"):
+        pid = re.search(r"^Pid:\s+(\d+)", process, re.M)[1]
+        for thread in glob.glob(f"/proc/{pid}/task/*/status"):
+            with open(thread) as file:
+                sleeps += int(re.search(r"^voluntary_ctxt_switches:\s+(\d+)", file.read(), re.M)[1])
+    return ticks, sleeps
+
+
+def with_a_loaded_model_that_nobody_asks_the_service_sleeps():
+    restart()
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+    # The first seconds after an answer belong to it.
+    time.sleep(5)
+    ticks, sleeps = used_by_the_service()
+    time.sleep(IDLE_S)
+    used, woken = (after - before for after, before in zip(used_by_the_service(), (ticks, sleeps)))
+    print(f"#  {used} ticks of {os.sysconf('SC_CLK_TCK')} a second and {woken} wakeups in {IDLE_S} s")
+    assert used <= IDLE_SHARE * IDLE_S * os.sysconf("SC_CLK_TCK"), f"{used} ticks in {IDLE_S} s"
+    assert woken <= IDLE_WAKEUPS * IDLE_S, f"{woken} wakeups in {IDLE_S} s"
+
+
 def slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same():
     restart()
     # Some 2900 tokens together.
@@ -462,6 +492,7 @@ CHECKS = [
     a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
     without_a_loaded_model_the_service_is_small,
+    with_a_loaded_model_that_nobody_asks_the_service_sleeps,
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,

@@ -28,6 +28,7 @@ mod grammar;
 mod ladder;
 mod lane;
 mod likelihood;
+mod lockstep;
 mod orders;
 mod params;
 mod progress;
@@ -41,7 +42,6 @@ mod service;
 mod sessions;
 #[cfg(feature = "simulation")]
 pub mod simulation;
-mod sole;
 mod step;
 mod stream;
 mod tenants;
@@ -55,6 +55,7 @@ pub use executor::{DeviceModel, ExecutorError, LoadOptions, Outputs, Queries};
 pub use grammar::{Compiler as GrammarCompiler, Grammar, GrammarSpec};
 pub use ladder::Recovery;
 pub use lane::ModelOptions;
+pub use lockstep::{CachedRows, Lockstep};
 pub use params::{Sampling, checked_stops};
 pub use residence::{KeepAlive, Left, ModelSource, Residence};
 pub use room::SlowTier;
@@ -67,7 +68,6 @@ pub use sessions::{
     Change, ContextFull, Durability, LateStore, SaidTurn, Session, SessionId, SessionState, SessionStore,
     SessionSummary, Sessions, Settings, TurnEnd, Wishes,
 };
-pub use sole::{CachedRows, SoleSequence};
 pub use tenants::{Admission, Tenants};
 
 pub use sparsed_model::{ChatMessage, ChatRequest, Role, ToolCall};

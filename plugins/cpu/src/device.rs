@@ -4,7 +4,7 @@ use crate::execute;
 use crate::level::Level;
 use crate::memory::{BLOCK_TOKENS_ALIGN, Pool, Weight};
 use crate::plan::Plan;
-use crate::threads::{Team, allowed_cpus};
+use crate::threads::{THREADS_MAX, Team, allowed_cpus, threads_for};
 use crate::validate::Bound;
 use sparsed_abi::{
     DEV_CPU, DT_BF16, DT_F8E4M3, DT_F16, DT_F32, DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_Q2_K, DT_Q3_K, DT_Q4_0, DT_Q4_1,
@@ -25,9 +25,6 @@ const WEIGHT_DTYPES: &[u32] = &[
     DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_Q4_1, DT_Q5_0, DT_Q5_1, DT_Q2_K, DT_Q3_K, DT_Q4_K, DT_Q5_K, DT_Q6_K,
     DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_F8E4M3,
 ];
-
-/// Most threads in a team.
-const THREADS_MAX: usize = 256;
 
 /// The plugin: one device, the host's cores.
 #[derive(Debug)]
@@ -98,15 +95,14 @@ impl Plugin for CpuPlugin {
         if cpus.is_empty() {
             return Err(PluginError::invalid("the affinity mask leaves no processor"));
         }
-        let n = if options.n_threads == 0 { cpus.len() } else { options.n_threads as usize };
+        let n = if options.n_threads == 0 { threads_for(cpus.len()) } else { options.n_threads as usize };
         if n > THREADS_MAX {
             return Err(PluginError::invalid(format!("{n} threads, {THREADS_MAX} are allowed")));
         }
-        // Pinned only where every thread has a processor of its own.
-        let pinned = if n <= cpus.len() { &cpus[..] } else { &[] };
+        let asked = if options.cpu_mask.is_empty() { &[] } else { &cpus[..] };
         let no_threads =
             |error: std::io::Error| PluginError::new(E_NOMEM_HOST, format!("cannot start a thread: {error}"));
-        let team = Team::new(n, pinned).map_err(no_threads)?;
+        let team = Team::new(n, asked).map_err(no_threads)?;
         self.host.log(LOG_INFO, &format!("cpu device open: {n} threads, level {}", self.level.name()));
         let usage = Arc::new(Usage { budget: options.mem_budget, ..Usage::default() });
         Ok(CpuDevice { level: self.level, team, host: self.host.clone(), usage })

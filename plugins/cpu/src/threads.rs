@@ -1,26 +1,39 @@
 //! How do kernels run on several cores? A fixed team that spins for a moment, then sleeps.
 //!
-//! Every job is run by every thread with its own number; what a thread does is a function of that number alone, so
-//! results never depend on timing. The caller is thread 0.
+//! A job has as many parts as the team has threads, and what a part does is a function of its number alone, so results
+//! never depend on timing. The caller does part 0, then those that nobody has begun: on a machine with other work a
+//! thread may not be running when there is a part for it, and waiting for it costs more than the part.
 
+use std::any::Any;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 
 /// How often a waiting thread looks before it sleeps: some 20 microseconds, more than the gap between two operators.
 const SPINS: u32 = 4000;
 
+/// Low bits of [`Shared::state`], for the number of a part.
+const PART_BITS: u32 = 16;
+/// Most threads of a team.
+pub(crate) const THREADS_MAX: usize = 256;
+const _: () = assert!(THREADS_MAX < 1 << PART_BITS, "every part has a number");
+/// The state that ends the team.
+const END: u64 = u64::MAX;
+
 type Job = *const (dyn Fn(usize) + Sync);
 
 #[derive(Debug)]
 struct Shared {
-    /// Raised by one for every job; `u64::MAX` ends the team.
-    epoch: AtomicU64,
-    /// Threads that have not finished the current job.
+    /// The current job's number, and in the low [`PART_BITS`] its first part that nobody has begun.
+    state: AtomicU64,
+    /// Parts of a job.
+    parts: usize,
+    /// Parts of the current job that are not done.
     left: AtomicUsize,
-    panicked: AtomicBool,
+    /// What a part of the current job panicked with.
+    panicked: Mutex<Option<Box<dyn Any + Send>>>,
     /// Guards the pointer to the current job, which is valid while `left` is above zero.
     job: Mutex<Option<SendJob>>,
     /// The thread that waits in `run`.
@@ -29,8 +42,42 @@ struct Shared {
 
 #[derive(Clone, Copy, Debug)]
 struct SendJob(Job);
-// SAFETY: the closure is Sync, and `run` does not return before every thread has let go of it.
+// SAFETY: the closure is Sync, and `run` does not return before every part of it is done.
 unsafe impl Send for SendJob {}
+
+impl Shared {
+    fn new(parts: usize) -> Self {
+        Self {
+            state: AtomicU64::new(0),
+            parts,
+            left: AtomicUsize::new(0),
+            panicked: Mutex::new(None),
+            job: Mutex::new(None),
+            caller: Mutex::new(None),
+        }
+    }
+
+    /// The next part of job `number` that nobody has begun; whoever gets it must do it. None when there is no more, or
+    /// another job.
+    fn take(&self, number: u64) -> Option<usize> {
+        let next = |state: u64| (state >> PART_BITS == number && part_of(state) < self.parts).then_some(state + 1);
+        // Acquire: whoever gets a part sees its job.
+        self.state.fetch_update(Ordering::Acquire, Ordering::Acquire, next).ok().map(part_of)
+    }
+
+    /// Does a part, and says whether it was the last.
+    fn do_part(&self, job: &(dyn Fn(usize) + Sync), part: usize) -> bool {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| job(part))) {
+            *lock(&self.panicked) = Some(panic);
+        }
+        // Release: the caller sees this thread's writes.
+        self.left.fetch_sub(1, Ordering::Release) == 1
+    }
+}
+
+fn part_of(state: u64) -> usize {
+    (state & ((1 << PART_BITS) - 1)) as usize
+}
 
 /// A team of threads.
 #[derive(Debug)]
@@ -42,20 +89,20 @@ pub(crate) struct Team {
 }
 
 impl Team {
-    /// A team of `n` threads, the caller's included; `cpus` are the processors to use, empty for any.
+    /// A team of `n` threads, at most [`THREADS_MAX`], the caller's included. Those that are started here may run on
+    /// any of `cpus`; empty: where the caller may. None is bound to one of them: the caller may be on the same one, and
+    /// the kernel could not part them.
     pub(crate) fn new(n: usize, cpus: &[usize]) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared {
-            epoch: AtomicU64::new(0),
-            left: AtomicUsize::new(0),
-            panicked: AtomicBool::new(false),
-            job: Mutex::new(None),
-            caller: Mutex::new(None),
-        });
+        let parts = n.clamp(1, THREADS_MAX);
+        let shared = Arc::new(Shared::new(parts));
         let mut workers = Vec::new();
-        for number in 1..n.max(1) {
-            let (shared, cpu) = (Arc::clone(&shared), cpus.get(number % cpus.len().max(1)).copied());
+        let mut set = rustix::thread::CpuSet::new();
+        cpus.iter().for_each(|&cpu| set.set(cpu));
+        let set = (!cpus.is_empty()).then_some(set);
+        for number in 1..parts {
+            let shared = Arc::clone(&shared);
             let builder = std::thread::Builder::new().name(format!("spd-cpu-{number}"));
-            workers.push(builder.spawn(move || work(&shared, number, cpu))?);
+            workers.push(builder.spawn(move || work(&shared, set))?);
         }
         Ok(Self { shared, workers, turn: Mutex::new(()) })
     }
@@ -65,7 +112,7 @@ impl Team {
         self.workers.len() + 1
     }
 
-    /// Runs `job(number)` on every thread and returns when all have finished. Panics if one of them did.
+    /// Runs `job(part)` for every part below [`len`](Self::len); returns when all are done. Panics as one of them did.
     pub(crate) fn run(&self, job: &(dyn Fn(usize) + Sync)) {
         if self.workers.is_empty() {
             return job(0);
@@ -76,24 +123,28 @@ impl Team {
         let forgotten: Job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(job) };
         *lock(&shared.job) = Some(SendJob(forgotten));
         *lock(&shared.caller) = Some(std::thread::current());
-        shared.left.store(self.workers.len(), Ordering::Relaxed);
-        // Release: a worker that sees the new epoch sees the job and the count.
-        shared.epoch.fetch_add(1, Ordering::Release);
+        shared.left.store(shared.parts, Ordering::Relaxed);
+        let number = (shared.state.load(Ordering::Relaxed) >> PART_BITS) + 1;
+        // Release: whoever sees the new number sees the job and the count. Part 0 is taken.
+        shared.state.store(number << PART_BITS | 1, Ordering::Release);
         self.workers.iter().for_each(|worker| worker.thread().unpark());
-        let own = catch_unwind(AssertUnwindSafe(|| job(0)));
-        // Acquire: pairs with the workers' release, so their writes are seen after the wait.
+        let mut part = Some(0);
+        while let Some(own) = part {
+            shared.do_part(job, own);
+            part = shared.take(number);
+        }
+        // Acquire: pairs with the release of whoever did a part, so their writes are seen after the wait.
         wait_until(|| shared.left.load(Ordering::Acquire) == 0);
-        let theirs = shared.panicked.swap(false, Ordering::Relaxed);
-        if let Err(panic) = own {
+        let panic = lock(&shared.panicked).take();
+        if let Some(panic) = panic {
             std::panic::resume_unwind(panic);
         }
-        assert!(!theirs, "a compute thread panicked");
     }
 }
 
 impl Drop for Team {
     fn drop(&mut self) {
-        self.shared.epoch.store(u64::MAX, Ordering::Release);
+        self.shared.state.store(END, Ordering::Release);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             drop(worker.join());
@@ -106,6 +157,12 @@ pub(crate) fn part(total: usize, number: usize, n: usize) -> std::ops::Range<usi
     total * number / n..total * (number + 1) / n
 }
 
+/// Threads for so many processors: no more than the control group's quota keeps busy. Threads beyond it would be stopped
+/// for the rest of each period while others wait for their parts.
+pub(crate) fn threads_for(cpus: usize) -> usize {
+    std::thread::available_parallelism().map_or(cpus, |quota| cpus.min(quota.get()))
+}
+
 /// The processors this process may run on.
 pub(crate) fn allowed_cpus(mask: &[u64]) -> Vec<usize> {
     let own = rustix::thread::sched_getaffinity(None).ok();
@@ -116,31 +173,28 @@ pub(crate) fn allowed_cpus(mask: &[u64]) -> Vec<usize> {
     (0..count).filter(|&cpu| here(cpu) && asked(cpu)).collect()
 }
 
-fn work(shared: &Shared, number: usize, cpu: Option<usize>) {
-    if let Some(cpu) = cpu {
-        let mut set = rustix::thread::CpuSet::new();
-        set.set(cpu);
+fn work(shared: &Shared, cpus: Option<rustix::thread::CpuSet>) {
+    if let Some(set) = cpus {
         // A refused affinity costs speed, not correctness.
         let _refused = rustix::thread::sched_setaffinity(None, &set);
     }
     let mut seen = 0;
     loop {
-        wait_until(|| shared.epoch.load(Ordering::Acquire) != seen);
-        seen = shared.epoch.load(Ordering::Acquire);
-        if seen == u64::MAX {
+        wait_until(|| shared.state.load(Ordering::Acquire) >> PART_BITS != seen);
+        let state = shared.state.load(Ordering::Acquire);
+        if state == END {
             return;
         }
-        let job = lock(&shared.job).expect("set before the epoch was raised");
-        // SAFETY: `run` keeps the closure alive until `left` is zero.
-        let job = unsafe { &*job.0 };
-        if catch_unwind(AssertUnwindSafe(|| job(number))).is_err() {
-            shared.panicked.store(true, Ordering::Relaxed);
-        }
-        // Release: the caller sees this thread's writes.
-        if shared.left.fetch_sub(1, Ordering::Release) == 1
-            && let Some(caller) = lock(&shared.caller).as_ref()
-        {
-            caller.unpark();
+        seen = state >> PART_BITS;
+        while let Some(part) = shared.take(seen) {
+            let job = lock(&shared.job).expect("set before its number");
+            // SAFETY: `run` keeps the closure alive while a part that was taken is not done.
+            let job = unsafe { &*job.0 };
+            if shared.do_part(job, part)
+                && let Some(caller) = lock(&shared.caller).as_ref()
+            {
+                caller.unpark();
+            }
         }
     }
 }
@@ -166,15 +220,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_thread_runs_every_job_once() {
+    fn every_part_of_every_job_is_done_once() {
         let team = Team::new(4, &[]).expect("threads");
         let counts: Vec<AtomicUsize> = (0..4).map(|_| AtomicUsize::new(0)).collect();
         for _ in 0..1000 {
-            team.run(&|number| {
-                counts[number].fetch_add(1, Ordering::Relaxed);
+            team.run(&|part| {
+                counts[part].fetch_add(1, Ordering::Relaxed);
             });
         }
         assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
+    }
+
+    #[test]
+    fn the_caller_does_what_a_thread_that_never_runs_has_not_begun() {
+        let shared = Arc::new(Shared::new(3));
+        let asleep = Arc::clone(&shared);
+        let worker = std::thread::spawn(move || wait_until(|| asleep.state.load(Ordering::Acquire) == END));
+        let team = Team { shared, workers: vec![worker], turn: Mutex::new(()) };
+        let done = Mutex::new(Vec::new());
+        team.run(&|part| lock(&done).push((part, std::thread::current().id())));
+        let own = std::thread::current().id();
+        assert_eq!(*lock(&done), [(0, own), (1, own), (2, own)]);
+    }
+
+    #[test]
+    fn a_part_of_an_old_job_is_not_given_out() {
+        let shared = Shared::new(3);
+        shared.state.store(7 << PART_BITS | 1, Ordering::Relaxed);
+        assert_eq!((shared.take(6), shared.take(7), shared.take(7), shared.take(7)), (None, Some(1), Some(2), None));
+        shared.state.store(END, Ordering::Relaxed);
+        assert_eq!(shared.take(7), None);
     }
 
     #[test]

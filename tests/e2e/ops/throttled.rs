@@ -8,6 +8,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Of the quota, in microseconds: short beside a step, so that it slows down and does not stop.
@@ -31,7 +32,9 @@ impl Quota {
         let v1 = below(":cpu:").map(|path| Path::new("/sys/fs/cgroup/cpu").join(path));
         let is_v1 = v1.is_some();
         let parent = v1.or_else(|| Some(Path::new("/sys/fs/cgroup").join(below("0::")?)))?;
-        let quota = Self { dir: parent.join(format!("sparsed-throttled-{}", std::process::id())), is_v1 };
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let quota = Self { dir: parent.join(format!("sparsed-throttled-{}-{n}", std::process::id())), is_v1 };
         fs::create_dir(&quota.dir).ok()?;
         quota.set(100).then_some(quota)
     }
@@ -48,6 +51,11 @@ impl Quota {
 
     fn take(&self, pid: u32) {
         fs::write(self.dir.join("cgroup.procs"), pid.to_string()).unwrap();
+    }
+
+    /// Puts a process back where this one's group is.
+    fn give_back(&self, pid: u32) {
+        fs::write(self.dir.with_file_name("cgroup.procs"), pid.to_string()).unwrap();
     }
 }
 
@@ -79,6 +87,20 @@ fn piece(answer: &mut BufReader<UnixStream>) -> bool {
         line.clear();
     }
     false
+}
+
+#[test]
+fn a_quota_of_one_processor_is_given_one_thread() {
+    let Some(quota) = Quota::new() else {
+        eprintln!("skipped: no control group for processor time here");
+        return;
+    };
+    let own = std::process::id();
+    quota.take(own);
+    let daemon = Daemon::spawn(Some(&root().join("tests/golden/tiny/v32/model.gguf")), &["engine.threads=0"]);
+    quota.give_back(own);
+    let daemon = daemon.ready();
+    assert!(daemon.log().contains("cpu device open: 1 threads"), "{}", daemon.log());
 }
 
 #[test]

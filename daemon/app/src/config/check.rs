@@ -229,11 +229,14 @@ fn is_table(parts: &[&str]) -> bool {
 fn unknown_key(key: &str) -> String {
     let parts: Vec<&str> = key.split('.').collect();
     // The operator's own names stand in for the stars.
-    let concrete = |pattern: &&str| {
+    let concrete = |pattern: &str| {
         let filled = pattern.split('.').zip(parts.iter().chain(std::iter::repeat(&"NAME")));
         filled.map(|(p, part)| if p == "*" { *part } else { p }).collect::<Vec<_>>().join(".")
     };
-    let candidates = KEYS.iter().map(concrete).map(|known| (strsim::jaro_winkler(&known, key), known));
+    // Keys, and the tables above them that lie as deep.
+    let depth = |pattern: &str| pattern.match_indices('.').nth(parts.len() - 1).map_or(pattern.len(), |(at, _)| at);
+    let patterns = KEYS.iter().flat_map(|pattern| [*pattern, &pattern[..depth(pattern)]]);
+    let candidates = patterns.map(concrete).map(|known| (strsim::jaro_winkler(&known, key), known));
     match candidates.filter(|(likeness, _)| *likeness >= LIKENESS).max_by(|a, b| a.0.total_cmp(&b.0)) {
         Some((_, nearest)) => format!("unknown key '{key}'; did you mean '{nearest}'?"),
         None => format!("unknown key '{key}'; known are {}", KEYS.join(", ")),

@@ -105,6 +105,9 @@ pub struct Config {
     pub model: BTreeMap<String, Model>,
 }
 
+/// Most bytes of the socket's path: what the kernel has room for, less the end.
+const SOCKET_PATH_MAX: usize = 107;
+
 /// `[socket]`
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -163,6 +166,13 @@ impl Config {
         }
         if let Some((key, _)) = paths.into_iter().find(|(_, path)| path.as_os_str().is_empty()) {
             return Some((key, "is empty, must be a path".to_owned()));
+        }
+        let socket_bytes = self.socket.path.as_ref().map_or(0, |path| path.as_os_str().len());
+        if socket_bytes > SOCKET_PATH_MAX {
+            return Some((
+                "socket.path".to_owned(),
+                format!("has {socket_bytes} bytes, must have 1 to {SOCKET_PATH_MAX}"),
+            ));
         }
         if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()) {
             return Some(wrong);
@@ -233,6 +243,8 @@ mod tests {
 
     #[test]
     fn an_unknown_key_is_named_with_its_line_and_the_nearest_key() {
+        let said = load("[modle.default]\npath = \"/x\"\n", &[]).unwrap_err();
+        assert_eq!(said, "FILE:1: unknown key 'modle'; did you mean 'model'?");
         let said = load("[socket]\n\npth = \"/x\"\n", &[]).unwrap_err();
         assert_eq!(said, "FILE:3: unknown key 'socket.pth'; did you mean 'socket.path'?");
         let said = load("[model.a]\npath = \"x\"\nmax_contxt = 1\n", &[]).unwrap_err();
@@ -247,6 +259,8 @@ mod tests {
         assert!(said.starts_with("FILE:2: ") && said.contains("max_running"), "{said}");
         let said = load("\n[limits]\nmax_running = 0\n", &[]).unwrap_err();
         assert_eq!(said, "FILE:3: limits.max_running is 0, must be 1 to 1024");
+        let said = load(&format!("[socket]\npath = \"/{}\"\n", "x".repeat(107)), &[]).unwrap_err();
+        assert_eq!(said, "FILE:2: socket.path has 108 bytes, must have 1 to 107");
         let said = load("", &["engine.threads=1", "limits.stop_s=9999"]).unwrap_err();
         assert_eq!(said, "--set limits.stop_s=9999: limits.stop_s is 9999, must be 0 to 3600");
         let said = load("[plugins]\nquarantine_ms = 9\n", &["plugins.quarantine_max_ms=8"]).unwrap_err();

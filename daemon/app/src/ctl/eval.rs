@@ -6,7 +6,7 @@ mod recall;
 mod report;
 mod texts;
 
-use super::local::{LocalDevice, LocalOutputs};
+use super::local::{LocalDevice, LocalOutputs, Needs};
 use anyhow::ensure;
 use indicatif::{ProgressBar, ProgressStyle};
 use perplexity::Perplexity;
@@ -147,7 +147,8 @@ impl Bench<'_> {
             Attention::Sparse(_) if queries => LocalOutputs::EverythingWithQueries,
             _ => LocalOutputs::EveryRow,
         };
-        self.eval.device.load(self.model, self.backend, top_k, context, chunk, outputs)
+        let needs = Needs { context, step_tokens: chunk, sequences: 1, outputs };
+        self.eval.device.load(self.model, self.backend, top_k, needs)
     }
 
     fn chunk(&self) -> usize {

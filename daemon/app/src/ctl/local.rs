@@ -49,10 +49,22 @@ pub(super) struct LocalDevice {
     pub(super) kv: Option<KvDtype>,
 }
 
+/// What a command needs room for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs {
+    /// Most tokens of a sequence.
+    pub(super) context: u32,
+    /// Most tokens of a step.
+    pub(super) step_tokens: u32,
+    /// Most sequences of a step.
+    pub(super) sequences: u32,
+    pub(super) outputs: LocalOutputs,
+}
+
 /// What a command needs of each step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LocalOutputs {
-    /// Logits of the last token.
+    /// Logits of each sequence's last token.
     LastRow,
     /// Logits of every token.
     EveryRow,
@@ -72,16 +84,9 @@ impl Local {
         self.device.open(&self.model)
     }
 
-    /// Puts the model on the device for one sequence.
-    pub(super) fn load(
-        &self,
-        model: &Model,
-        backend: &Backend,
-        max_context: u32,
-        max_step_tokens: u32,
-        outputs: LocalOutputs,
-    ) -> anyhow::Result<DeviceModel> {
-        self.device.load(model, backend, self.top_k, max_context, max_step_tokens, outputs)
+    /// Puts the model on the device.
+    pub(super) fn load(&self, model: &Model, backend: &Backend, needs: Needs) -> anyhow::Result<DeviceModel> {
+        self.device.load(model, backend, self.top_k, needs)
     }
 }
 
@@ -129,28 +134,28 @@ impl LocalDevice {
         Ok((model, backend))
     }
 
-    /// Puts the model on the device for one sequence; `top_k` as in [`Local`].
+    /// Puts the model on the device; `top_k` as in [`Local`].
     pub(super) fn load(
         &self,
         model: &Model,
         backend: &Backend,
         top_k: Option<u32>,
-        max_context: u32,
-        max_step_tokens: u32,
-        outputs: LocalOutputs,
+        needs: Needs,
     ) -> anyhow::Result<DeviceModel> {
+        let Needs { context: max_context, step_tokens: max_step_tokens, sequences: max_seqs, outputs } = needs;
         let queries_out = outputs == LocalOutputs::EverythingWithQueries;
         let selections_out = queries_out || outputs == LocalOutputs::EverythingWithSelections;
         let configured = program_options(&self.configured(model.path(), top_k));
         let program = ProgramOptions { selections_out, queries_out, ..configured };
+        let n_blocks = blocks_for(max_context).checked_mul(max_seqs).context("more KV blocks than a pool can have")?;
         let options = LoadOptions {
             program,
             max_context,
             max_step_tokens,
-            max_seqs: 1,
-            max_logits: if outputs == LocalOutputs::LastRow { 1 } else { max_step_tokens },
-            n_blocks: blocks_for(max_context),
-            n_fast: blocks_for(max_context),
+            max_seqs,
+            max_logits: if outputs == LocalOutputs::LastRow { max_seqs } else { max_step_tokens },
+            n_blocks,
+            n_fast: n_blocks,
             slow_cache_bytes: 0,
         };
         Ok(DeviceModel::load(backend, model, options, &mut |_, _| {})?)

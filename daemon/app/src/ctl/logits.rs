@@ -1,9 +1,9 @@
 //! `sparsectl logits`: what the model computes for given tokens, for comparison with other implementations.
 
-use super::local::{Local, LocalOutputs};
+use super::local::{Local, LocalOutputs, Needs};
 use anyhow::{Context, ensure};
 use npyz::WriterBuilder;
-use sparsed_engine::{Rows, SoleSequence};
+use sparsed_engine::{Lockstep, Rows};
 use std::fs::File;
 use std::io::BufWriter;
 use std::path::{Path, PathBuf};
@@ -47,11 +47,12 @@ impl Logits {
             Some(_) => LocalOutputs::EverythingWithSelections,
             None => LocalOutputs::EveryRow,
         };
-        let mut device = self.local.load(&model, &backend, length, self.chunk.min(length), outputs)?;
+        let needs = Needs { context: length, step_tokens: self.chunk.min(length), sequences: 1, outputs };
+        let mut device = self.local.load(&model, &backend, needs)?;
         let k = device.top_k();
         ensure!(self.topk_out.is_none() || k.is_some(), "--topk-out: the model reads all tokens, nothing is selected");
         let mut logits = npy(&self.out, &[u64::from(length), vocab.into()])?;
-        let mut sequence = SoleSequence::new(&device);
+        let mut sequence = Lockstep::new(&device, 1);
         let mut selections: Vec<Vec<i32>> = Vec::new();
         for chunk in ids.chunks(self.chunk as usize) {
             let out = sequence.step(&mut device, chunk, Rows::All)?;

@@ -55,6 +55,7 @@ enum Command {
     Mqtt(mqtt::Mqtt),
     Plugins(plugins::Plugins),
     Quantize(quantize::Quantize),
+    #[command(visible_alias = "chat")]
     Run(run::Run),
     Sessions(sessions::SessionsCommand),
     Status(status::Status),

@@ -251,7 +251,7 @@ impl Verify {
                 }
             }
         }
-        ensure!(n_bad == 0, "{n_bad} of {} models are not what they were", names.len());
+        ensure!(n_bad == 0, "{n_bad} of {} models are not there or not what they were", names.len());
         Ok(())
     }
 }

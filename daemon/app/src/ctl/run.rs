@@ -97,7 +97,7 @@ impl Run {
     }
 
     async fn converse(mut self) -> anyhow::Result<()> {
-        let (target, prompt) = target(&self.words)?;
+        let (target, prompt) = target(&self.words, self.options.session.is_some())?;
         let (client, model, private) = match target {
             Target::Named(name) => {
                 if self.private.any() {
@@ -110,9 +110,6 @@ impl Run {
                     *session = whole_id(&client, session).await?;
                 }
                 (client, name, None)
-            }
-            Target::File(_) if self.options.session.is_some() => {
-                bail!("a session is the daemon's and has a model; leave the model file out")
             }
             Target::File(file) => {
                 let private = PrivateDaemon::start(&file, &self.private).await?;
@@ -156,12 +153,15 @@ impl Run {
 /// The prompt that is on standard input.
 ///
 /// # Errors
-/// It is too long, or no text.
+/// There is none, it is too long, or no text.
 pub(super) fn prompt_of_stdin() -> anyhow::Result<String> {
     let mut text = String::new();
     std::io::stdin().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text)?;
     if text.len() as u64 > STDIN_BYTES_MAX {
         bail!("the prompt on standard input has more than {STDIN_BYTES_MAX} bytes");
+    }
+    if text.trim().is_empty() {
+        bail!("there is no prompt, neither among the arguments nor on standard input");
     }
     Ok(text)
 }
@@ -197,15 +197,19 @@ fn write_out(text: &str) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// One word is a file if there is such a file, a model if it looks like a name, and a prompt otherwise.
-fn target(words: &[String]) -> anyhow::Result<(Target, Option<String>)> {
+/// One word is a file if there is such a file, a model if it looks like a name, and a prompt otherwise. A session is the
+/// daemon's and has a model, so that one word is a prompt there.
+fn target(words: &[String], has_session: bool) -> anyhow::Result<(Target, Option<String>)> {
     let is_file = |word: &str| Path::new(word).exists() || has_file_extension(word);
+    let is_path = |word: &str| is_file(word) || word.starts_with(['/', '.', '~']);
     Ok(match words {
         [] => (Target::Named(DEFAULT_MODEL.to_owned()), None),
+        [prompt] if has_session => (Target::Named(DEFAULT_MODEL.to_owned()), Some(prompt.clone())),
+        [_, _] if has_session => bail!("a session has a model; leave the model out"),
         [file] if is_file(file) => (Target::File(file.into()), None),
         [name] if is_name(name) => (Target::Named(name.clone()), None),
         [prompt] => (Target::Named(DEFAULT_MODEL.to_owned()), Some(prompt.clone())),
-        [file, prompt] if is_file(file) || file.contains('/') => (Target::File(file.into()), Some(prompt.clone())),
+        [file, prompt] if is_path(file) => (Target::File(file.into()), Some(prompt.clone())),
         [name, prompt] => (Target::Named(name.clone()), Some(prompt.clone())),
         _ => bail!("a model and a prompt are all that fits; put the prompt in quotes"),
     })
@@ -227,7 +231,8 @@ mod tests {
 
     #[test]
     fn words_are_a_model_a_file_or_a_prompt() {
-        let words = |list: &[&str]| target(&list.iter().map(|&s| s.to_owned()).collect::<Vec<_>>()).unwrap();
+        let owned = |list: &[&str]| list.iter().map(|&s| s.to_owned()).collect::<Vec<_>>();
+        let words = |list: &[&str]| target(&owned(list), false).unwrap();
         let named = |name: &str| Target::Named(name.to_owned());
         assert_eq!(words(&[]), (named("default"), None));
         assert_eq!(words(&["default"]), (named("default"), None));
@@ -235,5 +240,9 @@ mod tests {
         assert_eq!(words(&["big", "Hi"]), (named("big"), Some("Hi".to_owned())));
         assert_eq!(words(&["m.gguf", "Hi"]), (Target::File("m.gguf".into()), Some("Hi".to_owned())));
         assert_eq!(words(&["./folder", "Hi"]), (Target::File("./folder".into()), Some("Hi".to_owned())));
+        assert_eq!(words(&["maker/big", "Hi"]), (named("maker/big"), Some("Hi".to_owned())));
+        let (_, prompt) = target(&owned(&["Hello"]), true).unwrap();
+        assert_eq!(prompt.as_deref(), Some("Hello"), "a session has a model");
+        assert!(target(&owned(&["big", "Hello"]), true).is_err());
     }
 }

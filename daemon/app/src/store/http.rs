@@ -206,12 +206,19 @@ fn origin(uri: &Uri) -> (Option<&str>, Option<&str>, Option<u16>) {
 
 /// An address without what may be secret.
 fn place(uri: &Uri) -> String {
-    format!("{}://{}{}", uri.scheme_str().unwrap_or_default(), uri.host().unwrap_or_default(), uri.path())
+    let port = uri.port().map_or(String::new(), |port| format!(":{port}"));
+    format!("{}://{}{port}{}", uri.scheme_str().unwrap_or_default(), uri.host().unwrap_or_default(), uri.path())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_is_told_with_its_port_and_without_its_secrets() {
+        let uri: Uri = "https://me:word@hub.example:8443/a?token=x".parse().unwrap();
+        assert_eq!(place(&uri), "https://hub.example:8443/a");
+    }
 
     #[test]
     fn redirects_lead_to_web_addresses_only() {

@@ -49,7 +49,7 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .route("/metrics", get(metrics::metrics))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
-        .route("/v1/models/{id}", get(models::one))
+        .route("/v1/models/{*id}", get(models::one))
         .route("/v1/chat/completions", post(chat::create))
         .route("/v1/chat/completions/input_tokens", post(chat::count))
         .route("/v1/completions", post(completions::create))

@@ -27,7 +27,7 @@ pub(crate) async fn list(State(shared): State<Shared>) -> Json<Value> {
     Json(models::list(&shared.service))
 }
 
-/// `GET /v1/models/{id}`.
+/// `GET /v1/models/{id}`; names have slashes, and not every client writes them as `%2F`.
 pub(crate) async fn one(
     State(shared): State<Shared>,
     id: Result<Path<String>, PathRejection>,

@@ -6,7 +6,8 @@
 
 use super::attention::Attention;
 use crate::kernels::blocked::{
-    HEADS_MAX, Heads, ROWS, Row, Softmax, WIDENED_HEADS_MAX, Widened, attend, attend_widened, can_block, can_widen,
+    Bytes, HEADS_MAX, Heads, Line, ROWS, Row, Softmax, WIDENED_HEADS_MAX, WORD_HEADS_MAX, Widened, Widths, WordBlock,
+    WordHeads, attend, attend_widened, attend_words, can_be_words, can_block, can_widen, round_query,
 };
 use crate::threads::part;
 use sparsed_quant::Format;
@@ -19,6 +20,30 @@ const RUN_TOKENS: usize = 32;
 /// work.
 const WIDEN_FROM: usize = 24;
 
+/// From this many heads that share a row on it is turned into words, which costs as much as three heads' products.
+const WORDS_FROM: usize = 8;
+
+/// Values from the beginning of a cache line on: vectors that lie across two lines cost twice as much.
+#[derive(Debug, Default)]
+struct Aligned {
+    values: Vec<f32>,
+    start: usize,
+}
+
+impl Aligned {
+    fn zeroed(&mut self, n: usize) {
+        const LINE: usize = 64;
+        const SPARE: usize = LINE / size_of::<f32>() - 1;
+        self.values.clear();
+        self.values.resize(n + SPARE, 0.0);
+        self.start = self.values.as_ptr().align_offset(LINE).min(SPARE);
+    }
+
+    fn all(&mut self) -> &mut [f32] {
+        &mut self.values[self.start..]
+    }
+}
+
 /// What a thread keeps from unit to unit, each `[group][token][head]`.
 #[derive(Debug, Default)]
 struct Room {
@@ -26,9 +51,14 @@ struct Room {
     q: Vec<f32>,
     states: Vec<Softmax>,
     /// Sums `[latent width]`.
-    out: Vec<f32>,
+    out: Aligned,
     /// What a group sees of a block's rows, for many heads.
     widened: Widened,
+    words: WordBlock,
+    /// Queries as words `[line of a key]`.
+    q_words: Vec<Line>,
+    /// What a head's are times, and the softmax scale.
+    scales: Vec<f32>,
 }
 
 impl Room {
@@ -39,11 +69,33 @@ impl Room {
             self.q.extend_from_slice(attention.q_rope.row(t, head));
             self.q.extend_from_slice(attention.q_latent.map_or(&[], |q| q.row(t, head)));
         }
+        if attention.is_words() {
+            self.round(attention, heads.len());
+        }
         self.states.clear();
         self.states.resize(heads.len(), Softmax::EMPTY);
-        self.out.clear();
-        self.out.resize(heads.len() * attention.out.n2, 0.0);
+        self.out.zeroed(heads.len() * attention.out.n2);
     }
+
+    /// Rounds the queries.
+    fn round(&mut self, attention: &Attention<'_>, heads: usize) {
+        let lines = attention.widths().key_lines();
+        self.q_words.resize(heads * lines, Line::ZERO);
+        self.scales.clear();
+        for (q, words) in self.q.chunks_exact(self.q.len() / heads).zip(self.q_words.chunks_exact_mut(lines)) {
+            let unit = round_query(attention.frame.device.level, q, attention.q_rope.n2, words);
+            self.scales.push(unit * attention.scale);
+        }
+    }
+}
+
+/// What is made of a block before it is multiplied.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Nothing; the same bits as [`Form::Widened`].
+    Halves,
+    Widened,
+    Words,
 }
 
 /// How the blocks of a run are read.
@@ -52,22 +104,47 @@ struct Run {
     own: usize,
     /// Values of a query.
     q_width: usize,
-    /// A block is widened for its heads.
-    widen: bool,
+    form: Form,
 }
 
 impl Run {
     /// Heads that share a pass over a block.
     fn at_once(&self) -> usize {
-        if self.widen { WIDENED_HEADS_MAX } else { HEADS_MAX }
+        match self.form {
+            Form::Halves => HEADS_MAX,
+            Form::Widened => WIDENED_HEADS_MAX,
+            Form::Words => WORD_HEADS_MAX,
+        }
+    }
+
+    /// Passes of `heads` over a block, that which makes it among them.
+    fn passes(&self, heads: usize) -> usize {
+        heads.div_ceil(self.at_once()) + usize::from(self.form == Form::Words)
     }
 }
 
 impl Attention<'_> {
     /// True when the pool's rows are ones that [`Self::run_blocked`] reads.
     pub(super) fn is_blocked(&self) -> bool {
+        if self.is_words() {
+            return true;
+        }
         let half = self.pool.latent.format == Format::F16 && self.pool.rope.format == Format::F16;
         half && can_block(self.out.n2) && can_block(self.q_rope.n2) && self.out.s1 == self.out.n2
+    }
+
+    /// True when blocks of rows become words. It depends on the model's shape only, since it shows in the bits.
+    fn is_words(&self) -> bool {
+        let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
+        latent == rope
+            && can_be_words(latent, self.widths())
+            && self.q_rope.n1 / self.groups >= WORDS_FROM
+            && self.out.s1 == self.out.n2
+    }
+
+    /// What a group sees of a row.
+    fn widths(&self) -> Widths {
+        Widths { latent: self.out.n2, rope: self.q_rope.n2, absorbed: self.q_latent.is_some() }
     }
 
     /// All tokens and heads.
@@ -127,10 +204,14 @@ impl Attention<'_> {
         let job = Run {
             own: own.len(),
             q_width: room.q.len() / heads.len(),
-            widen: per_group > WIDEN_FROM && can_widen(room.q.len() / heads.len()),
+            form: match room.q.len() / heads.len() {
+                _ if self.is_words() => Form::Words,
+                width if per_group > WIDEN_FROM && can_widen(width) => Form::Widened,
+                _ => Form::Halves,
+            },
         };
         // Each row once, for whoever sees it; the next block's rows are asked for in equal shares.
-        let passes = groups.len() * per_group.div_ceil(job.at_once());
+        let passes = groups.len() * job.passes(per_group);
         let mut now = self.fetch(tokens.end - 1, 0..longest.min(ROWS));
         for first in (0..longest).step_by(ROWS) {
             let n = (longest - first).min(ROWS);
@@ -142,7 +223,9 @@ impl Attention<'_> {
             }
             now = next;
         }
-        for ((&(t, head), state), sums) in heads.iter().zip(&room.states).zip(room.out.chunks_exact_mut(self.out.n2)) {
+        for ((&(t, head), state), sums) in
+            heads.iter().zip(&room.states).zip(room.out.all().chunks_exact_mut(self.out.n2))
+        {
             state.finish(sums);
             // SAFETY: units are disjoint in tokens or heads.
             unsafe { self.out.row_mut(t, head) }.copy_from_slice(sums);
@@ -154,17 +237,27 @@ impl Attention<'_> {
     fn block<'r>(
         &self,
         job: &Run,
-        rows: [Row<'_>; ROWS],
+        rows: [Bytes<'_>; ROWS],
         first_head: usize,
         seen: &[usize],
         ahead: &mut impl Iterator<Item = &'r [&'r [u8]]>,
         room: &mut Room,
     ) {
-        let level = self.frame.device.level;
-        let Room { q, states, out, widened, .. } = room;
-        let n = seen.last().copied().unwrap_or(0);
-        if job.widen {
-            widened.fill(level, &rows[..n], job.q_width);
+        let (level, n) = (self.frame.device.level, seen.last().copied().unwrap_or(0));
+        let mut halves = [Row::default(); ROWS];
+        match job.form {
+            Form::Words => {
+                let (format, ahead) = (self.pool.latent.format, ahead.next().unwrap_or_default());
+                room.words.fill(level, format, &rows[..n], self.widths(), ahead);
+            }
+            form => {
+                for (halves, row) in halves.iter_mut().zip(&rows) {
+                    *halves = Row { latent: row.latent.as_chunks().0, rope: row.rope.as_chunks().0 };
+                }
+                if form == Form::Widened {
+                    room.widened.fill(level, &halves[..n], job.q_width);
+                }
+            }
         }
         let mut token = 0;
         while token < seen.len() {
@@ -173,21 +266,29 @@ impl Attention<'_> {
             let alike = seen[token..].iter().take_while(|&&other| other == visible).count();
             let (at, end) = (first_head + token * job.own, first_head + (token + alike) * job.own);
             for at in (at..if visible > 0 { end } else { at }).step_by(job.at_once()) {
-                let some = at..end.min(at + job.at_once());
-                let mut heads = Heads {
-                    q: &q[some.start * job.q_width..some.end * job.q_width],
-                    scale: self.scale,
-                    states: &mut states[some.clone()],
-                    out: &mut out[some.start * self.out.n2..some.end * self.out.n2],
-                };
                 let ahead = ahead.next().unwrap_or_default();
-                if job.widen {
-                    attend_widened(level, widened, visible, ahead, &mut heads);
-                } else {
-                    attend(level, &rows[..visible], ahead, &mut heads);
-                }
+                self.pass(job, at..end.min(at + job.at_once()), &halves[..visible], ahead, room);
             }
             token += alike;
+        }
+    }
+
+    /// Some heads of [`Room`] with the first rows of a block, which may have been made into another form.
+    fn pass(&self, job: &Run, heads: Range<usize>, rows: &[Row<'_>], ahead: &[&[u8]], room: &mut Room) {
+        let level = self.frame.device.level;
+        let states = &mut room.states[heads.clone()];
+        let out = &mut room.out.all()[heads.start * self.out.n2..heads.end * self.out.n2];
+        if job.form == Form::Words {
+            let lines = self.widths().key_lines();
+            let q = &room.q_words[heads.start * lines..heads.end * lines];
+            let mut heads = WordHeads { q, scales: &room.scales[heads], states, out };
+            return attend_words(level, &room.words, rows.len(), ahead, &mut heads);
+        }
+        let q = &room.q[heads.start * job.q_width..heads.end * job.q_width];
+        let mut heads = Heads { q, scale: self.scale, states, out };
+        match job.form {
+            Form::Widened => attend_widened(level, &room.widened, rows.len(), ahead, &mut heads),
+            _ => attend(level, rows, ahead, &mut heads),
         }
     }
 
@@ -213,14 +314,14 @@ impl Attention<'_> {
     }
 
     /// What `group` sees of rows.
-    fn slices<'r>(&self, group: usize, rows: &[&'r [u8]]) -> [Row<'r>; ROWS] {
-        let (latent, rope) = (self.out.n2 * 2, self.q_rope.n2 * 2); // bytes of a slice
-        let mut slices = [Row::default(); ROWS];
+    fn slices<'r>(&self, group: usize, rows: &[&'r [u8]]) -> [Bytes<'r>; ROWS] {
+        let (latent, rope) = (self.pool.latent.bytes / self.groups, self.pool.rope.bytes / self.groups);
+        let mut slices = [Bytes::default(); ROWS];
         for (slice, row) in slices.iter_mut().zip(rows) {
             let (latent_row, rope_row) = row.split_at(self.pool.latent.bytes);
-            *slice = Row {
-                latent: latent_row[group * latent..(group + 1) * latent].as_chunks().0,
-                rope: rope_row[group * rope..(group + 1) * rope].as_chunks().0,
+            *slice = Bytes {
+                latent: &latent_row[group * latent..(group + 1) * latent],
+                rope: &rope_row[group * rope..(group + 1) * rope],
             };
         }
         slices

@@ -93,6 +93,8 @@ mod tests {
     struct Shape {
         dtype: u32,
         groups: u32,
+        /// Of a group: from eight on rows become words.
+        heads: u32,
         dense: bool,
     }
 
@@ -110,9 +112,10 @@ mod tests {
     fn program(shape: Shape) -> Program {
         let mut builder = ProgramBuilder::new();
         let groups = shape.groups.cast_signed();
+        let heads = (shape.groups * shape.heads).cast_signed();
         let mut input = |dims: &[i32]| builder.input(DT_F32, &[&[DIM_TOKENS], dims].concat());
         let (latent, rope, key) = (input(&[32 * groups]), input(&[32 * groups]), input(&[32]));
-        let (q, w, q_latent, q_rope) = (input(&[2, 32]), input(&[2]), input(&[4, 32]), input(&[4, 32]));
+        let (q, w, q_latent, q_rope) = (input(&[2, 32]), input(&[2]), input(&[heads, 32]), input(&[heads, 32]));
         let groups = [groups, 0, 0, 0, 0, 0];
         for layer in 0..N_LAYERS {
             let op =
@@ -123,11 +126,11 @@ mod tests {
             op(&mut builder, OP_IDX_APPEND, &[Some(key)], &[], [0; 6]);
             let sel = builder.activation(DT_I32, &[DIM_TOKENS, TOP_K as i32]);
             op(&mut builder, OP_IDX_TOPK, &[Some(q), Some(w)], &[Some(sel)], [TOP_K as i32, 0, 0, 0, 0, 0]);
-            let out = builder.activation(DT_F32, &[DIM_TOKENS, 4, 32]);
+            let out = builder.activation(DT_F32, &[DIM_TOKENS, heads, 32]);
             op(&mut builder, OP_SPARSE_MLA, &[Some(q_latent), Some(q_rope), Some(sel)], &[Some(out)], groups);
             builder.mark_output(out);
             if shape.dense {
-                let out = builder.activation(DT_F32, &[DIM_TOKENS, 4, 32]);
+                let out = builder.activation(DT_F32, &[DIM_TOKENS, heads, 32]);
                 op(&mut builder, OP_DENSE_MLA, &[Some(q_latent), Some(q_rope)], &[Some(out)], groups);
                 builder.mark_output(out);
             }
@@ -255,12 +258,42 @@ mod tests {
     const NEXT: [[Range<u32>; 2]; 5] =
         [[130..131, 70..71], [131..150, 71..90], [150..151, 90..90], [151..151, 90..91], [151..154, 91..96]];
 
+    /// Formats, groups, and heads of a group.
+    const SHAPES: [(u32, u32, u32); 8] = [
+        (DT_F16, 1, 4),
+        (DT_F16, 2, 2),
+        (DT_F16, 1, 16),
+        (DT_F16, 2, 8),
+        (DT_Q8_0, 1, 4),
+        (DT_Q8_0, 2, 2),
+        (DT_Q8_0, 1, 16),
+        (DT_F32, 1, 4),
+    ];
+
+    #[test]
+    fn a_tokens_answer_is_the_same_in_a_prompt_and_alone() {
+        for (dtype, groups, heads) in SHAPES {
+            let shape = Shape { dtype, groups, heads, dense: true };
+            let (whole, apart) = (Bed::new(shape, None), Bed::new(shape, None));
+            let together = whole.step([0..150, 0..90]).unwrap();
+            apart.step([0..101, 0..0]).unwrap();
+            let alone = apart.step([101..102, 0..0]).unwrap();
+            // Each output is `[token][head][32]` of f32.
+            let row = (groups * heads * 32 * 4) as usize;
+            let starts = |bed: &Bed, tokens: usize| arena(&bed.plan.program, T_OUTPUT, tokens, 2, 0).0;
+            for (whole, own) in starts(&whole, 240).into_iter().zip(starts(&apart, 1)) {
+                let start = whole + 101 * row;
+                assert!(together[start..start + row] == alone[own..own + row], "{shape:?}");
+            }
+        }
+    }
+
     #[test]
     fn attention_over_slow_blocks_has_the_bits_of_fast_ones() {
-        for (dtype, groups) in [(DT_F16, 1), (DT_F16, 2), (DT_Q8_0, 1), (DT_Q8_0, 2), (DT_F32, 1)] {
+        for (dtype, groups, heads) in SHAPES {
             // With dense attention a token lists up to 5 slow blocks of a sequence.
             for (dense, cached) in [(false, TOP_K), (false, 60), (true, 5 * BLOCK_TOKENS), (true, 1000)] {
-                let shape = Shape { dtype, groups, dense };
+                let shape = Shape { dtype, groups, heads, dense };
                 let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(cached)));
                 assert!(fast.step(FIRST).unwrap() == slow.step(FIRST).unwrap());
                 slow.to_slow(&SLOW);
@@ -276,7 +309,7 @@ mod tests {
 
     #[test]
     fn a_bad_page_fails_the_step_with_its_block_and_the_step_can_be_repeated() {
-        let shape = Shape { dtype: DT_F16, groups: 1, dense: true };
+        let shape = Shape { dtype: DT_F16, groups: 1, heads: 4, dense: true };
         let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(300)));
         fast.step(FIRST).unwrap();
         slow.step(FIRST).unwrap();
@@ -291,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_cache_that_one_tokens_rows_do_not_fit_into_is_refused() {
-        let slow = Bed::new(Shape { dtype: DT_F16, groups: 1, dense: true }, Some(5 * BLOCK_TOKENS - 1));
+        let slow = Bed::new(Shape { dtype: DT_F16, groups: 1, heads: 4, dense: true }, Some(5 * BLOCK_TOKENS - 1));
         slow.step(FIRST).unwrap();
         slow.to_slow(&SLOW);
         assert_eq!(slow.step([130..131, 70..71]).unwrap_err().status, E_NOMEM_DEVICE);
@@ -300,7 +333,7 @@ mod tests {
 
     #[test]
     fn operations_on_slow_blocks_are_those_on_fast_ones() {
-        let shape = Shape { dtype: DT_Q8_0, groups: 1, dense: true };
+        let shape = Shape { dtype: DT_Q8_0, groups: 1, heads: 4, dense: true };
         let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(300)));
         fast.step(FIRST).unwrap();
         slow.step(FIRST).unwrap();
@@ -331,7 +364,7 @@ mod tests {
 
     #[test]
     fn what_a_slow_block_cannot_do_is_refused_and_changes_nothing() {
-        let shape = Shape { dtype: DT_F16, groups: 1, dense: false };
+        let shape = Shape { dtype: DT_F16, groups: 1, heads: 4, dense: false };
         let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(300)));
         slow.step(FIRST).unwrap();
         let status = |outcome: Result<()>| outcome.map_err(|error: PluginError| error.status);

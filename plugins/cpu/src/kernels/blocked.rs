@@ -4,12 +4,6 @@
 //! several tokens. A score is 16 interleaved sums over the key's values, folded as a tree; values are summed over the
 //! listed rows in order. Both are functions of the list alone.
 
-mod softmax;
-mod widened;
-
-pub(crate) use softmax::Softmax;
-pub(crate) use widened::{Widened, can_widen};
-
 use crate::simd::{LANES, Lanes, on_level};
 use softmax::exponentials;
 
@@ -36,10 +30,20 @@ macro_rules! for_heads {
             4 => $run::<4>($($argument),*),
             5 => $run::<5>($($argument),*),
             6 => $run::<6>($($argument),*),
-            n => unreachable!("{n} heads, at most {HEADS_MAX}"),
+            n => unreachable!("{n} heads, at most six"),
         }
     };
 }
+
+mod integer;
+mod softmax;
+mod widened;
+mod words;
+
+pub(crate) use integer::{WORD_HEADS_MAX, WordHeads, attend_words};
+pub(crate) use softmax::Softmax;
+pub(crate) use widened::{Widened, can_widen};
+pub(crate) use words::{Bytes, Line, Widths, WordBlock, can_be_words, round_query};
 
 /// True when rows of this width can be blocked.
 pub(crate) fn can_block(width: usize) -> bool {
@@ -136,7 +140,7 @@ fn queries<const H: usize>(q: &[f32]) -> [&[[f32; LANES]]; H] {
 /// Adds rows with scores `p` to the softmaxes.
 #[inline(always)]
 fn add<L: Lanes, R: Values, const H: usize>(l: L, rows: R, p: &mut [[f32; ROWS]; H], heads: &mut Heads<'_>) {
-    let shrink = exponentials(l, p, rows.rows(), heads.scale, heads.states);
+    let shrink = exponentials(l, p, rows.rows(), &[heads.scale; H], heads.states);
     let width = heads.out.len() / H / LANES;
     let mut at = 0;
     while L::REGISTERS < REGISTERS_FOR_ONE && at + TOGETHER <= width {

@@ -1,7 +1,7 @@
 //! The lanes as two AVX2 registers each.
 
 use super::products::BroadcastProducts;
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, Words};
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::x86_64::*;
 
@@ -192,6 +192,57 @@ impl BroadcastProducts for Avx2 {
             [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
         }}
         fn shl_byte(v: I) -> I { v.map(|v| _mm256_slli_epi32::<8>(v)) }
+    }
+}
+
+impl Words for Avx2 {
+    type Sums = I;
+
+    #[inline(always)]
+    fn begin(self, start: I) -> I {
+        start
+    }
+    #[inline(always)]
+    fn end(self, sums: I) -> I {
+        sums
+    }
+
+    by_intrinsics! {
+        fn load_ints(v: &[i32; LANES]) -> I {
+            [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(8).cast())]
+        }
+        fn bits(v: F) -> I { v.map(|v| _mm256_castps_si256(v)) }
+        fn pair_words(low: I, high: I) -> I {{
+            let pair = |low, high| _mm256_blend_epi16::<0xaa>(low, _mm256_slli_epi32::<16>(high));
+            [pair(low[0], high[0]), pair(low[1], high[1])]
+        }}
+        fn shift_right(v: I, by: i32) -> I { v.map(|v| _mm256_srav_epi32(v, _mm256_set1_epi32(by))) }
+        fn max_magnitude_words(most: I, v: I) -> I {{
+            let max = |most, v| _mm256_max_epu16(most, _mm256_and_si256(v, _mm256_set1_epi16(0x7fff)));
+            [max(most[0], v[0]), max(most[1], v[1])]
+        }}
+        fn dot_words(sums: I, a: I, b: I) -> I {
+            [
+                _mm256_add_epi32(sums[0], _mm256_madd_epi16(a[0], b[0])),
+                _mm256_add_epi32(sums[1], _mm256_madd_epi16(a[1], b[1])),
+            ]
+        }
+        fn fold_ints(v: &[I; 4]) -> I {{
+            // As `fold`.
+            let halves = |a: I, b: I| {
+                let (a, b) = (_mm256_add_epi32(a[0], a[1]), _mm256_add_epi32(b[0], b[1]));
+                _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
+            };
+            [halves(v[0], v[1]), halves(v[2], v[3])]
+        }}
+        fn finish_ints(folded: &[I; 4]) -> I {{
+            // Neighbours of two vectors, then of four.
+            let four = |half: usize| {
+                let (a, b) = (_mm256_hadd_epi32(folded[0][half], folded[1][half]), [folded[2][half], folded[3][half]]);
+                _mm256_hadd_epi32(a, _mm256_hadd_epi32(b[0], b[1]))
+            };
+            [four(0), four(1)]
+        }}
     }
 }
 

@@ -1,7 +1,8 @@
 //! The lanes as one AVX-512 register each.
 
 use super::products::BroadcastProducts;
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, Words};
+use std::arch::asm;
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::x86_64::*;
 
@@ -192,4 +193,58 @@ impl BroadcastProducts for Avx512 {
         fn dot_bytes(acc: __m512i, w: __m512i, x: __m512i) -> __m512i { _mm512_dpbusd_epi32(acc, w, x) }
         fn shl_byte(v: __m512i) -> __m512i { _mm512_slli_epi32::<8>(v) }
     }
+}
+
+impl Words for Avx512 {
+    type Sums = __m512i;
+
+    #[inline(always)]
+    fn begin(self, start: __m512i) -> __m512i {
+        start
+    }
+    #[inline(always)]
+    fn end(self, sums: __m512i) -> __m512i {
+        sums
+    }
+
+    by_intrinsics! {
+        fn load_ints(v: &[i32; LANES]) -> __m512i { _mm512_loadu_si512(v.as_ptr().cast()) }
+        fn bits(v: __m512) -> __m512i { _mm512_castps_si512(v) }
+        fn pair_words(low: __m512i, high: __m512i) -> __m512i {
+            _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32::<16>(high))
+        }
+        fn shift_right(v: __m512i, by: i32) -> __m512i { _mm512_srav_epi32(v, _mm512_set1_epi32(by)) }
+        fn max_magnitude_words(most: __m512i, v: __m512i) -> __m512i {
+            _mm512_max_epu16(most, _mm512_and_si512(v, _mm512_set1_epi16(0x7fff)))
+        }
+        fn fold_ints(v: &[__m512i; 4]) -> __m512i {{
+            // As `fold`.
+            let halves = |a, b| {
+                _mm512_add_epi32(_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0xee>(a, b))
+            };
+            let (a, b) = (halves(v[0], v[1]), halves(v[2], v[3]));
+            _mm512_add_epi32(_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b))
+        }}
+        fn finish_ints(folded: &[__m512i; 4]) -> __m512i {{
+            // As `finish`.
+            let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+            let a = _mm512_castsi512_ps(halves(folded[0], folded[1]));
+            let b = _mm512_castsi512_ps(halves(folded[2], folded[3]));
+            let (even, odd) = (_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
+            _mm512_add_epi32(_mm512_castps_si512(even), _mm512_castps_si512(odd))
+        }}
+        fn dot_words(sums: __m512i, a: __m512i, b: __m512i) -> __m512i { dpwssd(sums, a, b) }
+    }
+}
+
+/// `vpdpwssd`: of its intrinsic the compiler makes two instructions.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn dpwssd(mut sums: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the caller has the instruction, and it touches registers only.
+    unsafe {
+        asm!("vpdpwssd {}, {}, {}", inout(zmm_reg) sums, in(zmm_reg) a, in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags));
+    }
+    sums
 }

@@ -1,6 +1,6 @@
 //! Which vector instructions does a level have? Sixteen lanes of 32 bits, written once for each instruction set.
 //!
-//! A kernel is written once over [`Lanes`], or [`Products`] of packed codes, and compiled per level by [`on_level`].
+//! A kernel is written once over [`Lanes`], [`Products`] of packed codes or [`Words`], and compiled per level by [`on_level`].
 //! Every operation rounds as IEEE says and [`Lanes::mul_add`] rounds once, so a kernel gives the same bits at every
 //! level.
 
@@ -12,6 +12,7 @@ mod avx512;
 mod neon;
 mod portable;
 mod products;
+mod words;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx2::Avx2;
@@ -21,6 +22,7 @@ pub(crate) use avx512::Avx512;
 pub(crate) use neon::{Base, Dotprod, I8mm, Neon};
 pub(crate) use portable::Portable;
 pub(crate) use products::Products;
+pub(crate) use words::Words;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;

@@ -59,6 +59,9 @@ macro_rules! by_intrinsics {
     };
 }
 
+// Uses the macros above.
+mod words;
+
 impl<P: Copy> Lanes for Neon<P> {
     const REGISTERS: usize = 4;
     type F = F;

@@ -1,7 +1,7 @@
 //! The lanes in portable Rust: the definition.
 
 use super::products::BroadcastProducts;
-use super::{LANES, Lanes};
+use super::{LANES, Lanes, Words};
 use half::f16;
 
 /// No instructions beyond the target's own.
@@ -185,5 +185,67 @@ impl BroadcastProducts for Portable {
     #[inline(always)]
     fn shl_byte(self, v: I) -> I {
         v.map(|v| v << 8)
+    }
+}
+
+/// The words of a lane, the low one first.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "the low word is what is wanted")]
+fn words(v: i32) -> [i16; 2] {
+    [v as i16, (v >> 16) as i16]
+}
+
+impl Words for Portable {
+    type Sums = I;
+
+    #[inline(always)]
+    fn load_ints(self, v: &[i32; LANES]) -> I {
+        *v
+    }
+    #[inline(always)]
+    fn bits(self, v: F) -> I {
+        v.map(|v| v.to_bits().cast_signed())
+    }
+    #[inline(always)]
+    fn pair_words(self, low: I, high: I) -> I {
+        zip(low, high, |low, high| low & 0xffff | high << 16)
+    }
+    #[inline(always)]
+    fn shift_right(self, v: I, by: i32) -> I {
+        v.map(|v| v >> by)
+    }
+    #[inline(always)]
+    fn max_magnitude_words(self, most: I, v: I) -> I {
+        zip(most, v, |most, v| {
+            let (most, v) = (most.cast_unsigned(), v.cast_unsigned() & 0x7fff_7fff);
+            ((most & 0xffff).max(v & 0xffff) | (most & 0xffff_0000).max(v & 0xffff_0000)).cast_signed()
+        })
+    }
+    #[inline(always)]
+    fn begin(self, start: I) -> I {
+        start
+    }
+    #[inline(always)]
+    fn dot_words(self, sums: I, a: I, b: I) -> I {
+        std::array::from_fn(|i| {
+            let ([a0, a1], [b0, b1]) = (words(a[i]), words(b[i]));
+            let product = |a, b| i32::from(a) * i32::from(b);
+            sums[i].wrapping_add(product(a0, b0)).wrapping_add(product(a1, b1))
+        })
+    }
+    #[inline(always)]
+    fn end(self, sums: I) -> I {
+        sums
+    }
+    #[inline(always)]
+    fn fold_ints(self, vectors: &[I; 4]) -> I {
+        std::array::from_fn(|i| {
+            let (v, i) = (&vectors[i / 4], i % 4);
+            [v[i + 4], v[i + 8], v[i + 12]].into_iter().fold(v[i], i32::wrapping_add)
+        })
+    }
+    #[inline(always)]
+    fn finish_ints(self, folded: &[I; 4]) -> I {
+        std::array::from_fn(|i| folded[i % 4][i / 4 * 4..][..4].iter().copied().fold(0, i32::wrapping_add))
     }
 }

@@ -4,7 +4,7 @@
 use anyhow::ensure;
 use serde_json::{Value, json};
 use sparsed_engine::eval::{AttentionShape, Kept, Keys, MassError, Query, attention_mass, standard_error};
-use sparsed_engine::{DeviceModel, Outputs, Queries, SoleSequence};
+use sparsed_engine::{DeviceModel, Lockstep, Outputs, Queries};
 use sparsed_model::ModelSpec;
 
 /// Some queries of one window, picked out on their way.
@@ -55,7 +55,7 @@ impl Picked {
     pub(super) fn weigh(
         &self,
         spec: &ModelSpec,
-        sequence: &SoleSequence,
+        sequence: &Lockstep,
         device: &mut DeviceModel,
     ) -> anyhow::Result<WindowMass> {
         let selecting = selecting(spec.indexer.as_ref().map_or(&[][..], |indexer| &indexer.full));

@@ -7,7 +7,7 @@ use super::{Attention, Bench};
 use anyhow::ensure;
 use serde_json::{Value, json};
 use sparsed_engine::eval::{Comparison, WindowLoss, compare, cross_entropy, query_positions, windows};
-use sparsed_engine::{DeviceModel, Rows, SoleSequence};
+use sparsed_engine::{DeviceModel, Lockstep, Rows};
 
 /// Windows of one length, to be read under several kinds of attention.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ fn read_window(
     window: &[u32],
     positions: Vec<usize>,
 ) -> anyhow::Result<(WindowLoss, Option<WindowMass>)> {
-    let mut sequence = SoleSequence::new(device);
+    let mut sequence = Lockstep::new(device, 1);
     let mut losses = Vec::with_capacity(window.len());
     let mut picked = Picked::new(positions);
     // What each token is followed by; the last one's row is not needed.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use sparsed_engine::eval::{
     Answered, RecallContext, RecallShape, RecallSummary, SINKS, Vocabulary, recall_contexts, windowed,
 };
-use sparsed_engine::{DeviceModel, Rows, SoleSequence};
+use sparsed_engine::{DeviceModel, Lockstep, Rows};
 use sparsed_model::{Model, Tokenizer};
 
 /// Prompts of one length, to be answered under several kinds of attention.
@@ -136,7 +136,7 @@ fn answers(
     context: &RecallContext,
     attention: Attention,
 ) -> anyhow::Result<Vec<Answered>> {
-    let mut sequence = SoleSequence::new(device);
+    let mut sequence = Lockstep::new(device, 1);
     let mut answered = Vec::new();
     let before = before(context, attention);
     for question in &context.questions {

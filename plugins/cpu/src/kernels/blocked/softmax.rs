@@ -19,20 +19,20 @@ impl Softmax {
     }
 }
 
-/// Turns the first `n` scores of each head into exp(score - max) and the others into 0; returns what earlier sums
+/// Turns the first `n` scores of each head, times its scale, into exp(score - max) and the others into 0; returns what earlier sums
 /// shrink by.
 #[inline(always)]
 pub(super) fn exponentials<L: Lanes, const H: usize>(
     l: L,
     p: &mut [[f32; ROWS]; H],
     n: usize,
-    scale: f32,
+    scales: &[f32; H],
     states: &mut [Softmax],
 ) -> [f32; H] {
     let (mut largest, mut change, mut sums) = ([0.0; H], [0.0; LANES], [l.splat(0.0); LANES]);
     for (h, p) in p.iter_mut().enumerate() {
         for z in p.as_chunks_mut().0 {
-            l.store(l.mul(l.load(z), l.splat(scale)), z);
+            l.store(l.mul(l.load(z), l.splat(scales[h])), z);
         }
         p[n..].fill(f32::NEG_INFINITY);
         let mut most = l.splat(states[h].max);

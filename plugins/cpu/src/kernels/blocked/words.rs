@@ -1,0 +1,299 @@
+//! A block of rows as 16-bit words: filled once where many heads read it, multiplied at twice the speed of f32.
+//!
+//! A row's latent and its rope slice become integers below 2^[`VALUE_BITS`] times a power of two each (block floating
+//! point), so that half-precision values down to a 32nd part of the largest are exact. Sums of words' products are exact,
+//! too: no order of adding is anybody's. Words lie in pairs, as they are multiplied: in keys value i beside value
+//! i + 16, in values row i beside row i + 16.
+
+use super::{Ahead, ROWS, ask};
+use crate::level::Level;
+use crate::simd::{LANES, Words, on_level};
+use sparsed_quant::Format;
+
+/// Magnitudes of a block's words are below 2 to this power.
+const VALUE_BITS: i32 = 15;
+/// Sum of the magnitudes of what is multiplied with a block's words for one sum: the sum is at most 2^31 then.
+pub(super) const FACTORS: f32 = (1 << (31 - VALUE_BITS)) as f32;
+/// Largest word.
+pub(super) const WORD_MAX: f32 = 32767.0;
+/// Values of a pair of vectors: widths are multiples of it.
+const PAIR: usize = 2 * LANES;
+/// Pairs of rows in a block.
+pub(super) const ROW_PAIRS: usize = ROWS / 2;
+/// Vectors of values that lie together for all pairs of rows.
+pub(super) const TOGETHER: usize = 4;
+
+/// 32 words, on a cache line.
+#[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
+pub(crate) struct Line(pub(super) [i32; LANES]);
+
+impl Line {
+    pub(crate) const ZERO: Self = Self([0; LANES]);
+}
+
+/// What a head group sees of a row, as the pool has it.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Bytes<'a> {
+    pub(crate) latent: &'a [u8],
+    pub(crate) rope: &'a [u8],
+}
+
+/// Values of a head group's rows and keys.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Widths {
+    pub(crate) latent: usize,
+    pub(crate) rope: usize,
+    /// Keys are the latent slice and the rope slice; otherwise the rope slice alone.
+    pub(crate) absorbed: bool,
+}
+
+impl Widths {
+    /// Lines of a key's latent part.
+    fn latent_lines(self) -> usize {
+        if self.absorbed { self.latent / PAIR } else { 0 }
+    }
+
+    /// Lines of a key.
+    pub(crate) fn key_lines(self) -> usize {
+        self.latent_lines() + self.rope / PAIR
+    }
+}
+
+/// True when rows of such a format and such widths can become words.
+pub(crate) fn can_be_words(format: Format, widths: Widths) -> bool {
+    let fits = |width: usize| width > 0 && width.is_multiple_of(PAIR);
+    matches!(format, Format::F16 | Format::Q8_0) && fits(widths.latent) && fits(widths.rope)
+}
+
+/// Up to [`ROWS`] rows.
+#[derive(Debug, Default)]
+pub(crate) struct WordBlock {
+    /// `[row][line]`, the latent part first.
+    pub(super) keys: Vec<Line>,
+    /// `[TOGETHER vectors][pair of rows][vector]`.
+    pub(super) values: Vec<Line>,
+    pub(super) latent_lines: usize,
+    pub(super) key_lines: usize,
+    /// What the words of a row are times; NaN where a value is none or infinite.
+    pub(super) units: Units,
+}
+
+#[derive(Debug)]
+pub(super) struct Units {
+    /// Of a score that was shifted by [`super::integer::SUM_SHIFT`].
+    pub(super) key: [f32; ROWS],
+    pub(super) value: [f32; ROWS],
+    /// How far a latent part's sum is shifted to be in the unit of the rope part, where that is greater.
+    pub(super) shift: [i32; ROWS],
+}
+
+impl Default for Units {
+    fn default() -> Self {
+        Self { key: [0.0; ROWS], value: [0.0; ROWS], shift: [0; ROWS] }
+    }
+}
+
+impl WordBlock {
+    /// Takes the place of what was there before. Memory is asked for the rows `ahead` meanwhile.
+    pub(crate) fn fill(&mut self, level: Level, format: Format, rows: &[Bytes<'_>], widths: Widths, ahead: &[&[u8]]) {
+        debug_assert!(!rows.is_empty() && rows.len() <= ROWS && can_be_words(format, widths), "a block");
+        (self.latent_lines, self.key_lines) = (widths.latent_lines(), widths.key_lines());
+        self.keys.resize(ROWS * self.key_lines, Line::ZERO);
+        let groups = (widths.latent / LANES).div_ceil(TOGETHER);
+        self.values.resize(groups * ROW_PAIRS * TOGETHER, Line::ZERO);
+        match format {
+            Format::F16 => fill_halves(level, rows, ahead, self),
+            _ => fill_bytes(level, rows, ahead, self),
+        }
+    }
+}
+
+/// How 32 values of a row are read.
+trait Stored {
+    /// Of 32 values.
+    const BYTES: usize;
+    /// All magnitudes of a slice are below 2 to this power plus 1; nothing where one is infinite or no number.
+    fn exponent<L: Words>(l: L, slice: &[u8]) -> Option<i32>;
+    /// Of `BYTES` bytes.
+    fn load<L: Words>(l: L, slice: &[u8]) -> [L::F; 2];
+}
+
+/// Exponent of a half's magnitude (as bits).
+fn half_exponent(bits: u16) -> Option<i32> {
+    let exponent = i32::from(bits >> 10);
+    (exponent < 31).then(|| exponent.max(1) - 15)
+}
+
+struct Halves;
+
+impl Stored for Halves {
+    const BYTES: usize = 2 * PAIR;
+
+    #[inline(always)]
+    fn exponent<L: Words>(l: L, slice: &[u8]) -> Option<i32> {
+        let mut most = l.splat_i(0);
+        for line in slice.as_chunks().0 {
+            most = l.max_magnitude_words(most, l.load_i(line));
+        }
+        let mut words = [0; LANES];
+        l.store_i(most, &mut words);
+        let largest = words.iter().fold(0, |most, pair: &i32| {
+            let pair = pair.cast_unsigned();
+            most.max(pair & 0xffff).max(pair >> 16)
+        });
+        half_exponent(u16::try_from(largest).expect("of 16 bits"))
+    }
+
+    #[inline(always)]
+    fn load<L: Words>(l: L, slice: &[u8]) -> [L::F; 2] {
+        let halves = slice.as_chunks().0;
+        [l.load_half(&halves[0]), l.load_half(&halves[1])]
+    }
+}
+
+/// Blocks of Q8_0: a half, then 32 signed bytes.
+struct Codes;
+
+impl Stored for Codes {
+    const BYTES: usize = 2 + PAIR;
+
+    #[inline(always)]
+    fn exponent<L: Words>(_: L, slice: &[u8]) -> Option<i32> {
+        let scales = slice.chunks_exact(Self::BYTES).map(|block| u16::from_le_bytes([block[0], block[1]]) & 0x7fff);
+        // A code is at most 128.
+        half_exponent(scales.max().unwrap_or(0)).map(|exponent| exponent + 7)
+    }
+
+    #[inline(always)]
+    fn load<L: Words>(l: L, block: &[u8]) -> [L::F; 2] {
+        let d = l.splat(half::f16::from_le_bytes([block[0], block[1]]).to_f32());
+        let codes = block[2..].as_chunks().0;
+        [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)]
+    }
+}
+
+on_level! {
+    fn fill_halves(rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) = halves_body
+}
+on_level! {
+    fn fill_bytes(rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) = bytes_body
+}
+
+#[inline(always)]
+fn halves_body<L: Words>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) {
+    fill_body::<L, Halves>(l, rows, ahead, to);
+}
+
+#[inline(always)]
+fn bytes_body<L: Words>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) {
+    fill_body::<L, Codes>(l, rows, ahead, to);
+}
+
+/// Adding it to a value of a slice of this exponent makes the value's word the low bits of the sum: the last bit of a
+/// float of 1.5 times 2^(exponent + 10) is the word's unit.
+fn magic(exponent: i32) -> f32 {
+    1.5 * power_of_two(exponent - (VALUE_BITS - 1) + 23)
+}
+
+/// 2 to a power from -126 to 127.
+fn power_of_two(power: i32) -> f32 {
+    f32::from_bits(((power + 127) << 23).cast_unsigned())
+}
+
+#[inline(always)]
+fn fill_body<L: Words, S: Stored>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) {
+    let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
+    let (mut latent_magic, mut rope_magic) = ([0.0; ROWS], [0.0; ROWS]);
+    for (r, row) in rows.iter().enumerate() {
+        ask(l, &mut ahead, ROWS / rows.len());
+        let (latent, rope) = (S::exponent(l, row.latent), S::exponent(l, row.rope));
+        let unit = |exponent: Option<i32>| exponent.map_or(f32::NAN, |e| power_of_two(e - (VALUE_BITS - 1)));
+        to.units.value[r] = unit(latent);
+        let key = if to.latent_lines > 0 { latent.zip(rope).map(|(a, b)| a.max(b)) } else { rope };
+        to.units.key[r] = unit(key.map(|e| e + super::integer::SUM_SHIFT));
+        let (latent, key) = (latent.unwrap_or(0), key.unwrap_or(0));
+        to.units.shift[r] = if to.latent_lines > 0 { (key - latent).clamp(0, 31) } else { 0 };
+        (latent_magic[r], rope_magic[r]) = (magic(latent), magic(key));
+    }
+    let lines = to.key_lines;
+    for first in (0..rows.len()).step_by(2 * LANES) {
+        for a in first..rows.len().min(first + LANES) {
+            // In the place of a row that is missing stands another, which is weighed with 0.
+            let b = if a + LANES < rows.len() { a + LANES } else { a };
+            let (key_a, key_b) = to.keys[a * lines..].split_at_mut(LANES * lines);
+            let (key_a, rope_a) = key_a[..lines].split_at_mut(to.latent_lines);
+            let (key_b, rope_b) = key_b[..lines].split_at_mut(to.latent_lines);
+            let magics = [l.splat(latent_magic[a]), l.splat(latent_magic[b])];
+            let mut keys = key_a.iter_mut().zip(key_b);
+            let latent =
+                rows[a].latent.chunks(TOGETHER / 2 * S::BYTES).zip(rows[b].latent.chunks(TOGETHER / 2 * S::BYTES));
+            let values = to.values.as_chunks_mut::<{ ROW_PAIRS * TOGETHER }>().0;
+            for ((latent_a, latent_b), values) in latent.zip(values) {
+                let values = &mut values.as_chunks_mut::<TOGETHER>().0[first / 2 + a - first];
+                let both = latent_a.chunks_exact(S::BYTES).zip(latent_b.chunks_exact(S::BYTES));
+                for ((slice_a, slice_b), values) in both.zip(values.as_chunks_mut::<2>().0) {
+                    let (a, b) = (words::<L, S>(l, slice_a, magics[0]), words::<L, S>(l, slice_b, magics[1]));
+                    l.store_i(l.pair_words(a[0], b[0]), &mut values[0].0);
+                    l.store_i(l.pair_words(a[1], b[1]), &mut values[1].0);
+                    if let Some((key_a, key_b)) = keys.next() {
+                        l.store_i(l.pair_words(a[0], a[1]), &mut key_a.0);
+                        l.store_i(l.pair_words(b[0], b[1]), &mut key_b.0);
+                    }
+                }
+            }
+            for (row, keys) in [(a, rope_a), (b, rope_b)] {
+                let magic = l.splat(rope_magic[row]);
+                for (slice, key) in rows[row].rope.chunks_exact(S::BYTES).zip(keys) {
+                    let [low, high] = words::<L, S>(l, slice, magic);
+                    l.store_i(l.pair_words(low, high), &mut key.0);
+                }
+            }
+        }
+    }
+}
+
+/// 32 values as words, in the low bits of lanes.
+#[inline(always)]
+fn words<L: Words, S: Stored>(l: L, slice: &[u8], magic: L::F) -> [L::I; 2] {
+    let [a, b] = S::load(l, slice);
+    [l.bits(l.add(a, magic)), l.bits(l.add(b, magic))]
+}
+
+on_level! {
+    /// Rounds a head's query (for the rope slice of `rope` values, then for the latent slice) to words beside those of
+    /// [`WordBlock::keys`], and returns what they are times: NaN for a query that is not finite.
+    ///
+    /// What is multiplied with a lane of a key sums to [`FACTORS`] at most, so that a lane's sum has room in 32 bits.
+    fn round_query(q: &[f32], rope: usize, to: &mut [Line]) -> f32 = round_query_body
+}
+
+#[inline(always)]
+fn round_query_body<L: Words>(l: L, q: &[f32], rope: usize, to: &mut [Line]) -> f32 {
+    let zero = l.splat(0.0);
+    let (mut sums, mut most) = (zero, zero);
+    for v in q.as_chunks().0 {
+        let v = l.load(v);
+        let magnitude = l.max(v, l.sub(zero, v)); // in this order a NaN stays
+        (sums, most) = (l.add(sums, magnitude), l.max(magnitude, most));
+    }
+    let mut lanes = [0.0; LANES];
+    l.store(sums, &mut lanes);
+    if lanes.iter().any(|sum| !sum.is_finite()) {
+        return f32::NAN;
+    }
+    #[allow(clippy::cast_precision_loss, reason = "a row's width is a small number")]
+    let roundings = (q.len() / LANES) as f32; // each adds a half at most
+    let largest = lanes.iter().copied().fold(0.0, f32::max);
+    let unit = (largest / (FACTORS - roundings)).max(l.largest(most) / WORD_MAX);
+    // Nothing to see of such a query.
+    let (unit, inverse) = if unit < power_of_two(-100) { (0.0, 0.0) } else { (unit, 1.0 / unit) };
+    let (rope, latent) = q.split_at(rope);
+    let inverse = l.splat(inverse);
+    for (v, to) in latent.as_chunks::<PAIR>().0.iter().chain(rope.as_chunks().0).zip(to) {
+        let halves = v.as_chunks().0;
+        let (a, b) = (l.round(l.mul(l.load(&halves[0]), inverse)), l.round(l.mul(l.load(&halves[1]), inverse)));
+        l.store_i(l.pair_words(a, b), &mut to.0);
+    }
+    unit
+}
