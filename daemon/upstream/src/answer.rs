@@ -293,7 +293,8 @@ mod tests {
             r#"{"choices": [{"index": 0, "delta": {"reasoning_content": "hm", "reasoning": "hm"}}]}"#,
             r#"{"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": -1.0}]}}]}"#,
             r#"{"choices": [{"index": 0, "delta": {"content": "b"}, "finish_reason": "stop"}]}"#,
-            r#"{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 9}, "completion_tokens_details": {"reasoning_tokens": 2}}}"#,
+            r#"{"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 9}, "completion_tokens_details": {"reasoning_tokens": 2}}}"#,
             "[DONE]",
             r#"{"choices": [{"index": 0, "delta": {"content": "after the end"}}]}"#,
         ]);
@@ -355,34 +356,48 @@ mod tests {
         assert!(matches!(end, Err(Trouble::Broken(said)) if said.contains("128 functions")));
     }
 
-    /// As the sources of vLLM and SGLang write them: counts beside every piece, ids once, members that are null, matched stops.
+    /// As the sources of vLLM and SGLang write them, without names and dates: counts beside every piece, ids once,
+    /// members that are null, matched stops.
     #[test]
     fn streams_of_known_engines_are_understood() {
+        let piece = |delta: &str, more: &str| {
+            format!(r#"{{"id": "1", "choices": [{{"index": 0, "delta": {delta}, "logprobs": null, {more}}}]}}"#)
+        };
+        let goes_on = r#""finish_reason": null"#;
+        let call = |function: &str| piece(&format!(r#"{{"tool_calls": [{{{function}}}]}}"#), goes_on);
         let vllm = [
-            r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null},"logprobs":null,"finish_reason":null}],"prompt_token_ids":null,"usage":{"prompt_tokens":9,"total_tokens":9,"completion_tokens":0}}"#,
-            r#"{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1,"model":"m","choices":[{"index":0,"delta":{"reasoning":"hm","reasoning_content":"hm"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":{"prompt_tokens":9,"total_tokens":10,"completion_tokens":1}}"#,
-            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"tool_calls":[{"id":"chatcmpl-tool-1","type":"function","index":0,"function":{"name":"f"}}]},"finish_reason":null}]}"#,
-            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"{\"a\": "}}]},"finish_reason":null}]}"#,
-            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"tool_calls":[{"index":0,"function":{"arguments":"1}"}}]},"finish_reason":null}]}"#,
-            r#"{"id":"chatcmpl-1","choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"tool_calls","stop_reason":null}]}"#,
-            r#"{"id":"chatcmpl-1","choices":[],"usage":{"prompt_tokens":9,"total_tokens":21,"completion_tokens":12,"prompt_tokens_details":null}}"#,
-            "[DONE]",
+            r#"{"choices": [{"index": 0, "delta": {"role": "assistant", "content": "", "reasoning_content": null}}],
+                "prompt_token_ids": null, "usage": {"prompt_tokens": 9, "total_tokens": 9, "completion_tokens": 0}}"#
+                .to_owned(),
+            piece(r#"{"reasoning": "hm", "reasoning_content": "hm"}"#, r#""finish_reason": null, "token_ids": null"#),
+            call(r#""id": "chatcmpl-tool-1", "type": "function", "index": 0, "function": {"name": "f"}"#),
+            call(r#""index": 0, "function": {"arguments": "{\"a\": "}"#),
+            call(r#""index": 0, "function": {"arguments": "1}"}"#),
+            piece(r#"{"content": ""}"#, r#""finish_reason": "tool_calls", "stop_reason": null"#),
+            r#"{"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 12, "prompt_tokens_details": null}}"#
+                .to_owned(),
+            "[DONE]".to_owned(),
         ];
-        let (events, end) = heard(&vllm);
-        assert_eq!(events[0], Event::Reasoning { text: "hm".to_owned() });
-        assert!(
-            matches!(&events[1], Event::ToolCall { id, arguments, .. } if id == "chatcmpl-tool-1" && arguments == r#"{"a": 1}"#)
-        );
+        let (events, end) = heard(&vllm.each_ref().map(String::as_str));
+        let [Event::Reasoning { text }, Event::ToolCall { id, arguments, .. }] = &events[..] else {
+            panic!("{events:?}")
+        };
+        assert_eq!((text.as_str(), id.as_str(), arguments.as_str()), ("hm", "chatcmpl-tool-1", r#"{"a": 1}"#));
         let usage = Usage { prompt_tokens: 9, completion_tokens: 12, ..Usage::default() };
         assert_eq!(end, Ok((FinishReason::ToolCalls, usage)));
+        let delta_of = |content: &str| {
+            format!(r#"{{"role": null, "content": {content}, "reasoning_content": null, "tool_calls": null}}"#)
+        };
         let sglang = [
-            r#"{"id":"a","object":"chat.completion.chunk","choices":[{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}"#,
-            r#"{"id":"a","choices":[{"index":0,"delta":{"role":null,"content":"Hi","reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null,"matched_stop":null}],"usage":null}"#,
-            r#"{"id":"a","choices":[{"index":0,"delta":{"role":null,"content":null,"reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":"stop","matched_stop":151645}],"usage":null}"#,
-            r#"{"id":"a","choices":[],"usage":{"prompt_tokens":4,"total_tokens":6,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":1},"reasoning_tokens":0}}"#,
-            "[DONE]",
+            piece(&delta_of(r#""""#), r#""finish_reason": null, "matched_stop": null"#),
+            piece(&delta_of(r#""Hi""#), r#""finish_reason": null, "matched_stop": null"#),
+            piece(&delta_of("null"), r#""finish_reason": "stop", "matched_stop": 151645"#),
+            r#"{"choices": [], "usage": {"prompt_tokens": 4, "total_tokens": 6, "completion_tokens": 2,
+                "prompt_tokens_details": {"cached_tokens": 1}, "reasoning_tokens": 0}}"#
+                .to_owned(),
+            "[DONE]".to_owned(),
         ];
-        let (events, end) = heard(&sglang);
+        let (events, end) = heard(&sglang.each_ref().map(String::as_str));
         let usage = Usage { prompt_tokens: 4, cached_tokens: 1, completion_tokens: 2, ..Usage::default() };
         assert_eq!((events, end), (vec![delta("Hi")], Ok((FinishReason::Stop, usage))));
     }
@@ -390,9 +405,9 @@ mod tests {
     #[test]
     fn of_several_calls_the_first_is_told_where_one_is_wanted() {
         let piece = |n: u32| {
-            format!(
-                r#"{{"choices": [{{"delta": {{"tool_calls": [{{"index": {n}, "function": {{"name": "f{n}", "arguments": "{{}}"}}}}]}}}}]}}"#
-            )
+            let function = serde_json::json!({ "name": format!("f{n}"), "arguments": "{}" });
+            let call = serde_json::json!({ "index": n, "function": function });
+            serde_json::json!({ "choices": [{ "delta": { "tool_calls": [call] } }] }).to_string()
         };
         let finish = r#"{"choices": [{"delta": {}, "finish_reason": "tool_calls"}]}"#.to_owned();
         let (mut answer, mut events) = (Answer::new(None, true, None), Vec::new());
@@ -422,7 +437,7 @@ mod tests {
         // vLLM's and SGLang's, an older vLLM's, and what others have.
         for error in [
             r#"{"error": {"message": "out of memory", "code": 500}}"#,
-            r#"{"object": "error", "message": "out of memory", "type": "InternalServerError", "param": null, "code": 500}"#,
+            r#"{"object": "error", "message": "out of memory", "type": "InternalServerError", "code": 500}"#,
             r#"{"error": "out of memory"}"#,
         ] {
             let end = heard(&[r#"{"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}"#, error]).1;

@@ -147,7 +147,10 @@ def _():
 @check("different", "chat_completion: assistant_prefill")
 def _():
     begun = [*BOOK, {"role": "assistant", "content": "Whill"}]
-    tokens = lambda **fields: ask("POST", "/v1/chat/completions/input_tokens", {"messages": begun, **fields}).body["input_tokens"]
+    def tokens(**fields):
+        body = {"messages": begun, **fields}
+        return ask("POST", "/v1/chat/completions/input_tokens", body).body["input_tokens"]
+
     assert tokens() > tokens(continue_final_message=True), "a new answer has its own beginning"
 
 

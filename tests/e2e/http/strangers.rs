@@ -1,5 +1,5 @@
-//! What clients of others send and count on, that no client of these tests does: shapes of requests that were seen on
-//! the wire of LlamaIndex, OpenAI's agents, Vercel's AI SDK, instructor, `llm-ollama`, Ollama's library in Go, and curl.
+//! What clients of others send and count on, that no client of these tests does: shapes of requests of LlamaIndex,
+//! OpenAI's agents, Vercel's AI SDK, instructor, `llm-ollama`, Ollama's library in Go, and curl.
 
 use serde_json::{Value, json};
 use sparsed_tests::chatty;
@@ -25,10 +25,13 @@ fn error(answer: &Answer) -> (u16, String, Value) {
     (answer.status, error["code"].as_str().unwrap_or_default().to_owned(), error["param"].clone())
 }
 
+fn function(name: &str, parameters: Value) -> Value {
+    json!({ "type": "function", "function": { "name": name, "parameters": parameters } })
+}
+
 fn light() -> Value {
-    json!({ "type": "function", "function": { "name": "light", "parameters": {
-        "type": "object", "required": ["on"], "additionalProperties": false, "properties": { "on": { "type": "boolean" } },
-    } } })
+    let on = json!({ "on": { "type": "boolean" } });
+    function("light", json!({ "type": "object", "required": ["on"], "additionalProperties": false, "properties": on }))
 }
 
 fn schema() -> Value {
@@ -44,8 +47,8 @@ fn beside_tools_a_schema_is_for_what_is_no_call_and_without_parallel_calls_there
     let (daemon, _dir) = start();
     let ask = |seed: u32, parallel: bool| {
         let request = json!({
-            "messages": [{ "role": "user", "content": "x" }], "tools": [light()], "response_format": schema(), "seed": seed,
-            "temperature": 1.5, "max_tokens": 600, "parallel_tool_calls": parallel,
+            "messages": [{ "role": "user", "content": "x" }], "tools": [light()], "response_format": schema(),
+            "seed": seed, "temperature": 1.5, "max_tokens": 600, "parallel_tool_calls": parallel,
         });
         daemon.post("/v1/chat/completions", &request).json()["choices"][0].clone()
     };
@@ -74,7 +77,7 @@ fn beside_tools_a_schema_is_for_what_is_no_call_and_without_parallel_calls_there
 #[test]
 fn a_call_that_is_enforced_leaves_nothing_for_a_schema_and_of_the_tools_some_may_be_allowed() {
     let (daemon, _dir) = start();
-    let stop = json!({ "type": "function", "function": { "name": "stop", "parameters": { "type": "object", "additionalProperties": false } } });
+    let stop = function("stop", json!({ "type": "object", "additionalProperties": false }));
     let mut request = json!({
         "messages": [{ "role": "user", "content": "x" }], "tools": [light(), stop], "response_format": schema(),
         "max_tokens": 200, "tool_choice": { "type": "allowed_tools", "allowed_tools": {
@@ -121,7 +124,9 @@ fn numbers_at_the_end_of_their_range_and_parts_of_a_replayed_answer_are_taken() 
         { "role": "user", "content": [{ "type": "text", "text": "y" }] },
     ]);
     let ask = |seed: u32| {
-        let request = json!({ "messages": messages, "top_p": 0, "temperature": 2, "seed": seed, "max_tokens": 8, "ignore_eos": true });
+        let request = json!({
+            "messages": messages, "top_p": 0, "temperature": 2, "seed": seed, "max_tokens": 8, "ignore_eos": true,
+        });
         let answer = daemon.post("/v1/chat/completions", &request).json();
         answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
     };
@@ -139,8 +144,8 @@ fn an_answer_that_is_the_last_message_goes_on_where_that_is_asked_for() {
         let mut messages = vec![json!({ "role": "user", "content": "x" })];
         messages.extend((!begun.is_empty()).then(|| json!({ "role": "assistant", "content": begun })));
         let request = json!({
-            "messages": messages, "continue_final_message": !begun.is_empty(), "temperature": 0, "max_tokens": max_tokens,
-            "logit_bias": letters, "ignore_eos": true,
+            "messages": messages, "continue_final_message": !begun.is_empty(), "temperature": 0,
+            "max_tokens": max_tokens, "logit_bias": letters, "ignore_eos": true,
         });
         let answer = daemon.post("/v1/chat/completions", &request).json();
         answer["choices"][0]["message"]["content"].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned()
@@ -164,8 +169,8 @@ fn a_stored_response_tells_its_items_and_others_may_refer_to_them() {
     let (daemon, _dir) = start();
     let respond = |body: Value| daemon.post("/v1/responses", &body);
     let first = respond(json!({
-        "input": "Hello", "instructions": "Be brief.", "store": true, "max_output_tokens": 30, "seed": 1, "ignore_eos": true,
-        "max_tool_calls": 3,
+        "input": "Hello", "instructions": "Be brief.", "store": true, "max_output_tokens": 30, "seed": 1,
+        "ignore_eos": true, "max_tool_calls": 3,
     }));
     let first = first.json();
     assert_eq!(first["usage"]["output_tokens_details"]["reasoning_tokens"], 0, "{first}");
@@ -183,7 +188,8 @@ fn a_stored_response_tells_its_items_and_others_may_refer_to_them() {
     assert_eq!((&page["data"][0], &page["has_more"]), (&items["data"][2], &json!(true)));
     let refer = |id: &Value| {
         let reference = json!({ "type": "item_reference", "id": id });
-        json!({ "input": [{ "role": "user", "content": "Hello" }, reference, { "role": "user", "content": "x" }], "max_output_tokens": 1 })
+        let [hello, x] = ["Hello", "x"].map(|text| json!({ "role": "user", "content": text }));
+        json!({ "input": [hello, reference, x], "max_output_tokens": 1 })
     };
     let by_name = respond(refer(&first["output"][0]["id"])).json();
     let mut whole = refer(&json!(""));
@@ -209,7 +215,8 @@ fn ollamas_clients_find_what_they_look_for_before_they_ask() {
     assert_eq!(daemon.post("/api/pull", &json!({ "model": "default:latest" })).json(), json!({ "status": "success" }));
     assert_eq!(daemon.post("/api/pull", &json!({ "model": "another" })).status, 501);
     let nulls = json!({
-        "model": "default", "prompt": "x", "stream": false, "options": null, "context": null, "raw": null, "images": null,
+        "model": "default", "prompt": "x", "stream": false, "options": null, "context": null, "raw": null,
+        "images": null,
     });
     let answer = daemon.post("/api/generate", &nulls);
     assert_eq!(answer.status, 200, "{}", answer.body);
@@ -238,7 +245,8 @@ fn a_body_that_is_compressed_or_no_object_is_refused_for_what_it_is() {
     let ask = |head: &str, body: &str| {
         let length = body.len();
         let request = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n{head}content-length: {length}\r\n\r\n{body}"
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\
+             {head}content-length: {length}\r\n\r\n{body}"
         );
         raw(&daemon, request.as_bytes())
     };

@@ -5,9 +5,9 @@
 //! owners a step may take `k` times as long as the one would take that has nothing but the tokens of the owner with the
 //! fewest; what fits into that is divided among them, and what an owner has beyond its part waits, oldest first. Where
 //! tokens cost little beside the step, all of them fit. Both costs are measured; before that nobody is held back. A
-//! token of an answer costs more than one of a prompt, whose neighbours share its work, so what shared steps take
-//! corrects how much fits into them, those with few tokens of everybody and those with more by themselves: down at once
-//! in proportion, up by an eighth. Who has the fewest gets all of them, if a step has room for as many of each owner.
+//! token of a small step costs more than one of a large step, so what shared steps take corrects how much fits into
+//! them: down at once in proportion, up by an eighth where a further token would still fit. Who has the fewest gets all
+//! of them, if a step has room for as many of each owner.
 //!
 //! Who comes while a step runs waits for its end, and no division helps then. So an owner that is alone, but was not
 //! lately, has short steps: the other one may come again at any time.
@@ -16,7 +16,7 @@ use crate::api::Owner;
 use std::time::Duration;
 
 /// A step of at most so many tokens tells what a step costs as such.
-const FEW_TOKENS: u32 = 8;
+const FEW_TOKENS: u32 = 4;
 /// A step of at least so many tokens tells what a token costs.
 const MANY_TOKENS: u32 = 32;
 /// What a shared step aims at, of the time that is bearable: what varies from step to step stays below it then.
@@ -25,8 +25,9 @@ const AIM: f64 = 0.9;
 const COMPANY: Duration = Duration::from_secs(60);
 /// A short step takes so many times as long as one with a single token,
 const SHORT_STEPS: f64 = 4.0;
-/// but has room for so many: prompts get on, however much is behind them.
-const SHORT_STEP_TOKENS: u32 = 8;
+/// but has room for so many: prompts get on, however much is behind them. It tells no cost: these may be a flood's
+/// answers with much behind them, and what they take would be allowed to steps that are shared.
+const SHORT_STEP_TOKENS: u32 = 2 * FEW_TOKENS;
 /// Part of the way that a measured cost goes up with a step that took longer, 1 / n; what took less is believed sooner,
 /// since all that disturbs a step makes it longer.
 const UP: f64 = 16.0;
@@ -41,30 +42,19 @@ pub(super) struct Shares {
     step_s: f64,
     /// Seconds of a token; 0 before it was measured.
     token_s: f64,
-    /// Of the tokens that should fit into a shared step beside those of the owner with the fewest, the part that has
-    /// turned out to fit: where these are few, and where they are more.
-    fitting: [f64; 2],
-    /// What the step that was divided last should be; `None`: whatever it likes.
-    aim: Option<Aim>,
+    /// Of the tokens that fit into a shared step beyond equal numbers, the part that has turned out to fit.
+    fitting: f64,
+    /// How long the step that was divided last is to take, and of how many tokens; `None`: as long as it likes.
+    aim: Option<(f64, u32)>,
     /// When several owners could use a step, last.
     shared_at: Option<Duration>,
     /// Owners that could use the next step, and the tokens they may still have in it.
     owners: Vec<(Owner, u32)>,
 }
 
-/// What a shared step should be.
-#[derive(Clone, Copy, Debug)]
-struct Aim {
-    seconds: f64,
-    /// Most tokens.
-    most: u32,
-    /// Which of [`Shares::fitting`] it was made with.
-    size: usize,
-}
-
 impl Default for Shares {
     fn default() -> Self {
-        Self { step_s: 0.0, token_s: 0.0, fitting: [1.0; 2], aim: None, shared_at: None, owners: Vec::new() }
+        Self { step_s: 0.0, token_s: 0.0, fitting: 1.0, aim: None, shared_at: None, owners: Vec::new() }
     }
 }
 
@@ -72,11 +62,12 @@ impl Shares {
     /// A step of `n_tokens` took so long.
     pub(super) fn took(&mut self, time: Duration, n_tokens: u32) {
         let (seconds, n) = (time.as_secs_f64(), f64::from(n_tokens));
-        if let Some(Aim { seconds: aim, most, size }) = self.aim.take() {
-            // Not below half at once: one late step says little. Nor does a fast one with fewer tokens.
+        if let Some((aim, most)) = self.aim.take() {
+            // Not below half at once: one late step says little. Nor does a fast one with fewer tokens, or one that
+            // another token would make late.
             let change = (aim / seconds.max(f64::MIN_POSITIVE)).clamp(0.5, 1.125);
-            if change < 1.0 || n_tokens >= most {
-                self.fitting[size] = (self.fitting[size] * change).clamp(FITTING_MIN, 1.0);
+            if change < 1.0 || (n_tokens >= most && seconds * (n + 1.0) <= aim * n) {
+                self.fitting = (self.fitting * change).clamp(FITTING_MIN, 1.0);
             }
             return;
         }
@@ -125,14 +116,11 @@ impl Shares {
             }
             _ => return most,
         };
-        let size = usize::from(fewest > f64::from(FEW_TOKENS));
-        let others = (factor - 1.0) * (fewest + self.step_s / self.token_s);
-        let fitting = fewest + others * self.fitting[size];
+        let fitting = factor * fewest + (factor - 1.0) * self.step_s / self.token_s * self.fitting;
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a cast saturates, then bounded")]
         let fitting = (fitting as u32).clamp(least, most.max(least));
         // What one owner's steps take says nothing of shared ones: its answers may have far more behind them.
-        let seconds = factor * (self.step_s + self.token_s * fewest);
-        self.aim = (n_owners > 1).then_some(Aim { seconds, most: fitting, size });
+        self.aim = (n_owners > 1).then_some((factor * (self.step_s + self.token_s * fewest), fitting));
         fitting
     }
 
@@ -254,14 +242,26 @@ mod tests {
     }
 
     #[test]
-    fn prompts_that_hold_others_up_leave_answers_what_they_had() {
+    fn a_step_that_another_token_would_make_late_grows_no_further() {
         let mut shares = measured();
-        let (prompt, answer) = ([(1, 200), (2, 60)], [(1, 200), (2, 1)]);
-        assert_eq!(divided(&mut shares, &prompt), [49, 60]);
-        // Twice as long as it was to be: half of the others' tokens go, none of the prompt's.
-        shares.took(Duration::from_millis(224), 109);
-        assert_eq!(divided(&mut shares, &prompt), [24, 60]);
-        assert_eq!(divided(&mut shares, &answer), [2, 1]);
+        shares.fitting = FITTING_MIN;
+        // 5.4 ms are bearable.
+        for (ms, grows) in [(4, false), (3, true)] {
+            let before = shares.fitting;
+            assert_eq!(divided(&mut shares, &[(1, 100), (2, 1)]), [1, 1]);
+            shares.took(Duration::from_millis(ms), 2);
+            assert_eq!(shares.fitting > before, grows, "{ms} ms");
+        }
+    }
+
+    #[test]
+    fn what_a_floods_short_steps_take_is_no_cost_of_a_step() {
+        let mut shares = measured();
+        for _ in 0..50 {
+            divided_at(&mut shares, &[(1, 1), (1, 300)], Duration::ZERO);
+            shares.took(Duration::from_millis(50), SHORT_STEP_TOKENS);
+        }
+        assert_eq!(shares.step_s, measured().step_s);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! What must an answer be that has to call a function, or may do so beside an answer of a certain form? A grammar of the
-//! model's syntax around a schema of arguments.
+//! What must an answer be that has to call a function, or may do so beside an answer of a certain form? A grammar of
+//! the model's syntax around a schema of arguments.
 
 use super::syntax::{SEPARATOR, ToolSyntax};
 use serde_json::{Map, Value, json};

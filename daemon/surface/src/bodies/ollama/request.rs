@@ -272,7 +272,8 @@ fn written(messages: Vec<Message>) -> Result<Vec<Value>, Refusal> {
                 let arguments = Value::Object(call.function.arguments.unwrap_or_default()).to_string();
                 let function = json!({ "name": call.function.name, "arguments": arguments });
                 let counted = id(&mut n_calls);
-                json!({ "id": call.id.filter(|id| !id.is_empty()).unwrap_or(counted), "type": "function", "function": function })
+                let id = call.id.filter(|id| !id.is_empty()).unwrap_or(counted);
+                json!({ "id": id, "type": "function", "function": function })
             };
             one["tool_calls"] = calls.into_iter().map(&mut call).collect();
         }
@@ -329,7 +330,8 @@ mod tests {
     #[test]
     fn calls_and_results_keep_the_ids_that_they_have() {
         let body = body(chat(
-            br#"{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
+            br#"{"messages": [
+                {"role": "assistant", "content": null, "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
                 {"role": "tool", "tool_call_id": "a", "content": "1"}]}"#,
         ));
         assert_eq!(

@@ -5,12 +5,15 @@ use super::script::Script;
 use super::stored::{self, ResponseId};
 use crate::refusal::Refusal;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sparsed_engine::api::Owner;
-use sparsed_engine::{ChatMessage, Role, SaidTurn, Service};
+use sparsed_engine::{ChatMessage, Role, SaidTurn, Service, ToolCall};
+use std::collections::HashMap;
 
 /// Items of a page, when the client does not say, and most of them.
 const PAGE: (usize, usize) = (20, 100);
+/// Most responses whose items an input may refer to: each is read from its session.
+const REFERRED_MAX: usize = 64;
 /// What names of items begin with: messages, reasoning, calls, and results of calls.
 const KINDS: [&str; 4] = ["msg_", "rs_", "fc_", "fco_"];
 
@@ -51,34 +54,48 @@ pub(crate) async fn list(service: &Service, owner: Owner, id: ResponseId, page: 
 /// Puts what references name in their place.
 ///
 /// # Errors
-/// One names nothing that is kept.
+/// One names nothing that is kept; they name items of too many responses.
 pub(super) async fn resolve(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(), Refusal> {
+    let mut known = HashMap::<ResponseId, Vec<Value>>::new();
     for (at, item) in fields.items_mut().iter_mut().enumerate() {
         if item.get("type").and_then(Value::as_str) != Some("item_reference") {
             continue;
         }
+        let refused = |reason: String| Refusal::invalid(&format!("input[{at}].id"), reason);
         let name = item.get("id").and_then(Value::as_str).unwrap_or_default().to_owned();
-        let place = format!("input[{at}].id");
-        *item = find(service, owner, &name).await?.ok_or_else(|| {
-            let reason = "names no item of a response that is stored: send the item itself, or ask with store true";
-            Refusal::invalid(&place, reason)
-        })?;
+        let unknown = || {
+            refused(
+                "names no item of a response that is stored: send the item itself, or ask with store true".to_owned(),
+            )
+        };
+        let id = response_of(&name).ok_or_else(unknown)?;
+        if !known.contains_key(&id) {
+            if known.len() == REFERRED_MAX {
+                return Err(refused(format!("is of a further response; {REFERRED_MAX} may be referred to")));
+            }
+            known.insert(id, items_at(service, owner, id).await?);
+        }
+        let found = known[&id].iter().find(|item| item["id"] == name).and_then(Value::as_object);
+        *item = found.cloned().ok_or_else(unknown)?;
     }
     Ok(())
 }
 
-async fn find(service: &Service, owner: Owner, name: &str) -> Result<Option<Map<String, Value>>, Refusal> {
-    let rest = KINDS.iter().find_map(|kind| name.strip_prefix(kind));
-    let id = rest.and_then(|rest| rest.rsplit_once('_')?.0.parse::<ResponseId>().ok());
-    let Some(id) = id else { return Ok(None) };
+/// Of which response an item is, by its name.
+fn response_of(name: &str) -> Option<ResponseId> {
+    let rest = KINDS.iter().find_map(|kind| name.strip_prefix(kind))?;
+    rest.rsplit_once('_')?.0.parse().ok()
+}
+
+/// What went into a response and what came of it; nothing where there is none of that name.
+async fn items_at(service: &Service, owner: Owner, id: ResponseId) -> Result<Vec<Value>, Refusal> {
     let (model, turns) = match stored::turns(service, owner, id, "input").await {
         Ok(found) => found,
-        Err(refusal) if refusal.name().status == 404 => return Ok(None),
+        Err(refusal) if refusal.name().status == 404 => return Ok(Vec::new()),
         Err(refusal) => return Err(refusal),
     };
-    let Some(turn) = turns.get(id.turn as usize) else { return Ok(None) };
-    let all = answered(id, &model, turn).into_iter().chain(asked(id, turn));
-    Ok(all.into_iter().filter(|item| item["id"] == name).find_map(|item| item.as_object().cloned()))
+    let turn = turns.get(id.turn as usize);
+    Ok(turn.map_or_else(Vec::new, |turn| [asked(id, turn), answered(id, &model, turn)].concat()))
 }
 
 /// What was new in a turn.
@@ -106,7 +123,10 @@ fn items_of(message: &ChatMessage) -> Vec<(&'static str, Value)> {
         _ => json!({ "type": "input_text", "text": text }),
     };
     let said = json!({ "type": "message", "role": message.role.as_str(), "content": [content] });
-    let call = |call: &sparsed_engine::ToolCall| json!({ "type": "function_call", "call_id": call.id, "name": call.name, "arguments": call.arguments });
+    let call = |call: &ToolCall| {
+        let ToolCall { id, name, arguments } = call;
+        json!({ "type": "function_call", "call_id": id, "name": name, "arguments": arguments })
+    };
     let said = (!text.is_empty() || message.tool_calls.is_empty()).then_some(("msg_", said));
     said.into_iter().chain(message.tool_calls.iter().map(|one| ("fc_", call(one)))).collect()
 }
@@ -145,7 +165,7 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_engine::{SessionId, ToolCall, TurnEnd};
+    use sparsed_engine::{SessionId, TurnEnd};
 
     fn turn(messages: Vec<ChatMessage>) -> SaidTurn {
         let (answer, end) = (Some(ChatMessage::new(Role::Assistant, "Yes.")), TurnEnd::Complete);
@@ -172,8 +192,7 @@ mod tests {
         let names: std::collections::BTreeSet<&str> = items.iter().map(|item| item["id"].as_str().unwrap()).collect();
         assert_eq!(names.len(), 3);
         for name in names {
-            let rest = KINDS.iter().find_map(|kind| name.strip_prefix(kind)).unwrap();
-            assert_eq!(rest.rsplit_once('_').unwrap().0.parse(), Ok(id(0)), "{name}");
+            assert_eq!(response_of(name), Some(id(0)), "{name}");
         }
     }
 
