@@ -5,6 +5,7 @@ use crate::kernels::rows::decode;
 use crate::level::Level;
 use crate::packing::Packed;
 use memmap2::{Advice, MmapMut, UncheckedAdvice};
+use rustix::param::page_size;
 use sparsed_abi::{
     DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
 };
@@ -14,9 +15,6 @@ use sparsed_plugin_kit::{Held, PluginError, Result, SlowArea, Source, Usage};
 use sparsed_quant::Format;
 use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-
-/// Largest page of the machines we run on.
-const PAGE_BYTES_MAX: usize = 1 << 16;
 
 /// Tokens of a block are a multiple of this: tiles of index keys are whole.
 #[allow(clippy::cast_possible_truncation, reason = "16")]
@@ -210,7 +208,8 @@ impl Plane {
         // SAFETY: the host has let go of the block.
         unsafe { self.bytes_mut(range.start, self.block_bytes) }.fill(0);
         // Whole pages inside go back to the system; they read as zero afterwards, as they do now.
-        let page = page_bytes();
+        // A page larger than the machine's would leave what blocks begin and end in.
+        let page = page_size();
         let (first, last) = (range.start.next_multiple_of(page), range.end / page * page);
         if first < last {
             // SAFETY: private anonymous pages without a reference into them; a refusal leaves zeroed pages.
@@ -309,14 +308,6 @@ impl Pool {
     }
 }
 
-/// What the system gives and takes memory by. With a page too large for the machine, what blocks begin and end in would
-/// stay; one too small would take from the next block.
-fn page_bytes() -> usize {
-    // SAFETY: it answers a number and does nothing.
-    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    usize::try_from(bytes).ok().filter(|n| n.is_power_of_two()).unwrap_or(PAGE_BYTES_MAX)
-}
-
 fn small(n: u64) -> Result<usize> {
     let too_large = || PluginError::invalid(format!("{n} rows or columns"));
     usize::try_from(n).ok().filter(|&n| n <= 1 << 31).ok_or_else(too_large)
@@ -330,7 +321,7 @@ mod tests {
 
     /// Pages of the plane that are in memory.
     fn resident(plane: &Plane) -> usize {
-        let (page, n) = (page_bytes(), plane.map.len().div_ceil(page_bytes()));
+        let (page, n) = (page_size(), plane.map.len().div_ceil(page_size()));
         let mut entries = vec![0; 8 * n];
         let first = plane.at.addr() / page;
         File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, 8 * first as u64).unwrap();
@@ -341,7 +332,7 @@ mod tests {
     fn memory_of_a_block_is_given_back_whole_and_its_neighbours_stay() {
         // Odd numbers of pages, which no larger page divides, and a block that ends inside of one.
         for (n_pages, more) in [(5, 0), (23, 0), (7, 100)] {
-            let block_bytes = n_pages * page_bytes() + more;
+            let block_bytes = n_pages * page_size() + more;
             let plane = Plane::new(block_bytes, 4, Advice::NoHugePage).unwrap();
             for block in 0..4 {
                 // SAFETY: nobody else uses the plane.
