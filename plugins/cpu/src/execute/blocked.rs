@@ -1,4 +1,4 @@
-//! Attention over half-precision rows: who shares a pass over a block of rows?
+//! Attention over rows in f16 and q8_0: who shares a pass over a block of rows?
 //!
 //! Tokens of one sequence that read everything before them list the same rows, so a run of them shares each block. A
 //! token with a selection of its own is a run by itself. Either way a token's blocks are counted from the first row of
@@ -20,7 +20,8 @@ const RUN_TOKENS: usize = 32;
 /// work.
 const WIDEN_FROM: usize = 24;
 
-/// From this many heads that share a row on it is turned into words, which costs as much as three heads' products.
+/// From this many heads that share a half-precision row on it is turned into words, which costs as much as three heads'
+/// products. Rows of 8 bits always are.
 const WORDS_FROM: usize = 8;
 
 /// Values from the beginning of a cache line on: vectors that lie across two lines cost twice as much.
@@ -133,12 +134,12 @@ impl Attention<'_> {
         half && can_block(self.out.n2) && can_block(self.q_rope.n2) && self.out.s1 == self.out.n2
     }
 
-    /// True when blocks of rows become words. It depends on the model's shape only, since it shows in the bits.
+    /// True when blocks of rows become words. It depends on the model's shape and the pool only: it shows in the bits.
     fn is_words(&self) -> bool {
         let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
         latent == rope
             && can_be_words(latent, self.widths())
-            && self.q_rope.n1 / self.groups >= WORDS_FROM
+            && (latent != Format::F16 || self.q_rope.n1 / self.groups >= WORDS_FROM)
             && self.out.s1 == self.out.n2
     }
 
