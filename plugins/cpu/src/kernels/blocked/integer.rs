@@ -9,8 +9,8 @@ use super::{Ahead, ROWS, ask};
 use crate::level::Level;
 use crate::simd::{LANES, Words, on_level};
 
-/// Most heads that share a pass over a block of words: their sums with four rows fill the registers; a NEON level's with
-/// one row.
+/// Most heads that share a pass over a block of words: their sums with four rows fill the registers; a NEON level's do
+/// with one row.
 pub(crate) const WORD_HEADS_MAX: usize = if cfg!(target_arch = "aarch64") { 3 } else { 6 };
 
 /// What a lane's sum is shifted by, so that those of all lanes can be added: log2 of [`LANES`].

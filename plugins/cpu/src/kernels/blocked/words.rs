@@ -1,9 +1,9 @@
 //! A block of rows as 16-bit words: filled once where many heads read it, multiplied at twice the speed of f32.
 //!
 //! A row's latent and its rope slice become integers below 2^[`VALUE_BITS`] times a power of two each (block floating
-//! point), so that half-precision values down to a 32nd part of the largest are exact. Sums of words' products are exact,
-//! too: no order of adding is anybody's. Words lie in pairs, as they are multiplied: in keys value i beside value
-//! i + 16, in values row i beside row i + 16.
+//! point), so that half-precision values down to a 16th of the largest are exact. Sums of words' products are exact, too:
+//! they have no order. Words lie in pairs, as they are multiplied: in keys value i beside value i + 16, in values row i
+//! beside row i + 16.
 
 use super::{Ahead, ROWS, ask};
 use crate::level::Level;
@@ -18,6 +18,8 @@ pub(super) const FACTORS: f32 = (1 << (31 - VALUE_BITS)) as f32;
 pub(super) const WORD_MAX: f32 = 32767.0;
 /// Values of a pair of vectors: widths are multiples of it.
 const PAIR: usize = 2 * LANES;
+/// Widest slice of a row: what a query's rounding may add to a sum stays far below [`FACTORS`].
+const WIDTH_MAX: usize = 1 << 14;
 /// Pairs of rows in a block.
 pub(super) const ROW_PAIRS: usize = ROWS / 2;
 /// Vectors of values that lie together for all pairs of rows.
@@ -62,7 +64,7 @@ impl Widths {
 
 /// True when rows of such a format and such widths can become words.
 pub(crate) fn can_be_words(format: Format, widths: Widths) -> bool {
-    let fits = |width: usize| width > 0 && width.is_multiple_of(PAIR);
+    let fits = |width: usize| (PAIR..=WIDTH_MAX).contains(&width) && width.is_multiple_of(PAIR);
     matches!(format, Format::F16 | Format::Q8_0) && fits(widths.latent) && fits(widths.rope)
 }
 
