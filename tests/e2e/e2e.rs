@@ -37,6 +37,35 @@ fn the_openai_client_is_served() {
 }
 
 #[test]
+fn rows_in_8_bits_take_little_more_than_half_the_memory_answer_and_come_back_from_a_sessions_file() {
+    let sets = ["model.default.kv_dtype=q8_0"];
+    let mut daemon = Daemon::start(&default_model(), &sets);
+    // 30 layers, each with rows of 384 values and an index row of 64: 12 and 2 blocks of 34 bytes. In f16 it is 25,080.
+    assert_eq!(daemon.get("/v1/models").json()["data"][0]["meta"]["kv_bytes_per_token"], 30 * (12 + 2) * 34);
+    let chat = "/v1/chat/completions";
+    // As in f16. Where the first two tokens are nearly as likely it may say something else, of France for example.
+    let sum = content(&daemon.post(chat, &question("What is 2 + 2?")));
+    assert_eq!(sum, "The answer to this classic math problem is 4.");
+    let id = daemon.post("/v1/sessions", &json!({})).json()["id"].clone();
+    let turn = |text: &str| {
+        let messages = json!([{ "role": "user", "content": text }]);
+        json!({ "session_id": id, "messages": messages, "temperature": 0, "max_tokens": 16 })
+    };
+    let story = "A baker in Lyon bakes bread of rye and of wheat. ".repeat(20);
+    assert!(!content(&daemon.post(chat, &turn(&story))).is_empty());
+    let before = daemon.post(chat, &turn("Where does the baker live?"));
+    assert_eq!(
+        daemon.post(&format!("/v1/sessions/{}/truncate", id.as_str().unwrap()), &json!({ "turns": 1 })).status,
+        200
+    );
+    daemon.restart(&sets);
+    let after = daemon.post(chat, &turn("Where does the baker live?"));
+    assert_eq!(content(&after), content(&before), "log:\n{}", daemon.log());
+    let cached = after.json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    assert!(cached >= Some(192), "{cached:?} tokens came from the file");
+}
+
+#[test]
 fn a_client_that_goes_away_mid_stream_frees_its_sequence_and_blocks() {
     let daemon = Daemon::start(&default_model(), &[]);
     let mut stream = daemon.open("/v1/completions", &endless());

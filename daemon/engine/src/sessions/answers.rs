@@ -106,6 +106,8 @@ impl Keeper {
             Some(listener) => listener.fail(failure(id, error)),
             None => answer.failure = Some(failure(id, error)),
         }
+        // The session says again what it said before this turn, whose images would be sealed as that.
+        self.forget_file(id);
         if let Err(error) = self.store.revert(owner, id) {
             log::error!(session:% = id, reason:% = error; "session cannot be read again");
         }

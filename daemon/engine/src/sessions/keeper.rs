@@ -474,6 +474,23 @@ mod tests {
     }
 
     #[test]
+    fn an_image_of_a_turn_that_could_not_be_journaled_is_not_kept_as_one_of_what_was_said_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        begin(&mut keeper, id, 0, &[1; 64]);
+        end(&mut keeper, id);
+        keeper.flush();
+        let turn = begin(&mut keeper, id, 0, &[2; 64]);
+        let save = Save { file: turn.file, index: 0, block: sparsed_kv::BlockId(0) };
+        keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
+        keeper.fail(TurnId(1), &StoreError::DiskFull);
+        assert_eq!(keeper.store.history(1, id).unwrap().tokens, [1; 64]);
+        keeper.write_image();
+        assert_eq!(keeper.store.load_block(1, id, &SHAPE, 0, &mut Vec::new()), Ok(Loaded::Missing));
+        keeper.deliver();
+    }
+
+    #[test]
     fn an_answer_in_the_background_goes_on_alone_until_that_has_failed_too_often() {
         let dir = tempfile::tempdir().unwrap();
         let (mut keeper, id, _commands) = keeper(dir.path());
