@@ -157,8 +157,8 @@ pub(crate) fn part(total: usize, number: usize, n: usize) -> std::ops::Range<usi
     total * number / n..total * (number + 1) / n
 }
 
-/// Threads for so many processors: no more than the control group's quota keeps busy. Threads beyond it would be stopped
-/// for the rest of each period while others wait for their parts.
+/// Threads for so many processors: no more than the control group's quota keeps busy. Threads beyond it would be
+/// stopped for the rest of each period while others wait for their parts.
 pub(crate) fn threads_for(cpus: usize) -> usize {
     std::thread::available_parallelism().map_or(cpus, |quota| cpus.min(quota.get()))
 }

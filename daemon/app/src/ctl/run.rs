@@ -197,8 +197,8 @@ fn write_out(text: &str) -> anyhow::Result<()> {
     Ok(out.flush()?)
 }
 
-/// One word is a file if there is such a file, a model if it looks like a name, and a prompt otherwise. A session is the
-/// daemon's and has a model, so that one word is a prompt there.
+/// One word is a file if there is such a file, a model if it looks like a name, and a prompt otherwise. A session is
+/// the daemon's and has a model, so that one word is a prompt there.
 fn target(words: &[String], has_session: bool) -> anyhow::Result<(Target, Option<String>)> {
     let is_file = |word: &str| Path::new(word).exists() || has_file_extension(word);
     let is_path = |word: &str| is_file(word) || word.starts_with(['/', '.', '~']);
