@@ -1,8 +1,8 @@
 //! Which vector instructions does a level have? Sixteen lanes of 32 bits, written once for each instruction set.
 //!
 //! A kernel is written once over [`Lanes`], [`Products`] of packed codes or [`Words`], and compiled per level by
-//! [`on_level`]. Every operation rounds as IEEE says and [`Lanes::mul_add`] rounds once, so a kernel gives the same bits
-//! at every level.
+//! [`on_level`]. Every operation rounds as IEEE says and [`Lanes::mul_add`] rounds once, so a kernel gives the same
+//! bits at every level.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

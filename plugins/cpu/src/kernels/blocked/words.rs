@@ -1,9 +1,9 @@
 //! A block of rows as 16-bit words: filled once where many heads read it, multiplied at twice the speed of f32.
 //!
 //! A row's latent and its rope slice become integers below 2^[`VALUE_BITS`] times a power of two each (block floating
-//! point), so that half-precision values down to a 16th of the largest are exact. Sums of words' products are exact, too:
-//! they have no order. Words lie in pairs, as they are multiplied: in keys value i beside value i + 16, in values row i
-//! beside row i + 16.
+//! point), so that half-precision values down to a 16th of the largest are exact. Sums of words' products are exact,
+//! too: they have no order. Words lie in pairs, as they are multiplied: in keys value i beside value i + 16, in values
+//! row i beside row i + 16.
 
 use super::{Ahead, ROWS, ask};
 use crate::level::Level;
