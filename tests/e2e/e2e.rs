@@ -143,7 +143,7 @@ fn bad_bodies_get_an_openai_error_and_harm_nobody() {
         (json!({ "messages": "x" }), 400),
         (json!({ "messages": [{ "role": "user", "content": 5 }] }), 400),
         (json!({ "messages": [{ "role": "user", "content": "x" }], "temperature": "hot" }), 400),
-        (json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": -1 }), 400),
+        (json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": -2 }), 400),
         (json!({ "messages": [{ "role": "user", "content": "x" }], "model": "nothing" }), 404),
         (json!([]), 400),
         (question(&"x".repeat(5000)), 413),

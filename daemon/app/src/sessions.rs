@@ -13,6 +13,7 @@ use std::fs::{DirBuilder, File};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 use zeroize::Zeroizing;
 
 /// The credential's name.
@@ -99,8 +100,11 @@ fn tell(report: &Report, dir: &Path) {
     }
 }
 
-/// The key in `path`, which is made if there is none.
+/// The key in `path`, which is made if there is none: once, though sessions and MQTT look for it at the same time where
+/// the folder comes late. One of two keys would be lost, and all that was written with it.
 fn key_of(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
+    static MAKING: Mutex<()> = Mutex::new(());
+    let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
     match path.symlink_metadata() {
         Ok(_) => read_key(path, FORBIDDEN_OF_FILE),
         Err(error) if error.kind() == ErrorKind::NotFound => make_key(path),
@@ -149,6 +153,25 @@ mod tests {
         let key = key_of(&path).unwrap();
         assert_eq!((key_of(&path).unwrap(), path.metadata().unwrap().mode() & 0o777), (key, 0o600));
         assert_ne!(key, [0; KEY_BYTES]);
+    }
+
+    #[test]
+    fn all_who_look_for_a_key_at_once_have_the_one_that_stays() {
+        for _ in 0..20 {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join(KEY_FILE);
+            let ready = std::sync::Barrier::new(4);
+            let look = || {
+                ready.wait();
+                key_of(&path).unwrap()
+            };
+            let keys: Vec<_> = std::thread::scope(|scope| {
+                let looking: Vec<_> = (0..4).map(|_| scope.spawn(look)).collect();
+                looking.into_iter().map(|one| one.join().unwrap()).collect()
+            });
+            let stays = read_key(&path, FORBIDDEN_OF_FILE).unwrap();
+            assert!(keys.iter().all(|key| *key == stays));
+        }
     }
 
     #[test]

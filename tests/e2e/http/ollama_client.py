@@ -46,7 +46,8 @@ def refused(status, call):
 
 assert "not configured" in refused(404, lambda: client.chat("nothing", question))
 assert "mirostat" in refused(400, lambda: client.chat("default", question, options={"mirostat": 1}))
-assert "operator" in refused(501, lambda: client.pull("default"))
+assert client.pull("default").status == "success"
+assert "operator" in refused(501, lambda: client.pull("another"))
 assert "operator" in refused(501, lambda: client.delete("default"))
 assert "embeddings" in refused(400, lambda: client.embed("default", "x"))
 

@@ -51,7 +51,7 @@ fn a_state_folder_that_comes_late_is_taken_up_without_a_restart() {
     daemon.wait_until("on MQTT", || daemon.log().contains("connected to the MQTT broker"));
     daemon.kill_and_restart(&sets);
     let said = daemon.get(&format!("/v1/sessions/{session}")).json();
-    assert_eq!(said["messages"].as_array().unwrap().len(), 2, "{said}");
+    assert_eq!(said["messages"].as_array().map(Vec::len), Some(2), "{said}\n{}", daemon.log());
 }
 
 /// A small disk, where this user may mount one.
