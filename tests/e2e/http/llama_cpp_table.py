@@ -354,9 +354,10 @@ def _():
             assert f"# TYPE llamacpp:{name} " in said and f"# HELP llamacpp:{name} " in said, said
         return int(re.search(r"^llamacpp:tokens_predicted_total{[^}]*} (\d+)$", said, re.M)[1])
 
-    before = metrics()
+    # Counts are told after a step, answers in it: some looks may come too early.
+    before = max(metrics() for _ in range(5))
     complete(max_tokens=7)
-    assert metrics() == before + 7
+    assert any(metrics() == before + 7 for _ in range(50)), (before, metrics())
 
 
 @check("same", "metrics: timings_are_finite")
