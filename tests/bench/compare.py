@@ -185,7 +185,7 @@ def plot(sides: Sides, folder: Path) -> None:
     for depth in (2048 << i for i in range(8) if 2048 << i <= sides.arguments.deep):
         test = Test("", "decode", 8, depth, 1, "base", "base", "")
         points.setdefault("llama.cpp, base model", []).append((depth, sides.theirs(test)[0]))
-    (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread", points))
+    (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread; speed only past 2K", points))
     tell(points)
     batch: dict[str, list[tuple[int, float]]] = {}
     for name, depth, options in (("k = 512, 8K", 8192, ()), ("dense, 8K", 8192, ("--dense",)), ("512 tokens", 512, ())):
