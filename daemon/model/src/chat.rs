@@ -239,8 +239,8 @@ impl ChatFormat {
 
 /// Takes the answer that is to go on off the end.
 fn begun(request: &mut ChatRequest) -> Result<String, ModelError> {
-    let last = request.messages.pop().filter(|last| last.role == Role::Assistant && last.tool_calls.is_empty());
-    let text = last.and_then(|last| last.content).filter(|text| !text.is_empty());
+    let last = request.messages.pop();
+    let text = last.as_ref().and_then(ChatMessage::unfinished).map(str::to_owned);
     text.ok_or_else(|| ModelError::Template("the last message is no text of an assistant that could go on".to_owned()))
 }
 

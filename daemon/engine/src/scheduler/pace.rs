@@ -114,7 +114,7 @@ impl Throughput {
 }
 
 /// Moves a mean; the first value is taken as it is.
-pub(super) fn towards(mean: &mut f64, value: f64) {
+fn towards(mean: &mut f64, value: f64) {
     *mean += if *mean == 0.0 { value } else { (value - *mean) / MEAN_SHIFT };
 }
 

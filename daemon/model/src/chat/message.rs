@@ -83,6 +83,12 @@ impl ChatMessage {
             name: None,
         }
     }
+
+    /// The text of an answer that could go on: an assistant's that calls nothing.
+    pub fn unfinished(&self) -> Option<&str> {
+        let is_answer = self.role == Role::Assistant && self.tool_calls.is_empty();
+        self.content.as_deref().filter(|text| is_answer && !text.is_empty())
+    }
 }
 
 /// What is rendered.

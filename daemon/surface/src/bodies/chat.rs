@@ -296,12 +296,7 @@ impl ChatFields {
         }
         let tools = if no_tools { Vec::new() } else { tools };
         let continues = self.continue_final_message == Some(true);
-        let goes_on = |last: &ChatMessage| {
-            last.role == Role::Assistant
-                && last.tool_calls.is_empty()
-                && last.content.as_ref().is_some_and(|text| !text.is_empty())
-        };
-        if continues && !messages.last().is_some_and(goes_on) {
+        if continues && messages.last().and_then(ChatMessage::unfinished).is_none() {
             return Err(Refusal::invalid("continue_final_message", "needs a last message of an assistant, with text"));
         }
         let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
