@@ -2,7 +2,7 @@
 
 use super::slot::{Found, Slot};
 use super::{Command, ServedModel, Service, Shared};
-use crate::api::Failure;
+use crate::api::{Failure, Owner};
 use crate::residence::KeepAlive;
 use std::future::Future;
 use std::pin::Pin;
@@ -12,7 +12,7 @@ use std::sync::mpsc::SyncSender;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-/// Most who wait for one model to be loaded.
+/// Most who wait for one model to be loaded: see `Standing::has_place` for how users share them.
 const WAITING_MAX: u32 = 256;
 
 /// Keeps a model in memory until it is dropped.
@@ -33,6 +33,7 @@ pub struct Held {
 /// A model on its way: resolves when it answers, or why it does not. Dropped, nobody waits any more.
 #[derive(Debug)]
 pub struct Arriving {
+    owner: Owner,
     slot: Arc<Slot>,
     engine: SyncSender<Command>,
     shared: Arc<Shared>,
@@ -77,7 +78,7 @@ impl Future for Arriving {
             return Poll::Ready(Err(Failure::ShuttingDown));
         }
         let name = || this.slot.name.clone();
-        Poll::Ready(match this.slot.ask(&mut this.ticket, context.waker(), WAITING_MAX) {
+        Poll::Ready(match this.slot.ask(this.owner, &mut this.ticket, context.waker(), WAITING_MAX) {
             Found::Ready(model) => {
                 let lease = Lease { slot: Arc::clone(&this.slot), engine: this.engine.clone() };
                 Ok(Held { model, lease })
@@ -104,13 +105,13 @@ impl Drop for Arriving {
 }
 
 impl Service {
-    /// The model `name`, which is loaded if it is not there.
+    /// The model `name` for `owner`, which is loaded if it is not there.
     ///
     /// # Errors
     /// Not configured.
-    pub fn hold(&self, name: &str) -> Result<Arriving, Failure> {
+    pub fn hold(&self, owner: Owner, name: &str) -> Result<Arriving, Failure> {
         let slot = Arc::clone(self.slot(name)?.1);
-        Ok(Arriving { slot, engine: self.inbox.clone(), shared: Arc::clone(&self.shared), ticket: None })
+        Ok(Arriving { owner, slot, engine: self.inbox.clone(), shared: Arc::clone(&self.shared), ticket: None })
     }
 
     /// Has the model `name` stay for so long after its last request, until it goes; it is not loaded for that. What is
@@ -142,6 +143,8 @@ mod tests {
     use std::sync::mpsc::Receiver;
     use std::task::{Wake, Waker};
 
+    const ALICE: Owner = Owner::Uid(1000);
+
     /// Counts how often it is woken.
     #[derive(Default)]
     struct Counter(std::sync::atomic::AtomicU32);
@@ -170,7 +173,7 @@ mod tests {
         let counter = Arc::new(Counter::default());
         let waker = Waker::from(Arc::clone(&counter));
         let slot = Arc::clone(service.slot("m").unwrap().1);
-        let mut asking: Vec<Arriving> = (0..3).map(|_| service.hold("m").unwrap()).collect();
+        let mut asking: Vec<Arriving> = (0..3).map(|_| service.hold(ALICE, "m").unwrap()).collect();
         assert!(asking.iter_mut().all(|one| poll(one, &waker).is_pending()));
         assert_eq!((looks(&inbox), slot.is_wanted()), (1, true));
         slot.taken_up();
@@ -180,25 +183,35 @@ mod tests {
         for one in &mut asking {
             assert!(matches!(poll(one, &waker), Poll::Ready(Err(Failure::ModelUnavailable { .. }))));
         }
-        assert!(poll(&mut service.hold("m").unwrap(), &waker).is_ready(), "it is not tried again at once");
+        assert!(poll(&mut service.hold(ALICE, "m").unwrap(), &waker).is_ready(), "it is not tried again at once");
         slot.may_retry();
-        assert!(poll(&mut service.hold("m").unwrap(), &waker).is_pending());
+        assert!(poll(&mut service.hold(ALICE, "m").unwrap(), &waker).is_pending());
         assert!(slot.is_wanted());
     }
 
     #[test]
-    fn one_too_many_is_told_so_and_a_stop_ends_the_waiting() {
+    fn a_user_takes_half_of_the_free_places_so_that_another_finds_one_and_a_stop_ends_the_waiting() {
         let (service, _inbox) = on_demand();
-        let mut asking: Vec<Arriving> = (0..=WAITING_MAX).map(|_| service.hold("m").unwrap()).collect();
         let waker = Waker::noop();
-        let answers: Vec<_> = asking.iter_mut().map(|one| poll(one, waker)).collect();
-        assert!(answers[..WAITING_MAX as usize].iter().all(Poll::is_pending));
-        assert!(matches!(
-            answers[WAITING_MAX as usize],
-            Poll::Ready(Err(Failure::QueueFull { limit: WAITING_MAX, .. }))
-        ));
+        let mut waiting = Vec::new();
+        let mut taken = |uid: u32| {
+            let before = waiting.len();
+            loop {
+                let mut one = service.hold(Owner::Uid(uid), "m").unwrap();
+                match poll(&mut one, waker) {
+                    Poll::Pending => waiting.push(one),
+                    Poll::Ready(Err(Failure::QueueFull { limit: WAITING_MAX, .. })) => break waiting.len() - before,
+                    Poll::Ready(other) => panic!("{other:?}"),
+                }
+            }
+        };
+        let places: Vec<_> = (0..5).map(&mut taken).collect();
+        assert_eq!(places, [128, 64, 32, 16, 8]);
+        assert_eq!(taken(0), 0, "no more for the first");
+        let others: usize = (5..20).map(taken).sum();
+        assert_eq!(others, 8, "as many as there are places, one at a time");
         service.stop();
-        assert!(matches!(poll(&mut asking[0], waker), Poll::Ready(Err(Failure::ShuttingDown))));
+        assert!(matches!(poll(&mut waiting[0], waker), Poll::Ready(Err(Failure::ShuttingDown))));
     }
 
     #[test]
@@ -221,7 +234,7 @@ mod tests {
     fn a_model_does_not_leave_before_those_have_seen_it_who_waited() {
         let (service, inbox) = on_demand();
         let slot = Arc::clone(service.slot("m").unwrap().1);
-        let mut asking = service.hold("m").unwrap();
+        let mut asking = service.hold(ALICE, "m").unwrap();
         assert!(poll(&mut asking, Waker::noop()).is_pending());
         assert!(!slot.leave(Left::Idle) && !slot.is_free());
         assert_eq!(looks(&inbox), 1);
@@ -234,7 +247,7 @@ mod tests {
         let (service, _inbox) = on_demand();
         service.keep("m", KeepAlive::for_time(Duration::ZERO)).unwrap();
         assert_eq!(service.models()[0].keeping.keep_alive, None, "it is not there");
-        assert!(poll(&mut service.hold("m").unwrap(), Waker::noop()).is_pending());
+        assert!(poll(&mut service.hold(ALICE, "m").unwrap(), Waker::noop()).is_pending());
         service.keep("m", KeepAlive::for_time(Duration::ZERO)).unwrap();
         assert_eq!(service.models()[0].keeping.keep_alive, Some(Duration::ZERO));
         let (service, _inbox) = service_of(Residence::default());

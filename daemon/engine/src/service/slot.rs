@@ -1,6 +1,7 @@
 //! What do the engine and the surfaces know of a configured model together? Whether it is in memory, and who needs it.
 
 use super::{ModelState, ServedModel, Stats, lock};
+use crate::api::Owner;
 use crate::residence::{KeepAlive, Left, Residence};
 use crate::telemetry::Board;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,13 +33,21 @@ struct Standing {
     is_wanted: bool,
     /// What a client has asked for, until the model goes.
     keep: Option<KeepAlive>,
-    /// Who waits for it, by number.
-    waiting: Vec<(u64, Waker)>,
+    /// In no order.
+    waiting: Vec<Waiting>,
     n_tickets: u64,
     /// When it goes if nobody asks for it, in the engine's time.
     expires: Option<Duration>,
     n_loads: u64,
     n_left: [u64; Left::ALL.len()],
+}
+
+/// Somebody who waits for a model.
+#[derive(Debug)]
+struct Waiting {
+    ticket: u64,
+    owner: Owner,
+    waker: Waker,
 }
 
 /// How a model is.
@@ -75,7 +84,7 @@ pub(super) enum Found {
     Later {
         is_news: bool,
     },
-    /// So many wait already.
+    /// So many wait already, or so many of the same user that the other places are for others.
     Full(u32),
     Failed(String),
 }
@@ -84,6 +93,13 @@ impl Standing {
     /// Whoever waits for a model that has come has yet to see it, and takes a lease then.
     fn is_free(&self) -> bool {
         self.n_leases == 0 && self.waiting.is_empty()
+    }
+
+    /// Whether the owner may wait as one more of so many: who has several places needs more free ones than that, so
+    /// that one user alone takes half of them, the next one half of the rest, and there is one for who has none.
+    fn has_place(&self, owner: Owner, waiting_max: u32) -> bool {
+        let own = self.waiting.iter().filter(|one| one.owner == owner).count();
+        self.waiting.len() + own < waiting_max as usize
     }
 }
 
@@ -141,7 +157,7 @@ impl Slot {
     }
 
     /// A lease, if the model is there; has it loaded if it is not. `ticket` is the caller's number once it waits.
-    pub(super) fn ask(&self, ticket: &mut Option<u64>, waker: &Waker, waiting_max: u32) -> Found {
+    pub(super) fn ask(&self, owner: Owner, ticket: &mut Option<u64>, waker: &Waker, waiting_max: u32) -> Found {
         let mut standing = lock(&self.standing);
         let has_asked = ticket.is_some();
         match &standing.phase {
@@ -153,7 +169,7 @@ impl Slot {
             Phase::Failed { reason, may_retry } if !may_retry || has_asked => return Found::Failed(reason.clone()),
             Phase::Loading | Phase::Unloaded | Phase::Failed { .. } => {}
         }
-        if !has_asked && standing.waiting.len() >= waiting_max as usize {
+        if !has_asked && !standing.has_place(owner, waiting_max) {
             return Found::Full(waiting_max);
         }
         let is_news = !matches!(standing.phase, Phase::Loading);
@@ -162,9 +178,9 @@ impl Slot {
             (standing.phase, standing.is_wanted) = (Phase::Loading, true);
         }
         let number = *ticket.get_or_insert(standing.n_tickets);
-        match standing.waiting.iter_mut().find(|(other, _)| *other == number) {
-            Some((_, kept)) => kept.clone_from(waker),
-            None => standing.waiting.push((number, waker.clone())),
+        match standing.waiting.iter_mut().find(|one| one.ticket == number) {
+            Some(one) => one.waker.clone_from(waker),
+            None => standing.waiting.push(Waiting { ticket: number, owner, waker: waker.clone() }),
         }
         standing.n_tickets = standing.n_tickets.max(number.wrapping_add(1));
         Found::Later { is_news }
@@ -173,12 +189,12 @@ impl Slot {
     /// Whoever had this number does not wait any more. Answers whether the engine should look whether the model may go.
     pub(super) fn forget(&self, ticket: u64) -> bool {
         let mut standing = lock(&self.standing);
-        let at = standing.waiting.iter().position(|(number, _)| *number == ticket);
-        let waker = at.map(|at| standing.waiting.swap_remove(at));
+        let at = standing.waiting.iter().position(|one| one.ticket == ticket);
+        let waiting = at.map(|at| standing.waiting.swap_remove(at));
         let may_go = standing.is_free() && self.residence.may_unload();
         // What goes with a waker may ask for something.
         drop(standing);
-        drop(waker);
+        drop(waiting);
         may_go
     }
 
@@ -213,7 +229,7 @@ impl Slot {
     /// Wakes all who wait, to look again.
     pub(crate) fn wake(&self) {
         // Woken without the lock: whoever wakes may ask at once.
-        let waiting: Vec<Waker> = lock(&self.standing).waiting.iter().map(|(_, waker)| waker.clone()).collect();
+        let waiting: Vec<Waker> = lock(&self.standing).waiting.iter().map(|one| one.waker.clone()).collect();
         waiting.into_iter().for_each(Waker::wake);
     }
 

@@ -171,7 +171,7 @@ impl ChatAsk {
                 return Err(Refusal::invalid("model", reason));
             }
             let needed = fields.constrains_calls(&wishes);
-            let served = if needed { Some(models::held(service, &own).await?) } else { None };
+            let served = if needed { Some(models::held(service, owner, &own).await?) } else { None };
             let request = fields.request(served.as_ref().map(|held| &*held.model), &mut wishes)?;
             let request = sessions::turn(service, owner, &session, request, wishes).await?;
             return Ok(Asked { request: request.into(), siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire });
@@ -182,7 +182,7 @@ impl ChatAsk {
             let siblings = (1..n).map(|nth| relay.sibling(nth).into()).collect();
             return Ok(Asked { request: relay.into(), siblings, per_prompt: n as usize, reply, wire: ChatWire });
         }
-        let Held { model: served, lease } = models::held(service, &model).await?;
+        let Held { model: served, lease } = models::held(service, owner, &model).await?;
         let lease = Some(lease);
         let request = fields.request(Some(&*served), &mut wishes)?;
         let spec = wishes.grammar.clone();

@@ -96,7 +96,7 @@ impl CompletionAsk {
             };
             return asked(prompts.into_iter().enumerate().flat_map(relay).collect(), false, echoes);
         }
-        let Held { model: served, lease } = models::held(service, &model).await?;
+        let Held { model: served, lease } = models::held(service, owner, &model).await?;
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
         let (prompts, spec, echoes) = (fields.prompt.all()?, wishes.grammar.clone(), fields.echo == Some(true));
         let made = tokio::task::spawn_blocking(move || {

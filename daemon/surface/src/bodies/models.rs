@@ -3,16 +3,16 @@
 use super::load;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Failure, Reach, UpstreamStatus};
+use sparsed_engine::api::{Failure, Owner, Reach, UpstreamStatus};
 use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, Held, ModelState, ModelStatus, ServedModel, Service};
 
-/// The model `name` of this box, loaded if it is not there, and kept as long as what this answers. Dropped, nobody
-/// waits any more.
+/// The model `name` of this box for `owner`, loaded if it is not there, and kept as long as what this answers. Dropped,
+/// nobody waits any more.
 ///
 /// # Errors
 /// Not configured, not to be loaded, or not within the time that a request waits for a model.
-pub(crate) async fn held(service: &Service, name: &str) -> Result<Held, Refusal> {
-    let arriving = service.hold(name)?;
+pub(crate) async fn held(service: &Service, owner: Owner, name: &str) -> Result<Held, Refusal> {
+    let arriving = service.hold(owner, name)?;
     let patience = arriving.patience();
     let waited = tokio::time::timeout(patience, arriving).await;
     Ok(waited.unwrap_or_else(|_| Err(Failure::ModelLoading { name: name.to_owned() }))?)

@@ -67,7 +67,7 @@ impl SessionFields {
 pub(crate) async fn create(service: &Service, owner: Owner, fields: SessionFields) -> Result<Value, Refusal> {
     let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
     let change = fields.change()?;
-    let _held = models::held(service, &model).await?;
+    let _held = models::held(service, owner, &model).await?;
     Ok(summary(&verb(service, move |service| service.create_session(owner, &model, change)).await?))
 }
 
@@ -129,7 +129,7 @@ pub(crate) async fn resume(
 ) -> Result<Asked<ChatWire>, Refusal> {
     let id = session_id(id)?;
     let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
-    let request = with_model(service, move |service| service.resume_turn(owner, id)).await?.into();
+    let request = with_model(service, owner, move |service| service.resume_turn(owner, id)).await?.into();
     Ok(Asked { request, siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire })
 }
 
@@ -157,14 +157,15 @@ pub(crate) async fn turn(
     let id = session_id(id)?;
     loop {
         let (chat, wishes) = (chat.clone(), wishes.clone());
-        let begun = with_model(service, move |service| match service.begin_turn(owner, id, chat.clone(), &wishes) {
-            Err(Failure::SessionCut { .. }) => Ok(None),
-            begun => begun.map(Some),
-        });
+        let begun =
+            with_model(service, owner, move |service| match service.begin_turn(owner, id, chat.clone(), &wishes) {
+                Err(Failure::SessionCut { .. }) => Ok(None),
+                begun => begun.map(Some),
+            });
         if let Some(request) = begun.await? {
             return Ok(request);
         }
-        let cut = with_model(service, move |service| service.resume_turn(owner, id)).await?;
+        let cut = with_model(service, owner, move |service| service.resume_turn(owner, id)).await?;
         finish(service, cut.into()).await?;
     }
 }
@@ -190,6 +191,7 @@ async fn on<T: Send + 'static>(
 /// As [`verb`], and once more when the model that it needs is loaded. Whose turn has begun has a lease of its own.
 pub(super) async fn with_model<T: Send + 'static>(
     service: &Service,
+    owner: Owner,
     verb: impl Fn(&Service) -> Result<T, Failure> + Clone + Send + 'static,
 ) -> Result<T, Refusal> {
     let mut held: Option<Held> = None;
@@ -202,7 +204,7 @@ pub(super) async fn with_model<T: Send + 'static>(
         });
         match done.await? {
             Ok(done) => return Ok(done),
-            Err(name) => held = Some(models::held(service, &name).await?),
+            Err(name) => held = Some(models::held(service, owner, &name).await?),
         }
     }
 }

@@ -4,7 +4,7 @@ use super::{models, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::Failure;
+use sparsed_engine::api::{Failure, Owner};
 use sparsed_engine::{DEFAULT_MODEL, ServedModel, Service};
 
 #[derive(Debug, Deserialize)]
@@ -29,9 +29,14 @@ struct DetokenizeFields {
 ///
 /// # Errors
 /// What is wrong with the request; a model without tokenizer.
-pub(crate) async fn tokenize(service: &Service, body: &[u8], held: impl Send + 'static) -> Result<Value, Refusal> {
+pub(crate) async fn tokenize(
+    service: &Service,
+    owner: Owner,
+    body: &[u8],
+    held: impl Send + 'static,
+) -> Result<Value, Refusal> {
     let fields: TokenizeFields = parse(body)?;
-    on(service, fields.model.clone(), "content", held, move |model| {
+    on(service, owner, fields.model.clone(), "content", held, move |model| {
         let mut tokens = model.text_prompt(&fields.content)?;
         let begin = model.model.tokenizer().and_then(|tokenizer| tokenizer.bos());
         if fields.add_special != Some(true) && tokens.first().is_some_and(|first| Some(*first) == begin) {
@@ -54,21 +59,27 @@ pub(crate) async fn tokenize(service: &Service, body: &[u8], held: impl Send + '
 ///
 /// # Errors
 /// What is wrong with the request; a model without tokenizer, a token that is none of its.
-pub(crate) async fn detokenize(service: &Service, body: &[u8], held: impl Send + 'static) -> Result<Value, Refusal> {
+pub(crate) async fn detokenize(
+    service: &Service,
+    owner: Owner,
+    body: &[u8],
+    held: impl Send + 'static,
+) -> Result<Value, Refusal> {
     let fields: DetokenizeFields = parse(body)?;
     let text = move |model: &ServedModel| Ok(json!({ "content": model.text_of(&fields.tokens)? }));
-    on(service, fields.model.clone(), "tokens", held, text).await
+    on(service, owner, fields.model.clone(), "tokens", held, text).await
 }
 
 /// Computes on a thread that may, and lets go of `held` then.
 async fn on(
     service: &Service,
+    owner: Owner,
     model: Option<String>,
     param: &'static str,
     held: impl Send + 'static,
     compute: impl FnOnce(&ServedModel) -> Result<Value, Failure> + Send + 'static,
 ) -> Result<Value, Refusal> {
-    let model = models::held(service, model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
+    let model = models::held(service, owner, model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
     let made = tokio::task::spawn_blocking(move || {
         let made = compute(&model.model);
         drop(held);

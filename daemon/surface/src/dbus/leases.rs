@@ -30,7 +30,7 @@ pub(super) fn begin(leases: &Arc<Tenants>, uid: u32) -> Result<Admission, Refusa
 /// Keeps `model` in memory until nobody holds the other end of `pipe`.
 pub(super) async fn keep(service: Service, model: String, pipe: Sender, uid: u32, _lease: Admission) {
     let held = tokio::select! {
-        held = models::held(&service, &model) => held,
+        held = models::held(&service, Owner::Uid(uid), &model) => held,
         () = closed(&pipe) => return,
     };
     match held {

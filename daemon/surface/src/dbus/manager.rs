@@ -181,7 +181,7 @@ pub(super) async fn begin<W: Wire>(
 fn lease(door: &Door, call: &Call, model: String) -> Result<Outcome, CallError> {
     let service = &door.shared.service;
     // Not waited for: a caller waits less for a reply than a large model takes.
-    drop(service.hold(&model).map_err(Refusal::from)?);
+    drop(service.hold(Owner::Uid(call.uid), &model).map_err(Refusal::from)?);
     let lease = leases::begin(&door.shared.leases, call.uid)?;
     let (pipe, reader) = tokio::net::unix::pipe::pipe().map_err(|error| CallError::system(&error))?;
     let reader = reader.into_blocking_fd().map_err(|error| CallError::system(&error))?;

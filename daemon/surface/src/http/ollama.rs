@@ -72,7 +72,7 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
             let unload = keep_alive.is_some_and(|keep| keep.time() == Some(Duration::ZERO));
             // It is not loaded only to leave.
             let is_needed = !unload && service.elsewhere(&model).is_none();
-            let held = if is_needed { Some(models::held(service, &model).await?) } else { None };
+            let held = if is_needed { Some(models::held(service, owner, &model).await?) } else { None };
             keep(service, &model, keep_alive)?;
             drop(held);
             return Ok(Json(idle(kind, &tagged(&model), unload)).into_response());
@@ -164,13 +164,17 @@ pub(crate) struct ShowFields {
 }
 
 /// `POST /api/show`: one model.
-pub(crate) async fn show(State(shared): State<Shared>, body: Body) -> Result<Json<Value>, Refused> {
+pub(crate) async fn show(
+    State(shared): State<Shared>,
+    Extension(owner): Extension<Owner>,
+    body: Body,
+) -> Result<Json<Value>, Refused> {
     let fields: ShowFields = body.parse()?;
     let name = model_name(&fields.model);
     if let Some(upstream) = shared.service.elsewhere(name) {
         return Ok(Json(shown_elsewhere(&upstream)));
     }
-    let held = models::held(&shared.service, name).await?;
+    let held = models::held(&shared.service, owner, name).await?;
     let served = &held.model;
     let (spec, summary) = (served.model.spec(), served.model.summary());
     let format = served.model.chat_format();

@@ -4,19 +4,28 @@ use super::Shared;
 use super::body::Body;
 use crate::bodies::tokens;
 use crate::refusal::Refusal;
-use axum::Json;
 use axum::extract::State;
+use axum::{Extension, Json};
 use serde_json::{Value, json};
 use sparsed_engine::DEFAULT_MODEL;
+use sparsed_engine::api::Owner;
 
-pub(crate) async fn tokenize(State(shared): State<Shared>, body: Body) -> Result<Json<Value>, Refusal> {
+pub(crate) async fn tokenize(
+    State(shared): State<Shared>,
+    Extension(owner): Extension<Owner>,
+    body: Body,
+) -> Result<Json<Value>, Refusal> {
     let bytes = body.bytes().to_vec();
-    Ok(Json(tokens::tokenize(&shared.service, &bytes, body.into_share()).await?))
+    Ok(Json(tokens::tokenize(&shared.service, owner, &bytes, body.into_share()).await?))
 }
 
-pub(crate) async fn detokenize(State(shared): State<Shared>, body: Body) -> Result<Json<Value>, Refusal> {
+pub(crate) async fn detokenize(
+    State(shared): State<Shared>,
+    Extension(owner): Extension<Owner>,
+    body: Body,
+) -> Result<Json<Value>, Refusal> {
     let bytes = body.bytes().to_vec();
-    Ok(Json(tokens::detokenize(&shared.service, &bytes, body.into_share()).await?))
+    Ok(Json(tokens::detokenize(&shared.service, owner, &bytes, body.into_share()).await?))
 }
 
 /// `GET /props`: what a llama.cpp client asks of the default model.

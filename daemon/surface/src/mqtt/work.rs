@@ -59,8 +59,8 @@ pub(super) async fn answer(
             let asked = asked.map_err(Refusal::about_prompt)?;
             return gather(service, asked, request, node, deltas).await.map_err(Refusal::about_prompt);
         }
-        Op::Tokenize => tokenize(service, parse(body)?).await?,
-        Op::Detokenize => tokens::detokenize(service, body, ()).await?,
+        Op::Tokenize => tokenize(service, owner, parse(body)?).await?,
+        Op::Detokenize => tokens::detokenize(service, owner, body, ()).await?,
         Op::Session => {
             let VerbFields { verb, id } = parse(body)?;
             let missing = || Refusal::invalid("id", "is missing: which session");
@@ -84,8 +84,8 @@ fn streamed(body: &[u8]) -> Result<Vec<u8>, Refusal> {
     Ok(Value::Object(body).to_string().into_bytes())
 }
 
-async fn tokenize(service: &Service, fields: TokenizeFields) -> Result<Value, Refusal> {
-    let held = models::held(service, fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
+async fn tokenize(service: &Service, owner: Owner, fields: TokenizeFields) -> Result<Value, Refusal> {
+    let held = models::held(service, owner, fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
     let made = tokio::task::spawn_blocking(move || held.model.text_prompt(&fields.prompt)).await;
     let tokens = made.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
     Ok(json!({ "tokens": tokens, "count": tokens.len() }))

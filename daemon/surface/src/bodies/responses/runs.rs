@@ -111,7 +111,8 @@ impl Runs {
             }
             Stored::Cut(head) => head,
         };
-        let mut request = sessions::with_model(service, move |service| service.resume_turn(owner, id.session)).await?;
+        let mut request =
+            sessions::with_model(service, owner, move |service| service.resume_turn(owner, id.session)).await?;
         request.urgency.priority = priority;
         Ok(Found::Run(self.start(service, owner, id, head, request.into()).await?))
     }

@@ -113,7 +113,7 @@ pub(crate) async fn count(
 async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, bool), Refusal> {
     let Some(previous) = &fields.previous_response_id else {
         let model = fields.model().to_owned();
-        let _held = models::held(service, &model).await?;
+        let _held = models::held(service, owner, &model).await?;
         let made = sessions::verb(service, move |service| {
             service.create_session(owner, &model, Change { title: Some(TITLE.to_owned()), ..Change::default() })
         });
