@@ -11,13 +11,15 @@ import time
 SOCKET = "/run/sparsed/api.sock"
 DROP_INS = "/etc/systemd/system/sparsed.service.d"
 CONFIG = "/etc/sparsed/config.toml"
-# Seconds for anything that must come.
-PATIENCE = 60
+# Seconds for anything that must come; an emulated machine wants more.
+PATIENCE = int(os.environ.get("PATIENCE_S", "60"))
+CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+PARIS = "The capital of France is Paris."
 
 
 def run(*command, check=True):
     """The output of a command, both streams."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90)
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=PATIENCE * 3 // 2)
     if check and done.returncode != 0:
         raise AssertionError(f"{' '.join(command)}: exit {done.returncode}: {done.stdout.strip()}")
     return done.stdout.strip()
@@ -94,6 +96,25 @@ def text_of(completion):
     return completion["choices"][0]["message"]["content"]
 
 
+def wish(text, tokens, session=None, stream=False):
+    """A request whose answer has so many tokens."""
+    request = {"messages": [{"role": "user", "content": text}], "temperature": 0.8, "seed": 7}
+    request |= {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
+    return request | ({"session_id": session} if session else {})
+
+
+def new_session(user="alice"):
+    return served(user, "/v1/sessions", {})["id"]
+
+
+def state_of(session):
+    return served("alice", f"/v1/sessions/{session}")["state"]
+
+
+def last_message(session):
+    return served("alice", f"/v1/sessions/{session}")["messages"][-1]["content"]
+
+
 def shown(prop, unit="sparsed.service"):
     """A property of a unit."""
     return run("systemctl", "show", "--value", "-p", prop, unit)
@@ -114,6 +135,16 @@ def is_active():
 def until_ready():
     """Waits until the model answers."""
     until("the model is loaded", lambda: ask("alice", "/health")[0] == 200)
+
+
+def a_story_that_has_begun():
+    """A session that is being answered, the whole answer, its stream, and what was heard of that."""
+    until_ready()
+    session = new_session()
+    twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
+    whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
+    stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 150, session, True))
+    return session, whole, stream, heard(stream, 20)
 
 
 def restart(config="", drop_in=""):

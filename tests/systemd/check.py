@@ -17,12 +17,10 @@ import time
 import reduced
 import upgrade
 from box import (
-    CONFIG, answer, ask, called, curl, events, heard, is_active, journal, pid, restart, run, served, shown, systemd_version,
-    text_of, until, until_ready,
+    CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, ask, called, curl, events, heard, is_active, journal, last_message,
+    new_session, pid, restart, run, served, shown, state_of, systemd_version, text_of, until, until_ready, wish,
 )
 
-CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-PARIS = "The capital of France is Paris."
 # Where the packages lie in the box.
 PACKAGES = "/opt/packages"
 MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
@@ -48,25 +46,6 @@ SMALL = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n[limits]\
 def as_user(user):
     """What a command of the user begins with."""
     return ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "env"]
-
-
-def wish(text, tokens, session=None, stream=False):
-    """A request whose answer has so many tokens."""
-    request = {"messages": [{"role": "user", "content": text}], "temperature": 0.8, "seed": 7}
-    request |= {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
-    return request | ({"session_id": session} if session else {})
-
-
-def new_session(user="alice"):
-    return served(user, "/v1/sessions", {})["id"]
-
-
-def state_of(session):
-    return served("alice", f"/v1/sessions/{session}")["state"]
-
-
-def last_message(session):
-    return served("alice", f"/v1/sessions/{session}")["messages"][-1]["content"]
 
 
 def of_the_service(name):
@@ -220,16 +199,6 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
     said = called("mallory", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version", check=False)
     assert "ccess denied" in said, said
     called("alice", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete")
-
-
-def a_story_that_has_begun():
-    """A session that is being answered, the whole answer, its stream, and what was heard of that."""
-    until_ready()
-    session = new_session()
-    twin = served("alice", f"/v1/sessions/{session}/fork", {})["id"]
-    whole = text_of(served("alice", "/v1/chat/completions", wish("Tell me a story.", 150, twin)))
-    stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 150, session, True))
-    return session, whole, stream, heard(stream, 20)
 
 
 def after_a_kill_a_session_goes_on_alike_and_no_client_is_refused():

@@ -3,10 +3,8 @@
 What is missing is taken away by a drop-in of the service; the journal's words are of the daemon that has started then.
 """
 
-from box import restart, run, served, shown, text_of
+from box import CAPITAL, PARIS, restart, run, served, shown, text_of
 
-CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-PARIS = "The capital of France is Paris."
 # Calls that are refused look as on a kernel that does not have them.
 MISSING_CALL = "[Service]\nSystemCallErrorNumber=ENOSYS\nSystemCallFilter=~{}\n"
 

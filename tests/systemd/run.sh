@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does sparsed serve as a service of systemd? Installs the packages in DEBS (default: target/debian) in a tree of Debian
-# SUITE (default: trixie; bookworm and bullseye have older systemds), boots it with systemd as PID 1, and runs check.py in
-# it: one line "ok" or "not ok" for each claim.
+# SUITE (default: trixie; bookworm and bullseye have older systemds) or Ubuntu SUITE (jammy, focal: with Ubuntu's keyring
+# on this machine), boots it with systemd as PID 1, and runs check.py in it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
 # PACKAGES=rpm: those of target/rpm instead, by rpm.
 # Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
@@ -18,6 +18,8 @@ work=$(realpath -m target/systemd)
 suite=${SUITE:-trixie}
 bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
 packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3,rpm
+components=main
+case $suite in focal | jammy | noble) components=main,universe ;; esac
 # Most seconds for the boot, and for all checks.
 BOOT_S=60
 CHECKS_S=${CHECKS_S:-420}
@@ -40,8 +42,8 @@ ls "$folder"/sparsed[-_][0-9]*."$PACKAGES" "$folder"/sparsed-model-*."$PACKAGES"
 mkdir -p "$work"
 if [ "$(cat "$bare.packages" 2>/dev/null)" != "$packages" ]; then
   rm -rf "$bare.new" "$bare"
-  mmdebstrap --quiet --variant=minbase --include="$packages" "$suite" "$bare.new" >&2 ||
-    skip "mmdebstrap makes no tree (no network?)"
+  mmdebstrap --quiet --variant=minbase --components="$components" --include="$packages" "$suite" "$bare.new" >&2 ||
+    skip "mmdebstrap makes no tree of $suite (no network, or no keyring of its own?)"
   mv "$bare.new" "$bare"
   echo "$packages" >"$bare.packages"
 fi

@@ -1,7 +1,7 @@
 """Is there a service after the power has gone in the middle of an upgrade? dpkg is killed at several moments of one.
 
 Each time the service starts, with the old files or the new ones and never with halves of both, and dpkg mends the rest.
-What a disk makes of writes that it had not synced is not tried: dpkg syncs a file before it takes its name.
+What a disk makes of writes that were not synced is tried in `tests/machine`, on a machine whose power is cut.
 """
 
 import contextlib
@@ -13,14 +13,12 @@ import signal
 import subprocess
 import time
 
-from box import PATIENCE, restart, run, served, text_of
+from box import CAPITAL, PARIS, PATIENCE, restart, run, served, text_of
 
-CAPITAL = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
-PARIS = "The capital of France is Paris."
 NEWER, TREE = "/opt/newer.deb", "/opt/newer"
 PLUGIN = "/usr/lib/sparsed/plugins/cpu"
 EXECUTABLES = ("/usr/bin/sparsed", "/usr/bin/sparsectl")
-# Keeps maintainer scripts from starting services, as on a box that is being mended by hand.
+# What says whether they may.
 POLICY = "/usr/sbin/policy-rc.d"
 
 
@@ -79,35 +77,15 @@ def recorded():
     return ""
 
 
-def cut(moment, options=("--install",)):
-    """Starts the upgrade, and kills it with all of its children as soon as it is at this moment."""
-    dpkg = subprocess.Popen(
-        ["dpkg", *options, NEWER], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    end = time.monotonic() + PATIENCE
-    while dpkg.poll() is None and not moment():
-        assert time.monotonic() < end, "the upgrade does not come so far"
-    was_running = dpkg.poll() is None
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(dpkg.pid, signal.SIGKILL)
-    dpkg.wait()
-    return was_running
+def digests(root=""):
+    """Of each executable, by its path in the tree."""
+    return {path: digest(root + path) for path in EXECUTABLES}
 
 
-def whole(old, new):
-    """That each executable, and the plugin that its manifest names, is of one version."""
-    for path in EXECUTABLES:
-        assert digest(path) in (old[path], new[path]), f"{path} is neither the old nor the new one"
-
-
-def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it(debs):
-    (deb,) = glob.glob(f"{debs}/sparsed_*.deb")
-    make_newer(deb)
-    old_library = library(PLUGIN)
-    old = {path: digest(path) for path in EXECUTABLES}
-    new = {path: digest(TREE + path) for path in EXECUTABLES}
-    manifest = digest(f"{PLUGIN}/plugin.toml")
-    moments = {
+def moments():
+    """By name, whether an upgrade that has begun since then is there."""
+    old_library, manifest = library(PLUGIN), digest(f"{PLUGIN}/plugin.toml")
+    return {
         "files are unpacked beside the old ones": lambda: os.path.exists("/usr/bin/sparsed.dpkg-new"),
         "files take their names": lambda: digest(f"{PLUGIN}/plugin.toml") != manifest,
         "what is old is removed": lambda: not os.path.exists(old_library),
@@ -116,31 +94,76 @@ def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_men
         "it is being configured": lambda: recorded() == "half-configured"
         and digest(f"{PLUGIN}/plugin.toml") != manifest,
     }
+
+
+def reached(moment):
+    """The process of an upgrade that is at this moment, or has ended."""
+    dpkg = subprocess.Popen(
+        ["dpkg", "--install", NEWER], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    end = time.monotonic() + PATIENCE
+    while dpkg.poll() is None and not moment():
+        assert time.monotonic() < end, "the upgrade does not come so far"
+    return dpkg
+
+
+def cut(moment):
+    """Starts the upgrade, and kills it with all of its children as soon as it is at this moment."""
+    dpkg = reached(moment)
+    was_running = dpkg.poll() is None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(dpkg.pid, signal.SIGKILL)
+    dpkg.wait()
+    return was_running
+
+
+def is_mended(old, left):
+    """The service, which runs, answers with whole files, and dpkg brings what `left` of a cut upgrade says to an end."""
+    new = digests(TREE)
+    for path, found in digests().items():
+        assert found in (old[path], new[path]), f"{path} is neither the old nor the new one"
+    said = text_of(served("alice", "/v1/chat/completions", CAPITAL))
+    assert said == PARIS, said
+    said = run("dpkg", "--configure", "-a", check=False)
+    if state()[-1] != "installed":
+        # What was not unpacked whole wants its package once more, as dpkg says.
+        assert "reinstreq" in left, said
+        run("dpkg", "--install", NEWER)
+    assert state()[-1] == "installed" and not run("dpkg", "--audit"), run("dpkg", "--audit")
+    left_over = glob.glob("/usr/**/*.dpkg-new", recursive=True)
+    assert not left_over, left_over
+
+
+def is_old_again(deb, old):
+    run("dpkg", "--install", "--force-downgrade", deb)
+    assert digests() == old, "it is not the old version again"
+
+
+@contextlib.contextmanager
+def no_service_is_started():
+    """By maintainer scripts, as on a box that is being mended by hand."""
     with open(os.open(POLICY, os.O_WRONLY | os.O_CREAT, 0o755), "w") as file:
         file.write("#!/bin/sh\nexit 101\n")
     try:
-        for name, moment in moments.items():
+        yield
+    finally:
+        os.remove(POLICY)
+
+
+def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it(debs):
+    (deb,) = glob.glob(f"{debs}/sparsed_*.deb")
+    make_newer(deb)
+    old = digests()
+    with no_service_is_started():
+        for name, moment in moments().items():
             was_running = cut(moment)
             left = state()
+            print(f"#  cut when {name}: {' '.join(left)}{'' if was_running else ', dpkg had ended'}")
             # The machine starts again.
             run("systemctl", "kill", "--signal=KILL", "sparsed.service", check=False)
             restart()
-            whole(old, new)
-            said = text_of(served("alice", "/v1/chat/completions", CAPITAL))
-            assert said == PARIS, f"cut when {name}: {said}"
-            print(f"#  cut when {name}: {' '.join(left)}{'' if was_running else ', dpkg had ended'}")
-            said = run("dpkg", "--configure", "-a", check=False)
-            if state()[-1] != "installed":
-                # What was not unpacked whole wants its package once more, as dpkg says.
-                assert "reinstreq" in left, said
-                run("dpkg", "--install", NEWER)
-            assert state()[-1] == "installed" and not run("dpkg", "--audit"), run("dpkg", "--audit")
-            left_over = glob.glob("/usr/**/*.dpkg-new", recursive=True)
-            assert not left_over, left_over
+            is_mended(old, left)
             restart()
-            run("dpkg", "--install", "--force-downgrade", deb)
-            assert {path: digest(path) for path in EXECUTABLES} == old, "it is not the old version again"
-    finally:
-        os.remove(POLICY)
-        shutil.rmtree(TREE)
+            is_old_again(deb, old)
+    shutil.rmtree(TREE)
     restart()
