@@ -69,6 +69,9 @@ e2e: testneeds models testplugins $(CLIENTS) ## the end-to-end tests alone
 systemd: package ## the service under a systemd of its own, in a tree of Debian SUITE (root; says so where it cannot)
 	bash tests/systemd/run.sh
 
+machine: package ## the service on a machine of its own in qemu: Linux SUITE, limits of memory, power cuts (root; ten minutes)
+	bash tests/machine/run.sh
+
 container: package ## packaging/Containerfile built and run (root; says so where it cannot)
 	bash tests/container/run.sh
 
@@ -114,4 +117,4 @@ reproducible: models ## whether the packages are the same bytes when they are ma
 aarch64: models ## builds and packs for aarch64 and tries it under qemu as three CPUs (Debian, Linux 6.7; half an hour)
 	sh packaging/aarch64.sh
 
-.PHONY: help needs testneeds testplugins build models chat test e2e systemd container lint bench fuzz asan sim conform package reproducible aarch64
+.PHONY: help needs testneeds testplugins build models chat test e2e systemd machine container lint bench fuzz asan sim conform package reproducible aarch64
