@@ -1,6 +1,6 @@
 //! Which formats are there, and how large are they?
 
-use crate::{f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0};
+use crate::{f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, w16};
 
 /// A storage format, with ggml's number and layout where ggml has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -41,6 +41,8 @@ pub enum Format {
     MXFP4,
     /// e4m3fn, one byte a value. Not in GGUF: ggml has no number for it.
     F8E4M3,
+    /// 16-bit words, a power of two for a row; for KV rows. Not in GGUF.
+    W16,
 }
 
 /// What is known about a format: number, name, values and bytes in a block.
@@ -49,7 +51,7 @@ struct Row(Format, u32, &'static str, usize, usize);
 /// The first number that is the plugin ABI's own and not ggml's.
 const OWN_IDS: u32 = 128;
 
-const TABLE: [Row; 17] = [
+const TABLE: [Row; 18] = [
     Row(Format::F32, 0, "F32", 1, 4),
     Row(Format::F16, 1, "F16", 1, 2),
     Row(Format::BF16, 30, "BF16", 1, 2),
@@ -67,6 +69,7 @@ const TABLE: [Row; 17] = [
     Row(Format::IQ4_XS, 23, "IQ4_XS", 256, 136),
     Row(Format::MXFP4, 39, "MXFP4", 32, 17),
     Row(Format::F8E4M3, 129, "F8E4M3", 1, 1),
+    Row(Format::W16, 130, "W16", 32, w16::BYTES),
 ];
 
 /// Why values could not be decoded or encoded.
@@ -153,6 +156,7 @@ impl Format {
             Self::IQ4_XS => &TABLE[14],
             Self::MXFP4 => &TABLE[15],
             Self::F8E4M3 => &TABLE[16],
+            Self::W16 => &TABLE[17],
         }
     }
 
@@ -243,12 +247,13 @@ pub fn decode(format: Format, bytes: &[u8], values: &mut [f32]) -> Result<(), Qu
         Format::IQ4_XS => blocks(bytes, values, iq4_xs::decode),
         Format::MXFP4 => blocks(bytes, values, mxfp4::decode),
         Format::F8E4M3 => f8_e4m3::decode(bytes, values),
+        Format::W16 => blocks(bytes, values, w16::decode),
     }
     Ok(())
 }
 
 /// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, the others with an error no larger than
-/// that of its reference quantiser.
+/// that of its reference quantiser. Values of W16 are one row: all share a power of two.
 ///
 /// # Errors
 /// When the lengths do not belong together, or the format is only decoded.
@@ -266,6 +271,7 @@ pub fn encode(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), Qu
         Format::Q4_K => blocks_mut(values, bytes, q4_k::encode),
         Format::Q5_K => blocks_mut(values, bytes, q5_k::encode),
         Format::Q6_K => blocks_mut(values, bytes, q6_k::encode),
+        Format::W16 => w16::encode(values, bytes),
         Format::Q2_K | Format::Q3_K | Format::IQ4_NL | Format::IQ4_XS | Format::MXFP4 | Format::F8E4M3 => {
             return Err(QuantError::NotEncoded { format });
         }

@@ -26,6 +26,7 @@ mod q6_k;
 mod q8_0;
 mod round;
 mod symmetric;
+mod w16;
 
 pub use f8_e4m3::ScaledF8;
 pub use format::{Format, QuantError, decode, encode};

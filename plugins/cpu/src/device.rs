@@ -2,7 +2,7 @@
 
 use crate::execute;
 use crate::level::Level;
-use crate::memory::{BLOCK_TOKENS_ALIGN, Pool, Weight};
+use crate::memory::{BLOCK_TOKENS_ALIGN, Pool, ROW_DTYPES, Weight};
 use crate::plan::Plan;
 use crate::threads::{THREADS_MAX, Team, allowed_cpus, threads_for};
 use crate::validate::Bound;
@@ -79,9 +79,7 @@ impl Plugin for CpuPlugin {
         put_text(&mut info.id, "cpu");
         put_text(&mut info.name, std::env::consts::ARCH);
         put_text(&mut info.driver, self.level.name());
-        for (map, dtypes) in
-            [(&mut info.weight_dtypes, WEIGHT_DTYPES), (&mut info.row_dtypes, &[DT_F32, DT_F16, DT_BF16, DT_Q8_0][..])]
-        {
+        for (map, dtypes) in [(&mut info.weight_dtypes, WEIGHT_DTYPES), (&mut info.row_dtypes, &ROW_DTYPES[..])] {
             for (word, mask) in dtypes.iter().filter_map(|&dtype| dtype_bit(dtype)) {
                 map[word] |= mask;
             }

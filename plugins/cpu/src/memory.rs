@@ -7,7 +7,8 @@ use crate::packing::Packed;
 use memmap2::{Advice, MmapMut, UncheckedAdvice};
 use rustix::param::page_size;
 use sparsed_abi::{
-    DT_BF16, DT_F16, DT_F32, DT_Q8_0, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
+    DT_BF16, DT_F16, DT_F32, DT_Q8_0, DT_W16, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc,
+    W_HOST_IN_PLACE,
 };
 use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::SlowLayout;
@@ -115,6 +116,9 @@ impl Weight {
     }
 }
 
+/// How rows of the pool may be stored.
+pub(crate) const ROW_DTYPES: [u32; 5] = [DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_W16];
+
 /// One kind of row in the pool.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowFormat {
@@ -126,10 +130,10 @@ pub(crate) struct RowFormat {
 impl RowFormat {
     fn new(row: SpdRow) -> Result<Self> {
         let width = row.width as usize;
-        if !matches!(row.dtype, DT_F32 | DT_F16 | DT_BF16 | DT_Q8_0) {
+        if !ROW_DTYPES.contains(&row.dtype) {
             return Err(PluginError::unsupported(format!("KV rows of dtype {}", row.dtype)));
         }
-        let format = Format::from_ggml_id(row.dtype).ok_or_else(|| PluginError::unsupported("KV dtype"))?;
+        let format = Format::from_dtype(row.dtype).ok_or_else(|| PluginError::unsupported("KV dtype"))?;
         let bytes = format.row_bytes(width).map_err(|error| PluginError::invalid(error.to_string()))?;
         Ok(Self { format, width, bytes })
     }

@@ -1,4 +1,4 @@
-//! Attention over rows in f16 and q8_0: who shares a pass over a block of rows?
+//! Attention over rows in f16, q8_0 and w16: who shares a pass over a block of rows?
 //!
 //! Tokens of one sequence that read everything before them list the same rows, so a run of them shares each block. A
 //! token with a selection of its own is a run by itself. Either way a token's blocks are counted from the first row of
@@ -6,8 +6,9 @@
 
 use super::attention::Attention;
 use crate::kernels::blocked::{
-    Bytes, HEADS_MAX, Heads, Line, ROWS, Row, Softmax, WIDENED_HEADS_MAX, WORD_HEADS_MAX, Widened, Widths, WordBlock,
-    WordHeads, attend, attend_widened, attend_words, can_be_words, can_block, can_widen, round_query,
+    Bytes, ColumnBlock, HEADS_MAX, Heads, Line, ROWS, Row, Softmax, StoredBlock, StoredUnits, WIDENED_HEADS_MAX,
+    WORD_HEADS_MAX, Widened, Widths, WordBlock, WordHeads, attend, attend_columns, attend_stored, attend_widened,
+    attend_words, can_be_columns, can_be_stored, can_be_words, can_block, can_widen, round_query, round_stored_query,
 };
 use crate::threads::part;
 use sparsed_quant::Format;
@@ -23,6 +24,10 @@ const WIDEN_FROM: usize = 24;
 /// From this many heads that share a half-precision row on it is turned into words, which costs as much as three heads'
 /// products. Rows of 8 bits always are.
 const WORDS_FROM: usize = 8;
+
+/// From this many heads of tokens that read a block of stored words on it is turned into columns, at the price of four
+/// heads' products.
+const COLUMNS_FROM: usize = 16;
 
 /// Values from the beginning of a cache line on: vectors that lie across two lines cost twice as much.
 #[derive(Debug, Default)]
@@ -56,6 +61,8 @@ struct Room {
     /// What a group sees of a block's rows, for many heads.
     widened: Widened,
     words: WordBlock,
+    units: StoredUnits,
+    columns: ColumnBlock,
     /// Queries as words `[line of a key]`.
     q_words: Vec<Line>,
     /// What a head's are times, and the softmax scale.
@@ -70,7 +77,7 @@ impl Room {
             self.q.extend_from_slice(attention.q_rope.row(t, head));
             self.q.extend_from_slice(attention.q_latent.map_or(&[], |q| q.row(t, head)));
         }
-        if attention.is_words() {
+        if attention.is_words() || attention.is_stored() {
             self.round(attention, heads.len());
         }
         self.states.clear();
@@ -80,11 +87,16 @@ impl Room {
 
     /// Rounds the queries.
     fn round(&mut self, attention: &Attention<'_>, heads: usize) {
-        let lines = attention.widths().key_lines();
+        let (level, widths, stored) = (attention.frame.device.level, attention.widths(), attention.is_stored());
+        let lines = widths.key_lines();
         self.q_words.resize(heads * lines, Line::ZERO);
         self.scales.clear();
         for (q, words) in self.q.chunks_exact(self.q.len() / heads).zip(self.q_words.chunks_exact_mut(lines)) {
-            let unit = round_query(attention.frame.device.level, q, attention.q_rope.n2, words);
+            let unit = if stored {
+                round_stored_query(level, q, widths, words)
+            } else {
+                round_query(level, q, widths.rope, words)
+            };
             self.scales.push(unit * attention.scale);
         }
     }
@@ -97,6 +109,10 @@ enum Form {
     Halves,
     Widened,
     Words,
+    /// Nothing: it has words already.
+    Stored,
+    /// The same bits as [`Form::Stored`].
+    Columns,
 }
 
 /// How the blocks of a run are read.
@@ -114,7 +130,7 @@ impl Run {
         match self.form {
             Form::Halves => HEADS_MAX,
             Form::Widened => WIDENED_HEADS_MAX,
-            Form::Words => WORD_HEADS_MAX,
+            Form::Words | Form::Stored | Form::Columns => WORD_HEADS_MAX,
         }
     }
 
@@ -127,7 +143,7 @@ impl Run {
 impl Attention<'_> {
     /// True when the pool's rows are ones that [`Self::run_blocked`] reads.
     pub(super) fn is_blocked(&self) -> bool {
-        if self.is_words() {
+        if self.is_words() || self.is_stored() {
             return true;
         }
         let half = self.pool.latent.format == Format::F16 && self.pool.rope.format == Format::F16;
@@ -141,6 +157,12 @@ impl Attention<'_> {
             && can_be_words(latent, self.widths())
             && (latent != Format::F16 || self.q_rope.n1 / self.groups >= WORDS_FROM)
             && self.out.s1 == self.out.n2
+    }
+
+    /// True when the pool has rows of words that are multiplied as they are.
+    fn is_stored(&self) -> bool {
+        let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
+        latent == rope && can_be_stored(latent, self.widths()) && self.out.s1 == self.out.n2
     }
 
     /// What a group sees of a row.
@@ -207,6 +229,8 @@ impl Attention<'_> {
             q_width: room.q.len() / heads.len(),
             form: match room.q.len() / heads.len() {
                 _ if self.is_words() => Form::Words,
+                _ if self.is_stored() && per_group >= COLUMNS_FROM && can_be_columns(self.widths()) => Form::Columns,
+                _ if self.is_stored() => Form::Stored,
                 width if per_group > WIDEN_FROM && can_widen(width) => Form::Widened,
                 _ => Form::Halves,
             },
@@ -218,6 +242,9 @@ impl Attention<'_> {
             let n = (longest - first).min(ROWS);
             let next = self.fetch(tokens.end - 1, first + n..longest.min(first + n + ROWS));
             let mut ahead = next[..longest.saturating_sub(first + n).min(ROWS)].chunks(ROWS.div_ceil(passes));
+            if matches!(job.form, Form::Stored | Form::Columns) {
+                room.units.take(self.frame.device.level, &now[..n], self.pool.latent.bytes, self.widths());
+            }
             let seen: Vec<usize> = listed.iter().map(|listed| listed.saturating_sub(first).min(ROWS)).collect();
             for (number, group) in groups.clone().enumerate() {
                 self.block(&job, self.slices(group, &now[..n]), number * per_group, &seen, &mut ahead, room);
@@ -247,6 +274,11 @@ impl Attention<'_> {
         let (level, n) = (self.frame.device.level, seen.last().copied().unwrap_or(0));
         let mut halves = [Row::default(); ROWS];
         match job.form {
+            Form::Stored => {}
+            Form::Columns => {
+                room.columns.fill(level, &StoredBlock { rows: &rows[..n], units: &room.units });
+                return self.columns(job, &rows[..n], first_head, seen, ahead, room);
+            }
             Form::Words => {
                 let (format, ahead) = (self.pool.latent.format, ahead.next().unwrap_or_default());
                 room.words.fill(level, format, &rows[..n], self.widths(), ahead);
@@ -268,9 +300,55 @@ impl Attention<'_> {
             let (at, end) = (first_head + token * job.own, first_head + (token + alike) * job.own);
             for at in (at..if visible > 0 { end } else { at }).step_by(job.at_once()) {
                 let ahead = ahead.next().unwrap_or_default();
-                self.pass(job, at..end.min(at + job.at_once()), &halves[..visible], ahead, room);
+                let heads = at..end.min(at + job.at_once());
+                if job.form == Form::Stored {
+                    self.stored(heads, &rows[..visible], ahead, room);
+                } else {
+                    self.pass(job, heads, &halves[..visible], ahead, room);
+                }
             }
             token += alike;
+        }
+    }
+
+    /// Some heads of [`Room`] with a block of rows that are words.
+    fn stored(&self, heads: Range<usize>, rows: &[Bytes<'_>], ahead: &[&[u8]], room: &mut Room) {
+        let block = StoredBlock { rows, units: &room.units };
+        let lines = self.widths().key_lines();
+        let q = &room.q_words[heads.start * lines..heads.end * lines];
+        let out = &mut room.out.all()[heads.start * self.out.n2..heads.end * self.out.n2];
+        let (scales, states) = (&room.scales[heads.clone()], &mut room.states[heads]);
+        attend_stored(self.frame.device.level, &block, ahead, &mut WordHeads { q, scales, states, out });
+    }
+
+    /// As [`Self::block`], for a block that was turned into columns: heads that see different numbers of its rows go
+    /// together.
+    fn columns<'r>(
+        &self,
+        job: &Run,
+        rows: &[Bytes<'_>],
+        first_head: usize,
+        seen: &[usize],
+        ahead: &mut impl Iterator<Item = &'r [&'r [u8]]>,
+        room: &mut Room,
+    ) {
+        let (lines, width) = (self.widths().key_lines(), self.out.n2);
+        let block = StoredBlock { rows, units: &room.units };
+        let blind = seen.iter().take_while(|&&seen| seen == 0).count() * job.own;
+        let end = seen.len() * job.own;
+        for at in (blind..end).step_by(job.at_once()) {
+            let mut of_head = [0; WORD_HEADS_MAX];
+            let own = at..end.min(at + job.at_once());
+            own.clone().zip(&mut of_head).for_each(|(head, of_head)| *of_head = seen[head / job.own]);
+            let heads = first_head + own.start..first_head + own.end;
+            let mut these = WordHeads {
+                q: &room.q_words[heads.start * lines..heads.end * lines],
+                scales: &room.scales[heads.clone()],
+                states: &mut room.states[heads.clone()],
+                out: &mut room.out.all()[heads.start * width..heads.end * width],
+            };
+            let ahead = ahead.next().unwrap_or_default();
+            attend_columns(self.frame.device.level, &block, &room.columns, &of_head[..own.len()], ahead, &mut these);
         }
     }
 

@@ -67,10 +67,10 @@ mod tests {
     use crate::threads::Team;
     use fastrand::Rng;
     use sparsed_abi::{
-        Blob, DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, E_DATA, E_INVALID, E_NOMEM_DEVICE, KV_COPY, KV_DISCARD,
-        KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND,
-        OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp, SpdRow, StepArrays, T_INPUT,
-        T_OUTPUT, TensorId,
+        Blob, DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, DT_W16, E_DATA, E_INVALID, E_NOMEM_DEVICE, KV_COPY,
+        KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK,
+        OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp, SpdRow,
+        StepArrays, T_INPUT, T_OUTPUT, TensorId,
     };
     use sparsed_plugin_kit::Usage;
     use sparsed_plugin_kit::slow::rowcache::{SLOT_OVERHEAD_BYTES, SlowLayout};
@@ -160,7 +160,7 @@ mod tests {
             };
             let row_bytes = match shape.dtype {
                 DT_F32 => 256,
-                DT_F16 => 128,
+                DT_F16 | DT_W16 => 128,
                 _ => 68,
             } * shape.groups as usize;
             let layout = SlowLayout::new(row_bytes, desc.block_tokens, N_LAYERS).unwrap();
@@ -259,11 +259,14 @@ mod tests {
         [[130..131, 70..71], [131..150, 71..90], [150..151, 90..90], [151..151, 90..91], [151..154, 91..96]];
 
     /// Formats, groups, and heads of a group.
-    const SHAPES: [(u32, u32, u32); 8] = [
+    const SHAPES: [(u32, u32, u32); 11] = [
         (DT_F16, 1, 4),
         (DT_F16, 2, 2),
         (DT_F16, 1, 16),
         (DT_F16, 2, 8),
+        (DT_W16, 1, 4),
+        (DT_W16, 2, 2),
+        (DT_W16, 1, 16),
         (DT_Q8_0, 1, 4),
         (DT_Q8_0, 2, 2),
         (DT_Q8_0, 1, 16),

@@ -35,13 +35,20 @@ macro_rules! for_heads {
     };
 }
 
+#[cfg(test)]
+mod case;
 mod integer;
 mod softmax;
+mod stored;
 mod widened;
 mod words;
 
 pub(crate) use integer::{WORD_HEADS_MAX, WordHeads, attend_words};
-pub(crate) use softmax::Softmax;
+pub(crate) use softmax::{Softmax, exp2};
+pub(crate) use stored::{
+    ColumnBlock, StoredBlock, StoredUnits, attend_columns, attend_stored, can_be_columns, can_be_stored,
+    round_stored_query,
+};
 pub(crate) use widened::{Widened, can_widen};
 pub(crate) use words::{Bytes, Line, Widths, WordBlock, can_be_words, round_query};
 
@@ -140,7 +147,7 @@ fn queries<const H: usize>(q: &[f32]) -> [&[[f32; LANES]]; H] {
 /// Adds rows with scores `p` to the softmaxes.
 #[inline(always)]
 fn add<L: Lanes, R: Values, const H: usize>(l: L, rows: R, p: &mut [[f32; ROWS]; H], heads: &mut Heads<'_>) {
-    let shrink = exponentials(l, p, rows.rows(), &[heads.scale; H], heads.states);
+    let shrink = exponentials(l, p, &[rows.rows(); H], &[heads.scale; H], heads.states);
     let width = heads.out.len() / H / LANES;
     let mut at = 0;
     while L::REGISTERS < REGISTERS_FOR_ONE && at + TOGETHER <= width {

@@ -1,17 +1,38 @@
-//! Value by value: SiLU, and the exponential that attention shares.
+//! Value by value: SiLU, and the exponentials of routing and of the plain attention.
 
-use super::{Arithmetic, leveled};
+use super::Arithmetic;
+use super::blocked::exp2;
+use crate::simd::{LANES, Lanes, on_level};
 
-leveled! {
+on_level! {
     /// `y = gate / (1 + exp(-gate)) * up`.
     fn silu_mul(gate: &[f32], up: &[f32], y: &mut [f32]) = silu_mul_body
 }
 
 #[inline(always)]
-fn silu_mul_body<A: Arithmetic>(gate: &[f32], up: &[f32], y: &mut [f32]) {
-    for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-        *y = g / (1.0 + exp::<A>(-g)) * u;
+fn silu_mul_body<L: Lanes>(l: L, gate: &[f32], up: &[f32], y: &mut [f32]) {
+    let ((gates, gate), (ups, up), (ys, y)) = (gate.as_chunks(), up.as_chunks(), y.as_chunks_mut());
+    for ((y, g), u) in ys.iter_mut().zip(gates).zip(ups) {
+        silu_vector(l, g, u, y);
     }
+    if !y.is_empty() {
+        let (mut g, mut u, mut to) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+        g[..gate.len()].copy_from_slice(gate);
+        u[..up.len()].copy_from_slice(up);
+        silu_vector(l, &g, &u, &mut to);
+        y.copy_from_slice(&to[..y.len()]);
+    }
+}
+
+#[inline(always)]
+fn silu_vector<L: Lanes>(l: L, gate: &[f32; LANES], up: &[f32; LANES], y: &mut [f32; LANES]) {
+    /// Past it the factor is 0 in any case, and 2^x is not.
+    const LARGEST: f32 = 126.0;
+    let (g, zero) = (l.load(gate), l.splat(0.0));
+    // Not above LARGEST; in this order a NaN stays.
+    let x = l.max(l.splat(-LARGEST), l.mul(g, l.splat(std::f32::consts::LOG2_E)));
+    let e = exp2(l, l.sub(zero, x));
+    l.store(l.mul(l.div(g, l.add(l.splat(1.0), e)), l.load(up)), y);
 }
 
 /// e^x without branches, so that loops over it become vector code: x = n ln 2 + r, a polynomial of degree 6 in r, then
@@ -37,6 +58,31 @@ pub(super) fn exp<A: Arithmetic>(x: f32) -> f32 {
 mod tests {
     use super::*;
     use crate::kernels::{Fused, Plain};
+    use crate::level::Level;
+
+    #[test]
+    fn silu_is_close_to_f64_and_the_same_at_every_level() {
+        let gate: Vec<f32> = (-1300..1300i16).map(|i| f32::from(i) * 0.1).collect();
+        let up: Vec<f32> = (0..2600u16).map(|i| 2.0 - f32::from(i % 7)).collect();
+        let run = |level| {
+            let mut y = vec![0.0; gate.len()];
+            silu_mul(level, &gate, &up, &mut y);
+            y
+        };
+        let scalar = run(Level::Scalar);
+        for ((y, g), u) in scalar.iter().zip(&gate).zip(&up) {
+            let (g, u) = (f64::from(*g), f64::from(*u));
+            let exact = g / (1.0 + (-g).exp()) * u;
+            assert!((f64::from(*y) - exact).abs() <= 5e-6 * exact.abs() + 1e-35, "{g} {u}: {y}, not {exact}");
+        }
+        for level in Level::all() {
+            let same = run(level).iter().zip(&scalar).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "{level:?}");
+            let (mut y, special) = ([0.0; 3], [f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+            silu_mul(level, &special, &[1.0; 3], &mut y);
+            assert!(y[0].is_nan() && y[1] == f32::INFINITY, "{level:?}: {y:?}");
+        }
+    }
 
     #[test]
     fn exp_is_close_to_f64_over_its_range() {

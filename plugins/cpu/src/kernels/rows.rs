@@ -1,7 +1,7 @@
 //! Rows of the KV pool and of weights: decode, encode, rotate.
 
 use crate::level::Level;
-use crate::simd::{Lanes, on_level};
+use crate::simd::{LANES, Lanes, Words, on_level};
 use half::f16;
 use sparsed_quant::Format;
 
@@ -24,11 +24,17 @@ pub(crate) fn encode(level: Level, format: Format, values: &[f32], bytes: &mut [
     if format == Format::F16 {
         return encode_f16(level, values, bytes);
     }
+    if format == Format::W16 {
+        return encode_w16(level, values, bytes);
+    }
     sparsed_quant::encode(format, values, bytes).expect("row sizes were checked when the pool was made");
 }
 
 on_level! {
     fn decode_f16(bytes: &[u8], out: &mut [f32]) = decode_f16_body
+}
+on_level! {
+    fn encode_w16(values: &[f32], bytes: &mut [u8]) = encode_w16_body
 }
 on_level! {
     fn encode_f16(values: &[f32], bytes: &mut [u8]) = encode_f16_body
@@ -51,6 +57,41 @@ fn encode_f16_body<L: Lanes>(l: L, values: &[f32], bytes: &mut [u8]) {
     from.iter().zip(to).for_each(|(from, to)| l.store_half(l.load(from), to));
     for (from, to) in from_rest.iter().zip(to_rest.as_chunks_mut::<2>().0) {
         *to = f16::from_f32(*from).to_le_bytes();
+    }
+}
+
+/// OPS.md, W16; the bits of `sparsed_quant`.
+#[inline(always)]
+fn encode_w16_body<L: Words>(l: L, values: &[f32], bytes: &mut [u8]) {
+    const WORD_MAX: f32 = 32767.0;
+    const NO_NUMBER: i32 = 255;
+    let mut most = l.splat_i(0);
+    for v in values.as_chunks().0 {
+        most = l.max_i(most, l.magnitude_bits(l.load(v)));
+    }
+    let mut lanes = [0; LANES];
+    l.store_i(most, &mut lanes);
+    let unit = match lanes.into_iter().fold(0, i32::max) >> 23 {
+        NO_NUMBER => NO_NUMBER,
+        largest => (largest - 14).max(0),
+    };
+    if unit == 0 || unit == NO_NUMBER {
+        return sparsed_quant::encode(Format::W16, values, bytes).expect("row sizes were checked");
+    }
+    let inverse = l.splat(f32::from_bits(((254 - unit) << 23).cast_unsigned()));
+    let (zero, lowest) = (l.splat(0.0), l.splat(-WORD_MAX));
+    let word = |v: &[f32; LANES]| {
+        let v = l.max(lowest, l.mul(l.load(v), inverse));
+        l.round(l.sub(zero, l.max(lowest, l.sub(zero, v))))
+    };
+    for (v, to) in values.as_chunks::<{ 2 * LANES }>().0.iter().zip(bytes.as_chunks_mut::<{ 4 * LANES }>().0) {
+        let halves = v.as_chunks().0;
+        let mut line = [0; LANES];
+        l.store_i(l.pack_words(word(&halves[0]), word(&halves[1])), &mut line);
+        for (i, pair) in line[..4].iter_mut().enumerate() {
+            *pair = *pair & !0x0001_0001 | unit >> (2 * i) & 1 | (unit >> (2 * i + 1) & 1) << 16;
+        }
+        to.as_chunks_mut().0.iter_mut().zip(line).for_each(|(to, pair)| *to = pair.to_le_bytes());
     }
 }
 
@@ -108,6 +149,30 @@ mod tests {
         assert!((y[1] - -4.0 / 8f32.sqrt()).abs() < 1e-6);
         hadamard(&y, &mut z);
         assert!(x.iter().zip(&z).all(|(a, b)| (a - b).abs() < 1e-5));
+    }
+
+    #[test]
+    fn w16_rows_are_those_of_the_definition_at_every_level() {
+        let mut random = fastrand::Rng::with_seed(7);
+        for row in 0..200 {
+            let size = 2f32.powi(random.i32(-130..128));
+            let mut values: Vec<f32> = (0..96).map(|_| (random.f32() - 0.5) * size).collect();
+            match row % 8 {
+                0 => values[random.usize(0..96)] = f32::NAN,
+                1 => values[random.usize(0..96)] = f32::NEG_INFINITY,
+                2 => values.fill(f32::from_bits(2f32.to_bits() - 1)),
+                3 => values.fill(-f32::MAX),
+                4 => values.fill(0.0),
+                _ => {}
+            }
+            let mut reference = vec![0; 192];
+            sparsed_quant::encode(Format::W16, &values, &mut reference).unwrap();
+            for level in Level::all() {
+                let mut bytes = vec![0; 192];
+                encode(level, Format::W16, &values, &mut bytes);
+                assert_eq!(bytes, reference, "{level:?}, row {row}");
+            }
+        }
     }
 
     #[test]

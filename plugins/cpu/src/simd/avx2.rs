@@ -66,6 +66,7 @@ impl Lanes for Avx2 {
         fn add(a: F, b: F) -> F { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
         fn sub(a: F, b: F) -> F { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
         fn mul(a: F, b: F) -> F { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+        fn div(a: F, b: F) -> F { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
         fn mul_add(a: F, b: F, c: F) -> F { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
         fn max(a: F, b: F) -> F { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
         fn splat_i(v: i32) -> I { [_mm256_set1_epi32(v); 2] }
@@ -235,14 +236,40 @@ impl Words for Avx2 {
             };
             [halves(v[0], v[1]), halves(v[2], v[3])]
         }}
-        fn finish_ints(folded: &[I; 4]) -> I {{
-            // Neighbours of two vectors, then of four.
-            let four = |half: usize| {
-                let (a, b) = (_mm256_hadd_epi32(folded[0][half], folded[1][half]), [folded[2][half], folded[3][half]]);
-                _mm256_hadd_epi32(a, _mm256_hadd_epi32(b[0], b[1]))
+        fn pair_up_ints(folded: &[I; 4]) -> [I; 2] {{
+            let pair = |a: I, b: I| {
+                let half = |a, b| _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+                [half(a[0], b[0]), half(a[1], b[1])]
             };
-            [four(0), four(1)]
+            [pair(folded[0], folded[1]), pair(folded[2], folded[3])]
         }}
+        fn finish_pairs(a: I, b: I) -> I {
+            [_mm256_hadd_epi32(a[0], b[0]), _mm256_hadd_epi32(a[1], b[1])]
+        }
+        fn pack_words(a: I, b: I) -> I {{
+            // Sign-extended low words never saturate.
+            let words = |v: I| {
+                let low = |v| _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(v));
+                _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(low(v[0]), low(v[1])))
+            };
+            [words(a), words(b)]
+        }}
+        fn zip_words(a: I, b: I) -> [I; 2] {
+            [
+                [_mm256_unpacklo_epi16(a[0], b[0]), _mm256_unpackhi_epi16(a[0], b[0])],
+                [_mm256_unpacklo_epi16(a[1], b[1]), _mm256_unpackhi_epi16(a[1], b[1])],
+            ]
+        }
+        fn zipped_in_order(v: [F; 2]) -> [F; 2] {
+            v.map(|v| {
+                [_mm256_permute2f128_ps::<0x20>(v[0], v[1]), _mm256_permute2f128_ps::<0x31>(v[0], v[1])]
+            })
+        }
+        fn shift_words(v: I, by: i32) -> I {{
+            let (half, by) = (_mm256_set1_epi16(((1 << by) >> 1) as i16), _mm_cvtsi32_si128(by));
+            v.map(|v| _mm256_sra_epi16(_mm256_adds_epi16(v, half), by))
+        }}
+        fn as_float(v: I) -> F { v.map(|v| _mm256_castsi256_ps(v)) }
     }
 }
 

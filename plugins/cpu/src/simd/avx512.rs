@@ -55,6 +55,7 @@ impl Lanes for Avx512 {
         fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
         fn sub(a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
         fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
+        fn div(a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
         fn mul_add(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
         fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
         fn splat_i(v: i32) -> __m512i { _mm512_set1_epi32(v) }
@@ -102,6 +103,7 @@ impl Lanes for Avx512 {
                 _mm512_set1_epi32(127),
             )))
         }
+        fn times_power_of_two(v: __m512, power: __m512) -> __m512 { _mm512_scalef_ps(v, power) }
         fn round_f(v: __m512) -> __m512 { _mm512_roundscale_ps::<_MM_FROUND_TO_NEAREST_INT>(v) }
         fn largest(v: __m512) -> f32 { _mm512_reduce_max_ps(v) }
     }
@@ -169,6 +171,29 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    fn maxima(self, v: &[__m512; LANES]) -> __m512 {
+        let (mut four, mut two) = ([v[0]; 4], [v[0]; 2]);
+        // SAFETY: `self` proves that the CPU has the instructions.
+        unsafe {
+            // As `fold` and `finish`.
+            let halves = |a, b| _mm512_max_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b));
+            for (j, four) in four.iter_mut().enumerate() {
+                let (a, b) = (halves(v[j], v[j + 4]), halves(v[j + 8], v[j + 12]));
+                *four = _mm512_max_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            }
+            for (two, pair) in two.iter_mut().zip(four.as_chunks::<2>().0) {
+                let (a, b) = (_mm512_castps_pd(pair[0]), _mm512_castps_pd(pair[1]));
+                *two = _mm512_max_ps(
+                    _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                    _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)),
+                );
+            }
+            let [a, b] = two;
+            _mm512_max_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b))
+        }
+    }
+
+    #[inline(always)]
     fn finish(self, folded: &[__m512; 4]) -> __m512 {
         // SAFETY: `self` proves that the CPU has the instructions.
         unsafe {
@@ -225,14 +250,42 @@ impl Words for Avx512 {
             let (a, b) = (halves(v[0], v[1]), halves(v[2], v[3]));
             _mm512_add_epi32(_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b))
         }}
-        fn finish_ints(folded: &[__m512i; 4]) -> __m512i {{
+        fn pair_up_ints(folded: &[__m512i; 4]) -> [__m512i; 2] {{
             // As `finish`.
             let halves = |a, b| _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
-            let a = _mm512_castsi512_ps(halves(folded[0], folded[1]));
-            let b = _mm512_castsi512_ps(halves(folded[2], folded[3]));
+            [halves(folded[0], folded[1]), halves(folded[2], folded[3])]
+        }}
+        fn finish_pairs(a: __m512i, b: __m512i) -> __m512i {{
+            let (a, b) = (_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
             let (even, odd) = (_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xdd>(a, b));
             _mm512_add_epi32(_mm512_castps_si512(even), _mm512_castps_si512(odd))
         }}
+        fn pack_words(a: __m512i, b: __m512i) -> __m512i {
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(a)), _mm512_cvtepi32_epi16(b))
+        }
+        fn zip_words(a: __m512i, b: __m512i) -> [__m512i; 2] {
+            [_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)]
+        }
+        fn zipped_in_order(v: [__m512; 2]) -> [__m512; 2] {{
+            // Quarters 0, 2, 4 and 6 are in the first, the others in the second.
+            let (low, high) = (
+                _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15),
+            );
+            let (a, b) = (_mm512_castps_pd(v[0]), _mm512_castps_pd(v[1]));
+            [
+                _mm512_castpd_ps(_mm512_permutex2var_pd(a, low, b)),
+                _mm512_castpd_ps(_mm512_permutex2var_pd(a, high, b)),
+            ]
+        }}
+        fn shift_words(v: __m512i, by: i32) -> __m512i {{
+            let half = _mm512_set1_epi16(((1 << by) >> 1) as i16);
+            _mm512_sra_epi16(_mm512_adds_epi16(v, half), _mm_cvtsi32_si128(by))
+        }}
+        fn unit_bits(line: &[u8; 4 * LANES]) -> i32 {
+            (_mm512_test_epi16_mask(_mm512_loadu_si512(line.as_ptr().cast()), _mm512_set1_epi16(1)) & 0xff) as i32
+        }
+        fn as_float(v: __m512i) -> __m512 { _mm512_castsi512_ps(v) }
         fn dot_words(sums: __m512i, a: __m512i, b: __m512i) -> __m512i { dpwssd(sums, a, b) }
     }
 }

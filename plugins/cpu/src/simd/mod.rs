@@ -50,6 +50,7 @@ pub(crate) trait Lanes: Copy {
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
     fn mul(self, a: Self::F, b: Self::F) -> Self::F;
+    fn div(self, a: Self::F, b: Self::F) -> Self::F;
     /// `a b + c`, rounded once.
     fn mul_add(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// The greater; of no use where a NaN may be.
@@ -85,6 +86,11 @@ pub(crate) trait Lanes: Copy {
     fn magnitude_bits(self, v: Self::F) -> Self::I;
     /// 2 to the power of each lane (an integer from -126 to 127).
     fn power_of_two(self, v: Self::F) -> Self::F;
+    /// Each lane of `v` times 2 to the power of that of `power`, an integer from -126 to 127.
+    #[inline(always)]
+    fn times_power_of_two(self, v: Self::F, power: Self::F) -> Self::F {
+        self.mul(v, self.power_of_two(power))
+    }
     /// Rounded to integers, ties to even; for magnitudes below 2^22.
     fn round_f(self, v: Self::F) -> Self::F;
 
@@ -101,6 +107,16 @@ pub(crate) trait Lanes: Copy {
             *folded = self.fold(&[vectors[j], vectors[j + 4], vectors[j + 8], vectors[j + 12]]);
         }
         self.finish(&folded)
+    }
+
+    /// Lane i: the greatest lane of vector i; of no use where a NaN may be.
+    #[inline(always)]
+    fn maxima(self, vectors: &[Self::F; LANES]) -> Self::F {
+        let mut most = [0.0; LANES];
+        for (most, v) in most.iter_mut().zip(vectors) {
+            *most = self.largest(*v);
+        }
+        self.load(&most)
     }
 
     /// Vector i: lane i of all vectors.

@@ -117,6 +117,7 @@ impl<P: Copy> Lanes for Neon<P> {
         fn add(a: F, b: F) -> F { each!(|a, b| vaddq_f32(a, b)) }
         fn sub(a: F, b: F) -> F { each!(|a, b| vsubq_f32(a, b)) }
         fn mul(a: F, b: F) -> F { each!(|a, b| vmulq_f32(a, b)) }
+        fn div(a: F, b: F) -> F { each!(|a, b| vdivq_f32(a, b)) }
         fn mul_add(a: F, b: F, c: F) -> F {
             each!(|a, b, c| vfmaq_f32(c, a, b))
         }

@@ -72,6 +72,10 @@ impl Lanes for Portable {
         zip(a, b, |a, b| a * b)
     }
     #[inline(always)]
+    fn div(self, a: F, b: F) -> F {
+        zip(a, b, |a, b| a / b)
+    }
+    #[inline(always)]
     fn mul_add(self, a: F, b: F, c: F) -> F {
         std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -245,7 +249,53 @@ impl Words for Portable {
         })
     }
     #[inline(always)]
-    fn finish_ints(self, folded: &[I; 4]) -> I {
-        std::array::from_fn(|i| folded[i % 4][i / 4 * 4..][..4].iter().copied().fold(0, i32::wrapping_add))
+    fn pair_up_ints(self, folded: &[I; 4]) -> [I; 2] {
+        // Lanes 4 i .. 4 i + 4: the even and the odd sum of one vector's i-th quarter, then of the other's.
+        let pair = |a: &I, b: &I| {
+            std::array::from_fn(|i| {
+                let (v, first) = (if i % 4 < 2 { a } else { b }, i / 4 * 4 + i % 2);
+                v[first].wrapping_add(v[first + 2])
+            })
+        };
+        [pair(&folded[0], &folded[1]), pair(&folded[2], &folded[3])]
+    }
+    #[inline(always)]
+    fn finish_pairs(self, a: I, b: I) -> I {
+        std::array::from_fn(|i| {
+            let (v, first) = (if i % 4 < 2 { &a } else { &b }, i / 4 * 4 + i % 2 * 2);
+            v[first].wrapping_add(v[first + 1])
+        })
+    }
+    #[inline(always)]
+    fn pack_words(self, a: I, b: I) -> I {
+        std::array::from_fn(|i| {
+            let (v, first) = (if i < LANES / 2 { &a } else { &b }, i % (LANES / 2) * 2);
+            v[first] & 0xffff | v[first + 1] << 16
+        })
+    }
+    #[inline(always)]
+    fn zip_words(self, a: I, b: I) -> [I; 2] {
+        let pair = |word: usize| {
+            let of = |v: &I| v[word / 2] >> (word % 2 * 16) & 0xffff;
+            of(&a) | of(&b) << 16
+        };
+        [std::array::from_fn(pair), std::array::from_fn(|i| pair(LANES + i))]
+    }
+    #[inline(always)]
+    fn zipped_in_order(self, v: [F; 2]) -> [F; 2] {
+        v
+    }
+    #[inline(always)]
+    fn shift_words(self, v: I, by: i32) -> I {
+        let half = (1i16 << by) >> 1;
+        let shift = |word: i16| i32::from(word.saturating_add(half) >> by);
+        v.map(|v| {
+            let [low, high] = words(v);
+            shift(low) & 0xffff | shift(high) << 16
+        })
+    }
+    #[inline(always)]
+    fn as_float(self, v: I) -> F {
+        v.map(|v| f32::from_bits(v.cast_unsigned()))
     }
 }

@@ -14,6 +14,21 @@ pub(crate) trait Words: Lanes {
     fn bits(self, v: Self::F) -> Self::I;
     /// Each lane's low word from `low`, its high word the low one of `high`.
     fn pair_words(self, low: Self::I, high: Self::I) -> Self::I;
+    /// The low words of `a`'s lanes, then those of `b`'s.
+    fn pack_words(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Pairs of a word of `a` and the same of `b`, in an order of the level's own: see [`Self::zipped_in_order`].
+    fn zip_words(self, a: Self::I, b: Self::I) -> [Self::I; 2];
+    /// Lanes that came with the pairs of [`Self::zip_words`], in the order of the words.
+    fn zipped_in_order(self, v: [Self::F; 2]) -> [Self::F; 2];
+    /// Words divided by 2^`by` and rounded (a half up, but not past the greatest word); `by` from 0 to 15.
+    fn shift_words(self, v: Self::I, by: i32) -> Self::I;
+    /// The number whose eight bits are the lowest ones of a line's first words.
+    #[inline(always)]
+    fn unit_bits(self, line: &[u8; 4 * LANES]) -> i32 {
+        (0..8).fold(0, |bits, word| bits | i32::from(line[2 * word] & 1) << word)
+    }
+    /// The lanes as they are, taken for floats.
+    fn as_float(self, v: Self::I) -> Self::F;
     /// Lanes divided by 2^`by`, rounded down; `by` from 0 to 31.
     fn shift_right(self, v: Self::I, by: i32) -> Self::I;
     /// Per 16 bits: the greater of `most` and what is left of `v` without the highest bit, both unsigned.
@@ -28,7 +43,15 @@ pub(crate) trait Words: Lanes {
     /// The first half of adding the lanes of 16 vectors, for [`Self::finish_ints`]: see [`Lanes::fold`].
     fn fold_ints(self, vectors: &[Self::I; 4]) -> Self::I;
     /// The other half: lane 4 i + j is the sum of the i-th of the vectors that became `folded[j]`.
-    fn finish_ints(self, folded: &[Self::I; 4]) -> Self::I;
+    #[inline(always)]
+    fn finish_ints(self, folded: &[Self::I; 4]) -> Self::I {
+        let [a, b] = self.pair_up_ints(folded);
+        self.finish_pairs(a, b)
+    }
+    /// Its first step: two sums are left of each vector, those of its even and of its odd lanes.
+    fn pair_up_ints(self, folded: &[Self::I; 4]) -> [Self::I; 2];
+    /// Its second step.
+    fn finish_pairs(self, a: Self::I, b: Self::I) -> Self::I;
 }
 
 #[cfg(test)]

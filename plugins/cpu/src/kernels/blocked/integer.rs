@@ -52,8 +52,8 @@ fn attend_body<L: Words, const H: usize>(
     let mut p = [[0.0; ROWS]; H];
     scores::<L, H>(l, block, n, ahead, heads.q, &mut p);
     let scales = std::array::from_fn(|h| heads.scales[h]);
-    let shrink = exponentials(l, &mut p, n, &scales, heads.states);
-    let weights = weights(l, &mut p, &block.units.value, n);
+    let shrink = exponentials(l, &mut p, &[n; H], &scales, heads.states);
+    let weights = weights(l, &mut p, &block.units.value, &[n; H]);
     let width = heads.out.len() / H / LANES;
     let mut at = 0;
     while L::REGISTERS == 1 && at + TOGETHER <= width {
@@ -164,50 +164,61 @@ fn add_products<L: Words, const H: usize, const R: usize>(
 }
 
 /// Rows whose weights have a unit of their own: the fewer, the finer. Halves of a pair are [`LANES`] apart.
-const ROWS_ALIKE: usize = 2 * LANES;
+pub(super) const ROWS_ALIKE: usize = 2 * LANES;
 const PARTS: usize = ROWS / ROWS_ALIKE;
 
 /// Of one head, for a block.
 #[derive(Clone, Copy)]
-struct Weights {
+pub(super) struct Weights {
     /// By pair of rows.
-    words: [[i32; LANES]; PARTS],
-    units: [f32; PARTS],
+    pub(super) words: [[i32; LANES]; PARTS],
+    pub(super) units: [f32; PARTS],
 }
 
-/// Rounds each head's weights of the first `n` rows. What is left of `p` is of no use.
+/// Rounds each head's weights of the first `seen` rows. What is left of `p` is of no use.
 #[inline(always)]
-fn weights<L: Words, const H: usize>(l: L, p: &mut [[f32; ROWS]; H], values: &[f32; ROWS], n: usize) -> [Weights; H] {
+pub(super) fn weights<L: Words, const H: usize>(
+    l: L,
+    p: &mut [[f32; ROWS]; H],
+    values: &[f32; ROWS],
+    seen: &[usize; H],
+) -> [Weights; H] {
     #[allow(clippy::cast_precision_loss, reason = "32")]
     let limit = FACTORS - ROWS_ALIKE as f32; // rounding adds half of a unit to each, at most
-    let (mut sums, mut most) = ([l.splat(0.0); LANES], [[0.0; PARTS]; H]);
+    let (mut sums, mut most) = ([l.splat(0.0); LANES], [l.splat(0.0); LANES]);
     for (h, p) in p.iter_mut().enumerate() {
         for (p, unit) in p.as_chunks_mut().0.iter_mut().zip(values.as_chunks().0) {
             l.store(l.mul(l.load(p), l.load(unit)), p);
         }
-        p[n..].fill(0.0);
+        if seen[h] < ROWS {
+            p[seen[h]..].fill(0.0);
+        }
         for (part, p) in p.as_chunks::<ROWS_ALIKE>().0.iter().enumerate() {
             let lanes = p.as_chunks().0;
             let (a, b) = (l.load(&lanes[0]), l.load(&lanes[1]));
-            sums[h * PARTS + part] = l.add(a, b);
-            most[h][part] = l.largest(l.max(a, b));
+            (sums[h * PARTS + part], most[h * PARTS + part]) = (l.add(a, b), l.max(a, b));
         }
     }
-    let mut totals = [0.0; LANES];
-    l.store(l.sums(&sums), &mut totals);
+    let (mut totals, mut units, mut inverses) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    let sums = l.sums(&sums);
+    let unit = l.max(l.mul(l.maxima(&most), l.splat(1.0 / WORD_MAX)), l.mul(sums, l.splat(1.0 / limit)));
+    l.store(sums, &mut totals);
+    l.store(unit, &mut units);
+    l.store(l.div(l.splat(1.0), unit), &mut inverses);
+    for ((total, unit), inverse) in totals.iter().zip(&mut units).zip(&mut inverses) {
+        (*unit, *inverse) = match *total {
+            total if total.is_nan() => (f32::NAN, 0.0),
+            total if total < WEIGHTS_MIN => (0.0, 0.0),
+            _ => (*unit, *inverse),
+        };
+    }
     let mut weights = [Weights { words: [[0; LANES]; PARTS], units: [0.0; PARTS] }; H];
     for (h, weights) in weights.iter_mut().enumerate() {
         for (part, p) in p[h].as_chunks::<ROWS_ALIKE>().0.iter().enumerate() {
-            let unit = (totals[h * PARTS + part] / limit).max(most[h][part] / WORD_MAX);
-            let (unit, inverse) = match totals[h * PARTS + part] {
-                total if total.is_nan() => (f32::NAN, 0.0),
-                total if total < WEIGHTS_MIN => (0.0, 0.0),
-                _ => (unit, 1.0 / unit),
-            };
-            let (inverse, rows) = (l.splat(inverse), p.as_chunks().0);
+            let (inverse, rows) = (l.splat(inverses[h * PARTS + part]), p.as_chunks().0);
             let (a, b) = (l.round(l.mul(l.load(&rows[0]), inverse)), l.round(l.mul(l.load(&rows[1]), inverse)));
             l.store_i(l.pair_words(a, b), &mut weights.words[part]);
-            weights.units[part] = unit;
+            weights.units[part] = units[h * PARTS + part];
         }
     }
     weights
@@ -261,122 +272,11 @@ fn weigh<L: Words, const H: usize, const V: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::words::{Bytes, Widths, round_query};
+    use super::super::case::{Case, MLA};
+    use super::super::words::Widths;
     use super::*;
     use fastrand::Rng;
     use sparsed_quant::Format;
-
-    /// Rows, queries, and what is made of them.
-    struct Case {
-        format: Format,
-        widths: Widths,
-        /// `[row][latent slice, rope slice]`
-        rows: Vec<[Vec<f32>; 2]>,
-        /// `[head][rope, latent]`
-        q: Vec<Vec<f32>>,
-        scale: f32,
-    }
-
-    impl Case {
-        /// Values from a distribution with a few large ones; `spread` says how much rows and parts differ in size.
-        fn random(random: &mut Rng, format: Format, widths: Widths, rows: usize, heads: usize, spread: i32) -> Self {
-            let mut value = |size: f32| {
-                let sum: f32 = (0..4).map(|_| random.f32() - 0.5).sum();
-                if random.u8(..) == 0 { 8.0 * sum * size } else { sum * size }
-            };
-            let mut row = |width: usize, size: f32| (0..width).map(|_| value(size)).collect::<Vec<_>>();
-            let key = widths.rope + if widths.absorbed { widths.latent } else { 0 };
-            let q = (0..heads).map(|_| row(key, 2.0)).collect();
-            let mut sizes = Rng::with_seed(rows as u64);
-            let mut size = || 2f32.powi(sizes.i32(-spread..=spread));
-            let rows = (0..rows).map(|_| [row(widths.latent, size()), row(widths.rope, size())]).collect();
-            #[allow(clippy::cast_precision_loss, reason = "a width")]
-            let scale = 1.0 / (key as f32).sqrt();
-            Self { format, widths, rows, q, scale }
-        }
-
-        fn bytes(&self) -> Vec<[Vec<u8>; 2]> {
-            let encode = |values: &Vec<f32>| {
-                let mut bytes = vec![0; self.format.row_bytes(values.len()).unwrap()];
-                sparsed_quant::encode(self.format, values, &mut bytes).unwrap();
-                bytes
-            };
-            self.rows.iter().map(|row| row.each_ref().map(encode)).collect()
-        }
-
-        /// The heads' answers, `at_once` at a time.
-        fn run(&self, level: Level, at_once: usize) -> Vec<Vec<f32>> {
-            let bytes = self.bytes();
-            let rows: Vec<_> = bytes.iter().map(|[latent, rope]| Bytes { latent, rope }).collect();
-            let mut answers = Vec::new();
-            for queries in self.q.chunks(at_once) {
-                let lines = self.widths.key_lines();
-                let (mut q, mut scales) = (vec![Line::ZERO; queries.len() * lines], Vec::new());
-                for (query, q) in queries.iter().zip(q.chunks_exact_mut(lines)) {
-                    scales.push(round_query(level, query, self.widths.rope, q) * self.scale);
-                }
-                let width = self.widths.latent;
-                let (mut states, mut out) = (vec![Softmax::EMPTY; queries.len()], vec![0.0; queries.len() * width]);
-                let mut block = WordBlock::default();
-                for rows in rows.chunks(ROWS) {
-                    block.fill(level, self.format, rows, self.widths, &[&bytes[0][0]]);
-                    let mut heads = WordHeads { q: &q, scales: &scales, states: &mut states, out: &mut out };
-                    attend_words(level, &block, rows.len(), &[&bytes[0][1]], &mut heads);
-                }
-                states.iter().zip(out.chunks_exact_mut(width)).for_each(|(state, out)| state.finish(out));
-                answers.extend(out.chunks_exact(width).map(<[f32]>::to_vec));
-            }
-            answers
-        }
-
-        /// In f64, over the values that the rows decode to.
-        fn exact(&self) -> Vec<Vec<f64>> {
-            let decode = |bytes: &Vec<u8>| {
-                let format = self.format;
-                let mut values = vec![0.0; bytes.len() / format.block_bytes() * format.block_values()];
-                sparsed_quant::decode(format, bytes, &mut values).unwrap();
-                values
-            };
-            let rows: Vec<_> = self.bytes().iter().map(|row| row.each_ref().map(decode)).collect();
-            let answer = |q: &Vec<f32>| {
-                let score = |[latent, rope]: &[Vec<f32>; 2]| {
-                    let z: f64 =
-                        q.iter().zip(rope.iter().chain(latent)).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
-                    z * f64::from(self.scale)
-                };
-                let z: Vec<f64> = rows.iter().map(score).collect();
-                let most = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let p: Vec<f64> = z.iter().map(|z| (z - most).exp()).collect();
-                let total: f64 = p.iter().sum();
-                let value = |i: usize| rows.iter().zip(&p).map(|([v, _], p)| f64::from(v[i]) * p).sum::<f64>() / total;
-                (0..self.widths.latent).map(value).collect()
-            };
-            self.q.iter().map(answer).collect()
-        }
-
-        /// The normalised mean squared error of all answers.
-        fn error(&self) -> f64 {
-            let (mut wrong, mut whole) = (0.0, 0.0);
-            for (found, exact) in self.run(Level::detect(), WORD_HEADS_MAX).iter().zip(self.exact()) {
-                for (found, exact) in found.iter().zip(exact) {
-                    wrong += (f64::from(*found) - exact).powi(2);
-                    whole += exact * exact;
-                }
-            }
-            wrong / whole
-        }
-
-        /// What OPS.md's class A allows.
-        fn allowed(&self) -> f64 {
-            let length = |v: &mut dyn Iterator<Item = &f32>| v.map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-            let longest = |lengths: &mut dyn Iterator<Item = f64>| lengths.fold(0.0, f64::max);
-            let q = longest(&mut self.q.iter().map(|q| length(&mut q.iter())));
-            let key = longest(&mut self.rows.iter().map(|row| length(&mut row.iter().flatten())));
-            1e-7 + (1e-5 * f64::from(self.scale) * q * key).powi(2)
-        }
-    }
-
-    const MLA: Widths = Widths { latent: 512, rope: 64, absorbed: true };
 
     #[test]
     fn answers_are_within_class_a_for_rows_of_all_sizes() {

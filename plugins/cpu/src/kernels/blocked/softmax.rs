@@ -3,7 +3,7 @@
 use super::ROWS;
 use crate::simd::{LANES, Lanes};
 
-/// The running softmax of one head.
+/// The running softmax of one head, of powers of two.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Softmax {
     max: f32,
@@ -19,37 +19,45 @@ impl Softmax {
     }
 }
 
-/// Turns the first `n` scores of each head, times its scale, into exp(score - max) and the others into 0; returns what
+/// Turns the first `seen` scores of each head, times its scale, into e^(score - max) and the others into 0; returns what
 /// earlier sums shrink by.
 #[inline(always)]
 pub(super) fn exponentials<L: Lanes, const H: usize>(
     l: L,
     p: &mut [[f32; ROWS]; H],
-    n: usize,
+    seen: &[usize; H],
     scales: &[f32; H],
     states: &mut [Softmax],
 ) -> [f32; H] {
-    let (mut largest, mut change, mut sums) = ([0.0; H], [0.0; LANES], [l.splat(0.0); LANES]);
+    let (mut most, mut sums) = ([l.splat(f32::NEG_INFINITY); LANES], [l.splat(0.0); LANES]);
     for (h, p) in p.iter_mut().enumerate() {
+        // Powers of two are what is computed.
+        let scale = l.splat(scales[h] * std::f32::consts::LOG2_E);
         for z in p.as_chunks_mut().0 {
-            l.store(l.mul(l.load(z), l.splat(scales[h])), z);
+            l.store(l.mul(l.load(z), scale), z);
         }
-        p[n..].fill(f32::NEG_INFINITY);
-        let mut most = l.splat(states[h].max);
+        if seen[h] < ROWS {
+            p[seen[h]..].fill(f32::NEG_INFINITY);
+        }
+        most[h] = l.splat(states[h].max);
         for z in p.as_chunks().0 {
-            most = l.max(most, l.load(z));
+            most[h] = l.max(most[h], l.load(z));
         }
-        largest[h] = l.largest(most);
+    }
+    let (mut largest, mut change, mut shrink) = ([0.0; LANES], [0.0; LANES], [0.0; LANES]);
+    l.store(l.maxima(&most), &mut largest);
+    for h in 0..H {
         change[h] = states[h].max - largest[h];
     }
-    let mut shrink = [0.0; LANES];
-    l.store(exp(l, l.load(&change)), &mut shrink);
+    l.store(exp2(l, l.load(&change)), &mut shrink);
     for (h, p) in p.iter_mut().enumerate() {
         let max = l.splat(largest[h]);
         for p in p.as_chunks_mut().0 {
-            l.store(exp(l, l.sub(l.load(p), max)), p);
+            l.store(exp2(l, l.sub(l.load(p), max)), p);
         }
-        p[n..].fill(0.0);
+        if seen[h] < ROWS {
+            p[seen[h]..].fill(0.0);
+        }
         let lanes = p.as_chunks::<LANES>().0;
         sums[h] = l.add(l.add(l.load(&lanes[0]), l.load(&lanes[1])), l.add(l.load(&lanes[2]), l.load(&lanes[3])));
     }
@@ -63,18 +71,18 @@ pub(super) fn exponentials<L: Lanes, const H: usize>(
     all
 }
 
-/// e^x for x <= 0: x = n ln 2 + r, a polynomial of degree 6 in r, then n goes into the exponent. Relative error below
-/// 3e-7 down to -87; below that e^-87, nothing beside the block's 1.
+/// 2^x for x up to 126: x = n + r, a polynomial of degree 5 in r, then n goes into the exponent. Relative error below
+/// 3e-7 down to -125; below that 2^-125, nothing beside the 1 of a softmax.
 #[inline(always)]
-fn exp<L: Lanes>(l: L, x: L::F) -> L::F {
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let x = l.max(l.splat(-87.0), x); // in this order a NaN stays
-    let n = l.round_f(l.mul(x, l.splat(std::f32::consts::LOG2_E)));
-    let r = l.mul_add(n, l.splat(-LN2_LOW), l.mul_add(n, l.splat(-LN2_HIGH), x));
-    let mut p = l.splat(1.0 / 720.0);
-    for c in [1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+pub(crate) fn exp2<L: Lanes>(l: L, x: L::F) -> L::F {
+    // The smallest relative error from -1/2 to 1/2 with 2^0 = 1.
+    const COEFFICIENTS: [f32; 4] = [0.009_671_513, 0.055_507_336, 0.240_222_42, 0.693_147];
+    let x = l.max(l.splat(-125.0), x); // in this order a NaN stays
+    let n = l.round_f(x);
+    let r = l.sub(x, n);
+    let mut p = l.splat(0.001_326_472_7);
+    for c in COEFFICIENTS {
         p = l.mul_add(p, r, l.splat(c));
     }
-    l.mul(p, l.power_of_two(n))
+    l.times_power_of_two(l.mul_add(p, r, l.splat(1.0)), n)
 }

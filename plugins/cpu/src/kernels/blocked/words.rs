@@ -11,7 +11,7 @@ use crate::simd::{LANES, Words, on_level};
 use sparsed_quant::Format;
 
 /// Magnitudes of a block's words are below 2 to this power.
-const VALUE_BITS: i32 = 15;
+pub(super) const VALUE_BITS: i32 = 15;
 /// Sum of the magnitudes of what is multiplied with a block's words for one sum: the sum is at most 2^31 then.
 pub(super) const FACTORS: f32 = (1 << (31 - VALUE_BITS)) as f32;
 /// Largest word.
@@ -42,7 +42,7 @@ pub(crate) struct Bytes<'a> {
 }
 
 /// Values of a head group's rows and keys.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Widths {
     pub(crate) latent: usize,
     pub(crate) rope: usize,
@@ -52,7 +52,7 @@ pub(crate) struct Widths {
 
 impl Widths {
     /// Lines of a key's latent part.
-    fn latent_lines(self) -> usize {
+    pub(super) fn latent_lines(self) -> usize {
         if self.absorbed { self.latent / PAIR } else { 0 }
     }
 
@@ -64,8 +64,13 @@ impl Widths {
 
 /// True when rows of such a format and such widths can become words.
 pub(crate) fn can_be_words(format: Format, widths: Widths) -> bool {
+    matches!(format, Format::F16 | Format::Q8_0) && are_lines(widths)
+}
+
+/// True when what a head group sees of a row is whole lines of words.
+pub(super) fn are_lines(widths: Widths) -> bool {
     let fits = |width: usize| (PAIR..=WIDTH_MAX).contains(&width) && width.is_multiple_of(PAIR);
-    matches!(format, Format::F16 | Format::Q8_0) && fits(widths.latent) && fits(widths.rope)
+    fits(widths.latent) && fits(widths.rope)
 }
 
 /// Up to [`ROWS`] rows.
@@ -199,7 +204,7 @@ fn magic(exponent: i32) -> f32 {
 }
 
 /// 2 to a power from -126 to 127.
-fn power_of_two(power: i32) -> f32 {
+pub(super) fn power_of_two(power: i32) -> f32 {
     f32::from_bits(((power + 127) << 23).cast_unsigned())
 }
 

@@ -40,9 +40,34 @@ impl<P: Copy> Words for Neon<P> {
             let v = *vectors;
             each!(|v| vaddq_s32(vaddq_s32(v[0], v[1]), vaddq_s32(v[2], v[3])))
         }}
-        fn finish_ints(folded: &[I; 4]) -> I {{
-            let [a, b, c, d] = *folded;
-            each!(|a, b, c, d| vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)))
+        fn pair_up_ints(folded: &[I; 4]) -> [I; 2] {{
+            let pair = |a: I, b: I| {
+                each!(|a, b| {
+                    let (a, b) = (vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b));
+                    let (even, odd) = (vzip1q_s64(a, b), vzip2q_s64(a, b));
+                    vaddq_s32(vreinterpretq_s32_s64(even), vreinterpretq_s32_s64(odd))
+                })
+            };
+            [pair(folded[0], folded[1]), pair(folded[2], folded[3])]
         }}
+        fn finish_pairs(a: I, b: I) -> I { each!(|a, b| vpaddq_s32(a, b)) }
+        fn pack_words(a: I, b: I) -> I {{
+            let words = |low, high| vreinterpretq_s32_s16(vcombine_s16(vmovn_s32(low), vmovn_s32(high)));
+            [words(a[0], a[1]), words(a[2], a[3]), words(b[0], b[1]), words(b[2], b[3])]
+        }}
+        fn zip_words(a: I, b: I) -> [I; 2] {{
+            let zip = |i: usize| {
+                let (a, b) = (vreinterpretq_s16_s32(a[i]), vreinterpretq_s16_s32(b[i]));
+                [vreinterpretq_s32_s16(vzip1q_s16(a, b)), vreinterpretq_s32_s16(vzip2q_s16(a, b))]
+            };
+            let ([a, b], [c, d], [e, f], [g, h]) = (zip(0), zip(1), zip(2), zip(3));
+            [[a, b, c, d], [e, f, g, h]]
+        }}
+        fn zipped_in_order(v: [F; 2]) -> [F; 2] { v }
+        fn shift_words(v: I, by: i32) -> I {{
+            let (half, by) = (vdupq_n_s16(((1 << by) >> 1) as i16), vdupq_n_s16(-by as i16));
+            each!(|v| vreinterpretq_s32_s16(vshlq_s16(vqaddq_s16(vreinterpretq_s16_s32(v), half), by)))
+        }}
+        fn as_float(v: I) -> F { each!(|v| vreinterpretq_f32_s32(v)) }
     }
 }
