@@ -297,6 +297,8 @@ fn the_watchdog_is_fed_until_the_engine_has_had_no_device_for_too_long() {
     socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
     drop(waiting);
     daemon.signal("TERM");
-    hear_until("STOPPING=1");
+    let stop = hear_until("STOPPING=1").pop().unwrap();
+    // limits.stop_s and ten seconds, so that the service's own limit does not end running answers.
+    assert!(stop.contains("EXTEND_TIMEOUT_USEC=30000000"), "{stop}");
     assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
 }

@@ -3,6 +3,7 @@
 //! A first SIGTERM or SIGINT: no new clients, running answers may end within `limits.stop_s`, then they hear that the
 //! daemon is stopping. A second signal ends it at once.
 
+use crate::absent;
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
 use crate::reload::Reloader;
@@ -53,6 +54,9 @@ pub(crate) fn command_line() -> clap::Command {
 
 /// How long tasks that nobody waits for may still take at the end.
 const LAST_TASKS: Duration = Duration::from_secs(1);
+
+/// Longer than a stop takes after its patience: a few times [`LAST_TASKS`], on a machine that is busy.
+const WIND_DOWN: Duration = Duration::from_secs(10);
 
 /// Pause between looks for a state folder that could not be used at the start.
 const STATE_RETRY: Duration = Duration::from_secs(5);
@@ -127,7 +131,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, paths, lock } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, absent, paths, lock } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -163,8 +167,9 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
     let mqtt_comes = mqtt_comes.then(|| (config.clone(), paths.clone(), lock.clone()));
     let on_broker = serve_mqtt(mqtt, mqtt_comes, service.clone(), stopped());
+    // These end with the runtime.
+    tokio::spawn(absent::load(service.clone(), absent));
     for upstream in upstreams {
-        // They end with the runtime.
         tokio::spawn(async move { upstream.watch().await });
     }
     let serving = tokio::spawn(async {
@@ -187,8 +192,10 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         }
         None => {
             log::info!("stopping");
+            let patience = Duration::from_secs(config.limits.stop_s);
+            watchdog::stopping(patience + WIND_DOWN);
             closing.close();
-            wind_down(&service, serving, engine_end, Duration::from_secs(config.limits.stop_s)).await
+            wind_down(&service, serving, engine_end, patience).await
         }
     }
 }
@@ -323,7 +330,6 @@ async fn signalled() {
         }
     };
     next().await;
-    watchdog::stopping();
     tokio::spawn(async move {
         next().await;
         #[expect(clippy::exit, reason = "asked twice, the operator wants it now")]

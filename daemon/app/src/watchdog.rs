@@ -57,9 +57,10 @@ pub fn reloaded() {
     tell(&[NotifyState::Ready]);
 }
 
-/// Says that the daemon is stopping.
-pub fn stopping() {
-    tell(&[NotifyState::Stopping]);
+/// Says that the daemon is stopping, and that this may take so long: the service's own limit may be shorter.
+pub fn stopping(most: Duration) {
+    let most = u32::try_from(most.as_micros()).unwrap_or(u32::MAX);
+    tell(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(most)]);
 }
 
 impl Told {
