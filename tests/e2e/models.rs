@@ -65,6 +65,23 @@ fn a_model_is_loaded_by_the_first_who_asks_and_all_who_come_meanwhile_are_answer
 }
 
 #[test]
+fn without_its_models_file_a_daemon_serves_says_what_is_missing_and_loads_it_when_it_comes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("later.gguf");
+    let daemon = Daemon::spawn(Some(&path), &[]);
+    daemon.wait_until("the socket", || daemon.socket().exists());
+    daemon.wait_until("it was looked for", || daemon.first_answer("/health").body.contains("later.gguf"));
+    let health = daemon.get("/health");
+    assert_eq!(health.status, 503, "{}", health.body);
+    let refused = chat(&daemon, "default");
+    assert!(refused.status == 503 && refused.body.contains("No such file"), "{} {}", refused.status, refused.body);
+    std::fs::rename(chatty::write(folder.path()), &path).unwrap();
+    daemon.wait_until("it is loaded", || daemon.get("/health").status == 200);
+    assert!(!content(&chat(&daemon, "default")).is_empty());
+    assert_eq!(of(&daemon, "default")["keeping"]["keep_alive_s"], Value::Null, "it stays, as one of the start");
+}
+
+#[test]
 fn a_model_whose_name_has_a_slash_is_found_by_its_address() {
     let folder = tempfile::tempdir().unwrap();
     let path = sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf");

@@ -4,6 +4,7 @@
 //! another daemon, the socket, the plugin. The plugin's code runs afterwards, on the engine thread, which opens the
 //! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
+use crate::absent::{Absent, Packaged};
 use crate::config::{Activations, Config, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
 use crate::devices;
 use crate::door::{self, Door};
@@ -50,6 +51,8 @@ pub struct Assembly {
     pub mqtt: Option<MqttDoor>,
     /// Whether they come in later: the journal's folder could not be used.
     pub mqtt_comes: bool,
+    /// Models that were to be loaded at the start and are not there.
+    pub(crate) absent: Vec<Absent>,
     /// The places in use.
     pub paths: Paths,
     /// Held until the end: one daemon per state folder.
@@ -70,7 +73,8 @@ impl Assembly {
         let budget = sources.budget(config, &Store::at(&paths.models_dir), configured.values());
         let slow_tier = (has_state && config.memory.slow_tier != SlowTierFor::Off)
             .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share });
-        let models = model_options(config, &paths, configured, &budget, slow_tier.as_ref());
+        let absent = Absent::of(config, &paths, &configured);
+        let models = model_options(config, &paths, configured, &absent, &budget, slow_tier.as_ref());
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
@@ -92,7 +96,7 @@ impl Assembly {
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
         let upstreams = upstreams.into_iter().map(|(_, client)| client).collect();
-        Ok(Self { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, paths, lock })
+        Ok(Self { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, absent, paths, lock })
     }
 }
 
@@ -179,7 +183,7 @@ pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Mod
         let here = config.model.iter().filter(|(_, model)| model.upstream.is_none());
         return here.map(|(name, model)| (name.clone(), model.clone())).collect();
     }
-    let path = paths.default_model.clone();
+    let path = paths.default_model().to_owned();
     BTreeMap::from([(DEFAULT_MODEL.to_owned(), Model::at(path))])
 }
 
@@ -187,6 +191,7 @@ fn model_options(
     config: &Config,
     paths: &Paths,
     models: BTreeMap<String, Model>,
+    absent: &[Absent],
     budget: &Budget,
     slow_tier: Option<&SlowTier>,
 ) -> Vec<ModelOptions> {
@@ -205,17 +210,17 @@ fn model_options(
     let kv_bytes = bytes / n_shares.max(1) as u64;
     let patience = Duration::from_secs(config.limits.load_wait_s);
     let options = |(name, model): (String, Model)| ModelOptions {
-        name,
+        source: if config.model.is_empty() { Arc::new(Packaged(paths.clone())) } else { source(&model.path, paths) },
         program: program_options(&model),
-        source: source(&model.path, paths),
         residence: Residence {
-            at_start: !is_demand(&model),
+            at_start: !is_demand(&model) && !absent.iter().any(|absent| absent.name() == name),
             keep_alive: model.keep_alive.as_ref().map_or_else(|| model.load.default_keep_alive(), KeepAlive::parsed),
             patience,
         },
         max_context: model.max_context,
         kv_bytes,
         slow_tier: slow_tier.cloned(),
+        name,
     };
     models.into_iter().map(options).collect()
 }

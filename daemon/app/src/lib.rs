@@ -5,6 +5,7 @@
 //! daemon's socket, and runs models by itself where no daemon is needed.
 #![forbid(unsafe_code)]
 
+mod absent;
 pub mod assemble;
 pub mod config;
 pub mod ctl;

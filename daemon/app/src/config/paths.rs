@@ -18,8 +18,8 @@ pub struct Paths {
     pub socket: PathBuf,
     /// The store of models.
     pub models_dir: PathBuf,
-    /// The model `default` when none is configured.
-    pub default_model: PathBuf,
+    /// The model `default` when none is configured: the user's own goes before the packaged one.
+    pub default_models: [PathBuf; 2],
 }
 
 impl Paths {
@@ -27,15 +27,16 @@ impl Paths {
     pub fn of(config: &Config) -> Self {
         let is_root = rustix::process::geteuid().is_root();
         let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-        Self::settle(config, is_root, &variable, &Path::exists)
+        Self::settle(config, is_root, &variable)
     }
 
-    fn settle(
-        config: &Config,
-        is_root: bool,
-        variable: &dyn Fn(&str) -> Option<OsString>,
-        is_there: &dyn Fn(&Path) -> bool,
-    ) -> Self {
+    /// Where the model `default` is now, or would be.
+    pub fn default_model(&self) -> &Path {
+        let [own, _] = &self.default_models;
+        self.default_models.iter().find(|path| path.exists()).unwrap_or(own)
+    }
+
+    fn settle(config: &Config, is_root: bool, variable: &dyn Fn(&str) -> Option<OsString>) -> Self {
         let home = variable("HOME").map_or_else(|| PathBuf::from("/"), PathBuf::from);
         let under = |name: &str, fallback: &str| variable(name).map_or_else(|| home.join(fallback), PathBuf::from);
         // A unit's own folders, if systemd made some, win over the user's.
@@ -56,11 +57,9 @@ impl Paths {
             });
         let models = system("/var/lib/sparsed/models");
         let models = models.unwrap_or_else(|| under("XDG_DATA_HOME", ".local/share").join("sparsed/models"));
-        let default_model = models.join(DEFAULT_MODEL_FILE);
-        let packaged = Path::new(PACKAGED_MODELS).join(DEFAULT_MODEL_FILE);
-        let default_model = if is_there(&packaged) && !is_there(&default_model) { packaged } else { default_model };
+        let default_models = [models.join(DEFAULT_MODEL_FILE), Path::new(PACKAGED_MODELS).join(DEFAULT_MODEL_FILE)];
         let models_dir = config.models.dir.clone().unwrap_or(models);
-        Self { state_dir, socket, models_dir, default_model }
+        Self { state_dir, socket, models_dir, default_models }
     }
 }
 
@@ -70,18 +69,23 @@ mod tests {
 
     fn settled(is_root: bool, variables: &[(&str, &str)]) -> [String; 3] {
         let variable = |name: &str| variables.iter().find(|(known, _)| *known == name).map(|(_, v)| OsString::from(v));
-        let paths = Paths::settle(&Config::default(), is_root, &variable, &|_| false);
-        [paths.state_dir, paths.socket, paths.default_model].map(|path| path.display().to_string())
+        let paths = Paths::settle(&Config::default(), is_root, &variable);
+        let [own_model, _] = paths.default_models;
+        [paths.state_dir, paths.socket, own_model].map(|path| path.display().to_string())
     }
 
     #[test]
     fn a_packaged_model_is_the_default_unless_the_state_folder_has_one() {
-        let model = |there: &dyn Fn(&Path) -> bool| {
-            Paths::settle(&Config::default(), true, &|_| None, there).default_model.display().to_string()
-        };
-        let packaged = |path: &Path| path.starts_with("/usr/share");
-        assert_eq!(model(&packaged), "/usr/share/sparsed/models/smollm2-135m-dsa.gguf");
-        assert_eq!(model(&|_| true), "/var/lib/sparsed/models/smollm2-135m-dsa.gguf");
+        let mut paths = Paths::settle(&Config::default(), true, &|_| None);
+        let [_, packaged] = &paths.default_models;
+        assert_eq!(packaged, Path::new("/usr/share/sparsed/models/smollm2-135m-dsa.gguf"));
+        let dir = tempfile::tempdir().unwrap();
+        paths.default_models = [dir.path().join("own"), dir.path().join("packaged")];
+        assert!(paths.default_model().ends_with("own"), "where it would be");
+        for place in ["packaged", "own"] {
+            std::fs::write(dir.path().join(place), []).unwrap();
+            assert!(paths.default_model().ends_with(place));
+        }
     }
 
     #[test]
