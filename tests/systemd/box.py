@@ -37,14 +37,19 @@ def until(what, condition, patience=PATIENCE):
         time.sleep(0.05)
 
 
+def as_user(user):
+    """What a command of the user begins with."""
+    return ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "env"]
+
+
 def called(user, *arguments, check=True):
     """What busctl says to a user of the system's bus."""
-    return run("setpriv", "--reuid", user, "--regid", user, "--init-groups", "busctl", "--system", *arguments, check=check)
+    return run(*as_user(user), "busctl", "--system", *arguments, check=check)
 
 
 def curl(user, path, body=None, method=None, door=("--unix-socket", SOCKET, "http://localhost")):
     """The process of a request. The door is what curl wants to hear of it; the address without the path comes last."""
-    command = ["setpriv", "--reuid", user, "--regid", user, "--init-groups"]
+    command = as_user(user)
     command += ["curl", "-sSN", "--max-time", str(PATIENCE), "-w", "\n%{http_code}"]
     command += [*door[:-1], door[-1] + path]
     if method:

@@ -14,10 +14,11 @@ import signal
 import sys
 import time
 
+import doors
 import reduced
 import upgrade
 from box import (
-    CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, ask, called, curl, events, heard, is_active, journal, last_message,
+    CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, as_user, ask, called, curl, events, heard, is_active, journal, last_message,
     new_session, pid, restart, run, served, shown, state_of, systemd_version, text_of, until, until_ready, wish,
 )
 
@@ -41,11 +42,6 @@ ACCELERATORS = "/usr/share/sparsed/accelerators"
 STRICT = "[Service]\nSystemCallErrorNumber=kill\n"
 # With this much memory for KV rows 29 of the default model's blocks are fast and 65 slow, of 64 tokens each.
 SMALL = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n[limits]\nmax_running = 4\nmax_batched_tokens = 64\n'
-
-
-def as_user(user):
-    """What a command of the user begins with."""
-    return ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "env"]
 
 
 def of_the_service(name):
@@ -193,7 +189,7 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
     assert "there is no session" in said, said
     uid = str(pwd.getpwnam("alice").pw_uid)
     said = called("bob", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid, check=False)
-    # Without polkit nobody but root may; busctl has words of its own for it.
+    # Where polkit allows it to nobody but root may; busctl has words of its own for it.
     assert "ccess denied" in said, said
     assert path.rsplit("/", 1)[1] in called("root", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid)
     said = called("mallory", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version", check=False)
@@ -257,6 +253,16 @@ def a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_th
     stream.communicate()
     assert after.startswith(before), f"{after!r} does not begin with {before!r}"
     assert len(after) > len(before), "nothing came after what was said before the stop"
+
+
+def answers_may_end_at_a_stop_that_takes_longer_than_the_units_own_limit():
+    restart(config="[limits]\nstop_s = 50\n", drop_in="[Service]\nTimeoutStopSec=1\n")
+    session, whole, stream, before = a_story_that_has_begun()
+    run("systemctl", "stop", "sparsed.service")
+    said = before + "".join(events(stream))
+    stream.communicate()
+    assert said == whole, f"{said!r} instead of {whole!r}"
+    assert shown("Result") == "success", shown("Result")
 
 
 def entries(*matches):
@@ -390,24 +396,44 @@ def the_master_key_may_be_a_credential_plain_or_encrypted():
     assert last_message(session) == first
 
 
-def an_upgrade_in_the_middle_of_an_answer_does_not_lose_it():
+def an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none():
     restart()
-    session, whole, stream, before = a_story_that_has_begun()
-    old = pid()
-    run("dpkg", "--install", *glob.glob(f"{PACKAGES}/sparsed_*.deb"))
-    until_ready()
-    stream.kill()
-    stream.communicate()
-    assert pid() != old, "the old daemon runs still"
-    assert whole.startswith(before), f"{before!r} is not the beginning of {whole!r}"
-    if state_of(session) == "interrupted":
-        assert text_of(served("alice", f"/v1/sessions/{session}/continue", {})) == whole
-    else:  # It had the time to end: limits.stop_s.
-        assert last_message(session) == whole
+    (deb,) = glob.glob(f"{PACKAGES}/sparsed_*.deb")
+    upgrade.make_newer(deb)
+    first = new_session()
+    said = text_of(served("alice", "/v1/chat/completions", wish("Say hi.", 10, first)))
+    for package, files in ((upgrade.NEWER, upgrade.digests(upgrade.TREE)), (deb, upgrade.digests())):
+        session, whole, stream, before = a_story_that_has_begun()
+        old = pid()
+        run("dpkg", "--install", "--force-downgrade", package)
+        assert upgrade.digests() == files, f"not the files of {package}"
+        until_ready()
+        stream.kill()
+        stream.communicate()
+        assert pid() != old, "the old daemon runs still"
+        assert whole.startswith(before), f"{before!r} is not the beginning of {whole!r}"
+        if state_of(session) == "interrupted":
+            assert text_of(served("alice", f"/v1/sessions/{session}/continue", {})) == whole
+        else:  # It had the time to end: limits.stop_s.
+            assert last_message(session) == whole
+        assert last_message(first) == said
 
 
 def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it():
     upgrade.an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it(PACKAGES)
+
+
+def without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed():
+    restart()
+    run("dpkg", "--remove", "sparsed-model-smollm2-dsa")
+    run("systemctl", "restart", "sparsed.service")
+    until("it says so", lambda: "smollm2-135m-dsa.gguf" in str(ask("alice", "/health")[1]))
+    status, value = ask("alice", "/v1/chat/completions", CAPITAL)
+    assert status == 503 and "No such file" in str(value), f"{status} {value}"
+    assert is_active() and int(shown("NRestarts")) == 0, shown("NRestarts")
+    run("dpkg", "--install", *glob.glob(f"{PACKAGES}/sparsed-model-*.deb"))
+    until_ready()
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
 
 def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
@@ -457,6 +483,7 @@ CHECKS = [
     after_a_kill_a_session_goes_on_alike_and_no_client_is_refused,
     a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again,
     a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start,
+    answers_may_end_at_a_stop_that_takes_longer_than_the_units_own_limit,
     a_reload_takes_up_what_it_can_and_the_journal_explains_it,
     a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
@@ -467,9 +494,11 @@ CHECKS = [
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,
     the_tcp_socket_is_opt_in_and_asks_for_a_key,
     a_user_has_a_service_of_his_own,
+    *doors.CHECKS,
     *reduced.CHECKS,
-    an_upgrade_in_the_middle_of_an_answer_does_not_lose_it,
+    an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none,
     an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,
+    without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed,
     nothing_was_killed_for_a_system_call,
     removing_leaves_conversations_and_settings_and_purging_leaves_nothing,
 ]

@@ -3,6 +3,8 @@
 What is missing is taken away by a drop-in of the service; the journal's words are of the daemon that has started then.
 """
 
+import os
+
 from box import CAPITAL, PARIS, restart, run, served, shown, text_of
 
 # Calls that are refused look as on a kernel that does not have them.
@@ -19,9 +21,16 @@ def is_served_without(what, says, drop_in="", config=""):
     assert says in lines, f"without {what} nothing says {says!r}: {lines[-3000:]}"
 
 
-def without_stall_information_and_control_groups_it_looks_at_memory_by_itself():
-    hidden = "[Service]\nMemoryPressureWatch=skip\nInaccessiblePaths=-/proc/pressure -/sys/fs/cgroup\n"
-    is_served_without("PSI and cgroups", "the system tells of no stalls", hidden)
+def without_stall_information_it_looks_at_memory_by_itself():
+    own = f"/sys/fs/cgroup{shown('ControlGroup')}/memory.pressure"
+    hidden = f"[Service]\nMemoryPressureWatch=skip\nInaccessiblePaths=-/proc/pressure -{own}\n"
+    is_served_without("PSI", "the system tells of no stalls", hidden)
+
+
+def without_control_groups_it_hears_of_the_machines_stalls():
+    hidden = "[Service]\nMemoryPressureWatch=skip\nInaccessiblePaths=-/sys/fs/cgroup\n"
+    source = "/proc/pressure/memory" if os.path.exists("/proc/pressure/memory") else "the system tells of no stalls"
+    is_served_without("cgroups", source, hidden)
 
 
 def without_io_uring_slow_rows_are_read_by_threads():
@@ -40,8 +49,8 @@ def without_a_bus_it_serves_the_socket_and_tries_again():
     is_served_without("D-Bus", "not on D-Bus", "[Service]\nInaccessiblePaths=-/run/dbus\n")
 
 
-def without_a_network_and_a_broker_it_serves_the_socket():
-    is_served_without("MQTT's broker", "no connection to the MQTT broker", config='[mqtt]\nbroker = "mqtt://localhost"\n')
+def without_a_network_it_serves_the_socket_and_looks_for_its_broker():
+    is_served_without("a network", "no connection to the MQTT broker", config='[mqtt]\nbroker = "mqtt://localhost"\n')
 
 
 def on_a_root_of_which_only_the_state_folder_can_be_written_it_serves():
@@ -50,10 +59,11 @@ def on_a_root_of_which_only_the_state_folder_can_be_written_it_serves():
 
 
 CHECKS = [
-    without_stall_information_and_control_groups_it_looks_at_memory_by_itself,
+    without_stall_information_it_looks_at_memory_by_itself,
+    without_control_groups_it_hears_of_the_machines_stalls,
     without_io_uring_slow_rows_are_read_by_threads,
     without_landlock_a_plugins_process_is_confined_less_and_says_so,
     without_a_bus_it_serves_the_socket_and_tries_again,
-    without_a_network_and_a_broker_it_serves_the_socket,
+    without_a_network_it_serves_the_socket_and_looks_for_its_broker,
     on_a_root_of_which_only_the_state_folder_can_be_written_it_serves,
 ]

@@ -3,7 +3,7 @@
 # SUITE (default: trixie; bookworm and bullseye have older systemds) or Ubuntu SUITE (jammy, focal: with Ubuntu's keyring
 # on this machine), boots it with systemd as PID 1, and runs check.py in it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
-# PACKAGES=rpm: those of target/rpm instead, by rpm.
+# PACKAGES=rpm: those of target/rpm instead, by rpm. BUS=dbus-broker: with it for the system's bus.
 # Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
@@ -17,7 +17,9 @@ esac
 work=$(realpath -m target/systemd)
 suite=${SUITE:-trixie}
 bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
-packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3,rpm
+packages=systemd,systemd-sysv,dbus,dbus-user-session,dbus-broker,libpam-systemd,udev,curl,python3,rpm,mosquitto,mosquitto-clients
+# The older name of polkit's daemon.
+case $suite in focal | jammy | bullseye) packages=$packages,policykit-1 ;; *) packages=$packages,polkitd ;; esac
 components=main
 case $suite in focal | jammy | noble) components=main,universe ;; esac
 # Most seconds for the boot, and for all checks.
@@ -70,6 +72,11 @@ trap end EXIT
 rm -rf "$tree"
 cp -a --reflink=auto "$bare" "$tree"
 sh "$here/install.sh" "$tree" "$folder"
+# Brokers and buses that its packages start.
+for unit in mosquitto.service dbus-broker.service; do
+  systemctl --root="$tree" --quiet disable "$unit" 2>/dev/null || true
+done
+if [ -n "${BUS:-}" ]; then systemctl --root="$tree" --quiet enable --force "$BUS.service"; fi
 
 setsid unshare -m sh "$here/boot.sh" "$tree" "$name" >"$work/boot.log" 2>&1 </dev/null &
 booting=$!
@@ -89,7 +96,7 @@ case "${state:-none}" in
   *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
 esac
 status=0
-timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" python3 -B /opt/checks/check.py "$@" || status=$?
+timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" ${BUS:+BUS="$BUS"} python3 -B /opt/checks/check.py "$@" || status=$?
 if [ "$status" != 0 ]; then
   inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
   echo "the journal is in $work/journal.log" >&2

@@ -34,6 +34,7 @@ def library(folder):
 
 def make_newer(deb):
     """A package of the next version, whose executables and plugin are other bytes that do the same."""
+    shutil.rmtree(TREE, ignore_errors=True)
     run("dpkg-deb", "--raw-extract", deb, TREE)
     for path in EXECUTABLES:
         with open(TREE + path, "ab") as file:
