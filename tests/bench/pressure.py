@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Does the daemon keep to its memory, its latency target and its fairness?  python3 tests/bench/pressure.py [what ...]
 
-shrink    a control group whose limit is lowered while answers run: peak of its memory, how they end, what was decided
+shrink    a control group whose limit is lowered while answers run: peak of its memory, how they end, what was decided.
+          It is proven: not beyond the limit, soon below what is to be used of it, no OOM kill, all answers whole
 target    time between tokens of a running answer while long prompts are read beside it, for values of tpot_target_ms
 fair      three users of whom one floods: shares of the tokens (root: requests are made under three uids)
 
 Prints a Markdown table of each. Builds nothing: run `make build models` before. `shrink` needs a writable memory
-controller of version 1 or 2. On a busy machine only ratios mean something; say so beside the figures.
+controller of version 1 or 2, else it says that it was skipped; beside version 1 the daemon has a group of version 2 too, if
+there can be one, whose stalls it then hears. On a busy machine only ratios mean something; say so beside the figures.
 """
 
 import argparse
@@ -24,6 +26,11 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. "  # 18 tokens
 MIB = 1 << 20
+# `shrink`: how long it may take until what is used is what is to be used, and what may then be beyond it: steps take memory
+# for a moment, and the watcher looks every two seconds.
+SETTLES_S, SLACK_MIB = 10, 16
+# How the limit is lowered, of what is to be used.
+STEP_MIB, STEP_S = 4, 2
 
 
 class Group:
@@ -33,10 +40,19 @@ class Group:
         own = dict((line.split(":", 2)[1], line.strip().split(":", 2)[2]) for line in open("/proc/self/cgroup"))
         if "memory" in own:
             self.root, names = "/sys/fs/cgroup/memory" + own["memory"], ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            unified = pathlib.Path("/sys/fs/cgroup/unified" + own.get("", "/"))
         else:
+            unified = None
             self.root, names = "/sys/fs/cgroup" + own[""], ("memory.max", "memory.current")
         self.path = pathlib.Path(self.root) / f"sparsed-bench-{os.getpid()}"
         self.path.mkdir()
+        self.stalls = self.path
+        if unified:
+            self.stalls = unified / self.path.name
+            try:
+                self.stalls.mkdir()
+            except OSError:
+                self.stalls = None
         self.limit_file, self.usage_file = (self.path / name for name in names)
         self.limit(limit)
 
@@ -53,11 +69,23 @@ class Group:
         files = (self.path / name for name in ("memory.events", "memory.oom_control"))
         return next(file for file in files if file.exists()).read_text().splitlines()
 
+    def stalled_us(self):
+        """How long somebody in it has waited for memory; None where the kernel does not count that for groups."""
+        file = self.stalls and self.stalls / "memory.pressure"
+        if not file or not file.exists():
+            return None
+        return int(file.read_text().split("total=")[1].split()[0])
+
+    def folders(self):
+        return {self.path, self.stalls} - {None}
+
     def enter(self):
-        (self.path / "cgroup.procs").write_text(str(os.getpid()))
+        for folder in self.folders():
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
 
     def remove(self):
-        self.path.rmdir()
+        for folder in self.folders():
+            folder.rmdir()
 
 
 class Daemon:
@@ -119,33 +147,56 @@ def in_thread(work, *arguments, **more):
 
 
 def shrink():
-    print("| limit of the group | lowered to | peak of its memory | OOM kills | answers | decisions |")
-    print("|---|---|---|---|---|---|")
-    group = Group(1024 * MIB)
+    try:
+        group = Group(1024 * MIB)
+    except OSError as error:
+        print(f"skipped: no group of its own with a limit of memory: {error}")
+        return
     daemon = Daemon("memory.slow_tier=all", "limits.max_batched_tokens=64", "engine.threads=2", group=group)
-    answers = [in_thread(daemon.stream, 1500, 200, seed) for seed in range(4)]
+    # A daemon that is killed takes its answers with it: they end as cut off.
+    answers = [in_thread(daemon.stream, 1000, 80, seed) for seed in range(4)]
     while daemon.get("/v1/status")["models"][0]["sampled_tokens"] < 40:
         time.sleep(0.2)
+    # Nine tenths of the limit are used: what is in use now is to become too much, bit by bit. A limit that falls within a
+    # moment to just above what is in use has the kernel kill before anybody can give something back.
     before = group.used()
     lowered = before - 16 * MIB
-    # Nine tenths of the limit are used: what is in use now is to become too much.
-    group.limit(lowered * 10 // 9)
-    peak, after, ends = 0, 0, []
+    limit = lowered * 10 // 9
     waiting = in_thread(lambda: [answer() for answer in answers])
-    watched = time.monotonic()
+    for step in range(16, -1, -STEP_MIB):
+        group.limit((lowered + step * MIB) * 10 // 9)
+        time.sleep(STEP_S)
+    peak, after = 0, 0
+    lowered_at = time.monotonic()
     while threading.active_count() > 1:
-        peak = max(peak, group.used())
-        if time.monotonic() - watched > 10:
-            after = max(after, group.used())
+        used = group.used()
+        peak = max(peak, used)
+        if time.monotonic() - lowered_at > SETTLES_S:
+            after = max(after, used)
         time.sleep(0.05)
+    took_s = time.monotonic() - lowered_at
     ends = [end for _, end in waiting()]
-    status = daemon.get("/v1/status")["models"][0]
-    decisions = [decision["decision"] for decision in status["scheduling"]["decisions"]]
+    assert daemon.process.poll() is None, f"the daemon has ended: {group.events()} {open(f'{daemon.home}/log').read()}"
+    decisions = [d["decision"] for d in daemon.get("/v1/status")["models"][0]["scheduling"]["decisions"]]
     kills = next((line.split()[1] for line in group.events() if line.startswith("oom_kill ")), "?")
-    print(f"| {1024} MiB | {lowered * 10 // 9 // MIB} MiB, {lowered // MIB} to be used | {peak // MIB} MiB, "
-          f"{after // MIB} MiB from 10 s after on | {kills} | {', '.join(ends)} | {', '.join(decisions)} |")
-    assert daemon.stop() == 0
+    stalled, log = group.stalled_us(), open(f"{daemon.home}/log").read()
+    code = daemon.stop()
     group.remove()
+    print("| limit of the group | lowered to | peak of its memory | OOM kills | stalls of the group | answers | decisions |")
+    print("|---|---|---|---|---|---|---|")
+    print(f"| {1024} MiB | {limit // MIB} MiB, {lowered // MIB} to be used | {peak // MIB} MiB, {after // MIB} MiB from "
+          f"{SETTLES_S} s after on, of {took_s:.0f} s | {kills} | {'not told' if stalled is None else f'{stalled // 1000} ms'} "
+          f"| {', '.join(ends)} | {', '.join(decisions)} |")
+    assert took_s > SETTLES_S, f"all answers were there after {took_s:.0f} s: nothing was proven"
+    assert peak <= limit, f"{peak} bytes beyond the limit of {limit}"
+    assert 0 < after <= lowered + SLACK_MIB * MIB, f"{after} bytes are used, {lowered} are to be"
+    assert kills == "0", f"{kills} OOM kills"
+    assert ends == ["done"] * 4, ends
+    assert {"bound", "climb"} & set(decisions), f"nothing was decided for want of memory: {decisions}"
+    assert "decided" in log, "no decision in the log"
+    if stalled is not None:
+        assert f"source={group.stalls}/memory.pressure" in log, "the group's stalls are not watched"
+    assert code == 0, code
 
 
 def target():

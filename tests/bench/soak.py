@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Does anything grow? Mixed traffic on all doors for as long as is wanted, and what the daemon holds meanwhile.
 
-A daemon of its own serves streams, answers that are cancelled, conversations that are made and deleted, calls on D-Bus and
-requests by MQTT (where dbus-daemon and mosquitto are there). Between rounds of traffic everything ends, and memory, file
-descriptors, threads and bytes on disk are counted while nothing runs. It fails when one of them grows, or an answer is wrong.
+A daemon of its own serves streams, answers that are cancelled, conversations that are made and deleted, requests with a key
+on TCP, calls on D-Bus and requests by MQTT (where dbus-daemon and mosquitto are there). Between rounds of traffic everything
+ends, and memory, file descriptors, threads and bytes on disk are counted while nothing runs. It fails when one of them grows,
+or an answer is wrong; from half an hour on also when memory's slope is surely steeper than it may be. What is allowed is
+printed first.
 
 Usage: soak.py [--seconds 180] [--rounds 12] [--rest 0] [--model FILE] [--set KEY=VALUE]... [--json]
 """
@@ -26,8 +28,12 @@ PATIENCE = 120
 # What may be added between the first third and the end: memory in MiB and as a share of what there was, descriptors,
 # threads, MiB on disk.
 RSS_MIB, RSS_SHARE, FDS, THREADS, DISK_MIB = 12, 0.04, 2, 2, 4
+# And of a run that is long enough for it, MiB an hour, by least squares over the last two thirds: less two standard errors,
+# since samples of a flat line are some MiB apart.
+SLOPE_MIB_PER_HOUR, SLOPE_FROM_S = 2, 1800
 # Little memory, so that all of it has been touched soon.
 SETTINGS = ["memory.budget=72MiB", "model.default.max_context=1024", "sessions.kv=16MiB"]
+KEY = "soak-key-0123456789abcdef"
 QUESTION = [{"role": "user", "content": "Name three colours."}]
 
 
@@ -53,6 +59,12 @@ class Box:
         self.port = self.broker() if shutil.which("mosquitto") or os.path.exists("/usr/sbin/mosquitto") else None
         if self.port:
             sets += [f"mqtt.broker=mqtt://127.0.0.1:{self.port}", "mqtt.node=soak", "mqtt.keep_s=5"]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.tcp = free.getsockname()[1]
+        with open(f"{self.home}/keys", "w", opener=lambda path, flags: os.open(path, flags, 0o600)) as keys:
+            keys.write(f"soak {KEY}\n")
+        sets += [f"tcp.listen=127.0.0.1:{self.tcp}", f"tcp.keys={self.home}/keys"]
         self.bus = self.message_bus() if shutil.which("dbus-daemon") else None
         if self.bus:
             sets.append(f"dbus.bus={self.bus}")
@@ -166,6 +178,19 @@ def conversations(box, random_):
     assert status in (200, 204), body
 
 
+def keyed(box, random_):
+    connection = http.client.HTTPConnection("127.0.0.1", box.tcp, timeout=PATIENCE)
+    try:
+        for key, expected in ((KEY, 200), ("wrong-key-0123456789abcdef", 401)):
+            head = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+            connection.request("POST", "/v1/chat/completions", json.dumps(chat(random_, 8)), head)
+            answer = connection.getresponse()
+            body = answer.read()
+            assert answer.status == expected, (answer.status, body)
+    finally:
+        connection.close()
+
+
 def calls(box, random_):
     from jeepney import DBusAddress, new_method_call
     from jeepney.io.blocking import open_dbus_connection
@@ -217,14 +242,25 @@ def traffic(box, kinds, seconds, rest, seed):
 
 
 def slope(samples):
-    """Least squares, MiB of memory in an hour."""
+    """Least squares, MiB of memory in an hour, and the standard error of that."""
     n = len(samples)
-    if n < 2:
-        return 0.0
+    if n < 3:
+        return 0.0, 0.0
     x = sum(at for at, _ in samples) / n
     y = sum(held["rss"] for _, held in samples) / n
     over = sum((at - x) ** 2 for at, _ in samples)
-    return sum((at - x) * (held["rss"] - y) for at, held in samples) / over * 3600 / (1 << 20)
+    rise = sum((at - x) * (held["rss"] - y) for at, held in samples) / over
+    rest = sum((held["rss"] - y - rise * (at - x)) ** 2 for at, held in samples)
+    per_hour = 3600 / (1 << 20)
+    return rise * per_hour, (rest / (n - 2) / over) ** 0.5 * per_hour
+
+
+def too_steep(later, seconds):
+    """What is wrong with the slope of memory, of a run that was long enough to say so."""
+    rise, error = slope(later)
+    if seconds < SLOPE_FROM_S or rise - 2 * error <= SLOPE_MIB_PER_HOUR:
+        return []
+    return [f"memory grows by {rise:.1f} (+- {2 * error:.1f}) MiB an hour, {SLOPE_MIB_PER_HOUR} are allowed"]
 
 
 def fill(box):
@@ -246,9 +282,13 @@ def main():
     parser.add_argument("--set", action="append", default=list(SETTINGS))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    criterion = (f"allowed from the first third of the rounds to the end: {RSS_MIB} MiB + {RSS_SHARE:.0%} of memory, {FDS} "
+                 f"descriptors, {THREADS} threads, {DISK_MIB} MiB on disk; from {SLOPE_FROM_S} s on "
+                 f"{SLOPE_MIB_PER_HOUR} MiB of memory an hour beyond two standard errors")
+    print(criterion, file=sys.stderr, flush=True)
     box = Box(options)
     fill(box)
-    kinds = [streams, cancels, conversations] + [calls] * bool(box.bus) + [messages] * bool(box.port)
+    kinds = [streams, cancels, conversations, keyed] + [calls] * bool(box.bus) + [messages] * bool(box.port)
     start, total, wrong, samples = time.monotonic(), {}, [], []
     for number in range(options.rounds):
         done, wrong = traffic(box, kinds, options.seconds / options.rounds, options.rest, number)
@@ -261,7 +301,8 @@ def main():
         time.sleep(1)
         samples.append((time.monotonic() - start, box.held()))
         print(f"{samples[-1][0]:7.0f} s  {json.dumps(samples[-1][1])}", file=sys.stderr, flush=True)
-    problems = list(wrong)
+    problems, later = list(wrong), samples[len(samples) // 3:]
+    problems += too_steep(later, time.monotonic() - start)
     if box.daemon.poll() is not None:
         problems.append(f"the daemon ended with {box.daemon.returncode}")
     if samples:
@@ -275,9 +316,8 @@ def main():
         problems.append(f"the daemon's end: {code}")
     if problems:
         print(open(f"{box.home}/log").read()[-4000:], file=sys.stderr)
-    later = samples[len(samples) // 3:]
-    report = {"seconds": round(time.monotonic() - start), "done": total, "first": samples[0][1] if samples else None,
-              "last": samples[-1][1] if samples else None, "rss_mib_per_hour": round(slope(later), 2), "problems": problems}
+    report = {"seconds": round(time.monotonic() - start), "criterion": criterion, "done": total, "first": samples[0][1] if samples else None,
+              "last": samples[-1][1] if samples else None, "rss_mib_per_hour": [round(number, 2) for number in slope(later)], "problems": problems}
     shutil.rmtree(box.home)
     print(json.dumps(report, indent=None if options.json else 1))
     sys.exit(bool(problems))
