@@ -13,13 +13,18 @@ use serde_json::{Value, json};
 /// `GET /health`: 200 once a request for the default model would be served, 503 before, as llama.cpp's server does.
 /// Without a device it is 503 too, though requests are taken and wait; `degraded` is served by another device.
 pub(crate) async fn health(State(shared): State<Shared>) -> Response {
-    let (status, text) = match models::health(&shared.service).state {
+    let health = models::health(&shared.service);
+    let (status, text) = match health.state {
         "ready" => (StatusCode::OK, "ok"),
         "degraded" => (StatusCode::OK, "degraded"),
         "starting" => (StatusCode::SERVICE_UNAVAILABLE, "loading"),
         other => (StatusCode::SERVICE_UNAVAILABLE, other),
     };
-    (status, Json(json!({ "status": text }))).into_response()
+    let mut said = json!({ "status": text });
+    if text != "ok" {
+        said["detail"] = json!(health.text);
+    }
+    (status, Json(said)).into_response()
 }
 
 /// `GET /v1/models`: models that may be asked for.
