@@ -198,7 +198,7 @@ pub enum Event {
         id: String,
         /// The function; need not be one that was offered.
         name: String,
-        /// A JSON object.
+        /// A JSON object; of a call that `max_tokens` or the end of the context has cut, what is there of one.
         arguments: String,
     },
     /// The answer is complete.

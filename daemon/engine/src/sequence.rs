@@ -9,7 +9,7 @@ use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
 use crate::service::Lease;
-use answer::Answer;
+use answer::{Answer, End};
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
 use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
@@ -324,8 +324,14 @@ impl Sequence {
         if !ended && !complete && !stopped && !full {
             return false;
         }
-        self.answer.finish(stopped, &mut self.outbox);
-        let reason = match (ended || complete || stopped, self.answer.has_called()) {
+        let is_whole = ended || complete || stopped;
+        let end = match stopped {
+            true => End::Stopped,
+            false if is_whole || self.durable.is_some() => End::Complete,
+            false => End::CutOff,
+        };
+        self.answer.finish(end, &mut self.outbox);
+        let reason = match (is_whole, self.answer.has_called()) {
             (true, true) => FinishReason::ToolCalls,
             (true, false) => FinishReason::Stop,
             (false, _) => FinishReason::Length,

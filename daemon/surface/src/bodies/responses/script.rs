@@ -121,7 +121,7 @@ impl Script {
         self.text(if reasoning { Kind::Reasoning } else { Kind::Message }, text);
     }
 
-    /// A call, whole. Always `false`: it is not the last event.
+    /// A call, whole or cut. Always `false`: it is not the last event.
     pub(super) fn call(&mut self, call_id: &str, name: &str, arguments: &str) -> bool {
         self.close();
         let at = self.output.len();
@@ -139,10 +139,14 @@ impl Script {
             event
         };
         self.tell(part("response.function_call_arguments.delta", "delta"));
-        let mut done = part("response.function_call_arguments.done", "arguments");
-        done["name"] = json!(name);
-        self.tell(done);
-        self.item_done(item(arguments, "completed"));
+        // A call that the limit has cut is no whole object.
+        let is_whole = serde_json::from_str::<serde_json::Map<String, Value>>(arguments).is_ok();
+        if is_whole {
+            let mut done = part("response.function_call_arguments.done", "arguments");
+            done["name"] = json!(name);
+            self.tell(done);
+        }
+        self.item_done(item(arguments, if is_whole { "completed" } else { "incomplete" }));
         false
     }
 
@@ -352,6 +356,24 @@ mod tests {
         assert_eq!(response["output"][1]["name"], "f");
         assert_eq!(response["usage"]["total_tokens"], 7);
         assert_eq!(response["usage"]["output_tokens_details"]["reasoning_tokens"], 2);
+    }
+
+    #[test]
+    fn a_call_that_was_cut_is_not_told_as_whole() {
+        let mut script = Script::begin(head(), None);
+        let [id, name, arguments] = ["call_7", "f", "{\"a\": "].map(str::to_owned);
+        script.hear(Event::ToolCall { index: 0, id, name, arguments });
+        let timings = Timings::default();
+        let usage = Usage { completion_tokens: 4, ..Usage::default() };
+        assert!(script.hear(Event::Finished(Finished { reason: FinishReason::Length, usage, timings })));
+        let events = script.take();
+        assert!(events.iter().all(|event| event["type"] != "response.function_call_arguments.done"));
+        let response = Script::last_response(&events).unwrap();
+        assert_eq!(
+            (&response["status"], &response["output"][0]["status"]),
+            (&json!("incomplete"), &json!("incomplete"))
+        );
+        assert_eq!(response["output"][0]["arguments"], "{\"a\": ");
     }
 
     #[test]
