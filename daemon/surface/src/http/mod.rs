@@ -11,15 +11,16 @@ mod ollama;
 mod reply;
 mod responses;
 mod sessions;
+mod shares;
 mod tokens;
 
 use crate::bodies::responses::Runs;
 use axum::Router;
 use axum::middleware;
 use axum::routing::{delete, get, post};
+use shares::Shares;
 use sparsed_engine::Service;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
 
 /// Largest bodies that are held at a time, before they are prompts; smaller ones in proportion.
 const BODIES_MAX: usize = 8;
@@ -29,15 +30,15 @@ const BODIES_MAX: usize = 8;
 struct Shared {
     service: Service,
     body_bytes_max: usize,
-    /// Bytes of bodies that may still come, in KiB.
-    bodies: Arc<Semaphore>,
+    /// Memory for bodies on their way.
+    bodies: Arc<Shares>,
     /// Responses in the background.
     runs: Runs,
 }
 
 /// The whole HTTP interface.
 pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Router {
-    let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
+    let bodies = Arc::new(Shares::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     let counted = middleware::from_fn_with_state(service.clone(), count::count);
     Router::new()
         .route("/health", get(models::health))
