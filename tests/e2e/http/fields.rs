@@ -169,6 +169,24 @@ fn a_session_is_not_answered_by_another_model_than_its_own() {
 }
 
 #[test]
+fn a_model_has_other_names_and_what_is_kept_of_it_is_under_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &["model.default.aliases=[\"gpt-4o\"]"]);
+    let made = daemon.post("/v1/sessions", &json!({ "model": "gpt-4o" })).json();
+    assert_eq!(made["model"], "default");
+    let messages = json!([{ "role": "user", "content": "x" }]);
+    let turn = json!({ "session_id": made["id"], "model": "gpt-4o", "messages": messages, "max_tokens": 2 });
+    assert_eq!(daemon.post("/v1/chat/completions", &turn).status, 200);
+    let stored = json!({ "model": "gpt-4o", "input": "x", "store": true, "max_output_tokens": 2 });
+    assert_eq!(daemon.post("/v1/responses", &stored).json()["model"], "default");
+    assert_eq!(daemon.get("/v1/models/gpt-4o").json()["id"], "gpt-4o");
+    assert_eq!(daemon.post("/api/show", &json!({ "model": "gpt-4o:latest" })).status, 200);
+    assert_eq!(daemon.post("/api/pull", &json!({ "model": "gpt-4o" })).json()["status"], "success");
+    let unknown = daemon.post("/v1/completions", &json!({ "model": "gpt-4", "prompt": "x" }));
+    assert_eq!((unknown.status, unknown.json()["error"]["param"].clone()), (404, json!("model")));
+}
+
+#[test]
 fn a_call_has_the_same_name_wherever_it_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=2048"]);

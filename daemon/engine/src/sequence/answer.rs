@@ -107,6 +107,11 @@ impl Answer {
         }
     }
 
+    /// The stop string that was reached.
+    pub(super) fn stopped_by(&self) -> Option<String> {
+        self.stops.reached().map(str::to_owned)
+    }
+
     /// Tokens of reasoning so far, and of the tags around it.
     pub(super) fn n_reasoning(&self) -> u32 {
         self.n_reasoning

@@ -51,7 +51,7 @@ impl Speaking {
                     return Some(Err(failure.into()));
                 }
                 Event::Likelihood(likelihood) => self.likelihoods.push(*likelihood),
-                Event::Queued { .. } | Event::Sampled { .. } => {}
+                Event::Queued { .. } | Event::Sampled { .. } | Event::Progress(_) => {}
                 Event::Delta { text, .. } if text.is_empty() => {}
                 event => {
                     part.hear(event);
