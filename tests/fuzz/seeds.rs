@@ -12,6 +12,7 @@ mod models;
 
 use serde_json::json;
 use sparsed_backend::{ElfFacts, Manifest};
+use sparsed_engine::api::Event;
 use sparsed_engine::{GrammarCompiler, GrammarSpec};
 use sparsed_model::{
     ChatFormat, ChatMessage, ChatRequest, Model, ModelSpec, OutputEvent, Role, SafetensorsHeader, Tokenizer,
@@ -163,6 +164,23 @@ fn index(input: &[u8]) -> Result<String, String> {
     models::open(dir.path()).map(|()| "read".to_owned()).map_err(|error| error.to_string())
 }
 
+/// What a request would hear of the stream of an engine elsewhere, in order, and how it would end.
+fn upstream(bytes: &[u8]) -> Result<String, String> {
+    let (events, end) = sparsed_upstream::probe::stream([bytes]);
+    let mut said: Vec<&str> = events
+        .iter()
+        .map(|event| match event {
+            Event::Reasoning { .. } => "reasoning",
+            Event::Delta { .. } => "content",
+            Event::ToolCall { .. } => "call",
+            Event::Likelihood(_) => "likelihood",
+            other => panic!("{other:?} is not of a stream"),
+        })
+        .collect();
+    said.dedup();
+    end.map(|(reason, usage)| format!("{}; {reason:?}, {} tokens", said.join(", "), usage.completion_tokens))
+}
+
 fn read(seed: &str) -> Result<String, String> {
     let path = folder().join("seeds").join(seed);
     let file = std::fs::read(&path).unwrap();
@@ -181,6 +199,7 @@ fn read(seed: &str) -> Result<String, String> {
         "kv" => kv(&file),
         "hyperparameters" => hyperparameters(&file),
         "index" => index(&file),
+        "upstream" => upstream(&file),
         other => panic!("no parser for '{other}'"),
     }
 }

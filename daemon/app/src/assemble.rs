@@ -88,9 +88,10 @@ impl Assembly {
             step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
         let upstreams = crate::upstream::clients(config)?;
-        let relays = upstreams
-            .iter()
-            .map(|(name, client)| UpstreamModel { name: name.clone(), engine: Arc::new(client.clone()) });
+        let relays = upstreams.iter().map(|(name, client)| {
+            let aliases = config.model.get(name).map_or_else(Vec::new, |model| model.aliases.clone());
+            UpstreamModel { name: name.clone(), aliases, engine: Arc::new(client.clone()) }
+        });
         let limits = engine_limits(config);
         let started = sparsed_engine::start(devices, models, relays.collect(), limits, &recovery, sessions, budget);
         let (service, engine) = started.context("the engine thread")?;
@@ -210,6 +211,7 @@ fn model_options(
     let kv_bytes = bytes / n_shares.max(1) as u64;
     let patience = Duration::from_secs(config.limits.load_wait_s);
     let options = |(name, model): (String, Model)| ModelOptions {
+        aliases: model.aliases.clone(),
         source: if config.model.is_empty() { Arc::new(Packaged(paths.clone())) } else { source(&model.path, paths) },
         program: program_options(&model),
         residence: Residence {

@@ -44,6 +44,8 @@ pub struct Generate {
     pub reading: Option<Reading>,
     /// Say how likely each token was, and so many others (at most [`ALTERNATIVES_MAX`]) in its place.
     pub logprobs: Option<u32>,
+    /// Say how far it is, see [`Event::Progress`].
+    pub progress: bool,
     /// When it is to begin.
     pub urgency: Urgency,
     /// The turn of a session that this is; `None` leaves nothing on disk.
@@ -68,6 +70,7 @@ impl Generate {
             one_call: self.one_call,
             reading: self.reading.clone(),
             logprobs: self.logprobs,
+            progress: self.progress,
             urgency: self.urgency,
             turn: None,
             lease: self.lease.clone(),
@@ -176,6 +179,9 @@ pub enum Event {
         /// The token.
         token: u32,
     },
+    /// How far the request is, where that was asked for: before the first token of the prompt is read, after each step
+    /// that reads some, and before the text of each token of the answer.
+    Progress(Progress),
     /// How likely the token was whose text follows; comes before it, for each token but an end token.
     Likelihood(Box<Likelihood>),
     /// The answer goes on.
@@ -198,7 +204,7 @@ pub enum Event {
         id: String,
         /// The function; need not be one that was offered.
         name: String,
-        /// A JSON object.
+        /// A JSON object; of a call that `max_tokens` or the end of the context has cut, what is there of one.
         arguments: String,
     },
     /// The answer is complete.
@@ -207,11 +213,24 @@ pub enum Event {
     Failed(Failure),
 }
 
+/// How far a request is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Progress {
+    /// Tokens of the prompt that are read, or whose rows were there.
+    pub read_tokens: u32,
+    /// Tokens counted so far.
+    pub usage: Usage,
+    /// Times taken so far; while the prompt is read, `prompt_ms` is the time until now.
+    pub timings: Timings,
+}
+
 /// How an answer ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Finished {
     /// Why.
     pub reason: FinishReason,
+    /// The stop string that was reached, where the engine says which.
+    pub stopped_by: Option<String>,
     /// Tokens counted.
     pub usage: Usage,
     /// Times taken.

@@ -262,6 +262,33 @@ mod tests {
         }
     }
 
+    /// The form of an answer beside calls, as a model in the syntax of Hermes has them.
+    fn beside_calls(schema: Value) -> GrammarSpec {
+        let form = laid_out(&schema);
+        let grammar = format!("start: json | calls\njson: %json {form}\ncalls: \"<c>\" %json {{}} \"</c>\"\n");
+        GrammarSpec::CallOrJson { grammar, json: Box::new(GrammarSpec::JsonSchema(schema)) }
+    }
+
+    #[test]
+    fn a_form_beside_calls_is_refused_for_what_it_is_refused_for_alone() {
+        let branches = (0..2000).map(|i| json!({ "properties": { format!("p{i}"): {} } })).collect::<Vec<_>>();
+        for schema in [
+            json!({ "properties": { "a/b": { "items": { "type": "strng" } } } }),
+            json!({ "anyOf": [{ "type": "null" }, { "pattern": "([" }] }),
+            json!({ "properties": { "a": { "$ref": "#/$defs/b" } } }),
+            json!({ "type": "object", "required": ["a"], "properties": { "a": false } }),
+            json!({ "anyOf": branches }),
+        ] {
+            assert_eq!(refusal(beside_calls(schema.clone())), refusal(GrammarSpec::JsonSchema(schema)));
+        }
+        let mut grammar = compiled(beside_calls(json!({ "const": 12 }))).unwrap();
+        assert_eq!(text(&allowed(&mut grammar)), "1<12");
+        // What is wrong with the calls is said of them.
+        let GrammarSpec::CallOrJson { json, .. } = beside_calls(json!({})) else { panic!("made so") };
+        let broken = GrammarSpec::CallOrJson { grammar: "start: json | calls".to_owned(), json };
+        assert!(refusal(broken).starts_with("'tools'"));
+    }
+
     #[test]
     fn a_broken_grammar_is_refused_with_line_and_column() {
         for (grammar, said) in [

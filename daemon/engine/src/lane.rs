@@ -28,6 +28,8 @@ use std::time::Duration;
 pub struct ModelOptions {
     /// What requests call it.
     pub name: String,
+    /// What they may call it too.
+    pub aliases: Vec<String>,
     /// The file.
     pub source: Arc<dyn ModelSource>,
     /// When it is loaded, and when it goes.

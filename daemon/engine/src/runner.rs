@@ -52,7 +52,8 @@ pub fn start(
     store: Option<SessionStore>,
     budget: Budget,
 ) -> std::io::Result<(Service, JoinHandle<()>)> {
-    let slot = |options: &ModelOptions| Arc::new(Slot::new(options.name.clone(), options.residence));
+    let slot =
+        |options: &ModelOptions| Arc::new(Slot::new(options.name.clone(), options.aliases.clone(), options.residence));
     let slots: Vec<_> = models.iter().map(slot).collect();
     let (sender, inbox) = sync_channel(INBOX as usize);
     let shared = Arc::new(Shared {

@@ -261,6 +261,7 @@ impl Scheduler {
             }
             match self.pool.reserve(blocks, &mut self.freed) {
                 Ok(reservation) => {
+                    self.tell_read(now);
                     self.fill(batch, reservation);
                     return true;
                 }
@@ -284,11 +285,12 @@ impl Scheduler {
     }
 
     /// Notes that the last scheduled step's rows are computed, but for the sequences `failed`, given by index.
-    pub(crate) fn computed(&mut self, failed: &[usize]) {
+    pub(crate) fn computed(&mut self, failed: &[usize], now: Duration) {
         for &(index, n) in self.scheduled.iter().filter(|(index, _)| !failed.contains(index)) {
             let sequence = &mut self.running[index];
             sequence.seal(&self.hasher, &mut self.pool);
             sequence.save(&mut self.archive, &mut self.pool);
+            sequence.tell_read(now);
             let (new, again) = sequence.gained(sequence.table.n_tokens() - n);
             self.queue.charge(sequence.owner(), new);
             self.relief.note(new, again);

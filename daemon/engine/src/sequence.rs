@@ -1,15 +1,15 @@
 //! What is a request while it is being answered? Its tokens, its place in the KV pool, its sampler and its listener.
 
 mod answer;
+mod figures;
 
-use crate::api::{
-    Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Timings, Turn, Urgency, Usage,
-};
+use crate::api::{Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Turn, Urgency};
 use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
 use crate::service::Lease;
-use answer::Answer;
+use answer::{Answer, End};
+use figures::Times;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
 use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
@@ -63,6 +63,9 @@ pub(crate) struct Sequence {
     sampler: Sampler,
     /// Alternatives of which the listener wants to hear.
     logprobs: Option<u32>,
+    /// Whether the listener wants to hear how far it is, and up to where it knows that the prompt is read.
+    progress: bool,
+    told_read: Option<u32>,
     answer: Answer,
     sink: Box<dyn Sink>,
     /// Sent once the listener has room; at most what one token makes, or what a resumed answer has said before.
@@ -73,15 +76,6 @@ pub(crate) struct Sequence {
     times: Times,
     /// Its model stays as long as it does.
     _lease: Option<Lease>,
-}
-
-/// When things happened, since the engine's start.
-#[derive(Clone, Copy, Debug)]
-struct Times {
-    submitted: Duration,
-    started: Option<Duration>,
-    first_token: Option<Duration>,
-    last_token: Duration,
 }
 
 impl std::fmt::Debug for Sequence {
@@ -119,6 +113,8 @@ impl Sequence {
             max_tokens: request.max_tokens,
             ignore_end: request.ignore_end,
             logprobs: request.logprobs,
+            progress: request.progress,
+            told_read: None,
             sink,
             outbox: VecDeque::new(),
             durable,
@@ -316,6 +312,7 @@ impl Sequence {
         self.tokens.push(token);
         self.times.first_token.get_or_insert(now);
         self.times.last_token = now;
+        self.tell_answered();
         let complete = self.sampler.is_complete();
         let ended = (complete || !self.ignore_end) && vocabulary.ends(token);
         let stopped = self.answer.take(token, ended, vocabulary.tokenizer, &mut self.outbox);
@@ -324,13 +321,20 @@ impl Sequence {
         if !ended && !complete && !stopped && !full {
             return false;
         }
-        self.answer.finish(stopped, &mut self.outbox);
-        let reason = match (ended || complete || stopped, self.answer.has_called()) {
+        let is_whole = ended || complete || stopped;
+        let end = match stopped {
+            true => End::Stopped,
+            false if is_whole || self.durable.is_some() => End::Complete,
+            false => End::CutOff,
+        };
+        self.answer.finish(end, &mut self.outbox);
+        let reason = match (is_whole, self.answer.has_called()) {
             (true, true) => FinishReason::ToolCalls,
             (true, false) => FinishReason::Stop,
             (false, _) => FinishReason::Length,
         };
-        self.outbox.push_back(Event::Finished(Finished { reason, usage: self.usage(), timings: self.timings() }));
+        let (stopped_by, usage, timings) = (self.answer.stopped_by(), self.usage(), self.timings());
+        self.outbox.push_back(Event::Finished(Finished { reason, stopped_by, usage, timings }));
         true
     }
 
@@ -372,24 +376,6 @@ impl Sequence {
 
     fn n_answered(&self) -> usize {
         self.tokens.len() - self.n_prompt
-    }
-
-    pub(crate) fn usage(&self) -> Usage {
-        Usage {
-            prompt_tokens: count(self.n_prompt),
-            // A resumed answer's rows may be there too.
-            cached_tokens: self.n_cached.unwrap_or(0).min(count(self.n_prompt)),
-            completion_tokens: count(self.n_answered()),
-            reasoning_tokens: self.answer.n_reasoning(),
-        }
-    }
-
-    fn timings(&self) -> Timings {
-        let Times { submitted, started, first_token, last_token } = self.times;
-        let started = started.unwrap_or(submitted);
-        let first = first_token.unwrap_or(started);
-        let ms = |from: Duration, to: Duration| to.saturating_sub(from).as_secs_f64() * 1e3;
-        Timings { queue_ms: ms(submitted, started), prompt_ms: ms(started, first), predicted_ms: ms(first, last_token) }
     }
 }
 

@@ -155,6 +155,8 @@ impl ModelState {
 pub struct ModelStatus {
     /// Its name in the configuration.
     pub name: String,
+    /// Other names that requests may have for it.
+    pub aliases: Vec<String>,
     /// What it is doing.
     pub state: ModelState,
     /// What its engine has done.
@@ -239,6 +241,7 @@ impl Service {
     pub fn models(&self) -> Vec<ModelStatus> {
         let status = |slot: &Arc<Slot>| ModelStatus {
             name: slot.name.clone(),
+            aliases: slot.aliases.clone(),
             state: slot.state(),
             stats: *lock(&slot.stats),
             board: lock(&slot.board).clone(),
@@ -319,9 +322,11 @@ impl Service {
         let _ended = self.inbox.send(command).is_err();
     }
 
-    /// The slot of model `name`. [`DEFAULT_MODEL`] is the first model where none is called so.
+    /// The slot of model `name`, which may be another name of it. [`DEFAULT_MODEL`] is the first model where none is
+    /// called so.
     fn slot(&self, name: &str) -> Result<(usize, &Arc<Slot>), Failure> {
-        let found = self.slots.iter().enumerate().find(|(_, slot)| slot.name == name);
+        let called = |slot: &Slot| slot.name == name || slot.aliases.iter().any(|alias| alias == name);
+        let found = self.slots.iter().enumerate().find(|(_, slot)| called(slot));
         let first = || self.slots.first().filter(|_| name == DEFAULT_MODEL).map(|slot| (0, slot));
         found.or_else(first).ok_or_else(|| match self.upstream(name) {
             Some(upstream) => Failure::ComputedElsewhere { name: upstream.name.clone() },

@@ -59,7 +59,7 @@ pub(crate) fn step(
         scheduler.running_mut(index).fail(Failure::BackendFailed { reason: error.to_string() });
         leaving.push((index, Leaves::ForGood));
     }
-    scheduler.computed(&failed);
+    scheduler.computed(&failed, now);
     let mut sampled = scheduler.take_sampled();
     sampled.retain(|index| !failed.contains(index));
     let vocab = computed.logits.len().checked_div(sampled.len()).unwrap_or(0);
@@ -90,9 +90,9 @@ pub(crate) fn discard_freed(scheduler: &mut Scheduler, executor: &mut dyn Execut
 mod tests {
     use super::*;
     use crate::Grammar;
-    use crate::api::{Event, FinishReason, Owner, Usage};
+    use crate::api::{Event, FinishReason, Generate, Owner, Usage};
     use crate::scheduler::Limits;
-    use crate::testing::{BLOCK, Bench, CONTEXT, Listener, limits, naive, prompt};
+    use crate::testing::{BLOCK, Bench, CONTEXT, Listener, limits, naive, prompt, request};
     use proptest::prelude::*;
     use sparsed_abi::{E_DATA, E_DEVICE_LOST, E_INTERNAL, E_NOMEM_DEVICE, E_QUEUE_LOST, E_STEP};
     use std::collections::BTreeSet;
@@ -406,6 +406,32 @@ mod tests {
         // 209 of 210 tokens had rows, in 3 full blocks.
         assert_eq!((usage(&first).cached_tokens, usage(&second).cached_tokens), (0, 192));
         assert_eq!(bench.executor.computed - computed, 230 - 192 + 9);
+    }
+
+    #[test]
+    fn a_listener_hears_how_far_its_prompt_is_read_and_then_of_each_token() {
+        let mut bench = Bench::new(32, limits());
+        let told = |bench: &mut Bench| {
+            let listener = Listener::with_room(1000);
+            let request = request(Owner::Uid(1), None, prompt(1, 150), 3);
+            bench.submit_request(Generate { progress: true, ..request }, &listener);
+            bench.run();
+            assert_eq!(listener.heard().0, naive(prompt(1, 150), 3));
+            let progress = listener.progress();
+            assert!(progress.windows(2).all(|pair| pair[0].timings.prompt_ms <= pair[1].timings.prompt_ms));
+            assert_eq!(progress[0].timings, crate::api::Timings::default(), "before the first step");
+            let of = |p: &crate::api::Progress| (p.read_tokens, p.usage.cached_tokens, p.usage.completion_tokens);
+            progress.iter().map(of).collect::<Vec<_>>()
+        };
+        // Steps carry 48 tokens.
+        let answered = |cached| [(150, cached, 1), (150, cached, 2), (150, cached, 3)];
+        let read = |steps: &[u32], cached| steps.iter().map(|&n| (n, cached, 0)).collect::<Vec<_>>();
+        assert_eq!(told(&mut bench), [read(&[0, 48, 96, 144, 150], 0), answered(0).to_vec()].concat());
+        assert_eq!(told(&mut bench), [read(&[128, 150], 128), answered(128).to_vec()].concat());
+        let listener = Listener::with_room(1000);
+        bench.submit(prompt(1, 150), 3, &listener);
+        bench.run();
+        assert_eq!(listener.progress(), [], "nobody has asked");
     }
 
     #[test]

@@ -6,6 +6,8 @@ pub(crate) struct StopStrings {
     stops: Vec<String>,
     /// Text that may be the start of a stop string.
     held: String,
+    /// The one that was reached.
+    reached: Option<String>,
 }
 
 /// What more text made sendable.
@@ -19,7 +21,7 @@ pub(crate) struct Piece {
 
 impl StopStrings {
     pub(crate) fn new(stops: Vec<String>) -> Self {
-        Self { stops, held: String::new() }
+        Self { stops, held: String::new(), reached: None }
     }
 
     /// Takes more text.
@@ -33,11 +35,17 @@ impl StopStrings {
         self.release(true)
     }
 
+    /// The stop string that was reached.
+    pub(crate) fn reached(&self) -> Option<&str> {
+        self.reached.as_deref()
+    }
+
     fn release(&mut self, everything: bool) -> Piece {
         // The first to be complete, so that it does not matter how the text was cut; of those the longest.
-        let ends = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at)));
-        if let Some((_, at)) = ends.min() {
+        let found = |stop: &String| self.held.find(stop.as_str()).map(|at| (at + stop.len(), at, stop.clone()));
+        if let Some((_, at, stop)) = self.stops.iter().filter_map(found).min() {
             self.held.truncate(at);
+            self.reached = Some(stop);
             return Piece { text: std::mem::take(&mut self.held), stopped: true };
         }
         let longest = self.stops.iter().map(|stop| overlap(&self.held, stop)).max().unwrap_or(0);
@@ -77,6 +85,14 @@ mod tests {
         assert_eq!(streamed(&["END"], &["a E", "N", "D b"]), ("a ".to_owned(), true));
         assert_eq!(streamed(&["END"], &["a E", "N"]), ("a EN".to_owned(), false));
         assert_eq!(streamed(&["bc", "abcd"], &["xab", "cd"]), ("xa".to_owned(), true));
+    }
+
+    #[test]
+    fn the_stop_string_that_was_reached_is_known() {
+        let mut stream = StopStrings::new(vec!["no".to_owned(), "END".to_owned()]);
+        assert_eq!((stream.push("a EN").text.as_str(), stream.reached()), ("a ", None));
+        assert!(stream.push("D").stopped);
+        assert_eq!(stream.reached(), Some("END"));
     }
 
     #[test]

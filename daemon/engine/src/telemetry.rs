@@ -67,6 +67,10 @@ pub struct Tally {
     pub queue: Histogram,
     /// From a request's arrival to its first token.
     pub first_token: Histogram,
+    /// Of an answer that is complete, from the engine taking it up to its first token.
+    pub prefill: Histogram,
+    /// Of one, from its first token to the last.
+    pub decode: Histogram,
     /// Of an answer, the mean time between two tokens.
     pub per_token: Histogram,
     /// From a request's arrival to its end.
@@ -84,6 +88,8 @@ impl Tally {
         };
         self.finished[index] += 1;
         self.whole.add((timings.queue_ms + timings.prompt_ms + timings.predicted_ms) / 1e3);
+        self.prefill.add(timings.prompt_ms / 1e3);
+        self.decode.add(timings.predicted_ms / 1e3);
         let n_gaps = finished.usage.completion_tokens.saturating_sub(1);
         if n_gaps > 0 {
             self.per_token.add(timings.predicted_ms / 1e3 / f64::from(n_gaps));

@@ -53,16 +53,20 @@ impl Listener {
         events.iter().filter_map(token).collect()
     }
 
+    /// How far its request was, as it has heard.
+    pub(crate) fn progress(&self) -> Vec<api::Progress> {
+        let events = &self.0.lock().unwrap().0;
+        let told = |event: &Event| if let Event::Progress(progress) = event { Some(*progress) } else { None };
+        events.iter().filter_map(told).collect()
+    }
+
     pub(crate) fn heard(&self) -> (Vec<u32>, Option<Event>) {
         let events = self.0.lock().unwrap().0.clone();
         let tokens = events.iter().filter_map(|event| match event {
             Event::Delta { tokens, .. } => Some(tokens.clone()),
             _ => None,
         });
-        let end = events
-            .iter()
-            .find(|event| !matches!(event, Event::Queued { .. } | Event::Sampled { .. } | Event::Delta { .. }))
-            .cloned();
+        let end = events.iter().find(|event| matches!(event, Event::Finished(_) | Event::Failed(_))).cloned();
         (tokens.flatten().collect(), end)
     }
 }
@@ -271,6 +275,7 @@ pub(crate) fn request(owner: Owner, grammar: Option<Grammar>, prompt: Vec<u32>, 
         ignore_end: false,
         reading: None,
         logprobs: None,
+        progress: false,
         urgency: api::Urgency::default(),
         turn: None,
         one_call: false,
@@ -317,6 +322,6 @@ pub(crate) fn service_of(residence: Residence) -> (Service, Receiver<Command>) {
         epoch: Instant::now(),
         tenants: Arc::new(Tenants::new(limits().per_user_requests)),
     });
-    let slots = vec![Arc::new(Slot::new("m".to_owned(), residence))];
+    let slots = vec![Arc::new(Slot::new("m".to_owned(), Vec::new(), residence))];
     (Service::new(slots, Vec::new(), inbox, 512, shared, None), commands)
 }

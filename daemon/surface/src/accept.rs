@@ -5,6 +5,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -39,11 +40,23 @@ pub(crate) trait Listener {
     /// A connection.
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
+    /// Whether its connections count from their acceptance: further ones then wait for a place. Otherwise the socket
+    /// bounds them itself.
+    const COUNTS_ALL: bool;
+
     /// The next one.
     fn accept(&self) -> impl Future<Output = std::io::Result<Self::Stream>> + Send;
 
-    /// The interface as the client at the other end sees it; `None` for one that is gone already.
-    fn interface(&self, stream: &Self::Stream, router: &Router) -> Option<Router>;
+    /// The client at the other end; `None` for one that is gone already.
+    fn guest(&self, stream: &Self::Stream, router: &Router) -> Option<Guest>;
+}
+
+/// A client that has come in.
+pub(crate) struct Guest {
+    /// The interface as it sees it.
+    pub(crate) interface: Router,
+    /// Resolves when its connection has to end.
+    pub(crate) must_go: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 /// Serves HTTP/1.1 on `listener` until `stop` resolves, then lets running requests end.
@@ -59,7 +72,8 @@ pub(crate) async fn serve<L: Listener>(
     let mut is_failing = false;
     loop {
         let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed");
+            let place = async { Arc::clone(&places).acquire_owned().await.expect("the semaphore is never closed") };
+            let place = if L::COUNTS_ALL { Some(place.await) } else { None };
             (place, listener.accept().await)
         };
         let (place, accepted) = tokio::select! {
@@ -78,15 +92,20 @@ pub(crate) async fn serve<L: Listener>(
             }
         };
         is_failing = false;
-        let Some(interface) = listener.interface(&stream, &router) else { continue };
+        let Some(Guest { interface, must_go }) = listener.guest(&stream, &router) else { continue };
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
         builder.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
         let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(interface));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                log::debug!(reason:% = error; "connection ended early");
+            tokio::select! {
+                ended = connection => {
+                    if let Err(error) = ended {
+                        log::debug!(reason:% = error; "connection ended early");
+                    }
+                }
+                () = must_go => {}
             }
             drop(place);
         });

@@ -13,6 +13,7 @@ mod http;
 mod latency;
 mod mqtt;
 mod refusal;
+mod strangers;
 mod tcp;
 mod unix;
 
@@ -40,7 +41,7 @@ pub async fn serve<S: Future<Output = ()>>(
         accept::serve(unix::UnixDoor::new(listener, options.connections_per_user), router.clone(), options, stop());
     let tcp = async {
         if let Some(door) = tcp {
-            let door = tcp::CountedDoor::new(door, options.connections_per_user);
+            let door = tcp::CountedDoor::new(door, options.connections_max, options.connections_per_user);
             accept::serve(door, router, options, stop()).await;
         }
     };

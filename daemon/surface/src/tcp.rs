@@ -3,8 +3,9 @@
 //! A page that a browser has loaded from elsewhere can reach 127.0.0.1, under a name of its own that resolves to it
 //! (DNS rebinding), or directly: so names in `Host` and `Origin` must be this box's. The key is asked for after them.
 
-use crate::accept::Listener;
+use crate::accept::{Guest, Listener};
 use crate::refusal::Refusal;
+use crate::strangers::{Stranger, Strangers};
 use crate::unix::all_taken;
 use axum::Router;
 use axum::extract::{Request, State};
@@ -15,8 +16,10 @@ use sparsed_engine::api::Owner;
 use sparsed_engine::{Admission, Tenants};
 use std::fmt;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::time::Duration;
 use subtle::ConstantTimeEq;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Names of this box for itself.
 const HOSTS: &[&str] = &["localhost", "127.0.0.1", "[::1]"];
@@ -26,6 +29,10 @@ const KEY_BYTES_MIN: usize = 16;
 const KEY_BYTES_MAX: usize = 512;
 /// Most keys.
 const KEYS_MAX: usize = 256;
+/// Most connections that have not shown a key.
+const STRANGERS_MAX: usize = 64;
+/// How long they may be without: as long as a head may take.
+const KEY_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// The keys that clients may have, and who has them. Clones are the same keys, also after [`ApiKeys::replace`].
 #[derive(Clone, Default)]
@@ -105,6 +112,15 @@ pub struct TcpDoor {
 #[derive(Debug)]
 pub(crate) struct CountedDoor {
     door: TcpDoor,
+    counts: Arc<Counts>,
+    strangers: Strangers,
+}
+
+/// Who has shown a key.
+#[derive(Debug)]
+struct Counts {
+    /// All of them together.
+    places: Arc<Semaphore>,
     connections: Arc<Tenants>,
     per_user: u32,
 }
@@ -113,15 +129,27 @@ pub(crate) struct CountedDoor {
 #[derive(Clone, Debug)]
 struct Visit {
     keys: ApiKeys,
-    connections: Arc<Tenants>,
-    per_user: u32,
-    counted: Arc<OnceLock<Admission>>,
+    counts: Arc<Counts>,
+    stranger: Arc<Stranger>,
+    counted: Arc<OnceLock<(Admission, OwnedSemaphorePermit)>>,
 }
 
+impl Drop for Leaving {
+    fn drop(&mut self) {
+        self.0.has_gone();
+    }
+}
+
+/// Tells that a connection has ended.
+#[derive(Debug)]
+struct Leaving(Arc<Stranger>);
+
 impl CountedDoor {
-    /// Of each name `per_user` connections at a time.
-    pub(crate) fn new(door: TcpDoor, per_user: u32) -> Self {
-        Self { door, connections: Arc::new(Tenants::new(per_user)), per_user }
+    /// Of all names `most` connections at a time, of each `per_user`.
+    pub(crate) fn new(door: TcpDoor, most: usize, per_user: u32) -> Self {
+        let (places, connections) = (Arc::new(Semaphore::new(most)), Arc::new(Tenants::new(per_user)));
+        let counts = Arc::new(Counts { places, connections, per_user });
+        Self { door, counts, strangers: Strangers::new(STRANGERS_MAX, KEY_TIMEOUT) }
     }
 }
 
@@ -130,9 +158,14 @@ impl Visit {
     fn admitted(&self, headers: &HeaderMap, uri: &Uri) -> Result<Owner, Refusal> {
         let owner = admitted(&self.keys, headers, uri)?;
         if self.counted.get().is_none() {
-            let admission = self.connections.admit(owner).map_err(|failure| all_taken(failure, self.per_user))?;
+            let Counts { places, connections, per_user } = &*self.counts;
+            let admission = connections.admit(owner).map_err(|failure| all_taken(failure, *per_user))?;
+            let place = Arc::clone(places).try_acquire_owned().map_err(|_| {
+                Refusal::door_full("all connections are taken (limits.connections); try again in a second".to_owned())
+            })?;
             // Requests of a connection come one after the other.
-            let _counted_already = self.counted.set(admission).is_err();
+            let _counted_already = self.counted.set((admission, place)).is_err();
+            self.stranger.is_known();
         }
         Ok(owner)
     }
@@ -141,6 +174,8 @@ impl Visit {
 impl Listener for CountedDoor {
     type Stream = TcpStream;
 
+    const COUNTS_ALL: bool = false;
+
     async fn accept(&self) -> std::io::Result<TcpStream> {
         let (stream, _) = self.door.listener.accept().await?;
         // Tokens are small and wanted at once.
@@ -148,10 +183,17 @@ impl Listener for CountedDoor {
         Ok(stream)
     }
 
-    fn interface(&self, _: &TcpStream, router: &Router) -> Option<Router> {
-        let (keys, connections) = (self.door.keys.clone(), Arc::clone(&self.connections));
-        let visit = Visit { keys, connections, per_user: self.per_user, counted: Arc::default() };
-        Some(router.clone().layer(middleware::from_fn_with_state(visit, guard)))
+    fn guest(&self, _: &TcpStream, router: &Router) -> Option<Guest> {
+        let (keys, counts, stranger) = (self.door.keys.clone(), Arc::clone(&self.counts), self.strangers.add());
+        let (must_go, leaving) = (stranger.must_go(), Leaving(Arc::clone(&stranger)));
+        let visit = Visit { keys, counts, stranger, counted: Arc::default() };
+        let interface = router.clone().layer(middleware::from_fn_with_state(visit, guard));
+        let must_go = Box::pin(async move {
+            // Its end is known by this future's.
+            let _leaving = leaving;
+            must_go.await;
+        });
+        Some(Guest { interface, must_go })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Who connects to the Unix socket? The kernel says whose process it is, and nobody takes all the connections.
 
-use crate::accept::Listener;
+use crate::accept::{Guest, Listener};
 use crate::refusal::Refusal;
 use axum::{Extension, Router};
 use sparsed_engine::Tenants;
@@ -26,15 +26,20 @@ impl UnixDoor {
 impl Listener for UnixDoor {
     type Stream = UnixStream;
 
+    const COUNTS_ALL: bool = true;
+
     async fn accept(&self) -> std::io::Result<UnixStream> {
         self.listener.accept().await.map(|(stream, _)| stream)
     }
 
-    fn interface(&self, stream: &UnixStream, router: &Router) -> Option<Router> {
+    fn guest(&self, stream: &UnixStream, router: &Router) -> Option<Guest> {
         let owner = owner(stream)?;
         match self.connections.admit(owner) {
             // The connection owns its router, so it counts as long as it is there.
-            Ok(admission) => Some(router.clone().layer(Extension(owner)).layer(Extension(Arc::new(admission)))),
+            Ok(admission) => {
+                let interface = router.clone().layer(Extension(owner)).layer(Extension(Arc::new(admission)));
+                Some(Guest { interface, must_go: Box::pin(std::future::pending()) })
+            }
             Err(failure) => {
                 log::debug!(owner:? = owner; "has too many connections");
                 turn_away(stream, failure, self.per_user);

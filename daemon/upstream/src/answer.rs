@@ -217,12 +217,25 @@ impl Answer {
                 let name = clean(&name, None);
                 return Err(Trouble::Failed(format!("it called '{name}' with arguments that are no JSON object")));
             }
-            let id = Some(std::mem::take(&mut call.id)).filter(|id| is_id(id));
-            let id = id.unwrap_or_else(|| format!("call_{:016x}", fastrand::u64(..)));
+            let id = call.told_id();
             tell(Event::ToolCall { index, id, name, arguments });
         }
         self.n_told = self.calls.len();
         Ok(())
+    }
+
+    /// The limit of tokens has cut the answer: of the call that was on its way, what is there is told once its function
+    /// is known.
+    fn tell_cut_call(&mut self, tell: &mut impl FnMut(Event)) {
+        let index = self.calls.len().saturating_sub(1);
+        if index < self.n_told {
+            return;
+        }
+        let Some(call) = self.calls.last_mut().filter(|call| !call.name.is_empty()) else { return };
+        let (name, arguments) = (call.name.clone(), std::mem::take(&mut call.arguments));
+        let id = call.told_id();
+        tell(Event::ToolCall { index: u32::try_from(index).unwrap_or(u32::MAX), id, name, arguments });
+        self.n_told = self.calls.len();
     }
 
     fn finish(&mut self, reason: &str, tell: &mut impl FnMut(Event)) -> Result<(), Trouble> {
@@ -232,14 +245,23 @@ impl Answer {
             "tool_calls" | "function_call" => FinishReason::ToolCalls,
             other => return Err(Trouble::Failed(format!("it ended the answer with '{}'", clean(other, None)))),
         };
-        // A call that the limit of tokens has cut is none.
-        if reason != FinishReason::Length {
+        if reason == FinishReason::Length {
+            self.tell_cut_call(tell);
+        } else {
             self.tell_calls(tell)?;
         }
         // Where a certain function had to be called, some engines say `stop`.
         let called = reason == FinishReason::Stop && !self.calls.is_empty();
         self.reason = Some(if called { FinishReason::ToolCalls } else { reason });
         Ok(())
+    }
+}
+
+impl Call {
+    /// The other engine's name of the call, or one of ours where that is nothing to be sent on.
+    fn told_id(&mut self) -> String {
+        let id = Some(std::mem::take(&mut self.id)).filter(|id| is_id(id));
+        id.unwrap_or_else(|| format!("call_{:016x}", fastrand::u64(..)))
     }
 }
 
@@ -347,7 +369,8 @@ mod tests {
         let (events, end) = all("stop");
         assert_eq!(calls(&events), [call(0, "f", r#"{"a": 1}"#), call(1, "g", "{}")]);
         assert_eq!(end.unwrap().0, FinishReason::ToolCalls);
-        assert_eq!(calls(&all("length").0), [call(0, "f", r#"{"a": 1}"#)], "the last one was cut");
+        let cut = [call(0, "f", r#"{"a": 1}"#), call(1, "g", "")];
+        assert_eq!(calls(&all("length").0), cut, "the last one was cut");
         let broken = [piece(0, r#"{"name": "f", "arguments": "[1]"}"#), finish("tool_calls")];
         let (_, end) = heard(&broken.each_ref().map(String::as_str));
         assert!(matches!(end, Err(Trouble::Failed(said)) if said.contains("'f'")));

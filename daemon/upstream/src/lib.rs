@@ -20,6 +20,7 @@ mod events;
 mod line;
 mod logprobs;
 mod options;
+pub mod probe;
 mod request;
 mod run;
 mod trouble;

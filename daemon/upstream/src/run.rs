@@ -151,7 +151,7 @@ impl Run<'_> {
             // Some engines do not heed it, where the model's template knows no functions.
             return Err(Trouble::Failed("it called no function, which it was told to".to_owned()).into());
         }
-        Ok(Finished { reason, usage, timings: self.timings(last) })
+        Ok(Finished { reason, stopped_by: None, usage, timings: self.timings(last) })
     }
 
     /// Whether the answer is nothing without a call.

@@ -202,6 +202,11 @@ def interface(address, folder):
     assert client.get(ROOT, MANAGER, "State") == "ready" and client.get(ROOT, MANAGER, "Models") == ["default"]
     status = json.loads(client.manager("GetStatus")[0])
     assert status["models"][0]["state"] == "ready", status
+    memory = status["memory"]
+    assert client.get(ROOT, MANAGER, "MemoryLimit") == min(memory["limits"].values()) > 0, memory
+    assert client.get(ROOT, MANAGER, "MemoryLimitedBy") == memory["binds"], memory
+    assert client.get(ROOT, MANAGER, "MemoryForKv") == memory["kv_bytes"] > 0, memory
+    assert client.get(ROOT, MANAGER, "MemoryPressure") in ("none", "some", "critical"), memory
     assert json.loads(client.manager("ListModels")[0])["data"][0]["id"] == "default"
     client.call(request, REQUEST, "Cancel")
     os.close(fd)

@@ -51,7 +51,8 @@ fn openais_client_for_node_is_served() {
 #[test]
 fn llama_cpps_assertions_hold_where_the_table_says_so() {
     let dir = tempfile::tempdir().unwrap();
-    let daemon = Daemon::start(&chatty::write(dir.path()), &["model.default.max_context=512"]);
+    let sets = ["model.default.max_context=512", "model.default.aliases=[\"tinyllama-2\", \"code\"]"];
+    let daemon = Daemon::start(&chatty::write(dir.path()), &sets);
     let table = sparsed_tests::root().join("packaging/compatibility.md");
     let said = run("llama_cpp_table.py", &daemon.socket(), &[table.to_str().unwrap()], &daemon);
     assert!(said.ends_with("by other tests: ok"), "{said}");

@@ -169,6 +169,24 @@ fn a_session_is_not_answered_by_another_model_than_its_own() {
 }
 
 #[test]
+fn a_model_has_other_names_and_what_is_kept_of_it_is_under_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &["model.default.aliases=[\"gpt-4o\"]"]);
+    let made = daemon.post("/v1/sessions", &json!({ "model": "gpt-4o" })).json();
+    assert_eq!(made["model"], "default");
+    let messages = json!([{ "role": "user", "content": "x" }]);
+    let turn = json!({ "session_id": made["id"], "model": "gpt-4o", "messages": messages, "max_tokens": 2 });
+    assert_eq!(daemon.post("/v1/chat/completions", &turn).status, 200);
+    let stored = json!({ "model": "gpt-4o", "input": "x", "store": true, "max_output_tokens": 2 });
+    assert_eq!(daemon.post("/v1/responses", &stored).json()["model"], "default");
+    assert_eq!(daemon.get("/v1/models/gpt-4o").json()["id"], "gpt-4o");
+    assert_eq!(daemon.post("/api/show", &json!({ "model": "gpt-4o:latest" })).status, 200);
+    assert_eq!(daemon.post("/api/pull", &json!({ "model": "gpt-4o" })).json()["status"], "success");
+    let unknown = daemon.post("/v1/completions", &json!({ "model": "gpt-4", "prompt": "x" }));
+    assert_eq!((unknown.status, unknown.json()["error"]["param"].clone()), (404, json!("model")));
+}
+
+#[test]
 fn a_call_has_the_same_name_wherever_it_is_told() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=2048"]);
@@ -247,6 +265,51 @@ fn a_call_that_is_required_is_one_of_the_tools_with_arguments_of_its_schema() {
         "messages": [{ "role": "user", "content": "x" }], "tools": tools, "tool_choice": "required",
     });
     assert_eq!(param(&plain.post("/v1/chat/completions", &request)), "tool_choice");
+}
+
+#[test]
+fn a_call_that_max_tokens_cuts_is_told_as_far_as_it_is_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=2048"]);
+    let schema = json!({
+        "type": "object", "required": ["room"], "additionalProperties": false,
+        "properties": { "room": { "type": "string", "minLength": 40, "maxLength": 60 } },
+    });
+    let request = |max_tokens: usize, stream: bool| {
+        json!({
+            "messages": [{ "role": "user", "content": "x" }], "tool_choice": "required", "seed": 3, "stream": stream,
+            "tools": [{ "type": "function", "function": { "name": "light", "parameters": schema } }],
+            "max_tokens": max_tokens,
+        })
+    };
+    let answered = |max_tokens: usize| daemon.post("/v1/chat/completions", &request(max_tokens, false)).json();
+    let whole = answered(400)["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"].clone();
+    let whole = whole.as_str().expect("a call");
+    // The model's tokens are bytes: the tag, a line break, and the name with what is around it come first.
+    let before = "<tool_call>\n{\"name\": \"light\", \"arguments\": ".len();
+    for n in [before + 1, before + 10, before + 25] {
+        let choice = answered(n)["choices"][0].clone();
+        assert_eq!(choice["finish_reason"], "length", "{choice}");
+        let function = &choice["message"]["tool_calls"][0]["function"];
+        assert_eq!((&function["name"], &choice["message"]["content"]), (&json!("light"), &Value::Null), "{choice}");
+        let arguments = function["arguments"].as_str().unwrap();
+        assert!(whole.starts_with(arguments) && arguments.len() < whole.len() && !arguments.is_empty(), "{arguments}");
+        let pieces = events(&daemon.post("/v1/chat/completions", &request(n, true)).body);
+        let told: Vec<&Value> = pieces.iter().map(|piece| &piece["choices"][0]).collect();
+        assert_eq!(told[told.len() - 2]["delta"]["tool_calls"][0]["function"], *function, "{told:?}");
+        assert_eq!(told[told.len() - 1]["finish_reason"], "length");
+    }
+    // While the function is not known it is text, as it comes.
+    let early = answered(before - 30)["choices"][0].clone();
+    assert!(early["message"]["content"].as_str().unwrap().starts_with("<tool_call>"), "{early}");
+    // Nothing of it is told that could be taken for a whole call where arguments are no text.
+    let mut body = request(before + 10, false);
+    body["input"] = json!("x");
+    body["tools"] = json!([{ "type": "function", "name": "light", "parameters": schema }]);
+    body["max_output_tokens"] = json!(before + 10);
+    let response = daemon.post("/v1/responses", &body).json();
+    let item = &response["output"][0];
+    assert_eq!((&response["status"], &item["status"]), (&json!("incomplete"), &json!("incomplete")), "{response}");
 }
 
 #[test]

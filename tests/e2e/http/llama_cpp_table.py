@@ -7,6 +7,7 @@ there yet. Needs Python alone.
 """
 import concurrent.futures
 import http.client
+import itertools
 import json
 import re
 import socket
@@ -15,6 +16,8 @@ import sys
 CONTEXT = 512
 BOOK = [{"role": "system", "content": "Book"}, {"role": "user", "content": "What is the best book"}]
 CHECKS = []
+# What no request had before begins with one of these.
+FRESH = itertools.count(100)
 
 
 def check(verdict, *names):
@@ -67,6 +70,19 @@ def refused(answer, param=None, status=400):
     assert param is None or answer.body["error"]["param"] == param, answer.text
 
 
+def native(path="/completion", **fields):
+    body = {"prompt": "I believe the meaning of life is", "n_predict": 8, "temperature": 0, "ignore_eos": True, **fields}
+    return ask("POST", path, body)
+
+
+def pieces(answer):
+    """The chunks of a stream of llama.cpp's own, which has no end but its last chunk."""
+    assert answer.status == 200, answer.text
+    all = [json.loads(event) for event in re.findall(r"^data: (.*)$", answer.text, re.M)]
+    assert [piece["stop"] for piece in all] == [False] * (len(all) - 1) + [True], answer.text
+    return all
+
+
 def text(answer):
     assert answer.status == 200, answer.text
     return answer.body["choices"][0]["text"]
@@ -88,11 +104,27 @@ def _():
 def _():
     models = ask("GET", "/v1/models").body["data"]
     assert [model["id"] for model in models] == ["default"], models
+    assert ask("GET", "/models").body["data"] == models and ask("GET", "/v1/health").status == 200
 
 
-@check("different", "basic: server_slots", "basic: no_ui")
+@check("different", "basic: model_aliases_and_tags")
 def _():
-    refused(ask("GET", "/slots"), status=404)
+    model = ask("GET", "/v1/models").body["data"][0]
+    assert model["id"] == "default" and set(model["aliases"]) == {"tinyllama-2", "code"} and "tags" not in model, model
+    for name in ("tinyllama-2", "code", "default"):
+        assert complete(model=name).body["model"] == name
+    refused(complete(model="fim"), "model", status=404)
+
+
+@check("different", "basic: server_slots", "basic: no_ui", "metrics: slots_idle_after_completion")
+def _():
+    slots = ask("GET", "/slots")
+    refused(slots, status=501)
+    assert "/v1/status" in slots.body["error"]["message"], slots.text
+    complete()
+    status = lambda: ask("GET", "/v1/status").body["models"][0]
+    idle = lambda: status()["running"] == 0 and status()["kv_blocks_used"] == 0
+    assert any(idle() for _ in range(50)), status()
     there = ask("GET", "/")
     assert there.status == 200 and there.text == "sparsed is running", there.text
 
@@ -123,6 +155,46 @@ def _():
     assert "content" not in deltas[-1] and ends[-1] == "length" and not any(ends[:-1]), (deltas, ends)
     assert len({event["id"] for event in events}) == 1 and events[-1]["usage"]["completion_tokens"] == 8, events
     assert "".join(delta.get("content", "") for delta in deltas) == chat().body["choices"][0]["message"]["content"]
+
+
+@check("same", "chat_completion: apply_chat_template")
+def _():
+    said = [{"role": "system", "content": "You are a test."}, {"role": "user", "content": "Hi there"}]
+    body = ask("POST", "/apply-template", {"messages": said}).body
+    assert body["prompt"] == (
+        "<|im_start|>system\nYou are a test.<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\n"
+    ), body
+    # As tokens it is the same prompt again.
+    assert complete(body["tokens"]).body["choices"][0]["text"] == chat(said).body["choices"][0]["message"]["content"]
+
+
+@check("same", "chat_completion: timings_per_token")
+def _():
+    events = chat(stream=True, stream_options={"include_usage": True}, timings_per_token=True).events
+    assert "timings" not in events[0] and events[0]["choices"][0]["delta"]["role"] == "assistant", events[0]
+    for event in events[1:]:
+        assert not event["choices"] or "role" not in event["choices"][0]["delta"], event
+        for name in ("prompt_per_second", "predicted_per_second", "predicted_n"):
+            assert event["timings"][name] >= 0, event
+    told = [event["timings"]["predicted_n"] for event in events[1:]]
+    assert told == sorted(told) and told[-1] == 8 and not events[-1]["choices"], told
+
+
+@check("same", "chat_completion: return_progress", "metrics: timings_on_prompt_progress")
+def _():
+    # A step of this daemon carries 256 tokens; the model's are bytes.
+    long = [{"role": "user", "content": f"{next(FRESH)} " + "This is a test" * 22}]
+    for times in range(2):
+        events = chat(long, stream=True, return_progress=True, timings_per_token=True).events
+        told = [(event["prompt_progress"], event["timings"]) for event in events if "prompt_progress" in event]
+        (first, start), (last, end) = told[0], told[-1]
+        assert first["processed"] == first["cache"] and (first["cache"] > 0) == (times > 0), told
+        assert (start["prompt_n"], start["prompt_ms"], start["predicted_n"]) == (0, 0, 0), start
+        assert last["processed"] == last["total"] > 300 and end["prompt_ms"] > 0, told
+        for (one, before), (other, after) in zip(told, told[1:]):
+            assert one["total"] == other["total"] and one["cache"] == other["cache"] and one["processed"] < other["processed"]
+            assert before["prompt_ms"] <= after["prompt_ms"] and min(after.values()) >= 0, told
+        assert len(told) == (2 if times else 3), told
 
 
 @check("different", "chat_completion: chat_template", "chat_completion: verbose_debug")
@@ -164,10 +236,25 @@ def _():
     assert answer.body["usage"]["prompt_tokens"] == count.body["input_tokens"] + len("Whill"), answer
 
 
-@check("different", "chat_completion: json_schema")
+@check("same", "chat_completion: json_schema")
 def _():
-    assert chat(json_schema={"const": "42"}).body["choices"][0]["message"]["content"] != '"42"'
-    refused(chat(json_schema={"const": "42"}, strict=True), "json_schema")
+    for schema in ({"const": "42"}, '{"const": "42"}'):
+        answer = chat(json_schema=schema, max_tokens=20, ignore_eos=False).body
+        assert answer["choices"][0]["message"]["content"] == '"42"', answer
+    assert native(json_schema={"const": "42"}, n_predict=20, ignore_eos=False).body["content"] == '"42"'
+
+
+@check("same", "vllm and sglang: structured_outputs, guided_json and its kin, regex")
+def _():
+    def said(**fields):
+        return chat(max_tokens=40, ignore_eos=False, **fields).body["choices"][0]["message"]["content"]
+
+    for field in ({"structured_outputs": {"choice": ["yes", "no"]}}, {"guided_choice": ["yes", "no"]}):
+        assert said(**field) in ("yes", "no"), field
+    for field in ({"structured_outputs": {"regex": "a{3}/b?"}}, {"guided_regex": "a{3}/b?"}, {"regex": "a{3}/b?"}):
+        assert said(**field) in ("aaa/", "aaa/b"), field
+    for field in ({"structured_outputs": {"json": {"const": 1}}}, {"guided_json": {"const": 1}}):
+        assert said(**field) == "1", field
 
 
 @check("different", "chat_completion: grammar")
@@ -225,12 +312,83 @@ def _():
     assert len(choices) == 2 and all(choice["finish_reason"] == "length" for choice in choices), choices
 
 
-@check("different", "completion: completion", "completion: completion_stream")
+@check("same", "completion: completion", "completion: completion_stream", "completion: prompt_cache")
 def _():
-    refused(ask("POST", "/completion", {"prompt": "x", "n_predict": 4}), status=404)
-    answer = complete(return_tokens=True).body
-    assert answer["timings"]["predicted_n"] == 8 and answer["timings"]["prompt_n"] > 0, answer
-    assert len(answer["choices"][0]["tokens"]) == 8 and all(type(id) is int for id in answer["choices"][0]["tokens"])
+    for path in ("/completion", "/completions"):
+        for with_tokens in (False, True):
+            answer = native(path, return_tokens=with_tokens, cache_prompt=False).body
+            timings = answer["timings"]
+            assert timings["predicted_n"] == 8 and timings["prompt_n"] + timings["cache_n"] == 32, answer
+            assert answer["stop"] is True and answer["truncated"] is False and type(answer["has_new_line"]) is bool, answer
+            assert answer["content"] == text(complete()) and answer["stop_type"] == "limit", answer
+            assert len(answer["tokens"]) == (8 if with_tokens else 0) and all(type(id) is int for id in answer["tokens"])
+    *middle, last = pieces(native(stream=True, seed=7))
+    assert all(len(piece["tokens"]) > 0 and all(type(id) is int for id in piece["tokens"]) for piece in middle), middle
+    assert "".join(piece["content"] for piece in [*middle, last]) == text(complete())
+    assert last["timings"]["predicted_n"] == 8 and last["stop_type"] == "limit" and last["truncated"] is False, last
+    settings = last["generation_settings"]
+    assert (settings["n_predict"], settings["seed"], settings["stream"]) == (8, 7, True), settings
+
+
+@check("different", "completion: completion, defaults and samplers of llama.cpp's own")
+def _():
+    settings = ask("POST", "/completion", {"prompt": "x", "n_predict": 1}).body["generation_settings"]
+    assert (settings["temperature"], settings["top_p"], settings["repeat_penalty"]) == (1, 1, 1), settings
+    assert "adaptive_target" not in settings, settings
+    for field in ({"mirostat": 2}, {"typical_p": 0.5}, {"xtc_probability": 0.1}, {"n_predict": 0}):
+        refused(native(**field), *field)
+
+
+@check("same", "completion: stop_type")
+def _():
+    whole = native(n_predict=40).body["content"]
+    for stream in (False, True):
+        answer = native(n_predict=40, stop=[whole[10:12]], stream=stream)
+        last = pieces(answer)[-1] if stream else answer.body
+        assert (last["stop_type"], last["stopping_word"]) == ("word", whole[10:12]), last
+    full = native(prompt="x" * (CONTEXT - 20), n_predict=-1).body
+    assert (full["stop_type"], full["truncated"], full["tokens_predicted"]) == ("limit", True, 20), full
+
+
+@check("same", "completion: response_fields")
+def _():
+    answer = native(response_fields=[]).body
+    assert answer["content"] and "generation_settings" in answer, answer
+    names = ["content", "generation_settings/n_predict", "prompt"]
+    answer = native(response_fields=names).body
+    assert answer["generation_settings/n_predict"] == 8 and answer["content"], answer
+    assert answer["prompt"] == "I believe the meaning of life is" and sorted(answer) == sorted(names), answer
+
+
+@check("same", "completion: n_probs", "completion: n_probs_stream")
+def _():
+    def right(tokens, n):
+        assert len(tokens) == n, tokens
+        for token in tokens:
+            assert len(token["top_logprobs"]) == 10, token
+            for one in (token, *token["top_logprobs"]):
+                assert type(one["id"]) is int and type(one["token"]) is str and type(one["bytes"]) is list, one
+                assert one["logprob"] <= 0, one
+
+    right(native(n_probs=10).body["completion_probabilities"], 8)
+    *middle, _ = pieces(native(n_probs=10, stream=True))
+    for piece in middle:
+        right(piece["completion_probabilities"], 1)
+
+
+@check("different", "completion: n_probs_post_sampling", "completion: n_probs_post_backend_sampling")
+def _():
+    refused(native(n_probs=10, post_sampling_probs=True), "post_sampling_probs")
+
+
+@check("different", "completion: logit_bias")
+def _():
+    assert native(logit_bias=[[97, 100]]).body["content"] == "a" * 8
+    assert native(logit_bias={"97": 100}).body["content"] == "a" * 8
+    said = ask("POST", "/tokenize", {"content": native().body["content"]}).body["tokens"]
+    answer = native(logit_bias=[[id, False] for id in said], return_tokens=True).body
+    assert not set(answer["tokens"]) & set(said), answer
+    refused(native(logit_bias=[[" the ", -100]]), "logit_bias")
 
 
 @check("same", "completion: stream_vs_non_stream", "completion: with_openai_library", "completion: stream_with_openai_library")
@@ -272,8 +430,9 @@ def _():
 
 @check("same", "completion: json_prompt_mtm_error_when_not_supported", "completion: json_prompt_no_mtmd")
 def _():
-    refused(complete({"prompt_string": "x", "multimodal_data": ["eA=="]}))
-    assert complete("I believe the meaning of life is").status == 200
+    refused(native(prompt={"prompt_string": "x", "multimodal_data": ["eA=="]}), "prompt")
+    words = "I believe the meaning of life is"
+    assert native(prompt={"prompt_string": words}).body["content"] == native(prompt=words).body["content"]
 
 
 @check("same", "completion: with_tokens_input")
@@ -286,6 +445,9 @@ def _():
         choices = complete(prompt).body["choices"]
         assert [choice["index"] for choice in choices] == [0, 1], choices
         assert choices[0]["text"] == choices[1]["text"] == text(complete(words)), choices
+        answers = native(prompt=prompt).body
+        assert type(answers) is list and len(answers) == 2, answers
+        assert answers[0]["content"] == answers[1]["content"] == text(complete(words)), answers
 
 
 @check("different", "completion: with_tokens_input, mixed")
@@ -340,16 +502,58 @@ def _():
     assert answer["usage"]["output_tokens"] <= 8 and item["content"][0]["type"] == "output_text", answer
 
 
+@check("same", "compat_oai_responses: stream_with_llama_telemetry")
+def _():
+    body = {"input": "This is a test" * 10, "max_output_tokens": 8, "temperature": 0.8, "stream": True,
+            "timings_per_token": True, "return_progress": True, "ignore_eos": True, "seed": 1}
+    events = [json.loads(event) for event in re.findall(r"^data: (.*)$", ask("POST", "/responses", body).text, re.M)]
+    progress = [event for event in events if "prompt_progress" in event]
+    assert progress and all(event["type"] == "response.in_progress" for event in progress), events
+    for event in progress:
+        assert event["prompt_progress"]["total"] > 0, event
+        assert event["prompt_progress"]["processed"] >= event["prompt_progress"]["cache"], event
+    timed = [event for event in events if "timings" in event]
+    assert all({"prompt_per_second", "predicted_per_second"} <= set(event["timings"]) for event in timed), timed
+    assert any(event["type"] == "response.output_text.delta" for event in timed), timed
+    numbers = [event["sequence_number"] for event in events]
+    assert numbers == sorted(set(numbers)), numbers
+    # An answer that its limit has cut ends as OpenAI has it.
+    assert events[-1]["type"] == "response.incomplete" and "usage" in events[-1]["response"] and "timings" in events[-1]
+
+
 @check("same", "embedding: invalid_input")
 def _():
     refused(ask("POST", "/v1/embeddings", {"input": ""}))
+
+
+@check("different", "infill, rerank, lora: all")
+def _():
+    refused(ask("POST", "/infill", {"input_prefix": "x", "input_suffix": "y"}), status=501)
+    refused(ask("POST", "/rerank", {"query": "x", "documents": ["y"]}), status=501)
+    refused(ask("GET", "/lora-adapters"), status=501)
+
+
+@check("same", "metrics: prompt_processed_and_cached")
+def _():
+    def counted(name):
+        return int(re.search(rf"^llamacpp:{name}_total{{[^}}]*}} (\d+)$", ask("GET", "/metrics").text, re.M)[1])
+
+    names = {"prompt_tokens": "prompt_n", "prompt_tokens_cached": "cache_n"}
+    before = {name: max(counted(name) for _ in range(5)) for name in names}
+    done = [native(prompt="the quick brown fox jumps over the lazy dog" * 3, n_predict=4).body["timings"] for _ in range(2)]
+    assert done[1]["cache_n"] > 0, done
+    for name, told in names.items():
+        expected = before[name] + sum(timings[told] for timings in done)
+        assert any(counted(name) == expected for _ in range(50)), (name, before, counted(name), done)
 
 
 @check("same", "metrics: prometheus_format", "metrics: predicted_total_matches_requests")
 def _():
     def metrics():
         said = ask("GET", "/metrics").text
-        for name in ("requests_processing", "prompt_tokens_total", "tokens_predicted_total", "n_decode_total"):
+        for name in ("requests_processing", "requests_deferred", "prompt_tokens_total", "prompt_tokens_cached_total",
+                     "prompt_seconds_total", "tokens_predicted_total", "tokens_predicted_seconds_total", "n_decode_total",
+                     "prompt_tokens_seconds", "predicted_tokens_seconds"):
             name = name.removesuffix("_total") if f"# TYPE llamacpp:{name} " not in said else name
             assert f"# TYPE llamacpp:{name} " in said and f"# HELP llamacpp:{name} " in said, said
         return int(re.search(r"^llamacpp:tokens_predicted_total{[^}]*} (\d+)$", said, re.M)[1])
@@ -360,10 +564,15 @@ def _():
     assert any(metrics() == before + 7 for _ in range(50)), (before, metrics())
 
 
-@check("same", "metrics: timings_are_finite")
+@check("same", "metrics: timings_are_finite", "metrics: generation_rate_excludes_first_token")
 def _():
-    timings = complete().body["timings"]
-    assert timings["prompt_ms"] > 0 and all(value is not None and value >= 0 for value in timings.values()), timings
+    for n in (1, 8):
+        timings = native(n_predict=n).body["timings"]
+        assert timings["prompt_ms"] > 0 and timings["prompt_per_token_ms"] > 0, timings
+        assert all(value is not None and value >= 0 for value in timings.values()), timings
+        rate = 1e3 / timings["predicted_ms"] * (n - 1) if n > 1 else 0
+        assert timings["predicted_n"] == n and abs(timings["predicted_per_second"] - rate) < 1e-6, timings
+        assert n > 1 or timings["predicted_per_token_ms"] == 0, timings
 
 
 def rows(table):

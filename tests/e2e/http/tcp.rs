@@ -95,6 +95,74 @@ fn a_key_with_all_its_connections_gets_no_further_one_and_another_key_does() {
     daemon.wait_until("free", || ask(port, "GET", "/v1/models", &with_key(HALL), None).status == 200);
 }
 
+/// What a client has that says nothing of who it is, and does not come to an end.
+fn stranger(port: u16) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.write_all(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\nx: ").unwrap();
+    stream
+}
+
+#[test]
+fn connections_without_a_key_take_no_place_of_those_with_one() {
+    let (_daemon, port, _dir) = start_with(&["limits.connections=4", "limits.per_user_connections=4"]);
+    let mut strangers: Vec<TcpStream> = (0..70).map(|_| stranger(port)).collect();
+    for _ in 0..3 {
+        assert_eq!(ask(port, "GET", "/v1/models", &with_key(HALL), None).status, 200);
+        strangers.extend((0..10).map(|_| stranger(port)));
+    }
+    // The oldest have gone for them: what they read is the end, or that their head came too late.
+    let mut nothing = [0];
+    assert!(matches!(strangers[0].read(&mut nothing), Ok(0) | Err(_)));
+    // A key that is wrong makes nobody known, and one connection that is known stays beside any number of others.
+    let mut known = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut asked = |head: &str| {
+        known.write_all(format!("GET /health HTTP/1.1\r\n{head}\r\n").as_bytes()).unwrap();
+        let mut start = [0; 12];
+        known.read_exact(&mut start).unwrap();
+        let mut rest = String::new();
+        while !rest.ends_with('}') {
+            let mut byte = [0];
+            known.read_exact(&mut byte).unwrap();
+            rest.push(byte[0].into());
+        }
+        String::from_utf8(start.to_vec()).unwrap()
+    };
+    assert_eq!(asked(&with_key(HALL)), "HTTP/1.1 200");
+    strangers.extend((0..80).map(|_| stranger(port)));
+    assert_eq!(ask(port, "GET", "/v1/models", &with_key(BATH), None).status, 200);
+    assert_eq!(asked(&with_key(HALL)), "HTTP/1.1 200");
+}
+
+/// A request whose body is awaited: the daemon has told it to send one.
+fn announced(port: u16, key: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let head = format!("{}expect: 100-continue\r\ncontent-length: 65536\r\n", with_key(key));
+    stream.write_all(format!("POST /tokenize HTTP/1.1\r\n{head}\r\n").as_bytes()).unwrap();
+    let mut start = [0; 25];
+    stream.read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"HTTP/1.1 100 Continue\r\n\r\n");
+    stream
+}
+
+#[test]
+fn the_bodies_of_one_user_that_do_not_come_have_those_of_nobody_else_refused() {
+    let (_daemon, port, _dir) = start_with(&["limits.body=64KiB"]);
+    // All the memory there is for bodies on their way.
+    let mut slow: Vec<TcpStream> = (0..8).map(|_| announced(port, HALL)).collect();
+    let body = json!({ "content": "x".repeat(60_000) });
+    let mine = ask(port, "POST", "/tokenize", &with_key(HALL), Some(&body));
+    assert_eq!((mine.status, mine.json()["error"]["code"].clone()), (429, json!("too_many_bodies")));
+    assert_eq!(ask(port, "POST", "/tokenize", &with_key(BATH), Some(&body)).status, 200);
+    // The oldest of the others has made room for it, and only that one.
+    let mut told = [0; 12];
+    slow[0].read_exact(&mut told).unwrap();
+    assert_eq!(&told, b"HTTP/1.1 429");
+    slow[1].write_all(&[b' '; 65_536 - 15]).unwrap();
+    slow[1].write_all(b"{\"content\":\"x\"}").unwrap();
+    slow[1].read_exact(&mut told).unwrap();
+    assert_eq!(&told, b"HTTP/1.1 200");
+}
+
 #[test]
 fn pages_of_other_sites_are_refused_though_they_have_the_key() {
     let (_daemon, port, _dir) = start();

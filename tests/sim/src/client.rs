@@ -116,7 +116,11 @@ impl State {
                 self.end = Some(End::Finished);
             }
             Event::Failed(failure) => self.end = Some(End::Failed(failure.clone())),
-            Event::Sampled { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } | Event::Likelihood(_) => {
+            Event::Sampled { .. }
+            | Event::Reasoning { .. }
+            | Event::ToolCall { .. }
+            | Event::Likelihood(_)
+            | Event::Progress(_) => {
                 return Err(format!("{event:?} is not for clients"));
             }
         }

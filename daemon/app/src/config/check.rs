@@ -40,6 +40,7 @@ pub(super) const KEYS: &[&str] = &[
     "memory.slow_tier",
     "memory.total",
     "model.*.activations",
+    "model.*.aliases",
     "model.*.keep_alive",
     "model.*.kv_dtype",
     "model.*.load",

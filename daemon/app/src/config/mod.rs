@@ -157,6 +157,9 @@ impl Config {
                 return Some(wrong);
             }
         }
+        if let Some(wrong) = model::ambiguous_name(&self.model) {
+            return Some(wrong);
+        }
         let out = |(key, value, low, high): &(String, u64, u64, u64)| {
             let inside = (low..=high).contains(&value);
             (!inside).then(|| (key.clone(), format!("is {value}, must be {low} to {high}")))
@@ -290,6 +293,17 @@ mod tests {
         let sets = ["model.\"smol-1.7\".top_k=5", "model.\"smol-1.7\".path=/x"];
         assert_eq!(load("", &sets).unwrap().model["smol-1.7"].top_k, Some(5));
         assert!(load("", &["model.a.top_k=5"]).unwrap_err().contains("path"));
+    }
+
+    #[test]
+    fn a_name_is_of_one_model() {
+        let text = |aliases: &str| format!("[model.a]\npath = \"/a\"\naliases = {aliases}\n[model.b]\npath = \"/b\"\n");
+        assert_eq!(load(&text("[\"gpt-4o\", \"x\"]"), &[]).unwrap().model["a"].aliases, ["gpt-4o", "x"]);
+        for wrong in ["[\"b\"]", "[\"x\", \"x\"]", "[\"a\"]"] {
+            let said = load(&text(wrong), &[]).unwrap_err();
+            assert!(said.starts_with("FILE:3: model.a.aliases") && said.contains("already"), "{said}");
+        }
+        assert!(load(&text("[\"\"]"), &[]).unwrap_err().contains("1 to 256"));
     }
 
     #[test]

@@ -2,7 +2,13 @@
 
 use super::{KeepAlive, LoadWhen, Relay};
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+
+/// Most other names of a model.
+const ALIASES_MAX: usize = 32;
+/// Longest other name in bytes.
+const ALIAS_BYTES_MAX: usize = 256;
 
 /// `[model.<name>]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -17,6 +23,9 @@ pub struct Model {
     /// How that engine is asked.
     #[serde(default)]
     pub relay: Option<Relay>,
+    /// Other names that requests may have for it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
     /// Most tokens of prompt and answer; `None`: as many as the model was trained for.
     #[serde(default)]
     pub max_context: Option<u32>,
@@ -42,7 +51,8 @@ impl Model {
     pub fn at(path: PathBuf) -> Self {
         let (upstream, relay, max_context, top_k, keep_alive) = (None, None, None, None, None);
         let (activations, kv_dtype, load) = (Activations::default(), None, LoadWhen::default());
-        Self { path, upstream, relay, max_context, top_k, activations, kv_dtype, load, keep_alive }
+        let aliases = Vec::new();
+        Self { path, upstream, relay, aliases, max_context, top_k, activations, kv_dtype, load, keep_alive }
     }
 
     /// What of it does not go together.
@@ -62,6 +72,26 @@ impl Model {
             None => None,
         }
     }
+}
+
+/// The first name that is one of two models, or none.
+pub(super) fn ambiguous_name(models: &BTreeMap<String, Model>) -> Option<(String, String)> {
+    let mut taken: BTreeSet<&str> = models.keys().map(String::as_str).collect();
+    for (name, model) in models {
+        let wrong = |reason: String| Some((format!("model.{name}.aliases"), reason));
+        if model.aliases.len() > ALIASES_MAX {
+            return wrong(format!("has {} names, {ALIASES_MAX} are allowed", model.aliases.len()));
+        }
+        for alias in &model.aliases {
+            if alias.is_empty() || alias.len() > ALIAS_BYTES_MAX {
+                return wrong(format!("has a name of {} bytes, must be 1 to {ALIAS_BYTES_MAX}", alias.len()));
+            }
+            if !taken.insert(alias) {
+                return wrong(format!("has '{alias}', which is a model's name already"));
+            }
+        }
+    }
+    None
 }
 
 fn is_empty(path: &Path) -> bool {

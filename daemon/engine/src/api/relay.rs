@@ -126,6 +126,8 @@ pub trait Upstream: Send + Sync + std::fmt::Debug {
 pub struct UpstreamModel {
     /// Its name here.
     pub name: String,
+    /// Other names that requests may have for it.
+    pub aliases: Vec<String>,
     /// Its client.
     pub engine: Arc<dyn Upstream>,
 }

@@ -70,31 +70,41 @@ impl Compiler {
         spec: GrammarSpec,
         vocabulary: impl Fn() -> Vocabulary + Copy + Send + Sync,
     ) -> Result<Grammar, Failure> {
-        let param = spec.param();
-        let refuse = |reason: String| Failure::invalid(param, reason);
-        let source = match spec {
-            GrammarSpec::JsonObject => Source::Schema(json!({ "type": "object" })),
-            GrammarSpec::JsonSchema(schema) => Source::Schema(schema),
-            GrammarSpec::Lark(text) | GrammarSpec::Call(text) => Source::Lark(text),
-            GrammarSpec::CallOrJson { grammar, json } => {
-                // What is wrong with the JSON is said of it.
-                self.compile_with(*json, vocabulary)?;
-                Source::Lark(grammar)
+        let (param, alone) = match &spec {
+            GrammarSpec::CallOrJson { json, .. } => {
+                // Limits of a schema are those of the schema alone.
+                Source::of((**json).clone()).check().map_err(|reason| Failure::invalid(json.param(), reason))?;
+                (spec.param(), Some((**json).clone()))
             }
+            _ => (spec.param(), None),
         };
-        source.check().map_err(refuse)?;
+        let made = self.made(Source::of(spec), vocabulary);
+        made.map_err(|reason| match alone.map(|json| self.compile_with(json, vocabulary)) {
+            // What is wrong with the JSON is said of it. It is made alone only where both together are not: a
+            // compilation may take as long as a request has to wait for its first token.
+            Some(Err(of_json)) => of_json,
+            _ => Failure::invalid(param, reason),
+        })
+    }
+
+    /// One compilation, or why there is no grammar.
+    fn made(
+        &self,
+        source: Source,
+        vocabulary: impl Fn() -> Vocabulary + Copy + Send + Sync,
+    ) -> Result<Grammar, String> {
+        source.check()?;
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let work = || {
             let factory = self.factory.get_or_init(|| vocabulary().factory()).as_ref().map_err(Clone::clone)?;
             build(factory, &source)
         };
-        let compiled = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let thread = std::thread::Builder::new().name("grammar".to_owned()).stack_size(STACK_BYTES);
             let thread =
                 thread.spawn_scoped(scope, work).map_err(|error| format!("cannot be compiled now: {error}"))?;
             thread.join().map_err(|_| "cannot be compiled: llguidance panicked".to_owned())?
-        });
-        compiled.map_err(refuse)
+        })
     }
 }
 
@@ -104,6 +114,15 @@ enum Source {
 }
 
 impl Source {
+    fn of(spec: GrammarSpec) -> Self {
+        match spec {
+            GrammarSpec::JsonObject => Self::Schema(json!({ "type": "object" })),
+            GrammarSpec::JsonSchema(schema) => Self::Schema(schema),
+            GrammarSpec::Lark(text) | GrammarSpec::Call(text) => Self::Lark(text),
+            GrammarSpec::CallOrJson { grammar, .. } => Self::Lark(grammar),
+        }
+    }
+
     fn check(&self) -> Result<(), String> {
         match self {
             Self::Schema(schema) if schema.is_object() => guard::check_schema(schema),

@@ -34,7 +34,7 @@ fn measure(n: u32) -> (Vec<Duration>, u64) {
             let began = Instant::now();
             scheduler.tend(now);
             assert!(scheduler.has_work() && scheduler.schedule(batch, now));
-            scheduler.computed(&[]);
+            scheduler.computed(&[], now);
             let sampled = scheduler.take_sampled();
             scheduler.give_back_sampled(sampled);
             scheduler.took(Duration::from_millis(9));

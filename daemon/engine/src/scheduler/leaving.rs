@@ -42,6 +42,15 @@ impl Scheduler {
         self.leaving.retain(|sequence| sequence.parked_for(now) <= limit * 2);
     }
 
+    /// Tells those of the scheduled step that want to hear it how far their prompts are read.
+    pub(super) fn tell_read(&mut self, now: Duration) {
+        for &(index, _) in &self.scheduled {
+            let sequence = &mut self.running[index];
+            sequence.tell_read(now);
+            sequence.deliver(now);
+        }
+    }
+
     /// Takes sequences, given by ascending index, out of the pool: those that are at their end, and those that begin
     /// again.
     pub(crate) fn finish(&mut self, indices: &[(usize, Leaves)], now: Duration) {

@@ -6,6 +6,17 @@ use sha2::{Digest, Sha256};
 use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
 use std::collections::VecDeque;
 
+/// Why nothing follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// A stop string was reached, or the only call is made.
+    Stopped,
+    /// The model has ended it, or the grammar.
+    Complete,
+    /// A limit has cut it, and what is said of it need not stand in a conversation.
+    CutOff,
+}
+
 /// The text of an answer on its way to the listener.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -60,8 +71,10 @@ impl Answer {
         piece.stopped || self.is_over()
     }
 
-    /// Adds what was held back: half a character, the start of a stop string or of a tag.
-    pub(super) fn finish(&mut self, stopped: bool, outbox: &mut VecDeque<Event>) {
+    /// Adds what was held back: half a character, the start of a stop string or of a tag; of a call that a limit has cut,
+    /// what is there of it. In a session such a call stays text, since the conversation must be one that goes on.
+    pub(super) fn finish(&mut self, end: End, outbox: &mut VecDeque<Event>) {
+        let stopped = end == End::Stopped;
         let mut rest = String::new();
         if !stopped {
             rest = self.stops.push(&self.stream.finish()).text;
@@ -70,7 +83,7 @@ impl Answer {
         match &mut self.parser {
             Some(parser) => {
                 let mut events = parser.push(&rest);
-                events.extend(parser.finish());
+                events.extend(if end == End::CutOff { parser.cut_off() } else { parser.finish() });
                 self.tell(events, outbox);
             }
             None if rest.is_empty() => {}
@@ -92,6 +105,11 @@ impl Answer {
                 }
             });
         }
+    }
+
+    /// The stop string that was reached.
+    pub(super) fn stopped_by(&self) -> Option<String> {
+        self.stops.reached().map(str::to_owned)
     }
 
     /// Tokens of reasoning so far, and of the tags around it.

@@ -13,6 +13,7 @@ use std::time::Duration;
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) name: String,
+    pub(crate) aliases: Vec<String>,
     pub(crate) residence: Residence,
     standing: Mutex<Standing>,
     /// Bytes uploaded, in thousandths of all.
@@ -104,7 +105,7 @@ impl Standing {
 }
 
 impl Slot {
-    pub(crate) fn new(name: String, residence: Residence) -> Self {
+    pub(crate) fn new(name: String, aliases: Vec<String>, residence: Residence) -> Self {
         let phase = if residence.at_start { Phase::Loading } else { Phase::Unloaded };
         let standing = Standing {
             phase,
@@ -119,6 +120,7 @@ impl Slot {
         };
         Self {
             name,
+            aliases,
             residence,
             standing: Mutex::new(standing),
             progress_permille: AtomicU64::new(0),

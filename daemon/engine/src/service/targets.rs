@@ -40,18 +40,29 @@ impl Service {
     /// The model `name` of an engine elsewhere. [`DEFAULT_MODEL`] is the first of them where this box has none.
     pub(super) fn upstream(&self, name: &str) -> Option<&UpstreamModel> {
         let first = || self.upstreams.first().filter(|_| name == DEFAULT_MODEL && self.slots.is_empty());
-        self.upstreams.iter().find(|upstream| upstream.name == name).or_else(first)
+        let called = |upstream: &&UpstreamModel| upstream.name == name || upstream.aliases.iter().any(|a| a == name);
+        self.upstreams.iter().find(called).or_else(first)
     }
 
     /// What engines elsewhere serve, in the order of the configuration.
     pub(super) fn upstream_statuses(&self) -> impl Iterator<Item = ModelStatus> {
         self.upstreams.iter().map(|upstream| ModelStatus {
             name: upstream.name.clone(),
+            aliases: upstream.aliases.clone(),
             state: ModelState::Elsewhere(upstream.engine.status()),
             stats: upstream.engine.stats(),
             board: Board::default(),
             keeping: Keeping::default(),
         })
+    }
+
+    /// `name`, or where that is another name of a model, the one in the configuration: what is kept for longer than a
+    /// request, is kept under that.
+    pub fn canonical<'n>(&'n self, name: &'n str) -> &'n str {
+        let here = self.slots.iter().map(|slot| (slot.name.as_str(), &slot.aliases));
+        let all = here.chain(self.upstreams.iter().map(|upstream| (upstream.name.as_str(), &upstream.aliases)));
+        let found = all.into_iter().find(|(_, aliases)| aliases.iter().any(|alias| alias == name));
+        found.map_or(name, |(own, _)| own)
     }
 
     /// Names of all models, for people.

@@ -53,7 +53,7 @@ impl Listener {
             // The next daemon goes on with it.
             Event::Failed(Failure::ShuttingDown) => self.end = Some(End::Cut),
             Event::Failed(_) => self.end = Some(End::Failed),
-            Event::Queued { .. } | Event::Sampled { .. } | Event::Likelihood(_) => {}
+            Event::Queued { .. } | Event::Sampled { .. } | Event::Progress(_) | Event::Likelihood(_) => {}
         }
         self.events.push_back(event);
     }

@@ -27,6 +27,9 @@ pub struct Wishes {
     /// When it is to begin; no part of what the answer depends on.
     #[serde(skip)]
     pub urgency: Urgency,
+    /// Whether its listener wants to hear how far it is; a turn that goes on after a cut has another listener.
+    #[serde(skip)]
+    pub progress: bool,
 }
 
 impl Wishes {
@@ -44,6 +47,7 @@ impl Wishes {
             one_call: self.one_call,
             reading: None,
             logprobs: None,
+            progress: self.progress,
             urgency: self.urgency,
             turn: None,
             lease: None,

@@ -2,7 +2,8 @@
 //!
 //! No clock and no I/O: text goes in, events come out. What is not decided yet waits: a piece that may be the start of
 //! a tag, whitespace that may belong to one, a call that is not complete. A call is one event, when it is whole: so
-//! one that turns out malformed or is cut off can still become content, which it then does, letter for letter.
+//! one that turns out malformed can still become content, which it then does, letter for letter. So does one that is
+//! not complete at the end, unless the reader is told that a limit has cut the answer (`cut_off`).
 //! However an answer is cut into pieces, the events in a row say the same.
 //!
 //! Line breaks around the tags of reasoning are layout and are dropped, as is up to 64 bytes of whitespace before a
@@ -36,7 +37,7 @@ pub enum OutputEvent {
         index: u32,
         /// The function; need not be one that was offered.
         name: String,
-        /// A JSON object.
+        /// A JSON object; of a call that a limit has cut, what is there of one.
         arguments: String,
     },
 }
@@ -99,6 +100,8 @@ pub struct OutputParser {
     calls: u32,
     /// Calls before the block that is being read.
     calls_before: u32,
+    /// A limit has cut the answer.
+    is_cut: bool,
     events: Vec<OutputEvent>,
 }
 
@@ -111,7 +114,7 @@ impl OutputParser {
         };
         let fresh = format.thinking == Thinking::Open;
         let (pending, events) = (String::new(), Vec::new());
-        Self { format, state, pending, searched: 0, fresh, calls: 0, calls_before: 0, events }
+        Self { format, state, pending, searched: 0, fresh, calls: 0, calls_before: 0, is_cut: false, events }
     }
 
     /// Adds a piece of the answer.
@@ -127,6 +130,13 @@ impl OutputParser {
 
     /// Ends the answer: what waited is text.
     pub fn finish(&mut self) -> Vec<OutputEvent> {
+        self.run(true)
+    }
+
+    /// Ends an answer that a limit has cut: a call whose function is known is told with what is there of its arguments,
+    /// all else that waited is text.
+    pub fn cut_off(&mut self) -> Vec<OutputEvent> {
+        self.is_cut = true;
         self.run(true)
     }
 
@@ -255,6 +265,15 @@ impl OutputParser {
             return self.not_a_call(cut, end);
         }
         let Some(close) = close else {
+            let (format, text) = (&self.format, &self.pending[body..]);
+            let cut = if end && self.is_cut { format.syntax.cut(text, &format.string_parameters) } else { None };
+            if let Some((name, arguments)) = cut {
+                self.take(self.pending.len());
+                self.events.push(OutputEvent::ToolCall { index: self.calls, name, arguments });
+                self.calls += 1;
+                self.state = State::Content;
+                return false;
+            }
             if end {
                 return self.not_a_call(self.pending.len(), end);
             }
@@ -429,6 +448,49 @@ mod tests {
     }
 
     #[test]
+    fn a_call_that_a_limit_has_cut_is_told_as_far_as_it_is_there_once_its_function_is_known() {
+        let cut = |syntax: ToolSyntax, text: &str| {
+            let mut parser = parser(Thinking::None, syntax);
+            let mut events = parser.push(text);
+            events.extend(parser.cut_off());
+            assert_eq!(parser.cut_off(), [], "{text}");
+            events
+        };
+        for (syntax, text, arguments) in [
+            (ToolSyntax::Hermes, "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"a\": [1, \"x", "{\"a\": [1, \"x"),
+            (ToolSyntax::Hermes, "<tool_call>{\"name\":\"f\",\"arguments\":{\"a\": 1}}\n</tool_c", "{\"a\": 1}"),
+            (ToolSyntax::Hermes, "<tool_call>{\"name\": \"f\"", ""),
+            (ToolSyntax::Hermes, "<tool_call>{\"name\": \"f\", \"argum", ""),
+            (ToolSyntax::DeepSeekV3, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>f<｜tool▁sep｜>{\"a", "{\"a"),
+            (
+                ToolSyntax::DeepSeekV3,
+                "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n{\"a\": 1}\n``",
+                "{\"a\": 1}",
+            ),
+            (ToolSyntax::Glm, "<tool_call>f\n<arg_key>a</arg_key><arg_value>7</arg_value><arg_key>b", "{\"a\": 7"),
+            (
+                ToolSyntax::Dsml,
+                "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"f\">\n\
+                 <｜DSML｜parameter name=\"a\" string=\"true\">x</｜DSML｜parameter>\n<｜DSML｜parameter name=\"b",
+                "{\"a\": \"x\"",
+            ),
+        ] {
+            assert_eq!(cut(syntax, text), [call(0, "f", arguments)], "{text}");
+        }
+        for (syntax, text) in [
+            (ToolSyntax::Hermes, "<tool_call>{\"name\": \"f"),
+            (ToolSyntax::Hermes, "<tool_call>{\"arguments\": {}"),
+            (ToolSyntax::DeepSeekV3, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f"),
+            (ToolSyntax::Glm, "<tool_call>f"),
+            (ToolSyntax::Dsml, "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"f"),
+        ] {
+            assert_eq!(cut(syntax, text), [content(text)], "the function is not known yet: {text}");
+        }
+        let second = cut(ToolSyntax::Hermes, &format!("{HERMES}<tool_call>{{\"name\": \"f\", "));
+        assert_eq!(second.last(), Some(&call(2, "f", "")));
+    }
+
+    #[test]
     fn a_block_that_breaks_after_a_call_keeps_the_call() {
         let good = "<｜DSML｜function_calls>\n<｜DSML｜invoke name=\"f\">\n</｜DSML｜invoke>\n";
         let f = call(0, "f", "{}");
@@ -519,6 +581,21 @@ mod tests {
             for sizes in [&[1][..], &sizes] {
                 prop_assert_eq!(&read(parser(thinking, syntax), cut(&text, sizes)), &expect);
             }
+        }
+
+        #[test]
+        fn any_answer_may_be_cut((thinking, syntax, text) in any_answer(), sizes in prop::collection::vec(1usize..9, 1..6)) {
+            let cut_off = |pieces: &[&str]| {
+                let mut parser = parser(thinking, syntax);
+                let mut events: Vec<OutputEvent> = pieces.iter().flat_map(|piece| parser.push(piece)).collect();
+                events.extend(parser.cut_off());
+                events.into_iter().filter(|event| matches!(event, OutputEvent::ToolCall { .. })).collect::<Vec<_>>()
+            };
+            let calls = cut_off(&[text.as_str()]);
+            prop_assert_eq!(&calls, &cut_off(&cut(&text, &sizes)));
+            let told = whole(thinking, syntax, &text);
+            let told: Vec<_> = told.into_iter().filter(|event| matches!(event, OutputEvent::ToolCall { .. })).collect();
+            prop_assert!(calls.starts_with(&told) && calls.len() <= told.len() + 1, "{:?} {:?}", calls, told);
         }
 
         #[test]

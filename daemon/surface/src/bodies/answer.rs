@@ -1,10 +1,12 @@
 //! How does an answer travel? From the engine's events to OpenAI's objects: one whole body, or pieces.
 
+use super::figures::{self, Telling, timings, timings_so_far, usage};
 use super::listen::Listening;
 use super::logprobs;
 use crate::refusal::Refusal;
+use serde::Deserialize;
 use serde_json::{Value, json};
-use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Request};
+use sparsed_engine::api::{Event, FinishReason, Finished, Likelihood, Progress, Request};
 use sparsed_engine::{Service, ToolCall};
 use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -23,6 +25,8 @@ pub(crate) trait Wire: Send + 'static {
     fn opening(&self, index: usize) -> Option<Value>;
     /// The choice of a piece, if the event is one for this kind.
     fn piece(&self, event: &Event) -> Option<Value>;
+    /// The choice of a piece that says nothing of the answer.
+    fn silence(&self) -> Value;
     /// The choice of the last piece.
     fn last(&self, finish_reason: &str) -> Value;
     /// How likely tokens were that have `n_chars` characters of the answer before them.
@@ -51,6 +55,23 @@ pub(crate) struct Reply {
     pub(crate) stream: bool,
     /// A last piece with the usage.
     pub(crate) include_usage: bool,
+    /// What else the pieces say.
+    pub(crate) telling: Telling,
+}
+
+/// What goes with `stream`.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub(crate) struct StreamOptions {
+    #[serde(default)]
+    include_usage: bool,
+}
+
+impl StreamOptions {
+    /// What the client wants back.
+    pub(crate) fn reply(options: Option<Self>, stream: Option<bool>, telling: Telling) -> Reply {
+        let (stream, include_usage) = (stream.unwrap_or(false), options.unwrap_or_default().include_usage);
+        Reply { stream, include_usage, telling: if stream { telling } else { Telling::default() } }
+    }
 }
 
 /// A request as a door has read it.
@@ -82,6 +103,7 @@ pub(crate) struct Answering<W> {
     head: Head,
     wire: W,
     include_usage: bool,
+    telling: Telling,
     listening: Listening,
     choices: Vec<Choice>,
     /// Answers to each prompt.
@@ -98,6 +120,8 @@ struct Choice {
     likelihoods: Vec<Likelihood>,
     /// Characters of the tokens before these.
     n_chars: usize,
+    /// Times of the token whose text was not sent yet.
+    timings: Option<Value>,
     finished: Option<Finished>,
 }
 
@@ -116,8 +140,8 @@ impl<W: Wire> Answering<W> {
     pub(crate) fn of(wire: W) -> (Self, tokio::sync::mpsc::Sender<(usize, Event)>) {
         let (listening, engine) = Listening::of();
         let (head, choices) = (Head::new::<W>("test".to_owned()), vec![Choice::default()]);
-        let (include_usage, per_prompt, ready) = (false, 1, VecDeque::new());
-        (Self { head, wire, include_usage, listening, choices, per_prompt, ready, has_ended: false }, engine)
+        let (include_usage, per_prompt, ready, telling) = (false, 1, VecDeque::new(), Telling::default());
+        (Self { head, wire, include_usage, telling, listening, choices, per_prompt, ready, has_ended: false }, engine)
     }
 }
 
@@ -132,8 +156,8 @@ impl<W: Wire> Answering<W> {
         let choices = std::iter::repeat_with(Choice::default).take(1 + siblings.len()).collect();
         let requests = std::iter::once(request).chain(siblings);
         let listening = Listening::begin(service, &head.id, requests, per_prompt).await?;
-        let (include_usage, ready) = (reply.include_usage, VecDeque::new());
-        Ok(Self { head, wire, include_usage, listening, choices, per_prompt, ready, has_ended: false })
+        let (include_usage, telling, ready) = (reply.include_usage, reply.telling, VecDeque::new());
+        Ok(Self { head, wire, include_usage, telling, listening, choices, per_prompt, ready, has_ended: false })
     }
 
     /// What the answer is called, in the log too.
@@ -165,7 +189,7 @@ impl<W: Wire> Answering<W> {
     pub(crate) fn open(&mut self) {
         for index in 0..self.choices.len() {
             if let Some(choice) = self.wire.opening(index) {
-                self.piece(index, choice, None);
+                self.piece(index, choice);
             }
         }
     }
@@ -182,20 +206,23 @@ impl<W: Wire> Answering<W> {
     fn write(&mut self, index: usize, event: Event) {
         match event {
             Event::Queued { .. } | Event::Sampled { .. } => {}
+            Event::Progress(progress) => self.progress(index, &progress),
             Event::Likelihood(likelihood) => self.choices[index].likelihoods.push(*likelihood),
             Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => {
                 if let Some(choice) = self.wire.piece(&event) {
-                    self.piece(index, choice, None);
+                    self.piece(index, choice);
                 }
             }
             Event::Finished(finished) => {
                 let choice = self.wire.last(finish_reason(finished.reason));
-                self.piece(index, choice, Some(timings(&finished)));
+                self.choices[index].timings = Some(timings(&finished));
+                self.piece(index, choice);
                 self.choices[index].finished = Some(finished);
                 let Some(all) = self.all_finished() else { return };
                 if self.include_usage {
                     let mut body = self.head.object(W::CHUNK_OBJECT, &[]);
                     body["usage"] = usage(&all, self.per_prompt);
+                    body["timings"] = all.first().map(timings).unwrap_or_default();
                     self.ready.push_back(Piece::Chunk(body));
                 }
                 self.has_ended = true;
@@ -212,13 +239,30 @@ impl<W: Wire> Answering<W> {
         self.choices.iter().map(|choice| choice.finished.clone()).collect()
     }
 
-    fn piece(&mut self, index: usize, mut choice: Value, timings: Option<Value>) {
+    /// How far the prompt is read is a piece by itself; of a token, its times go with its text.
+    fn progress(&mut self, index: usize, progress: &Progress) {
+        let of_prompt = figures::prompt_progress(progress);
+        if self.telling.timings() {
+            self.choices[index].timings = Some(timings_so_far(progress));
+        }
+        let Some(of_prompt) = of_prompt else { return };
+        if self.telling.progress() {
+            let choice = self.wire.silence();
+            self.piece(index, choice);
+            if let Some(Piece::Chunk(body)) = self.ready.back_mut() {
+                body["prompt_progress"] = of_prompt;
+            }
+        }
+    }
+
+    fn piece(&mut self, index: usize, mut choice: Value) {
         choice["index"] = json!(index);
         let state = &mut self.choices[index];
         if !state.likelihoods.is_empty() {
             choice["logprobs"] = self.wire.logprobs(&state.likelihoods, state.n_chars);
             state.n_chars += state.likelihoods.drain(..).map(|one| logprobs::n_chars(&one)).sum::<usize>();
         }
+        let timings = state.timings.take();
         let mut body = self.head.object(W::CHUNK_OBJECT, &[choice]);
         if let Some(timings) = timings {
             body["timings"] = timings;
@@ -253,7 +297,11 @@ impl Answer {
             Event::Reasoning { text } => self.reasoning += &text,
             Event::ToolCall { id, name, arguments, .. } => self.calls.push(ToolCall { id, name, arguments }),
             Event::Likelihood(likelihood) => self.likelihoods.push(*likelihood),
-            Event::Queued { .. } | Event::Sampled { .. } | Event::Finished(_) | Event::Failed(_) => {}
+            Event::Queued { .. }
+            | Event::Sampled { .. }
+            | Event::Progress(_)
+            | Event::Finished(_)
+            | Event::Failed(_) => {}
         }
     }
 }
@@ -281,38 +329,4 @@ fn finish_reason(reason: FinishReason) -> &'static str {
         FinishReason::Length => "length",
         FinishReason::ToolCalls => "tool_calls",
     }
-}
-
-/// Of all answers, so many of them to each prompt, which counts once.
-fn usage(finished: &[Finished], per_prompt: usize) -> Value {
-    let sum = |step: usize, of: fn(&Finished) -> u32| -> u64 {
-        finished.iter().step_by(step).map(|finished| u64::from(of(finished))).sum()
-    };
-    let prompt = sum(per_prompt, |finished| finished.usage.prompt_tokens);
-    let completion = sum(1, |finished| finished.usage.completion_tokens);
-    json!({
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "completion_tokens_details": { "reasoning_tokens": sum(1, |finished| finished.usage.reasoning_tokens) },
-        "prompt_tokens_details": { "cached_tokens": sum(per_prompt, |finished| finished.usage.cached_tokens) },
-    })
-}
-
-/// As llama.cpp's server has them, and the time in the queue.
-fn timings(finished: &Finished) -> Value {
-    let (usage, timings) = (finished.usage, finished.timings);
-    let rate = |n: u32, ms: f64| if ms > 0.0 { f64::from(n) * 1e3 / ms } else { 0.0 };
-    let read = usage.prompt_tokens - usage.cached_tokens;
-    let after_first = usage.completion_tokens.saturating_sub(1);
-    json!({
-        "queue_ms": timings.queue_ms,
-        "cache_n": usage.cached_tokens,
-        "prompt_n": read,
-        "prompt_ms": timings.prompt_ms,
-        "prompt_per_second": rate(read, timings.prompt_ms),
-        "predicted_n": usage.completion_tokens,
-        "predicted_ms": timings.predicted_ms,
-        "predicted_per_second": rate(after_first, timings.predicted_ms),
-    })
 }

@@ -1,6 +1,8 @@
 //! What is a chat completion? A conversation in, the assistant's next message out.
 
-use super::answer::{Answer, Asked, Reply, Wire, now};
+use super::answer::{Answer, Asked, StreamOptions, Wire, now};
+use super::figures::Telling;
+use super::forms::FormFields;
 use super::sampling::{SamplingFields, limit};
 use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
@@ -90,20 +92,6 @@ struct NamedFunction {
     name: String,
 }
 
-/// What goes with `stream`.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
-pub(crate) struct StreamOptions {
-    #[serde(default)]
-    include_usage: bool,
-}
-
-impl StreamOptions {
-    /// What the client wants back.
-    pub(crate) fn reply(options: Option<Self>, stream: Option<bool>) -> Reply {
-        Reply { stream: stream.unwrap_or(false), include_usage: options.unwrap_or_default().include_usage }
-    }
-}
-
 /// A conversation that was asked to be continued, read but not yet a prompt.
 #[derive(Debug)]
 pub(crate) struct ChatAsk {
@@ -111,6 +99,7 @@ pub(crate) struct ChatAsk {
     wishes: Wishes,
     n: u32,
     logprobs: Option<u32>,
+    telling: Telling,
 }
 
 impl ChatAsk {
@@ -120,7 +109,7 @@ impl ChatAsk {
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let (mut fields, sampling) = (parse::<ChatFields>(body)?, parse::<SamplingFields>(body)?);
-        fields::check::<ChatFields, SamplingFields>(body)?;
+        fields::check::<ChatFields, SamplingFields, FormFields>(body)?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_chat()?);
         if fields.session_id.is_some() && (n > 1 || logprobs.is_some()) {
             let name = if n > 1 { "n" } else { "logprobs" };
@@ -135,9 +124,9 @@ impl ChatAsk {
         fields.narrow()?;
         let max_tokens = limit("max_tokens", fields.max_tokens)?;
         let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?.or(max_tokens);
-        let mut wishes = sampling.wishes(max_tokens)?;
+        let mut wishes = sampling.wishes(max_tokens, parse::<FormFields>(body)?.spec()?)?;
         wishes.one_call = fields.parallel_tool_calls == Some(false);
-        Ok(Self { fields, wishes, n, logprobs })
+        Ok(Self { fields, wishes, n, logprobs, telling: sampling.telling() })
     }
 
     /// The same, whose answer is wanted although nobody waits for it.
@@ -161,12 +150,13 @@ impl ChatAsk {
         owner: Owner,
         held: impl Send + 'static,
     ) -> Result<Asked<ChatWire>, Refusal> {
-        let Self { fields, mut wishes, n, logprobs } = self;
-        let reply = StreamOptions::reply(fields.stream_options, fields.stream);
+        let Self { fields, mut wishes, n, logprobs, telling } = self;
+        let reply = StreamOptions::reply(fields.stream_options, fields.stream, telling);
+        wishes.progress = reply.telling.is_any();
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         if let Some(session) = fields.session_id.clone() {
             let own = sessions::model_of(service, owner, &session).await?;
-            if let Some(model) = fields.model.as_ref().filter(|model| **model != own) {
+            if let Some(model) = fields.model.as_ref().filter(|model| service.canonical(model) != own) {
                 let reason = format!("is '{model}', the session's is '{own}': make a new session for another one");
                 return Err(Refusal::invalid("model", reason));
             }
@@ -378,6 +368,10 @@ impl Wire for ChatWire {
             _ => return None,
         };
         Some(Self::delta(&delta, None))
+    }
+
+    fn silence(&self) -> Value {
+        Self::delta(&json!({}), None)
     }
 
     fn last(&self, finish_reason: &str) -> Value {

@@ -1,7 +1,8 @@
 //! What is a completion? Text or token ids in, their continuation out. Works for models without a tokenizer.
 
-use super::answer::{Answer, Asked, Wire};
-use super::chat::StreamOptions;
+use super::answer::{Answer, Asked, StreamOptions, Wire};
+use super::figures::Telling;
+use super::forms::FormFields;
 use super::sampling::{SamplingFields, limit};
 use super::{fields, logprobs, models, parse};
 use crate::refusal::Refusal;
@@ -47,6 +48,7 @@ pub(crate) struct CompletionAsk {
     n: u32,
     logprobs: Option<u32>,
     is_seeded: bool,
+    telling: Telling,
 }
 
 impl CompletionAsk {
@@ -56,11 +58,14 @@ impl CompletionAsk {
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let (fields, sampling) = (parse::<CompletionFields>(body)?, parse::<SamplingFields>(body)?);
-        fields::check::<CompletionFields, SamplingFields>(body)?;
+        fields::check::<CompletionFields, SamplingFields, FormFields>(body)?;
+        let form = parse::<FormFields>(body)?.spec()?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
         fields.refuse_what_is_missing(n, logprobs.is_some())?;
-        let wishes = sampling.wishes(limit("max_tokens", fields.max_tokens.or(Some(MAX_TOKENS_DEFAULT)))?)?;
-        Ok(Self { fields, wishes, n, logprobs, is_seeded: sampling.is_seeded() })
+        let max_tokens = limit("max_tokens", fields.max_tokens.or(Some(MAX_TOKENS_DEFAULT)))?;
+        let wishes = sampling.wishes(max_tokens, form)?;
+        let (is_seeded, telling) = (sampling.is_seeded(), sampling.telling());
+        Ok(Self { fields, wishes, n, logprobs, is_seeded, telling })
     }
 
     /// Makes prompts of it, on a thread that may compute, and lets go of `held` then.
@@ -73,8 +78,9 @@ impl CompletionAsk {
         owner: Owner,
         held: impl Send + 'static,
     ) -> Result<Asked<CompletionWire>, Refusal> {
-        let Self { fields, wishes, n, logprobs, is_seeded } = self;
-        let reply = StreamOptions::reply(fields.stream_options, fields.stream);
+        let Self { fields, mut wishes, n, logprobs, is_seeded, telling } = self;
+        let reply = StreamOptions::reply(fields.stream_options, fields.stream, telling);
+        wishes.progress = reply.telling.is_any();
         let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
         // The numbers of the answers to a prompt. With a seed each prompt has those that it would have alone; without
         // one two prompts that are the same are answered differently.
@@ -240,6 +246,10 @@ impl Wire for CompletionWire {
             Event::Delta { text, tokens } => Some(self.written(text, tokens, None)),
             _ => None,
         }
+    }
+
+    fn silence(&self) -> Value {
+        self.written("", &[], None)
     }
 
     fn last(&self, finish_reason: &str) -> Value {

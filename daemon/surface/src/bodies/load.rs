@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 use sparsed_engine::api::Owner;
+use sparsed_engine::memory::Outlook;
 use sparsed_engine::{Left, ModelStatus, Service};
 use std::time::{Duration, Instant};
 
@@ -22,6 +23,12 @@ pub(crate) fn memory(service: &Service) -> Value {
         "pressure": outlook.pressure.name(),
         "headroom_bytes": is_known.then_some(outlook.headroom_bytes),
     })
+}
+
+/// Bytes that may be taken yet. Nothing where nothing limits the memory, or nobody has looked yet.
+pub(crate) fn headroom(outlook: &Outlook) -> Option<u64> {
+    let is_known = outlook.number > 0 && outlook.headroom_bytes < i64::MAX;
+    is_known.then(|| u64::try_from(outlook.headroom_bytes).unwrap_or(0))
 }
 
 /// What keeps a model in memory, and how often it came and went.

@@ -18,6 +18,18 @@ pub(super) fn of_chat(likelihoods: &[Likelihood]) -> Value {
     json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
 }
 
+/// `completion_probabilities` of llama.cpp's: a chat's, with the tokens' ids.
+pub(super) fn of_native(likelihoods: &[Likelihood]) -> Value {
+    let entry =
+        |one: &TokenLogprob| json!({ "id": one.token, "token": name(one), "bytes": one.bytes, "logprob": number(one) });
+    let all = likelihoods.iter().map(|likelihood| {
+        let mut told = entry(&likelihood.chosen);
+        told["top_logprobs"] = likelihood.top.iter().map(entry).collect();
+        told
+    });
+    all.collect()
+}
+
 /// `logprobs` of a text completion's choice. `offset`: characters of the text before these tokens.
 pub(super) fn of_completion(likelihoods: &[Likelihood], mut offset: usize) -> Value {
     let (mut tokens, mut logprobs, mut top, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());

@@ -5,10 +5,13 @@ mod chat;
 mod completions;
 mod entry;
 mod fields;
+pub(crate) mod figures;
+mod forms;
 pub(crate) mod listen;
 pub(crate) mod load;
 mod logprobs;
 pub(crate) mod models;
+pub(crate) mod native;
 pub(crate) mod ollama;
 pub(crate) mod responses;
 mod sampling;
@@ -20,7 +23,7 @@ pub(crate) use answer::{Answering, Asked, Piece, Wire};
 pub(crate) use chat::ChatAsk;
 #[cfg(test)]
 pub(crate) use chat::ChatWire;
-pub(crate) use completions::CompletionAsk;
+pub(crate) use completions::{CompletionAsk, CompletionWire};
 
 use crate::refusal::Refusal;
 use serde::de::DeserializeOwned;

@@ -95,7 +95,11 @@ pub(crate) fn is_offered(status: &ModelStatus) -> bool {
 fn listed(status: &ModelStatus) -> Value {
     let mut entry = match &status.state {
         ModelState::Ready(served) => entry(&status.name, served),
-        ModelState::Elsewhere(upstream) => return entry_elsewhere(&status.name, upstream),
+        ModelState::Elsewhere(upstream) => {
+            let mut entry = entry_elsewhere(&status.name, upstream);
+            entry["aliases"] = json!(status.aliases);
+            return entry;
+        }
         _ => json!({ "id": status.name, "object": "model", "created": 0, "owned_by": "sparsed" }),
     };
     let value = match &status.state {
@@ -104,7 +108,7 @@ fn listed(status: &ModelStatus) -> Value {
         ModelState::Loading { .. } => "loading",
         ModelState::Failed(_) => "failed",
     };
-    entry["status"] = json!({ "value": value });
+    (entry["status"], entry["aliases"]) = (json!({ "value": value }), json!(status.aliases));
     entry
 }
 

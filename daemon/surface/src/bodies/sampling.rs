@@ -1,5 +1,6 @@
 //! Which sampling parameters does a request carry? The fields that chat and completions share.
 
+use super::figures::Telling;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
@@ -30,12 +31,11 @@ pub(crate) struct SamplingFields {
     priority: Option<i64>,
     /// Ours: a request that has not begun by then fails.
     deadline_ms: Option<u64>,
-    response_format: Option<ResponseFormat>,
-    /// llama.cpp's name; here in llguidance's dialect of Lark.
-    grammar: Option<String>,
     /// Of chats whether, of completions how many.
     logprobs: Option<Value>,
     top_logprobs: Option<u32>,
+    return_progress: Option<bool>,
+    timings_per_token: Option<bool>,
     // What would change the answer and is not served.
     store: Option<Value>,
     functions: Option<Value>,
@@ -43,21 +43,6 @@ pub(crate) struct SamplingFields {
     audio: Option<Value>,
     prediction: Option<Value>,
     web_search_options: Option<Value>,
-}
-
-/// OpenAI's `response_format`; `schema` beside `json_object` as llama.cpp has it.
-#[derive(Clone, Debug, Deserialize)]
-struct ResponseFormat {
-    #[serde(rename = "type")]
-    kind: String,
-    schema: Option<Value>,
-    json_schema: Option<JsonSchema>,
-}
-
-/// Its `name`, `description` and `strict` change nothing: a schema is always followed.
-#[derive(Clone, Debug, Deserialize)]
-struct JsonSchema {
-    schema: Option<Value>,
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -68,17 +53,18 @@ enum Stop {
 }
 
 impl SamplingFields {
-    /// All that an answer is wished to be.
-    pub(crate) fn wishes(&self, max_tokens: Option<u32>) -> Result<Wishes, Refusal> {
+    /// All that an answer is wished to be; `grammar` is its form.
+    pub(crate) fn wishes(&self, max_tokens: Option<u32>, grammar: Option<GrammarSpec>) -> Result<Wishes, Refusal> {
         Ok(Wishes {
             max_tokens,
-            grammar: self.grammar()?,
+            grammar,
             sampling: self.sampling()?,
             stops: self.stops()?,
             ignore_end: self.ignore_end(),
             one_call: false,
             in_background: false,
             urgency: self.urgency()?,
+            progress: false,
         })
     }
 
@@ -120,33 +106,14 @@ impl SamplingFields {
         Ok(checked_stops(stops)?)
     }
 
-    /// What the answer must be, if the request says so.
-    pub(crate) fn grammar(&self) -> Result<Option<GrammarSpec>, Refusal> {
-        let format = match &self.response_format {
-            None => None,
-            Some(ResponseFormat { kind, schema, json_schema }) => match kind.as_str() {
-                "text" => None,
-                "json_object" => Some(schema.clone().map_or(GrammarSpec::JsonObject, GrammarSpec::JsonSchema)),
-                "json_schema" => {
-                    let schema = json_schema.as_ref().and_then(|format| format.schema.clone());
-                    let none = || Refusal::invalid("response_format", "has no json_schema.schema");
-                    Some(GrammarSpec::JsonSchema(schema.ok_or_else(none)?))
-                }
-                other => {
-                    let reason = format!("is of type '{other}'; text, json_object and json_schema are served");
-                    return Err(Refusal::invalid("response_format", reason));
-                }
-            },
-        };
-        match (format, &self.grammar) {
-            (Some(_), Some(_)) => Err(Refusal::invalid("grammar", "and response_format exclude each other")),
-            (format, grammar) => Ok(format.or_else(|| grammar.clone().map(GrammarSpec::Lark))),
-        }
-    }
-
     /// When the request is to begin.
     pub(crate) fn urgency(&self) -> Result<Urgency, Refusal> {
         Ok(Urgency::checked(self.priority, self.deadline_ms)?)
+    }
+
+    /// What the client wants to hear beside the answer.
+    pub(crate) fn telling(&self) -> Telling {
+        Telling { return_progress: self.return_progress, timings_per_token: self.timings_per_token }
     }
 
     /// Whether the client has chosen the seed.
@@ -260,28 +227,6 @@ mod tests {
         assert_eq!((sampling.temperature, sampling.top_k, sampling.seed), (0.0, 0, u64::MAX - 2));
         assert_eq!(sampling.logit_bias, [(7, 1.5)]);
         assert_eq!(fields(r#"{"stop": "x"}"#).stops().unwrap(), ["x"]);
-    }
-
-    #[test]
-    fn a_request_says_what_the_answer_must_be() {
-        let spec = |json: &str| fields(json).grammar().map_err(|error| error.body()["error"]["param"].clone());
-        let schema = |value: Value| Ok(Some(GrammarSpec::JsonSchema(value)));
-        let any = serde_json::json!({ "type": "array" });
-        assert_eq!(spec("{}"), Ok(None));
-        assert_eq!(spec(r#"{"response_format": {"type": "text"}}"#), Ok(None));
-        assert_eq!(spec(r#"{"response_format": {"type": "json_object"}}"#), Ok(Some(GrammarSpec::JsonObject)));
-        let openai = r#"{"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": true, "schema": {"type": "array"}}}}"#;
-        assert_eq!(spec(openai), schema(any.clone()));
-        let llama = r#"{"response_format": {"type": "json_object", "schema": {"type": "array"}}}"#;
-        assert_eq!(spec(llama), schema(any));
-        assert_eq!(spec(r#"{"grammar": "start: \"a\""}"#), Ok(Some(GrammarSpec::Lark("start: \"a\"".to_owned()))));
-        for (json, param) in [
-            (r#"{"response_format": {"type": "xml"}}"#, "response_format"),
-            (r#"{"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}"#, "response_format"),
-            (r#"{"response_format": {"type": "json_object"}, "grammar": "start: \"a\""}"#, "grammar"),
-        ] {
-            assert_eq!(spec(json), Err(param.into()), "{json}");
-        }
     }
 
     #[test]

@@ -2,8 +2,9 @@
 //!
 //! All of it belongs to the caller; another one's session is not found.
 
-use super::answer::{Asked, Reply};
-use super::chat::{ChatWire, StreamOptions};
+use super::answer::{Asked, Reply, StreamOptions};
+use super::chat::ChatWire;
+use super::figures::Telling;
 use super::listen::finish;
 use super::models;
 use crate::refusal::Refusal;
@@ -65,7 +66,7 @@ impl SessionFields {
 
 /// Makes a session.
 pub(crate) async fn create(service: &Service, owner: Owner, fields: SessionFields) -> Result<Value, Refusal> {
-    let model = fields.model.clone().unwrap_or_else(|| DEFAULT_MODEL.to_owned());
+    let model = service.canonical(fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).to_owned();
     let change = fields.change()?;
     let _held = models::held(service, owner, &model).await?;
     Ok(summary(&verb(service, move |service| service.create_session(owner, &model, change)).await?))
@@ -128,7 +129,7 @@ pub(crate) async fn resume(
     fields: ContinueFields,
 ) -> Result<Asked<ChatWire>, Refusal> {
     let id = session_id(id)?;
-    let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream);
+    let reply: Reply = StreamOptions::reply(fields.stream_options, fields.stream, Telling::default());
     let request = with_model(service, owner, move |service| service.resume_turn(owner, id)).await?.into();
     Ok(Asked { request, siblings: Vec::new(), per_prompt: 1, reply, wire: ChatWire })
 }

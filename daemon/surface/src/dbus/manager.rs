@@ -6,7 +6,7 @@ use super::interface::{REQUEST, Verb};
 use super::requests::Place;
 use super::values::{self, Dict};
 use super::{leases, memfd, polkit, session, stream};
-use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, models, sessions};
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, load, models, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
@@ -196,7 +196,8 @@ pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
     let states = service.models();
     let sum = |of: fn(&sparsed_engine::Stats) -> u64| states.iter().map(|model| of(&model.stats)).sum::<u64>();
     let count = |of| OwnedVariant::from(u32::try_from(sum(of)).unwrap_or(u32::MAX));
-    let health = models::health(service);
+    let (health, budget, outlook) = (models::health(service), service.budget(), service.outlook());
+    let tightest = budget.tightest();
     vec![
         ("Version", values::text(env!("CARGO_PKG_VERSION"))),
         ("State", values::text(health.state)),
@@ -209,6 +210,11 @@ pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
         ("QueuedRequests", count(|stats| u64::from(stats.load.waiting))),
         ("KvBlocksUsed", count(|stats| u64::from(stats.load.blocks_used))),
         ("KvBlocksTotal", count(|stats| u64::from(stats.load.blocks_total))),
+        ("MemoryLimit", tightest.map_or(0, |bound| bound.bytes).into()),
+        ("MemoryLimitedBy", values::text(tightest.map_or("", |bound| bound.limit.name()))),
+        ("MemoryForKv", budget.for_kv().unwrap_or(0).into()),
+        ("MemoryHeadroom", load::headroom(&outlook).unwrap_or(0).into()),
+        ("MemoryPressure", values::text(outlook.pressure.name())),
         ("SampledTokens", sum(|stats| stats.sampled_tokens).into()),
     ]
 }

@@ -1,6 +1,7 @@
 //! How does a body become a request? Bounded, parsed once, and every refusal says where.
 
 use super::Shared;
+use super::shares::Share;
 use crate::bodies::parse;
 use crate::refusal::Refusal;
 use axum::body::{BodyDataStream, Bytes};
@@ -9,12 +10,13 @@ use axum::http::header;
 use bytes::BytesMut;
 use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
-use std::sync::Arc;
+use sparsed_engine::api::Owner;
 use std::time::Duration;
-use tokio::sync::OwnedSemaphorePermit;
 
 /// How long a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// Nobody's: whose request it is, the door has said before.
+const NOBODY: Owner = Owner::Uid(u32::MAX);
 /// How much of a body that is too large is let by before the connection is closed, and for how long.
 const LET_BY_BYTES_MAX: usize = 64 << 20;
 const LET_BY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,7 +25,7 @@ const LET_BY_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Body {
     bytes: Bytes,
     /// Its share of what bodies may hold together.
-    share: OwnedSemaphorePermit,
+    share: Share,
 }
 
 impl FromRequest<Shared> for Body {
@@ -45,16 +47,20 @@ impl FromRequest<Shared> for Body {
             }
             return Err(too_large(&format!("{length} bytes"), most));
         }
-        let kib = u32::try_from(length.div_ceil(1024)).unwrap_or(u32::MAX);
-        let share = Arc::clone(&shared.bodies).try_acquire_many_owned(kib).map_err(|_| Refusal::too_many_bodies())?;
+        let owner = request.extensions().get::<Owner>().copied().unwrap_or(NOBODY);
+        let taken = shared.bodies.take(owner, length.div_ceil(1024));
+        let (share, given_up) = taken.ok_or_else(Refusal::too_many_bodies)?;
         let mut pieces = request.into_body().into_data_stream();
-        let arrived = tokio::time::timeout(BODY_TIMEOUT, gathered(&mut pieces, most)).await;
+        let arrived = tokio::select! {
+            arrived = tokio::time::timeout(BODY_TIMEOUT, gathered(&mut pieces, most)) => arrived,
+            Ok(()) = given_up => return Err(Refusal::too_many_bodies()),
+        };
         let arrived = arrived.map_err(|_| {
             let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
             Refusal::unreadable(408, "body_timeout", None, message)
         })?;
         if let Some(bytes) = arrived? {
-            return Ok(Self { bytes, share });
+            return if share.has_arrived() { Ok(Self { bytes, share }) } else { Err(Refusal::too_many_bodies()) };
         }
         drop(share);
         let_by(&mut pieces).await;
@@ -113,7 +119,7 @@ impl Body {
     }
 
     /// Lets go of the bytes, but not yet of their share: it goes when the prompt is made.
-    pub(crate) fn into_share(self) -> OwnedSemaphorePermit {
+    pub(crate) fn into_share(self) -> Share {
         self.share
     }
 }

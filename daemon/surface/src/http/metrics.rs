@@ -28,6 +28,12 @@ const GAUGES: &[Number<f64>] = &[
     ("vllm:gpu_cache_usage_perc", "As vllm:kv_cache_usage_perc, by its older name", usage),
     ("llamacpp:requests_processing", "Requests that run", |m| m.stats.load.running.into()),
     ("llamacpp:requests_deferred", "Requests that wait", |m| m.stats.load.waiting.into()),
+    ("llamacpp:prompt_tokens_seconds", "Prompt tokens computed in a second, since the start", |m| {
+        rate(read_tokens(m), m.stats.tally.prefill.sum_s)
+    }),
+    ("llamacpp:predicted_tokens_seconds", "Tokens of an answer in a second, since the start", |m| {
+        rate(m.stats.sampled_tokens, m.stats.tally.decode.sum_s)
+    }),
     ("llamacpp:kv_cache_usage_ratio", "KV blocks held, 1 is all", usage),
     ("sparsed_model_ready", "Whether the model answers", |m| f64::from(m.state.answers())),
     ("sparsed_model_leases", "Requests and leases that keep the model in memory", |m| m.keeping.n_leases.into()),
@@ -48,7 +54,8 @@ const COUNTERS: &[Number<u64>] = &[
     ("vllm:prefix_cache_queries", "Prompt tokens that were looked for", |m| m.stats.tally.prompt_tokens),
     ("vllm:prefix_cache_hits", "Prompt tokens whose rows were there", |m| m.stats.tally.cached_tokens),
     ("vllm:num_preemptions", "Sequences that gave their blocks back", |m| m.stats.tally.preempted),
-    ("llamacpp:prompt_tokens", "Prompt tokens of answers that have begun", |m| m.stats.tally.prompt_tokens),
+    ("llamacpp:prompt_tokens", "Prompt tokens that were computed, of answers that have begun", read_tokens),
+    ("llamacpp:prompt_tokens_cached", "Prompt tokens whose rows were there", |m| m.stats.tally.cached_tokens),
     ("llamacpp:tokens_predicted", "Tokens sampled", |m| m.stats.sampled_tokens),
     ("llamacpp:n_decode", "Steps", |m| m.stats.steps),
     ("sparsed_steps", "Steps", |m| m.stats.steps),
@@ -61,12 +68,33 @@ const COUNTERS: &[Number<u64>] = &[
     ("sparsed_failed_requests", "Requests without a whole answer", |m| m.stats.tally.failed),
 ];
 
+const SECONDS: &[Number<f64>] = &[
+    ("llamacpp:prompt_seconds", "Time for the prompts of answers that are complete", |m| m.stats.tally.prefill.sum_s),
+    ("llamacpp:tokens_predicted_seconds", "Time for these answers after their first token", |m| {
+        m.stats.tally.decode.sum_s
+    }),
+];
+
 const HISTOGRAMS: &[Number<Histogram>] = &[
     ("vllm:time_to_first_token_seconds", "From arrival to the first token", |m| m.stats.tally.first_token),
-    ("vllm:time_per_output_token_seconds", "Mean between two tokens of an answer", |m| m.stats.tally.per_token),
+    ("vllm:request_time_per_output_token_seconds", "Mean between two tokens of an answer", |m| m.stats.tally.per_token),
+    ("vllm:time_per_output_token_seconds", "The same, by the name that older dashboards have", |m| {
+        m.stats.tally.per_token
+    }),
+    ("vllm:request_prefill_time_seconds", "From the first step to the first token", |m| m.stats.tally.prefill),
+    ("vllm:request_decode_time_seconds", "From the first token to the last", |m| m.stats.tally.decode),
     ("vllm:request_queue_time_seconds", "From arrival to the first step", |m| m.stats.tally.queue),
     ("vllm:e2e_request_latency_seconds", "From arrival to the end", |m| m.stats.tally.whole),
 ];
+
+/// Prompt tokens that had to be computed.
+fn read_tokens(model: &ModelStatus) -> u64 {
+    model.stats.tally.prompt_tokens.saturating_sub(model.stats.tally.cached_tokens)
+}
+
+fn rate(tokens: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { tokens as f64 / seconds } else { 0.0 }
+}
 
 fn usage(model: &ModelStatus) -> f64 {
     let load = &model.stats.load;
@@ -189,6 +217,14 @@ impl Collector for Scrape {
                     .encode_counter::<[(&str, &str); 0], _, u64>(&value(model), None)?;
             }
         }
+        for (name, help, value) in SECONDS {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for model in &self.models {
+                family
+                    .encode_family(&label(model))?
+                    .encode_counter::<[(&str, &str); 0], _, u64>(&value(model), None)?;
+            }
+        }
         for (name, help, value) in HISTOGRAMS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
             for model in &self.models {
@@ -228,9 +264,11 @@ mod tests {
         stats.tally.first_token.counts[20] = 1;
         stats.tally.first_token.sum_s = 700.5;
         stats.tally.finished[1] = 9;
+        (stats.tally.prompt_tokens, stats.tally.cached_tokens, stats.tally.prefill.sum_s) = (50, 20, 1.5);
         let state = ModelState::Failed("no \"file\"".to_owned());
         let keeping = Keeping { n_loads: 3, n_left: [2, 0, 1], ..Keeping::default() };
-        let model = ModelStatus { name: "a\"b".to_owned(), state, stats, board: Board::default(), keeping };
+        let (name, aliases) = ("a\"b".to_owned(), Vec::new());
+        let model = ModelStatus { name, aliases, state, stats, board: Board::default(), keeping };
         let device = DeviceStatus {
             name: "cpu".to_owned(),
             state: DeviceState::Ready,
@@ -258,6 +296,12 @@ mod tests {
             "vllm:num_requests_running{model_name=\"a\\\"b\"} 2.0",
             "vllm:kv_cache_usage_perc{model_name=\"a\\\"b\"} 0.25",
             "vllm:generation_tokens_total{model_name=\"a\\\"b\"} 7",
+            "vllm:prompt_tokens_total{model_name=\"a\\\"b\"} 50",
+            "llamacpp:prompt_tokens_total{model_name=\"a\\\"b\"} 30",
+            "llamacpp:prompt_tokens_cached_total{model_name=\"a\\\"b\"} 20",
+            "llamacpp:prompt_seconds_total{model_name=\"a\\\"b\"} 1.5",
+            "llamacpp:prompt_tokens_seconds{model_name=\"a\\\"b\"} 20.0",
+            "# TYPE vllm:request_prefill_time_seconds histogram",
             "llamacpp:tokens_predicted_total{model_name=\"a\\\"b\"} 7",
             "vllm:request_success_total{model_name=\"a\\\"b\",finished_reason=\"length\"} 9",
             "sparsed_memory_limit_bytes{limit=\"cgroup_high\"} 1000",

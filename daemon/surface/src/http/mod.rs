@@ -5,21 +5,22 @@ mod chat;
 mod completions;
 mod count;
 mod error;
+mod llama_cpp;
 mod metrics;
 mod models;
 mod ollama;
 mod reply;
 mod responses;
 mod sessions;
-mod tokens;
+mod shares;
 
 use crate::bodies::responses::Runs;
 use axum::Router;
 use axum::middleware;
 use axum::routing::{delete, get, post};
+use shares::Shares;
 use sparsed_engine::Service;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
 
 /// Largest bodies that are held at a time, before they are prompts; smaller ones in proportion.
 const BODIES_MAX: usize = 8;
@@ -29,23 +30,20 @@ const BODIES_MAX: usize = 8;
 struct Shared {
     service: Service,
     body_bytes_max: usize,
-    /// Bytes of bodies that may still come, in KiB.
-    bodies: Arc<Semaphore>,
+    /// Memory for bodies on their way.
+    bodies: Arc<Shares>,
     /// Responses in the background.
     runs: Runs,
 }
 
 /// The whole HTTP interface.
 pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Router {
-    let bodies = Arc::new(Semaphore::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
+    let bodies = Arc::new(Shares::new(BODIES_MAX * body_bytes_max.div_ceil(1024)));
     let counted = middleware::from_fn_with_state(service.clone(), count::count);
     Router::new()
         .route("/health", get(models::health))
         .route("/ready", get(models::health))
-        .route("/props", get(tokens::props))
-        .route("/tokenize", post(tokens::tokenize))
-        .route("/detokenize", post(tokens::detokenize))
-        .route("/v1/embeddings", post(tokens::embeddings))
+        .route("/v1/embeddings", post(llama_cpp::embeddings))
         .route("/metrics", get(metrics::metrics))
         .route("/v1/status", get(models::status))
         .route("/v1/models", get(models::list))
@@ -71,10 +69,35 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .route("/v1/sessions/{id}/pin", post(sessions::pin))
         .route("/v1/sessions/{id}/export", get(sessions::export))
         .merge(ollama())
+        .merge(llama_cpp())
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(counted)
         .with_state(Shared { service, body_bytes_max, bodies, runs })
+}
+
+/// llama.cpp's own paths, and OpenAI's without the version, which its server has too.
+fn llama_cpp() -> Router<Shared> {
+    Router::new()
+        .route("/v1/health", get(models::health))
+        .route("/props", get(llama_cpp::props))
+        .route("/models", get(models::list))
+        .route("/completion", post(llama_cpp::complete))
+        .route("/completions", post(llama_cpp::complete))
+        .route("/chat/completions", post(chat::create))
+        .route("/chat/completions/input_tokens", post(chat::count))
+        .route("/responses", post(responses::create))
+        .route("/responses/input_tokens", post(responses::count))
+        .route("/apply-template", post(llama_cpp::apply_template))
+        .route("/tokenize", post(llama_cpp::tokenize))
+        .route("/detokenize", post(llama_cpp::detokenize))
+        .route("/embedding", post(llama_cpp::embeddings))
+        .route("/embeddings", post(llama_cpp::embeddings))
+        .route("/slots", get(llama_cpp::slots))
+        .route("/infill", post(llama_cpp::infill))
+        .route("/rerank", post(llama_cpp::rerank))
+        .route("/v1/rerank", post(llama_cpp::rerank))
+        .route("/lora-adapters", get(llama_cpp::adapters).post(llama_cpp::adapters))
 }
 
 /// Ollama's interface.

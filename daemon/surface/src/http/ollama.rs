@@ -294,7 +294,7 @@ pub(crate) struct PullFields {
 /// `POST /api/pull`: a model that is here needs no fetching, so scripts that begin with it go on.
 pub(crate) async fn pull(State(shared): State<Shared>, body: Body) -> Result<Response, Refused> {
     let fields: PullFields = body.parse()?;
-    let name = model_name(&fields.model);
+    let name = shared.service.canonical(model_name(&fields.model));
     if !shared.service.models().iter().any(|status| status.name == name) {
         return Ok(not_here().await);
     }

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::http::HeaderValue;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
+use futures_util::{Stream, StreamExt, stream};
 use sparsed_engine::Service;
 use std::convert::Infallible;
 
@@ -33,15 +33,20 @@ pub(crate) fn called(id: &str, mut response: Response) -> Response {
 /// The answer as server-sent events.
 fn pieces<W: Wire>(mut answering: Answering<W>) -> Response {
     answering.open();
-    let events = stream::unfold(Some(answering), |answering| async move {
+    events(stream::unfold(Some(answering), |answering| async move {
         let mut answering = answering?;
         let (data, rest) = match answering.next().await {
             Some(Piece::Chunk(chunk)) => (chunk.to_string(), Some(answering)),
             Some(Piece::Failed(refusal)) => (refusal.body().to_string(), None),
             None => ("[DONE]".to_owned(), None),
         };
-        Some((Ok::<_, Infallible>(Event::default().data(data)), rest))
-    });
+        Some((data, rest))
+    }))
+}
+
+/// Server-sent events with this data.
+pub(crate) fn events(data: impl Stream<Item = String> + Send + 'static) -> Response {
+    let events = data.map(|data| Ok::<_, Infallible>(Event::default().data(data)));
     // Comments keep proxies awake during a long prefill.
     Sse::new(events).keep_alive(KeepAlive::default()).into_response()
 }

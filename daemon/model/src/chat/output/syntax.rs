@@ -98,6 +98,69 @@ impl ToolSyntax {
     }
 }
 
+/// How a call begins that is not complete.
+impl ToolSyntax {
+    /// Function and as much of the arguments as there is, of the text behind the opening tag of a call that was cut.
+    /// `None`: the function is not known yet.
+    pub(super) fn cut(self, body: &str, strings: &HashSet<(String, String)>) -> Option<(String, String)> {
+        let (name, arguments) = match self {
+            Self::None => None,
+            Self::Dsml => {
+                let (name, rest) = body.split_once("\">")?;
+                let whole =
+                    rest.rfind("</｜DSML｜parameter>").map_or("", |at| &rest[..at + "</｜DSML｜parameter>".len()]);
+                let (name, arguments) = dsml(&format!("{name}\">{whole}"))?;
+                Some((name, opened(arguments)))
+            }
+            Self::DeepSeekV3 => {
+                let (first, rest) = body.split_once(SEPARATOR)?;
+                match rest.split_once("```json") {
+                    Some((name, block)) if first.trim() == "function" => {
+                        Some((name.trim().to_owned(), first_value(block)))
+                    }
+                    _ if first.trim() == "function" => None,
+                    _ => Some((first.trim().to_owned(), first_value(rest))),
+                }
+            }
+            Self::Glm => {
+                // The name ends where something follows it.
+                let at = body.find(KEY.0)?;
+                let whole = body.rfind(VALUE.1).map_or(at, |end| end + VALUE.1.len());
+                let (name, arguments) = glm(&body[..whole], strings)?;
+                Some((name, opened(arguments)))
+            }
+            Self::Hermes => hermes_cut(body),
+        }?;
+        (!name.is_empty()).then_some((name, arguments))
+    }
+}
+
+/// An object without its closing brace: more would have followed.
+fn opened(object: String) -> String {
+    object.strip_suffix('}').map(str::to_owned).unwrap_or(object)
+}
+
+/// The first value of `text` where it is whole, else all of it.
+fn first_value(text: &str) -> String {
+    let text = text.trim_start();
+    let mut values = serde_json::Deserializer::from_str(text).into_iter::<IgnoredAny>();
+    let end = match values.next() {
+        Some(Ok(_)) => values.byte_offset(),
+        _ => text.len(),
+    };
+    text[..end].to_owned()
+}
+
+fn hermes_cut(body: &str) -> Option<(String, String)> {
+    let after = |text: &'_ str, word: &str| text.trim_start().strip_prefix(word).map(str::to_owned);
+    let rest = after(&after(&after(body, "{")?, "\"name\"")?, ":")?;
+    let mut values = serde_json::Deserializer::from_str(&rest).into_iter::<String>();
+    let name = values.next()?.ok()?;
+    let rest = &rest[values.byte_offset()..];
+    let arguments = after(rest, ",").and_then(|rest| after(&after(&rest, "\"arguments\"")?, ":"));
+    Some((name, arguments.map_or_else(String::new, |text| first_value(&text))))
+}
+
 /// Collects arguments in order; a key that comes twice makes the call malformed.
 #[derive(Default)]
 struct Arguments {

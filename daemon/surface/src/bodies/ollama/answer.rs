@@ -51,7 +51,7 @@ impl Speaking {
                     return Some(Err(failure.into()));
                 }
                 Event::Likelihood(likelihood) => self.likelihoods.push(*likelihood),
-                Event::Queued { .. } | Event::Sampled { .. } => {}
+                Event::Queued { .. } | Event::Sampled { .. } | Event::Progress(_) => {}
                 Event::Delta { text, .. } if text.is_empty() => {}
                 event => {
                     part.hear(event);
@@ -126,12 +126,14 @@ fn head(kind: Kind, model: &str, answer: &Answer) -> Value {
             if !answer.reasoning.is_empty() {
                 line["message"]["thinking"] = json!(answer.reasoning);
             }
-            if !answer.calls.is_empty() {
-                let call = |ToolCall { id, name, arguments }: &ToolCall| {
-                    let arguments: Value = serde_json::from_str(arguments).unwrap_or_else(|_| json!({}));
-                    json!({ "id": id, "function": { "name": name, "arguments": arguments } })
-                };
-                line["message"]["tool_calls"] = answer.calls.iter().map(call).collect();
+            // A call that the limit has cut could only be told with other arguments than the model meant.
+            let call = |ToolCall { id, name, arguments }: &ToolCall| {
+                let arguments: Value = serde_json::from_str(arguments).ok()?;
+                Some(json!({ "id": id, "function": { "name": name, "arguments": arguments } }))
+            };
+            let calls: Vec<Value> = answer.calls.iter().filter_map(call).collect();
+            if !calls.is_empty() {
+                line["message"]["tool_calls"] = json!(calls);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use super::script::Head;
 use crate::bodies::answer::now;
+use crate::bodies::figures::Telling;
 use crate::bodies::{fields, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -30,6 +31,8 @@ pub(super) struct Fields {
     parallel_tool_calls: Option<bool>,
     text: Option<TextFields>,
     reasoning: Option<ReasoningFields>,
+    return_progress: Option<bool>,
+    timings_per_token: Option<bool>,
     metadata: Option<Value>,
     truncation: Option<String>,
     // What would change the answer and is not served.
@@ -62,7 +65,7 @@ impl Fields {
     /// What is wrong with it, and where.
     pub(super) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let fields: Self = parse(body)?;
-        fields::check::<Self, Self>(body)?;
+        fields::check::<Self, Self, Self>(body)?;
         let asks = [
             ("conversation", fields.conversation.as_ref().is_some_and(|value| !value.is_null())),
             ("prompt", fields.prompt.as_ref().is_some_and(|value| !value.is_null())),
@@ -85,6 +88,14 @@ impl Fields {
     /// Whether the response is kept.
     pub(super) fn is_stored(&self) -> bool {
         self.store == Some(true) || self.background == Some(true) || self.previous_response_id.is_some()
+    }
+
+    /// What the client wants to hear of a stream beside the response. One that is stored is told again from the journal,
+    /// which has no times: nothing of it says any.
+    pub(super) fn telling(&self) -> Telling {
+        let Self { return_progress, timings_per_token, .. } = *self;
+        let asked = self.stream == Some(true) && !self.is_stored();
+        if asked { Telling { return_progress, timings_per_token } } else { Telling::default() }
     }
 
     /// The items of the input; none where it is a text.
@@ -133,6 +144,9 @@ impl Fields {
             "tool_choice": self.tool_choice.as_ref().map(tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
             "response_format": self.text.as_ref().and_then(|text| text.format.as_ref()).map(format),
+            "stream": self.telling().is_any(),
+            "return_progress": self.telling().progress(),
+            "timings_per_token": self.telling().timings(),
             "reasoning_effort": self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.clone()),
         }))
     }
@@ -158,7 +172,7 @@ impl Fields {
             "top_p": self.top_p,
             "truncation": "disabled",
         });
-        Head { id, fixed }
+        Head { id, fixed, telling: self.telling() }
     }
 }
 

@@ -4,8 +4,9 @@
 //! an answer do not depend on how it was cut into pieces, and one that is put together again from the journal goes on
 //! after any number that a client has seen.
 
+use crate::bodies::figures::{Telling, prompt_progress, timings, timings_so_far};
 use serde_json::{Value, json};
-use sparsed_engine::api::{Event, FinishReason, Finished};
+use sparsed_engine::api::{Event, FinishReason, Finished, Progress};
 
 /// What a response says of itself beside its output.
 #[derive(Clone, Debug)]
@@ -14,6 +15,8 @@ pub(crate) struct Head {
     pub(crate) id: String,
     /// `response`'s members that do not change.
     pub(crate) fixed: Value,
+    /// What its events say beside it.
+    pub(crate) telling: Telling,
 }
 
 /// How a response ended.
@@ -51,6 +54,8 @@ pub(crate) struct Script {
     output: Vec<Value>,
     open: Option<Open>,
     n_calls: usize,
+    /// Times of what was not told yet.
+    timings: Option<Value>,
     /// Written, not taken yet.
     events: Vec<Value>,
     /// Events up to this number are not written.
@@ -75,7 +80,7 @@ impl Script {
     /// Begins a response; a client that has heard `after` hears what follows it.
     pub(crate) fn begin(head: Head, after: Option<u64>) -> Self {
         let (output, events) = (Vec::new(), Vec::new());
-        let mut script = Self { head, number: 0, output, open: None, n_calls: 0, events, after };
+        let mut script = Self { head, number: 0, output, open: None, n_calls: 0, timings: None, events, after };
         let response = script.response("in_progress");
         script.tell_at(0, json!({ "type": "response.created", "response": response }));
         script.tell(json!({ "type": "response.in_progress", "response": response }));
@@ -91,10 +96,13 @@ impl Script {
     pub(crate) fn hear(&mut self, event: Event) -> bool {
         match event {
             Event::Queued { .. } | Event::Sampled { .. } | Event::Likelihood(_) => false,
+            Event::Progress(progress) => self.progress(&progress),
             Event::Delta { text, .. } => self.text(Kind::Message, &text),
             Event::Reasoning { text } => self.text(Kind::Reasoning, &text),
             Event::ToolCall { id, name, arguments, .. } => self.call(&id, &name, &arguments),
-            Event::Finished(Finished { reason, usage, .. }) => {
+            Event::Finished(finished) => {
+                self.timings = self.head.telling.timings().then(|| timings(&finished));
+                let Finished { reason, usage, .. } = finished;
                 let tokens = Tokens {
                     input: usage.prompt_tokens,
                     cached: Some(usage.cached_tokens),
@@ -121,7 +129,7 @@ impl Script {
         self.text(if reasoning { Kind::Reasoning } else { Kind::Message }, text);
     }
 
-    /// A call, whole. Always `false`: it is not the last event.
+    /// A call, whole or cut. Always `false`: it is not the last event.
     pub(super) fn call(&mut self, call_id: &str, name: &str, arguments: &str) -> bool {
         self.close();
         let at = self.output.len();
@@ -139,10 +147,14 @@ impl Script {
             event
         };
         self.tell(part("response.function_call_arguments.delta", "delta"));
-        let mut done = part("response.function_call_arguments.done", "arguments");
-        done["name"] = json!(name);
-        self.tell(done);
-        self.item_done(item(arguments, "completed"));
+        // A call that the limit has cut is no whole object.
+        let is_whole = serde_json::from_str::<serde_json::Map<String, Value>>(arguments).is_ok();
+        if is_whole {
+            let mut done = part("response.function_call_arguments.done", "arguments");
+            done["name"] = json!(name);
+            self.tell(done);
+        }
+        self.item_done(item(arguments, if is_whole { "completed" } else { "incomplete" }));
         false
     }
 
@@ -171,7 +183,8 @@ impl Script {
                 "total_tokens": u64::from(tokens.input) + u64::from(tokens.output),
             });
         }
-        self.tell(json!({ "type": kind, "response": response }));
+        let event = self.timed(json!({ "type": kind, "response": response }));
+        self.tell(event);
         true
     }
 
@@ -186,6 +199,26 @@ impl Script {
         response["output"] = json!(self.output);
         response["usage"] = Value::Null;
         response
+    }
+
+    /// How far the prompt is read, or how long the token took that follows. Always `false`: it is not the last event.
+    fn progress(&mut self, progress: &Progress) -> bool {
+        self.timings = self.head.telling.timings().then(|| timings_so_far(progress));
+        if let Some(progress) = prompt_progress(progress).filter(|_| self.head.telling.progress()) {
+            let response = self.response("in_progress");
+            let event = json!({ "type": "response.in_progress", "response": response, "prompt_progress": progress });
+            let event = self.timed(event);
+            self.tell(event);
+        }
+        false
+    }
+
+    /// The event with the times that go with it, if any do.
+    fn timed(&mut self, mut event: Value) -> Value {
+        if let Some(timings) = self.timings.take() {
+            event["timings"] = timings;
+        }
+        event
     }
 
     /// Text goes on, in an item of its kind. Always `false`: it is not the last event.
@@ -211,6 +244,7 @@ impl Script {
             if kind == Kind::Message {
                 event["logprobs"] = json!([]);
             }
+            let event = self.timed(event);
             self.tell_at(self.number, event);
         }
         false
@@ -307,7 +341,7 @@ mod tests {
     use sparsed_engine::api::{Timings, Usage};
 
     fn head() -> Head {
-        Head { id: "resp_1".to_owned(), fixed: json!({ "model": "m" }) }
+        Head { id: "resp_1".to_owned(), fixed: json!({ "model": "m" }), telling: Telling::default() }
     }
 
     /// The events of an answer in these pieces; a client that has heard `after` listens.
@@ -322,7 +356,7 @@ mod tests {
         let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
         script.hear(Event::ToolCall { index: 0, id, name, arguments });
         let usage = Usage { prompt_tokens: 3, cached_tokens: 1, completion_tokens: 4, reasoning_tokens: 2 };
-        let finished = Finished { reason: FinishReason::Stop, usage, timings: Timings::default() };
+        let finished = Finished { reason: FinishReason::Stop, stopped_by: None, usage, timings: Timings::default() };
         assert!(script.hear(Event::Finished(finished)));
         script.take()
     }
@@ -352,6 +386,29 @@ mod tests {
         assert_eq!(response["output"][1]["name"], "f");
         assert_eq!(response["usage"]["total_tokens"], 7);
         assert_eq!(response["usage"]["output_tokens_details"]["reasoning_tokens"], 2);
+    }
+
+    #[test]
+    fn a_call_that_was_cut_is_not_told_as_whole() {
+        let mut script = Script::begin(head(), None);
+        let [id, name, arguments] = ["call_7", "f", "{\"a\": "].map(str::to_owned);
+        script.hear(Event::ToolCall { index: 0, id, name, arguments });
+        let timings = Timings::default();
+        let usage = Usage { completion_tokens: 4, ..Usage::default() };
+        assert!(script.hear(Event::Finished(Finished {
+            reason: FinishReason::Length,
+            stopped_by: None,
+            usage,
+            timings
+        })));
+        let events = script.take();
+        assert!(events.iter().all(|event| event["type"] != "response.function_call_arguments.done"));
+        let response = Script::last_response(&events).unwrap();
+        assert_eq!(
+            (&response["status"], &response["output"][0]["status"]),
+            (&json!("incomplete"), &json!("incomplete"))
+        );
+        assert_eq!(response["output"][0]["arguments"], "{\"a\": ");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::items;
 use super::request::Fields;
 use super::script::{End, Head, Script, Tokens};
+use crate::bodies::figures::Telling;
 use crate::bodies::{ChatAsk, models, sessions, size};
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
@@ -112,7 +113,7 @@ pub(crate) async fn count(
 /// one has gone on already, or of a new one. Answers whether the session was made for it.
 async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, bool), Refusal> {
     let Some(previous) = &fields.previous_response_id else {
-        let model = fields.model().to_owned();
+        let model = service.canonical(fields.model()).to_owned();
         let _held = models::held(service, owner, &model).await?;
         let made = sessions::verb(service, move |service| {
             service.create_session(owner, &model, Change { title: Some(TITLE.to_owned()), ..Change::default() })
@@ -232,7 +233,7 @@ pub(super) fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
         "tools": [],
         "truncation": "disabled",
     });
-    Head { id: id.to_string(), fixed }
+    Head { id: id.to_string(), fixed, telling: Telling::default() }
 }
 
 pub(super) fn say(script: &mut Script, answer: &ChatMessage) {

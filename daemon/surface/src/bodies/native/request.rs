@@ -1,0 +1,213 @@
+//! How does a request of llama.cpp's `/completion` become a completion of OpenAI's?
+
+use crate::bodies::parse;
+use crate::refusal::Refusal;
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use sparsed_engine::api::ALTERNATIVES_MAX;
+
+/// Most members of `response_fields`.
+const RESPONSE_FIELDS_MAX: usize = 64;
+
+/// A request in OpenAI's words, and what they do not say.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    /// The body of a completion.
+    pub(crate) body: Value,
+    pub(crate) stream: bool,
+    /// The tokens of an answer in one object.
+    pub(crate) with_tokens: bool,
+    /// The members that the client wants of an answer; none: all.
+    pub(crate) response_fields: Vec<String>,
+}
+
+/// Fields that have another name, form or default in OpenAI's interface.
+#[derive(Debug, Deserialize)]
+struct Fields {
+    prompt: Option<Value>,
+    n_predict: Option<i64>,
+    max_tokens: Option<i64>,
+    n_cmpl: Option<u32>,
+    stream: Option<bool>,
+    n_probs: Option<u32>,
+    repeat_penalty: Option<f64>,
+    logit_bias: Option<Value>,
+    return_tokens: Option<bool>,
+    response_fields: Option<Vec<String>>,
+    // What would change the answer and is not served.
+    post_sampling_probs: Option<bool>,
+    mirostat: Option<i64>,
+    typical_p: Option<f64>,
+    dynatemp_range: Option<f64>,
+    dry_multiplier: Option<f64>,
+    xtc_probability: Option<f64>,
+    n_indent: Option<i64>,
+    t_max_predict_ms: Option<i64>,
+    lora: Option<Vec<Value>>,
+}
+
+/// Fields that mean the same in both.
+const SHARED: &[&str] = &[
+    "model",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "stop",
+    "ignore_eos",
+    "grammar",
+    "json_schema",
+    "return_progress",
+    "timings_per_token",
+    "priority",
+    "deadline_ms",
+];
+
+/// Reads a body.
+///
+/// # Errors
+/// What is wrong with it, and where.
+pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
+    let fields: Fields = parse(bytes)?;
+    let all: Map<String, Value> = parse(bytes)?;
+    fields.refuse_what_is_missing()?;
+    let shared = SHARED.iter().filter_map(|name| Some(((*name).to_owned(), all.get(*name)?.clone())));
+    let mut body: Map<String, Value> = shared.collect();
+    let seed = all.get("seed").filter(|seed| !matches!(seed.as_i64(), Some(-1)));
+    for (name, value) in [
+        ("prompt", prompt(fields.prompt.unwrap_or_default())?),
+        // Without an end where nothing is said; it ends with the context.
+        ("max_tokens", json!(fields.n_predict.or(fields.max_tokens).unwrap_or(-1))),
+        ("n", json!(fields.n_cmpl)),
+        ("seed", json!(seed)),
+        ("stream", json!(fields.stream)),
+        ("logprobs", json!(fields.n_probs.filter(|n| *n > 0))),
+        ("repetition_penalty", json!(fields.repeat_penalty)),
+        ("logit_bias", biases(fields.logit_bias)?),
+    ] {
+        body.insert(name.to_owned(), value);
+    }
+    let (stream, with_tokens) = (fields.stream == Some(true), fields.return_tokens == Some(true));
+    let response_fields = fields.response_fields.unwrap_or_default();
+    Ok(Wanted { body: Value::Object(body), stream, with_tokens, response_fields })
+}
+
+impl Fields {
+    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
+        let asks = [
+            ("post_sampling_probs", self.post_sampling_probs == Some(true)),
+            ("mirostat", self.mirostat.is_some_and(|kind| kind != 0)),
+            ("typical_p", self.typical_p.is_some_and(|p| p != 1.0)),
+            ("dynatemp_range", self.dynatemp_range.is_some_and(|range| range != 0.0)),
+            ("dry_multiplier", self.dry_multiplier.is_some_and(|by| by != 0.0)),
+            ("xtc_probability", self.xtc_probability.is_some_and(|p| p != 0.0)),
+            ("n_indent", self.n_indent.is_some_and(|n| n > 0)),
+            ("t_max_predict_ms", self.t_max_predict_ms.is_some_and(|ms| ms > 0)),
+            ("lora", self.lora.as_ref().is_some_and(|adapters| !adapters.is_empty())),
+        ];
+        if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
+            return Err(Refusal::invalid(name, "is not served"));
+        }
+        if self.n_predict.or(self.max_tokens) == Some(0) {
+            return Err(Refusal::invalid("n_predict", "is 0: a prompt is not read without an answer"));
+        }
+        if let Some(n) = self.n_probs.filter(|n| *n > ALTERNATIVES_MAX) {
+            return Err(Refusal::invalid("n_probs", format!("is {n}, must be 0 to {ALTERNATIVES_MAX}")));
+        }
+        if let Some(n) = self.response_fields.as_ref().map(Vec::len).filter(|n| *n > RESPONSE_FIELDS_MAX) {
+            let reason = format!("has {n} entries, the limit is {RESPONSE_FIELDS_MAX}");
+            return Err(Refusal::invalid("response_fields", reason));
+        }
+        Ok(())
+    }
+}
+
+/// Objects with a text in them become that text; media are refused.
+fn prompt(prompt: Value) -> Result<Value, Refusal> {
+    match prompt {
+        Value::Object(mut object) => {
+            let media = object.get("multimodal_data").and_then(Value::as_array).is_some_and(|data| !data.is_empty());
+            if media {
+                return Err(Refusal::invalid("prompt", "has media: models here read text"));
+            }
+            let none = || Refusal::invalid("prompt", "is an object without prompt_string");
+            object.remove("prompt_string").filter(Value::is_string).ok_or_else(none)
+        }
+        Value::Array(all) => all.into_iter().map(self::prompt).collect(),
+        other => Ok(other),
+    }
+}
+
+/// llama.cpp's list of pairs as OpenAI's object; `false` stands for never.
+fn biases(biases: Option<Value>) -> Result<Value, Refusal> {
+    let Some(Value::Array(pairs)) = biases else { return Ok(biases.unwrap_or_default()) };
+    let wrong = || Refusal::invalid("logit_bias", "must have pairs of a token id and a number or false");
+    let pair = |pair: Value| {
+        let [token, bias] =
+            <[Value; 2]>::try_from(pair.as_array().cloned().unwrap_or_default()).map_err(|_| wrong())?;
+        let token = token.as_u64().ok_or_else(wrong)?;
+        let bias = if bias == Value::Bool(false) { json!(-100) } else { bias };
+        Ok((token.to_string(), bias))
+    };
+    Ok(Value::Object(pairs.into_iter().map(pair).collect::<Result<_, Refusal>>()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn body(text: &str) -> Value {
+        wanted(text.as_bytes()).unwrap().body
+    }
+
+    fn refused(text: &str) -> Value {
+        wanted(text.as_bytes()).unwrap_err().body()["error"]["param"].clone()
+    }
+
+    #[test]
+    fn what_openai_calls_otherwise_has_its_name() {
+        let body = body(
+            r#"{"prompt": "x", "n_predict": 5, "seed": -1, "n_probs": 3, "repeat_penalty": 1.5, "top_k": 4,
+                "cache_prompt": false, "logit_bias": [[7, 1.5], [8, false]], "json_schema": {"const": 1}}"#,
+        );
+        assert_eq!((&body["max_tokens"], &body["logprobs"], &body["top_k"]), (&json!(5), &json!(3), &json!(4)));
+        assert_eq!((&body["repetition_penalty"], &body["seed"]), (&json!(1.5), &Value::Null));
+        assert_eq!(body["logit_bias"], json!({ "7": 1.5, "8": -100 }));
+        assert_eq!(body["json_schema"]["const"], 1);
+        assert!(body.get("cache_prompt").is_none());
+    }
+
+    #[test]
+    fn an_answer_ends_with_the_context_where_no_limit_is_said() {
+        assert_eq!(body(r#"{"prompt": "x"}"#)["max_tokens"], -1);
+        assert_eq!(body(r#"{"prompt": "x", "max_tokens": 3}"#)["max_tokens"], 3);
+        assert_eq!(refused(r#"{"prompt": "x", "n_predict": 0}"#), "n_predict");
+    }
+
+    #[test]
+    fn objects_as_prompts_are_their_text_and_nothing_else() {
+        assert_eq!(body(r#"{"prompt": {"prompt_string": "x"}}"#)["prompt"], "x");
+        assert_eq!(body(r#"{"prompt": [[1, 2], [3]]}"#)["prompt"], json!([[1, 2], [3]]));
+        assert_eq!(refused(r#"{"prompt": {"prompt_string": "x", "multimodal_data": ["eA=="]}}"#), "prompt");
+        assert_eq!(refused(r#"{"prompt": {}}"#), "prompt");
+    }
+
+    #[test]
+    fn what_would_change_the_answer_is_refused_by_its_name_unless_it_is_off() {
+        for (field, name) in [
+            ("\"mirostat\": 2", "mirostat"),
+            ("\"typical_p\": 0.5", "typical_p"),
+            ("\"post_sampling_probs\": true", "post_sampling_probs"),
+            ("\"n_probs\": 21", "n_probs"),
+            ("\"logit_bias\": [[\"word\", 1]]", "logit_bias"),
+            ("\"lora\": [{\"id\": 0}]", "lora"),
+        ] {
+            assert_eq!(refused(&format!(r#"{{"prompt": "x", {field}}}"#)), name);
+        }
+        let off =
+            r#"{"prompt": "x", "mirostat": 0, "typical_p": 1.0, "dry_multiplier": 0.0, "lora": [], "id_slot": 3}"#;
+        assert!(wanted(off.as_bytes()).is_ok());
+    }
+}
