@@ -6,7 +6,7 @@
 
 use crate::absent::{Absent, Packaged};
 use crate::config::{Activations, Config, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
-use crate::devices;
+use crate::devices::{self, CPU};
 use crate::door::{self, Door};
 use crate::memory::Sources;
 use crate::state::{State, StateLock, may_mend_itself};
@@ -128,16 +128,20 @@ pub fn now_ms() -> u64 {
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
 }
 
-/// What a configured model's steps compute.
-pub fn program_options(model: &Model) -> ProgramOptions {
+/// What a configured model's steps compute on the configured devices.
+pub fn program_options(config: &Config, model: &Model) -> ProgramOptions {
+    // Rows are made before a device is open, and must do for all that may take over: where the CPU plugin is
+    // configured, all of them are its.
+    let rounded = if config.engine.plugin == CPU { KvFormats::words() } else { KvFormats::default() };
     let (activations, kv) = match model.activations {
-        Activations::Int16 => (sparsed_model::Activations::Int16, KvFormats::default()),
+        Activations::Int16 => (sparsed_model::Activations::Int16, rounded),
         Activations::F32 => (sparsed_model::Activations::F32, KvFormats::exact()),
-        Activations::Int8 => (sparsed_model::Activations::Int8, KvFormats::default()),
+        Activations::Int8 => (sparsed_model::Activations::Int8, rounded),
     };
     let kv = match model.kv_dtype {
         None => kv,
         Some(KvDtype::F16) => KvFormats::default(),
+        Some(KvDtype::W16) => KvFormats::words(),
         Some(KvDtype::Q8_0) => KvFormats::small(),
     };
     let selection = match model.top_k {
@@ -213,7 +217,7 @@ fn model_options(
     let options = |(name, model): (String, Model)| ModelOptions {
         aliases: model.aliases.clone(),
         source: if config.model.is_empty() { Arc::new(Packaged(paths.clone())) } else { source(&model.path, paths) },
-        program: program_options(&model),
+        program: program_options(config, &model),
         residence: Residence {
             at_start: !is_demand(&model) && !absent.iter().any(|absent| absent.name() == name),
             keep_alive: model.keep_alive.as_ref().map_or_else(|| model.load.default_keep_alive(), KeepAlive::parsed),

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// The plugin that every installation has.
-const CPU: &str = "cpu";
+pub(crate) const CPU: &str = "cpu";
 
 /// One device of one plugin.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ pub use image::LayerRows;
 
 use crate::ModelError;
 use bytes::Bytes;
-use sparsed_abi::{ARENA_ALIGN, Blob, DT_F16, DT_F32, DT_Q8_0, SpdRow};
+use sparsed_abi::{ARENA_ALIGN, Blob, DT_F16, DT_F32, DT_Q8_0, DT_W16, SpdRow};
 use sparsed_quant::{Format, QuantError};
 use std::fs::File;
 use std::ops::Range;
@@ -68,6 +68,12 @@ impl Default for KvFormats {
 }
 
 impl KvFormats {
+    /// Latent and rope rows as 16-bit words: as large as f16, more exact, and multiplied as they are by a plugin that
+    /// takes them.
+    pub const fn words() -> Self {
+        Self { latent: DT_W16, rope: DT_W16, index: DT_Q8_0 }
+    }
+
     /// Everything in 8 bits.
     pub const fn small() -> Self {
         Self { latent: DT_Q8_0, rope: DT_Q8_0, index: DT_Q8_0 }
@@ -150,7 +156,7 @@ impl KvShape {
 
 fn row_format(row: SpdRow) -> Result<Format, ModelError> {
     let unknown = || ModelError::Unsupported { what: format!("KV rows of dtype {}", row.dtype), hint: "" };
-    Format::from_ggml_id(row.dtype).ok_or_else(unknown)
+    Format::from_dtype(row.dtype).ok_or_else(unknown)
 }
 
 fn row_bytes(row: SpdRow) -> Result<usize, ModelError> {

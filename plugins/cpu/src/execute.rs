@@ -6,6 +6,7 @@ mod attention;
 mod blocked;
 mod matmul;
 mod refine;
+mod room;
 mod rowwise;
 mod select;
 mod slow;

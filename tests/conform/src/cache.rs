@@ -1,6 +1,6 @@
 //! What is in the cache before a step? A pool filled through KV_APPEND and IDX_APPEND, and the same rows in f64.
 
-use crate::case::{Case, Words, floats, stored, wide, words};
+use crate::case::{Case, Words, floats, stored_rows, wide, words};
 use crate::rig::{Fault, Pool, Session, struct_size};
 use crate::step::{Sequence, Step};
 use crate::verdict::Wrong;
@@ -9,7 +9,7 @@ use sparsed_quant::{Format, decode};
 use std::rc::Rc;
 
 /// The formats that a row may have.
-pub(crate) const ROW_FORMATS: [Format; 4] = [Format::F32, Format::F16, Format::BF16, Format::Q8_0];
+pub(crate) const ROW_FORMATS: [Format; 5] = [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::W16];
 
 /// What a pool is like; one format for all rows, width 0 for rows that it lacks.
 #[derive(Clone, Copy, Debug)]
@@ -90,7 +90,7 @@ impl Rows {
     fn random(rng: &mut fastrand::Rng, format: Format, width: u32, tokens: usize) -> Self {
         let width = width as usize;
         let given = floats(rng, tokens * width);
-        let bytes = stored(format, &given);
+        let bytes = stored_rows(format, width, &given);
         let mut values = vec![0.0; given.len()];
         decode(format, &bytes, &mut values).expect("whole blocks");
         Self { width, given, bytes, values: wide(&values) }

@@ -65,6 +65,11 @@ pub(crate) fn stored(format: Format, values: &[f32]) -> Vec<u8> {
     bytes
 }
 
+/// Rows of `width` values as `format` stores them: a row of W16 has a power of two of its own.
+pub(crate) fn stored_rows(format: Format, width: usize, values: &[f32]) -> Vec<u8> {
+    values.chunks(width.max(1)).flat_map(|row| stored(format, row)).collect()
+}
+
 /// Blocks of a format that nothing here encodes: any codes, and scales that keep values near 1.
 fn random_blocks(rng: &mut fastrand::Rng, format: Format, n: usize) -> Vec<u8> {
     let mut bytes = vec![0; n * format.block_bytes()];

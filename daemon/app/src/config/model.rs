@@ -35,7 +35,7 @@ pub struct Model {
     /// How activations go into products.
     #[serde(default)]
     pub activations: Activations,
-    /// How KV rows are stored; `None`: as [`Activations`] has it.
+    /// How KV rows are stored; `None`: as [`Activations`] and the plugin have it.
     #[serde(default)]
     pub kv_dtype: Option<KvDtype>,
     /// When it is loaded.
@@ -98,13 +98,16 @@ fn is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
 }
 
-/// How latent and rope rows are stored; index rows are q8_0 in both.
+/// How latent and rope rows are stored; index rows are q8_0 in all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum KvDtype {
     /// 2 bytes a value.
     #[value(name = "f16")]
     F16,
+    /// 2 bytes a value: words times a power of two for a row.
+    #[value(name = "w16")]
+    W16,
     /// 34 bytes for 32 values: nearly half the memory, and half of what a session's file has.
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
@@ -115,12 +118,12 @@ pub enum KvDtype {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Activations {
-    /// Rounded to 16 bits per 32 values; KV rows in f16 and q8_0.
+    /// Rounded to 16 bits per 32 values; KV rows in w16 (f16 where the CPU plugin does not compute) and q8_0.
     #[default]
     Int16,
     /// As f32, and KV rows in f32; for comparisons.
     F32,
-    /// Rounded to int8 per 32 values, KV rows in f16 and q8_0; near ties between tokens may fall otherwise, and prompts
+    /// Rounded to int8 per 32 values, KV rows as with int16; near ties between tokens may fall otherwise, and prompts
     /// are read up to one and a half times as fast.
     Int8,
 }

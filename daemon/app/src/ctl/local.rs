@@ -145,7 +145,9 @@ impl LocalDevice {
         let Needs { context: max_context, step_tokens: max_step_tokens, sequences: max_seqs, outputs } = needs;
         let queries_out = outputs == LocalOutputs::EverythingWithQueries;
         let selections_out = queries_out || outputs == LocalOutputs::EverythingWithSelections;
-        let configured = program_options(&self.configured(model.path(), top_k));
+        let mut config = Config::default();
+        self.configure(&mut config);
+        let configured = program_options(&config, &self.configured(model.path(), top_k));
         let program = ProgramOptions { selections_out, queries_out, ..configured };
         let n_blocks = blocks_for(max_context).checked_mul(max_seqs).context("more KV blocks than a pool can have")?;
         let options = LoadOptions {

@@ -4,8 +4,8 @@ use super::{KvFormats, KvShape, Output, OutputKind, Program, ProgramOptions, Sel
 use crate::weights::{Tensor, Weights};
 use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
-    DIM_LOGITS, DIM_TOKENS, DT_F32, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, OpSpec, ProgramBuilder, SpdRow,
-    TensorId,
+    DIM_LOGITS, DIM_TOKENS, DT_F16, DT_F32, DT_W16, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, OpSpec,
+    ProgramBuilder, SpdRow, TensorId,
 };
 use sparsed_quant::Format;
 use std::collections::HashMap;
@@ -30,6 +30,7 @@ pub(super) struct Builder<'a> {
 /// The rows that a token has in the pool.
 pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<KvShape, ModelError> {
     let index = spec.indexer.as_ref().filter(|_| !dense);
+    let kv = together(spec, *kv);
     let shape = KvShape {
         n_layers: spec.n_layers,
         n_index_layers: index.map_or(0, IndexerSpec::n_full),
@@ -41,11 +42,19 @@ pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<
     Ok(shape)
 }
 
+/// Words are for latent and rope rows together: of one kind alone nobody has use.
+fn together(spec: &ModelSpec, kv: KvFormats) -> KvFormats {
+    let is_words = |width| row(DT_W16, width, spec.group_count).dtype == DT_W16;
+    let both = is_words(spec.kv_lora_rank) && is_words(spec.rope_row);
+    let either = |dtype: u32| if dtype == DT_W16 && !both { DT_F16 } else { dtype };
+    KvFormats { latent: either(kv.latent), rope: either(kv.rope), index: kv.index }
+}
+
 /// A row format; f16 takes the place of a block format that a group's slice does not fill in whole blocks.
 fn row(dtype: u32, width: u32, groups: u32) -> SpdRow {
-    let block = Format::from_ggml_id(dtype).map_or(1, Format::block_values);
+    let block = Format::from_dtype(dtype).map_or(1, Format::block_values);
     let whole = ((width / groups.max(1)) as usize).is_multiple_of(block);
-    SpdRow { dtype: if whole { dtype } else { sparsed_abi::DT_F16 }, width }
+    SpdRow { dtype: if whole { dtype } else { DT_F16 }, width }
 }
 
 /// Writes down a step of the model.

@@ -5,10 +5,11 @@
 //! its list, so that its bits do not depend on its neighbours.
 
 use super::attention::Attention;
+use super::room::Room;
 use crate::kernels::blocked::{
-    Bytes, ColumnBlock, HEADS_MAX, Heads, Line, ROWS, Row, Softmax, StoredBlock, StoredUnits, WIDENED_HEADS_MAX,
-    WORD_HEADS_MAX, Widened, Widths, WordBlock, WordHeads, attend, attend_columns, attend_stored, attend_widened,
-    attend_words, can_be_columns, can_be_stored, can_be_words, can_block, can_widen, round_query, round_stored_query,
+    Bytes, HEADS_MAX, Heads, ROWS, Row, StoredBlock, WIDENED_HEADS_MAX, WORD_HEADS_MAX, Widths, WordHeads, attend,
+    attend_columns, attend_stored, attend_widened, attend_words, can_be_columns, can_be_stored, can_be_words,
+    can_block, can_widen,
 };
 use crate::threads::part;
 use sparsed_quant::Format;
@@ -25,82 +26,10 @@ const WIDEN_FROM: usize = 24;
 /// products. Rows of 8 bits always are.
 const WORDS_FROM: usize = 8;
 
-/// From this many heads of tokens that read a block of stored words on it is turned into columns, at the price of four
-/// heads' products.
+/// From this many heads of tokens that read a block of stored words on it is prepared for them: keys by column, at the
+/// price of four heads' products, or, where keys are wide, only pairs of values.
 const COLUMNS_FROM: usize = 16;
-
-/// Values from the beginning of a cache line on: vectors that lie across two lines cost twice as much.
-#[derive(Debug, Default)]
-struct Aligned {
-    values: Vec<f32>,
-    start: usize,
-}
-
-impl Aligned {
-    fn zeroed(&mut self, n: usize) {
-        const LINE: usize = 64;
-        const SPARE: usize = LINE / size_of::<f32>() - 1;
-        self.values.clear();
-        self.values.resize(n + SPARE, 0.0);
-        self.start = self.values.as_ptr().align_offset(LINE).min(SPARE);
-    }
-
-    fn all(&mut self) -> &mut [f32] {
-        &mut self.values[self.start..]
-    }
-}
-
-/// What a thread keeps from unit to unit, each `[group][token][head]`.
-#[derive(Debug, Default)]
-struct Room {
-    /// Queries `[key width]`.
-    q: Vec<f32>,
-    states: Vec<Softmax>,
-    /// Sums `[latent width]`.
-    out: Aligned,
-    /// What a group sees of a block's rows, for many heads.
-    widened: Widened,
-    words: WordBlock,
-    units: StoredUnits,
-    columns: ColumnBlock,
-    /// Queries as words `[line of a key]`.
-    q_words: Vec<Line>,
-    /// What a head's are times, and the softmax scale.
-    scales: Vec<f32>,
-}
-
-impl Room {
-    /// Makes room for these heads of tokens, and takes their queries.
-    fn begin(&mut self, attention: &Attention<'_>, heads: &[(usize, usize)]) {
-        self.q.clear();
-        for &(t, head) in heads {
-            self.q.extend_from_slice(attention.q_rope.row(t, head));
-            self.q.extend_from_slice(attention.q_latent.map_or(&[], |q| q.row(t, head)));
-        }
-        if attention.is_words() || attention.is_stored() {
-            self.round(attention, heads.len());
-        }
-        self.states.clear();
-        self.states.resize(heads.len(), Softmax::EMPTY);
-        self.out.zeroed(heads.len() * attention.out.n2);
-    }
-
-    /// Rounds the queries.
-    fn round(&mut self, attention: &Attention<'_>, heads: usize) {
-        let (level, widths, stored) = (attention.frame.device.level, attention.widths(), attention.is_stored());
-        let lines = widths.key_lines();
-        self.q_words.resize(heads * lines, Line::ZERO);
-        self.scales.clear();
-        for (q, words) in self.q.chunks_exact(self.q.len() / heads).zip(self.q_words.chunks_exact_mut(lines)) {
-            let unit = if stored {
-                round_stored_query(level, q, widths, words)
-            } else {
-                round_query(level, q, widths.rope, words)
-            };
-            self.scales.push(unit * attention.scale);
-        }
-    }
-}
+const PAIRS_FROM: usize = 32;
 
 /// What is made of a block before it is multiplied.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -112,7 +41,7 @@ enum Form {
     /// Nothing: it has words already.
     Stored,
     /// The same bits as [`Form::Stored`].
-    Columns,
+    Prepared,
 }
 
 /// How the blocks of a run are read.
@@ -130,7 +59,7 @@ impl Run {
         match self.form {
             Form::Halves => HEADS_MAX,
             Form::Widened => WIDENED_HEADS_MAX,
-            Form::Words | Form::Stored | Form::Columns => WORD_HEADS_MAX,
+            Form::Words | Form::Stored | Form::Prepared => WORD_HEADS_MAX,
         }
     }
 
@@ -151,7 +80,7 @@ impl Attention<'_> {
     }
 
     /// True when blocks of rows become words. It depends on the model's shape and the pool only: it shows in the bits.
-    fn is_words(&self) -> bool {
+    pub(super) fn is_words(&self) -> bool {
         let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
         latent == rope
             && can_be_words(latent, self.widths())
@@ -160,13 +89,13 @@ impl Attention<'_> {
     }
 
     /// True when the pool has rows of words that are multiplied as they are.
-    fn is_stored(&self) -> bool {
+    pub(super) fn is_stored(&self) -> bool {
         let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
         latent == rope && can_be_stored(latent, self.widths()) && self.out.s1 == self.out.n2
     }
 
     /// What a group sees of a row.
-    fn widths(&self) -> Widths {
+    pub(super) fn widths(&self) -> Widths {
         Widths { latent: self.out.n2, rope: self.q_rope.n2, absorbed: self.q_latent.is_some() }
     }
 
@@ -229,8 +158,10 @@ impl Attention<'_> {
             q_width: room.q.len() / heads.len(),
             form: match room.q.len() / heads.len() {
                 _ if self.is_words() => Form::Words,
-                _ if self.is_stored() && per_group >= COLUMNS_FROM && can_be_columns(self.widths()) => Form::Columns,
-                _ if self.is_stored() => Form::Stored,
+                _ if self.is_stored() => {
+                    let from = if can_be_columns(self.widths()) { COLUMNS_FROM } else { PAIRS_FROM };
+                    if per_group >= from { Form::Prepared } else { Form::Stored }
+                }
                 width if per_group > WIDEN_FROM && can_widen(width) => Form::Widened,
                 _ => Form::Halves,
             },
@@ -242,7 +173,7 @@ impl Attention<'_> {
             let n = (longest - first).min(ROWS);
             let next = self.fetch(tokens.end - 1, first + n..longest.min(first + n + ROWS));
             let mut ahead = next[..longest.saturating_sub(first + n).min(ROWS)].chunks(ROWS.div_ceil(passes));
-            if matches!(job.form, Form::Stored | Form::Columns) {
+            if matches!(job.form, Form::Stored | Form::Prepared) {
                 room.units.take(self.frame.device.level, &now[..n], self.pool.latent.bytes, self.widths());
             }
             let seen: Vec<usize> = listed.iter().map(|listed| listed.saturating_sub(first).min(ROWS)).collect();
@@ -275,9 +206,9 @@ impl Attention<'_> {
         let mut halves = [Row::default(); ROWS];
         match job.form {
             Form::Stored => {}
-            Form::Columns => {
+            Form::Prepared => {
                 room.columns.fill(level, &StoredBlock { rows: &rows[..n], units: &room.units });
-                return self.columns(job, &rows[..n], first_head, seen, ahead, room);
+                return self.prepared(job, &rows[..n], first_head, seen, ahead, room);
             }
             Form::Words => {
                 let (format, ahead) = (self.pool.latent.format, ahead.next().unwrap_or_default());
@@ -321,9 +252,9 @@ impl Attention<'_> {
         attend_stored(self.frame.device.level, &block, ahead, &mut WordHeads { q, scales, states, out });
     }
 
-    /// As [`Self::block`], for a block that was turned into columns: heads that see different numbers of its rows go
+    /// As [`Self::block`], for a block of words that was prepared: heads that see different numbers of its rows go
     /// together.
-    fn columns<'r>(
+    fn prepared<'r>(
         &self,
         job: &Run,
         rows: &[Bytes<'_>],

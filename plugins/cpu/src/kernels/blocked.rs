@@ -37,18 +37,17 @@ macro_rules! for_heads {
 
 #[cfg(test)]
 mod case;
+mod columns;
 mod integer;
 mod softmax;
 mod stored;
 mod widened;
 mod words;
 
+pub(crate) use columns::{ColumnBlock, attend_columns, can_be_columns};
 pub(crate) use integer::{WORD_HEADS_MAX, WordHeads, attend_words};
 pub(crate) use softmax::{Softmax, exp2};
-pub(crate) use stored::{
-    ColumnBlock, StoredBlock, StoredUnits, attend_columns, attend_stored, can_be_columns, can_be_stored,
-    round_stored_query,
-};
+pub(crate) use stored::{StoredBlock, StoredUnits, attend_stored, can_be_stored, round_stored_query};
 pub(crate) use widened::{Widened, can_widen};
 pub(crate) use words::{Bytes, Line, Widths, WordBlock, can_be_words, round_query};
 

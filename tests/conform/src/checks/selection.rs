@@ -2,7 +2,7 @@
 
 use super::attention::{Part, contents, step_of};
 use crate::cache::{Contents, Plane, Shape, row_formats};
-use crate::case::{Case, Words, as_ints, floats, stored, wide, words};
+use crate::case::{Case, Words, as_ints, floats, stored_rows, wide, words};
 use crate::child::Context;
 use crate::oracle;
 use crate::rig::{Pool, Session};
@@ -155,7 +155,7 @@ fn ties(context: &Context) -> Outcome {
             let sign = if best.contains(&token) { 1.0 } else { -1.0 };
             row.iter_mut().for_each(|x| *x = sign * (x.abs() + 0.1));
         }
-        contents.index[0].bytes = stored(format, &contents.index[0].given);
+        contents.index[0].bytes = stored_rows(format, width, &contents.index[0].given);
         let pool = shape.pool(&session)?;
         contents.write(&session, &pool, &[Plane::Index])?;
         for tokens in [1usize, 7] {

@@ -1,7 +1,8 @@
 //! Attention over a few rows in every form of words, and what it should be in f64.
 
+use super::columns::{ColumnBlock, attend_columns};
 use super::integer::{WORD_HEADS_MAX, WordHeads, attend_words};
-use super::stored::{ColumnBlock, StoredBlock, StoredUnits, attend_columns, attend_stored, round_stored_query};
+use super::stored::{StoredBlock, StoredUnits, attend_stored, round_stored_query};
 use super::words::{Bytes, Line, Widths, WordBlock, round_query};
 use super::{ROWS, Softmax};
 use crate::level::Level;

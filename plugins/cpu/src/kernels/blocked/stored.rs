@@ -1,5 +1,4 @@
-//! Attention over rows that the pool has as 16-bit words: multiplied where they lie, or, for the heads of many tokens,
-//! by column.
+//! Attention over rows that the pool has as 16-bit words, multiplied where they lie; `columns` is for many heads.
 //!
 //! A row's latent slice and its rope slice are words times a power of two each (OPS.md, W16). Sums of words' products
 //! are exact as long as they have room in 32 bits, so a key's values are added in a few partial sums, each with a
@@ -8,25 +7,23 @@
 
 use super::integer::{ROWS_ALIKE, Weights, WordHeads, weights};
 use super::softmax::exponentials;
-use super::words::{Bytes, FACTORS, Line, ROW_PAIRS, TOGETHER, WORD_MAX, Widths, are_lines, power_of_two};
+use super::words::{Bytes, FACTORS, Line, TOGETHER, WORD_MAX, Widths, are_lines, power_of_two};
 use super::{Ahead, ROWS, ask};
 use crate::level::Level;
 use crate::simd::{LANES, Words, on_level};
 use sparsed_quant::Format;
 
 /// Words of a line.
-const LINE_WORDS: usize = 2 * LANES;
+pub(super) const LINE_WORDS: usize = 2 * LANES;
 /// Values that are multiplied with a lane, at most, before partial sums are made of fewer lanes.
-const VALUES_ALIKE: usize = 32;
-/// Rows that are multiplied by column at once.
-const COLUMN_ROWS: usize = 2 * LANES;
+pub(super) const VALUES_ALIKE: usize = 32;
 
 /// A line as the pool has it.
 type Stored = [u8; 4 * LANES];
 
 /// Lines of a row's slice.
 #[inline(always)]
-fn lines(slice: &[u8]) -> &[Stored] {
+pub(super) fn lines(slice: &[u8]) -> &[Stored] {
     slice.as_chunks().0
 }
 
@@ -48,11 +45,11 @@ pub(super) fn partial_bits(widths: Widths) -> i32 {
 /// What the words of up to [`ROWS`] rows are times.
 #[derive(Debug)]
 pub(crate) struct StoredUnits {
-    widths: Widths,
+    pub(super) widths: Widths,
     /// Of a score, in 2^[`partial_bits`] partial sums; NaN where a value is none.
-    key: [f32; ROWS],
+    pub(super) key: [f32; ROWS],
     /// Of a latent slice.
-    value: [f32; ROWS],
+    pub(super) value: [f32; ROWS],
     /// How far a latent slice's sums, or a rope slice's words, are shifted to be in the other's unit, where that is
     /// greater.
     shift: [[i32; 2]; ROWS],
@@ -107,7 +104,7 @@ pub(crate) struct StoredBlock<'a> {
 impl<'a> StoredBlock<'a> {
     /// Row `r`, or in the place of one that is missing the last one: nobody looks at it, or it is weighed with 0.
     #[inline(always)]
-    fn row(&self, r: usize) -> Bytes<'a> {
+    pub(super) fn row(&self, r: usize) -> Bytes<'a> {
         self.rows[r.min(self.rows.len() - 1)]
     }
 }
@@ -124,12 +121,7 @@ on_level! {
 #[inline(always)]
 fn attend_body<L: Words, const H: usize>(l: L, block: &StoredBlock<'_>, ahead: &[&[u8]], heads: &mut WordHeads<'_>) {
     let mut p = [[0.0; ROWS]; H];
-    match partial_bits(block.units.widths) {
-        0 => scores::<L, H, 0>(l, block, ahead, heads.q, &mut p),
-        1 => scores::<L, H, 1>(l, block, ahead, heads.q, &mut p),
-        2 => scores::<L, H, 2>(l, block, ahead, heads.q, &mut p),
-        _ => scores::<L, H, 4>(l, block, ahead, heads.q, &mut p),
-    }
+    scores::<L, H>(l, block, ahead, heads.q, &mut p);
     let scales = std::array::from_fn(|h| heads.scales[h]);
     let seen = [block.rows.len(); H];
     let shrink = exponentials(l, &mut p, &seen, &scales, heads.states);
@@ -137,9 +129,26 @@ fn attend_body<L: Words, const H: usize>(l: L, block: &StoredBlock<'_>, ahead: &
     add_values::<L, _, H>(l, InPlace(block), block.rows.len(), &weights, &shrink, heads);
 }
 
-/// `q[h] . key[row]` in units of the query, in 2^`BITS` partial sums.
+/// `q[h] . key[row]` in units of the query.
 #[inline(always)]
-fn scores<L: Words, const H: usize, const BITS: i32>(
+pub(super) fn scores<L: Words, const H: usize>(
+    l: L,
+    block: &StoredBlock<'_>,
+    ahead: &[&[u8]],
+    q: &[Line],
+    out: &mut [[f32; ROWS]; H],
+) {
+    match partial_bits(block.units.widths) {
+        0 => partial_scores::<L, H, 0>(l, block, ahead, q, out),
+        1 => partial_scores::<L, H, 1>(l, block, ahead, q, out),
+        2 => partial_scores::<L, H, 2>(l, block, ahead, q, out),
+        _ => partial_scores::<L, H, 4>(l, block, ahead, q, out),
+    }
+}
+
+/// As [`scores`], in 2^`BITS` partial sums.
+#[inline(always)]
+fn partial_scores<L: Words, const H: usize, const BITS: i32>(
     l: L,
     block: &StoredBlock<'_>,
     ahead: &[&[u8]],
@@ -254,13 +263,13 @@ fn add_products<L: Words, const H: usize, const R: usize, const SHIFTED: bool>(
 }
 
 /// Values of a block, two rows together.
-trait Pairs: Copy {
+pub(super) trait Pairs: Copy {
     /// V vectors from vector `at` on of rows `pair` and `pair` + 16 of a part, in the level's order.
     fn load<L: Words, const V: usize>(self, l: L, part: usize, pair: usize, at: usize) -> [L::I; V];
 }
 
 #[derive(Clone, Copy)]
-struct InPlace<'b, 'a>(&'b StoredBlock<'a>);
+pub(super) struct InPlace<'b, 'a>(pub(super) &'b StoredBlock<'a>);
 
 impl Pairs for InPlace<'_, '_> {
     #[inline(always)]
@@ -276,7 +285,7 @@ impl Pairs for InPlace<'_, '_> {
 }
 
 #[inline(always)]
-fn add_values<L: Words, P: Pairs, const H: usize>(
+pub(super) fn add_values<L: Words, P: Pairs, const H: usize>(
     l: L,
     values: P,
     n: usize,
@@ -334,172 +343,6 @@ fn weigh<L: Words, P: Pairs, const H: usize, const V: usize>(
             let [a, b] = l.zipped_in_order([totals[h][v], totals[h][v + 1]]);
             l.store(l.mul_add(l.load(&out[v]), shrink, a), &mut out[v]);
             l.store(l.mul_add(l.load(&out[v + 1]), shrink, b), &mut out[v + 1]);
-        }
-    }
-}
-
-/// Widest keys that are multiplied by column: those of a block stay in a core's first cache.
-const COLUMNS_MAX: usize = 4 * VALUES_ALIKE;
-
-/// True when such rows may be multiplied by column.
-pub(crate) fn can_be_columns(widths: Widths) -> bool {
-    !widths.absorbed && widths.rope <= COLUMNS_MAX
-}
-
-/// A block's keys by column, and its values in pairs of rows.
-#[derive(Debug, Default)]
-pub(crate) struct ColumnBlock {
-    /// `[32 rows][pair of values][16 rows]`.
-    keys: Vec<Line>,
-    /// `[TOGETHER vectors][pair of rows][vector]`, in the level's order.
-    values: Vec<Line>,
-}
-
-impl ColumnBlock {
-    /// Takes the place of what was there before.
-    pub(crate) fn fill(&mut self, level: Level, block: &StoredBlock<'_>) {
-        self.keys.resize(block.units.widths.key_lines() * LANES * ROWS / LANES, Line::ZERO);
-        let groups = (block.units.widths.latent / LANES).div_ceil(TOGETHER);
-        self.values.resize(groups * ROW_PAIRS * TOGETHER, Line::ZERO);
-        fill(level, block, self);
-    }
-}
-
-on_level! {
-    fn fill(block: &StoredBlock<'_>, to: &mut ColumnBlock) = fill_body
-}
-
-#[inline(always)]
-fn fill_body<L: Words>(l: L, block: &StoredBlock<'_>, to: &mut ColumnBlock) {
-    let pairs = block.units.widths.key_lines() * LANES;
-    for tile in 0..block.rows.len().div_ceil(LANES) {
-        let columns = &mut to.keys[tile / 2 * 2 * pairs..][..2 * pairs];
-        for line in 0..block.units.widths.key_lines() {
-            let mut square = [l.splat(0.0); LANES];
-            for (r, square) in square.iter_mut().enumerate() {
-                *square = l.as_float(l.load_i(&lines(block.row(tile * LANES + r).rope)[line]));
-            }
-            let square = l.transpose(&square);
-            for (column, v) in columns[line * LINE_WORDS..].iter_mut().skip(tile % 2).step_by(2).zip(square) {
-                l.store_i(l.bits(v), &mut column.0);
-            }
-        }
-    }
-    let latent_lines = block.units.widths.latent / LINE_WORDS;
-    for part in 0..block.rows.len().div_ceil(ROWS_ALIKE) {
-        for pair in 0..LANES {
-            for at in 0..latent_lines {
-                let [a, b] = InPlace(block).load::<L, 2>(l, part, pair, 2 * at);
-                let group = at / (TOGETHER / 2) * ROW_PAIRS + part * LANES + pair;
-                let values = &mut to.values[group * TOGETHER + at % (TOGETHER / 2) * 2..][..2];
-                l.store_i(a, &mut values[0].0);
-                l.store_i(b, &mut values[1].0);
-            }
-        }
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Filled<'b>(&'b [[Line; TOGETHER]]);
-
-impl Pairs for Filled<'_> {
-    #[inline(always)]
-    fn load<L: Words, const V: usize>(self, l: L, part: usize, pair: usize, at: usize) -> [L::I; V] {
-        let from = &self.0[at / TOGETHER * ROW_PAIRS + part * LANES + pair][at % TOGETHER..][..V];
-        let mut values = [l.splat_i(0); V];
-        for v in 0..V {
-            values[v] = l.load_ints(&from[v].0);
-        }
-        values
-    }
-}
-
-/// As [`attend_stored`], from what was made of the block; head h sees the first `seen[h]` rows.
-pub(crate) fn attend_columns(
-    level: Level,
-    block: &StoredBlock<'_>,
-    columns: &ColumnBlock,
-    seen: &[usize],
-    ahead: &[&[u8]],
-    heads: &mut WordHeads<'_>,
-) {
-    for_heads!(heads, attend_by_column(level, block, columns, seen, ahead, heads));
-}
-
-on_level! {
-    fn attend_by_column<const H: usize>(
-        block: &StoredBlock<'_>,
-        columns: &ColumnBlock,
-        seen: &[usize],
-        ahead: &[&[u8]],
-        heads: &mut WordHeads<'_>,
-    ) = attend_by_column_body
-}
-
-#[inline(always)]
-fn attend_by_column_body<L: Words, const H: usize>(
-    l: L,
-    block: &StoredBlock<'_>,
-    columns: &ColumnBlock,
-    seen: &[usize],
-    ahead: &[&[u8]],
-    heads: &mut WordHeads<'_>,
-) {
-    ask(l, &mut Ahead { rows: ahead, share: ahead.len(), rest: 0 }, ROWS);
-    let seen: [usize; H] = std::array::from_fn(|h| seen[h]);
-    let most = seen.iter().copied().max().unwrap_or(0);
-    let mut p = [[0.0; ROWS]; H];
-    match partial_bits(block.units.widths) {
-        0 => column_scores::<L, H, 0>(l, block, columns, most, heads.q, &mut p),
-        1 => column_scores::<L, H, 1>(l, block, columns, most, heads.q, &mut p),
-        _ => column_scores::<L, H, 2>(l, block, columns, most, heads.q, &mut p),
-    }
-    let scales = std::array::from_fn(|h| heads.scales[h]);
-    let shrink = exponentials(l, &mut p, &seen, &scales, heads.states);
-    let weights = weights(l, &mut p, &block.units.value, &seen);
-    add_values::<L, _, H>(l, Filled(columns.values.as_chunks().0), most, &weights, &shrink, heads);
-}
-
-#[inline(always)]
-fn column_scores<L: Words, const H: usize, const BITS: i32>(
-    l: L,
-    block: &StoredBlock<'_>,
-    columns: &ColumnBlock,
-    n: usize,
-    q: &[Line],
-    out: &mut [[f32; ROWS]; H],
-) {
-    let lines = block.units.widths.key_lines();
-    let q: [&[Line]; H] = std::array::from_fn(|h| &q[h * lines..(h + 1) * lines]);
-    for (half, columns) in columns.keys.chunks_exact(2 * lines * LANES).enumerate().take(n.div_ceil(COLUMN_ROWS)) {
-        let columns = columns.as_chunks::<2>().0;
-        let mut totals = [[l.splat_i(0); 2]; H];
-        for partial in 0..1 << BITS {
-            let mut sums = [[l.begin(l.splat_i(0)); 2]; H];
-            for line in 0..lines {
-                let columns = &columns[line * LANES..][..LANES];
-                let q: [&[i32; LANES]; H] = std::array::from_fn(|h| &q[h][line].0);
-                for at in (partial..LANES).step_by(1 << BITS) {
-                    let keys = [l.load_ints(&columns[at][0].0), l.load_ints(&columns[at][1].0)];
-                    for h in 0..H {
-                        let q = l.splat_i(q[h][at]);
-                        for t in 0..2 {
-                            sums[h][t] = l.dot_words(sums[h][t], q, keys[t]);
-                        }
-                    }
-                }
-            }
-            for h in 0..H {
-                for t in 0..2 {
-                    totals[h][t] = l.add_i(totals[h][t], l.shift_right(l.end(sums[h][t]), BITS));
-                }
-            }
-        }
-        for h in 0..H {
-            for t in 0..2 {
-                let units = l.load(&block.units.key.as_chunks().0[2 * half + t]);
-                l.store(l.mul(l.to_float(totals[h][t]), units), &mut out[h].as_chunks_mut().0[2 * half + t]);
-            }
         }
     }
 }
@@ -603,9 +446,7 @@ mod tests {
                 for at_once in 1..=WORD_HEADS_MAX {
                     let what = format!("{level:?}, {at_once} at once, {widths:?}, {rows} rows");
                     assert_eq!(bits(&case.run_stored(level, at_once, false)), scalar, "{what}");
-                    if can_be_columns(widths) {
-                        assert_eq!(bits(&case.run_stored(level, at_once, true)), scalar, "{what}, by column");
-                    }
+                    assert_eq!(bits(&case.run_stored(level, at_once, true)), scalar, "{what}, prepared");
                 }
             }
         }
@@ -614,9 +455,9 @@ mod tests {
     #[test]
     fn a_head_that_sees_fewer_rows_of_the_columns_gives_what_it_gives_with_those_alone() {
         let mut random = Rng::with_seed(3);
-        let whole = Case::random(&mut random, Format::W16, PLAIN, ROWS, 3, 0);
         let seen = [5, 33, ROWS];
-        for level in Level::all() {
+        let cases = [PLAIN, MLA].map(|widths| Case::random(&mut random, Format::W16, widths, ROWS, 3, 0));
+        for (level, whole) in Level::all().into_iter().flat_map(|level| cases.iter().map(move |case| (level, case))) {
             let together = whole.run_seeing(level, &seen);
             for (head, &n) in seen.iter().enumerate() {
                 let mut alone = whole.clone();
@@ -639,7 +480,6 @@ mod tests {
             assert!(zeros.error() < 1e-7, "{:e}", zeros.error());
             for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 for (level, by_column) in Level::all().into_iter().flat_map(|level| [(level, false), (level, true)]) {
-                    let by_column = by_column && can_be_columns(widths);
                     for part in 0..2 {
                         let mut case = case();
                         case.rows[66][part][5] = value;

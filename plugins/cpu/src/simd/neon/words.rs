@@ -11,6 +11,11 @@ type Sums = [[int32x4_t; 2]; 4];
 impl<P: Copy> Words for Neon<P> {
     type Sums = Sums;
 
+    #[inline(always)]
+    fn zipped_in_order(self, v: [F; 2]) -> [F; 2] {
+        v
+    }
+
     by_intrinsics! {
         fn load_ints(v: &[i32; LANES]) -> I {{
             let at = v.as_ptr();
@@ -63,7 +68,6 @@ impl<P: Copy> Words for Neon<P> {
             let ([a, b], [c, d], [e, f], [g, h]) = (zip(0), zip(1), zip(2), zip(3));
             [[a, b, c, d], [e, f, g, h]]
         }}
-        fn zipped_in_order(v: [F; 2]) -> [F; 2] { v }
         fn shift_words(v: I, by: i32) -> I {{
             let (half, by) = (vdupq_n_s16(((1 << by) >> 1) as i16), vdupq_n_s16(-by as i16));
             each!(|v| vreinterpretq_s32_s16(vshlq_s16(vqaddq_s16(vreinterpretq_s16_s32(v), half), by)))
