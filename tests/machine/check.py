@@ -23,6 +23,8 @@ KEPT = "/opt/kept.json"
 ANSWERS, WORDS = 3, 60
 # Bytes of what it holds that it may hold no more then.
 SQUEEZED = 16 << 20
+# Of the service's journal, shown when a claim fails.
+JOURNAL_LINES = 15
 TIERED = '[memory]\nslow_tier = "all"\n[limits]\nmax_batched_tokens = 64\n'
 
 
@@ -188,6 +190,8 @@ def main():
         except Exception as error:
             print(f"not ok {claim}: {type(error).__name__}: {error}".replace("\n", " ")[:4000])
             traceback.print_exc(file=sys.stdout)
+            for line in journal().splitlines()[-JOURNAL_LINES:]:
+                print(f"# {line[:300]}")
     print("leg ended")
 
 

@@ -4,7 +4,7 @@ use crate::kernels::packed::TILE_ROWS;
 use crate::kernels::rows::decode;
 use crate::level::Level;
 use crate::packing::Packed;
-use memmap2::{Advice, MmapMut, UncheckedAdvice};
+use memmap2::{Advice, MmapMut, MmapOptions, UncheckedAdvice};
 use rustix::param::page_size;
 use sparsed_abi::{
     DT_BF16, DT_F16, DT_F32, DT_Q8_0, DT_W16, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow, SpdWeightDesc,
@@ -176,7 +176,8 @@ impl Plane {
         let overflow = || PluginError::invalid("a KV pool's size overflows");
         let total = block_bytes.checked_mul(n_blocks).ok_or_else(overflow)?.max(1);
         let no_memory = |error: std::io::Error| PluginError::new(E_NOMEM_DEVICE, format!("{total} bytes: {error}"));
-        let mut map = MmapMut::map_anon(total).map_err(no_memory)?;
+        // Not reserved: a plane is laid out for all blocks, fast or slow, and may be larger than the machine's memory.
+        let mut map = MmapOptions::new().len(total).no_reserve_swap().map_anon().map_err(no_memory)?;
         // A refusal costs speed, or memory that comes back later.
         let _refused = map.advise(pages);
         Ok(Self { at: map.as_mut_ptr(), map, block_bytes })
@@ -330,6 +331,20 @@ mod tests {
         let first = plane.at.addr() / page;
         File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entries, 8 * first as u64).unwrap();
         entries.as_chunks().0.iter().filter(|entry| u64::from_ne_bytes(**entry) >> 63 == 1).count()
+    }
+
+    #[test]
+    fn a_plane_may_be_larger_than_the_machines_memory() {
+        let overcommit = std::fs::read_to_string("/proc/sys/vm/overcommit_memory").unwrap();
+        if overcommit.trim() == "2" {
+            return; // The kernel wants all of it to be there.
+        }
+        let machine = rustix::system::sysinfo();
+        let bytes = (machine.totalram + machine.totalswap) as usize * machine.mem_unit as usize;
+        let plane = Plane::new(1 << 20, bytes.div_ceil(1 << 19), Advice::NoHugePage).unwrap();
+        // SAFETY: nobody else uses the plane.
+        unsafe { plane.bytes_mut(bytes, 4) }.fill(1);
+        assert_eq!(plane.bytes(bytes - 4, 8), [0, 0, 0, 0, 1, 1, 1, 1]);
     }
 
     #[test]
