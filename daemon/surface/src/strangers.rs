@@ -1,7 +1,7 @@
 //! Who has come in and not said who it is? Few at a time, and not for long: who says it at once is never kept out.
 //!
-//! A connection without a key costs a descriptor and a buffer. So many may wait for theirs; when one more comes, the one
-//! that has waited longest goes. Those who have shown a key are counted elsewhere, so however many strangers come, the
+//! A connection without a key costs a descriptor and a buffer. So many may be without; when one more comes, the one
+//! that has been so longest goes. Those who have shown a key are counted elsewhere, so however many strangers come, the
 //! places of the others are not theirs to take.
 
 use std::collections::VecDeque;

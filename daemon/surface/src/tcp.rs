@@ -134,15 +134,15 @@ struct Visit {
     counted: Arc<OnceLock<(Admission, OwnedSemaphorePermit)>>,
 }
 
+/// Tells that a connection has ended.
+#[derive(Debug)]
+struct Leaving(Arc<Stranger>);
+
 impl Drop for Leaving {
     fn drop(&mut self) {
         self.0.has_gone();
     }
 }
-
-/// Tells that a connection has ended.
-#[derive(Debug)]
-struct Leaving(Arc<Stranger>);
 
 impl CountedDoor {
     /// Of all names `most` connections at a time, of each `per_user`.

@@ -157,9 +157,6 @@ impl Config {
                 return Some(wrong);
             }
         }
-        if let Some(wrong) = model::ambiguous_name(&self.model) {
-            return Some(wrong);
-        }
         let out = |(key, value, low, high): &(String, u64, u64, u64)| {
             let inside = (low..=high).contains(&value);
             (!inside).then(|| (key.clone(), format!("is {value}, must be {low} to {high}")))
@@ -177,7 +174,8 @@ impl Config {
                 format!("has {socket_bytes} bytes, must have 1 to {SOCKET_PATH_MAX}"),
             ));
         }
-        if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()) {
+        let names = || model::ambiguous_name(&self.model);
+        if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()).or_else(names) {
             return Some(wrong);
         }
         let longest = pauses.iter().max().copied().unwrap_or(0);

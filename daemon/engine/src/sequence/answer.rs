@@ -71,8 +71,8 @@ impl Answer {
         piece.stopped || self.is_over()
     }
 
-    /// Adds what was held back: half a character, the start of a stop string or of a tag; of a call that a limit has cut,
-    /// what is there of it. In a session such a call stays text, since the conversation must be one that goes on.
+    /// Adds what was held back: half a character, the start of a stop string or of a tag; of a call that a limit has
+    /// cut, what is there of it. In a session such a call stays text, since the conversation must be one that goes on.
     pub(super) fn finish(&mut self, end: End, outbox: &mut VecDeque<Event>) {
         let stopped = end == End::Stopped;
         let mut rest = String::new();

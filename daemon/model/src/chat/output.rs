@@ -584,7 +584,10 @@ mod tests {
         }
 
         #[test]
-        fn any_answer_may_be_cut((thinking, syntax, text) in any_answer(), sizes in prop::collection::vec(1usize..9, 1..6)) {
+        fn any_answer_may_be_cut(
+            (thinking, syntax, text) in any_answer(),
+            sizes in prop::collection::vec(1usize..9, 1..6),
+        ) {
             let cut_off = |pieces: &[&str]| {
                 let mut parser = parser(thinking, syntax);
                 let mut events: Vec<OutputEvent> = pieces.iter().flat_map(|piece| parser.push(piece)).collect();

@@ -97,8 +97,13 @@ impl Held {
 impl Share {
     /// The body is there: from now on it is given up for nobody. Answers false where it was meanwhile.
     pub(crate) fn has_arrived(&self) -> bool {
-        let mut held = self.shares.lock();
-        held.shares.get_mut(&self.number).map(|entry| entry.arriving = None).is_some()
+        match self.shares.lock().shares.get_mut(&self.number) {
+            Some(entry) => {
+                entry.arriving = None;
+                true
+            }
+            None => false,
+        }
     }
 }
 

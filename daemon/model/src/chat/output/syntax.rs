@@ -98,7 +98,7 @@ impl ToolSyntax {
     }
 }
 
-/// How a call begins that is not complete.
+// How a call begins that is not complete.
 impl ToolSyntax {
     /// Function and as much of the arguments as there is, of the text behind the opening tag of a call that was cut.
     /// `None`: the function is not known yet.
@@ -152,13 +152,16 @@ fn first_value(text: &str) -> String {
 }
 
 fn hermes_cut(body: &str) -> Option<(String, String)> {
-    let after = |text: &'_ str, word: &str| text.trim_start().strip_prefix(word).map(str::to_owned);
-    let rest = after(&after(&after(body, "{")?, "\"name\"")?, ":")?;
-    let mut values = serde_json::Deserializer::from_str(&rest).into_iter::<String>();
+    let rest = behind(body, &["{", "\"name\"", ":"])?;
+    let mut values = serde_json::Deserializer::from_str(rest).into_iter::<String>();
     let name = values.next()?.ok()?;
-    let rest = &rest[values.byte_offset()..];
-    let arguments = after(rest, ",").and_then(|rest| after(&after(&rest, "\"arguments\"")?, ":"));
-    Some((name, arguments.map_or_else(String::new, |text| first_value(&text))))
+    let arguments = behind(&rest[values.byte_offset()..], &[",", "\"arguments\"", ":"]);
+    Some((name, arguments.map_or_else(String::new, first_value)))
+}
+
+/// What follows these words, which may have whitespace before them.
+fn behind<'t>(text: &'t str, words: &[&str]) -> Option<&'t str> {
+    words.iter().try_fold(text, |text, word| text.trim_start().strip_prefix(word))
 }
 
 /// Collects arguments in order; a key that comes twice makes the call malformed.

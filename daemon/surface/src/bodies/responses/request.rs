@@ -90,8 +90,8 @@ impl Fields {
         self.store == Some(true) || self.background == Some(true) || self.previous_response_id.is_some()
     }
 
-    /// What the client wants to hear of a stream beside the response. One that is stored is told again from the journal,
-    /// which has no times: nothing of it says any.
+    /// What the client wants to hear of a stream beside the response. One that is stored is told again from the
+    /// journal, which has no times: nothing of it says any.
     pub(super) fn telling(&self) -> Telling {
         let Self { return_progress, timings_per_token, .. } = *self;
         let asked = self.stream == Some(true) && !self.is_stored();
