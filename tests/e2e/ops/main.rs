@@ -5,6 +5,7 @@
 mod bundle;
 mod clock;
 mod idle;
+mod log;
 mod readmes;
 mod reload;
 mod state;

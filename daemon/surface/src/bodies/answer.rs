@@ -1,6 +1,6 @@
 //! How does an answer travel? From the engine's events to OpenAI's objects: one whole body, or pieces.
 
-use super::listen::Listening;
+use super::listen::{self, Listening};
 use super::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
@@ -265,9 +265,7 @@ pub(crate) fn now() -> u64 {
 
 impl Head {
     fn new<W: Wire>(model: String) -> Self {
-        let created = now();
-        let id = format!("{}-{:016x}", W::ID_PREFIX, getrandom::u64().unwrap_or(created));
-        Self { id, created, model }
+        Self { id: listen::name(W::ID_PREFIX), created: now(), model }
     }
 
     fn object(&self, object: &str, choices: &[Value]) -> Value {
