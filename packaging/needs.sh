@@ -16,6 +16,7 @@ if [ "${1:-build}" = test ]; then
   need unshare util-linux
   need mosquitto_rr mosquitto-clients
   need openssl openssl
+  need pkg-config pkgconf
   need faketime faketime
   need node nodejs
   need npm npm
@@ -24,6 +25,7 @@ fi
 if [ "${1:-build}" = package ]; then
   need rpmbuild rpm
   need objdump binutils
+  need pkg-config pkgconf
 fi
 # A C compiler without the C library's headers links nothing.
 echo 'int main(void) { return 0; }' | cc -x c - -o /dev/null 2>/dev/null || missing="$missing libc6-dev"

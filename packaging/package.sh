@@ -56,6 +56,16 @@ debian() {
   done
 }
 
+# What a plugin's author does first, with what the package has: the example is built where pkg-config says.
+example() {
+  local usr=$PWD/$work/rpm/sparsed-dev/usr
+  # shellcheck disable=SC2046 # flags
+  cc -std=c11 -Wall -Wextra -Wpedantic -Werror -shared -fPIC -pthread \
+    -DPLUGIN_VERSION='"0.1.0"' \
+    $(PKG_CONFIG_PATH=$usr/share/pkgconfig pkg-config --define-variable=prefix="$usr" --cflags sparsed-plugin) \
+    "$usr/share/doc/sparsed-dev/examples/minimal.c" -o "$work/example.so" -lm
+}
+
 rpm() {
   rpmbuild --quiet -bb packaging/sparsed.spec --target "$arch" --define "_topdir $PWD/$work/rpmbuild" \
     --define "_rpmdir $into/rpm" --define "tree $PWD/$work/rpm" --define "glibc $glibc" \
@@ -64,5 +74,6 @@ rpm() {
 
 stage
 debian
+example
 rpm
 ls -l "$into"/debian/*.deb "$into"/rpm/"$arch"/*.rpm

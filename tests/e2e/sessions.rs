@@ -203,6 +203,8 @@ fn an_answer_that_was_cut_is_finished_before_the_next_turn() {
     assert_eq!(bench.session(&id)["state"], "interrupted");
     assert_eq!(content(&bench.turn(&id, "Two.", 20)), expected[1]);
     assert_eq!(bench.session(&id)["messages"][1]["content"], json!(expected[0]));
+    // What nobody has asked for has a name in the log, too.
+    assert!(bench.daemon.log().contains("request answered request=cut-"), "{}", bench.daemon.log());
 }
 
 #[test]

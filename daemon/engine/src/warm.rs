@@ -63,7 +63,7 @@ fn settled<T>(outcome: Outcome<T>, what: &str) -> bool {
     match outcome {
         Outcome::Done(_) => true,
         Outcome::Failed(error) => {
-            log::warn!(reason:% = error; "block cannot {what} the slow tier");
+            log::warn!(what, reason:% = error; "block could not be moved in the slow tier");
             false
         }
     }

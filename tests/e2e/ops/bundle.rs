@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Words that are said, and secrets, each planted somewhere else; none of them may leave the box.
-const PLANTED: [&str; 11] = [
+const PLANTED: [&str; 15] = [
     "prompt-zebra-1",
     "system-zebra-2",
     "session-zebra-3",
@@ -20,6 +20,11 @@ const PLANTED: [&str; 11] = [
     "log-bearer-zebra-9",
     "refused-zebra-10",
     "tool-environment-zebra-11",
+    "relay-key-zebra-12-0123",
+    // As long as a key is.
+    "master-key-zebra-13-0123456789ab",
+    "signature-zebra-14",
+    "address-zebra-15",
 ];
 
 fn secret_file(path: &Path, text: &str) {
@@ -33,17 +38,24 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     let path = |name: &str| dir.path().join(name);
     secret_file(&path("keys"), &format!("hall {}\n", PLANTED[4]));
     secret_file(&path("password"), &format!("{}\n", PLANTED[5]));
+    secret_file(&path("relay"), &format!("{}\n", PLANTED[11]));
+    std::fs::create_dir(path("credentials")).unwrap();
+    secret_file(&path("credentials/sparsed.master-key"), PLANTED[12]);
     let config = format!(
         "[log]\nlevel = \"debug\"\n[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
-         [mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\nusername = \"{}\"\npassword_file = \"{}\"\n",
+         [mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\nusername = \"{}\"\npassword_file = \"{}\"\n\
+         [model.big]\nupstream = \"http://127.0.0.1:1/v1\"\n[model.big.relay]\nkey_file = \"{}\"\n",
         path("keys").display(),
         PLANTED[7],
-        path("password").display()
+        path("password").display(),
+        path("relay").display()
     );
     std::fs::write(path("config.toml"), config).unwrap();
     let argument = format!("--config={}", path("config.toml").display());
     let planted = Path::new(PLANTED[6]);
-    let daemon = Daemon::spawn_in(&[("PLANTED", planted)], Some(&chatty::write(dir.path())), &[&argument]).ready();
+    let credentials = path("credentials");
+    let variables = [("PLANTED", planted), ("CREDENTIALS_DIRECTORY", credentials.as_path())];
+    let daemon = Daemon::spawn_in(&variables, Some(&chatty::write(dir.path())), &[&argument]).ready();
     // Everything that can be said is said.
     let say = |messages: serde_json::Value, more: serde_json::Value| {
         let mut body = json!({ "messages": messages, "max_tokens": 4, "user": PLANTED[0] });
@@ -55,11 +67,12 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     let session = daemon.post("/v1/sessions", &json!({ "title": PLANTED[3] })).json()["id"].clone();
     assert_eq!(say(json!([{ "role": "user", "content": PLANTED[2] }]), json!({ "session_id": session })), 200);
     assert_eq!(say(json!([{ "role": PLANTED[9], "content": PLANTED[9] }]), json!({ "grammar": PLANTED[9] })), 400);
-    // The service's log: the daemon's own, and a line of somebody else with a key in it.
+    // The service's log: the daemon's own, and lines of somebody else with a key, an address and a name's password in it.
     let tools = path("tools");
     std::fs::create_dir(&tools).unwrap();
     let log = daemon.log_file();
-    let bearer = format!("Authorization: Bearer {}", PLANTED[8]);
+    let address = format!("https://hall:{}@example.org/m.gguf?x=1&X-Amz-Signature={}&y=2", PLANTED[14], PLANTED[13]);
+    let bearer = format!("Authorization: Bearer {} for {} at {address}", PLANTED[8], PLANTED[11]);
     std::fs::write(tools.join("journalctl"), format!("#!/bin/sh\ncat {}\necho '{bearer}'\n", log.display())).unwrap();
     std::fs::set_permissions(tools.join("journalctl"), PermissionsExt::from_mode(0o755)).unwrap();
     let bundle = path("bundle.tar");
@@ -91,8 +104,14 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
         assert!(text.contains(part), "{part} is not in the bundle: {said}");
     }
     // It helps: settings with their origin, numbers, the log's events, and that something was taken out.
-    let helps =
-        ["tcp.listen = \"127.0.0.1:0\" # ", "sparsed_memory_kv_bytes", "request answered", "[redacted]", "MemTotal"];
+    let helps = [
+        "tcp.listen = \"127.0.0.1:0\" # ",
+        "@example.org/m.gguf?x=1&X-Amz-Signature=[redacted]&y=2",
+        "sparsed_memory_kv_bytes",
+        "request answered",
+        "[redacted]",
+        "MemTotal",
+    ];
     for words in helps {
         assert!(text.contains(words), "{words} is not in the bundle");
     }

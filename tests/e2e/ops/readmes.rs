@@ -1,4 +1,5 @@
-//! Is the Chinese README in step? The same headings by level, the same commands, the same links.
+//! Is the Chinese README in step? The same headings by level, the same commands, the same links. And do the installed
+//! pages point to what is installed?
 
 use std::collections::BTreeSet;
 
@@ -55,5 +56,37 @@ fn what_the_chinese_readme_points_to_is_there() {
     assert!(links.len() > 5);
     for link in links {
         assert!(sparsed_tests::root().join(link).exists(), "{link} is not there");
+    }
+}
+
+/// Pages that the package puts into `/usr/share/doc/sparsed` as they lie in `packaging`, `tutorials` below it.
+#[test]
+fn what_an_installed_page_points_to_is_installed() {
+    let root = sparsed_tests::root().join("packaging");
+    let (assets, mut n_links) = (page("daemon/app/Cargo.toml"), 0);
+    for folder in [root.clone(), root.join("tutorials")] {
+        let names = folder.read_dir().unwrap().map(|entry| entry.unwrap().path());
+        for path in names.filter(|path| path.extension().is_some_and(|extension| extension == "md")) {
+            let text = std::fs::read_to_string(&path).unwrap();
+            for link in text.split("](").skip(1).map(|rest| rest.split([')', '#']).next().unwrap()) {
+                if link.is_empty() || link.starts_with("http") {
+                    continue;
+                }
+                let target = folder.join(link).canonicalize().unwrap_or_else(|_| panic!("{}: {link}", path.display()));
+                let below = target.strip_prefix(&root).unwrap_or_else(|_| panic!("{}: {link}", path.display()));
+                let asset = format!("\"../../packaging/{}\", \"usr/share/doc/sparsed/\"", below.display());
+                let is_installed = below.extension().is_some_and(|e| e == "md") || assets.contains(&asset);
+                assert!(is_installed, "{}: {link} is not installed", path.display());
+                n_links += 1;
+            }
+        }
+    }
+    assert!(n_links > 5);
+    // What is read on the box names no place of the sources.
+    for name in
+        ["packaging/config.toml", "systemd/catalog/sparsed.catalog", "packaging/mqtt.md", "packaging/upstream.md"]
+    {
+        let text = page(name);
+        assert!(!text.contains("packaging/") && !text.contains(" systemd/"), "{name} names a place of the sources");
     }
 }

@@ -6,6 +6,7 @@ mod doors;
 mod elsewhere;
 mod installation;
 mod machine;
+mod service;
 
 use super::client::socket_or_default;
 use super::{print, print_json};
@@ -36,6 +37,9 @@ pub(super) struct Doctor {
     #[arg(long)]
     json: bool,
 }
+
+/// Where the operator's settings are.
+const OPERATORS_FILE: &str = "/etc/sparsed/config.toml";
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -106,27 +110,39 @@ impl Doctor {
         let config = config.unwrap_or_else(Config::default);
         let paths = Paths::of(&config);
         let root = Path::new("/");
+        // Who names another configuration or socket asks for another daemon than the service.
+        let is_service = self.source.names_nothing() && self.socket.is_none();
+        let service = is_service.then(|| service::Service::ask(root)).flatten();
         checks.push(installation::state_folder(&paths.state_dir));
         checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
         checks.push(machine::processor());
-        let memory = machine::Memory::of(root);
+        let socket = self.socket(&paths);
+        let pid = match &service {
+            Some(service) => service.pid,
+            None => access::pid(&socket),
+        };
+        let memory = machine::Memory::of(root, service.as_ref(), pid);
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(memory.as_ref().map(machine::largest_model));
         checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full));
         checks.extend(elsewhere::upstreams(&config));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(installation::plugins(&config, &scan));
-        checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan)));
+        checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan), service.as_ref()));
         checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
-        let socket = self.socket.clone().unwrap_or_else(|| match self.source.names_nothing() {
-            true => socket_or_default(None),
-            false => paths.socket.clone(),
-        });
         checks.extend(access::daemon(&socket)?);
-        checks.extend(doors::message_bus(root, &config)?);
+        checks.extend(doors::message_bus(root, &config, service.as_ref())?);
         checks.extend(doors::broker(&config.mqtt));
         Ok(checks)
+    }
+
+    /// Where the daemon that is asked for listens.
+    fn socket(&self, paths: &Paths) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| match self.source.names_nothing() {
+            true => socket_or_default(None),
+            false => paths.socket.clone(),
+        })
     }
 }
 

@@ -5,6 +5,7 @@ use anyhow::Context;
 use clap::{Command, CommandFactory};
 use clap_complete::Shell;
 use clap_mangen::Man;
+use sparsed_backend::{ABI_MAJOR, ABI_MINOR};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -12,18 +13,18 @@ use std::path::{Path, PathBuf};
 const DAEMON_SECTIONS: &str = include_str!("../../../../packaging/man/sparsed.8.in");
 const TOOL_SECTIONS: &str = include_str!("../../../../packaging/man/sparsectl.1.in");
 
-/// Write manual pages and shell completions into a folder, for packages.
+/// Write manual pages, shell completions and what pkg-config reads into a folder, for packages.
 #[derive(Debug, clap::Args)]
 #[command(hide = true)]
 pub(super) struct Generate {
-    /// Gets man/ and completions/.
+    /// Gets man/, completions/ and pkgconfig/.
     folder: PathBuf,
 }
 
 impl Generate {
     pub(super) fn run(self) -> anyhow::Result<()> {
-        let (man, completions) = (self.folder.join("man"), self.folder.join("completions"));
-        for dir in [&man, &completions] {
+        let [man, completions, devel] = ["man", "completions", "pkgconfig"].map(|name| self.folder.join(name));
+        for dir in [&man, &completions, &devel] {
             fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
         }
         let daemon = crate::lifecycle::command_line();
@@ -37,8 +38,19 @@ impl Generate {
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             clap_complete::generate_to(shell, &mut Arguments::command(), "sparsectl", &completions)?;
         }
-        Ok(())
+        let path = devel.join("sparsed-plugin.pc");
+        fs::write(&path, pkg_config()).with_context(|| path.display().to_string())
     }
+}
+
+/// What pkg-config says of the plugin interface. A plugin links nothing of the daemon's.
+fn pkg_config() -> String {
+    let version = env!("CARGO_PKG_VERSION");
+    format!(
+        "prefix=/usr\nincludedir=${{prefix}}/include\nabi_version={ABI_MAJOR}.{ABI_MINOR}\n\n\
+         Name: sparsed-plugin\nDescription: C interface between sparsed and its hardware backends\n\
+         Version: {version}\nCflags: -I${{includedir}}\n"
+    )
 }
 
 /// Writes the manual page `name` of a command; `sections` say what its command line does not.

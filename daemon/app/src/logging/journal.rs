@@ -47,7 +47,9 @@ struct Line {
 impl Line {
     fn of(record: &Record<'_>) -> Self {
         let mut line = Self { text: printable(&record.args().to_string()), fields: Vec::new() };
-        if let Some(id) = record.args().as_str().and_then(events::id_of) {
+        // A text that is not constant is one that a plugin says.
+        let id = record.args().as_str().map_or_else(|| events::relayed_id_of(&line.text), events::id_of);
+        if let Some(id) = id {
             line.fields.push(("MESSAGE_ID".to_owned(), id.to_owned()));
         }
         // Its visitor does not fail.
@@ -104,6 +106,17 @@ mod tests {
         let id = events::id_of("model ready").unwrap();
         let expected = [("MESSAGE_ID", id), ("SPARSED_MODEL", "default"), ("SPARSED_REQUEST_ID", "chatcmpl-1")];
         assert_eq!(fields, expected);
+    }
+
+    /// A plugin says of its process what is reduced there, and cannot say what only the daemon says.
+    #[test]
+    fn what_a_plugin_says_is_one_of_few_events() {
+        let id = |text: &str| line(format_args!("{text}"), &[]).fields.into_iter().map(|(_, id)| id).next();
+        let reduced = "this kernel has no Landlock: the plugin may open any file of its user";
+        assert_eq!(id(reduced).as_deref(), events::id_of(reduced));
+        let threads = "the slow tier is read by threads, as io_uring cannot be used";
+        assert_eq!(id(&format!("{threads}: EPERM")).as_deref(), events::id_of(threads));
+        assert_eq!(id("the daemon cannot serve"), None);
     }
 
     #[test]

@@ -47,6 +47,7 @@ pub(super) struct Group {
     usage: File,
     stat: File,
     inactive_file: &'static [u8],
+    held_keys: [&'static [u8]; 2],
 }
 
 impl Group {
@@ -58,6 +59,7 @@ impl Group {
             usage: open(files.usage)?,
             stat: open("memory.stat")?,
             inactive_file: files.inactive_file,
+            held_keys: files.held_keys,
         })
     }
 
@@ -67,6 +69,14 @@ impl Group {
         let usage = number(text(&self.usage, &mut buffer)?)?;
         let cache = value(text(&self.stat, &mut buffer)?, self.inactive_file).unwrap_or(0);
         Some(usage.saturating_sub(cache))
+    }
+
+    /// Bytes of its members that are no pages of files: what ends with them.
+    fn held(&self) -> Option<u64> {
+        let mut buffer = [0; FILE_BYTES];
+        let stat = text(&self.stat, &mut buffer)?;
+        let [own, shared] = self.held_keys.map(|key| value(stat, key));
+        Some(own?.saturating_add(shared.unwrap_or(0)))
     }
 
     /// The limits that are set.
@@ -100,6 +110,7 @@ struct Files {
     high: Option<&'static str>,
     usage: &'static str,
     inactive_file: &'static [u8],
+    held_keys: [&'static [u8]; 2],
 }
 
 const V1: Files = Files {
@@ -107,22 +118,69 @@ const V1: Files = Files {
     high: None,
     usage: "memory.usage_in_bytes",
     inactive_file: b"total_inactive_file ",
+    held_keys: [b"total_rss ", b"total_shmem "],
 };
-const V2: Files =
-    Files { max: "memory.max", high: Some("memory.high"), usage: "memory.current", inactive_file: b"inactive_file " };
+const V2: Files = Files {
+    max: "memory.max",
+    high: Some("memory.high"),
+    usage: "memory.current",
+    inactive_file: b"inactive_file ",
+    held_keys: [b"anon ", b"shmem "],
+};
 
 /// The process's own group and those above it that have the memory controller, the own one first.
 pub(super) fn own_groups() -> Vec<Group> {
+    groups_of(Path::new("/"), &own_text())
+}
+
+/// Those of a process whose `/proc/PID/cgroup` has this text.
+fn groups_of(root: &Path, text: &str) -> Vec<Group> {
     let mut groups = Vec::new();
-    for (mount, path, files) in trees() {
-        groups.extend(ancestors(mount, &path).filter_map(|dir| Group::open(&dir, files)));
+    for (mount, path, files) in trees(text) {
+        groups.extend(ancestors(&root.join(mount), &path).filter_map(|dir| Group::open(&dir, files)));
     }
     groups
 }
 
+/// What control groups leave to a daemon that begins anew, as another process sees it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Room {
+    /// What the tightest limit leaves once what the daemon holds is back; `None`: no limit is set.
+    pub(crate) left: Option<u64>,
+    /// The own group's tightest limit.
+    pub(crate) limit: Option<u64>,
+    /// What the daemon holds, where its group is its own and counts that.
+    pub(crate) held: Option<u64>,
+}
+
+/// Of a daemon whose `/proc/PID/cgroup` has, or would have, this text. `held`: what it holds, in a group that it shares
+/// with others; in one of its own, `None`, the group knows.
+pub(crate) fn room(root: &Path, text: &str, held: Option<u64>) -> Room {
+    let groups = groups_of(root, text);
+    let Some(own) = groups.first() else { return Room { held, ..Room::default() } };
+    let is_own = held.is_none();
+    let held = held.or_else(|| own.held());
+    let left = groups.iter().enumerate().flat_map(|(at, group)| {
+        let used = group.used().unwrap_or(0);
+        // A group of its own is empty when the daemon begins.
+        let others = if at == 0 && is_own { 0 } else { used.saturating_sub(held.unwrap_or(0)) };
+        group.set().into_iter().flatten().map(move |set| set.spare(others).bytes)
+    });
+    Room {
+        left: left.min().map(|bytes| u64::try_from(bytes).unwrap_or(0)),
+        limit: own.set().into_iter().flatten().map(|set| set.bytes).min(),
+        held,
+    }
+}
+
+fn own_text() -> String {
+    std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default()
+}
+
 /// The file that tells of the own group's stalls, where the system has one.
 pub(super) fn pressure_file() -> Option<PathBuf> {
-    let dirs = trees().into_iter().filter_map(|(mount, path, _)| ancestors(mount, &path).next());
+    let trees = trees(&own_text());
+    let dirs = trees.into_iter().filter_map(|(mount, path, _)| ancestors(&Path::new("/").join(mount), &path).next());
     dirs.filter(|dir| is_group(dir)).map(|dir| dir.join("memory.pressure")).find(|file| file.exists())
 }
 
@@ -131,26 +189,25 @@ fn is_group(dir: &Path) -> bool {
     dir.join("cgroup.type").exists()
 }
 
-/// Mounts that may have the memory controller, and the path below them.
-fn trees() -> Vec<(&'static str, String, &'static Files)> {
-    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+/// Mounts that may have the memory controller, and the path below them, of a text of `/proc/PID/cgroup`.
+fn trees(text: &str) -> Vec<(&'static str, String, &'static Files)> {
     let mut trees = Vec::new();
-    for line in own.lines() {
+    for line in text.lines() {
         let mut parts = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { continue };
         if controllers.split(',').any(|name| name == "memory") {
-            trees.push(("/sys/fs/cgroup/memory", path.to_owned(), &V1));
+            trees.push(("sys/fs/cgroup/memory", path.to_owned(), &V1));
         } else if controllers.is_empty() {
-            trees.push(("/sys/fs/cgroup", path.to_owned(), &V2));
-            trees.push(("/sys/fs/cgroup/unified", path.to_owned(), &V2));
+            trees.push(("sys/fs/cgroup", path.to_owned(), &V2));
+            trees.push(("sys/fs/cgroup/unified", path.to_owned(), &V2));
         }
     }
     trees
 }
 
 /// The folder of `path` below `mount` and those above it; in a namespace of its own the mount is the group.
-fn ancestors(mount: &str, path: &str) -> impl Iterator<Item = PathBuf> + use<> {
-    let (mount, below) = (PathBuf::from(mount), path.trim_start_matches('/'));
+fn ancestors(mount: &Path, path: &str) -> impl Iterator<Item = PathBuf> + use<> {
+    let (mount, below) = (mount.to_owned(), path.trim_start_matches('/'));
     let own = mount.join(below);
     let first = if own.is_dir() { own } else { mount.clone() };
     let above = |dir: &PathBuf| dir.parent().map(Path::to_owned);
@@ -203,9 +260,32 @@ mod tests {
     fn groups_above_are_looked_at_up_to_the_mount() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("a/b")).unwrap();
-        let mount = dir.path().to_str().unwrap();
+        let mount = dir.path();
         let dirs: Vec<PathBuf> = ancestors(mount, "/a/b").collect();
         assert_eq!(dirs, [dir.path().join("a/b"), dir.path().join("a"), dir.path().to_owned()]);
         assert_eq!(ancestors(mount, "/elsewhere").collect::<Vec<_>>(), [dir.path()]);
+    }
+
+    /// What a daemon would have if it began anew is told beside the one that runs.
+    #[test]
+    fn what_the_daemon_holds_comes_back_and_what_others_hold_does_not() {
+        let root = tempfile::tempdir().unwrap();
+        let above = root.path().join("sys/fs/cgroup/system.slice");
+        let own = above.join("sparsed.service");
+        std::fs::create_dir_all(&own).unwrap();
+        group(&own, "max\n", "max\n", 60_000);
+        group(&above, "100000\n", "max\n", 80_000);
+        write(own.join("memory.stat"), "anon 40000\nfile 9\nshmem 10000\ninactive_file 0\n").unwrap();
+        let path = "0::/system.slice/sparsed.service\n";
+        // Of 90000 others use 80000 - 1000 - 50000.
+        let expected = Room { left: Some(61_000), limit: None, held: Some(50_000) };
+        assert_eq!(room(root.path(), path, None), expected);
+        // A limit of its own is all for the one that begins.
+        write(own.join("memory.max"), "50000\n").unwrap();
+        let expected = Room { left: Some(45_000), limit: Some(50_000), held: Some(50_000) };
+        assert_eq!(room(root.path(), path, None), expected);
+        // In a group that others share only what is its own comes back.
+        assert_eq!(room(root.path(), path, Some(20_000)).left, Some(5_000));
+        assert_eq!(room(Path::new("/nowhere"), path, Some(7)), Room { held: Some(7), ..Room::default() });
     }
 }

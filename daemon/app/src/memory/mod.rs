@@ -7,6 +7,7 @@
 mod cgroup;
 mod watch;
 
+pub(crate) use cgroup::room;
 pub use watch::start;
 
 use crate::config::{Config, LoadWhen, Model};

@@ -1,7 +1,7 @@
 //! How does an answer travel? From the engine's events to OpenAI's objects: one whole body, or pieces.
 
 use super::figures::{self, Telling, timings, timings_so_far, usage};
-use super::listen::Listening;
+use super::listen::{self, Listening};
 use super::logprobs;
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -313,9 +313,7 @@ pub(crate) fn now() -> u64 {
 
 impl Head {
     fn new<W: Wire>(model: String) -> Self {
-        let created = now();
-        let id = format!("{}-{:016x}", W::ID_PREFIX, getrandom::u64().unwrap_or(created));
-        Self { id, created, model }
+        Self { id: listen::name(W::ID_PREFIX), created: now(), model }
     }
 
     fn object(&self, object: &str, choices: &[Value]) -> Value {

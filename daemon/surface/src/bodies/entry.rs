@@ -10,7 +10,7 @@ pub(super) struct Entry(Option<Begun>);
 
 #[derive(Debug)]
 struct Begun {
-    /// What the door calls it; empty where it has no name.
+    /// What the door calls it.
     request: String,
     model: String,
     owner: u64,

@@ -3,6 +3,7 @@
 //! When the client goes away and its door drops this, the engine sees the closed channel and frees the sequences. When
 //! it does not read, the channel fills and all of them pause.
 
+use super::answer::now;
 use super::entry::Entry;
 use crate::refusal::Refusal;
 use sparsed_engine::Service;
@@ -12,6 +13,11 @@ use tokio::sync::mpsc::error::TrySendError;
 
 /// Events between engine and client; a client that reads slower than this pauses its sequence.
 const CHANNEL: usize = 64;
+
+/// A name for a request of this kind, for the client and the log.
+pub(crate) fn name(kind: &str) -> String {
+    format!("{kind}-{:016x}", getrandom::u64().unwrap_or_else(|_| now()))
+}
 
 struct ChannelSink {
     index: usize,
@@ -99,7 +105,7 @@ impl Listening {
 /// # Errors
 /// Why it could not be finished.
 pub(crate) async fn finish(service: &Service, request: Request) -> Result<(), Refusal> {
-    let mut listening = Listening::begin(service, "", [request], 1).await?;
+    let mut listening = Listening::begin(service, &name("cut"), [request], 1).await?;
     loop {
         match listening.next().await.1 {
             Event::Finished(_) => return Ok(()),

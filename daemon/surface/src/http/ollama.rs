@@ -2,6 +2,7 @@
 
 use super::Shared;
 use super::body::Body;
+use super::reply::called;
 use crate::bodies::ollama::{self, Kind, Speaking, Wanted, idle, model_name, tagged};
 use crate::bodies::{ChatAsk, CompletionAsk, load, models};
 use crate::refusal::Refusal;
@@ -87,15 +88,16 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
     // The request has a lease: the model does not leave before its answer.
     keep(service, &generation.model, generation.keep_alive)?;
     let speaking = Speaking::begin(service, kind, tagged(&generation.model), request).await?;
+    let id = speaking.id().to_owned();
     if !generation.stream {
-        return Ok(Json(speaking.whole().await?).into_response());
+        return Ok(called(&id, Json(speaking.whole().await?).into_response()));
     }
     let lines = stream::unfold(speaking, |mut speaking| async move {
         let line = speaking.next().await?.unwrap_or_else(|refusal| error(&refusal));
         Some((Ok::<_, Infallible>(format!("{line}\n")), speaking))
     });
     let kind = [(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))];
-    Ok((kind, Bytes::from_stream(lines)).into_response())
+    Ok(called(&id, (kind, Bytes::from_stream(lines)).into_response()))
 }
 
 /// What an engine elsewhere keeps in memory is its own business.

@@ -23,6 +23,9 @@ const AFTER_WORDS: &str =
     r#"(?i)((?:password|passwd|secret|api[_-]?key|authorization)["']?\s*[=:]\s*)("[^"]*"|'[^']*'|[^\s,;]+)"#;
 /// Name and password in an address.
 const IN_ADDRESSES: &str = r"(://)[^/\s@]+@";
+/// What an address says to be let in.
+const IN_QUERIES: &str =
+    r#"(?i)([?&][a-z0-9_.-]*(?:token|key|signature|sig|secret|credential|password)[a-z0-9_.-]*=)[^&\s"'<>]+"#;
 /// The line of a file that an error of the configuration quotes: what stands there is not known to be a setting.
 const QUOTED_LINES: &str = r"(?m)( in: ).*$";
 
@@ -57,6 +60,7 @@ impl Redactor {
             (BEARERS, "${1}[redacted]"),
             (AFTER_WORDS, "${1}[redacted]"),
             (IN_ADDRESSES, "${1}[redacted]@"),
+            (IN_QUERIES, "${1}[redacted]"),
         ];
         let compiled = |(pattern, by): (&str, &'static str)| (Regex::new(pattern).expect("a pattern of ours"), by);
         Self { secrets, patterns: patterns.map(compiled).into() }

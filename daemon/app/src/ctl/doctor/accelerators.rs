@@ -1,14 +1,15 @@
 //! Which accelerators are there, and why is each used or not? Device nodes, who may open them, plugins.
 
-use super::Check;
+use super::service::Service;
+use super::{Check, OPERATORS_FILE};
 use rustix::fs::Access;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Of a file that tells a version, only so much is read.
-const VERSION_BYTES_MAX: u64 = 4096;
+/// Of a file that tells something of a driver, only so much is read.
+const FILE_BYTES_MAX: u64 = 16 << 10;
 
 /// The user of the service.
 const USER: &str = "sparsed";
@@ -16,84 +17,180 @@ const USER: &str = "sparsed";
 /// A kind of accelerator, how it shows, and what serves it.
 struct Accelerator {
     name: &'static str,
-    /// Device nodes below `/dev` that its driver wants; the first one shows that there is such a chip.
+    /// Files that show that there is one; of those with a text only if they have it. The first ones are device nodes.
+    signs: &'static [(&'static str, &'static str)],
+    /// Device nodes below `/dev` that its driver wants whatever the board.
     nodes: &'static [&'static str],
+    /// And all of one of these: they differ from board to board.
+    boards: &'static [&'static [&'static str]],
     /// What makes nodes that are missing.
     makes_nodes: &'static str,
     plugin: &'static str,
+    /// The drop-in that gives its devices to the service.
+    drop_in: &'static str,
     /// Files that tell the driver's version, and what stands before it there.
     versions: &'static [(&'static str, &'static str)],
 }
 
+const JETSON: &str = "NVIDIA Jetson";
+
 const ACCELERATORS: &[Accelerator] = &[
     Accelerator {
         name: "NVIDIA GPU",
+        // Its nodes are made at the first use, by a program that needs root.
+        signs: &[("dev/nvidia0", ""), ("dev/nvidiactl", ""), ("proc/driver/nvidia/version", "")],
         nodes: &["nvidia0", "nvidiactl", "nvidia-uvm"],
-        makes_nodes: "sudo nvidia-modprobe -c 0 -u",
+        boards: &[],
+        makes_nodes: "sudo nvidia-modprobe -c 0 -u && sudo install -m 0644 \
+                      /usr/share/sparsed/accelerators/cuda.rules /etc/udev/rules.d/71-sparsed-cuda.rules",
         plugin: "cuda",
+        drop_in: "cuda",
         versions: &[("proc/driver/nvidia/version", "Kernel Module"), ("sys/module/nvidia/version", "")],
     },
     Accelerator {
-        name: "NVIDIA Jetson",
-        nodes: &["nvhost-gpu", "nvmap", "nvhost-ctrl"],
+        name: JETSON,
+        signs: &[
+            ("dev/nvhost-gpu", ""),
+            ("dev/nvhost-ctrl-gpu", ""),
+            ("dev/nvgpu/igpu0/ctrl", ""),
+            ("etc/nv_tegra_release", ""),
+            ("proc/device-tree/compatible", "nvidia,tegra"),
+        ],
+        nodes: &["nvmap"],
+        boards: &[&["nvhost-gpu", "nvhost-ctrl-gpu"], &["nvgpu/igpu0/ctrl", "nvgpu/igpu0/channel"]],
         makes_nodes: "sudo modprobe nvgpu",
         plugin: "cuda",
+        drop_in: "jetson",
         versions: &[("etc/nv_tegra_release", "#")],
     },
     Accelerator {
         name: "Ascend NPU",
-        nodes: &["davinci0", "davinci_manager", "devmm_svm", "hisi_hdc"],
-        makes_nodes: "npu-smi info; then install its driver again",
+        signs: &[
+            ("dev/davinci0", ""),
+            ("dev/davinci_manager", ""),
+            ("usr/local/Ascend/driver/version.info", ""),
+            ("etc/ascend_install.info", ""),
+        ],
+        nodes: &["davinci0", "davinci_manager"],
+        // Cards, and boards with a 310B.
+        boards: &[&["devmm_svm", "hisi_hdc"], &["svm0", "ts_aisle", "event_sched"]],
+        makes_nodes: "sudo npu-smi info",
         plugin: "ascend",
+        drop_in: "ascend",
         versions: &[("usr/local/Ascend/driver/version.info", "Version=")],
     },
     Accelerator {
         name: "Cambricon MLU",
+        signs: &[("dev/cambricon_dev0", ""), ("dev/cambricon_ctl", ""), ("sys/module/cambricon_drv/version", "")],
         nodes: &["cambricon_dev0", "cambricon_ctl"],
-        makes_nodes: "cnmon; then install its driver again",
+        boards: &[],
+        makes_nodes: "sudo cnmon",
         plugin: "cambricon",
+        drop_in: "cambricon",
         versions: &[("sys/module/cambricon_drv/version", "")],
     },
 ];
 
-/// Each accelerator found, and why it is or is not used. `plugins`: the one that is configured, then all there are.
-pub(super) fn accelerators(root: &Path, plugins: &[String]) -> Vec<Check> {
-    let is_there = |kind: &&Accelerator| root.join("dev").join(kind.nodes[0]).exists();
-    ACCELERATORS.iter().filter(is_there).map(|kind| accelerator(root, kind, plugins)).collect()
+impl Accelerator {
+    /// The file below `root` that shows that there is one.
+    fn sign(&self, root: &Path) -> Option<&'static str> {
+        let shows = |(file, text): &&(&'static str, &'static str)| {
+            let path = root.join(file);
+            path.exists() && (text.is_empty() || read(&path).is_some_and(|found| found.contains(text)))
+        };
+        self.signs.iter().find(shows).map(|(file, _)| *file)
+    }
+
+    /// The nodes that this board should have: of boards the one that most is there of, the first of equals.
+    fn wanted(&self, root: &Path) -> Vec<&'static str> {
+        let n_missing = |board: &&&[&str]| board.iter().filter(|node| !root.join("dev").join(node).exists()).count();
+        let board = self.boards.iter().min_by_key(n_missing).copied().unwrap_or(&[]);
+        self.nodes.iter().chain(board).copied().collect()
+    }
+
+    /// What lets the service see its devices.
+    fn opens_sandbox(&self) -> String {
+        format!(
+            "sudo install -D -m 0644 -t /etc/systemd/system/sparsed.service.d \
+             /usr/share/sparsed/accelerators/{}.conf && sudo systemctl daemon-reload && \
+             sudo systemctl restart sparsed",
+            self.drop_in
+        )
+    }
 }
 
-fn accelerator(root: &Path, kind: &Accelerator, plugins: &[String]) -> Check {
-    let Accelerator { name, nodes, makes_nodes, plugin, .. } = kind;
-    let title = format!("{name} (/dev/{})", nodes[0]);
+/// Each accelerator found, and why it is or is not used. `plugins`: the one that is configured, then all there are.
+/// `service`: the one that serves here, unless it is another daemon that is asked for.
+pub(super) fn accelerators(root: &Path, plugins: &[String], service: Option<&Service>) -> Vec<Check> {
+    let found = ACCELERATORS.iter().filter_map(|kind| Some((kind, kind.sign(root)?)));
+    let found: Vec<_> = found.collect();
+    // The display of a Jetson has the driver and some of the nodes of NVIDIA's cards.
+    let is_jetson = found.iter().any(|(kind, _)| kind.name == JETSON);
+    let counts = |(kind, _): &&(&Accelerator, &str)| !is_jetson || kind.name == JETSON || kind.plugin != "cuda";
+    found.iter().filter(counts).map(|(kind, sign)| accelerator(root, kind, sign, plugins, service)).collect()
+}
+
+fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &[String], service: Option<&Service>) -> Check {
+    let Accelerator { name, makes_nodes, plugin, .. } = kind;
+    let title = format!("{name} (/{sign})");
     let driver = match driver(root, kind) {
         Some(version) => format!("driver {version}"),
         None => "its driver tells no version".to_owned(),
     };
     if !plugins.iter().any(|id| id == plugin) {
         let found = format!("not used: there is no plugin '{plugin}', this version ships none for it; {driver}");
-        return Check::warn(title, found, "the CPU serves; see the README's table");
+        return Check::warn(title, found, "sparsectl plugins");
     }
-    let node = |node: &&&str| root.join("dev").join(node);
+    let node = |name: &str| root.join("dev").join(name);
+    let nodes = kind.wanted(root);
     if let Some(missing) = nodes.iter().find(|name| !node(name).exists()) {
         return Check::warn(title, format!("not used: /dev/{missing} is not there; {driver}"), *makes_nodes);
     }
-    if let Some(closed) = nodes.iter().find(|name| !may_be_opened(root, &node(name))) {
+    if let Some(why) = service.and_then(|service| hidden(root, service, &nodes)) {
+        return Check::warn(title, format!("not used: {why}; {driver}"), kind.opens_sandbox());
+    }
+    let groups = service.map_or(&[] as &[String], |service| service.groups.as_slice());
+    if let Some(closed) = nodes.iter().find(|name| !may_be_opened(root, &node(name), groups)) {
         let found = format!("not used: /dev/{closed} may not be opened by the daemon's user; {driver}");
-        return Check::warn(title, found, lets_in(root, &node(&closed), closed));
+        return Check::warn(title, found, lets_in(root, &node(closed), closed));
     }
     if plugins.first().is_some_and(|id| id == plugin) {
         return Check::ok(title, format!("used by the plugin '{plugin}'; {driver}"));
     }
     let found = format!("not used: engine.plugin = \"{}\"; {driver}", plugins[0]);
-    Check::warn(title, found, format!("set engine.plugin = \"{plugin}\""))
+    Check::warn(title, found, format!("sudoedit {OPERATORS_FILE}: engine.plugin = \"{plugin}\""))
+}
+
+/// Why the service cannot see these nodes, if so.
+fn hidden(root: &Path, service: &Service, nodes: &[&str]) -> Option<String> {
+    if service.hides_devices {
+        return Some("sparsed.service sees no devices (PrivateDevices=yes)".to_owned());
+    }
+    let is_shut = |node: &&&str| !service.allows(node, driver_of(root, node).as_deref());
+    nodes.iter().find(is_shut).map(|node| format!("sparsed.service may not open /dev/{node} (DeviceAllow=)"))
+}
+
+/// The name of a character device's driver in `/proc/devices`.
+fn driver_of(root: &Path, node: &str) -> Option<String> {
+    let major = rustix::fs::major(root.join("dev").join(node).metadata().ok()?.rdev());
+    let devices = read(&root.join("proc/devices"))?;
+    let characters = devices.lines().take_while(|line| !line.starts_with("Block devices"));
+    let mut numbered = characters.filter_map(|line| line.trim().split_once(' '));
+    numbered.find_map(|(number, name)| (number.parse() == Ok(major)).then(|| name.trim().to_owned()))
+}
+
+/// The beginning of a file of the kernel or of a driver.
+fn read(path: &Path) -> Option<String> {
+    let mut bytes = Vec::new();
+    fs::File::open(path).ok()?.take(FILE_BYTES_MAX).read_to_end(&mut bytes).ok()?;
+    // A device tree's strings end in zeros.
+    Some(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The version of its driver, where a file tells it.
 fn driver(root: &Path, kind: &Accelerator) -> Option<String> {
     kind.versions.iter().find_map(|(file, before)| {
-        let file = fs::File::open(root.join(file)).ok()?;
-        let mut text = String::new();
-        file.take(VERSION_BYTES_MAX).read_to_string(&mut text).ok()?;
+        let text = read(&root.join(file))?;
         let rest = text.lines().find_map(|line| Some(line.split_once(before)?.1.trim()))?;
         // In NVIDIA's line a column of its own.
         let number =
@@ -103,15 +200,16 @@ fn driver(root: &Path, kind: &Accelerator) -> Option<String> {
     })
 }
 
-/// Whether the daemon's user may read and write `node`; where there is no such user, whether whoever asks may.
-fn may_be_opened(root: &Path, node: &Path) -> bool {
+/// Whether the daemon's user, who is of these groups in its service, may read and write `node`; where there is no such
+/// user, whether whoever asks may.
+fn may_be_opened(root: &Path, node: &Path, groups: &[String]) -> bool {
     let (Some((uid, gid)), Ok(found)) = (user(root), node.metadata()) else {
         return rustix::fs::access(node, Access::READ_OK | Access::WRITE_OK).is_ok();
     };
     let allows = |shift: u32| found.mode() >> shift & 0o6 == 0o6;
     match found {
         _ if found.uid() == uid => allows(6),
-        _ if found.gid() == gid || is_member(root, found.gid()) => allows(3),
+        _ if found.gid() == gid || is_member(root, found.gid(), groups) => allows(3),
         _ => allows(0),
     }
 }
@@ -123,7 +221,7 @@ fn lets_in(root: &Path, node: &Path, name: &str) -> String {
         Some((group, _)) if group != "root" => {
             format!("sudo usermod -aG {group} {USER} && sudo systemctl restart sparsed")
         }
-        _ => format!("ls -l /dev/{name}: give it a group by a udev rule of its driver, and {USER} that group"),
+        _ => format!("ls -l /dev/{name}; a udev rule must give it a group, and {USER} is to be in that"),
     }
 }
 
@@ -135,8 +233,10 @@ fn user(root: &Path) -> Option<(u32, u32)> {
     Some((ids.next()?.parse().ok()?, ids.next()?.parse().ok()?))
 }
 
-fn is_member(root: &Path, gid: u32) -> bool {
-    group_of(root, gid).is_some_and(|(_, members)| members.iter().any(|member| member == USER))
+fn is_member(root: &Path, gid: u32, groups: &[String]) -> bool {
+    let is_one =
+        |(name, members): (String, Vec<String>)| groups.contains(&name) || members.iter().any(|member| member == USER);
+    groups.iter().any(|group| group.parse() == Ok(gid)) || group_of(root, gid).is_some_and(is_one)
 }
 
 /// A group's name and members.
@@ -161,7 +261,7 @@ mod tests {
 
     fn found(root: &Path, plugins: &[&str]) -> Check {
         let plugins: Vec<String> = plugins.iter().map(|&id| id.to_owned()).collect();
-        accelerators(root, &plugins).remove(0)
+        accelerators(root, &plugins, None).remove(0)
     }
 
     #[test]
@@ -170,7 +270,7 @@ mod tests {
         assert!(found(root.path(), &["cpu"]).found.contains("no plugin 'ascend'"));
         assert!(found(root.path(), &["cpu", "ascend"]).fix.unwrap().contains("engine.plugin = \"ascend\""));
         assert_eq!(found(root.path(), &["ascend"]).verdict, Verdict::Ok);
-        assert!(accelerators(machine(&[]).path(), &[]).is_empty());
+        assert!(accelerators(machine(&[]).path(), &[], None).is_empty());
         let part = machine(&NPU[..3]);
         assert!(found(part.path(), &["ascend"]).found.contains("/dev/hisi_hdc is not there"));
     }
@@ -224,5 +324,73 @@ mod tests {
         let closed = check("hall");
         assert_eq!(closed.verdict, Verdict::Warn);
         assert_eq!(closed.fix.unwrap(), "sudo usermod -aG npu sparsed && sudo systemctl restart sparsed");
+    }
+
+    #[test]
+    fn a_card_whose_nodes_nobody_has_made_is_found_by_its_driver() {
+        let root = machine(&[("proc/driver/nvidia/version", "NVRM version: x  Kernel Module  535.1  y\n")]);
+        let check = found(root.path(), &["cuda"]);
+        assert_eq!(check.name, "NVIDIA GPU (/proc/driver/nvidia/version)");
+        assert!(check.found.contains("/dev/nvidia0 is not there; driver 535.1"), "{check:?}");
+        assert!(check.fix.unwrap().starts_with("sudo nvidia-modprobe -c 0 -u && "));
+    }
+
+    #[test]
+    fn boards_have_other_nodes_than_cards() {
+        let nodes = |names: &[&str]| -> tempfile::TempDir {
+            let paths: Vec<String> = names.iter().map(|name| format!("dev/{name}")).collect();
+            machine(&paths.iter().map(|path| (path.as_str(), "")).collect::<Vec<_>>())
+        };
+        let board = ["davinci0", "davinci_manager", "svm0", "ts_aisle", "event_sched"];
+        assert_eq!(found(nodes(&board).path(), &["ascend"]).verdict, Verdict::Ok);
+        let part = found(nodes(&board[..4]).path(), &["ascend"]);
+        assert!(part.found.contains("/dev/event_sched is not there"), "{part:?}");
+        for jetson in [["nvmap", "nvhost-gpu", "nvhost-ctrl-gpu"], ["nvmap", "nvgpu/igpu0/ctrl", "nvgpu/igpu0/channel"]]
+        {
+            let check = found(nodes(&jetson).path(), &["cuda"]);
+            assert_eq!((check.verdict, check.name.split(' ').nth(1)), (Verdict::Ok, Some("Jetson")));
+        }
+        // Its display has the driver of the cards, which is no second accelerator.
+        let display = machine(&[
+            ("proc/device-tree/compatible", "nvidia,p3701\0nvidia,tegra234\0"),
+            ("proc/driver/nvidia/version", "NVRM"),
+            ("dev/nvidia0", ""),
+        ]);
+        let checks = accelerators(display.path(), &["cuda".to_owned()], None);
+        assert_eq!(checks.len(), 1);
+        assert!(checks[0].found.contains("/dev/nvmap is not there"), "{checks:?}");
+    }
+
+    /// What the sandbox hides is a finding of its own, and what it opens counts: files of a test have no major number.
+    #[test]
+    fn a_service_whose_sandbox_hides_the_devices_names_the_drop_in() {
+        let root = machine(&[NPU[0], NPU[1], NPU[2], NPU[3], ("proc/devices", "Character devices:\n  0 davinci-x\n")]);
+        let check = |more: &str| {
+            let service = Service::parse(&format!("LoadState=loaded\nDevicePolicy=closed\n{more}")).unwrap();
+            accelerators(root.path(), &["ascend".to_owned()], Some(&service)).remove(0)
+        };
+        let private = check("PrivateDevices=yes\nDeviceAllow=/dev/davinci0 rw\n");
+        assert!(private.found.contains("PrivateDevices=yes"), "{private:?}");
+        let fix = private.fix.unwrap();
+        assert!(fix.contains("/usr/share/sparsed/accelerators/ascend.conf") && fix.contains("daemon-reload"), "{fix}");
+        let closed = check("PrivateDevices=no\nDeviceAllow=/dev/davinci0 rw\n");
+        assert!(closed.found.contains("may not open /dev/davinci_manager"), "{closed:?}");
+        assert_eq!(check("PrivateDevices=no\nDeviceAllow=char-davinci* rw\n").verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn the_drop_ins_that_are_named_are_those_that_are_there() {
+        let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../systemd/accelerators"));
+        for kind in ACCELERATORS {
+            let text = fs::read_to_string(folder.join(format!("{}.conf", kind.drop_in))).unwrap();
+            // Whatever board it is, what the doctor asks for is what the drop-in gives, by path or by driver.
+            for node in kind.nodes.iter().chain(kind.boards.iter().copied().flatten()) {
+                let family = node.split(['-', '_', '/']).next().unwrap().trim_end_matches(char::is_numeric);
+                let is_given = text.contains(&format!("DeviceAllow=/dev/{node} rw"))
+                    || text.contains(&format!("DeviceAllow=char-{family}"));
+                assert!(is_given, "{}.conf does not give /dev/{node}", kind.drop_in);
+            }
+        }
+        assert!(folder.join("cuda.rules").exists());
     }
 }

@@ -33,6 +33,13 @@ pub(super) fn daemon(socket: &Path) -> anyhow::Result<Vec<Check>> {
     Ok(vec![check])
 }
 
+/// The process that listens, where one does that has made its socket itself: a service manager's is not the daemon.
+pub(super) fn pid(socket: &Path) -> Option<u32> {
+    let stream = UnixStream::connect(socket).ok()?;
+    let listener = rustix::net::sockopt::socket_peercred(&stream).ok()?.pid;
+    u32::try_from(listener.as_raw_nonzero().get()).ok().filter(|&pid| pid > 1)
+}
+
 fn health(socket: &Path) -> anyhow::Result<Vec<Check>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let client = Client::new(socket);
@@ -69,7 +76,10 @@ mod tests {
         let path = dir.path().join("api.sock");
         let said = |path: &Path| daemon(path).unwrap().remove(0);
         assert_eq!(said(&path).verdict, Verdict::Warn);
-        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        assert_eq!(pid(&path), None);
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert_eq!(pid(&path), Some(std::process::id()));
+        drop(listener);
         assert!(said(&path).found.contains("nobody listens"));
     }
 }

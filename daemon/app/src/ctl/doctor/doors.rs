@@ -1,6 +1,7 @@
 //! Can what else the daemon speaks to be reached? The MQTT broker, and the message bus.
 
-use super::Check;
+use super::service::Service;
+use super::{Check, OPERATORS_FILE};
 use crate::config::{Config, Mqtt};
 use crate::ctl::bus;
 use serde_json::Value;
@@ -11,6 +12,9 @@ use std::time::Duration;
 
 /// How long a broker or a bus may take to answer.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// What shows why the daemon is not on a bus: its own line says the bus's answer.
+const LOOK: &str = "journalctl -u sparsed -b -g D-Bus; busctl status org.sparsed1; \
+                    ls /usr/share/dbus-1/system.d/org.sparsed1.conf";
 /// Where the system's bus is.
 const SYSTEM_BUS: &str = "run/dbus/system_bus_socket";
 
@@ -34,8 +38,10 @@ pub(super) fn broker(mqtt: &Mqtt) -> Option<Check> {
     Some(match connect() {
         Ok(()) => Check::ok(NAME, format!("{shown} takes connections; `sparsectl mqtt test` asks a question by it")),
         Err(error) => {
-            let fix =
-                format!("sudo systemctl status mosquitto, or mend mqtt.broker; then nc -z {host} {}", broker.port);
+            let fix = format!(
+                "sudo systemctl status mosquitto; nc -vz {host} {}; sudoedit {OPERATORS_FILE}: mqtt.broker",
+                broker.port
+            );
             Check::warn(NAME, format!("{shown}: {error}; requests come when it is there"), fix)
         }
     })
@@ -45,7 +51,7 @@ pub(super) fn broker(mqtt: &Mqtt) -> Option<Check> {
 ///
 /// # Errors
 /// A runtime that cannot be started.
-pub(super) fn message_bus(root: &Path, config: &Config) -> anyhow::Result<Option<Check>> {
+pub(super) fn message_bus(root: &Path, config: &Config, service: Option<&Service>) -> anyhow::Result<Option<Check>> {
     const NAME: &str = "D-Bus";
     let is_auto = config.dbus.bus == "auto";
     let bus = match config.dbus.bus(None) {
@@ -70,12 +76,12 @@ pub(super) fn message_bus(root: &Path, config: &Config) -> anyhow::Result<Option
         Err(_) => format!("no answer within {} s", PATIENCE.as_secs()),
     };
     // A daemon that is not run as the service is on no bus by itself.
-    let verdict = if is_auto {
-        Check::ok(NAME, format!("not on the system's bus ({said})"))
-    } else {
-        Check::warn(NAME, said, "sudo systemctl status sparsed dbus; busctl status org.sparsed1")
-    };
-    Ok(Some(verdict))
+    let is_expected = !is_auto || service.is_some_and(|service| service.is_active);
+    Ok(Some(match is_expected {
+        false => Check::ok(NAME, format!("not on the system's bus ({said})")),
+        true if is_auto => Check::warn(NAME, format!("the service runs, and is not on the system's bus: {said}"), LOOK),
+        true => Check::warn(NAME, said, LOOK),
+    }))
 }
 
 #[cfg(test)]
@@ -100,10 +106,10 @@ mod tests {
     fn a_bus_that_is_configured_and_not_there_is_told_and_a_box_without_one_is_well() {
         let root = tempfile::tempdir().unwrap();
         let mut config = Config::default();
-        assert_eq!(message_bus(root.path(), &config).unwrap().unwrap().verdict, Verdict::Ok);
+        assert_eq!(message_bus(root.path(), &config, None).unwrap().unwrap().verdict, Verdict::Ok);
         config.dbus.bus = format!("unix:path={}", root.path().join("none").display());
-        assert_eq!(message_bus(root.path(), &config).unwrap().unwrap().verdict, Verdict::Warn);
+        assert_eq!(message_bus(root.path(), &config, None).unwrap().unwrap().verdict, Verdict::Warn);
         "off".clone_into(&mut config.dbus.bus);
-        assert_eq!(message_bus(root.path(), &config).unwrap(), None);
+        assert_eq!(message_bus(root.path(), &config, None).unwrap(), None);
     }
 }

@@ -1,6 +1,6 @@
 //! Do the engines elsewhere answer that models are configured with?
 
-use super::Check;
+use super::{Check, OPERATORS_FILE};
 use crate::config::Config;
 use crate::upstream;
 
@@ -9,7 +9,11 @@ pub(super) fn upstreams(config: &Config) -> Vec<Check> {
     let clients = match upstream::clients(config) {
         Ok(clients) => clients,
         Err(error) => {
-            return vec![Check::fail("upstream engines", format!("{error:#}"), "mend model.NAME.upstream or .relay")];
+            return vec![Check::fail(
+                "upstream engines",
+                format!("{error:#}"),
+                format!("sudoedit {OPERATORS_FILE}: model.NAME.upstream or .relay; man sparsed, CREDENTIALS"),
+            )];
         }
     };
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return Vec::new() };
@@ -19,7 +23,8 @@ pub(super) fn upstreams(config: &Config) -> Vec<Check> {
         let mut checks = Vec::new();
         for (name, task) in tasks.collect::<Vec<_>>() {
             let title = format!("model {name}");
-            let fix = format!("start that engine, or mend model.{name}.upstream and model.{name}.relay");
+            let fix =
+                format!("start that engine, or sudoedit {OPERATORS_FILE}: model.{name}.upstream, model.{name}.relay");
             checks.push(match task.await {
                 Ok(Ok(there)) => {
                     let context = there.max_context.map_or(String::new(), |n| format!(", context {n}"));

@@ -1,9 +1,9 @@
 //! Is what was installed and configured whole? Configuration, state folder, models, plugins.
 
 use super::machine::Memory;
-use super::{Check, size};
+use super::{Check, OPERATORS_FILE, size};
 use crate::assemble::{configured_models, now_ms, quarantine};
-use crate::config::{Config, Paths, Source};
+use crate::config::{Config, ConfigError, Paths, Source};
 use crate::ctl::inspect;
 use crate::store::{Digest, Store, reference};
 use rustix::fs::Access;
@@ -22,9 +22,65 @@ pub(super) fn configuration(source: &Source) -> (Check, Option<Config>) {
     match read {
         Ok((config, files)) => (Check::ok("configuration", files), Some(config)),
         Err(error) => {
-            let fix = "mend that line, then `sparsectl config check`; the checks below use the defaults";
-            (Check::fail("configuration", error.to_string(), fix), None)
+            let fix = format!("{}sparsectl config check", edit(&error));
+            (Check::fail("configuration", format!("{error}; the checks below use the defaults"), fix), None)
         }
+    }
+}
+
+/// What opens the file in which something is wrong; nothing for an argument of the command line.
+fn edit(error: &ConfigError) -> String {
+    let file = match error {
+        ConfigError::Io { path, .. } => path.to_str(),
+        ConfigError::Invalid { origin, .. } => origin.split(':').next(),
+    };
+    match file {
+        Some(file) if file.starts_with('/') => format!("sudoedit {file} && "),
+        _ => String::new(),
+    }
+}
+
+/// Whether packages have put this program here.
+fn is_installed() -> bool {
+    std::env::current_exe().is_ok_and(|path| path.starts_with("/usr"))
+}
+
+/// What brings a model that is not there.
+fn brings(name: &str, config: &Config, is_installed: bool) -> String {
+    match (config.model.is_empty(), is_installed) {
+        (true, true) => "sudo apt install ./sparsed-model-smollm2-dsa_*.deb; another model: sudo sparsectl model pull \
+                         URL, then /usr/share/doc/sparsed/models.md"
+            .to_owned(),
+        (true, false) => "make models".to_owned(),
+        (false, true) => format!(
+            "sudo sparsectl model pull URL --name {name}, then sudoedit {OPERATORS_FILE}: model.{name}.path = \
+             \"store:{name}\""
+        ),
+        (false, false) => format!("sparsectl model pull URL --name {name}, then model.{name}.path = \"store:{name}\""),
+    }
+}
+
+/// What fetches a file anew that is not whole: from where it came, if the store knows that.
+fn fetches_again(store: &Store, configured: &Path, path: &Path) -> String {
+    let sudo = if store.dir().starts_with("/var") { "sudo " } else { "" };
+    let stored = reference(configured);
+    match stored.and_then(|name| Some((name, store.entry(name).ok()?.source))) {
+        Some((name, source)) => format!("{sudo}sparsectl model pull {} --name {name}", quoted(&source)),
+        None if path.starts_with("/usr/share/sparsed/models") => {
+            "sudo apt install --reinstall ./sparsed-model-smollm2-dsa_*.deb".to_owned()
+        }
+        None => {
+            format!("{sudo}sparsectl model pull URL{}", stored.map_or(String::new(), |name| format!(" --name {name}")))
+        }
+    }
+}
+
+/// A word for the shell.
+fn quoted(word: &str) -> String {
+    let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "/:._-@%+,=".contains(letter);
+    match word.chars().all(is_plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
     }
 }
 
@@ -44,11 +100,12 @@ pub(super) fn state_folder(dir: &Path) -> Check {
         };
     };
     if !found.is_dir() {
-        return Check::fail(NAME, format!("{shown} is no folder"), "set another state_dir, or move that file away");
+        return Check::fail(NAME, format!("{shown} is no folder"), format!("sudo mv {shown} {shown}.away"));
     }
     if rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_err() {
         let found = format!("{shown} cannot be written by you");
-        return Check::warn(NAME, found, "right for other users; for the daemon's: sudo -u sparsed sparsectl doctor");
+        // Right for other users; what the daemon may do, its own user sees.
+        return Check::warn(NAME, found, "sudo -u sparsed sparsectl doctor");
     }
     if found.permissions().mode() & 0o077 != 0 {
         let found = format!("{shown} is open to others (mode {:o})", found.permissions().mode() & 0o777);
@@ -65,30 +122,35 @@ pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>, fu
     let checks = models.map(|(name, model)| {
         let title = format!("model {name}");
         if let Some(error) = reference(&model.path).and_then(|stored| store.entry(stored).err()) {
-            return Check::fail(title, format!("{error:#}"), "sparsectl model pull; sparsectl model list");
+            return Check::fail(title, format!("{error:#}"), fetches_again(&store, &model.path, &model.path));
         }
         let path = store.resolve(&model.path);
         let shown = path.display();
         if !path.exists() {
-            let fix = format!("put a model there, or set model.{name}.path; `make models` makes the default one");
+            let fix = brings(&name, config, is_installed());
             return Check::fail(title, format!("{shown} is not there, or not to be seen by you"), fix);
         }
         let found = match Inspection::read(&path) {
             Ok(found) => found,
-            Err(error) => return Check::fail(title, error.to_string(), "fetch it again: the file is not whole"),
+            Err(error) => {
+                let found = format!("the file is not whole: {error}");
+                return Check::fail(title, found, fetches_again(&store, &model.path, &path));
+            }
         };
         if let Some(reason) = found.refusals.first() {
             return Check::fail(title, reason.clone(), format!("sparsectl inspect {shown}"));
         }
         let read = match integrity(&store, &model.path, &path, full) {
             Ok(read) => read,
-            Err(error) => return Check::fail(title, format!("{error:#}"), "fetch it again: sparsectl model pull"),
+            Err(error) => {
+                return Check::fail(title, format!("{error:#}"), fetches_again(&store, &model.path, &path));
+            }
         };
         let bytes = inspect::bytes_to_serve(&found, model.max_context);
         match (bytes, memory) {
             (Some(bytes), Some(memory)) if bytes > memory.free => {
                 let text = format!("{shown} takes some {}, {} are free", size(bytes), size(memory.free));
-                Check::warn(title, text, format!("set a smaller model.{name}.max_context, or take a smaller model"))
+                Check::warn(title, text, format!("sudoedit {OPERATORS_FILE}: a smaller model.{name}.max_context"))
             }
             (Some(bytes), _) => {
                 Check::ok(title, format!("{shown}, some {} with its whole context; {read}", size(bytes)))
@@ -138,13 +200,17 @@ pub(super) fn plugins(config: &Config, scan: &Scan) -> Vec<Check> {
             Err(error) => Check::fail(
                 title,
                 error.to_string(),
-                format!("sparsectl plugins; then, once its cause is mended, sparsectl plugins unquarantine {id}"),
+                format!("sparsectl plugins; once its cause is mended: sudo sparsectl plugins unquarantine {id}"),
             ),
         });
     }
     for refusal in &scan.refused {
         let title = format!("plugin {}", refusal.dir.display());
-        checks.push(Check::warn(title, refusal.error.to_string(), "install it again, or remove its folder"));
+        checks.push(Check::warn(
+            title,
+            refusal.error.to_string(),
+            format!("sudo rm -r {}, or install it again", refusal.dir.display()),
+        ));
     }
     let wanted = &config.engine.plugin;
     if !scan.found.iter().any(|found| found.manifest.id == *wanted) {
@@ -153,7 +219,7 @@ pub(super) fn plugins(config: &Config, scan: &Scan) -> Vec<Check> {
         checks.push(Check::fail(
             format!("plugin {wanted}"),
             found,
-            "install its package, or set engine.plugin = \"cpu\"",
+            format!("sudo apt install ./sparsed-plugin-{wanted}_*.deb, or sudoedit {OPERATORS_FILE}: engine.plugin = \"cpu\""),
         ));
     }
     checks
@@ -216,5 +282,22 @@ mod tests {
         // Of a file elsewhere nobody knows what it was.
         let said = integrity(&store, &path, &path, true).unwrap();
         assert!(said.contains(&Digest::of(b"weightz").to_string()), "{said}");
+    }
+
+    #[test]
+    fn a_file_with_a_mistake_is_opened_and_a_model_that_is_gone_is_fetched_from_where_it_came() {
+        let error = |origin: &str| ConfigError::Invalid { origin: origin.to_owned(), reason: String::new() };
+        assert_eq!(edit(&error("/etc/sparsed/conf.d/a.toml:3:1")), "sudoedit /etc/sparsed/conf.d/a.toml && ");
+        assert_eq!(edit(&error("--set x=y")), "");
+        let dir = tempfile::tempdir().unwrap();
+        let (store, partial) = (Store::at(&dir.path().join("models")), dir.path().join("x"));
+        store.make().unwrap();
+        fs::write(&partial, "weights").unwrap();
+        store.put("m", &[(partial, Digest::of(b"weights"))], "https://example.org/a&b.gguf".to_owned()).unwrap();
+        let again = |configured: &str| fetches_again(&store, Path::new(configured), Path::new("/nowhere"));
+        assert_eq!(again("store:m"), "sparsectl model pull 'https://example.org/a&b.gguf' --name m");
+        assert_eq!(again("store:other"), "sparsectl model pull URL --name other");
+        assert!(brings("default", &Config::default(), true).starts_with("sudo apt install ./sparsed-model"));
+        assert_eq!(brings("default", &Config::default(), false), "make models");
     }
 }

@@ -2,7 +2,9 @@
 //!
 //! What the kernel says is read below a root folder, so that tests can have another machine.
 
-use super::{Check, size};
+use super::service::Service;
+use super::{Check, OPERATORS_FILE, size};
+use crate::memory::room;
 use sparsed_session::DATE_MIN_S;
 use std::fs;
 use std::io::Write;
@@ -11,6 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// What the daemon takes beside models, workspaces among it.
 const FIXED_BYTES: u64 = 128 << 20;
+/// The service's control group, if it ran.
+const GROUP: &str = "/system.slice/sparsed.service";
 /// No useful model is smaller.
 const MODEL_BYTES_MIN: u64 = 64 << 20;
 /// Less free space than this is no good for conversations.
@@ -25,45 +29,76 @@ const HOT_MARGIN: i64 = 5_000;
 /// Memory of the machine, or of the control group.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Memory {
-    /// Bytes that can be had now.
+    /// Bytes that a daemon which begins now can have.
     pub(super) free: u64,
-    /// Bytes of the limit, where there is one.
+    /// Those among them that the one that runs holds.
+    held: u64,
+    /// Bytes of the service's limit, where there is one.
     limit: Option<u64>,
 }
 
 impl Memory {
-    /// As the kernel has it.
-    pub(super) fn of(root: &Path) -> Option<Self> {
+    /// As the kernel has it. `pid`: the daemon's that runs. The service has a control group of its own, another daemon
+    /// shares one with whoever started it.
+    pub(super) fn of(root: &Path, service: Option<&Service>, pid: Option<u32>) -> Option<Self> {
         let info = fs::read_to_string(root.join("proc/meminfo")).ok()?;
-        let available = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        let machine = available.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10;
-        // systemd's unit, in the unified or the old hierarchy.
-        let limits =
-            ["memory.max", "memory.high"].map(|file| format!("sys/fs/cgroup/system.slice/sparsed.service/{file}"));
-        let old = "sys/fs/cgroup/memory/system.slice/sparsed.service/memory.limit_in_bytes".to_owned();
-        let limit = limits.iter().chain([&old]).filter_map(|file| {
-            fs::read_to_string(root.join(file)).ok()?.trim().parse::<u64>().ok().filter(|&bytes| bytes < 1 << 60)
-        });
-        let limit = limit.min();
-        Some(Self { free: limit.map_or(machine, |limit| limit.min(machine)), limit })
+        let machine = kib(&info, "MemAvailable:")?;
+        let own = pid.map(|pid| root.join("proc").join(pid.to_string()));
+        let read = |name: &str| own.as_ref().and_then(|dir| fs::read_to_string(dir.join(name)).ok());
+        let held = read("status")
+            .map_or(0, |status| ["RssAnon:", "RssShmem:"].iter().filter_map(|key| kib(&status, key)).sum());
+        let room = match service {
+            Some(service) => {
+                let path = service.group.as_deref().unwrap_or(GROUP);
+                // The one hierarchy, or that of memory before there was one. Without a group of its own, nothing of
+                // those above is the service's.
+                room(root, &format!("0::{path}\n1:memory:{path}\n"), service.group.is_none().then_some(0))
+            }
+            None => read("cgroup").map_or_else(Default::default, |text| room(root, &text, Some(held))),
+        };
+        let held = room.held.unwrap_or(held);
+        let machine = machine.saturating_add(held);
+        Some(Self { free: room.left.map_or(machine, |left| left.min(machine)), held, limit: room.limit })
     }
+
+    /// What can be had, for people.
+    fn told(&self) -> String {
+        match self.held {
+            0 => format!("{} can be had", size(self.free)),
+            held => format!("{} can be had, of which the daemon that runs holds {}", size(self.free), size(held)),
+        }
+    }
+}
+
+/// A number that a line of the kernel has in KiB, in bytes.
+fn kib(text: &str, key: &str) -> Option<u64> {
+    let value = text.lines().find_map(|line| line.strip_prefix(key))?;
+    value.trim().trim_end_matches(" kB").parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// What there is, and whether the kernel says when it gets short.
 pub(super) fn memory(root: &Path, memory: Option<&Memory>) -> Vec<Check> {
     let mut checks = Vec::new();
     checks.push(match memory {
-        Some(Memory { free, limit: Some(limit) }) => {
-            Check::ok("memory", format!("{} can be had; the service's limit is {}", size(*free), size(*limit)))
+        Some(memory) => {
+            let limit = memory.limit.map_or(String::new(), |limit| format!("; the service's limit is {}", size(limit)));
+            Check::ok("memory", format!("{}{limit}", memory.told()))
         }
-        Some(Memory { free, limit: None }) => Check::ok("memory", format!("{} can be had", size(*free))),
-        None => Check::warn("memory", "/proc/meminfo cannot be read", "set memory.budget"),
+        None => Check::warn(
+            "memory",
+            "/proc/meminfo cannot be read",
+            format!("sudoedit {OPERATORS_FILE}: set memory.budget"),
+        ),
     });
     checks.push(match root.join("proc/pressure/memory").exists() {
         true => Check::ok("memory pressure", "the kernel tells it (PSI)"),
         false => {
             let found = "the kernel does not tell it: PSI is off";
-            Check::warn("memory pressure", found, "add psi=1 to the kernel's command line, and restart")
+            Check::warn(
+                "memory pressure",
+                found,
+                "add psi=1 to the kernel's command line (/etc/default/grub), then: sudo update-grub && sudo reboot",
+            )
         }
     });
     checks
@@ -76,7 +111,11 @@ pub(super) fn largest_model(memory: &Memory) -> Check {
     let file = memory.free.saturating_sub(FIXED_BYTES) / 9 * 4;
     if file < MODEL_BYTES_MIN {
         let found = format!("with {} free next to nothing can be served", size(memory.free));
-        return Check::warn(NAME, found, "stop what else runs, or raise MemoryMax= of the service");
+        return Check::warn(
+            NAME,
+            found,
+            "sudo systemctl edit sparsed: a larger MemoryMax=, or stop what else runs (top)",
+        );
     }
     // Q4_K has 4.5 bits for a weight.
     let billions = file as f64 * 8.0 / 4.5 / 1e9;
@@ -95,9 +134,11 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
         let free = found.f_bavail.saturating_mul(found.f_frsize);
         let text = format!("{} free below {}, sessions may take {}", size(free), dir.display(), size(kv_quota));
         checks.push(match free {
-            free if free < DISK_FREE_MIN => {
-                Check::warn("disk space", text, "free some, or set a smaller sessions.kv; old KV files go first")
-            }
+            free if free < DISK_FREE_MIN => Check::warn(
+                "disk space",
+                text,
+                format!("free some, or sudoedit {OPERATORS_FILE}: a smaller sessions.kv; old KV files go first"),
+            ),
             _ => Check::ok("disk space", text),
         });
     }
@@ -111,7 +152,7 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
         Ok(time) if time > PROBE_SLOW => checks.push(Check::warn(
             "disk speed",
             format!("1 MiB takes {} ms until it is safe", time.as_millis()),
-            "a faster disk for state_dir, or durability \"turn\" instead of \"token\"",
+            format!("sudoedit {OPERATORS_FILE}: state_dir on a faster disk, or sessions.durability = \"turn\""),
         )),
         Ok(time) => checks.push(Check::ok("disk speed", format!("1 MiB is safe after {} ms", time.as_millis()))),
         // Whether the daemon may write is another check's matter.
@@ -119,6 +160,24 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
     }
     checks
 }
+
+/// Who keeps a clock right, and what shows that he runs.
+const KEEPERS: &[(&str, &str)] = &[
+    ("systemd-timesyncd", "run/systemd/timesync/synchronized"),
+    ("systemd-timesyncd", "run/systemd/timesync"),
+    ("chrony", "run/chrony/chronyd.pid"),
+    ("chrony", "run/chrony/chronyd.sock"),
+    ("ntpd", "run/ntpd.pid"),
+    ("ntpsec", "run/ntpsec/ntpd.pid"),
+    ("OpenNTPD", "run/openntpd.pid"),
+    ("OpenNTPD", "run/ntpd.sock"),
+    // A container's clock is its host's, who sees to it.
+    ("the host", "run/systemd/container"),
+    ("the host", "run/host/container-manager"),
+    ("the host", ".dockerenv"),
+];
+/// What has systemd keep the clock; it is a package of its own on some systems.
+const SETS_CLOCK: &str = "sudo timedatectl set-ntp true (or first: sudo apt install systemd-timesyncd)";
 
 /// Whether the clock has been set, and whether somebody keeps it right.
 pub(super) fn clock(root: &Path) -> Check {
@@ -130,14 +189,15 @@ fn clock_at(root: &Path, seconds: u64) -> Check {
     const NAME: &str = "clock";
     if seconds < DATE_MIN_S {
         let found = "has not been set: TLS will fail, and no session is deleted for its age".to_owned();
-        return Check::warn(NAME, found, "timedatectl set-ntp true");
+        return Check::warn(NAME, found, SETS_CLOCK);
     }
     let has_rtc = root.join("dev/rtc0").exists() || root.join("dev/rtc").exists();
-    let kept = match root.join("run/systemd/timesync/synchronized").exists() {
-        true => ", kept by systemd-timesyncd",
-        false => "",
-    };
-    Check::ok(NAME, format!("is set{kept}{}", if has_rtc { "" } else { "; no clock runs while the box is off" }))
+    let rtc = if has_rtc { "" } else { "; no clock runs while the box is off" };
+    let is_there = |(_, sign): &&(&str, &str)| root.join(sign).exists();
+    match KEEPERS.iter().find(is_there) {
+        Some((keeper, _)) => Check::ok(NAME, format!("is set, kept by {keeper}{rtc}")),
+        None => Check::warn(NAME, format!("is set, but nobody keeps it right: no time service runs{rtc}"), SETS_CLOCK),
+    }
 }
 
 /// What the CPU plugin has to compute with.
@@ -195,7 +255,7 @@ pub(super) fn temperature(root: &Path) -> Option<Check> {
         measured.iter().filter_map(|&(now, trip)| Some((now, trip?))).filter(|(now, trip)| now + HOT_MARGIN >= *trip);
     if let Some((now, trip)) = hot.max() {
         let found = format!("{} °C; at {} °C the processor is slowed down", now / 1000, trip / 1000);
-        return Some(Check::warn(NAME, found, "more air, or fewer engine.threads"));
+        return Some(Check::warn(NAME, found, format!("more air, or sudoedit {OPERATORS_FILE}: fewer engine.threads")));
     }
     let warmest = measured.iter().map(|&(now, _)| now).max()?;
     Some(Check::ok(NAME, format!("{} °C at the warmest place", warmest / 1000)))
@@ -217,14 +277,54 @@ pub(super) mod tests {
         root
     }
 
+    fn service() -> Service {
+        Service { group: Some(GROUP.to_owned()), ..Service::default() }
+    }
+
+    const INFO: (&str, &str) = ("proc/meminfo", "MemTotal: 9 kB\nMemAvailable:    2048 kB\n");
+
     #[test]
-    fn the_services_limit_counts_where_it_is_tighter() {
-        let info = ("proc/meminfo", "MemTotal: 9 kB\nMemAvailable:    2048 kB\n");
-        let free = |limit: &str| {
-            let root = machine(&[info, ("sys/fs/cgroup/system.slice/sparsed.service/memory.max", limit)]);
-            Memory::of(root.path()).unwrap().free
+    fn the_services_limit_counts_where_it_is_tighter_and_a_share_of_it_stays_free() {
+        let free = |limit: &str, group: &str, file: [&str; 2]| {
+            let dir = format!("sys/fs/cgroup/{group}system.slice/sparsed.service");
+            let names = [file[0], file[1], "memory.stat"].map(|name| format!("{dir}/{name}"));
+            let root = machine(&[INFO, (&names[0], limit), (&names[1], "0\n"), (&names[2], "")]);
+            Memory::of(root.path(), Some(&service()), None).unwrap().free
         };
-        assert_eq!((free("max\n"), free("1048576\n"), free("99999999\n")), (2 << 20, 1 << 20, 2 << 20));
+        let v2 = |limit: &str| free(limit, "", ["memory.max", "memory.current"]);
+        assert_eq!((v2("max\n"), v2("1000000\n"), v2("99999999\n")), (2 << 20, 900_000, 2 << 20));
+        let v1 = |limit: &str| free(limit, "memory/", ["memory.limit_in_bytes", "memory.usage_in_bytes"]);
+        assert_eq!((v1("9223372036854771712\n"), v1("1000000\n")), (2 << 20, 900_000));
+    }
+
+    /// A model is not too large because it is loaded.
+    #[test]
+    fn what_the_daemon_that_runs_holds_is_not_missing() {
+        let status =
+            ("proc/7/status", "Name:\tsparsed\nRssAnon:\t    1024 kB\nRssFile:\t 99 kB\nRssShmem:\t  512 kB\n");
+        let root = machine(&[INFO, status, ("proc/7/cgroup", "0::/\n")]);
+        let found = Memory::of(root.path(), None, Some(7)).unwrap();
+        assert_eq!((found.free, found.held), ((2048 + 1024 + 512) << 10, (1024 + 512) << 10));
+        assert!(memory(root.path(), Some(&found))[0].found.contains("the daemon that runs holds"));
+        // The service's group counts the processes of its plugins as well.
+        let group = "sys/fs/cgroup/system.slice/sparsed.service";
+        let names = ["memory.max", "memory.current", "memory.stat"].map(|name| format!("{group}/{name}"));
+        let root = machine(&[
+            INFO,
+            status,
+            (&names[0], "max\n"),
+            (&names[1], "4000000\n"),
+            (&names[2], "anon 2097152\nshmem 1048576\n"),
+        ]);
+        let found = Memory::of(root.path(), Some(&service()), Some(7)).unwrap();
+        assert_eq!((found.free, found.held), (5 << 20, 3 << 20));
+        // One that does not run has none: what others use of the machine's own group is theirs.
+        let above = ["memory.max", "memory.current", "memory.stat"].map(|name| format!("sys/fs/cgroup/{name}"));
+        let root = machine(&[INFO, (&above[0], "2000000\n"), (&above[1], "1000000\n"), (&above[2], "anon 9\n")]);
+        let found = Memory::of(root.path(), Some(&Service::default()), None).unwrap();
+        assert_eq!((found.free, found.held), (800_000, 0));
+        let gone = Memory::of(root.path(), None, None).unwrap();
+        assert_eq!((gone.free, gone.held), (2 << 20, 0));
     }
 
     #[test]
@@ -254,12 +354,16 @@ pub(super) mod tests {
         assert_eq!(clock_at(root.path(), 1000).verdict, Verdict::Warn);
         let set = clock_at(root.path(), DATE_MIN_S);
         assert_eq!((set.verdict, set.found.as_str()), (Verdict::Ok, "is set, kept by systemd-timesyncd"));
-        assert!(clock_at(machine(&[]).path(), DATE_MIN_S).found.contains("no clock runs"));
+        let chrony = clock_at(machine(&[("run/chrony/chronyd.pid", "7")]).path(), DATE_MIN_S);
+        assert!(chrony.found.contains("kept by chrony; no clock runs"), "{chrony:?}");
+        let alone = clock_at(machine(&[("dev/rtc0", "")]).path(), DATE_MIN_S);
+        assert_eq!(alone.verdict, Verdict::Warn);
+        assert!(alone.fix.unwrap().starts_with("sudo timedatectl set-ntp true"));
     }
 
     #[test]
     fn the_largest_model_leaves_room_for_its_copy_and_its_context() {
-        let of = |free: u64| largest_model(&Memory { free, limit: None });
+        let of = |free: u64| largest_model(&Memory { free, held: 0, limit: None });
         let small = of(FIXED_BYTES);
         assert!(small.verdict == Verdict::Warn, "{small:?}");
         let (gib, shown) = (1_u64 << 30, of(9 * (1 << 30) + FIXED_BYTES).found);

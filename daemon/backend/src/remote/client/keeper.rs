@@ -138,7 +138,7 @@ fn keep(mut child: Child, pidfd: Arc<OwnedFd>, plugin: &str, shared: &Shared) {
     let flow = RefCell::new(Flow::new(Instant::now()));
     let told = |dropped: Option<u64>| {
         if let Some(n) = dropped {
-            log::warn!(plugin, host = pid; "{n} lines of the plugin host dropped: it says too much");
+            log::warn!(plugin, host = pid, lines = n; "lines of the plugin host dropped: it says too much");
         }
     };
     let mut said = |level, line: String| {

@@ -1,7 +1,7 @@
 //! How does an answer look to a client of Ollama's? Lines of JSON, or one object.
 
 use crate::bodies::answer::Answer;
-use crate::bodies::listen::Listening;
+use crate::bodies::listen::{self, Listening};
 use crate::bodies::logprobs;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
@@ -20,6 +20,8 @@ pub(crate) enum Kind {
 /// An answer on its way.
 #[derive(Debug)]
 pub(crate) struct Speaking {
+    /// What the log calls it.
+    id: String,
     kind: Kind,
     model: String,
     listening: Listening,
@@ -33,8 +35,14 @@ impl Speaking {
     /// # Errors
     /// The engine's.
     pub(crate) async fn begin(service: &Service, kind: Kind, model: String, request: Request) -> Result<Self, Refusal> {
-        let listening = Listening::begin(service, "", [request], 1).await?;
-        Ok(Self { kind, model, listening, likelihoods: Vec::new(), has_ended: false })
+        let id = listen::name("ollama");
+        let listening = Listening::begin(service, &id, [request], 1).await?;
+        Ok(Self { id, kind, model, listening, likelihoods: Vec::new(), has_ended: false })
+    }
+
+    /// What the log calls it.
+    pub(crate) fn id(&self) -> &str {
+        &self.id
     }
 
     /// The next line; nothing after the last, which has `done` or is the failure.
