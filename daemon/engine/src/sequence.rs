@@ -260,6 +260,11 @@ impl Sequence {
         is_first.then(|| now.saturating_sub(self.times.submitted))
     }
 
+    /// How long it is here.
+    pub(crate) fn waits_for(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.times.submitted)
+    }
+
     /// When its first token came, counted from its arrival.
     pub(crate) fn first_token_after(&self) -> Option<Duration> {
         self.times.first_token.map(|first| first.saturating_sub(self.times.submitted))

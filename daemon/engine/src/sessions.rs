@@ -13,6 +13,7 @@ mod conversation;
 mod keeper;
 mod late;
 mod listener;
+mod readers;
 mod recorded;
 mod retention;
 mod verbs;

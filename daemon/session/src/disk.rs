@@ -75,6 +75,15 @@ pub struct Entry {
     pub is_dir: bool,
 }
 
+/// A file that can be read apart from its disk, on any thread. It stays the file that it was when it was opened.
+pub trait ReadAt: Send {
+    /// As [`Disk::read_at`].
+    ///
+    /// # Errors
+    /// [`DiskError`].
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<usize>;
+}
+
 /// A folder of files that belongs to one store.
 ///
 /// # Errors
@@ -91,6 +100,8 @@ pub trait Disk {
     fn len(&mut self, file: &Place) -> Result<u64>;
     /// Reads from byte `offset` on; answers how many bytes there were, fewer than `bytes` only at the file's end.
     fn read_at(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize>;
+    /// The file, to be read elsewhere.
+    fn open(&mut self, file: &Place) -> Result<Box<dyn ReadAt>>;
     /// So many bytes from `offset` on will be read soon: the disk may fetch them meanwhile. Nothing depends on it.
     fn will_read(&mut self, _file: &Place, _offset: u64, _n_bytes: u64) {}
     /// Writes all of `bytes` from byte `offset` on; the file grows as it must.
@@ -136,6 +147,10 @@ impl Disk for AnyDisk {
 
     fn read_at(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize> {
         (**self).read_at(file, offset, bytes)
+    }
+
+    fn open(&mut self, file: &Place) -> Result<Box<dyn ReadAt>> {
+        (**self).open(file)
     }
 
     fn will_read(&mut self, file: &Place, offset: u64, n_bytes: u64) {

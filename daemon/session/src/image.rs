@@ -8,10 +8,10 @@
 //! A file of another version is as good as none, its blocks are computed again. Version 1 had one cipher, and the
 //! ciphertext last.
 
-use crate::cipher::{NONCE_BYTES, SessionKey, TAG_BYTES};
+use crate::cipher::{NONCE_BYTES, TAG_BYTES};
 use crate::id::SessionId;
 use crate::limits::{IMAGE_BYTES_MAX, SESSION_TOKENS_MAX};
-use crate::suite::Suite;
+use crate::suite::{ImageKeys, Suite};
 
 /// Tokens of a block.
 pub const BLOCK_TOKENS: usize = 64;
@@ -89,28 +89,28 @@ impl ImageShape {
     pub(crate) fn seal(
         &self,
         image: &[u8],
-        (key, suite): (&SessionKey, Suite),
+        (keys, suite): (&ImageKeys, Suite),
         context: &BlockContext,
         nonce: [u8; NONCE_BYTES],
         place: &mut Vec<u8>,
     ) {
         place.clear();
         place.extend_from_slice(image);
-        let tag = key.images().seal(suite, &nonce, &context.bytes(self), place);
+        let tag = keys.seal(suite, &nonce, &context.bytes(self), place);
         place.extend_from_slice(&tag);
         place.extend_from_slice(&nonce);
         place.resize(usize::try_from(self.place_bytes()).expect("IMAGE_BYTES_MAX fits"), 0);
     }
 
     /// Turns the content of a place into the image; `false` when it is not the one that belongs there.
-    pub(crate) fn open(&self, place: &mut Vec<u8>, (key, suite): (&SessionKey, Suite), context: &BlockContext) -> bool {
+    pub(crate) fn open(&self, place: &mut Vec<u8>, (keys, suite): (&ImageKeys, Suite), context: &BlockContext) -> bool {
         let n_bytes = SEAL_BYTES + self.block_bytes as usize;
         if place.len() < n_bytes {
             return false;
         }
         place.truncate(n_bytes);
         let Some((sealed, nonce)) = place.split_last_chunk_mut() else { return false };
-        let is_right = key.images().open(suite, nonce, &context.bytes(self), sealed).is_ok();
+        let is_right = keys.open(suite, nonce, &context.bytes(self), sealed).is_ok();
         place.truncate(self.block_bytes as usize);
         is_right
     }
@@ -166,7 +166,6 @@ impl Digests {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use zeroize::Zeroizing;
 
     const SHAPE: ImageShape = ImageShape { fingerprint: [5; 32], block_bytes: 100 };
 
@@ -208,7 +207,7 @@ mod tests {
 
     #[test]
     fn an_image_opens_for_its_own_block_and_tokens_only() {
-        let key = &SessionKey::new(Zeroizing::new([1; 32]));
+        let key = &ImageKeys::of(&[1; 32]);
         let (tokens, id) = ((0..192).collect::<Vec<u32>>(), SessionId::from_bytes([7; 16]));
         let mut digests = Digests::default();
         let context = BlockContext { id, index: 2, digest: digests.of(&tokens, 2) };

@@ -16,7 +16,7 @@ mod tests;
 mod transfer;
 mod turns;
 
-pub use blocks::Loaded;
+pub use blocks::{FoundBlock, Loaded};
 pub use flush::Flushed;
 pub use report::{Finding, FindingKind, Report, Summary, Usage};
 pub(crate) use transfer::{parse, parse_body};

@@ -59,6 +59,7 @@ fn has_aes() -> bool {
 }
 
 /// What the keys of a session's images are made of; overwritten when it is dropped.
+#[derive(Clone)]
 pub(crate) struct ImageKeys(Zeroizing<[u8; 32]>);
 
 impl ImageKeys {

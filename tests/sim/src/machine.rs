@@ -131,6 +131,15 @@ impl Machine {
         }
     }
 
+    pub(crate) fn read(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize> {
+        finish(self.call("read", file, false)?)?;
+        let content = self.file(file)?;
+        let rest = usize::try_from(offset).ok().and_then(|offset| content.now.get(offset..)).unwrap_or_default();
+        let n_bytes = rest.len().min(bytes.len());
+        bytes[..n_bytes].copy_from_slice(&rest[..n_bytes]);
+        Ok(n_bytes)
+    }
+
     pub(crate) fn write(&mut self, file: &Place, offset: u64, bytes: &[u8], fate: Fate) -> Result<()> {
         let offset = usize::try_from(offset).map_err(|_| DiskError::Full)?;
         let (used, capacity) = (self.used_bytes(), self.faults.capacity_bytes);

@@ -19,6 +19,10 @@ use std::time::Duration;
 /// When to come again while memory is short: about as long as it takes to leave a rung of the ladder.
 const MEMORY_RETRY_S: u32 = 10;
 
+/// How long a user with nothing that runs waits for room before others' answers are sent back for it: most end sooner,
+/// and putting one back costs.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 impl Scheduler {
     /// Queues a request and tells its listener its place, or why it is not taken.
     pub(crate) fn submit(&mut self, mut sequence: Sequence, vocabulary: Vocabulary<'_>, now: Duration) {
@@ -88,6 +92,7 @@ impl Scheduler {
 
     /// Moves waiting sequences into the batch while there is room for their prompts.
     pub(super) fn admit(&mut self, now: Duration) {
+        self.make_way(now);
         while self.can_admit() {
             let admits = admits(&self.limits, &self.relief, &self.running);
             let mut sequence = self.queue.take_next(admits).expect("can_admit looked at it");
@@ -108,19 +113,62 @@ impl Scheduler {
 
     /// Whether there is a place and room for the prompt of the sequence that is next.
     pub(super) fn can_admit(&self) -> bool {
+        let Some((next, short)) = self.next_and_short() else { return false };
+        // What has begun goes on, if need be alone and beyond what short memory allows.
+        let may_exceed = self.running.is_empty() && next.has_begun();
+        let beyond = (self.pool.n_blocks() - self.pool.n_used()).saturating_sub(self.pool.n_available());
+        short == 0 || (may_exceed && short <= beyond)
+    }
+
+    /// The sequence that is next, if there is a place for it, and the blocks that are missing for its prompt.
+    fn next_and_short(&self) -> Option<(&Sequence, u32)> {
         let n_running = count(self.running.len());
         if n_running >= self.relief.running_max() {
-            return false;
+            return None;
         }
-        let Some(next) = self.queue.next(self.admits()) else { return false };
+        let next = self.queue.next(self.admits())?;
         let (found, idle) = self.pool.shareable(next.beginning());
         // One more block, so that the first tokens of the answer do not push somebody out at once.
         let needed = blocks_for(next.n_pending()) - found + u32::from(n_running > 0);
         let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
-        let fits = |n_available: u32| needed + idle + promised <= n_available;
-        // What has begun goes on, if need be alone and beyond what short memory allows.
-        let may_exceed = n_running == 0 && next.has_begun();
-        fits(self.pool.n_available()) || (may_exceed && fits(self.pool.n_blocks() - self.pool.n_used()))
+        Some((next, (needed + idle + promised).saturating_sub(self.pool.n_available())))
+    }
+
+    /// Has the owner that holds most make room for one who has nothing that runs: its youngest sequences wait, as long
+    /// as it holds more than its share and has others. Blocks of theirs that nobody needs are found again.
+    fn make_way(&mut self, now: Duration) {
+        let Some((next, mut short)) = self.next_and_short().filter(|&(_, short)| short > 0) else { return };
+        let is_theirs = |owner: Owner| move |sequence: &&Sequence| sequence.owner() == owner;
+        let is_alone = self.running.iter().all(|sequence| sequence.owner() != next.owner());
+        if !is_alone || next.waits_for(now) < PATIENCE {
+            return;
+        }
+        let held = |owner: Owner| -> usize {
+            self.running.iter().filter(is_theirs(owner)).map(|sequence| sequence.table.blocks().len()).sum()
+        };
+        let share = self.pool.bounds().blocks as usize / (self.queue.n_running_owners() + 1);
+        let Some(most) = self.running.iter().map(Sequence::owner).max_by_key(|&owner| held(owner)) else { return };
+        let (mut left, mut victims) = (held(most), Vec::new());
+        // Never the oldest of all, nor an owner's last one.
+        let n_theirs = self.running.iter().filter(is_theirs(most)).count();
+        let younger = (1..self.running.len()).rev().filter(|&index| self.running[index].owner() == most);
+        for index in younger.take(n_theirs - 1) {
+            if short == 0 || left <= share {
+                break;
+            }
+            let blocks = self.running[index].table.blocks();
+            // What others hold as well is not free then; what it was promised is.
+            let own = blocks.iter().filter(|&&block| self.pool.ref_count(block) == 1).count();
+            let promised = self.running[index].table.blocks_needed(self.running[index].n_pending());
+            short = short.saturating_sub(count(own) + promised);
+            left -= blocks.len();
+            victims.push(index);
+        }
+        if short == 0 {
+            for index in victims {
+                self.send_to_wait(index, What::Preempt, "another user's first request has no room", now);
+            }
+        }
     }
 
     /// Somebody has to give way for a step. Blocks that only wait to be saved go first; then full ones move to the slow
@@ -199,7 +247,7 @@ fn admits<'a>(limits: &Limits, relief: &Relief, running: &'a [Sequence]) -> Admi
 mod tests {
     use crate::api::{Event, Failure, Generate, Owner, Turn, Urgency};
     use crate::scheduler::Limits;
-    use crate::testing::{Bench, Listener, limits, naive, prompt, request};
+    use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt, request};
     use proptest::prelude::*;
     use sparsed_kv::FileId;
     use std::time::Duration;
@@ -304,6 +352,69 @@ mod tests {
         let (tally, computed) = (bench.scheduler.tally(), bench.executor.computed as u64);
         assert!(tally.again_tokens * 20 < computed, "{} of {computed} tokens again", tally.again_tokens);
         assert!(tally.restored_tokens > 64 * 64, "nothing came from files");
+    }
+
+    #[test]
+    fn a_user_whose_answers_fill_the_pool_makes_way_for_another_ones_first_request() {
+        // Four with two blocks each, one block is left.
+        let mut bench = Bench::new(9, Limits { max_running: 8, ..limits() });
+        let theirs: Vec<Listener> = (0..4).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (0..).zip(&theirs) {
+            bench.submit_of(Owner::Uid(1), None, prompt(seed, 70), 55, listener);
+        }
+        bench.steps(12);
+        assert_eq!((bench.scheduler.load().running, bench.scheduler.load().blocks_used), (4, 8));
+        let (other, second) = (Listener::with_room(1000), Listener::with_room(1000));
+        bench.submit_of(Owner::Uid(2), None, prompt(9, 70), 20, &other);
+        bench.submit_of(Owner::Uid(2), None, prompt(8, 70), 20, &second);
+        bench.steps(2);
+        assert!(other.heard().0.is_empty(), "answers may end soon");
+        bench.now.set(bench.now.get() + Duration::from_secs(2));
+        bench.steps(10);
+        assert!(!other.heard().0.is_empty() && second.heard().0.is_empty(), "the first one, and no more");
+        assert_eq!(bench.scheduler.tally().preempted, 1);
+        bench.run();
+        assert_eq!((other.heard().0, second.heard().0), (naive(prompt(9, 70), 20), naive(prompt(8, 70), 20)));
+        for (seed, listener) in (0..).zip(&theirs) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 70), 55));
+        }
+    }
+
+    #[test]
+    fn nobody_makes_way_where_that_would_not_do() {
+        let mut bench = Bench::new(8, limits());
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(1000)).collect();
+        bench.submit_of(Owner::Uid(1), None, prompt(0, 300), 80, &listeners[0]);
+        bench.submit_of(Owner::Uid(1), None, prompt(1, 70), 40, &listeners[1]);
+        bench.steps(12);
+        // Without the youngest there are three blocks, and five are needed.
+        bench.submit_of(Owner::Uid(2), None, prompt(2, 200), 40, &listeners[2]);
+        bench.now.set(bench.now.get() + Duration::from_secs(2));
+        bench.steps(4);
+        assert_eq!(bench.scheduler.tally().preempted, 0);
+        bench.run();
+        for (listener, (seed, n_prompt, n)) in listeners.iter().zip([(0, 300, 80), (1, 70, 40), (2, 200, 40)]) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, n_prompt), n));
+        }
+    }
+
+    #[test]
+    fn who_gave_way_computes_again_only_what_others_needed() {
+        // Two that grow to six blocks each on a pool of eight.
+        let mut bench = Bench::new(8, limits());
+        let listeners: Vec<Listener> = (0..2).map(|_| Listener::with_room(1000)).collect();
+        for (seed, listener) in (0..).zip(&listeners) {
+            bench.submit(prompt(seed, 150), 220, listener);
+        }
+        bench.run();
+        for (seed, listener) in (0..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 150), 220));
+        }
+        // The younger one had three full blocks and a part of the fourth. The older one took the part's place and then
+        // that of the last full block; the other two are found.
+        let tally = bench.scheduler.tally();
+        assert_eq!(tally.preempted, 1);
+        assert!((1..2 * BLOCK as u64).contains(&tally.again_tokens), "{} tokens", tally.again_tokens);
     }
 
     #[test]

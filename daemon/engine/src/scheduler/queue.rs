@@ -84,6 +84,11 @@ impl Queue {
         super::count(self.lines.len())
     }
 
+    /// Owners of which something runs.
+    pub(super) fn n_running_owners(&self) -> usize {
+        self.lines.iter().filter(|line| line.n_running > 0).count()
+    }
+
     /// Requests of `owner` that wait.
     pub(super) fn n_waiting_of(&self, owner: Owner) -> u32 {
         self.line(owner).map_or(0, |line| super::count(line.waiting.len()))

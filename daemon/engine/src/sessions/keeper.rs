@@ -10,13 +10,14 @@ use super::answers::Answer;
 use super::asks::{Ask, Asks};
 use super::late::{Absence, SessionStore};
 use super::listener::Listener;
+use super::readers::Readers;
 use super::recorded::{Recorder, TurnId};
 use super::retention::Settling;
 use crate::api::{Failure, Turn};
 use crate::durable::{Restore, Restored};
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
-use sparsed_session::{AnyDisk, ImageShape, Loaded, SessionId, Store, StoreError};
+use sparsed_session::{AnyDisk, ImageShape, SessionId, Store, StoreError};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
@@ -48,6 +49,7 @@ pub(crate) struct Keeper {
     n_turns: u64,
     /// Waits until nothing else is to do.
     images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
+    readers: Readers,
     stopping: bool,
     clocks: Clocks,
     /// Whether a date may say what is old.
@@ -87,7 +89,7 @@ impl Drop for Alarm {
     }
 }
 
-/// Starts the thread.
+/// Starts the thread, and one that helps it read.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -99,10 +101,11 @@ pub(crate) fn spawn(
     let (asks, receiver) = Asks::new();
     let absence = Absence::of(&store);
     let sessions = Sessions::new(asks.clone(), absence.clone());
+    let readers = Readers::two()?;
     let run = move || {
         let _alarm = Alarm(engine.clone());
         let Some((store, verbs)) = store.wait(&receiver, &absence) else { return };
-        let mut keeper = Keeper::new(store, asks, engine, clocks);
+        let mut keeper = Keeper { readers, ..Keeper::new(store, asks, engine, clocks) };
         verbs.into_iter().for_each(|verb| verb(&mut keeper));
         keeper.run(&receiver);
     };
@@ -123,6 +126,7 @@ impl Keeper {
             answers: BTreeMap::new(),
             n_turns: 0,
             images: VecDeque::new(),
+            readers: Readers::default(),
             stopping: false,
             clocks,
             settling: Settling::default(),
@@ -241,24 +245,32 @@ impl Keeper {
     /// Memory that is used again is not to be fetched from the system page by page, which costs as much as decryption.
     fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore, mut spare: Vec<Vec<u8>>) {
         self.read_ahead(shape, restore);
-        let mut images = Vec::new();
+        let at = self.files.get(&restore.file).copied();
+        // What is to be read has no image yet.
+        let (mut parts, mut found) = (Vec::new(), Vec::new());
         for block in restore.first..restore.first.saturating_add(restore.n) {
-            let Some(&(owner, id)) = self.files.get(&restore.file) else { break };
+            let Some((owner, id)) = at else { break };
             // After the loss of a device its last blocks may be on their way to the file.
             let on_its_way = |save: &Save| (save.file, save.index) == (restore.file, block);
             if let Some((.., image)) = self.images.iter().find(|(_, _, save, _)| on_its_way(save)) {
-                images.push(image.clone());
+                parts.push(Some(image.clone()));
                 continue;
             }
-            let mut image = spare.pop().unwrap_or_default();
-            match self.store.load_block(owner, id, shape, block, &mut image) {
-                Ok(Loaded::Image) => images.push(image),
-                Ok(Loaded::Missing) => break,
+            match self.store.find_block(owner, id, shape, block) {
+                Ok(Some(block)) => found.push((block, spare.pop().unwrap_or_default())),
+                Ok(None) => break,
                 Err(error) => {
                     log::warn!(session:% = id, block, reason:% = error; "block cannot be read, it is computed again");
                     break;
                 }
             }
+            parts.push(None);
+        }
+        let (n, mut read) = (parts.len(), self.readers.read(found).into_iter());
+        let images: Vec<_> = parts.into_iter().map_while(|image| image.or_else(|| read.next())).collect();
+        if let Some((owner, id)) = at.filter(|_| images.len() < n) {
+            let missing = u32::try_from(images.len()).map_or(u32::MAX, |n| restore.first.saturating_add(n));
+            self.store.block_is_missing(owner, id, missing);
         }
         self.tell_engine(Command::Restored { slot, restored: Restored { restore, images } });
     }
@@ -373,7 +385,7 @@ mod tests {
     use super::*;
     use crate::ChatRequest;
     use crate::sessions::wishes::{Asked, Wishes};
-    use sparsed_session::{Limits, MasterKey, NewSession, NewTurn, OsDisk, Outcome};
+    use sparsed_session::{Limits, Loaded, MasterKey, NewSession, NewTurn, OsDisk, Outcome};
     use std::sync::mpsc::sync_channel;
 
     const SHAPE: ImageShape = ImageShape { fingerprint: [1; 32], block_bytes: 8 };
@@ -381,10 +393,10 @@ mod tests {
     /// A keeper without a thread, and a session of 128 tokens.
     fn keeper(dir: &std::path::Path) -> (Keeper, SessionId, Receiver<Command>) {
         let (engine, commands) = sync_channel(16);
-        let mut n = 0;
+        let mut n = 0_u8;
         let random = Box::new(move |bytes: &mut [u8]| {
             bytes.fill_with(|| {
-                n += 1;
+                n = n.wrapping_add(1);
                 n
             })
         });
@@ -442,19 +454,58 @@ mod tests {
             let save = Save { file, index, block: sparsed_kv::BlockId(0) };
             keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: image.to_vec() });
         }
-        let mut brought = || {
-            let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n: 3 };
-            let spare = vec![vec![7; 5], Vec::new()];
-            keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore, spare });
-            keeper.write_image();
-            commands.try_iter().find_map(|command| match command {
-                Command::Restored { restored, .. } => Some(restored.images),
-                _ => None,
-            })
-        };
         // None written, the first one, both.
         for _ in 0..3 {
-            assert_eq!(brought().unwrap(), [[1; 8], [2; 8]]);
+            assert_eq!(brought(&mut keeper, &turn, 3, &commands), [[1; 8], [2; 8]]);
+            keeper.write_image();
+        }
+    }
+
+    /// What a restore of blocks `0 .. n` brings.
+    fn brought(keeper: &mut Keeper, turn: &Turn, n: u32, commands: &Receiver<Command>) -> Vec<Vec<u8>> {
+        let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n };
+        keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore, spare: vec![vec![7; 5], Vec::new()] });
+        let brought = commands.try_iter().find_map(|command| match command {
+            Command::Restored { restored, .. } => Some(restored.images),
+            _ => None,
+        });
+        brought.unwrap()
+    }
+
+    #[test]
+    fn two_threads_bring_what_one_does_and_stop_at_the_first_hole() {
+        const N: u32 = 40;
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, commands) = keeper(dir.path());
+        let turn = begin(&mut keeper, id, 0, &[1; 64 * N as usize]);
+        let image = |index: u32| vec![index as u8; 8];
+        let save = |keeper: &mut Keeper, index| {
+            keeper.store.save_block(1, id, &SHAPE, index, &image(index)).unwrap();
+        };
+        (0..N).for_each(|index| save(&mut keeper, index));
+        for is_helped in [false, true] {
+            spoil(dir.path(), 17);
+            keeper.readers = if is_helped { Readers::two().unwrap() } else { Readers::default() };
+            let whole: Vec<_> = (0..17).map(image).collect();
+            assert_eq!(brought(&mut keeper, &turn, N, &commands), whole);
+            assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 17, "the hole is known now");
+            save(&mut keeper, 17);
+            // Nothing of the last window is left over for this one.
+            let all: Vec<_> = (0..N).map(image).collect();
+            assert_eq!(brought(&mut keeper, &turn, N, &commands), all);
+        }
+    }
+
+    /// Overwrites place `index` of the only session's images.
+    fn spoil(dir: &std::path::Path, index: u64) {
+        let entries = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        for path in entries {
+            if path.is_dir() {
+                spoil(&path, index);
+            } else if path.ends_with("kv") {
+                let file = std::fs::File::options().write(true).open(path).unwrap();
+                std::os::unix::fs::FileExt::write_all_at(&file, &[9; 64], 4096 * (1 + index)).unwrap();
+            }
         }
     }
 

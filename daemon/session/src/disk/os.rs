@@ -3,7 +3,7 @@
 //! Everything is reached from the root's descriptor, name by name, without following a link: whoever can write into a
 //! folder above cannot lead the store elsewhere.
 
-use super::{Disk, DiskError, Entry, Place, Result};
+use super::{Disk, DiskError, Entry, Place, ReadAt, Result};
 use rustix::fs::{self, Advice, AtFlags, CWD, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::{self, Errno};
 use std::num::NonZeroU64;
@@ -91,17 +91,11 @@ impl Disk for OsDisk {
     }
 
     fn read_at(&mut self, file: &Place, offset: u64, bytes: &mut [u8]) -> Result<usize> {
-        let file = self.file(file, OFlags::RDONLY)?;
-        let mut n_read = 0;
-        while n_read < bytes.len() {
-            match io::pread(&file, &mut bytes[n_read..], offset + n_read as u64) {
-                Ok(0) => break,
-                Ok(n) => n_read += n,
-                Err(Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(n_read)
+        self.file(file, OFlags::RDONLY)?.read_at(offset, bytes)
+    }
+
+    fn open(&mut self, file: &Place) -> Result<Box<dyn ReadAt>> {
+        Ok(Box::new(self.file(file, OFlags::RDONLY)?))
     }
 
     fn will_read(&mut self, file: &Place, offset: u64, n_bytes: u64) {
@@ -169,6 +163,21 @@ impl Disk for OsDisk {
     }
 }
 
+impl ReadAt for OwnedFd {
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<usize> {
+        let mut n_read = 0;
+        while n_read < bytes.len() {
+            match io::pread(self, &mut bytes[n_read..], offset + n_read as u64) {
+                Ok(0) => break,
+                Ok(n) => n_read += n,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(n_read)
+    }
+}
+
 impl From<Errno> for DiskError {
     fn from(error: Errno) -> Self {
         match error {
@@ -204,8 +213,9 @@ mod tests {
         let mut bytes = [1; 9];
         assert_eq!(disk.read_at(&file, 1, &mut bytes).unwrap(), 5);
         assert_eq!(&bytes[..5], b"\0\0def");
+        let opened = disk.open(&file).unwrap();
         disk.set_len(&file, 4).unwrap();
-        assert_eq!(disk.len(&file), Ok(4));
+        assert_eq!((disk.len(&file), opened.read_at(2, &mut bytes)), (Ok(4), Ok(2)));
         disk.sync(&file).unwrap();
         disk.rename(&file, &dir.child("other")).unwrap();
         disk.sync_dir(&dir).unwrap();

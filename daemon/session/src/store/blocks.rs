@@ -4,11 +4,12 @@
 
 use super::session::{KvContent, Session};
 use super::{Store, find, nonce};
-use crate::disk::{Disk, DiskError};
+use crate::disk::{Disk, DiskError, ReadAt};
 use crate::error::{Result, StoreError};
 use crate::id::SessionId;
 use crate::image::{BLOCK_TOKENS, BlockContext, HEADER_BYTES, ImageShape, PAGE_BYTES};
-use crate::suite::Suite;
+use crate::suite::{ImageKeys, Suite};
+use std::fmt;
 
 /// What became of a block that was asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +19,37 @@ pub enum Loaded {
     Image,
     /// There is none, or none that is right: compute it. The buffer is empty.
     Missing,
+}
+
+/// The image of a block that may be there: what it takes to read it apart from the store.
+pub struct FoundBlock {
+    file: Box<dyn ReadAt>,
+    shape: ImageShape,
+    suite: Suite,
+    keys: ImageKeys,
+    context: BlockContext,
+}
+
+impl FoundBlock {
+    /// Fills `image`, whatever it has, with the image as it was saved for just these tokens.
+    pub fn read(&self, image: &mut Vec<u8>) -> Loaded {
+        let n_bytes = usize::try_from(self.shape.place_bytes()).expect("IMAGE_BYTES_MAX fits");
+        // Only what is new is zeroed: all of it is read over, or cut off.
+        image.resize(n_bytes, 0);
+        let n_read = self.file.read_at(self.shape.offset(self.context.index), image).unwrap_or(0);
+        image.truncate(n_read);
+        if self.shape.open(image, (&self.keys, self.suite), &self.context) {
+            return Loaded::Image;
+        }
+        image.clear();
+        Loaded::Missing
+    }
+}
+
+impl fmt::Debug for FoundBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FoundBlock").field("index", &self.context.index).finish_non_exhaustive()
+    }
 }
 
 impl<D: Disk> Store<D> {
@@ -49,7 +81,7 @@ impl<D: Disk> Store<D> {
         self.make_room(owner, id, grows_by)?;
         let session = find(&mut self.sessions, owner, id)?;
         let Some(context) = session.block(index) else { return Err(StoreError::NotFound) };
-        let key = (&session.key, session.suite());
+        let key = (session.key.images(), session.suite());
         shape.seal(image, key, &context, nonce(&mut *self.random), &mut self.scratch);
         loop {
             let session = find(&mut self.sessions, owner, id)?;
@@ -86,10 +118,40 @@ impl<D: Disk> Store<D> {
         }
     }
 
+    /// Where the image of block `index` is, if there may be one; it is read by [`FoundBlock::read`], on any thread.
+    ///
+    /// # Errors
+    /// As [`Store::history`]; what is wrong with the file is `None`.
+    pub fn find_block(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        shape: &ImageShape,
+        index: u32,
+    ) -> Result<Option<FoundBlock>> {
+        self.discover(owner, id, shape)?;
+        let session = find(&mut self.sessions, owner, id)?;
+        let is_saved = |content: &KvContent| content.saved.get(index as usize).copied().unwrap_or(false);
+        let may_be_there = session.kv.content.as_ref().is_some_and(is_saved);
+        let Some(context) = session.block(index).filter(|_| may_be_there) else { return Ok(None) };
+        let Ok(file) = self.disk.open(&session.folder.kv()) else {
+            session.forget_image(index);
+            return Ok(None);
+        };
+        let (shape, suite, keys) = (*shape, session.suite(), session.key.images().clone());
+        Ok(Some(FoundBlock { file, shape, suite, keys, context }))
+    }
+
+    /// What [`Store::find_block`] has found is not the image: it is not looked for again.
+    pub fn block_is_missing(&mut self, owner: u64, id: SessionId, index: u32) {
+        // A session that is gone has no block either.
+        let _gone = find(&mut self.sessions, owner, id).map(|session| session.forget_image(index)).is_err();
+    }
+
     /// Fills `image`, whatever it has, with the image of block `index` as it was saved for just these tokens.
     ///
     /// # Errors
-    /// As [`Store::history`]; what is wrong with the file is [`Loaded::Missing`].
+    /// As [`Store::find_block`]; what is wrong with the file is [`Loaded::Missing`].
     pub fn load_block(
         &mut self,
         owner: u64,
@@ -98,27 +160,15 @@ impl<D: Disk> Store<D> {
         index: u32,
         image: &mut Vec<u8>,
     ) -> Result<Loaded> {
-        self.discover(owner, id, shape)?;
-        let session = find(&mut self.sessions, owner, id)?;
-        let is_saved = |content: &KvContent| content.saved.get(index as usize).copied().unwrap_or(false);
-        let may_be_there = session.kv.content.as_ref().is_some_and(is_saved);
-        let Some(context) = session.block(index).filter(|_| may_be_there) else {
+        let Some(found) = self.find_block(owner, id, shape, index)? else {
             image.clear();
             return Ok(Loaded::Missing);
         };
-        let n_bytes = usize::try_from(shape.place_bytes()).expect("IMAGE_BYTES_MAX fits");
-        // Only what is new is zeroed: all of it is read over, or cut off.
-        image.resize(n_bytes, 0);
-        let n_read = self.disk.read_at(&session.folder.kv(), shape.offset(index), image).unwrap_or(0);
-        image.truncate(n_read);
-        if shape.open(image, (&session.key, session.suite()), &context) {
-            return Ok(Loaded::Image);
+        let loaded = found.read(image);
+        if loaded == Loaded::Missing {
+            self.block_is_missing(owner, id, index);
         }
-        image.clear();
-        if let Some(content) = &mut session.kv.content {
-            content.saved[index as usize] = false;
-        }
-        Ok(Loaded::Missing)
+        Ok(loaded)
     }
 
     /// Gives the space of a session's images back.
@@ -159,6 +209,13 @@ impl Session {
     /// What images are encrypted with: as they are in the file, where there is one.
     fn suite(&self) -> Suite {
         self.kv.content.as_ref().map_or_else(Suite::fastest, |content| content.suite)
+    }
+
+    /// There is no image of block `index`, whatever was thought.
+    fn forget_image(&mut self, index: u32) {
+        if let Some(saved) = self.kv.content.as_mut().and_then(|content| content.saved.get_mut(index as usize)) {
+            *saved = false;
+        }
     }
 
     /// Block `index` of the tokens in memory, if they have it whole.
