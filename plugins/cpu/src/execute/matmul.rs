@@ -175,7 +175,11 @@ impl Frame<'_> {
                     for (&(_, to), sums) in now.iter().zip(&sums) {
                         // SAFETY: these values of a row are written by the one thread that has this tile.
                         let y = unsafe { job.y.flat_part_mut(to, out.clone()) };
-                        y.copy_from_slice(&sums[..y.len()]);
+                        // A whole tile's sums by a few instructions, not by a call for each token.
+                        match y.first_chunk_mut() {
+                            Some(whole) => *whole = *sums,
+                            None => y.copy_from_slice(&sums[..y.len()]),
+                        }
                     }
                 }
             }

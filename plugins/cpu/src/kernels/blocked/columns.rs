@@ -199,9 +199,9 @@ fn partial_scores<L: Words, const H: usize, const BITS: i32>(
             }
         }
         for h in 0..H {
-            for t in 0..2 {
+            for (t, total) in totals[h].iter().enumerate() {
                 let units = l.load(&block.units.key.as_chunks().0[2 * half + t]);
-                l.store(l.mul(l.to_float(totals[h][t]), units), &mut out[h].as_chunks_mut().0[2 * half + t]);
+                l.store(l.mul(l.to_float(*total), units), &mut out[h].as_chunks_mut().0[2 * half + t]);
             }
         }
     }

@@ -85,8 +85,7 @@ fn take_body<L: Words>(l: L, rows: &[&[u8]], latent: usize, to: &mut StoredUnits
     let partials = (1 << partial_bits(to.widths)) as f32;
     // Bits that say the power of two are in a float's exponent already: 0 is 0 and 255 is infinite, or made a NaN.
     let unit = |bits: i32| f32::from_bits((bits << 23 | (bits + 1) >> 8 << 22).cast_unsigned());
-    for r in 0..ROWS {
-        let (latent, rope) = (bits[0][r], bits[1][r]);
+    for (r, (&latent, &rope)) in bits[0].iter().zip(&bits[1]).enumerate() {
         let key = if to.widths.absorbed { latent.max(rope) } else { rope };
         to.value[r] = unit(latent);
         to.key[r] = unit(key) * partials;
@@ -457,7 +456,7 @@ mod tests {
         let mut random = Rng::with_seed(3);
         let seen = [5, 33, ROWS];
         let cases = [PLAIN, MLA].map(|widths| Case::random(&mut random, Format::W16, widths, ROWS, 3, 0));
-        for (level, whole) in Level::all().into_iter().flat_map(|level| cases.iter().map(move |case| (level, case))) {
+        for (level, whole) in Level::all().flat_map(|level| cases.iter().map(move |case| (level, case))) {
             let together = whole.run_seeing(level, &seen);
             for (head, &n) in seen.iter().enumerate() {
                 let mut alone = whole.clone();
@@ -479,7 +478,7 @@ mod tests {
             zeros.rows[9][1].fill(0.0);
             assert!(zeros.error() < 1e-7, "{:e}", zeros.error());
             for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-                for (level, by_column) in Level::all().into_iter().flat_map(|level| [(level, false), (level, true)]) {
+                for (level, by_column) in Level::all().flat_map(|level| [(level, false), (level, true)]) {
                     for part in 0..2 {
                         let mut case = case();
                         case.rows[66][part][5] = value;
