@@ -59,7 +59,7 @@ pub(crate) async fn load(service: Service, mut absent: Vec<Absent>) {
         let places: Vec<_> = model.places.iter().map(|place| place.display().to_string()).collect();
         log::warn!(
             model:% = model.name, places:% = places.join(", ");
-            "the model is not there: install its package or pull it, and it is loaded; all else is served"
+            "the model is not there; it is loaded when it comes"
         );
         // So that whoever asks hears why there is none.
         if let Ok(arriving) = service.hold(me, &model.name) {

@@ -92,6 +92,8 @@ pub(super) const EVENTS: &[Event] = &[
     ),
     event("44f76cfd08fb4f338f85b01c8bf2ce7c", "the state folder cannot be used yet"),
     event("4a7db39dfa654ea0abc3d1224faacfab", "sessions are kept now"),
+    event("c1285f067d7d4094abf6b7c618ce048c", "the model is not there; it is loaded when it comes"),
+    event("f6adb0d2d4c7491f8d87868708650ccc", "the model is there now"),
     event("2f7629e08cf8492486cdbcaafc6a9550", "none of the sockets that were passed is ours"),
     event("09ff9760d5da4799a15fd3b954b63889", "signals cannot be caught: they end the daemon at once"),
     event("942c774d1e674420b1b7080d06bdde51", "connections were cut off: the time to stop is over"),
