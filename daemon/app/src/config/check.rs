@@ -277,6 +277,7 @@ mod tests {
         let model = Model {
             upstream: name(),
             relay: Some(relay),
+            aliases: vec!["x".to_owned()],
             max_context: Some(1),
             top_k: Some(1),
             kv_dtype: Some(KvDtype::Q8_0),
