@@ -1,6 +1,7 @@
 //! What does a daemon cost that nobody asks anything? On all doors, with a service manager to tell and a broker to
 //! hear.
 
+use serde_json::json;
 use sparsed_tests::broker::Broker;
 use sparsed_tests::bus::{self, Bus};
 use sparsed_tests::chatty;
@@ -9,13 +10,16 @@ use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
 /// How long it is looked at: a rate takes time, and nothing else here waits for a clock.
-const SPAN: Duration = Duration::from_secs(10);
-/// The goal is 2 a second; 3.4 were measured once, before some looks became rarer. MQTT's clock alone was 10 before.
-const WAKEUPS_PER_S_MAX: f64 = 4.0;
-/// The goal is 0.1 %.
-const CPU_SHARE_MAX: f64 = 0.005;
-/// Without weights to speak of. The goal is 30 MiB.
-const RSS_KIB_MAX: u64 = 40 << 10;
+const SPAN: Duration = Duration::from_secs(15);
+/// And before that in such pieces until one is quiet: what a start or an answer leaves to do is over then.
+const SETTLING: Duration = Duration::from_secs(2);
+const SETTLINGS_MAX: usize = 8;
+/// The goal is 2 a second. On all doors 2.0 to 2.7 were measured on a busy machine, of which two thirds are the surface's
+/// thread: MQTT's clock, and looks for what is to be announced.
+const WAKEUPS_PER_S_MAX: f64 = 3.0;
+const CPU_SHARE_MAX: f64 = 0.001;
+/// Without a loaded model.
+const RSS_KIB_MAX: u64 = 30 << 10;
 
 /// Voluntary switches of all threads: each is a sleep that something ended.
 fn wakeups(pid: u32) -> u64 {
@@ -42,6 +46,17 @@ fn resident_kib(pid: u32) -> u64 {
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
+/// Wakeups a second and share of a processor within `span`.
+fn looked(pid: u32, span: Duration) -> (f64, f64) {
+    let (begun, woken, used) = (Instant::now(), wakeups(pid), cpu(pid));
+    while let Some(rest) = span.checked_sub(begun.elapsed()).filter(|rest| !rest.is_zero()) {
+        std::thread::park_timeout(rest);
+    }
+    let (woken, used) = (wakeups(pid) - woken, cpu(pid).saturating_sub(used));
+    let seconds = begun.elapsed().as_secs_f64();
+    (woken as f64 / seconds, used.as_secs_f64() / seconds)
+}
+
 #[test]
 fn a_daemon_that_nobody_asks_sleeps() {
     let dir = tempfile::tempdir().unwrap();
@@ -52,29 +67,26 @@ fn a_daemon_that_nobody_asks_sleeps() {
         format!("mqtt.broker=mqtt://127.0.0.1:{}", broker.port()),
         format!("dbus.bus={}", bus.address()),
         "memory.budget=8MiB".to_owned(),
+        format!("model.default.path={}", chatty::write(dir.path()).display()),
+        "model.default.load=demand".to_owned(),
     ];
     let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
-    let daemon = Daemon::spawn_in(&[("NOTIFY_SOCKET", &notify)], Some(&chatty::write(dir.path())), &sets).ready();
+    let daemon = Daemon::spawn_in(&[("NOTIFY_SOCKET", &notify)], None, &sets).ready();
     daemon.wait_until("on all doors", || {
         let log = daemon.log();
         log.contains("connected to the MQTT broker") && log.contains("on D-Bus")
     });
-    let look = || (Instant::now(), wakeups(daemon.pid()), cpu(daemon.pid()));
-    // The least of a few spans: what a start leaves to do is over by then.
-    let spans = (0..3).map(|_| {
-        let (begun, woken, used) = look();
-        while begun.elapsed() < SPAN / 3 {
-            std::thread::park_timeout(SPAN / 3 - begun.elapsed().min(SPAN / 3));
-        }
-        let (ended, woken_then, used_then) = look();
-        let seconds = (ended - begun).as_secs_f64();
-        ((woken_then - woken) as f64 / seconds, (used_then - used).as_secs_f64() / seconds)
-    });
-    let spans: Vec<(f64, f64)> = spans.collect();
-    let least = spans.iter().copied().reduce(|a, b| (a.0.min(b.0), a.1.min(b.1))).unwrap();
     let rss = resident_kib(daemon.pid());
-    eprintln!("wakeups/s and CPU share: {spans:?}; {rss} KiB resident");
-    assert!(least.0 <= WAKEUPS_PER_S_MAX, "{spans:?} wakeups/s and CPU share");
-    assert!(least.1 <= CPU_SHARE_MAX, "{spans:?} wakeups/s and CPU share");
+    // With a model it has more to watch.
+    let body = json!({ "messages": [{ "role": "user", "content": "Hello!" }], "max_tokens": 4 });
+    assert_eq!(daemon.post("/v1/chat/completions", &body).status, 200);
+    let mut settling = Vec::new();
+    while settling.len() < SETTLINGS_MAX && settling.last().is_none_or(|&(woken, _)| woken > WAKEUPS_PER_S_MAX) {
+        settling.push(looked(daemon.pid(), SETTLING));
+    }
+    let (woken, used) = looked(daemon.pid(), SPAN);
+    eprintln!("{woken:.2} wakeups/s, CPU share {used:.5}, {rss} KiB resident; while it settled {settling:?}");
+    assert!(woken <= WAKEUPS_PER_S_MAX, "{woken} wakeups/s");
+    assert!(used <= CPU_SHARE_MAX, "CPU share {used}");
     assert!(rss <= RSS_KIB_MAX, "{rss} KiB resident");
 }
