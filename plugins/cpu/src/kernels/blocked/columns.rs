@@ -1,8 +1,8 @@
-//! Attention over stored words for the heads of many tokens that read a block: its values lie in pairs of rows, and keys
-//! by column where they are narrow.
+//! Attention over stored words for the heads of many tokens that read a block: its values lie in pairs of rows, and
+//! keys by column where they are narrow.
 //!
-//! A vector has two values of 16 keys then, so nothing is folded across lanes. The partial sums are those of `stored`, and sums
-//! of words are exact: the bits are the same.
+//! A vector has two values of 16 keys then, so nothing is folded across lanes. The partial sums are those of `stored`,
+//! and sums of words are exact: the bits are the same.
 
 use super::integer::{ROWS_ALIKE, WordHeads, weights};
 use super::softmax::exponentials;

@@ -19,8 +19,8 @@ impl Softmax {
     }
 }
 
-/// Turns the first `seen` scores of each head, times its scale, into e^(score - max) and the others into 0; returns what
-/// earlier sums shrink by.
+/// Turns the first `seen` scores of each head, times its scale, into e^(score - max) and the others into 0; returns
+/// what earlier sums shrink by.
 #[inline(always)]
 pub(super) fn exponentials<L: Lanes, const H: usize>(
     l: L,
