@@ -14,7 +14,7 @@ import threading
 import time
 
 # Seconds for a leg, an emulated machine's.
-LEG_S = 900
+LEG_S = 1800
 # Lines that are shown where a leg does not end.
 TAIL = 30
 QUIET = "console=ttyS0 root=/dev/vda rw psi=1 systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 quiet loglevel=3"
