@@ -42,7 +42,8 @@ def another_user_manages_conversations_if_polkit_says_so_and_only_then():
         if is_old:
             file.write(f"[bob]\nIdentity=unix-user:bob\nAction={ACTION}\nResultAny=yes\n")
         else:
-            file.write(f'polkit.addRule((action, who) => {{ if (action.id == "{ACTION}" && who.user == "bob") return "yes"; }});\n')
+            condition = f'action.id == "{ACTION}" && who.user == "bob"'
+            file.write(f'polkit.addRule(function(action, who) {{ if ({condition}) return "yes"; }});\n')
     os.chmod(path, 0o644)
     try:
         run("systemctl", "restart", "polkit.service")
