@@ -20,9 +20,9 @@ from box import (
 (PACKAGE,) = glob.glob("/opt/packages/sparsed_*.deb")
 KEPT = "/opt/kept.json"
 # Answers at a time under pressure, and words of their prompts.
-ANSWERS, WORDS = 4, 200
+ANSWERS, WORDS = 3, 80
 # Bytes of what it holds that it may hold no more then.
-SQUEEZED = 8 << 20
+SQUEEZED = 4 << 20
 # Of the service's journal, shown when a claim fails.
 JOURNAL_LINES = 15
 TIERED = '[memory]\nslow_tier = "all"\n[limits]\nmax_batched_tokens = 64\n'
@@ -65,7 +65,7 @@ def decisions():
 
 def when_memory_high_falls_below_what_it_holds_it_gives_memory_back_and_answers_alike():
     prompts = [f"Story {name}: " + f"some words of text {name}. " * (WORDS // 5) for name in range(ANSWERS)]
-    wishes = [wish(prompt, 40) for prompt in prompts]
+    wishes = [wish(prompt, 20) for prompt in prompts]
     restart(config=TIERED)
     roomy = [text_of(served("alice", "/v1/chat/completions", one)) for one in wishes]
     restart(config=TIERED)

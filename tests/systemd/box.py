@@ -104,8 +104,9 @@ def text_of(completion):
 def wish(text, tokens, session=None, stream=False):
     """A request whose answer has so many tokens."""
     request = {"messages": [{"role": "user", "content": text}], "temperature": 0.8, "seed": 7}
-    request |= {"max_tokens": tokens, "ignore_eos": True, "stream": stream}
-    return request | ({"session_id": session} if session else {})
+    request.update(max_tokens=tokens, ignore_eos=True, stream=stream)
+    # Python 3.8 does not add dictionaries.
+    return {**request, **({"session_id": session} if session else {})}
 
 
 def new_session(user="alice"):

@@ -74,7 +74,8 @@ def the_units_are_valid_and_confined_enough():
         complaints = run(*command, "sparsed.service", "sparsed.socket", *more)
         # An older systemd says so of what it does not know; there is one place for that.
         newer = [line for line in complaints.splitlines() if "10-newer-systemd.conf" in line and "nknown" in line]
-        others = [line for line in complaints.splitlines() if line not in newer]
+        # Of the system's own units an older one says much, too.
+        others = [line for line in complaints.splitlines() if "sparsed" in line and line not in newer]
         assert not others, f"{manager}: {others}"
         assert not newer or systemd_version() < 254, newer
     if not is_confined(EXPOSURE_TENTHS):
@@ -100,6 +101,9 @@ def with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enou
 
 
 def the_tcp_socket_is_opt_in_and_asks_for_a_key():
+    if systemd_version() < 247:
+        print("#  not tried: systemd has no credentials before 247")
+        return
     assert run("systemctl", "is-enabled", "sparsed-tcp.socket", check=False) == "disabled"
     keys = "/etc/sparsed/api-keys"
     with open(os.open(keys, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
@@ -179,7 +183,8 @@ def two_users_see_their_own_sessions_only():
 
 def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
     run("systemctl", "stop", "sparsed.service")
-    assert called("alice", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version").startswith('s "')
+    version = called("alice", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version")
+    assert version.startswith('s "'), version
     until_ready()
     path = called("alice", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "CreateSession", "a{sv}", "0").split('"')[1]
     for user, sees in (("alice", True), ("bob", False)):
@@ -385,6 +390,9 @@ def a_session_under_a_credential():
 
 
 def the_master_key_may_be_a_credential_plain_or_encrypted():
+    if systemd_version() < 247:
+        print("#  not tried: systemd has no credentials before 247")
+        return
     key, session, first = a_session_under_a_credential()
     if systemd_version() < 250:
         print("#  not encrypted: systemd has no systemd-creds before 250")

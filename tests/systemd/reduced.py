@@ -15,7 +15,7 @@ def is_served_without(what, says, drop_in="", config=""):
     """Starts it so, and looks for the words."""
     restart(config=config, drop_in=drop_in)
     session = served("alice", "/v1/sessions", {})["id"]
-    said = text_of(served("alice", "/v1/chat/completions", CAPITAL | {"session_id": session}))
+    said = text_of(served("alice", "/v1/chat/completions", {**CAPITAL, "session_id": session}))
     assert said == PARIS, f"without {what}: {said}"
     lines = run("journalctl", "--no-pager", "-o", "verbose", f"_SYSTEMD_INVOCATION_ID={shown('InvocationID')}")
     assert says in lines, f"without {what} nothing says {says!r}: {lines[-3000:]}"

@@ -17,9 +17,13 @@ esac
 work=$(realpath -m target/systemd)
 suite=${SUITE:-trixie}
 bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
-packages=systemd,systemd-sysv,dbus,dbus-user-session,dbus-broker,libpam-systemd,udev,curl,python3,rpm,mosquitto,mosquitto-clients
-# The older name of polkit's daemon.
-case $suite in focal | jammy | bullseye) packages=$packages,policykit-1 ;; *) packages=$packages,polkitd ;; esac
+packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3,rpm
+# What some doors are tried with, where the suite has it.
+case $suite in
+  focal | jammy) ;;
+  bullseye) packages=$packages,policykit-1,mosquitto,mosquitto-clients ;;
+  *) packages=$packages,polkitd,dbus-broker,mosquitto,mosquitto-clients ;;
+esac
 components=main
 case $suite in focal | jammy | noble) components=main,universe ;; esac
 # Most seconds for the boot, and for all checks.

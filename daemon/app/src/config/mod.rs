@@ -178,8 +178,7 @@ impl Config {
         if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()).or_else(names) {
             return Some(wrong);
         }
-        let longest = pauses.iter().max().copied().unwrap_or(0);
-        let grace = plugins.grace_ms;
+        let (longest, grace) = (pauses.iter().max().copied().unwrap_or(0), plugins.grace_ms);
         let hung = self.engine.step_timeout_ms.saturating_add(grace).saturating_add(longest);
         if self.engine.isolation != Isolation::None && self.engine.plugin != "cpu" && hung >= self.engine.watchdog_ms {
             let reason = format!(
