@@ -249,10 +249,6 @@ fn a_second_daemon_on_the_same_state_is_refused() {
 
 #[test]
 fn a_daemon_that_cannot_serve_says_which_file_and_why() {
-    let mut absent = Daemon::spawn(Some("absent.gguf".as_ref()), &[]);
-    assert_eq!(absent.wait().code(), Some(1));
-    assert!(absent.log().contains("absent.gguf"), "{}", absent.log());
-
     let dir = tempfile::tempdir().unwrap();
     let broken = dir.path().join("broken.gguf");
     std::fs::write(&broken, &std::fs::read(default_model()).unwrap()[..1 << 20]).unwrap();
