@@ -32,10 +32,9 @@ fn secret_file(path: &Path, text: &str) {
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o600)).unwrap();
 }
 
-#[test]
-fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = |name: &str| dir.path().join(name);
+/// Settings whose files have keys and passwords in them.
+fn write_settings(dir: &Path) {
+    let path = |name: &str| dir.join(name);
     secret_file(&path("keys"), &format!("hall {}\n", PLANTED[4]));
     secret_file(&path("password"), &format!("{}\n", PLANTED[5]));
     secret_file(&path("relay"), &format!("{}\n", PLANTED[11]));
@@ -51,12 +50,10 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
         path("relay").display()
     );
     std::fs::write(path("config.toml"), config).unwrap();
-    let argument = format!("--config={}", path("config.toml").display());
-    let planted = Path::new(PLANTED[6]);
-    let credentials = path("credentials");
-    let variables = [("PLANTED", planted), ("CREDENTIALS_DIRECTORY", credentials.as_path())];
-    let daemon = Daemon::spawn_in(&variables, Some(&chatty::write(dir.path())), &[&argument]).ready();
-    // Everything that can be said is said.
+}
+
+/// Has the daemon hear everything that can be said.
+fn say_everything(daemon: &Daemon) {
     let say = |messages: serde_json::Value, more: serde_json::Value| {
         let mut body = json!({ "messages": messages, "max_tokens": 4, "user": PLANTED[0] });
         body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
@@ -67,6 +64,19 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     let session = daemon.post("/v1/sessions", &json!({ "title": PLANTED[3] })).json()["id"].clone();
     assert_eq!(say(json!([{ "role": "user", "content": PLANTED[2] }]), json!({ "session_id": session })), 200);
     assert_eq!(say(json!([{ "role": PLANTED[9], "content": PLANTED[9] }]), json!({ "grammar": PLANTED[9] })), 400);
+}
+
+#[test]
+fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    write_settings(dir.path());
+    let argument = format!("--config={}", path("config.toml").display());
+    let planted = Path::new(PLANTED[6]);
+    let credentials = path("credentials");
+    let variables = [("PLANTED", planted), ("CREDENTIALS_DIRECTORY", credentials.as_path())];
+    let daemon = Daemon::spawn_in(&variables, Some(&chatty::write(dir.path())), &[&argument]).ready();
+    say_everything(&daemon);
     // The service's log: the daemon's own, and lines of somebody else with a key, an address and a name's password in it.
     let tools = path("tools");
     std::fs::create_dir(&tools).unwrap();
