@@ -224,7 +224,8 @@ impl Slot {
     pub(super) fn keep(&self, keep: KeepAlive) {
         let mut standing = lock(&self.standing);
         if self.residence.may_unload() && !matches!(standing.phase, Phase::Unloaded) {
-            standing.keep = Some(keep);
+            // When it goes now is for the engine to say; until it has looked nothing is, rather than what was.
+            (standing.keep, standing.expires) = (Some(keep), None);
         }
     }
 
