@@ -77,7 +77,7 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     let variables = [("PLANTED", planted), ("CREDENTIALS_DIRECTORY", credentials.as_path())];
     let daemon = Daemon::spawn_in(&variables, Some(&chatty::write(dir.path())), &[&argument]).ready();
     say_everything(&daemon);
-    // The service's log: the daemon's own, and lines of somebody else with a key, an address and a name's password in it.
+    // The service's log: the daemon's own, and somebody else's line with a key, an address and a name's password in it.
     let tools = path("tools");
     std::fs::create_dir(&tools).unwrap();
     let log = daemon.log_file();

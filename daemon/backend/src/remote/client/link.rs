@@ -158,7 +158,10 @@ impl Link {
             self.keeper.kill();
             let (_, tail) = self.keeper.report(KILL_PATIENCE);
             let (plugin, last) = (self.plugin.as_str(), tail.last().map_or("", String::as_str));
-            log::error!(plugin, host = self.keeper.pid, what, last_lines = tail.join(" | ").as_str(); "plugin host lost");
+            log::error!(
+                plugin, host = self.keeper.pid, what = what.as_str(), last_lines = tail.join(" | ").as_str();
+                "plugin host lost"
+            );
             let said = if last.is_empty() { String::new() } else { format!("; it said last: {last}") };
             format!("the plugin host {what}{said}")
         });
