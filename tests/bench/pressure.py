@@ -153,8 +153,13 @@ def shrink():
         print(f"skipped: no group of its own with a limit of memory: {error}")
         return
     daemon = Daemon("memory.slow_tier=all", "limits.max_batched_tokens=64", "engine.threads=2", group=group)
-    # A daemon that is killed takes its answers with it: they end as cut off.
-    answers = [in_thread(daemon.stream, 1000, 80, seed) for seed in range(4)]
+
+    def ask(first):
+        """Four answers; a daemon that is killed takes them with it: they end as cut off."""
+        answers = [in_thread(daemon.stream, 1000, 80, first + seed) for seed in range(4)]
+        return in_thread(lambda: [answer()[1] for answer in answers])
+
+    waiting, ends = ask(0), []
     while daemon.get("/v1/status")["models"][0]["sampled_tokens"] < 40:
         time.sleep(0.2)
     # Nine tenths of the limit are used: what is in use now is to become too much, bit by bit. A limit that falls within a
@@ -162,20 +167,24 @@ def shrink():
     before = group.used()
     lowered = before - 16 * MIB
     limit = lowered * 10 // 9
-    waiting = in_thread(lambda: [answer() for answer in answers])
     for step in range(16, -1, -STEP_MIB):
         group.limit((lowered + step * MIB) * 10 // 9)
         time.sleep(STEP_S)
     peak, after = 0, 0
     lowered_at = time.monotonic()
-    while threading.active_count() > 1:
+    while True:
         used = group.used()
         peak = max(peak, used)
         if time.monotonic() - lowered_at > SETTLES_S:
             after = max(after, used)
         time.sleep(0.05)
-    took_s = time.monotonic() - lowered_at
-    ends = [end for _, end in waiting()]
+        took_s = time.monotonic() - lowered_at
+        if threading.active_count() == 1:
+            ends += waiting()
+            # On a fast machine there are more, until it has had time to settle.
+            if took_s > SETTLES_S or daemon.process.poll() is not None:
+                break
+            waiting = ask(len(ends))
     assert daemon.process.poll() is None, f"the daemon has ended: {group.events()} {open(f'{daemon.home}/log').read()}"
     decisions = [d["decision"] for d in daemon.get("/v1/status")["models"][0]["scheduling"]["decisions"]]
     kills = next((line.split()[1] for line in group.events() if line.startswith("oom_kill ")), "?")
@@ -187,11 +196,10 @@ def shrink():
     print(f"| {1024} MiB | {limit // MIB} MiB, {lowered // MIB} to be used | {peak // MIB} MiB, {after // MIB} MiB from "
           f"{SETTLES_S} s after on, of {took_s:.0f} s | {kills} | {'not told' if stalled is None else f'{stalled // 1000} ms'} "
           f"| {', '.join(ends)} | {', '.join(decisions)} |")
-    assert took_s > SETTLES_S, f"all answers were there after {took_s:.0f} s: nothing was proven"
     assert peak <= limit, f"{peak} bytes beyond the limit of {limit}"
     assert 0 < after <= lowered + SLACK_MIB * MIB, f"{after} bytes are used, {lowered} are to be"
     assert kills == "0", f"{kills} OOM kills"
-    assert ends == ["done"] * 4, ends
+    assert set(ends) == {"done"}, ends
     assert {"bound", "climb"} & set(decisions), f"nothing was decided for want of memory: {decisions}"
     assert "decided" in log, "no decision in the log"
     if stalled is not None:
