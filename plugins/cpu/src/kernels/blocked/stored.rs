@@ -7,7 +7,7 @@
 
 use super::integer::{ROWS_ALIKE, Weights, WordHeads, weights};
 use super::softmax::exponentials;
-use super::words::{Bytes, FACTORS, Line, TOGETHER, WORD_MAX, Widths, are_lines, power_of_two};
+use super::words::{Bytes, Line, TOGETHER, Widths, are_lines, query_unit};
 use super::{Ahead, ROWS, ask};
 use crate::level::Level;
 use crate::simd::{LANES, Words, on_level};
@@ -349,7 +349,8 @@ fn weigh<L: Words, P: Pairs, const H: usize, const V: usize>(
 /// Rounds a head's query (for the rope slice, then for the latent slice) to words beside those of a stored key, the
 /// latent part first, and returns what they are times: NaN for a query that is not finite.
 ///
-/// What is multiplied with a partial sum's values sums to [`FACTORS`] at most, so that it has room in 32 bits.
+/// What is multiplied with a partial sum's values sums to [`super::words::FACTORS`] at most, so that it has room in 32
+/// bits.
 pub(crate) fn round_stored_query(level: Level, q: &[f32], widths: Widths, to: &mut [Line]) -> f32 {
     round_pairs(level, q, widths.rope, partial_bits(widths), to)
 }
@@ -377,15 +378,7 @@ fn round_pairs_body<L: Words>(l: L, q: &[f32], rope: usize, bits: i32, to: &mut 
     for (i, sum) in halves.as_flattened().iter().enumerate() {
         partials[i / 2 % (1 << bits)] += sum;
     }
-    if partials.iter().any(|sum| !sum.is_finite()) {
-        return f32::NAN;
-    }
-    #[allow(clippy::cast_precision_loss, reason = "a row's width is a small number")]
-    let roundings = (q.len() >> bits) as f32; // each adds a half at most
-    let largest = partials.iter().copied().fold(0.0, f32::max);
-    let unit = (largest / (FACTORS - roundings)).max(l.largest(most) / WORD_MAX);
-    // Nothing to see of such a query.
-    let (unit, inverse) = if unit < power_of_two(-100) { (0.0, 0.0) } else { (unit, 1.0 / unit) };
+    let Some((unit, inverse)) = query_unit(&partials, q.len() >> bits, l.largest(most)) else { return f32::NAN };
     let (rope, latent) = q.split_at(rope);
     let inverse = l.splat(inverse);
     for (v, to) in latent.as_chunks::<LINE_WORDS>().0.iter().chain(rope.as_chunks().0).zip(to) {

@@ -204,7 +204,7 @@ fn magic(exponent: i32) -> f32 {
 }
 
 /// 2 to a power from -126 to 127.
-pub(super) fn power_of_two(power: i32) -> f32 {
+fn power_of_two(power: i32) -> f32 {
     f32::from_bits(((power + 127) << 23).cast_unsigned())
 }
 
@@ -267,6 +267,20 @@ fn words<L: Words, S: Stored>(l: L, slice: &[u8], magic: L::F) -> [L::I; 2] {
     [l.bits(l.add(a, magic)), l.bits(l.add(b, magic))]
 }
 
+/// What a query's words are times, and its inverse, of sums of the magnitudes of `each` values and the largest of all;
+/// nothing for a query that is not finite.
+pub(super) fn query_unit(sums: &[f32], each: usize, most: f32) -> Option<(f32, f32)> {
+    if sums.iter().any(|sum| !sum.is_finite()) {
+        return None;
+    }
+    #[allow(clippy::cast_precision_loss, reason = "a row's width is a small number")]
+    let roundings = each as f32; // a half at most
+    let largest = sums.iter().copied().fold(0.0, f32::max);
+    let unit = (largest / (FACTORS - roundings)).max(most / WORD_MAX);
+    // Nothing to see of such a query.
+    Some(if unit < power_of_two(-100) { (0.0, 0.0) } else { (unit, 1.0 / unit) })
+}
+
 on_level! {
     /// Rounds a head's query (for the rope slice of `rope` values, then for the latent slice) to words beside those of
     /// [`WordBlock::keys`], and returns what they are times: NaN for a query that is not finite.
@@ -286,15 +300,7 @@ fn round_query_body<L: Words>(l: L, q: &[f32], rope: usize, to: &mut [Line]) -> 
     }
     let mut lanes = [0.0; LANES];
     l.store(sums, &mut lanes);
-    if lanes.iter().any(|sum| !sum.is_finite()) {
-        return f32::NAN;
-    }
-    #[allow(clippy::cast_precision_loss, reason = "a row's width is a small number")]
-    let roundings = (q.len() / LANES) as f32; // each adds a half at most
-    let largest = lanes.iter().copied().fold(0.0, f32::max);
-    let unit = (largest / (FACTORS - roundings)).max(l.largest(most) / WORD_MAX);
-    // Nothing to see of such a query.
-    let (unit, inverse) = if unit < power_of_two(-100) { (0.0, 0.0) } else { (unit, 1.0 / unit) };
+    let Some((unit, inverse)) = query_unit(&lanes, q.len() / LANES, l.largest(most)) else { return f32::NAN };
     let (rope, latent) = q.split_at(rope);
     let inverse = l.splat(inverse);
     for (v, to) in latent.as_chunks::<PAIR>().0.iter().chain(rope.as_chunks().0).zip(to) {
