@@ -161,7 +161,12 @@ fn value(text: &[u8], key: &[u8]) -> Option<u64> {
 /// As [`value`], of a file that counts in KiB.
 fn kib(file: &File, key: &[u8]) -> Option<u64> {
     let mut buffer = [0; FILE_BYTES];
-    value(text(file, &mut buffer)?, key)?.checked_mul(1024)
+    kib_in(text(file, &mut buffer)?, key)
+}
+
+/// As [`value`], of a text that counts in KiB.
+pub(crate) fn kib_in(text: &[u8], key: &[u8]) -> Option<u64> {
+    value(text, key)?.checked_mul(1024)
 }
 
 #[cfg(test)]

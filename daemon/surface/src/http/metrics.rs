@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, text};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeCounterValue, EncodeLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use sparsed_engine::memory::{Budget, Outlook};
@@ -199,6 +199,22 @@ impl Scrape {
         let mut metric = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
         metric.encode_counter::<[(&str, &str); 0], _, u64>(&self.device.n_faults, None)
     }
+
+    fn encode_counters<N: EncodeCounterValue>(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        counters: &[Number<N>],
+    ) -> fmt::Result {
+        for (name, help, value) in counters {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+            for model in &self.models {
+                let labels = label(model);
+                let mut metric = family.encode_family(&labels)?;
+                metric.encode_counter::<[(&str, &str); 0], _, u64>(&value(model), None)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Collector for Scrape {
@@ -209,22 +225,8 @@ impl Collector for Scrape {
                 family.encode_family(&label(model))?.encode_gauge(&value(model))?;
             }
         }
-        for (name, help, value) in COUNTERS {
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            for model in &self.models {
-                family
-                    .encode_family(&label(model))?
-                    .encode_counter::<[(&str, &str); 0], _, u64>(&value(model), None)?;
-            }
-        }
-        for (name, help, value) in SECONDS {
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
-            for model in &self.models {
-                family
-                    .encode_family(&label(model))?
-                    .encode_counter::<[(&str, &str); 0], _, u64>(&value(model), None)?;
-            }
-        }
+        self.encode_counters(&mut encoder, COUNTERS)?;
+        self.encode_counters(&mut encoder, SECONDS)?;
         for (name, help, value) in HISTOGRAMS {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
             for model in &self.models {

@@ -4,7 +4,7 @@
 
 use super::service::Service;
 use super::{Check, OPERATORS_FILE, size};
-use crate::memory::room;
+use crate::memory::{kib_in, room};
 use sparsed_session::DATE_MIN_S;
 use std::fs;
 use std::io::Write;
@@ -42,11 +42,12 @@ impl Memory {
     /// shares one with whoever started it.
     pub(super) fn of(root: &Path, service: Option<&Service>, pid: Option<u32>) -> Option<Self> {
         let info = fs::read_to_string(root.join("proc/meminfo")).ok()?;
-        let machine = kib(&info, "MemAvailable:")?;
+        let machine = kib_in(info.as_bytes(), b"MemAvailable:")?;
         let own = pid.map(|pid| root.join("proc").join(pid.to_string()));
         let read = |name: &str| own.as_ref().and_then(|dir| fs::read_to_string(dir.join(name)).ok());
-        let held = read("status")
-            .map_or(0, |status| ["RssAnon:", "RssShmem:"].iter().filter_map(|key| kib(&status, key)).sum());
+        let held = read("status").map_or(0, |status| {
+            [&b"RssAnon:"[..], b"RssShmem:"].iter().filter_map(|key| kib_in(status.as_bytes(), key)).sum()
+        });
         let room = match service {
             Some(service) => {
                 let path = service.group.as_deref().unwrap_or(GROUP);
@@ -68,12 +69,6 @@ impl Memory {
             held => format!("{} can be had, of which the daemon that runs holds {}", size(self.free), size(held)),
         }
     }
-}
-
-/// A number that a line of the kernel has in KiB, in bytes.
-fn kib(text: &str, key: &str) -> Option<u64> {
-    let value = text.lines().find_map(|line| line.strip_prefix(key))?;
-    value.trim().trim_end_matches(" kB").parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// What there is, and whether the kernel says when it gets short.

@@ -3,7 +3,7 @@
 use super::Wanted;
 use crate::bodies::answer::Asked;
 use crate::bodies::figures::{Telling, prompt_progress, timings, timings_so_far};
-use crate::bodies::listen::Listening;
+use crate::bodies::listen::{self, Listening};
 use crate::bodies::{CompletionWire, logprobs};
 use crate::refusal::Refusal;
 use serde_json::{Map, Value, json};
@@ -61,7 +61,7 @@ impl Speaking {
         let requests: Vec<Request> = std::iter::once(request).chain(siblings).collect();
         let said = requests.iter().map(|request| Said::of(service, request, stream)).collect();
         // Its answers have no name; the log has one.
-        let id = format!("cmpl-{:016x}", getrandom::u64().unwrap_or_default());
+        let id = listen::name("cmpl");
         let listening = Listening::begin(service, &id, requests, per_prompt).await?;
         Ok(Self { listening, model, telling: reply.telling, stream, with_tokens, response_fields, said })
     }
