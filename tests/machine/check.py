@@ -13,8 +13,8 @@ import traceback
 
 import upgrade
 from box import (
-    CAPITAL, PARIS, a_story_that_has_begun, answer, curl, journal, last_message, pid, restart, run, served, shown, state_of,
-    text_of, until, until_ready, wish,
+    CAPITAL, PARIS, a_story_that_has_begun, answer, curl, group_file, journal, last_message, pid, restart, run, served, shown,
+    state_of, text_of, until, until_ready, wish,
 )
 
 (PACKAGE,) = glob.glob("/opt/packages/sparsed_*.deb")
@@ -44,11 +44,6 @@ def limit(name, value):
     run("systemctl", "set-property", "--runtime", "sparsed.service", f"{name}={value}")
 
 
-def group(name):
-    with open(f"/sys/fs/cgroup{shown('ControlGroup')}/{name}") as file:
-        return file.read()
-
-
 def on_this_kernel_the_service_answers_and_the_doctor_finds_nothing():
     until_ready()
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
@@ -72,7 +67,8 @@ def when_memory_high_falls_below_what_it_holds_it_gives_memory_back_and_answers_
     processes = [curl("alice", "/v1/chat/completions", one) for one in wishes]
     until("some are answered", lambda: served("bob", "/v1/status")["models"][0]["sampled_tokens"] > 5)
     # Clean pages of files can be dropped without anybody's help.
-    held = int(re.search(r"^anon (\d+)", group("memory.stat"), re.M)[1])
+    with open(group_file("memory.stat")) as file:
+        held = int(re.search(r"^anon (\d+)", file.read(), re.M)[1])
     limit("MemoryHigh", held - SQUEEZED)
     squeezed = until("it hears of the pressure", decisions)
     answers = [answer(process) for process in processes]

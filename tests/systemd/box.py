@@ -126,6 +126,11 @@ def shown(prop, unit="sparsed.service"):
     return run("systemctl", "show", "--value", "-p", prop, unit)
 
 
+def group_file(name):
+    """Path of a file of the service's control group."""
+    return f"/sys/fs/cgroup{shown('ControlGroup')}/{name}"
+
+
 def systemd_version():
     return int(run("systemctl", "--version").split()[1])
 

@@ -18,8 +18,9 @@ import doors
 import reduced
 import upgrade
 from box import (
-    CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, as_user, ask, called, curl, events, heard, is_active, journal, last_message,
-    new_session, pid, restart, run, served, shown, state_of, systemd_version, text_of, until, until_ready, wish,
+    CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, as_user, ask, called, curl, events, group_file, heard, is_active,
+    journal, last_message, new_session, pid, restart, run, served, shown, state_of, systemd_version, text_of, until,
+    until_ready, wish,
 )
 
 # Where the packages lie in the box.
@@ -46,7 +47,7 @@ SMALL = '[memory]\nbudget = "56MiB"\nslow_tier = "all"\nhot_share = 0\n[limits]\
 
 def of_the_service(name):
     """This file of `/proc` of each process of the service."""
-    with open(f"/sys/fs/cgroup{shown('ControlGroup')}/cgroup.procs") as listed:
+    with open(group_file("cgroup.procs")) as listed:
         paths = [f"/proc/{line.strip()}/{name}" for line in listed]
     texts = []
     for path in paths:

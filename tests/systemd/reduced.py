@@ -5,7 +5,7 @@ What is missing is taken away by a drop-in of the service; the journal's words a
 
 import os
 
-from box import CAPITAL, PARIS, restart, run, served, shown, text_of
+from box import CAPITAL, PARIS, group_file, restart, run, served, shown, text_of
 
 # Calls that are refused look as on a kernel that does not have them.
 MISSING_CALL = "[Service]\nSystemCallErrorNumber=ENOSYS\nSystemCallFilter=~{}\n"
@@ -22,7 +22,7 @@ def is_served_without(what, says, drop_in="", config=""):
 
 
 def without_stall_information_it_looks_at_memory_by_itself():
-    own = f"/sys/fs/cgroup{shown('ControlGroup')}/memory.pressure"
+    own = group_file("memory.pressure")
     hidden = f"[Service]\nMemoryPressureWatch=skip\nInaccessiblePaths=-/proc/pressure -{own}\n"
     is_served_without("PSI", "the system tells of no stalls", hidden)
 
