@@ -160,7 +160,7 @@ pub(crate) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Lines of the log with the process they came from: `LEVEL plugin text`.
+/// Lines of the log with the process they came from: `LEVEL plugin text`, and ` lines=N` where a record counts some.
 static LOG: LazyLock<&'static Lines> = LazyLock::new(|| {
     let lines: &'static Lines = Box::leak(Box::default());
     log::set_logger(lines).unwrap();
@@ -186,7 +186,8 @@ impl log::Log for Lines {
         let values = record.key_values();
         let host = values.get("host".into()).and_then(|host| host.to_u64()).unwrap_or(0);
         let plugin = values.get("plugin".into()).map(|plugin| plugin.to_string()).unwrap_or_default();
-        let line = format!("{} {plugin} {}", record.level(), record.args());
+        let count = values.get("lines".into()).map(|lines| format!(" lines={lines}")).unwrap_or_default();
+        let line = format!("{} {plugin} {}{count}", record.level(), record.args());
         self.0.lock().unwrap().push((u32::try_from(host).unwrap_or(0), line));
     }
 
