@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod accept;
+mod beat;
 mod bodies;
 mod dbus;
 mod http;

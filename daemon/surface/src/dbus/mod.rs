@@ -18,6 +18,7 @@ mod stream;
 mod values;
 mod xml;
 
+use crate::beat;
 use futures_util::StreamExt;
 use interface::{Changes, MANAGER, NAME, ROOT};
 use peers::Peers;
@@ -45,7 +46,8 @@ const BACKOFF: [Duration; 4] =
     [Duration::from_millis(200), Duration::from_secs(1), Duration::from_secs(5), Duration::from_secs(30)];
 /// How long a bus may take to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often changed properties are looked for, and so at most how often they are announced.
+/// How soon after a change properties are looked at again, and so at most how often they are announced. While nothing
+/// changes they are looked at with every beat.
 const LOOK: Duration = Duration::from_secs(3);
 
 /// Which bus.
@@ -252,11 +254,14 @@ async fn hear_who_leaves(door: Arc<Door>) {
 
 /// Says at most once in three seconds which of the manager's properties have changed. Nobody's own are among them.
 async fn announce(door: Arc<Door>) {
-    let mut looks = tokio::time::interval(LOOK);
-    looks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut said = manager::properties(&door);
+    let mut is_lively = false;
     loop {
-        looks.tick().await;
+        if is_lively {
+            tokio::time::sleep(LOOK).await;
+        } else {
+            beat::next().await;
+        }
         let now = manager::properties(&door);
         let (mut changed, mut noted): (HashMap<&str, &OwnedVariant>, Vec<&str>) = Default::default();
         for ((name, value), _) in now.iter().zip(&said).filter(|(now, before)| now.1 != before.1) {
@@ -266,7 +271,8 @@ async fn announce(door: Arc<Door>) {
                 _ => {}
             }
         }
-        if changed.is_empty() && noted.is_empty() {
+        is_lively = !changed.is_empty() || !noted.is_empty();
+        if !is_lively {
             continue;
         }
         let interface = interface::PROPERTIES.name;

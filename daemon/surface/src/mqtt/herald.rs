@@ -5,6 +5,7 @@ use super::link::{Delta, Deltas, Told};
 use super::message::Address;
 use super::options::MqttOptions;
 use super::topics::{Op, Topics};
+use crate::beat;
 use serde_json::{Value, json};
 use sparsed_engine::api::Reach;
 use sparsed_engine::{DeviceState, ModelState, Service};
@@ -12,9 +13,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// How often models and device are looked at.
-const LOOK: Duration = Duration::from_secs(5);
-/// How often while a model is loaded, which is waited for.
+/// How often models and device are looked at while a model is loaded, which is waited for; else with every beat.
 const LOADING_LOOK: Duration = Duration::from_millis(250);
 /// Looks between two telemetry messages.
 const TELEMETRY_LOOKS: u64 = 2;
@@ -58,7 +57,11 @@ pub(super) async fn herald(
             let _told = deltas.tell(Delta { address, payload });
         }
         n_looks += u64::from(!is_loading);
-        tokio::time::sleep(if is_loading { LOADING_LOOK } else { LOOK }).await;
+        if is_loading {
+            tokio::time::sleep(LOADING_LOOK).await;
+        } else {
+            beat::next().await;
+        }
     }
 }
 
@@ -131,7 +134,7 @@ fn telemetry(service: &Service, sampled: &mut u64) -> Value {
     let sum = |number: fn(&sparsed_engine::Stats) -> u64| models.iter().map(|model| number(&model.stats)).sum::<u64>();
     let now = sum(|stats| stats.sampled_tokens);
     let since = now.saturating_sub(std::mem::replace(sampled, now));
-    let seconds = LOOK.as_secs() * TELEMETRY_LOOKS;
+    let seconds = beat::BEAT.as_secs() * TELEMETRY_LOOKS;
     json!({
         "v": 1,
         "ts": super::now_ms() / 1000,
