@@ -7,11 +7,12 @@ mod blocked;
 mod matmul;
 mod refine;
 mod room;
+mod rounded;
 mod rowwise;
 mod select;
 mod slow;
 
-pub(crate) use matmul::Scratch;
+pub(crate) use rounded::Scratch;
 
 use crate::device::CpuDevice;
 use crate::memory::{Pool, Weight};

@@ -6,7 +6,8 @@
 //! (`kernels::packed`); everything else decodes a row and multiplies in f32.
 
 use super::Frame;
-use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
+use super::rounded::{Rounded, Scratch};
+use crate::kernels::activations::{Block, Rounding};
 use crate::kernels::packed::{Sums, TILE_ROWS, TOKENS_MAX, product, tokens_at_once};
 use crate::kernels::{dot, rows};
 use crate::memory::Weight;
@@ -15,29 +16,13 @@ use crate::tensor::Tensor;
 use crate::threads::part;
 use sparsed_abi::{NO_TENSOR, OP_MLA_EXPAND, SpdOp, T_VIEW};
 use sparsed_plugin_kit::{PluginError, Result};
-use std::marker::PhantomData;
 use std::ops::Range;
 
 /// Rows of x that share one pass over a decoded weight row.
 const DECODED_ROWS: usize = 4;
 
-/// Rounded activations, kept for the next operator that reads the same tensor.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch {
-    blocks: Vec<Block>,
-    /// The tensor and the rounding of what `blocks` holds.
-    holds: Option<(u32, Rounding)>,
-}
-
-impl Scratch {
-    /// Forgets what a tensor's values were.
-    pub(super) fn forget(&mut self) {
-        self.holds = None;
-    }
-}
-
 /// Which row of x goes through a matrix into which row of y.
-type Pair = (usize, usize);
+pub(super) type Pair = (usize, usize);
 
 /// Rows of activations and where the products go.
 struct Product<'a> {
@@ -106,7 +91,7 @@ impl Frame<'_> {
         let used: &Vec<usize> = &(0..job.pairs.len()).filter(|&b| !job.pairs[b].is_empty()).collect();
         let team = &self.device.team;
         if let (Some(rounding), Some(packed)) = (job.rounding, job.weight.packed.get()) {
-            let x = self.round(job, rounding, scratch);
+            let x = self.round(job.x, job.x_id, rounding, scratch);
             team.run(&|number| {
                 let mut beside = Vec::new();
                 let own = part(used.len() * packed.tiles, number, team.len());
@@ -152,11 +137,10 @@ impl Frame<'_> {
         (packed, rounding): (&Packed, Rounding),
         batch: usize,
         tiles: Range<usize>,
-        x: &[Block],
+        x: Rounded<'_>,
         beside: &mut Vec<Block>,
     ) {
-        let (level, format, blocks) = (self.device.level, job.weight.format, job.weight.cols / BLOCK);
-        let row = |row: usize| &x[row * blocks..(row + 1) * blocks];
+        let (level, format) = (self.device.level, job.weight.format);
         // Some tiles at a time, so that they are still in the cache for the next tokens.
         for tiles in tiles
             .clone()
@@ -167,7 +151,7 @@ impl Frame<'_> {
             while !pairs.is_empty() {
                 let (now, later) = pairs.split_at(tokens_at_once(level, rounding, pairs.len()));
                 pairs = later;
-                let x = if let [(from, _)] = now { row(*from) } else { interleave(now, &row, blocks, beside) };
+                let x = x.interleaved(now, beside);
                 let mut sums = [Sums::default(); TOKENS_MAX];
                 for tile in tiles.clone() {
                     product(level, format, rounding, packed.tile(batch, tile), x, &mut sums[..now.len()]);
@@ -186,30 +170,12 @@ impl Frame<'_> {
         }
     }
 
-    /// All rows of x, rounded; kept from the operator before if it read the same tensor.
-    fn round<'s>(&self, job: &Product<'_>, rounding: Rounding, scratch: &'s mut Scratch) -> &'s [Block] {
-        let (x, blocks) = (job.x, job.x.n2 / BLOCK);
-        let n = x.rows();
-        if scratch.holds != Some((job.x_id, rounding)) {
-            if scratch.blocks.len() < n * blocks {
-                scratch.blocks.resize(n * blocks, Block::default());
-            }
-            let to = shared(&mut scratch.blocks, n, blocks);
-            self.each(n, |row| {
-                // SAFETY: each row belongs to one thread.
-                round_row(self.device.level, rounding, x.flat(row), unsafe { to.row_mut(row, 0) });
-            });
-            scratch.holds = Some((job.x_id, rounding));
-        }
-        &scratch.blocks[..n * blocks]
-    }
-
     /// Called after an operator: rounded activations of a tensor that it wrote are out of date.
     pub(super) fn written(&self, op: &SpdOp, scratch: &mut Scratch) {
         let tensors = self.plan.program.tensors();
         let owner = |id: u32| if tensors[id as usize].kind == T_VIEW { tensors[id as usize].bind } else { id };
         let outputs = || op.outputs.iter().filter(|&&id| id != NO_TENSOR);
-        if scratch.holds.is_some_and(|(held, _)| outputs().any(|&id| owner(id) == owner(held))) {
+        if scratch.held().is_some_and(|held| outputs().any(|&id| owner(id) == owner(held))) {
             scratch.forget();
         }
     }
@@ -222,25 +188,4 @@ impl Frame<'_> {
         }
         team.run(&|number| part(n, number, team.len()).for_each(&job));
     }
-}
-
-/// The rows of these pairs block by block, as `packed::product` wants them.
-fn interleave<'a, 'x>(
-    pairs: &[Pair],
-    row: &impl Fn(usize) -> &'x [Block],
-    blocks: usize,
-    to: &'a mut Vec<Block>,
-) -> &'a [Block] {
-    let n = pairs.len();
-    to.resize(n * blocks, Block::default());
-    for (i, &(from, _)) in pairs.iter().enumerate() {
-        row(from).iter().zip(to[i..].iter_mut().step_by(n)).for_each(|(from, to)| *to = *from);
-    }
-    to
-}
-
-/// Packed rows that several threads fill.
-fn shared<T>(values: &mut [T], n0: usize, n2: usize) -> Tensor<'_, T> {
-    assert!(values.len() >= n0 * n2, "scratch too small");
-    Tensor { at: values.as_mut_ptr(), n0, n1: 1, n2, s0: n2, s1: n2, life: PhantomData }
 }

@@ -235,10 +235,9 @@ impl Indexer<'_> {
         let (mut groups, mut head) = (Vec::new(), 0);
         while head < self.q.n1 {
             let n = tokens_at_once(level, Rounding::Int16, self.q.n1 - head);
-            let (mut x, mut row) = (vec![Block::default(); n * blocks], vec![Block::default(); blocks]);
+            let mut x = vec![Block::default(); n * blocks];
             for i in 0..n {
-                round_row(level, Rounding::Int16, self.q.row(t, head + i), &mut row);
-                row.iter().zip(x[i..].iter_mut().step_by(n)).for_each(|(from, to)| *to = *from);
+                round_row(level, Rounding::Int16, self.q.row(t, head + i), &mut x[i..], n);
             }
             let coarse = x.iter().map(Block::coarse).collect();
             groups.push(Group { heads: head..head + n, x, coarse });

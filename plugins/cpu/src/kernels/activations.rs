@@ -82,19 +82,19 @@ impl Rounding {
     }
 }
 
-/// Rounds a row of whole blocks: scale = largest magnitude / limit, codes to nearest even. A NaN or an infinity makes
-/// the scale of its block one.
-pub(crate) fn round_row(level: crate::level::Level, rounding: Rounding, x: &[f32], to: &mut [Block]) {
-    round_blocks(level, rounding.limit(), x, to);
+/// Rounds a row of whole blocks into every `step`-th block of `to`: scale = largest magnitude / limit, codes to nearest
+/// even. A NaN or an infinity makes the scale of its block one.
+pub(crate) fn round_row(level: crate::level::Level, rounding: Rounding, x: &[f32], to: &mut [Block], step: usize) {
+    round_blocks(level, rounding.limit(), x, to, step);
 }
 
 on_level! {
-    fn round_blocks(limit: f32, x: &[f32], to: &mut [Block]) = round_body
+    fn round_blocks(limit: f32, x: &[f32], to: &mut [Block], step: usize) = round_body
 }
 
 #[inline(always)]
-fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block]) {
-    for (x, to) in x.as_chunks::<BLOCK>().0.iter().zip(to) {
+fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block], step: usize) {
+    for (x, to) in x.as_chunks::<BLOCK>().0.iter().zip(to.iter_mut().step_by(step)) {
         let (halves, _) = x.as_chunks::<LANES>();
         let (a, b) = (l.load(&halves[0]), l.load(&halves[1]));
         let mut lanes = [0; LANES];
@@ -106,10 +106,12 @@ fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block]) {
         let (high, low) = l.split_bytes(a, b);
         let (high, low) = (dwords(&high), dwords(&low));
         to.codes = std::array::from_fn(|j| [high[2 * j], high[2 * j + 1], low[2 * j], low[2 * j + 1]]);
-        let sums = [a, b].map(|half| {
+        // A closure would be compiled without the level's instructions.
+        let mut sums = [0_i32; 2];
+        for (sum, half) in sums.iter_mut().zip([a, b]) {
             l.store_i(half, &mut lanes);
-            lanes.into_iter().fold(0, i32::wrapping_add)
-        });
+            *sum = lanes.into_iter().fold(0, i32::wrapping_add);
+        }
         let sum = sums[0].wrapping_add(sums[1]);
         #[allow(clippy::cast_precision_loss, reason = "rounded to nearest, the same at every level")]
         let sum_float = sum as f32;
@@ -148,7 +150,7 @@ mod tests {
             let x: Vec<f32> = x.into_iter().map(|v| v * 2f32.powi(power)).collect();
             for (rounding, limit) in [(Rounding::Int8, 127), (Rounding::Int16, 32639)] {
                 let mut scalar = [Block::default()];
-                round_row(Level::Scalar, rounding, &x, &mut scalar);
+                round_row(Level::Scalar, rounding, &x, &mut scalar, 1);
                 let q = codes(&scalar[0]);
                 prop_assert!(q.iter().all(|q| q.abs() <= limit));
                 prop_assert_eq!(scalar[0].minus_8, -8 * q.iter().sum::<i32>());
@@ -159,7 +161,7 @@ mod tests {
                 }
                 for level in Level::all() {
                     let mut found = [Block::default()];
-                    round_row(level, rounding, &x, &mut found);
+                    round_row(level, rounding, &x, &mut found, 1);
                     prop_assert_eq!(found, scalar);
                 }
             }
@@ -171,7 +173,7 @@ mod tests {
         let mut random = fastrand::Rng::with_seed(11);
         let x: Vec<f32> = (0..BLOCK).map(|_| random.f32() - 0.5).collect();
         let mut block = [Block::default()];
-        round_row(Level::detect(), Rounding::Int16, &x, &mut block);
+        round_row(Level::detect(), Rounding::Int16, &x, &mut block, 1);
         let (coarse, rest) = (block[0].coarse(), block[0].rest());
         // A block of one byte has zeros where two bytes have the high ones.
         let high = codes(&coarse);
@@ -192,7 +194,7 @@ mod tests {
             let mut block = [Block::default()];
             let mut x = [1.0; BLOCK];
             x[17] = f32::NAN;
-            round_row(level, Rounding::Int16, &x, &mut block);
+            round_row(level, Rounding::Int16, &x, &mut block, 1);
             assert!(block[0].d.is_nan());
         }
     }

@@ -42,7 +42,7 @@ proptest! {
                 .collect();
             let alone = |level, token: &[f32]| {
                 let (mut x, mut sums) = (vec![Block::default(); blocks], [[0.0; TILE_ROWS]]);
-                round_row(level, rounding, token, &mut x);
+                round_row(level, rounding, token, &mut x, 1);
                 product(level, format, rounding, &tile, &x, &mut sums);
                 sums[0]
             };
@@ -59,9 +59,7 @@ proptest! {
                 let together = tokens_at_once(level, rounding, n);
                 let mut x = vec![Block::default(); blocks * together];
                 for (t, token) in tokens[..together].iter().enumerate() {
-                    let mut row = vec![Block::default(); blocks];
-                    round_row(level, rounding, token, &mut row);
-                    row.into_iter().enumerate().for_each(|(b, block)| x[b * together + t] = block);
+                    round_row(level, rounding, token, &mut x[t..], together);
                 }
                 let mut sums = vec![[0.0; TILE_ROWS]; together];
                 product(level, format, rounding, &tile, &x, &mut sums);
@@ -97,9 +95,7 @@ proptest! {
             let w: Vec<f32> = (0..heads).map(|h| value(h * 11)).collect();
             for (h, w) in w.iter().enumerate() {
                 let q: Vec<f32> = (0..width).map(|i| value(i * 3 + h * 5)).collect();
-                let mut row = vec![Block::default(); blocks];
-                round_row(level, Rounding::Int16, &q, &mut row);
-                row.into_iter().enumerate().for_each(|(b, block)| x[b * heads + h] = block);
+                round_row(level, Rounding::Int16, &q, &mut x[h..], heads);
                 for (lane, key) in keys.iter().enumerate() {
                     let product: f64 = q.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();
                     exact[lane] += f64::from(*w) * product.max(0.0);
