@@ -294,7 +294,8 @@ pub(super) fn add_values<L: Words, P: Pairs, const H: usize>(
 ) {
     let width = heads.out.len() / H / LANES;
     let mut at = 0;
-    while L::REGISTERS == 1 && at + TOGETHER <= width {
+    // Sums of a part and totals of those before it are in registers together: more heads, fewer vectors.
+    while L::REGISTERS == 1 && H <= 3 && at + TOGETHER <= width {
         weigh::<L, P, H, TOGETHER>(l, values, heads, at, n, weights, shrink);
         at += TOGETHER;
     }
