@@ -64,7 +64,7 @@ pub(super) enum Changes {
     Noted,
     /// Nothing: it does not change.
     Constant,
-    /// Nothing: whoever wants to know asks.
+    /// Nothing, as it changes with every look, or is a user's own: whoever wants to know asks.
     Never,
 }
 
@@ -192,10 +192,10 @@ pub(super) static MANAGER: Interface = Interface {
         property("QueuedRequests", "u", Announced, "Requests that wait for their turn."),
         property("KvBlocksUsed", "u", Noted, "Blocks of the KV pools that somebody holds."),
         property("KvBlocksTotal", "u", Noted, "Blocks of the KV pools."),
-        property("MemoryLimit", "t", Noted, "Bytes that the process may take by the tightest limit; 0: none is known."),
+        property("MemoryLimit", "t", Never, "Bytes that the process may take by the tightest limit; 0: none is known."),
         property("MemoryLimitedBy", "s", Noted, "config, cgroup_max, cgroup_high, machine or device; empty: none."),
-        property("MemoryForKv", "t", Noted, "Bytes of the limit that are for KV caches; 0: none is known."),
-        property("MemoryHeadroom", "t", Noted, "Bytes that may be taken yet, at the last look; 0: none, or not known."),
+        property("MemoryForKv", "t", Never, "Bytes of the limit that are for KV caches; 0: none is known."),
+        property("MemoryHeadroom", "t", Never, "Bytes that may be taken yet, at the last look; 0: none, or not known."),
         property("MemoryPressure", "s", Announced, "none, some or critical."),
         property("SampledTokens", "t", Noted, "Tokens of answers since the start."),
     ],
