@@ -65,7 +65,7 @@ pub(crate) fn stored(format: Format, values: &[f32]) -> Vec<u8> {
     bytes
 }
 
-/// Rows of `width` values as `format` stores them: a row of W16 has a power of two of its own.
+/// Rows of `width` values as `format` stores them: a row of W16 or F8_128 has powers of two of its own.
 pub(crate) fn stored_rows(format: Format, width: usize, values: &[f32]) -> Vec<u8> {
     values.chunks(width.max(1)).flat_map(|row| stored(format, row)).collect()
 }
