@@ -142,6 +142,7 @@ pub fn program_options(config: &Config, model: &Model) -> ProgramOptions {
         None => kv,
         Some(KvDtype::F16) => KvFormats::default(),
         Some(KvDtype::W16) => KvFormats::words(),
+        Some(KvDtype::Fp8) => KvFormats::fp8(),
         Some(KvDtype::Q8_0) => KvFormats::small(),
     };
     let selection = match model.top_k {

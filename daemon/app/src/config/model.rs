@@ -108,6 +108,9 @@ pub enum KvDtype {
     /// 2 bytes a value: words times a power of two for a row.
     #[value(name = "w16")]
     W16,
+    /// 129 bytes for 128 values: e4m3 times a power of two, as DeepSeek's own caches; larger errors than of `q8_0`.
+    #[value(name = "fp8")]
+    Fp8,
     /// 34 bytes for 32 values: nearly half the memory, and half of what a session's file has.
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]

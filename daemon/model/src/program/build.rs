@@ -4,8 +4,8 @@ use super::{KvFormats, KvShape, Output, OutputKind, Program, ProgramOptions, Sel
 use crate::weights::{Tensor, Weights};
 use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
-    DIM_LOGITS, DIM_TOKENS, DT_F16, DT_F32, DT_W16, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, OpSpec,
-    ProgramBuilder, SpdRow, TensorId,
+    DIM_LOGITS, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_W16, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM,
+    OpSpec, ProgramBuilder, SpdRow, TensorId,
 };
 use sparsed_quant::Format;
 use std::collections::HashMap;
@@ -42,11 +42,13 @@ pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<
     Ok(shape)
 }
 
-/// Words are for latent and rope rows together: of one kind alone nobody has use.
+/// Words and e4m3 are for latent and rope rows together: of one kind alone nobody has use.
 fn together(spec: &ModelSpec, kv: KvFormats) -> KvFormats {
-    let is_words = |width| row(DT_W16, width, spec.group_count).dtype == DT_W16;
-    let both = is_words(spec.kv_lora_rank) && is_words(spec.rope_row);
-    let either = |dtype: u32| if dtype == DT_W16 && !both { DT_F16 } else { dtype };
+    let either = |dtype: u32| {
+        let fits = |width| row(dtype, width, spec.group_count).dtype == dtype;
+        let both = fits(spec.kv_lora_rank) && fits(spec.rope_row);
+        if matches!(dtype, DT_W16 | DT_F8_128) && !both { DT_F16 } else { dtype }
+    };
     KvFormats { latent: either(kv.latent), rope: either(kv.rope), index: kv.index }
 }
 
