@@ -309,6 +309,20 @@ pub fn encode(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), Qu
     Ok(())
 }
 
+/// Encodes a row of a KV pool: as [`encode`] does, but Q4_0 to ggml's own bits. Rows are written in each step, and what
+/// they are written as is part of the plugin ABI.
+///
+/// # Errors
+/// As [`encode`].
+pub fn encode_row(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), QuantError> {
+    if format != Format::Q4_0 {
+        return encode(format, values, bytes);
+    }
+    check(format, values.len(), bytes.len())?;
+    blocks_mut(values, bytes, q4_0::encode_plain);
+    Ok(())
+}
+
 fn blocks<const V: usize, const B: usize>(bytes: &[u8], values: &mut [f32], decode: fn(&[u8; B], &mut [f32; V])) {
     for (block, values) in bytes.as_chunks::<B>().0.iter().zip(values.as_chunks_mut::<V>().0) {
         decode(block, values);
@@ -385,6 +399,18 @@ mod tests {
 
     fn fnv1a(bytes: &[u8]) -> u64 {
         bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+    }
+
+    /// The sum was computed with the `gguf` package 0.19.0 over the same values.
+    #[test]
+    fn a_row_of_q4_0_has_ggmls_bits() {
+        let values = generated();
+        let mut bytes = vec![0; Format::Q4_0.row_bytes(values.len()).unwrap()];
+        encode_row(Format::Q4_0, &values, &mut bytes).unwrap();
+        assert_eq!(fnv1a(&bytes), 0xe0c0_65e2_ab28_902b);
+        let mut searched = bytes.clone();
+        encode(Format::Q4_0, &values, &mut searched).unwrap();
+        assert_ne!(searched, bytes, "a file's are searched for");
     }
 
     /// The sum was computed with `float8_e4m3fn` of the `ml_dtypes` package 0.6.0 over the same values in rows of 448,

@@ -30,4 +30,4 @@ mod symmetric;
 mod w16;
 
 pub use f8_e4m3::ScaledF8;
-pub use format::{Format, QuantError, decode, decode_part, encode};
+pub use format::{Format, QuantError, decode, decode_part, encode, encode_row};

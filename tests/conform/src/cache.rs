@@ -9,8 +9,8 @@ use sparsed_quant::{Format, decode};
 use std::rc::Rc;
 
 /// The formats that a row may have.
-pub(crate) const ROW_FORMATS: [Format; 6] =
-    [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::W16, Format::F8_128];
+pub(crate) const ROW_FORMATS: [Format; 7] =
+    [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::Q4_0, Format::W16, Format::F8_128];
 
 /// What a pool is like; one format for all rows, width 0 for rows that it lacks.
 #[derive(Clone, Copy, Debug)]

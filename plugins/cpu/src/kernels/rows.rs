@@ -29,7 +29,7 @@ pub(crate) fn encode(level: Level, format: Format, values: &[f32], bytes: &mut [
     if format == Format::W16 {
         return encode_w16(level, values, bytes);
     }
-    sparsed_quant::encode(format, values, bytes).expect("row sizes were checked when the pool was made");
+    sparsed_quant::encode_row(format, values, bytes).expect("row sizes were checked when the pool was made");
 }
 
 on_level! {
