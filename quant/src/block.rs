@@ -45,14 +45,25 @@ impl Fit {
     }
 }
 
+/// The value of greatest magnitude, the first of equals.
+fn extreme(x: &[f32; N]) -> f32 {
+    x.iter().fold(0f32, |m, x| if x.abs() > m.abs() { *x } else { m })
+}
+
+/// ggml's own scale and codes for `d (q - half)`, q below 2 half: the value of greatest magnitude has code 0.
+pub(crate) fn plain(x: &[f32; N], half: u8) -> Fit {
+    let (offset, code_max) = (f32::from(half), 2 * half - 1);
+    let d = extreme(x) / -offset;
+    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "truncation is ggml's rounding here")]
+    let codes = x.map(|x| ((x * inverse + offset + 0.5) as u8).min(code_max));
+    Fit::new(d, 0.0, codes)
+}
+
 /// Finds codes for `d (q - half)`, q below 2 half.
 pub(crate) fn symmetric(x: &[f32; N], half: u8) -> Fit {
     let (offset, code_max) = (f32::from(half), 2 * half - 1);
-    let extreme = x.iter().fold(0f32, |m, x| if x.abs() > m.abs() { *x } else { m });
-    let d = extreme / -offset;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "truncation is ggml's rounding here")]
-    let mut best = Fit::new(d, 0.0, x.map(|x| ((x * inverse + offset + 0.5) as u8).min(code_max)));
+    let (extreme, mut best) = (extreme(x), plain(x, half));
     let mut best_error = best.error(x, offset);
     for i in -STEPS..=STEPS {
         let inverse = -(offset + 0.1 * f32::from(i)) / extreme;

@@ -14,7 +14,8 @@ pub(crate) fn decode(bytes: &[u8], values: &mut [f32]) {
     }
 }
 
-fn value_of(byte: u8) -> f32 {
+/// What a code stands for.
+pub(crate) fn value_of(byte: u8) -> f32 {
     let (exponent, fraction) = (byte >> 3 & 15, byte & 7);
     let magnitude = match (exponent, fraction) {
         (15, 7) => f32::NAN,
@@ -23,6 +24,25 @@ fn value_of(byte: u8) -> f32 {
         _ => f32::from_bits((u32::from(exponent) + 120) << 23 | u32::from(fraction) << 20),
     };
     if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+/// The code nearest to a value of at most 448, ties to the even one.
+pub(crate) fn code_of(value: f32) -> u8 {
+    /// Exponent of the least normal number; that of what lies below has the same distance.
+    const LEAST: u32 = 121 << 23;
+    let exponent = (value.to_bits() & 0x7f80_0000).max(LEAST);
+    // Three bits of fraction are left of what this is added to.
+    let coarse = 1.5 * f32::from_bits(exponent + (20 << 23));
+    let magnitude = ((value + coarse) - coarse).abs();
+    let bits = if magnitude.to_bits() >= LEAST {
+        (magnitude.to_bits() - (120 << 23)) >> 20
+    } else {
+        // A multiple of 2 to the power of -9, the last bit of this sum.
+        (magnitude + 16384.0).to_bits() & 7
+    };
+    #[allow(clippy::cast_possible_truncation, reason = "7 bits for a value of at most 448, and the sign")]
+    let code = (bits | value.to_bits() >> 24 & 0x80) as u8;
+    code
 }
 
 /// A matrix `[rows, cols]` of e4m3 with factors `[ceil(rows / 128), ceil(cols / 128)]`, both row-major.
@@ -85,6 +105,25 @@ mod tests {
             assert_eq!(value_of(byte | 0x80).to_bits(), (-value).to_bits());
         }
         assert!(value_of(0x7f).is_nan() && value_of(0xff).is_nan());
+    }
+
+    #[test]
+    fn a_value_becomes_the_nearest_code_and_a_tie_the_even_one() {
+        for code in 0..0x7e_u8 {
+            let (low, high) = (value_of(code), value_of(code + 1));
+            let middle = low.midpoint(high);
+            let even = code + (code & 1);
+            for (value, expected) in [
+                (low, code),
+                (middle.next_down(), code),
+                (middle, even),
+                (middle.next_up(), code + 1),
+                (high, code + 1),
+            ] {
+                assert_eq!(code_of(value), expected, "{value}");
+                assert_eq!(code_of(-value), expected | 0x80, "-{value}");
+            }
+        }
     }
 
     #[test]

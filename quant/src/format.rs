@@ -1,6 +1,8 @@
 //! Which formats are there, and how large are they?
 
-use crate::{f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, w16};
+use crate::{
+    f8_128, f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, w16,
+};
 
 /// A storage format, with ggml's number and layout where ggml has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,6 +45,8 @@ pub enum Format {
     F8E4M3,
     /// 16-bit words, a power of two for a row; for KV rows. Not in GGUF.
     W16,
+    /// e4m3fn, a power of two for each 128 values behind a row's codes; for KV rows. Not in GGUF.
+    F8_128,
 }
 
 /// What is known about a format: number, name, values and bytes in a block.
@@ -51,7 +55,7 @@ struct Row(Format, u32, &'static str, usize, usize);
 /// The first number that is the plugin ABI's own and not ggml's.
 const OWN_IDS: u32 = 128;
 
-const TABLE: [Row; 18] = [
+const TABLE: [Row; 19] = [
     Row(Format::F32, 0, "F32", 1, 4),
     Row(Format::F16, 1, "F16", 1, 2),
     Row(Format::BF16, 30, "BF16", 1, 2),
@@ -70,6 +74,8 @@ const TABLE: [Row; 18] = [
     Row(Format::MXFP4, 39, "MXFP4", 32, 17),
     Row(Format::F8E4M3, 129, "F8E4M3", 1, 1),
     Row(Format::W16, 130, "W16", 32, w16::BYTES),
+    // And one for each 128 values, see [`Format::row_bytes`].
+    Row(Format::F8_128, 131, "F8_128", 32, 32),
 ];
 
 /// Why values could not be decoded or encoded.
@@ -157,6 +163,7 @@ impl Format {
             Self::MXFP4 => &TABLE[15],
             Self::F8E4M3 => &TABLE[16],
             Self::W16 => &TABLE[17],
+            Self::F8_128 => &TABLE[18],
         }
     }
 
@@ -200,7 +207,7 @@ impl Format {
         self.row().3
     }
 
-    /// Bytes of a block.
+    /// Bytes of a block; a row of F8_128 has more behind all of them.
     pub const fn block_bytes(self) -> usize {
         self.row().4
     }
@@ -213,8 +220,9 @@ impl Format {
         if !values.is_multiple_of(self.block_values()) {
             return Err(QuantError::PartialBlock { format: self, values });
         }
-        let bytes = (values / self.block_values()).checked_mul(self.block_bytes());
-        bytes.ok_or(QuantError::TooLarge { format: self, values })
+        let extra = if self == Self::F8_128 { f8_128::extra_bytes(values) } else { 0 };
+        let blocks = (values / self.block_values()).checked_mul(self.block_bytes());
+        blocks.and_then(|bytes| bytes.checked_add(extra)).ok_or(QuantError::TooLarge { format: self, values })
     }
 }
 
@@ -248,12 +256,33 @@ pub fn decode(format: Format, bytes: &[u8], values: &mut [f32]) -> Result<(), Qu
         Format::MXFP4 => blocks(bytes, values, mxfp4::decode),
         Format::F8E4M3 => f8_e4m3::decode(bytes, values),
         Format::W16 => blocks(bytes, values, w16::decode),
+        Format::F8_128 => f8_128::decode(bytes, 0, values),
     }
     Ok(())
 }
 
+/// Decodes a part of a row: values from `first` on, as many as `values` has room for.
+///
+/// # Errors
+/// When the part is not whole blocks of the row.
+pub fn decode_part(format: Format, row: &[u8], first: usize, values: &mut [f32]) -> Result<(), QuantError> {
+    let past = |needed, bytes| QuantError::Length { format, values: values.len(), needed, bytes };
+    if format == Format::F8_128 {
+        let (needed, width) = (first.saturating_add(values.len()), f8_128::width(row.len()));
+        if needed > width {
+            return Err(past(needed, width));
+        }
+        f8_128::decode(row, first, values);
+        return Ok(());
+    }
+    let (at, length) = (format.row_bytes(first)?, format.row_bytes(values.len())?);
+    let end = at.saturating_add(length);
+    let part = row.get(at..end).ok_or_else(|| past(end, row.len()))?;
+    decode(format, part, values)
+}
+
 /// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, the others with an error no larger than
-/// that of its reference quantiser. Values of W16 are one row: all share a power of two.
+/// that of its reference quantiser. Values of W16 and F8_128 are one row.
 ///
 /// # Errors
 /// When the lengths do not belong together, or the format is only decoded.
@@ -272,10 +301,25 @@ pub fn encode(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), Qu
         Format::Q5_K => blocks_mut(values, bytes, q5_k::encode),
         Format::Q6_K => blocks_mut(values, bytes, q6_k::encode),
         Format::W16 => w16::encode(values, bytes),
+        Format::F8_128 => f8_128::encode(values, bytes),
         Format::Q2_K | Format::Q3_K | Format::IQ4_NL | Format::IQ4_XS | Format::MXFP4 | Format::F8E4M3 => {
             return Err(QuantError::NotEncoded { format });
         }
     }
+    Ok(())
+}
+
+/// Encodes a row of a KV pool: as [`encode`] does, but Q4_0 to ggml's own bits. Rows are written in each step, and what
+/// they are written as is part of the plugin ABI.
+///
+/// # Errors
+/// As [`encode`].
+pub fn encode_row(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), QuantError> {
+    if format != Format::Q4_0 {
+        return encode(format, values, bytes);
+    }
+    check(format, values.len(), bytes.len())?;
+    blocks_mut(values, bytes, q4_0::encode_plain);
     Ok(())
 }
 
@@ -355,6 +399,47 @@ mod tests {
 
     fn fnv1a(bytes: &[u8]) -> u64 {
         bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x0100_0000_01b3))
+    }
+
+    /// The sum was computed with the `gguf` package 0.19.0 over the same values.
+    #[test]
+    fn a_row_of_q4_0_has_ggmls_bits() {
+        let values = generated();
+        let mut bytes = vec![0; Format::Q4_0.row_bytes(values.len()).unwrap()];
+        encode_row(Format::Q4_0, &values, &mut bytes).unwrap();
+        assert_eq!(fnv1a(&bytes), 0xe0c0_65e2_ab28_902b);
+        let mut searched = bytes.clone();
+        encode(Format::Q4_0, &values, &mut searched).unwrap();
+        assert_ne!(searched, bytes, "a file's are searched for");
+    }
+
+    /// The sum was computed with `float8_e4m3fn` of the `ml_dtypes` package 0.6.0 over the same values in rows of 448,
+    /// each 128 of them divided by the smallest power of two that leaves none above 448.
+    #[test]
+    fn f8_128_rows_have_the_codes_of_other_code() {
+        let values = generated();
+        let mut all = Vec::new();
+        for row in values.as_chunks::<448>().0 {
+            let mut bytes = vec![0; 452];
+            encode(Format::F8_128, row, &mut bytes).unwrap();
+            all.extend(bytes);
+        }
+        assert_eq!(fnv1a(&all), 0x2e8f_ab19_bee3_b131);
+    }
+
+    #[test]
+    fn parts_of_rows_are_decoded_alone() {
+        let values: Vec<f32> = (0..192u8).map(|i| f32::from(i) * 0.3 - 9.0).collect();
+        for format in [Format::F16, Format::Q8_0, Format::W16, Format::F8_128] {
+            let mut bytes = vec![0; format.row_bytes(192).unwrap()];
+            encode(format, &values, &mut bytes).unwrap();
+            let (mut whole, mut part) = (vec![0.0; 192], vec![0.0; 64]);
+            decode(format, &bytes, &mut whole).unwrap();
+            decode_part(format, &bytes, 96, &mut part).unwrap();
+            assert_eq!(part, whole[96..160], "{}", format.name());
+            assert!(decode_part(format, &bytes, 160, &mut part).is_err(), "past the row");
+        }
+        assert!(decode_part(Format::Q8_0, &[0; 68], 16, &mut [0.0; 32]).is_err(), "half of a block");
     }
 
     /// The sums were computed with the `gguf` package 0.19.0 (llama.cpp's own Python quantisers) over the same values.

@@ -7,6 +7,7 @@
 
 mod affine;
 mod block;
+mod f8_128;
 mod f8_e4m3;
 mod float;
 mod format;
@@ -29,4 +30,4 @@ mod symmetric;
 mod w16;
 
 pub use f8_e4m3::ScaledF8;
-pub use format::{Format, QuantError, decode, encode};
+pub use format::{Format, QuantError, decode, decode_part, encode, encode_row};

@@ -1,6 +1,6 @@
 //! Q4_0: 32 values as f16 scale d and 16 bytes of nibbles, the low ones first; value = d (q - 8).
 
-use crate::block;
+use crate::block::{self, Fit};
 use half::f16;
 
 pub(crate) fn decode(block: &[u8; 18], values: &mut [f32; 32]) {
@@ -13,7 +13,15 @@ pub(crate) fn decode(block: &[u8; 18], values: &mut [f32; 32]) {
 }
 
 pub(crate) fn encode(values: &[f32; 32], block: &mut [u8; 18]) {
-    let fit = block::symmetric(values, 8);
+    pack(&block::symmetric(values, 8), block);
+}
+
+/// To ggml's own bits, without a search.
+pub(crate) fn encode_plain(values: &[f32; 32], block: &mut [u8; 18]) {
+    pack(&block::plain(values, 8), block);
+}
+
+fn pack(fit: &Fit, block: &mut [u8; 18]) {
     block[..2].copy_from_slice(&fit.d.to_le_bytes());
     for (i, byte) in block[2..].iter_mut().enumerate() {
         *byte = fit.codes[i] | fit.codes[i + 16] << 4;

@@ -41,7 +41,7 @@ extern "C" {
 #define SPD_EXPORT __attribute__((visibility("default")))
 
 #define SPD_ABI_MAJOR 0u
-#define SPD_ABI_MINOR 3u
+#define SPD_ABI_MINOR 4u
 
 SPD_STATIC_ASSERT(sizeof(void *) == 8, "sparsed plugins are 64-bit only");
 
@@ -218,6 +218,7 @@ typedef struct spd_health {
 #define SPD_DT_MXFP4 39u
 #define SPD_DT_F8E4M3 129u /* e4m3fn, one byte a value, no scale */
 #define SPD_DT_W16 130u    /* KV rows: 16-bit words, a power of two for a row; since 0.3 */
+#define SPD_DT_F8_128 131u /* KV rows: e4m3fn, a power of two for each 128 values; since 0.4 */
 
 /* ---- weights --------------------------------------------------------------------------------------------------- */
 

@@ -5,7 +5,7 @@
 //! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
 use crate::absent::{Absent, Packaged};
-use crate::config::{Activations, Config, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
+use crate::config::{Activations, Config, IndexDtype, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
 use crate::devices::{self, CPU};
 use crate::door::{self, Door};
 use crate::memory::Sources;
@@ -142,7 +142,13 @@ pub fn program_options(config: &Config, model: &Model) -> ProgramOptions {
         None => kv,
         Some(KvDtype::F16) => KvFormats::default(),
         Some(KvDtype::W16) => KvFormats::words(),
+        Some(KvDtype::Fp8) => KvFormats::fp8(),
         Some(KvDtype::Q8_0) => KvFormats::small(),
+    };
+    let kv = match model.index_dtype {
+        None => kv,
+        Some(IndexDtype::Q8_0) => kv.with_8_bit_index(),
+        Some(IndexDtype::Q4_0) => kv.with_4_bit_index(),
     };
     let selection = match model.top_k {
         None => Selection::Model,

@@ -11,7 +11,7 @@ pub use image::LayerRows;
 
 use crate::ModelError;
 use bytes::Bytes;
-use sparsed_abi::{ARENA_ALIGN, Blob, DT_F16, DT_F32, DT_Q8_0, DT_W16, SpdRow};
+use sparsed_abi::{ARENA_ALIGN, Blob, DT_F8_128, DT_F16, DT_F32, DT_Q4_0, DT_Q8_0, DT_W16, SpdRow};
 use sparsed_quant::{Format, QuantError};
 use std::fs::File;
 use std::ops::Range;
@@ -74,9 +74,26 @@ impl KvFormats {
         Self { latent: DT_W16, rope: DT_W16, index: DT_Q8_0 }
     }
 
+    /// Latent and rope rows as e4m3, index rows in 8 bits.
+    pub const fn fp8() -> Self {
+        Self { latent: DT_F8_128, rope: DT_F8_128, index: DT_Q8_0 }
+    }
+
     /// Everything in 8 bits.
     pub const fn small() -> Self {
         Self { latent: DT_Q8_0, rope: DT_Q8_0, index: DT_Q8_0 }
+    }
+
+    /// The same, index rows in 4 bits.
+    #[must_use]
+    pub const fn with_4_bit_index(self) -> Self {
+        Self { index: DT_Q4_0, ..self }
+    }
+
+    /// The same, index rows in 8 bits.
+    #[must_use]
+    pub const fn with_8_bit_index(self) -> Self {
+        Self { index: DT_Q8_0, ..self }
     }
 
     /// Everything in f32, for comparisons.

@@ -1,5 +1,5 @@
-//! How do index keys lie in the pool? Keys in q8_0 as tiles of 16 tokens, so that the indexer multiplies 16 at a time
-//! without packing them anew for every query; keys of other formats row by row.
+//! How do index keys lie in the pool? Keys in q8_0 and q4_0 as tiles of 16 tokens, so that the indexer multiplies 16 at
+//! a time without packing them anew for every query; keys of other formats row by row.
 //!
 //! A tile takes the bytes of its rows. Block after block of 32 values it has the codes, vector g of 64 bytes holding
 //! bytes 4g .. 4g + 4 of each row's codes, then the rows' scales. A block's host image has rows, as `abi/OPS.md` says.
@@ -10,15 +10,22 @@ use crate::memory::Pool;
 use sparsed_quant::Format;
 use std::sync::atomic::Ordering;
 
-/// Bytes of an encoded block of 32 values.
-const BLOCK_BYTES: usize = 34;
-/// Bytes of 16 of them.
-const TILE_BLOCK_BYTES: usize = TILE_ROWS * BLOCK_BYTES;
+/// Bytes of a block's scale, which is before its codes in a row.
+const SCALE: usize = 2;
+
+/// Bytes of the codes of a block of 32 values, of formats whose keys lie as tiles.
+const fn code_bytes(format: Format) -> Option<usize> {
+    match format {
+        Format::Q8_0 => Some(BLOCK),
+        Format::Q4_0 => Some(BLOCK / 2),
+        _ => None,
+    }
+}
 
 impl Pool {
-    /// Whether index keys lie as tiles.
-    pub(crate) fn has_key_tiles(&self) -> bool {
-        self.index.format == Format::Q8_0
+    /// Bytes of the codes of a block of 32 values, where index keys lie as tiles.
+    pub(crate) fn key_codes(&self) -> Option<usize> {
+        code_bytes(self.index.format)
     }
 
     /// `n` tiles of 16 keys of one block; the first key is at `slot`.
@@ -35,7 +42,7 @@ impl Pool {
 
     fn note_length(&self, layer: usize, row: &[u8]) {
         // Relaxed: a number of its own; operators of a step, and calls of the host, follow each other.
-        self.longest_keys[layer].fetch_max(length(row).to_bits(), Ordering::Relaxed);
+        self.longest_keys[layer].fetch_max(length(self.index.format, row).to_bits(), Ordering::Relaxed);
     }
 
     /// Stores the encoded key of `slot`.
@@ -43,13 +50,13 @@ impl Pool {
     /// # Safety
     /// No other thread uses this key now.
     pub(crate) unsafe fn put_key(&self, layer: usize, slot: usize, row: &[u8]) {
-        if !self.has_key_tiles() {
+        let Some(codes) = self.key_codes() else {
             // SAFETY: the caller's contract.
             return unsafe { self.index_plane.put(self.index_offset(layer, slot), row) };
-        }
+        };
         self.note_length(layer, row);
         let (lane, tile) = (slot % TILE_ROWS, self.index_offset(layer, slot - slot % TILE_ROWS));
-        for (place, part) in places(lane, row.len()) {
+        for (place, part) in places(codes, lane, row.len()) {
             // SAFETY: these bytes of the tile are this key's; otherwise the caller's contract.
             unsafe { self.index_plane.put(tile + place, &row[part]) };
         }
@@ -59,13 +66,11 @@ impl Pool {
     pub(crate) fn export_keys(&self, block: usize, image: &mut [u8]) {
         let length = self.index_plane.block_bytes;
         let keys = self.index_plane.bytes(block * length, length);
-        if !self.has_key_tiles() {
-            return image.copy_from_slice(keys);
-        }
+        let Some(codes) = self.key_codes() else { return image.copy_from_slice(keys) };
         let row = self.index.bytes;
         for (tile, rows) in keys.chunks_exact(row * TILE_ROWS).zip(image.chunks_exact_mut(row * TILE_ROWS)) {
             for (lane, to) in rows.chunks_exact_mut(row).enumerate() {
-                for (place, part) in places(lane, row) {
+                for (place, part) in places(codes, lane, row) {
                     let from = &tile[place..place + part.len()];
                     to[part].copy_from_slice(from);
                 }
@@ -81,16 +86,14 @@ impl Pool {
         let length = self.index_plane.block_bytes;
         // SAFETY: the caller's contract.
         let keys = unsafe { self.index_plane.bytes_mut(block * length, length) };
-        if !self.has_key_tiles() {
-            return keys.copy_from_slice(image);
-        }
+        let Some(codes) = self.key_codes() else { return keys.copy_from_slice(image) };
         let row = self.index.bytes;
         for (i, row) in image.chunks_exact(row).enumerate() {
             self.note_length(i / self.block_tokens, row);
         }
         for (tile, rows) in keys.chunks_exact_mut(row * TILE_ROWS).zip(image.chunks_exact(row * TILE_ROWS)) {
             for (lane, from) in rows.chunks_exact(row).enumerate() {
-                for (place, part) in places(lane, row) {
+                for (place, part) in places(codes, lane, row) {
                     tile[place..place + part.len()].copy_from_slice(&from[part]);
                 }
             }
@@ -107,11 +110,12 @@ impl Pool {
         // SAFETY: the caller's contract.
         let to = unsafe { self.index_plane.bytes_mut(dst * length, length) };
         let layer = row * self.block_tokens;
-        let whole = if self.has_key_tiles() { n_tokens - n_tokens % TILE_ROWS } else { n_tokens };
+        let codes = self.key_codes();
+        let whole = if codes.is_some() { n_tokens - n_tokens % TILE_ROWS } else { n_tokens };
         for (from, to) in from.chunks_exact(layer.max(1)).zip(to.chunks_exact_mut(layer.max(1))) {
             to[..whole * row].copy_from_slice(&from[..whole * row]);
             for lane in 0..n_tokens - whole {
-                for (place, part) in places(lane, row) {
+                for (place, part) in codes.into_iter().flat_map(|codes| places(codes, lane, row)) {
                     let place = whole * row + place..whole * row + place + part.len();
                     to[place.clone()].copy_from_slice(&from[place]);
                 }
@@ -120,24 +124,36 @@ impl Pool {
     }
 }
 
-/// Copies the key in lane `from` of a tile to lane `to` of another one.
-pub(crate) fn copy_key(tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
-    let (from, to) = (from % TILE_ROWS, to % TILE_ROWS);
-    let (tile, _) = tile.as_chunks::<TILE_BLOCK_BYTES>();
-    for (tile, to_tile) in tile.iter().zip(to_tile.as_chunks_mut::<TILE_BLOCK_BYTES>().0) {
-        for group in 0..BLOCK / 4 {
+/// Copies the key in lane `from` of a tile to lane `to` of another one; `codes` as [`Pool::key_codes`] has it.
+pub(crate) fn copy_key(codes: usize, tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
+    if codes == BLOCK {
+        copy_lane::<BLOCK>(tile, from % TILE_ROWS, to_tile, to % TILE_ROWS);
+    } else {
+        copy_lane::<{ BLOCK / 2 }>(tile, from % TILE_ROWS, to_tile, to % TILE_ROWS);
+    }
+}
+
+#[inline(always)]
+fn copy_lane<const CODES: usize>(tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
+    let bytes = TILE_ROWS * (CODES + SCALE);
+    for (tile, to_tile) in tile.chunks_exact(bytes).zip(to_tile.chunks_exact_mut(bytes)) {
+        for group in 0..CODES / 4 {
             let (from, to) = (64 * group + 4 * from, 64 * group + 4 * to);
             to_tile[to..to + 4].copy_from_slice(&tile[from..from + 4]);
         }
-        let (from, to) = (TILE_ROWS * BLOCK + 2 * from, TILE_ROWS * BLOCK + 2 * to);
+        let (from, to) = (TILE_ROWS * CODES + 2 * from, TILE_ROWS * CODES + 2 * to);
         to_tile[to..to + 2].copy_from_slice(&tile[from..from + 2]);
     }
 }
 
 /// The Euclidean length of an encoded key, rounded up.
-fn length(row: &[u8]) -> f32 {
-    let squares = row.as_chunks::<BLOCK_BYTES>().0.iter().map(|block| {
-        let sum: i32 = block[2..].iter().map(|code| i32::from(code.cast_signed()).pow(2)).sum();
+fn length(format: Format, row: &[u8]) -> f32 {
+    let square = |code: &u8| match format {
+        Format::Q4_0 => (i32::from(code & 15) - 8).pow(2) + (i32::from(code >> 4) - 8).pow(2),
+        _ => i32::from(code.cast_signed()).pow(2),
+    };
+    let squares = row.chunks_exact(format.block_bytes()).map(|block| {
+        let sum: i32 = block[SCALE..].iter().map(square).sum();
         #[allow(clippy::cast_precision_loss, reason = "32 squares of bytes are below 2^24")]
         let sum = sum as f32;
         half::f16::from_le_bytes([block[0], block[1]]).to_f32().powi(2) * sum
@@ -150,18 +166,19 @@ fn length(row: &[u8]) -> f32 {
 }
 
 /// Where the parts of a row lie in its tile.
-fn places(lane: usize, row_bytes: usize) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
-    (0..row_bytes / BLOCK_BYTES).flat_map(move |block| {
-        let (row, tile) = (block * BLOCK_BYTES, block * TILE_BLOCK_BYTES);
-        let codes = (0..8).map(move |g| (tile + 64 * g + 4 * lane, row + 2 + 4 * g..row + 6 + 4 * g));
-        codes.chain(std::iter::once((tile + TILE_ROWS * 32 + 2 * lane, row..row + 2)))
+fn places(codes: usize, lane: usize, row_bytes: usize) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
+    let block_bytes = codes + SCALE;
+    (0..row_bytes / block_bytes).flat_map(move |block| {
+        let (row, tile) = (block * block_bytes, block * block_bytes * TILE_ROWS);
+        let fours = (0..codes / 4).map(move |g| (tile + 64 * g + 4 * lane, row + 2 + 4 * g..row + 6 + 4 * g));
+        fours.chain(std::iter::once((tile + TILE_ROWS * codes + 2 * lane, row..row + 2)))
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_abi::{DT_F16, DT_Q8_0, SpdKvDesc, SpdRow};
+    use sparsed_abi::{DT_F16, DT_Q4_0, DT_Q8_0, SpdKvDesc, SpdRow};
     use sparsed_plugin_kit::Usage;
     use std::sync::Arc;
 
@@ -181,16 +198,22 @@ mod tests {
 
     #[test]
     fn a_key_copied_between_tiles_is_the_same_key_and_the_longest_is_known() {
-        let pool = pool(DT_Q8_0);
+        for (dtype, format) in [(DT_Q8_0, Format::Q8_0), (DT_Q4_0, Format::Q4_0)] {
+            keys_are_copied(dtype, format);
+        }
+    }
+
+    fn keys_are_copied(dtype: u32, format: Format) {
+        let pool = pool(dtype);
         let (row, mut random) = (pool.index.bytes, fastrand::Rng::with_seed(6));
         let mut longest = 0f64;
         let rows: Vec<Vec<u8>> = (0..16)
             .map(|_| {
                 let values: Vec<f32> = (0..64).map(|_| random.f32() - 0.5).collect();
                 let mut bytes = vec![0; row];
-                sparsed_quant::encode(Format::Q8_0, &values, &mut bytes).unwrap();
+                sparsed_quant::encode_row(format, &values, &mut bytes).unwrap();
                 let mut back = vec![0.0; 64];
-                sparsed_quant::decode(Format::Q8_0, &bytes, &mut back).unwrap();
+                sparsed_quant::decode(format, &bytes, &mut back).unwrap();
                 longest = longest.max(back.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
                 bytes
             })
@@ -204,7 +227,7 @@ mod tests {
         assert_eq!(pool.longest_key(0), 0.0);
         let mut turned = vec![0; 16 * row];
         for lane in 0..16 {
-            copy_key(pool.key_tiles(1, 0, 1), lane, &mut turned, 15 - lane);
+            copy_key(pool.key_codes().unwrap(), pool.key_tiles(1, 0, 1), lane, &mut turned, 15 - lane);
         }
         for (slot, row) in rows.iter().rev().enumerate() {
             // SAFETY: as above.
@@ -213,7 +236,7 @@ mod tests {
         assert_eq!(pool.key_tiles(0, 0, 1), turned);
         let mut image = vec![0; pool.index_plane.block_bytes];
         pool.export_keys(0, &mut image);
-        let other = self::pool(DT_Q8_0);
+        let other = self::pool(dtype);
         // SAFETY: as above.
         unsafe { other.import_keys(2, &image) };
         assert_eq!(other.longest_key(1), pool.longest_key(1));
@@ -225,7 +248,7 @@ mod tests {
 
     #[test]
     fn rows_come_out_of_a_block_as_they_went_in() {
-        for dtype in [DT_Q8_0, DT_F16] {
+        for dtype in [DT_Q8_0, DT_Q4_0, DT_F16] {
             let pool = pool(dtype);
             let (row, mut random) = (pool.index.bytes, fastrand::Rng::with_seed(5));
             // Two layers of 32 tokens.

@@ -9,7 +9,8 @@ use sparsed_quant::{Format, decode};
 use std::rc::Rc;
 
 /// The formats that a row may have.
-pub(crate) const ROW_FORMATS: [Format; 5] = [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::W16];
+pub(crate) const ROW_FORMATS: [Format; 7] =
+    [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::Q4_0, Format::W16, Format::F8_128];
 
 /// What a pool is like; one format for all rows, width 0 for rows that it lacks.
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +93,10 @@ impl Rows {
         let given = floats(rng, tokens * width);
         let bytes = stored_rows(format, width, &given);
         let mut values = vec![0.0; given.len()];
-        decode(format, &bytes, &mut values).expect("whole blocks");
+        let rows = bytes.chunks((bytes.len() / tokens.max(1)).max(1));
+        for (row, values) in rows.zip(values.chunks_mut(width.max(1))) {
+            decode(format, row, values).expect("a whole row");
+        }
         Self { width, given, bytes, values: wide(&values) }
     }
 

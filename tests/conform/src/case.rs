@@ -7,7 +7,7 @@ use sparsed_abi::{
     ARENA_ALIGN, Blob, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, DT_F32, DT_I32, E_UNSUPPORTED, OpSpec, ProgramBuilder,
     SpdBucket, TensorId, op_name,
 };
-use sparsed_quant::{Format, decode, encode};
+use sparsed_quant::{Format, decode, encode, encode_row};
 use std::rc::Rc;
 
 /// Normalised mean squared error of class F in OPS.md.
@@ -65,9 +65,14 @@ pub(crate) fn stored(format: Format, values: &[f32]) -> Vec<u8> {
     bytes
 }
 
-/// Rows of `width` values as `format` stores them: a row of W16 has a power of two of its own.
+/// Rows of `width` values as `format` stores them: a row of W16 or F8_128 has powers of two of its own.
 pub(crate) fn stored_rows(format: Format, width: usize, values: &[f32]) -> Vec<u8> {
-    values.chunks(width.max(1)).flat_map(|row| stored(format, row)).collect()
+    let stored = |row: &[f32]| {
+        let mut bytes = vec![0; format.row_bytes(row.len()).expect("whole blocks")];
+        encode_row(format, row, &mut bytes).expect("the lengths fit");
+        bytes
+    };
+    values.chunks(width.max(1)).flat_map(stored).collect()
 }
 
 /// Blocks of a format that nothing here encodes: any codes, and scales that keep values near 1.

@@ -41,6 +41,7 @@ pub(super) const KEYS: &[&str] = &[
     "memory.total",
     "model.*.activations",
     "model.*.aliases",
+    "model.*.index_dtype",
     "model.*.keep_alive",
     "model.*.kv_dtype",
     "model.*.load",
@@ -251,7 +252,7 @@ fn line(text: &str, offset: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Bytes, KvDtype, Model, Relay};
+    use crate::config::{Bytes, IndexDtype, KvDtype, Model, Relay};
 
     /// The list above and the types cannot drift apart: a full configuration has exactly these keys.
     #[test]
@@ -281,6 +282,7 @@ mod tests {
             max_context: Some(1),
             top_k: Some(1),
             kv_dtype: Some(KvDtype::Q8_0),
+            index_dtype: Some(IndexDtype::Q4_0),
             keep_alive,
             ..Model::at("x".into())
         };

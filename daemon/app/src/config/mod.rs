@@ -29,7 +29,7 @@ pub use layers::Layers;
 pub use limits::Limits;
 pub use log::{Log, LogLevel};
 pub use memory::{Memory, SlowTierFor};
-pub use model::{Activations, KvDtype, Model};
+pub use model::{Activations, IndexDtype, KvDtype, Model};
 pub use models::{KeepAlive, LoadWhen, Models};
 pub use mqtt::{Broker, Mqtt};
 pub use paths::Paths;

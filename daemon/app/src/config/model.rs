@@ -38,6 +38,9 @@ pub struct Model {
     /// How KV rows are stored; `None`: as [`Activations`] and the plugin have it.
     #[serde(default)]
     pub kv_dtype: Option<KvDtype>,
+    /// How index rows are stored; `None`: as [`Activations`] has it.
+    #[serde(default)]
+    pub index_dtype: Option<IndexDtype>,
     /// When it is loaded.
     #[serde(default)]
     pub load: LoadWhen,
@@ -50,9 +53,21 @@ impl Model {
     /// The model at `path`, all else as it is by default.
     pub fn at(path: PathBuf) -> Self {
         let (upstream, relay, max_context, top_k, keep_alive) = (None, None, None, None, None);
-        let (activations, kv_dtype, load) = (Activations::default(), None, LoadWhen::default());
+        let (activations, kv_dtype, index_dtype, load) = (Activations::default(), None, None, LoadWhen::default());
         let aliases = Vec::new();
-        Self { path, upstream, relay, aliases, max_context, top_k, activations, kv_dtype, load, keep_alive }
+        Self {
+            path,
+            upstream,
+            relay,
+            aliases,
+            max_context,
+            top_k,
+            activations,
+            kv_dtype,
+            index_dtype,
+            load,
+            keep_alive,
+        }
     }
 
     /// What of it does not go together.
@@ -98,7 +113,7 @@ fn is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
 }
 
-/// How latent and rope rows are stored; index rows are q8_0 in all.
+/// How latent and rope rows are stored; index rows are q8_0 in all, unless [`IndexDtype`] says otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum KvDtype {
@@ -108,10 +123,27 @@ pub enum KvDtype {
     /// 2 bytes a value: words times a power of two for a row.
     #[value(name = "w16")]
     W16,
+    /// 129 bytes for 128 values: e4m3 times a power of two, as DeepSeek's own caches; larger errors than of `q8_0`.
+    #[value(name = "fp8")]
+    Fp8,
     /// 34 bytes for 32 values: nearly half the memory, and half of what a session's file has.
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
     Q8_0,
+}
+
+/// How index rows, by which tokens are selected, are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum IndexDtype {
+    /// 34 bytes for 32 values.
+    #[value(name = "q8_0")]
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 18 bytes for 32 values, rotated by a Hadamard matrix before: some other tokens are selected.
+    #[value(name = "q4_0")]
+    #[serde(rename = "q4_0")]
+    Q4_0,
 }
 
 /// How activations go into products with quantised weights.

@@ -201,6 +201,7 @@ impl Eval {
             "file_bytes": model.file_bytes(),
             "activations": self.device.activations(),
             "kv_dtype": self.device.kv,
+            "index_dtype": self.device.index,
             "context_length": model.spec().context_length,
             "top_k": model.spec().indexer.as_ref().map(|indexer| indexer.top_k),
             "seed": self.seed,

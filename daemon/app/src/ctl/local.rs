@@ -1,7 +1,7 @@
 //! A model on a device in this process, for commands that need no daemon.
 
 use crate::assemble::program_options;
-use crate::config::{Activations, Config, Isolation, KvDtype};
+use crate::config::{Activations, Config, IndexDtype, Isolation, KvDtype};
 use crate::devices::PluginDevice;
 use anyhow::Context;
 use sparsed_backend::Backend;
@@ -47,6 +47,9 @@ pub(super) struct LocalDevice {
     /// How KV rows are stored; as the activations have it without it.
     #[arg(long, value_enum)]
     pub(super) kv: Option<KvDtype>,
+    /// How index rows are stored; as the activations have it without it.
+    #[arg(long, value_enum)]
+    pub(super) index: Option<IndexDtype>,
 }
 
 /// What a command needs room for.
@@ -93,9 +96,9 @@ impl Local {
 impl LocalDevice {
     /// Whether anything is given.
     pub(super) fn any(&self) -> bool {
-        let Self { plugin, plugins_dir, plugin_set, threads, isolation, act, kv } = self;
+        let Self { plugin, plugins_dir, plugin_set, threads, isolation, act, kv, index } = self;
         let any = plugin.is_some() || plugins_dir.is_some() || !plugin_set.is_empty() || isolation.is_some();
-        any || threads.is_some() || act.is_some() || kv.is_some()
+        any || threads.is_some() || act.is_some() || kv.is_some() || index.is_some()
     }
 
     /// Puts the device into a configuration.
@@ -111,8 +114,8 @@ impl LocalDevice {
 
     /// A model as a configuration would have it.
     pub(super) fn configured(&self, path: &Path, top_k: Option<u32>) -> crate::config::Model {
-        let (activations, kv_dtype) = (self.activations(), self.kv);
-        crate::config::Model { top_k, activations, kv_dtype, ..crate::config::Model::at(path.to_owned()) }
+        let (activations, kv_dtype, index_dtype) = (self.activations(), self.kv, self.index);
+        crate::config::Model { top_k, activations, kv_dtype, index_dtype, ..crate::config::Model::at(path.to_owned()) }
     }
 
     /// Compute threads; 0: the plugin's choice.

@@ -4,8 +4,8 @@ use super::{KvFormats, KvShape, Output, OutputKind, Program, ProgramOptions, Sel
 use crate::weights::{Tensor, Weights};
 use crate::{IndexerSpec, ModelError, ModelSpec};
 use sparsed_abi::{
-    DIM_LOGITS, DIM_TOKENS, DT_F16, DT_F32, DT_W16, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR, OP_RMS_NORM, OpSpec,
-    ProgramBuilder, SpdRow, TensorId,
+    DIM_LOGITS, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_Q4_0, DT_Q8_0, DT_W16, OP_EMBED, OP_GATHER_ROWS, OP_LINEAR,
+    OP_RMS_NORM, OpSpec, ProgramBuilder, SpdRow, TensorId,
 };
 use sparsed_quant::Format;
 use std::collections::HashMap;
@@ -15,6 +15,7 @@ pub(super) struct Builder<'a> {
     pub(super) spec: &'a ModelSpec,
     pub(super) weights: &'a Weights,
     pub(super) options: &'a ProgramOptions,
+    pub(super) kv: KvShape,
     pub(super) program: ProgramBuilder,
     bindings: Vec<WeightBinding>,
     bound: HashMap<String, TensorId>,
@@ -36,17 +37,19 @@ pub(crate) fn kv_shape(spec: &ModelSpec, kv: &KvFormats, dense: bool) -> Result<
         n_index_layers: index.map_or(0, IndexerSpec::n_full),
         latent: row(kv.latent, spec.kv_lora_rank, spec.group_count),
         rope: row(kv.rope, spec.rope_row, spec.group_count),
-        index: row(kv.index, index.map_or(0, |index| index.head_dim), 1),
+        index: index_row(kv.index, index.map_or(0, |index| index.head_dim)),
     };
     shape.bytes_per_token()?;
     Ok(shape)
 }
 
-/// Words are for latent and rope rows together: of one kind alone nobody has use.
+/// Words and e4m3 are for latent and rope rows together: of one kind alone nobody has use.
 fn together(spec: &ModelSpec, kv: KvFormats) -> KvFormats {
-    let is_words = |width| row(DT_W16, width, spec.group_count).dtype == DT_W16;
-    let both = is_words(spec.kv_lora_rank) && is_words(spec.rope_row);
-    let either = |dtype: u32| if dtype == DT_W16 && !both { DT_F16 } else { dtype };
+    let either = |dtype: u32| {
+        let fits = |width| row(dtype, width, spec.group_count).dtype == dtype;
+        let both = fits(spec.kv_lora_rank) && fits(spec.rope_row);
+        if matches!(dtype, DT_W16 | DT_F8_128) && !both { DT_F16 } else { dtype }
+    };
     KvFormats { latent: either(kv.latent), rope: either(kv.rope), index: kv.index }
 }
 
@@ -57,15 +60,22 @@ fn row(dtype: u32, width: u32, groups: u32) -> SpdRow {
     SpdRow { dtype: if whole { dtype } else { DT_F16 }, width }
 }
 
+/// An index row. Keys in 4 bits are rotated by a Hadamard matrix, whose size is a power of two; others stay in 8 bits.
+fn index_row(dtype: u32, width: u32) -> SpdRow {
+    row(if dtype == DT_Q4_0 && !width.is_power_of_two() { DT_Q8_0 } else { dtype }, width, 1)
+}
+
 /// Writes down a step of the model.
 pub(crate) fn build(spec: &ModelSpec, weights: &Weights, options: &ProgramOptions) -> Result<Program, ModelError> {
     let top_k = top_k(spec, options)?;
+    let kv = kv_shape(spec, &options.kv, top_k.is_none())?;
     let mut program = ProgramBuilder::new();
     let x = program.activation(DT_F32, &[DIM_TOKENS, dim(spec.hidden_size)]);
     let mut builder = Builder {
         spec,
         weights,
         options,
+        kv,
         program,
         bindings: Vec::new(),
         bound: HashMap::new(),
@@ -88,7 +98,7 @@ pub(crate) fn build(spec: &ModelSpec, weights: &Weights, options: &ProgramOption
     Ok(Program {
         blob: builder.program.finish(1),
         weights: builder.bindings,
-        kv: kv_shape(spec, &options.kv, top_k.is_none())?,
+        kv,
         angles: builder.angles.into_iter().map(|(frequencies, _)| frequencies).collect(),
         angle_factor: spec.rope_factor,
         outputs: builder.outputs.into_iter().map(|(_, output)| output).collect(),
@@ -250,5 +260,45 @@ impl Builder<'_> {
         let logits = rows(self, vocab);
         self.op(OP_LINEAR, &[Some(y), Some(weight)], &[logits], [self.rounding(), 0, 0, 0, 0, 0], 0.0);
         Ok(logits)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Model;
+    use sparsed_abi::OP_HADAMARD;
+    use std::path::Path;
+
+    fn tiny(name: &str, kv: KvFormats) -> Program {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny");
+        let model = Model::open(&root.join(name).join("model.gguf")).unwrap();
+        model.program(&ProgramOptions { kv, ..ProgramOptions::default() }).unwrap()
+    }
+
+    fn rotations(program: &Program) -> usize {
+        let program = sparsed_abi::Program::parse(program.blob.as_bytes()).unwrap();
+        program.ops().iter().filter(|op| op.kind == OP_HADAMARD).count()
+    }
+
+    #[test]
+    fn index_keys_in_4_bits_are_rotated_as_their_queries_are_and_are_no_others_rows() {
+        let (usual, small) = (KvFormats::default(), KvFormats::default().with_4_bit_index());
+        let [a, b] = [usual, small].map(|kv| tiny("glm5", kv));
+        assert_eq!((a.kv.index.dtype, b.kv.index.dtype), (DT_Q8_0, DT_Q4_0));
+        assert_eq!((rotations(&a), rotations(&b)), (0, 2 * b.kv.n_index_layers as usize));
+        assert_ne!(a.fingerprint(), b.fingerprint());
+        // Keys of 24 values: no such matrix, and no whole blocks.
+        let [a, b] = [usual, small].map(|kv| tiny("v32", kv));
+        assert_eq!((a.kv, rotations(&b), a.fingerprint()), (b.kv, 0, b.fingerprint()));
+    }
+
+    #[test]
+    fn where_a_row_is_no_whole_blocks_the_other_is_not_words_nor_e4m3_either() {
+        // Latent rows of 32 values, rope rows of 16.
+        for kv in [KvFormats::words(), KvFormats::fp8()] {
+            let rows = tiny("glm5", kv).kv;
+            assert_eq!((rows.latent.dtype, rows.rope.dtype), (DT_F16, DT_F16));
+        }
     }
 }

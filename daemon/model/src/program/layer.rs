@@ -4,9 +4,9 @@ use super::OutputKind;
 use super::build::{Builder, dim};
 use crate::{Architecture, GroupScore, IndexerSpec, ModelError, MoeSpec, RopeLayout, RouterScore};
 use sparsed_abi::{
-    DIM_TOKENS, DT_I32, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM, OP_MLA_ABSORB,
-    OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR, OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA,
-    TensorId,
+    DIM_TOKENS, DT_I32, DT_Q4_0, OP_DENSE_MLA, OP_HADAMARD, OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM,
+    OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR, OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL,
+    OP_SPARSE_MLA, TensorId,
 };
 
 /// A layout by ROPE's number.
@@ -157,12 +157,14 @@ impl Builder<'_> {
         let normed = self.tokens(&[width]);
         self.op(OP_LAYER_NORM, &[Some(key), Some(gain), Some(bias)], &[normed], [0; 6], indexer.k_norm_eps);
         let key = self.rotate(normed, &[width], &indexer.rope_frequencies, indexer.rope_layout);
+        let key = self.spread(key, &[width]);
         self.layer_op(OP_IDX_APPEND, layer, &[Some(key)], &[], [0; 6], 0.0);
         let cols = spec.q_lora_rank.unwrap_or(spec.hidden_size);
         let q = self.linear(&name("indexer.attn_q_b.weight"), q_from, cols, heads * width, false)?;
         let per_head = [DIM_TOKENS, dim(heads), dim(width)];
         let q = self.program.view(q, 0, &per_head, &[dim(heads * width), dim(width)]);
         let q = self.rotate(q, &[heads, width], &indexer.rope_frequencies, indexer.rope_layout);
+        let q = self.spread(q, &[heads, width]);
         let w = self.linear(&name("indexer.proj.weight"), h, spec.hidden_size, heads, true)?;
         let selection = self.program.activation(DT_I32, &[DIM_TOKENS, dim(k)]);
         #[expect(clippy::cast_possible_truncation, reason = "a scale in single precision")]
@@ -196,6 +198,17 @@ impl Builder<'_> {
         let y = self.tokens(dims);
         let width = i32::try_from(frequencies.len() * 2).expect("a small dimension");
         self.op(OP_ROPE, &[Some(x), Some(angles)], &[y], [0, width, rope_layout(layout), 0, 0, 0], 0.0);
+        y
+    }
+
+    /// Keys in 4 bits, and the queries of such, times a Hadamard matrix: products are the same, and no value of a key is
+    /// much larger than the others of its block.
+    fn spread(&mut self, x: TensorId, dims: &[u32]) -> TensorId {
+        if self.kv.index.dtype != DT_Q4_0 {
+            return x;
+        }
+        let y = self.tokens(dims);
+        self.op(OP_HADAMARD, &[Some(x)], &[y], [0; 6], 0.0);
         y
     }
 

@@ -1,4 +1,4 @@
-//! Attention over rows in f16, q8_0 and w16: who shares a pass over a block of rows?
+//! Attention over rows in f16, q8_0, f8_128 and w16: who shares a pass over a block of rows?
 //!
 //! Tokens of one sequence that read everything before them list the same rows, so a run of them shares each block. A
 //! token with a selection of its own is a run by itself. Either way a token's blocks are counted from the first row of
@@ -178,7 +178,8 @@ impl Attention<'_> {
             }
             let seen: Vec<usize> = listed.iter().map(|listed| listed.saturating_sub(first).min(ROWS)).collect();
             for (number, group) in groups.clone().enumerate() {
-                self.block(&job, self.slices(group, &now[..n]), number * per_group, &seen, &mut ahead, room);
+                let rows = self.slices(group, &now[..n]);
+                self.block(&job, (group, rows), number * per_group, &seen, &mut ahead, room);
             }
             now = next;
         }
@@ -196,7 +197,7 @@ impl Attention<'_> {
     fn block<'r>(
         &self,
         job: &Run,
-        rows: [Bytes<'_>; ROWS],
+        (group, rows): (usize, [Bytes<'_>; ROWS]),
         first_head: usize,
         seen: &[usize],
         ahead: &mut impl Iterator<Item = &'r [&'r [u8]]>,
@@ -212,7 +213,7 @@ impl Attention<'_> {
             }
             Form::Words => {
                 let (format, ahead) = (self.pool.latent.format, ahead.next().unwrap_or_default());
-                room.words.fill(level, format, &rows[..n], self.widths(), ahead);
+                room.words.fill(level, format, &rows[..n], (self.widths(), group), ahead);
             }
             form => {
                 for (halves, row) in halves.iter_mut().zip(&rows) {
@@ -329,6 +330,10 @@ impl Attention<'_> {
         let mut slices = [Bytes::default(); ROWS];
         for (slice, row) in slices.iter_mut().zip(rows) {
             let (latent_row, rope_row) = row.split_at(self.pool.latent.bytes);
+            if self.pool.latent.format == Format::F8_128 {
+                *slice = Bytes { latent: latent_row, rope: rope_row };
+                continue;
+            }
             *slice = Bytes {
                 latent: &latent_row[group * latent..(group + 1) * latent],
                 rope: &rope_row[group * rope..(group + 1) * rope],

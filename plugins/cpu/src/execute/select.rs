@@ -1,6 +1,6 @@
 //! The lightning indexer: which positions does each token select?
 //!
-//! Keys in q8_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of
+//! Keys in q8_0 and q4_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of
 //! other formats are decoded. Scores are kept for the tokens of one run only. Where many keys are to be passed over,
 //! `refine` finds the same selection with half of the products.
 
@@ -8,7 +8,7 @@ use super::Frame;
 use super::refine::Candidates;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
 use crate::kernels::attention::{ROWS, index_scores};
-use crate::kernels::packed::{Sums, TILE_ROWS, score_keys, tokens_at_once};
+use crate::kernels::packed::{KeyTiles, Sums, TILE_ROWS, score_keys, tokens_at_once};
 use crate::kernels::rows::decode;
 use crate::kernels::select::{Scratch, top_k};
 use crate::level::Level;
@@ -51,14 +51,13 @@ struct Group {
 }
 
 impl Query {
-    /// Sets the scores of 16 keys of each tile; with 8 bits those of the queries' high bytes. Memory is asked for the
-    /// tiles `ahead`.
-    pub(super) fn score(&self, level: Level, rounding: Rounding, keys: &[u8], mut ahead: &[u8], scores: &mut [Sums]) {
+    /// Sets the scores of 16 keys of each tile; with 8 bits those of the queries' high bytes.
+    pub(super) fn score(&self, level: Level, rounding: Rounding, mut keys: KeyTiles<'_>, scores: &mut [Sums]) {
         scores.fill(Sums::default());
         for Group { heads, x, coarse } in &self.groups {
             let x = if rounding == Rounding::Int8 { coarse } else { x };
-            score_keys(level, rounding, keys, ahead, x, &self.w[heads.clone()], scores);
-            ahead = &[];
+            score_keys(level, rounding, keys, x, &self.w[heads.clone()], scores);
+            keys.ahead = &[];
         }
     }
 
@@ -163,7 +162,7 @@ impl Indexer<'_> {
 
     /// Scores of tokens `run`, of each against as many positions from `first` on as `scores` has room for.
     pub(super) fn score(&self, run: Range<usize>, first: usize, scores: &mut [&mut [f32]]) {
-        if self.pool.has_key_tiles() {
+        if self.pool.key_codes().is_some() {
             return self.score_packed(run, first, scores);
         }
         let level = self.frame.device.level;
@@ -187,20 +186,21 @@ impl Indexer<'_> {
         }
         let queries: Vec<Query> = run.map(|t| self.query(t)).collect();
         let mut found = Vec::new();
-        self.walk(last, first..first + longest, |position, keys, ahead| {
+        self.walk(last, first..first + longest, |position, keys| {
             let at = position - first;
-            found.resize(keys.len() / self.tile_bytes(), Sums::default());
+            found.resize(keys.tiles.len() / self.tile_bytes(), Sums::default());
             for (number, (query, scores)) in queries.iter().zip(&mut *scores).enumerate() {
                 let Some(to) = scores.get_mut(at..) else { continue };
-                query.score(level, Rounding::Int16, keys, if number == 0 { ahead } else { &[] }, &mut found);
+                let keys = KeyTiles { ahead: if number == 0 { keys.ahead } else { &[] }, ..keys };
+                query.score(level, Rounding::Int16, keys, &mut found);
                 to.iter_mut().zip(found.as_flattened()).for_each(|(to, score)| *to = *score);
             }
         });
     }
 
-    /// Calls `each` with tiles of keys that lie side by side, the position of the first key, and the tiles of the next
-    /// call; `positions`, of which the first is the first of a tile, are those of token t's sequence.
-    pub(super) fn walk(&self, t: usize, positions: Range<usize>, mut each: impl FnMut(usize, &[u8], &[u8])) {
+    /// Calls `each` with the position of the first key of tiles that lie side by side, and the tiles, those of the next
+    /// call ahead; `positions`, of which the first is the first of a tile, are those of token t's sequence.
+    pub(super) fn walk(&self, t: usize, positions: Range<usize>, mut each: impl FnMut(usize, KeyTiles<'_>)) {
         // To the end of the pool's block.
         let tiles = |at: usize| {
             let block = self.pool.block_tokens;
@@ -212,9 +212,14 @@ impl Indexer<'_> {
         while !keys.is_empty() {
             let next = at + keys.len() / self.tile_bytes() * TILE_ROWS;
             let ahead = tiles(next);
-            each(at, keys, ahead);
+            each(at, self.tiles(keys, ahead));
             (at, keys) = (next, ahead);
         }
+    }
+
+    /// Tiles of the pool's format.
+    pub(super) fn tiles<'k>(&self, tiles: &'k [u8], ahead: &'k [u8]) -> KeyTiles<'k> {
+        KeyTiles { codes: self.pool.key_codes().expect("of a pool with tiles"), tiles, ahead }
     }
 
     pub(super) fn tile_bytes(&self) -> usize {

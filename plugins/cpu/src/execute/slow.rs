@@ -67,8 +67,8 @@ mod tests {
     use crate::threads::Team;
     use fastrand::Rng;
     use sparsed_abi::{
-        Blob, DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, DT_W16, E_DATA, E_INVALID, E_NOMEM_DEVICE, KV_COPY,
-        KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK,
+        Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q8_0, DT_W16, E_DATA, E_INVALID, E_NOMEM_DEVICE,
+        KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK,
         OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp, SpdRow,
         StepArrays, T_INPUT, T_OUTPUT, TensorId,
     };
@@ -158,11 +158,13 @@ mod tests {
                 index: SpdRow { dtype: DT_F16, width: 32 },
                 ..SpdKvDesc::default()
             };
+            let groups = shape.groups as usize;
             let row_bytes = match shape.dtype {
-                DT_F32 => 256,
-                DT_F16 | DT_W16 => 128,
-                _ => 68,
-            } * shape.groups as usize;
+                DT_F32 => 256 * groups,
+                DT_F16 | DT_W16 => 128 * groups,
+                DT_F8_128 => 2 * (32 * groups + (32 * groups).div_ceil(128)),
+                _ => 68 * groups,
+            };
             let layout = SlowLayout::new(row_bytes, desc.block_tokens, N_LAYERS).unwrap();
             let file = tempfile::tempfile().unwrap();
             file.set_len(AREA_OFFSET + u64::from(N_BLOCKS) * layout.block_bytes() as u64).unwrap();
@@ -259,7 +261,7 @@ mod tests {
         [[130..131, 70..71], [131..150, 71..90], [150..151, 90..90], [151..151, 90..91], [151..154, 91..96]];
 
     /// Formats, groups, and heads of a group.
-    const SHAPES: [(u32, u32, u32); 11] = [
+    const SHAPES: [(u32, u32, u32); 14] = [
         (DT_F16, 1, 4),
         (DT_F16, 2, 2),
         (DT_F16, 1, 16),
@@ -270,6 +272,9 @@ mod tests {
         (DT_Q8_0, 1, 4),
         (DT_Q8_0, 2, 2),
         (DT_Q8_0, 1, 16),
+        (DT_F8_128, 1, 4),
+        (DT_F8_128, 5, 2),
+        (DT_F8_128, 1, 16),
         (DT_F32, 1, 4),
     ];
 

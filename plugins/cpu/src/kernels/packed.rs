@@ -10,7 +10,7 @@ mod layout;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use keys::score_keys;
+pub(crate) use keys::{KeyTiles, score_keys};
 pub(crate) use layout::{TILE_ROWS, can_pack, pack_tile, tile_bytes};
 
 use super::activations::{Block, Rounding};

@@ -15,8 +15,10 @@ pub(crate) fn decode(level: Level, format: Format, bytes: &[u8], out: &mut [f32]
 
 /// Decodes `out.len()` values from value `start` on; both are multiples of the format's block.
 pub(crate) fn decode_slice(level: Level, format: Format, bytes: &[u8], start: usize, out: &mut [f32]) {
-    let at = |values: usize| values / format.block_values() * format.block_bytes();
-    decode(level, format, &bytes[at(start)..at(start + out.len())], out);
+    if format == Format::F16 {
+        return decode_f16(level, &bytes[2 * start..2 * (start + out.len())], out);
+    }
+    sparsed_quant::decode_part(format, bytes, start, out).expect("slices were checked when the plan was compiled");
 }
 
 /// Encodes a row as the pool stores it; the same at every level.
@@ -27,7 +29,7 @@ pub(crate) fn encode(level: Level, format: Format, values: &[f32], bytes: &mut [
     if format == Format::W16 {
         return encode_w16(level, values, bytes);
     }
-    sparsed_quant::encode(format, values, bytes).expect("row sizes were checked when the pool was made");
+    sparsed_quant::encode_row(format, values, bytes).expect("row sizes were checked when the pool was made");
 }
 
 on_level! {

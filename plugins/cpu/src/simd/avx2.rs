@@ -1,7 +1,7 @@
 //! The lanes as two AVX2 registers each.
 
 use super::products::BroadcastProducts;
-use super::{LANES, Lanes, Words};
+use super::{E4M3_IN_HALF, LANES, Lanes, Words};
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::x86_64::*;
 
@@ -59,6 +59,14 @@ impl Lanes for Avx2 {
         fn load_signed_bytes(v: &[u8; LANES]) -> F {
             [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
         }
+        fn load_e4m3(v: &[u8; LANES]) -> F {{
+            let codes = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(v.as_ptr().cast())));
+            let halves = _mm256_and_si256(codes, _mm256_set1_epi16(E4M3_IN_HALF));
+            [
+                _mm256_cvtph_ps(_mm256_castsi256_si128(halves)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves)),
+            ]
+        }}
         fn store_half(v: F, to: &mut [u8; 2 * LANES]) {{
             _mm_storeu_si128(to.as_mut_ptr().cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[0]));
             _mm_storeu_si128(to.as_mut_ptr().add(16).cast(), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v[1]));

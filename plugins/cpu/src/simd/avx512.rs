@@ -1,7 +1,7 @@
 //! The lanes as one AVX-512 register each.
 
 use super::products::BroadcastProducts;
-use super::{LANES, Lanes, Words};
+use super::{E4M3_IN_HALF, LANES, Lanes, Words};
 use std::arch::asm;
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::x86_64::*;
@@ -49,6 +49,10 @@ impl Lanes for Avx512 {
         fn load_signed_bytes(v: &[u8; LANES]) -> __m512 {
             _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(v.as_ptr().cast())))
         }
+        fn load_e4m3(v: &[u8; LANES]) -> __m512 {{
+            let codes = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(v.as_ptr().cast())));
+            _mm512_cvtph_ps(_mm256_and_si256(codes, _mm256_set1_epi16(E4M3_IN_HALF)))
+        }}
         fn store_half(v: __m512, to: &mut [u8; 2 * LANES]) {
             _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(v))
         }

@@ -27,6 +27,9 @@ pub(crate) use words::Words;
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
+/// What is left of a code of e4m3 that was widened with its sign and moved by 7: the sign, exponent and fraction of a half.
+const E4M3_IN_HALF: i16 = 0xbf80_u16.cast_signed();
+
 /// Vector instructions. A value of an implementing type is the proof that the CPU has them.
 pub(crate) trait Lanes: Copy {
     /// Registers that 16 x f32 fill.
@@ -45,6 +48,9 @@ pub(crate) trait Lanes: Copy {
     fn load_bytes(self, v: &[u8; LANES]) -> Self::F;
     /// 16 signed bytes, widened.
     fn load_signed_bytes(self, v: &[u8; LANES]) -> Self::F;
+    /// 16 codes of e4m3 as a 256th of their values: moved to their places in a half, whose exponent has that bias. Not for
+    /// the codes of NaN.
+    fn load_e4m3(self, v: &[u8; LANES]) -> Self::F;
     /// Rounded to nearest even f16, little-endian.
     fn store_half(self, v: Self::F, to: &mut [u8; 2 * LANES]);
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
@@ -207,3 +213,32 @@ macro_rules! on_level {
     };
 }
 pub(crate) use on_level;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::level::Level;
+    use sparsed_quant::{Format, decode};
+
+    on_level! {
+        fn e4m3(codes: &[u8], to: &mut [f32]) = e4m3_body
+    }
+
+    #[inline(always)]
+    fn e4m3_body<L: Lanes>(l: L, codes: &[u8], to: &mut [f32]) {
+        let vectors = codes.as_chunks().0.iter().zip(to.as_chunks_mut().0);
+        vectors.for_each(|(codes, to)| l.store(l.mul(l.load_e4m3(codes), l.splat(256.0)), to));
+    }
+
+    #[test]
+    fn every_level_reads_every_code_of_e4m3_as_the_decoder_does() {
+        let codes: Vec<u8> = (0..=255).collect();
+        let (mut expected, mut found) = ([0.0; 256], [0.0; 256]);
+        decode(Format::F8E4M3, &codes, &mut expected).unwrap();
+        for level in Level::all() {
+            e4m3(level, &codes, &mut found);
+            let same = |code: usize| found[code].to_bits() == expected[code].to_bits() || expected[code].is_nan();
+            assert_eq!((0..256).find(|code| !same(*code)), None, "{level:?}");
+        }
+    }
+}

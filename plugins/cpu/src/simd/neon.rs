@@ -2,7 +2,7 @@
 
 mod products;
 
-use super::{LANES, Lanes};
+use super::{E4M3_IN_HALF, LANES, Lanes};
 #[allow(clippy::wildcard_imports, reason = "intrinsics: their names say whose they are")]
 use std::arch::aarch64::*;
 use std::arch::asm;
@@ -106,6 +106,17 @@ impl<P: Copy> Lanes for Neon<P> {
                 vcvtq_f32_s32(vmovl_high_s16(low)),
                 vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
                 vcvtq_f32_s32(vmovl_high_s16(high)),
+            ]
+        }}
+        fn load_e4m3(v: &[u8; LANES]) -> F {{
+            let (v, kept) = (vreinterpretq_s8_u8(vld1q_u8(v.as_ptr())), vdupq_n_s16(E4M3_IN_HALF));
+            let low = vreinterpretq_f16_s16(vandq_s16(vshll_n_s8::<7>(vget_low_s8(v)), kept));
+            let high = vreinterpretq_f16_s16(vandq_s16(vshll_high_n_s8::<7>(v), kept));
+            [
+                vcvt_f32_f16(vget_low_f16(low)),
+                vcvt_high_f32_f16(low),
+                vcvt_f32_f16(vget_low_f16(high)),
+                vcvt_high_f32_f16(high),
             ]
         }}
         fn store_half(v: F, to: &mut [u8; 2 * LANES]) {{

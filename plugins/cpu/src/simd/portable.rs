@@ -1,7 +1,7 @@
 //! The lanes in portable Rust: the definition.
 
 use super::products::BroadcastProducts;
-use super::{LANES, Lanes, Words};
+use super::{E4M3_IN_HALF, LANES, Lanes, Words};
 use half::f16;
 
 /// No instructions beyond the target's own.
@@ -52,6 +52,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn load_signed_bytes(self, v: &[u8; LANES]) -> F {
         v.map(|v| f32::from(v.cast_signed()))
+    }
+    #[inline(always)]
+    fn load_e4m3(self, v: &[u8; LANES]) -> F {
+        v.map(|v| f16::from_bits((i16::from(v.cast_signed()) << 7 & E4M3_IN_HALF).cast_unsigned()).to_f32())
     }
     #[inline(always)]
     fn store_half(self, v: F, to: &mut [u8; 2 * LANES]) {

@@ -9,6 +9,7 @@ use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong};
 use sparsed_abi::{DIM_TOKENS, OP_DENSE_MLA, OP_SPARSE_MLA, OpSpec};
+use sparsed_quant::Format;
 use std::rc::Rc;
 
 pub(crate) const RULES: &[Rule] = &[
@@ -83,6 +84,11 @@ fn attention(context: &Context, sparse: bool) -> Outcome {
         if format.block_values() == 1 {
             let odd = Shape { block_tokens: block_tokens(&session, 5), latent: 40, rope: 6, ..usual };
             kinds.push((odd, Heads { heads: 3, ..heads }));
+        }
+        if format == Format::F8_128 {
+            // Groups that begin in the midst of what shares a scale.
+            let wide = Shape { latent: 192, rope: 192, ..usual };
+            kinds.push((wide, Heads { heads: 6, groups: 3, ..heads }));
         }
         for (shape, heads) in kinds {
             let contents = contents(&mut rng, shape);

@@ -71,22 +71,27 @@ fn written(session: &Session, contents: &Contents, planes: &[Plane]) -> Outcome 
     Ok(())
 }
 
-/// Compares stored rows: the same bits, but for Q8_0 whose codes may be off where x / d lies between two of them.
+/// Compares stored rows: the same bits, but for Q8_0 and Q4_0 whose codes may be off where x / d lies between two of them.
 fn same_row(format: Format, found: &[u8], expected: &[u8], given: &[f32]) -> Result<(), String> {
     if found == expected {
         return Ok(());
     }
-    if format != Format::Q8_0 {
-        return Err(format!("{found:02x?} instead of {expected:02x?}"));
-    }
+    let greatest = match format {
+        Format::Q8_0 => 127.0,
+        Format::Q4_0 => 8.0,
+        _ => return Err(format!("{found:02x?} instead of {expected:02x?}")),
+    };
     let mut values = vec![0.0; given.len()];
     decode(format, found, &mut values).expect("as long as the expected row");
     for (block, given) in values.chunks_exact(32).zip(given.chunks_exact(32)) {
-        let step = given.iter().fold(0f32, |most, x| most.max(x.abs())) / 127.0;
-        // Half a step for the code, and what an f16 of the step is off by.
-        let allowed = step * (0.5 + 127.0 / 2048.0 + 1e-3);
-        if let Some((value, x)) = block.iter().zip(given).find(|(value, x)| (*value - *x).abs() > allowed) {
-            return Err(format!("{value} instead of {x}, {allowed} off is allowed"));
+        let step = given.iter().fold(0f32, |most, x| most.max(x.abs())) / greatest;
+        // Half a step for the code, and what an f16 of the step is off by; Q4_0 lacks the code of one end.
+        let allowed = |x: f32| {
+            let clipped = format == Format::Q4_0 && x.abs() > 7.4 * step;
+            step * (if clipped { 1.0 } else { 0.5 } + greatest / 2048.0 + 1e-3)
+        };
+        if let Some((value, x)) = block.iter().zip(given).find(|(value, x)| (*value - *x).abs() > allowed(**x)) {
+            return Err(format!("{value} instead of {x}, {} off is allowed", allowed(*x)));
         }
     }
     Ok(())

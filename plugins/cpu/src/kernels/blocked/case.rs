@@ -76,7 +76,7 @@ impl Case {
             let (mut states, mut out) = (vec![Softmax::EMPTY; queries.len()], vec![0.0; queries.len() * width]);
             let mut block = WordBlock::default();
             for rows in rows.chunks(ROWS) {
-                block.fill(level, self.format, rows, self.widths, &[&bytes[0][0]]);
+                block.fill(level, self.format, rows, (self.widths, 0), &[&bytes[0][0]]);
                 let mut heads = WordHeads { q: &q, scales: &scales, states: &mut states, out: &mut out };
                 attend_words(level, &block, rows.len(), &[&bytes[0][1]], &mut heads);
             }
@@ -131,13 +131,14 @@ impl Case {
 
     /// In f64, over the values that the rows decode to.
     fn exact(&self) -> Vec<Vec<f64>> {
-        let decode = |bytes: &Vec<u8>| {
-            let format = self.format;
-            let mut values = vec![0.0; bytes.len() / format.block_bytes() * format.block_values()];
-            sparsed_quant::decode(format, bytes, &mut values).unwrap();
+        let decode = |bytes: &[u8], width: usize| {
+            let mut values = vec![0.0; width];
+            sparsed_quant::decode(self.format, bytes, &mut values).unwrap();
             values
         };
-        let rows: Vec<_> = self.bytes().iter().map(|row| row.each_ref().map(decode)).collect();
+        let (latent, rope) = (self.widths.latent, self.widths.rope);
+        let rows = self.bytes().into_iter().map(|[a, b]| [decode(&a, latent), decode(&b, rope)]);
+        let rows: Vec<_> = rows.collect();
         let answer = |q: &Vec<f32>| {
             let score = |[latent, rope]: &[Vec<f32>; 2]| {
                 let z: f64 = q.iter().zip(rope.iter().chain(latent)).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum();

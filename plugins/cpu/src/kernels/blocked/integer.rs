@@ -284,7 +284,7 @@ mod tests {
         let narrow = Widths { latent: 96, rope: 32, absorbed: true };
         let plain = Widths { latent: 128, rope: 128, absorbed: false };
         for widths in [MLA, narrow, plain] {
-            for format in [Format::F16, Format::Q8_0] {
+            for format in [Format::F16, Format::Q8_0, Format::F8_128] {
                 for (rows, spread) in [(64, 0), (200, 0), (64, 3), (200, 6)] {
                     let case = Case::random(&mut random, format, widths, rows, 7, spread);
                     let (error, allowed) = (case.error(), case.allowed());
@@ -303,7 +303,7 @@ mod tests {
             [(1, 64, true), (17, 96, true), (63, 32, false), (100, 160, true), (130, 512, true)]
         {
             let widths = Widths { latent, rope: 32, absorbed };
-            for format in [Format::F16, Format::Q8_0] {
+            for format in [Format::F16, Format::Q8_0, Format::F8_128] {
                 let case = Case::random(&mut random, format, widths, rows, 7, 3);
                 let scalar = case.run(Level::Scalar, 1);
                 let bits = |answers: &[Vec<f32>]| answers.concat().iter().map(|v| v.to_bits()).collect::<Vec<_>>();

@@ -34,7 +34,7 @@ impl Line {
     pub(crate) const ZERO: Self = Self([0; LANES]);
 }
 
-/// What a head group sees of a row, as the pool has it.
+/// What a head group sees of a row, as the pool has it; of a row in F8_128, whose powers of two are at its end, all.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Bytes<'a> {
     pub(crate) latent: &'a [u8],
@@ -64,7 +64,7 @@ impl Widths {
 
 /// True when rows of such a format and such widths can become words.
 pub(crate) fn can_be_words(format: Format, widths: Widths) -> bool {
-    matches!(format, Format::F16 | Format::Q8_0) && are_lines(widths)
+    matches!(format, Format::F16 | Format::Q8_0 | Format::F8_128) && are_lines(widths)
 }
 
 /// True when what a head group sees of a row is whole lines of words.
@@ -102,28 +102,64 @@ impl Default for Units {
 }
 
 impl WordBlock {
-    /// Takes the place of what was there before. Memory is asked for the rows `ahead` meanwhile.
-    pub(crate) fn fill(&mut self, level: Level, format: Format, rows: &[Bytes<'_>], widths: Widths, ahead: &[&[u8]]) {
+    /// Takes the place of what was there before: of the slices of `group`. Memory is asked for the rows `ahead` meanwhile.
+    pub(crate) fn fill(
+        &mut self,
+        level: Level,
+        format: Format,
+        rows: &[Bytes<'_>],
+        (widths, group): (Widths, usize),
+        ahead: &[&[u8]],
+    ) {
         debug_assert!(!rows.is_empty() && rows.len() <= ROWS && can_be_words(format, widths), "a block");
         (self.latent_lines, self.key_lines) = (widths.latent_lines(), widths.key_lines());
         self.keys.resize(ROWS * self.key_lines, Line::ZERO);
         let groups = (widths.latent / LANES).div_ceil(TOGETHER);
         self.values.resize(groups * ROW_PAIRS * TOGETHER, Line::ZERO);
         match format {
-            Format::F16 => fill_halves(level, rows, ahead, self),
-            _ => fill_bytes(level, rows, ahead, self),
+            Format::F16 => fill_halves(level, rows, (widths, group), ahead, self),
+            Format::F8_128 => fill_eights(level, rows, (widths, group), ahead, self),
+            _ => fill_bytes(level, rows, (widths, group), ahead, self),
         }
     }
 }
 
 /// How 32 values of a row are read.
 trait Stored {
-    /// Of 32 values.
+    /// Of 32 values, without what lies elsewhere.
     const BYTES: usize;
+    /// What `row` has of a slice: `group` times `width` values from its beginning on.
+    fn slice(row: &[u8], width: usize, group: usize) -> Slice<'_>;
     /// All magnitudes of a slice are below 2 to this power plus 1; nothing where one is infinite or no number.
-    fn exponent<L: Words>(l: L, slice: &[u8]) -> Option<i32>;
-    /// Of `BYTES` bytes.
-    fn load<L: Words>(l: L, slice: &[u8]) -> [L::F; 2];
+    fn exponent<L: Words>(l: L, slice: Slice<'_>) -> Option<i32>;
+    /// Line `line` of a slice, of `BYTES` bytes, as words in the low bits of lanes.
+    fn words<L: Words>(l: L, bytes: &[u8], slice: Slice<'_>, line: usize, scale: Scale<L>) -> [L::I; 2];
+}
+
+#[derive(Clone, Copy)]
+struct Slice<'a> {
+    /// Lines of values.
+    lines: &'a [u8],
+    /// In F8_128 the powers of two, from that of the first line on.
+    powers: &'a [u8],
+    /// Lines before the slice that have the first of them.
+    before: usize,
+}
+
+impl<'a> Slice<'a> {
+    /// Of a format that has all of a line in the line.
+    fn of_lines(lines: &'a [u8]) -> Self {
+        Self { lines, powers: &[], before: 0 }
+    }
+}
+
+/// What words are made with.
+#[derive(Clone, Copy)]
+struct Scale<L: Words> {
+    /// Of the slice, or of a greater one in whose unit its words are.
+    exponent: i32,
+    /// See [`magic`].
+    magic: L::F,
 }
 
 /// Exponent of a half's magnitude (as bits).
@@ -138,9 +174,14 @@ impl Stored for Halves {
     const BYTES: usize = 2 * PAIR;
 
     #[inline(always)]
-    fn exponent<L: Words>(l: L, slice: &[u8]) -> Option<i32> {
+    fn slice(row: &[u8], _: usize, _: usize) -> Slice<'_> {
+        Slice::of_lines(row)
+    }
+
+    #[inline(always)]
+    fn exponent<L: Words>(l: L, slice: Slice<'_>) -> Option<i32> {
         let mut most = l.splat_i(0);
-        for line in slice.as_chunks().0 {
+        for line in slice.lines.as_chunks().0 {
             most = l.max_magnitude_words(most, l.load_i(line));
         }
         let mut words = [0; LANES];
@@ -153,9 +194,10 @@ impl Stored for Halves {
     }
 
     #[inline(always)]
-    fn load<L: Words>(l: L, slice: &[u8]) -> [L::F; 2] {
-        let halves = slice.as_chunks().0;
-        [l.load_half(&halves[0]), l.load_half(&halves[1])]
+    fn words<L: Words>(l: L, bytes: &[u8], _: Slice<'_>, _: usize, scale: Scale<L>) -> [L::I; 2] {
+        let halves = bytes.as_chunks().0;
+        let values = [l.load_half(&halves[0]), l.load_half(&halves[1])];
+        [l.bits(l.add(values[0], scale.magic)), l.bits(l.add(values[1], scale.magic))]
     }
 }
 
@@ -166,35 +208,96 @@ impl Stored for Codes {
     const BYTES: usize = 2 + PAIR;
 
     #[inline(always)]
-    fn exponent<L: Words>(_: L, slice: &[u8]) -> Option<i32> {
-        let scales = slice.chunks_exact(Self::BYTES).map(|block| u16::from_le_bytes([block[0], block[1]]) & 0x7fff);
+    fn slice(row: &[u8], _: usize, _: usize) -> Slice<'_> {
+        Slice::of_lines(row)
+    }
+
+    #[inline(always)]
+    fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
+        let scales =
+            slice.lines.chunks_exact(Self::BYTES).map(|block| u16::from_le_bytes([block[0], block[1]]) & 0x7fff);
         // A code is at most 128.
         half_exponent(scales.max().unwrap_or(0)).map(|exponent| exponent + 7)
     }
 
     #[inline(always)]
-    fn load<L: Words>(l: L, block: &[u8]) -> [L::F; 2] {
+    fn words<L: Words>(l: L, block: &[u8], _: Slice<'_>, _: usize, scale: Scale<L>) -> [L::I; 2] {
         let d = l.splat(half::f16::from_le_bytes([block[0], block[1]]).to_f32());
         let codes = block[2..].as_chunks().0;
-        [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)]
+        let values = [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)];
+        [l.bits(l.add(values[0], scale.magic)), l.bits(l.add(values[1], scale.magic))]
     }
 }
 
-on_level! {
-    fn fill_halves(rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) = halves_body
-}
-on_level! {
-    fn fill_bytes(rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) = bytes_body
+/// Rows of F8_128: codes, then a power of two for each four lines.
+struct Eights;
+
+impl Eights {
+    const LINES: usize = 128 / PAIR;
+    const NO_NUMBER: u8 = 255;
+    /// What is lower is zeros.
+    const LEAST: u8 = 16;
+    /// Magnitudes are below 2 to the power of 9 times a power of two, whose bias is 127.
+    const TO_EXPONENT: i32 = 8 - 127;
 }
 
-#[inline(always)]
-fn halves_body<L: Words>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) {
-    fill_body::<L, Halves>(l, rows, ahead, to);
+impl Stored for Eights {
+    const BYTES: usize = PAIR;
+
+    #[inline(always)]
+    fn slice(row: &[u8], width: usize, group: usize) -> Slice<'_> {
+        let (codes, powers) = row.split_at(row.len() - row.len().div_ceil(Self::LINES * PAIR + 1));
+        let (first, lines) = (group * width / PAIR, width / PAIR);
+        let end = (first + lines).div_ceil(Self::LINES);
+        let codes = &codes[first * PAIR..(first + lines) * PAIR];
+        Slice { lines: codes, powers: &powers[first / Self::LINES..end], before: first % Self::LINES }
+    }
+
+    #[inline(always)]
+    fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
+        let most = slice.powers.iter().copied().fold(Self::LEAST, u8::max);
+        (most < Self::NO_NUMBER).then(|| i32::from(most) + Self::TO_EXPONENT)
+    }
+
+    #[inline(always)]
+    fn words<L: Words>(l: L, bytes: &[u8], slice: Slice<'_>, line: usize, scale: Scale<L>) -> [L::I; 2] {
+        let power = slice.powers.get((slice.before + line) / Self::LINES).copied().unwrap_or(0);
+        // From a 256th of a value to its word.
+        let shift = i32::from(power) + Self::TO_EXPONENT + (VALUE_BITS - 1) - scale.exponent;
+        let (factor, magic) = (l.splat(power_of_two(shift.max(-126))), l.splat(magic(VALUE_BITS - 1)));
+        let codes = bytes.as_chunks().0;
+        // Rounded once: what is added to is exact.
+        let values = [l.load_e4m3(&codes[0]), l.load_e4m3(&codes[1])];
+        [l.bits(l.mul_add(values[0], factor, magic)), l.bits(l.mul_add(values[1], factor, magic))]
+    }
 }
 
-#[inline(always)]
-fn bytes_body<L: Words>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) {
-    fill_body::<L, Codes>(l, rows, ahead, to);
+/// `$name` for rows that are read as `$stored` does.
+macro_rules! fill_stored {
+    ($($name:ident as $body:ident: $stored:ty;)*) => {
+        $(
+            on_level! {
+                fn $name(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = $body
+            }
+
+            #[inline(always)]
+            fn $body<L: Words>(
+                l: L,
+                rows: &[Bytes<'_>],
+                slices: (Widths, usize),
+                ahead: &[&[u8]],
+                to: &mut WordBlock,
+            ) {
+                fill_body::<L, $stored>(l, rows, slices, ahead, to);
+            }
+        )*
+    };
+}
+
+fill_stored! {
+    fill_halves as halves_body: Halves;
+    fill_bytes as bytes_body: Codes;
+    fill_eights as eights_body: Eights;
 }
 
 /// Adding it to a value of a slice of this exponent makes the value's word the low bits of the sum: the last bit of a
@@ -209,19 +312,27 @@ fn power_of_two(power: i32) -> f32 {
 }
 
 #[inline(always)]
-fn fill_body<L: Words, S: Stored>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to: &mut WordBlock) {
+fn fill_body<L: Words, S: Stored>(
+    l: L,
+    rows: &[Bytes<'_>],
+    (widths, group): (Widths, usize),
+    ahead: &[&[u8]],
+    to: &mut WordBlock,
+) {
+    let latent_of = |row: usize| S::slice(rows[row].latent, widths.latent, group);
+    let rope_of = |row: usize| S::slice(rows[row].rope, widths.rope, group);
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
-    let (mut latent_magic, mut rope_magic) = ([0.0; ROWS], [0.0; ROWS]);
-    for (r, row) in rows.iter().enumerate() {
+    let (mut latents, mut keys) = ([0; ROWS], [0; ROWS]);
+    for r in 0..rows.len() {
         ask(l, &mut ahead, ROWS / rows.len());
-        let (latent, rope) = (S::exponent(l, row.latent), S::exponent(l, row.rope));
+        let (latent, rope) = (S::exponent(l, latent_of(r)), S::exponent(l, rope_of(r)));
         let unit = |exponent: Option<i32>| exponent.map_or(f32::NAN, |e| power_of_two(e - (VALUE_BITS - 1)));
         to.units.value[r] = unit(latent);
         let key = if to.latent_lines > 0 { latent.zip(rope).map(|(a, b)| a.max(b)) } else { rope };
         to.units.key[r] = unit(key.map(|e| e + super::integer::SUM_SHIFT));
         let (latent, key) = (latent.unwrap_or(0), key.unwrap_or(0));
         to.units.shift[r] = if to.latent_lines > 0 { (key - latent).clamp(0, 31) } else { 0 };
-        (latent_magic[r], rope_magic[r]) = (magic(latent), magic(key));
+        (latents[r], keys[r]) = (latent, key);
     }
     let lines = to.key_lines;
     for first in (0..rows.len()).step_by(2 * LANES) {
@@ -231,40 +342,38 @@ fn fill_body<L: Words, S: Stored>(l: L, rows: &[Bytes<'_>], ahead: &[&[u8]], to:
             let (key_a, key_b) = to.keys[a * lines..].split_at_mut(LANES * lines);
             let (key_a, rope_a) = key_a[..lines].split_at_mut(to.latent_lines);
             let (key_b, rope_b) = key_b[..lines].split_at_mut(to.latent_lines);
-            let magics = [l.splat(latent_magic[a]), l.splat(latent_magic[b])];
-            let mut keys = key_a.iter_mut().zip(key_b);
-            let latent =
-                rows[a].latent.chunks(TOGETHER / 2 * S::BYTES).zip(rows[b].latent.chunks(TOGETHER / 2 * S::BYTES));
+            let scale_a = Scale::<L> { exponent: latents[a], magic: l.splat(magic(latents[a])) };
+            let scale_b = Scale::<L> { exponent: latents[b], magic: l.splat(magic(latents[b])) };
+            let mut key_lines = key_a.iter_mut().zip(key_b);
+            let (of_a, of_b) = (latent_of(a), latent_of(b));
+            let (lines_a, lines_b) =
+                (of_a.lines.chunks(TOGETHER / 2 * S::BYTES), of_b.lines.chunks(TOGETHER / 2 * S::BYTES));
             let values = to.values.as_chunks_mut::<{ ROW_PAIRS * TOGETHER }>().0;
-            for ((latent_a, latent_b), values) in latent.zip(values) {
+            for (pair, ((latent_a, latent_b), values)) in lines_a.zip(lines_b).zip(values).enumerate() {
                 let values = &mut values.as_chunks_mut::<TOGETHER>().0[first / 2 + a - first];
                 let both = latent_a.chunks_exact(S::BYTES).zip(latent_b.chunks_exact(S::BYTES));
-                for ((slice_a, slice_b), values) in both.zip(values.as_chunks_mut::<2>().0) {
-                    let (a, b) = (words::<L, S>(l, slice_a, magics[0]), words::<L, S>(l, slice_b, magics[1]));
+                let numbered = (pair * (TOGETHER / 2)..).zip(both.zip(values.as_chunks_mut::<2>().0));
+                for (line, ((line_a, line_b), values)) in numbered {
+                    let a = S::words(l, line_a, of_a, line, scale_a);
+                    let b = S::words(l, line_b, of_b, line, scale_b);
                     l.store_i(l.pair_words(a[0], b[0]), &mut values[0].0);
                     l.store_i(l.pair_words(a[1], b[1]), &mut values[1].0);
-                    if let Some((key_a, key_b)) = keys.next() {
+                    if let Some((key_a, key_b)) = key_lines.next() {
                         l.store_i(l.pair_words(a[0], a[1]), &mut key_a.0);
                         l.store_i(l.pair_words(b[0], b[1]), &mut key_b.0);
                     }
                 }
             }
-            for (row, keys) in [(a, rope_a), (b, rope_b)] {
-                let magic = l.splat(rope_magic[row]);
-                for (slice, key) in rows[row].rope.chunks_exact(S::BYTES).zip(keys) {
-                    let [low, high] = words::<L, S>(l, slice, magic);
+            for (row, to) in [(a, rope_a), (b, rope_b)] {
+                let slice = rope_of(row);
+                let scale = Scale::<L> { exponent: keys[row], magic: l.splat(magic(keys[row])) };
+                for (line, (bytes, key)) in slice.lines.chunks_exact(S::BYTES).zip(to).enumerate() {
+                    let [low, high] = S::words(l, bytes, slice, line, scale);
                     l.store_i(l.pair_words(low, high), &mut key.0);
                 }
             }
         }
     }
-}
-
-/// 32 values as words, in the low bits of lanes.
-#[inline(always)]
-fn words<L: Words, S: Stored>(l: L, slice: &[u8], magic: L::F) -> [L::I; 2] {
-    let [a, b] = S::load(l, slice);
-    [l.bits(l.add(a, magic)), l.bits(l.add(b, magic))]
 }
 
 /// What a query's words are times, and its inverse, of sums of the magnitudes of `each` values and the largest of all;
