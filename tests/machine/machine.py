@@ -54,7 +54,8 @@ def run(leg, options):
             if line is None:
                 break
             said.append(line)
-            announced = re.fullmatch(r"leg \d+ of (\d+), (\d+) claims", line) or announced
+            # Behind what the firmware has said without a line's end.
+            announced = re.search(r"leg \d+ of (\d+), (\d+) claims$", line) or announced
             ended = line in ("leg ended", "cut the power")
             if line.startswith(("ok ", "not ok ", "#")):
                 print(line, flush=True)
