@@ -1,7 +1,7 @@
 //! One transformer layer in operators: DeepSeek-V3.2-Exp `model.py` (MLA, Indexer, MoE), in the absorbed form.
 
-use super::OutputKind;
 use super::build::{Builder, dim};
+use super::{Activations, OutputKind};
 use crate::{Architecture, GroupScore, IndexerSpec, ModelError, MoeSpec, RopeLayout, RouterScore};
 use sparsed_abi::{
     DIM_TOKENS, DT_I32, DT_Q4_0, OP_DENSE_MLA, OP_HADAMARD, OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM,
@@ -169,7 +169,9 @@ impl Builder<'_> {
         let selection = self.program.activation(DT_I32, &[DIM_TOKENS, dim(k)]);
         #[expect(clippy::cast_possible_truncation, reason = "a scale in single precision")]
         let scale = (1.0 / f64::from(heads * width).sqrt()) as f32;
-        self.layer_op(OP_IDX_TOPK, layer, &[Some(q), Some(w)], &[selection], [dim(k), 0, 0, 0, 0, 0], scale);
+        let may_be_8_bits = i32::from(self.options.activations == Activations::Int8);
+        let attributes = [dim(k), may_be_8_bits, 0, 0, 0, 0];
+        self.layer_op(OP_IDX_TOPK, layer, &[Some(q), Some(w)], &[selection], attributes, scale);
         self.selections.push(selection);
         if self.options.selections_out {
             self.output(selection, OutputKind::Selection, k);

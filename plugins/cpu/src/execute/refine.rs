@@ -79,7 +79,7 @@ impl Candidates {
     /// Scores what has none.
     fn score(&mut self, level: Level, query: &Query, codes: usize) {
         let mut sums = [Sums::default()];
-        query.score(level, Rounding::Int16, KeyTiles { codes, tiles: &self.tile, ahead: &[] }, &mut sums);
+        query.score(level, KeyTiles { codes, tiles: &self.tile, ahead: &[] }, &mut sums);
         let left = self.positions.len() - self.scores.len();
         self.scores.extend_from_slice(&sums[0][..left]);
     }
@@ -148,6 +148,7 @@ impl Indexer<'_> {
     /// products.
     fn is_worth_it(&self, t: usize) -> bool {
         self.pool.key_codes().is_some()
+            && self.rounding == Rounding::Int16
             && self.q.n1 >= HEADS_FROM
             && self.affordable(self.visible(t)) >= 3 * self.sel.n2
     }
@@ -163,7 +164,7 @@ impl Indexer<'_> {
             let keys = self.pool.key_tiles(self.layer, self.frame.slot(t, tile * TILE_ROWS), 1);
             for (query, sample) in queries.iter().zip(&mut *samples) {
                 let mut sums = [Sums::default()];
-                query.score(self.frame.device.level, Rounding::Int8, self.tiles(keys, &[]), &mut sums);
+                query.score_coarsely(self.frame.device.level, self.tiles(keys, &[]), &mut sums);
                 sample.extend_from_slice(&sums[0]);
             }
         }
@@ -229,7 +230,7 @@ impl Indexer<'_> {
             coarse.resize(keys.tiles.len() / tile_bytes, Sums::default());
             for (number, (sieve, candidates)) in sieves.iter().zip(&mut *all).enumerate() {
                 let keys = KeyTiles { ahead: if number == 0 { keys.ahead } else { &[] }, ..keys };
-                sieve.query.score(level, Rounding::Int8, keys, &mut coarse);
+                sieve.query.score_coarsely(level, keys, &mut coarse);
                 candidates.take(level, sieve, keys, position, &coarse, self.visible(sieve.t));
                 few &= candidates.positions.len() <= most;
             }
@@ -366,6 +367,7 @@ mod tests {
                     w: tensor(&mut w, 1, HEADS),
                     sel: tensor(&mut sel, 1, K),
                     scale: 0.3,
+                    rounding: Rounding::Int16,
                 });
                 done.then_some(sel)
             };

@@ -31,12 +31,15 @@ pub(super) struct Indexer<'a> {
     pub(super) w: Tensor<'a, f32>,
     pub(super) sel: Tensor<'a, i32>,
     pub(super) scale: f32,
+    /// How finely queries are rounded for keys in tiles.
+    pub(super) rounding: Rounding,
 }
 
 /// A token's heads, rounded, in groups as `score_keys` takes them.
 #[derive(Debug)]
 pub(super) struct Query {
     groups: Vec<Group>,
+    rounding: Rounding,
     /// Weight of each head, scaled.
     pub(super) w: Vec<f32>,
 }
@@ -46,17 +49,32 @@ pub(super) struct Query {
 struct Group {
     heads: Range<usize>,
     x: Vec<Block>,
-    /// Their high bytes.
+    /// Their high bytes; of queries in 8 bits nothing.
     coarse: Vec<Block>,
 }
 
 impl Query {
-    /// Sets the scores of 16 keys of each tile; with 8 bits those of the queries' high bytes.
-    pub(super) fn score(&self, level: Level, rounding: Rounding, mut keys: KeyTiles<'_>, scores: &mut [Sums]) {
+    /// Sets the scores of 16 keys of each tile.
+    pub(super) fn score(&self, level: Level, keys: KeyTiles<'_>, scores: &mut [Sums]) {
+        self.score_by(level, self.rounding, |group| &group.x, keys, scores);
+    }
+
+    /// As [`Self::score`], with the high bytes alone of queries in 16 bits.
+    pub(super) fn score_coarsely(&self, level: Level, keys: KeyTiles<'_>, scores: &mut [Sums]) {
+        self.score_by(level, Rounding::Int8, |group| &group.coarse, keys, scores);
+    }
+
+    fn score_by(
+        &self,
+        level: Level,
+        rounding: Rounding,
+        x: impl Fn(&Group) -> &[Block],
+        mut keys: KeyTiles<'_>,
+        scores: &mut [Sums],
+    ) {
         scores.fill(Sums::default());
-        for Group { heads, x, coarse } in &self.groups {
-            let x = if rounding == Rounding::Int8 { coarse } else { x };
-            score_keys(level, rounding, keys, x, &self.w[heads.clone()], scores);
+        for group in &self.groups {
+            score_keys(level, rounding, keys, x(group), &self.w[group.heads.clone()], scores);
             keys.ahead = &[];
         }
     }
@@ -84,6 +102,7 @@ impl Frame<'_> {
             w: self.tensor(op.inputs[1]),
             sel: self.tensor(op.outputs[0]),
             scale: op.f[0],
+            rounding: if op.i[1] == 1 { Rounding::Int8 } else { Rounding::Int16 },
         };
         let (runs, team) = (job.runs(), &self.device.team);
         if runs.len() < team.len() {
@@ -192,7 +211,7 @@ impl Indexer<'_> {
             for (number, (query, scores)) in queries.iter().zip(&mut *scores).enumerate() {
                 let Some(to) = scores.get_mut(at..) else { continue };
                 let keys = KeyTiles { ahead: if number == 0 { keys.ahead } else { &[] }, ..keys };
-                query.score(level, Rounding::Int16, keys, &mut found);
+                query.score(level, keys, &mut found);
                 to.iter_mut().zip(found.as_flattened()).for_each(|(to, score)| *to = *score);
             }
         });
@@ -239,16 +258,20 @@ impl Indexer<'_> {
         let (level, blocks) = (self.frame.device.level, self.q.n2 / BLOCK);
         let (mut groups, mut head) = (Vec::new(), 0);
         while head < self.q.n1 {
+            // A number that `score_keys` takes with either rounding.
             let n = tokens_at_once(level, Rounding::Int16, self.q.n1 - head);
             let mut x = vec![Block::default(); n * blocks];
             for i in 0..n {
-                round_row(level, Rounding::Int16, self.q.row(t, head + i), &mut x[i..], n);
+                round_row(level, self.rounding, self.q.row(t, head + i), &mut x[i..], n);
             }
-            let coarse = x.iter().map(Block::coarse).collect();
+            let coarse = match self.rounding {
+                Rounding::Int16 => x.iter().map(Block::coarse).collect(),
+                Rounding::Int8 => Vec::new(),
+            };
             groups.push(Group { heads: head..head + n, x, coarse });
             head += n;
         }
-        Query { groups, w: self.weights(t) }
+        Query { groups, rounding: self.rounding, w: self.weights(t) }
     }
 
     /// Writes the selection of token t.

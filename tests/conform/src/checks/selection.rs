@@ -43,6 +43,16 @@ const STEPS: [&[Part]; 5] = [&[(0, 1)], &[(3, 2)], &[(2, 3), (5, 1), (4, 7)], &[
 
 /// A program of one IDX_TOPK; its inputs are queries and weights of heads.
 pub(crate) fn program<'s>(session: &'s Session, pool: &Rc<Pool>, shape: &Shape, layer: u32, k: usize) -> Case<'s> {
+    program_with(session, pool, shape, (layer, k, 0))
+}
+
+/// The same, whose queries may be rounded to 8 bits where `rounding` is 1.
+fn program_with<'s>(
+    session: &'s Session,
+    pool: &Rc<Pool>,
+    shape: &Shape,
+    (layer, k, rounding): (u32, usize, i32),
+) -> Case<'s> {
     let n = |n: usize| i32::try_from(n).expect("checks are small");
     let mut case = Case::with_pool(session, pool);
     let q = case.input(&[DIM_TOKENS, n(HEADS), n(shape.index as usize)]);
@@ -53,7 +63,7 @@ pub(crate) fn program<'s>(session: &'s Session, pool: &Rc<Pool>, shape: &Shape, 
         inputs: &[Some(q), Some(w)],
         outputs: &[Some(sel)],
         layer,
-        i: [n(k), 0, 0, 0, 0, 0],
+        i: [n(k), rounding, 0, 0, 0, 0],
         f: [SCALE, 0.0, 0.0, 0.0],
     });
     case
@@ -78,7 +88,9 @@ fn golden(context: &Context) -> Outcome {
                     continue;
                 }
                 for layer in 0..contents.shape.index_layers {
-                    compare(&session, &mut rng, &contents, &pool, (layer, k))?;
+                    for rounding in [0, 1] {
+                        compare(&session, &mut rng, &contents, &pool, (layer, k, rounding))?;
+                    }
                 }
             }
         }
@@ -87,9 +99,13 @@ fn golden(context: &Context) -> Outcome {
 }
 
 /// What a plugin's scores may be off by, of the largest that queries and keys of this size can have. Keys of Q8_0 and
-/// Q4_0 may be multiplied with queries in 16 bits.
-fn tolerance(format: Format) -> f64 {
-    if matches!(format, Format::Q8_0 | Format::Q4_0) { 4e-5 } else { 2e-6 }
+/// Q4_0 may be multiplied with queries in 16 bits, or 8 where `rounding` is 1.
+fn tolerance(format: Format, rounding: i32) -> f64 {
+    match (format, rounding) {
+        (_, 1) => 1e-2,
+        (Format::Q8_0 | Format::Q4_0, _) => 4e-5,
+        _ => 2e-6,
+    }
 }
 
 fn compare(
@@ -97,15 +113,15 @@ fn compare(
     rng: &mut fastrand::Rng,
     contents: &Contents,
     pool: &Rc<Pool>,
-    (layer, k): (u32, usize),
+    (layer, k, rounding): (u32, usize, i32),
 ) -> Result<(), Wrong> {
     let shape = &contents.shape;
     let steps: Vec<Step> = STEPS.iter().map(|parts| step_of(contents, parts)).collect();
-    let ready = program(session, pool, shape, layer, k).compile(&steps.iter().collect::<Vec<_>>())?;
+    let ready = program_with(session, pool, shape, (layer, k, rounding)).compile(&steps.iter().collect::<Vec<_>>())?;
     for (parts, step) in STEPS.iter().zip(&steps) {
         let (q, w) = inputs(rng, shape, step.tokens.len());
         let found = as_ints(&ready.run(step, &[&q, &w])?[0]);
-        judge(contents, parts, step, (layer, k), &(q, w), &found)?;
+        judge_with(contents, parts, step, (layer, k, rounding), &(q, w), &found)?;
     }
     Ok(())
 }
@@ -116,6 +132,18 @@ pub(crate) fn judge(
     parts: &[Part],
     step: &Step,
     (layer, k): (u32, usize),
+    inputs: &(Words, Words),
+    found: &[i32],
+) -> Outcome {
+    judge_with(contents, parts, step, (layer, k, 0), inputs, found)
+}
+
+/// The same where queries may have been rounded.
+fn judge_with(
+    contents: &Contents,
+    parts: &[Part],
+    step: &Step,
+    (layer, k, rounding): (u32, usize, i32),
     inputs: &(Words, Words),
     found: &[i32],
 ) -> Outcome {
@@ -130,7 +158,7 @@ pub(crate) fn judge(
         let largest = keys.iter().map(|key| size(key)).fold(0.0, f64::max);
         let bound: f64 =
             q.chunks_exact(width).zip(w).map(|(q, w)| f64::from(SCALE) * w.abs() * size(q) * largest).sum();
-        let judged = oracle::accepts(&found[t * k..(t + 1) * k], &scores, bound * tolerance(shape.format));
+        let judged = oracle::accepts(&found[t * k..(t + 1) * k], &scores, bound * tolerance(shape.format, rounding));
         ensure!(
             judged.is_ok(),
             "IDX_TOPK of layer {layer} over {} keys of {width}, K = {k}, token {t} at position {position}: {}",
