@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""What do a hundred streams at a time cost by HTTP and by MQTT, and what do clients that do not read?
+"""What do a hundred streams at a time cost by HTTP, D-Bus and MQTT, and what do clients that do not read?
 
     tests/bench/doors.py streams [--model FILE] [--streams N] [--tokens N] [--daemon FILE]
     tests/bench/doors.py slow --model FILE --streams 300 --tokens 3000
 
 `streams` asks for N answers at the same time: whole ones by HTTP, which is the engine with one body each, then streamed
-ones by HTTP and by MQTT with a delta for each token; prints tokens a second from the first request to the last end.
+ones by HTTP, by D-Bus on eight connections, and by MQTT with a delta for each token; prints tokens a second from the
+first request to the last end.
 `slow` wants a small model whose tokens are cheap (the tiny chatting one of the tests): N clients that never read, until all
-of them are paused, then the daemon's memory while it stays so. MQTT needs mosquitto and paho-mqtt.
+of them are paused, then the daemon's memory while it stays so. MQTT needs mosquitto and paho-mqtt, D-Bus
+dbus-daemon and jeepney.
 """
 import argparse
 import json
@@ -30,7 +32,7 @@ class Box:
     def __init__(self, options, *sets):
         self.folder = tempfile.TemporaryDirectory()
         home = self.folder.name
-        self.path, self.port = f"{home}/api.sock", free_port()
+        self.path, self.port, self.bus = f"{home}/api.sock", free_port(), f"unix:path={home}/bus"
         with open(f"{home}/mosquitto.conf", "w") as conf:
             conf.write(f"user root\nlistener {self.port} 127.0.0.1\nallow_anonymous true\nlog_dest none\n")
         broker = shutil.which("mosquitto") or "/usr/sbin/mosquitto"
@@ -38,14 +40,20 @@ class Box:
         names = ("limits.max_running", "limits.per_user_running", "limits.per_user_requests", "mqtt.per_client",
                  "mqtt.running", "mqtt.pending", "limits.connections", "limits.per_user_connections")
         sets = [f"model.default.path={options.model}", f"state_dir={home}/state", f"socket.path={self.path}",
-                f"mqtt.broker=mqtt://127.0.0.1:{self.port}", "mqtt.node=box", f"limits.max_batched_tokens={max(256, n + 8)}",
+                f"mqtt.broker=mqtt://127.0.0.1:{self.port}", "mqtt.node=box", f"dbus.bus={self.bus}",
+                f"limits.max_batched_tokens={max(256, n + 8)}",
                 *(f"{name}={n + 8}" for name in names), *sets]
         self.log = f"{home}/log"
         command = [options.daemon, *(word for each in sets for word in ("--set", each))]
-        self.children = [subprocess.Popen([broker, "-c", f"{home}/mosquitto.conf"], stderr=subprocess.DEVNULL)]
-        self.children.append(subprocess.Popen(command, stderr=open(self.log, "w")))
+        with open(f"{home}/bus.conf", "w") as conf:
+            conf.write(f"""<busconfig><type>session</type><listen>{self.bus}</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow send_destination="*"/><allow receive_sender="*"/><allow own="*"/></policy></busconfig>""")
+        bus = ["dbus-daemon", f"--config-file={home}/bus.conf", "--nofork", "--nopidfile"]
+        others = [broker, "-c", f"{home}/mosquitto.conf"], bus
+        self.daemon = subprocess.Popen(command, stderr=open(self.log, "w"))
+        self.children = [subprocess.Popen(other, stderr=subprocess.DEVNULL) for other in others] + [self.daemon]
         while not self.is_ready():
-            assert self.children[1].poll() is None, open(self.log).read()
+            assert self.daemon.poll() is None, open(self.log).read()
             time.sleep(0.05)
 
     def is_ready(self):
@@ -53,7 +61,8 @@ class Box:
             ready = b" 200 " in self.get("/health")
         except OSError:
             return False
-        return ready and "connected to the MQTT broker" in open(self.log).read()
+        log = open(self.log).read()
+        return ready and "connected to the MQTT broker" in log and "on D-Bus" in log
 
     def get(self, path):
         with socket.socket(socket.AF_UNIX) as connection:
@@ -75,12 +84,12 @@ class Box:
 
     def rss(self):
         """KiB that are in memory and no file's."""
-        with open(f"/proc/{self.children[1].pid}/status") as file:
+        with open(f"/proc/{self.daemon.pid}/status") as file:
             return sum(int(line.split()[1]) for line in file if line.startswith(("RssAnon:", "RssShmem:")))
 
     def cpu(self):
         """Seconds of processor time."""
-        with open(f"/proc/{self.children[1].pid}/stat") as file:
+        with open(f"/proc/{self.daemon.pid}/stat") as file:
             fields = file.read().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -114,6 +123,27 @@ def by_http(box, options, stream):
                 waiting.unregister(key.fileobj)
                 key.fileobj.close()
     return events
+
+
+def by_dbus(box, options):
+    from jeepney import DBusAddress, new_method_call
+    from jeepney.io.blocking import open_dbus_connection
+    manager = DBusAddress("/org/sparsed1", "org.sparsed1", "org.sparsed1.Manager")
+    buses = [open_dbus_connection(bus=box.bus, enable_fds=True) for _ in range(8)]
+    waiting, lines = selectors.DefaultSelector(), 0
+    for n in range(options.streams):
+        body = json.dumps(chat(n + 2000, options.tokens, stream=True))
+        call = new_method_call(manager, "Generate", "sa{sv}", (body, {}))
+        _, pipe = buses[n % len(buses)].send_and_get_reply(call, timeout=200).body
+        waiting.register(pipe.to_raw_fd(), selectors.EVENT_READ)
+    while waiting.get_map():
+        for key, _ in waiting.select():
+            data = os.read(key.fd, 1 << 16)
+            lines += data.count(b"\n")
+            if not data:
+                waiting.unregister(key.fd)
+                os.close(key.fd)
+    return lines
 
 
 def by_mqtt(box, options):
@@ -151,12 +181,12 @@ def streams(options):
     try:
         n = options.streams * options.tokens
         by_http(box, options, False)  # whatever is done once is done
-        for name in ("whole answers by HTTP", "streams by HTTP", "streams by MQTT"):
+        for name in ("whole answers by HTTP", "streams by HTTP", "streams by D-Bus", "streams by MQTT"):
             before, began = box.cpu(), time.monotonic()
             if "MQTT" in name:
                 took, events = by_mqtt(box, options)
             else:
-                events = by_http(box, options, "streams" in name)
+                events = by_dbus(box, options) if "D-Bus" in name else by_http(box, options, "streams" in name)
                 took = time.monotonic() - began
             cpu = box.cpu() - before
             print(f"{options.streams} {name}: {n / took:.0f} tokens/s, {events} events, {took:.2f} s, "

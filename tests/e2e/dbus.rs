@@ -115,6 +115,16 @@ fn another_user_sees_changes_and_cancels_nothing() {
 
 #[test]
 fn a_session_goes_on_after_the_daemon_was_killed() {
+    after_a_kill("goes_on");
+}
+
+#[test]
+fn a_new_turn_of_a_session_that_was_cut_is_replied_to_at_once() {
+    after_a_kill("asks_on");
+}
+
+/// What the client does with a session whose answer the daemon's end has cut.
+fn after_a_kill(does: &str) {
     let bus = Bus::start(Broker::DbusDaemon);
     let mut daemon = start(&bus, &[]);
     let mut cut = bus.client_command("cut", &[]).stdout(Stdio::piped()).spawn().unwrap();
@@ -124,7 +134,7 @@ fn a_session_goes_on_after_the_daemon_was_killed() {
     let begun = lines.next().expect("the pipe has ended with the daemon").unwrap();
     assert!(cut.wait().unwrap().success());
     bus.client("waits", &[]);
-    bus.client("goes_on", &[&path, &begun]);
+    bus.client(does, &[&path, &begun]);
 }
 
 #[test]

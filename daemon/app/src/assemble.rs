@@ -11,7 +11,7 @@ use crate::door::{self, Door};
 use crate::memory::Sources;
 use crate::state::{State, StateLock, may_mend_itself};
 use crate::store::{Store, StoredModel, reference};
-use crate::tcp::TcpSocket;
+use crate::tcp::TcpSockets;
 use anyhow::Context;
 use sparsed_backend::QuarantineStore;
 use sparsed_engine::api::UpstreamModel;
@@ -46,7 +46,7 @@ pub struct Assembly {
     /// Where clients come in.
     pub door: Door,
     /// Where those come in that cannot use the door.
-    pub tcp: Option<TcpSocket>,
+    pub tcp: Option<TcpSockets>,
     /// Where devices come in; it is not served yet.
     pub mqtt: Option<MqttDoor>,
     /// Whether they come in later: the journal's folder could not be used.
@@ -77,7 +77,7 @@ impl Assembly {
         let models = model_options(config, &paths, configured, &absent, &budget, slow_tier.as_ref());
         let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
-        let tcp = TcpSocket::open(&config.tcp, passed.tcp)?;
+        let tcp = TcpSockets::open(&config.tcp, passed.tcp)?;
         let (mqtt, mqtt_comes) = open_mqtt(config, &paths, has_state)?;
         let retry = &config.engine.retry;
         let recovery = Recovery {

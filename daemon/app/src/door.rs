@@ -22,8 +22,8 @@ const TCP_NAME: &str = "tcp";
 pub struct Passed {
     /// Ours, or the only one without a name.
     pub api: Option<UnixListener>,
-    /// For apps that cannot use a Unix socket.
-    pub tcp: Option<TcpListener>,
+    /// For apps that cannot use a Unix socket: one for each address of the unit.
+    pub tcp: Vec<TcpListener>,
 }
 
 /// A socket that is listened on.
@@ -85,17 +85,20 @@ pub fn passed() -> anyhow::Result<Passed> {
 fn take_passed() -> std::io::Result<Passed> {
     let mut passed = listenfd::ListenFd::from_env();
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
-    let place = |wanted: &str| names.split(':').take(passed.len()).position(|name| name == wanted);
-    let (api, tcp) = match passed.len() {
-        1 if names.is_empty() || names == "unknown" => (Some(0), None),
-        _ => (place(NAME), place(TCP_NAME)),
+    let places = |wanted| {
+        let named = names.split(':').take(passed.len()).enumerate().filter(move |(_, name)| *name == wanted);
+        named.map(|(at, _)| at).collect::<Vec<usize>>()
     };
-    if passed.len() > 0 && api.is_none() && tcp.is_none() {
+    let (api, tcp) = match passed.len() {
+        1 if names.is_empty() || names == "unknown" => (Some(0), Vec::new()),
+        _ => (places(NAME).first().copied(), places(TCP_NAME)),
+    };
+    if passed.len() > 0 && api.is_none() && tcp.is_empty() {
         log::warn!(names, wanted = NAME; "none of the sockets that were passed is ours");
     }
     Ok(Passed {
         api: api.map(|at| passed.take_unix_listener(at)).transpose()?.flatten(),
-        tcp: tcp.map(|at| passed.take_tcp_listener(at)).transpose()?.flatten(),
+        tcp: tcp.into_iter().filter_map(|at| passed.take_tcp_listener(at).transpose()).collect::<Result<_, _>>()?,
     })
 }
 

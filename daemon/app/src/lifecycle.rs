@@ -8,7 +8,7 @@ use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
 use crate::reload::Reloader;
 use crate::state::{StateLock, may_mend_itself};
-use crate::tcp::TcpSocket;
+use crate::tcp::TcpSockets;
 use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
@@ -135,8 +135,9 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
-    let tcp = tcp.map(|TcpSocket { listener, keys }| {
-        Ok::<_, std::io::Error>(TcpDoor { listener: tokio::net::TcpListener::from_std(listener)?, keys })
+    let tcp = tcp.map(|TcpSockets { listeners, keys }| {
+        let listeners = listeners.into_iter().map(tokio::net::TcpListener::from_std);
+        Ok::<_, std::io::Error>(TcpDoor { listeners: listeners.collect::<Result<_, _>>()?, keys })
     });
     let tcp = tcp.transpose()?;
     let options = ServeOptions {

@@ -1,46 +1,53 @@
-//! Who may come in over TCP, and where? A loopback socket of our own or the service manager's, and a file of API keys.
+//! Who may come in over TCP, and where? Loopback sockets of our own or the service manager's, and a file of API keys.
 
 use crate::config::Tcp;
 use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
 use anyhow::{Context, bail};
 use sparsed_surface::ApiKeys;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 
 /// The credential's name.
 const CREDENTIAL: &str = "sparsed.api-keys";
 /// Most bytes of the keys' file.
 const KEYS_BYTES_MAX: u64 = 256 << 10;
 
-/// A socket, non-blocking, and who may come in.
+/// Sockets, non-blocking, and who may come in.
 #[derive(Debug)]
-pub struct TcpSocket {
-    /// It listens.
-    pub listener: TcpListener,
+pub struct TcpSockets {
+    /// They listen; at least one.
+    pub listeners: Vec<TcpListener>,
     /// The keys.
     pub keys: ApiKeys,
 }
 
-impl TcpSocket {
-    /// The service manager's socket, or the one that is configured; `None` where neither is.
+impl TcpSockets {
+    /// The service manager's sockets, or those that are configured; `None` where neither are.
     ///
     /// # Errors
     /// An address that is taken, or not of this box alone; keys that are missing, wrong, or may be read by others.
-    pub fn open(config: &Tcp, passed: Option<TcpListener>) -> anyhow::Result<Option<Self>> {
-        let listener = match (passed, config.listen) {
-            (Some(listener), _) => listener,
-            (None, Some(address)) => {
-                TcpListener::bind(address).with_context(|| format!("cannot listen on tcp.listen {address}"))?
-            }
-            (None, None) => return Ok(None),
+    pub fn open(config: &Tcp, passed: Vec<TcpListener>) -> anyhow::Result<Option<Self>> {
+        let bind = |address: &SocketAddr| {
+            TcpListener::bind(address).with_context(|| format!("cannot listen on tcp.listen {address}"))
         };
-        let address = listener.local_addr()?;
-        if !address.ip().is_loopback() {
-            bail!("the TCP socket {address} may be reached from other boxes; only loopback addresses are served");
+        let listeners = match &config.listen {
+            _ if !passed.is_empty() => passed,
+            Some(addresses) => addresses.all().iter().map(bind).collect::<anyhow::Result<_>>()?,
+            None => return Ok(None),
+        };
+        let mut addresses = Vec::new();
+        for listener in &listeners {
+            let address = listener.local_addr()?;
+            if !address.ip().is_loopback() {
+                bail!("the TCP socket {address} may be reached from other boxes; only loopback addresses are served");
+            }
+            listener.set_nonblocking(true)?;
+            addresses.push(address);
         }
-        listener.set_nonblocking(true)?;
         let keys = keys(config)?;
-        log::info!(tcp:% = address; "listening");
-        Ok(Some(Self { listener, keys }))
+        for address in addresses {
+            log::info!(tcp:% = address; "listening");
+        }
+        Ok(Some(Self { listeners, keys }))
     }
 }
 
@@ -63,22 +70,26 @@ pub(crate) fn keys(config: &Tcp) -> anyhow::Result<ApiKeys> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Addresses;
     use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_socket_needs_keys_that_only_the_daemon_may_read() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("keys");
-        let config = Tcp { listen: Some("127.0.0.1:0".parse().unwrap()), keys: Some(path.clone()) };
-        let error = |config: &Tcp| format!("{:#}", TcpSocket::open(config, None).unwrap_err());
+        let listen = Some(Addresses::One("127.0.0.1:0".parse().unwrap()));
+        let config = Tcp { listen, keys: Some(path.clone()) };
+        let error = |config: &Tcp| format!("{:#}", TcpSockets::open(config, Vec::new()).unwrap_err());
         assert!(error(&config).contains("No such file"), "{}", error(&config));
         std::fs::write(&path, "hall 0123456789abcdef\n").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(error(&config).contains("may be read by others"), "{}", error(&config));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert!(TcpSocket::open(&config, None).unwrap().is_some());
-        assert!(TcpSocket::open(&Tcp::default(), None).unwrap().is_none());
+        assert!(TcpSockets::open(&config, Vec::new()).unwrap().is_some());
+        assert!(TcpSockets::open(&Tcp::default(), Vec::new()).unwrap().is_none());
         let everywhere = TcpListener::bind("0.0.0.0:0").unwrap();
-        assert!(TcpSocket::open(&config, Some(everywhere)).unwrap_err().to_string().contains("other boxes"));
+        let here = TcpListener::bind("127.0.0.1:0").unwrap();
+        let refused = TcpSockets::open(&config, vec![here, everywhere]).unwrap_err();
+        assert!(refused.to_string().contains("other boxes"));
     }
 }

@@ -320,9 +320,11 @@ impl Scheduler {
         now: Duration,
     ) -> bool {
         let sequence = &mut self.running[index];
-        let is_first = sequence.first_token_after().is_none();
+        let before = sequence.last_token();
         let is_end = sequence.advance(logits, vocabulary, now);
-        if let Some(time) = sequence.first_token_after().filter(|_| is_first) {
+        if let Some(before) = before {
+            self.tally.between_tokens.add(now.saturating_sub(before).as_secs_f64());
+        } else if let Some(time) = sequence.first_token_after() {
             self.tally.first_token.add(time.as_secs_f64());
             let usage = sequence.usage();
             self.tally.prompt_tokens += u64::from(usage.prompt_tokens);
@@ -337,6 +339,7 @@ impl Scheduler {
         let n_decodes = count(self.scheduled.iter().filter(is_decode).count());
         let n_tokens: u32 = self.scheduled.iter().map(|&(_, n)| n).sum();
         self.pace.took(time, n_decodes, n_tokens - n_decodes);
+        self.tally.step_sequences += self.scheduled.len() as u64;
         self.throughput.took(time, n_tokens);
         self.shares.took(time, n_tokens);
     }

@@ -270,6 +270,11 @@ impl Sequence {
         self.times.first_token.map(|first| first.saturating_sub(self.times.submitted))
     }
 
+    /// When its last token came, if there is any.
+    pub(crate) fn last_token(&self) -> Option<Duration> {
+        self.times.first_token.map(|_| self.times.last_token)
+    }
+
     /// How the answer has ended, as long as the listener has not heard it.
     pub(crate) fn end(&self) -> Option<&Event> {
         self.outbox.back().filter(|event| matches!(event, Event::Finished(_) | Event::Failed(_)))

@@ -3,7 +3,7 @@
 //! Counting takes no memory: it happens at every step. A decision, which is rare, is a line of the log, a counter, and
 //! one of the last few that are shown.
 
-use crate::api::{FinishReason, Finished, Owner};
+use crate::api::{FinishReason, Finished, Owner, Usage};
 use crate::memory::{Pressure, Stage};
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -13,18 +13,21 @@ pub const BUCKETS_S: [f64; 20] = [
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0,
     640.0,
 ];
+/// The same of counts of tokens.
+pub const BUCKETS_TOKENS: [f64; BUCKETS_S.len()] =
+    [1.0, 2.0, 5.0, 1e1, 2e1, 5e1, 1e2, 2e2, 5e2, 1e3, 2e3, 5e3, 1e4, 2e4, 5e4, 1e5, 2e5, 5e5, 1e6, 2e6];
 /// Refusals of a kind are told once in so long a time: who floods the daemon does not flood the log as well.
 const REFUSALS_APART: Duration = Duration::from_secs(1);
 /// Decisions that are remembered.
 const RECENT_MAX: usize = 16;
 
-/// A distribution of times.
+/// A distribution of times, or of counts of tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Histogram {
-    /// Per entry of [`BUCKETS_S`], how many were within it and above the one before; the last: above all.
+    /// Per entry of [`BUCKETS_S`] or [`BUCKETS_TOKENS`], how many were within it and above the one before; the last: above all.
     pub counts: [u64; BUCKETS_S.len() + 1],
-    /// Sum in seconds.
-    pub sum_s: f64,
+    /// Sum in seconds or tokens.
+    pub sum: f64,
 }
 
 impl Histogram {
@@ -33,10 +36,19 @@ impl Histogram {
         self.counts.iter().sum()
     }
 
-    /// Counts one.
+    /// Counts a time.
     pub fn add(&mut self, time_s: f64) {
-        self.counts[BUCKETS_S.partition_point(|&end| end < time_s)] += 1;
-        self.sum_s += time_s;
+        self.put(&BUCKETS_S, time_s);
+    }
+
+    /// Counts so many tokens.
+    pub fn add_tokens(&mut self, n: u32) {
+        self.put(&BUCKETS_TOKENS, n.into());
+    }
+
+    fn put(&mut self, ends: &[f64; BUCKETS_S.len()], value: f64) {
+        self.counts[ends.partition_point(|&end| end < value)] += 1;
+        self.sum += value;
     }
 }
 
@@ -73,8 +85,20 @@ pub struct Tally {
     pub decode: Histogram,
     /// Of an answer, the mean time between two tokens.
     pub per_token: Histogram,
+    /// Between two tokens of an answer, each time.
+    pub between_tokens: Histogram,
+    /// Of an answer that is complete, from the engine taking it up to the last token.
+    pub inference: Histogram,
     /// From a request's arrival to its end.
     pub whole: Histogram,
+    /// Tokens of the prompt of an answer that is complete.
+    pub prompt_length: Histogram,
+    /// Tokens of the answer.
+    pub answer_length: Histogram,
+    /// Most tokens that a prompt and its answer had together.
+    pub longest_tokens: u32,
+    /// Sequences of all steps together.
+    pub step_sequences: u64,
 }
 
 impl Tally {
@@ -87,10 +111,15 @@ impl Tally {
             FinishReason::ToolCalls => 2,
         };
         self.finished[index] += 1;
+        let Usage { prompt_tokens, completion_tokens, .. } = finished.usage;
+        self.prompt_length.add_tokens(prompt_tokens);
+        self.answer_length.add_tokens(completion_tokens);
+        self.longest_tokens = self.longest_tokens.max(prompt_tokens.saturating_add(completion_tokens));
+        self.inference.add((timings.prompt_ms + timings.predicted_ms) / 1e3);
         self.whole.add((timings.queue_ms + timings.prompt_ms + timings.predicted_ms) / 1e3);
         self.prefill.add(timings.prompt_ms / 1e3);
         self.decode.add(timings.predicted_ms / 1e3);
-        let n_gaps = finished.usage.completion_tokens.saturating_sub(1);
+        let n_gaps = completion_tokens.saturating_sub(1);
         if n_gaps > 0 {
             self.per_token.add(timings.predicted_ms / 1e3 / f64::from(n_gaps));
         }
@@ -256,7 +285,17 @@ mod tests {
         let mut histogram = Histogram::default();
         [0.0, 0.001, 0.0011, 641.0].iter().for_each(|&time| histogram.add(time));
         assert_eq!((histogram.counts[0], histogram.counts[1], histogram.counts[20], histogram.count()), (2, 1, 1, 4));
-        assert!((histogram.sum_s - 641.0021).abs() < 1e-9);
+        assert!((histogram.sum - 641.0021).abs() < 1e-9);
+    }
+
+    #[test]
+    fn ends_of_buckets_go_up() {
+        for ends in [BUCKETS_S, BUCKETS_TOKENS] {
+            assert!(ends.is_sorted_by(|low, high| low < high), "{ends:?}");
+        }
+        let mut lengths = Histogram::default();
+        [1, 2, 3, u32::MAX].iter().for_each(|&n| lengths.add_tokens(n));
+        assert_eq!((lengths.counts[..3].to_vec(), lengths.counts[20]), (vec![1, 1, 1], 1));
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod http;
 mod latency;
 mod mqtt;
 mod refusal;
+mod shares;
 mod strangers;
 mod tcp;
 mod unix;

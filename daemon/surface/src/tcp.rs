@@ -15,7 +15,10 @@ use axum::response::{IntoResponse, Response};
 use sparsed_engine::api::Owner;
 use sparsed_engine::{Admission, Tenants};
 use std::fmt;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::task::{Context, Poll};
 use std::time::Duration;
 use subtle::ConstantTimeEq;
 use tokio::net::{TcpListener, TcpStream};
@@ -99,11 +102,11 @@ impl ApiKeys {
     }
 }
 
-/// A socket on a loopback address.
+/// Sockets on loopback addresses.
 #[derive(Debug)]
 pub struct TcpDoor {
-    /// Non-blocking.
-    pub listener: TcpListener,
+    /// Non-blocking; at least one.
+    pub listeners: Vec<TcpListener>,
     /// Who may come in.
     pub keys: ApiKeys,
 }
@@ -112,6 +115,8 @@ pub struct TcpDoor {
 #[derive(Debug)]
 pub(crate) struct CountedDoor {
     door: TcpDoor,
+    /// Which address is looked at first.
+    turn: AtomicUsize,
     counts: Arc<Counts>,
     strangers: Strangers,
 }
@@ -149,7 +154,20 @@ impl CountedDoor {
     pub(crate) fn new(door: TcpDoor, most: usize, per_user: u32) -> Self {
         let (places, connections) = (Arc::new(Semaphore::new(most)), Arc::new(Tenants::new(per_user)));
         let counts = Arc::new(Counts { places, connections, per_user });
-        Self { door, counts, strangers: Strangers::new(STRANGERS_MAX, KEY_TIMEOUT) }
+        Self { door, turn: AtomicUsize::new(0), counts, strangers: Strangers::new(STRANGERS_MAX, KEY_TIMEOUT) }
+    }
+
+    /// The next connection to any of the addresses, which have turns: nobody who is busy at one of them keeps clients
+    /// of the others waiting.
+    fn poll_accept(&self, context: &mut Context<'_>) -> Poll<std::io::Result<TcpStream>> {
+        let listeners = &self.door.listeners;
+        let first = self.turn.fetch_add(1, Ordering::Relaxed) % listeners.len().max(1);
+        for listener in listeners.iter().cycle().skip(first).take(listeners.len()) {
+            if let Poll::Ready(accepted) = listener.poll_accept(context) {
+                return Poll::Ready(accepted.map(|(stream, _)| stream));
+            }
+        }
+        Poll::Pending
     }
 }
 
@@ -177,7 +195,7 @@ impl Listener for CountedDoor {
     const COUNTS_ALL: bool = false;
 
     async fn accept(&self) -> std::io::Result<TcpStream> {
-        let (stream, _) = self.door.listener.accept().await?;
+        let stream = poll_fn(|context| self.poll_accept(context)).await?;
         // Tokens are small and wanted at once.
         stream.set_nodelay(true)?;
         Ok(stream)

@@ -4,7 +4,7 @@ use crate::logprobs::Logprobs;
 use crate::trouble::{Trouble, clean};
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::api::{Event, FinishReason, Usage};
+use sparsed_engine::api::{Event, FinishReason, Progress, Timings, Usage};
 
 /// Most functions that an answer may call.
 const CALLS_MAX: usize = 128;
@@ -18,6 +18,8 @@ pub(crate) struct Answer {
     logprobs: Option<u32>,
     /// Calls after the first are not told: some engines make them whatever they are told.
     one_call: bool,
+    /// How far the request is is told where the engine says it.
+    progress: bool,
     /// Our own key, which no message repeats.
     key: Option<String>,
     calls: Vec<Call>,
@@ -43,6 +45,10 @@ struct Call {
 struct Chunk {
     choices: Option<Vec<Choice>>,
     usage: Option<Counts>,
+    /// llama.cpp's and ours. Looked into where somebody wants to hear of it, so that what another engine means by it
+    /// spoils no answer.
+    prompt_progress: Option<Value>,
+    timings: Option<Value>,
     error: Option<Value>,
     /// `error` where the whole event is one, as older vLLM and what is in front of some engines have it.
     object: Option<String>,
@@ -102,7 +108,12 @@ struct AnswerDetails {
 impl Answer {
     pub(crate) fn new(logprobs: Option<u32>, one_call: bool, key: Option<&str>) -> Self {
         let (calls, usage, key) = (Vec::new(), Usage::default(), key.map(str::to_owned));
-        Self { logprobs, one_call, key, calls, n_told: 0, reason: None, usage, is_over: false }
+        Self { logprobs, one_call, progress: false, key, calls, n_told: 0, reason: None, usage, is_over: false }
+    }
+
+    /// The same, which tells how far the request is if that is wanted; times are for who knows a clock.
+    pub(crate) fn telling_progress(self, progress: bool) -> Self {
+        Self { progress, ..self }
     }
 
     /// Takes the data of an event in; what it says goes to `tell`.
@@ -118,16 +129,20 @@ impl Answer {
             self.is_over = true;
             return Ok(());
         }
-        let chunk: Chunk = serde_json::from_slice(data)
+        let mut chunk: Chunk = serde_json::from_slice(data)
             .map_err(|error| Trouble::Broken(format!("it sent an event that is no chunk of an answer: {error}")))?;
         let whole = || serde_json::from_slice::<Value>(data).unwrap_or_default();
         let is_error = chunk.object.as_deref() == Some("error");
-        let error = chunk.error.filter(|error| !error.is_null()).or_else(|| is_error.then(whole));
+        let error = chunk.error.take().filter(|error| !error.is_null()).or_else(|| is_error.then(whole));
         if let Some(error) = error {
             return Err(Trouble::of_error(None, None, &error, self.key.as_deref()));
         }
-        if let Some(counts) = chunk.usage {
-            self.usage = counts.usage();
+        let usage = chunk.usage.take().map(Counts::usage);
+        if self.progress {
+            chunk.progress(usage).into_iter().for_each(|progress| tell(Event::Progress(progress)));
+        }
+        if let Some(usage) = usage {
+            self.usage = usage;
         }
         for choice in chunk.choices.into_iter().flatten().filter(|choice| choice.index == 0) {
             self.hear(choice, &mut tell)?;
@@ -257,6 +272,29 @@ impl Answer {
     }
 }
 
+impl Chunk {
+    /// How far the request is, if this piece says it; `usage` is its counts in OpenAI's form.
+    fn progress(&self, usage: Option<Usage>) -> Option<Progress> {
+        let count = |value: &Value, name: &str| value[name].as_u64().and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+        let told = |read_tokens: u32, usage: Usage| Some(Progress { read_tokens, usage, timings: Timings::default() });
+        if let Some(prompt) = self.prompt_progress.as_ref().filter(|prompt| prompt.is_object()) {
+            let prompt_tokens = count(prompt, "total");
+            let cached_tokens = count(prompt, "cache").min(prompt_tokens);
+            let usage = Usage { prompt_tokens, cached_tokens, ..Usage::default() };
+            return told(count(prompt, "processed").min(prompt_tokens), usage);
+        }
+        if let Some(timings) = self.timings.as_ref().filter(|timings| timings.is_object()) {
+            let cached_tokens = count(timings, "cache_n");
+            let prompt_tokens = count(timings, "prompt_n").saturating_add(cached_tokens);
+            let completion_tokens = count(timings, "predicted_n");
+            return told(prompt_tokens, Usage { prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens: 0 });
+        }
+        // The counts after the last piece are not of one that is under way.
+        let has_choice = self.choices.as_ref().is_some_and(|choices| !choices.is_empty());
+        usage.filter(|_| has_choice).and_then(|usage| told(usage.prompt_tokens, usage))
+    }
+}
+
 impl Call {
     /// The other engine's name of the call, or one of ours where that is nothing to be sent on.
     fn told_id(&mut self) -> String {
@@ -379,6 +417,39 @@ mod tests {
         assert!(matches!(end, Err(Trouble::Broken(said)) if said.contains("128 functions")));
     }
 
+    /// As vLLM 0.32 sent them, asked to count as it goes.
+    #[test]
+    fn a_stream_that_vllm_sent_is_understood() {
+        let counts = |n: u32| {
+            format!(r#""usage": {{"prompt_tokens": 37, "total_tokens": {}, "completion_tokens": {n}}}"#, 37 + n)
+        };
+        let piece = |delta: &str, reason: &str, n: u32| {
+            let choice = format!(r#"{{"index": 0, "delta": {delta}, "logprobs": null, "finish_reason": {reason}}}"#);
+            let more = r#""prompt_token_ids": null, "prompt_text": null"#;
+            format!(r#"{{"id": "chatcmpl-1", "model": "smol", "choices": [{choice}], {}, {more}}}"#, counts(n))
+        };
+        let chunks = [
+            piece(r#"{"role": "assistant", "content": ""}"#, "null", 0),
+            piece(r#"{"content": "Paris"}"#, "null", 1),
+            piece(r#"{"content": ""}"#, r#""stop""#, 2),
+            format!(r#"{{"id": "chatcmpl-1", "choices": [], {}}}"#, counts(2)),
+            "[DONE]".to_owned(),
+        ];
+        let (mut answer, mut events) = (Answer::new(None, false, None).telling_progress(true), Vec::new());
+        for chunk in &chunks {
+            answer.read(chunk.as_bytes(), |event| events.push(event)).unwrap();
+        }
+        let told = |event: &Event| match event {
+            Event::Progress(progress) => Some((progress.read_tokens, progress.usage.completion_tokens)),
+            _ => None,
+        };
+        assert_eq!(events.iter().filter_map(told).collect::<Vec<_>>(), [(37, 0), (37, 1), (37, 2)]);
+        assert_eq!(events.iter().filter(|event| told(event).is_none()).collect::<Vec<_>>(), [&delta("Paris")]);
+        assert!(answer.is_over());
+        let usage = Usage { prompt_tokens: 37, completion_tokens: 2, ..Usage::default() };
+        assert_eq!(answer.end(), Ok((FinishReason::Stop, usage)));
+    }
+
     /// As the sources of vLLM and SGLang write them, without names and dates: counts beside every piece, ids once,
     /// members that are null, matched stops.
     #[test]
@@ -425,6 +496,32 @@ mod tests {
         assert_eq!((events, end), (vec![delta("Hi")], Ok((FinishReason::Stop, usage))));
     }
 
+    /// As llama-server, sparsed, vLLM and SGLang count, and as nobody should.
+    #[test]
+    fn how_far_a_request_is_is_told_as_far_as_the_engine_says_it() {
+        let counted = |chunk: &str| {
+            let (mut answer, mut told) = (Answer::new(None, false, None).telling_progress(true), Vec::new());
+            answer.read(chunk.as_bytes(), |event| told.push(event)).unwrap();
+            let Some(Event::Progress(Progress { read_tokens, usage, .. })) = told.first() else { return None };
+            Some((*read_tokens, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens))
+        };
+        let piece = |more: &str| format!(r#"{{"choices": [{{"index": 0, "delta": {{"content": "a"}}}}], {more}}}"#);
+        let read =
+            r#""prompt_progress": {"total": 9, "cache": 2, "processed": 6, "time_ms": 3}, "timings": {"prompt_n": 4}"#;
+        assert_eq!(counted(&piece(read)), Some((6, 9, 2, 0)));
+        let timed = r#""timings": {"cache_n": 2, "prompt_n": 7, "prompt_ms": 1.5, "predicted_n": 3}"#;
+        assert_eq!(counted(&piece(timed)), Some((9, 9, 2, 3)));
+        let usage = r#""usage": {"prompt_tokens": 9, "total_tokens": 12, "completion_tokens": 3}"#;
+        assert_eq!(counted(&piece(usage)), Some((9, 9, 0, 3)));
+        assert_eq!(counted(&format!(r#"{{"choices": [], {usage}}}"#)), None, "the answer is over");
+        for odd in [r#""timings": [], "prompt_progress": 1"#, r#""timings": null"#] {
+            assert_eq!(counted(&piece(odd)), None, "{odd}");
+        }
+        assert_eq!(counted(&piece(r#""timings": {"prompt_n": -1, "cache_n": 1e99}"#)), Some((0, 0, 0, 0)));
+        let (events, _) = heard(&[&piece(read)]);
+        assert_eq!(events, [delta("a")], "nobody asked");
+    }
+
     #[test]
     fn of_several_calls_the_first_is_told_where_one_is_wanted() {
         let piece = |n: u32| {
@@ -462,6 +559,8 @@ mod tests {
             r#"{"error": {"message": "out of memory", "code": 500}}"#,
             r#"{"object": "error", "message": "out of memory", "type": "InternalServerError", "code": 500}"#,
             r#"{"error": "out of memory"}"#,
+            // SGLang's aborts.
+            r#"{"error": {"object": "error", "message": "out of memory", "type": "INTERNAL_SERVER_ERROR", "param": null, "code": 500}}"#,
         ] {
             let end = heard(&[r#"{"choices": [{"delta": {"content": "a"}, "finish_reason": ""}]}"#, error]).1;
             assert_eq!(end, Err(Trouble::Failed("status 500: out of memory".to_owned())), "{error}");

@@ -13,6 +13,16 @@ pub(crate) enum Dialect {
     OpenAi,
 }
 
+/// What an engine can tell of a request that is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Counting {
+    /// How far the prompt is read, and the tokens of the answer: `return_progress`, `timings_per_token`.
+    OfPromptToo,
+    /// The tokens with each piece: `stream_options.continuous_usage_stats`.
+    OfTokens,
+    None,
+}
+
 impl Dialect {
     /// By `owned_by` of a model in the engine's list.
     pub(crate) fn of(owned_by: &str) -> Self {
@@ -57,6 +67,15 @@ impl Dialect {
             Self::Vllm | Self::Sparsed => Some(priority),
             Self::SgLang => Some(-priority),
             Self::LlamaCpp | Self::OpenAi => None,
+        }
+    }
+
+    /// How it is asked to count while it answers.
+    pub(crate) fn counting(self) -> Counting {
+        match self {
+            Self::LlamaCpp | Self::Sparsed => Counting::OfPromptToo,
+            Self::Vllm | Self::SgLang => Counting::OfTokens,
+            Self::OpenAi => Counting::None,
         }
     }
 

@@ -2,7 +2,7 @@
 //! that it knows beyond OpenAI's.
 
 use crate::described::Described;
-use crate::dialect::Dialect;
+use crate::dialect::{Counting, Dialect};
 use serde_json::{Map, Value, json};
 use sparsed_engine::api::{Calling, Failure, Relay, RelayPrompt};
 use sparsed_engine::{ChatRequest, GrammarSpec, Sampling};
@@ -28,7 +28,17 @@ impl Body {
         let mut set = |name: &str, value: Value| drop(json.insert(name.to_owned(), value));
         set("model", json!(there.model));
         set("stream", json!(true));
-        set("stream_options", json!({ "include_usage": true }));
+        let counting = if relay.wishes.progress { there.dialect.counting() } else { Counting::None };
+        let mut options = json!({ "include_usage": true });
+        match counting {
+            Counting::OfPromptToo => {
+                set("return_progress", json!(true));
+                set("timings_per_token", json!(true));
+            }
+            Counting::OfTokens => options["continuous_usage_stats"] = json!(true),
+            Counting::None => {}
+        }
+        set("stream_options", options);
         let endpoint = match &relay.prompt {
             RelayPrompt::Chat { chat, calling } => {
                 chat_fields(chat, (calling, relay.wishes.one_call), there.dialect, &mut set)?;
@@ -267,6 +277,21 @@ mod tests {
         assert_eq!((told(Dialect::LlamaCpp), told(Dialect::OpenAi)), (None, None));
         let untold = Body::of(&relay, &there(Dialect::Vllm), false).unwrap().json;
         assert!(untold.get("priority").is_none());
+    }
+
+    #[test]
+    fn an_engine_is_asked_to_count_as_it_can_and_only_where_somebody_wants_to_hear_it() {
+        let mut relay = chat();
+        assert!(body(&relay, Dialect::Sparsed).get("return_progress").is_none());
+        relay.wishes.progress = true;
+        for dialect in [Dialect::Sparsed, Dialect::LlamaCpp] {
+            let body = body(&relay, dialect);
+            assert_eq!((&body["return_progress"], &body["timings_per_token"]), (&json!(true), &json!(true)));
+        }
+        for dialect in [Dialect::Vllm, Dialect::SgLang] {
+            assert_eq!(body(&relay, dialect)["stream_options"]["continuous_usage_stats"], true);
+        }
+        assert_eq!(body(&relay, Dialect::OpenAi)["stream_options"], json!({ "include_usage": true }));
     }
 
     #[test]

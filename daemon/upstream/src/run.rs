@@ -122,8 +122,9 @@ impl Run<'_> {
         self.inner.up(there);
         self.ear.queued(0).await?;
         let key = options.key.as_ref().map(|key| key.as_str());
-        let (mut events, mut answer) =
-            (Events::default(), Answer::new(self.relay.logprobs, self.relay.wishes.one_call, key));
+        let (mut events, wishes) = (Events::default(), &self.relay.wishes);
+        let answer = Answer::new(self.relay.logprobs, wishes.one_call, key);
+        let mut answer = answer.telling_progress(wishes.progress);
         let mut last = Instant::now();
         while !answer.is_over() {
             let Some(bytes) = self.meanwhile(exchange.next(), limit.clone()).await?? else { break };
@@ -133,12 +134,15 @@ impl Run<'_> {
                 n_events += 1;
                 answer.read(data, |event| heard.push(event))
             });
-            // Comments, which keep proxies awake, are no sign of life; nor is an opening without text.
-            if !heard.is_empty() {
+            // Comments, which keep proxies awake, are no sign of life; nor is an opening without text, or a count.
+            if heard.iter().any(|event| !matches!(event, Event::Progress(_))) {
                 last = Instant::now();
                 self.first.get_or_insert(last);
             }
-            for event in heard {
+            for mut event in heard {
+                if let Event::Progress(progress) = &mut event {
+                    progress.timings = self.timings(if self.first.is_some() { last } else { Instant::now() });
+                }
                 self.ear.tell(event).await?;
             }
             read?;

@@ -34,7 +34,7 @@ impl Trouble {
     /// What an answer with another status than 200 says.
     pub(crate) fn of_status(status: u16, retry_after_s: Option<u32>, body: &[u8], key: Option<&str>) -> Self {
         let json: Value = serde_json::from_slice(body).unwrap_or_default();
-        // vLLM's older answers are the error itself.
+        // SGLang's answers, and vLLM's older ones, are the error itself.
         let error = json.get("error").filter(|error| !error.is_null()).unwrap_or(&json);
         Self::of_error(Some(status), retry_after_s, error, key)
     }
@@ -128,9 +128,16 @@ mod tests {
         let llama =
             r#"{"error": {"code": 400, "message": "the request exceeds", "type": "exceed_context_size_error"}}"#;
         let openai = r#"{"error": {"message": "long", "code": "context_length_exceeded", "param": "messages"}}"#;
-        for body in [vllm, llama, openai] {
+        // As vLLM 0.32 answered, and as SGLang 0.5.23 has it in its sources.
+        let vllm_now = r#"{"error": {"message": "This model's maximum context length is 1024 tokens. However, your prompt contains at least 1025 input tokens", "type": "BadRequestError", "param": "input_tokens", "code": 400}}"#;
+        let sglang = r#"{"object": "error", "message": "The input (1025 tokens) is longer than the model's context length (1024 tokens).", "type": "BadRequestError", "param": null, "code": 400}"#;
+        for body in [vllm, vllm_now, sglang, llama, openai] {
             assert!(matches!(failure(400, body), Failure::UpstreamContextTooLong { .. }), "{body}");
         }
+        let long = r#"{"error": {"message": "max_tokens=5000 cannot be greater than max_model_len=1024", "type": "BadRequestError", "param": "max_tokens", "code": 400}}"#;
+        assert!(
+            matches!(failure(400, long), Failure::UpstreamRefused { param: Some(param), .. } if param == "max_tokens")
+        );
         let param = r#"{"error": {"message": "must be positive", "param": "top_k"}}"#;
         let expected = Failure::UpstreamRefused {
             name: "big".to_owned(),

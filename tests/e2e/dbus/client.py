@@ -202,6 +202,9 @@ def interface(address, folder):
     assert client.get(ROOT, MANAGER, "State") == "ready" and client.get(ROOT, MANAGER, "Models") == ["default"]
     status = json.loads(client.manager("GetStatus")[0])
     assert status["models"][0]["state"] == "ready", status
+    assert client.get(ROOT, MANAGER, "ModelStates") == {"default": "ready"}
+    device = {name: client.get(ROOT, MANAGER, f"Device{name}") for name in ("", "State", "Fault", "Faults")}
+    assert device == {"": status["device"]["name"], "State": "ready", "Fault": "", "Faults": 0}, device
     memory = status["memory"]
     assert client.get(ROOT, MANAGER, "MemoryLimit") == min(memory["limits"].values()) > 0, memory
     assert client.get(ROOT, MANAGER, "MemoryLimitedBy") == memory["binds"], memory
@@ -221,6 +224,10 @@ def leases(address):
 
     refused(ERROR + "ModelNotFound", client.manager, "Lease", "s", "none")
     until("unloaded", lambda: model()["state"] == "unloaded")
+    # The reply does not wait for the model, so what is wrong with the request comes through the pipe.
+    line, = client.lines(chat(grammar="nonsense"))
+    assert line["error"]["param"] == "grammar", line
+    until("unloaded", lambda: model()["state"] == "unloaded")
     before = model()["keeping"]
     first, second = (client.manager("Lease", "s", "default")[0].to_raw_fd() for _ in range(2))
     until("loaded", lambda: model()["state"] == "ready" and model()["keeping"]["leases"] == 2)
@@ -235,6 +242,16 @@ def leases(address):
     until("unloaded", lambda: model()["state"] == "unloaded")
     after = model()["keeping"]
     assert after["unloads"]["idle"] == before["unloads"]["idle"] + 1 and after["loads"] == before["loads"] + 1, after
+    refused(ERROR + "ModelNotFound", client.manager, "KeepModel", "sx", "none", 1)
+    lease = client.manager("Lease", "s", "default")[0].to_raw_fd()
+    until("loaded", lambda: client.get(ROOT, MANAGER, "ModelStates") == {"default": "ready"})
+    client.manager("KeepModel", "sx", "default", 600)
+    os.close(lease)
+    until("no lease", lambda: model()["keeping"]["leases"] == 0)
+    client.lines(chat(max_tokens=2))
+    assert client.get(ROOT, MANAGER, "ModelStates") == {"default": "ready"}
+    client.manager("KeepModel", "sx", "default", 0)
+    until("unloaded", lambda: client.get(ROOT, MANAGER, "ModelStates") == {"default": "unloaded"})
     held = [client.manager("Lease", "s", "default")[0].to_raw_fd() for _ in range(32)]
     refused(ERROR + "TooManyLeases", client.manager, "Lease", "s", "default")
     for fd in held:
@@ -390,6 +407,19 @@ def goes_on(address, path, begun):
     text = "".join(line["choices"][0]["delta"].get("content", "") for line in lines)
     assert text.startswith("".join(json.loads(begun))) and "timings" in lines[-1], lines[-1]
     assert client.get(path, SESSION, "State") == "idle"
+
+
+def asks_on(address, path, begun):
+    """After the restart: a new turn is replied to at once, though the answer that was cut is finished before it."""
+    client = Client(address)
+    session = client.get(path, SESSION, "Id")
+    # What is wrong with it is found behind that answer, so it comes through the pipe and is no error of the call.
+    line, = client.lines({**chat(grammar="nonsense"), "session_id": session})
+    assert line["error"]["param"] == "grammar", line
+    assert client.get(path, SESSION, "State") == "idle"
+    assert client.lines({**chat(max_tokens=3), "session_id": session})[0]["choices"][0]["message"]["content"]
+    said = json.loads(client.session(path, "GetMessages")[0])
+    assert len(said) == 4 and said[1]["content"].startswith("".join(json.loads(begun))), said
 
 
 def others(address, uid):

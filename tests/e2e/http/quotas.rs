@@ -48,6 +48,21 @@ fn requests_under_way_are_counted_until_their_end_and_for_each_owner_alone() {
 }
 
 #[test]
+fn a_response_in_the_background_counts_until_it_is_over() {
+    let (daemon, port, _dir) = tcp::start_with(&["limits.per_user_requests=2", "model.default.max_context=4096"]);
+    let begun = || {
+        let body = json!({ "input": "x", "max_output_tokens": 3000, "background": true, "ignore_eos": true });
+        daemon.post("/v1/responses", &body)
+    };
+    let ids = [begun(), begun()].map(|answer| answer.json()["id"].as_str().unwrap().to_owned());
+    assert_eq!(refused(&begun()), (429, json!("too_many_requests"), true));
+    assert_eq!(of_another_owner(port), 200);
+    // Who has all of them under way may still end one.
+    assert_eq!(daemon.post(&format!("/v1/responses/{}/cancel", ids[0]), &json!({})).status, 200);
+    daemon.wait_until("one is over", || short(&daemon, "x").status == 200);
+}
+
+#[test]
 fn tokens_that_wait_are_counted_for_each_owner_alone() {
     let sets = ["limits.per_user_queued_tokens=100", "limits.max_running=2", "limits.per_user_running=1"];
     let (daemon, port, _dir) = tcp::start_with(&sets);

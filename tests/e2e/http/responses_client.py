@@ -60,6 +60,13 @@ def everything():
     ]
     alone = client.responses.create(**{**short, "input": kept})
     assert second.output_text == alone.output_text, (second, alone)
+    # One that is stored tells times while it is answered, and its numbers stay those that the journal gives again.
+    told = {**short["extra_body"], "timings_per_token": True, "return_progress": True}
+    live = list(client.responses.create(**{**short, "extra_body": told}, stream=True, store=True))
+    again = list(client.responses.retrieve(live[-1].response.id, stream=True))
+    assert any(hasattr(event, "timings") for event in live if event.type == "response.output_text.delta"), live
+    assert not any(hasattr(event, "prompt_progress") for event in live), live
+    assert live[-1].sequence_number == again[-1].sequence_number and text_of(again) == text_of(live), (live, again)
     # Another one that goes on from the first leaves the second as it is.
     other = client.responses.create(**{**short, "input": "Why?"}, previous_response_id=first.id)
     assert client.responses.retrieve(second.id).output_text == second.output_text

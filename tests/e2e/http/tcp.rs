@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use sparsed_tests::daemon::{Answer, Daemon};
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 
 const HALL: &str = "hall-key-0123456789";
@@ -23,10 +23,14 @@ pub(super) fn start_with(more: &[&str]) -> (Daemon, u16, tempfile::TempDir) {
     let sets = ["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", keys.display())];
     let sets: Vec<&str> = sets.iter().map(String::as_str).chain(more.iter().copied()).collect();
     let daemon = Daemon::start(&model, &sets);
-    let log = daemon.log();
-    let port = log.split("tcp=127.0.0.1:").nth(1).expect("the log names the port");
-    let port = port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap();
+    let port = port_of(&daemon.log(), "127.0.0.1");
     (daemon, port, dir)
+}
+
+/// Where it listens at this address.
+fn port_of(log: &str, address: &str) -> u16 {
+    let port = log.split(&format!("tcp={address}:")).nth(1).expect("the log names the port");
+    port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 
 /// The key of one who may come in.
@@ -74,6 +78,33 @@ fn only_who_has_a_key_is_served_and_sees_what_is_his() {
     assert_eq!(ask(port, "GET", &path, &with_key(HALL), None).status, 200);
     assert_eq!(ask(port, "GET", &path, &with_key(BATH), None).status, 404);
     assert_eq!(daemon.get(&path).status, 404);
+}
+
+#[test]
+fn each_address_of_a_list_is_a_door_to_the_same_places() {
+    if TcpListener::bind("[::1]:0").is_err() {
+        println!("not tried: this machine has no IPv6");
+        return;
+    }
+    let both = r#"tcp.listen=["127.0.0.1:0", "[::1]:0"]"#;
+    let (daemon, first, _dir) = start_with(&[both, "limits.per_user_connections=2"]);
+    let second = port_of(&daemon.log(), "[::1]");
+    let open = |address: (&str, u16)| {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(format!("GET /health HTTP/1.1\r\n{}\r\n", with_key(HALL)).as_bytes()).unwrap();
+        let mut start = [0; 12];
+        stream.read_exact(&mut start).unwrap();
+        (stream, String::from_utf8(start.to_vec()).unwrap())
+    };
+    let kept = [open(("127.0.0.1", first)), open(("::1", second))];
+    assert!(kept.iter().all(|(_, start)| start == "HTTP/1.1 200"));
+    // They count together, wherever the third one comes in.
+    assert_eq!([open(("127.0.0.1", first)).1, open(("::1", second)).1], ["HTTP/1.1 429", "HTTP/1.1 429"]);
+    let mut stranger = TcpStream::connect(("::1", second)).unwrap();
+    stranger.write_all(b"GET /health HTTP/1.1\r\nhost: [::1]\r\n\r\n").unwrap();
+    let mut start = [0; 12];
+    stranger.read_exact(&mut start).unwrap();
+    assert_eq!(&start, b"HTTP/1.1 401");
 }
 
 #[test]

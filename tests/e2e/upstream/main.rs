@@ -101,6 +101,29 @@ fn another_sparsed_gives_the_same_answers_through_each_interface() {
 }
 
 #[test]
+fn how_far_a_request_is_elsewhere_is_told_here() {
+    let dir = tempfile::tempdir().unwrap();
+    let (there, here) = two_daemons(dir.path());
+    // Two texts of the same length, so that neither finds the other's prompt.
+    let asked = |daemon: &Daemon, model: &str, text: &str| {
+        let wishes = json!({ "model": model, "stream": true, "return_progress": true, "timings_per_token": true });
+        let all = wishes.as_object().unwrap().iter();
+        let body = all.fold(chat(&text.repeat(100)), |body, (name, value)| with(body, name, value.clone()));
+        let chunks = chunks(&daemon.post("/v1/chat/completions", &body));
+        let read = |chunk: &Value| {
+            let told = &chunk["prompt_progress"];
+            told.is_object().then(|| ["total", "cache", "processed"].map(|name| told[name].as_u64().unwrap()))
+        };
+        let predicted = |chunk: &Value| chunk["timings"]["predicted_n"].as_u64();
+        let read: Vec<[u64; 3]> = chunks.iter().filter_map(read).collect();
+        (read, chunks.iter().filter_map(predicted).collect::<Vec<u64>>())
+    };
+    let (far, near) = (asked(&there, "default", "a"), asked(&here, "big", "b"));
+    assert!(far.0.len() > 1 && far.1.len() > far.0.len(), "{far:?}");
+    assert_eq!(near, far);
+}
+
+#[test]
 fn a_model_of_another_engine_is_labelled_and_what_needs_its_tokens_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (mut there, here) = two_daemons(dir.path());

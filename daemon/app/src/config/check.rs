@@ -252,7 +252,7 @@ fn line(text: &str, offset: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Bytes, IndexDtype, KvDtype, Model, Relay};
+    use crate::config::{Addresses, Bytes, IndexDtype, KvDtype, Model, Relay};
 
     /// The list above and the types cannot drift apart: a full configuration has exactly these keys.
     #[test]
@@ -269,7 +269,7 @@ mod tests {
             (name(), name(), name(), name());
         let files = [&mut config.mqtt.password_file, &mut config.mqtt.ca_file, &mut config.mqtt.cert_file];
         files.into_iter().chain([&mut config.mqtt.key_file]).for_each(|file| *file = Some("x".into()));
-        config.tcp.listen = Some("127.0.0.1:1".parse().unwrap());
+        config.tcp.listen = Some(Addresses::One("127.0.0.1:1".parse().unwrap()));
         config.tcp.keys = Some("x".into());
         (config.models.dir, config.models.ca_file) = (Some("x".into()), Some("x".into()));
         let keep_alive = Some(toml::Value::from("5m").try_into().unwrap());

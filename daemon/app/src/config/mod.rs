@@ -38,7 +38,7 @@ pub use relay::Relay;
 pub use sessions::{ContextFull, Durability, Sessions};
 pub use size::Bytes;
 pub use source::Source;
-pub use tcp::Tcp;
+pub use tcp::{Addresses, Tcp};
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -276,6 +276,10 @@ mod tests {
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
         assert!(load("", &["tcp.listen=0.0.0.0:80"]).unwrap_err().contains("of this box alone"));
         assert!(load("", &["tcp.listen=localhost"]).unwrap_err().contains("--set tcp.listen=localhost"));
+        let both = r#"tcp.listen=["127.0.0.1:80", "[::1]:80"]"#;
+        assert_eq!(load("", &[both]).unwrap().tcp.listen.unwrap().all().len(), 2);
+        assert!(load("", &[&both.replace("::1", "::")]).unwrap_err().contains("is [::]:80, must be an address"));
+        assert!(load("", &["tcp.listen=[]"]).unwrap_err().contains("has 0 addresses, must have 1 to 8"));
         assert!(load("", &["dbus.bus=sytem"]).unwrap_err().contains("dbus.bus is 'sytem', must be"));
         assert!(load("", &["limits.per_user_requests=0"]).unwrap_err().contains("must be 1 to 65536"));
         assert!(load("", &["state_dir="]).unwrap_err().contains("is empty"));

@@ -140,6 +140,18 @@ impl ChatAsk {
         self.fields.session_id.is_some()
     }
 
+    /// Whether [`Self::prepare`] may take longer than somebody waits who hears nothing: the model is to be loaded, or an
+    /// answer of its session that was cut is to be finished.
+    pub(crate) async fn waits(&self, service: &Service, owner: Owner) -> bool {
+        match &self.fields.session_id {
+            Some(session) => {
+                sessions::is_cut(service, owner, session).await
+                    || sessions::model_is_absent(service, owner, session).await
+            }
+            None => models::is_absent(service, self.fields.model.as_deref().unwrap_or(DEFAULT_MODEL)),
+        }
+    }
+
     /// Makes a prompt of it, on a thread that may compute, and lets go of `held` then.
     ///
     /// # Errors

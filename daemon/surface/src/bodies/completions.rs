@@ -68,6 +68,11 @@ impl CompletionAsk {
         Ok(Self { fields, wishes, n, logprobs, is_seeded, telling })
     }
 
+    /// Whether [`Self::prepare`] may take longer than somebody waits who hears nothing: the model is to be loaded.
+    pub(crate) fn waits(&self, service: &Service) -> bool {
+        models::is_absent(service, self.fields.model.as_deref().unwrap_or(DEFAULT_MODEL))
+    }
+
     /// Makes prompts of it, on a thread that may compute, and lets go of `held` then.
     ///
     /// # Errors

@@ -18,6 +18,11 @@ pub(crate) async fn held(service: &Service, owner: Owner, name: &str) -> Result<
     Ok(waited.unwrap_or_else(|_| Err(Failure::ModelLoading { name: name.to_owned() }))?)
 }
 
+/// Whether a request for the model `name` has to wait until it is loaded.
+pub(crate) fn is_absent(service: &Service, name: &str) -> bool {
+    matches!(service.model(name), Err(Failure::ModelUnloaded { .. } | Failure::ModelLoading { .. }))
+}
+
 /// Whether a request for the default model would be served.
 #[derive(Clone, Debug)]
 pub(crate) struct Health {
@@ -128,16 +133,20 @@ pub(crate) fn status(service: &Service) -> Value {
     })
 }
 
-fn device_status(device: &DeviceStatus) -> Value {
-    let state = match device.state {
+/// One word.
+pub(crate) fn device_state(state: DeviceState) -> &'static str {
+    match state {
         DeviceState::Loading => "loading",
         DeviceState::Ready => "ready",
         DeviceState::Recovering => "recovering",
         DeviceState::Unused => "unused",
-    };
+    }
+}
+
+fn device_status(device: &DeviceStatus) -> Value {
     json!({
         "name": device.name,
-        "state": state,
+        "state": device_state(device.state),
         "faults": device.n_faults,
         "last_fault": device.last_fault,
         "backend_changed": device.backend_changed,
@@ -216,26 +225,40 @@ fn meta(served: &ServedModel) -> Value {
     })
 }
 
+/// A model's name and how it is, in one word.
+pub(crate) fn named_state(status: &ModelStatus) -> (String, String) {
+    (status.name.clone(), state_of(&status.state).to_owned())
+}
+
+fn state_of(state: &ModelState) -> &'static str {
+    match state {
+        ModelState::Unloaded => "unloaded",
+        ModelState::Loading { .. } => "loading",
+        ModelState::Ready(_) => "ready",
+        ModelState::Failed(_) => "failed",
+        ModelState::Elsewhere(upstream) => match upstream.reach {
+            Reach::Up => "ready",
+            Reach::Unknown => "connecting",
+            Reach::Down(_) => "unreachable",
+        },
+    }
+}
+
 fn model_status(service: &Service, status: &ModelStatus) -> Value {
-    let (state, detail) = match &status.state {
-        ModelState::Unloaded => ("unloaded", json!({})),
-        ModelState::Loading { progress_permille } => ("loading", json!({ "progress_permille": progress_permille })),
-        ModelState::Ready(served) => ("ready", json!({ "max_context": served.max_context, "meta": meta(served) })),
-        ModelState::Failed(reason) => ("failed", json!({ "reason": reason })),
+    let detail = match &status.state {
+        ModelState::Unloaded => json!({}),
+        ModelState::Loading { progress_permille } => json!({ "progress_permille": progress_permille }),
+        ModelState::Ready(served) => json!({ "max_context": served.max_context, "meta": meta(served) }),
+        ModelState::Failed(reason) => json!({ "reason": reason }),
         ModelState::Elsewhere(upstream) => {
-            let state = match &upstream.reach {
-                Reach::Up => "ready",
-                Reach::Unknown => "connecting",
-                Reach::Down(_) => "unreachable",
-            };
             let meta = meta_elsewhere(upstream);
-            (state, json!({ "max_context": upstream.max_context, "reason": meta["reason"].clone(), "meta": meta }))
+            json!({ "max_context": upstream.max_context, "reason": meta["reason"].clone(), "meta": meta })
         }
     };
     let (stats, load) = (&status.stats, &status.stats.load);
     json!({
         "name": status.name,
-        "state": state,
+        "state": state_of(&status.state),
         "upstream": matches!(status.state, ModelState::Elsewhere(_)),
         "detail": detail,
         "running": load.running,

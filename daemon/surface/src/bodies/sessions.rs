@@ -171,6 +171,17 @@ pub(crate) async fn turn(
     }
 }
 
+/// Whether the last answer of a session was cut. Not of one that is not there.
+pub(crate) async fn is_cut(service: &Service, owner: Owner, id: &str) -> bool {
+    let state = on(service, id, move |sessions, id| Ok(sessions.get(owner, id)?.summary.state)).await;
+    matches!(state, Ok(SessionState::Interrupted))
+}
+
+/// Whether a session's model is to be loaded first. Not of one that is not there.
+pub(crate) async fn model_is_absent(service: &Service, owner: Owner, id: &str) -> bool {
+    model_of(service, owner, id).await.is_ok_and(|model| models::is_absent(service, &model))
+}
+
 /// The name of a session's model.
 ///
 /// # Errors

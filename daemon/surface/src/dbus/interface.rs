@@ -24,6 +24,7 @@ pub(super) enum Verb {
     GetStatus,
     ListModels,
     Lease,
+    KeepModel,
     CreateSession,
     ListSessions,
     ImportSession,
@@ -143,6 +144,14 @@ pub(super) static MANAGER: Interface = Interface {
              loaded.",
         ),
         method(
+            Verb::KeepModel,
+            "KeepModel",
+            &[("model", "s"), ("seconds", "x")],
+            &[],
+            "How long the model stays in memory when nobody needs it: 0: it leaves, less: as long as there is memory. \
+             Holds until somebody says otherwise or it is loaded anew; not for a model that the configuration keeps.",
+        ),
+        method(
             Verb::CreateSession,
             "CreateSession",
             &[("options", "a{sv}")],
@@ -187,7 +196,22 @@ pub(super) static MANAGER: Interface = Interface {
         property("Tainted", "b", Announced, "Whether plugins of others have been loaded."),
         property("ThirdPartyPlugins", "as", Announced, "Which ones, as id and version."),
         property("Device", "s", Announced, "The device that computes."),
+        property("DeviceState", "s", Announced, "loading, ready, recovering or unused."),
+        property(
+            "DeviceFault",
+            "s",
+            Announced,
+            "Why a device was lost or could not be had, the last time; empty: never.",
+        ),
+        property("DeviceFaults", "t", Noted, "How often that happened since the start."),
         property("Models", "as", Announced, "Names of the models that answer."),
+        property(
+            "ModelStates",
+            "a{ss}",
+            Announced,
+            "All models by name: unloaded, loading, ready or failed, those of engines elsewhere connecting, ready or \
+             unreachable.",
+        ),
         property("RunningRequests", "u", Announced, "Answers under way, of all doors and users."),
         property("QueuedRequests", "u", Announced, "Requests that wait for their turn."),
         property("KvBlocksUsed", "u", Noted, "Blocks of the KV pools that somebody holds."),

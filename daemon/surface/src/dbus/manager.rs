@@ -8,12 +8,15 @@ use super::values::{self, Dict};
 use super::{leases, memfd, polkit, session, stream};
 use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, load, models, sessions};
 use crate::refusal::Refusal;
+use crate::shares::Share;
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::Admission;
 use sparsed_engine::api::Owner;
-use std::sync::Arc;
-use tokio::sync::OwnedSemaphorePermit;
+use sparsed_engine::{Admission, KeepAlive};
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Duration;
 use zbus::wire::OwnedVariant;
 use zbus::{Fd, OwnedFd};
 
@@ -43,12 +46,12 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
                 let message = message + "; use GenerateFromFd";
                 return Err(Refusal::unreadable(413, "body_too_large", None, message).into());
             }
-            let share = share(door, body.len())?;
+            let share = share(door, owner, body.len())?;
             generate(door, call, body.into_bytes(), share, &options).await
         }
         Verb::GenerateFromFd => {
             let (fd, options): (OwnedFd, Dict) = call.arguments()?;
-            let (body, share) = received(door, fd, "body").await?;
+            let (body, share) = received(door, owner, fd, "body").await?;
             generate(door, call, body, share, &options).await
         }
         Verb::GetStatus => call.answer(&(models::status(service).to_string(),)),
@@ -56,6 +59,13 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
         Verb::Lease => {
             let (model,): (String,) = call.arguments()?;
             lease(door, call, model)
+        }
+        Verb::KeepModel => {
+            let (model, seconds): (String, i64) = call.arguments()?;
+            let keep =
+                u64::try_from(seconds).map_or(KeepAlive::FOREVER, |s| KeepAlive::for_time(Duration::from_secs(s)));
+            service.keep(&model, keep).map_err(Refusal::from)?;
+            call.answer(&())
         }
         Verb::CreateSession => {
             let fields = values::fields(&call.arguments::<(Dict,)>()?.0)?;
@@ -69,7 +79,7 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
         }
         Verb::ImportSession => {
             let (fd,): (OwnedFd,) = call.arguments()?;
-            let (file, _share) = received(door, fd, "file").await?;
+            let (file, _share) = received(door, owner, fd, "file").await?;
             session::created(call, &sessions::import(service, owner, file).await?)
         }
         Verb::ListSessionsOf => {
@@ -93,18 +103,17 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
 }
 
 /// The bytes of a memfd and their share of what bodies may hold together.
-async fn received(door: &Door, fd: OwnedFd, param: &'static str) -> Result<(Vec<u8>, OwnedSemaphorePermit), CallError> {
+async fn received(door: &Door, owner: Owner, fd: OwnedFd, param: &'static str) -> Result<(Vec<u8>, Share), CallError> {
     let (fd, limit) = (std::os::fd::OwnedFd::from(fd), door.shared.options.body_bytes_max);
-    let share = share(door, memfd::length(&fd)?.min(limit))?;
+    let share = share(door, owner, memfd::length(&fd)?.min(limit))?;
     let read = tokio::task::spawn_blocking(move || memfd::read(fd, param, limit)).await;
     let bytes = read.map_err(|error| CallError::Standard("Failed", error.to_string()))??;
     Ok((bytes, share))
 }
 
-fn share(door: &Door, bytes: usize) -> Result<OwnedSemaphorePermit, CallError> {
-    let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-    let share = Arc::clone(&door.shared.bodies).try_acquire_many_owned(kib);
-    share.map_err(|_| Refusal::too_many_bodies().into())
+fn share(door: &Door, owner: Owner, bytes: usize) -> Result<Share, CallError> {
+    let share = door.shared.bodies.take_whole(owner, bytes.div_ceil(1024));
+    share.ok_or_else(|| Refusal::too_many_bodies().into())
 }
 
 /// Opens the object of a request.
@@ -118,13 +127,7 @@ pub(super) fn place(door: &Door, call: &Call, options: &GenerateOptions) -> Resu
     Ok((place, admission))
 }
 
-async fn generate(
-    door: &Door,
-    call: &Call,
-    body: Vec<u8>,
-    share: OwnedSemaphorePermit,
-    options: &Dict,
-) -> Result<Outcome, CallError> {
+async fn generate(door: &Door, call: &Call, body: Vec<u8>, share: Share, options: &Dict) -> Result<Outcome, CallError> {
     let options: GenerateOptions = values::fields(options)?;
     let (service, owner) = (&door.shared.service, call.owner());
     match options.endpoint.as_deref() {
@@ -132,14 +135,16 @@ async fn generate(
             let ask = ChatAsk::read(&body)?;
             drop(body);
             let place = place(door, call, &options)?;
-            begin(door, call, place, ask.prepare(service, owner, share).await?).await
+            let (service, waits) = (service.clone(), ask.waits(service, owner).await);
+            begin(door, call, place, waits, async move { ask.prepare(&service, owner, share).await }).await
         }
         Some("completions") => {
             let ask = CompletionAsk::read(&body)?;
             drop(body);
             let place = place(door, call, &options)?;
-            let asked = ask.prepare(service, owner, share).await.map_err(Refusal::about_prompt)?;
-            begin(door, call, place, asked).await
+            let (service, waits) = (service.clone(), ask.waits(service));
+            let asked = async move { ask.prepare(&service, owner, share).await.map_err(Refusal::about_prompt) };
+            begin(door, call, place, waits, asked).await
         }
         Some(other) => {
             let reason = format!("is '{other}', must be 'chat.completions' or 'completions'");
@@ -148,27 +153,38 @@ async fn generate(
     }
 }
 
-/// Hands a request to the engine and gives the reading end of its pipe to the caller.
+/// Hands a request to the engine and gives the reading end of its pipe to the caller. What `waits` is answered before: a
+/// caller waits less for a reply than it may take. Why it comes to nothing is told through the pipe then.
 ///
 /// # Errors
-/// The engine's; no descriptors left.
+/// What `asked` resolves to; the engine's; no descriptors left.
 pub(super) async fn begin<W: Wire>(
     door: &Door,
     call: &Call,
     (place, admission): (Place, Admission),
-    asked: Asked<W>,
+    waits: bool,
+    asked: impl Future<Output = Result<Asked<W>, Refusal>> + Send + 'static,
 ) -> Result<Outcome, CallError> {
-    let streams = asked.reply.stream;
     let (pipe, reader) = tokio::net::unix::pipe::pipe().map_err(|error| CallError::system(&error))?;
     let reader = reader.into_blocking_fd().map_err(|error| CallError::system(&error))?;
-    let answering = Answering::begin(&door.shared.service, asked).await?;
-    place.request.answers();
+    let service = door.shared.service.clone();
+    let beginning = async move {
+        let asked = asked.await?;
+        let streams = asked.reply.stream;
+        Ok::<_, Refusal>((Answering::begin(&service, asked).await?, streams))
+    };
+    let mut beginning: Pin<Box<dyn Future<Output = _> + Send>> = Box::pin(beginning);
+    if !waits {
+        let begun = beginning.await?;
+        place.request.answers();
+        beginning = Box::pin(std::future::ready(Ok(begun)));
+    }
     let outcome = call.answer(&(place.request.path.clone(), Fd::from(reader)))?;
     let (bus, patience) = (door.bus.clone(), door.shared.options.reader_patience);
     Ok(outcome.then(async move {
         // It counts as its user's until its end.
         let (request, _admission) = (&place.request, admission);
-        let ended = stream::carry(answering, streams, &pipe, request, patience).await;
+        let ended = stream::carry_once_begun(beginning, &pipe, request, patience).await;
         let (to, carried) = (Some(request.sender.as_str()), (ended.reason, ended.usage));
         let said = bus.emit_signal(to, &request.path, REQUEST.name, "Finished", &carried).await;
         if let Err(error) = said {
@@ -196,6 +212,7 @@ pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
     let states = service.models();
     let sum = |of: fn(&sparsed_engine::Stats) -> u64| states.iter().map(|model| of(&model.stats)).sum::<u64>();
     let count = |of| OwnedVariant::from(u32::try_from(sum(of)).unwrap_or(u32::MAX));
+    let device = service.device();
     let (health, budget, outlook) = (models::health(service), service.budget(), service.outlook());
     let tightest = budget.tightest();
     vec![
@@ -204,8 +221,12 @@ pub(super) fn properties(door: &Door) -> Vec<(&'static str, OwnedVariant)> {
         ("StatusText", values::text(&health.text)),
         ("Tainted", (!third_party.is_empty()).into()),
         ("ThirdPartyPlugins", values::texts(&third_party)),
-        ("Device", values::text(&service.device().name)),
+        ("Device", values::text(&device.name)),
+        ("DeviceState", values::text(models::device_state(device.state))),
+        ("DeviceFault", values::text(device.last_fault.as_deref().unwrap_or_default())),
+        ("DeviceFaults", device.n_faults.into()),
         ("Models", values::texts(&models::ready(service))),
+        ("ModelStates", states.iter().map(models::named_state).collect::<BTreeMap<String, String>>().into()),
         ("RunningRequests", count(|stats| u64::from(stats.load.running))),
         ("QueuedRequests", count(|stats| u64::from(stats.load.waiting))),
         ("KvBlocksUsed", count(|stats| u64::from(stats.load.blocks_used))),

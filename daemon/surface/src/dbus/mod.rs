@@ -19,6 +19,7 @@ mod values;
 mod xml;
 
 use crate::beat;
+use crate::shares::Shares;
 use futures_util::StreamExt;
 use interface::{Changes, MANAGER, NAME, ROOT};
 use peers::Peers;
@@ -113,8 +114,8 @@ struct Shared {
     options: DbusOptions,
     requests: Arc<Requests>,
     leases: Arc<Tenants>,
-    /// Bytes of bodies that may still come, in KiB.
-    bodies: Arc<Semaphore>,
+    /// Memory for bodies that are no prompts yet.
+    bodies: Arc<Shares>,
 }
 
 /// The door on one connection.
@@ -144,7 +145,7 @@ pub fn sealed(bytes: &[u8]) -> std::io::Result<std::os::fd::OwnedFd> {
 
 /// Serves `org.sparsed1` until `stop` resolves, then lets running answers end. A bus that is not there is waited for.
 pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Future<Output = ()>) {
-    let bodies = Arc::new(Semaphore::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
+    let bodies = Arc::new(Shares::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
     let requests = Arc::new(Requests::new());
     let shared = Arc::new(Shared { service, options, requests, leases: leases::all(), bodies });
     let mut stop = std::pin::pin!(stop);

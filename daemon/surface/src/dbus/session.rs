@@ -54,7 +54,10 @@ pub(super) async fn call(door: &Door, call: &Call, id: &str, verb: Verb) -> Resu
             let options = GenerateOptions { endpoint: None, handle_token, detach };
             let place = manager::place(door, call, &options)?;
             let fields = crate::bodies::parse(json!({ "stream": stream }).to_string().as_bytes())?;
-            manager::begin(door, call, place, sessions::resume(service, owner, id, fields).await?).await
+            let (service, id) = (service.clone(), id.to_owned());
+            let waits = sessions::model_is_absent(&service, owner, &id).await;
+            let asked = async move { sessions::resume(&service, owner, &id, fields).await };
+            manager::begin(door, call, place, waits, asked).await
         }
         Verb::Fork => {
             let fork = sessions::fork(service, owner, id, values::fields(&call.arguments::<(Dict,)>()?.0)?).await?;

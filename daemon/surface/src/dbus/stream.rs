@@ -33,6 +33,29 @@ enum Broken {
     Stalled,
 }
 
+/// As [`carry`], of an answer that is on its way to the engine; why it does not get there is a line, too.
+pub(super) async fn carry_once_begun<W: Wire>(
+    beginning: impl Future<Output = Result<(Answering<W>, bool), Refusal>>,
+    pipe: &Sender,
+    request: &Request,
+    patience: Duration,
+) -> Ended {
+    let begun = tokio::select! {
+        begun = beginning => begun,
+        () = gone(pipe, request) => return Ended::broken(Broken::Cancelled, patience),
+    };
+    match begun {
+        Ok((answering, streams)) => {
+            request.answers();
+            carry(answering, streams, pipe, request, patience).await
+        }
+        Err(refusal) => match write(pipe, refusal.body().to_string(), request, patience).await {
+            Ok(()) => Ended::failed(&refusal),
+            Err(broken) => Ended::broken(broken, patience),
+        },
+    }
+}
+
 /// Writes the answer into `pipe` until it ends, is cancelled, or is not read for `patience`.
 pub(super) async fn carry<W: Wire>(
     mut answering: Answering<W>,
@@ -234,6 +257,21 @@ mod tests {
         assert_eq!(lines[..3].iter().map(text).collect::<String>(), "Paris");
         assert_eq!((lines.len(), &lines[3]["error"]["code"]), (4, &json!("shutting_down")));
         assert_eq!((ended.reason.as_str(), place.request.lines()), ("shutting_down", 4));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_does_not_begin_is_one_line_and_a_wait_for_it_can_be_cancelled() {
+        let (sender, file) = pipe();
+        let place = place();
+        let refused = std::future::ready(Err::<(Answering<ChatWire>, bool), Refusal>(Failure::ShuttingDown.into()));
+        let ended = carry_once_begun(refused, &sender, &place.request, LONG).await;
+        let never = std::future::pending::<Result<(Answering<ChatWire>, bool), Refusal>>();
+        place.request.cancel();
+        let cancelled = carry_once_begun(never, &sender, &place.request, LONG).await;
+        assert_eq!((ended.reason.as_str(), cancelled.reason.as_str()), ("shutting_down", "cancelled"));
+        drop(sender);
+        let lines: Vec<String> = BufReader::new(file).lines().map(Result::unwrap).collect();
+        assert!(lines.len() == 1 && lines[0].contains("shutting_down"), "{lines:?}");
     }
 
     /// A measurement: how much later than the engine gives a token out has a reader its line? The engine is a thread

@@ -1,9 +1,9 @@
 //! How does a body become a request? Bounded, parsed once, and every refusal says where.
 
 use super::Shared;
-use super::shares::Share;
 use crate::bodies::parse;
 use crate::refusal::Refusal;
+use crate::shares::Share;
 use axum::body::{BodyDataStream, Bytes};
 use axum::extract::{FromRequest, Request};
 use axum::http::header;

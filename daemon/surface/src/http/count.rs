@@ -1,7 +1,7 @@
 //! How many requests has a client under way? Those with a body count, from their head to the end of the answer.
 //!
 //! Looks at what is there, and at how things are, are for anybody at any time: a client that is told to wait may ask
-//! why.
+//! why. So is what ends one.
 
 use crate::refusal::Refusal;
 use axum::body::{Body, HttpBody};
@@ -10,18 +10,25 @@ use axum::http::Method;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
-use sparsed_engine::Service;
 use sparsed_engine::api::Owner;
+use sparsed_engine::{Admission, Service};
+use std::sync::Arc;
 
-pub(crate) async fn count(State(service): State<Service>, request: Request, next: Next) -> Response {
+/// The request as it is counted, for what goes on behind its answer: it counts as long as somebody has this.
+#[derive(Clone, Debug)]
+pub(crate) struct Counted(pub(crate) Arc<Admission>);
+
+pub(crate) async fn count(State(service): State<Service>, mut request: Request, next: Next) -> Response {
     let owner = request.extensions().get::<Owner>().copied();
-    let Some(owner) = owner.filter(|_| request.method() == Method::POST) else {
+    let is_counted = request.method() == Method::POST && !request.uri().path().ends_with("/cancel");
+    let Some(owner) = owner.filter(|_| is_counted) else {
         return next.run(request).await;
     };
     let admission = match service.admit(owner) {
-        Ok(admission) => admission,
+        Ok(admission) => Arc::new(admission),
         Err(failure) => return Refusal::from(failure).into_response(),
     };
+    request.extensions_mut().insert(Counted(Arc::clone(&admission)));
     let response = next.run(request).await;
     if response.body().size_hint().exact().is_some() {
         return response;

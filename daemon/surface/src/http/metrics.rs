@@ -12,7 +12,7 @@ use prometheus_client::encoding::{DescriptorEncoder, EncodeCounterValue, EncodeL
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use sparsed_engine::memory::{Budget, Outlook};
-use sparsed_engine::telemetry::{BUCKETS_S, Histogram, What};
+use sparsed_engine::telemetry::{BUCKETS_S, BUCKETS_TOKENS, Histogram, What};
 use sparsed_engine::{DeviceState, DeviceStatus, Left, ModelStatus, Service};
 use std::fmt;
 
@@ -29,12 +29,16 @@ const GAUGES: &[Number<f64>] = &[
     ("llamacpp:requests_processing", "Requests that run", |m| m.stats.load.running.into()),
     ("llamacpp:requests_deferred", "Requests that wait", |m| m.stats.load.waiting.into()),
     ("llamacpp:prompt_tokens_seconds", "Prompt tokens computed in a second, since the start", |m| {
-        rate(read_tokens(m), m.stats.tally.prefill.sum_s)
+        rate(read_tokens(m), m.stats.tally.prefill.sum)
     }),
     ("llamacpp:predicted_tokens_seconds", "Tokens of an answer in a second, since the start", |m| {
-        rate(m.stats.sampled_tokens, m.stats.tally.decode.sum_s)
+        rate(m.stats.sampled_tokens, m.stats.tally.decode.sum)
     }),
-    ("llamacpp:kv_cache_usage_ratio", "KV blocks held, 1 is all", usage),
+    ("llamacpp:n_tokens_max", "Most tokens that a prompt and its answer had", |m| m.stats.tally.longest_tokens.into()),
+    ("llamacpp:n_busy_slots_per_decode", "Sequences of a step, on average", |m| {
+        m.stats.tally.step_sequences as f64 / m.stats.steps.max(1) as f64
+    }),
+    ("llamacpp:kv_cache_usage_ratio", "KV blocks held, 1 is all; older llama.cpp's", usage),
     ("sparsed_model_ready", "Whether the model answers", |m| f64::from(m.state.answers())),
     ("sparsed_model_leases", "Requests and leases that keep the model in memory", |m| m.keeping.n_leases.into()),
     ("sparsed_memory_stage", "Responses to short memory: 0 none, 7 requests are refused", |m| {
@@ -50,6 +54,7 @@ const GAUGES: &[Number<f64>] = &[
 
 const COUNTERS: &[Number<u64>] = &[
     ("vllm:prompt_tokens", "Prompt tokens of answers that have begun", |m| m.stats.tally.prompt_tokens),
+    ("vllm:prompt_tokens_cached", "Prompt tokens whose rows were there", |m| m.stats.tally.cached_tokens),
     ("vllm:generation_tokens", "Tokens sampled", |m| m.stats.sampled_tokens),
     ("vllm:prefix_cache_queries", "Prompt tokens that were looked for", |m| m.stats.tally.prompt_tokens),
     ("vllm:prefix_cache_hits", "Prompt tokens whose rows were there", |m| m.stats.tally.cached_tokens),
@@ -69,22 +74,29 @@ const COUNTERS: &[Number<u64>] = &[
 ];
 
 const SECONDS: &[Number<f64>] = &[
-    ("llamacpp:prompt_seconds", "Time for the prompts of answers that are complete", |m| m.stats.tally.prefill.sum_s),
+    ("llamacpp:prompt_seconds", "Time for the prompts of answers that are complete", |m| m.stats.tally.prefill.sum),
     ("llamacpp:tokens_predicted_seconds", "Time for these answers after their first token", |m| {
-        m.stats.tally.decode.sum_s
+        m.stats.tally.decode.sum
     }),
 ];
 
 const HISTOGRAMS: &[Number<Histogram>] = &[
     ("vllm:time_to_first_token_seconds", "From arrival to the first token", |m| m.stats.tally.first_token),
     ("vllm:request_time_per_output_token_seconds", "Mean between two tokens of an answer", |m| m.stats.tally.per_token),
-    ("vllm:time_per_output_token_seconds", "The same, by the name that older dashboards have", |m| {
-        m.stats.tally.per_token
+    ("vllm:inter_token_latency_seconds", "Between two tokens of an answer", |m| m.stats.tally.between_tokens),
+    ("vllm:time_per_output_token_seconds", "As vllm:inter_token_latency_seconds, by its older name", |m| {
+        m.stats.tally.between_tokens
     }),
     ("vllm:request_prefill_time_seconds", "From the first step to the first token", |m| m.stats.tally.prefill),
     ("vllm:request_decode_time_seconds", "From the first token to the last", |m| m.stats.tally.decode),
+    ("vllm:request_inference_time_seconds", "From the first step to the last token", |m| m.stats.tally.inference),
     ("vllm:request_queue_time_seconds", "From arrival to the first step", |m| m.stats.tally.queue),
     ("vllm:e2e_request_latency_seconds", "From arrival to the end", |m| m.stats.tally.whole),
+];
+
+const LENGTHS: &[Number<Histogram>] = &[
+    ("vllm:request_prompt_tokens", "Tokens of prompts whose answer is complete", |m| m.stats.tally.prompt_length),
+    ("vllm:request_generation_tokens", "Tokens of these answers", |m| m.stats.tally.answer_length),
 ];
 
 /// Prompt tokens that had to be computed.
@@ -215,6 +227,26 @@ impl Scrape {
         }
         Ok(())
     }
+
+    fn encode_histograms(
+        &self,
+        encoder: &mut DescriptorEncoder<'_>,
+        histograms: &[Number<Histogram>],
+        ends: [f64; BUCKETS_S.len()],
+    ) -> fmt::Result {
+        for (name, help, value) in histograms {
+            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
+            for model in &self.models {
+                let histogram = value(model);
+                let ends = ends.into_iter().chain([f64::INFINITY]);
+                let buckets: Vec<(f64, u64)> = ends.zip(histogram.counts).collect();
+                let labels = label(model);
+                let mut metric = family.encode_family(&labels)?;
+                metric.encode_histogram::<[(&str, &str); 0]>(histogram.sum, histogram.count(), &buckets, None)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Collector for Scrape {
@@ -227,17 +259,8 @@ impl Collector for Scrape {
         }
         self.encode_counters(&mut encoder, COUNTERS)?;
         self.encode_counters(&mut encoder, SECONDS)?;
-        for (name, help, value) in HISTOGRAMS {
-            let mut family = encoder.encode_descriptor(name, help, None, MetricType::Histogram)?;
-            for model in &self.models {
-                let histogram = value(model);
-                let ends = BUCKETS_S.into_iter().chain([f64::INFINITY]);
-                let buckets: Vec<(f64, u64)> = ends.zip(histogram.counts).collect();
-                let labels = label(model);
-                let mut metric = family.encode_family(&labels)?;
-                metric.encode_histogram::<[(&str, &str); 0]>(histogram.sum_s, histogram.count(), &buckets, None)?;
-            }
-        }
+        self.encode_histograms(&mut encoder, HISTOGRAMS, BUCKETS_S)?;
+        self.encode_histograms(&mut encoder, LENGTHS, BUCKETS_TOKENS)?;
         self.encode_blocks(&mut encoder)?;
         self.encode_ends(&mut encoder)?;
         self.encode_machine(&mut encoder)
@@ -264,9 +287,9 @@ mod tests {
         (stats.load.running, stats.load.blocks_used, stats.load.blocks_total) = (2, 1, 4);
         stats.tally.first_token.counts[3] = 2;
         stats.tally.first_token.counts[20] = 1;
-        stats.tally.first_token.sum_s = 700.5;
+        stats.tally.first_token.sum = 700.5;
         stats.tally.finished[1] = 9;
-        (stats.tally.prompt_tokens, stats.tally.cached_tokens, stats.tally.prefill.sum_s) = (50, 20, 1.5);
+        (stats.tally.prompt_tokens, stats.tally.cached_tokens, stats.tally.prefill.sum) = (50, 20, 1.5);
         let state = ModelState::Failed("no \"file\"".to_owned());
         let keeping = Keeping { n_loads: 3, n_left: [2, 0, 1], ..Keeping::default() };
         let (name, aliases) = ("a\"b".to_owned(), Vec::new());
@@ -315,6 +338,55 @@ mod tests {
             assert!(body.lines().any(|have| have == line), "no '{line}' in:\n{body}");
         }
         assert!(body.ends_with("# EOF\n"));
+    }
+
+    /// Names of vLLM 0.32 (`vllm/v1/metrics/loggers.py`), the two that older versions had, and those of llama.cpp
+    /// (`tools/server/server-task.cpp`) with one of its older ones: no others may begin as theirs do.
+    #[test]
+    fn no_name_is_given_to_vllm_or_llama_cpp_that_they_do_not_have() {
+        let theirs = [
+            "llamacpp:kv_cache_usage_ratio gauge",
+            "llamacpp:n_busy_slots_per_decode gauge",
+            "llamacpp:n_decode counter",
+            // A counter there, whose name OpenMetrics would not let stand.
+            "llamacpp:n_tokens_max gauge",
+            "llamacpp:predicted_tokens_seconds gauge",
+            "llamacpp:prompt_seconds counter",
+            "llamacpp:prompt_tokens counter",
+            "llamacpp:prompt_tokens_cached counter",
+            "llamacpp:prompt_tokens_seconds gauge",
+            "llamacpp:requests_deferred gauge",
+            "llamacpp:requests_processing gauge",
+            "llamacpp:tokens_predicted counter",
+            "llamacpp:tokens_predicted_seconds counter",
+            "vllm:e2e_request_latency_seconds histogram",
+            "vllm:generation_tokens counter",
+            "vllm:gpu_cache_usage_perc gauge",
+            "vllm:inter_token_latency_seconds histogram",
+            "vllm:kv_cache_usage_perc gauge",
+            "vllm:num_preemptions counter",
+            "vllm:num_requests_running gauge",
+            "vllm:num_requests_waiting gauge",
+            "vllm:prefix_cache_hits counter",
+            "vllm:prefix_cache_queries counter",
+            "vllm:prompt_tokens counter",
+            "vllm:prompt_tokens_cached counter",
+            "vllm:request_decode_time_seconds histogram",
+            "vllm:request_generation_tokens histogram",
+            "vllm:request_inference_time_seconds histogram",
+            "vllm:request_prefill_time_seconds histogram",
+            "vllm:request_prompt_tokens histogram",
+            "vllm:request_queue_time_seconds histogram",
+            "vllm:request_success counter",
+            "vllm:request_time_per_output_token_seconds histogram",
+            "vllm:time_per_output_token_seconds histogram",
+            "vllm:time_to_first_token_seconds histogram",
+        ];
+        let body = text_of(scrape());
+        let types = body.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let mut ours: Vec<&str> = types.filter(|line| !line.starts_with("sparsed_")).collect();
+        ours.sort_unstable();
+        assert_eq!(ours, theirs);
     }
 
     #[test]

@@ -12,13 +12,12 @@ mod ollama;
 mod reply;
 mod responses;
 mod sessions;
-mod shares;
 
 use crate::bodies::responses::Runs;
+use crate::shares::Shares;
 use axum::Router;
 use axum::middleware;
 use axum::routing::{delete, get, post};
-use shares::Shares;
 use sparsed_engine::Service;
 use std::sync::Arc;
 

@@ -2,6 +2,7 @@
 
 use super::Shared;
 use super::body::Body;
+use super::count::Counted;
 use super::reply::called;
 use crate::bodies::listen::Listening;
 use crate::bodies::responses::{self, Found, Heard, Page, ResponseId, Run, Script};
@@ -40,12 +41,13 @@ struct Speaking {
 pub(crate) async fn create(
     State(shared): State<Shared>,
     Extension(owner): Caller,
+    Extension(Counted(admission)): Extension<Counted>,
     body: Body,
 ) -> Result<Response, Refusal> {
     let bytes = body.bytes().to_vec();
     let prepared = responses::prepare(&shared.service, owner, &bytes, body.into_share()).await?;
     if let (true, Some(id)) = (prepared.background, prepared.id) {
-        let run = shared.runs.start(&shared.service, owner, id, prepared.head, prepared.request).await?;
+        let run = shared.runs.start(&shared.service, (owner, admission), id, prepared.head, prepared.request).await?;
         return Ok(told(run, Telling { stream: prepared.stream, starting_after: None }));
     }
     let id = prepared.head.id.clone();

@@ -3,7 +3,7 @@
 use crate::bodies::parse;
 use crate::refusal::Refusal;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use sparsed_engine::api::ALTERNATIVES_MAX;
 
 /// Most members of `response_fields`.
@@ -21,7 +21,7 @@ pub(crate) struct Wanted {
     pub(crate) response_fields: Vec<String>,
 }
 
-/// Fields that have another name, form or default in OpenAI's interface.
+/// All that is read of a request: a second pass over a long prompt would cost as much as the first.
 #[derive(Debug, Deserialize)]
 struct Fields {
     prompt: Option<Value>,
@@ -34,6 +34,23 @@ struct Fields {
     logit_bias: Option<Value>,
     return_tokens: Option<bool>,
     response_fields: Option<Vec<String>>,
+    // What means the same in both is read as OpenAI's.
+    model: Option<Value>,
+    temperature: Option<Value>,
+    top_k: Option<Value>,
+    top_p: Option<Value>,
+    min_p: Option<Value>,
+    seed: Option<Value>,
+    presence_penalty: Option<Value>,
+    frequency_penalty: Option<Value>,
+    stop: Option<Value>,
+    ignore_eos: Option<Value>,
+    grammar: Option<Value>,
+    json_schema: Option<Value>,
+    return_progress: Option<Value>,
+    timings_per_token: Option<Value>,
+    priority: Option<Value>,
+    deadline_ms: Option<Value>,
     // What would change the answer and is not served.
     post_sampling_probs: Option<bool>,
     mirostat: Option<i64>,
@@ -46,49 +63,41 @@ struct Fields {
     lora: Option<Vec<Value>>,
 }
 
-/// Fields that mean the same in both.
-const SHARED: &[&str] = &[
-    "model",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "stop",
-    "ignore_eos",
-    "grammar",
-    "json_schema",
-    "return_progress",
-    "timings_per_token",
-    "priority",
-    "deadline_ms",
-];
-
 /// Reads a body.
 ///
 /// # Errors
 /// What is wrong with it, and where.
 pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let fields: Fields = parse(bytes)?;
-    let all: Map<String, Value> = parse(bytes)?;
     fields.refuse_what_is_missing()?;
-    let shared = SHARED.iter().filter_map(|name| Some(((*name).to_owned(), all.get(*name)?.clone())));
-    let mut body: Map<String, Value> = shared.collect();
-    let seed = all.get("seed").filter(|seed| !matches!(seed.as_i64(), Some(-1)));
-    for (name, value) in [
-        ("prompt", prompt(fields.prompt.unwrap_or_default())?),
+    let seed = fields.seed.filter(|seed| seed.as_i64() != Some(-1));
+    let body = [
+        ("prompt", Some(prompt(fields.prompt.unwrap_or_default())?)),
         // Without an end where nothing is said; it ends with the context.
-        ("max_tokens", json!(fields.n_predict.or(fields.max_tokens).unwrap_or(-1))),
-        ("n", json!(fields.n_cmpl)),
-        ("seed", json!(seed)),
-        ("stream", json!(fields.stream)),
-        ("logprobs", json!(fields.n_probs.filter(|n| *n > 0))),
-        ("repetition_penalty", json!(fields.repeat_penalty)),
-        ("logit_bias", biases(fields.logit_bias)?),
-    ] {
-        body.insert(name.to_owned(), value);
-    }
+        ("max_tokens", Some(json!(fields.n_predict.or(fields.max_tokens).unwrap_or(-1)))),
+        ("n", fields.n_cmpl.map(Value::from)),
+        ("seed", seed),
+        ("stream", fields.stream.map(Value::from)),
+        ("logprobs", fields.n_probs.filter(|n| *n > 0).map(Value::from)),
+        ("repetition_penalty", fields.repeat_penalty.map(Value::from)),
+        ("logit_bias", fields.logit_bias.map(biases).transpose()?),
+        ("model", fields.model),
+        ("temperature", fields.temperature),
+        ("top_k", fields.top_k),
+        ("top_p", fields.top_p),
+        ("min_p", fields.min_p),
+        ("presence_penalty", fields.presence_penalty),
+        ("frequency_penalty", fields.frequency_penalty),
+        ("stop", fields.stop),
+        ("ignore_eos", fields.ignore_eos),
+        ("grammar", fields.grammar),
+        ("json_schema", fields.json_schema),
+        ("return_progress", fields.return_progress),
+        ("timings_per_token", fields.timings_per_token),
+        ("priority", fields.priority),
+        ("deadline_ms", fields.deadline_ms),
+    ];
+    let body = body.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
     let (stream, with_tokens) = (fields.stream == Some(true), fields.return_tokens == Some(true));
     let response_fields = fields.response_fields.unwrap_or_default();
     Ok(Wanted { body: Value::Object(body), stream, with_tokens, response_fields })
@@ -141,8 +150,8 @@ fn prompt(prompt: Value) -> Result<Value, Refusal> {
 }
 
 /// llama.cpp's list of pairs as OpenAI's object; `false` stands for never.
-fn biases(biases: Option<Value>) -> Result<Value, Refusal> {
-    let Some(Value::Array(pairs)) = biases else { return Ok(biases.unwrap_or_default()) };
+fn biases(biases: Value) -> Result<Value, Refusal> {
+    let Value::Array(pairs) = biases else { return Ok(biases) };
     let wrong = || Refusal::invalid("logit_bias", "must have pairs of a token id and a number or false");
     let pair = |pair: Value| {
         let [token, bias] =

@@ -90,12 +90,14 @@ impl Fields {
         self.store == Some(true) || self.background == Some(true) || self.previous_response_id.is_some()
     }
 
-    /// What the client wants to hear of a stream beside the response. One that is stored is told again from the
-    /// journal, which has no times: nothing of it says any.
+    /// What the client wants to hear of a stream beside the response. Of one that is stored times are told while it is
+    /// answered, and progress never: it has events of its own, whose numbers the journal could not tell again.
     pub(super) fn telling(&self) -> Telling {
-        let Self { return_progress, timings_per_token, .. } = *self;
-        let asked = self.stream == Some(true) && !self.is_stored();
-        if asked { Telling { return_progress, timings_per_token } } else { Telling::default() }
+        if self.stream != Some(true) {
+            return Telling::default();
+        }
+        let return_progress = self.return_progress.filter(|_| !self.is_stored());
+        Telling { return_progress, timings_per_token: self.timings_per_token }
     }
 
     /// The items of the input; none where it is a text.

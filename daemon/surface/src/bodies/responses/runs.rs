@@ -10,8 +10,8 @@ use crate::bodies::listen::Listening;
 use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use serde_json::Value;
-use sparsed_engine::Service;
 use sparsed_engine::api::{Owner, Request};
+use sparsed_engine::{Admission, Service};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::watch;
@@ -114,7 +114,8 @@ impl Runs {
         let mut request =
             sessions::with_model(service, owner, move |service| service.resume_turn(owner, id.session)).await?;
         request.urgency.priority = priority;
-        Ok(Found::Run(self.start(service, owner, id, head, request.into()).await?))
+        let admission = Arc::new(service.admit(owner)?);
+        Ok(Found::Run(self.start(service, (owner, admission), id, head, request.into()).await?))
     }
 
     /// The run of a response, if it goes on or was over not long ago.
@@ -123,14 +124,14 @@ impl Runs {
         runs.iter().rfind(|entry| entry.owner == owner && entry.id == id).map(|entry| Arc::clone(&entry.run))
     }
 
-    /// Has a request answered by a task of its own.
+    /// Has a request answered by a task of its own, which counts as its owner's until it is over.
     ///
     /// # Errors
     /// The engine's, and that there is no room in its queue.
     pub(crate) async fn start(
         &self,
         service: &Service,
-        owner: Owner,
+        (owner, admission): (Owner, Arc<Admission>),
         id: ResponseId,
         head: Head,
         request: Request,
@@ -140,7 +141,10 @@ impl Runs {
         let run = Arc::new(Run::new(script.response("in_progress"), &script.take()));
         self.add(Entry { owner, id, run: Arc::clone(&run) });
         let task = Arc::clone(&run);
-        tokio::spawn(async move { task.carry_out(listening, script).await });
+        tokio::spawn(async move {
+            task.carry_out(listening, script).await;
+            drop(admission);
+        });
         Ok(run)
     }
 

@@ -2,7 +2,8 @@
 //!
 //! All bodies together have a bound, from the head of a request to its prompt. Where it is reached, the user who holds
 //! most gives way: the oldest of his bodies that is still on its way is given up for one of a user who would hold no
-//! more than he. So nobody's slow bodies have those of others refused.
+//! more than he. So nobody's slow bodies have those of others refused. A door whose bodies come whole has none to give
+//! up: there who holds some gets more as long as at least as much is left for others.
 
 use sparsed_engine::api::Owner;
 use std::collections::HashMap;
@@ -60,11 +61,22 @@ impl Shares {
                 let _unheard = tell.send(()).is_err();
             }
         }
-        held.n_given += 1;
-        held.total += kib;
-        let (number, (arriving, given_up)) = (held.n_given, oneshot::channel());
-        held.shares.insert(number, Entry { owner, kib, arriving: Some(arriving) });
+        let (arriving, given_up) = oneshot::channel();
+        let number = held.add(Entry { owner, kib, arriving: Some(arriving) });
         Some((Share { shares: Arc::clone(self), number }, given_up))
+    }
+
+    /// A share for a body of `kib` KiB of `owner`'s that is there already, so that it is given up for nobody. His first
+    /// one may be all that is left. `None`: there is no room, or it is for others.
+    pub(crate) fn take_whole(self: &Arc<Self>, owner: Owner, kib: usize) -> Option<Share> {
+        let (kib, mut held) = (kib as u64, self.lock());
+        let his: u64 = held.shares.values().filter(|entry| entry.owner == owner).map(|entry| entry.kib).sum();
+        let left = self.most.checked_sub(held.total)?.checked_sub(kib)?;
+        if his > 0 && left < his + kib {
+            return None;
+        }
+        let number = held.add(Entry { owner, kib, arriving: None });
+        Some(Share { shares: Arc::clone(self), number })
     }
 
     fn lock(&self) -> MutexGuard<'_, Held> {
@@ -74,6 +86,14 @@ impl Shares {
 }
 
 impl Held {
+    /// Answers its number.
+    fn add(&mut self, entry: Entry) -> u64 {
+        self.n_given += 1;
+        self.total += entry.kib;
+        self.shares.insert(self.n_given, entry);
+        self.n_given
+    }
+
     /// The share that is given up first for one of `kib` of `owner`'s.
     fn next_to_go(&self, owner: Owner, kib: u64) -> Option<u64> {
         let mut sums: HashMap<Owner, u64> = HashMap::new();
@@ -145,6 +165,19 @@ mod tests {
         assert!(!other.0.has_arrived() && more.0.has_arrived());
         drop(held);
         assert!(shares.take(A, 2).is_some());
+    }
+
+    #[test]
+    fn of_whole_bodies_nobody_gets_so_many_that_less_is_left_for_others() {
+        let shares = shares();
+        let held: Vec<Share> = std::iter::from_fn(|| shares.take_whole(A, 1)).collect();
+        assert_eq!(held.len(), 4);
+        let others: Vec<Share> = std::iter::from_fn(|| shares.take_whole(B, 1)).collect();
+        let third = shares.take_whole(C, 2).unwrap();
+        assert_eq!(others.len(), 2);
+        assert!(shares.take_whole(Owner::Uid(4), 1).is_none(), "there is no more");
+        drop((held, others, third));
+        assert!(shares.take_whole(A, 8).is_some(), "a first one may be all there is");
     }
 
     #[test]
