@@ -266,19 +266,40 @@ impl Builder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Model;
-    use sparsed_abi::OP_HADAMARD;
+    use crate::{Activations, Model};
+    use sparsed_abi::{OP_HADAMARD, OP_IDX_TOPK};
     use std::path::Path;
 
     fn tiny(name: &str, kv: KvFormats) -> Program {
+        tiny_with(name, &ProgramOptions { kv, ..ProgramOptions::default() })
+    }
+
+    fn tiny_with(name: &str, options: &ProgramOptions) -> Program {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny");
-        let model = Model::open(&root.join(name).join("model.gguf")).unwrap();
-        model.program(&ProgramOptions { kv, ..ProgramOptions::default() }).unwrap()
+        Model::open(&root.join(name).join("model.gguf")).unwrap().program(options).unwrap()
     }
 
     fn rotations(program: &Program) -> usize {
         let program = sparsed_abi::Program::parse(program.blob.as_bytes()).unwrap();
         program.ops().iter().filter(|op| op.kind == OP_HADAMARD).count()
+    }
+
+    /// What IDX_TOPK says of its queries: the same in every layer.
+    fn queries_mark(activations: Activations, kv: KvFormats) -> i32 {
+        let program = tiny_with("glm5", &ProgramOptions { activations, kv, ..ProgramOptions::default() });
+        let program = sparsed_abi::Program::parse(program.blob.as_bytes()).unwrap();
+        let marks: Vec<i32> = program.ops().iter().filter(|op| op.kind == OP_IDX_TOPK).map(|op| op.i[1]).collect();
+        assert!(!marks.is_empty() && marks.iter().all(|mark| *mark == marks[0]), "{marks:?}");
+        marks[0]
+    }
+
+    #[test]
+    fn index_queries_may_have_8_bits_where_activations_or_keys_are_as_coarse() {
+        let usual = KvFormats::default();
+        assert_eq!(queries_mark(Activations::Int16, usual), 0);
+        assert_eq!(queries_mark(Activations::F32, KvFormats::exact()), 0);
+        assert_eq!(queries_mark(Activations::Int8, usual), 1);
+        assert_eq!(queries_mark(Activations::Int16, usual.with_4_bit_index()), 1);
     }
 
     #[test]

@@ -169,8 +169,9 @@ impl Builder<'_> {
         let selection = self.program.activation(DT_I32, &[DIM_TOKENS, dim(k)]);
         #[expect(clippy::cast_possible_truncation, reason = "a scale in single precision")]
         let scale = (1.0 / f64::from(heads * width).sqrt()) as f32;
-        let may_be_8_bits = i32::from(self.options.activations == Activations::Int8);
-        let attributes = [dim(k), may_be_8_bits, 0, 0, 0, 0];
+        // Keys in 4 bits are off by more than queries in 8 are.
+        let is_coarse = self.options.activations == Activations::Int8 || self.kv.index.dtype == DT_Q4_0;
+        let attributes = [dim(k), i32::from(is_coarse), 0, 0, 0, 0];
         self.layer_op(OP_IDX_TOPK, layer, &[Some(q), Some(w)], &[selection], attributes, scale);
         self.selections.push(selection);
         if self.options.selections_out {
