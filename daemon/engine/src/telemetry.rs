@@ -24,7 +24,8 @@ const RECENT_MAX: usize = 16;
 /// A distribution of times, or of counts of tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Histogram {
-    /// Per entry of [`BUCKETS_S`] or [`BUCKETS_TOKENS`], how many were within it and above the one before; the last: above all.
+    /// Per entry of [`BUCKETS_S`] or [`BUCKETS_TOKENS`], how many were within it and above the one before; the last:
+    /// above all.
     pub counts: [u64; BUCKETS_S.len() + 1],
     /// Sum in seconds or tokens.
     pub sum: f64,

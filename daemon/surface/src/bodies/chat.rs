@@ -140,8 +140,8 @@ impl ChatAsk {
         self.fields.session_id.is_some()
     }
 
-    /// Whether [`Self::prepare`] may take longer than somebody waits who hears nothing: the model is to be loaded, or an
-    /// answer of its session that was cut is to be finished.
+    /// Whether [`Self::prepare`] may take longer than somebody waits who hears nothing: the model is to be loaded, or
+    /// an answer of its session that was cut is to be finished.
     pub(crate) async fn waits(&self, service: &Service, owner: Owner) -> bool {
         match &self.fields.session_id {
             Some(session) => {

@@ -153,8 +153,8 @@ async fn generate(door: &Door, call: &Call, body: Vec<u8>, share: Share, options
     }
 }
 
-/// Hands a request to the engine and gives the reading end of its pipe to the caller. What `waits` is answered before: a
-/// caller waits less for a reply than it may take. Why it comes to nothing is told through the pipe then.
+/// Hands a request to the engine and gives the reading end of its pipe to the caller. What `waits` is answered before:
+/// a caller waits less for a reply than it may take. Why it comes to nothing is told through the pipe then.
 ///
 /// # Errors
 /// What `asked` resolves to; the engine's; no descriptors left.
