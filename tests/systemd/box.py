@@ -44,7 +44,8 @@ def as_user(user):
 
 def called(user, *arguments, check=True):
     """What busctl says to a user of the system's bus."""
-    return run(*as_user(user), "busctl", "--system", *arguments, check=check)
+    # systemd 245's tells errors to the log alone where its standard error is no terminal.
+    return run(*as_user(user), "env", "SYSTEMD_LOG_TARGET=console", "busctl", "--system", *arguments, check=check)
 
 
 def curl(user, path, body=None, method=None, door=("--unix-socket", SOCKET, "http://localhost")):

@@ -192,14 +192,14 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
         listed = called(user, "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessions")
         assert (path in listed) == sees, f"{user}: {listed}"
     said = called("bob", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete", check=False)
-    assert "there is no session" in said, said
+    assert "there is no session" in said, f"bob deletes alice's: {said!r}"
     uid = str(pwd.getpwnam("alice").pw_uid)
     said = called("bob", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid, check=False)
     # Where polkit allows it to nobody but root may; busctl has words of its own for it.
-    assert "ccess denied" in said, said
+    assert "ccess denied" in said, f"bob lists alice's: {said!r}"
     assert path.rsplit("/", 1)[1] in called("root", "call", "org.sparsed1", MANAGER_PATH, MANAGER, "ListSessionsOf", "u", uid)
     said = called("mallory", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version", check=False)
-    assert "ccess denied" in said, said
+    assert "ccess denied" in said, f"mallory asks: {said!r}"
     called("alice", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete")
 
 
