@@ -372,7 +372,8 @@ fn fifty_hosts_leave_nothing_behind() {
     once();
     let (fds, memory) = (probe::open_fds(), probe::rss_anon_bytes(std::process::id()));
     let pids: Vec<u32> = (0..50).map(|_| once()).collect();
-    assert_eq!(probe::open_fds(), fds);
+    // Hosts of tests before may have ended meanwhile.
+    assert!(probe::open_fds() <= fds);
     assert!(probe::rss_anon_bytes(std::process::id()) < memory + (4 << 20));
     // A zombie would still be there.
     assert!(pids.iter().all(|&pid| !probe::exists(pid)));

@@ -48,7 +48,7 @@ static const spd_op_form SPD_OP_FORMS[] = {
     {"MLA_EXPAND", "fTHK wHVK", "fT1O", "2", 0},
     {"KV_APPEND", "fT1K fT1P", "", "", 0},
     {"IDX_APPEND", "fT1D", "", "", 0},
-    {"IDX_TOPK", "fTHD fT1H", "iT1K", "K", 1},
+    {"IDX_TOPK", "fTHD fT1H", "iT1K", "K1", 1},
     {"SPARSE_MLA", "fTHK?fTHP iT1S", "fTHK", "+", 1},
     {"DENSE_MLA", "fTHK?fTHP", "fTHK", "+", 1},
     {"MOE_ROUTE", "fT1E v11E?", "iT1A fT1A", "A++111", 1},
