@@ -16,6 +16,7 @@ use crate::memory::Pool;
 use crate::tensor::Tensor;
 use crate::threads::part;
 use sparsed_abi::SpdOp;
+use sparsed_quant::Format;
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -192,7 +193,7 @@ impl Indexer<'_> {
             for (number, (query, scores)) in queries.iter().zip(&mut *scores).enumerate() {
                 let Some(to) = scores.get_mut(at..) else { continue };
                 let keys = KeyTiles { ahead: if number == 0 { keys.ahead } else { &[] }, ..keys };
-                query.score(level, Rounding::Int16, keys, &mut found);
+                query.score(level, self.rounding(), keys, &mut found);
                 to.iter_mut().zip(found.as_flattened()).for_each(|(to, score)| *to = *score);
             }
         });
@@ -215,6 +216,11 @@ impl Indexer<'_> {
             each(at, self.tiles(keys, ahead));
             (at, keys) = (next, ahead);
         }
+    }
+
+    /// What queries are rounded to. Keys in 4 bits are off by a hundred times what 8 bits leave out of a query.
+    fn rounding(&self) -> Rounding {
+        if self.pool.index.format == Format::Q4_0 { Rounding::Int8 } else { Rounding::Int16 }
     }
 
     /// Tiles of the pool's format.
