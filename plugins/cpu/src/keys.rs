@@ -35,14 +35,16 @@ impl Pool {
         self.index_plane.bytes(at, n * row * TILE_ROWS)
     }
 
-    /// No key that was ever stored in tiles of a layer is longer (its Euclidean length); a NaN when it is not known.
+    /// No key in q8_0 that was ever stored in a layer is longer (its Euclidean length); a NaN when it is not known.
     pub(crate) fn longest_key(&self, layer: usize) -> f32 {
         f32::from_bits(self.longest_keys[layer].load(Ordering::Relaxed))
     }
 
     fn note_length(&self, layer: usize, row: &[u8]) {
-        // Relaxed: a number of its own; operators of a step, and calls of the host, follow each other.
-        self.longest_keys[layer].fetch_max(length(self.index.format, row).to_bits(), Ordering::Relaxed);
+        if self.index.format == Format::Q8_0 {
+            // Relaxed: a number of its own; operators of a step, and calls of the host, follow each other.
+            self.longest_keys[layer].fetch_max(length(row).to_bits(), Ordering::Relaxed);
+        }
     }
 
     /// Stores the encoded key of `slot`.
@@ -124,36 +126,25 @@ impl Pool {
     }
 }
 
-/// Copies the key in lane `from` of a tile to lane `to` of another one; `codes` as [`Pool::key_codes`] has it.
-pub(crate) fn copy_key(codes: usize, tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
-    if codes == BLOCK {
-        copy_lane::<BLOCK>(tile, from % TILE_ROWS, to_tile, to % TILE_ROWS);
-    } else {
-        copy_lane::<{ BLOCK / 2 }>(tile, from % TILE_ROWS, to_tile, to % TILE_ROWS);
-    }
-}
-
-#[inline(always)]
-fn copy_lane<const CODES: usize>(tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
-    let bytes = TILE_ROWS * (CODES + SCALE);
-    for (tile, to_tile) in tile.chunks_exact(bytes).zip(to_tile.chunks_exact_mut(bytes)) {
-        for group in 0..CODES / 4 {
+/// Copies the key in lane `from` of a tile to lane `to` of another one; keys in q8_0.
+pub(crate) fn copy_key(tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
+    const TILE_BLOCK_BYTES: usize = TILE_ROWS * (SCALE + BLOCK);
+    let (from, to) = (from % TILE_ROWS, to % TILE_ROWS);
+    let (tile, _) = tile.as_chunks::<TILE_BLOCK_BYTES>();
+    for (tile, to_tile) in tile.iter().zip(to_tile.as_chunks_mut::<TILE_BLOCK_BYTES>().0) {
+        for group in 0..BLOCK / 4 {
             let (from, to) = (64 * group + 4 * from, 64 * group + 4 * to);
             to_tile[to..to + 4].copy_from_slice(&tile[from..from + 4]);
         }
-        let (from, to) = (TILE_ROWS * CODES + 2 * from, TILE_ROWS * CODES + 2 * to);
+        let (from, to) = (TILE_ROWS * BLOCK + 2 * from, TILE_ROWS * BLOCK + 2 * to);
         to_tile[to..to + 2].copy_from_slice(&tile[from..from + 2]);
     }
 }
 
-/// The Euclidean length of an encoded key, rounded up.
-fn length(format: Format, row: &[u8]) -> f32 {
-    let square = |code: &u8| match format {
-        Format::Q4_0 => (i32::from(code & 15) - 8).pow(2) + (i32::from(code >> 4) - 8).pow(2),
-        _ => i32::from(code.cast_signed()).pow(2),
-    };
-    let squares = row.chunks_exact(format.block_bytes()).map(|block| {
-        let sum: i32 = block[SCALE..].iter().map(square).sum();
+/// The Euclidean length of an encoded key in q8_0, rounded up.
+fn length(row: &[u8]) -> f32 {
+    let squares = row.as_chunks::<{ SCALE + BLOCK }>().0.iter().map(|block| {
+        let sum: i32 = block[SCALE..].iter().map(|code| i32::from(code.cast_signed()).pow(2)).sum();
         #[allow(clippy::cast_precision_loss, reason = "32 squares of bytes are below 2^24")]
         let sum = sum as f32;
         half::f16::from_le_bytes([block[0], block[1]]).to_f32().powi(2) * sum
@@ -198,22 +189,16 @@ mod tests {
 
     #[test]
     fn a_key_copied_between_tiles_is_the_same_key_and_the_longest_is_known() {
-        for (dtype, format) in [(DT_Q8_0, Format::Q8_0), (DT_Q4_0, Format::Q4_0)] {
-            keys_are_copied(dtype, format);
-        }
-    }
-
-    fn keys_are_copied(dtype: u32, format: Format) {
-        let pool = pool(dtype);
+        let pool = pool(DT_Q8_0);
         let (row, mut random) = (pool.index.bytes, fastrand::Rng::with_seed(6));
         let mut longest = 0f64;
         let rows: Vec<Vec<u8>> = (0..16)
             .map(|_| {
                 let values: Vec<f32> = (0..64).map(|_| random.f32() - 0.5).collect();
                 let mut bytes = vec![0; row];
-                sparsed_quant::encode_row(format, &values, &mut bytes).unwrap();
+                sparsed_quant::encode(Format::Q8_0, &values, &mut bytes).unwrap();
                 let mut back = vec![0.0; 64];
-                sparsed_quant::decode(format, &bytes, &mut back).unwrap();
+                sparsed_quant::decode(Format::Q8_0, &bytes, &mut back).unwrap();
                 longest = longest.max(back.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt());
                 bytes
             })
@@ -227,7 +212,7 @@ mod tests {
         assert_eq!(pool.longest_key(0), 0.0);
         let mut turned = vec![0; 16 * row];
         for lane in 0..16 {
-            copy_key(pool.key_codes().unwrap(), pool.key_tiles(1, 0, 1), lane, &mut turned, 15 - lane);
+            copy_key(pool.key_tiles(1, 0, 1), lane, &mut turned, 15 - lane);
         }
         for (slot, row) in rows.iter().rev().enumerate() {
             // SAFETY: as above.
@@ -236,7 +221,7 @@ mod tests {
         assert_eq!(pool.key_tiles(0, 0, 1), turned);
         let mut image = vec![0; pool.index_plane.block_bytes];
         pool.export_keys(0, &mut image);
-        let other = self::pool(dtype);
+        let other = self::pool(DT_Q8_0);
         // SAFETY: as above.
         unsafe { other.import_keys(2, &image) };
         assert_eq!(other.longest_key(1), pool.longest_key(1));

@@ -7,13 +7,14 @@
 //! are scored. Either way the selection is the same: it is a function of the scores.
 
 use super::select::{Indexer, Query};
-use crate::kernels::activations::Rounding;
+use crate::kernels::activations::{BLOCK, Rounding};
 use crate::kernels::dot::dot;
 use crate::kernels::packed::{KeyTiles, Sums, TILE_ROWS};
 use crate::kernels::select::{Scratch, above, top_k};
 use crate::keys::copy_key;
 use crate::level::Level;
 use crate::threads::part;
+use sparsed_quant::Format;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -65,10 +66,10 @@ impl Candidates {
                 let lane = left.trailing_zeros() as usize;
                 left &= left - 1;
                 if first + lane < end {
-                    copy_key(keys.codes, tile, lane, &mut self.tile, self.positions.len() % TILE_ROWS);
+                    copy_key(tile, lane, &mut self.tile, self.positions.len() % TILE_ROWS);
                     self.positions.push(u32::try_from(first + lane).expect("positions are 32 bits"));
                     if self.positions.len().is_multiple_of(TILE_ROWS) {
-                        self.score(level, &sieve.query, keys.codes);
+                        self.score(level, &sieve.query);
                     }
                 }
             }
@@ -77,9 +78,9 @@ impl Candidates {
     }
 
     /// Scores what has none.
-    fn score(&mut self, level: Level, query: &Query, codes: usize) {
+    fn score(&mut self, level: Level, query: &Query) {
         let mut sums = [Sums::default()];
-        query.score(level, KeyTiles { codes, tiles: &self.tile, ahead: &[] }, &mut sums);
+        query.score(level, KeyTiles { codes: BLOCK, tiles: &self.tile, ahead: &[] }, &mut sums);
         let left = self.positions.len() - self.scores.len();
         self.scores.extend_from_slice(&sums[0][..left]);
     }
@@ -147,7 +148,7 @@ impl Indexer<'_> {
     /// Whether token t has so many keys for each selected one that copying candidates is cheaper than half of the
     /// products.
     fn is_worth_it(&self, t: usize) -> bool {
-        self.pool.key_codes().is_some()
+        self.pool.index.format == Format::Q8_0
             && self.rounding == Rounding::Int16
             && self.q.n1 >= HEADS_FROM
             && self.affordable(self.visible(t)) >= 3 * self.sel.n2
@@ -235,10 +236,9 @@ impl Indexer<'_> {
                 few &= candidates.positions.len() <= most;
             }
         });
-        let codes = self.tiles(&[], &[]).codes;
         for (sieve, candidates) in sieves.iter().zip(all) {
             if candidates.scores.len() < candidates.positions.len() {
-                candidates.score(level, &sieve.query, codes);
+                candidates.score(level, &sieve.query);
             }
         }
         few
@@ -275,11 +275,10 @@ mod tests {
     use crate::tensor::Tensor;
     use crate::threads::Team;
     use sparsed_abi::{
-        DIM_TOKENS, DT_F16, DT_F32, DT_I32, OP_IDX_TOPK, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdRow,
-        StepArrays,
+        DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, OP_IDX_TOPK, OpSpec, Program, ProgramBuilder, SpdBucket,
+        SpdKvDesc, SpdRow, StepArrays,
     };
     use sparsed_plugin_kit::{Device, Host, Usage};
-    use sparsed_quant::Format;
     use std::marker::PhantomData;
     use std::sync::Arc;
 
@@ -299,7 +298,7 @@ mod tests {
 
     impl Bed {
         /// Encoded keys that `key` makes of their position, in a pool whose blocks are in reverse order.
-        fn new(level: Level, format: Format, key: impl Fn(usize) -> Vec<u8>) -> Self {
+        fn new(level: Level, key: impl Fn(usize) -> Vec<u8>) -> Self {
             let device = CpuDevice {
                 level,
                 team: Team::new(3, &[]).unwrap(),
@@ -314,7 +313,7 @@ mod tests {
                 n_index_layers: 1,
                 latent: row(DT_F16, 32),
                 rope: row(DT_F16, 32),
-                index: row(format.ggml_id(), WIDTH as u32),
+                index: row(DT_Q8_0, WIDTH as u32),
                 ..SpdKvDesc::default()
             };
             let pool = Arc::new(device.kv_create(&desc, None).unwrap().0);
@@ -395,23 +394,23 @@ mod tests {
         Tensor { at: values.as_mut_ptr(), n0: TOKENS, n1, n2, s0: n1 * n2, s1: n2, life: PhantomData }
     }
 
-    fn encoded(format: Format, key: &[f32]) -> Vec<u8> {
-        let mut encoded = vec![0; format.row_bytes(WIDTH).unwrap()];
-        sparsed_quant::encode_row(format, key, &mut encoded).unwrap();
+    fn encoded(key: &[f32]) -> Vec<u8> {
+        let mut encoded = vec![0; Format::Q8_0.row_bytes(WIDTH).unwrap()];
+        sparsed_quant::encode(Format::Q8_0, key, &mut encoded).unwrap();
         encoded
     }
 
-    fn random_key(format: Format, position: usize) -> Vec<u8> {
+    fn random_key(position: usize) -> Vec<u8> {
         let mut random = fastrand::Rng::with_seed(position as u64);
-        encoded(format, &(0..WIDTH).map(|_| random.f32() - 0.5).collect::<Vec<f32>>())
+        encoded(&(0..WIDTH).map(|_| random.f32() - 0.5).collect::<Vec<f32>>())
     }
 
     #[test]
     fn candidates_give_the_selection_that_all_scores_give() {
         for level in Level::all() {
             // Every key once, and thousands of ties.
-            for (repeats, format) in [(CONTEXT, Format::Q8_0), (300, Format::Q8_0), (CONTEXT, Format::Q4_0)] {
-                let bed = Bed::new(level, format, |position| random_key(format, position % repeats));
+            for repeats in [CONTEXT, 300] {
+                let bed = Bed::new(level, |position| random_key(position % repeats));
                 for seed in 0..3 {
                     let (all, refined) = bed.selections(seed);
                     for refined in refined {
@@ -427,14 +426,13 @@ mod tests {
         let alike = |position: usize| {
             let mut key = vec![1.0; WIDTH];
             key[position % WIDTH] += 1e-3;
-            encoded(Format::Q8_0, &key)
+            encoded(&key)
         };
         let no_number = |position: usize| match position {
             77 => [0, 0xfe].repeat(WIDTH * 34 / 64), // scales are NaN
-            _ => random_key(Format::Q8_0, position),
+            _ => random_key(position),
         };
-        for bed in [Bed::new(Level::detect(), Format::Q8_0, alike), Bed::new(Level::detect(), Format::Q8_0, no_number)]
-        {
+        for bed in [Bed::new(Level::detect(), alike), Bed::new(Level::detect(), no_number)] {
             assert_eq!(bed.selections(1).1, [None, None]);
         }
     }
