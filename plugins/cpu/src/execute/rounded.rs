@@ -135,7 +135,7 @@ mod tests {
     #[test]
     fn rows_of_any_pairs_come_block_by_block_and_in_order_they_are_not_copied() {
         const N_BLOCKS: usize = 3;
-        for (level, n_rows) in Level::all().into_iter().flat_map(|level| [1, 2, 7, 8, 15, 23].map(|n| (level, n))) {
+        for (level, n_rows) in Level::all().flat_map(|level| [1, 2, 7, 8, 15, 23].map(|n| (level, n))) {
             let blocks = laid_out(level, n_rows, N_BLOCKS);
             let x = Rounded { level, rounding: Rounding::Int8, n_rows, n_blocks: N_BLOCKS, blocks: &blocks };
             let mut beside = Vec::new();
