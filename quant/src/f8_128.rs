@@ -1,7 +1,7 @@
 //! F8_128: e4m3 values times a power of two that each 128 share, for KV rows. Not in GGUF: ggml has no number for it.
 //!
-//! A row is its codes, then one byte for each 128 values of it, the last of which may be fewer. DeepSeek's FlashMLA cache
-//! has the same blocks and scales, as f32 of 4 bytes.
+//! A row is its codes, then one byte for each 128 values of it, the last of which may be fewer. DeepSeek's FlashMLA
+//! cache has the same blocks and scales, as f32 of 4 bytes.
 
 use crate::f8_e4m3;
 

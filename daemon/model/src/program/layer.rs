@@ -204,8 +204,8 @@ impl Builder<'_> {
         y
     }
 
-    /// Keys in 4 bits, and the queries of such, times a Hadamard matrix: products are the same, and no value of a key is
-    /// much larger than the others of its block.
+    /// Keys in 4 bits, and the queries of such, times a Hadamard matrix: products are the same, and no value of a key
+    /// is much larger than the others of its block.
     fn spread(&mut self, x: TensorId, dims: &[u32]) -> TensorId {
         if self.kv.index.dtype != DT_Q4_0 {
             return x;

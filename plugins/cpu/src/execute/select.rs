@@ -1,8 +1,8 @@
 //! The lightning indexer: which positions does each token select?
 //!
-//! Keys in q8_0 and q4_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens; keys of
-//! other formats are decoded. Scores are kept for the tokens of one run only. Where many keys are to be passed over,
-//! `refine` finds the same selection with half of the products.
+//! Keys in q8_0 and q4_0 lie as tiles of 16 (`crate::keys`), which are multiplied with all heads of up to eight tokens;
+//! keys of other formats are decoded. Scores are kept for the tokens of one run only. Where many keys are to be passed
+//! over, `refine` finds the same selection with half of the products.
 
 use super::Frame;
 use super::refine::Candidates;

@@ -27,7 +27,8 @@ pub(crate) use words::Words;
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
 
-/// What is left of a code of e4m3 that was widened with its sign and moved by 7: the sign, exponent and fraction of a half.
+/// What is left of a code of e4m3 that was widened with its sign and moved by 7: the sign, exponent and fraction of a
+/// half.
 const E4M3_IN_HALF: i16 = 0xbf80_u16.cast_signed();
 
 /// Vector instructions. A value of an implementing type is the proof that the CPU has them.
@@ -48,8 +49,8 @@ pub(crate) trait Lanes: Copy {
     fn load_bytes(self, v: &[u8; LANES]) -> Self::F;
     /// 16 signed bytes, widened.
     fn load_signed_bytes(self, v: &[u8; LANES]) -> Self::F;
-    /// 16 codes of e4m3 as a 256th of their values: moved to their places in a half, whose exponent has that bias. Not for
-    /// the codes of NaN.
+    /// 16 codes of e4m3 as a 256th of their values: moved to their places in a half, whose exponent has that bias. Not
+    /// for the codes of NaN.
     fn load_e4m3(self, v: &[u8; LANES]) -> Self::F;
     /// Rounded to nearest even f16, little-endian.
     fn store_half(self, v: Self::F, to: &mut [u8; 2 * LANES]);

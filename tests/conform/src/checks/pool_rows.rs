@@ -71,7 +71,8 @@ fn written(session: &Session, contents: &Contents, planes: &[Plane]) -> Outcome 
     Ok(())
 }
 
-/// Compares stored rows: the same bits, but for Q8_0 and Q4_0 whose codes may be off where x / d lies between two of them.
+/// Compares stored rows: the same bits, but for Q8_0 and Q4_0 whose codes may be off where x / d lies between two of
+/// them.
 fn same_row(format: Format, found: &[u8], expected: &[u8], given: &[f32]) -> Result<(), String> {
     if found == expected {
         return Ok(());

@@ -5,9 +5,12 @@
 //! too: they have no order. Words lie in pairs, as they are multiplied: in keys value i beside value i + 16, in values
 //! row i beside row i + 16.
 
+mod read;
+
 use super::{Ahead, ROWS, ask};
 use crate::level::Level;
 use crate::simd::{LANES, Words, on_level};
+use read::{Codes, Eights, Halves, Scale, Stored, magic, power_of_two};
 use sparsed_quant::Format;
 
 /// Magnitudes of a block's words are below 2 to this power.
@@ -102,7 +105,8 @@ impl Default for Units {
 }
 
 impl WordBlock {
-    /// Takes the place of what was there before: of the slices of `group`. Memory is asked for the rows `ahead` meanwhile.
+    /// Takes the place of what was there before: of the slices of `group`. Memory is asked for the rows `ahead`
+    /// meanwhile.
     pub(crate) fn fill(
         &mut self,
         level: Level,
@@ -124,201 +128,40 @@ impl WordBlock {
     }
 }
 
-/// How 32 values of a row are read.
-trait Stored {
-    /// Of 32 values, without what lies elsewhere.
-    const BYTES: usize;
-    /// What `row` has of a slice: `group` times `width` values from its beginning on.
-    fn slice(row: &[u8], width: usize, group: usize) -> Slice<'_>;
-    /// All magnitudes of a slice are below 2 to this power plus 1; nothing where one is infinite or no number.
-    fn exponent<L: Words>(l: L, slice: Slice<'_>) -> Option<i32>;
-    /// Line `line` of a slice, of `BYTES` bytes, as words in the low bits of lanes.
-    fn words<L: Words>(l: L, bytes: &[u8], slice: Slice<'_>, line: usize, scale: Scale<L>) -> [L::I; 2];
+on_level! {
+    fn fill_halves(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = halves_body
 }
-
-#[derive(Clone, Copy)]
-struct Slice<'a> {
-    /// Lines of values.
-    lines: &'a [u8],
-    /// In F8_128 the powers of two, from that of the first line on.
-    powers: &'a [u8],
-    /// Lines before the slice that have the first of them.
-    before: usize,
+on_level! {
+    fn fill_bytes(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = bytes_body
 }
-
-impl<'a> Slice<'a> {
-    /// Of a format that has all of a line in the line.
-    fn of_lines(lines: &'a [u8]) -> Self {
-        Self { lines, powers: &[], before: 0 }
-    }
-}
-
-/// What words are made with.
-#[derive(Clone, Copy)]
-struct Scale<L: Words> {
-    /// Of the slice, or of a greater one in whose unit its words are.
-    exponent: i32,
-    /// See [`magic`].
-    magic: L::F,
-}
-
-/// Exponent of a half's magnitude (as bits).
-fn half_exponent(bits: u16) -> Option<i32> {
-    let exponent = i32::from(bits >> 10);
-    (exponent < 31).then(|| exponent.max(1) - 15)
-}
-
-struct Halves;
-
-impl Stored for Halves {
-    const BYTES: usize = 2 * PAIR;
-
-    #[inline(always)]
-    fn slice(row: &[u8], _: usize, _: usize) -> Slice<'_> {
-        Slice::of_lines(row)
-    }
-
-    #[inline(always)]
-    fn exponent<L: Words>(l: L, slice: Slice<'_>) -> Option<i32> {
-        let mut most = l.splat_i(0);
-        for line in slice.lines.as_chunks().0 {
-            most = l.max_magnitude_words(most, l.load_i(line));
-        }
-        let mut words = [0; LANES];
-        l.store_i(most, &mut words);
-        let largest = words.iter().fold(0, |most, pair: &i32| {
-            let pair = pair.cast_unsigned();
-            most.max(pair & 0xffff).max(pair >> 16)
-        });
-        half_exponent(u16::try_from(largest).expect("of 16 bits"))
-    }
-
-    #[inline(always)]
-    fn words<L: Words>(l: L, bytes: &[u8], _: Slice<'_>, _: usize, scale: Scale<L>) -> [L::I; 2] {
-        let halves = bytes.as_chunks().0;
-        let values = [l.load_half(&halves[0]), l.load_half(&halves[1])];
-        [l.bits(l.add(values[0], scale.magic)), l.bits(l.add(values[1], scale.magic))]
-    }
-}
-
-/// Blocks of Q8_0: a half, then 32 signed bytes.
-struct Codes;
-
-impl Stored for Codes {
-    const BYTES: usize = 2 + PAIR;
-
-    #[inline(always)]
-    fn slice(row: &[u8], _: usize, _: usize) -> Slice<'_> {
-        Slice::of_lines(row)
-    }
-
-    #[inline(always)]
-    fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
-        let scales =
-            slice.lines.chunks_exact(Self::BYTES).map(|block| u16::from_le_bytes([block[0], block[1]]) & 0x7fff);
-        // A code is at most 128.
-        half_exponent(scales.max().unwrap_or(0)).map(|exponent| exponent + 7)
-    }
-
-    #[inline(always)]
-    fn words<L: Words>(l: L, block: &[u8], _: Slice<'_>, _: usize, scale: Scale<L>) -> [L::I; 2] {
-        let d = l.splat(half::f16::from_le_bytes([block[0], block[1]]).to_f32());
-        let codes = block[2..].as_chunks().0;
-        let values = [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)];
-        [l.bits(l.add(values[0], scale.magic)), l.bits(l.add(values[1], scale.magic))]
-    }
-}
-
-/// Rows of F8_128: codes, then a power of two for each four lines.
-struct Eights;
-
-impl Eights {
-    const LINES: usize = 128 / PAIR;
-    const NO_NUMBER: u8 = 255;
-    /// What is lower is zeros.
-    const LEAST: u8 = 16;
-    /// Magnitudes are below 2 to the power of 9 times a power of two, whose bias is 127.
-    const TO_EXPONENT: i32 = 8 - 127;
-}
-
-impl Stored for Eights {
-    const BYTES: usize = PAIR;
-
-    #[inline(always)]
-    fn slice(row: &[u8], width: usize, group: usize) -> Slice<'_> {
-        let (codes, powers) = row.split_at(row.len() - row.len().div_ceil(Self::LINES * PAIR + 1));
-        let (first, lines) = (group * width / PAIR, width / PAIR);
-        let end = (first + lines).div_ceil(Self::LINES);
-        let codes = &codes[first * PAIR..(first + lines) * PAIR];
-        Slice { lines: codes, powers: &powers[first / Self::LINES..end], before: first % Self::LINES }
-    }
-
-    #[inline(always)]
-    fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
-        let most = slice.powers.iter().copied().fold(Self::LEAST, u8::max);
-        (most < Self::NO_NUMBER).then(|| i32::from(most) + Self::TO_EXPONENT)
-    }
-
-    #[inline(always)]
-    fn words<L: Words>(l: L, bytes: &[u8], slice: Slice<'_>, line: usize, scale: Scale<L>) -> [L::I; 2] {
-        let power = slice.powers.get((slice.before + line) / Self::LINES).copied().unwrap_or(0);
-        // From a 256th of a value to its word.
-        let shift = i32::from(power) + Self::TO_EXPONENT + (VALUE_BITS - 1) - scale.exponent;
-        let (factor, magic) = (l.splat(power_of_two(shift.max(-126))), l.splat(magic(VALUE_BITS - 1)));
-        let codes = bytes.as_chunks().0;
-        // Rounded once: what is added to is exact.
-        let values = [l.load_e4m3(&codes[0]), l.load_e4m3(&codes[1])];
-        [l.bits(l.mul_add(values[0], factor, magic)), l.bits(l.mul_add(values[1], factor, magic))]
-    }
-}
-
-/// `$name` for rows that are read as `$stored` does.
-macro_rules! fill_stored {
-    ($($name:ident as $body:ident: $stored:ty;)*) => {
-        $(
-            on_level! {
-                fn $name(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = $body
-            }
-
-            #[inline(always)]
-            fn $body<L: Words>(
-                l: L,
-                rows: &[Bytes<'_>],
-                slices: (Widths, usize),
-                ahead: &[&[u8]],
-                to: &mut WordBlock,
-            ) {
-                fill_body::<L, $stored>(l, rows, slices, ahead, to);
-            }
-        )*
-    };
-}
-
-fill_stored! {
-    fill_halves as halves_body: Halves;
-    fill_bytes as bytes_body: Codes;
-    fill_eights as eights_body: Eights;
-}
-
-/// Adding it to a value of a slice of this exponent makes the value's word the low bits of the sum: the last bit of a
-/// float of 1.5 times 2^(exponent + 10) is the word's unit.
-fn magic(exponent: i32) -> f32 {
-    1.5 * power_of_two(exponent - (VALUE_BITS - 1) + 23)
-}
-
-/// 2 to a power from -126 to 127.
-fn power_of_two(power: i32) -> f32 {
-    f32::from_bits(((power + 127) << 23).cast_unsigned())
+on_level! {
+    fn fill_eights(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = eights_body
 }
 
 #[inline(always)]
-fn fill_body<L: Words, S: Stored>(
+fn halves_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
+    fill_body::<L, Halves>(l, rows, slices, ahead, to);
+}
+
+#[inline(always)]
+fn bytes_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
+    fill_body::<L, Codes>(l, rows, slices, ahead, to);
+}
+
+#[inline(always)]
+fn eights_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
+    fill_body::<L, Eights>(l, rows, slices, ahead, to);
+}
+
+/// Sets the units of a block's rows; returns the exponents of their latent slices and of what their keys' words are in.
+#[inline(always)]
+fn find_units<L: Words, S: Stored>(
     l: L,
     rows: &[Bytes<'_>],
     (widths, group): (Widths, usize),
     ahead: &[&[u8]],
     to: &mut WordBlock,
-) {
+) -> ([i32; ROWS], [i32; ROWS]) {
     let latent_of = |row: usize| S::slice(rows[row].latent, widths.latent, group);
     let rope_of = |row: usize| S::slice(rows[row].rope, widths.rope, group);
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
@@ -334,6 +177,20 @@ fn fill_body<L: Words, S: Stored>(
         to.units.shift[r] = if to.latent_lines > 0 { (key - latent).clamp(0, 31) } else { 0 };
         (latents[r], keys[r]) = (latent, key);
     }
+    (latents, keys)
+}
+
+#[inline(always)]
+fn fill_body<L: Words, S: Stored>(
+    l: L,
+    rows: &[Bytes<'_>],
+    (widths, group): (Widths, usize),
+    ahead: &[&[u8]],
+    to: &mut WordBlock,
+) {
+    let latent_of = |row: usize| S::slice(rows[row].latent, widths.latent, group);
+    let rope_of = |row: usize| S::slice(rows[row].rope, widths.rope, group);
+    let (latents, keys) = find_units::<L, S>(l, rows, (widths, group), ahead, to);
     let lines = to.key_lines;
     for first in (0..rows.len()).step_by(2 * LANES) {
         for a in first..rows.len().min(first + LANES) {
