@@ -83,7 +83,7 @@ fn only_who_has_a_key_is_served_and_sees_what_is_his() {
 #[test]
 fn each_address_of_a_list_is_a_door_to_the_same_places() {
     if TcpListener::bind("[::1]:0").is_err() {
-        println!("not tried: this machine has no IPv6");
+        eprintln!("skipped: this machine has no IPv6");
         return;
     }
     let both = r#"tcp.listen=["127.0.0.1:0", "[::1]:0"]"#;
