@@ -5,7 +5,7 @@
 //! bytes 4g .. 4g + 4 of each row's codes, then the rows' scales. A block's host image has rows, as `abi/OPS.md` says.
 
 use crate::kernels::activations::BLOCK;
-use crate::kernels::packed::TILE_ROWS;
+use crate::kernels::packed::{NIBBLES, TILE_ROWS, tile_block_bytes};
 use crate::memory::Pool;
 use sparsed_quant::Format;
 use std::sync::atomic::Ordering;
@@ -17,7 +17,7 @@ const SCALE: usize = 2;
 const fn code_bytes(format: Format) -> Option<usize> {
     match format {
         Format::Q8_0 => Some(BLOCK),
-        Format::Q4_0 => Some(BLOCK / 2),
+        Format::Q4_0 => Some(NIBBLES),
         _ => None,
     }
 }
@@ -128,7 +128,7 @@ impl Pool {
 
 /// Copies the key in lane `from` of a tile to lane `to` of another one; keys in q8_0.
 pub(crate) fn copy_key(tile: &[u8], from: usize, to_tile: &mut [u8], to: usize) {
-    const TILE_BLOCK_BYTES: usize = TILE_ROWS * (SCALE + BLOCK);
+    const TILE_BLOCK_BYTES: usize = tile_block_bytes(BLOCK);
     let (from, to) = (from % TILE_ROWS, to % TILE_ROWS);
     let (tile, _) = tile.as_chunks::<TILE_BLOCK_BYTES>();
     for (tile, to_tile) in tile.iter().zip(to_tile.as_chunks_mut::<TILE_BLOCK_BYTES>().0) {
@@ -160,7 +160,7 @@ fn length(row: &[u8]) -> f32 {
 fn places(codes: usize, lane: usize, row_bytes: usize) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
     let block_bytes = codes + SCALE;
     (0..row_bytes / block_bytes).flat_map(move |block| {
-        let (row, tile) = (block * block_bytes, block * block_bytes * TILE_ROWS);
+        let (row, tile) = (block * block_bytes, block * tile_block_bytes(codes));
         let fours = (0..codes / 4).map(move |g| (tile + 64 * g + 4 * lane, row + 2 + 4 * g..row + 6 + 4 * g));
         fours.chain(std::iter::once((tile + TILE_ROWS * codes + 2 * lane, row..row + 2)))
     })

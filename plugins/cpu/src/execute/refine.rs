@@ -31,6 +31,8 @@ const HEADS_FROM: usize = 16;
 struct Sieve {
     t: usize,
     query: Query,
+    /// Its high bytes.
+    coarse: Query,
     /// A key must score more than this to be selected.
     limit: f32,
     /// With the high bytes alone it scores more than this then.
@@ -95,7 +97,9 @@ impl Indexer<'_> {
         let (level, last) = (self.frame.device.level, run.end - 1);
         let queries: Vec<Query> = run.clone().map(|t| self.query(t)).collect();
         let mut samples = vec![Vec::new(); run.len()];
-        self.sample(run.start, 0..self.visible(run.start) / TILE_ROWS, &queries, &mut samples);
+        let coarse: Vec<Query> = queries.iter().map(Query::coarse).collect();
+        self.sample(run.start, 0..self.visible(run.start) / TILE_ROWS, &coarse, &mut samples);
+        let queries = queries.into_iter().zip(coarse);
         let sieves =
             run.clone().zip(queries).zip(&mut samples).map(|((t, query), sample)| self.sieve(t, query, sample));
         let Some(sieves) = sieves.collect::<Option<Vec<Sieve>>>() else { return false };
@@ -124,8 +128,9 @@ impl Indexer<'_> {
         let (team, level, visible) = (&self.frame.device.team, self.frame.device.level, self.visible(t));
         let mut samples = [Vec::new()];
         let query = self.query(t);
-        self.sample(t, 0..visible / TILE_ROWS, std::slice::from_ref(&query), &mut samples);
-        let Some(sieve) = self.sieve(t, query, &mut samples[0]) else { return false };
+        let coarse = query.coarse();
+        self.sample(t, 0..visible / TILE_ROWS, std::slice::from_ref(&coarse), &mut samples);
+        let Some(sieve) = self.sieve(t, (query, coarse), &mut samples[0]) else { return false };
         let sieves = [sieve];
         let parts: Vec<Mutex<Option<Candidates>>> = (0..team.len()).map(|_| Mutex::new(None)).collect();
         team.run(&|number| {
@@ -160,19 +165,19 @@ impl Indexer<'_> {
     }
 
     /// Appends coarse scores of some of `tiles`, which all queries see, of token t's sequence.
-    fn sample(&self, t: usize, tiles: Range<usize>, queries: &[Query], samples: &mut [Vec<f32>]) {
+    fn sample(&self, t: usize, tiles: Range<usize>, coarse: &[Query], samples: &mut [Vec<f32>]) {
         for tile in tiles.step_by(SAMPLE_STRIDE) {
             let keys = self.pool.key_tiles(self.layer, self.frame.slot(t, tile * TILE_ROWS), 1);
-            for (query, sample) in queries.iter().zip(&mut *samples) {
+            for (query, sample) in coarse.iter().zip(&mut *samples) {
                 let mut sums = [Sums::default()];
-                query.score_coarsely(self.frame.device.level, self.tiles(keys, &[]), &mut sums);
+                query.score(self.frame.device.level, self.tiles(keys, &[]), &mut sums);
                 sample.extend_from_slice(&sums[0]);
             }
         }
     }
 
-    /// The limits that a sample of coarse scores gives; `None` when it is too short.
-    fn sieve(&self, t: usize, query: Query, sample: &mut [f32]) -> Option<Sieve> {
+    /// The limits that a sample of coarse scores gives a query; `None` when it is too short.
+    fn sieve(&self, t: usize, (query, coarse): (Query, Query), sample: &mut [f32]) -> Option<Sieve> {
         // As many of the sample as k of all, and four standard deviations more: neighbours are alike.
         let share = self.sel.n2 * sample.len() / self.visible(t);
         let rank = share + 4 * share.isqrt() + 4;
@@ -184,7 +189,7 @@ impl Indexer<'_> {
         // Too many are above it where keys are alike; of a NaN or an infinity nothing can be said.
         let open = sample.iter().filter(|&&score| score > coarse_limit).count();
         let few = open <= self.affordable(sample.len());
-        (few && coarse_limit.is_finite()).then_some(Sieve { t, query, limit, coarse_limit })
+        (few && coarse_limit.is_finite()).then_some(Sieve { t, query, coarse, limit, coarse_limit })
     }
 
     /// How far a score and the coarse one are apart, for a key of length 1.
@@ -231,7 +236,7 @@ impl Indexer<'_> {
             coarse.resize(keys.tiles.len() / tile_bytes, Sums::default());
             for (number, (sieve, candidates)) in sieves.iter().zip(&mut *all).enumerate() {
                 let keys = KeyTiles { ahead: if number == 0 { keys.ahead } else { &[] }, ..keys };
-                sieve.query.score_coarsely(level, keys, &mut coarse);
+                sieve.coarse.score(level, keys, &mut coarse);
                 candidates.take(level, sieve, keys, position, &coarse, self.visible(sieve.t));
                 few &= candidates.positions.len() <= most;
             }

@@ -7,7 +7,7 @@
 use super::Frame;
 use super::matmul::Pair;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
-use crate::kernels::packed::tokens_at_once;
+use crate::kernels::packed::{groups_at_once, tokens_at_once};
 use crate::level::Level;
 use crate::tensor::Tensor;
 use std::marker::PhantomData;
@@ -62,16 +62,13 @@ impl Frame<'_> {
             let to = Tensor { at: scratch.blocks.as_mut_ptr(), n0: 1, n1: 1, n2: n, s0: n, s1: n, life: PhantomData };
             let most = tokens_at_once(level, rounding, usize::MAX);
             self.each(n_rows.div_ceil(most), |run| {
-                let mut first = run * most;
-                let end = n_rows.min(first + most);
-                while first < end {
-                    let together = first..first + tokens_at_once(level, rounding, end - first);
+                let rows = run * most..n_rows.min((run + 1) * most);
+                for together in groups_at_once(level, rounding, rows) {
                     // SAFETY: each run of rows belongs to one thread; `blocks` has room for all.
                     let to = unsafe { to.part_mut(together.start * n_blocks..together.end * n_blocks) };
                     for (i, row) in together.clone().enumerate() {
                         round_row(level, rounding, x.flat(row), &mut to[i..], together.len());
                     }
-                    first = together.end;
                 }
             });
             scratch.holds = Some((id, rounding));
@@ -83,15 +80,9 @@ impl Frame<'_> {
 impl<'a> Rounded<'a> {
     /// The rows that lie together with `row`.
     fn together(&self, row: usize) -> Range<usize> {
-        let most = tokens_at_once(self.level, self.rounding, usize::MAX);
-        let mut first = row / most * most;
-        loop {
-            let end = first + tokens_at_once(self.level, self.rounding, self.n_rows - first);
-            if row < end {
-                return first..end;
-            }
-            first = end;
-        }
+        let first = row - row % tokens_at_once(self.level, self.rounding, usize::MAX);
+        let mut groups = groups_at_once(self.level, self.rounding, first..self.n_rows);
+        groups.find(|group| group.contains(&row)).expect("a row of the tensor")
     }
 
     /// The rows of these pairs block by block, as `packed::product` wants them: where they lie, or put `beside`.
@@ -121,13 +112,11 @@ mod tests {
 
     /// Rows whose blocks say whose they are and which, in `d` and `sum`.
     fn laid_out(level: Level, n_rows: usize, n_blocks: usize) -> Vec<Block> {
-        let (mut blocks, mut first) = (Vec::new(), 0);
-        while first < n_rows {
-            let end = first + tokens_at_once(level, Rounding::Int8, n_rows - first);
+        let mut blocks = Vec::new();
+        for group in groups_at_once(level, Rounding::Int8, 0..n_rows) {
             for b in 0..n_blocks {
-                blocks.extend((first..end).map(|row| Block { d: row as f32, sum: b as f32, ..Block::default() }));
+                blocks.extend(group.clone().map(|row| Block { d: row as f32, sum: b as f32, ..Block::default() }));
             }
-            first = end;
         }
         blocks
     }
@@ -146,12 +135,7 @@ mod tests {
                 assert_eq!(found, all.collect::<Vec<_>>());
                 assert!(is_copied || beside.is_empty());
             };
-            let mut first = 0;
-            while first < n_rows {
-                let end = first + tokens_at_once(level, Rounding::Int8, n_rows - first);
-                check((first..end).collect(), false);
-                first = end;
-            }
+            groups_at_once(level, Rounding::Int8, 0..n_rows).for_each(|group| check(group.collect(), false));
             check(vec![n_rows - 1], true);
             check((0..n_rows).rev().collect(), true);
         }

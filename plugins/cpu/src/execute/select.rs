@@ -8,7 +8,7 @@ use super::Frame;
 use super::refine::Candidates;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
 use crate::kernels::attention::{ROWS, index_scores};
-use crate::kernels::packed::{KeyTiles, Sums, TILE_ROWS, score_keys, tokens_at_once};
+use crate::kernels::packed::{KeyTiles, Sums, TILE_ROWS, groups_at_once, score_keys};
 use crate::kernels::rows::decode;
 use crate::kernels::select::{Scratch, top_k};
 use crate::level::Level;
@@ -49,34 +49,25 @@ pub(super) struct Query {
 struct Group {
     heads: Range<usize>,
     x: Vec<Block>,
-    /// Their high bytes; of queries in 8 bits nothing.
-    coarse: Vec<Block>,
 }
 
 impl Query {
     /// Sets the scores of 16 keys of each tile.
-    pub(super) fn score(&self, level: Level, keys: KeyTiles<'_>, scores: &mut [Sums]) {
-        self.score_by(level, self.rounding, |group| &group.x, keys, scores);
-    }
-
-    /// As [`Self::score`], with the high bytes alone of queries in 16 bits.
-    pub(super) fn score_coarsely(&self, level: Level, keys: KeyTiles<'_>, scores: &mut [Sums]) {
-        self.score_by(level, Rounding::Int8, |group| &group.coarse, keys, scores);
-    }
-
-    fn score_by(
-        &self,
-        level: Level,
-        rounding: Rounding,
-        x: impl Fn(&Group) -> &[Block],
-        mut keys: KeyTiles<'_>,
-        scores: &mut [Sums],
-    ) {
+    pub(super) fn score(&self, level: Level, mut keys: KeyTiles<'_>, scores: &mut [Sums]) {
         scores.fill(Sums::default());
-        for group in &self.groups {
-            score_keys(level, rounding, keys, x(group), &self.w[group.heads.clone()], scores);
+        for Group { heads, x } in &self.groups {
+            score_keys(level, self.rounding, keys, x, &self.w[heads.clone()], scores);
             keys.ahead = &[];
         }
+    }
+
+    /// Of a query in 16 bits its high bytes, as one in 8.
+    pub(super) fn coarse(&self) -> Self {
+        let group = |Group { heads, x }: &Group| {
+            let x = x.iter().map(Block::coarse).collect();
+            Group { heads: heads.clone(), x }
+        };
+        Self { groups: self.groups.iter().map(group).collect(), rounding: Rounding::Int8, w: self.w.clone() }
     }
 
     /// What the high bytes leave out of each head's values, one head after another.
@@ -256,21 +247,15 @@ impl Indexer<'_> {
 
     pub(super) fn query(&self, t: usize) -> Query {
         let (level, blocks) = (self.frame.device.level, self.q.n2 / BLOCK);
-        let (mut groups, mut head) = (Vec::new(), 0);
-        while head < self.q.n1 {
-            // A number that `score_keys` takes with either rounding.
-            let n = tokens_at_once(level, Rounding::Int16, self.q.n1 - head);
-            let mut x = vec![Block::default(); n * blocks];
-            for i in 0..n {
-                round_row(level, self.rounding, self.q.row(t, head + i), &mut x[i..], n);
+        let group = |heads: Range<usize>| {
+            let mut x = vec![Block::default(); heads.len() * blocks];
+            for (i, head) in heads.clone().enumerate() {
+                round_row(level, self.rounding, self.q.row(t, head), &mut x[i..], heads.len());
             }
-            let coarse = match self.rounding {
-                Rounding::Int16 => x.iter().map(Block::coarse).collect(),
-                Rounding::Int8 => Vec::new(),
-            };
-            groups.push(Group { heads: head..head + n, x, coarse });
-            head += n;
-        }
+            Group { heads, x }
+        };
+        // Groups that `score_keys` takes with either rounding.
+        let groups = groups_at_once(level, Rounding::Int16, 0..self.q.n1).map(group).collect();
         Query { groups, rounding: self.rounding, w: self.weights(t) }
     }
 

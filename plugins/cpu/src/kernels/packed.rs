@@ -10,7 +10,7 @@ mod layout;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use keys::{KeyTiles, score_keys};
+pub(crate) use keys::{KeyTiles, NIBBLES, score_keys, tile_block_bytes};
 pub(crate) use layout::{TILE_ROWS, can_pack, pack_tile, tile_bytes};
 
 use super::activations::{Block, Rounding};
@@ -18,6 +18,7 @@ use crate::level::Level;
 use crate::simd::{Lanes, Products, on_level};
 use layout::Layout;
 use sparsed_quant::Format;
+use std::ops::Range;
 
 /// Most tokens that go through a tile together.
 pub(crate) const TOKENS_MAX: usize = 8;
@@ -33,6 +34,19 @@ pub(crate) fn tokens_at_once(level: Level, rounding: Rounding, left: usize) -> u
         _ => &[2],
     };
     sizes.iter().copied().find(|&n| n <= left).unwrap_or(1)
+}
+
+/// `rows` in the groups that go through a tile together, one after another.
+pub(crate) fn groups_at_once(
+    level: Level,
+    rounding: Rounding,
+    mut rows: Range<usize>,
+) -> impl Iterator<Item = Range<usize>> {
+    std::iter::from_fn(move || {
+        let first = rows.start;
+        rows.start += if rows.is_empty() { return None } else { tokens_at_once(level, rounding, rows.len()) };
+        Some(first..rows.start)
+    })
 }
 
 /// What [`tokens_at_once`] never says on this architecture is not compiled.

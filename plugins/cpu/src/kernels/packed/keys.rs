@@ -16,10 +16,10 @@ pub(crate) struct KeyTiles<'a> {
 }
 
 /// Bytes of a block's codes in Q4_0.
-const NIBBLES: usize = BLOCK / 2;
+pub(crate) const NIBBLES: usize = BLOCK / 2;
 
 /// Bytes of 16 blocks of keys: codes, then scales.
-const fn tile_block_bytes(codes: usize) -> usize {
+pub(crate) const fn tile_block_bytes(codes: usize) -> usize {
     TILE_ROWS * (codes + 2)
 }
 

@@ -91,14 +91,14 @@ proptest! {
         }
         let mut tile = vec![0; tile_bytes(format, width)];
         pack_tile(format, width, |lane| Some(&rows[lane]), &mut tile);
-        let codes = if format == Format::Q8_0 { BLOCK } else { BLOCK / 2 };
+        let codes = if format == Format::Q8_0 { BLOCK } else { NIBBLES };
         if format == Format::Q8_0 {
             // A weight's codes have an offset, a key's have not.
             for block in tile.chunks_exact_mut(TILE_ROWS * (codes + 2)) {
                 block[..TILE_ROWS * codes].iter_mut().for_each(|code| *code ^= 0x80);
             }
         }
-        // Of OPS.md's class T.
+        // No more than OPS.md's class T allows.
         let allowed = if rounding == Rounding::Int8 { 5e-3 } else { 4e-5 };
         let mut scalar = None;
         for level in Level::all() {

@@ -7,8 +7,11 @@ use crate::simd::{LANES, Words};
 pub(super) trait Stored {
     /// Of 32 values, without what lies elsewhere.
     const BYTES: usize;
-    /// What `row` has of a slice: `group` times `width` values from its beginning on.
-    fn slice(row: &[u8], width: usize, group: usize) -> Slice<'_>;
+    /// What `row` has of a slice of `width` values: all, or from `group` slices on where a row is given whole.
+    #[inline(always)]
+    fn slice(row: &[u8], _width: usize, _group: usize) -> Slice<'_> {
+        Slice { lines: row, powers: &[], before: 0 }
+    }
     /// All magnitudes of a slice are below 2 to this power plus 1; nothing where one is infinite or no number.
     fn exponent<L: Words>(l: L, slice: Slice<'_>) -> Option<i32>;
     /// Line `line` of a slice, of `BYTES` bytes, as words in the low bits of lanes.
@@ -25,13 +28,6 @@ pub(super) struct Slice<'a> {
     before: usize,
 }
 
-impl<'a> Slice<'a> {
-    /// Of a format that has all of a line in the line.
-    fn of_lines(lines: &'a [u8]) -> Self {
-        Self { lines, powers: &[], before: 0 }
-    }
-}
-
 /// What words are made with.
 #[derive(Clone, Copy)]
 pub(super) struct Scale<L: Words> {
@@ -39,6 +35,14 @@ pub(super) struct Scale<L: Words> {
     pub(super) exponent: i32,
     /// See [`magic`].
     pub(super) magic: L::F,
+}
+
+impl<L: Words> Scale<L> {
+    /// Values of the slice as words.
+    #[inline(always)]
+    fn words(self, l: L, values: [L::F; 2]) -> [L::I; 2] {
+        [l.bits(l.add(values[0], self.magic)), l.bits(l.add(values[1], self.magic))]
+    }
 }
 
 /// Exponent of a half's magnitude (as bits).
@@ -51,11 +55,6 @@ pub(super) struct Halves;
 
 impl Stored for Halves {
     const BYTES: usize = 2 * PAIR;
-
-    #[inline(always)]
-    fn slice(row: &[u8], _: usize, _: usize) -> Slice<'_> {
-        Slice::of_lines(row)
-    }
 
     #[inline(always)]
     fn exponent<L: Words>(l: L, slice: Slice<'_>) -> Option<i32> {
@@ -76,7 +75,7 @@ impl Stored for Halves {
     fn words<L: Words>(l: L, bytes: &[u8], _: Slice<'_>, _: usize, scale: Scale<L>) -> [L::I; 2] {
         let halves = bytes.as_chunks().0;
         let values = [l.load_half(&halves[0]), l.load_half(&halves[1])];
-        [l.bits(l.add(values[0], scale.magic)), l.bits(l.add(values[1], scale.magic))]
+        scale.words(l, values)
     }
 }
 
@@ -85,11 +84,6 @@ pub(super) struct Codes;
 
 impl Stored for Codes {
     const BYTES: usize = 2 + PAIR;
-
-    #[inline(always)]
-    fn slice(row: &[u8], _: usize, _: usize) -> Slice<'_> {
-        Slice::of_lines(row)
-    }
 
     #[inline(always)]
     fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
@@ -104,7 +98,7 @@ impl Stored for Codes {
         let d = l.splat(half::f16::from_le_bytes([block[0], block[1]]).to_f32());
         let codes = block[2..].as_chunks().0;
         let values = [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)];
-        [l.bits(l.add(values[0], scale.magic)), l.bits(l.add(values[1], scale.magic))]
+        scale.words(l, values)
     }
 }
 
