@@ -144,10 +144,7 @@ impl ChatAsk {
     /// an answer of its session that was cut is to be finished.
     pub(crate) async fn waits(&self, service: &Service, owner: Owner) -> bool {
         match &self.fields.session_id {
-            Some(session) => {
-                sessions::is_cut(service, owner, session).await
-                    || sessions::model_is_absent(service, owner, session).await
-            }
+            Some(session) => sessions::turn_waits(service, owner, session).await,
             None => models::is_absent(service, self.fields.model.as_deref().unwrap_or(DEFAULT_MODEL)),
         }
     }

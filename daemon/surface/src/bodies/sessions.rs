@@ -171,10 +171,11 @@ pub(crate) async fn turn(
     }
 }
 
-/// Whether the last answer of a session was cut. Not of one that is not there.
-pub(crate) async fn is_cut(service: &Service, owner: Owner, id: &str) -> bool {
-    let state = on(service, id, move |sessions, id| Ok(sessions.get(owner, id)?.summary.state)).await;
-    matches!(state, Ok(SessionState::Interrupted))
+/// Whether a turn of a session has something before it: an answer that was cut, or a model that is to be loaded. Not of
+/// one that is not there.
+pub(crate) async fn turn_waits(service: &Service, owner: Owner, id: &str) -> bool {
+    let summary = on(service, id, move |sessions, id| Ok(sessions.get(owner, id)?.summary)).await;
+    summary.is_ok_and(|found| found.state == SessionState::Interrupted || models::is_absent(service, &found.model))
 }
 
 /// Whether a session's model is to be loaded first. Not of one that is not there.
