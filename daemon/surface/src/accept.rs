@@ -1,6 +1,10 @@
 //! What may a connection cost? The accept loop of every socket that speaks HTTP, with its limits.
 
+use crate::unread::LetBy;
 use axum::Router;
+use axum::http::{Request, header};
+use hyper::body::Incoming;
+use hyper::service::{Service as _, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -96,7 +100,12 @@ pub(crate) async fn serve<L: Listener>(
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
         builder.max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
-        let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(interface));
+        let interface = TowerToHyperService::new(interface);
+        let answer = move |request: Request<Incoming>| {
+            let is_asked_for = request.headers().contains_key(header::EXPECT);
+            interface.call(request.map(|body| LetBy::new(body, is_asked_for)))
+        };
+        let connection = builder.serve_connection(TokioIo::new(stream), service_fn(answer));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             tokio::select! {

@@ -18,6 +18,7 @@ mod shares;
 mod strangers;
 mod tcp;
 mod unix;
+mod unread;
 
 pub use accept::ServeOptions;
 pub use dbus::{Bus, DbusOptions, sealed, serve_dbus};

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Answer, Daemon, read_answer};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 fn start() -> (Daemon, tempfile::TempDir) {
@@ -236,6 +236,28 @@ fn who_sends_too_much_is_told_so_when_it_has_sent_it() {
         let end = if head.contains("chunked") { "\r\n0\r\n\r\n" } else { "" };
         let answer = raw(&daemon, [&head, &body, end].concat().as_bytes());
         assert_eq!(error(&answer).1, "body_too_large", "{}", answer.body);
+    }
+}
+
+/// One that finds it closed gives up, as Python's `http.client` does where it sends the body after the head.
+#[test]
+fn an_answer_that_needs_no_body_does_not_close_the_connection_on_who_still_sends_it() {
+    let (daemon, _dir) = start();
+    let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+    let body = "x".repeat(1 << 20);
+    for (path, status) in [("/infill", 501), ("/nowhere", 404), ("/health", 405), ("/infill", 501)] {
+        let head = format!("POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        stream.write_all(head.as_bytes()).unwrap();
+        // The refusal is there, whole, before anything of the body.
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"}") {
+            let mut piece = [0; 4096];
+            let n = stream.read(&mut piece).unwrap();
+            assert!(n > 0, "{path} has closed the connection: {}", String::from_utf8_lossy(&answer));
+            answer.extend_from_slice(&piece[..n]);
+        }
+        assert_eq!(answer[9..12], *format!("{status}").as_bytes(), "{path}: {}", String::from_utf8_lossy(&answer));
+        stream.write_all(body.as_bytes()).unwrap();
     }
 }
 

@@ -17,9 +17,6 @@ use std::time::Duration;
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 /// Nobody's: whose request it is, the door has said before.
 const NOBODY: Owner = Owner::Uid(u32::MAX);
-/// How much of a body that is too large is let by before the connection is closed, and for how long.
-const LET_BY_BYTES_MAX: usize = 64 << 20;
-const LET_BY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A body that has arrived. The content type is not looked at, as OpenAI's servers and llama.cpp's don't.
 pub(crate) struct Body {
@@ -41,10 +38,6 @@ impl FromRequest<Shared> for Body {
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
         let length: usize = length.unwrap_or(most);
         if length > most {
-            // Who waits for a word before it sends the body has this one.
-            if length <= LET_BY_BYTES_MAX && !request.headers().contains_key(header::EXPECT) {
-                let_by(&mut request.into_body().into_data_stream()).await;
-            }
             return Err(too_large(&format!("{length} bytes"), most));
         }
         let owner = request.extensions().get::<Owner>().copied().unwrap_or(NOBODY);
@@ -62,8 +55,6 @@ impl FromRequest<Shared> for Body {
         if let Some(bytes) = arrived? {
             return if share.has_arrived() { Ok(Self { bytes, share }) } else { Err(Refusal::too_many_bodies()) };
         }
-        drop(share);
-        let_by(&mut pieces).await;
         Err(too_large("more bytes", most))
     }
 }
@@ -80,21 +71,6 @@ async fn gathered(pieces: &mut BodyDataStream, most: usize) -> Result<Option<Byt
         bytes.extend_from_slice(&piece);
     }
     Ok(Some(bytes.freeze()))
-}
-
-/// Has a body that is refused go by, for a while: a client that finds the connection closed while it sends does not see
-/// why.
-async fn let_by(pieces: &mut BodyDataStream) {
-    let mut n_left = LET_BY_BYTES_MAX;
-    let all = async {
-        while let Some(Ok(piece)) = pieces.next().await {
-            n_left = n_left.saturating_sub(piece.len());
-            if n_left == 0 {
-                return;
-            }
-        }
-    };
-    let _in_time = tokio::time::timeout(LET_BY_TIMEOUT, all).await.is_ok();
 }
 
 fn too_large(what: &str, most: usize) -> Refusal {
