@@ -12,6 +12,8 @@ use std::sync::atomic::Ordering;
 
 /// Bytes of a block's scale, which is before its codes in a row.
 const SCALE: usize = 2;
+/// Bytes of four codes of each row of a tile.
+const GROUP: usize = 4 * TILE_ROWS;
 
 /// Bytes of the codes of a block of 32 values, of formats whose keys lie as tiles.
 const fn code_bytes(format: Format) -> Option<usize> {
@@ -71,12 +73,7 @@ impl Pool {
         let Some(codes) = self.key_codes() else { return image.copy_from_slice(keys) };
         let row = self.index.bytes;
         for (tile, rows) in keys.chunks_exact(row * TILE_ROWS).zip(image.chunks_exact_mut(row * TILE_ROWS)) {
-            for (lane, to) in rows.chunks_exact_mut(row).enumerate() {
-                for (place, part) in places(codes, lane, row) {
-                    let from = &tile[place..place + part.len()];
-                    to[part].copy_from_slice(from);
-                }
-            }
+            rows.chunks_exact_mut(row).enumerate().for_each(|(lane, row)| pick(codes, lane, tile, row));
         }
     }
 
@@ -94,11 +91,7 @@ impl Pool {
             self.note_length(i / self.block_tokens, row);
         }
         for (tile, rows) in keys.chunks_exact_mut(row * TILE_ROWS).zip(image.chunks_exact(row * TILE_ROWS)) {
-            for (lane, from) in rows.chunks_exact(row).enumerate() {
-                for (place, part) in places(codes, lane, row) {
-                    tile[place..place + part.len()].copy_from_slice(&from[part]);
-                }
-            }
+            rows.chunks_exact(row).enumerate().for_each(|(lane, row)| lay(codes, lane, row, tile));
         }
     }
 
@@ -153,6 +146,30 @@ fn length(row: &[u8]) -> f32 {
     match squares.sum::<f32>().sqrt() * 1.0001 {
         length if length.is_nan() => f32::NAN.abs(),
         length => length,
+    }
+}
+
+/// Puts a row into its tile. The sizes of copies are constants, so that they are moves and no calls.
+fn lay(codes: usize, lane: usize, row: &[u8], tile: &mut [u8]) {
+    for (block, tile) in row.chunks_exact(SCALE + codes).zip(tile.chunks_exact_mut(tile_block_bytes(codes))) {
+        let (scale, fours) = block.split_at(SCALE);
+        let (groups, scales) = tile.split_at_mut(TILE_ROWS * codes);
+        for (four, group) in fours.as_chunks::<4>().0.iter().zip(groups.as_chunks_mut::<GROUP>().0) {
+            group.as_chunks_mut().0[lane] = *four;
+        }
+        scales.as_chunks_mut::<SCALE>().0[lane].copy_from_slice(scale);
+    }
+}
+
+/// Takes a row out of its tile.
+fn pick(codes: usize, lane: usize, tile: &[u8], row: &mut [u8]) {
+    for (block, tile) in row.chunks_exact_mut(SCALE + codes).zip(tile.chunks_exact(tile_block_bytes(codes))) {
+        let (scale, fours) = block.split_at_mut(SCALE);
+        let (groups, scales) = tile.split_at(TILE_ROWS * codes);
+        for (four, group) in fours.as_chunks_mut().0.iter_mut().zip(groups.as_chunks::<GROUP>().0) {
+            *four = group.as_chunks::<4>().0[lane];
+        }
+        scale.copy_from_slice(&scales.as_chunks::<SCALE>().0[lane]);
     }
 }
 
