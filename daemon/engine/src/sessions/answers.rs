@@ -46,7 +46,7 @@ impl Keeper {
             return;
         }
         listener.hear(event);
-        if let Some(ending) = listener.ending(answer.resumed.is_some()) {
+        if let Some(ending) = listener.ending(answer.resumed.as_ref()) {
             self.close(turn, ending);
         }
     }
@@ -61,11 +61,8 @@ impl Keeper {
             return;
         }
         let n_tokens = answer.listener.as_ref().map_or(0, |listener| listener.n_tokens);
-        let ending = match &answer.resumed {
-            // Of a resumed answer not all was sent again before the first new token: it is what it was.
-            Some(Some(before)) if n_tokens == 0 => Ending::As(before.clone()),
-            Some(None) if n_tokens == 0 => Ending::Of(Outcome::Interrupted),
-            None if n_tokens == 0 => Ending::TakenBack,
+        let ending = match n_tokens {
+            0 => Ending::unheard(answer.resumed.as_ref()),
             _ => Ending::Of(Outcome::Cancelled),
         };
         self.close(turn, ending);

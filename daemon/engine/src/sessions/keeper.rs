@@ -385,7 +385,7 @@ mod tests {
     use super::*;
     use crate::ChatRequest;
     use crate::sessions::wishes::{Asked, Wishes};
-    use sparsed_session::{Limits, Loaded, MasterKey, NewSession, NewTurn, OsDisk, Outcome};
+    use sparsed_session::{Limits, Loaded, MasterKey, NewSession, NewTurn, OsDisk, Outcome, State};
     use std::sync::mpsc::sync_channel;
 
     const SHAPE: ImageShape = ImageShape { fingerprint: [1; 32], block_bytes: 8 };
@@ -522,6 +522,40 @@ mod tests {
         let (_, end) = listener.heard();
         assert!(matches!(end, Some(crate::api::Event::Failed(Failure::DiskFailed { .. }))), "{end:?}");
         keeper.take_session(1, id).unwrap();
+    }
+
+    #[test]
+    fn an_answer_that_was_cut_is_still_that_when_nobody_had_time_to_go_on_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let full = || Failure::QueueFull { limit: 1, retry_after_s: 1 };
+        let impossible = || Failure::GrammarFailed { reason: String::new() };
+        let (cut, given_up) = (None, Some(b"Some words".to_vec()));
+        for (before, failure, state) in [
+            (cut.clone(), full(), State::Interrupted),
+            (given_up, full(), State::Idle),
+            (cut, impossible(), State::Idle),
+        ] {
+            let said = before.clone();
+            keeper.take_session(1, id).unwrap();
+            let turn = NewTurn { keep_tokens: 0, prompt: &[1; 3], request: b"", sampling: b"" };
+            keeper.store.begin_turn(1, id, &turn, 0).unwrap();
+            keeper.store.append_tokens(1, id, &[4, 5]).unwrap();
+            keeper.store.end_turn(1, id, Outcome::Interrupted, b"", 0).unwrap();
+            keeper.store.resume_turn(1, id).unwrap();
+            keeper.turn(1, id, &SHAPE, 5, Some(Resumed { tokens: vec![4, 5], before }));
+            let turn = TurnId(keeper.n_turns - 1);
+            let sink = Box::new(crate::testing::Listener::with_room(9));
+            keeper.take(Ask::Listen { turn, sink, flow: std::sync::Arc::default() });
+            keeper.event(turn, crate::api::Event::Failed(failure.clone()));
+            keeper.deliver();
+            assert_eq!(keeper.store.summary(1, id).unwrap().state, state, "{failure}");
+            let history = keeper.store.history(1, id).unwrap();
+            assert_eq!(history.tokens, [1, 1, 1, 4, 5], "{failure}");
+            let answer = &history.turns.last().unwrap().answer;
+            assert!(said.is_none_or(|said| said == *answer), "{failure}: {}", String::from_utf8_lossy(answer));
+            keeper.store.release(1, id).unwrap();
+        }
     }
 
     #[test]

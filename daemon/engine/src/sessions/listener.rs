@@ -1,5 +1,6 @@
 //! What does one answer's client still have to hear, and what has the answer become so far?
 
+use super::keeper::Before;
 use super::recorded::Flow;
 use super::wishes::AnswerParts;
 use crate::api::{Event, Failure, Refused, Sink};
@@ -35,7 +36,22 @@ pub(super) enum Ending {
 enum End {
     Finished,
     Cut,
+    /// At another time it may be answered.
+    Refused,
+    /// It would fail again.
     Failed,
+}
+
+impl Ending {
+    /// Of an answer without a new token: what was there before it stays. Of a `resumed` one not all was sent again before
+    /// its first new token.
+    pub(super) fn unheard(resumed: Option<&Before>) -> Self {
+        match resumed {
+            None => Self::TakenBack,
+            Some(None) => Self::Of(Outcome::Interrupted),
+            Some(Some(before)) => Self::As(before.clone()),
+        }
+    }
 }
 
 impl Listener {
@@ -52,6 +68,7 @@ impl Listener {
             Event::Finished(_) => self.end = Some(End::Finished),
             // The next daemon goes on with it.
             Event::Failed(Failure::ShuttingDown) => self.end = Some(End::Cut),
+            Event::Failed(failure) if failure.may_pass() => self.end = Some(End::Refused),
             Event::Failed(_) => self.end = Some(End::Failed),
             Event::Queued { .. } | Event::Sampled { .. } | Event::Progress(_) | Event::Likelihood(_) => {}
         }
@@ -65,12 +82,13 @@ impl Listener {
     }
 
     /// How the turn ends, if the last event was there.
-    pub(super) fn ending(&self, is_resumed: bool) -> Option<Ending> {
+    pub(super) fn ending(&self, resumed: Option<&Before>) -> Option<Ending> {
         Some(match self.end? {
             End::Finished => Ending::Of(Outcome::Complete),
-            End::Failed if self.n_tokens == 0 && !is_resumed => Ending::TakenBack,
-            // It would fail again: what was said stays, and the next turn is not held up by it.
-            End::Failed => Ending::Of(Outcome::Cancelled),
+            End::Refused if self.n_tokens == 0 => Ending::unheard(resumed),
+            End::Failed if self.n_tokens == 0 && resumed.is_none() => Ending::TakenBack,
+            // What was said stays, and the next turn is not held up by an answer that would fail again.
+            End::Refused | End::Failed => Ending::Of(Outcome::Cancelled),
             End::Cut => Ending::Of(Outcome::Interrupted),
         })
     }

@@ -93,15 +93,20 @@ impl Runs {
         after: Option<u64>,
         priority: i32,
     ) -> Result<Found, Refusal> {
-        if let Some(run) = self.get(owner, id) {
-            return Ok(Found::Run(run));
-        }
-        let stored = stored(service, owner, id, after).await?;
-        if let Stored::Told(events, response) = stored {
-            return Ok(Found::Told(events, response));
-        }
+        let failed = match self.get(owner, id) {
+            Some(run) if run.has_failed() => Some(run),
+            Some(run) => return Ok(Found::Run(run)),
+            None => None,
+        };
+        let stored = match (stored(service, owner, id, after).await, failed) {
+            // Nobody had time for it; its answer is still there.
+            (Ok(stored @ Stored::Cut(_)), _) => stored,
+            (_, Some(run)) => return Ok(Found::Run(run)),
+            (Ok(Stored::Told(events, response)), None) => return Ok(Found::Told(events, response)),
+            (stored, None) => stored?,
+        };
         let _alone = self.resuming.lock().await;
-        if let Some(run) = self.get(owner, id) {
+        if let Some(run) = self.get(owner, id).filter(|run| !run.has_failed()) {
             return Ok(Found::Run(run));
         }
         let head = match stored {
@@ -180,6 +185,12 @@ impl Run {
     /// The response as it is now.
     pub(crate) fn response(&self) -> Value {
         self.lock().response.clone()
+    }
+
+    /// Whether it is over without an answer.
+    pub(crate) fn has_failed(&self) -> bool {
+        let said = self.lock();
+        said.is_over && said.response["status"] == "failed"
     }
 
     /// Gives the answer up; it is over soon after.

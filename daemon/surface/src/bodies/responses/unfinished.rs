@@ -4,19 +4,22 @@
 //! A few at a time, the one that was used first at the beginning, behind all else that their owners ask for. A client
 //! that asks for one meanwhile hears the same run, or begins it earlier.
 
-use super::runs::{Found, Runs};
+use super::runs::{Found, Run, Runs};
 use super::stored::ResponseId;
 use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use futures_util::{StreamExt, stream};
 use sparsed_engine::api::Owner;
 use sparsed_engine::{ModelState, Service, SessionId};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Behind all other requests of the same owner.
 const PRIORITY: i32 = 1000;
 /// Pause between looks at models that are being loaded.
 const LOOK: Duration = Duration::from_millis(250);
+/// Pause before an answer is begun again.
+const AGAIN: Duration = Duration::from_secs(10);
 
 /// Finishes what there is to finish, so many at a time; with 0 or without sessions there is nothing.
 pub(crate) async fn finish_all(service: &Service, runs: &Runs, at_a_time: usize) {
@@ -44,19 +47,28 @@ pub(crate) async fn finish_all(service: &Service, runs: &Runs, at_a_time: usize)
     stream::iter(cut).for_each_concurrent(at_a_time, finish).await;
 }
 
-/// Waits until the answer is whole, if it is one in the background.
+/// Waits until the answer is whole, if it is one in the background. One that there was no time for is begun again; the
+/// session counts how often.
 async fn finish_one(service: &Service, runs: &Runs, owner: Owner, session: SessionId) -> Result<(), Refusal> {
-    let turn = sessions::verb(service, move |service| service.sessions()?.goes_on_alone(owner, session)).await?;
-    let Some(turn) = turn else { return Ok(()) };
-    let id = ResponseId { session, turn };
+    loop {
+        let turn = sessions::verb(service, move |service| service.sessions()?.goes_on_alone(owner, session)).await?;
+        let Some(turn) = turn else { return Ok(()) };
+        let Some(run) = begun(service, runs, owner, ResponseId { session, turn }).await? else { return Ok(()) };
+        log::info!(session:%; "answer that was cut goes on by itself");
+        run.end().await;
+        if !run.has_failed() {
+            return Ok(());
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// The answer under way, when there is room for it; `None` if it is whole.
+async fn begun(service: &Service, runs: &Runs, owner: Owner, id: ResponseId) -> Result<Option<Arc<Run>>, Refusal> {
     loop {
         match runs.find(service, owner, id, None, PRIORITY).await {
-            Ok(Found::Run(run)) => {
-                log::info!(session:%; "answer that was cut goes on by itself");
-                run.end().await;
-                return Ok(());
-            }
-            Ok(Found::Told(..)) => return Ok(()),
+            Ok(Found::Run(run)) => return Ok(Some(run)),
+            Ok(Found::Told(..)) => return Ok(None),
             // Others come first.
             Err(refusal) => match refusal.retry_after_s() {
                 Some(seconds) => tokio::time::sleep(Duration::from_secs(seconds.into())).await,
