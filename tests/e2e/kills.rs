@@ -1,10 +1,11 @@
 //! The daemon dies while it answers, and files are damaged: `LONG=1` kills it 2000 times instead of 50.
 
-use super::{Bench, content, find, streamed, user, wish};
+use super::{Bench, content, files_below, find, streamed, user, wish};
 use serde_json::json;
 use sparsed_tests::daemon::Daemon;
 use std::fs;
 use std::io::Read;
+use std::path::Path;
 
 /// Memory for a part of a long conversation: the rest of it lies in the slow tier.
 const TIGHT: &[&str] =
@@ -36,7 +37,8 @@ fn kill(mut bench: Bench, seed: u64, kills: usize, words: std::ops::Range<usize>
         let id = bench.create(&json!({ "durability": durability }));
         bench.turn(&id, &"Some words before. ".repeat(random.usize(words.clone())), 20);
         let fork = bench.daemon.post(&format!("/v1/sessions/{id}/fork"), &json!({})).json();
-        let expected = content(&bench.turn(fork["id"].as_str().unwrap(), "Tell me all.", 300));
+        let whole = bench.turn(fork["id"].as_str().unwrap(), "Tell me all.", 300);
+        let (expected, n_prompt) = (content(&whole), whole["usage"]["prompt_tokens"].as_u64().unwrap());
         let mut request = wish(Some(&id), &[user("Tell me all.")], 300);
         request["stream"] = json!(true);
         let mut heard = String::new();
@@ -54,10 +56,22 @@ fn kill(mut bench: Bench, seed: u64, kills: usize, words: std::ops::Range<usize>
             }
             heard = streamed(&String::from_utf8_lossy(&bytes[..n]));
             n_slow = n_slow.max(bench.daemon.status()["kv_blocks_slow"].as_u64().unwrap());
-            bench.restart();
+            bench.daemon.signal("KILL");
+            bench.daemon.wait();
+            if random.u8(..3) == 0 {
+                // Images are a cache: without them the blocks are computed again.
+                let files = files_below(&bench.daemon.state_dir());
+                let images = files.iter().filter(|file| file.ends_with(Path::new(&id).join("kv")));
+                images.for_each(|file| fs::remove_file(file).unwrap());
+            }
+            bench.daemon.restart(&bench.sets);
             done += 1;
             assert!(expected.starts_with(&heard), "kill {done}: {heard:?} is not how {expected:?} begins");
-            if bench.session(&id)["state"] != "interrupted" {
+            let found = bench.session(&id);
+            // The process is dead, not the system: what was written is there, synced or not. A token is a byte here.
+            let n_answered = found["tokens"].as_u64().unwrap().saturating_sub(n_prompt);
+            assert!(heard.len() as u64 <= n_answered, "kill {done}, {durability}: {heard:?} was sent, but {found}");
+            if found["state"] != "interrupted" {
                 break;
             }
         }
