@@ -358,12 +358,15 @@ impl OpenSession {
         self.check(model)?;
         let none = || Failure::SessionBusy { id: self.id.to_string(), state: "idle: its last answer was not cut" };
         let Cut { asked, prompt, answered, cancelled } = self.conversation.cut.take().ok_or_else(none)?;
+        // It may be of an imported file, which says what it likes.
+        model.check_tokens("session", &answered)?;
         let reading = self.conversation.reading(model, &asked)?;
+        let wishes = asked.wishes.checked()?;
         let (owner, id, shape) = (self.owner.number(), self.id, model.images);
         let cut = CutTurn { n_prompt: count(prompt.len()), answered, cancelled };
         let turn = ask(&self.asks, move |keeper| keeper.resume(owner, id, &shape, cut))?;
         self.is_begun = true;
-        Ok((ChatPrompt { tokens: prompt, reading }, asked.wishes, turn))
+        Ok((ChatPrompt { tokens: prompt, reading }, wishes, turn))
     }
 
     fn check(&self, model: &ServedModel) -> Result<(), Failure> {

@@ -3,7 +3,7 @@
 //! [`History`] is what a replay of a journal gives. Live verbs change it by the same records, so that memory and disk
 //! cannot come to differ in what a record means.
 
-use crate::limits::{RECORD_TOKENS_MAX, SESSION_TOKENS_MAX, SESSION_TURNS_MAX};
+use crate::limits::{MESSAGE_BYTES_MAX, RECORD_TOKENS_MAX, SAMPLING_BYTES_MAX, SESSION_TOKENS_MAX, SESSION_TURNS_MAX};
 use crate::record::{Create, Record, Turn};
 use serde::{Deserialize, Serialize};
 
@@ -83,6 +83,19 @@ pub struct TurnHistory {
     pub outcome: Option<Outcome>,
     /// The answer, as the caller wrote it at the end.
     pub answer: Vec<u8>,
+}
+
+impl TurnHistory {
+    /// That it can have been one: an imported file may say anything.
+    fn check(&self) -> Result<(), Misfit> {
+        let Self { first_token, prompt_end, end_token, request, sampling, answer, .. } = self;
+        let is_in_order = first_token <= prompt_end && prompt_end <= end_token;
+        let is_small = request.len().max(answer.len()) <= MESSAGE_BYTES_MAX && sampling.len() <= SAMPLING_BYTES_MAX;
+        match is_in_order && *end_token as usize <= SESSION_TOKENS_MAX && is_small {
+            true => Ok(()),
+            false => Err(Misfit("a turn is larger than one can be, or ends before it begins")),
+        }
+    }
 }
 
 /// Everything of a session.
@@ -195,6 +208,7 @@ impl History {
             }
             Record::Past(turn) => {
                 self.check_turns()?;
+                turn.check()?;
                 self.turns.push(turn.clone());
             }
         }
@@ -333,6 +347,16 @@ pub(crate) mod tests {
         assert!(history.apply(&Record::Tokens(vec![4])).is_err() && history.apply(&end(Outcome::Failed)).is_err());
         assert!(history.apply(&turn(4, &[4])).is_err() && history.apply(&Record::Kept(vec![1])).is_err());
         assert!(history.apply(&Record::Truncate { n_turns: 2, n_tokens: 0 }).is_err());
+        let past = |first_token, prompt_end, end_token, sampling| {
+            let turn = before.turns[0].clone();
+            Record::Past(TurnHistory { first_token, prompt_end, end_token, sampling, ..turn })
+        };
+        for (first, prompt, end, n_sampling) in [(2, 1, 3, 0), (0, 3, 2, 0), (0, 1, u32::MAX, 0), (0, 1, 2, 2 << 20)] {
+            assert!(
+                history.apply(&past(first, prompt, end, vec![b' '; n_sampling])).is_err(),
+                "{first} {prompt} {end}"
+            );
+        }
         assert_eq!(history, before, "a refused record has changed something");
     }
 

@@ -150,9 +150,14 @@ impl ServedModel {
         if prompt.len() >= self.max_context as usize {
             return Err(Failure::ContextTooLong { have_tokens: prompt.len(), max_tokens: self.max_context });
         }
+        self.check_tokens("prompt", prompt)
+    }
+
+    /// That all tokens of what is called `what` are of this model.
+    pub(crate) fn check_tokens(&self, what: &str, tokens: &[u32]) -> Result<(), Failure> {
         let vocab = self.model.spec().vocab_size;
-        match prompt.iter().find(|&&token| token >= vocab) {
-            Some(bad) => Err(Failure::invalid("prompt", format!("has token {bad}, the vocabulary ends at {vocab}"))),
+        match tokens.iter().find(|&&token| token >= vocab) {
+            Some(bad) => Err(Failure::invalid(what, format!("has token {bad}, the vocabulary ends at {vocab}"))),
             None => Ok(()),
         }
     }

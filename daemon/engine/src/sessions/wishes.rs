@@ -1,7 +1,7 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
 use crate::api::{Failure, Generate, Owner, Urgency};
-use crate::{ChatMessage, ChatRequest, GrammarSpec, Role, Sampling};
+use crate::{ChatMessage, ChatRequest, GrammarSpec, Role, Sampling, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
 
@@ -33,6 +33,11 @@ pub struct Wishes {
 }
 
 impl Wishes {
+    /// Themselves, if a request may have them: those of an imported session come from a file.
+    pub(super) fn checked(self) -> Result<Self, Failure> {
+        Ok(Self { sampling: self.sampling.checked()?, stops: checked_stops(self.stops)?, ..self })
+    }
+
     /// A request with these wishes, without model, prompt and grammar.
     pub fn request(&self, owner: Owner) -> Generate {
         Generate {
