@@ -94,6 +94,17 @@ def basics(port):
     assert done["kind"] == "final" and done["usage"]["completion_tokens"] == 3, done
     assert lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"] == {"tokens": [97, 98, 99], "count": 3}
 
+    # Small devices count their requests, and a verb that there is not is no silence.
+    assert lamp.done("tokenize", {"id": 40, "body": {"prompt": "a"}})["id"] == "40"
+    refused = lamp.done("embed", {"id": "41"})
+    assert (refused["kind"], refused["id"], refused["param"]) == ("error", "41", "op"), refused
+
+    # Nobody is sent what another client has asked for.
+    tv = Client(port, "tv", [f"{ROOT}/reply/lamp", f"{NODE}/res/tv/#"])
+    tv.ask("tokenize", {"id": "3", "reply_to": f"{ROOT}/reply/lamp", "body": {"prompt": "abc"}})
+    message, refused = tv.next()
+    assert (message.topic, refused["param"]) == (f"{NODE}/res/tv/3", "reply_to"), refused
+
     back = lamp.done("detokenize", {"id": "5", "body": {"tokens": [97, 98, 99]}})
     assert back["result"] == {"content": "abc"}, back
     refused = lamp.done("session", {"id": "6", "body": {"verb": "export", "id": "sess_0"}})

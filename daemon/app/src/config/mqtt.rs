@@ -152,6 +152,13 @@ impl Mqtt {
                 return Some((format!("mqtt.{key}"), reason));
             }
         }
+        // The pools' own level of the tree.
+        if self.node.as_deref() == Some("pool") {
+            return Some((
+                "mqtt.node".to_owned(),
+                "must not be 'pool', below which the pools have their topics".to_owned(),
+            ));
+        }
         if !self.root.split('/').all(is_name) {
             return Some(("mqtt.root".to_owned(), "must be names with slashes between them".to_owned()));
         }
@@ -222,6 +229,7 @@ mod tests {
             mqtt.wrong_value().map(|(key, _)| key).unwrap_or_default()
         };
         assert_eq!(with(|mqtt| mqtt.node = Some("a/b".to_owned())), "mqtt.node");
+        assert_eq!(with(|mqtt| mqtt.node = Some("pool".to_owned())), "mqtt.node");
         assert_eq!(with(|mqtt| mqtt.pool = Some("+".to_owned())), "mqtt.pool");
         assert_eq!(with(|mqtt| mqtt.root = "a//b".to_owned()), "mqtt.root");
         assert_eq!(with(|mqtt| mqtt.cert_file = Some("x".into())), "mqtt.cert_file");

@@ -6,9 +6,12 @@
 use super::topics::{Op, Place, Topics, is_segment};
 use crate::bodies::parse;
 use crate::refusal::Refusal;
-use serde::{Deserialize, Serialize};
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
+use std::fmt;
 
 /// Most bytes of correlation data.
 const CORRELATION_BYTES_MAX: usize = 256;
@@ -38,27 +41,68 @@ pub(super) struct Publish {
 #[serde(deny_unknown_fields)]
 struct Envelope {
     v: Option<u32>,
-    id: Option<String>,
+    #[serde(default)]
+    id: Id,
     reply_to: Option<String>,
     deadline_ms: Option<u64>,
     #[serde(default)]
     body: Map<String, Value>,
     session: Option<String>,
+    #[serde(default, deserialize_with = "stream")]
     stream: Option<Stream>,
     max_bytes: Option<usize>,
+}
+
+/// Small devices count their requests.
+#[derive(Debug, Default, Deserialize)]
+#[serde(untagged, expecting = "expected a word or a whole number")]
+enum Id {
+    Word(String),
+    Number(u64),
+    #[default]
+    None,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Stream {
+    #[serde(default)]
     mode: Mode,
     min_ms: Option<u64>,
 }
 
-#[derive(Debug, Deserialize)]
+/// `true` or `false` as on the other doors, or the mode with its pace. By hand, so that an error names the field.
+fn stream<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Stream>, D::Error> {
+    struct Shapes;
+
+    impl<'de> Visitor<'de> for Shapes {
+        type Value = Option<Stream>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("true, false, or an object with mode (none or delta) and min_ms")
+        }
+
+        fn visit_bool<E>(self, is_wanted: bool) -> Result<Self::Value, E> {
+            Ok(is_wanted.then_some(Stream { mode: Mode::Delta, min_ms: None }))
+        }
+
+        fn visit_unit<E>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            Stream::deserialize(MapAccessDeserializer::new(map)).map(Some)
+        }
+    }
+
+    deserializer.deserialize_any(Shapes)
+}
+
+#[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 enum Mode {
     None,
+    #[default]
     Delta,
 }
 
@@ -121,7 +165,8 @@ pub(super) struct Unread {
 }
 
 impl Request {
-    /// Reads a publish that came in at `place`. `default_ms` is the time that a request has which does not say.
+    /// Reads a publish that came in at `place`. `is_known` says which clients have requests here, `default_ms` is the time
+    /// that a request has which does not say.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -129,6 +174,7 @@ impl Request {
         publish: &Publish,
         place: &Place,
         topics: &Topics,
+        is_known: &dyn Fn(&str) -> bool,
         now_ms: u64,
         default_ms: u64,
     ) -> Result<Self, Box<Unread>> {
@@ -137,7 +183,7 @@ impl Request {
         // A refusal goes where the answer would have gone, if that can be read and is allowed.
         let unread = |refusal: Refusal, id: Option<String>| {
             let topic = publish.response_topic.clone().or_else(|| text_of(&publish.payload, "reply_to"));
-            let topic = topic.filter(|topic| topics.check_reply(&place.client, topic).is_ok());
+            let topic = topic.filter(|topic| topics.check_reply(&place.client, topic, is_known).is_ok());
             let address = fallback(id.as_deref().filter(|id| is_segment(id)).unwrap_or("invalid"));
             let address = topic.map_or(address, |topic| Address { topic, correlation: correlation.clone() });
             Box::new(Unread { refusal, id, address })
@@ -146,28 +192,32 @@ impl Request {
             let id = text_of(&publish.payload, "id").filter(|id| is_segment(id));
             unread(refusal, id)
         })?;
-        let id = envelope.id.clone().or_else(|| correlation.as_deref().map(id_of));
+        let id = envelope.id().or_else(|| correlation.as_deref().map(id_of));
         let Some(id) = id.filter(|id| is_segment(id)) else {
             let reason = "is missing or no plain word of at most 128 bytes (letters, digits, - _ . : @ ~)";
             return Err(unread(Refusal::invalid("id", reason), None));
         };
         let refused = |param: &str, reason: &str| unread(Refusal::invalid(param, reason), Some(id.clone()));
+        let Some(op) = place.op else {
+            let names = Op::ALL.map(|(name, _)| name).join(", ");
+            return Err(refused("op", &format!("is the last level of the topic, and must be one of {names}")));
+        };
         if publish.correlation.is_some() && correlation.is_none() {
             return Err(refused("correlation_data", "has more than 256 bytes"));
         }
         envelope.check().map_err(|(param, reason)| refused(param, reason))?;
         let wanted = publish.response_topic.clone().or_else(|| envelope.reply_to.clone());
         if let Some(topic) = &wanted {
-            topics.check_reply(&place.client, topic).map_err(|reason| refused("reply_to", reason))?;
+            topics.check_reply(&place.client, topic, is_known).map_err(|reason| refused("reply_to", reason))?;
         }
         let reply = wanted.unwrap_or_else(|| topics.reply(place, &id));
         let expiry_ms = publish.expiry_s.map_or(u64::MAX, |seconds| u64::from(seconds) * 1000);
         let left_ms = envelope.deadline_ms.unwrap_or(default_ms).min(expiry_ms).min(DEADLINE_MS_MAX);
         let body = envelope.body();
-        let digest = Sha256::new().chain_update([place.op as u8]).chain_update(&body).finalize().into();
+        let digest = Sha256::new().chain_update([op as u8]).chain_update(&body).finalize().into();
         Ok(Self {
             client: place.client.clone(),
-            op: place.op,
+            op,
             pool: place.pool,
             id,
             reply,
@@ -194,7 +244,11 @@ impl Request {
 /// A text of a payload that is no request, if it is JSON at all.
 fn text_of(payload: &[u8], name: &str) -> Option<String> {
     let fields: Map<String, Value> = serde_json::from_slice(payload).ok()?;
-    Some(fields.get(name)?.as_str()?.to_owned())
+    match fields.get(name)? {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    }
 }
 
 impl Envelope {
@@ -218,6 +272,14 @@ impl Envelope {
             body.insert("session_id".to_owned(), json!(session));
         }
         Value::Object(body).to_string()
+    }
+
+    fn id(&self) -> Option<String> {
+        match &self.id {
+            Id::Word(word) => Some(word.clone()),
+            Id::Number(number) => Some(number.to_string()),
+            Id::None => None,
+        }
     }
 
     fn min_ms(&self) -> Option<u64> {
@@ -311,7 +373,7 @@ pub(super) mod tests {
             Publish { topic: "s/box/req/lamp/chat".to_owned(), payload: payload.into(), ..Publish::default() };
         edit(&mut publish);
         let place = topics.place(&publish.topic).unwrap();
-        Request::read(&publish, &place, &topics, 1000, 60_000)
+        Request::read(&publish, &place, &topics, &|_| false, 1000, 60_000)
     }
 
     #[test]
@@ -324,6 +386,28 @@ pub(super) mod tests {
         assert_eq!((request.id.as_str(), request.reply.as_str(), request.max_bytes), ("a1", "s/reply/x", Some(300)));
         assert_eq!((request.deadline_ms, request.min_ms), (1005, None));
         assert_eq!(request.body, r#"{"messages":[],"session_id":"S"}"#);
+    }
+
+    #[test]
+    fn a_number_is_an_id_and_deltas_are_asked_for_in_few_words() {
+        let read = |payload: &str| read(payload, |_| {}).map(|request| (request.id, request.min_ms));
+        assert_eq!(read(r#"{"id": 7}"#).unwrap(), ("7".to_owned(), None));
+        assert_eq!(read(r#"{"id": "a", "stream": true}"#).unwrap().1, Some(MIN_MS_DEFAULT));
+        assert_eq!(read(r#"{"id": "a", "stream": {"min_ms": 0}}"#).unwrap().1, Some(0));
+        assert_eq!(read(r#"{"id": "a", "stream": null}"#).unwrap().1, None);
+        for (payload, id) in
+            [(r#"{"id": 7.5}"#, Some("7.5")), (r#"{"id": 9, "x": 1}"#, Some("9")), (r#"{"id": []}"#, None)]
+        {
+            assert_eq!(read(payload).unwrap_err().id.as_deref(), id, "{payload}");
+        }
+    }
+
+    #[test]
+    fn a_verb_that_there_is_not_is_refused_by_name() {
+        let unread = read(r#"{"id": "e"}"#, |publish| publish.topic = "s/box/req/lamp/embed".to_owned()).unwrap_err();
+        assert_eq!((unread.id.as_deref(), unread.address.topic.as_str()), (Some("e"), "s/box/res/lamp/e"));
+        let said = unread.refusal.message();
+        assert!(said.contains("'op'") && said.contains("chat, complete"), "{said}");
     }
 
     #[test]

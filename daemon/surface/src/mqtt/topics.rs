@@ -3,7 +3,8 @@
 //! Identity is the `<client>` segment of the request's topic: the broker's ACL must let a client publish below its own
 //! segment only (mosquitto: `pattern write sparsed/v1/+/req/%c/#`). Answers go where the request says, so the daemon
 //! must not lend a client its own rights: reply topics are matched against a list, and the reply space of one client is
-//! closed to all others.
+//! closed to all others. Below `{root}/reply/` clients may have names of their choice, so there only that of a client
+//! which has asked something here is closed.
 
 /// Who asks without a segment of its own.
 pub(super) const ANONYMOUS: &str = "anonymous";
@@ -49,8 +50,8 @@ impl Op {
 pub(super) struct Place {
     /// Who asks.
     pub(super) client: String,
-    /// What.
-    pub(super) op: Op,
+    /// What; `None`: nothing that there is.
+    pub(super) op: Option<Op>,
     /// By the pool's topic, not by this node's.
     pub(super) pool: bool,
 }
@@ -105,7 +106,7 @@ impl Topics {
         };
         let (rest, pool) = direct.map(|rest| (rest, false)).or_else(|| Some((pooled()?, true)))?;
         let (client, op) = rest.rsplit_once('/').unwrap_or((ANONYMOUS, rest));
-        let (_, op) = Op::ALL.into_iter().find(|(name, _)| *name == op)?;
+        let op = Op::ALL.into_iter().find(|(name, _)| *name == op).map(|(_, op)| op);
         is_segment(client).then(|| Place { client: client.to_owned(), op, pool })
     }
 
@@ -118,11 +119,16 @@ impl Topics {
         }
     }
 
-    /// Whether an answer to `client` may go to `topic`.
+    /// Whether an answer to `client` may go to `topic`; `is_known` says who else has requests here.
     ///
     /// # Errors
     /// Why not.
-    pub(super) fn check_reply(&self, client: &str, topic: &str) -> Result<(), &'static str> {
+    pub(super) fn check_reply(
+        &self,
+        client: &str,
+        topic: &str,
+        is_known: &dyn Fn(&str) -> bool,
+    ) -> Result<(), &'static str> {
         let is_text =
             |c: char| !c.is_control() && u32::from(c) & 0xfffe != 0xfffe && !('\u{fdd0}'..='\u{fdef}').contains(&c);
         if topic.is_empty() || topic.len() > TOPIC_BYTES_MAX || !topic.chars().all(is_text) {
@@ -137,10 +143,16 @@ impl Topics {
         if !self.replies.iter().any(|filter| matches(&filter.replace("{client}", client), topic)) {
             return Err("is not among the topics that answers may go to (mqtt.reply_topics)");
         }
-        if self.reply_space(topic).is_some_and(|owner| owner != client) {
+        let named = self.reply_name(topic).filter(|name| is_known(name));
+        if self.reply_space(topic).or(named).is_some_and(|owner| owner != client) {
             return Err("is another client's");
         }
         Ok(())
+    }
+
+    /// What a topic below `{root}/reply/` begins with.
+    fn reply_name<'a>(&self, topic: &'a str) -> Option<&'a str> {
+        topic.strip_prefix(&self.root)?.strip_prefix("/reply/")?.split('/').next()
     }
 
     /// Whose topic it is: `<client>` of `{root}/{node}/res/<client>/...`.
@@ -182,26 +194,25 @@ mod tests {
     #[test]
     fn a_requests_topic_says_who_asks_what() {
         let place = |topic: &str| topics().place(topic).map(|place| (place.client, place.op, place.pool));
-        assert_eq!(place("s/v1/box/req/lamp/chat"), Some(("lamp".to_owned(), Op::Chat, false)));
-        assert_eq!(place("s/v1/box/req/cancel"), Some((ANONYMOUS.to_owned(), Op::Cancel, false)));
-        assert_eq!(place("s/v1/pool/fleet/req/a/tokenize"), Some(("a".to_owned(), Op::Tokenize, true)));
-        for none in [
-            "s/v1/box/req/lamp/x",
-            "s/v1/other/req/chat",
-            "s/v1/pool/x/req/chat",
-            "s/v1/box/req/a/b/chat",
-            "s/v1/box/req//chat",
-        ] {
+        assert_eq!(place("s/v1/box/req/lamp/chat"), Some(("lamp".to_owned(), Some(Op::Chat), false)));
+        assert_eq!(place("s/v1/box/req/cancel"), Some((ANONYMOUS.to_owned(), Some(Op::Cancel), false)));
+        assert_eq!(place("s/v1/pool/fleet/req/a/tokenize"), Some(("a".to_owned(), Some(Op::Tokenize), true)));
+        assert_eq!(place("s/v1/box/req/lamp/x"), Some(("lamp".to_owned(), None, false)));
+        for none in ["s/v1/other/req/chat", "s/v1/pool/x/req/chat", "s/v1/box/req/a/b/chat", "s/v1/box/req//chat"] {
             assert_eq!(place(none), None, "{none}");
         }
     }
 
     #[test]
     fn answers_go_only_where_their_asker_may_be() {
-        let check = |topic: &str| topics().check_reply("lamp", topic);
-        for allowed in
-            ["s/v1/box/res/lamp/1", "s/v1/pool/fleet/res/lamp/1", "s/v1/reply/any/thing", "home/lamp/answers"]
-        {
+        let check = |topic: &str| topics().check_reply("lamp", topic, &|name| ["lamp", "tv"].contains(&name));
+        for allowed in [
+            "s/v1/box/res/lamp/1",
+            "s/v1/pool/fleet/res/lamp/1",
+            "s/v1/reply/any/thing",
+            "s/v1/reply/lamp/1",
+            "home/lamp/answers",
+        ] {
             assert_eq!(check(allowed), Ok(()), "{allowed}");
         }
         let denied = [
@@ -211,6 +222,8 @@ mod tests {
             "s/v1/pool/fleet/res/tv/1",
             "s/v1/box/req/lamp/chat",
             "$SYS/x",
+            "s/v1/reply/tv",
+            "s/v1/reply/tv/1",
             "s/v1/reply/+",
             "s/v1/reply/#",
             "home/tv/answers",
@@ -230,8 +243,8 @@ mod tests {
     fn an_answers_own_topic_is_allowed() {
         let topics = topics();
         for pool in [false, true] {
-            let place = Place { client: "lamp".to_owned(), op: Op::Chat, pool };
-            assert_eq!(topics.check_reply("lamp", &topics.reply(&place, "7")), Ok(()));
+            let place = Place { client: "lamp".to_owned(), op: Some(Op::Chat), pool };
+            assert_eq!(topics.check_reply("lamp", &topics.reply(&place, "7"), &|_| true), Ok(()));
         }
     }
 }

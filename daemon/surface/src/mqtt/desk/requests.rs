@@ -26,6 +26,9 @@ impl Desk {
         if self.is_stopping {
             return; // unacknowledged, the broker gives it again
         }
+        let deadline_ms = self.limits.deadline_ms;
+        let is_known = |name: &str| self.entries.keys().any(|key| key.client == name);
+        let read = |publish: &Publish| Request::read(publish, &place, &self.topics, &is_known, now_ms, deadline_ms);
         let read = match publish.payload.len() {
             length if length > self.limits.payload_bytes => {
                 let message = format!(
@@ -34,11 +37,10 @@ impl Desk {
                 );
                 let refusal = Refusal::unreadable(413, "body_too_large", None, message);
                 let short = Publish { payload: b"{}".to_vec(), ..publish.clone() };
-                let unread = Request::read(&short, &place, &self.topics, now_ms, self.limits.deadline_ms);
-                let address = unread.map_or_else(|unread| unread.address, |request| request.address());
+                let address = read(&short).map_or_else(|unread| unread.address, |request| request.address());
                 return self.refuse(None, address, &refusal, acks);
             }
-            _ => Request::read(publish, &place, &self.topics, now_ms, self.limits.deadline_ms),
+            _ => read(publish),
         };
         let request = match read {
             Ok(request) => request,
