@@ -1,11 +1,12 @@
-//! What does a monitoring system see? `GET /metrics` in OpenMetrics text, and the same numbers for `/v1/status`.
+//! What does a monitoring system see? `GET /metrics`, and the same numbers for `/v1/status`.
 //!
 //! Where vLLM or llama.cpp's server have a metric it has their name, so that dashboards made for them work; what only
 //! this daemon has begins with `sparsed_`. Everything is read anew at each scrape; nothing is registered globally.
 
 use super::Shared;
+use super::exposition::{CLASSIC, OPENMETRICS, classic, wants_openmetrics};
 use axum::extract::State;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeCounterValue, EncodeLabelSet, text};
@@ -15,8 +16,6 @@ use sparsed_engine::memory::{Budget, Outlook};
 use sparsed_engine::telemetry::{BUCKETS_S, BUCKETS_TOKENS, Histogram, What};
 use sparsed_engine::{DeviceState, DeviceStatus, Left, ModelStatus, Service};
 use std::fmt;
-
-const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 /// A number of a model: its name, what it is, and where it is found.
 type Number<T> = (&'static str, &'static str, fn(&ModelStatus) -> T);
@@ -114,14 +113,15 @@ fn usage(model: &ModelStatus) -> f64 {
 }
 
 /// `GET /metrics`.
-pub(crate) async fn metrics(State(shared): State<Shared>) -> Response {
+pub(crate) async fn metrics(State(shared): State<Shared>, headers: HeaderMap) -> Response {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Scrape::of(&shared.service)));
     let mut body = String::new();
     if text::encode(&mut body, &registry).is_err() {
         return StatusCode::INTERNAL_SERVER_ERROR.into_response();
     }
-    ([(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE))], body).into_response()
+    let (format, body) = if wants_openmetrics(&headers) { (OPENMETRICS, body) } else { (CLASSIC, classic(&body)) };
+    ([(header::CONTENT_TYPE, HeaderValue::from_static(format))], body).into_response()
 }
 
 /// All that a scrape shows.

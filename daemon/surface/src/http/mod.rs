@@ -5,6 +5,7 @@ mod chat;
 mod completions;
 mod count;
 mod error;
+mod exposition;
 mod llama_cpp;
 mod metrics;
 mod models;
