@@ -9,7 +9,7 @@ use crate::strangers::{Stranger, Strangers};
 use crate::unix::all_taken;
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Uri, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use sparsed_engine::api::Owner;
@@ -26,6 +26,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Names of this box for itself.
 const HOSTS: &[&str] = &["localhost", "127.0.0.1", "[::1]"];
+/// What a key has for a header where it is none of `Authorization`: llama.cpp's server, and Azure's clients.
+const KEY_HEADERS: &[&str] = &["x-api-key", "api-key"];
 /// Shortest key in bytes.
 const KEY_BYTES_MIN: usize = 16;
 /// Longest key in bytes.
@@ -216,23 +218,51 @@ impl Listener for CountedDoor {
 }
 
 async fn guard(State(visit): State<Visit>, mut request: Request, next: Next) -> Response {
-    match visit.admitted(request.headers(), request.uri()) {
+    let page = request.headers().get(header::ORIGIN).cloned();
+    let mut response = match visit.admitted(request.headers(), request.uri()) {
         Ok(owner) => {
             request.extensions_mut().insert(owner);
             next.run(request).await
         }
-        Err(refusal) => {
-            let status = refusal.name().status;
-            let mut response = refusal.into_response();
-            let more = match status {
-                401 => Some((header::WWW_AUTHENTICATE, "Bearer")),
-                429 => Some((header::CONNECTION, "close")),
-                _ => None,
-            };
-            response.headers_mut().extend(more.map(|(name, value)| (name, HeaderValue::from_static(value))));
-            response
-        }
+        Err(refusal) if refusal.name().status == 401 && is_preflight(&request) => preflight(request.headers()),
+        Err(refusal) => refused(refusal),
+    };
+    // Pages of other sites have got no further than to 403.
+    if let Some(page) = page.filter(|_| response.status() != StatusCode::FORBIDDEN) {
+        response.headers_mut().insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, page);
+        response.headers_mut().append(header::VARY, HeaderValue::from_static("origin"));
     }
+    response
+}
+
+fn refused(refusal: Refusal) -> Response {
+    let status = refusal.name().status;
+    let mut response = refusal.into_response();
+    let more = match status {
+        401 => Some((header::WWW_AUTHENTICATE, "Bearer")),
+        429 => Some((header::CONNECTION, "close")),
+        _ => None,
+    };
+    response.headers_mut().extend(more.map(|(name, value)| (name, HeaderValue::from_static(value))));
+    response
+}
+
+/// Whether a browser asks, without the key, what the page may send.
+fn is_preflight(request: &Request) -> bool {
+    request.method() == Method::OPTIONS && request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD)
+}
+
+/// All that there is; the key is asked for then.
+fn preflight(asked: &HeaderMap) -> Response {
+    let methods = HeaderValue::from_static("GET, POST, PATCH, DELETE");
+    let names = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
+    let names = names.unwrap_or(HeaderValue::from_static("authorization, content-type"));
+    let allowed = [
+        (header::ACCESS_CONTROL_ALLOW_METHODS, methods),
+        (header::ACCESS_CONTROL_ALLOW_HEADERS, names),
+        (header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("600")),
+    ];
+    (StatusCode::NO_CONTENT, allowed).into_response()
 }
 
 /// Whose request it is.
@@ -249,11 +279,19 @@ fn admitted(keys: &ApiKeys, headers: &HeaderMap, uri: &Uri) -> Result<Owner, Ref
             return Err(forbidden("the request comes from a page of another site"));
         }
     }
-    let key = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
-    key.and_then(|key| keys.owner(key.trim())).ok_or_else(|| {
+    shown_key(headers).and_then(|key| keys.owner(key.trim())).ok_or_else(|| {
         let message = "an API key is needed: Authorization: Bearer KEY".to_owned();
         Refusal::unreadable(401, "invalid_api_key", None, message)
     })
+}
+
+/// The key of a request, by whichever name its client has for it.
+fn shown_key(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
+        let (scheme, key) = value.to_str().ok()?.split_once(' ')?;
+        scheme.eq_ignore_ascii_case("Bearer").then_some(key)
+    });
+    bearer.or_else(|| KEY_HEADERS.iter().find_map(|name| headers.get(*name)?.to_str().ok()))
 }
 
 fn forbidden(message: &str) -> Refusal {
@@ -300,6 +338,18 @@ mod tests {
         for wrong in ["", "0123456789abcde", "0123456789abcdeg", "hall"] {
             assert_eq!(bearer(wrong), Err(401), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_key_is_known_by_each_name_that_clients_have_for_it() {
+        let with = |name: &'static str, value: &str| {
+            status(&[(header::HOST, "localhost"), (header::HeaderName::from_static(name), value)]).is_ok()
+        };
+        for (name, value) in [("authorization", format!("bearer {FIRST}")), ("x-api-key", FIRST.to_owned())] {
+            assert!(with(name, &value), "{name}: {value}");
+        }
+        assert!(with("api-key", FIRST) && !with("api-key", "x") && !with("authorization", FIRST));
+        assert!(!with("authorization", &format!("Basic {FIRST}")));
     }
 
     #[test]

@@ -81,6 +81,28 @@ fn only_who_has_a_key_is_served_and_sees_what_is_his() {
 }
 
 #[test]
+fn a_page_of_this_box_may_ask_and_hears_that_before_it_shows_the_key() {
+    let (_daemon, port, _dir) = start();
+    let page = "host: localhost\r\norigin: http://localhost:3000\r\n";
+    let first =
+        format!("{page}access-control-request-method: POST\r\naccess-control-request-headers: authorization\r\n");
+    let allowed = ask(port, "OPTIONS", "/v1/chat/completions", &first, None);
+    let head = allowed.head.to_ascii_lowercase();
+    assert_eq!(allowed.status, 204, "{head}");
+    for line in ["access-control-allow-origin: http://localhost:3000", "access-control-allow-headers: authorization"] {
+        assert!(head.contains(line), "{head}");
+    }
+    let then = format!("{page}authorization: Bearer {HALL}\r\n");
+    let models = ask(port, "GET", "/v1/models", &then, None);
+    assert!(models.status == 200 && models.head.to_ascii_lowercase().contains("access-control-allow-origin"));
+    // It is told apart from who has no key, and nobody else is answered so.
+    assert_eq!(ask(port, "GET", "/v1/models", page, None).status, 401);
+    let other = first.replace("localhost:3000", "evil.example");
+    let refused = ask(port, "OPTIONS", "/v1/chat/completions", &other, None);
+    assert!(refused.status == 403 && !refused.head.to_ascii_lowercase().contains("access-control"), "{}", refused.head);
+}
+
+#[test]
 fn each_address_of_a_list_is_a_door_to_the_same_places() {
     if TcpListener::bind("[::1]:0").is_err() {
         eprintln!("skipped: this machine has no IPv6");
