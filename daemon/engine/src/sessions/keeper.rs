@@ -12,7 +12,7 @@ use super::late::{Absence, SessionStore};
 use super::listener::Listener;
 use super::readers::Readers;
 use super::recorded::{Recorder, TurnId};
-use super::retention::Settling;
+use super::retention::{EXPIRY, Retention};
 use crate::api::{Failure, Turn};
 use crate::durable::{Restore, Restored};
 use crate::service::Command;
@@ -31,8 +31,6 @@ const LOOK: Duration = Duration::from_millis(10);
 const RESERVE_BYTES: u64 = 64 << 20;
 /// Windows of a session's file that the disk fetches ahead of the one that is read.
 const READ_AHEAD: u32 = 2;
-/// Pause between looks for sessions that are past their retention.
-const EXPIRY: Duration = Duration::from_secs(600);
 
 /// All sessions, and the turns that are being answered.
 pub(crate) struct Keeper {
@@ -44,18 +42,15 @@ pub(crate) struct Keeper {
     files: HashMap<FileId, (u64, SessionId)>,
     numbers: HashMap<SessionId, FileId>,
     /// Sessions that are open, or being answered.
-    taken: HashSet<SessionId>,
+    pub(super) taken: HashSet<SessionId>,
     pub(super) answers: BTreeMap<TurnId, Answer>,
     n_turns: u64,
     /// Waits until nothing else is to do.
     images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
     readers: Readers,
     stopping: bool,
-    clocks: Clocks,
-    /// Whether a date may say what is old.
-    settling: Settling,
-    /// When old sessions were last looked for, by the uptime.
-    expired_at: Option<Duration>,
+    pub(super) clocks: Clocks,
+    pub(super) retention: Retention,
 }
 
 /// What tells the time.
@@ -129,14 +124,13 @@ impl Keeper {
             readers: Readers::default(),
             stopping: false,
             clocks,
-            settling: Settling::default(),
-            expired_at: None,
+            retention: Retention::default(),
         }
     }
 
     fn run(mut self, asks: &Receiver<Ask>) {
         while !self.stopping {
-            if self.images.is_empty() {
+            if self.images.is_empty() && !self.retention.is_at_work() {
                 let pause = if self.answers.is_empty() { EXPIRY } else { LOOK };
                 match asks.recv_timeout(pause) {
                     Ok(ask) => self.take(ask),
@@ -287,22 +281,6 @@ impl Keeper {
     /// Waits while the engine's inbox is full, for a step. An engine that has ended needs nothing any more.
     fn tell_engine(&self, command: Command) {
         let _ended = self.engine.send(command).is_err();
-    }
-
-    fn expire(&mut self) {
-        let (uptime, now) = ((self.clocks.uptime)(), self.seconds());
-        if self.expired_at.is_some_and(|at| uptime.saturating_sub(at) < EXPIRY) {
-            return;
-        }
-        self.expired_at = Some(uptime);
-        if !self.settling.look(uptime, now) {
-            return;
-        }
-        match self.store.expire(now) {
-            Ok(gone) if gone.is_empty() => {}
-            Ok(gone) => log::info!(sessions = gone.len(); "sessions past their retention are deleted"),
-            Err(error) => log::warn!(reason:% = error; "sessions past their retention could not be deleted"),
-        }
     }
 
     /// Takes a session for one caller.

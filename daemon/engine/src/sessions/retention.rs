@@ -3,8 +3,13 @@
 //! Sessions have dates, and clocks are wrong: in 1970 until a network is there, or years ahead for a moment. So nothing
 //! is deleted by a date until the clock has gone on as time does for an hour; one that is set begins its hour anew.
 
-use sparsed_session::DATE_MIN_S;
+use super::keeper::Keeper;
+use sparsed_session::{DATE_MIN_S, SessionId};
+use std::collections::VecDeque;
 use std::time::Duration;
+
+/// Pause between looks for sessions that are past their retention.
+pub(super) const EXPIRY: Duration = Duration::from_secs(600);
 
 /// How long the clock must have gone on undisturbed.
 const SETTLED: Duration = Duration::from_secs(3600);
@@ -29,6 +34,44 @@ impl Settling {
         let first = self.seen.filter(|&[_, last]| goes_on(last)).map_or(now, |[first, _]| first);
         self.seen = Some([first, now]);
         date >= DATE_MIN_S && uptime.saturating_sub(first.0) >= SETTLED
+    }
+}
+
+/// What is deleted because it is old.
+#[derive(Debug, Default)]
+pub(super) struct Retention {
+    settling: Settling,
+    /// When there was a look last, by the uptime.
+    looked_at: Option<Duration>,
+    /// Sessions that were found then, with their owners.
+    found: VecDeque<(u64, SessionId)>,
+}
+
+impl Retention {
+    /// Whether there is something to delete.
+    pub(super) fn is_at_work(&self) -> bool {
+        !self.found.is_empty()
+    }
+}
+
+impl Keeper {
+    /// Deletes one session that is past its retention: each takes the disk several syncs, and answers wait meanwhile.
+    pub(super) fn expire(&mut self) {
+        let (uptime, now) = ((self.clocks.uptime)(), self.seconds());
+        let retention = &mut self.retention;
+        if retention.looked_at.is_none_or(|at| uptime.saturating_sub(at) >= EXPIRY) {
+            retention.looked_at = Some(uptime);
+            let is_settled = retention.settling.look(uptime, now);
+            retention.found = if is_settled { self.store.expired(now).into() } else { VecDeque::new() };
+            if retention.is_at_work() {
+                log::info!(sessions = retention.found.len(); "sessions past their retention are deleted");
+            }
+        }
+        let Some((owner, id)) = retention.found.pop_front().filter(|(_, id)| !self.taken.contains(id)) else { return };
+        // Those behind it go all the same; this one is found again.
+        if let Err(error) = self.store.expire(owner, id, now) {
+            log::warn!(session:% = id, reason:% = error; "sessions past their retention could not be deleted");
+        }
     }
 }
 

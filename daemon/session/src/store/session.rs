@@ -147,6 +147,12 @@ impl Session {
         self.facts.used
     }
 
+    /// Whether it may go, and was last used more than `retention` seconds before `now`.
+    pub(super) fn is_old(&self, now: u64, retention: u64) -> bool {
+        let is_old = now.checked_sub(self.used()).is_some_and(|seconds| seconds > retention);
+        is_old && !self.pinned() && !self.answering
+    }
+
     /// Takes it for used at `now` where its own date is none.
     pub(super) fn date(&mut self, now: u64) {
         if self.facts.used < DATE_MIN_S {

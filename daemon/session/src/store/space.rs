@@ -31,26 +31,30 @@ impl<D: Disk> Store<D> {
         Ok(())
     }
 
-    /// Deletes all unpinned, idle sessions that were last used more than the limits' retention before `now`. One that
-    /// was used in the future is not old, one that was used before the clock was set has been used now, until the store
-    /// is opened again, and by a clock that is not set none is. Answers those that went. Whether `now` may be believed
-    /// beyond that is the caller's to know.
-    ///
-    /// # Errors
-    /// The disk; what was deleted before stays deleted.
-    pub fn expire(&mut self, now: u64) -> Result<Vec<(u64, SessionId)>> {
-        let retention = self.limits.retention_seconds;
-        if retention == 0 || now < DATE_MIN_S {
-            return Ok(Vec::new());
+    /// All unpinned, idle sessions that were last used more than the limits' retention before `now`. One that was used
+    /// in the future is not old, one that was used before the clock was set has been used now, until the store is
+    /// opened again, and by a clock that is not set none is. Whether `now` may be believed beyond that is the caller's
+    /// to know.
+    pub fn expired(&mut self, now: u64) -> Vec<(u64, SessionId)> {
+        if self.limits.retention_seconds == 0 || now < DATE_MIN_S {
+            return Vec::new();
         }
         self.sessions.values_mut().for_each(|session| session.date(now));
-        let sessions = self.sessions.values().filter(|session| {
-            let is_old = now.checked_sub(session.used()).is_some_and(|seconds| seconds > retention);
-            is_old && !session.pinned() && !session.answering
-        });
-        let old: Vec<(u64, SessionId)> = sessions.map(|session| (session.owner, session.id)).collect();
-        old.iter().try_for_each(|&(owner, id)| self.delete(owner, id))?;
-        Ok(old)
+        let old = self.sessions.values().filter(|session| session.is_old(now, self.limits.retention_seconds));
+        old.map(|session| (session.owner, session.id)).collect()
+    }
+
+    /// Deletes a session if it is one of [`Store::expired`]. Answers whether it was.
+    ///
+    /// # Errors
+    /// As [`Store::delete`].
+    pub fn expire(&mut self, owner: u64, id: SessionId, now: u64) -> Result<bool> {
+        let session = self.sessions.get(&id).filter(|session| session.owner == owner);
+        let is_old = session.is_some_and(|session| session.is_old(now, self.limits.retention_seconds));
+        if is_old {
+            self.delete(owner, id)?;
+        }
+        Ok(is_old)
     }
 
     /// Removes images of unpinned sessions, the least recently used first, until `n_bytes` are free again or there are

@@ -144,9 +144,12 @@ fn old_sessions_go_and_those_from_the_future_stay() {
     let pinned = store.create(OWNER, &new(Durability::Turn), day).unwrap();
     let future = store.create(OWNER, &new(Durability::Turn), 1 << 40).unwrap();
     store.pin(OWNER, pinned, true).unwrap();
-    assert_eq!(store.expire(0), Ok(vec![]));
-    assert_eq!(store.expire(day + 100), Ok(vec![]));
-    assert_eq!(store.expire(day + 101), Ok(vec![(OWNER, old)]));
+    assert_eq!(store.expired(0), []);
+    assert_eq!(store.expired(day + 100), []);
+    assert_eq!(store.expired(day + 101), [(OWNER, old)]);
+    assert_eq!(store.expire(OWNER, old, day + 100), Ok(false), "it was used meanwhile");
+    assert_eq!(store.expire(OWNER, pinned, day + 101), Ok(false));
+    assert_eq!(store.expire(OWNER, old, day + 101), Ok(true));
     let mut left: Vec<SessionId> = store.list(OWNER).iter().map(|summary| summary.id).collect();
     left.sort();
     let mut expected = vec![pinned, future];
@@ -159,9 +162,9 @@ fn a_session_from_before_the_clock_was_set_is_as_old_as_the_clock_that_was_set()
     let folder = tempfile::tempdir().unwrap();
     let (mut store, _) = open_as(folder.path(), 1, Limits { retention_seconds: 100, ..Limits::default() });
     let early = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
-    assert_eq!(store.expire(200), Ok(vec![]), "the clock is not set");
+    assert_eq!(store.expired(200), [], "the clock is not set");
     let day = DATE_MIN_S + 1000;
-    assert_eq!(store.expire(day), Ok(vec![]));
-    assert_eq!(store.expire(day + 100), Ok(vec![]));
-    assert_eq!(store.expire(day + 101), Ok(vec![(OWNER, early)]));
+    assert_eq!(store.expired(day), []);
+    assert_eq!(store.expired(day + 100), []);
+    assert_eq!(store.expired(day + 101), [(OWNER, early)]);
 }
