@@ -119,7 +119,11 @@ fn open(path: &Path, name: &str, piece: &Piece) -> anyhow::Result<File> {
 }
 
 fn hash(file: &File, name: &str, piece: &Piece, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
-    let found = Digest::of_file(file, progress).with_context(|| format!("model '{name}' cannot be read"))?;
+    let mut hear = |done| {
+        progress(done);
+        Ok(())
+    };
+    let found = Digest::of_file(file, &mut hear).with_context(|| format!("model '{name}' cannot be read"))?;
     ensure!(found == piece.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull it again");
     Ok(())
 }
