@@ -400,7 +400,7 @@ def adds(address, model, store):
             os.open("/dev/zero", os.O_RDONLY)]
     for other in none:
         assert refusal(added(client, other)) == ("invalid_value", "file"), other
-    refused(ERROR + "InvalidValue", add, client, fd, name="../small")
+    refused(ERROR + "InvalidValue", add, client, fd, "../small")
     refused(ERROR + "InvalidValue", add, client, fd, sha256="abc")
     refused(ERROR + "InvalidJson", add, client, fd, colour="red")
     refused("org.freedesktop.DBus.Error.InvalidArgs", client.manager, "AddModel", "ssa{sv}", model, "small", {})
@@ -409,8 +409,9 @@ def adds(address, model, store):
     client.bus.send_and_get_reply(message_bus.AddMatch(MatchRule(type="signal", interface=REQUEST)))
     os.lseek(fd, 100, os.SEEK_SET)
     with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
-        last = added(client, fd, sha256=digest.upper())
-        assert client.bus.recv_until_filtered(finished, timeout=PATIENCE).body[0] == "added"
+        last = added(client, fd, sha256=digest.upper(), handle_token="small")
+        unique = client.bus.unique_name[1:].replace(".", "_")
+        assert end_of(client, finished, f"{ROOT}/requests/{unique}/small") == "added"
     assert (last["sha256"], last["bytes"], last["path"]) == (digest, len(data), "store:small"), last
     assert last["served_as"] == [] and "[model.small]" in last["next"] and "restart" in last["next"], last
     assert last["not_served"] is None and os.lseek(fd, 0, os.SEEK_CUR) == 100, last
@@ -419,6 +420,13 @@ def adds(address, model, store):
     last = added(client, memfd(data), name="late")
     assert last["served_as"] == ["late"], last
     assert in_store(store) == [f"blobs/{digest}", "names/late.json", "names/small.json"], in_store(store)
+
+
+def end_of(client, finished, path):
+    """Why the request at `path` has ended; of those before it, something may still come."""
+    while (signal := client.bus.recv_until_filtered(finished, timeout=PATIENCE)).header.fields[HeaderFields.path] != path:
+        pass
+    return signal.body[0]
 
 
 def long_file(folder):
@@ -430,8 +438,16 @@ def long_file(folder):
 
 
 def begun(client, fd, **options):
-    """One that is being copied."""
-    path, pipe = add(client, fd, **options)
+    """One that is being copied, once the one before has ended."""
+    added = []
+
+    def may_begin():
+        with contextlib.suppress(DBusErrorResponse):
+            added.append(add(client, fd, **options))
+        return added
+
+    until("free", may_begin)
+    path, pipe = added[0]
     assert b"copying" in os.read(pipe, 4096)
     return path, pipe
 
@@ -444,17 +460,18 @@ def stops_adding(address, folder, store):
         with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
             path, pipe = begun(client, fd)
             assert in_store(store) == ["partial/descriptor.part"], in_store(store)
-            refused(ERROR + "StoreBusy", add, client, fd, name="other")
-            refused(ERROR + "StoreBusy", add, Client(address), fd, name="other")
+            refused(ERROR + "StoreBusy", add, client, fd, "other")
+            refused(ERROR + "StoreBusy", add, Client(address), fd, "other")
             if end == "close":
                 os.close(pipe)
             else:
                 client.call(path, REQUEST, "Cancel")
                 while os.read(pipe, 65536):
                     pass
-            assert client.bus.recv_until_filtered(finished, timeout=PATIENCE).body[0] == "cancelled"
+            assert end_of(client, finished, path) == "cancelled"
         # What has ended has ended: nothing is left, and the next one may begin.
         assert in_store(store) == [], in_store(store)
+        assert refusal(added(client, os.pipe()[0])) == ("invalid_value", "file")
     leaver = Client(address)
     _, pipe = begun(leaver, fd)
     leaver.bus.close()
@@ -491,7 +508,7 @@ def fuse(address, folder, store):
     client = Client(address)
     line = added(client, served.open())
     assert refusal(line) == ("invalid_value", "file") and "FUSE" in line["error"]["message"], line
-    assert served.n_reads == 0 and in_store(store) == [], in_store(store)
+    assert served.n_reads() == 0 and in_store(store) == [], in_store(store)
 
 
 def sessions(address):
@@ -607,7 +624,7 @@ def stranger(address, uid, session, request):
     denied = "org.freedesktop.DBus.Error.AccessDenied"
     # Whether he may is asked before anything of the file is.
     refused(denied, add, client, os.pipe()[0])
-    refused(denied, add, client, os.open(__file__, os.O_RDONLY), name="../x", colour="red")
+    refused(denied, add, client, os.open(__file__, os.O_RDONLY), "../x", colour="red")
     refused(denied, client.manager, "ListSessionsOf", "u", 0)
     refused(denied, client.manager, "DeleteSessionOf", "us", 0, session.rsplit("/", 1)[1])
     # A user's many requests leave another one's alone.

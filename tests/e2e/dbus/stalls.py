@@ -1,37 +1,46 @@
 """A file on FUSE whose reads are never answered. Needs root, and a mount namespace of its own, with which it goes."""
 import ctypes
+import mmap
 import os
+import signal
 import stat
 import struct
-import threading
 
 GETATTR, OPEN, READ, STATFS, RELEASE, FLUSH, INIT = 3, 14, 15, 17, 18, 25, 26
 SIZE = 1 << 20
+PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Stalling:
-    """The file at `path`, which is a mount of its own."""
+    """The file at `path`, which is a mount of its own; a process that ends with this one serves it."""
 
     def __init__(self, path):
-        self.path, self.n_reads = path, 0
+        self.path, self.reads = path, mmap.mmap(-1, mmap.PAGESIZE)
         with open(path, "wb"):
             pass
         self.device = os.open("/dev/fuse", os.O_RDWR)
-        libc = ctypes.CDLL(None, use_errno=True)
         options = f"fd={self.device},rootmode={stat.S_IFREG | 0o644:o},user_id=0,group_id=0,allow_other"
-        if libc.mount(b"stalls", path.encode(), b"fuse", 0, options.encode()):
+        if LIBC.mount(b"stalls", path.encode(), b"fuse", 0, options.encode()):
             raise OSError(ctypes.get_errno(), "mount")
-        threading.Thread(target=self.serve, daemon=True).start()
+        # Another process: this one waits for it when it closes the file, or ends.
+        if os.fork() == 0:
+            LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            self.serve()
+        os.close(self.device)
 
     def open(self):
         return os.open(self.path, os.O_RDONLY)
+
+    def n_reads(self):
+        return self.reads[0]
 
     def serve(self):
         while True:
             request = os.read(self.device, 1 << 20)
             _, opcode, unique = struct.unpack_from("=IIQ", request)
             if opcode == READ:
-                self.n_reads += 1
+                self.reads[0] += 1
             body = self.answer(opcode)
             if body is not None:
                 os.write(self.device, struct.pack("=IiQ", 16 + len(body), 0, unique) + body)
