@@ -41,8 +41,8 @@ enum Command {
     ///
     /// Of a model in parts name the first (...-00001-of-00003.gguf), and all are fetched. What was interrupted is
     /// continued. A hub's files need its address, or that of a mirror: --hub, HF_ENDPOINT or models.hub; a token in
-    /// HF_TOKEN goes there and nowhere else. With --dbus the daemon on that bus takes the file into its own store, which
-    /// needs root or polkit's word; only file: goes that way, as the daemon has no network.
+    /// HF_TOKEN goes there and nowhere else. With --dbus the daemon on that bus takes the file into its own store,
+    /// which needs root or polkit's word; only file: goes that way, as the daemon has no network.
     Pull(Pull),
     /// List the models of the store.
     List(List),
