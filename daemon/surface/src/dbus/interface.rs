@@ -159,10 +159,10 @@ pub(super) static MANAGER: Interface = Interface {
             &[("request", "o"), ("progress", "h")],
             "Copies a GGUF into the store of models, where the name stands for it. The file is plain and open for \
              reading, and not on FUSE; it is read from its beginning. The pipe has a line of JSON four times a second \
-             with stage, done_bytes and total_bytes; the last one has sha256, bytes and next, which says how the model \
-             comes to be served, or error. Closing the pipe ends it, and so do Cancel and leaving the bus; then nothing \
-             is left. One at a time. Options: sha256 s (what it must be), handle_token s, detach b, as for Generate. \
-             For root, or with polkit's org.sparsed1.add-models.",
+             with stage, done_bytes and total_bytes; the last one has sha256, bytes and next, which says how the \
+             model comes to be served, or error. Closing the pipe ends it, and so do Cancel and leaving the bus; then \
+             nothing is left. One at a time. Options: sha256 s (what it must be), handle_token s, detach b, as for \
+             Generate. For root, or with polkit's org.sparsed1.add-models.",
         ),
         method(
             Verb::CreateSession,

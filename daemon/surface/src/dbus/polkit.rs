@@ -52,3 +52,19 @@ pub(super) async fn check(bus: Option<&Connection>, call: &Call, action: &str) -
         (false, false) => Err(denied("you are no administrator")),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_installed_are_the_actions_that_are_asked_about() {
+        let policy = include_str!("../../../../packaging/dbus/org.sparsed1.policy");
+        let installed: Vec<&str> =
+            policy.split("<action id=\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+        assert_eq!(installed, [MANAGE_OTHERS, ADD_MODELS]);
+        // Nobody is let without an administrator's word, and the daemon's user may ask about each.
+        assert_eq!(policy.matches("<allow_").count(), policy.matches(">auth_admin").count());
+        assert_eq!(policy.matches("unix-user:sparsed").count(), installed.len());
+    }
+}
