@@ -1,6 +1,7 @@
 //! `org.sparsed1` with clients that are not ours, on both message buses: what is said, what ends, what is whose.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test")]
 
+use serde_json::json;
 use sparsed_tests::bus::{Broker, Bus};
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::Daemon;
@@ -20,15 +21,24 @@ fn start(bus: &Bus, sets: &[&str]) -> Daemon {
     daemon
 }
 
-/// A daemon that takes the bus for the system's.
+/// A daemon that takes the bus for the system's. Its store is in the bus's folder.
 fn on_the_systems_bus() -> (Bus, Daemon) {
     let bus = Bus::start(Broker::DbusDaemon);
     let address = bus.address();
     let environment = [("DBUS_SYSTEM_BUS_ADDRESS", Path::new(&address))];
     let model = chatty::write(bus.folder());
-    let daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system"]).ready();
+    let daemon = Daemon::spawn_in(&environment, Some(&model), &["dbus.bus=system", &store_of(&bus)]).ready();
     bus.client("waits", &[]);
     (bus, daemon)
+}
+
+/// The setting for a store of models in the bus's folder.
+fn store_of(bus: &Bus) -> String {
+    format!("models.dir={}", models_of(bus))
+}
+
+fn models_of(bus: &Bus) -> String {
+    bus.folder().join("models").display().to_string()
 }
 
 /// Tries the same on each message bus, with a daemon of its own.
@@ -100,6 +110,65 @@ fn large_bodies_come_in_sealed_memory_and_in_nothing_else() {
 }
 
 #[test]
+fn a_model_comes_as_a_descriptor_and_is_in_the_store_as_it_was() {
+    for broker in [Broker::DbusDaemon, Broker::DbusBroker] {
+        let bus = Bus::start(broker);
+        // One that the configuration has already, and that is loaded when somebody asks for it.
+        let late = ["model.late.path=store:late", "model.late.load=demand", "model.late.max_context=4096"];
+        let daemon = start(&bus, &[&[store_of(&bus).as_str()], &late[..]].concat());
+        let model = bus.folder().join("chatty.gguf");
+        bus.client("adds", &[model.to_str().unwrap(), &models_of(&bus)]);
+        let mut verify = Command::new(sparsed_tests::sparsectl());
+        let verified =
+            verify.args(["model", "verify", "--config=/dev/null", "--set", &store_of(&bus)]).output().unwrap();
+        let said = String::from_utf8(verified.stdout).unwrap();
+        assert!(said.contains("late: whole") && said.contains("small: whole"), "{said}");
+        let question = json!({ "model": "late", "messages": [{ "role": "user", "content": "x" }], "max_tokens": 2 });
+        assert_eq!(daemon.post("/v1/chat/completions", &question).status, 200, "{}", daemon.log());
+        assert!(daemon.log().contains("model added to the store"), "{}", daemon.log());
+    }
+}
+
+#[test]
+fn adding_a_model_ends_with_its_pipe_its_sender_or_its_daemon_and_leaves_nothing() {
+    let bus = Bus::start(Broker::DbusDaemon);
+    let mut daemon = start(&bus, &[&store_of(&bus)]);
+    bus.client("stops_adding", &[bus.folder().to_str().unwrap(), &models_of(&bus)]);
+    let left = || std::fs::read_dir(bus.folder().join("models/partial")).unwrap().count();
+    for signal in ["KILL", "TERM"] {
+        let mut client = bus.client_command("holds_adding", &[bus.folder().to_str().unwrap()]);
+        let mut client = client.stdout(Stdio::piped()).spawn().unwrap();
+        let mut lines = BufReader::new(client.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "holds");
+        daemon.signal(signal);
+        assert_eq!(daemon.wait().success(), signal == "TERM");
+        let last = lines.next().unwrap().unwrap_or_default();
+        assert_eq!(last.contains("shutting_down"), signal == "TERM", "{last}");
+        assert!(client.wait().unwrap().success());
+        assert_eq!(left(), usize::from(signal == "KILL"));
+        daemon.restart(&[&format!("dbus.bus={}", bus.address()), &store_of(&bus)]);
+        bus.client("waits", &[]);
+        assert_eq!(left(), 0);
+    }
+}
+
+/// In a mount namespace of its own, as a sandboxed app has one.
+#[test]
+fn a_file_whose_reads_never_end_is_not_read() {
+    if !Path::new("/dev/fuse").exists() {
+        return println!("not tried: no /dev/fuse");
+    }
+    let bus = Bus::start(Broker::DbusDaemon);
+    let _daemon = start(&bus, &[&store_of(&bus)]);
+    let client = bus.client_command("fuse", &[bus.folder().to_str().unwrap(), &models_of(&bus)]);
+    let mut apart = Command::new("unshare");
+    apart.args(["--mount", "--kill-child"]).arg(client.get_program()).args(client.get_args());
+    apart.envs(client.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let done = apart.output().unwrap();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+}
+
+#[test]
 fn a_session_does_what_its_owner_says() {
     on_each_bus(&[], |bus, _| {
         bus.client("sessions", &[]);
@@ -166,13 +235,13 @@ fn slow_readers_cost_no_memory_and_nobody_elses_time() {
 #[test]
 fn who_may_act_for_others_is_asked_of_polkit() {
     let (bus, _daemon) = on_the_systems_bus();
-    bus.client("polkit", &[STRANGER]);
+    bus.client("polkit", &[STRANGER, bus.folder().join("chatty.gguf").to_str().unwrap()]);
 }
 
 #[test]
 fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
     let bus = Bus::start(Broker::DbusDaemon);
-    let daemon = start(&bus, &[]);
+    let daemon = start(&bus, &[&store_of(&bus)]);
     let tool = |arguments: &[&str]| {
         let on = |way: String| {
             let done = Command::new(sparsed_tests::sparsectl()).args(arguments).arg(way).output().unwrap();
@@ -213,6 +282,15 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
     }
     assert_eq!(tool(&["sessions", "list"]).0.lines().count(), 1 + 2 + 2 + 2, "a session is made on each way");
     assert!(tool(&["top", "--once"]).0.contains("device"));
+    let model = format!("file:{}", bus.folder().join("chatty.gguf").display());
+    let pull = |way: &[&str]| {
+        let done = Command::new(sparsed_tests::sparsectl()).args(["model", "pull", &model]).args(way).output().unwrap();
+        assert!(done.status.success(), "{way:?}: {}", String::from_utf8_lossy(&done.stderr));
+        (String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap())
+    };
+    let pulled = pull(&[&format!("--dbus={}", bus.address())]);
+    assert_eq!(pulled.0, pull(&["--config=/dev/null", "--set", &store_of(&bus)]).0);
+    assert!(pulled.0.contains("path = \"store:chatty\""), "{}", pulled.0);
     let nobody =
         Command::new(sparsed_tests::sparsectl()).args(["status", "--dbus=unix:path=/nonexistent/bus"]).output();
     assert!(String::from_utf8(nobody.unwrap().stderr).unwrap().contains("no bus to be reached"));
@@ -222,7 +300,8 @@ fn the_tool_gets_the_same_on_the_bus_as_on_the_socket() {
 fn ten_thousand_malformed_calls_harm_nobody() {
     let n = if std::env::var_os("LONG").is_some() { "100000" } else { "10000" };
     let bus = Bus::start(Broker::DbusDaemon);
-    let daemon = start(&bus, &["sessions.max_per_user=20", "model.default.max_context=128"]);
+    let sets = ["sessions.max_per_user=20", "model.default.max_context=128", &store_of(&bus)];
+    let daemon = start(&bus, &sets);
     println!("{}", bus.client("fuzz", &[&daemon.pid().to_string(), n]));
     assert!(!daemon.log().contains("panicked"), "{}", daemon.log());
 }
@@ -234,11 +313,12 @@ fn the_manuals_commands_do_what_it_says() {
     let manual = std::fs::read_to_string(sparsed_tests::root().join("packaging/dbus.md")).unwrap();
     let blocks: Vec<&str> = manual.split("```sh\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
     assert!(blocks.len() >= 4);
+    std::fs::copy(bus.folder().join("chatty.gguf"), bus.folder().join("small.gguf")).unwrap();
     let python = bus.client_command("", &[]);
     let python = python.get_envs().find(|(name, _)| *name == "PYTHONPATH").unwrap().1.unwrap().to_owned();
     for block in blocks {
         let mut shell = Command::new("bash");
-        shell.args(["-eu", "-o", "pipefail", "-c", block]).current_dir(sparsed_tests::root());
+        shell.args(["-eu", "-o", "pipefail", "-c", block]).current_dir(bus.folder());
         shell.env("DBUS_SYSTEM_BUS_ADDRESS", bus.address()).env("PYTHONPATH", &python);
         let tools = sparsed_tests::root().join("target/release");
         shell.env("PATH", format!("{}:{}", tools.display(), std::env::var("PATH").unwrap()));

@@ -17,6 +17,7 @@ RULE = "/etc/polkit-1/rules.d/50-sparsed.rules"
 # A polkit before 121 in Debian reads these instead.
 OLD_RULE = "/etc/polkit-1/localauthority/50-local.d/50-sparsed.pkla"
 ACTION = "org.sparsed1.manage-sessions-of-others"
+MODEL = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"
 
 
 def a_chat_is_answered_on_the_bus_of_the_system():
@@ -56,6 +57,18 @@ def another_user_manages_conversations_if_polkit_says_so_and_only_then():
     until("bob may not any more", lambda: "ccess denied" in called("bob", *listing, check=False))
 
 
+def a_model_comes_by_the_bus_into_the_store_of_the_confined_service():
+    pull = ["sparsectl", "model", "pull", "--dbus", f"file:{MODEL}", "--name", "again"]
+    said = run(*as_user("alice"), *pull, check=False)
+    assert "is not allowed" in said, said
+    said = run(*pull)
+    assert "store:again" in said, said
+    said = run("sparsectl", "model", "verify", "again")
+    assert "again: whole" in said, said
+    run("sparsectl", "model", "rm", "again")
+    run("sparsectl", "model", "gc")
+
+
 def a_chat_is_answered_by_a_broker_with_the_drop_in_for_networks():
     if not shutil.which("mosquitto"):
         print("#  not tried: no mosquitto here")
@@ -82,5 +95,6 @@ def a_chat_is_answered_by_a_broker_with_the_drop_in_for_networks():
 CHECKS = [
     a_chat_is_answered_on_the_bus_of_the_system,
     another_user_manages_conversations_if_polkit_says_so_and_only_then,
+    a_model_comes_by_the_bus_into_the_store_of_the_confined_service,
     a_chat_is_answered_by_a_broker_with_the_drop_in_for_networks,
 ]

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod absent;
+mod additions;
 pub mod assemble;
 pub mod config;
 pub mod ctl;

@@ -4,6 +4,7 @@
 //! daemon is stopping. A second signal ends it at once.
 
 use crate::absent;
+use crate::additions::Additions;
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
 use crate::reload::Reloader;
@@ -16,6 +17,7 @@ use sparsed_engine::{ModelState, Service};
 use sparsed_surface::{DbusOptions, MqttDoor, ServeOptions, TcpDoor, serve_dbus};
 use std::future::Future;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::Instant;
@@ -165,7 +167,8 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         async move { while stopped.changed().await.is_ok() {} }
     };
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
-    let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), dbus, stopped()));
+    let store = || Arc::new(Additions::new(config, &paths));
+    let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), store(), dbus, stopped()));
     let mqtt_comes = mqtt_comes.then(|| (config.clone(), paths.clone(), lock.clone()));
     let on_broker = serve_mqtt(mqtt, mqtt_comes, service.clone(), stopped());
     // These end with the runtime.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod accept;
+mod additions;
 mod beat;
 mod bodies;
 mod dbus;
@@ -21,6 +22,7 @@ mod unix;
 mod unread;
 
 pub use accept::ServeOptions;
+pub use additions::{AddFailure, AddStage, AddStep, AddedModel, ModelStore, NewModel};
 pub use dbus::{Bus, DbusOptions, sealed, serve_dbus};
 pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, MqttSettings, TlsError, mqtt_probe, tls_config};
 pub use tcp::{ApiKeys, TcpDoor};

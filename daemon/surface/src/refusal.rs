@@ -1,5 +1,6 @@
 //! How does a failure look? The one table from failures to what each door calls them.
 
+use crate::additions::AddFailure;
 use serde_json::{Value, json};
 use sparsed_engine::api::Failure;
 
@@ -164,6 +165,24 @@ fn elsewhere(failure: &Failure) -> Name {
         _ => (500, SERVER, "internal_error"),
     };
     Name { status, kind, code }
+}
+
+/// The table's part about models that are added.
+impl From<AddFailure> for Refusal {
+    fn from(failure: AddFailure) -> Self {
+        let (status, kind, code) = match &failure {
+            AddFailure::Invalid { param, reason } => return Self::invalid(param, reason.as_str()),
+            AddFailure::TooLarge { .. } => (413, INVALID, "model_too_large"),
+            AddFailure::NoRoom(_) => (507, SERVER, "store_full"),
+            AddFailure::Changed(_) => (409, INVALID, "file_changed"),
+            AddFailure::NoModel(_) => (400, INVALID, "invalid_model"),
+            AddFailure::OtherDigest { .. } => (400, INVALID, "digest_mismatch"),
+            AddFailure::Busy { .. } => (429, RATE, "store_busy"),
+            AddFailure::Stopped => (499, INVALID, "cancelled"),
+            AddFailure::Store(_) => (507, SERVER, "store_failed"),
+        };
+        Self { name: Name { status, kind, code }, param: None, retry_after_s: None, message: failure.to_string() }
+    }
 }
 
 impl From<Failure> for Refusal {

@@ -1,6 +1,7 @@
 """Clients of org.sparsed1 with jeepney. Usage: client.py ADDRESS SCENARIO [ARGUMENT...]; each scenario is a function."""
 import contextlib
 import fcntl
+import hashlib
 import http.client
 import json
 import os
@@ -349,6 +350,167 @@ def large(address, limit):
     refused(ERROR + "InvalidJson", by_fd, memfd(b""))
 
 
+def add(client, fd, name="small", **options):
+    """The request's path and the reading end of its pipe."""
+    path, pipe = client.manager("AddModel", "hsa{sv}", fd, name, variants(options))
+    return path, pipe.to_raw_fd()
+
+
+def added(client, fd, name="small", **options):
+    """The last line about a model; a file on which a read stalls is no reason to wait for ever."""
+    _, pipe = add(client, fd, name, **options)
+    assert select.select([pipe], [], [], PATIENCE)[0], "nothing comes"
+    lines = read_lines(pipe)
+    assert all(line["object"] == "model.progress" for line in lines[:-1]), lines
+    return lines[-1]
+
+
+def refusal(line):
+    return line["error"]["code"], line["error"]["param"]
+
+
+def in_store(store):
+    """What the store has, but for its lock."""
+    found = []
+    for folder in ("blobs", "names", "partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found += [f"{folder}/{name}" for name in os.listdir(os.path.join(store, folder))]
+    return sorted(found)
+
+
+def adds(address, model, store):
+    """A model comes as a descriptor and is in the store as it was; what is none leaves nothing there."""
+    client = Client(address)
+    with open(model, "rb") as file:
+        data = file.read()
+    digest = hashlib.sha256(data).hexdigest()
+    fd = os.open(model, os.O_RDONLY)
+
+    def cut(length):
+        copy = os.open(os.path.dirname(model), os.O_TMPFILE | os.O_RDWR)
+        os.write(copy, data[:length])
+        return copy
+
+    assert refusal(added(client, fd, sha256="0" * 64)) == ("digest_mismatch", None)
+    for length in (0, 3, 100, len(data) - 1):
+        assert refusal(added(client, cut(length))) == ("invalid_model", None), length
+    ends, (ours, _theirs) = os.pipe(), socket.socketpair()
+    folder = os.path.dirname(model)
+    none = [*ends, ours.fileno(), os.open(folder, os.O_RDONLY), os.open(model, os.O_PATH), os.open(model, os.O_WRONLY),
+            os.open("/dev/zero", os.O_RDONLY)]
+    for other in none:
+        assert refusal(added(client, other)) == ("invalid_value", "file"), other
+    refused(ERROR + "InvalidValue", add, client, fd, "../small")
+    refused(ERROR + "InvalidValue", add, client, fd, sha256="abc")
+    refused(ERROR + "InvalidJson", add, client, fd, colour="red")
+    refused("org.freedesktop.DBus.Error.InvalidArgs", client.manager, "AddModel", "ssa{sv}", model, "small", {})
+    assert in_store(store) == [], in_store(store)
+
+    client.bus.send_and_get_reply(message_bus.AddMatch(MatchRule(type="signal", interface=REQUEST)))
+    os.lseek(fd, 100, os.SEEK_SET)
+    with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
+        last = added(client, fd, sha256=digest.upper(), handle_token="small")
+        unique = client.bus.unique_name[1:].replace(".", "_")
+        assert end_of(client, finished, f"{ROOT}/requests/{unique}/small") == "added"
+    assert (last["sha256"], last["bytes"], last["path"]) == (digest, len(data), "store:small"), last
+    assert last["served_as"] == [] and "[model.small]" in last["next"] and "restart" in last["next"], last
+    assert last["not_served"] is None and os.lseek(fd, 0, os.SEEK_CUR) == 100, last
+    assert in_store(store) == [f"blobs/{digest}", "names/small.json"], in_store(store)
+    # Memory is a file as well; the same content is there once.
+    last = added(client, memfd(data), name="late")
+    assert last["served_as"] == ["late"], last
+    assert in_store(store) == [f"blobs/{digest}", "names/late.json", "names/small.json"], in_store(store)
+
+
+def end_of(client, finished, path):
+    """Why the request at `path` has ended; of those before it, something may still come."""
+    while (signal := client.bus.recv_until_filtered(finished, timeout=PATIENCE)).header.fields[HeaderFields.path] != path:
+        pass
+    return signal.body[0]
+
+
+def long_file(folder):
+    """It begins as a model does, and takes a while."""
+    fd = os.open(folder, os.O_TMPFILE | os.O_RDWR)
+    os.write(fd, b"GGUF")
+    os.ftruncate(fd, 2 << 30)
+    return fd
+
+
+def begun(client, fd, **options):
+    """One that is being copied, once the one before has ended."""
+    added = []
+
+    def may_begin():
+        with contextlib.suppress(DBusErrorResponse):
+            added.append(add(client, fd, **options))
+        return added
+
+    until("free", may_begin)
+    path, pipe = added[0]
+    assert b"copying" in os.read(pipe, 4096)
+    return path, pipe
+
+
+def stops_adding(address, folder, store):
+    """Closing the pipe, Cancel and leaving the bus end it, and nothing is left; one at a time."""
+    client, fd = Client(address), long_file(folder)
+    client.bus.send_and_get_reply(message_bus.AddMatch(MatchRule(type="signal", interface=REQUEST)))
+    for end in ("close", "cancel"):
+        with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
+            path, pipe = begun(client, fd)
+            assert in_store(store) == ["partial/descriptor.part"], in_store(store)
+            refused(ERROR + "StoreBusy", add, client, fd, "other")
+            refused(ERROR + "StoreBusy", add, Client(address), fd, "other")
+            if end == "close":
+                os.close(pipe)
+            else:
+                client.call(path, REQUEST, "Cancel")
+                while os.read(pipe, 65536):
+                    pass
+            assert end_of(client, finished, path) == "cancelled"
+        # What has ended has ended: nothing is left, and the next one may begin.
+        assert in_store(store) == [], in_store(store)
+        assert refusal(added(client, os.pipe()[0])) == ("invalid_value", "file")
+    leaver = Client(address)
+    _, pipe = begun(leaver, fd)
+    leaver.bus.close()
+    until("gone", lambda: in_store(store) == [])
+    os.close(pipe)
+    leaver = Client(address)
+    _, pipe = begun(leaver, fd, detach=True)
+    leaver.bus.close()
+    os.read(pipe, 4096)
+    assert in_store(store) == ["partial/descriptor.part"], in_store(store)
+    os.close(pipe)
+    until("gone", lambda: in_store(store) == [])
+    # A file that others write into while it is read is none.
+    _, pipe = begun(client, fd)
+    os.ftruncate(fd, 5)
+    assert refusal(read_lines(pipe)[-1]) == ("file_changed", None)
+    assert in_store(store) == [], in_store(store)
+
+
+def holds_adding(address, folder):
+    """Until the daemon ends; what its last line was then."""
+    _, pipe = begun(Client(address), long_file(folder))
+    print("holds", flush=True)
+    with open(pipe) as lines:
+        last = [line for line in lines if line.endswith("\n")][-1:]
+    print(*last, flush=True)
+
+
+def fuse(address, folder, store):
+    """A file that another process serves, which does not answer, is not read."""
+    from stalls import Stalling
+
+    served = Stalling(os.path.join(folder, "stalls"))
+    client = Client(address)
+    line = added(client, served.open())
+    assert refusal(line) == ("invalid_value", "file") and "FUSE" in line["error"]["message"], line
+    assert served.n_reads() == 0 and in_store(store) == [], in_store(store)
+
+
 def sessions(address):
     client = Client(address)
     path = client.manager("CreateSession", "a{sv}", variants({"title": "trains", "pinned": True}))[0]
@@ -460,6 +622,9 @@ def stranger(address, uid, session, request):
         tree = client.call(ROOT + path, "org.freedesktop.DBus.Introspectable", "Introspect")[0]
         assert session.rsplit("/", 1)[1] not in tree and request.rsplit("/", 1)[1] + '"' not in tree, tree
     denied = "org.freedesktop.DBus.Error.AccessDenied"
+    # Whether he may is asked before anything of the file is.
+    refused(denied, add, client, os.pipe()[0])
+    refused(denied, add, client, os.open(__file__, os.O_RDONLY), "../x", colour="red")
     refused(denied, client.manager, "ListSessionsOf", "u", 0)
     refused(denied, client.manager, "DeleteSessionOf", "us", 0, session.rsplit("/", 1)[1])
     # A user's many requests leave another one's alone.
@@ -474,30 +639,36 @@ def stranger(address, uid, session, request):
     assert Client(address).get(ROOT, MANAGER, "State") == "ready"
 
 
-def polkit(address, uid):
+def polkit(address, uid, model):
     """A polkit that says yes to interactive callers, and is asked with the caller's name."""
     authority = open_dbus_connection(bus=address)
     name = "org.freedesktop.PolicyKit1"
     authority.send_and_get_reply(message_bus.RequestName(name))
-    command = [sys.executable, __file__, address, "administrator", uid]
+    command = [sys.executable, __file__, address, "administrator", uid, model]
     caller = subprocess.Popen(command)
-    for allowed in (False, True):
+    for action_asked, allowed in (("manage-sessions-of-others", False), ("manage-sessions-of-others", True),
+                                  ("add-models", False), ("add-models", True)):
         asked = authority.receive(timeout=PATIENCE)
         while asked.header.message_type != MessageType.method_call:
             asked = authority.receive(timeout=PATIENCE)
         (kind, subject), action, _, flags, _ = asked.body
         assert kind == "system-bus-name" and subject["name"][1].startswith(":"), asked.body
-        assert action == f"{NAME}.manage-sessions-of-others" and flags == int(allowed), asked.body
+        assert action == f"{NAME}.{action_asked}" and flags == int(allowed), asked.body
         authority.send(new_method_return(asked, "(bba{ss})", ((allowed, not allowed, {}),)))
     assert caller.wait() == 0
 
 
-def administrator(address, uid):
+def administrator(address, uid, model):
+    # Opened by one who may, as a desktop's portal would.
+    fd = os.open(model, os.O_RDONLY)
     os.setuid(int(uid))
     client = Client(address)
     refused("org.freedesktop.DBus.Error.AccessDenied", client.manager, "ListSessionsOf", "u", 0)
     interactive = MessageFlag.allow_interactive_authorization
     assert client.manager("ListSessionsOf", "u", 12345, flags=interactive) == ([],)
+    refused("org.freedesktop.DBus.Error.AccessDenied", add, client, fd)
+    _, pipe = client.manager("AddModel", "hsa{sv}", fd, "small", {}, flags=interactive)
+    assert read_lines(pipe.to_raw_fd())[-1]["object"] == "model.added"
 
 
 def slow(address, pid):
@@ -537,13 +708,13 @@ def slow(address, pid):
 
 
 NAMES = ["messages", "prompt", "model", "max_tokens", "temperature", "stop", "tools", "response_format", "stream", "n",
-         "session_id", "logit_bias", "seed", "title", "pinned", "endpoint", "handle_token", "detach", "durability"]
+         "session_id", "logit_bias", "seed", "title", "pinned", "endpoint", "handle_token", "detach", "durability", "sha256"]
 TEXTS = ["default", "", "x", "chat.completions", "completions", "sess_0", "{", "\u202e\U0001f980", "<|im_end|>", "a/b", "token"]
 PATHS = [ROOT, ROOT, ROOT, f"{ROOT}/sessions", f"{ROOT}/sessions/x", f"{ROOT}/requests/1_1/x", "/", "/org", "/other"]
 INTERFACES = [MANAGER, MANAGER, SESSION, REQUEST, PROPERTIES, "org.freedesktop.DBus.Introspectable",
               "org.freedesktop.DBus.Peer", "org.sparsed1.Nothing", None]
 MEMBERS = ["Generate", "Generate", "GenerateFromFd", "GetStatus", "ListModels", "CreateSession", "ListSessions",
-           "ImportSession", "ListSessionsOf", "DeleteSessionOf", "Cancel", "Rename", "Fork", "Truncate", "Export",
+           "ImportSession", "ListSessionsOf", "DeleteSessionOf", "AddModel", "Cancel", "Rename", "Fork", "Truncate", "Export",
            "Continue", "Delete", "Get", "GetAll", "Set", "Introspect", "Ping", "GetMachineId", "Nothing"]
 
 # Calls that get as far as their arguments.
@@ -553,6 +724,7 @@ CALLS = [
     (ROOT, MANAGER, "CreateSession", ["a{sv}"]), (ROOT, MANAGER, "ImportSession", ["h"]), (ROOT, MANAGER, "ListSessionsOf", ["u"]),
     (ROOT, MANAGER, "DeleteSessionOf", ["u", "s"]), (SESSION_AT, SESSION, "Rename", ["s"]), (SESSION_AT, SESSION, "Fork", ["a{sv}"]),
     (SESSION_AT, SESSION, "Truncate", ["u"]), (SESSION_AT, SESSION, "Continue", ["a{sv}"]), (SESSION_AT, SESSION, "Change", ["a{sv}"]),
+    (ROOT, MANAGER, "AddModel", ["h", "s", "a{sv}"]),
     (ROOT, PROPERTIES, "Get", ["s", "s"]), (ROOT, PROPERTIES, "GetAll", ["s"]), (ROOT, PROPERTIES, "Set", ["s", "s", "v"]),
 ]
 

@@ -116,7 +116,10 @@ fn the_tutorial_of_the_unix_socket_works() {
 #[test]
 fn the_tutorial_of_dbus_works() {
     let bus = Bus::start(bus::Broker::DbusDaemon);
-    let desk = Desk::start(&[&format!("dbus.bus={}", bus.address())], &[]);
+    let models = format!("models.dir={}", bus.folder().join("models").display());
+    let desk = Desk::start(&[&format!("dbus.bus={}", bus.address()), &models], &[]);
+    std::fs::copy(sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf"), desk.dir.path().join("small.gguf"))
+        .unwrap();
     desk.daemon.wait_until("on the bus", || desk.daemon.log().contains("on D-Bus"));
     desk.follow("dbus.md", &[("DBUS_SYSTEM_BUS_ADDRESS", bus.address())]);
 }

@@ -1,5 +1,6 @@
 //! How does the tool speak to the daemon over D-Bus? The same requests as over the socket, as calls of `org.sparsed1`.
 
+pub(super) mod models;
 mod sessions;
 
 use anyhow::{Context, anyhow, bail};
@@ -126,11 +127,15 @@ impl Link {
         body: &B,
     ) -> anyhow::Result<Message> {
         let reply = self.connection.call_method(Some(NAME), at, Some(interface), method, body).await;
-        reply.map_err(|error| match error {
-            // The daemon's own words.
-            zbus::Error::MethodError(_, Some(message), _) => anyhow!("{message}"),
-            error => anyhow!(error).context(format!("{NAME} does not answer on the bus ({:?})", self.bus)),
-        })
+        reply.map_err(|error| said(error, &self.bus))
+    }
+}
+
+/// What is said of a call that has failed: the daemon's own words, if it has answered.
+fn said(error: zbus::Error, bus: &Bus) -> anyhow::Error {
+    match error {
+        zbus::Error::MethodError(_, Some(message), _) => anyhow!("{message}"),
+        error => anyhow!(error).context(format!("{NAME} does not answer on the bus ({bus:?})")),
     }
 }
 

@@ -38,6 +38,13 @@ pub(super) struct Address {
     /// The daemon's socket.
     #[arg(long, env = "SPARSED_SOCKET", global = true)]
     socket: Option<PathBuf>,
+    #[command(flatten)]
+    on: OnBus,
+}
+
+/// Which bus, if any.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct OnBus {
     /// Speak D-Bus instead: system, session or the address of a bus.
     #[arg(
         long,
@@ -47,13 +54,13 @@ pub(super) struct Address {
         default_missing_value = "system",
         global = true
     )]
-    dbus: Option<Bus>,
+    pub(super) dbus: Option<Bus>,
 }
 
 impl Address {
     /// A client of the daemon there.
     pub(super) fn client(&self) -> Client {
-        match &self.dbus {
+        match &self.on.dbus {
             Some(bus) => Client::OnBus(bus.clone()),
             None => Client::new(&self.socket()),
         }
@@ -66,7 +73,7 @@ impl Address {
 
 impl std::fmt::Display for Address {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match &self.dbus {
+        match &self.on.dbus {
             Some(_) => f.write_str("org.sparsed1"),
             None => self.socket().display().fmt(f),
         }
@@ -243,6 +250,11 @@ enum Source {
 }
 
 impl Events {
+    /// The lines of a pipe.
+    pub(super) fn of_pipe(pipe: Pipe) -> Self {
+        Self::of(Source::Pipe(pipe))
+    }
+
     fn of(source: Source) -> Self {
         Self { source, buffer: Vec::new(), is_complete: false }
     }

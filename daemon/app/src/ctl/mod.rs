@@ -16,6 +16,7 @@ mod local;
 mod logits;
 mod model;
 mod mqtt;
+mod off_bus;
 mod plugins;
 mod private;
 mod quantize;
@@ -65,7 +66,9 @@ enum Command {
 
 /// Parses the arguments, runs the command, reports a failure on standard error.
 pub fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let command = std::env::args().nth(1);
+    let parsed = Arguments::try_parse().map_err(|error| off_bus::explained(error, command.as_deref()));
+    let arguments = parsed.unwrap_or_else(|error| error.exit());
     crate::logging::start(log::LevelFilter::Warn);
     let outcome = match arguments.command {
         Command::Bench(command) => command.run(),

@@ -1,10 +1,14 @@
 //! `sparsectl model`: what is in the store of models? Fetched, listed, read again, removed.
 
+use super::bus;
+use super::client::{Events, OnBus};
 use crate::config::{Config, Paths, Source as Configuration};
-use crate::store::{Digest, Entry, FetchOptions, Source, Store, Watcher, fetch, reference};
+use crate::store::{Digest, Entry, FetchOptions, Source, Store, Watcher, fetch, how_to_serve, reference};
 use anyhow::{Context, bail, ensure};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
+use sparsed_surface::Bus;
+use std::fs::File;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -37,7 +41,8 @@ enum Command {
     ///
     /// Of a model in parts name the first (...-00001-of-00003.gguf), and all are fetched. What was interrupted is
     /// continued. A hub's files need its address, or that of a mirror: --hub, HF_ENDPOINT or models.hub; a token in
-    /// HF_TOKEN goes there and nowhere else.
+    /// HF_TOKEN goes there and nowhere else. With --dbus the daemon on that bus takes the file into its own store,
+    /// which needs root or polkit's word; only file: goes that way, as the daemon has no network.
     Pull(Pull),
     /// List the models of the store.
     List(List),
@@ -63,11 +68,13 @@ struct Pull {
     #[arg(long, env = HUB_VARIABLE)]
     hub: Option<String>,
     /// Whose certificates are believed, in PEM, instead of the system's authorities.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dbus")]
     ca_file: Option<PathBuf>,
     /// Largest file.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "dbus")]
     max_bytes: Option<u64>,
+    #[command(flatten)]
+    on: OnBus,
 }
 
 #[derive(Debug, clap::Args)]
@@ -100,6 +107,14 @@ struct Gc {
 
 impl Model {
     pub(super) fn run(self) -> anyhow::Result<()> {
+        // The daemon's configuration is the daemon's to know.
+        if let Command::Pull(Pull { on: OnBus { dbus: Some(bus) }, .. }) = &self.command {
+            let bus = bus.clone();
+            return match self.command {
+                Command::Pull(pull) => pull.run_on(&bus),
+                _ => Ok(()),
+            };
+        }
         let config = self.configuration.load()?;
         let store = Store::at(&Paths::of(&config).models_dir);
         match self.command {
@@ -150,7 +165,44 @@ impl Pull {
         if let Err(error) = sparsed_model::Model::open(&store.path(&entry)) {
             super::print(&format!("note: sparsed cannot serve it: {error}"))?;
         }
-        super::print(&format!("in the configuration: [model.{name}] path = \"store:{name}\""))
+        super::print(&how_to_serve(&name))
+    }
+
+    /// Has the daemon take the file.
+    fn run_on(self, bus: &Bus) -> anyhow::Result<()> {
+        let source = Source::parse(&self.source, self.hub.as_deref())?;
+        let Source::File(path) = &source else {
+            bail!(
+                "the daemon has no network and takes file: only; without --dbus the tool itself fetches {}",
+                self.source
+            );
+        };
+        let parts = source.parts()?.len();
+        ensure!(parts == 1, "the daemon takes single files; without --dbus all {parts} parts are taken");
+        let file = File::open(path).with_context(|| path.display().to_string())?;
+        let name = self.name.map_or_else(|| source.default_name(), Ok)?;
+        let mut shown = Shown::new()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let added = runtime.block_on(async {
+            let mut lines = Events::of_pipe(bus::models::add(bus, file, &name, self.sha256).await?);
+            loop {
+                let line = lines.next().await?.context("the pipe has ended")?;
+                let bytes = |key: &str| line[key].as_u64().unwrap_or_default();
+                match line["stage"].as_str() {
+                    Some("copying") => shown.show("fetched", bytes("done_bytes"), Some(bytes("total_bytes"))),
+                    Some(_) => shown.show("verified", bytes("done_bytes"), Some(bytes("total_bytes"))),
+                    None => return Ok::<_, anyhow::Error>(line),
+                }
+            }
+        });
+        shown.bar.finish_and_clear();
+        let added = added.with_context(|| format!("{} was not taken", self.source))?;
+        let bytes = HumanBytes(added["bytes"].as_u64().unwrap_or_default());
+        super::print(&format!("{name}: {bytes}, sha256 {}", super::word(&added["sha256"])))?;
+        if let Some(reason) = added["not_served"].as_str() {
+            super::print(&format!("note: sparsed cannot serve it: {reason}"))?;
+        }
+        super::print(super::word(&added["next"]))
     }
 }
 
@@ -186,12 +238,14 @@ impl Shown {
 }
 
 impl Watcher for Shown {
-    fn fetched(&mut self, done: u64, total: Option<u64>) {
+    fn fetched(&mut self, done: u64, total: Option<u64>) -> std::io::Result<()> {
         self.show("fetched", done, total);
+        Ok(())
     }
 
-    fn hashed(&mut self, done: u64, total: u64) {
+    fn hashed(&mut self, done: u64, total: u64) -> std::io::Result<()> {
         self.show("verified", done, Some(total));
+        Ok(())
     }
 
     fn note(&mut self, text: &str) {

@@ -112,6 +112,8 @@ pub(super) const EVENTS: &[Event] = &[
     event("a7b663a707b94f8d939f0b8c84f669f4", "model not loaded"),
     event("f7a86c4768164047afd692f1179e7b99", "model file verified"),
     event("e3f268a4d3a5448e85dea3b49025857d", "that a model's file was verified is not remembered"),
+    event("bf64a7a526424851936ea8f4cbb06391", "model added to the store"),
+    event("b8ed394541934338bfa97ad1a4b04fa6", "model not added to the store"),
     event("3a3b0f2c32fd4550ada3cab9944de1be", "longer than the model was trained for"),
     event(
         "557d4e72b2664479a82db9c170652391",

@@ -23,8 +23,8 @@ impl Digest {
     /// That of all of `file`, read from its beginning. `progress` hears the bytes that are done.
     ///
     /// # Errors
-    /// A disk that fails.
-    pub fn of_file(file: &File, progress: &mut dyn FnMut(u64)) -> std::io::Result<Self> {
+    /// A disk that fails, and those of `progress`.
+    pub fn of_file(file: &File, progress: &mut dyn FnMut(u64) -> std::io::Result<()>) -> std::io::Result<Self> {
         let (mut file, mut hasher, mut done) = (file, Sha256::new(), 0);
         file.seek(SeekFrom::Start(0))?;
         let mut chunk = vec![0; CHUNK_BYTES];
@@ -34,7 +34,7 @@ impl Digest {
                 n => {
                     hasher.update(&chunk[..n]);
                     done += n as u64;
-                    progress(done);
+                    progress(done)?;
                 }
             }
         }
@@ -92,7 +92,11 @@ mod tests {
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(b"abc").unwrap();
         let mut done = 0;
-        assert_eq!(Digest::of_file(&file, &mut |n| done = n).unwrap(), Digest::of(b"abc"));
+        let mut hear = |n| {
+            done = n;
+            Ok(())
+        };
+        assert_eq!(Digest::of_file(&file, &mut hear).unwrap(), Digest::of(b"abc"));
         assert_eq!(done, 3);
     }
 }

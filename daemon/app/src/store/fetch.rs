@@ -7,22 +7,20 @@
 #[cfg(test)]
 mod tests;
 
+use super::copy::copy;
 use super::http::{Client, Part, Reply};
 use super::partial::{Known, Partial};
 use super::{Digest, Entry, Source, Store};
 use anyhow::{Context, anyhow, bail, ensure};
 use hyper::{StatusCode, Uri, header};
 use std::fs::File;
-use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How often a file may turn out to be another one.
 const RESTARTS_MAX: u32 = 3;
 /// The longest pause that a server may ask for.
 const RETRY_AFTER_S_MAX: u64 = 60;
-/// Bytes that are copied at a time.
-const CHUNK_BYTES: usize = 1 << 20;
 
 /// How a model is fetched.
 #[derive(Clone, Debug)]
@@ -50,12 +48,18 @@ pub struct Fetched {
     pub resumed_bytes: u64,
 }
 
-/// Hears how far a fetch is.
+/// Hears how far a model is on its way into the store.
 pub trait Watcher {
     /// `done` bytes of `total` have come.
-    fn fetched(&mut self, done: u64, total: Option<u64>);
+    ///
+    /// # Errors
+    /// It is to end here.
+    fn fetched(&mut self, done: u64, total: Option<u64>) -> std::io::Result<()>;
     /// All has come, `done` bytes of `total` are hashed.
-    fn hashed(&mut self, done: u64, total: u64);
+    ///
+    /// # Errors
+    /// It is to end here.
+    fn hashed(&mut self, done: u64, total: u64) -> std::io::Result<()>;
     /// Something that people are to know.
     fn note(&mut self, text: &str);
 }
@@ -114,41 +118,23 @@ async fn fetch_file(
     options: &FetchOptions,
     watcher: &mut dyn Watcher,
 ) -> anyhow::Result<Whole> {
-    let mut partial = Partial::open(store, source)?;
+    let mut partial = Partial::open(store, &source.key())?;
     let resumed_bytes = partial.have;
     let expected = match source {
         Source::File(path) => {
-            copy(&mut partial, path, options, watcher)?;
+            let within = || path.display().to_string();
+            let from = File::open(path).with_context(within)?;
+            copy(&mut partial, &from, options.bytes_max, watcher).with_context(within)?;
             options.expected
         }
         Source::Web(uri) => download(&mut partial, uri, options, watcher).await?,
     };
-    let total = partial.have;
-    partial.file.sync_all()?;
-    let digest = Digest::of_file(&partial.file, &mut |done| watcher.hashed(done, total))?;
+    let digest = partial.digest(watcher)?;
     if let Some(expected) = expected.filter(|expected| *expected != digest) {
         partial.discard()?;
         bail!("what has come is another file: its SHA-256 is {digest}, not {expected}; it was removed");
     }
     Ok(Whole { partial, digest, resumed_bytes })
-}
-
-/// A file of this box is copied, so that nobody changes it any more.
-fn copy(partial: &mut Partial, path: &Path, options: &FetchOptions, watcher: &mut dyn Watcher) -> anyhow::Result<()> {
-    partial.restart()?;
-    let within = || path.display().to_string();
-    let mut from = File::open(path).with_context(within)?;
-    let meta = from.metadata()?;
-    ensure!(meta.is_file(), "{} is no plain file; the store holds single files", path.display());
-    partial.check_room(meta.len(), options)?;
-    let mut chunk = vec![0; CHUNK_BYTES];
-    loop {
-        match from.read(&mut chunk).with_context(within)? {
-            0 => return Ok(()),
-            n => partial.write(&chunk[..n], options)?,
-        }
-        watcher.fetched(partial.have, Some(meta.len()));
-    }
 }
 
 /// Why an attempt ended.
@@ -220,17 +206,17 @@ async fn attempt(
     let mut reply = client.get(uri, part).await.map_err(|error| Ended::ForNow(error, None))?;
     *expected = expected.or(reply.digest);
     begin(partial, &reply, expected.is_some(), options)?;
-    watcher.fetched(partial.have, partial.known.total);
+    watcher.fetched(partial.have, partial.known.total)?;
     if partial.is_whole() {
         return Ok(());
     }
     loop {
         match reply.next().await {
-            Ok(Some(bytes)) => partial.write(&bytes, options)?,
+            Ok(Some(bytes)) => partial.write(&bytes, options.bytes_max)?,
             Ok(None) => break,
             Err(error) => return Err(Ended::ForNow(error.context("the line broke"), None)),
         }
-        watcher.fetched(partial.have, partial.known.total);
+        watcher.fetched(partial.have, partial.known.total)?;
     }
     match partial.known.total {
         Some(total) if partial.have > total => Err(anyhow!("more came than the {total} bytes that were told").into()),
@@ -284,7 +270,7 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
         }
         _ => return Err(refused(reply)),
     }
-    partial.known.total.map_or(Ok(()), |total| partial.check_room(total, options))?;
+    partial.known.total.map_or(Ok(()), |total| partial.check_room(total, options.bytes_max))?;
     Ok(())
 }
 

@@ -12,6 +12,7 @@
 //! for a whole file, and at worst a file has no name, which `gc` removes. Another model under a name is another file:
 //! who has the old one mapped keeps it.
 
+mod copy;
 mod digest;
 mod fetch;
 mod http;
@@ -21,6 +22,7 @@ mod place;
 mod source;
 mod verified;
 
+pub use copy::{Copied, CopyError};
 pub use digest::Digest;
 pub use fetch::{FetchOptions, Fetched, Watcher, fetch};
 pub use source::Source;
@@ -96,6 +98,11 @@ pub struct Garbage {
 /// The name in a path that refers to the store: `store:NAME`.
 pub fn reference(path: &Path) -> Option<&str> {
     path.to_str()?.strip_prefix(REFERENCE)
+}
+
+/// What is to be done to have the daemon serve the model `name`, for people.
+pub fn how_to_serve(name: &str) -> String {
+    format!("in the configuration: [model.{name}] path = \"store:{name}\"; then restart sparsed")
 }
 
 /// That a name can be a file's, and cannot be a path.

@@ -1,7 +1,6 @@
 //! What has come of a file so far? It lies in the folder of partial files, locked, with what is known of the whole.
 
-use super::fetch::FetchOptions;
-use super::{Source, Store, place};
+use super::{Digest, Store, Watcher, place};
 use anyhow::{Context, ensure};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
@@ -40,8 +39,9 @@ pub(super) struct Known {
 }
 
 impl Partial {
-    pub(super) fn open(store: &Store, source: &Source) -> anyhow::Result<Self> {
-        let path = store.partial().join(source.key()).with_extension("part");
+    /// The one that is called `key`, with what has come of it before.
+    pub(super) fn open(store: &Store, key: &str) -> anyhow::Result<Self> {
+        let path = store.partial().join(key).with_extension("part");
         let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
         let file = file.with_context(|| path.display().to_string())?;
         let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
@@ -94,15 +94,21 @@ impl Partial {
         self.known.total == Some(self.have)
     }
 
-    pub(super) fn write(&mut self, bytes: &[u8], options: &FetchOptions) -> anyhow::Result<()> {
+    pub(super) fn write(&mut self, bytes: &[u8], bytes_max: u64) -> anyhow::Result<()> {
         self.have = self.have.saturating_add(bytes.len() as u64);
-        fits(self.have, options)?;
+        fits(self.have, bytes_max)?;
         self.file.write_all(bytes).with_context(|| self.path.display().to_string())
     }
 
+    /// The digest of what has come, as it lies on the disk.
+    pub(super) fn digest(&self, watcher: &mut dyn Watcher) -> anyhow::Result<Digest> {
+        self.file.sync_all().with_context(|| self.path.display().to_string())?;
+        Ok(Digest::of_file(&self.file, &mut |done| watcher.hashed(done, self.have))?)
+    }
+
     /// That the disk has room for the rest.
-    pub(super) fn check_room(&self, total: u64, options: &FetchOptions) -> anyhow::Result<()> {
-        fits(total, options)?;
+    pub(super) fn check_room(&self, total: u64, bytes_max: u64) -> anyhow::Result<()> {
+        fits(total, bytes_max)?;
         let disk = rustix::fs::fstatvfs(&self.file)?;
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         let needed = total.saturating_sub(self.have).saturating_add(RESERVE_BYTES);
@@ -118,8 +124,7 @@ impl Partial {
     }
 }
 
-fn fits(bytes: u64, options: &FetchOptions) -> anyhow::Result<()> {
-    let limit = options.bytes_max;
+fn fits(bytes: u64, limit: u64) -> anyhow::Result<()> {
     ensure!(bytes <= limit, "the file is larger than {limit} bytes; set models.max_bytes, or --max-bytes");
     Ok(())
 }

@@ -41,9 +41,10 @@ impl StoredModel {
         let entry = self.store.entry(&self.name)?;
         let mut all = self.remembered.as_deref().map(recall).unwrap_or_default();
         let (n_known, mut done) = (all.len(), 0);
-        check_folders(&self.store, &entry)?;
+        let me = rustix::process::geteuid().as_raw();
+        check_folders(&self.store, &entry, me)?;
         for (path, piece) in self.store.files(&entry) {
-            let file = open(&path, &self.name, &piece)?;
+            let file = open(&path, &self.name, &piece, me)?;
             let known = mark(&file.metadata()?, &piece.sha256);
             if !all.contains(&known) {
                 hash(&file, &self.name, &piece, &mut |read| progress(done + read))?;
@@ -72,13 +73,23 @@ impl Store {
     /// # Errors
     /// As [`StoredModel::verify`].
     pub fn verify(&self, name: &str, entry: &Entry, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
-        check_folders(self, entry)?;
+        let owner = self.owner();
+        check_folders(self, entry, owner)?;
         let mut done = 0;
         for (path, piece) in self.files(entry) {
-            hash(&open(&path, name, &piece)?, name, &piece, &mut |read| progress(done + read))?;
+            hash(&open(&path, name, &piece, owner)?, name, &piece, &mut |read| progress(done + read))?;
             done += piece.bytes;
         }
         Ok(())
+    }
+}
+
+impl Store {
+    /// Who may write it besides root: whoever asks, or the daemon's user, whose store it is, where root asks.
+    fn owner(&self) -> u32 {
+        let me = rustix::process::geteuid();
+        let owner = || self.dir().metadata().map_or(0, |meta| meta.uid());
+        if me.is_root() { owner() } else { me.as_raw() }
     }
 }
 
@@ -88,23 +99,23 @@ impl ModelSource for StoredModel {
     }
 }
 
-/// That only root or we can have put files into the folders of a model.
-fn check_folders(store: &Store, entry: &Entry) -> anyhow::Result<()> {
+/// That only root or `owner` can have put files into the folders of a model.
+fn check_folders(store: &Store, entry: &Entry, owner: u32) -> anyhow::Result<()> {
     let set = store.set_of(entry).map(|set| [store.sets(), set]);
     for dir in [store.dir().to_owned(), store.blobs()].into_iter().chain(set.into_iter().flatten()) {
         let meta = dir.metadata().with_context(|| dir.display().to_string())?;
-        ensure!(is_ours(&meta), "{} may be written by others; chown root: and chmod go-w it", dir.display());
+        ensure!(is_safe(&meta, owner), "{} may be written by others; chown root: and chmod go-w it", dir.display());
     }
     Ok(())
 }
 
-/// Opens a file of a model: a plain one of the right size that only root or we can have written.
-fn open(path: &Path, name: &str, piece: &Piece) -> anyhow::Result<File> {
+/// Opens a file of a model: a plain one of the right size that only root or `owner` can have written.
+fn open(path: &Path, name: &str, piece: &Piece, owner: u32) -> anyhow::Result<File> {
     let file = File::open(path).with_context(|| format!("model '{name}': {}", path.display()))?;
     let meta = file.metadata()?;
     ensure!(meta.is_file() && !path.is_symlink(), "model '{name}': {} is no plain file", path.display());
     ensure!(
-        is_ours(&meta),
+        is_safe(&meta, owner),
         "model '{name}': {} may be written by others, who could change it while it is used",
         path.display()
     );
@@ -119,15 +130,18 @@ fn open(path: &Path, name: &str, piece: &Piece) -> anyhow::Result<File> {
 }
 
 fn hash(file: &File, name: &str, piece: &Piece, progress: &mut dyn FnMut(u64)) -> anyhow::Result<()> {
-    let found = Digest::of_file(file, progress).with_context(|| format!("model '{name}' cannot be read"))?;
+    let mut hear = |done| {
+        progress(done);
+        Ok(())
+    };
+    let found = Digest::of_file(file, &mut hear).with_context(|| format!("model '{name}' cannot be read"))?;
     ensure!(found == piece.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull it again");
     Ok(())
 }
 
-/// Whether only root or we may write it.
-fn is_ours(meta: &Metadata) -> bool {
-    let euid = rustix::process::geteuid().as_raw();
-    (meta.uid() == 0 || meta.uid() == euid) && meta.mode() & 0o022 == 0
+/// Whether only root or `owner` may write it.
+fn is_safe(meta: &Metadata, owner: u32) -> bool {
+    (meta.uid() == 0 || meta.uid() == owner) && meta.mode() & 0o022 == 0
 }
 
 /// What tells that a file is still the one that was hashed.
@@ -220,6 +234,22 @@ mod tests {
         fs::rename(&bench.blob, &elsewhere).unwrap();
         std::os::unix::fs::symlink(&elsewhere, &bench.blob).unwrap();
         bench.refused("no plain file");
+    }
+
+    #[test]
+    fn root_verifies_what_the_daemons_user_has_and_does_not_serve_it() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let bench = Bench::new();
+        let give = |path: &Path| std::os::unix::fs::chown(path, Some(65_534), None).unwrap();
+        [bench.store.dir(), &bench.store.blobs(), &bench.blob].into_iter().for_each(give);
+        let verify = || bench.store.verify("m", &bench.store.entry("m").unwrap(), &mut |_| {});
+        verify().unwrap();
+        bench.refused("may be written by others");
+        // Somebody else's again.
+        std::os::unix::fs::chown(&bench.blob, Some(1), None).unwrap();
+        assert!(verify().unwrap_err().to_string().contains("may be written by others"));
     }
 
     #[test]

@@ -25,6 +25,7 @@ pub(super) enum Verb {
     ListModels,
     Lease,
     KeepModel,
+    AddModel,
     CreateSession,
     ListSessions,
     ImportSession,
@@ -150,6 +151,18 @@ pub(super) static MANAGER: Interface = Interface {
             &[],
             "How long the model stays in memory when nobody needs it: 0: it leaves, less: as long as there is memory. \
              Holds until somebody says otherwise or it is loaded anew; not for a model that the configuration keeps.",
+        ),
+        method(
+            Verb::AddModel,
+            "AddModel",
+            &[("file", "h"), ("name", "s"), ("options", "a{sv}")],
+            &[("request", "o"), ("progress", "h")],
+            "Copies a GGUF into the store of models, where the name stands for it. The file is plain and open for \
+             reading, and not on FUSE; it is read from its beginning. The pipe has a line of JSON four times a second \
+             with stage, done_bytes and total_bytes; the last one has sha256, bytes and next, which says how the \
+             model comes to be served, or error. Closing the pipe ends it, and so do Cancel and leaving the bus; then \
+             nothing is left. One at a time. Options: sha256 s (what it must be), handle_token s, detach b, as for \
+             Generate. For root, or with polkit's org.sparsed1.add-models.",
         ),
         method(
             Verb::CreateSession,
@@ -287,9 +300,9 @@ pub(super) static REQUEST: Interface = Interface {
     signals: &[Signal {
         name: "Finished",
         carries: &[("reason", "s"), ("usage", "a{sv}")],
-        doc: "To the caller alone, once, before the object goes: OpenAI's finish_reason, or cancelled, slow_consumer, \
-              or the code of an error. usage has prompt_tokens, cached_tokens and completion_tokens, as u, when the \
-              answer is complete.",
+        doc: "To the caller alone, once, before the object goes: OpenAI's finish_reason, or added for a model, or \
+              cancelled, slow_consumer, or the code of an error. usage has prompt_tokens, cached_tokens and \
+              completion_tokens, as u, when an answer is complete.",
     }],
 };
 

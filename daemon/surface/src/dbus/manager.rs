@@ -5,7 +5,7 @@ use super::call::{Call, CallError, Outcome};
 use super::interface::{REQUEST, Verb};
 use super::requests::Place;
 use super::values::{self, Dict};
-use super::{leases, memfd, polkit, session, stream};
+use super::{additions, leases, memfd, polkit, session, stream};
 use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, load, models, sessions};
 use crate::refusal::Refusal;
 use crate::shares::Share;
@@ -67,6 +67,7 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
             service.keep(&model, keep).map_err(Refusal::from)?;
             call.answer(&())
         }
+        Verb::AddModel => additions::add(door, call).await,
         Verb::CreateSession => {
             let fields = values::fields(&call.arguments::<(Dict,)>()?.0)?;
             session::created(call, &sessions::create(service, owner, fields).await?)

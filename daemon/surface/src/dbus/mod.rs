@@ -3,6 +3,7 @@
 //! The bus may be missing, come later or go away: the daemon goes on, and connects again. Three tasks live as long as a
 //! connection: one takes calls, one hears who leaves, one says what has changed. None of them waits for a caller.
 
+mod additions;
 mod call;
 mod dispatch;
 mod interface;
@@ -18,8 +19,10 @@ mod stream;
 mod values;
 mod xml;
 
+use crate::additions::ModelStore;
 use crate::beat;
 use crate::shares::Shares;
+use additions::Additions;
 use futures_util::StreamExt;
 use interface::{Changes, MANAGER, NAME, ROOT};
 use peers::Peers;
@@ -114,6 +117,7 @@ struct Shared {
     options: DbusOptions,
     requests: Arc<Requests>,
     leases: Arc<Tenants>,
+    additions: Additions,
     /// Memory for bodies that are no prompts yet.
     bodies: Arc<Shares>,
 }
@@ -144,10 +148,17 @@ pub fn sealed(bytes: &[u8]) -> std::io::Result<std::os::fd::OwnedFd> {
 }
 
 /// Serves `org.sparsed1` until `stop` resolves, then lets running answers end. A bus that is not there is waited for.
-pub async fn serve_dbus(service: Service, options: DbusOptions, stop: impl Future<Output = ()>) {
+/// Models that come in go into `store`.
+pub async fn serve_dbus(
+    service: Service,
+    store: Arc<dyn ModelStore>,
+    options: DbusOptions,
+    stop: impl Future<Output = ()>,
+) {
     let bodies = Arc::new(Shares::new(BODIES_MAX * options.body_bytes_max.div_ceil(1024)));
     let requests = Arc::new(Requests::new());
-    let shared = Arc::new(Shared { service, options, requests, leases: leases::all(), bodies });
+    let additions = Additions::new(store);
+    let shared = Arc::new(Shared { service, options, requests, leases: leases::all(), additions, bodies });
     let mut stop = std::pin::pin!(stop);
     let mut pauses = BACKOFF.into_iter();
     let mut is_failing = false;
@@ -288,6 +299,7 @@ async fn announce(door: Arc<Door>) {
 
 /// Gives the name away, so that new calls go to the next daemon, and waits for the answers under way.
 async fn wind_down(door: &Door) {
+    door.shared.additions.stop();
     if let Err(error) = door.bus.release_name(NAME).await {
         log::debug!(reason:% = error; "the bus name was not released");
     }

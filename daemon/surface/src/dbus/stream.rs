@@ -26,7 +26,7 @@ pub(super) struct Ended {
 
 /// Why a pipe takes no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Broken {
+pub(super) enum Broken {
     /// Cancelled, or nobody holds the other end.
     Cancelled,
     /// Nobody reads.
@@ -120,11 +120,13 @@ impl Ended {
         Self { reason, usage: values::counts(&usage) }
     }
 
-    fn failed(refusal: &Refusal) -> Self {
+    /// For this reason.
+    pub(super) fn failed(refusal: &Refusal) -> Self {
         Self { reason: refusal.name().code.to_owned(), usage: Dict::new() }
     }
 
-    fn broken(broken: Broken, patience: Duration) -> Self {
+    /// By its reader.
+    pub(super) fn broken(broken: Broken, patience: Duration) -> Self {
         match broken {
             Broken::Cancelled => Self { reason: "cancelled".to_owned(), usage: Dict::new() },
             Broken::Stalled => Self::failed(&Failure::SlowConsumer { limit_s: patience.as_secs() }.into()),
@@ -133,7 +135,7 @@ impl Ended {
 }
 
 /// Resolves when nobody wants the answer any more.
-async fn gone(pipe: &Sender, request: &Request) {
+pub(super) async fn gone(pipe: &Sender, request: &Request) {
     tokio::select! {
         () = request.cancelled() => {}
         () = closed(pipe) => {}
@@ -150,7 +152,13 @@ pub(super) async fn closed(pipe: &Sender) {
     }
 }
 
-async fn write(pipe: &Sender, mut line: String, request: &Request, patience: Duration) -> Result<(), Broken> {
+/// Writes a line as a whole, as fast as it is read.
+pub(super) async fn write(
+    pipe: &Sender,
+    mut line: String,
+    request: &Request,
+    patience: Duration,
+) -> Result<(), Broken> {
     line.push('\n');
     let mut rest = line.as_bytes();
     while !rest.is_empty() {

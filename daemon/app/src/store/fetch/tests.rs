@@ -81,8 +81,12 @@ fn part(etag: &str, body: &[u8], first: usize, sent: usize) -> Step {
 struct Notes(Vec<String>);
 
 impl Watcher for Notes {
-    fn fetched(&mut self, _: u64, _: Option<u64>) {}
-    fn hashed(&mut self, _: u64, _: u64) {}
+    fn fetched(&mut self, _: u64, _: Option<u64>) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn hashed(&mut self, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
     fn note(&mut self, text: &str) {
         self.0.push(text.to_owned());
     }
@@ -333,7 +337,7 @@ fn two_do_not_fetch_the_same_file_at_a_time_and_it_is_no_garbage_meanwhile() {
     let mut bench = Bench::new();
     bench.store.make().unwrap();
     let source = Source::parse("http://127.0.0.1:9/m.gguf", None).unwrap();
-    let held = Partial::open(&bench.store, &source).unwrap();
+    let held = Partial::open(&bench.store, &source.key()).unwrap();
     assert!(bench.fetch("http://127.0.0.1:9/m.gguf").unwrap_err().contains("another process fetches"));
     let garbage = |store: &Store| store.garbage(&store.lock().unwrap(), true).unwrap().len();
     assert_eq!(garbage(&bench.store), 0);
