@@ -18,7 +18,7 @@ mod stream;
 mod values;
 mod xml;
 
-use crate::beat;
+use crate::beat::Beat;
 use crate::shares::Shares;
 use futures_util::StreamExt;
 use interface::{Changes, MANAGER, NAME, ROOT};
@@ -256,12 +256,12 @@ async fn hear_who_leaves(door: Arc<Door>) {
 /// Says at most once in three seconds which of the manager's properties have changed. Nobody's own are among them.
 async fn announce(door: Arc<Door>) {
     let mut said = manager::properties(&door);
-    let mut is_lively = false;
+    let (beat, mut is_lively) = (Beat::every(1), false);
     loop {
         if is_lively {
             tokio::time::sleep(LOOK).await;
         } else {
-            beat::next().await;
+            beat.next().await;
         }
         let now = manager::properties(&door);
         let (mut changed, mut noted): (HashMap<&str, &OwnedVariant>, Vec<&str>) = Default::default();
