@@ -5,7 +5,7 @@ use super::{Check, OPERATORS_FILE, size};
 use crate::assemble::{configured_models, now_ms, quarantine};
 use crate::config::{Config, ConfigError, Paths, Source};
 use crate::ctl::inspect;
-use crate::store::{Digest, Store, reference};
+use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
 use rustix::fs::Access;
 use sparsed_backend::{ABI_MAJOR, ABI_MINOR, Found, Scan};
 use sparsed_model::Inspection;
@@ -173,6 +173,10 @@ fn integrity(store: &Store, configured: &Path, path: &Path, full: bool) -> anyho
         store.verify(name, &store.entry(name)?, &mut |_| {})?;
         return Ok("all of it is what was fetched".to_owned());
     }
+    if named_by_content(path).is_some() {
+        ModelAtPath::new(path, &configured.display().to_string(), None).verify(&mut |_| {})?;
+        return Ok("all of it is what was packaged".to_owned());
+    }
     if path.is_dir() {
         return Ok("a folder: its files have no digests to compare with".to_owned());
     }
@@ -279,8 +283,14 @@ mod tests {
         fs::write(&path, "weightz").unwrap();
         assert!(integrity(&store, stored, &path, false).unwrap().contains("--full"));
         assert!(integrity(&store, stored, &path, true).unwrap_err().to_string().contains("damaged"));
-        // Of a file elsewhere nobody knows what it was.
-        let said = integrity(&store, &path, &path, true).unwrap();
+        // A link to a file that is named by its digest says what it was, too; of another file nobody knows.
+        let (link, plain) = (dir.path().join("link.gguf"), dir.path().join("plain.gguf"));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(integrity(&store, &link, &link, false).unwrap().contains("--full"));
+        let said = integrity(&store, &link, &link, true).unwrap_err().to_string();
+        assert!(said.contains("link.gguf' is damaged"), "{said}");
+        fs::copy(&path, &plain).unwrap();
+        let said = integrity(&store, &plain, &plain, true).unwrap();
         assert!(said.contains(&Digest::of(b"weightz").to_string()), "{said}");
     }
 
