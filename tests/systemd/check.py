@@ -340,14 +340,14 @@ def used_by_the_service():
     return ticks, sleeps
 
 
-def with_a_loaded_model_that_nobody_asks_the_service_sleeps():
-    restart()
-    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
-    # The first seconds after an answer belong to it.
-    time.sleep(5)
-    ticks, sleeps = used_by_the_service()
-    time.sleep(IDLE_S)
-    used, woken = (after - before for after, before in zip(used_by_the_service(), (ticks, sleeps)))
+def on_all_doors_with_a_loaded_model_that_nobody_asks_the_service_sleeps():
+    with doors.all_doors():
+        assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+        # The first seconds after an answer belong to it.
+        time.sleep(5)
+        ticks, sleeps = used_by_the_service()
+        time.sleep(IDLE_S)
+        used, woken = (after - before for after, before in zip(used_by_the_service(), (ticks, sleeps)))
     print(f"#  {used} ticks of {os.sysconf('SC_CLK_TCK')} a second and {woken} wakeups in {IDLE_S} s")
     assert used <= IDLE_SHARE * IDLE_S * os.sysconf("SC_CLK_TCK"), f"{used} ticks in {IDLE_S} s"
     assert woken <= IDLE_WAKEUPS * IDLE_S, f"{woken} wakeups in {IDLE_S} s"
@@ -497,7 +497,7 @@ CHECKS = [
     a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
     without_a_loaded_model_the_service_is_small,
-    with_a_loaded_model_that_nobody_asks_the_service_sleeps,
+    on_all_doors_with_a_loaded_model_that_nobody_asks_the_service_sleeps,
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,
