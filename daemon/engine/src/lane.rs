@@ -19,7 +19,7 @@ use sparsed_backend::Backend;
 use sparsed_kv::{BLOCK_TOKENS, Pool, PrefixHasher};
 use sparsed_model::{Model, ModelError, Program, ProgramOptions};
 use sparsed_session::ImageShape;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,6 +70,15 @@ pub(crate) struct Opened {
     slow_dir: Option<PathBuf>,
 }
 
+/// Why a model was not opened.
+#[derive(Debug)]
+pub(crate) enum Unopened {
+    /// Its file may not be used as it is now; there may be another one in its place later.
+    NoFile(String),
+    /// What is in it is not served.
+    Unfit(String),
+}
+
 /// A model that is served, whether or not there is a device at the moment.
 pub(crate) struct Live {
     served: Arc<ServedModel>,
@@ -114,9 +123,9 @@ impl Lane {
         self.slot.failed(reason);
     }
 
-    /// Whether anybody may still be answered.
+    /// Whether anybody may still be answered, though perhaps not now.
     pub(crate) fn may_serve(&self) -> bool {
-        !self.is_refused && (self.live.is_some() || self.may_leave())
+        !self.is_refused
     }
 
     /// Whether the model ever leaves the memory, and comes back.
@@ -233,9 +242,14 @@ impl Opened {
     ///
     /// # Errors
     /// Why the model cannot be served.
-    pub(crate) fn open(name: &str, options: &ModelOptions, limits: Limits, created: u64) -> Result<Self, String> {
+    pub(crate) fn open(name: &str, options: &ModelOptions, limits: Limits, created: u64) -> Result<Self, Unopened> {
+        let file = options.source.locate().map_err(Unopened::NoFile)?;
+        Self::read(&file, name, options, limits, created).map_err(Unopened::Unfit)
+    }
+
+    fn read(file: &Path, name: &str, options: &ModelOptions, limits: Limits, created: u64) -> Result<Self, String> {
         let text = |error: ModelError| error.to_string();
-        let model = Model::open(&options.source.locate()?).map_err(text)?;
+        let model = Model::open(file).map_err(text)?;
         let program = Arc::new(model.program(&options.program).map_err(text)?);
         let top_k = program.top_k();
         let (latent_bytes, index_bytes) = program.kv.plane_bytes_per_token().map_err(text)?;
