@@ -77,14 +77,8 @@ example() {
     "$usr/share/doc/sparsed-dev/examples/minimal.c" -o "$work/example.so" -lm
 }
 
-rpm() {
-  rpmbuild --quiet -bb packaging/sparsed.spec --target "$arch" --define "_topdir $PWD/$work/rpmbuild" \
-    --define "_rpmdir $into/rpm" --define "tree $PWD/$work/rpm" --define "glibc $glibc" \
-    --define "version_of_sparsed $(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)"
-}
-
 stage
 debian
 example
-rpm
+sh packaging/rpm.sh "$arch" "$work/rpm" "$into/rpm" "$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)"
 ls -l "$into"/debian/*.deb "$into"/rpm/"$arch"/*.rpm
