@@ -168,8 +168,8 @@ impl Engine {
         self.lanes.iter().for_each(|lane| lane.slot.wake());
     }
 
-    /// Opens what is to be loaded at the start. A model whose file is not what it must be is loaded when somebody asks and
-    /// it is.
+    /// Opens what is to be loaded at the start. A model whose file is not what it must be is loaded when somebody asks
+    /// and it is.
     fn open_first(&mut self) {
         let (created, now) = (seconds(), self.now());
         for (index, lane) in self.lanes.iter_mut().enumerate().filter(|(_, lane)| lane.slot.residence.at_start) {

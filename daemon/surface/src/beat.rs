@@ -1,8 +1,8 @@
 //! When do the doors look around? Together: a box that nobody asks anything is woken once for all of them.
 //!
-//! A beat is a multiple of five seconds on the kernel's clock, and who waits for it has a timer of the kernel's. For one
-//! of tokio's a thread gets up three times: its wheel has slots of 4 s, 64 ms and 1 ms, and a time that is seconds ahead
-//! is moved from one to the next.
+//! A beat is a multiple of five seconds on the kernel's clock, and who waits for it has a timer of the kernel's. For
+//! one of tokio's a thread gets up three times: its wheel has slots of 4 s, 64 ms and 1 ms, and a time that is seconds
+//! ahead is moved from one to the next.
 
 use rustix::time::{
     ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime, timerfd_create,

@@ -9,11 +9,11 @@ use sparsed_tests::daemon::Daemon;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-/// How long it is looked at: a rate takes time, and nothing else here waits for a clock. Whole numbers of its timers' times
-/// but for the keepalive's 15 s.
+/// How long it is looked at: a rate takes time, and nothing else here waits for a clock. It is a multiple of its timers'
+/// times but for the keepalive's 15 s.
 const SPAN: Duration = Duration::from_secs(20);
-/// And before that in such pieces until one is quiet: what a start or an answer leaves to do is over then. One has a look
-/// of the doors, which may have something to announce.
+/// And before that in such pieces until one is quiet: what a start or an answer leaves to do is over then. In each the
+/// doors look around once, and may have something to announce.
 const SETTLING: Duration = Duration::from_secs(5);
 const SETTLINGS_MAX: usize = 8;
 /// Which thread sleeps how often is in `tests/bench/RESULTS.md`.

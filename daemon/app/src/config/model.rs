@@ -14,7 +14,7 @@ const ALIAS_BYTES_MAX: usize = 256;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// The file, which is verified if it or where it leads to is named by its SHA-256; `store:NAME` is one of the store.
+    /// The file, which is verified if it or what it leads to is named by its SHA-256; `store:NAME` is of the store.
     /// Empty where an engine elsewhere computes the model.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
