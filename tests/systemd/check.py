@@ -501,6 +501,7 @@ def a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays():
         status, value = ask("alice", "/v1/chat/completions", CAPITAL)
         assert status == 503 and "is damaged" in str(value), f"{status} {value}"
         assert is_active() and int(shown("NRestarts")) == 0, shown("NRestarts")
+        assert "is damaged: its SHA-256" in run("sparsectl", "doctor", check=False)
         found = run("sparsectl", "doctor", "--full", check=False)
         assert "apt install --reinstall ./sparsed-model-smollm2-dsa" in found, found
     os.rename("/opt/whole", file)
