@@ -14,13 +14,14 @@ sh packaging/needs.sh package
 SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y Cargo.toml)}
 export SOURCE_DATE_EPOCH
 umask 022
+MODEL=smollm2-135m-dsa.gguf
 
 stage() {
-  local strip library run=
+  local strip library digest run=
   strip=$(command -v "$arch-linux-gnu-strip" || command -v strip)
   [ "$arch" = "$(uname -m)" ] || run="qemu-$arch-static -L /usr/$arch-linux-gnu"
   rm -rf "$work"
-  mkdir -p "$work/bin" "$work/plugins"
+  mkdir -p "$work/bin" "$work/plugins" "$work/models"
   # Without line tables, which are most of a file; the names of functions stay for whoever reads a crash.
   for name in sparsed sparsectl; do "$strip" --strip-debug "$built/$name" -o "$work/bin/$name"; done
   "$strip" --strip-debug "$built/libsparsed_plugin_cpu.so" -o "$work/plugin.so"
@@ -31,6 +32,11 @@ stage() {
   sh packaging/symbols.sh "$work"/bin/* "$work/$library"
   sed "s/libsparsed_plugin_cpu\.so/$library/" plugins/cpu/plugin.toml.in >"$work/plugin.toml.in"
   ARCH=$arch sh packaging/stage-plugin.sh cpu "$work/$library" "$work/plugin.toml.in" "$work/plugins"
+  # Named by its digest too, by which the daemon verifies it; the link is sorted behind it.
+  cp "models/$MODEL" "$work/models/$MODEL"
+  digest=$(sha256sum "$work/models/$MODEL" | cut -d ' ' -f 1)
+  mv "$work/models/$MODEL" "$work/models/$digest"
+  ln -s "$digest" "$work/models/$MODEL"
   $run "$built/sparsectl" generate "$work"
   find "$work" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 }
@@ -44,6 +50,11 @@ debian() {
     order=$(dpkg-deb --contents "$deb" | sed -n 's|.*/plugins/cpu/\(.\).*|\1|p' | tr -d '\n')
     if [ -z "$variant" ] && [ "$order" != lp ]; then
       echo "$deb: the plugin's manifest comes before its library" >&2
+      exit 1
+    fi
+    order=$(dpkg-deb --contents "$deb" | sed -n 's|.*/models/\([^ ]\).*|\1|p' | tr -d '\n')
+    if [ "$variant" = model ] && [ "${order#?}" != s ]; then
+      echo "$deb: the model's link comes before its file" >&2
       exit 1
     fi
     if [ -z "$variant" ] && ! dpkg-deb --field "$deb" Depends | grep -qF "libc6 (>= $glibc)"; then
@@ -66,14 +77,8 @@ example() {
     "$usr/share/doc/sparsed-dev/examples/minimal.c" -o "$work/example.so" -lm
 }
 
-rpm() {
-  rpmbuild --quiet -bb packaging/sparsed.spec --target "$arch" --define "_topdir $PWD/$work/rpmbuild" \
-    --define "_rpmdir $into/rpm" --define "tree $PWD/$work/rpm" --define "glibc $glibc" \
-    --define "version_of_sparsed $(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)"
-}
-
 stage
 debian
 example
-rpm
+sh packaging/rpm.sh "$arch" "$work/rpm" "$into/rpm" "$(sed -n 's/^version = "\(.*\)"/\1/p' Cargo.toml | head -n 1)"
 ls -l "$into"/debian/*.deb "$into"/rpm/"$arch"/*.rpm

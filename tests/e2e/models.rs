@@ -210,3 +210,30 @@ fn a_model_of_the_store_is_served_and_one_that_decays_is_refused_while_the_daemo
     assert_eq!((chat(&daemon, "m").status, &of(&daemon, "m")["state"]), (503, &json!("failed")));
     assert_eq!(daemon.get("/v1/status").status, 200);
 }
+
+#[test]
+fn a_file_that_is_not_what_its_name_says_is_refused_at_the_start_and_the_model_comes_when_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = format!("file:{}", chatty::write(folder.path()).display());
+    done(folder.path(), &["pull", &source, "--name", "tiny"]);
+    let listed: Value = serde_json::from_str(&done(folder.path(), &["list", "--json"])).unwrap();
+    let file = Path::new(listed[0]["path"].as_str().unwrap());
+    // As a package has it.
+    let link = folder.path().join("packaged.gguf");
+    std::os::unix::fs::symlink(file, &link).unwrap();
+    let (whole, mut bytes) = (folder.path().join("whole"), std::fs::read(file).unwrap());
+    std::fs::rename(file, &whole).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(file, &bytes).unwrap();
+    let run = Command::new(sparsed_tests::sparsectl()).arg("run").arg(&link).arg("Hello!").output().unwrap();
+    let said = String::from_utf8_lossy(&run.stderr);
+    assert!(!run.status.success() && said.contains("damaged"), "{said}");
+    let daemon = Daemon::spawn(Some(&link), &[]);
+    daemon.wait_until("refused", || daemon.log().contains("is damaged: its SHA-256"));
+    let refused = chat(&daemon, "default");
+    assert!(refused.status == 503 && refused.body.contains("damaged"), "{}", refused.body);
+    std::fs::rename(&whole, file).unwrap();
+    daemon.wait_until("answered", || chat(&daemon, "default").status == 200);
+    assert_eq!(of(&daemon, "default")["state"], "ready");
+}

@@ -25,6 +25,10 @@ from box import (
 
 # Where the packages lie in the box.
 PACKAGES = "/opt/packages"
+KIND = os.environ.get("PACKAGES", "deb")
+RPM_NAMES = ("sparsed", "sparsed-model-smollm2-dsa")
+UNITS = ("sparsed.service", "sparsed.socket", "sparsed-tcp.socket")
+MODEL = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"
 MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
 # What the service may hold before a model is loaded.
 RESIDENT_KIB = 30 << 10
@@ -317,7 +321,7 @@ def a_plugin_in_a_process_of_its_own_answers_in_the_sandbox():
 
 def without_a_loaded_model_the_service_is_small():
     for isolation in ("none", "process"):
-        model = '[model.default]\npath = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"\nload = "demand"\n'
+        model = f'[model.default]\npath = "{MODEL}"\nload = "demand"\n'
         restart(config=f'[engine]\nisolation = "{isolation}"\n{model}')
         until("the device is open", lambda: served("alice", "/v1/status")["device"]["state"] == "ready")
         lines = [line for text in of_the_service("status") for line in text.splitlines() if line.startswith("VmRSS:")]
@@ -340,14 +344,14 @@ def used_by_the_service():
     return ticks, sleeps
 
 
-def with_a_loaded_model_that_nobody_asks_the_service_sleeps():
-    restart()
-    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
-    # The first seconds after an answer belong to it.
-    time.sleep(5)
-    ticks, sleeps = used_by_the_service()
-    time.sleep(IDLE_S)
-    used, woken = (after - before for after, before in zip(used_by_the_service(), (ticks, sleeps)))
+def on_all_doors_with_a_loaded_model_that_nobody_asks_the_service_sleeps():
+    with doors.all_doors():
+        assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+        # The first seconds after an answer belong to it.
+        time.sleep(5)
+        ticks, sleeps = used_by_the_service()
+        time.sleep(IDLE_S)
+        used, woken = (after - before for after, before in zip(used_by_the_service(), (ticks, sleeps)))
     print(f"#  {used} ticks of {os.sysconf('SC_CLK_TCK')} a second and {woken} wakeups in {IDLE_S} s")
     assert used <= IDLE_SHARE * IDLE_S * os.sysconf("SC_CLK_TCK"), f"{used} ticks in {IDLE_S} s"
     assert woken <= IDLE_WAKEUPS * IDLE_S, f"{woken} wakeups in {IDLE_S} s"
@@ -405,16 +409,26 @@ def the_master_key_may_be_a_credential_plain_or_encrypted():
     assert last_message(session) == first
 
 
+def a_newer_package():
+    """How the kind of packages is upgraded, one of the next version, and one of that which is installed."""
+    if KIND == "rpm":
+        (package,) = glob.glob(f"{PACKAGES}/sparsed-[0-9]*.rpm")
+        return ["rpm", "--upgrade", "--oldpackage", "--nodeps"], "/opt/newer.rpm", package
+    (package,) = glob.glob(f"{PACKAGES}/sparsed_*.deb")
+    upgrade.make_newer(package)
+    return ["dpkg", "--install", "--force-downgrade"], upgrade.NEWER, package
+
+
 def an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none():
     restart()
-    (deb,) = glob.glob(f"{PACKAGES}/sparsed_*.deb")
-    upgrade.make_newer(deb)
+    command, newer, package = a_newer_package()
     first = new_session()
     said = text_of(served("alice", "/v1/chat/completions", wish("Say hi.", 10, first)))
-    for package, files in ((upgrade.NEWER, upgrade.digests(upgrade.TREE)), (deb, upgrade.digests())):
+    for package, files in ((newer, upgrade.digests_of_newer()), (package, upgrade.digests())):
         session, whole, stream, before = a_story_that_has_begun()
         old = pid()
-        run("dpkg", "--install", "--force-downgrade", package)
+        complaints = run(*command, package)
+        assert "scriptlet" not in complaints, complaints
         assert upgrade.digests() == files, f"not the files of {package}"
         until_ready()
         stream.kill()
@@ -426,6 +440,31 @@ def an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none():
         else:  # It had the time to end: limits.stop_s.
             assert last_message(session) == whole
         assert last_message(first) == said
+
+
+def states_of_the_units():
+    return {unit: [run("systemctl", verb, unit, check=False) for verb in ("is-enabled", "is-active")] for unit in UNITS}
+
+
+def an_upgrade_leaves_the_units_as_the_operator_has_them():
+    restart()
+    command, newer, package = a_newer_package()
+    run("systemctl", "disable", "--now", "sparsed-tcp.socket")
+    on = {"sparsed.service": ["enabled", "active"], "sparsed.socket": ["enabled", "active"]}
+    on["sparsed-tcp.socket"] = ["disabled", "inactive"]
+    assert states_of_the_units() == on, states_of_the_units()
+    run(*command, newer)
+    assert states_of_the_units() == on, states_of_the_units()
+    run("systemctl", "disable", "--now", "sparsed.socket", "sparsed.service")
+    run("systemctl", "enable", "sparsed-tcp.socket")
+    off = {unit: ["disabled", "inactive"] for unit in UNITS[:2]}
+    off["sparsed-tcp.socket"] = ["enabled", "inactive"]
+    assert states_of_the_units() == off, states_of_the_units()
+    run(*command, package)
+    assert states_of_the_units() == off, states_of_the_units()
+    run("systemctl", "disable", "sparsed-tcp.socket")
+    run("systemctl", "enable", "--now", "sparsed.socket", "sparsed.service")
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
 
 def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it():
@@ -445,6 +484,31 @@ def without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
 
+def a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays():
+    restart()
+    file = os.path.realpath(MODEL)
+    with open(file, "rb") as whole:
+        weights = bytearray(whole.read())
+    os.rename(file, "/opt/whole")
+    middle = len(weights) // 2
+    weights[middle] ^= 1
+    for damaged in (weights, weights[:middle]):
+        with open(f"{file}.new", "wb") as new:
+            new.write(damaged)
+        os.rename(f"{file}.new", file)
+        run("systemctl", "restart", "sparsed.service")
+        until("it says so", lambda: "is damaged: its SHA-256" in str(ask("alice", "/health")[1]))
+        status, value = ask("alice", "/v1/chat/completions", CAPITAL)
+        assert status == 503 and "is damaged" in str(value), f"{status} {value}"
+        assert is_active() and int(shown("NRestarts")) == 0, shown("NRestarts")
+        assert "is damaged: its SHA-256" in run("sparsectl", "doctor", check=False)
+        found = run("sparsectl", "doctor", "--full", check=False)
+        assert "apt install --reinstall ./sparsed-model-smollm2-dsa" in found, found
+    os.rename("/opt/whole", file)
+    restart()
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+
+
 def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
     run("dpkg", "--remove", "sparsed", "sparsed-model-smollm2-dsa")
     for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock"):
@@ -458,15 +522,20 @@ def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
     assert not left, left
 
 
-def rpm_finds_every_file_as_it_was_and_removing_leaves_conversations_only():
-    names = ("sparsed", "sparsed-model-smollm2-dsa")
-    changed = run("rpm", "--verify", "--nodeps", *names)
+def rpm_finds_every_file_as_it_was():
+    changed = run("rpm", "--verify", "--nodeps", *RPM_NAMES)
     assert not changed, changed
     # All that Debian's package has is there, too.
-    for unit in ("sparsed.service", "sparsed.socket"):
+    for unit in UNITS[:2]:
         assert run("systemctl", "is-enabled", unit) == "enabled", unit
+
+
+def after_upgrades_rpm_finds_every_file_and_removing_leaves_conversations_only():
+    # The settings are ours by now.
+    changed = run("rpm", "--verify", "--nodeps", "--noconfig", *RPM_NAMES)
+    assert not changed, changed
     session = new_session()
-    run("rpm", "--erase", "--nodeps", *names)
+    run("rpm", "--erase", "--nodeps", *RPM_NAMES)
     assert not is_active(), "the service runs still"
     enabled = "/etc/systemd/system/sockets.target.wants/sparsed.socket"
     for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock", "/usr/lib/sparsed", enabled):
@@ -497,7 +566,7 @@ CHECKS = [
     a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
     without_a_loaded_model_the_service_is_small,
-    with_a_loaded_model_that_nobody_asks_the_service_sleeps,
+    on_all_doors_with_a_loaded_model_that_nobody_asks_the_service_sleeps,
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,
@@ -506,8 +575,10 @@ CHECKS = [
     *doors.CHECKS,
     *reduced.CHECKS,
     an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none,
+    an_upgrade_leaves_the_units_as_the_operator_has_them,
     an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,
     without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed,
+    a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays,
     nothing_was_killed_for_a_system_call,
     removing_leaves_conversations_and_settings_and_purging_leaves_nothing,
 ]
@@ -517,14 +588,17 @@ RPM_CHECKS = [
     after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_nothing,
     the_socket_is_there_before_the_service_and_the_first_request_starts_it,
     a_chat_is_answered,
+    rpm_finds_every_file_as_it_was,
+    an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none,
+    an_upgrade_leaves_the_units_as_the_operator_has_them,
     nothing_was_killed_for_a_system_call,
-    rpm_finds_every_file_as_it_was_and_removing_leaves_conversations_only,
+    after_upgrades_rpm_finds_every_file_and_removing_leaves_conversations_only,
 ]
 
 
 def main():
     failed = 0
-    checks = RPM_CHECKS if os.environ.get("PACKAGES") == "rpm" else CHECKS
+    checks = RPM_CHECKS if KIND == "rpm" else CHECKS
     chosen = [check for check in checks if not sys.argv[1:] or any(word in check.__name__ for word in sys.argv[1:])]
     assert chosen, "no claim has such a name"
     for check in chosen:

@@ -3,6 +3,7 @@
 What a tree does not have (polkit, a broker) is said, and not tried there.
 """
 
+import contextlib
 import json
 import os
 import pwd
@@ -69,13 +70,36 @@ def a_model_comes_by_the_bus_into_the_store_of_the_confined_service():
     run("sparsectl", "model", "gc")
 
 
+def restart_for_a_broker():
+    """The service with a broker on this box, which does not run yet, and with the drop-in for networks."""
+    with open(NETWORK) as file:
+        drop_in = file.read()
+    restart(config='[mqtt]\nbroker = "mqtt://localhost"\nnode = "kitchen"\n', drop_in=drop_in)
+
+
+@contextlib.contextmanager
+def all_doors():
+    """The service on each door that the box has: with a broker, if there is one."""
+    if not shutil.which("mosquitto"):
+        print("#  without MQTT: no mosquitto here")
+        yield restart()
+        return
+    run("systemctl", "start", "mosquitto.service")
+    try:
+        restart_for_a_broker()
+        status = ["mosquitto_sub", "-h", "localhost", "-t", "sparsed/v1/kitchen/status", "-C", "1", "-W", "20"]
+        until("it is on MQTT", lambda: "online" in run(*status, check=False))
+        yield
+    finally:
+        run("systemctl", "stop", "mosquitto.service")
+        restart()
+
+
 def a_chat_is_answered_by_a_broker_with_the_drop_in_for_networks():
     if not shutil.which("mosquitto"):
         print("#  not tried: no mosquitto here")
         return
-    with open(NETWORK) as file:
-        drop_in = file.read()
-    restart(config='[mqtt]\nbroker = "mqtt://localhost"\nnode = "kitchen"\n', drop_in=drop_in)
+    restart_for_a_broker()
     until("it says that there is no broker", lambda: "no connection to the MQTT broker" in journal())
     run("systemctl", "start", "mosquitto.service")
     request = json.dumps({"id": "q1", "body": CAPITAL})

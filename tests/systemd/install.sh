@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs the packages of FOLDER into the tree ROOT, before its systemd has ever run: Debian's by dpkg, or with
-# PACKAGES=rpm the others by the tree's own rpm, which does not know what Debian's packages bring (--nodeps).
+# PACKAGES=rpm the others by the tree's own rpm, which does not know what Debian's packages bring (--nodeps). Of these it
+# makes another release to upgrade to, of what package.sh has left in target/package.
 set -eu
 root=$1 folder=$2
 cd "$(dirname "$0")/../.."
@@ -14,6 +15,14 @@ case ${PACKAGES:-deb} in
   rpm)
     cp "$folder"/sparsed-[0-9]*.rpm "$folder"/sparsed-model-*.rpm "$root/opt/packages/"
     install="rpm --install --nodeps /opt/packages/*.rpm"
+    newer=$(realpath -m target/systemd/newer)
+    rm -rf "$newer"
+    mkdir -p "$newer"
+    cp -a --reflink=auto target/package/rpm "$newer/tree"
+    python3 -B tests/systemd/upgrade.py "$newer/tree/sparsed"
+    sh packaging/rpm.sh "$(uname -m)" "$newer/tree" "$newer" 999
+    cp "$newer/$(uname -m)"/sparsed-999-*.rpm "$root/opt/newer.rpm"
+    rm -rf "$newer"
     ;;
 esac
 # No service is started in a tree that does not run.

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 from box import CAPITAL, PARIS, PATIENCE, restart, run, served, text_of
@@ -18,6 +19,8 @@ from box import CAPITAL, PARIS, PATIENCE, restart, run, served, text_of
 NEWER, TREE = "/opt/newer.deb", "/opt/newer"
 PLUGIN = "/usr/lib/sparsed/plugins/cpu"
 EXECUTABLES = ("/usr/bin/sparsed", "/usr/bin/sparsectl")
+# What a newer file has more.
+MORE = b"\0"
 # What says whether they may.
 POLICY = "/usr/sbin/policy-rc.d"
 
@@ -32,33 +35,49 @@ def library(folder):
     return path
 
 
-def make_newer(deb):
-    """A package of the next version, whose executables and plugin are other bytes that do the same."""
-    shutil.rmtree(TREE, ignore_errors=True)
-    run("dpkg-deb", "--raw-extract", deb, TREE)
+def alter(tree):
+    """The files of another version in a tree of a package's: executables and plugin are other bytes that do the same."""
     for path in EXECUTABLES:
-        with open(TREE + path, "ab") as file:
-            file.write(b"\0")
-    old = library(TREE + PLUGIN)
+        with open(tree + path, "ab") as file:
+            file.write(MORE)
+    old = library(tree + PLUGIN)
     before = digest(old)
     with open(old, "ab") as file:
-        file.write(b"\0")
+        file.write(MORE)
     after = digest(old)
     new = old.replace(before[:8], after[:8])
     assert new != old, f"{old} is not named by its digest, and two versions of it would be mixed"
     os.rename(old, new)
-    for path, words in (
-        (f"{TREE}{PLUGIN}/plugin.toml", ((before, after), (os.path.basename(old), os.path.basename(new)))),
-        (f"{TREE}/DEBIAN/control", (("Version: ", "Version: 1:"),)),
-    ):
-        with open(path) as file:
-            text = file.read()
-        for word, other in words:
-            assert word in text, f"{path} has no {word}"
-            text = text.replace(word, other)
-        with open(path, "w") as file:
-            file.write(text)
+    rewrite(f"{tree}{PLUGIN}/plugin.toml", (before, after), (os.path.basename(old), os.path.basename(new)))
+
+
+def rewrite(path, *words):
+    """Has a file say other words, each of which it must say now."""
+    with open(path) as file:
+        text = file.read()
+    for word, other in words:
+        assert word in text, f"{path} has no {word}"
+        text = text.replace(word, other)
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def make_newer(deb):
+    """A package of the next version, as `alter` makes it."""
+    shutil.rmtree(TREE, ignore_errors=True)
+    run("dpkg-deb", "--raw-extract", deb, TREE)
+    alter(TREE)
+    rewrite(f"{TREE}/DEBIAN/control", ("Version: ", "Version: 1:"))
     run("dpkg-deb", "--build", "--root-owner-group", "-Znone", TREE, NEWER)
+
+
+def digests_of_newer():
+    """What `digests` will be where the version that is here is upgraded."""
+    wanted = {}
+    for path in EXECUTABLES:
+        with open(path, "rb") as file:
+            wanted[path] = hashlib.sha256(file.read() + MORE).hexdigest()
+    return wanted
 
 
 def state():
@@ -168,3 +187,7 @@ def an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_men
             is_old_again(deb, old)
     shutil.rmtree(TREE)
     restart()
+
+
+if __name__ == "__main__":
+    alter(sys.argv[1])

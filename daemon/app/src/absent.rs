@@ -2,9 +2,9 @@
 //! missing, and loads it once it is there: a package may bring it later, or `sparsectl model pull`.
 
 use crate::config::{Config, LoadWhen, Model, Paths};
-use crate::store::Store;
+use crate::store::{ModelAtPath, Store};
 use sparsed_engine::api::Owner;
-use sparsed_engine::{ModelSource, Service};
+use sparsed_engine::{DEFAULT_MODEL, ModelSource, Service};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -44,11 +44,15 @@ impl Absent {
 
 /// The packaged model, wherever it is when it is to be loaded.
 #[derive(Debug)]
-pub(crate) struct Packaged(pub(crate) Paths);
+pub(crate) struct Packaged {
+    pub(crate) paths: Paths,
+    /// Where it is remembered which files were verified.
+    pub(crate) remembered: PathBuf,
+}
 
 impl ModelSource for Packaged {
     fn locate(&self) -> Result<PathBuf, String> {
-        Ok(self.0.default_model().to_owned())
+        ModelAtPath::new(self.paths.default_model(), DEFAULT_MODEL, Some(self.remembered.clone())).locate()
     }
 }
 

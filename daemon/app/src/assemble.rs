@@ -10,7 +10,7 @@ use crate::devices::{self, CPU};
 use crate::door::{self, Door};
 use crate::memory::Sources;
 use crate::state::{State, StateLock, may_mend_itself};
-use crate::store::{Store, StoredModel, reference};
+use crate::store::{ModelAtPath, Store, StoredModel, reference};
 use crate::tcp::TcpSockets;
 use anyhow::Context;
 use sparsed_backend::QuarantineStore;
@@ -31,7 +31,7 @@ use std::time::{Duration, SystemTime};
 /// The budget where the available memory cannot be found out.
 const BUDGET_UNKNOWN_BYTES: u64 = 512 << 20;
 
-/// Remembers in the state folder which files of the store were read as a whole.
+/// Remembers in the state folder which files of models were read as a whole.
 const VERIFIED_FILE: &str = "verified-models";
 
 /// A daemon that is ready to run.
@@ -222,7 +222,7 @@ fn model_options(
     let patience = Duration::from_secs(config.limits.load_wait_s);
     let options = |(name, model): (String, Model)| ModelOptions {
         aliases: model.aliases.clone(),
-        source: if config.model.is_empty() { Arc::new(Packaged(paths.clone())) } else { source(&model.path, paths) },
+        source: source(config, &name, &model, paths),
         program: program_options(config, &model),
         residence: Residence {
             at_start: !is_demand(&model) && !absent.iter().any(|absent| absent.name() == name),
@@ -237,14 +237,13 @@ fn model_options(
     models.into_iter().map(options).collect()
 }
 
-/// Where the file of a configured model is.
-fn source(path: &Path, paths: &Paths) -> Arc<dyn ModelSource> {
-    match reference(path) {
-        Some(name) => {
-            let verified = paths.state_dir.join(VERIFIED_FILE);
-            Arc::new(StoredModel::new(Store::at(&paths.models_dir), name, Some(verified)))
-        }
-        None => Arc::new(path.to_owned()),
+/// Where the file of a model is.
+fn source(config: &Config, name: &str, model: &Model, paths: &Paths) -> Arc<dyn ModelSource> {
+    let remembered = paths.state_dir.join(VERIFIED_FILE);
+    match reference(&model.path) {
+        _ if config.model.is_empty() => Arc::new(Packaged { paths: paths.clone(), remembered }),
+        Some(stored) => Arc::new(StoredModel::new(Store::at(&paths.models_dir), stored, Some(remembered))),
+        None => Arc::new(ModelAtPath::new(&model.path, name, Some(remembered))),
     }
 }
 

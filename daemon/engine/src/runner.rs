@@ -11,7 +11,7 @@ mod residents;
 use crate::api::{Failure, UpstreamModel};
 use crate::device::{DeviceSource, DeviceState, DeviceStatus, Devices};
 use crate::ladder::Recovery;
-use crate::lane::{Lane, Live, ModelOptions, Opened};
+use crate::lane::{Lane, Live, ModelOptions, Opened, Unopened};
 use crate::memory::{Budget, Outlook};
 use crate::orders::{Links, SlowWriter};
 use crate::progress::Progress;
@@ -168,16 +168,19 @@ impl Engine {
         self.lanes.iter().for_each(|lane| lane.slot.wake());
     }
 
-    /// Opens what is to be loaded at the start.
+    /// Opens what is to be loaded at the start. A model whose file is not what it must be is loaded when somebody asks
+    /// and it is.
     fn open_first(&mut self) {
-        let created = seconds();
+        let (created, now) = (seconds(), self.now());
         for (index, lane) in self.lanes.iter_mut().enumerate().filter(|(_, lane)| lane.slot.residence.at_start) {
             let opened = Opened::open(&lane.slot.name, &lane.options, self.limits, created).and_then(|opened| {
                 let orders = self.links.orders(index, opened.images());
-                lane.come(opened, self.limits, orders)
+                lane.come(opened, self.limits, orders).map_err(Unopened::Unfit)
             });
-            if let Err(reason) = opened {
-                lane.refuse(reason);
+            match opened {
+                Ok(()) => {}
+                Err(Unopened::NoFile(reason)) => lane.fail(reason, now),
+                Err(Unopened::Unfit(reason)) => lane.refuse(reason),
             }
         }
     }

@@ -237,6 +237,11 @@ fn unknown_key(key: &str) -> String {
     };
     // Keys, and the tables above them that lie as deep.
     let depth = |pattern: &str| pattern.match_indices('.').nth(parts.len() - 1).map_or(pattern.len(), |(at, _)| at);
+    if is_table(&parts) {
+        let is_below = |key: &String| key.split('.').zip(&parts).all(|(known, part)| known == *part);
+        let below: Vec<String> = KEYS.iter().map(|pattern| concrete(pattern)).filter(is_below).collect();
+        return format!("'{key}' is a table and has no value of its own; its keys are {}", below.join(", "));
+    }
     let patterns = KEYS.iter().flat_map(|pattern| [*pattern, &pattern[..depth(pattern)]]);
     let candidates = patterns.map(concrete).map(|known| (strsim::jaro_winkler(&known, key), known));
     match candidates.filter(|(likeness, _)| *likeness >= LIKENESS).max_by(|a, b| a.0.total_cmp(&b.0)) {

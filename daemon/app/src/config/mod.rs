@@ -251,6 +251,10 @@ mod tests {
         assert_eq!(said, "FILE:3: unknown key 'model.a.max_contxt'; did you mean 'model.a.max_context'?");
         let said = load("", &["memory.bugdet=1"]).unwrap_err();
         assert_eq!(said, "--set memory.bugdet=1: unknown key 'memory.bugdet'; did you mean 'memory.budget'?");
+        let said = load("socket = \"/x\"\n", &[]).unwrap_err();
+        assert_eq!(said, "FILE:1: 'socket' is a table and has no value of its own; its keys are socket.path");
+        let said = load("", &["model.a.relay=1"]).unwrap_err();
+        assert!(said.contains("model.a.relay.allow_insecure, model.a.relay.ca_file"), "{said}");
     }
 
     #[test]

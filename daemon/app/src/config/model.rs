@@ -14,7 +14,8 @@ const ALIAS_BYTES_MAX: usize = 256;
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
-    /// The file; `store:NAME` is one of the store. Empty where an engine elsewhere computes the model.
+    /// The file, which is verified if it or what it leads to is named by its SHA-256; `store:NAME` is of the store.
+    /// Empty where an engine elsewhere computes the model.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
     /// The OpenAI interface of the engine that computes it, `https://host[:port]/v1`; `None`: this box does.

@@ -4,7 +4,7 @@ use super::local::LocalDevice;
 use crate::assemble::Assembly;
 use crate::config::Config;
 use crate::lifecycle::serve_until;
-use anyhow::Context;
+use anyhow::{Context, bail};
 use sparsed_engine::{DEFAULT_MODEL, ModelState};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -47,13 +47,15 @@ impl PrivateDaemon {
         let service = assembly.service.clone();
         let socket = assembly.paths.socket.clone();
         let (stop, stopped) = oneshot::channel();
-        let mut serving =
+        let serving =
             tokio::spawn(async move { serve_until(assembly, &config, async move { drop(stopped.await) }).await });
         while matches!(service.models()[0].state, ModelState::Loading { .. }) && !serving.is_finished() {
             tokio::time::sleep(LOADING_PAUSE).await;
         }
-        if let ModelState::Failed(_) = service.models()[0].state {
-            (&mut serving).await??;
+        if let ModelState::Failed(reason) = service.models().swap_remove(0).state {
+            drop(stop);
+            serving.await??;
+            bail!("it cannot be served: {reason}");
         }
         Ok(Self { socket, stop, serving, _home: home })
     }

@@ -26,7 +26,7 @@ pub use copy::{Copied, CopyError};
 pub use digest::Digest;
 pub use fetch::{FetchOptions, Fetched, Watcher, fetch};
 pub use source::Source;
-pub use verified::StoredModel;
+pub use verified::{ModelAtPath, StoredModel, named_by_content};
 
 use anyhow::{Context, bail, ensure};
 use rustix::fs::FlockOperation;

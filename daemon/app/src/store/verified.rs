@@ -1,4 +1,5 @@
-//! May a file of the store be mapped? Only one that nobody else can change, and that is what its name says.
+//! May a file of the store be mapped? Only one that nobody else can change, and that is what its name says. So is any
+//! other file that is named by its SHA-256, as the packaged model's.
 //!
 //! A file that was cut or has decayed would end the daemon (SIGBUS) or answer wrongly; so it is hashed before it is
 //! used, all of it, once for each (device, inode, size, times), which a write or a copy changes. That is remembered in
@@ -39,32 +40,47 @@ impl StoredModel {
     /// No such model; a file that others may change; one that is not what it was.
     pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<PathBuf> {
         let entry = self.store.entry(&self.name)?;
-        let mut all = self.remembered.as_deref().map(recall).unwrap_or_default();
-        let (n_known, mut done) = (all.len(), 0);
         let me = rustix::process::geteuid().as_raw();
         check_folders(&self.store, &entry, me)?;
-        for (path, piece) in self.store.files(&entry) {
-            let file = open(&path, &self.name, &piece, me)?;
-            let known = mark(&file.metadata()?, &piece.sha256);
-            if !all.contains(&known) {
-                hash(&file, &self.name, &piece, &mut |read| progress(done + read))?;
-                done += piece.bytes;
-                log::info!(model:% = self.name, sha256:% = piece.sha256; "model file verified");
-                all.push(known);
-            }
-        }
-        let path = self.store.path(&entry);
-        if all.len() == n_known {
-            return Ok(path);
-        }
-        if let Some(remembered) = &self.remembered {
-            let first = all.len().saturating_sub(REMEMBERED_MAX);
-            if let Err(error) = place::write(remembered, (all[first..].join("\n") + "\n").as_bytes(), 0o600) {
-                log::warn!(reason:% = error; "that a model's file was verified is not remembered");
-            }
-        }
-        Ok(path)
+        verify_files(&self.name, &self.store.files(&entry), self.remembered.as_deref(), progress)?;
+        Ok(self.store.path(&entry))
     }
+}
+
+/// A model at a path, as the daemon uses it.
+#[derive(Clone, Debug)]
+pub struct ModelAtPath {
+    path: PathBuf,
+    name: String,
+    /// As a [`StoredModel`]'s.
+    remembered: Option<PathBuf>,
+}
+
+impl ModelAtPath {
+    /// The model `name`, which is at `path`.
+    pub fn new(path: &Path, name: &str, remembered: Option<PathBuf>) -> Self {
+        Self { path: path.to_owned(), name: name.to_owned(), remembered }
+    }
+
+    /// Its file or folder. One that is named by its SHA-256, itself or behind links, is what its name says; reads all
+    /// of it as [`StoredModel::verify`] does.
+    ///
+    /// # Errors
+    /// As [`StoredModel::verify`].
+    pub fn verify(&self, progress: &mut dyn FnMut(u64)) -> anyhow::Result<PathBuf> {
+        let Some((file, sha256)) = named_by_content(&self.path) else { return Ok(self.path.clone()) };
+        file.parent().map_or(Ok(()), |dir| check_folder(dir, rustix::process::geteuid().as_raw()))?;
+        let bytes = file.metadata().with_context(|| file.display().to_string())?.len();
+        verify_files(&self.name, &[(file.clone(), Piece { sha256, bytes })], self.remembered.as_deref(), progress)?;
+        Ok(file)
+    }
+}
+
+/// The file that `path` leads to and its SHA-256, if that is its name.
+pub fn named_by_content(path: &Path) -> Option<(PathBuf, Digest)> {
+    let file = path.canonicalize().ok()?;
+    let digest = file.file_name()?.to_str()?.parse().ok()?;
+    Some((file, digest))
 }
 
 impl Store {
@@ -99,13 +115,51 @@ impl ModelSource for StoredModel {
     }
 }
 
+impl ModelSource for ModelAtPath {
+    fn locate(&self) -> Result<PathBuf, String> {
+        self.verify(&mut |_| {}).map_err(|error| format!("{error:#}"))
+    }
+}
+
+/// That the files of the model `name` are what they must be; those that are not `remembered` are read, and then are.
+fn verify_files(
+    name: &str,
+    files: &[(PathBuf, Piece)],
+    remembered: Option<&Path>,
+    progress: &mut dyn FnMut(u64),
+) -> anyhow::Result<()> {
+    let mut all = remembered.map(recall).unwrap_or_default();
+    let (n_known, mut done) = (all.len(), 0);
+    let me = rustix::process::geteuid().as_raw();
+    for (path, piece) in files {
+        let file = open(path, name, piece, me)?;
+        let known = mark(&file.metadata()?, &piece.sha256);
+        if !all.contains(&known) {
+            hash(&file, name, piece, &mut |read| progress(done + read))?;
+            done += piece.bytes;
+            log::info!(model:% = name, sha256:% = piece.sha256; "model file verified");
+            all.push(known);
+        }
+    }
+    if let Some(remembered) = remembered.filter(|_| all.len() > n_known) {
+        let first = all.len().saturating_sub(REMEMBERED_MAX);
+        if let Err(error) = place::write(remembered, (all[first..].join("\n") + "\n").as_bytes(), 0o600) {
+            log::warn!(reason:% = error; "that a model's file was verified is not remembered");
+        }
+    }
+    Ok(())
+}
+
 /// That only root or `owner` can have put files into the folders of a model.
 fn check_folders(store: &Store, entry: &Entry, owner: u32) -> anyhow::Result<()> {
     let set = store.set_of(entry).map(|set| [store.sets(), set]);
-    for dir in [store.dir().to_owned(), store.blobs()].into_iter().chain(set.into_iter().flatten()) {
-        let meta = dir.metadata().with_context(|| dir.display().to_string())?;
-        ensure!(is_safe(&meta, owner), "{} may be written by others; chown root: and chmod go-w it", dir.display());
-    }
+    let mut dirs = [store.dir().to_owned(), store.blobs()].into_iter().chain(set.into_iter().flatten());
+    dirs.try_for_each(|dir| check_folder(&dir, owner))
+}
+
+fn check_folder(dir: &Path, owner: u32) -> anyhow::Result<()> {
+    let meta = dir.metadata().with_context(|| dir.display().to_string())?;
+    ensure!(is_safe(&meta, owner), "{} may be written by others; chown root: and chmod go-w it", dir.display());
     Ok(())
 }
 
@@ -121,7 +175,7 @@ fn open(path: &Path, name: &str, piece: &Piece, owner: u32) -> anyhow::Result<Fi
     );
     ensure!(
         meta.len() == piece.bytes,
-        "model '{name}' is damaged: {} has {} bytes, it had {}; pull it again",
+        "model '{name}' is damaged: {} has {} bytes, it had {}; pull or install it again",
         path.display(),
         meta.len(),
         piece.bytes
@@ -135,7 +189,7 @@ fn hash(file: &File, name: &str, piece: &Piece, progress: &mut dyn FnMut(u64)) -
         Ok(())
     };
     let found = Digest::of_file(file, &mut hear).with_context(|| format!("model '{name}' cannot be read"))?;
-    ensure!(found == piece.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull it again");
+    ensure!(found == piece.sha256, "model '{name}' is damaged: its SHA-256 is {found}; pull or install it again");
     Ok(())
 }
 
@@ -250,6 +304,31 @@ mod tests {
         // Somebody else's again.
         std::os::unix::fs::chown(&bench.blob, Some(1), None).unwrap();
         assert!(verify().unwrap_err().to_string().contains("may be written by others"));
+    }
+
+    #[test]
+    fn a_file_at_a_path_is_verified_if_a_link_to_its_digest_or_its_own_name_says_what_it_is() {
+        let bench = Bench::new();
+        let link = bench.dir.path().join("model.gguf");
+        std::os::unix::fs::symlink(&bench.blob, &link).unwrap();
+        let remembered = Some(bench.dir.path().join("verified"));
+        let verify = |path: &Path| {
+            let (mut read, model) = (0, ModelAtPath::new(path, "m", remembered.clone()));
+            (model.verify(&mut |done| read = done).map_err(|error| error.to_string()), read)
+        };
+        let blob = bench.blob.canonicalize().unwrap();
+        assert_eq!(verify(&link), (Ok(blob.clone()), 7));
+        assert_eq!(verify(&bench.blob), (Ok(blob), 0), "it was read");
+        bench.rewrite("weightz");
+        assert!(verify(&link).0.unwrap_err().contains("is damaged: its SHA-256"));
+        fs::set_permissions(bench.store.blobs(), Permissions::from_mode(0o777)).unwrap();
+        assert!(verify(&link).0.unwrap_err().contains("may be written by others"));
+        // What says nothing of its content is used as it is, and what is not there is not there.
+        let plain = bench.dir.path().join("plain.gguf");
+        assert_eq!(verify(&plain), (Ok(plain.clone()), 0));
+        fs::rename(&bench.blob, &plain).unwrap();
+        assert_eq!(verify(&plain), (Ok(plain), 0));
+        assert_eq!(verify(&link), (Ok(link), 0));
     }
 
     #[test]

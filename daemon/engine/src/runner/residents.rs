@@ -6,7 +6,7 @@
 
 use super::bring_up::concerns_device;
 use super::{Engine, lock, seconds};
-use crate::lane::{Lane, Opened, Upload};
+use crate::lane::{Lane, Opened, Unopened, Upload};
 use crate::memory::Pressure;
 use crate::residence::{Left, Take, has_room, least_recent};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -98,9 +98,13 @@ impl Engine {
         let (limits, engine) = (self.limits, self.sender.clone());
         let open = move || {
             let opened = catch_unwind(AssertUnwindSafe(|| Opened::open(&name, &options, limits, seconds())));
-            let opened = opened.unwrap_or_else(|_| Err("reading it failed; the lines above say how".to_owned()));
+            let opened = match opened {
+                Ok(Ok(opened)) => Ok(Box::new(opened)),
+                Ok(Err(Unopened::NoFile(reason) | Unopened::Unfit(reason))) => Err(reason),
+                Err(_) => Err("reading it failed; the lines above say how".to_owned()),
+            };
             // An engine that has ended needs nothing any more.
-            let _ended = engine.send(super::Command::Opened { slot: index, opened: opened.map(Box::new) }).is_err();
+            let _ended = engine.send(super::Command::Opened { slot: index, opened }).is_err();
         };
         match std::thread::Builder::new().name("open-model".to_owned()).spawn(open) {
             Ok(_) => self.coming = Coming::Opening,

@@ -20,7 +20,7 @@ mod values;
 mod xml;
 
 use crate::additions::ModelStore;
-use crate::beat;
+use crate::beat::Beat;
 use crate::shares::Shares;
 use additions::Additions;
 use futures_util::StreamExt;
@@ -267,12 +267,12 @@ async fn hear_who_leaves(door: Arc<Door>) {
 /// Says at most once in three seconds which of the manager's properties have changed. Nobody's own are among them.
 async fn announce(door: Arc<Door>) {
     let mut said = manager::properties(&door);
-    let mut is_lively = false;
+    let (beat, mut is_lively) = (Beat::every(1), false);
     loop {
         if is_lively {
             tokio::time::sleep(LOOK).await;
         } else {
-            beat::next().await;
+            beat.next().await;
         }
         let now = manager::properties(&door);
         let (mut changed, mut noted): (HashMap<&str, &OwnedVariant>, Vec<&str>) = Default::default();

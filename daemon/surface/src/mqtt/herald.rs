@@ -5,7 +5,7 @@ use super::link::{Delta, Deltas, Told};
 use super::message::Address;
 use super::options::MqttOptions;
 use super::topics::{Op, Topics};
-use crate::beat;
+use crate::beat::{BEAT, Beat};
 use serde_json::{Value, json};
 use sparsed_engine::api::Reach;
 use sparsed_engine::{DeviceState, ModelState, Service};
@@ -32,7 +32,7 @@ pub(super) async fn herald(
     desk: mpsc::Sender<Told>,
 ) {
     let (mut said, mut states, mut sampled) = (String::new(), BTreeMap::new(), 0);
-    let mut n_looks = 0_u64;
+    let (beat, mut n_looks) = (Beat::every(1), 0_u64);
     loop {
         let is_loading = service.models().iter().any(|model| matches!(model.state, ModelState::Loading { .. }));
         let mut news = Vec::new();
@@ -60,7 +60,7 @@ pub(super) async fn herald(
         if is_loading {
             tokio::time::sleep(LOADING_LOOK).await;
         } else {
-            beat::next().await;
+            beat.next().await;
         }
     }
 }
@@ -134,7 +134,7 @@ fn telemetry(service: &Service, sampled: &mut u64) -> Value {
     let sum = |number: fn(&sparsed_engine::Stats) -> u64| models.iter().map(|model| number(&model.stats)).sum::<u64>();
     let now = sum(|stats| stats.sampled_tokens);
     let since = now.saturating_sub(std::mem::replace(sampled, now));
-    let seconds = beat::BEAT.as_secs() * TELEMETRY_LOOKS;
+    let seconds = BEAT.as_secs() * TELEMETRY_LOOKS;
     json!({
         "v": 1,
         "ts": super::now_ms() / 1000,

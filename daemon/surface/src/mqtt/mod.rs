@@ -24,6 +24,7 @@ mod work;
 pub use options::{MqttOptions, MqttSettings, TlsError, tls_config};
 pub use probe::{MqttProbe, MqttProbeError, mqtt_probe};
 
+use crate::beat::Beat;
 use desk::{Act, Desk, Input, Limits, Line};
 use ledger::Ledger;
 use link::{Command, Deltas, Told};
@@ -41,8 +42,8 @@ use topics::Topics;
 const INBOX: usize = 256;
 /// How often time is told.
 const TICK: Duration = Duration::from_millis(100);
-/// How often while nobody waits for anything: results that were kept long enough are forgotten.
-const QUIET_TICK: Duration = Duration::from_secs(10);
+/// With which beats while nobody waits for anything: results that were kept long enough are forgotten.
+const QUIET_BEATS: u32 = 2;
 /// How long goodbyes may take.
 const GOODBYE: Duration = Duration::from_secs(1);
 /// A broker that acknowledges nothing for so many keepalives is left.
@@ -150,10 +151,14 @@ fn limits_of(options: &MqttOptions) -> Limits {
 
 /// Tells the desk that time goes by, seldom while it is quiet.
 async fn tell_time(mut quiet: watch::Receiver<bool>, desk: mpsc::Sender<Told>) {
+    let beat = Beat::every(QUIET_BEATS);
     loop {
         if *quiet.borrow_and_update() {
             // Whoever ends the quiet is told the time at once.
-            let _passed = tokio::time::timeout(QUIET_TICK, quiet.changed()).await.is_err();
+            tokio::select! {
+                () = beat.next() => {}
+                _ended = quiet.changed() => {}
+            }
         } else {
             tokio::time::sleep(TICK).await;
         }

@@ -58,8 +58,8 @@ fn health(socket: &Path) -> anyhow::Result<Vec<Check>> {
         "degraded" => Check::warn("daemon", "another device has taken over", "sparsectl status; sparsectl plugins"),
         _ => Check::fail(
             "daemon",
-            format!("its default model is {state}"),
-            "sparsectl status; sudo journalctl -u sparsed -e",
+            format!("{state}: {}", health["detail"].as_str().unwrap_or("it does not say why")),
+            "sparsectl doctor --full; sudo journalctl -u sparsed -e",
         ),
     };
     Ok(vec![check])

@@ -5,13 +5,16 @@ use super::{Check, OPERATORS_FILE, size};
 use crate::assemble::{configured_models, now_ms, quarantine};
 use crate::config::{Config, ConfigError, Paths, Source};
 use crate::ctl::inspect;
-use crate::store::{Digest, Store, reference};
+use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
 use rustix::fs::Access;
 use sparsed_backend::{ABI_MAJOR, ABI_MINOR, Found, Scan};
 use sparsed_model::Inspection;
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+
+/// The package of the default model.
+const MODEL_PACKAGE: &str = "sparsed-model-smollm2-dsa";
 
 /// What the daemon would read, and whether it would take it.
 pub(super) fn configuration(source: &Source) -> (Check, Option<Config>) {
@@ -45,12 +48,27 @@ fn is_installed() -> bool {
     std::env::current_exe().is_ok_and(|path| path.starts_with("/usr"))
 }
 
+/// What installs one of our packages, or `again` the one that is there.
+fn installs(package: &str, again: bool) -> String {
+    installs_by(Path::new("/usr/bin/apt").exists(), package, again)
+}
+
+fn installs_by(apt: bool, package: &str, again: bool) -> String {
+    match (apt, again) {
+        (true, false) => format!("sudo apt install ./{package}_*.deb"),
+        (true, true) => format!("sudo apt install --reinstall ./{package}_*.deb"),
+        (false, false) => format!("sudo rpm -U ./{package}-*.rpm"),
+        (false, true) => format!("sudo rpm -U --replacepkgs ./{package}-*.rpm"),
+    }
+}
+
 /// What brings a model that is not there.
 fn brings(name: &str, config: &Config, is_installed: bool) -> String {
     match (config.model.is_empty(), is_installed) {
-        (true, true) => "sudo apt install ./sparsed-model-smollm2-dsa_*.deb; another model: sudo sparsectl model pull \
-                         URL, then /usr/share/doc/sparsed/models.md"
-            .to_owned(),
+        (true, true) => format!(
+            "{}; another model: sudo sparsectl model pull URL, then /usr/share/doc/sparsed/models.md",
+            installs(MODEL_PACKAGE, false)
+        ),
         (true, false) => "make models".to_owned(),
         (false, true) => format!(
             "sudo sparsectl model pull URL --name {name}, then sudoedit {OPERATORS_FILE}: model.{name}.path = \
@@ -66,9 +84,7 @@ fn fetches_again(store: &Store, configured: &Path, path: &Path) -> String {
     let stored = reference(configured);
     match stored.and_then(|name| Some((name, store.entry(name).ok()?.source))) {
         Some((name, source)) => format!("{sudo}sparsectl model pull {} --name {name}", quoted(&source)),
-        None if path.starts_with("/usr/share/sparsed/models") => {
-            "sudo apt install --reinstall ./sparsed-model-smollm2-dsa_*.deb".to_owned()
-        }
+        None if path.starts_with("/usr/share/sparsed/models") => installs(MODEL_PACKAGE, true),
         None => {
             format!("{sudo}sparsectl model pull URL{}", stored.map_or(String::new(), |name| format!(" --name {name}")))
         }
@@ -173,6 +189,10 @@ fn integrity(store: &Store, configured: &Path, path: &Path, full: bool) -> anyho
         store.verify(name, &store.entry(name)?, &mut |_| {})?;
         return Ok("all of it is what was fetched".to_owned());
     }
+    if named_by_content(path).is_some() {
+        ModelAtPath::new(path, &configured.display().to_string(), None).verify(&mut |_| {})?;
+        return Ok("all of it is what was packaged".to_owned());
+    }
     if path.is_dir() {
         return Ok("a folder: its files have no digests to compare with".to_owned());
     }
@@ -219,7 +239,10 @@ pub(super) fn plugins(config: &Config, scan: &Scan) -> Vec<Check> {
         checks.push(Check::fail(
             format!("plugin {wanted}"),
             found,
-            format!("sudo apt install ./sparsed-plugin-{wanted}_*.deb, or sudoedit {OPERATORS_FILE}: engine.plugin = \"cpu\""),
+            format!(
+                "{}, or sudoedit {OPERATORS_FILE}: engine.plugin = \"cpu\"",
+                installs(&format!("sparsed-plugin-{wanted}"), false)
+            ),
         ));
     }
     checks
@@ -279,8 +302,14 @@ mod tests {
         fs::write(&path, "weightz").unwrap();
         assert!(integrity(&store, stored, &path, false).unwrap().contains("--full"));
         assert!(integrity(&store, stored, &path, true).unwrap_err().to_string().contains("damaged"));
-        // Of a file elsewhere nobody knows what it was.
-        let said = integrity(&store, &path, &path, true).unwrap();
+        // A link to a file that is named by its digest says what it was, too; of another file nobody knows.
+        let (link, plain) = (dir.path().join("link.gguf"), dir.path().join("plain.gguf"));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(integrity(&store, &link, &link, false).unwrap().contains("--full"));
+        let said = integrity(&store, &link, &link, true).unwrap_err().to_string();
+        assert!(said.contains("link.gguf' is damaged"), "{said}");
+        fs::copy(&path, &plain).unwrap();
+        let said = integrity(&store, &plain, &plain, true).unwrap();
         assert!(said.contains(&Digest::of(b"weightz").to_string()), "{said}");
     }
 
@@ -297,7 +326,9 @@ mod tests {
         let again = |configured: &str| fetches_again(&store, Path::new(configured), Path::new("/nowhere"));
         assert_eq!(again("store:m"), "sparsectl model pull 'https://example.org/a&b.gguf' --name m");
         assert_eq!(again("store:other"), "sparsectl model pull URL --name other");
-        assert!(brings("default", &Config::default(), true).starts_with("sudo apt install ./sparsed-model"));
+        assert!(brings("default", &Config::default(), true).contains("./sparsed-model-smollm2-dsa"));
+        assert_eq!(installs_by(true, "p", true), "sudo apt install --reinstall ./p_*.deb");
+        assert_eq!(installs_by(false, "p", true), "sudo rpm -U --replacepkgs ./p-*.rpm");
         assert_eq!(brings("default", &Config::default(), false), "make models");
     }
 }
