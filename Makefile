@@ -61,7 +61,9 @@ testplugins: build
 	install -m 0755 target/release/libsparsed_plugin_cpu.so target/release/test-plugins/faulty
 
 test: testneeds models testplugins $(CLIENTS) ## all tests
+	@rm -f target/skipped-tests
 	cargo test --release --workspace --locked
+	@[ ! -s target/skipped-tests ] || { echo "skipped:"; sort -u target/skipped-tests; }
 
 e2e: testneeds models testplugins $(CLIENTS) ## the end-to-end tests alone
 	cargo test --release --locked -p sparsed-tests --test e2e

@@ -5,9 +5,11 @@ pub mod bus;
 pub mod chatty;
 pub mod daemon;
 pub mod default_model;
+pub mod small_disk;
 pub mod tiny;
 
-use std::io::BufReader;
+use std::fs::OpenOptions;
+use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -24,6 +26,17 @@ pub fn sparsectl() -> PathBuf {
     let path = root().join("target/release/sparsectl");
     assert!(path.exists(), "{} is not there: run `make test`", path.display());
     path
+}
+
+/// A test has not run here for want of something. The test runner keeps what a test says that passes to itself, so
+/// `make test` shows these lines at its end.
+///
+/// # Panics
+/// When that cannot be written down.
+pub fn skipped(test: &str, reason: &str) {
+    let list = root().join("target/skipped-tests");
+    let mut list = OpenOptions::new().append(true).create(true).open(list).expect("target/ is there");
+    writeln!(list, "{test}: {reason}").expect("target/ has room");
 }
 
 /// A prepared model by its file name.

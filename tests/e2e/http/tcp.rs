@@ -105,8 +105,7 @@ fn a_page_of_this_box_may_ask_and_hears_that_before_it_shows_the_key() {
 #[test]
 fn each_address_of_a_list_is_a_door_to_the_same_places() {
     if TcpListener::bind("[::1]:0").is_err() {
-        eprintln!("skipped: this machine has no IPv6");
-        return;
+        return sparsed_tests::skipped("TCP at several addresses", "this machine has no IPv6");
     }
     let both = r#"tcp.listen=["127.0.0.1:0", "[::1]:0"]"#;
     let (daemon, first, _dir) = start_with(&[both, "limits.per_user_connections=2"]);

@@ -4,8 +4,8 @@ use serde_json::{Value, json};
 use sparsed_tests::broker::Broker;
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Answer, Daemon};
-use std::path::Path;
-use std::process::Command;
+use sparsed_tests::skipped;
+use sparsed_tests::small_disk::SmallDisk;
 
 fn chat(daemon: &Daemon, session: Option<&str>) -> Answer {
     let body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 4, "session_id": session });
@@ -54,57 +54,35 @@ fn a_state_folder_that_comes_late_is_taken_up_without_a_restart() {
     assert_eq!(said["messages"].as_array().map(Vec::len), Some(2), "{said}\n{}", daemon.log());
 }
 
-/// A small disk, where this user may mount one.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(dir.path()).status();
-        mounted.is_ok_and(|status| status.success()).then_some(Self(dir))
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    /// Takes all of its room.
-    fn fill(&self) {
-        let mut filler = std::fs::File::create(self.path().join("filler")).unwrap();
-        while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
-    }
-
-    fn empty(&self) {
-        std::fs::remove_file(self.path().join("filler")).unwrap();
-    }
+/// Takes all of a disk's room.
+fn fill(disk: &SmallDisk) {
+    let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
+    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
 }
 
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _unmounted = Command::new("umount").arg("-l").arg(self.path()).status().is_ok();
-    }
+fn empty(disk: &SmallDisk) {
+    std::fs::remove_file(disk.path().join("filler")).unwrap();
 }
 
 #[test]
 fn a_disk_that_is_full_refuses_conversations_serves_the_rest_and_loses_nothing() {
-    let Some(disk) = SmallDisk::mount() else {
-        eprintln!("skipped: this user may not mount a disk");
-        return;
+    let Some(disk) = SmallDisk::mount(1024) else {
+        return skipped("full disk", "this user may not mount a disk");
     };
     let dir = tempfile::tempdir().unwrap();
     let state = format!("state_dir={}", disk.path().join("state").display());
     let model = chatty::write(dir.path());
     // Full from the start: not even a key can be made.
-    disk.fill();
+    fill(&disk);
     let mut daemon = Daemon::start(&model, &[&state]);
     assert_eq!(chat(&daemon, None).status, 200, "{}", daemon.log());
     let refused = new_session(&daemon);
     assert_eq!(code(&refused), (503, json!("sessions_away")), "{}", refused.body);
-    disk.empty();
+    empty(&disk);
     let session = first_session(&daemon);
     assert_eq!(chat(&daemon, Some(&session)).status, 200);
     // Full in between.
-    disk.fill();
+    fill(&disk);
     assert_eq!(chat(&daemon, None).status, 200);
     let refused = new_session(&daemon);
     assert_eq!(code(&refused), (507, json!("disk_failed")), "{}", refused.body);
@@ -113,7 +91,7 @@ fn a_disk_that_is_full_refuses_conversations_serves_the_rest_and_loses_nothing()
     let said = daemon.get(&format!("/v1/sessions/{session}")).json();
     assert_eq!(said["messages"].as_array().unwrap().len(), 2, "{said}");
     assert_eq!(chat(&daemon, None).status, 200);
-    disk.empty();
+    empty(&disk);
     assert_eq!(chat(&daemon, Some(&session)).status, 200);
     daemon.kill_and_restart(&[&state]);
     let said = daemon.get(&format!("/v1/sessions/{session}")).json();

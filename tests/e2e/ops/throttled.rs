@@ -3,7 +3,7 @@
 
 use serde_json::{Value, json};
 use sparsed_tests::daemon::Daemon;
-use sparsed_tests::root;
+use sparsed_tests::{root, skipped};
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::net::UnixStream;
@@ -92,8 +92,7 @@ fn piece(answer: &mut BufReader<UnixStream>) -> bool {
 #[test]
 fn a_quota_of_one_processor_is_given_one_thread() {
     let Some(quota) = Quota::new() else {
-        eprintln!("skipped: no control group for processor time here");
-        return;
+        return skipped("a quota of processor time", "no control group for it here");
     };
     let own = std::process::id();
     quota.take(own);
@@ -107,8 +106,7 @@ fn a_quota_of_one_processor_is_given_one_thread() {
 fn with_half_of_the_processor_an_answer_goes_on_at_its_pace_and_prompts_are_read_in_smaller_pieces() {
     // Declared before the daemon, so that its group is removed after it has ended.
     let Some(quota) = Quota::new() else {
-        eprintln!("skipped: no control group for processor time here");
-        return;
+        return skipped("a quota of processor time", "no control group for it here");
     };
     let model = root().join("models/smollm2-135m-dsa.gguf");
     let target = format!("limits.tpot_target_ms={}", TARGET.as_millis());
