@@ -142,8 +142,8 @@ impl Conversation {
         chat: &ChatRequest,
         max_tokens: Option<u32>,
     ) -> Result<(ChatPrompt, u32), Failure> {
-        let mut n_left_out = self.turns.last().map_or(0, |turn| turn.n_left_out);
-        let mut prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
+        let n_left_out = self.turns.last().map_or(0, |turn| turn.n_left_out);
+        let prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
         // Room for the answer, and for some turns more: each time something is left out, the rest is read again.
         let answer = max_tokens.unwrap_or(model.max_context / 4).min(model.max_context / 2);
         let fits = prompt.tokens.len() + answer as usize <= model.max_context as usize;
@@ -151,11 +151,21 @@ impl Conversation {
             return Ok((prompt, n_left_out));
         }
         let wanted = (model.max_context / 2).max(1) as usize;
-        while prompt.tokens.len() > wanted && (n_left_out as usize) < self.turns.len() {
-            n_left_out += 1;
-            prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
+        let all = super::count(self.turns.len());
+        if prompt.tokens.len() <= wanted || n_left_out >= all {
+            return Ok((prompt, n_left_out));
         }
-        Ok((prompt, n_left_out))
+        // The fewest that are enough. Each look reads the whole conversation, which may have a thousand turns.
+        let (mut fewest, mut most) = (n_left_out + 1, all);
+        while fewest < most {
+            let middle = fewest + (most - fewest) / 2;
+            if model.chat_prompt(&self.request(chat, middle))?.tokens.len() > wanted {
+                fewest = middle + 1;
+            } else {
+                most = middle;
+            }
+        }
+        Ok((model.chat_prompt(&self.request(chat, fewest))?, fewest))
     }
 
     /// How the answer to the last turn is read.
