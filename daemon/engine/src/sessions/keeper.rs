@@ -27,6 +27,8 @@ use std::time::Duration;
 const BATCH: usize = 256;
 /// Pause between looks at clients while answers are under way.
 const LOOK: Duration = Duration::from_millis(10);
+/// Pause between tries to write what could not be written, while nothing else is to do.
+const RETRY: Duration = Duration::from_secs(5);
 /// Bytes of the disk that blocks leave for what is said.
 const RESERVE_BYTES: u64 = 64 << 20;
 /// Windows of a session's file that the disk fetches ahead of the one that is read.
@@ -50,6 +52,8 @@ pub(crate) struct Keeper {
     readers: Readers,
     stopping: bool,
     pub(super) clocks: Clocks,
+    /// Sessions that could not be written by the last flush, and are not answered.
+    failing: HashSet<SessionId>,
     pub(super) retention: Retention,
 }
 
@@ -124,6 +128,7 @@ impl Keeper {
             readers: Readers::default(),
             stopping: false,
             clocks,
+            failing: HashSet::new(),
             retention: Retention::default(),
         }
     }
@@ -131,7 +136,11 @@ impl Keeper {
     fn run(mut self, asks: &Receiver<Ask>) {
         while !self.stopping {
             if self.images.is_empty() && !self.retention.is_at_work() {
-                let pause = if self.answers.is_empty() { EXPIRY } else { LOOK };
+                let pause = match (self.answers.is_empty(), self.failing.is_empty()) {
+                    (false, _) => LOOK,
+                    (true, false) => RETRY,
+                    (true, true) => EXPIRY,
+                };
                 match asks.recv_timeout(pause) {
                     Ok(ask) => self.take(ask),
                     Err(RecvTimeoutError::Timeout) => {}
@@ -184,11 +193,17 @@ impl Keeper {
         if failed.iter().any(|(_, error)| *error == StoreError::DiskFull) && self.reclaim() {
             failed = self.store.flush().failed;
         }
+        let failing = std::mem::take(&mut self.failing);
         for (id, error) in failed {
             let live = self.answers.iter().find(|(_, answer)| answer.id == id && answer.holds);
             match live.map(|(turn, _)| *turn) {
                 Some(turn) => self.fail(turn, &error),
-                None => log::error!(session:% = id, reason:% = error; "session could not be written, trying again"),
+                None => {
+                    if !failing.contains(&id) {
+                        log::error!(session:% = id, reason:% = error; "session could not be written, trying again");
+                    }
+                    self.failing.insert(id);
+                }
             }
         }
     }

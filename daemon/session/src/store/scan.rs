@@ -1,7 +1,8 @@
 //! What is in the folder when a store is opened?
 //!
-//! Every journal is read once, for what a list of sessions shows; one history is in memory at a time. What cannot be
-//! used is reported and left alone, and keeps nothing else from being used.
+//! Every journal is read once, for what a list of sessions shows; one history is in memory at a time. A session that
+//! cannot be used is reported and left alone, and keeps no other from being used. A folder that cannot be listed ends
+//! it: its sessions would seem to be gone.
 
 use super::folder::{self, Folder, UNNAMED};
 use super::report::{Finding, FindingKind, Report};
