@@ -140,13 +140,16 @@ impl SlowArea {
     /// written.
     ///
     /// # Errors
-    /// The disk's: the places stay, and are written again when their turn comes.
+    /// The disk's: the places that are left stay, for the next call.
     pub fn reclaim(&self) -> std::io::Result<()> {
-        let left = std::mem::take(&mut self.places().left);
+        let mut left = std::mem::take(&mut self.places().left).into_iter();
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        for block in left {
+        while let Some(block) = left.next() {
             let (offset, n_bytes) = (self.source.offset + self.offset_of(block), self.layout.block_bytes() as u64);
-            rustix::fs::fallocate(&*self.source.file, flags, offset, n_bytes)?;
+            if let Err(error) = rustix::fs::fallocate(&*self.source.file, flags, offset, n_bytes) {
+                self.places().left.extend(std::iter::once(block).chain(left));
+                return Err(error.into());
+            }
             self.places().used.remove(&block);
         }
         Ok(())
