@@ -9,8 +9,8 @@ use sparsed_tests::daemon::Daemon;
 use std::os::unix::net::UnixDatagram;
 use std::time::{Duration, Instant};
 
-/// How long it is looked at: a rate takes time, and nothing else here waits for a clock. It is a multiple of its timers'
-/// times but for the keepalive's 15 s.
+/// How long it is looked at: a rate takes time, and nothing else here waits for a clock. It is a multiple of its
+/// timers' times but for the keepalive's 15 s.
 const SPAN: Duration = Duration::from_secs(20);
 /// And before that in such pieces until one is quiet: what a start or an answer leaves to do is over then. In each the
 /// doors look around once, and may have something to announce.
