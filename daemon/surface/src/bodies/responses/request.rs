@@ -119,12 +119,12 @@ impl Fields {
     /// An item that is not served, with its place.
     pub(super) fn chat(&self, session: Option<&str>) -> Result<Value, Refusal> {
         let rules = self.instructions.iter().map(|text| json!({ "role": "system", "content": text }));
-        let mut messages: Vec<Value> = rules.collect();
+        let mut conversation = Conversation { messages: rules.collect(), thought: String::new() };
         match &self.input {
-            Input::Text(text) => messages.push(json!({ "role": "user", "content": text })),
+            Input::Text(text) => conversation.say(json!({ "role": "user", "content": text })),
             Input::Items(items) => {
                 for (at, item) in items.iter().enumerate() {
-                    messages.extend(message(at, item)?);
+                    conversation.take(at, item)?;
                 }
             }
         }
@@ -134,7 +134,7 @@ impl Fields {
             // A session's model is its own.
             "model": if session.is_some() { self.model.as_deref() } else { Some(self.model()) },
             "session_id": session,
-            "messages": messages,
+            "messages": conversation.messages,
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -178,27 +178,69 @@ impl Fields {
     }
 }
 
-/// An item as a message; what the model thought in another response is not needed.
-fn message(at: usize, item: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
-    let text = |name: &str| item.get(name).and_then(Value::as_str).unwrap_or_default();
-    let place = |name: &str| format!("input[{at}].{name}");
-    match item.get("type").and_then(Value::as_str).unwrap_or("message") {
-        "message" => {
-            let content = content(item.get("content"), &place("content"))?;
-            Ok(Some(json!({ "role": text("role"), "content": content })))
+/// Items as the messages of a chat, in which an assistant's reasoning, text and calls are one.
+struct Conversation {
+    messages: Vec<Value>,
+    /// What was thought before the next item.
+    thought: String,
+}
+
+impl Conversation {
+    fn take(&mut self, at: usize, item: &Map<String, Value>) -> Result<(), Refusal> {
+        let text = |name: &str| item.get(name).and_then(Value::as_str).unwrap_or_default();
+        let place = |name: &str| format!("input[{at}].{name}");
+        match item.get("type").and_then(Value::as_str).unwrap_or("message") {
+            "message" => {
+                let content = content(item.get("content"), &place("content"))?;
+                self.say(json!({ "role": text("role"), "content": content }));
+            }
+            "function_call" => {
+                let function = json!({ "name": text("name"), "arguments": text("arguments") });
+                self.call(json!({ "id": text("call_id"), "type": "function", "function": function }));
+            }
+            "function_call_output" => {
+                let output = content(item.get("output"), &place("output"))?;
+                self.say(json!({ "role": "tool", "tool_call_id": text("call_id"), "content": output }));
+            }
+            "reasoning" => self.thought += &thought(item),
+            other => return Err(Refusal::invalid(&place("type"), format!("is '{other}', which is not served"))),
         }
-        "function_call" => {
-            let function = json!({ "name": text("name"), "arguments": text("arguments") });
-            let call = json!({ "id": text("call_id"), "type": "function", "function": function });
-            Ok(Some(json!({ "role": "assistant", "content": null, "tool_calls": [call] })))
-        }
-        "function_call_output" => {
-            let output = content(item.get("output"), &place("output"))?;
-            Ok(Some(json!({ "role": "tool", "tool_call_id": text("call_id"), "content": output })))
-        }
-        "reasoning" => Ok(None),
-        other => Err(Refusal::invalid(&place("type"), format!("is '{other}', which is not served"))),
+        Ok(())
     }
+
+    fn say(&mut self, mut message: Value) {
+        let thought = std::mem::take(&mut self.thought);
+        if message["role"] == "assistant" && !thought.is_empty() {
+            message["reasoning_content"] = thought.into();
+        }
+        self.messages.push(message);
+    }
+
+    /// A call belongs to the assistant's message before it, if there is one.
+    fn call(&mut self, call: Value) {
+        if self.messages.last().is_none_or(|last| last["role"] != "assistant") {
+            self.say(json!({ "role": "assistant", "content": null }));
+        }
+        let Some(Value::Object(message)) = self.messages.last_mut() else { return };
+        if !self.thought.is_empty() {
+            let before = message.get("reasoning_content").and_then(Value::as_str).unwrap_or_default();
+            let thought = format!("{before}{}", std::mem::take(&mut self.thought));
+            message.insert("reasoning_content".to_owned(), thought.into());
+        }
+        if let Some(calls) = message.entry("tool_calls").or_insert_with(|| json!([])).as_array_mut() {
+            calls.push(call);
+        }
+    }
+}
+
+/// The text of an item of reasoning, or what sums it up.
+fn thought(item: &Map<String, Value>) -> String {
+    let texts = |name: &str| -> String {
+        let parts = item.get(name).and_then(Value::as_array).into_iter().flatten();
+        parts.filter_map(|part| part["text"].as_str()).collect::<Vec<_>>().join("\n")
+    };
+    let content = texts("content");
+    if content.is_empty() { texts("summary") } else { content }
 }
 
 /// A text, or parts of text.
