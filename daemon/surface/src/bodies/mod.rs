@@ -10,6 +10,7 @@ mod forms;
 pub(crate) mod listen;
 pub(crate) mod load;
 mod logprobs;
+mod missing;
 pub(crate) mod models;
 pub(crate) mod native;
 pub(crate) mod ollama;
@@ -18,6 +19,7 @@ mod sampling;
 pub(crate) mod sessions;
 pub(crate) mod size;
 pub(crate) mod tokens;
+mod whole;
 
 pub(crate) use answer::{Answering, Asked, Piece, Wire};
 pub(crate) use chat::ChatAsk;

@@ -3,6 +3,8 @@
 use super::script::Head;
 use crate::bodies::answer::now;
 use crate::bodies::figures::Telling;
+use crate::bodies::missing::MissingFields;
+use crate::bodies::whole::whole;
 use crate::bodies::{fields, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -19,12 +21,17 @@ pub(super) struct Fields {
     pub(super) background: Option<bool>,
     pub(super) store: Option<bool>,
     pub(super) previous_response_id: Option<String>,
+    #[serde(default, deserialize_with = "whole")]
     max_output_tokens: Option<u32>,
     temperature: Option<f64>,
     top_p: Option<f64>,
-    top_k: Option<i64>,
+    top_k: Option<Value>,
     min_p: Option<f64>,
-    seed: Option<i64>,
+    seed: Option<Value>,
+    stop: Option<Value>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    logit_bias: Option<Value>,
     ignore_eos: Option<bool>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
@@ -38,6 +45,7 @@ pub(super) struct Fields {
     // What would change the answer and is not served.
     conversation: Option<Value>,
     prompt: Option<Value>,
+    #[serde(default, deserialize_with = "whole")]
     top_logprobs: Option<u32>,
 }
 
@@ -65,7 +73,8 @@ impl Fields {
     /// What is wrong with it, and where.
     pub(super) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let fields: Self = parse(body)?;
-        fields::check::<Self, Self, Self>(body)?;
+        fields::check::<Self, MissingFields, Self, Self>(body)?;
+        parse::<MissingFields>(body)?.refuse()?;
         let asks = [
             ("conversation", fields.conversation.as_ref().is_some_and(|value| !value.is_null())),
             ("prompt", fields.prompt.as_ref().is_some_and(|value| !value.is_null())),
@@ -141,6 +150,10 @@ impl Fields {
             "top_k": self.top_k,
             "min_p": self.min_p,
             "seed": self.seed,
+            "stop": self.stop,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
             "ignore_eos": self.ignore_eos,
             "tools": tools,
             "tool_choice": self.tool_choice.as_ref().map(tool_choice),
