@@ -9,7 +9,7 @@ use crate::bodies::{fields, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::DEFAULT_MODEL;
+use sparsed_engine::{DEFAULT_MODEL, Sampling};
 
 /// The request. What is not named is ignored.
 #[derive(Debug, Deserialize)]
@@ -42,6 +42,11 @@ pub(super) struct Fields {
     timings_per_token: Option<bool>,
     metadata: Option<Value>,
     truncation: Option<String>,
+    // What changes nothing here, and is told again.
+    max_tool_calls: Option<Value>,
+    safety_identifier: Option<Value>,
+    prompt_cache_key: Option<Value>,
+    user: Option<Value>,
     // What would change the answer and is not served.
     conversation: Option<Value>,
     prompt: Option<Value>,
@@ -166,8 +171,9 @@ impl Fields {
         }))
     }
 
-    /// What the response called `id` says of itself.
+    /// What the response called `id` says of itself: all members that the schema of OpenAI's responses asks for.
     pub(super) fn head(&self, id: String) -> Head {
+        let default = Sampling::default();
         let fixed = json!({
             "created_at": now(),
             "model": self.model(),
@@ -179,12 +185,20 @@ impl Fields {
             "parallel_tool_calls": self.parallel_tool_calls.unwrap_or(true),
             "previous_response_id": self.previous_response_id,
             "reasoning": { "effort": self.reasoning.as_ref().and_then(|r| r.effort.clone()), "summary": null },
-            "temperature": self.temperature,
+            "temperature": self.temperature.unwrap_or(default.temperature.into()),
+            "presence_penalty": self.presence_penalty.unwrap_or(default.presence_penalty.into()),
+            "frequency_penalty": self.frequency_penalty.unwrap_or(default.frequency_penalty.into()),
+            "top_logprobs": 0,
+            "max_tool_calls": self.max_tool_calls,
+            "service_tier": "default",
+            "safety_identifier": self.safety_identifier,
+            "prompt_cache_key": self.prompt_cache_key,
+            "user": self.user,
             "text": { "format": self.text.as_ref().and_then(|text| text.format.clone())
                 .unwrap_or_else(|| json!({ "type": "text" })) },
             "tool_choice": self.tool_choice.clone().unwrap_or_else(|| json!("auto")),
             "tools": self.tools.clone().unwrap_or_default(),
-            "top_p": self.top_p,
+            "top_p": self.top_p.unwrap_or(default.top_p.into()),
             "truncation": "disabled",
         });
         Head { id, fixed, telling: self.telling() }
@@ -314,6 +328,7 @@ fn format(format: &Value) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use super::super::script::Script;
     use super::*;
 
     fn chat(body: &str) -> Result<Value, Value> {
@@ -338,6 +353,60 @@ mod tests {
         assert_eq!(chat["messages"][1]["content"][0], json!({ "type": "text", "text": "x" }));
         assert_eq!(chat["tool_choice"]["function"]["name"], "f");
         assert_eq!(chat["response_format"]["json_schema"]["schema"]["type"], "array");
+    }
+
+    #[test]
+    fn a_response_has_all_members_that_openais_schema_asks_for() {
+        let fields =
+            Fields::read(br#"{"input": "x", "temperature": 0.5, "user": "me", "max_output_tokens": 4.0}"#).unwrap();
+        let response = Script::begin(fields.head("resp_1".to_owned()), None).response("in_progress");
+        let names = "id object created_at completed_at status incomplete_details model previous_response_id instructions \
+            output error tools tool_choice truncation parallel_tool_calls text top_p presence_penalty \
+            frequency_penalty top_logprobs temperature reasoning usage max_output_tokens max_tool_calls store \
+            background service_tier metadata safety_identifier prompt_cache_key user";
+        for name in names.split_whitespace() {
+            assert!(response.get(name).is_some(), "{name}");
+        }
+        assert_eq!((&response["temperature"], &response["top_p"]), (&json!(0.5), &json!(1.0)));
+        assert_eq!((&response["user"], &response["max_output_tokens"]), (&json!("me"), &json!(4)));
+    }
+
+    #[test]
+    fn what_chats_have_too_is_heeded_and_what_is_not_served_refused() {
+        let body = r#"{"input": "x", "stop": ["y"], "presence_penalty": 1, "logit_bias": {"7": 1}, "seed": 1.0}"#;
+        let asked = chat(body).unwrap();
+        assert_eq!((&asked["stop"], &asked["presence_penalty"]), (&json!(["y"]), &json!(1.0)));
+        assert_eq!((&asked["logit_bias"]["7"], &asked["seed"]), (&json!(1), &json!(1.0)));
+        assert_eq!(chat(r#"{"input": "x", "min_tokens": 3}"#), Err("min_tokens".into()));
+    }
+
+    #[test]
+    fn what_an_assistant_thinks_says_and_calls_is_one_message() {
+        let messages = |items: Value| chat(&json!({ "input": items }).to_string()).unwrap()["messages"].clone();
+        let call = |id: &str| json!({ "type": "function_call", "call_id": id, "name": "f", "arguments": "{}" });
+        let called = |id: &str| json!({ "id": id, "type": "function", "function": { "name": "f", "arguments": "{}" } });
+        let output = |id: &str| json!({ "type": "function_call_output", "call_id": id, "output": id });
+        let result = |id: &str| json!({ "role": "tool", "tool_call_id": id, "content": id });
+        let thought = json!({ "type": "reasoning", "content": [{ "type": "reasoning_text", "text": "Hm." }] });
+        let said = json!({ "role": "assistant", "content": "Well." });
+        let all =
+            json!([{ "role": "user", "content": "x" }, thought, said, call("a"), call("b"), output("a"), output("b")]);
+        let one = json!({
+            "role": "assistant", "content": "Well.", "reasoning_content": "Hm.", "tool_calls": [called("a"), called("b")],
+        });
+        assert_eq!(messages(all), json!([{ "role": "user", "content": "x" }, one, result("a"), result("b")]));
+        // Without a text, summed up, and in steps.
+        let summed_up = json!({ "type": "reasoning", "summary": [{ "type": "summary_text", "text": "Hm." }] });
+        let step = |id: &str| json!({ "role": "assistant", "content": null, "reasoning_content": "Hm.", "tool_calls": [called(id)] });
+        let steps = json!([summed_up, call("a"), output("a"), summed_up, call("b"), output("b")]);
+        assert_eq!(messages(steps), json!([step("a"), result("a"), step("b"), result("b")]));
+        let late = messages(json!([said, thought, call("a")]));
+        assert_eq!((late.as_array().unwrap().len(), &late[0]["reasoning_content"]), (1, &json!("Hm.")));
+        assert_eq!(
+            messages(json!([said, thought, { "role": "user", "content": "y" }]))[1]["reasoning_content"],
+            json!(null)
+        );
+        assert_eq!(messages(json!([said, said])).as_array().unwrap().len(), 2);
     }
 
     #[test]
