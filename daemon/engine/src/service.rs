@@ -324,13 +324,14 @@ impl Service {
 
     /// The slot of model `name`, which may be another name of it. [`DEFAULT_MODEL`] is the first model where none is
     /// called so.
-    fn slot(&self, name: &str) -> Result<(usize, &Arc<Slot>), Failure> {
+    fn slot(&self, asked: &str) -> Result<(usize, &Arc<Slot>), Failure> {
+        let name = self.untagged(asked);
         let called = |slot: &Slot| slot.name == name || slot.aliases.iter().any(|alias| alias == name);
         let found = self.slots.iter().enumerate().find(|(_, slot)| called(slot));
         let first = || self.slots.first().filter(|_| name == DEFAULT_MODEL).map(|slot| (0, slot));
         found.or_else(first).ok_or_else(|| match self.upstream(name) {
             Some(upstream) => Failure::ComputedElsewhere { name: upstream.name.clone() },
-            None => Failure::ModelNotFound { name: name.to_owned(), known: self.known() },
+            None => Failure::ModelNotFound { name: asked.to_owned(), known: self.known() },
         })
     }
 }
