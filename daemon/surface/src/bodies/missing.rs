@@ -31,6 +31,9 @@ pub(crate) struct MissingFields {
     chat_template: Option<Value>,
 }
 
+/// A field, what it says, and which numbers are off.
+type Field<'f> = (&'static str, &'f Option<Value>, fn(f64) -> bool);
+
 impl MissingFields {
     /// # Errors
     /// The first that is not off.
@@ -38,7 +41,7 @@ impl MissingFields {
         let one = |n: f64| n >= 1.0;
         let zero = |n: f64| n <= 0.0;
         let never = |_: f64| false;
-        let fields: [(&str, &Option<Value>, fn(f64) -> bool); 20] = [
+        let fields: [Field<'_>; 20] = [
             ("mirostat", &self.mirostat, zero),
             ("typical_p", &self.typical_p, one),
             ("typ_p", &self.typ_p, one),
@@ -60,7 +63,7 @@ impl MissingFields {
             ("include_stop_str_in_output", &self.include_stop_str_in_output, never),
             ("chat_template", &self.chat_template, never),
         ];
-        let asks = |(_, value, off): &&(_, &Option<Value>, fn(f64) -> bool)| match value {
+        let asks = |(_, value, off): &&Field<'_>| match value {
             Some(Value::Number(number)) => !number.as_f64().is_some_and(off),
             value => is_asked(value),
         };

@@ -98,11 +98,11 @@ mod tests {
     struct Point {
         at: Vec<u32>,
         scale: Option<f32>,
-        next: Option<Box<Point>>,
+        next: Option<Box<Self>>,
     }
 
     fn refused(text: &str) -> String {
-        parse::<Point>(text.as_bytes()).err().expect("refused").body()["error"]["message"].as_str().unwrap().to_owned()
+        parse::<Point>(text.as_bytes()).unwrap_err().body()["error"]["message"].as_str().unwrap().to_owned()
     }
 
     #[test]

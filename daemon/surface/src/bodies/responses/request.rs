@@ -174,6 +174,7 @@ impl Fields {
     /// What the response called `id` says of itself: all members that the schema of OpenAI's responses asks for.
     pub(super) fn head(&self, id: String) -> Head {
         let default = Sampling::default();
+        let number = |asked: Option<f64>, default: f32| asked.unwrap_or_else(|| default.into());
         let fixed = json!({
             "created_at": now(),
             "model": self.model(),
@@ -185,9 +186,9 @@ impl Fields {
             "parallel_tool_calls": self.parallel_tool_calls.unwrap_or(true),
             "previous_response_id": self.previous_response_id,
             "reasoning": { "effort": self.reasoning.as_ref().and_then(|r| r.effort.clone()), "summary": null },
-            "temperature": self.temperature.unwrap_or(default.temperature.into()),
-            "presence_penalty": self.presence_penalty.unwrap_or(default.presence_penalty.into()),
-            "frequency_penalty": self.frequency_penalty.unwrap_or(default.frequency_penalty.into()),
+            "temperature": number(self.temperature, default.temperature),
+            "presence_penalty": number(self.presence_penalty, default.presence_penalty),
+            "frequency_penalty": number(self.frequency_penalty, default.frequency_penalty),
             "top_logprobs": 0,
             "max_tool_calls": self.max_tool_calls,
             "service_tier": "default",
@@ -198,7 +199,7 @@ impl Fields {
                 .unwrap_or_else(|| json!({ "type": "text" })) },
             "tool_choice": self.tool_choice.clone().unwrap_or_else(|| json!("auto")),
             "tools": self.tools.clone().unwrap_or_default(),
-            "top_p": self.top_p.unwrap_or(default.top_p.into()),
+            "top_p": number(self.top_p, default.top_p),
             "truncation": "disabled",
         });
         Head { id, fixed, telling: self.telling() }

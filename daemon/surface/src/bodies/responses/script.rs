@@ -270,7 +270,7 @@ impl Script {
     }
 
     /// Ends the text that goes on.
-    pub(super) fn close(&mut self) {
+    fn close(&mut self) {
         self.close_as("completed");
     }
 
