@@ -289,6 +289,9 @@ impl Service {
         // From here on it stays until the request has ended.
         let held = self.held_now(&request.model)?;
         held.model.check(&request)?;
+        if request.max_tokens == Some(0) {
+            return served::unanswered(&request, &mut *sink);
+        }
         request.lease = Some(held.lease);
         if let Some(recorder) = request.turn.as_mut().and_then(|turn| turn.recorder.take()) {
             sink = recorder.record(sink);

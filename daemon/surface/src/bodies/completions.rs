@@ -70,8 +70,11 @@ impl CompletionAsk {
         let form = parse::<FormFields>(body)?.spec()?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
         fields.refuse_what_is_missing(n, logprobs.is_some())?;
-        let (name, max_tokens) = fields.limit();
-        let max_tokens = limit(name, max_tokens)?;
+        let max_tokens = match fields.limit() {
+            // The prompt alone, as OpenAI has it: with echo it is told, without nothing is.
+            ("max_tokens", Some(0)) => Some(0),
+            (name, max_tokens) => limit(name, max_tokens)?,
+        };
         let wishes = sampling.wishes(max_tokens, form)?;
         let (is_seeded, telling) = (sampling.is_seeded(), sampling.telling());
         Ok(Self { fields, wishes, n, logprobs, is_seeded, telling })
