@@ -272,7 +272,7 @@ fn what_makes_no_sense_is_refused_and_changes_nothing() {
     assert_eq!(code(asked), (404, "session_not_found".to_owned()));
     let refused = |path: &str, body: &Value| code(bench.daemon.post(path, body));
     assert_eq!(refused("/v1/sessions", &json!({ "durability": "always" })), (400, "invalid_value".to_owned()));
-    assert_eq!(refused("/v1/sessions", &json!({ "titel": "x" })), (400, "invalid_json".to_owned()));
+    assert_eq!(refused("/v1/sessions", &json!({ "titel": "x" })), (400, "invalid_value".to_owned()));
     assert_eq!(refused("/v1/sessions", &json!({ "model": "other" })), (404, "model_not_found".to_owned()));
     assert_eq!(refused(&format!("{path}/continue"), &json!({})), (409, "session_busy".to_owned()));
     assert_eq!(refused(&format!("{path}/truncate"), &json!({})), (400, "invalid_value".to_owned()));

@@ -289,6 +289,9 @@ impl Service {
         // From here on it stays until the request has ended.
         let held = self.held_now(&request.model)?;
         held.model.check(&request)?;
+        if request.max_tokens == Some(0) {
+            return served::unanswered(&request, &mut *sink);
+        }
         request.lease = Some(held.lease);
         if let Some(recorder) = request.turn.as_mut().and_then(|turn| turn.recorder.take()) {
             sink = recorder.record(sink);
@@ -324,13 +327,14 @@ impl Service {
 
     /// The slot of model `name`, which may be another name of it. [`DEFAULT_MODEL`] is the first model where none is
     /// called so.
-    fn slot(&self, name: &str) -> Result<(usize, &Arc<Slot>), Failure> {
+    fn slot(&self, asked: &str) -> Result<(usize, &Arc<Slot>), Failure> {
+        let name = self.untagged(asked);
         let called = |slot: &Slot| slot.name == name || slot.aliases.iter().any(|alias| alias == name);
         let found = self.slots.iter().enumerate().find(|(_, slot)| called(slot));
         let first = || self.slots.first().filter(|_| name == DEFAULT_MODEL).map(|slot| (0, slot));
         found.or_else(first).ok_or_else(|| match self.upstream(name) {
             Some(upstream) => Failure::ComputedElsewhere { name: upstream.name.clone() },
-            None => Failure::ModelNotFound { name: name.to_owned(), known: self.known() },
+            None => Failure::ModelNotFound { name: asked.to_owned(), known: self.known() },
         })
     }
 }

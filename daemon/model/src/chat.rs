@@ -22,7 +22,7 @@ mod template;
 mod wire;
 
 pub use message::{ChatMessage, ChatRequest, Role, ToolCall};
-pub use output::{OutputEvent, OutputParser};
+pub use output::{OutputEvent, OutputParser, laid_out};
 pub use prompt::Prompt;
 
 use crate::tokenizer::ControlTokens;

@@ -20,7 +20,7 @@ mod weights;
 pub mod convert;
 pub mod quantize;
 
-pub use chat::{ChatFormat, ChatMessage, ChatRequest, OutputEvent, OutputParser, Prompt, Role, ToolCall};
+pub use chat::{ChatFormat, ChatMessage, ChatRequest, OutputEvent, OutputParser, Prompt, Role, ToolCall, laid_out};
 pub use error::ModelError;
 pub use inspect::{FormatCount, Held, Inspection};
 pub use model::{Model, Summary};

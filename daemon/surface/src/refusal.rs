@@ -82,9 +82,14 @@ impl Refusal {
         self
     }
 
-    /// The same failure, about the field that `rename` makes of its own, where it makes one.
+    /// The same failure, about the field that `rename` makes of its own, where it makes one: where its words begin with
+    /// the field they have the other one.
     pub(crate) fn with_param(mut self, rename: impl FnOnce(&str) -> Option<&'static str>) -> Self {
-        if let Some(name) = self.param.as_deref().and_then(rename) {
+        let Some(own) = &self.param else { return self };
+        if let Some(name) = rename(own) {
+            if let Some(reason) = self.message.strip_prefix(&format!("'{own}'")) {
+                self.message = format!("'{name}'{reason}");
+            }
             self.param = Some(name.to_owned());
         }
         self
@@ -208,5 +213,20 @@ impl From<Failure> for Refusal {
             _ => None,
         };
         Self { name, param, retry_after_s, message }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_field_that_a_client_knows_by_another_name_has_it_in_the_words_too() {
+        let rename = |name: &str| (name == "response_format").then_some("format");
+        let error = Refusal::invalid("response_format", "has no 'response_format'").with_param(rename).body();
+        assert_eq!(error["error"]["param"], "format");
+        assert_eq!(error["error"]["message"], "'format' has no 'response_format'");
+        let other = Refusal::invalid("seed", "is wrong").with_param(rename).body();
+        assert_eq!((&other["error"]["param"], &other["error"]["message"]), (&"seed".into(), &"'seed' is wrong".into()));
     }
 }

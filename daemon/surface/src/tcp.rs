@@ -4,6 +4,7 @@
 //! (DNS rebinding), or directly: so names in `Host` and `Origin` must be this box's. The key is asked for after them.
 
 use crate::accept::{Guest, Listener};
+use crate::http::error::for_path;
 use crate::refusal::Refusal;
 use crate::strangers::{Stranger, Strangers};
 use crate::unix::all_taken;
@@ -225,7 +226,7 @@ async fn guard(State(visit): State<Visit>, mut request: Request, next: Next) -> 
             next.run(request).await
         }
         Err(refusal) if refusal.name().status == 401 && is_preflight(&request) => preflight(request.headers()),
-        Err(refusal) => refused(refusal),
+        Err(refusal) => for_path(request.uri().path(), refused(refusal)),
     };
     // Pages of other sites have got no further than to 403.
     if let Some(page) = page.filter(|_| response.status() != StatusCode::FORBIDDEN) {

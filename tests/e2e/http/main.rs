@@ -6,5 +6,6 @@ mod clients;
 mod fields;
 mod quotas;
 mod schema;
+mod shapes;
 mod strangers;
 mod tcp;

@@ -7,7 +7,7 @@ use sparsed_tests::daemon::{Answer, Daemon, read_answer};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
-fn start() -> (Daemon, tempfile::TempDir) {
+pub(crate) fn start() -> (Daemon, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write_with_tools(dir.path()), &["model.default.max_context=4096"]);
     (daemon, dir)
@@ -20,12 +20,12 @@ fn raw(daemon: &Daemon, bytes: &[u8]) -> Answer {
     read_answer(stream).unwrap()
 }
 
-fn error(answer: &Answer) -> (u16, String, Value) {
+pub(crate) fn error(answer: &Answer) -> (u16, String, Value) {
     let error = &answer.json()["error"];
     (answer.status, error["code"].as_str().unwrap_or_default().to_owned(), error["param"].clone())
 }
 
-fn function(name: &str, parameters: Value) -> Value {
+pub(crate) fn function(name: &str, parameters: Value) -> Value {
     json!({ "type": "function", "function": { "name": name, "parameters": parameters } })
 }
 

@@ -20,6 +20,9 @@ const STACK_BYTES: usize = 256 << 20;
 const TOKEN_BYTES_MAX: usize = 1000;
 /// What may stand between the tokens of JSON: small models otherwise write blanks until `max_tokens`.
 const WHITESPACE: &str = r"[ \n\r\t]{1,40}";
+/// Keywords of schemas that are not followed and no reason to refuse one: libraries write them for dictionaries and sets,
+/// and look at the answer themselves.
+const PASSED_OVER: &[&str] = &["propertyNames", "uniqueItems"];
 /// Longest message about a grammar.
 const MESSAGE_CHARS_MAX: usize = 200;
 /// `llguidance`'s token id for "none".
@@ -150,16 +153,22 @@ fn build(factory: &ParserFactory, source: &Source) -> Result<Grammar, String> {
 
 /// The schema with a bound on the blanks between its tokens.
 pub(crate) fn laid_out(schema: &Value) -> Value {
-    let mut schema = schema.clone();
-    if let Some(members) = schema.as_object_mut() {
-        members.entry("x-guidance").or_insert_with(|| json!({ "whitespace_pattern": WHITESPACE }));
-    }
-    schema
+    sparsed_model::laid_out(schema, &json!({ "whitespace_pattern": WHITESPACE }))
 }
 
 fn compile(factory: &ParserFactory, grammar: TopLevelGrammar) -> Result<Grammar, String> {
-    let made = factory.create_parser(grammar).map_err(|error| error.to_string()).and_then(Grammar::new);
+    let made = factory.create_parser(grammar).map_err(|error| error.to_string()).and_then(|mut parser| {
+        parser.grammar_warnings().iter().find_map(|warning| not_followed(warning)).map_or(Ok(()), Err)?;
+        Grammar::new(parser)
+    });
     made.map_err(|error| message(&error))
+}
+
+/// What a warning says of keywords that are constraints and would not be followed, in the words of an error.
+fn not_followed(warning: &str) -> Option<String> {
+    let names = warning.strip_prefix("Unimplemented keys: [")?.split_once(']')?.0;
+    let missing = names.split(", ").filter(|name| !PASSED_OVER.contains(&name.trim_matches('"'))).collect::<Vec<_>>();
+    (!missing.is_empty()).then(|| format!("Unimplemented keys: [{}]", missing.join(", ")))
 }
 
 /// The bytes of each token of a model, as a grammar sees them.
@@ -240,5 +249,61 @@ fn cut(text: &str) -> String {
     match text.char_indices().nth(MESSAGE_CHARS_MAX) {
         Some((at, _)) => format!("{}...", &text[..at]),
         None => text.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn compiled(schema: Value) -> Result<Grammar, String> {
+        let spec = GrammarSpec::JsonSchema(schema);
+        Compiler::default().compile_with(spec, || Vocabulary::tiny(&[])).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_libraries_write_for_validators_is_no_mistake() {
+        let text = |format: &str| json!({ "type": "string", "format": format });
+        let formats =
+            ["path", "file-path", "binary", "byte", "password", "uuid4", "base64url", "regex", "uri-reference"];
+        let formats = formats.map(text).into_iter();
+        let decimal = json!({ "type": "string", "pattern": r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$" });
+        let others = [
+            json!({ "type": "object", "propertyNames": { "type": "string" }, "additionalProperties": { "type": "null" } }),
+            json!({ "type": "array", "uniqueItems": true, "items": { "type": "integer" } }),
+            json!({ "anyOf": [{ "type": "number" }, decimal] }),
+            json!({ "type": "object", "minProperties": 2, "additionalProperties": { "type": "integer" } }),
+            json!({ "oneOf": [{ "type": "integer" }, { "type": "number" }] }),
+        ];
+        for schema in formats.chain(others) {
+            for schema in [schema.clone(), json!({ "type": "object", "properties": { "a": schema } })] {
+                let said = compiled(schema.clone()).err();
+                assert_eq!(said, None, "{schema}");
+            }
+        }
+    }
+
+    #[test]
+    fn constraints_that_would_not_be_followed_are_refused_wherever_they_stand() {
+        let refused = |schema: Value| compiled(schema).expect_err("a constraint");
+        let schema = json!({ "properties": { "a": { "uniqueItems": true, "contains": {}, "if": {}, "then": {} } } });
+        let said = refused(schema.clone());
+        assert!(said.contains("'#/properties/a'") && said.contains("[\"contains\", \"if\", \"then\"]"), "{said}");
+        let call = GrammarSpec::Call(format!("start: %json {}", laid_out(&schema)));
+        let said = Compiler::default().compile_with(call, || Vocabulary::tiny(&[])).expect_err("a constraint");
+        assert!(said.to_string().starts_with("'tools'") && said.to_string().contains("contains"), "{said}");
+    }
+
+    #[test]
+    fn a_schemas_own_layout_leaves_the_bound_on_blanks() {
+        let schema = json!({ "type": "array", "maxItems": 0, "x-guidance": { "item_separator": ";" } });
+        let mut grammar = compiled(schema).expect("a grammar");
+        grammar.commit(u32::from(b'[')).expect("an array");
+        for _ in 0..40 {
+            grammar.commit(u32::from(b' ')).expect("a blank");
+        }
+        let mut logits = [0.0; 129];
+        grammar.mask(&mut logits).expect("a mask");
+        assert!(logits[usize::from(b' ')].is_infinite() && logits[usize::from(b']')].is_finite());
     }
 }

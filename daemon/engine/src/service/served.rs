@@ -1,6 +1,9 @@
 //! What can be asked of a loaded model without the engine? Prompts, grammars, and whether a request fits.
 
-use crate::api::{ALTERNATIVES_MAX, ChatPrompt, Failure, Generate, Reading};
+use crate::api::{
+    ALTERNATIVES_MAX, ChatPrompt, Event, Failure, FinishReason, Finished, Generate, Reading, Refused, Sink, Timings,
+    Usage,
+};
 use crate::grammar::{Compiler, Grammar, GrammarSpec, laid_out};
 use sparsed_model::{ChatRequest, Model, ModelError};
 use sparsed_session::ImageShape;
@@ -129,8 +132,8 @@ impl ServedModel {
     }
 
     pub(super) fn check(&self, request: &Generate) -> Result<(), Failure> {
-        if request.max_tokens == Some(0) {
-            return Err(Failure::invalid("max_tokens", "is 0, must be at least 1"));
+        if request.max_tokens == Some(0) && request.turn.is_some() {
+            return Err(Failure::invalid("max_tokens", "is 0, must be at least 1 in a session"));
         }
         let vocab = self.model.spec().vocab_size;
         if let Some((bad, _)) = request.sampling.logit_bias.iter().find(|(token, _)| *token >= vocab) {
@@ -160,5 +163,39 @@ impl ServedModel {
             Some(bad) => Err(Failure::invalid(what, format!("has token {bad}, the vocabulary ends at {vocab}"))),
             None => Ok(()),
         }
+    }
+}
+
+/// Tells that an answer without tokens is over. Nobody need compute it, and its prompt is not read.
+///
+/// # Errors
+/// There is no room for it.
+pub(super) fn unanswered(request: &Generate, sink: &mut dyn Sink) -> Result<(), Failure> {
+    let prompt_tokens = u32::try_from(request.prompt.len()).unwrap_or(u32::MAX);
+    let (usage, timings) = (Usage { prompt_tokens, ..Usage::default() }, Timings::default());
+    let finished = Finished { reason: FinishReason::Length, stopped_by: None, usage, timings };
+    for event in [Event::Queued { ahead: 0 }, Event::Finished(finished)] {
+        match sink.offer(event) {
+            Err(Refused::Full(_)) => return Err(Failure::CutOff),
+            Ok(()) | Err(Refused::Closed) => {}
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Listener, request};
+
+    #[test]
+    fn an_answer_without_tokens_is_over_at_once() {
+        let mut listener = Listener::with_room(2);
+        let request = request(crate::api::Owner::Uid(1), None, vec![1, 2, 3], 0);
+        unanswered(&request, &mut listener).unwrap();
+        assert_eq!(unanswered(&request, &mut Listener::with_room(1)), Err(Failure::CutOff));
+        let (tokens, end) = listener.heard();
+        let Some(Event::Finished(finished)) = end else { panic!("{end:?}") };
+        assert_eq!((tokens.len(), finished.reason, finished.usage.prompt_tokens), (0, FinishReason::Length, 3));
     }
 }

@@ -10,8 +10,10 @@
 //! call. Calls are looked for in content only, and only if the request had tools.
 
 mod enforce;
+mod layout;
 mod syntax;
 
+pub use layout::laid_out;
 pub(super) use syntax::ToolSyntax;
 
 use super::{THINK_CLOSE, THINK_OPEN};

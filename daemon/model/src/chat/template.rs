@@ -83,7 +83,18 @@ impl ChatTemplate {
         if !request.tools.is_empty() {
             context.insert("tools".to_owned(), request.tools.iter().map(|tool| marks.json(tool)).collect());
         }
-        self.render_context(context, request.now)
+        if request.messages.iter().all(|message| message.content.is_some()) {
+            return self.render_context(context, request.now);
+        }
+        // Templates that know calls tell null from a text; others can only add a text to their own.
+        self.render_context(context.clone(), request.now).or_else(|_| {
+            for message in context.get_mut("messages").and_then(Json::as_array_mut).into_iter().flatten() {
+                if message["content"].is_null() {
+                    message["content"] = "".into();
+                }
+            }
+            self.render_context(context, request.now)
+        })
     }
 
     fn message(&self, message: &ChatMessage, marks: &Marks<'_>) -> Json {
@@ -259,6 +270,18 @@ mod tests {
             &user("x"),
         );
         assert_eq!(text.unwrap(), "21");
+    }
+
+    #[test]
+    fn where_a_template_cannot_do_without_a_text_no_content_is_an_empty_one() {
+        let mut request = user("x");
+        request.messages.push(ChatMessage { content: None, ..ChatMessage::new(Role::Assistant, "") });
+        let each = |body: &str| format!("{{% for m in messages %}}{body}{{% endfor %}}");
+        assert_eq!(render(&each("{{ '[' + m.content + ']' }}"), &request).unwrap(), "[x][]");
+        let told = each("{{ '[' + ('none' if m.content is none else m.content) + ']' }}");
+        assert_eq!(render(&told, &request).unwrap(), "[x][none]");
+        let refused = render(&each("{{ raise_exception('no ' + m.content) if m.content != 'x' }}"), &request);
+        assert!(refused.unwrap_err().to_string().contains("no "));
     }
 
     #[test]

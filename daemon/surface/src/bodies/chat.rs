@@ -3,7 +3,9 @@
 use super::answer::{Answer, Asked, StreamOptions, Wire, now};
 use super::figures::Telling;
 use super::forms::FormFields;
+use super::missing::MissingFields;
 use super::sampling::{SamplingFields, limit};
+use super::whole::whole;
 use super::{fields, logprobs, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -25,8 +27,13 @@ struct ChatFields {
     messages: Vec<ChatMessage>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
+    #[serde(default, deserialize_with = "whole")]
     max_tokens: Option<i64>,
+    #[serde(default, deserialize_with = "whole")]
     max_completion_tokens: Option<i64>,
+    /// llama.cpp's name.
+    #[serde(default, deserialize_with = "whole")]
+    n_predict: Option<i64>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<ToolChoice>,
     parallel_tool_calls: Option<bool>,
@@ -109,7 +116,8 @@ impl ChatAsk {
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let (mut fields, sampling) = (parse::<ChatFields>(body)?, parse::<SamplingFields>(body)?);
-        fields::check::<ChatFields, SamplingFields, FormFields>(body)?;
+        fields::check::<ChatFields, SamplingFields, FormFields, MissingFields>(body)?;
+        parse::<MissingFields>(body)?.refuse()?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_chat()?);
         if fields.session_id.is_some() && (n > 1 || logprobs.is_some()) {
             let name = if n > 1 { "n" } else { "logprobs" };
@@ -122,8 +130,9 @@ impl ChatAsk {
             ));
         }
         fields.narrow()?;
-        let max_tokens = limit("max_tokens", fields.max_tokens)?;
-        let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?.or(max_tokens);
+        let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?
+            .or(limit("max_tokens", fields.max_tokens)?)
+            .or(limit("n_predict", fields.n_predict)?);
         let mut wishes = sampling.wishes(max_tokens, parse::<FormFields>(body)?.spec()?)?;
         wishes.one_call = fields.parallel_tool_calls == Some(false);
         Ok(Self { fields, wishes, n, logprobs, telling: sampling.telling() })

@@ -3,7 +3,9 @@
 use super::answer::{Answer, Asked, StreamOptions, Wire};
 use super::figures::Telling;
 use super::forms::FormFields;
+use super::missing::MissingFields;
 use super::sampling::{SamplingFields, limit};
+use super::whole::whole;
 use super::{fields, logprobs, models, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -23,11 +25,16 @@ struct CompletionFields {
     #[serde(default)]
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
+    #[serde(default, deserialize_with = "whole")]
     max_tokens: Option<i64>,
+    /// llama.cpp's name.
+    #[serde(default, deserialize_with = "whole")]
+    n_predict: Option<i64>,
     /// llama.cpp's name: the answer's token ids come along.
     return_tokens: Option<bool>,
     echo: Option<bool>,
     suffix: Option<String>,
+    #[serde(default, deserialize_with = "whole")]
     best_of: Option<u32>,
 }
 
@@ -58,11 +65,16 @@ impl CompletionAsk {
     /// What is wrong with it, and where.
     pub(crate) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let (fields, sampling) = (parse::<CompletionFields>(body)?, parse::<SamplingFields>(body)?);
-        fields::check::<CompletionFields, SamplingFields, FormFields>(body)?;
+        fields::check::<CompletionFields, SamplingFields, FormFields, MissingFields>(body)?;
+        parse::<MissingFields>(body)?.refuse()?;
         let form = parse::<FormFields>(body)?.spec()?;
         let (n, logprobs) = (sampling.answers()?, sampling.logprobs_of_completion()?);
         fields.refuse_what_is_missing(n, logprobs.is_some())?;
-        let max_tokens = limit("max_tokens", fields.max_tokens.or(Some(MAX_TOKENS_DEFAULT)))?;
+        let max_tokens = match fields.limit() {
+            // The prompt alone, as OpenAI has it: with echo it is told, without nothing is.
+            ("max_tokens", Some(0)) => Some(0),
+            (name, max_tokens) => limit(name, max_tokens)?,
+        };
         let wishes = sampling.wishes(max_tokens, form)?;
         let (is_seeded, telling) = (sampling.is_seeded(), sampling.telling());
         Ok(Self { fields, wishes, n, logprobs, is_seeded, telling })
@@ -156,6 +168,14 @@ impl CompletionFields {
             Single::Tokens(tokens) => Ok((RelayPrompt::Tokens(tokens), String::new())),
         };
         self.prompt.all()?.into_iter().map(relayed).collect()
+    }
+
+    /// Most tokens of an answer, and the field that says so.
+    fn limit(&self) -> (&'static str, Option<i64>) {
+        match (self.max_tokens, self.n_predict) {
+            (None, Some(n)) => ("n_predict", Some(n)),
+            (max_tokens, _) => ("max_tokens", max_tokens.or(Some(MAX_TOKENS_DEFAULT))),
+        }
     }
 
     fn refuse_what_is_missing(&self, n: u32, logprobs: bool) -> Result<(), Refusal> {

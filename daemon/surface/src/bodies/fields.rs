@@ -25,20 +25,21 @@ struct Strict {
     strict: Option<bool>,
 }
 
-/// Refuses fields that none of `A`, `B` and `C` has, if the body says that it is strict.
+/// Refuses fields that none of `A`, `B`, `C` and `D` has, if the body says that it is strict.
 ///
 /// # Errors
 /// The first unknown field.
-pub(super) fn check<A, B, C>(body: &[u8]) -> Result<(), Refusal>
+pub(super) fn check<A, B, C, D>(body: &[u8]) -> Result<(), Refusal>
 where
     A: DeserializeOwned,
     B: DeserializeOwned,
     C: DeserializeOwned,
+    D: DeserializeOwned,
 {
     if parse::<Strict>(body)?.strict != Some(true) {
         return Ok(());
     }
-    let known = [HARMLESS, names::<A>(), names::<B>(), names::<C>()];
+    let known = [HARMLESS, names::<A>(), names::<B>(), names::<C>(), names::<D>()];
     let all = parse::<BTreeMap<String, IgnoredAny>>(body)?;
     match all.keys().find(|name| !known.iter().any(|names| names.contains(&name.as_str()))) {
         Some(name) => Err(Refusal::invalid(name, "is not known, and the request is strict")),
@@ -99,7 +100,7 @@ mod tests {
     #[test]
     fn a_strict_body_has_known_fields_only() {
         let checked = |body: &str| {
-            check::<One, Two, Two>(body.as_bytes()).map_err(|error| error.body()["error"]["param"].clone())
+            check::<One, Two, Two, Two>(body.as_bytes()).map_err(|error| error.body()["error"]["param"].clone())
         };
         assert_eq!(checked(r#"{"model": "x", "top_k": 1, "tempratur": 1}"#), Ok(()));
         assert_eq!(checked(r#"{"strict": true, "model": "x", "top_k": 1, "user": "me"}"#), Ok(()));

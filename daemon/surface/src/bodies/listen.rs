@@ -67,7 +67,9 @@ impl Listening {
         requests: impl IntoIterator<Item = Request>,
         per_prompt: usize,
     ) -> Result<Self, Refusal> {
-        let (sender, mut events) = mpsc::channel(CHANNEL);
+        let requests: Vec<Request> = requests.into_iter().collect();
+        // Answers without tokens say both that they are taken and that they are over before anybody listens.
+        let (sender, mut events) = mpsc::channel(CHANNEL.max(2 * requests.len()));
         let mut entry = Entry::default();
         let hand_over = || {
             for (index, request) in requests.into_iter().enumerate() {

@@ -30,14 +30,15 @@ pub(super) fn of_native(likelihoods: &[Likelihood]) -> Value {
     all.collect()
 }
 
-/// `logprobs` of a text completion's choice. `offset`: characters of the text before these tokens.
+/// `logprobs` of a text completion's choice: the token that was chosen is always among the alternatives. `offset`:
+/// characters of the text before these tokens.
 pub(super) fn of_completion(likelihoods: &[Likelihood], mut offset: usize) -> Value {
     let (mut tokens, mut logprobs, mut top, mut offsets) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for likelihood in likelihoods {
         tokens.push(name(&likelihood.chosen));
         logprobs.push(number(&likelihood.chosen));
-        let alternatives: Map<String, Value> =
-            likelihood.top.iter().map(|one| (name(one), json!(number(one)))).collect();
+        let all = likelihood.top.iter().chain([&likelihood.chosen]);
+        let alternatives: Map<String, Value> = all.map(|one| (name(one), json!(number(one)))).collect();
         top.push(alternatives);
         offsets.push(offset);
         offset += n_chars(likelihood);
@@ -86,7 +87,7 @@ mod tests {
         assert_eq!(chat["content"][1]["token"], "bytes:\\xe2\\x82");
         let completion = of_completion(&[first, second], 7);
         assert_eq!(completion["text_offset"], json!([7, 8]));
-        assert_eq!(completion["top_logprobs"], json!([{ "b": -9999.0 }, {}]));
+        assert_eq!(completion["top_logprobs"], json!([{ "b": -9999.0, "é": -0.5 }, { "bytes:\\xe2\\x82": -1.0 }]));
         assert_eq!(
             of_completion(&[Likelihood { chosen: one(5, b"", 0.0), top: vec![] }], 0)["tokens"][0],
             "token_id:5"

@@ -1,6 +1,8 @@
 //! Which sampling parameters does a request carry? The fields that chat and completions share.
 
 use super::figures::Telling;
+use super::missing::is_asked;
+use super::whole::{as_whole, whole};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
@@ -11,28 +13,36 @@ use std::collections::BTreeMap;
 /// Most answers to one request.
 const ANSWERS_MAX: u32 = 4;
 
-/// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM and llama.cpp have them.
+/// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM, `repeat_penalty` as llama.cpp has them.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct SamplingFields {
     temperature: Option<f32>,
     top_p: Option<f32>,
+    #[serde(deserialize_with = "whole")]
     top_k: Option<i64>,
     min_p: Option<f32>,
-    seed: Option<i64>,
+    /// Of either kind of 64 bits.
+    #[serde(deserialize_with = "whole")]
+    seed: Option<i128>,
     repetition_penalty: Option<f32>,
+    repeat_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     logit_bias: Option<BTreeMap<String, f32>>,
     stop: Option<Stop>,
     ignore_eos: Option<bool>,
+    #[serde(deserialize_with = "whole")]
     n: Option<u32>,
     /// vLLM's: lower is earlier; here among the requests of one user.
+    #[serde(deserialize_with = "whole")]
     priority: Option<i64>,
     /// Ours: a request that has not begun by then fails.
+    #[serde(deserialize_with = "whole")]
     deadline_ms: Option<u64>,
     /// Of chats whether, of completions how many.
     logprobs: Option<Value>,
+    #[serde(deserialize_with = "whole")]
     top_logprobs: Option<u32>,
     return_progress: Option<bool>,
     timings_per_token: Option<bool>,
@@ -78,7 +88,10 @@ impl SamplingFields {
             Some(k) => u32::try_from(k).map_err(|_| Refusal::invalid("top_k", format!("is {k}, must be 0 or more")))?,
         };
         let seed = match self.seed {
-            Some(seed) => seed.cast_unsigned(),
+            Some(seed) => i64::try_from(seed)
+                .map(i64::cast_unsigned)
+                .or_else(|_| u64::try_from(seed))
+                .map_err(|_| Refusal::invalid("seed", format!("is {seed}, which has more than 64 bits")))?,
             None => getrandom::u64().unwrap_or_default(),
         };
         let sampling = Sampling {
@@ -88,7 +101,7 @@ impl SamplingFields {
             top_p: self.top_p.map_or(default.top_p, |p| if p == 0.0 { f32::MIN_POSITIVE } else { p }),
             min_p: self.min_p.unwrap_or(default.min_p),
             seed,
-            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            repetition_penalty: self.repetition_penalty.or(self.repeat_penalty).unwrap_or(default.repetition_penalty),
             frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
             presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
             logit_bias: self.biases()?,
@@ -156,7 +169,7 @@ impl SamplingFields {
         match &self.logprobs {
             None | Some(Value::Null | Value::Bool(false)) => Ok(None),
             Some(value) => {
-                let n = value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n <= ALTERNATIVES_MAX);
+                let n = as_whole(value).and_then(|n| u32::try_from(n).ok()).filter(|n| *n <= ALTERNATIVES_MAX);
                 n.map(Some).ok_or_else(wrong)
             }
         }
@@ -173,11 +186,6 @@ impl SamplingFields {
 
     /// Refuses fields that ask for more than there is, rather than to answer something else than was asked for.
     fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
-        let asks = |value: &Option<Value>| match value {
-            None | Some(Value::Null | Value::Bool(false)) => false,
-            Some(Value::Array(list)) => !list.is_empty(),
-            Some(_) => true,
-        };
         let fields = [
             ("store", &self.store),
             ("functions", &self.functions),
@@ -185,7 +193,7 @@ impl SamplingFields {
             ("prediction", &self.prediction),
             ("web_search_options", &self.web_search_options),
         ];
-        if let Some((name, _)) = fields.iter().find(|(_, value)| asks(value)) {
+        if let Some((name, _)) = fields.iter().find(|(_, value)| is_asked(value)) {
             return Err(Refusal::invalid(name, "is not served by this version"));
         }
         match &self.modalities {
@@ -227,6 +235,9 @@ mod tests {
         assert_eq!((sampling.temperature, sampling.top_k, sampling.seed), (0.0, 0, u64::MAX - 2));
         assert_eq!(sampling.logit_bias, [(7, 1.5)]);
         assert_eq!(fields(r#"{"stop": "x"}"#).stops().unwrap(), ["x"]);
+        let sampling =
+            fields(r#"{"seed": 18446744073709551615, "top_k": 3.0, "repeat_penalty": 1.5}"#).sampling().unwrap();
+        assert_eq!((sampling.seed, sampling.top_k, sampling.repetition_penalty), (u64::MAX, 3, 1.5));
     }
 
     #[test]
@@ -272,6 +283,7 @@ mod tests {
         assert_eq!(chat(r#"{"logprobs": 3}"#), Err("logprobs".into()));
         let completion = |json: &str| fields(json).logprobs_of_completion().ok();
         assert_eq!(completion(r#"{"logprobs": 3}"#), Some(Some(3)));
+        assert_eq!(completion(r#"{"logprobs": 3.0}"#), Some(Some(3)));
         assert_eq!(completion("{}"), Some(None));
         assert_eq!((completion(r#"{"logprobs": 21}"#), completion(r#"{"logprobs": true}"#)), (None, None));
     }

@@ -31,6 +31,7 @@ pub(crate) struct SessionFields {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct TurnsField {
+    #[serde(deserialize_with = "super::whole::whole")]
     turns: Option<u32>,
 }
 

@@ -39,7 +39,11 @@ pub(crate) async fn text_of_chat(
     Ok(made.await.map_err(|_| Failure::invalid("messages", "could not be written down"))??)
 }
 
-async fn prompted(
+/// The prompt of a chat that is not answered.
+///
+/// # Errors
+/// What is wrong with the request; the model's, which must be of this box.
+pub(super) async fn prompted(
     service: &Service,
     owner: Owner,
     ask: ChatAsk,

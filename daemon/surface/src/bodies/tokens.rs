@@ -1,8 +1,9 @@
 //! Which tokens is a text, and which text are tokens? As llama.cpp's server asks and answers.
 
-use super::{models, parse};
+use super::{ChatAsk, models, parse, size};
 use crate::refusal::Refusal;
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Owner};
 use sparsed_engine::{DEFAULT_MODEL, ServedModel, Service};
@@ -10,12 +11,20 @@ use sparsed_engine::{DEFAULT_MODEL, ServedModel, Service};
 #[derive(Debug, Deserialize)]
 struct TokenizeFields {
     model: Option<String>,
-    /// llama.cpp's name; vLLM's beside it.
-    #[serde(alias = "prompt")]
-    content: String,
+    /// llama.cpp's name.
+    content: Option<String>,
+    /// vLLM's: a text, or a conversation.
+    prompt: Option<String>,
+    messages: Option<IgnoredAny>,
+    /// Of a conversation.
+    add_generation_prompt: Option<bool>,
+    continue_final_message: Option<bool>,
     /// With the begin token, where a prompt has one. Off, as in llama.cpp.
     add_special: Option<bool>,
+    /// The same in vLLM's form, where it is on.
+    add_special_tokens: Option<bool>,
     with_pieces: Option<bool>,
+    return_token_strs: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -24,8 +33,9 @@ struct DetokenizeFields {
     tokens: Vec<u32>,
 }
 
-/// `{"tokens": [...]}`: ids, or with `with_pieces` objects with `id` and `piece`, which is text, or bytes where it is
-/// not whole characters. Control tokens in the text are text, as in every prompt.
+/// Of `content` `{"tokens": [...]}`: ids, or with `with_pieces` objects with `id` and `piece`, which is text, or bytes
+/// where it is not whole characters. Of `prompt` and `messages` vLLM's form: `tokens`, their `count` and `max_model_len`.
+/// Control tokens in the text are text, as in every prompt.
 ///
 /// # Errors
 /// What is wrong with the request; a model without tokenizer.
@@ -36,13 +46,33 @@ pub(crate) async fn tokenize(
     held: impl Send + 'static,
 ) -> Result<Value, Refusal> {
     let fields: TokenizeFields = parse(body)?;
-    on(service, owner, fields.model.clone(), "content", held, move |model| {
-        let mut tokens = model.text_prompt(&fields.content)?;
+    let (with_pieces, with_names) = (fields.with_pieces == Some(true), fields.return_token_strs == Some(true));
+    if fields.content.is_none() && fields.messages.is_some() {
+        if fields.add_generation_prompt == Some(false) && fields.continue_final_message != Some(true) {
+            return Err(Refusal::invalid("add_generation_prompt", "is false, which is not served"));
+        }
+        let request = size::prompted(service, owner, ChatAsk::read(body)?, held).await?;
+        let tokens = request.prompt;
+        return on(service, owner, Some(request.model), "messages", (), move |model| {
+            counted(model, &tokens, with_names)
+        })
+        .await;
+    }
+    let is_vllms = fields.content.is_none();
+    let Some(text) = fields.content.or(fields.prompt) else {
+        return Err(Refusal::invalid("content", "is missing, and so are prompt and messages"));
+    };
+    let begins = if is_vllms { fields.add_special_tokens != Some(false) } else { fields.add_special == Some(true) };
+    on(service, owner, fields.model, "content", held, move |model| {
+        let mut tokens = model.text_prompt(&text)?;
         let begin = model.model.tokenizer().and_then(|tokenizer| tokenizer.bos());
-        if fields.add_special != Some(true) && tokens.first().is_some_and(|first| Some(*first) == begin) {
+        if !begins && tokens.first().is_some_and(|first| Some(*first) == begin) {
             tokens.remove(0);
         }
-        if fields.with_pieces != Some(true) {
+        if is_vllms {
+            return counted(model, &tokens, with_names);
+        }
+        if !with_pieces {
             return Ok(json!({ "tokens": tokens }));
         }
         let piece = |id: u32| -> Value {
@@ -53,6 +83,15 @@ pub(crate) async fn tokenize(
         Ok(json!({ "tokens": pieces }))
     })
     .await
+}
+
+/// Tokens as vLLM tells them.
+fn counted(model: &ServedModel, tokens: &[u32], with_names: bool) -> Result<Value, Failure> {
+    let names = || tokens.iter().map(|&id| model.text_of(&[id])).collect::<Result<Vec<_>, _>>();
+    let names = with_names.then(names).transpose()?;
+    Ok(json!({
+        "count": tokens.len(), "max_model_len": model.max_context, "tokens": tokens, "token_strs": names,
+    }))
 }
 
 /// `{"content": "..."}`.

@@ -4,7 +4,7 @@ mod body;
 mod chat;
 mod completions;
 mod count;
-mod error;
+pub(crate) mod error;
 mod exposition;
 mod llama_cpp;
 mod metrics;
@@ -73,6 +73,7 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .fallback(error::no_such_path)
         .method_not_allowed_fallback(error::no_such_method)
         .layer(counted)
+        .layer(middleware::from_fn(error::by_path))
         .with_state(Shared { service, body_bytes_max, bodies, runs })
 }
 
@@ -110,8 +111,8 @@ fn ollama() -> Router<Shared> {
         .route("/api/ps", get(ollama::running))
         .route("/api/show", post(ollama::show))
         .route("/api/version", get(ollama::version))
-        .route("/api/embed", post(ollama::embed))
-        .route("/api/embeddings", post(ollama::embed))
+        .route("/api/embed", post(llama_cpp::embeddings))
+        .route("/api/embeddings", post(llama_cpp::embeddings))
         .route("/api/pull", post(ollama::pull))
         .route("/api/push", post(ollama::not_here))
         .route("/api/create", post(ollama::not_here))

@@ -2,13 +2,14 @@
 
 use super::Shared;
 use super::body::Body;
+use super::error::ollamas;
 use super::reply::called;
-use crate::bodies::ollama::{self, Kind, Speaking, Wanted, idle, model_name, tagged};
+use crate::bodies::ollama::{self, Kind, Speaking, Wanted, idle, tagged};
 use crate::bodies::{ChatAsk, CompletionAsk, load, models};
 use crate::refusal::Refusal;
 use axum::body::Body as Bytes;
 use axum::extract::State;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use futures_util::stream;
@@ -26,33 +27,11 @@ const NEVER: &str = "9999-12-31T23:59:59Z";
 /// The version of Ollama whose requests and answers these are: clients ask for it, and some refuse older ones.
 const VERSION: &str = "0.12.11";
 
-/// A failure in Ollama's words.
-#[derive(Debug)]
-pub(crate) struct Refused(Refusal);
-
-impl From<Refusal> for Refused {
-    fn from(refusal: Refusal) -> Self {
-        Self(refusal)
-    }
-}
-
-impl IntoResponse for Refused {
-    fn into_response(self) -> Response {
-        let body = error(&self.0).to_string();
-        let (head, _) = self.0.into_response().into_parts();
-        Response::from_parts(head, Bytes::from(body))
-    }
-}
-
-fn error(refusal: &Refusal) -> Value {
-    json!({ "error": refusal.body()["error"]["message"] })
-}
-
 pub(crate) async fn chat(
     State(shared): State<Shared>,
     Extension(owner): Extension<Owner>,
     body: Body,
-) -> Result<Response, Refused> {
+) -> Result<Response, Refusal> {
     let wanted = ollama::chat(body.bytes())?;
     answer(&shared.service, owner, Kind::Chat, wanted, body).await
 }
@@ -61,12 +40,12 @@ pub(crate) async fn generate(
     State(shared): State<Shared>,
     Extension(owner): Extension<Owner>,
     body: Body,
-) -> Result<Response, Refused> {
+) -> Result<Response, Refusal> {
     let wanted = ollama::generate(body.bytes())?;
     answer(&shared.service, owner, Kind::Generate, wanted, body).await
 }
 
-async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, body: Body) -> Result<Response, Refused> {
+async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, body: Body) -> Result<Response, Refusal> {
     let generation = match wanted {
         Wanted::Answer(generation) => generation,
         Wanted::Nothing { model, keep_alive } => {
@@ -80,11 +59,7 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
         }
     };
     let (bytes, share) = (generation.body.to_string(), body.into_share());
-    let request: Request = if generation.is_chat {
-        ChatAsk::read(bytes.as_bytes())?.prepare(service, owner, share).await?.request
-    } else {
-        CompletionAsk::read(bytes.as_bytes())?.prepare(service, owner, share).await?.request
-    };
+    let request = asked(service, owner, generation.is_chat, bytes.as_bytes(), share).await.map_err(ollama::renamed)?;
     // The request has a lease: the model does not leave before its answer.
     keep(service, &generation.model, generation.keep_alive)?;
     let speaking = Speaking::begin(service, kind, tagged(&generation.model), request).await?;
@@ -93,11 +68,24 @@ async fn answer(service: &Service, owner: Owner, kind: Kind, wanted: Wanted, bod
         return Ok(called(&id, Json(speaking.whole().await?).into_response()));
     }
     let lines = stream::unfold(speaking, |mut speaking| async move {
-        let line = speaking.next().await?.unwrap_or_else(|refusal| error(&refusal));
+        let line = speaking.next().await?.unwrap_or_else(|refusal| ollamas(&refusal));
         Some((Ok::<_, Infallible>(format!("{line}\n")), speaking))
     });
     let kind = [(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))];
     Ok(called(&id, (kind, Bytes::from_stream(lines)).into_response()))
+}
+
+async fn asked(
+    service: &Service,
+    owner: Owner,
+    is_chat: bool,
+    body: &[u8],
+    held: impl Send + 'static,
+) -> Result<Request, Refusal> {
+    if is_chat {
+        return Ok(ChatAsk::read(body)?.prepare(service, owner, held).await?.request);
+    }
+    Ok(CompletionAsk::read(body)?.prepare(service, owner, held).await?.request)
 }
 
 /// What an engine elsewhere keeps in memory is its own business.
@@ -170,9 +158,9 @@ pub(crate) async fn show(
     State(shared): State<Shared>,
     Extension(owner): Extension<Owner>,
     body: Body,
-) -> Result<Json<Value>, Refused> {
+) -> Result<Json<Value>, Refusal> {
     let fields: ShowFields = body.parse()?;
-    let name = model_name(&fields.model);
+    let name = fields.model.as_str();
     if let Some(upstream) = shared.service.elsewhere(name) {
         return Ok(Json(shown_elsewhere(&upstream)));
     }
@@ -294,24 +282,18 @@ pub(crate) struct PullFields {
 }
 
 /// `POST /api/pull`: a model that is here needs no fetching, so scripts that begin with it go on.
-pub(crate) async fn pull(State(shared): State<Shared>, body: Body) -> Result<Response, Refused> {
+pub(crate) async fn pull(State(shared): State<Shared>, body: Body) -> Result<Response, Refusal> {
     let fields: PullFields = body.parse()?;
-    let name = shared.service.canonical(model_name(&fields.model));
+    let name = shared.service.canonical(&fields.model);
     if !shared.service.models().iter().any(|status| status.name == name) {
-        return Ok(not_here().await);
+        return Err(not_here().await);
     }
     let kind = [(header::CONTENT_TYPE, HeaderValue::from_static("application/x-ndjson"))];
     Ok((kind, format!("{}\n", json!({ "status": "success" }))).into_response())
 }
 
 /// What would change which models there are.
-pub(crate) async fn not_here() -> Response {
+pub(crate) async fn not_here() -> Refusal {
     let message = "models are installed by the operator of this box, not through this interface";
-    (StatusCode::NOT_IMPLEMENTED, Json(json!({ "error": message }))).into_response()
-}
-
-/// No model of this daemon makes embeddings.
-pub(crate) async fn embed() -> Response {
-    let message = "no model of this daemon makes embeddings: they generate text";
-    (StatusCode::BAD_REQUEST, Json(json!({ "error": message }))).into_response()
+    Refusal::unreadable(501, "not_supported", None, message.to_owned())
 }

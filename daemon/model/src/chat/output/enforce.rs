@@ -1,6 +1,7 @@
 //! What must an answer be that has to call a function, or may do so beside an answer of a certain form? A grammar of
 //! the model's syntax around a schema of arguments.
 
+use super::layout::laid_out;
 use super::syntax::{SEPARATOR, ToolSyntax};
 use serde_json::{Map, Value, json};
 
@@ -74,8 +75,7 @@ fn arguments(parameters: &Value) -> Value {
     let mut schema = parameters.as_object().cloned().unwrap_or_else(Map::new);
     schema.entry("type").or_insert_with(|| json!("object"));
     let layout = json!({ "whitespace_flexible": false, "item_separator": ", ", "key_separator": ": " });
-    schema.entry("x-guidance").or_insert(layout);
-    Value::Object(schema)
+    laid_out(&Value::Object(schema), &layout)
 }
 
 /// Lark's strings are JSON's.

@@ -1,6 +1,8 @@
 //! How does a request of llama.cpp's `/completion` become a completion of OpenAI's?
 
+use crate::bodies::missing::MissingFields;
 use crate::bodies::parse;
+use crate::bodies::whole::{as_whole, whole};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -21,14 +23,18 @@ pub(crate) struct Wanted {
     pub(crate) response_fields: Vec<String>,
 }
 
-/// All that is read of a request: a second pass over a long prompt would cost as much as the first.
+/// All that becomes OpenAI's.
 #[derive(Debug, Deserialize)]
 struct Fields {
     prompt: Option<Value>,
+    #[serde(default, deserialize_with = "whole")]
     n_predict: Option<i64>,
+    #[serde(default, deserialize_with = "whole")]
     max_tokens: Option<i64>,
+    #[serde(default, deserialize_with = "whole")]
     n_cmpl: Option<u32>,
     stream: Option<bool>,
+    #[serde(default, deserialize_with = "whole")]
     n_probs: Option<u32>,
     repeat_penalty: Option<f64>,
     logit_bias: Option<Value>,
@@ -51,16 +57,6 @@ struct Fields {
     timings_per_token: Option<Value>,
     priority: Option<Value>,
     deadline_ms: Option<Value>,
-    // What would change the answer and is not served.
-    post_sampling_probs: Option<bool>,
-    mirostat: Option<i64>,
-    typical_p: Option<f64>,
-    dynatemp_range: Option<f64>,
-    dry_multiplier: Option<f64>,
-    xtc_probability: Option<f64>,
-    n_indent: Option<i64>,
-    t_max_predict_ms: Option<i64>,
-    lora: Option<Vec<Value>>,
 }
 
 /// Reads a body.
@@ -69,8 +65,9 @@ struct Fields {
 /// What is wrong with it, and where.
 pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let fields: Fields = parse(bytes)?;
-    fields.refuse_what_is_missing()?;
-    let seed = fields.seed.filter(|seed| seed.as_i64() != Some(-1));
+    parse::<MissingFields>(bytes)?.refuse()?;
+    fields.check()?;
+    let seed = fields.seed.filter(|seed| as_whole(seed) != Some(-1));
     let body = [
         ("prompt", Some(prompt(fields.prompt.unwrap_or_default())?)),
         // Without an end where nothing is said; it ends with the context.
@@ -104,21 +101,7 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
 }
 
 impl Fields {
-    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
-        let asks = [
-            ("post_sampling_probs", self.post_sampling_probs == Some(true)),
-            ("mirostat", self.mirostat.is_some_and(|kind| kind != 0)),
-            ("typical_p", self.typical_p.is_some_and(|p| p != 1.0)),
-            ("dynatemp_range", self.dynatemp_range.is_some_and(|range| range != 0.0)),
-            ("dry_multiplier", self.dry_multiplier.is_some_and(|by| by != 0.0)),
-            ("xtc_probability", self.xtc_probability.is_some_and(|p| p != 0.0)),
-            ("n_indent", self.n_indent.is_some_and(|n| n > 0)),
-            ("t_max_predict_ms", self.t_max_predict_ms.is_some_and(|ms| ms > 0)),
-            ("lora", self.lora.as_ref().is_some_and(|adapters| !adapters.is_empty())),
-        ];
-        if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
-            return Err(Refusal::invalid(name, "is not served"));
-        }
+    fn check(&self) -> Result<(), Refusal> {
         if self.n_predict.or(self.max_tokens) == Some(0) {
             return Err(Refusal::invalid("n_predict", "is 0: a prompt is not read without an answer"));
         }

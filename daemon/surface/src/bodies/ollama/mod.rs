@@ -7,4 +7,4 @@ mod answer;
 mod request;
 
 pub(crate) use answer::{Kind, Speaking, idle};
-pub(crate) use request::{Wanted, chat, generate, model_name, tagged};
+pub(crate) use request::{Wanted, chat, generate, renamed, tagged};

@@ -1,6 +1,7 @@
 //! How does a request of Ollama's become one of OpenAI's?
 
 use crate::bodies::parse;
+use crate::bodies::whole::whole;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -48,6 +49,7 @@ struct Common {
     think: Option<Value>,
     keep_alive: Option<Value>,
     logprobs: Option<Value>,
+    #[serde(default, deserialize_with = "whole")]
     top_logprobs: Option<u32>,
 }
 
@@ -97,16 +99,18 @@ struct Function {
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct Options {
+    #[serde(deserialize_with = "whole")]
     num_predict: Option<i64>,
     temperature: Option<f64>,
-    top_k: Option<i64>,
+    top_k: Option<Value>,
     top_p: Option<f64>,
     min_p: Option<f64>,
-    seed: Option<i64>,
+    seed: Option<Value>,
     stop: Option<Value>,
     repeat_penalty: Option<f64>,
     presence_penalty: Option<f64>,
     frequency_penalty: Option<f64>,
+    #[serde(deserialize_with = "whole")]
     mirostat: Option<i64>,
     typical_p: Option<f64>,
     tfs_z: Option<f64>,
@@ -157,9 +161,22 @@ pub(crate) fn generate(bytes: &[u8]) -> Result<Wanted, Refusal> {
     common.answer(true, json!({ "messages": messages }))
 }
 
-/// The name of a model without Ollama's tag.
-pub(crate) fn model_name(name: &str) -> &str {
-    name.strip_suffix(TAG).unwrap_or(name)
+/// A failure of the body that was made of a request, about the field of Ollama's.
+pub(crate) fn renamed(refusal: Refusal) -> Refusal {
+    refusal.with_param(|param| match param {
+        "response_format" => Some("format"),
+        "max_tokens" => Some("options.num_predict"),
+        "temperature" => Some("options.temperature"),
+        "top_k" => Some("options.top_k"),
+        "top_p" => Some("options.top_p"),
+        "min_p" => Some("options.min_p"),
+        "seed" => Some("options.seed"),
+        "stop" => Some("options.stop"),
+        "repetition_penalty" => Some("options.repeat_penalty"),
+        "presence_penalty" => Some("options.presence_penalty"),
+        "frequency_penalty" => Some("options.frequency_penalty"),
+        _ => None,
+    })
 }
 
 /// The name as Ollama's clients know it.
@@ -169,7 +186,7 @@ pub(crate) fn tagged(name: &str) -> String {
 
 impl Common {
     fn name(&self) -> String {
-        self.model.as_deref().map_or(DEFAULT_MODEL, model_name).to_owned()
+        self.model.as_deref().unwrap_or(DEFAULT_MODEL).to_owned()
     }
 
     fn nothing(&self) -> Result<Wanted, Refusal> {
@@ -308,7 +325,7 @@ mod tests {
             br#"{"model": "default:latest", "messages": [{"role": "user", "content": "x"}], "format": "json",
                 "think": false, "options": {"num_predict": 5, "repeat_penalty": 1.5, "num_ctx": 4096, "stop": ["y"]}}"#,
         ));
-        assert_eq!((&body["model"], &body["max_tokens"]), (&json!("default"), &json!(5)));
+        assert_eq!((&body["model"], &body["max_tokens"]), (&json!("default:latest"), &json!(5)));
         assert_eq!((&body["repetition_penalty"], &body["stop"]), (&json!(1.5), &json!(["y"])));
         assert_eq!(body["response_format"]["type"], "json_object");
         assert_eq!(body["chat_template_kwargs"]["thinking"], false);
@@ -366,6 +383,7 @@ mod tests {
         let options =
             |options: &str| refused(generate(format!(r#"{{"prompt": "x", "options": {options}}}"#).as_bytes()));
         assert_eq!(options(r#"{"mirostat": 1}"#), "options.mirostat");
+        assert_eq!(renamed(Refusal::invalid("response_format", "x")).body()["error"]["message"], "'format' x");
         assert_eq!(options(r#"{"num_predict": 5000000000}"#), "options.num_predict");
     }
 

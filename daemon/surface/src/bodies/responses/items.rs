@@ -1,7 +1,7 @@
 //! What went into a stored response, item by item, and which item does a reference name?
 
 use super::request::Fields;
-use super::script::Script;
+use super::script::{Script, Tokens};
 use super::stored::{self, ResponseId};
 use crate::refusal::Refusal;
 use serde::Deserialize;
@@ -136,7 +136,7 @@ fn answered(id: ResponseId, model: &str, turn: &SaidTurn) -> Vec<Value> {
     let Some(answer) = &turn.answer else { return Vec::new() };
     let mut script = Script::begin(stored::head(id, model, turn), None);
     stored::say(&mut script, answer);
-    script.close();
+    script.end(&stored::end(turn), Tokens::default());
     script.response("completed")["output"].as_array().cloned().unwrap_or_default()
 }
 

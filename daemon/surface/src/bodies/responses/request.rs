@@ -3,11 +3,13 @@
 use super::script::Head;
 use crate::bodies::answer::now;
 use crate::bodies::figures::Telling;
+use crate::bodies::missing::MissingFields;
+use crate::bodies::whole::whole;
 use crate::bodies::{fields, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::DEFAULT_MODEL;
+use sparsed_engine::{DEFAULT_MODEL, Sampling};
 
 /// The request. What is not named is ignored.
 #[derive(Debug, Deserialize)]
@@ -19,12 +21,17 @@ pub(super) struct Fields {
     pub(super) background: Option<bool>,
     pub(super) store: Option<bool>,
     pub(super) previous_response_id: Option<String>,
+    #[serde(default, deserialize_with = "whole")]
     max_output_tokens: Option<u32>,
     temperature: Option<f64>,
     top_p: Option<f64>,
-    top_k: Option<i64>,
+    top_k: Option<Value>,
     min_p: Option<f64>,
-    seed: Option<i64>,
+    seed: Option<Value>,
+    stop: Option<Value>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    logit_bias: Option<Value>,
     ignore_eos: Option<bool>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
@@ -35,9 +42,15 @@ pub(super) struct Fields {
     timings_per_token: Option<bool>,
     metadata: Option<Value>,
     truncation: Option<String>,
+    // What changes nothing here, and is told again.
+    max_tool_calls: Option<Value>,
+    safety_identifier: Option<Value>,
+    prompt_cache_key: Option<Value>,
+    user: Option<Value>,
     // What would change the answer and is not served.
     conversation: Option<Value>,
     prompt: Option<Value>,
+    #[serde(default, deserialize_with = "whole")]
     top_logprobs: Option<u32>,
 }
 
@@ -65,7 +78,8 @@ impl Fields {
     /// What is wrong with it, and where.
     pub(super) fn read(body: &[u8]) -> Result<Self, Refusal> {
         let fields: Self = parse(body)?;
-        fields::check::<Self, Self, Self>(body)?;
+        fields::check::<Self, MissingFields, Self, Self>(body)?;
+        parse::<MissingFields>(body)?.refuse()?;
         let asks = [
             ("conversation", fields.conversation.as_ref().is_some_and(|value| !value.is_null())),
             ("prompt", fields.prompt.as_ref().is_some_and(|value| !value.is_null())),
@@ -119,12 +133,12 @@ impl Fields {
     /// An item that is not served, with its place.
     pub(super) fn chat(&self, session: Option<&str>) -> Result<Value, Refusal> {
         let rules = self.instructions.iter().map(|text| json!({ "role": "system", "content": text }));
-        let mut messages: Vec<Value> = rules.collect();
+        let mut conversation = Conversation { messages: rules.collect(), thought: String::new() };
         match &self.input {
-            Input::Text(text) => messages.push(json!({ "role": "user", "content": text })),
+            Input::Text(text) => conversation.say(json!({ "role": "user", "content": text })),
             Input::Items(items) => {
                 for (at, item) in items.iter().enumerate() {
-                    messages.extend(message(at, item)?);
+                    conversation.take(at, item)?;
                 }
             }
         }
@@ -134,13 +148,17 @@ impl Fields {
             // A session's model is its own.
             "model": if session.is_some() { self.model.as_deref() } else { Some(self.model()) },
             "session_id": session,
-            "messages": messages,
+            "messages": conversation.messages,
             "max_completion_tokens": self.max_output_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "min_p": self.min_p,
             "seed": self.seed,
+            "stop": self.stop,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": self.logit_bias,
             "ignore_eos": self.ignore_eos,
             "tools": tools,
             "tool_choice": self.tool_choice.as_ref().map(tool_choice),
@@ -153,8 +171,10 @@ impl Fields {
         }))
     }
 
-    /// What the response called `id` says of itself.
+    /// What the response called `id` says of itself: all members that the schema of OpenAI's responses asks for.
     pub(super) fn head(&self, id: String) -> Head {
+        let default = Sampling::default();
+        let number = |asked: Option<f64>, default: f32| asked.unwrap_or_else(|| default.into());
         let fixed = json!({
             "created_at": now(),
             "model": self.model(),
@@ -166,39 +186,89 @@ impl Fields {
             "parallel_tool_calls": self.parallel_tool_calls.unwrap_or(true),
             "previous_response_id": self.previous_response_id,
             "reasoning": { "effort": self.reasoning.as_ref().and_then(|r| r.effort.clone()), "summary": null },
-            "temperature": self.temperature,
+            "temperature": number(self.temperature, default.temperature),
+            "presence_penalty": number(self.presence_penalty, default.presence_penalty),
+            "frequency_penalty": number(self.frequency_penalty, default.frequency_penalty),
+            "top_logprobs": 0,
+            "max_tool_calls": self.max_tool_calls,
+            "service_tier": "default",
+            "safety_identifier": self.safety_identifier,
+            "prompt_cache_key": self.prompt_cache_key,
+            "user": self.user,
             "text": { "format": self.text.as_ref().and_then(|text| text.format.clone())
                 .unwrap_or_else(|| json!({ "type": "text" })) },
             "tool_choice": self.tool_choice.clone().unwrap_or_else(|| json!("auto")),
             "tools": self.tools.clone().unwrap_or_default(),
-            "top_p": self.top_p,
+            "top_p": number(self.top_p, default.top_p),
             "truncation": "disabled",
         });
         Head { id, fixed, telling: self.telling() }
     }
 }
 
-/// An item as a message; what the model thought in another response is not needed.
-fn message(at: usize, item: &Map<String, Value>) -> Result<Option<Value>, Refusal> {
-    let text = |name: &str| item.get(name).and_then(Value::as_str).unwrap_or_default();
-    let place = |name: &str| format!("input[{at}].{name}");
-    match item.get("type").and_then(Value::as_str).unwrap_or("message") {
-        "message" => {
-            let content = content(item.get("content"), &place("content"))?;
-            Ok(Some(json!({ "role": text("role"), "content": content })))
+/// Items as the messages of a chat, in which an assistant's reasoning, text and calls are one.
+struct Conversation {
+    messages: Vec<Value>,
+    /// What was thought before the next item.
+    thought: String,
+}
+
+impl Conversation {
+    fn take(&mut self, at: usize, item: &Map<String, Value>) -> Result<(), Refusal> {
+        let text = |name: &str| item.get(name).and_then(Value::as_str).unwrap_or_default();
+        let place = |name: &str| format!("input[{at}].{name}");
+        match item.get("type").and_then(Value::as_str).unwrap_or("message") {
+            "message" => {
+                let content = content(item.get("content"), &place("content"))?;
+                self.say(json!({ "role": text("role"), "content": content }));
+            }
+            "function_call" => {
+                let function = json!({ "name": text("name"), "arguments": text("arguments") });
+                self.call(json!({ "id": text("call_id"), "type": "function", "function": function }));
+            }
+            "function_call_output" => {
+                let output = content(item.get("output"), &place("output"))?;
+                self.say(json!({ "role": "tool", "tool_call_id": text("call_id"), "content": output }));
+            }
+            "reasoning" => self.thought += &thought(item),
+            other => return Err(Refusal::invalid(&place("type"), format!("is '{other}', which is not served"))),
         }
-        "function_call" => {
-            let function = json!({ "name": text("name"), "arguments": text("arguments") });
-            let call = json!({ "id": text("call_id"), "type": "function", "function": function });
-            Ok(Some(json!({ "role": "assistant", "content": null, "tool_calls": [call] })))
-        }
-        "function_call_output" => {
-            let output = content(item.get("output"), &place("output"))?;
-            Ok(Some(json!({ "role": "tool", "tool_call_id": text("call_id"), "content": output })))
-        }
-        "reasoning" => Ok(None),
-        other => Err(Refusal::invalid(&place("type"), format!("is '{other}', which is not served"))),
+        Ok(())
     }
+
+    fn say(&mut self, mut message: Value) {
+        let thought = std::mem::take(&mut self.thought);
+        if message["role"] == "assistant" && !thought.is_empty() {
+            message["reasoning_content"] = thought.into();
+        }
+        self.messages.push(message);
+    }
+
+    /// A call belongs to the assistant's message before it, if there is one.
+    fn call(&mut self, call: Value) {
+        if self.messages.last().is_none_or(|last| last["role"] != "assistant") {
+            self.say(json!({ "role": "assistant", "content": null }));
+        }
+        let Some(Value::Object(message)) = self.messages.last_mut() else { return };
+        if !self.thought.is_empty() {
+            let before = message.get("reasoning_content").and_then(Value::as_str).unwrap_or_default();
+            let thought = format!("{before}{}", std::mem::take(&mut self.thought));
+            message.insert("reasoning_content".to_owned(), thought.into());
+        }
+        if let Some(calls) = message.entry("tool_calls").or_insert_with(|| json!([])).as_array_mut() {
+            calls.push(call);
+        }
+    }
+}
+
+/// The text of an item of reasoning, or what sums it up.
+fn thought(item: &Map<String, Value>) -> String {
+    let texts = |name: &str| -> String {
+        let parts = item.get(name).and_then(Value::as_array).into_iter().flatten();
+        parts.filter_map(|part| part["text"].as_str()).collect::<Vec<_>>().join("\n")
+    };
+    let content = texts("content");
+    if content.is_empty() { texts("summary") } else { content }
 }
 
 /// A text, or parts of text.
@@ -259,6 +329,7 @@ fn format(format: &Value) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use super::super::script::Script;
     use super::*;
 
     fn chat(body: &str) -> Result<Value, Value> {
@@ -283,6 +354,60 @@ mod tests {
         assert_eq!(chat["messages"][1]["content"][0], json!({ "type": "text", "text": "x" }));
         assert_eq!(chat["tool_choice"]["function"]["name"], "f");
         assert_eq!(chat["response_format"]["json_schema"]["schema"]["type"], "array");
+    }
+
+    #[test]
+    fn a_response_has_all_members_that_openais_schema_asks_for() {
+        let fields =
+            Fields::read(br#"{"input": "x", "temperature": 0.5, "user": "me", "max_output_tokens": 4.0}"#).unwrap();
+        let response = Script::begin(fields.head("resp_1".to_owned()), None).response("in_progress");
+        let names = "id object created_at completed_at status incomplete_details model previous_response_id instructions \
+            output error tools tool_choice truncation parallel_tool_calls text top_p presence_penalty \
+            frequency_penalty top_logprobs temperature reasoning usage max_output_tokens max_tool_calls store \
+            background service_tier metadata safety_identifier prompt_cache_key user";
+        for name in names.split_whitespace() {
+            assert!(response.get(name).is_some(), "{name}");
+        }
+        assert_eq!((&response["temperature"], &response["top_p"]), (&json!(0.5), &json!(1.0)));
+        assert_eq!((&response["user"], &response["max_output_tokens"]), (&json!("me"), &json!(4)));
+    }
+
+    #[test]
+    fn what_chats_have_too_is_heeded_and_what_is_not_served_refused() {
+        let body = r#"{"input": "x", "stop": ["y"], "presence_penalty": 1, "logit_bias": {"7": 1}, "seed": 1.0}"#;
+        let asked = chat(body).unwrap();
+        assert_eq!((&asked["stop"], &asked["presence_penalty"]), (&json!(["y"]), &json!(1.0)));
+        assert_eq!((&asked["logit_bias"]["7"], &asked["seed"]), (&json!(1), &json!(1.0)));
+        assert_eq!(chat(r#"{"input": "x", "min_tokens": 3}"#), Err("min_tokens".into()));
+    }
+
+    #[test]
+    fn what_an_assistant_thinks_says_and_calls_is_one_message() {
+        let messages = |items: Value| chat(&json!({ "input": items }).to_string()).unwrap()["messages"].clone();
+        let call = |id: &str| json!({ "type": "function_call", "call_id": id, "name": "f", "arguments": "{}" });
+        let called = |id: &str| json!({ "id": id, "type": "function", "function": { "name": "f", "arguments": "{}" } });
+        let output = |id: &str| json!({ "type": "function_call_output", "call_id": id, "output": id });
+        let result = |id: &str| json!({ "role": "tool", "tool_call_id": id, "content": id });
+        let thought = json!({ "type": "reasoning", "content": [{ "type": "reasoning_text", "text": "Hm." }] });
+        let said = json!({ "role": "assistant", "content": "Well." });
+        let all =
+            json!([{ "role": "user", "content": "x" }, thought, said, call("a"), call("b"), output("a"), output("b")]);
+        let one = json!({
+            "role": "assistant", "content": "Well.", "reasoning_content": "Hm.", "tool_calls": [called("a"), called("b")],
+        });
+        assert_eq!(messages(all), json!([{ "role": "user", "content": "x" }, one, result("a"), result("b")]));
+        // Without a text, summed up, and in steps.
+        let summed_up = json!({ "type": "reasoning", "summary": [{ "type": "summary_text", "text": "Hm." }] });
+        let step = |id: &str| json!({ "role": "assistant", "content": null, "reasoning_content": "Hm.", "tool_calls": [called(id)] });
+        let steps = json!([summed_up, call("a"), output("a"), summed_up, call("b"), output("b")]);
+        assert_eq!(messages(steps), json!([step("a"), result("a"), step("b"), result("b")]));
+        let late = messages(json!([said, thought, call("a")]));
+        assert_eq!((late.as_array().unwrap().len(), &late[0]["reasoning_content"]), (1, &json!("Hm.")));
+        assert_eq!(
+            messages(json!([said, thought, { "role": "user", "content": "y" }]))[1]["reasoning_content"],
+            json!(null)
+        );
+        assert_eq!(messages(json!([said, said])).as_array().unwrap().len(), 2);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! an answer do not depend on how it was cut into pieces, and one that is put together again from the journal goes on
 //! after any number that a client has seen.
 
+use crate::bodies::answer::now;
 use crate::bodies::figures::{Telling, prompt_progress, timings, timings_so_far};
 use serde_json::{Value, json};
 use sparsed_engine::api::{Event, FinishReason, Finished, Progress};
@@ -54,6 +55,8 @@ pub(crate) struct Script {
     output: Vec<Value>,
     open: Option<Open>,
     n_calls: usize,
+    /// Seconds since 1970, of a response that was heard to be complete.
+    completed_at: Option<u64>,
     /// Times of what was not told yet.
     timings: Option<Value>,
     /// Written, not taken yet.
@@ -80,7 +83,8 @@ impl Script {
     /// Begins a response; a client that has heard `after` hears what follows it.
     pub(crate) fn begin(head: Head, after: Option<u64>) -> Self {
         let (output, events) = (Vec::new(), Vec::new());
-        let mut script = Self { head, number: 0, output, open: None, n_calls: 0, timings: None, events, after };
+        let (open, completed_at, timings) = (None, None, None);
+        let mut script = Self { head, number: 0, output, open, n_calls: 0, completed_at, timings, events, after };
         let response = script.response("in_progress");
         script.tell_at(0, json!({ "type": "response.created", "response": response }));
         script.tell(json!({ "type": "response.in_progress", "response": response }));
@@ -110,6 +114,7 @@ impl Script {
                     reasoning: Some(usage.reasoning_tokens),
                 };
                 let end = if reason == FinishReason::Length { End::Incomplete } else { End::Completed };
+                self.completed_at = (end == End::Completed).then(now);
                 self.end(&end, tokens)
             }
             Event::Failed(failure) => {
@@ -160,7 +165,7 @@ impl Script {
 
     /// Ends the response. Always `true`.
     pub(super) fn end(&mut self, end: &End, tokens: Tokens) -> bool {
-        self.close();
+        self.close_as(if *end == End::Completed { "completed" } else { "incomplete" });
         let (status, kind) = match end {
             End::Completed => ("completed", "response.completed"),
             End::Incomplete => ("incomplete", "response.incomplete"),
@@ -194,6 +199,7 @@ impl Script {
         response["id"] = json!(self.head.id);
         response["object"] = json!("response");
         response["status"] = json!(status);
+        response["completed_at"] = json!(self.completed_at);
         response["error"] = Value::Null;
         response["incomplete_details"] = Value::Null;
         response["output"] = json!(self.output);
@@ -264,7 +270,11 @@ impl Script {
     }
 
     /// Ends the text that goes on.
-    pub(super) fn close(&mut self) {
+    fn close(&mut self) {
+        self.close_as("completed");
+    }
+
+    fn close_as(&mut self, status: &str) {
         let Some(Open { kind, id, text }) = self.open.take() else { return };
         let mut event = self.part(kind.done(), &id);
         event["text"] = json!(text);
@@ -275,7 +285,7 @@ impl Script {
         let mut event = self.part("response.content_part.done", &id);
         event["part"] = kind.content(&text);
         self.tell(event);
-        self.item_done(kind.item(&id, "completed", &[kind.content(&text)]));
+        self.item_done(kind.item(&id, status, &[kind.content(&text)]));
     }
 
     fn item_done(&mut self, item: Value) {
@@ -382,6 +392,7 @@ mod tests {
         assert_eq!(kinds, all.map(|kind| format!("response.{kind}")).collect::<Vec<_>>());
         let response = Script::last_response(&events).unwrap();
         assert_eq!((&response["status"], &response["model"]), (&json!("completed"), &json!("m")));
+        assert!(response["completed_at"].is_u64() && events[0]["response"]["completed_at"].is_null());
         assert_eq!(response["output"][0]["content"][0]["text"], "Hello");
         assert_eq!(response["output"][1]["name"], "f");
         assert_eq!(response["usage"]["total_tokens"], 7);
@@ -409,6 +420,19 @@ mod tests {
             (&json!("incomplete"), &json!("incomplete"))
         );
         assert_eq!(response["output"][0]["arguments"], "{\"a\": ");
+    }
+
+    #[test]
+    fn a_text_that_its_limit_has_cut_is_incomplete_and_the_reasoning_before_it_is_not() {
+        let mut script = Script::begin(head(), None);
+        script.hear(Event::Reasoning { text: "Hm.".to_owned() });
+        script.hear(Event::Delta { text: "Wel".to_owned(), tokens: Vec::new() });
+        let (usage, timings) = (Usage::default(), Timings::default());
+        script.hear(Event::Finished(Finished { reason: FinishReason::Length, stopped_by: None, usage, timings }));
+        let response = Script::last_response(&script.take()).unwrap();
+        assert_eq!((&response["status"], &response["completed_at"]), (&json!("incomplete"), &Value::Null));
+        let of = |at: usize| response["output"][at]["status"].as_str().unwrap();
+        assert_eq!((of(0), of(1)), ("completed", "incomplete"));
     }
 
     #[test]

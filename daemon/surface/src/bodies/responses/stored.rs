@@ -162,14 +162,7 @@ pub(crate) async fn stored(
     if let Some(answer) = &turn.answer {
         say(&mut script, answer);
     }
-    let end = match turn.end {
-        TurnEnd::Complete if turn.max_tokens == Some(turn.answer_tokens) => End::Incomplete,
-        TurnEnd::Complete => End::Completed,
-        TurnEnd::Cancelled => End::Cancelled,
-        TurnEnd::Failed | TurnEnd::Cut | TurnEnd::Running => {
-            End::Failed { code: "cut_off".to_owned(), message: "the answer was given up".to_owned() }
-        }
-    };
+    let end = end(turn);
     let status = match end {
         End::Completed => "completed",
         End::Incomplete => "incomplete",
@@ -234,6 +227,18 @@ pub(super) fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
         "truncation": "disabled",
     });
     Head { id: id.to_string(), fixed, telling: Telling::default() }
+}
+
+/// How the response of a turn ended.
+pub(super) fn end(turn: &SaidTurn) -> End {
+    match turn.end {
+        TurnEnd::Complete if turn.max_tokens == Some(turn.answer_tokens) => End::Incomplete,
+        TurnEnd::Complete => End::Completed,
+        TurnEnd::Cancelled => End::Cancelled,
+        TurnEnd::Failed | TurnEnd::Cut | TurnEnd::Running => {
+            End::Failed { code: "cut_off".to_owned(), message: "the answer was given up".to_owned() }
+        }
+    }
 }
 
 pub(super) fn say(script: &mut Script, answer: &ChatMessage) {
