@@ -1,5 +1,5 @@
-//! The interface is what `packaging/openapi.yaml` says: all paths are there, and schemathesis makes requests of it, right
-//! ones and wrong ones.
+//! The interface is what `packaging/openapi.yaml` says: all paths are there, and schemathesis makes requests of it,
+//! right ones and wrong ones.
 
 use super::tcp;
 use std::collections::BTreeSet;

@@ -1,5 +1,5 @@
-//! Shapes of requests that libraries write for other servers: schemas for validators, numbers with a point, names with a
-//! tag, fields of vLLM's and llama.cpp's on OpenAI's paths, conversations with calls.
+//! Shapes of requests that libraries write for other servers: schemas for validators, numbers with a point, names with
+//! a tag, fields of vLLM's and llama.cpp's on OpenAI's paths, conversations with calls.
 
 use super::strangers::{error, function, start};
 use serde_json::{Value, json};

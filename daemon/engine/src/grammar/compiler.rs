@@ -20,8 +20,8 @@ const STACK_BYTES: usize = 256 << 20;
 const TOKEN_BYTES_MAX: usize = 1000;
 /// What may stand between the tokens of JSON: small models otherwise write blanks until `max_tokens`.
 const WHITESPACE: &str = r"[ \n\r\t]{1,40}";
-/// Keywords of schemas that are not followed and no reason to refuse one: libraries write them for dictionaries and sets,
-/// and look at the answer themselves.
+/// Keywords of schemas that are not followed and no reason to refuse one: libraries write them for dictionaries and
+/// sets, and look at the answer themselves.
 const PASSED_OVER: &[&str] = &["propertyNames", "uniqueItems"];
 /// Longest message about a grammar.
 const MESSAGE_CHARS_MAX: usize = 200;

@@ -31,7 +31,6 @@ struct ChatFields {
     max_tokens: Option<i64>,
     #[serde(default, deserialize_with = "whole")]
     max_completion_tokens: Option<i64>,
-    /// llama.cpp's name.
     #[serde(default, deserialize_with = "whole")]
     n_predict: Option<i64>,
     tools: Option<Vec<Value>>,
@@ -124,10 +123,8 @@ impl ChatAsk {
             return Err(Refusal::invalid(name, "is not served in a session"));
         }
         if fields.session_id.is_some() && fields.continue_final_message == Some(true) {
-            return Err(Refusal::invalid(
-                "continue_final_message",
-                "is not served in a session: it has a way to continue",
-            ));
+            let reason = "is not served in a session: it has a way to continue";
+            return Err(Refusal::invalid("continue_final_message", reason));
         }
         fields.narrow()?;
         let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?

@@ -1,5 +1,5 @@
-//! Which wishes about an answer do other servers fulfil and this one does not? They are refused by name unless they are off:
-//! an answer to something else than was asked for would not be noticed.
+//! Which wishes about an answer do other servers fulfil and this one does not? They are refused by name unless they are
+//! off: an answer to something else than was asked for would not be noticed.
 
 use crate::refusal::Refusal;
 use serde::Deserialize;

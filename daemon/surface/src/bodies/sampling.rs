@@ -13,7 +13,8 @@ use std::collections::BTreeMap;
 /// Most answers to one request.
 const ANSWERS_MAX: u32 = 4;
 
-/// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM, `repeat_penalty` as llama.cpp has them.
+/// Fields as OpenAI has them, and `top_k`, `min_p`, `repetition_penalty` as vLLM, `repeat_penalty` as llama.cpp has
+/// them.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct SamplingFields {

@@ -34,8 +34,8 @@ struct DetokenizeFields {
 }
 
 /// Of `content` `{"tokens": [...]}`: ids, or with `with_pieces` objects with `id` and `piece`, which is text, or bytes
-/// where it is not whole characters. Of `prompt` and `messages` vLLM's form: `tokens`, their `count` and `max_model_len`.
-/// Control tokens in the text are text, as in every prompt.
+/// where it is not whole characters. Of `prompt` and `messages` vLLM's form: `tokens`, their `count` and
+/// `max_model_len`. Control tokens in the text are text, as in every prompt.
 ///
 /// # Errors
 /// What is wrong with the request; a model without tokenizer.

@@ -1,4 +1,5 @@
-//! How does HTTP say that something failed? OpenAI's error object with its status; below `/api` Ollama's, which is a text.
+//! How does HTTP say that something failed? OpenAI's error object with its status; below `/api` Ollama's, which is a
+//! text.
 
 use crate::refusal::Refusal;
 use axum::body::Body;

@@ -1,8 +1,10 @@
-//! How is a client's JSON Schema given to `llguidance`? With the layout of the JSON, and without what no automaton follows.
+//! How is a client's JSON Schema given to `llguidance`? With the layout of the JSON, and without what no automaton
+//! follows.
 //!
-//! Schemas are written for validators. What those treat as a remark (formats that they do not know), and some constraints
-//! that a client's validator looks at anyway, are no reason to refuse an answer: `llguidance` passes over them where it is
-//! `lenient`. The engine's compiler says which keywords may be passed over; others are refused as before.
+//! Schemas are written for validators. What those treat as a remark (formats that they do not know), and some
+//! constraints that a client's validator looks at anyway, are no reason to refuse an answer: `llguidance` passes over
+//! them where it is `lenient`. The engine's compiler says which keywords may be passed over; others are refused as
+//! before.
 
 use regex::RegexBuilder;
 use serde_json::{Value, json};
