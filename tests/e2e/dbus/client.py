@@ -162,11 +162,11 @@ def gone(client, path):
 def refusals(address):
     client = Client(address)
     # One text and nothing else: GLib shows no message of an error that carries more.
-    (message,) = refused(ERROR + "InvalidJson", client.generate, {"messages": 5})
+    (message,) = refused(ERROR + "InvalidValue", client.generate, {"messages": 5})
     assert message.startswith("'messages'"), message
     refused(ERROR + "ModelNotFound", client.generate, chat(model="none"))
     refused(ERROR + "ContextLengthExceeded", client.generate, {"messages": [{"role": "user", "content": "x" * 50000}]})
-    refused(ERROR + "InvalidJson", client.generate, chat(), colour="red")
+    refused(ERROR + "InvalidValue", client.generate, chat(), colour="red")
     refused(ERROR + "InvalidValue", client.generate, chat(), endpoint="embeddings")
     refused(ERROR + "InvalidValue", client.generate, chat(), handle_token="../x")
     refused(ERROR + "SessionNotFound", client.session, f"{ROOT}/sessions/sess_0", "Checkpoint")
@@ -402,7 +402,7 @@ def adds(address, model, store):
         assert refusal(added(client, other)) == ("invalid_value", "file"), other
     refused(ERROR + "InvalidValue", add, client, fd, "../small")
     refused(ERROR + "InvalidValue", add, client, fd, sha256="abc")
-    refused(ERROR + "InvalidJson", add, client, fd, colour="red")
+    refused(ERROR + "InvalidValue", add, client, fd, colour="red")
     refused("org.freedesktop.DBus.Error.InvalidArgs", client.manager, "AddModel", "ssa{sv}", model, "small", {})
     assert in_store(store) == [], in_store(store)
 
@@ -539,7 +539,7 @@ def sessions(address):
     assert {path, fork, copy} <= set(listed), listed
     tree = client.call(f"{ROOT}/sessions", "org.freedesktop.DBus.Introspectable", "Introspect")[0]
     assert all(name.rsplit("/", 1)[1] in tree for name in (path, fork, copy)), tree
-    refused(ERROR + "InvalidJson", client.session, path, "Change", "a{sv}", variants({"durability": 5}))
+    refused(ERROR + "InvalidValue", client.session, path, "Change", "a{sv}", variants({"durability": 5}))
     for one in (path, fork, copy):
         client.session(one, "Delete")
         refused(ERROR + "SessionNotFound", client.session, one, "GetMessages")

@@ -254,21 +254,21 @@ impl Failure {
 
     /// Whether the same request may be answered at another time: it was its time, its client or a limit, not itself.
     pub(crate) fn may_pass(&self) -> bool {
-        match self {
+        matches!(
+            self,
             Self::ModelLoading { .. }
-            | Self::ModelUnloaded { .. }
-            | Self::ModelUnavailable { .. }
-            | Self::QueueFull { .. }
-            | Self::UserQueueFull { .. }
-            | Self::TooManyRequests { .. }
-            | Self::UserTokensFull { .. }
-            | Self::UserKvFull { .. }
-            | Self::MemoryShort { .. }
-            | Self::DeadlineMissed { .. }
-            | Self::SlowConsumer { .. }
-            | Self::CutOff
-            | Self::ShuttingDown => true,
-            _ => false,
-        }
+                | Self::ModelUnloaded { .. }
+                | Self::ModelUnavailable { .. }
+                | Self::QueueFull { .. }
+                | Self::UserQueueFull { .. }
+                | Self::TooManyRequests { .. }
+                | Self::UserTokensFull { .. }
+                | Self::UserKvFull { .. }
+                | Self::MemoryShort { .. }
+                | Self::DeadlineMissed { .. }
+                | Self::SlowConsumer { .. }
+                | Self::CutOff
+                | Self::ShuttingDown
+        )
     }
 }
