@@ -43,7 +43,7 @@ enum End {
 }
 
 impl Ending {
-    /// Of an answer without a new token: what was there before it stays. Of a `resumed` one not all was sent again before
+    /// Of an answer without a new token: what was there before stays. Of a `resumed` one not all was sent again before
     /// its first new token.
     pub(super) fn unheard(resumed: Option<&Before>) -> Self {
         match resumed {

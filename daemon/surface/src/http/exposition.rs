@@ -14,8 +14,8 @@ pub(super) fn wants_openmetrics(headers: &HeaderMap) -> bool {
     accepted.flat_map(|value| value.split(',')).any(|media| media.trim().starts_with("application/openmetrics-text"))
 }
 
-/// The same metrics in Prometheus' format 0.0.4: a counter's family is called as its samples are, `..._total`, and there
-/// is no end mark.
+/// The same metrics in Prometheus' format 0.0.4: a counter's family is called as its samples are, `..._total`, and
+/// there is no end mark.
 pub(super) fn classic(openmetrics: &str) -> String {
     let is_counter = |line: &str| Some(line.strip_prefix("# TYPE ")?.strip_suffix(" counter")?.to_owned());
     let counters: BTreeSet<String> = openmetrics.lines().filter_map(is_counter).collect();

@@ -165,8 +165,8 @@ pub(super) struct Unread {
 }
 
 impl Request {
-    /// Reads a publish that came in at `place`. `is_known` says which clients have requests here, `default_ms` is the time
-    /// that a request has which does not say.
+    /// Reads a publish that came in at `place`. `is_known` says which clients have requests here, `default_ms` is the
+    /// time that a request has which does not say.
     ///
     /// # Errors
     /// What is wrong with it.
