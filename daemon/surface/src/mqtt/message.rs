@@ -3,24 +3,18 @@
 //! A client of MQTT 5 names its reply topic and correlation data as properties, one of 3.1.1 writes `reply_to` and `id`
 //! into the payload.
 
+use super::envelope::Envelope;
 use super::topics::{Op, Place, Topics, is_segment};
 use crate::bodies::parse;
 use crate::refusal::Refusal;
-use serde::de::value::MapAccessDeserializer;
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
-use std::fmt;
 
 /// Most bytes of correlation data.
 const CORRELATION_BYTES_MAX: usize = 256;
 /// The longest time that a request may have, in milliseconds.
 const DEADLINE_MS_MAX: u64 = 24 * 3600 * 1000;
-/// Pause between two deltas when the request does not say.
-const MIN_MS_DEFAULT: u64 = 100;
-/// The least that `max_bytes` may be: a part needs room for more than its frame.
-const PART_BYTES_MIN: usize = 256;
 
 /// A publish that came in.
 #[derive(Clone, Debug, Default)]
@@ -35,75 +29,6 @@ pub(super) struct Publish {
     pub(super) correlation: Option<Vec<u8>>,
     /// Seconds that are left of the property Message Expiry Interval.
     pub(super) expiry_s: Option<u32>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Envelope {
-    v: Option<u32>,
-    #[serde(default)]
-    id: Id,
-    reply_to: Option<String>,
-    deadline_ms: Option<u64>,
-    #[serde(default)]
-    body: Map<String, Value>,
-    session: Option<String>,
-    #[serde(default, deserialize_with = "stream")]
-    stream: Option<Stream>,
-    max_bytes: Option<usize>,
-}
-
-/// Small devices count their requests.
-#[derive(Debug, Default, Deserialize)]
-#[serde(untagged, expecting = "expected a word or a whole number")]
-enum Id {
-    Word(String),
-    Number(u64),
-    #[default]
-    None,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Stream {
-    #[serde(default)]
-    mode: Mode,
-    min_ms: Option<u64>,
-}
-
-/// `true` or `false` as on the other doors, or the mode with its pace. By hand, so that an error names the field.
-fn stream<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Stream>, D::Error> {
-    struct Shapes;
-
-    impl<'de> Visitor<'de> for Shapes {
-        type Value = Option<Stream>;
-
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("true, false, or an object with mode (none or delta) and min_ms")
-        }
-
-        fn visit_bool<E>(self, is_wanted: bool) -> Result<Self::Value, E> {
-            Ok(is_wanted.then_some(Stream { mode: Mode::Delta, min_ms: None }))
-        }
-
-        fn visit_unit<E>(self) -> Result<Self::Value, E> {
-            Ok(None)
-        }
-
-        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-            Stream::deserialize(MapAccessDeserializer::new(map)).map(Some)
-        }
-    }
-
-    deserializer.deserialize_any(Shapes)
-}
-
-#[derive(Debug, Default, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum Mode {
-    None,
-    #[default]
-    Delta,
 }
 
 /// A request, as it is journaled.
@@ -251,45 +176,6 @@ fn text_of(payload: &[u8], name: &str) -> Option<String> {
     }
 }
 
-impl Envelope {
-    fn check(&self) -> Result<(), (&'static str, &'static str)> {
-        if self.v.is_some_and(|version| version != 1) {
-            return Err(("v", "must be 1"));
-        }
-        if self.max_bytes.is_some_and(|bytes| bytes < PART_BYTES_MIN) {
-            return Err(("max_bytes", "must be at least 256"));
-        }
-        if self.body.get("n").is_some_and(|n| !n.is_null() && *n != 1) {
-            return Err(("n", "must be 1 on this door"));
-        }
-        Ok(())
-    }
-
-    /// The body with what the envelope says of it. Answers always come in pieces, whoever hears them.
-    fn body(&self) -> String {
-        let mut body = self.body.clone();
-        if let Some(session) = &self.session {
-            body.insert("session_id".to_owned(), json!(session));
-        }
-        Value::Object(body).to_string()
-    }
-
-    fn id(&self) -> Option<String> {
-        match &self.id {
-            Id::Word(word) => Some(word.clone()),
-            Id::Number(number) => Some(number.to_string()),
-            Id::None => None,
-        }
-    }
-
-    fn min_ms(&self) -> Option<u64> {
-        match self.stream.as_ref()? {
-            Stream { mode: Mode::None, .. } => None,
-            Stream { mode: Mode::Delta, min_ms } => Some(min_ms.unwrap_or(MIN_MS_DEFAULT)),
-        }
-    }
-}
-
 /// The name of a request that has correlation data only.
 fn id_of(correlation: &[u8]) -> String {
     match std::str::from_utf8(correlation) {
@@ -361,6 +247,7 @@ fn split(text: &str, room: usize) -> Vec<&str> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::mqtt::envelope::{MIN_MS_DEFAULT, PART_BYTES_MIN};
 
     /// A chat of the client `lamp`.
     pub(in crate::mqtt) fn request(payload: &str) -> Request {

@@ -7,6 +7,7 @@
 
 mod desk;
 mod entry;
+mod envelope;
 mod herald;
 mod journal;
 #[cfg(test)]
