@@ -131,6 +131,8 @@ impl<D: Disk> Scan<'_, D> {
         })?;
         folder.remove_unfinished(self.disk)?;
         cut_tail(self.disk, folder, &file, &position, tail)?;
+        // What was cut would be back after a power cut, in the place of what is said from now on.
+        let is_cut_for_good = tail == Tail::Clean || self.disk.sync(&folder.journal()).is_ok();
         let n_bytes = file.len() as u64 - position.n_bytes;
         let kind = match tail {
             Tail::Clean => None,
@@ -141,7 +143,7 @@ impl<D: Disk> Scan<'_, D> {
         session.journal.is_cut = length(self.disk, &folder.cut())? > 0;
         session.kv.n_bytes = length(self.disk, &folder.kv())?;
         session.release();
-        session.journal.is_broken = folder.is_unsure(self.disk)?;
+        session.journal.is_broken = folder.is_unsure(self.disk)? || !is_cut_for_good;
         Ok((session, kind))
     }
 
