@@ -37,8 +37,8 @@ fn nothing_is_lost_or_leaked_and_no_answer_is_wrong() {
     assert!(sum.slow_rows > 1000 * n && sum.images > 10 * n, "{sum:?}");
 }
 
-/// The first two gave a wrong token once: a block of a turn that could not be journaled was kept as one of what was said
-/// before. In the third what a start had cut off a journal was back after a power cut.
+/// The first two gave a wrong token once: a block of a turn that could not be journaled was kept as one of what was
+/// said before. In the third what a start had cut off a journal was back after a power cut.
 #[test]
 fn seeds_that_have_failed_once_are_clean() {
     for seed in [1930, 2135, 302_037] {
