@@ -23,7 +23,7 @@ pub(crate) struct Wanted {
     pub(crate) response_fields: Vec<String>,
 }
 
-/// All that becomes OpenAI's.
+/// All that is read of a request: a second pass over a long prompt would cost as much as the first.
 #[derive(Debug, Deserialize)]
 struct Fields {
     prompt: Option<Value>,
@@ -57,6 +57,9 @@ struct Fields {
     timings_per_token: Option<Value>,
     priority: Option<Value>,
     deadline_ms: Option<Value>,
+    /// Of any kind, so that none is wrong: it would have lost its name.
+    #[serde(flatten)]
+    missing: MissingFields,
 }
 
 /// Reads a body.
@@ -65,7 +68,7 @@ struct Fields {
 /// What is wrong with it, and where.
 pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let fields: Fields = parse(bytes)?;
-    parse::<MissingFields>(bytes)?.refuse()?;
+    fields.missing.refuse()?;
     fields.check()?;
     let seed = fields.seed.filter(|seed| as_whole(seed) != Some(-1));
     let body = [
@@ -176,6 +179,7 @@ mod tests {
         assert_eq!(body(r#"{"prompt": "x"}"#)["max_tokens"], -1);
         assert_eq!(body(r#"{"prompt": "x", "max_tokens": 3}"#)["max_tokens"], 3);
         assert_eq!(refused(r#"{"prompt": "x", "n_predict": 0}"#), "n_predict");
+        assert_eq!(refused(r#"{"mirostat": 0, "n_predict": "5"}"#), "n_predict");
     }
 
     #[test]
