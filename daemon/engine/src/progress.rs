@@ -80,6 +80,11 @@ impl Progress {
         self.upload = None;
     }
 
+    /// Whether steps run, or would if there were a device.
+    pub(crate) fn is_stepping(&self) -> bool {
+        self.doing != Doing::Idle
+    }
+
     /// Whether the watchdog may be fed.
     pub(crate) fn is_alive(&self, now: Duration) -> bool {
         let within = |since: Duration| now.saturating_sub(since) < self.limit;

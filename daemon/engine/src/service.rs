@@ -194,6 +194,11 @@ impl Service {
         lock(&self.shared.progress).is_alive(now.saturating_duration_since(self.shared.epoch))
     }
 
+    /// Whether it has steps to do.
+    pub fn is_stepping(&self) -> bool {
+        lock(&self.shared.progress).is_stepping()
+    }
+
     /// What KV caches may take, and why.
     pub fn budget(&self) -> Budget {
         lock(&self.shared.budget).clone()

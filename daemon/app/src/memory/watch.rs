@@ -1,4 +1,5 @@
-//! When does memory become short? A thread that waits for the kernel to say so, and looks every two seconds.
+//! When does memory become short? A thread that waits for the kernel to say so, and looks every two seconds, or ten
+//! times a second while steps run and little is left: what they take may be gone before the kernel tells of a stall.
 //!
 //! Told are stalls: by the file that the service manager names (`$MEMORY_PRESSURE_WATCH`), else by the control group's
 //! own `memory.pressure`, else by the machine's. Where none is to be had, the looks alone must do. A thread that waits
@@ -12,16 +13,23 @@ use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// Time between looks. Windows of stalls are multiples of it: a shorter one takes a privilege.
-const PAUSE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
+/// Time between looks.
+const PAUSE: Duration = Duration::from_secs(2);
+/// The same while less than [`AMPLE_BYTES`] is left.
+const PAUSE_NEAR: Duration = Duration::from_secs(1);
+/// The same while steps run besides.
+const PAUSE_BUSY: Duration = Duration::from_millis(100);
+/// More than steps take in [`PAUSE`].
+const AMPLE_BYTES: i64 = 128 << 20;
+// Windows of stalls are of two seconds: a shorter one, or one that is no multiple of them, takes a privilege.
 /// Somebody has waited for memory for 200 ms of 2 s.
 const SOME: &[u8] = b"some 200000 2000000\0";
 /// Everybody has.
 const FULL: &[u8] = b"full 200000 2000000\0";
-/// Looks after a stall for which it counts.
-const STALL_LOOKS: u8 = 2;
+/// Time for which a stall counts.
+const STALL_LASTS: Duration = Duration::from_secs(4);
 /// Bytes that must be left before memory is not short any more.
 const EASE_BYTES: i64 = 32 << 20;
 
@@ -34,13 +42,14 @@ pub fn start(service: Service, sources: Sources) -> std::io::Result<()> {
     log::info!(source:% = stalls.source(); "memory is watched");
     let run = move || {
         let mut gauge = Gauge::default();
+        let (begun, mut headroom_bytes) = (Instant::now(), i64::MAX);
         loop {
-            let stall = stalls.wait(&sources);
+            let stall = stalls.wait(&sources, pause(headroom_bytes, service.is_stepping()));
             let spare = sources.look();
             let before = gauge.pressure;
-            let pressure = gauge.read(stall, spare.map(|spare| (spare.bytes, spare.is_critical)));
+            let pressure = gauge.read(stall, spare.map(|spare| (spare.bytes, spare.is_critical)), begun.elapsed());
             gauge.number += 1;
-            let headroom_bytes = spare.map_or(i64::MAX, |spare| spare.bytes);
+            headroom_bytes = spare.map_or(i64::MAX, |spare| spare.bytes);
             let outlook = Outlook { number: gauge.number, pressure, headroom_bytes };
             service.report(outlook, pressure != Pressure::None || before != pressure);
         }
@@ -49,25 +58,33 @@ pub fn start(service: Service, sources: Sources) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Time until the next look.
+fn pause(headroom_bytes: i64, is_stepping: bool) -> Duration {
+    match (headroom_bytes < AMPLE_BYTES, is_stepping) {
+        (false, _) => PAUSE,
+        (true, false) => PAUSE_NEAR,
+        (true, true) => PAUSE_BUSY,
+    }
+}
+
 /// How short memory is, of stalls and looks.
 #[derive(Debug, Default)]
 struct Gauge {
     number: u64,
     pressure: Pressure,
-    /// The last stall, and looks for which it still counts.
-    stall: (Pressure, u8),
+    /// The worst stall that still counts, and since when the last one has.
+    stall: (Pressure, Duration),
     /// Less was left than is to be, and not enough more since.
     is_tight: bool,
 }
 
 impl Gauge {
     /// Takes a stall, if there was one, and what is left: bytes, and whether that is critical.
-    fn read(&mut self, stall: Pressure, spare: Option<(i64, bool)>) -> Pressure {
-        if stall > Pressure::None {
-            self.stall = (stall.max(if self.stall.1 > 0 { self.stall.0 } else { Pressure::None }), STALL_LOOKS);
-        }
-        let stalled = if self.stall.1 > 0 { self.stall.0 } else { Pressure::None };
-        self.stall.1 = self.stall.1.saturating_sub(1);
+    fn read(&mut self, stall: Pressure, spare: Option<(i64, bool)>, now: Duration) -> Pressure {
+        let (worst, since) = self.stall;
+        let lasting = if now.saturating_sub(since) < STALL_LASTS { worst } else { Pressure::None };
+        self.stall = (lasting.max(stall), if stall > Pressure::None { now } else { since });
+        let stalled = self.stall.0;
         let (bytes, is_critical) = spare.unwrap_or((i64::MAX, false));
         self.is_tight = bytes < if self.is_tight { EASE_BYTES } else { 0 };
         let looked = match (is_critical, self.is_tight) {
@@ -145,20 +162,20 @@ impl Stalls {
     }
 
     /// Waits for a stall, or until it is time to look.
-    fn wait(&mut self, sources: &Sources) -> Pressure {
+    fn wait(&mut self, sources: &Sources, pause: Duration) -> Pressure {
         let told = |stalled: bool, pressure: Pressure| if stalled { pressure } else { Pressure::None };
         let pressure = match (&self.some, &self.full) {
             (None, _) => {
-                std::thread::sleep(Duration::from_secs(PAUSE.tv_sec.unsigned_abs()));
+                std::thread::sleep(pause);
                 Pressure::None
             }
             (Some(some), None) => {
-                let [first] = ready([PollFd::new(&some.file, some.flags())]);
+                let [first] = ready([PollFd::new(&some.file, some.flags())], pause);
                 self.take(first, Pressure::Some)
             }
             (Some(some), Some(full)) => {
                 let fds = [PollFd::new(&some.file, some.flags()), PollFd::new(&full.file, full.flags())];
-                let [first, second] = ready(fds);
+                let [first, second] = ready(fds, pause);
                 self.take(first, Pressure::Some).max(self.take(second, Pressure::Critical))
             }
         };
@@ -182,8 +199,9 @@ impl Stalls {
 }
 
 /// Waits for one of the files; answers the flags of each.
-fn ready<const N: usize>(mut fds: [PollFd<'_>; N]) -> [PollFlags; N] {
-    match poll(&mut fds, Some(&PAUSE)) {
+fn ready<const N: usize>(mut fds: [PollFd<'_>; N], pause: Duration) -> [PollFlags; N] {
+    let pause = Timespec { tv_sec: pause.as_secs().cast_signed(), tv_nsec: pause.subsec_nanos().into() };
+    match poll(&mut fds, Some(&pause)) {
         Ok(_) => std::array::from_fn(|at| fds[at].revents()),
         // Interrupted by a signal: as if it were time to look.
         Err(_) => [PollFlags::empty(); N],
@@ -199,22 +217,34 @@ mod tests {
     const SHORT: Pressure = Pressure::Some;
     const CRITICAL: Pressure = Pressure::Critical;
 
+    fn s(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    /// However often it is looked.
     #[test]
-    fn a_stall_counts_for_two_looks_and_the_worse_one_stays() {
+    fn a_stall_counts_for_four_seconds_and_the_worse_one_stays() {
         let mut gauge = Gauge::default();
-        let stalls = [NONE, CRITICAL, SHORT, NONE, NONE];
-        let read: Vec<Pressure> = stalls.into_iter().map(|stall| gauge.read(stall, ENOUGH)).collect();
-        assert_eq!(read, [NONE, CRITICAL, CRITICAL, CRITICAL, NONE]);
+        let stalls = [(1, NONE), (3, CRITICAL), (5, SHORT), (8, NONE), (9, NONE), (10, SHORT), (11, NONE)];
+        let read: Vec<Pressure> = stalls.into_iter().map(|(at, stall)| gauge.read(stall, ENOUGH, s(at))).collect();
+        assert_eq!(read, [NONE, CRITICAL, CRITICAL, CRITICAL, NONE, SHORT, SHORT]);
+    }
+
+    #[test]
+    fn it_is_looked_often_only_where_little_is_left_and_steps_run() {
+        assert_eq!(pause(AMPLE_BYTES, true), PAUSE);
+        assert_eq!(pause(AMPLE_BYTES - 1, false), PAUSE_NEAR);
+        assert_eq!(pause(-1, true), PAUSE_BUSY);
     }
 
     #[test]
     fn what_is_tight_stays_so_until_clearly_more_is_left() {
         let mut gauge = Gauge::default();
         let left = [1, -1, EASE_BYTES - 1, EASE_BYTES, 1];
-        let read: Vec<Pressure> = left.into_iter().map(|bytes| gauge.read(NONE, Some((bytes, false)))).collect();
+        let read: Vec<Pressure> = left.into_iter().map(|bytes| gauge.read(NONE, Some((bytes, false)), s(9))).collect();
         assert_eq!(read, [NONE, SHORT, SHORT, NONE, NONE]);
-        assert_eq!(gauge.read(NONE, Some((5, true))), CRITICAL);
-        assert_eq!(gauge.read(NONE, None), NONE);
+        assert_eq!(gauge.read(NONE, Some((5, true)), s(9)), CRITICAL);
+        assert_eq!(gauge.read(NONE, None, s(9)), NONE);
     }
 
     #[test]
@@ -225,7 +255,7 @@ mod tests {
         let mut stalls = Stalls::at(&path, None, false).unwrap();
         (&stalls.some.as_ref().unwrap().file).write_all(b"x").unwrap();
         let sources = Sources { groups: Vec::new(), meminfo: None, total_bytes: 0 };
-        assert_eq!(stalls.wait(&sources), SHORT);
+        assert_eq!(stalls.wait(&sources, PAUSE), SHORT);
         assert_eq!(stalls.take(PollFlags::ERR, SHORT), NONE);
         assert!(stalls.some.is_none());
     }
