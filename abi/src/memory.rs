@@ -81,6 +81,7 @@ pub const KV_IMPORT: u32 = 3;
 pub const KV_DISCARD: u32 = 4;
 pub const KV_TO_SLOW: u32 = 5;
 pub const KV_TO_FAST: u32 = 6;
+pub const KV_LIMIT_CACHE: u32 = 7;
 
 abi_struct! {
     SpdKvOp = "spd_kv_op" {
@@ -91,5 +92,6 @@ abi_struct! {
         host_offset: u64,
         slow_offset: u64,
         tag: u64,
+        cache_bytes: u64,
     }
 }

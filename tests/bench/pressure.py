@@ -159,13 +159,8 @@ def shrink():
         answers = [in_thread(daemon.stream, 1000, 80, first + seed) for seed in range(4)]
         return in_thread(lambda: [answer()[1] for answer in answers])
 
-    def sampled():
-        return daemon.get("/v1/status")["models"][0]["sampled_tokens"]
-
-    # Once all that answers need has been used: the rows' cache grows for a while.
-    ends = ask(0)()
-    waiting, begun = ask(len(ends)), sampled()
-    while sampled() < begun + 40:
+    waiting, ends = ask(0), []
+    while daemon.get("/v1/status")["models"][0]["sampled_tokens"] < 40:
         time.sleep(0.2)
     # Nine tenths of the limit are used: what is in use now is to become too much, bit by bit. A limit that falls within a
     # moment to just above what is in use has the kernel kill before anybody can give something back.

@@ -41,7 +41,7 @@ extern "C" {
 #define SPD_EXPORT __attribute__((visibility("default")))
 
 #define SPD_ABI_MAJOR 0u
-#define SPD_ABI_MINOR 4u
+#define SPD_ABI_MINOR 5u
 
 SPD_STATIC_ASSERT(sizeof(void *) == 8, "sparsed plugins are 64-bit only");
 
@@ -253,7 +253,8 @@ typedef struct spd_row {
 
 /* The slow tier of a pool: an area, in a file or in host memory, where the latent planes of blocks may lie that have no
  * room on the device.  The daemon writes it, the plugin only reads it, inside a step, and keeps what it read in a row
- * cache of cache_bytes.  SPD_KV_TO_SLOW says where a block lies; abi/OPS.md defines its pages. */
+ * cache of cache_bytes.  SPD_KV_TO_SLOW says where a block lies; abi/OPS.md defines its pages.  The cache may fill bit by
+ * bit; SPD_KV_LIMIT_CACHE makes it smaller while memory is short. */
 typedef struct spd_kv_slow {
   uint32_t struct_size, flags;
   int32_t fd;            /* open for reading as long as the pool lives; 0 or less: `ptr`        */
@@ -292,11 +293,15 @@ typedef struct spd_kv_info {
 #define SPD_KV_TO_SLOW 5u /* dst_block's latent plane lies at slow_offset: read it there, give its memory back; no
                              token may be appended to it any more.  Its index plane stays.            */
 #define SPD_KV_TO_FAST 6u /* dst_block's latent plane is read back into the pool                         */
+#define SPD_KV_LIMIT_CACHE 7u /* the row cache takes cache_bytes at most, and no more than it was made with: rows beyond
+                                 are forgotten and their memory given back.  Since minor 5; SPD_E_UNSUPPORTED: it keeps
+                                 its size.                                                         */
 typedef struct spd_kv_op {
   uint32_t kind, src_block, dst_block, n_tokens;
   uint64_t host_offset; /* into the host buffer of the call                       */
   uint64_t slow_offset; /* TO_SLOW: into the slow area, a multiple of a page      */
   uint64_t tag;         /* TO_SLOW: what every page of the block carries          */
+  uint64_t cache_bytes; /* LIMIT_CACHE                                            */
 } spd_kv_op;
 
 /* EXPORT, COPY and DISCARD take slow blocks too; TO_SLOW of a slow block moves where it is read; IMPORT makes it fast.

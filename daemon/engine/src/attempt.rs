@@ -24,6 +24,8 @@ pub(crate) trait Executor {
     fn slow_copy(&mut self, block: BlockId, tag: u64) -> Result<WriteJob, ExecutorError>;
     /// Reads a block's latent plane in the slow tier from now on.
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError>;
+    /// Has the cache of rows in the slow tier take so many bytes at most, where the device can do that.
+    fn limit_cache(&mut self, bytes: u64) -> Result<(), ExecutorError>;
     /// What gives the room of discarded blocks in the slow tier back, where there is some.
     fn reclaim(&mut self) -> Option<ReclaimJob> {
         None
@@ -69,6 +71,10 @@ impl Executor for Watched<'_> {
 
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
         self.device.relocate(block, tag)
+    }
+
+    fn limit_cache(&mut self, bytes: u64) -> Result<(), ExecutorError> {
+        self.device.limit_cache(bytes)
     }
 
     fn reclaim(&mut self) -> Option<ReclaimJob> {

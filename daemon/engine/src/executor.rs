@@ -6,7 +6,9 @@ pub use error::ExecutorError;
 
 use crate::batch::Batch;
 use crate::warm::{ReclaimJob, WriteJob};
-use sparsed_abi::{HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_SLOW, SpdBucket, SpdKvOp};
+use sparsed_abi::{
+    E_ABI, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_SLOW, SpdBucket, SpdKvOp,
+};
 use sparsed_backend::{
     Arena, Backend, BackendError, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
 };
@@ -266,6 +268,22 @@ impl DeviceModel {
         let slow_offset = self.area()?.offset_of(block.0);
         let op = SpdKvOp { kind: KV_TO_SLOW, dst_block: block.0, slow_offset, tag, ..SpdKvOp::default() };
         Ok(self.queue.kv(&self.pool, &[op], &mut [])?)
+    }
+
+    /// Has the cache of rows in the slow tier take so many bytes at most. A plugin that cannot do that keeps its size.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub(crate) fn limit_cache(&mut self, bytes: u64) -> Result<(), ExecutorError> {
+        let op = SpdKvOp { kind: KV_LIMIT_CACHE, cache_bytes: bytes, ..SpdKvOp::default() };
+        match self.queue.kv(&self.pool, &[op], &mut []) {
+            // One of an older minor does not know the field.
+            Err(error) if error.is_unsupported() || error.status() == Some(E_ABI) => {
+                log::debug!(reason:% = error; "the cache of slow rows keeps its size");
+                Ok(())
+            }
+            done => Ok(done?),
+        }
     }
 
     fn area(&self) -> Result<&Arc<SlowArea>, ExecutorError> {

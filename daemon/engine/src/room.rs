@@ -57,6 +57,8 @@ pub(crate) struct Room {
     pub(crate) n_fast: u32,
     /// Memory for rows of the others.
     pub(crate) cache_bytes: u64,
+    /// Of it, what a step cannot do without.
+    pub(crate) least_cache_bytes: u64,
 }
 
 impl Need {
@@ -80,7 +82,8 @@ impl Need {
     pub(crate) fn without_slow_tier(&self, budget: u64, limits: Limits) -> Room {
         let all = u64::from(limits.max_running) * u64::from(blocks_for(self.context));
         let n_blocks = whole((budget / self.block_bytes().max(1)).min(all));
-        Room { max_context: self.context.min(n_blocks * BLOCK_TOKENS), n_blocks, n_fast: n_blocks, cache_bytes: 0 }
+        let max_context = self.context.min(n_blocks * BLOCK_TOKENS);
+        Room { max_context, n_blocks, n_fast: n_blocks, cache_bytes: 0, least_cache_bytes: 0 }
     }
 
     /// As [`without_slow_tier`](Self::without_slow_tier) where the wanted context fits for everybody, otherwise with
@@ -131,6 +134,7 @@ impl Need {
             n_blocks,
             n_fast: n_fast.min(n_blocks),
             cache_bytes: least_cache + rows_bytes,
+            least_cache_bytes: least_cache,
         };
         // So little memory that keeping all in it holds more.
         Ok(if room.n_blocks > plain.n_blocks { room } else { plain })

@@ -12,9 +12,11 @@ use crate::api::{Failure, Generate, Owner, Sink, Turn};
 use crate::batch::Batch;
 use crate::executor::ExecutorError;
 use crate::ladder::{Conduct, Recovery};
+use crate::memory::Outlook;
 use crate::orders::{Links, Orders, SlowWrite, SlowWriter};
+use crate::room::least_fast;
 use crate::sampler::Sampler;
-use crate::scheduler::{Limits, Load, Scheduler};
+use crate::scheduler::{Footprint, Limits, Load, Scheduler};
 use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::service::Command;
 use crate::sessions::{Ask, Asks, Clocks, CutTurn, Keeper};
@@ -42,8 +44,10 @@ pub struct Setup {
     pub max_context: u32,
     /// Keys the names of blocks.
     pub secret: [u8; 32],
-    /// Bytes of a block's image.
+    /// Bytes of a block's image, half of them latent rows.
     pub block_bytes: u32,
+    /// Bytes of the cache of rows in the slow tier: all of them, and those that a step cannot do without.
+    pub cache_bytes: [u64; 2],
 }
 
 /// A daemon's engine, sessions thread and slow writer, none of which runs by itself.
@@ -88,8 +92,19 @@ impl Machine {
         let pool = Pool::with_slow_tier(setup.n_blocks, setup.n_fast);
         let mut conduct = Conduct::new(recovery);
         conduct.begin(false);
+        let mut scheduler = Scheduler::new(setup.limits, pool, PrefixHasher::new(setup.secret));
+        let block_bytes = u64::from(setup.block_bytes);
+        let [cache_bytes, least_cache_bytes] = setup.cache_bytes;
+        scheduler.weigh(Footprint {
+            block_bytes,
+            latent_bytes: block_bytes / 2,
+            least_fast: least_fast(setup.limits).min(setup.n_fast),
+            pool_bytes: u64::from(setup.n_blocks) * block_bytes + cache_bytes,
+            cache_bytes,
+            least_cache_bytes,
+        });
         Self {
-            scheduler: Scheduler::new(setup.limits, pool, PrefixHasher::new(setup.secret)),
+            scheduler,
             batch: Batch::default(),
             orders,
             conduct,
@@ -145,6 +160,11 @@ impl Machine {
         let clock = || now;
         let done = step(&mut self.scheduler, &mut watched, &mut self.orders, &mut self.batch, vocabulary, &clock)?;
         Ok(done.is_some())
+    }
+
+    /// Somebody has looked at the memory.
+    pub fn look(&mut self, outlook: Outlook, now: Duration) {
+        self.scheduler.look(outlook, now);
     }
 
     /// The device is lost.

@@ -1,7 +1,7 @@
 //! What is one step? Schedule, run, sample, deliver.
 
 use crate::api::Failure;
-use crate::attempt::{Executor, compute, discard};
+use crate::attempt::{Executor, Outcome, compute, discard, outlive};
 use crate::batch::Batch;
 use crate::durable::{Files, carry_out};
 use crate::executor::ExecutorError;
@@ -77,11 +77,16 @@ pub(crate) fn step(
     Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: n_sampled }))
 }
 
-/// Has the device discard what nobody holds any more.
+/// Has the device discard what nobody holds any more, and keep its cache of slow rows as small as it is to be.
 ///
 /// # Errors
 /// Only when the device is of no more use as it is.
 pub(crate) fn discard_freed(scheduler: &mut Scheduler, executor: &mut dyn Executor) -> Result<(), ExecutorError> {
+    if let Some(bytes) = scheduler.take_cache_limit()
+        && let Outcome::Failed(error) = outlive(executor, |executor| executor.limit_cache(bytes))?
+    {
+        log::warn!(bytes, reason:% = error; "the cache of slow rows keeps its size");
+    }
     let freed = scheduler.take_freed();
     if freed.is_empty() { Ok(()) } else { discard(executor, &freed) }
 }

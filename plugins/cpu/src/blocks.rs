@@ -3,7 +3,7 @@
 //! A block in the slow tier keeps its index plane; its latent plane is zero, and nobody may write into it.
 
 use crate::memory::Pool;
-use sparsed_abi::{KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, SpdKvOp};
+use sparsed_abi::{KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_FAST, KV_TO_SLOW, SpdKvOp};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::ops::Range;
 
@@ -36,6 +36,7 @@ impl Pool {
                 KV_COPY => self.copy(self.block(op.src_block)?, self.block(op.dst_block)?, op.n_tokens as usize)?,
                 KV_TO_SLOW => self.to_slow(op)?,
                 KV_TO_FAST => self.to_fast(self.block(op.dst_block)?)?,
+                KV_LIMIT_CACHE => self.limit_cache(op.cache_bytes)?,
                 other => return Err(PluginError::unsupported(format!("KV operation {other}"))),
             }
         }
@@ -52,6 +53,10 @@ impl Pool {
                 Err(PluginError::invalid(format!("{} tokens of a block of {}", op.n_tokens, self.block_tokens)))
             }
             KV_COPY => self.block(op.src_block).and_then(|_| self.block(op.dst_block)).map(drop),
+            KV_LIMIT_CACHE => {
+                let slow = self.slow().ok_or_else(|| PluginError::invalid("the pool has no slow tier"))?;
+                Ok(slow.cache().slots_in(bytes_in_memory(op.cache_bytes)).map(drop)?)
+            }
             other => Err(PluginError::unsupported(format!("KV operation {other}"))),
         }
     }
@@ -96,6 +101,11 @@ impl Pool {
                 Err(error)
             }
         }
+    }
+
+    fn limit_cache(&self, bytes: u64) -> Result<()> {
+        let mut slow = self.slow().ok_or_else(|| PluginError::invalid("the pool has no slow tier"))?;
+        Ok(slow.cache_mut().limit(bytes_in_memory(bytes))?)
     }
 
     /// The block is fast from now on, if it was not; its latent rows are zero then.
@@ -154,6 +164,11 @@ impl Pool {
     pub(crate) fn is_slow(&self, block: usize) -> bool {
         self.slow().is_some_and(|slow| slow.cache().is_attached(block as u32))
     }
+}
+
+/// As a size here; more than that is as much as there can be.
+fn bytes_in_memory(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Copies the first `n_tokens` of `block_tokens` rows of each layer.

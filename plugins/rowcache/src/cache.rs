@@ -16,6 +16,8 @@ pub const SLOT_OVERHEAD_BYTES: usize = 28;
 #[derive(Debug)]
 pub struct RowCache {
     layout: SlowLayout,
+    /// Slots that it was made with.
+    n_most: usize,
     /// `[n_slots, row_bytes]`
     rows: Vec<u8>,
     /// Whose row each slot has; meaningless for free slots.
@@ -80,6 +82,7 @@ impl RowCache {
         let end = end.ok_or(RowCacheError::Size { what: "the number of slots" })?;
         Ok(Self {
             layout,
+            n_most: n_slots,
             rows: vec![0; n_slots * layout.row_bytes()],
             owners: vec![Owner { block: 0, row: 0 }; n_slots],
             used: vec![0; n_slots],
@@ -92,6 +95,50 @@ impl RowCache {
             n_promised: 0,
             counters: Counters::default(),
         })
+    }
+
+    /// How many slots a limit leaves.
+    ///
+    /// # Errors
+    /// [`RowCacheError::TooSmall`] when no row fits.
+    pub fn slots_in(&self, limit_bytes: usize) -> Result<usize> {
+        let slots = limit_bytes / (self.layout.row_bytes() + SLOT_OVERHEAD_BYTES);
+        Some(slots.min(self.n_most)).filter(|&n| n > 0).ok_or(RowCacheError::TooSmall { needed: 1, slots: 0 })
+    }
+
+    /// Takes `limit_bytes` from now on, and no more than it was made with: rows in slots beyond are forgotten, and their
+    /// memory is given back. Ends the epoch as [`Self::release`] does.
+    ///
+    /// # Errors
+    /// [`RowCacheError::TooSmall`] when no row fits. Nothing has changed then.
+    pub fn limit(&mut self, limit_bytes: usize) -> Result<()> {
+        let (before, n_slots) = (self.n_slots(), self.slots_in(limit_bytes)?);
+        let row_bytes = self.layout.row_bytes();
+        self.release();
+        for slot in n_slots..before {
+            let Owner { block, row } = self.owners[slot];
+            let entry = self.blocks[block as usize].as_mut().and_then(|attached| attached.slots.get_mut(row as usize));
+            // A free slot has an owner that has forgotten it.
+            if let Some(entry) = entry.filter(|entry| **entry as usize == slot) {
+                *entry = NO_SLOT;
+            }
+        }
+        if n_slots < before {
+            self.rows.truncate(n_slots * row_bytes);
+            self.rows.shrink_to_fit();
+        } else {
+            // Zeroes that nobody has written take no memory yet, as at the beginning.
+            let mut rows = vec![0; n_slots * row_bytes];
+            rows[..self.rows.len()].copy_from_slice(&self.rows);
+            self.rows = rows;
+        }
+        self.owners.resize(n_slots, Owner { block: 0, row: 0 });
+        self.used.resize(n_slots, 0);
+        self.replacement.resize(n_slots);
+        self.free.retain(|&slot| (slot as usize) < n_slots);
+        // What was used before is used again first.
+        self.free.splice(..0, (before as u32..n_slots as u32).rev());
+        Ok(())
     }
 
     /// How many rows can be present; a lookup of so many rows fits after [`Self::release`].
@@ -461,6 +508,41 @@ mod tests {
         cache.attach(0, 6 * PAGE_BYTES as u64, 77).unwrap();
         cache.lookup(&[key(0, 0, 1)], &mut lookup).unwrap();
         assert!(matches!(admit_all(&mut cache, &mut lookup, &images), Err(RowCacheError::BadPage { .. })));
+    }
+
+    /// Takes every row of a token list by turns, and answers their first bytes.
+    fn read_all(cache: &mut RowCache, images: &[u8], n_tokens: u32) -> Vec<u8> {
+        let mut lookup = Lookup::default();
+        let mut first = |token| {
+            let key = key(0, 0, token);
+            cache.lookup(&[key], &mut lookup).unwrap();
+            admit_all(cache, &mut lookup, images).unwrap();
+            cache.release();
+            cache.row(key).unwrap()[0]
+        };
+        (0..n_tokens).map(&mut first).collect()
+    }
+
+    #[test]
+    fn a_cache_that_is_made_smaller_gives_memory_back_and_knows_what_it_kept() {
+        let (mut cache, images) = cache(6);
+        let all: Vec<u8> = (0..6).collect();
+        assert_eq!(read_all(&mut cache, &images, 6), all);
+        let bytes = |n_slots: usize| n_slots * (ROW_BYTES + SLOT_OVERHEAD_BYTES);
+        cache.limit(bytes(3) + 1).unwrap();
+        assert_eq!((cache.n_slots(), cache.n_rows(), cache.rows.capacity()), (3, 3, 3 * ROW_BYTES));
+        assert_eq!((0..6).filter(|&token| cache.row(key(0, 0, token)).is_some()).count(), 3);
+        assert_eq!(read_all(&mut cache, &images, 6), all, "with others making room");
+        // Half of it free, and never more than at the beginning.
+        cache.detach(0).unwrap();
+        cache.attach(0, 0, 0).unwrap();
+        assert_eq!(read_all(&mut cache, &images, 2), [0, 1]);
+        cache.limit(usize::MAX).unwrap();
+        assert_eq!((cache.n_slots(), cache.n_rows()), (6, 2));
+        assert_eq!(read_all(&mut cache, &images, 6), all);
+        assert_eq!(cache.n_rows(), 6);
+        assert!(matches!(cache.limit(ROW_BYTES), Err(RowCacheError::TooSmall { .. })));
+        assert_eq!(cache.n_rows(), 6);
     }
 
     #[test]

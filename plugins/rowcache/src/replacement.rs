@@ -43,6 +43,18 @@ impl Replacement {
         })
     }
 
+    /// There are `n_slots` slots from now on: the first ones, and new ones that were never used. LRU forgets who was
+    /// used when.
+    pub fn resize(&mut self, n_slots: usize) {
+        match &mut self.0 {
+            Kind::Clock { hits, hand, .. } => {
+                hits.resize(n_slots, 0);
+                *hand = if *hand < n_slots { *hand } else { 0 };
+            }
+            Kind::Lru(recency) => *recency = Recency::new(n_slots),
+        }
+    }
+
     /// The slot has a new row. A row that is never asked for again goes before those that were.
     pub fn filled(&mut self, slot: usize) {
         match &mut self.0 {

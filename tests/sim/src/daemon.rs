@@ -5,7 +5,7 @@
 //! that writes into the slow tier, a client, a user of sessions, or fate.
 
 use crate::client::{Client, End};
-use crate::device::{FakeDevice, IMAGE_BYTES, VOCAB};
+use crate::device::{CACHE_ROW_BYTES, CACHE_ROWS_MAX, FakeDevice, IMAGE_BYTES, VOCAB};
 use crate::disk::{FakeDisk, Faults, Plant};
 use crate::model::Found;
 use crate::outline::{DaemonOutline, Mistake};
@@ -14,6 +14,7 @@ use crate::start::{answer_of, closed, open};
 use crate::talk::{Plain, Talk};
 use fastrand::Rng;
 use sparsed_engine::api::{Failure, Owner};
+use sparsed_engine::memory::{Outlook, Pressure};
 use sparsed_engine::simulation::{Device, Machine, Setup};
 use sparsed_engine::{Limits, SessionId};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -63,6 +64,8 @@ pub(crate) struct World {
     requests: Vec<Client>,
     /// Whether nothing fails but by a client's own fault.
     is_calm: bool,
+    /// The last look at the memory; it is short, or was, where there was any.
+    outlook: Outlook,
     pub(crate) mistake: Mistake,
     pub(crate) outline: DaemonOutline,
     log: DefaultHasher,
@@ -90,7 +93,9 @@ impl World {
         let least = limits.max_batched_tokens.div_ceil(64) + limits.max_running + 1;
         let n_fast = if rng.bool() { n_blocks } else { rng.u32(least..=n_blocks.max(least)).min(n_blocks) };
         let secret = [rng.u8(..); 32];
-        let setup = Setup { limits, n_blocks, n_fast, max_context: CONTEXT, secret, block_bytes: IMAGE_BYTES };
+        let cache_bytes = [CACHE_ROWS_MAX, 1].map(|rows| (rows * CACHE_ROW_BYTES) as u64);
+        let setup =
+            Setup { limits, n_blocks, n_fast, max_context: CONTEXT, secret, block_bytes: IMAGE_BYTES, cache_bytes };
         let date = Arc::new(AtomicU64::new(1_700_000_000));
         let machine = open(&disk, &setup, &date, rng.u64(..)).expect("an empty disk without faults");
         let is_calm = rng.u32(..4) == 0;
@@ -107,6 +112,7 @@ impl World {
             gone: Vec::new(),
             requests: Vec::new(),
             is_calm,
+            outlook: Outlook::default(),
             mistake,
             outline: DaemonOutline::default(),
             log: DefaultHasher::new(),
@@ -137,6 +143,7 @@ impl World {
             970..972 => self.storm(),
             972..980 => self.date.store(self.rng.u64(..4_000_000_000), Ordering::Relaxed),
             980..982 => self.rest()?,
+            982..988 => self.look(),
             _ => self.settle_all()?,
         }
         if self.disk.is_off() {
@@ -206,7 +213,26 @@ impl World {
         }
     }
 
+    /// Memory gets short, or is not any more.
+    fn look(&mut self) {
+        let pressure = [Pressure::None, Pressure::None, Pressure::Some, Pressure::Critical][self.rng.usize(..4)];
+        let most = i64::from(self.setup.n_blocks * IMAGE_BYTES);
+        let headroom_bytes = if self.rng.u32(..3) == 0 { i64::MAX } else { self.rng.i64(-most..most) };
+        self.now += Duration::from_millis(self.rng.u64(..3000));
+        self.report(pressure, headroom_bytes);
+    }
+
+    fn report(&mut self, pressure: Pressure, headroom_bytes: i64) {
+        self.outlook = Outlook { number: self.outlook.number + 1, pressure, headroom_bytes };
+        self.machine.look(self.outlook, self.now);
+    }
+
     fn forgive(&mut self) {
+        if self.outlook.number > 0 {
+            // A rung of the ladder is left after so long.
+            self.now += Duration::from_secs(10);
+            self.report(Pressure::None, i64::MAX);
+        }
         self.disk.set_faults(Faults::NONE);
         if let Some(device) = &mut self.device {
             device.one_in = 0;
@@ -362,6 +388,7 @@ impl World {
         };
         let may = match &failure {
             Failure::QueueFull { .. } | Failure::ShuttingDown => true,
+            Failure::MemoryShort { .. } => self.outlook.number > 0,
             Failure::SlowConsumer { .. } => client.was_full(),
             Failure::BackendFailed { .. } | Failure::DiskFailed { .. } => !self.is_calm,
             Failure::ContextTooLong { .. } => !self.setup.limits.slow_stateless && self.setup.n_fast < 9,

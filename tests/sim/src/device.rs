@@ -52,13 +52,17 @@ pub(crate) struct FakeDevice {
     pub(crate) n_images: u64,
 }
 
+/// What a row takes in the cache of slow rows, and how many it holds at most.
+pub(crate) const CACHE_ROW_BYTES: usize = SLOW_ROW_BYTES + SLOT_OVERHEAD_BYTES;
+pub(crate) const CACHE_ROWS_MAX: usize = 200;
+
 impl FakeDevice {
     pub(crate) fn new(n_blocks: u32, seed: u64) -> Self {
         let mut rng = Rng::with_seed(seed);
         let layout = SlowLayout::new(SLOW_ROW_BYTES, BLOCK_TOKENS, 1).expect("a row fits into a page");
         let area = Area::new(&layout, n_blocks, rng.u64(..));
         let policy = [Policy::Clock, Policy::Frequency, Policy::Lru][rng.usize(..3)];
-        let limit_bytes = rng.usize(8..200) * (SLOW_ROW_BYTES + SLOT_OVERHEAD_BYTES);
+        let limit_bytes = rng.usize(8..CACHE_ROWS_MAX) * CACHE_ROW_BYTES;
         let cache = RowCache::new(layout, policy, n_blocks, area.n_bytes(), limit_bytes).expect("a row fits");
         Self {
             rng,
@@ -248,6 +252,12 @@ impl Device for FakeDevice {
         let offset = (at * self.layout.block_bytes()) as u64;
         self.cache.attach(block.0, offset, tag).expect("a place of the area");
         Ok(())
+    }
+
+    fn limit_cache(&mut self, bytes: u64) -> Result<()> {
+        self.call()?;
+        let bytes = usize::try_from(bytes).expect("a cache is in memory");
+        self.cache.limit(bytes).map_err(|_| DeviceFault::NoMemory)
     }
 
     fn is_well(&mut self) -> bool {

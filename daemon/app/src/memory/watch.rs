@@ -1,5 +1,5 @@
 //! When does memory become short? A thread that waits for the kernel to say so, and looks every two seconds, or ten
-//! times a second while steps run and little is left: what they take may be gone before the kernel tells of a stall.
+//! times a second while steps run: a limit that is lowered, and what they take, may be fatal before a stall is told of.
 //!
 //! Told are stalls: by the file that the service manager names (`$MEMORY_PRESSURE_WATCH`), else by the control group's
 //! own `memory.pressure`, else by the machine's. Where none is to be had, the looks alone must do. A thread that waits
@@ -17,12 +17,8 @@ use std::time::{Duration, Instant};
 
 /// Time between looks.
 const PAUSE: Duration = Duration::from_secs(2);
-/// The same while less than [`AMPLE_BYTES`] is left.
-const PAUSE_NEAR: Duration = Duration::from_secs(1);
-/// The same while steps run besides.
+/// The same while steps run, which take some tens of MiB in a second. A look takes some 50 us.
 const PAUSE_BUSY: Duration = Duration::from_millis(100);
-/// More than steps take in [`PAUSE`].
-const AMPLE_BYTES: i64 = 128 << 20;
 // Windows of stalls are of two seconds: a shorter one, or one that is no multiple of them, takes a privilege.
 /// Somebody has waited for memory for 200 ms of 2 s.
 const SOME: &[u8] = b"some 200000 2000000\0";
@@ -42,29 +38,20 @@ pub fn start(service: Service, sources: Sources) -> std::io::Result<()> {
     log::info!(source:% = stalls.source(); "memory is watched");
     let run = move || {
         let mut gauge = Gauge::default();
-        let (begun, mut headroom_bytes) = (Instant::now(), i64::MAX);
+        let begun = Instant::now();
         loop {
-            let stall = stalls.wait(&sources, pause(headroom_bytes, service.is_stepping()));
+            let stall = stalls.wait(&sources, if service.is_stepping() { PAUSE_BUSY } else { PAUSE });
             let spare = sources.look();
             let before = gauge.pressure;
             let pressure = gauge.read(stall, spare.map(|spare| (spare.bytes, spare.is_critical)), begun.elapsed());
             gauge.number += 1;
-            headroom_bytes = spare.map_or(i64::MAX, |spare| spare.bytes);
+            let headroom_bytes = spare.map_or(i64::MAX, |spare| spare.bytes);
             let outlook = Outlook { number: gauge.number, pressure, headroom_bytes };
             service.report(outlook, pressure != Pressure::None || before != pressure);
         }
     };
     std::thread::Builder::new().name("memory-watch".to_owned()).spawn(run)?;
     Ok(())
-}
-
-/// Time until the next look.
-fn pause(headroom_bytes: i64, is_stepping: bool) -> Duration {
-    match (headroom_bytes < AMPLE_BYTES, is_stepping) {
-        (false, _) => PAUSE,
-        (true, false) => PAUSE_NEAR,
-        (true, true) => PAUSE_BUSY,
-    }
 }
 
 /// How short memory is, of stalls and looks.
@@ -228,13 +215,6 @@ mod tests {
         let stalls = [(1, NONE), (3, CRITICAL), (5, SHORT), (8, NONE), (9, NONE), (10, SHORT), (11, NONE)];
         let read: Vec<Pressure> = stalls.into_iter().map(|(at, stall)| gauge.read(stall, ENOUGH, s(at))).collect();
         assert_eq!(read, [NONE, CRITICAL, CRITICAL, CRITICAL, NONE, SHORT, SHORT]);
-    }
-
-    #[test]
-    fn it_is_looked_often_only_where_little_is_left_and_steps_run() {
-        assert_eq!(pause(AMPLE_BYTES, true), PAUSE);
-        assert_eq!(pause(AMPLE_BYTES - 1, false), PAUSE_NEAR);
-        assert_eq!(pause(-1, true), PAUSE_BUSY);
     }
 
     #[test]

@@ -56,7 +56,7 @@ impl Opened {
         // Who reads everything at every token is not helped by a slow tier.
         let slow_tier = options.slow_tier.as_ref().filter(|_| top_k.is_some());
         let room = room(name, &need, options.kv_bytes, limits, slow_tier)?;
-        let Room { max_context, n_blocks, n_fast, cache_bytes } = room;
+        let Room { max_context, n_blocks, n_fast, cache_bytes, least_cache_bytes } = room;
         let load = LoadOptions {
             program: options.program,
             max_context,
@@ -80,6 +80,8 @@ impl Opened {
             latent_bytes: latent_bytes * u64::from(BLOCK_TOKENS),
             least_fast: least_fast(limits).min(n_fast),
             pool_bytes: need.bytes_of(&room),
+            cache_bytes,
+            least_cache_bytes,
         };
         Ok(Self { served, program, load, footprint, slow_dir: slow_tier.map(|tier| tier.dir.clone()) })
     }
@@ -111,7 +113,7 @@ fn room(name: &str, need: &Need, budget: u64, limits: Limits, slow: Option<&Slow
         Some(tier) => need.with_slow_tier(budget, limits, tier.hot_share)?,
         None => need.without_slow_tier(budget, limits),
     };
-    let Room { max_context, n_blocks, n_fast, .. } = room;
+    let Room { max_context, n_blocks, n_fast, cache_bytes, .. } = room;
     if n_blocks < 2 {
         let needed = 2 * need.block_bytes();
         return Err(format!("{budget} bytes are left for its KV cache, {needed} are the least; raise memory.budget"));
@@ -119,6 +121,9 @@ fn room(name: &str, need: &Need, budget: u64, limits: Limits, slow: Option<&Slow
     if max_context < need.context {
         log::warn!(model:% = name, max_context, wanted = need.context; "memory.budget holds a shorter context");
     }
-    log::info!(model:% = name, max_context, kv_blocks = n_blocks, fast_blocks = n_fast; "model open");
+    log::info!(
+        model:% = name, max_context, kv_blocks = n_blocks, fast_blocks = n_fast, slow_cache_mib = cache_bytes >> 20;
+        "model open"
+    );
     Ok(room)
 }

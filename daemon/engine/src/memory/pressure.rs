@@ -45,7 +45,7 @@ pub enum Stage {
     KeepNoMore,
     /// Cached blocks that nobody holds go.
     DropCache,
-    /// Latent planes of running sequences move to the slow tier.
+    /// Latent planes of running sequences move to the slow tier, whose cache of rows becomes as small as it can be.
     Demote,
     /// Blocks that only wait to be saved go, and sequences beyond the budget or with a listener that does not read
     /// give theirs back and wait.

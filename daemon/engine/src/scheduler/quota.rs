@@ -78,7 +78,14 @@ mod tests {
     use crate::scheduler::{Footprint, Limits};
     use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt};
 
-    const FOOTPRINT: Footprint = Footprint { block_bytes: 1000, latent_bytes: 500, least_fast: 1, pool_bytes: 32_000 };
+    const FOOTPRINT: Footprint = Footprint {
+        block_bytes: 1000,
+        latent_bytes: 500,
+        least_fast: 1,
+        pool_bytes: 32_000,
+        cache_bytes: 0,
+        least_cache_bytes: 0,
+    };
 
     fn bench(limits: Limits) -> Bench {
         let mut bench = Bench::new(32, limits);

@@ -23,6 +23,18 @@ pub(crate) struct Footprint {
     pub(crate) least_fast: u32,
     /// Bytes of the whole pool, the cache of slow rows included.
     pub(crate) pool_bytes: u64,
+    /// Bytes of the cache of slow rows; 0 where there is none.
+    pub(crate) cache_bytes: u64,
+    /// Of them, those that a step cannot do without.
+    pub(crate) least_cache_bytes: u64,
+}
+
+/// What the cache of slow rows may take.
+#[derive(Clone, Copy, Debug)]
+struct CacheLimit {
+    wanted: u64,
+    /// What the device takes it to be.
+    told: u64,
 }
 
 /// Where things stand.
@@ -40,6 +52,7 @@ pub(super) struct Relief {
     kept_max: u32,
     /// The bounds are to be reckoned anew.
     is_stale: bool,
+    cache: CacheLimit,
 }
 
 impl Relief {
@@ -53,6 +66,7 @@ impl Relief {
             allowed: u64::MAX,
             kept_max: 0,
             is_stale: false,
+            cache: CacheLimit { wanted: 0, told: 0 },
         }
     }
 
@@ -79,6 +93,19 @@ impl Relief {
     pub(super) fn forget_bounds(&mut self) {
         self.room = None;
         self.is_stale = true;
+        self.cache.told = self.footprint.cache_bytes;
+    }
+
+    /// Reckons what the cache of slow rows may take at a new stage: where latent planes move away the least, elsewhere
+    /// half of what is left beside that.
+    fn limit_cache(&mut self) {
+        let Footprint { cache_bytes, least_cache_bytes, .. } = self.footprint;
+        let left = u64::try_from(self.outlook.headroom_bytes).unwrap_or(0) / 2;
+        self.cache.wanted = match self.stage() {
+            Stage::Calm => cache_bytes,
+            stage if stage >= Stage::Demote => least_cache_bytes,
+            _ => self.cache.wanted.saturating_add(left).min(cache_bytes),
+        };
     }
 }
 
@@ -86,6 +113,17 @@ impl Scheduler {
     /// Says what blocks of the pool take; without that, readings bound nothing.
     pub(crate) fn weigh(&mut self, footprint: Footprint) {
         self.relief.footprint = footprint;
+        self.relief.cache = CacheLimit { wanted: footprint.cache_bytes, told: footprint.cache_bytes };
+    }
+
+    /// What the cache of slow rows may take from now on, if that is not what it may take already.
+    pub(crate) fn take_cache_limit(&mut self) -> Option<u64> {
+        let CacheLimit { wanted, told } = &mut self.relief.cache;
+        let is_there = self.pool.fast_max() < self.pool.n_blocks();
+        (is_there && wanted != told).then(|| {
+            *told = *wanted;
+            *told
+        })
     }
 
     /// Takes a look at the memory. The same one again says nothing new.
@@ -164,6 +202,7 @@ impl Scheduler {
             if step.from == Stage::Calm {
                 self.relief.kept_max = self.pool.n_kept();
             }
+            self.relief.limit_cache();
             self.relief.is_stale = true;
         }
         if let Some((new, again)) = self.relief.thrash.judge(count(self.running.len()), now) {
@@ -252,7 +291,14 @@ mod tests {
     use std::time::Duration;
 
     /// A KiB each for index and latent plane.
-    const FOOTPRINT: Footprint = Footprint { block_bytes: 2048, latent_bytes: 1024, least_fast: 3, pool_bytes: 16_384 };
+    const FOOTPRINT: Footprint = Footprint {
+        block_bytes: 2048,
+        latent_bytes: 1024,
+        least_fast: 3,
+        pool_bytes: 16_384,
+        cache_bytes: 5000,
+        least_cache_bytes: 100,
+    };
 
     fn bench(n_blocks: u32, n_fast: u32, limits: Limits) -> Bench {
         let mut bench = Bench::with_slow_tier(n_blocks, n_fast, limits);
@@ -347,6 +393,30 @@ mod tests {
         assert!(!board(&bench).decisions.iter().any(|decision| decision.reason.contains("goes on")));
         bench.run();
         assert_eq!(listener.heard().0, naive(prompt(1, 330), 60));
+    }
+
+    #[test]
+    fn the_cache_of_slow_rows_gives_way_at_once_and_comes_back_bit_by_bit() {
+        let mut bench = bench(16, 12, limits());
+        seconds(&mut bench, 9, Pressure::Critical, -2048);
+        assert_eq!(bench.executor.cache_limits, [100]);
+        // From refuse down to demote, then twice half of what is left, and all in the end.
+        seconds(&mut bench, 60, Pressure::None, 3000);
+        assert_eq!(bench.executor.cache_limits, [100, 1600, 3100]);
+        seconds(&mut bench, 20, Pressure::None, 1 << 20);
+        assert_eq!(bench.executor.cache_limits, [100, 1600, 3100, 5000]);
+        // A new device has a cache of the whole size.
+        seconds(&mut bench, 1, Pressure::Critical, -2048);
+        bench.scheduler.requeue_on(sparsed_kv::Pool::with_slow_tier(16, 12));
+        bench.step();
+        assert_eq!(bench.executor.cache_limits, [100, 1600, 3100, 5000, 100, 100]);
+    }
+
+    #[test]
+    fn a_pool_without_a_slow_tier_has_no_cache_to_limit() {
+        let mut bench = bench(16, 16, limits());
+        seconds(&mut bench, 9, Pressure::Critical, -2048);
+        assert!(bench.executor.cache_limits.is_empty());
     }
 
     #[test]

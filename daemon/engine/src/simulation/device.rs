@@ -81,6 +81,11 @@ pub trait Device {
     /// # Errors
     /// As a plugin's calls.
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), DeviceFault>;
+    /// The cache of rows in the slow tier takes so many bytes at most.
+    ///
+    /// # Errors
+    /// As a plugin's calls.
+    fn limit_cache(&mut self, bytes: u64) -> Result<(), DeviceFault>;
     /// Whether it passes its test.
     fn is_well(&mut self) -> bool;
 }
@@ -133,6 +138,10 @@ impl Executor for Watched<'_> {
 
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
         self.device.relocate(block, tag).map_err(|fault| failed("queue_kv", fault))
+    }
+
+    fn limit_cache(&mut self, bytes: u64) -> Result<(), ExecutorError> {
+        self.device.limit_cache(bytes).map_err(|fault| failed("queue_kv", fault))
     }
 
     fn examine(&mut self, is_call: bool) -> Result<bool, ExecutorError> {

@@ -36,6 +36,8 @@ pub(crate) struct Paged {
     /// Discarded blocks that the slow tier has still.
     pub(crate) left: Vec<BlockId>,
     pub(crate) disk: Disk,
+    /// What the cache of slow rows was to take.
+    pub(crate) cache_limits: Vec<u64>,
     /// Statuses of the next imports, the last one first.
     pub(crate) import_failures: Vec<SpdStatus>,
     /// Statuses of the next exports, the last one first.
@@ -161,6 +163,11 @@ impl Executor for Paged {
     fn relocate(&mut self, block: BlockId, tag: u64) -> Result<(), ExecutorError> {
         self.rows.retain(|slot, _| u64::from(block.0) != slot / BLOCK as u64);
         self.slow.insert(block.0, tag);
+        Ok(())
+    }
+
+    fn limit_cache(&mut self, bytes: u64) -> Result<(), ExecutorError> {
+        self.cache_limits.push(bytes);
         Ok(())
     }
 

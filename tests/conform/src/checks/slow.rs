@@ -12,8 +12,8 @@ use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
 use sparsed_abi::{
-    E_ABI, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, FEAT_SLOW_FILE, FEAT_SLOW_HOST, KV_TO_FAST, KV_TO_SLOW,
-    OP_DENSE_MLA, OP_SPARSE_MLA, SpdKvDesc, SpdKvOp, SpdKvSlow,
+    E_ABI, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, FEAT_SLOW_FILE, FEAT_SLOW_HOST, KV_LIMIT_CACHE,
+    KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_SPARSE_MLA, SpdKvDesc, SpdKvOp, SpdKvSlow,
 };
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -267,7 +267,10 @@ fn not_claimed(context: &Context) -> Outcome {
     let pool = shape.pool(&session)?;
     let to_slow = SpdKvOp { kind: KV_TO_SLOW, ..SpdKvOp::default() };
     let answer = session.queue.kv(&pool, &[to_slow], &mut []);
-    refused("SPD_KV_TO_SLOW in a pool without a slow tier", answer, &[E_INVALID, E_UNSUPPORTED, E_ABI])
+    refused("SPD_KV_TO_SLOW in a pool without a slow tier", answer, &[E_INVALID, E_UNSUPPORTED, E_ABI])?;
+    let limit = SpdKvOp { kind: KV_LIMIT_CACHE, cache_bytes: ROOMY, ..SpdKvOp::default() };
+    let answer = session.queue.kv(&pool, &[limit], &mut []);
+    refused("SPD_KV_LIMIT_CACHE in a pool without a slow tier", answer, &[E_INVALID, E_UNSUPPORTED, E_ABI])
 }
 
 fn same_as_fast(context: &Context, kind: Kind) -> Outcome {
@@ -311,6 +314,9 @@ fn there_and_back(
             }
         }
     }
+    if cached.is_none() {
+        limit(session, &mut setting, &fast)?;
+    }
     let exported = export(session, &setting.pool, &blocks)?;
     ensure!(exported == images, "{what}: the image of a slow block differs");
     let back = |&block: &u32| SpdKvOp { kind: KV_TO_FAST, dst_block: block, ..SpdKvOp::default() };
@@ -319,6 +325,19 @@ fn there_and_back(
     setting.area.pages.fill(Page([0xee; PAGE]));
     setting.area.flush()?;
     ensure!(setting.answers()? == fast, "{what}: blocks that came back give other bits");
+    Ok(())
+}
+
+/// The row cache becomes smaller and larger again, and nobody can tell. A plugin may keep it as it is.
+fn limit(session: &Session, setting: &mut Setting<'_>, fast: &[Words; 2]) -> Outcome {
+    for cache_bytes in [ROOMY / 2, ROOMY] {
+        let op = SpdKvOp { kind: KV_LIMIT_CACHE, cache_bytes, ..SpdKvOp::default() };
+        match session.queue.kv(&setting.pool, &[op], &mut []) {
+            Err(fault) if fault.status == E_UNSUPPORTED => return Ok(()),
+            done => done?,
+        };
+        ensure!(setting.answers()? == *fast, "with a row cache of {cache_bytes} bytes a step gives other bits");
+    }
     Ok(())
 }
 
