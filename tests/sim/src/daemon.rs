@@ -66,6 +66,8 @@ pub(crate) struct World {
     is_calm: bool,
     /// The last look at the memory; it is short, or was, where there was any.
     outlook: Outlook,
+    /// Rungs of the ladder may have been climbed and not left.
+    is_pressed: bool,
     pub(crate) mistake: Mistake,
     pub(crate) outline: DaemonOutline,
     log: DefaultHasher,
@@ -113,6 +115,7 @@ impl World {
             requests: Vec::new(),
             is_calm,
             outlook: Outlook::default(),
+            is_pressed: false,
             mistake,
             outline: DaemonOutline::default(),
             log: DefaultHasher::new(),
@@ -143,7 +146,7 @@ impl World {
             970..972 => self.storm(),
             972..980 => self.date.store(self.rng.u64(..4_000_000_000), Ordering::Relaxed),
             980..982 => self.rest()?,
-            982..988 => self.look(),
+            982..988 => self.look()?,
             _ => self.settle_all()?,
         }
         if self.disk.is_off() {
@@ -214,12 +217,35 @@ impl World {
     }
 
     /// Memory gets short, or is not any more.
-    fn look(&mut self) {
+    fn look(&mut self) -> Checked {
         let pressure = [Pressure::None, Pressure::None, Pressure::Some, Pressure::Critical][self.rng.usize(..4)];
         let most = i64::from(self.setup.n_blocks * IMAGE_BYTES);
         let headroom_bytes = if self.rng.u32(..3) == 0 { i64::MAX } else { self.rng.i64(-most..most) };
-        self.now += Duration::from_millis(self.rng.u64(..3000));
         self.report(pressure, headroom_bytes);
+        self.is_pressed = true;
+        let moments = self.rng.u32(..80);
+        self.pass(moments)
+    }
+
+    /// Time goes by in which the device does nothing, and everybody else what there is to do: a listener that is not
+    /// slow is not kept waiting.
+    fn pass(&mut self, moments: u32) -> Checked {
+        for _ in 0..moments {
+            self.now += Duration::from_millis(40);
+            self.machine.sessions_turn(usize::MAX);
+            self.machine.step(None, self.now).map_err(|error| Violation(format!("without a device: {error}")))?;
+        }
+        Ok(())
+    }
+
+    /// Memory is not short for as long as it takes to leave the ladder's rungs.
+    fn relax(&mut self) -> Checked {
+        if self.is_pressed {
+            self.report(Pressure::None, i64::MAX);
+            self.pass(80 * 25)?;
+        }
+        self.is_pressed = false;
+        Ok(())
     }
 
     fn report(&mut self, pressure: Pressure, headroom_bytes: i64) {
@@ -228,11 +254,6 @@ impl World {
     }
 
     fn forgive(&mut self) {
-        if self.outlook.number > 0 {
-            // A rung of the ladder is left after so long.
-            self.now += Duration::from_secs(10);
-            self.report(Pressure::None, i64::MAX);
-        }
         self.disk.set_faults(Faults::NONE);
         if let Some(device) = &mut self.device {
             device.one_in = 0;
@@ -320,6 +341,7 @@ impl World {
     /// Everything works from now on, everybody reads: all answers come to their ends, and no block stays behind.
     fn rest(&mut self) -> Checked {
         self.forgive();
+        self.relax()?;
         for round in 0.. {
             self.requests.iter().for_each(|client| client.read(usize::MAX));
             self.lives().for_each(|live| live.client.read(usize::MAX));
