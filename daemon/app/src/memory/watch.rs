@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 /// Time between looks.
 const PAUSE: Duration = Duration::from_secs(2);
-/// The same while steps run, which take some tens of MiB in a second. A look takes some 50 us.
+/// The same while steps run, which take some tens of MiB in a second.
 const PAUSE_BUSY: Duration = Duration::from_millis(100);
 // Windows of stalls are of two seconds: a shorter one, or one that is no multiple of them, takes a privilege.
 /// Somebody has waited for memory for 200 ms of 2 s.
