@@ -85,7 +85,7 @@ pub(crate) fn discard_freed(scheduler: &mut Scheduler, executor: &mut dyn Execut
     if let Some(bytes) = scheduler.take_cache_limit()
         && let Outcome::Failed(error) = outlive(executor, |executor| executor.limit_cache(bytes))?
     {
-        log::warn!(bytes, reason:% = error; "the cache of slow rows keeps its size");
+        log::info!(bytes, reason:% = error; "the cache of slow rows keeps its size");
     }
     let freed = scheduler.take_freed();
     if freed.is_empty() { Ok(()) } else { discard(executor, &freed) }

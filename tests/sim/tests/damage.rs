@@ -12,9 +12,13 @@ const SHAPE: ImageShape = ImageShape { fingerprint: [5; 32], block_bytes: 200 };
 const N_BLOCKS: u32 = 2;
 
 fn open(disk: &FakeDisk, seed: u64) -> (Store<FakeDisk>, Report) {
+    open_with(disk, seed, [1; 32])
+}
+
+fn open_with(disk: &FakeDisk, seed: u64, master: [u8; 32]) -> (Store<FakeDisk>, Report) {
     let mut rng = fastrand::Rng::with_seed(seed);
     let random = Box::new(move |bytes: &mut [u8]| rng.fill(bytes));
-    Store::open(disk.other(), random, MasterKey::new([1; 32]), Limits::default()).unwrap()
+    Store::open(disk.other(), random, MasterKey::new(master), Limits::default()).unwrap()
 }
 
 /// A session of three turns and two blocks, and what it was after each record.
@@ -162,6 +166,63 @@ fn a_session_with_a_damaged_key_is_left_alone() {
         assert_eq!(report.findings.len(), 1, "{context}");
         assert_eq!(store.history(OWNER, id).err(), Some(StoreError::NotFound), "{context}");
         assert_eq!((disk.bytes(&key), disk.bytes(&place(id, "journal"))), (damaged, journal), "{context}");
+    }
+}
+
+/// One that is cut is no key: the daemon says so and ends.
+#[test]
+fn under_a_damaged_master_key_nothing_is_read_and_nothing_is_touched() {
+    let (disk, id, states) = session();
+    let files = [place(id, "key"), place(id, "journal"), place(id, "kv")];
+    let before = files.each_ref().map(|file| disk.bytes(file));
+    for bit in 0..256 {
+        let mut master = [1; 32];
+        master[bit / 8] ^= 1 << (bit % 8);
+        let (mut store, report) = open_with(&disk, 2, master);
+        let kinds: Vec<FindingKind> = report.findings.iter().map(|finding| finding.kind).collect();
+        assert_eq!(kinds, [FindingKind::ForeignKey], "bit {bit}");
+        assert_eq!(store.history(OWNER, id).err(), Some(StoreError::NotFound), "bit {bit}");
+    }
+    assert_eq!(files.each_ref().map(|file| disk.bytes(file)), before);
+    let (mut store, report) = open(&disk, 3);
+    assert_eq!(report.findings, []);
+    assert_eq!(Said::of(store.history(OWNER, id).unwrap()), states[states.len() - 1]);
+    assert_eq!(loaded(&mut store, id, "under its own key again"), N_BLOCKS);
+}
+
+/// At worst an answer in the background is given up too early, or tried too often; it can be gone on with either way.
+#[test]
+fn a_damaged_count_of_tries_costs_no_word() {
+    let (original, id, states) = session();
+    let (mut store, _) = open(&original, 2);
+    assert_eq!([1, 2, 3].map(|_| store.note_try(OWNER, id).unwrap()), [1, 2, 3]);
+    drop(store);
+    let tries = place(id, "tries");
+    let bytes = original.bytes(&tries);
+    for (context, damaged) in damaged(&bytes) {
+        let (disk, ..) = session();
+        disk.put(&tries, damaged);
+        let (mut store, report) = open(&disk, 3);
+        assert_eq!(report.findings, [], "{context}");
+        let n_tries = store.note_try(OWNER, id).unwrap();
+        assert_eq!(store.note_try(OWNER, id).unwrap(), n_tries + 1, "{context}");
+        assert_eq!(Said::of(store.history(OWNER, id).unwrap()), states[states.len() - 1], "{context}");
+        goes_on(store, &disk, id, &context);
+    }
+}
+
+#[test]
+fn a_journal_that_is_marked_is_written_again_whatever_the_mark_says() {
+    for mark in [b"".as_slice(), b"x", &[0xff; 300]] {
+        let (disk, id, states) = session();
+        let unsure = place(id, "journal.unsure");
+        disk.put(&unsure, mark.to_vec());
+        let (mut store, report) = open(&disk, 2);
+        assert_eq!(report.findings, []);
+        assert_eq!(Said::of(store.history(OWNER, id).unwrap()), states[states.len() - 1]);
+        store.flush();
+        goes_on(store, &disk, id, "a mark");
+        assert!(!disk.files().contains(&unsure));
     }
 }
 
