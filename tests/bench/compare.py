@@ -1,15 +1,19 @@
 #!/usr/bin/env python3
 """How fast are we beside llama.cpp, and beside ourselves with selection off?
 
-Both sides run each test in turn (A B A B ...); the table has medians, in brackets the lowest and highest of the rounds,
-and says "busy" where the machine had other work. llama.cpp reads what lies before a depth, which takes minutes, so its
-side of a test is run at depths up to --deep only; ours fills the cache with copies (see `sparsectl bench --help`).
+All sides run each test in turn (A B A B ...), with two threads seven times at least; the table has medians, in brackets
+the lowest and highest of the rounds, and says "void" where other work waited for a processor before or after them (PSI
+`cpu some avg10` above 10). llama.cpp reads what lies before a depth, which takes minutes, so its side of a test is run
+at depths up to --deep only; ours fills the cache with copies (see `sparsectl bench --help`), so beyond what a model was
+trained for it is speed only.
 
 Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
-           [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf] [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3]
-           [--deep TOKENS] [--only TEXT] [--results RESULTS.md] [--plot FOLDER]
+           [--ik-llama-bench LLAMA_BENCH of ik_llama.cpp] [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf]
+           [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3] [--deep TOKENS] [--only TEXT]
+           [--results RESULTS.md] [--plot FOLDER]
 BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
-The others have random weights: BABY_DSA 16 index heads, BABY_DSA_64 64 of them.
+The others have random weights: BABY_DSA 16 index heads, BABY_DSA_64 64 of them. --results replaces the part of that
+file below the line that says so, and nothing else.
 """
 
 import argparse
@@ -24,7 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODELS = ("base", "dsa", "baby", "wide", "mla", "moe")
-MARK = "## Against llama.cpp and against dense attention"
+MARK = "### The table, as `tests/bench/compare.py --results` writes it"
+PRESSURE_MAX = 10.0
+ROUNDS_OF_TWO_THREADS = 7
 
 
 @dataclass
@@ -59,8 +65,8 @@ TESTS = [
       for width, options in ACTIVATIONS),
     *(Test(f"12-layer DSA, 16 index heads, decode at {d // 1024}K", "decode", 16, d, 1, "baby", "baby", goal)
       for d, goal in [(2048, "15 ms"), (8192, "17 ms"), (65536, "30 ms")]),
-    *(Test(f"12-layer DSA, prefill {n}", "prefill", n, 0, 1, "baby", "baby", goal)
-      for n, goal in [(512, "400 t/s"), (4096, "250 t/s")]),
+    *(Test(f"12-layer DSA, prefill {n}{width}", "prefill", n, 0, 1, "baby", "baby", goal, options)
+      for n, goal in [(512, "400 t/s"), (4096, "250 t/s")] for width, options in ACTIVATIONS),
     Test("12-layer DSA, 64 index heads, decode at 64K", "decode", 8, 65536, 1, "wide", "wide", "65 ms"),
     Test("12-layer dense MLA, decode at 32K", "decode", 8, 32768, 1, "mla", "mla", "110 ms"),
     *(Test(f"12-layer MoE, 64 experts, 6 active, {kind}", kind, n, 0, 1, "moe", "moe", "1.3 times llama.cpp")
@@ -89,27 +95,26 @@ class Sides:
         ]))["results"][0]
         return found["ms_per_token"], found["cpu_ms_per_token"]
 
-    def theirs(self, test: Test) -> tuple[float, float]:
-        """Milliseconds per token: wall, CPU. The latter is what four repetitions take more than one."""
+    def theirs(self, bench: str, test: Test) -> tuple[float, float | None]:
+        """Milliseconds per token: wall, CPU. The latter is what four repetitions take more than one; it is not known
+        where each repetition reads thousands of tokens."""
         sizes = ["-p", str(test.n), "-n", "0"] if test.kind == "prefill" else ["-p", "0", "-n", str(test.n)]
         cpu, wall = [], 0.0
-        for repetitions in (1, 4):
+        for repetitions in (1,) if test.depth + test.n >= 4096 else (1, 4):
             before = os.times()
             found = json.loads(run([
-                self.arguments.llama_bench, "-m", self.models[test.theirs], "-t", str(test.threads), "-fa", "1",
-                "-o", "json", "-d", str(test.depth), "-r", str(repetitions), *sizes,
+                bench, "-m", self.models[test.theirs], "-t", str(test.threads), "-fa", "1",
+                "-o", "json", *(["-d", str(test.depth)] if test.depth else []), "-r", str(repetitions), *sizes,
             ]))
             after, wall = os.times(), 1e3 / found[0]["avg_ts"]
             cpu.append(sum(after[2:4]) - sum(before[2:4]))
-            if test.depth > 0:  # each repetition would read what is before
-                return wall, wall
-        return wall, 1e3 * (cpu[1] - cpu[0]) / 3 / test.n
+        return wall, 1e3 * (cpu[1] - cpu[0]) / 3 / test.n if len(cpu) > 1 else None
 
 
 def is_busy() -> bool:
-    """Whether other programs wait for processors: load average or pressure."""
+    """Whether other programs wait for processors."""
     pressure = re.search(r"some avg10=([\d.]+)", Path("/proc/pressure/cpu").read_text())
-    return os.getloadavg()[0] >= 1.0 or bool(pressure and float(pressure[1]) > 10)
+    return bool(pressure and float(pressure[1]) > PRESSURE_MAX)
 
 
 def spread(times: list[float], kind: str) -> str:
@@ -119,38 +124,55 @@ def spread(times: list[float], kind: str) -> str:
     return f"{middle:.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def measure(test: Test, sides: Sides) -> str:
-    ours, cpu, theirs, their_cpu = [], [], [], []
-    both = test.theirs is not None and test.depth <= sides.arguments.deep
+def middle(values: list[float | None], digits: int = 2) -> str:
+    return "" if None in values or not values else f"{statistics.median(values):.{digits}f}"
+
+
+def measure(test: Test, sides: Sides) -> tuple[str, float]:
+    """A line of the table, and our CPU milliseconds per token."""
+    benches = [bench for bench in (sides.arguments.llama_bench, sides.arguments.ik_llama_bench) if bench]
+    if test.theirs is None or test.depth > sides.arguments.deep:
+        benches = []
+    theirs, ours = {bench: [] for bench in benches}, []
+    rounds = max(sides.arguments.rounds, ROUNDS_OF_TWO_THREADS) if test.threads > 1 else sides.arguments.rounds
     busy = is_busy()
-    for _ in range(sides.arguments.rounds):
-        if both:
-            wall, own = sides.theirs(test)
-            theirs.append(wall)
-            their_cpu.append(own)
-        wall, own = sides.ours(test)
-        ours.append(wall)
-        cpu.append(own)
+    for _ in range(rounds):
+        for bench in benches:
+            theirs[bench].append(sides.theirs(bench, test))
+        ours.append(sides.ours(test))
+    busy |= is_busy()
+    wall, cpu = zip(*ours)
+    every = [list(zip(*theirs[bench])) for bench in benches] + [[[], []]] * (2 - len(benches))
     # On a busy machine CPU time is what can be compared.
-    ratio = f"{statistics.median(their_cpu) / statistics.median(cpu):.2f}" if both else ""
+    known = [walls if None in cpus else cpus for walls, cpus in every]
+    mine = [wall if None in cpus else cpu for _, cpus in every]
+    ratios = [middle([statistics.median(of) / statistics.median(own)]) if of else "" for of, own in zip(known, mine)]
     columns = [
-        test.label, spread(theirs, test.kind) if both else "", spread(ours, test.kind),
-        f"{statistics.median(their_cpu):.2f}" if both else "", f"{statistics.median(cpu):.2f}", ratio, test.goal,
-        "busy" if busy else "",
+        test.label, *(spread(walls, test.kind) if walls else "" for walls, _ in every), spread(wall, test.kind),
+        middle(every[0][1]), middle(cpu), *ratios, test.goal, "void" if busy else "",
     ]
-    return "| " + " | ".join(columns) + " |"
+    return f"| {' | '.join(columns)} |", statistics.median(cpu)
 
 
 def table(sides: Sides) -> list[str]:
     lines = [
-        "| work | llama.cpp | ours | CPU ms per token: llama.cpp | ours | ratio | goal (wall) | machine |",
-        "|---|---|---|---|---|---|---|---|",
+        "| work | llama.cpp | ik_llama.cpp | ours | CPU ms per token: llama.cpp | ours | times faster than llama.cpp "
+        "| than ik_llama.cpp | goal (wall) | machine |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
+    sparse: dict[int, float] = {}
     for test in TESTS:
-        if sides.models[test.ours] and sides.arguments.only in test.label:
-            lines.append(measure(test, sides))
-            print(lines[-1], flush=True)
+        if not sides.models[test.ours] or sides.arguments.only not in test.label:
+            continue
+        line, cpu = measure(test, sides)
+        if test.ours == "dsa" and test.kind == "decode":
+            if "--dense" in test.options and test.depth in sparse:
+                line = line.replace(test.label, f"{test.label}: sparse takes {sparse[test.depth] / cpu:.2f} of it")
+            else:
+                sparse[test.depth] = cpu
+        lines.append(line)
+        print(line, flush=True)
     return lines
 
 
@@ -187,8 +209,10 @@ def plot(sides: Sides, folder: Path) -> None:
             points.setdefault(name, []).append((depth, sides.ours(test)[1]))
     for depth in (2048 << i for i in range(8) if 2048 << i <= sides.arguments.deep):
         test = Test("", "decode", 8, depth, 1, "base", "base", "")
-        points.setdefault("llama.cpp, base model", []).append((depth, sides.theirs(test)[0]))
-    (folder / "context.svg").write_text(svg("CPU time per decoded token, default model, one thread; speed only past 2K", points))
+        wall = sides.theirs(sides.arguments.llama_bench, test)[0]
+        points.setdefault("llama.cpp, base model (wall time)", []).append((depth, wall))
+    (folder / "context.svg").write_text(
+        svg("CPU time per decoded token, default model, one thread; speed only past 8K", points))
     tell(points)
     batch: dict[str, list[tuple[int, float]]] = {}
     for name, depth, options in (("k = 512, 8K", 8192, ()), ("dense, 8K", 8192, ("--dense",)), ("512 tokens", 512, ())):
@@ -209,7 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("sparsectl", "llama-bench", *MODELS[:2]):
         parser.add_argument(f"--{name}", required=True)
-    for name in (*MODELS[2:], "results", "plot"):
+    for name in ("ik-llama-bench", *MODELS[2:], "results", "plot"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--deep", type=int, default=0)
@@ -220,8 +244,9 @@ def main() -> None:
     if arguments.results:
         path = Path(arguments.results)
         before, _, rest = path.read_text().partition(MARK)
-        after = rest[rest.index("\n## "):] if "\n## " in rest else ""
-        said = f"`tests/bench/compare.py`, {arguments.rounds} rounds, {datetime.date.today()}; synthetic depths."
+        after = next((rest[at.start():] for at in re.finditer(r"\n##+ ", rest)), "")
+        rounds = f"{arguments.rounds} rounds, {ROUNDS_OF_TWO_THREADS} of two threads"
+        said = f"{rounds}, {datetime.date.today()}; depths of ours are copies, so speed only."
         path.write_text(f"{before.rstrip()}\n\n{MARK}\n\n{said}\n\n" + "\n".join(lines) + "\n" + after)
     if arguments.plot:
         plot(sides, Path(arguments.plot))
