@@ -106,8 +106,8 @@ impl RowCache {
         Some(slots.min(self.n_most)).filter(|&n| n > 0).ok_or(RowCacheError::TooSmall { needed: 1, slots: 0 })
     }
 
-    /// Takes `limit_bytes` from now on, and no more than it was made with: rows in slots beyond are forgotten, and their
-    /// memory is given back. Ends the epoch as [`Self::release`] does.
+    /// Takes `limit_bytes` from now on, and no more than it was made with: rows in slots beyond are forgotten, and
+    /// their memory is given back. Ends the epoch as [`Self::release`] does.
     ///
     /// # Errors
     /// [`RowCacheError::TooSmall`] when no row fits. Nothing has changed then.

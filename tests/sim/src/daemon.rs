@@ -14,7 +14,7 @@ use crate::start::{answer_of, closed, open};
 use crate::talk::{Plain, Talk};
 use fastrand::Rng;
 use sparsed_engine::api::{Failure, Owner};
-use sparsed_engine::memory::{Outlook, Pressure};
+use sparsed_engine::memory::Outlook;
 use sparsed_engine::simulation::{Device, Machine, Setup};
 use sparsed_engine::{Limits, SessionId};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -54,7 +54,7 @@ pub(crate) struct World {
     pub(crate) disk: FakeDisk,
     pub(crate) machine: Machine,
     device: Option<FakeDevice>,
-    setup: Setup,
+    pub(crate) setup: Setup,
     pub(crate) now: Duration,
     date: Arc<AtomicU64>,
     pub(crate) talks: Vec<(Talk, Option<Live>)>,
@@ -65,9 +65,9 @@ pub(crate) struct World {
     /// Whether nothing fails but by a client's own fault.
     is_calm: bool,
     /// The last look at the memory; it is short, or was, where there was any.
-    outlook: Outlook,
+    pub(crate) outlook: Outlook,
     /// Rungs of the ladder may have been climbed and not left.
-    is_pressed: bool,
+    pub(crate) is_pressed: bool,
     pub(crate) mistake: Mistake,
     pub(crate) outline: DaemonOutline,
     log: DefaultHasher,
@@ -214,43 +214,6 @@ impl World {
             device.one_in = [0, 0, 15, 60][self.rng.usize(..4)];
             device.area.set_faults([0, 0, 3, 40][self.rng.usize(..4)]);
         }
-    }
-
-    /// Memory gets short, or is not any more.
-    fn look(&mut self) -> Checked {
-        let pressure = [Pressure::None, Pressure::None, Pressure::Some, Pressure::Critical][self.rng.usize(..4)];
-        let most = i64::from(self.setup.n_blocks * IMAGE_BYTES);
-        let headroom_bytes = if self.rng.u32(..3) == 0 { i64::MAX } else { self.rng.i64(-most..most) };
-        self.report(pressure, headroom_bytes);
-        self.is_pressed = true;
-        let moments = self.rng.u32(..80);
-        self.pass(moments)
-    }
-
-    /// Time goes by in which the device does nothing, and everybody else what there is to do: a listener that is not
-    /// slow is not kept waiting.
-    fn pass(&mut self, moments: u32) -> Checked {
-        for _ in 0..moments {
-            self.now += Duration::from_millis(40);
-            self.machine.sessions_turn(usize::MAX);
-            self.machine.step(None, self.now).map_err(|error| Violation(format!("without a device: {error}")))?;
-        }
-        Ok(())
-    }
-
-    /// Memory is not short for as long as it takes to leave the ladder's rungs.
-    fn relax(&mut self) -> Checked {
-        if self.is_pressed {
-            self.report(Pressure::None, i64::MAX);
-            self.pass(80 * 25)?;
-        }
-        self.is_pressed = false;
-        Ok(())
-    }
-
-    fn report(&mut self, pressure: Pressure, headroom_bytes: i64) {
-        self.outlook = Outlook { number: self.outlook.number + 1, pressure, headroom_bytes };
-        self.machine.look(self.outlook, self.now);
     }
 
     fn forgive(&mut self) {

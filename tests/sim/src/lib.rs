@@ -17,6 +17,7 @@ mod model;
 mod names;
 mod outline;
 mod run;
+mod short;
 mod speak;
 mod start;
 mod talk;
