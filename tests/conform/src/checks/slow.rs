@@ -315,7 +315,7 @@ fn there_and_back(
         }
     }
     if cached.is_none() {
-        limit(session, &mut setting, &fast)?;
+        limit(session, &setting, &fast)?;
     }
     let exported = export(session, &setting.pool, &blocks)?;
     ensure!(exported == images, "{what}: the image of a slow block differs");
@@ -329,7 +329,7 @@ fn there_and_back(
 }
 
 /// The row cache becomes smaller and larger again, and nobody can tell. A plugin may keep it as it is.
-fn limit(session: &Session, setting: &mut Setting<'_>, fast: &[Words; 2]) -> Outcome {
+fn limit(session: &Session, setting: &Setting<'_>, fast: &[Words; 2]) -> Outcome {
     for cache_bytes in [ROOMY / 2, ROOMY] {
         let op = SpdKvOp { kind: KV_LIMIT_CACHE, cache_bytes, ..SpdKvOp::default() };
         match session.queue.kv(&setting.pool, &[op], &mut []) {
