@@ -205,3 +205,26 @@ fn total_memory() -> u64 {
     let (ram, unit) = (info.totalram, u64::from(info.mem_unit));
     ram.saturating_mul(unit)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn threads(n_threads: u32, cpu_mask: Vec<u64>) -> Result<usize> {
+        let plugin = CpuPlugin { host: Host::none(), level: Level::Scalar };
+        let device = plugin.open(0, &OpenOptions { n_threads, cpu_mask, mem_budget: 0 })?;
+        Ok(device.team.len())
+    }
+
+    #[test]
+    fn a_device_has_as_many_threads_as_it_was_told_or_else_as_its_processors_and_its_quota_allow() {
+        let cpus = allowed_cpus(&[]);
+        let mut one = vec![0; cpus[0] / 64 + 1];
+        one[cpus[0] / 64] = 1 << (cpus[0] % 64);
+        assert_eq!(threads(0, Vec::new()).unwrap(), threads_for(cpus.len()));
+        assert_eq!(threads(0, one.clone()).unwrap(), 1);
+        assert_eq!(threads(3, one).unwrap(), 3);
+        assert!(threads(0, vec![0]).unwrap_err().message.contains("leaves no processor"));
+        assert!(threads(THREADS_MAX as u32 + 1, Vec::new()).is_err());
+    }
+}

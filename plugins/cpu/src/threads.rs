@@ -160,7 +160,12 @@ pub(crate) fn part(total: usize, number: usize, n: usize) -> std::ops::Range<usi
 /// Threads for so many processors: no more than the control group's quota keeps busy. Threads beyond it would be
 /// stopped for the rest of each period while others wait for their parts.
 pub(crate) fn threads_for(cpus: usize) -> usize {
-    std::thread::available_parallelism().map_or(cpus, |quota| cpus.min(quota.get()))
+    within(cpus, std::thread::available_parallelism().ok())
+}
+
+/// `quota`: how many threads the control group keeps busy, if that can be known.
+fn within(cpus: usize, quota: Option<NonZero<usize>>) -> usize {
+    quota.map_or(cpus, |quota| cpus.min(quota.get()))
 }
 
 /// The processors this process may run on.
@@ -260,6 +265,34 @@ mod tests {
                 assert_eq!(all, (0..total).collect::<Vec<_>>());
             }
         }
+    }
+
+    #[test]
+    fn threads_are_no_more_than_processors_and_no_more_than_the_quota() {
+        for (cpus, quota, n) in [(8, Some(2), 2), (8, Some(8), 8), (1, Some(4), 1), (2, Some(1), 1), (3, None, 3)] {
+            assert_eq!(within(cpus, quota.and_then(NonZero::new)), n, "{cpus} processors, quota {quota:?}");
+        }
+        let here = std::thread::available_parallelism().expect("of Linux").get();
+        assert_eq!((threads_for(1), threads_for(here), threads_for(here + 7)), (1, here, here));
+    }
+
+    #[test]
+    fn a_thread_that_is_bound_to_one_processor_is_allowed_that_one() {
+        let all = allowed_cpus(&[]);
+        let mask = |cpu: usize| (0..=cpu / 64).map(move |word| if word == cpu / 64 { 1 << (cpu % 64) } else { 0 });
+        for &cpu in &all {
+            assert_eq!(allowed_cpus(&mask(cpu).collect::<Vec<u64>>()), [cpu]);
+        }
+        let last = *all.last().expect("this one runs somewhere");
+        let bound = std::thread::spawn(move || {
+            let mut set = rustix::thread::CpuSet::new();
+            set.set(last);
+            rustix::thread::sched_setaffinity(None, &set).expect("one of its own");
+            let others: Vec<u64> = mask(last).map(|word| !word).collect();
+            (allowed_cpus(&[]), allowed_cpus(&[u64::MAX; 16]), allowed_cpus(&others), threads_for(1000))
+        });
+        assert_eq!(bound.join().expect("no panic"), (vec![last], vec![last], Vec::new(), 1));
+        assert_eq!(allowed_cpus(&[]), all, "this thread is bound to none");
     }
 
     #[test]

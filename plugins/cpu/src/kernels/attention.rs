@@ -83,7 +83,10 @@ fn index_scores_body<A: Arithmetic>(q: &[f32], w: &[f32], keys: &[f32], scores: 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Fused;
     use crate::level::Level;
+    use fastrand::Rng;
+    use proptest::prelude::*;
 
     #[test]
     fn two_blocks_give_the_softmax_of_all_rows() {
@@ -92,7 +95,7 @@ mod tests {
         let (q, scale) = ([0.5f32, -1.0], 0.7);
         let z: Vec<f64> = rope.chunks(2).map(|r| f64::from((r[0] * q[0] + r[1] * q[1]) * scale)).collect();
         let total: f64 = z.iter().map(|z| z.exp()).sum();
-        for level in [Level::Scalar, Level::detect()] {
+        for level in Level::all() {
             let (mut state, mut out) = (Softmax::EMPTY, [0.0; 2]);
             for part in 0..2 {
                 let range = part * ROWS * 2..(part + 1) * ROWS * 2;
@@ -109,15 +112,92 @@ mod tests {
             for (i, out) in out.iter().enumerate() {
                 let exact: f64 =
                     z.iter().zip(latent.chunks(2)).map(|(z, l)| z.exp() * f64::from(l[i])).sum::<f64>() / total;
-                assert!((f64::from(out / state.sum) - exact).abs() < 1e-5);
+                assert!((f64::from(out / state.sum) - exact).abs() < 1e-5, "{level:?}");
             }
         }
     }
 
     #[test]
     fn index_scores_drop_negative_heads() {
-        let mut scores = [9.0; 2];
-        index_scores(Level::Scalar, &[1.0, 0.0, 0.0, 1.0], &[2.0, -1.0], &[3.0, -1.0, -4.0, 5.0], &mut scores);
-        assert_eq!(scores, [6.0, -5.0]);
+        for level in Level::all() {
+            let mut scores = [9.0; 2];
+            index_scores(level, &[1.0, 0.0, 0.0, 1.0], &[2.0, -1.0], &[3.0, -1.0, -4.0, 5.0], &mut scores);
+            assert_eq!(scores, [6.0, -5.0], "{level:?}");
+        }
+    }
+
+    /// A running softmax over a whole block and one of `n` rows: its maximum and sum, then what was summed.
+    fn softmaxed(
+        [q_latent, q_rope, latent, rope]: [&[f32]; 4],
+        (width, n): (usize, usize),
+        attend: &dyn Fn(HeadBlock<'_>, &mut Softmax, &mut [f32]),
+    ) -> Vec<f32> {
+        let (mut state, mut out) = (Softmax::EMPTY, vec![0.0; width]);
+        for (first, n) in [(0, ROWS), (ROWS, n)] {
+            let (latent, rope) = (&latent[first * width..], &rope[first * q_rope.len()..]);
+            attend(HeadBlock { q_latent, q_rope, latent, rope, n, scale: 0.2 }, &mut state, &mut out);
+        }
+        [&[state.max, state.sum], &out[..]].concat()
+    }
+
+    fn bits(values: &[f32]) -> Vec<u32> {
+        values.iter().map(|value| value.to_bits()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Answers over values below 1 are within 1e-5 of the scalar level's; the bits are those of the portable twin.
+        #[test]
+        fn attention_of_every_level_is_close_to_scalar(
+            seed: u64, width in 1usize..100, rope_width in 1usize..70, n in 1usize..=ROWS, absorbed: bool,
+        ) {
+            let mut random = Rng::with_seed(seed);
+            let mut values = |n: usize| (0..n).map(|_| 2.0 * random.f32() - 1.0).collect::<Vec<f32>>();
+            let (q_latent, q_rope) = (values(if absorbed { width } else { 0 }), values(rope_width));
+            let (latent, rope) = (values((ROWS + n) * width), values((ROWS + n) * rope_width));
+            let run = |job: &dyn Fn(HeadBlock<'_>, &mut Softmax, &mut [f32])| {
+                softmaxed([&q_latent, &q_rope, &latent, &rope], (width, n), job)
+            };
+            let at = |level| run(&|block, state, out| attend(level, block, state, out));
+            let (scalar, twin) = (at(Level::Scalar), run(&|block, state, out| attend_body::<Fused>(block, state, out)));
+            for level in Level::all() {
+                let found = at(level);
+                for (found_value, scalar_value) in found[2..].iter().zip(&scalar[2..]) {
+                    let (own, other) = (found_value / found[1], scalar_value / scalar[1]);
+                    prop_assert!((own - other).abs() <= 1e-5, "{level:?}: {own} {other}");
+                }
+                if level != Level::Scalar {
+                    prop_assert_eq!(bits(&found), bits(&twin), "{:?}", level);
+                }
+            }
+        }
+
+        /// Within 3e-6 of the sum of magnitudes from the scalar level's; the bits are those of the portable twin.
+        #[test]
+        fn index_scores_of_every_level_are_close_to_scalar(
+            seed: u64, heads in 1usize..20, width in 1usize..150, n in 1usize..20,
+        ) {
+            let mut random = Rng::with_seed(seed);
+            let mut values = |n: usize| (0..n).map(|_| 2.0 * random.f32() - 1.0).collect::<Vec<f32>>();
+            let (q, w, keys) = (values(heads * width), values(heads), values(n * width));
+            let at = |level| {
+                let mut scores = vec![9.0; n];
+                index_scores(level, &q, &w, &keys, &mut scores);
+                scores
+            };
+            let (scalar, mut twin) = (at(Level::Scalar), vec![9.0; n]);
+            index_scores_body::<Fused>(&q, &w, &keys, &mut twin);
+            for level in Level::all() {
+                let found = at(level);
+                for ((found, scalar), key) in found.iter().zip(&scalar).zip(keys.chunks_exact(width)) {
+                    let size = |q: &[f32]| q.iter().zip(key).map(|(q, k)| (q * k).abs()).sum::<f32>();
+                    let size: f32 = q.chunks_exact(width).zip(&w).map(|(q, w)| w.abs() * size(q)).sum();
+                    prop_assert!((found - scalar).abs() <= 3e-6 * size, "{level:?}: {found} {scalar}");
+                }
+                if level != Level::Scalar {
+                    prop_assert_eq!(bits(&found), bits(&twin), "{:?}", level);
+                }
+            }
+        }
     }
 }

@@ -42,23 +42,74 @@ fn layer_body<A: Arithmetic>(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, y:
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::Fused;
     use crate::level::Level;
+    use proptest::prelude::*;
+
+    /// How far two levels are apart, of a value before the bias: what 300 squares' sums are rounded by.
+    const CLOSE: f32 = 3e-6;
 
     #[test]
     fn a_layer_norm_has_mean_bias_and_unit_variance() {
         let x = [1.0, 2.0, 3.0, 6.0];
-        let mut y = [0.0; 4];
-        layer(Level::Scalar, &x, &[1.0; 4], &[0.5; 4], 0.0, &mut y);
         let spread = (14.0f32 / 4.0).sqrt();
         let expected = [-2.0 / spread + 0.5, -1.0 / spread + 0.5, 0.5, 3.0 / spread + 0.5];
-        assert!(y.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{y:?}");
+        for level in Level::all() {
+            let mut y = [0.0; 4];
+            layer(level, &x, &[1.0; 4], &[0.5; 4], 0.0, &mut y);
+            assert!(y.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{level:?}: {y:?}");
+        }
     }
 
     #[test]
     fn an_rms_norm_keeps_the_mean() {
-        let mut y = [0.0; 2];
-        rms(Level::Scalar, &[3.0, 4.0], &[2.0, 1.0], 0.0, &mut y);
         let scale = 1.0 / 12.5f32.sqrt();
-        assert!((y[0] - 6.0 * scale).abs() < 1e-6 && (y[1] - 4.0 * scale).abs() < 1e-6);
+        for level in Level::all() {
+            let mut y = [0.0; 2];
+            rms(level, &[3.0, 4.0], &[2.0, 1.0], 0.0, &mut y);
+            assert!((y[0] - 6.0 * scale).abs() < 1e-6 && (y[1] - 4.0 * scale).abs() < 1e-6, "{level:?}: {y:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_level_is_close_to_scalar_and_has_the_bits_of_its_portable_twin(
+            columns in proptest::collection::vec((-10f32..10.0, -2f32..2.0, -2f32..2.0), 1..300), eps in 1e-6f32..1e-4,
+        ) {
+            let x: Vec<f32> = columns.iter().map(|column| column.0).collect();
+            let gain: Vec<f32> = columns.iter().map(|column| column.1).collect();
+            let bias: Vec<f32> = columns.iter().map(|column| column.2).collect();
+            let run = |job: &dyn Fn(&mut [f32])| {
+                let mut y = vec![0.0; x.len()];
+                job(&mut y);
+                y
+            };
+            let no_bias = vec![0.0; x.len()];
+            let twins = [
+                run(&|y| rms_body::<Fused>(&x, &gain, eps, y)),
+                run(&|y| rms_body::<Fused>(&x, &[], eps, y)),
+                run(&|y| layer_body::<Fused>(&x, &gain, &bias, eps, y)),
+            ];
+            let at = |level| [
+                run(&|y| rms(level, &x, &gain, eps, y)),
+                run(&|y| rms(level, &x, &[], eps, y)),
+                run(&|y| layer(level, &x, &gain, &bias, eps, y)),
+            ];
+            let scalar = at(Level::Scalar);
+            for level in Level::all() {
+                let found = at(level);
+                if level != Level::Scalar {
+                    let bits = |rows: &[Vec<f32>; 3]| rows.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                    prop_assert_eq!(bits(&found), bits(&twins), "{:?}", level);
+                }
+                for ((found, scalar), bias) in found.iter().zip(&scalar).zip([&no_bias, &no_bias, &bias]) {
+                    for ((found, scalar), bias) in found.iter().zip(scalar).zip(bias) {
+                        // Adding the bias rounds once more.
+                        let allowed = CLOSE * (scalar - bias).abs() + f32::EPSILON * (scalar.abs() + bias.abs());
+                        prop_assert!((found - scalar).abs() <= allowed, "{level:?}: {found} {scalar}");
+                    }
+                }
+            }
+        }
     }
 }
