@@ -4,6 +4,8 @@
 
 mod attention;
 mod blocked;
+#[cfg(test)]
+mod invariance;
 mod matmul;
 mod refine;
 mod room;
