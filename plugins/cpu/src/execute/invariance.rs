@@ -23,7 +23,8 @@ const BLOCK_TOKENS: u32 = 16;
 const N_BLOCKS: u32 = TOKENS.div_ceil(BLOCK_TOKENS);
 const INDEX_HEADS: i32 = 16;
 const INDEX_WIDTH: i32 = 64;
-/// So few that most keys are passed over by their high bytes; so many that the first tokens' runs read all of two blocks.
+/// So few that most keys are passed over by their high bytes; so many that the first tokens' runs read all of two
+/// blocks.
 const TOP_K: [i32; 2] = [24, 100];
 
 #[derive(Clone, Copy, Debug)]
