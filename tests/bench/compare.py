@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODELS = ("base", "dsa", "baby", "wide", "mla", "moe")
-MARK = "### The table, as `tests/bench/compare.py --results` writes it"
+MARK = "## Against llama.cpp, the table that `tests/bench/compare.py --results` writes"
 PRESSURE_MAX = 10.0
 ROUNDS_OF_TWO_THREADS = 7
 
@@ -124,34 +124,33 @@ def spread(times: list[float], kind: str) -> str:
     return f"{middle:.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
-def middle(values: list[float | None], digits: int = 2) -> str:
-    return "" if None in values or not values else f"{statistics.median(values):.{digits}f}"
+def against(theirs: list[tuple[float, float | None]], ours: list[tuple[float, float]]) -> tuple[str, str]:
+    """A side's CPU milliseconds per token, and how many times faster we are: in CPU time, which can be compared on a busy
+    machine too, or in wall time where the side's CPU time is not known."""
+    if not theirs:
+        return "", ""
+    at = 0 if theirs[0][1] is None else 1
+    their_time, our_time = (statistics.median(time[at] for time in times) for times in (theirs, ours))
+    return f"{their_time:.2f}" if at else "", f"{their_time / our_time:.2f}"
 
 
-def measure(test: Test, sides: Sides) -> tuple[str, float]:
-    """A line of the table, and our CPU milliseconds per token."""
-    benches = [bench for bench in (sides.arguments.llama_bench, sides.arguments.ik_llama_bench) if bench]
-    if test.theirs is None or test.depth > sides.arguments.deep:
-        benches = []
-    theirs, ours = {bench: [] for bench in benches}, []
+def measure(test: Test, sides: Sides) -> tuple[list[str], float]:
+    """The columns of a line of the table, and our CPU milliseconds per token."""
+    is_alone = test.theirs is None or test.depth > sides.arguments.deep
+    benches = [None if is_alone else bench for bench in (sides.arguments.llama_bench, sides.arguments.ik_llama_bench)]
+    theirs, ours = [[] for _ in benches], []
     rounds = max(sides.arguments.rounds, ROUNDS_OF_TWO_THREADS) if test.threads > 1 else sides.arguments.rounds
     busy = is_busy()
     for _ in range(rounds):
-        for bench in benches:
-            theirs[bench].append(sides.theirs(bench, test))
+        for bench, times in zip(benches, theirs):
+            if bench:
+                times.append(sides.theirs(bench, test))
         ours.append(sides.ours(test))
     busy |= is_busy()
-    wall, cpu = zip(*ours)
-    every = [list(zip(*theirs[bench])) for bench in benches] + [[[], []]] * (2 - len(benches))
-    # On a busy machine CPU time is what can be compared.
-    known = [walls if None in cpus else cpus for walls, cpus in every]
-    mine = [wall if None in cpus else cpu for _, cpus in every]
-    ratios = [middle([statistics.median(of) / statistics.median(own)]) if of else "" for of, own in zip(known, mine)]
-    columns = [
-        test.label, *(spread(walls, test.kind) if walls else "" for walls, _ in every), spread(wall, test.kind),
-        middle(every[0][1]), middle(cpu), *ratios, test.goal, "void" if busy else "",
-    ]
-    return f"| {' | '.join(columns)} |", statistics.median(cpu)
+    (their_cpu, ratio), (_, ik_ratio) = (against(times, ours) for times in theirs)
+    cpu = statistics.median(time[1] for time in ours)
+    walls = [spread([time[0] for time in times], test.kind) if times else "" for times in (*theirs, ours)]
+    return [test.label, *walls, their_cpu, f"{cpu:.2f}", ratio, ik_ratio, test.goal, "void" if busy else ""], cpu
 
 
 def table(sides: Sides) -> list[str]:
@@ -165,14 +164,13 @@ def table(sides: Sides) -> list[str]:
     for test in TESTS:
         if not sides.models[test.ours] or sides.arguments.only not in test.label:
             continue
-        line, cpu = measure(test, sides)
-        if test.ours == "dsa" and test.kind == "decode":
-            if "--dense" in test.options and test.depth in sparse:
-                line = line.replace(test.label, f"{test.label}: sparse takes {sparse[test.depth] / cpu:.2f} of it")
-            else:
-                sparse[test.depth] = cpu
-        lines.append(line)
-        print(line, flush=True)
+        columns, cpu = measure(test, sides)
+        if "--dense" not in test.options:
+            sparse[test.depth] = cpu
+        elif test.depth in sparse:
+            columns[0] += f": sparse takes {sparse[test.depth] / cpu:.2f} of it"
+        lines.append(f"| {' | '.join(columns)} |")
+        print(lines[-1], flush=True)
     return lines
 
 
@@ -212,7 +210,7 @@ def plot(sides: Sides, folder: Path) -> None:
         wall = sides.theirs(sides.arguments.llama_bench, test)[0]
         points.setdefault("llama.cpp, base model (wall time)", []).append((depth, wall))
     (folder / "context.svg").write_text(
-        svg("CPU time per decoded token, default model, one thread; speed only past 8K", points))
+        svg("CPU time per decoded token, default model, one thread; speed only past 2K", points))
     tell(points)
     batch: dict[str, list[tuple[int, float]]] = {}
     for name, depth, options in (("k = 512, 8K", 8192, ()), ("dense, 8K", 8192, ("--dense",)), ("512 tokens", 512, ())):
@@ -244,7 +242,7 @@ def main() -> None:
     if arguments.results:
         path = Path(arguments.results)
         before, _, rest = path.read_text().partition(MARK)
-        after = next((rest[at.start():] for at in re.finditer(r"\n##+ ", rest)), "")
+        after = rest[rest.index("\n## "):] if "\n## " in rest else ""
         rounds = f"{arguments.rounds} rounds, {ROUNDS_OF_TWO_THREADS} of two threads"
         said = f"{rounds}, {datetime.date.today()}; depths of ours are copies, so speed only."
         path.write_text(f"{before.rstrip()}\n\n{MARK}\n\n{said}\n\n" + "\n".join(lines) + "\n" + after)

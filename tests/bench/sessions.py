@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """What do sessions and the slow tier cost, and what do they save?  python3 tests/bench/sessions.py [what ...]
 
+start     from the daemon's start, with nothing kept and the model's file in the page cache, to its first token
 restore   time to the first token of a session that is restored, against the same prompt without one
 kill      from SIGKILL to the next token of a long session, the daemon's start included
 host      from SIGKILL of the plugin's process to the next token of a long answer, with a session and without
@@ -9,7 +10,7 @@ slow      decode with most latent rows in the slow tier, against all of them in 
 bounded   memory of a control group while 8 times the latent rows are decoded that there is memory for
 many      sessions that take turns, on a budget that holds an eighth of them: failures, work done again, fairness
 
-All but `host` and `written` begin with a session of --tokens tokens, which is read once and kept in --keep.
+All but `start`, `host` and `written` begin with a session of --tokens tokens, which is read once and kept in --keep.
 Prints a Markdown table of each. Builds nothing: run `make build models` before. `slow` throttles the disk by a block
 device group of version 1 (root). Say how busy the machine was beside the figures.
 """
@@ -151,6 +152,20 @@ def drop_caches(folder):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def start(home):
+    times = []
+    for number in range(7):
+        fresh = f"{home}/{number}"
+        os.mkdir(fresh)
+        began = time.monotonic()
+        daemon = Daemon(fresh)
+        daemon.ask("POST", "/v1/completions", {"prompt": "The capital of France is", "max_tokens": 1})
+        times.append(time.monotonic() - began)
+        daemon.stop()
+    print(f"| start to the first token, s | median |\n|---|---:|\n| {', '.join(f'{took:.2f}' for took in times)} "
+          f"| {statistics.median(times):.2f} |")
 
 
 def restore(home):
@@ -444,7 +459,7 @@ def scheduling(daemon):
 
 if __name__ == "__main__":
     PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    PARSER.add_argument("what", nargs="*", default=["restore", "kill", "host", "written", "slow", "bounded", "many"])
+    PARSER.add_argument("what", nargs="*", default=["start", "restore", "kill", "host", "written", "slow", "bounded", "many"])
     PARSER.add_argument("--model", default=ROOT / "models/smollm2-135m-dsa.gguf")
     PARSER.add_argument("--tokens", type=int, nargs="*", default=[2048, 8192])
     PARSER.add_argument("--threads", type=int, default=2)

@@ -127,7 +127,7 @@ pub(crate) fn carry_out(
         };
         // The next window is read while this one is imported.
         scheduler.take_restores().for_each(|restore| files.restore(restore));
-        crate::step::discard_freed(scheduler, executor)?;
+        crate::step::give_back(scheduler, executor)?;
         if blocks.is_empty() {
             continue;
         }

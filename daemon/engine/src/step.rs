@@ -37,7 +37,7 @@ pub(crate) fn step(
     warm::carry_out(scheduler, executor, files)?;
     carry_out(scheduler, executor, files)?;
     let scheduled = scheduler.schedule(batch, clock());
-    discard_freed(scheduler, executor)?;
+    give_back(scheduler, executor)?;
     // What is to move moves before anybody waits for it.
     warm::carry_out(scheduler, executor, files)?;
     if !scheduled {
@@ -77,11 +77,12 @@ pub(crate) fn step(
     Ok(Some(Done { computed: batch.n_tokens() - n_failed_tokens, sampled: n_sampled }))
 }
 
-/// Has the device discard what nobody holds any more, and keep its cache of slow rows as small as it is to be.
+/// Has the device give back what is not to be held any more: blocks, and what its cache of slow rows has beyond its
+/// limit.
 ///
 /// # Errors
 /// Only when the device is of no more use as it is.
-pub(crate) fn discard_freed(scheduler: &mut Scheduler, executor: &mut dyn Executor) -> Result<(), ExecutorError> {
+pub(crate) fn give_back(scheduler: &mut Scheduler, executor: &mut dyn Executor) -> Result<(), ExecutorError> {
     if let Some(bytes) = scheduler.take_cache_limit()
         && let Outcome::Failed(error) = outlive(executor, |executor| executor.limit_cache(bytes))?
     {

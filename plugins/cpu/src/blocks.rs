@@ -4,8 +4,10 @@
 
 use crate::memory::Pool;
 use sparsed_abi::{KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_FAST, KV_TO_SLOW, SpdKvOp};
+use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::{PluginError, Result};
 use std::ops::Range;
+use std::sync::MutexGuard;
 
 /// Where a block's host image lies in the buffer of the call.
 struct Image {
@@ -54,7 +56,7 @@ impl Pool {
             }
             KV_COPY => self.block(op.src_block).and_then(|_| self.block(op.dst_block)).map(drop),
             KV_LIMIT_CACHE => {
-                let slow = self.slow().ok_or_else(|| PluginError::invalid("the pool has no slow tier"))?;
+                let slow = self.slow_tier()?;
                 Ok(slow.cache().slots_in(bytes_in_memory(op.cache_bytes)).map(drop)?)
             }
             other => Err(PluginError::unsupported(format!("KV operation {other}"))),
@@ -82,7 +84,7 @@ impl Pool {
 
     fn to_slow(&self, op: &SpdKvOp) -> Result<()> {
         let block = self.block(op.dst_block)?;
-        let mut slow = self.slow().ok_or_else(|| PluginError::invalid("the pool has no slow tier"))?;
+        let mut slow = self.slow_tier()?;
         slow.cache_mut().attach(op.dst_block, op.slow_offset, op.tag)?;
         self.latent_plane.discard(block);
         Ok(())
@@ -104,8 +106,11 @@ impl Pool {
     }
 
     fn limit_cache(&self, bytes: u64) -> Result<()> {
-        let mut slow = self.slow().ok_or_else(|| PluginError::invalid("the pool has no slow tier"))?;
-        Ok(slow.cache_mut().limit(bytes_in_memory(bytes))?)
+        Ok(self.slow_tier()?.cache_mut().limit(bytes_in_memory(bytes))?)
+    }
+
+    fn slow_tier(&self) -> Result<MutexGuard<'_, SlowTier>> {
+        self.slow().ok_or_else(|| PluginError::invalid("the pool has no slow tier"))
     }
 
     /// The block is fast from now on, if it was not; its latent rows are zero then.

@@ -74,10 +74,7 @@ impl RowCache {
     /// # Errors
     /// [`RowCacheError::TooSmall`] when no row fits, [`RowCacheError::Size`] when 2^32 - 1 rows or more would.
     pub fn new(layout: SlowLayout, policy: Policy, n_blocks: u32, area_bytes: u64, limit_bytes: usize) -> Result<Self> {
-        let n_slots = limit_bytes / (layout.row_bytes() + SLOT_OVERHEAD_BYTES);
-        if n_slots == 0 {
-            return Err(RowCacheError::TooSmall { needed: 1, slots: 0 });
-        }
+        let n_slots = slots_of(&layout, limit_bytes)?;
         let end = u32::try_from(n_slots).ok().filter(|&n| n < NO_SLOT);
         let end = end.ok_or(RowCacheError::Size { what: "the number of slots" })?;
         Ok(Self {
@@ -102,8 +99,7 @@ impl RowCache {
     /// # Errors
     /// [`RowCacheError::TooSmall`] when no row fits.
     pub fn slots_in(&self, limit_bytes: usize) -> Result<usize> {
-        let slots = limit_bytes / (self.layout.row_bytes() + SLOT_OVERHEAD_BYTES);
-        Some(slots.min(self.n_most)).filter(|&n| n > 0).ok_or(RowCacheError::TooSmall { needed: 1, slots: 0 })
+        Ok(slots_of(&self.layout, limit_bytes)?.min(self.n_most))
     }
 
     /// Takes `limit_bytes` from now on, and no more than it was made with: rows in slots beyond are forgotten, and
@@ -371,6 +367,12 @@ impl RowCache {
         let attached = self.blocks[block as usize].as_mut().expect("a row's block is attached: detaching forgets it");
         &mut attached.slots[row as usize]
     }
+}
+
+/// Slots that fit into so many bytes: one at least.
+fn slots_of(layout: &SlowLayout, limit_bytes: usize) -> Result<usize> {
+    let n_slots = limit_bytes / (layout.row_bytes() + SLOT_OVERHEAD_BYTES);
+    if n_slots == 0 { Err(RowCacheError::TooSmall { needed: 1, slots: 0 }) } else { Ok(n_slots) }
 }
 
 #[cfg(test)]

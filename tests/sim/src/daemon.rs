@@ -14,7 +14,6 @@ use crate::start::{answer_of, closed, open};
 use crate::talk::{Plain, Talk};
 use fastrand::Rng;
 use sparsed_engine::api::{Failure, Owner};
-use sparsed_engine::memory::Outlook;
 use sparsed_engine::simulation::{Device, Machine, Setup};
 use sparsed_engine::{Limits, SessionId};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -64,8 +63,8 @@ pub(crate) struct World {
     requests: Vec<Client>,
     /// Whether nothing fails but by a client's own fault.
     is_calm: bool,
-    /// The last look at the memory; it is short, or was, where there was any.
-    pub(crate) outlook: Outlook,
+    /// How often somebody has looked at the memory: it is short, or was, where that is more than never.
+    pub(crate) n_looks: u64,
     /// Rungs of the ladder may have been climbed and not left.
     pub(crate) is_pressed: bool,
     pub(crate) mistake: Mistake,
@@ -114,7 +113,7 @@ impl World {
             gone: Vec::new(),
             requests: Vec::new(),
             is_calm,
-            outlook: Outlook::default(),
+            n_looks: 0,
             is_pressed: false,
             mistake,
             outline: DaemonOutline::default(),
@@ -373,7 +372,7 @@ impl World {
         };
         let may = match &failure {
             Failure::QueueFull { .. } | Failure::ShuttingDown => true,
-            Failure::MemoryShort { .. } => self.outlook.number > 0,
+            Failure::MemoryShort { .. } => self.n_looks > 0,
             Failure::SlowConsumer { .. } => client.was_full(),
             Failure::BackendFailed { .. } | Failure::DiskFailed { .. } => !self.is_calm,
             Failure::ContextTooLong { .. } => !self.setup.limits.slow_stateless && self.setup.n_fast < 9,

@@ -40,7 +40,7 @@ impl World {
     }
 
     fn report(&mut self, pressure: Pressure, headroom_bytes: i64) {
-        self.outlook = Outlook { number: self.outlook.number + 1, pressure, headroom_bytes };
-        self.machine.look(self.outlook, self.now);
+        self.n_looks += 1;
+        self.machine.look(Outlook { number: self.n_looks, pressure, headroom_bytes }, self.now);
     }
 }

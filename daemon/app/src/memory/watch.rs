@@ -19,8 +19,8 @@ use std::time::{Duration, Instant};
 const PAUSE: Duration = Duration::from_secs(2);
 /// The same while steps run, which take some tens of MiB in a second.
 const PAUSE_BUSY: Duration = Duration::from_millis(100);
-// Windows of stalls are of two seconds: a shorter one, or one that is no multiple of them, takes a privilege.
-/// Somebody has waited for memory for 200 ms of 2 s.
+/// Somebody has waited for memory for 200 ms of 2 s: a window that is shorter, or no multiple of that, takes a
+/// privilege.
 const SOME: &[u8] = b"some 200000 2000000\0";
 /// Everybody has.
 const FULL: &[u8] = b"full 200000 2000000\0";
