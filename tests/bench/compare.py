@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
 """How fast are we beside llama.cpp, and beside ourselves with selection off?
 
-All sides run each test in turn (A B A B ...), with two threads seven times at least; the table has medians, in brackets
-the lowest and highest of the rounds, and says "void" where other work waited for a processor before or after them (PSI
-`cpu some avg10` above 10). llama.cpp reads what lies before a depth, which takes minutes, so its side of a test is run
-at depths up to --deep only; ours fills the cache with copies (see `sparsectl bench --help`), so beyond what a model was
-trained for it is speed only.
+All sides run each test in turn (A B A B ...), with two threads seven times at least; no round of a test begins after
+--patience. The table has medians, in brackets the lowest and highest of the rounds, how many there were, and says "void" where
+other work waited for a processor before or after them (PSI `cpu some avg10` above 10). The peers read what lies before a
+depth, which takes minutes, so their side of a test is run at depths up to --deep only; ours fills the cache with copies (see
+`sparsectl bench --help`), so beyond what a model was trained for it is speed only.
 
 Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
            [--ik-llama-bench LLAMA_BENCH of ik_llama.cpp] [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf]
-           [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3] [--deep TOKENS] [--only TEXT]
+           [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3] [--patience 240] [--deep TOKENS] [--only TEXT]
            [--results RESULTS.md] [--plot FOLDER]
 BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
-The others have random weights: BABY_DSA 16 index heads, BABY_DSA_64 64 of them. --results replaces the part of that
-file below the line that says so, and nothing else.
+The others have random weights (random_models.py): BABY_DSA 16 index heads, BABY_DSA_64 64 of them. --results replaces the
+part of that file below the line that says so, and nothing else.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import os
 import re
 import statistics
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +75,39 @@ TESTS = [
 ]
 
 
+# From here on tokens are read once, without a round before to warm up.
+LONG = 4096
+
+
 def run(command: list[str]) -> str:
     return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
 
+@dataclass
+class Peer:
+    """A llama-bench. ik_llama.cpp's has other options for a prompt that lies before, and none to be told it is cold."""
+
+    program: str
+    is_ik: bool
+
+    def options(self, test: Test) -> list[str]:
+        cold = ["-w", "0"] if self.is_ik else ["--no-warmup"]
+        options = cold if test.depth + test.n >= LONG else []
+        if test.kind == "prefill":
+            return [*options, "-p", str(test.n), "-n", "0"]
+        if test.depth and self.is_ik:
+            return [*options, "-p", "0", "-n", "0", "-gp", f"{test.depth},{test.n}"]
+        return [*options, "-p", "0", "-n", str(test.n), *(["-d", str(test.depth)] if test.depth else [])]
+
+
 class Sides:
-    """The two programs and their models."""
+    """The programs and their models."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.models = {name: getattr(arguments, name) for name in MODELS}
+        programs = (arguments.llama_bench, arguments.ik_llama_bench)
+        self.peers = [Peer(program, is_ik) if program else None for program, is_ik in zip(programs, (False, True))]
 
     def ours(self, test: Test) -> tuple[float, float]:
         """Milliseconds per token: wall, CPU."""
@@ -95,18 +119,19 @@ class Sides:
         ]))["results"][0]
         return found["ms_per_token"], found["cpu_ms_per_token"]
 
-    def theirs(self, bench: str, test: Test) -> tuple[float, float | None]:
-        """Milliseconds per token: wall, CPU. The latter is what four repetitions take more than one; it is not known
-        where each repetition reads thousands of tokens."""
-        sizes = ["-p", str(test.n), "-n", "0"] if test.kind == "prefill" else ["-p", "0", "-n", str(test.n)]
+    def theirs(self, peer: Peer, test: Test) -> tuple[float, float | None] | None:
+        """Milliseconds per token: wall, CPU; None where it does not load the model. CPU is what four repetitions take more
+        than one; it is not known where each repetition reads thousands of tokens."""
         cpu, wall = [], 0.0
-        for repetitions in (1,) if test.depth + test.n >= 4096 else (1, 4):
+        for repetitions in (1,) if test.depth + test.n >= LONG else (1, 4):
             before = os.times()
-            found = json.loads(run([
-                bench, "-m", self.models[test.theirs], "-t", str(test.threads), "-fa", "1",
-                "-o", "json", *(["-d", str(test.depth)] if test.depth else []), "-r", str(repetitions), *sizes,
-            ]))
-            after, wall = os.times(), 1e3 / found[0]["avg_ts"]
+            command = [peer.program, "-m", self.models[test.theirs], "-t", str(test.threads), "-fa", "1", "-o", "json",
+                       "-r", str(repetitions), *peer.options(test)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0 and "failed to load model" in done.stderr + done.stdout:
+                return None
+            done.check_returncode()
+            after, wall = os.times(), 1e3 / json.loads(done.stdout)[0]["avg_ts"]
             cpu.append(sum(after[2:4]) - sum(before[2:4]))
         return wall, 1e3 * (cpu[1] - cpu[0]) / 3 / test.n if len(cpu) > 1 else None
 
@@ -130,34 +155,38 @@ def against(theirs: list[tuple[float, float | None]], ours: list[tuple[float, fl
     if not theirs:
         return "", ""
     at = 0 if theirs[0][1] is None else 1
-    their_time, our_time = (statistics.median(time[at] for time in times) for times in (theirs, ours))
+    their_time, our_time = (statistics.median(pair[at] for pair in times) for times in (theirs, ours))
     return f"{their_time:.2f}" if at else "", f"{their_time / our_time:.2f}"
 
 
 def measure(test: Test, sides: Sides) -> tuple[list[str], float]:
     """The columns of a line of the table, and our CPU milliseconds per token."""
     is_alone = test.theirs is None or test.depth > sides.arguments.deep
-    benches = [None if is_alone else bench for bench in (sides.arguments.llama_bench, sides.arguments.ik_llama_bench)]
-    theirs, ours = [[] for _ in benches], []
+    peers: list[Peer | None] = [None if is_alone else peer for peer in sides.peers]
+    theirs, ours = [[] for _ in peers], []
     rounds = max(sides.arguments.rounds, ROUNDS_OF_TWO_THREADS) if test.threads > 1 else sides.arguments.rounds
-    busy = is_busy()
-    for _ in range(rounds):
-        for bench, times in zip(benches, theirs):
-            if bench:
-                times.append(sides.theirs(bench, test))
+    busy, end = is_busy(), time.monotonic() + sides.arguments.patience
+    while len(ours) < rounds and (not ours or time.monotonic() < end):
+        for at, (peer, times) in enumerate(zip(peers, theirs)):
+            found = sides.theirs(peer, test) if peer else None
+            if found:
+                times.append(found)
+            elif peer:
+                peers[at] = None
         ours.append(sides.ours(test))
     busy |= is_busy()
     (their_cpu, ratio), (_, ik_ratio) = (against(times, ours) for times in theirs)
-    cpu = statistics.median(time[1] for time in ours)
-    walls = [spread([time[0] for time in times], test.kind) if times else "" for times in (*theirs, ours)]
-    return [test.label, *walls, their_cpu, f"{cpu:.2f}", ratio, ik_ratio, test.goal, "void" if busy else ""], cpu
+    cpu = statistics.median(pair[1] for pair in ours)
+    walls = [spread([pair[0] for pair in times], test.kind) if times else "" for times in (*theirs, ours)]
+    rest = [their_cpu, f"{cpu:.2f}", ratio, ik_ratio, test.goal, str(len(ours)), "void" if busy else ""]
+    return [test.label, *walls, *rest], cpu
 
 
 def table(sides: Sides) -> list[str]:
     lines = [
         "| work | llama.cpp | ik_llama.cpp | ours | CPU ms per token: llama.cpp | ours | times faster than llama.cpp "
-        "| than ik_llama.cpp | goal (wall) | machine |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| than ik_llama.cpp | goal (wall) | rounds | machine |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     sparse: dict[int, float] = {}
@@ -207,8 +236,8 @@ def plot(sides: Sides, folder: Path) -> None:
             points.setdefault(name, []).append((depth, sides.ours(test)[1]))
     for depth in (2048 << i for i in range(8) if 2048 << i <= sides.arguments.deep):
         test = Test("", "decode", 8, depth, 1, "base", "base", "")
-        wall = sides.theirs(sides.arguments.llama_bench, test)[0]
-        points.setdefault("llama.cpp, base model (wall time)", []).append((depth, wall))
+        if found := sides.theirs(sides.peers[0], test):
+            points.setdefault("llama.cpp, base model (wall time)", []).append((depth, found[0]))
     (folder / "context.svg").write_text(
         svg("CPU time per decoded token, default model, one thread; speed only past 2K", points))
     tell(points)
@@ -234,6 +263,7 @@ def main() -> None:
     for name in ("ik-llama-bench", *MODELS[2:], "results", "plot"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--patience", type=float, default=240)
     parser.add_argument("--deep", type=int, default=0)
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
@@ -243,8 +273,7 @@ def main() -> None:
         path = Path(arguments.results)
         before, _, rest = path.read_text().partition(MARK)
         after = rest[rest.index("\n## "):] if "\n## " in rest else ""
-        rounds = f"{arguments.rounds} rounds, {ROUNDS_OF_TWO_THREADS} of two threads"
-        said = f"{rounds}, {datetime.date.today()}; depths of ours are copies, so speed only."
+        said = f"{datetime.date.today()}; depths of ours are copies, so speed only."
         path.write_text(f"{before.rstrip()}\n\n{MARK}\n\n{said}\n\n" + "\n".join(lines) + "\n" + after)
     if arguments.plot:
         plot(sides, Path(arguments.plot))
