@@ -10,12 +10,16 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use sparsed_surface::Bus;
+use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::net::UnixStream;
 
 /// Where chats are asked for.
 const CHAT: &str = "/v1/chat/completions";
 const WENT_AWAY: &str = "the daemon went away in the middle of the answer";
+/// How a complaint begins of a socket on which connections are taken and nobody answers.
+const NO_ANSWER: &str = "the socket listens, and no daemon answers";
 /// Largest answer that is taken as one body.
 const BODY_BYTES_MAX: usize = 64 << 20;
 /// Longest line of an event stream.
@@ -26,10 +30,14 @@ const SYSTEM_SOCKET: &str = "/run/sparsed/api.sock";
 
 /// The socket that was named, or else where the user's daemon listens, or the system's.
 pub(super) fn socket_or_default(named: Option<&Path>) -> PathBuf {
-    let own = || Paths::of(&Config::default()).socket;
     let system = || Some(PathBuf::from(SYSTEM_SOCKET)).filter(|system| system.exists());
-    let found = || Some(own()).filter(|own| own.exists()).or_else(system).unwrap_or_else(own);
+    let found = || own_socket().or_else(system).unwrap_or_else(|| Paths::of(&Config::default()).socket);
     named.map_or_else(found, Path::to_owned)
+}
+
+/// The socket of the user's own daemon, if there is one.
+pub(super) fn own_socket() -> Option<PathBuf> {
+    Some(Paths::of(&Config::default()).socket).filter(|own| own != Path::new(SYSTEM_SOCKET) && own.exists())
 }
 
 /// Where the daemon is.
@@ -200,6 +208,23 @@ impl Client {
     }
 }
 
+/// How long a daemon may take to say how it is.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What `work` gives, which asks a daemon for something that it has at hand. A socket of the service manager's takes
+/// connections whether or not the service starts.
+///
+/// # Errors
+/// As `work`'s, or no answer in time.
+pub(super) async fn soon<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    within(PATIENCE, work).await
+}
+
+async fn within<T>(patience: Duration, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let late = || format!("{NO_ANSWER} within {} s; `sparsectl doctor` looks for the reason", patience.as_secs());
+    tokio::time::timeout(patience, work).await.unwrap_or_else(|_| Err(anyhow::anyhow!(late())))
+}
+
 async fn send(socket: &Path, method: &str, path: &str, body: Bytes) -> anyhow::Result<Response<Incoming>> {
     let hint =
         || format!("no daemon answers on {}; start `sparsed`, or name its socket with --socket", socket.display());
@@ -298,5 +323,20 @@ impl Events {
                 bail!("an event of more than {LINE_BYTES_MAX} bytes");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_asked_how_he_is_and_never_answers_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let _silent = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let error = runtime.block_on(within(Duration::ZERO, Client::new(&path).get("/health"))).unwrap_err();
+        assert!(error.to_string().starts_with(NO_ANSWER), "{error}");
     }
 }

@@ -1,6 +1,6 @@
 //! `sparsectl status` and `sparsectl models`: what the daemon does and serves.
 
-use super::client::Address;
+use super::client::{Address, soon};
 use super::word;
 use anyhow::ensure;
 use serde_json::Value;
@@ -60,7 +60,7 @@ impl Daemon {
 
     fn get(&self, path: &str) -> anyhow::Result<Value> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(self.address.client().get(path))
+        runtime.block_on(soon(self.address.client().get(path)))
     }
 }
 

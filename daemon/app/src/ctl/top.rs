@@ -1,6 +1,6 @@
 //! `sparsectl top`: who is served how fast, where the memory goes, and what was decided about it.
 
-use super::client::Address;
+use super::client::{Address, soon};
 use super::word;
 use serde_json::Value;
 use std::fmt::Write;
@@ -27,7 +27,7 @@ impl Top {
     pub(super) fn run(self) -> anyhow::Result<()> {
         let client = self.address.client();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let look = || runtime.block_on(client.get("/v1/status"));
+        let look = || runtime.block_on(soon(client.get("/v1/status")));
         let (mut before, mut at) = (look()?, Instant::now());
         loop {
             std::thread::sleep(PAUSE);

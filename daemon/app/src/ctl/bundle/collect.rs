@@ -3,7 +3,7 @@
 use super::socket_of;
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Paths, Source};
-use crate::ctl::client::Client;
+use crate::ctl::client::{Client, soon};
 use crate::ctl::{config, doctor, plugins};
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -126,7 +126,7 @@ fn versions() -> String {
 /// What the daemon answers at `path`, as text.
 fn get(socket: &Path, path: &str) -> anyhow::Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let body = runtime.block_on(Client::new(socket).get_file(path))?;
+    let body = runtime.block_on(soon(Client::new(socket).get_file(path)))?;
     String::from_utf8(body.to_vec()).context("an answer that is not text")
 }
 
