@@ -22,5 +22,6 @@ pub mod sessions;
 mod state;
 pub mod store;
 pub mod tcp;
+mod turned_away;
 pub mod upstream;
 pub mod watchdog;

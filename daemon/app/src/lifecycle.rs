@@ -7,9 +7,11 @@ use crate::absent;
 use crate::additions::Additions;
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
+use crate::door::{self, Passed};
 use crate::reload::Reloader;
 use crate::state::{StateLock, may_mend_itself};
 use crate::tcp::TcpSockets;
+use crate::turned_away::turn_away;
 use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
@@ -84,6 +86,8 @@ pub fn main() -> ExitCode {
                 }
                 Err(error) => {
                     log::error!(reason:% = error; "configuration is wrong");
+                    let Passed { api, tcp } = door::passed().unwrap_or_default();
+                    turn_away(api, tcp);
                     return ExitCode::from(MISCONFIGURED);
                 }
             }
