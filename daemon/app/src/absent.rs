@@ -1,6 +1,7 @@
 //! What becomes of a model whose file is not there when the daemon starts? The daemon serves without it, says what is
 //! missing, and loads it once it is there: a package may bring it later, or `sparsectl model pull`.
 
+use crate::assemble::is_packaged;
 use crate::config::{Config, LoadWhen, Model, Paths};
 use crate::store::{ModelAtPath, Store};
 use sparsed_engine::api::Owner;
@@ -27,7 +28,7 @@ impl Absent {
         let absent = wanted.map(|(name, model)| Self {
             name: name.clone(),
             store: Store::at(&paths.models_dir),
-            places: if config.model.is_empty() { paths.default_models.to_vec() } else { vec![model.path.clone()] },
+            places: if is_packaged(config, name) { paths.default_models.to_vec() } else { vec![model.path.clone()] },
         });
         absent.filter(|absent| !absent.is_there()).collect()
     }

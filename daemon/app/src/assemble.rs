@@ -192,10 +192,19 @@ fn or_all_of(limit: u64) -> u64 {
 pub fn configured_models(config: &Config, paths: &Paths) -> BTreeMap<String, Model> {
     if !config.model.is_empty() {
         let here = config.model.iter().filter(|(_, model)| model.upstream.is_none());
-        return here.map(|(name, model)| (name.clone(), model.clone())).collect();
+        let settled = |name: &str, model: &Model| match is_packaged(config, name) {
+            true => Model { path: paths.default_model().to_owned(), ..model.clone() },
+            false => model.clone(),
+        };
+        return here.map(|(name, model)| (name.clone(), settled(name, model))).collect();
     }
     let path = paths.default_model().to_owned();
     BTreeMap::from([(DEFAULT_MODEL.to_owned(), Model::at(path))])
+}
+
+/// Whether a model that computes here is the packaged one: nothing says where its file is.
+pub(crate) fn is_packaged(config: &Config, name: &str) -> bool {
+    config.model.get(name).is_none_or(|model| model.path.as_os_str().is_empty())
 }
 
 fn model_options(
@@ -241,7 +250,7 @@ fn model_options(
 fn source(config: &Config, name: &str, model: &Model, paths: &Paths) -> Arc<dyn ModelSource> {
     let remembered = paths.state_dir.join(VERIFIED_FILE);
     match reference(&model.path) {
-        _ if config.model.is_empty() => Arc::new(Packaged { paths: paths.clone(), remembered }),
+        _ if is_packaged(config, name) => Arc::new(Packaged { paths: paths.clone(), remembered }),
         Some(stored) => Arc::new(StoredModel::new(Store::at(&paths.models_dir), stored, Some(remembered))),
         None => Arc::new(ModelAtPath::new(&model.path, name, Some(remembered))),
     }

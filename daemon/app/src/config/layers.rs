@@ -173,10 +173,15 @@ mod tests {
     }
 
     #[test]
-    fn a_model_without_a_path_in_any_layer_is_refused() {
+    fn a_model_without_a_path_in_any_layer_is_refused_but_the_default_one() {
         let (_dir, files) = folder(&[("a.toml", "[model.small]\ntop_k = 1\n")]);
         let said = Layers::read(&files, &[]).unwrap().config().unwrap_err().to_string();
         assert!(said.contains("a.toml") && said.contains("model.small.path is missing"), "{said}");
+        let (_dir, files) = folder(&[("a.toml", "[model.default]\nmax_context = 1024\n")]);
+        let config = Layers::read(&files, &[]).unwrap().config().unwrap();
+        let paths = crate::config::Paths::of(&config);
+        let found = crate::assemble::configured_models(&config, &paths).remove("default").unwrap();
+        assert_eq!((found.path.as_path(), found.max_context), (paths.default_model(), Some(1024)));
     }
 
     #[test]

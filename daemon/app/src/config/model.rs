@@ -2,6 +2,7 @@
 
 use super::{KeepAlive, LoadWhen, Relay};
 use serde::{Deserialize, Serialize};
+use sparsed_engine::DEFAULT_MODEL;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -15,7 +16,7 @@ const ALIAS_BYTES_MAX: usize = 256;
 #[serde(deny_unknown_fields)]
 pub struct Model {
     /// The file, which is verified if it or what it leads to is named by its SHA-256; `store:NAME` is of the store.
-    /// Empty where an engine elsewhere computes the model.
+    /// Empty where an engine elsewhere computes the model, and for the model `default` where it is the packaged one.
     #[serde(default, skip_serializing_if = "is_empty")]
     pub path: PathBuf,
     /// The OpenAI interface of the engine that computes it, `https://host[:port]/v1`; `None`: this box does.
@@ -82,7 +83,8 @@ impl Model {
             }
             Some(upstream) => relay.cloned().unwrap_or_default().wrong_value(name, upstream),
             None if relay.is_some() => Some((key("relay"), format!("belongs to a model with model.{name}.upstream"))),
-            None if !has_path => {
+            // The default model is the packaged one unless it is said where it is.
+            None if !has_path && name != DEFAULT_MODEL => {
                 Some((key("path"), format!("is missing or empty; set a path, or model.{name}.upstream")))
             }
             None => None,

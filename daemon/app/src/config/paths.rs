@@ -30,6 +30,11 @@ impl Paths {
         Self::settle(config, is_root, &variable)
     }
 
+    /// The places of the system's service, whoever asks.
+    pub fn of_service(config: &Config) -> Self {
+        Self::settle(config, true, &|_| None)
+    }
+
     /// Where the model `default` is now, or would be.
     pub fn default_model(&self) -> &Path {
         let [own, _] = &self.default_models;
