@@ -159,16 +159,17 @@ def a_story_that_has_begun():
     return session, whole, stream, heard(stream, 20)
 
 
-def restart(config="", drop_in=""):
-    """The service with this configuration and this drop-in, ready."""
+def restart(config="", drop_in="", ready=True):
+    """The service with this configuration and this drop-in, ready, or else on its way."""
     for path, text in ((CONFIG, config), (f"{DROP_INS}/check.conf", drop_in)):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w") as file:
             file.write(text)
     run("systemctl", "daemon-reload")
     run("systemctl", "reset-failed", "sparsed.service")
-    run("systemctl", "restart", "sparsed.service")
-    until_ready()
+    run("systemctl", "restart", *([] if ready else ["--no-block"]), "sparsed.service")
+    if ready:
+        until_ready()
 
 
 def journal():

@@ -149,7 +149,9 @@ def after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_n
     said = run(*as_user("alice"), "sparsectl", "run", "What is the capital of France?", "--temperature", "0")
     assert said == PARIS, said
     checks = json.loads(run(*as_user("sparsed"), "HOME=/var/lib/sparsed", "sparsectl", "doctor", "--json"))
-    wrong = [check for check in checks if check["verdict"] == "fail"]
+    # Who is no more than in the group is told of the same service, and of no other state folder.
+    checks += json.loads(run(*as_user("alice"), "sparsectl", "doctor", "--json"))
+    wrong = [check for check in checks if check["verdict"] == "fail" or "/home/" in check["found"]]
     assert not wrong, wrong
     assert os.path.exists("/usr/share/man/man8/sparsed.8.gz"), "no manual page"
 
@@ -300,6 +302,43 @@ def a_reload_takes_up_what_it_can_and_the_journal_explains_it():
     assert is_active() and pid() != old
     with open(CONFIG, "w") as file:
         file.write("")
+
+
+def who_waits_for_a_service_whose_configuration_is_wrong_hears_so_and_once_mended_it_answers():
+    with open(CONFIG, "w") as file:
+        file.write("[limits]\nmax_waitin = 7\n")
+    run("systemctl", "restart", "sparsed.service", check=False)
+    # More often than a start limit of systemd's would let it be started.
+    for _ in range(30):
+        status, value = ask("alice", "/v1/models")
+        assert (status, value["error"]["code"]) == (503, "misconfigured"), f"{status} {value}"
+    said = json.loads(run("sparsectl", "doctor", "--json", check=False))
+    wrong = next(check for check in said if check["check"] == "configuration")
+    assert "did you mean" in wrong["found"] and CONFIG in wrong["fix"], wrong
+    with open(CONFIG, "w") as file:
+        file.write("")
+    run("systemctl", "restart", "sparsed.service")
+    until_ready()
+    assert run("systemctl", "is-active", "sparsed.socket") == "active"
+
+
+def the_doctor_sees_what_the_service_may_not_read_and_does_not_wait_for_one_that_does_not_start():
+    hidden = "/etc/sparsed/conf.d/hidden.toml"
+    os.makedirs(os.path.dirname(hidden), exist_ok=True)
+    with open(hidden, "w") as file:
+        file.write("[limits]\nmax_waiting = 9\n")
+    os.chmod(hidden, 0o600)
+    said = json.loads(run("sparsectl", "doctor", "--json", check=False))
+    wrong = next(check for check in said if check["check"] == "configuration")
+    assert wrong["verdict"] == "fail" and f"chmod a+rX {hidden}" in wrong["fix"], wrong
+    run("sh", "-c", wrong["fix"].replace("sudo ", ""))
+    until_ready()
+    os.unlink(hidden)
+    restart("[engine]\nplugin = \"nowhere\"\n", ready=False)
+    said = json.loads(run("sparsectl", "doctor", "--json", check=False))
+    wrong = next(check for check in said if check["check"] == "daemon")
+    assert wrong["verdict"] == "fail" and "does not start" in wrong["found"], wrong
+    restart()
 
 
 def a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal():
@@ -563,6 +602,8 @@ CHECKS = [
     a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start,
     answers_may_end_at_a_stop_that_takes_longer_than_the_units_own_limit,
     a_reload_takes_up_what_it_can_and_the_journal_explains_it,
+    who_waits_for_a_service_whose_configuration_is_wrong_hears_so_and_once_mended_it_answers,
+    the_doctor_sees_what_the_service_may_not_read_and_does_not_wait_for_one_that_does_not_start,
     a_request_is_found_by_its_id_and_what_was_said_is_not_in_the_journal,
     a_plugin_in_a_process_of_its_own_answers_in_the_sandbox,
     without_a_loaded_model_the_service_is_small,

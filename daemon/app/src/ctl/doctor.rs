@@ -6,9 +6,10 @@ mod doors;
 mod elsewhere;
 mod installation;
 mod machine;
+mod people;
 mod service;
 
-use super::client::socket_or_default;
+use super::client::{own_socket, socket_or_default};
 use super::{print, print_json};
 use crate::config::{Config, Paths, Source};
 use anyhow::bail;
@@ -40,6 +41,11 @@ pub(super) struct Doctor {
 
 /// Where the operator's settings are.
 const OPERATORS_FILE: &str = "/etc/sparsed/config.toml";
+
+/// What changes a setting of the service.
+fn sets(what: &str) -> String {
+    format!("sudoedit {OPERATORS_FILE}: {what}; then sudo systemctl restart sparsed")
+}
 
 /// How a check ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -105,18 +111,21 @@ impl Doctor {
     }
 
     fn checks(&self) -> anyhow::Result<Vec<Check>> {
-        let (check, config) = installation::configuration(&self.source);
+        let root = Path::new("/");
+        // Who names another configuration or socket, or runs a daemon of his own, asks for another one than the service.
+        let is_service = self.source.names_nothing() && self.socket.is_none() && own_socket().is_none();
+        let service = is_service.then(|| service::Service::ask(root)).flatten();
+        let (check, config) = installation::configuration(root, &self.source, service.as_ref());
         let mut checks = vec![check];
         let config = config.unwrap_or_else(Config::default);
-        let paths = Paths::of(&config);
-        let root = Path::new("/");
-        // Who names another configuration or socket asks for another daemon than the service.
-        let is_service = self.source.names_nothing() && self.socket.is_none();
-        let service = is_service.then(|| service::Service::ask(root)).flatten();
+        let paths = if service.is_some() { Paths::of_service(&config) } else { Paths::of(&config) };
         checks.push(installation::state_folder(&paths.state_dir));
         checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
         checks.push(machine::processor());
-        let socket = self.socket(&paths);
+        let socket = match service {
+            Some(_) => paths.socket.clone(),
+            None => self.socket(&paths),
+        };
         let pid = match &service {
             Some(service) => service.pid,
             None => access::pid(&socket),
@@ -124,16 +133,16 @@ impl Doctor {
         let memory = machine::Memory::of(root, service.as_ref(), pid);
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(memory.as_ref().map(machine::largest_model));
-        checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full));
-        checks.extend(elsewhere::upstreams(&config));
+        checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full, service.as_ref()));
+        checks.extend(elsewhere::upstreams(&config, service.as_ref()));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(installation::plugins(&config, &scan));
         checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan), service.as_ref()));
         checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
-        checks.extend(access::daemon(&socket)?);
+        checks.extend(access::daemon(&socket, service.as_ref())?);
         checks.extend(doors::message_bus(root, &config, service.as_ref())?);
-        checks.extend(doors::broker(&config.mqtt));
+        checks.extend(doors::broker(&config.mqtt, service.as_ref()));
         Ok(checks)
     }
 

@@ -1,8 +1,8 @@
 //! Which accelerators are there, and why is each used or not? Device nodes, who may open them, plugins.
 
-use super::service::Service;
-use super::{Check, OPERATORS_FILE};
-use rustix::fs::Access;
+use super::people::{READ_AND_WRITE, USER, group_of, may};
+use super::service::{Service, drops_in};
+use super::{Check, sets};
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -10,9 +10,6 @@ use std::path::Path;
 
 /// Of a file that tells something of a driver, only so much is read.
 const FILE_BYTES_MAX: u64 = 16 << 10;
-
-/// The user of the service.
-const USER: &str = "sparsed";
 
 /// A kind of accelerator, how it shows, and what serves it.
 struct Accelerator {
@@ -110,12 +107,7 @@ impl Accelerator {
 
     /// What lets the service see its devices.
     fn opens_sandbox(&self) -> String {
-        format!(
-            "sudo install -D -m 0644 -t /etc/systemd/system/sparsed.service.d \
-             /usr/share/sparsed/accelerators/{}.conf && sudo systemctl daemon-reload && \
-             sudo systemctl restart sparsed",
-            self.drop_in
-        )
+        drops_in(&format!("/usr/share/sparsed/accelerators/{}.conf", self.drop_in))
     }
 }
 
@@ -150,7 +142,7 @@ fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &[String], 
         return Check::warn(title, format!("not used: {why}; {driver}"), kind.opens_sandbox());
     }
     let groups = service.map_or(&[] as &[String], |service| service.groups.as_slice());
-    if let Some(closed) = nodes.iter().find(|name| !may_be_opened(root, &node(name), groups)) {
+    if let Some(closed) = nodes.iter().find(|name| !may(root, &node(name), READ_AND_WRITE, groups)) {
         let found = format!("not used: /dev/{closed} may not be opened by the daemon's user; {driver}");
         return Check::warn(title, found, lets_in(root, &node(closed), closed));
     }
@@ -158,7 +150,7 @@ fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &[String], 
         return Check::ok(title, format!("used by the plugin '{plugin}'; {driver}"));
     }
     let found = format!("not used: engine.plugin = \"{}\"; {driver}", plugins[0]);
-    Check::warn(title, found, format!("sudoedit {OPERATORS_FILE}: engine.plugin = \"{plugin}\""))
+    Check::warn(title, found, sets(&format!("engine.plugin = \"{plugin}\"")))
 }
 
 /// Why the service cannot see these nodes, if so.
@@ -200,20 +192,6 @@ fn driver(root: &Path, kind: &Accelerator) -> Option<String> {
     })
 }
 
-/// Whether the daemon's user, who is of these groups in its service, may read and write `node`; where there is no such
-/// user, whether whoever asks may.
-fn may_be_opened(root: &Path, node: &Path, groups: &[String]) -> bool {
-    let (Some((uid, gid)), Ok(found)) = (user(root), node.metadata()) else {
-        return rustix::fs::access(node, Access::READ_OK | Access::WRITE_OK).is_ok();
-    };
-    let allows = |shift: u32| found.mode() >> shift & 0o6 == 0o6;
-    match found {
-        _ if found.uid() == uid => allows(6),
-        _ if found.gid() == gid || is_member(root, found.gid(), groups) => allows(3),
-        _ => allows(0),
-    }
-}
-
 /// What lets the daemon's user in: the node's group, where it has one that may open it.
 fn lets_in(root: &Path, node: &Path, name: &str) -> String {
     let group = node.metadata().ok().filter(|found| found.mode() >> 3 & 0o6 == 0o6);
@@ -223,30 +201,6 @@ fn lets_in(root: &Path, node: &Path, name: &str) -> String {
         }
         _ => format!("ls -l /dev/{name}; a udev rule must give it a group, and {USER} is to be in that"),
     }
-}
-
-/// Ids of the daemon's user and of its first group, if it is a user of this box.
-fn user(root: &Path) -> Option<(u32, u32)> {
-    let text = fs::read_to_string(root.join("etc/passwd")).ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(USER)?.strip_prefix(':'))?;
-    let mut ids = line.split(':').skip(1);
-    Some((ids.next()?.parse().ok()?, ids.next()?.parse().ok()?))
-}
-
-fn is_member(root: &Path, gid: u32, groups: &[String]) -> bool {
-    let is_one =
-        |(name, members): (String, Vec<String>)| groups.contains(&name) || members.iter().any(|member| member == USER);
-    groups.iter().any(|group| group.parse() == Ok(gid)) || group_of(root, gid).is_some_and(is_one)
-}
-
-/// A group's name and members.
-fn group_of(root: &Path, gid: u32) -> Option<(String, Vec<String>)> {
-    let text = fs::read_to_string(root.join("etc/group")).ok()?;
-    text.lines().find_map(|line| {
-        let mut parts = line.split(':');
-        let (name, id, members) = (parts.next()?, parts.nth(1)?, parts.next()?);
-        (id.parse() == Ok(gid)).then(|| (name.to_owned(), members.split(',').map(str::to_owned).collect()))
-    })
 }
 
 #[cfg(test)]

@@ -1,19 +1,24 @@
 //! Does a daemon answer whoever asks?
 
 use super::Check;
-use crate::ctl::client::Client;
+use super::service::Service;
+use crate::ctl::client::{Client, soon};
+use serde_json::Value;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-/// Whether it can be reached, and whether its default model answers.
+/// What says why a service does not start.
+const WHY: &str = "systemctl status sparsed; sudo journalctl -u sparsed -e";
+
+/// Whether it can be reached, whether its default model answers, and which models it could not load.
 ///
 /// # Errors
 /// A runtime that cannot be started.
-pub(super) fn daemon(socket: &Path) -> anyhow::Result<Vec<Check>> {
+pub(super) fn daemon(socket: &Path, service: Option<&Service>) -> anyhow::Result<Vec<Check>> {
     let shown = socket.display();
     let check = match UnixStream::connect(socket) {
-        Ok(_) => return health(socket),
+        Ok(_) => return answers(socket, service),
         Err(error) => match error.kind() {
             ErrorKind::PermissionDenied => {
                 let fix = "sudo usermod -aG sparsed $USER, then log in again";
@@ -40,20 +45,31 @@ pub(super) fn pid(socket: &Path) -> Option<u32> {
     u32::try_from(listener.as_raw_nonzero().get()).ok().filter(|&pid| pid > 1)
 }
 
-fn health(socket: &Path) -> anyhow::Result<Vec<Check>> {
+fn answers(socket: &Path, service: Option<&Service>) -> anyhow::Result<Vec<Check>> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let client = Client::new(socket);
-    let shown = socket.display();
-    let health = match runtime.block_on(client.get("/health")) {
+    let health = match runtime.block_on(soon(client.get("/health"))) {
         Ok(health) => health,
         Err(error) => {
-            let fix = "sudo journalctl -u sparsed -e";
-            return Ok(vec![Check::fail("daemon", format!("{shown} does not answer: {error:#}"), fix)]);
+            let found = match service.is_some_and(|service| !service.is_active) {
+                true => "its socket listens, and the service does not start".to_owned(),
+                false => format!("{}: {error:#}", socket.display()),
+            };
+            return Ok(vec![Check::fail("daemon", found, WHY)]);
         }
     };
+    let mut checks = vec![health_of(&health, socket)];
+    // Who may ask how it is may ask for its state as well.
+    if let Ok(status) = runtime.block_on(soon(client.get("/v1/status"))) {
+        checks.extend(failed_models(&status));
+    }
+    Ok(checks)
+}
+
+fn health_of(health: &Value, socket: &Path) -> Check {
     let state = health["status"].as_str().unwrap_or("unknown");
-    let check = match state {
-        "ok" => Check::ok("daemon", format!("answers on {shown}")),
+    match state {
+        "ok" => Check::ok("daemon", format!("answers on {}", socket.display())),
         "loading" => Check::warn("daemon", "is loading its default model", "sparsectl status"),
         "degraded" => Check::warn("daemon", "another device has taken over", "sparsectl status; sparsectl plugins"),
         _ => Check::fail(
@@ -61,8 +77,18 @@ fn health(socket: &Path) -> anyhow::Result<Vec<Check>> {
             format!("{state}: {}", health["detail"].as_str().unwrap_or("it does not say why")),
             "sparsectl doctor --full; sudo journalctl -u sparsed -e",
         ),
-    };
-    Ok(vec![check])
+    }
+}
+
+/// What the daemon says of models that it could not load: its user may not read what whoever asks here may.
+fn failed_models(status: &Value) -> Vec<Check> {
+    let failed = status["models"].as_array().into_iter().flatten().filter(|model| model["state"] == "failed");
+    let told = failed.map(|model| {
+        let reason = model["detail"]["reason"].as_str().unwrap_or("it does not say why");
+        let title = format!("model {}", model["name"].as_str().unwrap_or("unknown"));
+        Check::fail(title, format!("the daemon could not load it: {reason}"), "sudo -u sparsed sparsectl doctor --full")
+    });
+    told.collect()
 }
 
 #[cfg(test)]
@@ -74,12 +100,22 @@ mod tests {
     fn a_daemon_that_does_not_run_is_no_failure_of_the_box() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("api.sock");
-        let said = |path: &Path| daemon(path).unwrap().remove(0);
+        let said = |path: &Path| daemon(path, None).unwrap().remove(0);
         assert_eq!(said(&path).verdict, Verdict::Warn);
         assert_eq!(pid(&path), None);
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         assert_eq!(pid(&path), Some(std::process::id()));
         drop(listener);
         assert!(said(&path).found.contains("nobody listens"));
+    }
+    #[test]
+    fn a_model_that_the_daemon_could_not_load_is_told_by_its_name() {
+        let status = serde_json::json!({ "models": [
+            { "name": "small", "state": "failed", "detail": { "reason": "Permission denied" } },
+            { "name": "default", "state": "ready", "detail": {} },
+        ] });
+        let told = failed_models(&status);
+        assert_eq!((told.len(), told[0].name.as_str(), told[0].verdict), (1, "model small", Verdict::Fail));
+        assert!(told[0].found.contains("Permission denied"), "{told:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! Can what else the daemon speaks to be reached? The MQTT broker, and the message bus.
 
 use super::service::Service;
-use super::{Check, OPERATORS_FILE};
+use super::{Check, sets};
 use crate::config::{Config, Mqtt};
 use crate::ctl::bus;
 use serde_json::Value;
@@ -18,8 +18,8 @@ const LOOK: &str = "journalctl -u sparsed -b -g D-Bus; busctl status org.sparsed
 /// Where the system's bus is.
 const SYSTEM_BUS: &str = "run/dbus/system_bus_socket";
 
-/// Whether the broker that is configured takes connections; nothing without one.
-pub(super) fn broker(mqtt: &Mqtt) -> Option<Check> {
+/// Whether the broker that is configured takes connections, and the service may make some; nothing without a broker.
+pub(super) fn broker(mqtt: &Mqtt, service: Option<&Service>) -> Option<Check> {
     const NAME: &str = "MQTT broker";
     let broker = mqtt.broker().ok()??;
     let host = broker.host.trim_start_matches('[').trim_end_matches(']');
@@ -35,13 +35,17 @@ pub(super) fn broker(mqtt: &Mqtt) -> Option<Check> {
         }
         Err(refused)
     };
+    let shut = service.and_then(Service::opens_network);
     Some(match connect() {
+        Ok(()) if let Some(fix) = shut => {
+            let found =
+                format!("{shown} takes connections from here, sparsed.service has no network (PrivateNetwork=yes)");
+            Check::fail(NAME, found, fix)
+        }
         Ok(()) => Check::ok(NAME, format!("{shown} takes connections; `sparsectl mqtt test` asks a question by it")),
         Err(error) => {
-            let fix = format!(
-                "sudo systemctl status mosquitto; nc -vz {host} {}; sudoedit {OPERATORS_FILE}: mqtt.broker",
-                broker.port
-            );
+            let looks = format!("sudo systemctl status mosquitto; nc -vz {host} {}", broker.port);
+            let fix = format!("{looks}; {}", sets("mqtt.broker"));
             Check::warn(NAME, format!("{shown}: {error}; requests come when it is there"), fix)
         }
     })
@@ -95,11 +99,14 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let mqtt = Mqtt { broker: format!("mqtt://127.0.0.1:{port}"), ..Mqtt::default() };
-        assert_eq!(broker(&mqtt).unwrap().verdict, Verdict::Ok);
+        assert_eq!(broker(&mqtt, None).unwrap().verdict, Verdict::Ok);
+        let shut = Service { is_offline: true, ..Service::default() };
+        let said = broker(&mqtt, Some(&shut)).unwrap();
+        assert!(said.verdict == Verdict::Fail && said.fix.as_ref().unwrap().contains("network.conf"), "{said:?}");
         drop(listener);
-        let gone = broker(&mqtt).unwrap();
+        let gone = broker(&mqtt, None).unwrap();
         assert!(gone.verdict == Verdict::Warn && gone.found.contains("refused"), "{gone:?}");
-        assert_eq!(broker(&Mqtt::default()), None);
+        assert_eq!(broker(&Mqtt::default(), None), None);
     }
 
     #[test]

@@ -1,18 +1,19 @@
 //! Do the engines elsewhere answer that models are configured with?
 
-use super::{Check, OPERATORS_FILE};
+use super::service::Service;
+use super::{Check, sets};
 use crate::config::Config;
 use crate::upstream;
 
-/// Whether each engine can be reached from here and has its model; asks all of them at a time.
-pub(super) fn upstreams(config: &Config) -> Vec<Check> {
+/// Whether each engine can be reached from here and has its model, and the service may reach it; asks all at a time.
+pub(super) fn upstreams(config: &Config, service: Option<&Service>) -> Vec<Check> {
     let clients = match upstream::clients(config) {
         Ok(clients) => clients,
         Err(error) => {
             return vec![Check::fail(
                 "upstream engines",
                 format!("{error:#}"),
-                format!("sudoedit {OPERATORS_FILE}: model.NAME.upstream or .relay; man sparsed, CREDENTIALS"),
+                format!("{}; man sparsed, CREDENTIALS", sets("model.NAME.upstream or .relay")),
             )];
         }
     };
@@ -23,9 +24,12 @@ pub(super) fn upstreams(config: &Config) -> Vec<Check> {
         let mut checks = Vec::new();
         for (name, task) in tasks.collect::<Vec<_>>() {
             let title = format!("model {name}");
-            let fix =
-                format!("start that engine, or sudoedit {OPERATORS_FILE}: model.{name}.upstream, model.{name}.relay");
+            let fix = format!("start that engine, or {}", sets(&format!("model.{name}.upstream, model.{name}.relay")));
             checks.push(match task.await {
+                Ok(Ok(_)) if let Some(fix) = service.and_then(Service::opens_network) => {
+                    let found = "its engine answers from here, sparsed.service has no network (PrivateNetwork=yes)";
+                    Check::fail(title, found, fix)
+                }
                 Ok(Ok(there)) => {
                     let context = there.max_context.map_or(String::new(), |n| format!(", context {n}"));
                     Check::ok(title, format!("'{}' of {} elsewhere answers{context}", there.model, there.software()))
@@ -49,9 +53,9 @@ mod tests {
     fn an_engine_that_is_not_there_is_told_by_the_models_name() {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap();
         let sets = [format!("model.big.upstream=http://{free}/v1")];
-        let checks = upstreams(&Layers::read(&[], &sets).unwrap().config().unwrap());
+        let checks = upstreams(&Layers::read(&[], &sets).unwrap().config().unwrap(), None);
         assert_eq!((checks.len(), checks[0].verdict, checks[0].name.as_str()), (1, Verdict::Fail, "model big"));
         assert!(checks[0].found.contains("cannot be reached"), "{checks:?}");
-        assert!(upstreams(&Config::default()).is_empty());
+        assert!(upstreams(&Config::default(), None).is_empty());
     }
 }

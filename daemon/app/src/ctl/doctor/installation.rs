@@ -1,8 +1,10 @@
 //! Is what was installed and configured whole? Configuration, state folder, models, plugins.
 
 use super::machine::Memory;
-use super::{Check, OPERATORS_FILE, size};
-use crate::assemble::{configured_models, now_ms, quarantine};
+use super::people::shut_at;
+use super::service::Service;
+use super::{Check, sets, size};
+use crate::assemble::{configured_models, is_packaged, now_ms, quarantine};
 use crate::config::{Config, ConfigError, Paths, Source};
 use crate::ctl::inspect;
 use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
@@ -10,36 +12,56 @@ use rustix::fs::Access;
 use sparsed_backend::{ABI_MAJOR, ABI_MINOR, Found, Scan};
 use sparsed_model::Inspection;
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The package of the default model.
 const MODEL_PACKAGE: &str = "sparsed-model-smollm2-dsa";
 
-/// What the daemon would read, and whether it would take it.
-pub(super) fn configuration(source: &Source) -> (Check, Option<Config>) {
+/// What the daemon would read, whether it may, and whether it would take it.
+pub(super) fn configuration(root: &Path, source: &Source, service: Option<&Service>) -> (Check, Option<Config>) {
+    const NAME: &str = "configuration";
     let read = source.layers().and_then(|layers| {
-        let files: Vec<String> = layers.files().map(|path| path.display().to_string()).collect();
-        Ok((layers.config()?, if files.is_empty() { "none, all defaults".to_owned() } else { files.join(", ") }))
+        let files: Vec<PathBuf> = layers.files().map(Path::to_owned).collect();
+        Ok((layers.config()?, files))
     });
-    match read {
-        Ok((config, files)) => (Check::ok("configuration", files), Some(config)),
+    let (config, files) = match read {
+        Ok(read) => read,
         Err(error) => {
-            let fix = format!("{}sparsectl config check", edit(&error));
-            (Check::fail("configuration", format!("{error}; the checks below use the defaults"), fix), None)
+            let found = format!("{error}; the checks below use the defaults");
+            return (Check::fail(NAME, found, mends(&error)), None);
         }
-    }
+    };
+    let shut = |file: &PathBuf| Some((file.clone(), shut_at(root, file, &service?.groups)?.to_owned()));
+    let check = match files.iter().find_map(shut) {
+        Some((file, at)) => {
+            let found = format!("{} cannot be read by the daemon's user, only by you", file.display());
+            Check::fail(NAME, found, format!("sudo chmod a+rX {} && sudo systemctl restart sparsed", at.display()))
+        }
+        None if files.is_empty() => Check::ok(NAME, "none, all defaults"),
+        None => {
+            let files: Vec<String> = files.iter().map(|path| path.display().to_string()).collect();
+            Check::ok(NAME, files.join(", "))
+        }
+    };
+    (check, Some(config))
 }
 
-/// What opens the file in which something is wrong; nothing for an argument of the command line.
-fn edit(error: &ConfigError) -> String {
+/// What mends a configuration: its file's mode, or what is in the file; of the command line only the check is named.
+fn mends(error: &ConfigError) -> String {
     let file = match error {
+        ConfigError::Io { path, cause } if cause.kind() == ErrorKind::PermissionDenied => {
+            return format!("sudo chmod a+rX {}", path.display());
+        }
         ConfigError::Io { path, .. } => path.to_str(),
         ConfigError::Invalid { origin, .. } => origin.split(':').next(),
     };
     match file {
-        Some(file) if file.starts_with('/') => format!("sudoedit {file} && "),
-        _ => String::new(),
+        Some(file) if file.starts_with('/') => {
+            format!("sudoedit {file} && sparsectl config check && sudo systemctl restart sparsed")
+        }
+        _ => "sparsectl config check".to_owned(),
     }
 }
 
@@ -64,15 +86,15 @@ fn installs_by(apt: bool, package: &str, again: bool) -> String {
 
 /// What brings a model that is not there.
 fn brings(name: &str, config: &Config, is_installed: bool) -> String {
-    match (config.model.is_empty(), is_installed) {
+    match (is_packaged(config, name), is_installed) {
         (true, true) => format!(
             "{}; another model: sudo sparsectl model pull URL, then /usr/share/doc/sparsed/models.md",
             installs(MODEL_PACKAGE, false)
         ),
         (true, false) => "make models".to_owned(),
         (false, true) => format!(
-            "sudo sparsectl model pull URL --name {name}, then sudoedit {OPERATORS_FILE}: model.{name}.path = \
-             \"store:{name}\""
+            "sudo sparsectl model pull URL --name {name}, then {}",
+            sets(&format!("model.{name}.path = \"store:{name}\""))
         ),
         (false, false) => format!("sparsectl model pull URL --name {name}, then model.{name}.path = \"store:{name}\""),
     }
@@ -132,19 +154,30 @@ pub(super) fn state_folder(dir: &Path) -> Check {
 
 /// Whether each configured model can be read and served, and whether it fits; with `full` whether all of it can be
 /// read.
-pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>, full: bool) -> Vec<Check> {
+pub(super) fn models(
+    config: &Config,
+    paths: &Paths,
+    memory: Option<&Memory>,
+    full: bool,
+    service: Option<&Service>,
+) -> Vec<Check> {
     let models = configured_models(config, paths).into_iter();
     let store = Store::at(&paths.models_dir);
     let checks = models.map(|(name, model)| {
         let title = format!("model {name}");
         if let Some(error) = reference(&model.path).and_then(|stored| store.entry(stored).err()) {
+            if is_closed(&error) {
+                return Check::warn(title, format!("its store is closed to you: {error:#}"), AS_DAEMON);
+            }
             return Check::fail(title, format!("{error:#}"), fetches_again(&store, &model.path, &model.path));
         }
         let path = store.resolve(&model.path);
         let shown = path.display();
-        if !path.exists() {
-            let fix = brings(&name, config, is_installed());
-            return Check::fail(title, format!("{shown} is not there, or not to be seen by you"), fix);
+        if let Err(error) = File::open(&path).map_err(anyhow::Error::from) {
+            return match is_closed(&error) {
+                true => closed(title, &name, &path, paths, service),
+                false => Check::fail(title, format!("{shown}: {error}"), brings(&name, config, is_installed())),
+            };
         }
         let found = match Inspection::read(&path) {
             Ok(found) => found,
@@ -166,7 +199,7 @@ pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>, fu
         match (bytes, memory) {
             (Some(bytes), Some(memory)) if bytes > memory.free => {
                 let text = format!("{shown} takes some {}, {} are free", size(bytes), size(memory.free));
-                Check::warn(title, text, format!("sudoedit {OPERATORS_FILE}: a smaller model.{name}.max_context"))
+                Check::warn(title, text, sets(&format!("a smaller model.{name}.max_context, or a smaller model")))
             }
             (Some(bytes), _) => {
                 Check::ok(title, format!("{shown}, some {} with its whole context; {read}", size(bytes)))
@@ -175,6 +208,35 @@ pub(super) fn models(config: &Config, paths: &Paths, memory: Option<&Memory>, fu
         }
     });
     checks.collect()
+}
+
+/// What a user does who may not see what the daemon's user sees.
+const AS_DAEMON: &str = "sudo -u sparsed sparsectl doctor";
+
+/// Whether it is only whoever asks that may not look.
+fn is_closed(error: &anyhow::Error) -> bool {
+    let denied = |cause: &std::io::Error| cause.kind() == ErrorKind::PermissionDenied;
+    error.chain().any(|cause| cause.downcast_ref().is_some_and(denied))
+}
+
+/// A model's file that whoever asks may not read. For the daemon's own user that is what is wrong.
+fn closed(title: String, name: &str, path: &Path, paths: &Paths, service: Option<&Service>) -> Check {
+    let shown = path.display();
+    let found = format!("{shown} cannot be read by you");
+    match service {
+        None => Check::fail(title, found, format!("sudo chmod a+rX {shown}")),
+        Some(_) if rustix::fs::access(&paths.state_dir, Access::EXEC_OK).is_err() => {
+            Check::warn(title, found, AS_DAEMON)
+        }
+        Some(_) => {
+            let pulls = format!("sudo sparsectl model pull {} --name {name}", quoted(&format!("file:{shown}")));
+            Check::fail(
+                title,
+                found,
+                format!("{pulls}, then {}", sets(&format!("model.{name}.path = \"store:{name}\""))),
+            )
+        }
+    }
 }
 
 /// How far the file of a model is known to be whole.
@@ -239,10 +301,11 @@ pub(super) fn plugins(config: &Config, scan: &Scan) -> Vec<Check> {
         checks.push(Check::fail(
             format!("plugin {wanted}"),
             found,
-            format!(
-                "{}, or sudoedit {OPERATORS_FILE}: engine.plugin = \"cpu\"",
-                installs(&format!("sparsed-plugin-{wanted}"), false)
-            ),
+            // The one for processors is in the daemon's package, and no other one is shipped.
+            match wanted.as_str() {
+                "cpu" => installs("sparsed", true),
+                _ => sets("engine.plugin = \"cpu\""),
+            },
         ));
     }
     checks
@@ -281,7 +344,7 @@ mod tests {
         let path = dir.path().join("m.gguf");
         let mut config = Config::default();
         config.model.insert("small".to_owned(), Model::at(path.clone()));
-        let said = |config: &Config| models(config, &Paths::of(config), None, false).remove(0);
+        let said = |config: &Config| models(config, &Paths::of(config), None, false, None).remove(0);
         assert_eq!(said(&config).verdict, Verdict::Fail);
         fs::write(&path, b"GGUF\x03\0\0\0").unwrap();
         let cut = said(&config);
@@ -316,8 +379,12 @@ mod tests {
     #[test]
     fn a_file_with_a_mistake_is_opened_and_a_model_that_is_gone_is_fetched_from_where_it_came() {
         let error = |origin: &str| ConfigError::Invalid { origin: origin.to_owned(), reason: String::new() };
-        assert_eq!(edit(&error("/etc/sparsed/conf.d/a.toml:3:1")), "sudoedit /etc/sparsed/conf.d/a.toml && ");
-        assert_eq!(edit(&error("--set x=y")), "");
+        let said = mends(&error("/etc/sparsed/conf.d/a.toml:3:1"));
+        assert!(said.starts_with("sudoedit /etc/sparsed/conf.d/a.toml && sparsectl config check"), "{said}");
+        assert_eq!(mends(&error("--set x=y")), "sparsectl config check");
+        let cause = ErrorKind::PermissionDenied.into();
+        let said = mends(&ConfigError::Io { path: "/etc/sparsed/conf.d/a.toml".into(), cause });
+        assert_eq!(said, "sudo chmod a+rX /etc/sparsed/conf.d/a.toml");
         let dir = tempfile::tempdir().unwrap();
         let (store, partial) = (Store::at(&dir.path().join("models")), dir.path().join("x"));
         store.make().unwrap();

@@ -3,7 +3,7 @@
 //! What the kernel says is read below a root folder, so that tests can have another machine.
 
 use super::service::Service;
-use super::{Check, OPERATORS_FILE, size};
+use super::{Check, sets, size};
 use crate::memory::{kib_in, room};
 use sparsed_session::DATE_MIN_S;
 use std::fs;
@@ -79,24 +79,28 @@ pub(super) fn memory(root: &Path, memory: Option<&Memory>) -> Vec<Check> {
             let limit = memory.limit.map_or(String::new(), |limit| format!("; the service's limit is {}", size(limit)));
             Check::ok("memory", format!("{}{limit}", memory.told()))
         }
-        None => Check::warn(
-            "memory",
-            "/proc/meminfo cannot be read",
-            format!("sudoedit {OPERATORS_FILE}: set memory.budget"),
-        ),
+        None => Check::warn("memory", "/proc/meminfo cannot be read", sets("memory.budget")),
     });
     checks.push(match root.join("proc/pressure/memory").exists() {
         true => Check::ok("memory pressure", "the kernel tells it (PSI)"),
         false => {
             let found = "the kernel does not tell it: PSI is off";
-            Check::warn(
-                "memory pressure",
-                found,
-                "add psi=1 to the kernel's command line (/etc/default/grub), then: sudo update-grub && sudo reboot",
-            )
+            Check::warn("memory pressure", found, turns_on_psi(root))
         }
     });
     checks
+}
+
+/// What has the kernel tell of pressure: its command line is kept by another program on each kind of system.
+fn turns_on_psi(root: &Path) -> &'static str {
+    let has = |program: &str| root.join(program).exists();
+    match () {
+        () if has("usr/sbin/update-grub") => {
+            "add psi=1 to GRUB_CMDLINE_LINUX in /etc/default/grub, then: sudo update-grub && sudo reboot"
+        }
+        () if has("usr/sbin/grubby") => "sudo grubby --update-kernel=ALL --args=psi=1 && sudo reboot",
+        () => "add psi=1 to the kernel's command line where the boot loader has it, then: sudo reboot",
+    }
 }
 
 /// The largest model that this memory serves, reckoned: its file is mapped and a copy of it packed for the kernels, and
@@ -132,7 +136,7 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
             free if free < DISK_FREE_MIN => Check::warn(
                 "disk space",
                 text,
-                format!("free some, or sudoedit {OPERATORS_FILE}: a smaller sessions.kv; old KV files go first"),
+                format!("free some, or (old KV files go first) {}", sets("a smaller sessions.kv")),
             ),
             _ => Check::ok("disk space", text),
         });
@@ -147,7 +151,7 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
         Ok(time) if time > PROBE_SLOW => checks.push(Check::warn(
             "disk speed",
             format!("1 MiB takes {} ms until it is safe", time.as_millis()),
-            format!("sudoedit {OPERATORS_FILE}: state_dir on a faster disk, or sessions.durability = \"turn\""),
+            sets("state_dir on a faster disk, or sessions.durability = \"none\", which a power cut makes forget more"),
         )),
         Ok(time) => checks.push(Check::ok("disk speed", format!("1 MiB is safe after {} ms", time.as_millis()))),
         // Whether the daemon may write is another check's matter.
@@ -171,8 +175,13 @@ const KEEPERS: &[(&str, &str)] = &[
     ("the host", "run/host/container-manager"),
     ("the host", ".dockerenv"),
 ];
-/// What has systemd keep the clock; it is a package of its own on some systems.
-const SETS_CLOCK: &str = "sudo timedatectl set-ntp true (or first: sudo apt install systemd-timesyncd)";
+/// What has systemd keep the clock; who does it is a package of its own on some systems.
+fn sets_clock(root: &Path) -> &'static str {
+    match root.join("usr/bin/apt").exists() {
+        true => "sudo timedatectl set-ntp true (or first: sudo apt install systemd-timesyncd)",
+        false => "sudo timedatectl set-ntp true (or first: sudo dnf install chrony)",
+    }
+}
 
 /// Whether the clock has been set, and whether somebody keeps it right.
 pub(super) fn clock(root: &Path) -> Check {
@@ -184,14 +193,16 @@ fn clock_at(root: &Path, seconds: u64) -> Check {
     const NAME: &str = "clock";
     if seconds < DATE_MIN_S {
         let found = "has not been set: TLS will fail, and no session is deleted for its age".to_owned();
-        return Check::warn(NAME, found, SETS_CLOCK);
+        return Check::warn(NAME, found, sets_clock(root));
     }
     let has_rtc = root.join("dev/rtc0").exists() || root.join("dev/rtc").exists();
     let rtc = if has_rtc { "" } else { "; no clock runs while the box is off" };
     let is_there = |(_, sign): &&(&str, &str)| root.join(sign).exists();
     match KEEPERS.iter().find(is_there) {
         Some((keeper, _)) => Check::ok(NAME, format!("is set, kept by {keeper}{rtc}")),
-        None => Check::warn(NAME, format!("is set, but nobody keeps it right: no time service runs{rtc}"), SETS_CLOCK),
+        None => {
+            Check::warn(NAME, format!("is set, but nobody keeps it right: no time service runs{rtc}"), sets_clock(root))
+        }
     }
 }
 
@@ -250,7 +261,7 @@ pub(super) fn temperature(root: &Path) -> Option<Check> {
         measured.iter().filter_map(|&(now, trip)| Some((now, trip?))).filter(|(now, trip)| now + HOT_MARGIN >= *trip);
     if let Some((now, trip)) = hot.max() {
         let found = format!("{} °C; at {} °C the processor is slowed down", now / 1000, trip / 1000);
-        return Some(Check::warn(NAME, found, format!("more air, or sudoedit {OPERATORS_FILE}: fewer engine.threads")));
+        return Some(Check::warn(NAME, found, format!("more air, or {}", sets("fewer engine.threads"))));
     }
     let warmest = measured.iter().map(|&(now, _)| now).max()?;
     Some(Check::ok(NAME, format!("{} °C at the warmest place", warmest / 1000)))

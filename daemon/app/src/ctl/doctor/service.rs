@@ -5,11 +5,13 @@ use std::process::{Command, Stdio};
 
 /// The unit.
 const UNIT: &str = "sparsed.service";
+/// The drop-in that lets the service reach networks.
+const NETWORK: &str = "/usr/share/doc/sparsed/examples/network.conf";
 /// Where there is systemd.
 const MANAGER: &str = "run/systemd/system";
 /// What is asked. A property that the manager does not know is left out of its answer.
-const PROPERTIES: &str = "--property=LoadState,ActiveState,MainPID,ControlGroup,PrivateDevices,DevicePolicy,DeviceAllow,\
-                          SupplementaryGroups";
+const PROPERTIES: &str = "--property=LoadState,ActiveState,MainPID,ControlGroup,PrivateDevices,PrivateNetwork,DevicePolicy,\
+                          DeviceAllow,SupplementaryGroups";
 
 /// The unit as its manager has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -21,6 +23,8 @@ pub(super) struct Service {
     pub(super) group: Option<String>,
     /// `PrivateDevices=`: it has a `/dev` without devices.
     pub(super) hides_devices: bool,
+    /// `PrivateNetwork=`: it reaches nobody but by sockets that are files.
+    pub(super) is_offline: bool,
     /// Only the devices of `allowed` can be opened.
     pub(super) is_closed: bool,
     /// `DeviceAllow=`: paths, or `char-` and a driver's name in `/proc/devices`.
@@ -54,6 +58,7 @@ impl Service {
                 "MainPID" => found.pid = value.parse().ok().filter(|&pid| pid > 0),
                 "ControlGroup" => found.group = Some(value.to_owned()).filter(|path| path.starts_with('/')),
                 "PrivateDevices" => found.hides_devices = value == "yes",
+                "PrivateNetwork" => found.is_offline = value == "yes",
                 "DevicePolicy" => found.is_closed |= matches!(value, "closed" | "strict"),
                 // `auto` is closed as well once one is named.
                 "DeviceAllow" => {
@@ -67,6 +72,11 @@ impl Service {
         is_loaded.then_some(found)
     }
 
+    /// What must be typed before it reaches anything on a network, if so.
+    pub(super) fn opens_network(&self) -> Option<String> {
+        self.is_offline.then(|| drops_in(NETWORK))
+    }
+
     /// Whether its device policy lets it open `/dev/{node}`, whose driver is called so in `/proc/devices`.
     pub(super) fn allows(&self, node: &str, driver: Option<&str>) -> bool {
         let matches = |allowed: &String| match allowed.strip_prefix("char-") {
@@ -75,6 +85,14 @@ impl Service {
         };
         !self.is_closed || self.allowed.iter().any(matches)
     }
+}
+
+/// What gives the service a drop-in that is shipped.
+pub(super) fn drops_in(file: &str) -> String {
+    format!(
+        "sudo install -D -m 0644 -t /etc/systemd/system/sparsed.service.d {file} && sudo systemctl daemon-reload && \
+         sudo systemctl restart sparsed"
+    )
 }
 
 /// Whether `name` is one of a pattern that may end in `*`, as the drop-ins' do. What else a pattern may have, the
@@ -94,10 +112,11 @@ mod tests {
     #[test]
     fn the_managers_answer_is_read_in_any_order() {
         let said = "DeviceAllow=/dev/nvidiactl rw\nDeviceAllow=char-nvhost* rw\nMainPID=12\nLoadState=loaded\n\
-                    ActiveState=active\nControlGroup=/system.slice/sparsed.service\nPrivateDevices=no\n\
+                    ActiveState=active\nControlGroup=/system.slice/sparsed.service\nPrivateDevices=no\nPrivateNetwork=yes\n\
                     DevicePolicy=closed\nSupplementaryGroups=video render\n";
         let service = Service::parse(said).unwrap();
         assert!(service.is_active && !service.hides_devices, "{service:?}");
+        assert!(service.opens_network().unwrap().contains("/network.conf && "), "{service:?}");
         assert_eq!((service.pid, service.group.as_deref()), (Some(12), Some("/system.slice/sparsed.service")));
         assert_eq!(service.groups, ["video", "render"]);
         let allows = |node, driver| service.allows(node, driver);
@@ -111,6 +130,7 @@ mod tests {
         let stopped = Service::parse("LoadState=loaded\nActiveState=inactive\nMainPID=0\nControlGroup=\n").unwrap();
         assert_eq!((stopped.is_active, stopped.pid, stopped.group.as_deref()), (false, None, None));
         // Nothing is closed there.
+        assert_eq!(stopped.opens_network(), None);
         assert!(stopped.allows("anything", None));
         assert_eq!(Service::ask(Path::new("/nowhere")), None);
     }
