@@ -18,6 +18,7 @@ pub const FEAT_DETERMINISTIC: u64 = 1 << 7;
 pub const FEAT_INVARIANT: u64 = 1 << 8;
 pub const FEAT_SLOW_FILE: u64 = 1 << 9;
 pub const FEAT_SLOW_HOST: u64 = 1 << 10;
+pub const FEAT_SLOW_SEALED: u64 = 1 << 11;
 
 pub const DTYPE_WORDS: usize = 4;
 

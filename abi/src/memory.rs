@@ -35,6 +35,9 @@ abi_struct! {
     }
 }
 
+pub const SLOW_AES_256_GCM: u32 = 1;
+pub const SLOW_CHACHA20_POLY1305: u32 = 2;
+
 abi_struct! {
     #[derive(PartialEq, Eq)]
     SpdKvSlow = "spd_kv_slow" {
@@ -46,6 +49,9 @@ abi_struct! {
         offset: u64,
         length: u64,
         cache_bytes: u64,
+        key: *const c_void,
+        cipher: u32,
+        reserved: u32,
     }
 }
 

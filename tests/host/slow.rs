@@ -3,7 +3,7 @@
 use super::isolated_cpu;
 use super::probe::ALONE;
 use sparsed_abi::{DT_F32, E_DATA, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, SpdKvOp, SpdRow};
-use sparsed_backend::{KvDesc, SlowArea};
+use sparsed_backend::{Cipher, KvDesc, SlowArea};
 use std::sync::PoisonError;
 
 #[test]
@@ -16,7 +16,7 @@ fn a_host_reads_blocks_in_the_daemons_slow_tier_and_says_which_is_bad() {
     let desc = KvDesc { block_tokens: 64, n_blocks: 4, n_layers: 3, n_index_layers: 1, latent, rope, index };
     let folder = tempfile::tempdir().unwrap();
     let row_bytes = 4 * (24 + 8);
-    let in_file = SlowArea::create(folder.path(), &desc, row_bytes, 1 << 20).unwrap();
+    let in_file = SlowArea::create(folder.path(), Cipher::Aes256Gcm, &desc, row_bytes, 1 << 20).unwrap();
     for area in [in_file, SlowArea::in_memory(&desc, row_bytes, 1 << 20).unwrap()] {
         let pool = backend.create_kv(&desc, Some(&area)).unwrap();
         let mut queue = backend.queue().unwrap();
@@ -28,11 +28,11 @@ fn a_host_reads_blocks_in_the_daemons_slow_tier_and_says_which_is_bad() {
             src_block: block,
             dst_block: block,
             slow_offset: area.offset_of(block),
-            tag: u64::from(block) << 40,
+            tag: u64::from(block) << 8,
             ..SpdKvOp::default()
         };
         // Block 2 is what was written; the pages of block 3 belong to another tag.
-        for (block, tag) in [(2, 2 << 40), (3, 99)] {
+        for (block, tag) in [(2, 2 << 8), (3, 999)] {
             queue.kv(&pool, &[op(KV_IMPORT, block)], &mut filled.clone()).unwrap();
             area.write(block, tag, &filled[latent..]).unwrap();
             queue.kv(&pool, &[op(KV_TO_SLOW, block)], &mut []).unwrap();
@@ -55,7 +55,7 @@ fn a_host_cannot_write_into_the_daemons_slow_tier() {
     let desc =
         KvDesc { block_tokens: 16, n_blocks: 1, n_layers: 1, n_index_layers: 1, latent: row, rope: row, index: row };
     let folder = tempfile::tempdir().unwrap();
-    let area = SlowArea::create(folder.path(), &desc, 64, 1 << 20).unwrap();
+    let area = SlowArea::create(folder.path(), Cipher::Aes256Gcm, &desc, 64, 1 << 20).unwrap();
     let _not_killed = ALONE.read().unwrap_or_else(PoisonError::into_inner);
     let (plugin, backend) = isolated_cpu();
     let _pool = backend.create_kv(&desc, Some(&area)).unwrap();

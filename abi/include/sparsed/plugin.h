@@ -41,7 +41,7 @@ extern "C" {
 #define SPD_EXPORT __attribute__((visibility("default")))
 
 #define SPD_ABI_MAJOR 0u
-#define SPD_ABI_MINOR 5u
+#define SPD_ABI_MINOR 6u
 
 SPD_STATIC_ASSERT(sizeof(void *) == 8, "sparsed plugins are 64-bit only");
 
@@ -148,6 +148,7 @@ typedef struct spd_host {
                                               batch, nor on how the prompt was cut into chunks */
 #define SPD_FEAT_SLOW_FILE (1ull << 9)     /* takes spd_kv_slow.fd                                         */
 #define SPD_FEAT_SLOW_HOST (1ull << 10)    /* takes spd_kv_slow.ptr                                        */
+#define SPD_FEAT_SLOW_SEALED (1ull << 11)  /* takes spd_kv_slow.key with every cipher; since 0.6           */
 
 #define SPD_DTYPE_WORDS 4
 typedef struct spd_device_info {
@@ -254,7 +255,10 @@ typedef struct spd_row {
 /* The slow tier of a pool: an area, in a file or in host memory, where the latent planes of blocks may lie that have no
  * room on the device.  The daemon writes it, the plugin only reads it, inside a step, and keeps what it read in a row
  * cache of cache_bytes.  SPD_KV_TO_SLOW says where a block lies; abi/OPS.md defines its pages.  The cache may fill bit by
- * bit; SPD_KV_LIMIT_CACHE makes it smaller while memory is short. */
+ * bit; SPD_KV_LIMIT_CACHE makes it smaller while memory is short.  With a key the pages are encrypted: they are on a disk,
+ * and the key is random, of this area only, and nowhere but in memory. */
+#define SPD_SLOW_AES_256_GCM 1u       /* RFC 5116 */
+#define SPD_SLOW_CHACHA20_POLY1305 2u /* RFC 8439 */
 typedef struct spd_kv_slow {
   uint32_t struct_size, flags;
   int32_t fd;            /* open for reading as long as the pool lives; 0 or less: `ptr`        */
@@ -263,6 +267,9 @@ typedef struct spd_kv_slow {
   uint64_t offset;       /* where the area begins in the file or at ptr, a multiple of a page   */
   uint64_t length;       /* of the area                                                         */
   uint64_t cache_bytes;  /* memory of the row cache, on top of the pool's                       */
+  const void *key;       /* 32 bytes, read during the call; NULL: pages are plain               */
+  uint32_t cipher;       /* SPD_SLOW_*; 0 without a key                                         */
+  uint32_t reserved;
 } spd_kv_slow;
 
 /* n_blocks blocks of block_tokens tokens.  Two planes: an index plane with one index row per index layer and token,

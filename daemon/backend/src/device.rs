@@ -8,7 +8,8 @@ use crate::slow::{SlowArea, SlowSource};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
     Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE,
-    FEAT_SLOW_HOST, SpdApi, SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo, SpdOpenOptions, dtype_bit,
+    FEAT_SLOW_HOST, FEAT_SLOW_SEALED, SpdApi, SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo,
+    SpdOpenOptions, dtype_bit,
 };
 use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
@@ -283,9 +284,9 @@ impl DeviceInfo {
         self.features & (FEAT_DETERMINISTIC | FEAT_INVARIANT) == FEAT_DETERMINISTIC | FEAT_INVARIANT
     }
 
-    /// True when latent planes may lie in a file.
+    /// True when latent planes may lie in a file, where they are encrypted: one that reads plain pages only gets none.
     pub fn takes_slow_file(&self) -> bool {
-        self.features & FEAT_SLOW_FILE != 0
+        self.features & (FEAT_SLOW_FILE | FEAT_SLOW_SEALED) == FEAT_SLOW_FILE | FEAT_SLOW_SEALED
     }
 
     /// True when latent planes may lie in host memory.

@@ -43,4 +43,5 @@ pub use quarantine::{Left, Outcome, Quarantine, QuarantinePolicy, QuarantineStor
 pub use remote::{HostOptions, confine, kill_plugin_hosts, run_plugin_host};
 pub use slow::SlowArea;
 pub use sparsed_abi::{ABI_MAJOR, ABI_MINOR};
+pub use sparsed_plugin_kit::slow::rowcache::Cipher;
 pub use taint::third_party;

@@ -10,7 +10,7 @@ use sparsed_abi::{
     E_ABI, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_SLOW, SpdBucket, SpdKvOp,
 };
 use sparsed_backend::{
-    Arena, Backend, BackendError, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
+    Arena, Backend, BackendError, Cipher, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
 };
 use sparsed_kv::{BLOCK_TOKENS, BlockId};
 use sparsed_model::{Model, Program, ProgramOptions};
@@ -329,7 +329,7 @@ fn place(
         Some(dir) if options.n_fast < options.n_blocks => {
             let (row_bytes, cache_bytes) = (program.kv.latent_row_bytes()?, options.slow_cache_bytes);
             Some(Arc::new(match backend.info().takes_slow_file() {
-                true => SlowArea::create(dir, &desc, row_bytes, cache_bytes)?,
+                true => SlowArea::create(dir, cipher(), &desc, row_bytes, cache_bytes)?,
                 false => SlowArea::in_memory(&desc, row_bytes, cache_bytes)?,
             }))
         }
@@ -344,6 +344,11 @@ fn place(
     };
     let plan = backend.compile(&program.blob, &weights.iter().collect::<Vec<_>>(), &[&pool], bucket)?;
     Ok((slow, pool, plan))
+}
+
+/// What a slow tier is encrypted with: the faster one on this machine.
+fn cipher() -> Cipher {
+    if sparsed_session::has_aes() { Cipher::Aes256Gcm } else { Cipher::ChaCha20Poly1305 }
 }
 
 /// Blocks to try next on a device that has no room for these, of whose memory `free` bytes are left beside the weights;

@@ -183,7 +183,7 @@ impl Sequence {
     /// Tells the pool what the blocks contain that have become full; their rows are computed.
     pub(crate) fn seal(&mut self, hasher: &PrefixHasher, pool: &mut Pool) {
         self.hash(hasher);
-        self.n_sealed = self.table.seal(self.n_sealed, &self.hashes, pool);
+        self.n_sealed = self.table.seal(self.n_sealed, &self.hashes, self.owner.number(), pool);
     }
 
     /// Orders those full blocks to be saved that are not in the session's file yet.

@@ -21,6 +21,7 @@
 mod archive;
 mod block;
 mod error;
+mod kept;
 mod pool;
 mod prefix;
 mod table;

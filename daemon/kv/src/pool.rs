@@ -8,6 +8,7 @@
 //! Blocks are reused last in, first out: memory that was touched is touched again, and a pool that was never full has
 //! never touched its end.
 
+use crate::kept::Which;
 use crate::prefix::Prefixes;
 use crate::tier::{Place, Places};
 use crate::{BlockHash, BlockId, KvError};
@@ -100,10 +101,10 @@ impl Pool {
     /// Lets go of kept blocks beyond the bounds, to be discarded.
     pub fn trim(&mut self, freed: &mut Vec<BlockId>) {
         while self.n_kept() > self.kept_max() {
-            self.evict(|_| true, freed);
+            self.evict(Which::Any, freed);
         }
         while self.n_fast() + self.n_reserved > self.bounds.fast && self.has_kept_fast() {
-            self.evict(|place| place == Place::Fast, freed);
+            self.evict(Which::Fast, freed);
         }
     }
 
@@ -142,7 +143,7 @@ impl Pool {
 
     /// Blocks that nobody holds and that are kept for what they contain.
     pub fn n_kept(&self) -> u32 {
-        count(self.prefixes.n_idle())
+        count(self.prefixes.n_kept())
     }
 
     /// Blocks that are free or kept, not promised to anyone, and within the bounds.
@@ -177,7 +178,7 @@ impl Pool {
         }
         self.n_reserved += n_blocks;
         while self.free.len() < self.n_reserved as usize {
-            self.evict(|_| true, freed);
+            self.evict(Which::Any, freed);
         }
         self.trim(freed);
         self.assert_counts();
@@ -189,24 +190,23 @@ impl Pool {
         self.n_blocks() - count(self.free.len()) - self.places.n_slow()
     }
 
-    /// Lets go of the kept block that was left longest ago of those in a place like that.
-    fn evict(&mut self, is_like: impl Fn(Place) -> bool, freed: &mut Vec<BlockId>) {
-        let places = &self.places;
-        let block = self.prefixes.evict(|block| is_like(places.of(block))).expect("kept blocks were counted before");
+    /// Lets go of a kept block: of the owner that keeps most the one that was left longest ago.
+    fn evict(&mut self, which: Which, freed: &mut Vec<BlockId>) {
+        let block = self.prefixes.evict(which).expect("kept blocks were counted before");
         self.places.taken(block);
         self.places.freed(block);
         self.free.push(block);
         freed.push(block);
     }
 
-    /// Notes that a held block is full and what it contains, once its rows are computed. Nobody may write into it any
-    /// more.
+    /// Notes that a held block is full, what it contains and whose it is, once its rows are computed. Nobody may write
+    /// into it any more.
     ///
     /// # Panics
     /// When nobody holds the block, or it was sealed with another hash.
-    pub fn seal(&mut self, block: BlockId, hash: BlockHash) {
+    pub fn seal(&mut self, block: BlockId, hash: BlockHash, owner: u64) {
         assert!(self.ref_counts[block.0 as usize] > 0, "block {} is free and cannot be sealed", block.0);
-        self.prefixes.seal(block, hash);
+        self.prefixes.seal(block, hash, owner);
     }
 
     /// Whether the block's content is known.
@@ -282,7 +282,7 @@ impl Pool {
         if *holders > 0 {
             return Released::Shared;
         }
-        if self.prefixes.keep(block) {
+        if self.prefixes.keep(block, self.places.of(block) == Place::Fast) {
             self.places.kept(block);
             return Released::Kept;
         }
@@ -312,7 +312,7 @@ impl Pool {
     fn assert_counts(&self) {
         assert!(self.free.len() <= self.ref_counts.len(), "more free blocks than blocks");
         assert!(
-            self.n_reserved as usize <= self.free.len() + self.prefixes.n_idle(),
+            self.n_reserved as usize <= self.free.len() + self.prefixes.n_kept(),
             "more blocks promised than there are"
         );
     }
@@ -406,7 +406,7 @@ mod tests {
         let mut hashes = Vec::new();
         PrefixHasher::new([1; 32]).extend(1, &(0..64 * n_kept).collect::<Vec<_>>(), &mut hashes);
         for (&block, hash) in kept.iter().zip(hashes) {
-            pool.seal(block, hash);
+            pool.seal(block, hash, 1);
             assert_eq!(pool.release(block), Released::Kept);
         }
         (pool, held, kept)
@@ -439,6 +439,35 @@ mod tests {
         assert_eq!(pool.n_available(), 0);
         pool.bound(Bounds { blocks: 100, kept: 100, fast: 100 });
         assert_eq!((pool.bounds(), pool.n_available()), (all, 4));
+    }
+
+    #[test]
+    fn one_owners_many_prompts_leave_what_another_ones_conversation_finds_again() {
+        let mut pool = Pool::new(16);
+        let hasher = PrefixHasher::new([1; 32]);
+        // A conversation of `n` blocks that ends, its last block given back first.
+        let say = |pool: &mut Pool, owner: u64, first: u32, n: u32| {
+            let mut hashes = Vec::new();
+            hasher.extend(owner, &(first..first + 64 * n).collect::<Vec<_>>(), &mut hashes);
+            let (mut freed, mut slots, mut table) = (Vec::new(), Vec::new(), crate::BlockTable::new());
+            table.adopt(&hashes, pool);
+            let found = table.blocks().len();
+            let mut reservation = pool.reserve(n - count(found), &mut freed).unwrap();
+            table.append((n - count(found)) * 64, pool, &mut reservation, &mut slots);
+            pool.forfeit(reservation);
+            table.seal(0, &hashes, owner, pool);
+            table.truncate(0, pool, &mut freed);
+            found
+        };
+        assert_eq!(say(&mut pool, 1, 0, 3), 0);
+        (0..9).for_each(|i| assert_eq!(say(&mut pool, 2, 10_000 * i, 5), 0));
+        assert_eq!(say(&mut pool, 1, 0, 3), 3);
+        // What the other one has said last is there as well, and the beginning of what was before.
+        assert_eq!([80_000, 70_000, 60_000].map(|first| say(&mut pool, 2, first, 5)), [5, 5, 3]);
+        // Alone again, one has it all.
+        let mut pool = pool.renewed();
+        (0..3).for_each(|i| assert_eq!(say(&mut pool, 2, 10_000 * i, 5), 0));
+        (0..3).for_each(|i| assert_eq!(say(&mut pool, 2, 10_000 * i, 5), 5));
     }
 
     #[derive(Clone, Debug)]
@@ -582,7 +611,7 @@ mod tests {
             Verb::Seal(pick, content) => {
                 let unsealed = held_block(model, pick).filter(|block| !model.contents.contains_key(block));
                 if let Some(block) = unsealed {
-                    pool.seal(block, BlockHash([content; 32]));
+                    pool.seal(block, BlockHash([content; 32]), 1);
                     if model.block_with(content).is_none() {
                         model.contents.insert(block, content);
                     }

@@ -4,9 +4,9 @@
 //! rows. The hash is keyed (BLAKE3) with a secret of this process and salted with the owner: nobody can find out by
 //! timing what somebody else has said, and no collision can be made on purpose.
 //!
-//! Blocks that nobody holds any more stay here until their place is needed, the one left longest ago first. A table
-//! gives its blocks back from the last to the first, so the end of a conversation goes before its beginning.
+//! Blocks that nobody holds any more are kept until their place is needed (`kept.rs`).
 
+use crate::kept::{Kept, Which};
 use crate::{BLOCK_TOKENS, BlockId};
 use std::collections::HashMap;
 
@@ -57,110 +57,70 @@ impl PrefixHasher {
     }
 }
 
-/// Blocks with known content, and the order in which those without a holder go.
+/// Blocks with known content, and those of them without a holder.
 #[derive(Debug)]
 pub(crate) struct Prefixes {
     by_hash: HashMap<BlockHash, BlockId>,
-    hash_of: Vec<Option<BlockHash>>,
-    idle: IdleList,
+    /// What each block contains, and whose it is.
+    known: Vec<Option<(BlockHash, u64)>>,
+    kept: Kept,
 }
 
 impl Prefixes {
     pub(crate) fn new(n_blocks: usize) -> Self {
-        Self { by_hash: HashMap::new(), hash_of: vec![None; n_blocks], idle: IdleList::new(n_blocks) }
+        Self { by_hash: HashMap::new(), known: vec![None; n_blocks], kept: Kept::new(n_blocks) }
     }
 
     /// Blocks without a holder.
-    pub(crate) fn n_idle(&self) -> usize {
-        self.idle.n
+    pub(crate) fn n_kept(&self) -> usize {
+        self.kept.n()
     }
 
     pub(crate) fn is_sealed(&self, block: BlockId) -> bool {
-        self.hash_of[block.0 as usize].is_some()
+        self.known[block.0 as usize].is_some()
     }
 
     pub(crate) fn find(&self, hash: BlockHash) -> Option<BlockId> {
         self.by_hash.get(&hash).copied()
     }
 
-    /// Notes what a block contains. Of two blocks with the same content the first stays known.
-    pub(crate) fn seal(&mut self, block: BlockId, hash: BlockHash) {
-        assert!(self.hash_of[block.0 as usize].is_none_or(|old| old == hash), "block {} is sealed already", block.0);
+    /// Notes what a block of this owner contains. Of two blocks with the same content the first stays known.
+    pub(crate) fn seal(&mut self, block: BlockId, hash: BlockHash, owner: u64) {
+        let known = &mut self.known[block.0 as usize];
+        assert!(known.is_none_or(|(old, _)| old == hash), "block {} is sealed already", block.0);
         if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
             entry.insert(block);
-            self.hash_of[block.0 as usize] = Some(hash);
+            *known = Some((hash, owner));
         }
     }
 
-    /// Keeps a block whose last holder is gone, if its content is known.
-    pub(crate) fn keep(&mut self, block: BlockId) -> bool {
-        let known = self.is_sealed(block);
-        if known {
-            self.idle.push(block);
+    /// Keeps a block whose last holder is gone, if its content is known. `is_fast` says where its latent plane is.
+    pub(crate) fn keep(&mut self, block: BlockId, is_fast: bool) -> bool {
+        let known = self.known[block.0 as usize];
+        if let Some((_, owner)) = known {
+            self.kept.push(block, owner, is_fast);
         }
-        known
+        known.is_some()
     }
 
     /// A kept block has a holder again.
     pub(crate) fn take(&mut self, block: BlockId) {
-        self.idle.remove(block);
+        self.kept.remove(block);
     }
 
-    /// Forgets the block that was left longest ago of those that are `like` it.
-    pub(crate) fn evict(&mut self, like: impl Fn(BlockId) -> bool) -> Option<BlockId> {
-        let block = self.idle.oldest(like)?;
-        self.idle.remove(block);
+    /// Forgets the next one of the kept blocks that may go.
+    pub(crate) fn evict(&mut self, which: Which) -> Option<BlockId> {
+        let block = self.kept.next(which)?;
+        self.kept.remove(block);
         self.forget(block);
         Some(block)
     }
 
     /// Forgets what a block contains.
     pub(crate) fn forget(&mut self, block: BlockId) {
-        if let Some(hash) = self.hash_of[block.0 as usize].take() {
+        if let Some((hash, _)) = self.known[block.0 as usize].take() {
             self.by_hash.remove(&hash);
         }
-    }
-}
-
-/// A queue of blocks, linked through arrays: every change takes the same few steps and no memory.
-#[derive(Debug)]
-struct IdleList {
-    /// The neighbours of each block, older and newer; the last entry is the head, older = newest, newer = oldest.
-    links: Vec<(u32, u32)>,
-    n: usize,
-}
-
-impl IdleList {
-    fn new(n_blocks: usize) -> Self {
-        let head = u32::try_from(n_blocks).expect("a pool has at most 2^32 - 1 blocks");
-        Self { links: vec![(head, head); n_blocks + 1], n: 0 }
-    }
-
-    fn head(&self) -> u32 {
-        u32::try_from(self.links.len() - 1).expect("checked in new")
-    }
-
-    /// The oldest block that is `like` it.
-    fn oldest(&self, like: impl Fn(BlockId) -> bool) -> Option<BlockId> {
-        let head = self.head();
-        let next = |at: u32| Some(self.links[at as usize].1).filter(|&at| at != head);
-        std::iter::successors(next(head), |&at| next(at)).map(BlockId).find(|&block| like(block))
-    }
-
-    fn push(&mut self, block: BlockId) {
-        let head = self.head();
-        let newest = self.links[head as usize].0;
-        self.links[block.0 as usize] = (newest, head);
-        self.links[newest as usize].1 = block.0;
-        self.links[head as usize].0 = block.0;
-        self.n += 1;
-    }
-
-    fn remove(&mut self, block: BlockId) {
-        let (older, newer) = self.links[block.0 as usize];
-        self.links[older as usize].1 = newer;
-        self.links[newer as usize].0 = older;
-        self.n -= 1;
     }
 }
 
@@ -205,21 +165,5 @@ mod tests {
             hasher.extend(1, &tokens[..n], &mut grown);
         }
         assert_eq!(grown, hashes(9, 1, &tokens));
-    }
-
-    #[test]
-    fn idle_blocks_go_in_the_order_they_came() {
-        let mut list = IdleList::new(5);
-        for block in [3, 0, 4, 1] {
-            list.push(BlockId(block));
-        }
-        list.remove(BlockId(4));
-        list.push(BlockId(4));
-        let mut order = Vec::new();
-        while let Some(block) = list.oldest(|_| true) {
-            list.remove(block);
-            order.push(block.0);
-        }
-        assert_eq!(order, [3, 0, 1, 4]);
     }
 }

@@ -77,15 +77,15 @@ impl BlockTable {
         self.n_tokens
     }
 
-    /// Tells the pool what the full blocks from `first` on contain; their rows are computed. Answers how many blocks of
-    /// the table are sealed then.
+    /// Tells the pool what the full blocks from `first` on contain and whose they are; their rows are computed. Answers
+    /// how many blocks of the table are sealed then.
     ///
     /// # Panics
     /// When there are fewer hashes than full blocks.
-    pub fn seal(&self, first: usize, hashes: &[BlockHash], pool: &mut Pool) -> usize {
+    pub fn seal(&self, first: usize, hashes: &[BlockHash], owner: u64, pool: &mut Pool) -> usize {
         let full = (self.n_tokens / BLOCK_TOKENS) as usize;
         for (&block, &hash) in self.blocks[first..full].iter().zip(&hashes[first..full]) {
-            pool.seal(block, hash);
+            pool.seal(block, hash, owner);
         }
         full
     }

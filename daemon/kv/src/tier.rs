@@ -177,7 +177,7 @@ mod tests {
         let mut hashes = Vec::new();
         PrefixHasher::new([1; 32]).extend(1, &(0..256).collect::<Vec<_>>(), &mut hashes);
         for (&block, &hash) in blocks.iter().zip(&hashes) {
-            pool.seal(block, hash);
+            pool.seal(block, hash, 1);
         }
         pool.leave(blocks[0]);
         assert_eq!(pool.moved(blocks[0]), Released::Shared);

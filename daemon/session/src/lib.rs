@@ -35,3 +35,4 @@ pub use limits::{DATE_MIN_S, Limits};
 pub use store::{
     Finding, FindingKind, Flushed, FoundBlock, Loaded, NewSession, NewTurn, Random, Report, Store, Summary, Usage,
 };
+pub use suite::has_aes;

@@ -9,8 +9,9 @@ use crate::validate::Bound;
 use sparsed_abi::{
     DEV_CPU, DT_BF16, DT_F8E4M3, DT_F16, DT_F32, DT_IQ4_NL, DT_IQ4_XS, DT_MXFP4, DT_Q2_K, DT_Q3_K, DT_Q4_0, DT_Q4_1,
     DT_Q4_K, DT_Q5_0, DT_Q5_1, DT_Q5_K, DT_Q6_K, DT_Q8_0, E_DATA, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC,
-    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, FEAT_SLOW_HOST, FEAT_UNIFIED_MEM, LOG_INFO, LOG_WARN, Program,
-    SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, dtype_bit,
+    FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE, FEAT_SLOW_HOST, FEAT_SLOW_SEALED, FEAT_UNIFIED_MEM, LOG_INFO,
+    LOG_WARN, Program, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc,
+    dtype_bit,
 };
 use sparsed_plugin_kit::{
     Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowArea, Source, Synchronous,
@@ -72,7 +73,8 @@ impl Plugin for CpuPlugin {
                 | FEAT_INVARIANT
                 | FEAT_CANCEL_MID
                 | FEAT_SLOW_FILE
-                | FEAT_SLOW_HOST,
+                | FEAT_SLOW_HOST
+                | FEAT_SLOW_SEALED,
             block_tokens_align: BLOCK_TOKENS_ALIGN,
             ..SpdDeviceInfo::default()
         };

@@ -7,7 +7,8 @@
 use fastrand::Rng;
 use rustix::time::{ClockId, clock_gettime};
 use sparsed_plugin_kit::slow::rowcache::{
-    Lookup, PAGE_BYTES, Policy, Read, RowCache, RowKey, SLOT_OVERHEAD_BYTES, SlowLayout,
+    Cipher, Lookup, PAGE_BYTES, Policy, READ_PAGES_MAX, Read, RowCache, RowKey, SLOT_OVERHEAD_BYTES, Seal, SlowKey,
+    SlowLayout,
 };
 use sparsed_plugin_kit::slow::{Method, ReadError, Reader};
 use std::fs::File;
@@ -26,7 +27,10 @@ fn main() -> Result<()> {
     let file_bytes = arguments.next().map_or(Ok(1024), |mib| mib.parse::<usize>())? << 20;
     // The default model's f16 and Q8_0 rows (3 heads of 64 + 64), and those of DeepSeek-V3.2's shape.
     for (name, row_bytes) in [("768 (384 x f16)", 768), ("408 (384 x Q8_0)", 408), ("1152 (576 x f16)", 1152)] {
-        cache_costs(name, row_bytes)?;
+        for cipher in [None, Some(Cipher::Aes256Gcm), Some(Cipher::ChaCha20Poly1305)] {
+            println!("rows of {name} bytes, {}:", cipher.map_or("plain".to_owned(), |cipher| format!("{cipher:?}")));
+            cache_costs(row_bytes, &Seal::new(cipher.map(|cipher| SlowKey::new(cipher, [1; 32])).as_ref()))?;
+        }
     }
     read_rates(Path::new(&folder), file_bytes)
 }
@@ -47,7 +51,7 @@ fn median(mut values: Vec<f64>) -> f64 {
 }
 
 /// Selections of 512 of 8192 tokens in 30 layers, as one decoded token makes them.
-fn cache_costs(name: &str, row_bytes: usize) -> Result<()> {
+fn cache_costs(row_bytes: usize, seal: &Seal) -> Result<()> {
     const LAYERS: u32 = 30;
     const K: usize = 512;
     let layout = SlowLayout::new(row_bytes, 64, LAYERS)?;
@@ -58,10 +62,11 @@ fn cache_costs(name: &str, row_bytes: usize) -> Result<()> {
     let limit = n_slots * (row_bytes + SLOT_OVERHEAD_BYTES);
     // All blocks have the same image: only offsets inside a block differ.
     let area = layout.block_bytes() as u64 * 128;
-    let mut cache = RowCache::new(layout, Policy::Clock, 128, area, limit)?;
+    let mut cache = RowCache::new((layout, seal.clone()), Policy::Clock, 128, area, limit)?;
     for block in 0..128 {
         cache.attach(block, layout.block_bytes() as u64 * u64::from(block), 9)?;
     }
+    let mut buffer = [0; READ_PAGES_MAX as usize * PAGE_BYTES];
     let mut select = |layer| {
         let mut tokens: Vec<u32> = random.choose_multiple(0..8192, K);
         tokens.sort_unstable();
@@ -71,7 +76,7 @@ fn cache_costs(name: &str, row_bytes: usize) -> Result<()> {
     let [mut encoded, mut missing, mut pages, mut present] = [const { Vec::new() }; 4];
     for _ in 0..RUNS {
         let start = cpu_ns();
-        layout.encode_block(&plane, 9, &mut image)?;
+        layout.encode_block(seal, &plane, 9, &mut image)?;
         encoded.push((cpu_ns() - start) / f64::from(layout.block_pages()));
         let [mut plan_ns, mut admit_ns, mut present_ns] = [0.0; 3];
         let before = cache.counters();
@@ -83,7 +88,10 @@ fn cache_costs(name: &str, row_bytes: usize) -> Result<()> {
             for at in 0..lookup.reads().len() {
                 let read = lookup.reads()[at];
                 let inside = usize::try_from(read.offset)? % layout.block_bytes();
-                cache.admit(&mut lookup, at, &image[inside..inside + read.len_bytes()])?;
+                // As a read does, and counted with it.
+                let bytes = &mut buffer[..read.len_bytes()];
+                bytes.copy_from_slice(&image[inside..inside + read.len_bytes()]);
+                cache.admit(&mut lookup, at, bytes)?;
             }
             let admitted = cpu_ns();
             cache.release();
@@ -98,7 +106,7 @@ fn cache_costs(name: &str, row_bytes: usize) -> Result<()> {
         pages.push(admit_ns / (now.pages - before.pages) as f64);
         present.push(present_ns / (K * LAYERS as usize) as f64);
     }
-    println!("rows of {name} bytes, {} a page, {n_slots} slots:", layout.rows_per_page());
+    println!("  {} rows a page, {n_slots} slots", layout.rows_per_page());
     println!("  lookup of a present row  {:6.1} ns", median(present));
     println!("  lookup of a missing row  {:6.1} ns", median(missing));
     println!("  admission of a page      {:6.0} ns", median(pages));

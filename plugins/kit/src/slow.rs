@@ -114,8 +114,8 @@ trait Flights: std::fmt::Debug + Send {
     /// Waits until a read lands.
     fn wait(&mut self) -> io::Result<Landed>;
 
-    /// What a read that landed has brought; until the next start.
-    fn bytes(&self, slot: usize) -> &[u8; BUFFER_BYTES];
+    /// What a read that landed has brought, to be decrypted there; until the next start.
+    fn bytes(&mut self, slot: usize) -> &mut [u8; BUFFER_BYTES];
 }
 
 /// A read that has ended.
@@ -178,8 +178,9 @@ impl Reader {
         Ok(Self { flights, area_offset })
     }
 
-    /// Carries out `reads` and gives each one's index and bytes to `take`, in the order in which they land. After the
-    /// first failure, of a read or of `take`, no other read is started, and those in flight are awaited.
+    /// Carries out `reads` and gives each one's index and bytes to `take`, which may decrypt them where they are, in the
+    /// order in which they land. After the first failure, of a read or of `take`, no other read is started, and those in
+    /// flight are awaited.
     ///
     /// # Errors
     /// The first failure.
@@ -189,7 +190,7 @@ impl Reader {
     pub fn read<E: From<ReadError>>(
         &mut self,
         reads: &[Read],
-        mut take: impl FnMut(usize, &[u8]) -> Result<(), E>,
+        mut take: impl FnMut(usize, &mut [u8]) -> Result<(), E>,
     ) -> Result<(), E> {
         // What a call before left behind that was cut off by a panic or a failing queue.
         while self.flights.n_in_flight() > 0 {
@@ -225,9 +226,9 @@ impl Reader {
     }
 
     /// The bytes of a read that has brought all of them.
-    fn whole(&self, landed: &Landed, read: Read) -> Result<&[u8], ReadError> {
+    fn whole(&mut self, landed: &Landed, read: Read) -> Result<&mut [u8], ReadError> {
         match &landed.found {
-            Ok(found) if *found == read.len_bytes() => Ok(&self.flights.bytes(landed.slot)[..*found]),
+            Ok(found) if *found == read.len_bytes() => Ok(&mut self.flights.bytes(landed.slot)[..*found]),
             Ok(found) => Err(ReadError::Short { read, found: *found }),
             Err(error) => Err(ReadError::Io { read, error: copy(error) }),
         }

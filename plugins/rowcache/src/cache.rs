@@ -5,9 +5,10 @@
 //! Rows in use are marked with the epoch in which they were asked for; [`RowCache::release`] begins the next one.
 
 use crate::error::{Result, RowCacheError};
-use crate::layout::{PAGE_BYTES, PageBytes, SlowLayout};
+use crate::layout::{PAGE_BYTES, PageBytes, SlowLayout, check_length};
 use crate::lookup::{Lookup, Miss, NO_SLOT, RowKey};
 use crate::replacement::{Policy, Replacement};
+use crate::seal::Seal;
 
 /// Memory that a slot takes besides its row, at most.
 pub const SLOT_OVERHEAD_BYTES: usize = 28;
@@ -16,6 +17,7 @@ pub const SLOT_OVERHEAD_BYTES: usize = 28;
 #[derive(Debug)]
 pub struct RowCache {
     layout: SlowLayout,
+    seal: Seal,
     /// Slots that it was made with.
     n_most: usize,
     /// `[n_slots, row_bytes]`
@@ -68,17 +70,24 @@ pub struct Counters {
 }
 
 impl RowCache {
-    /// A cache for a pool of `n_blocks` blocks whose slow area has `area_bytes`; it takes `limit_bytes` besides the
-    /// maps of attached blocks.
+    /// A cache for a pool of `n_blocks` blocks whose slow area has `area_bytes`, in pages of this layout and seal; it
+    /// takes `limit_bytes` besides the maps of attached blocks.
     ///
     /// # Errors
     /// [`RowCacheError::TooSmall`] when no row fits, [`RowCacheError::Size`] when 2^32 - 1 rows or more would.
-    pub fn new(layout: SlowLayout, policy: Policy, n_blocks: u32, area_bytes: u64, limit_bytes: usize) -> Result<Self> {
+    pub fn new(
+        (layout, seal): (SlowLayout, Seal),
+        policy: Policy,
+        n_blocks: u32,
+        area_bytes: u64,
+        limit_bytes: usize,
+    ) -> Result<Self> {
         let n_slots = slots_of(&layout, limit_bytes)?;
         let end = u32::try_from(n_slots).ok().filter(|&n| n < NO_SLOT);
         let end = end.ok_or(RowCacheError::Size { what: "the number of slots" })?;
         Ok(Self {
             layout,
+            seal,
             n_most: n_slots,
             rows: vec![0; n_slots * layout.row_bytes()],
             owners: vec![Owner { block: 0, row: 0 }; n_slots],
@@ -245,47 +254,57 @@ impl RowCache {
         Ok(())
     }
 
-    /// Takes what was read for read `read` of `lookup`: checks every page, then keeps the rows that were asked for.
-    /// Reads may come in any order.
+    /// Takes what was read for read `read` of `lookup`: checks every page and decrypts it where it is, then keeps the
+    /// rows that were asked for. Reads may come in any order.
     ///
     /// # Errors
     /// [`RowCacheError::Length`] when `bytes` is not the whole read, [`RowCacheError::BadPage`] when a page is not what
-    /// was written. Nothing has changed then; the read can be tried again.
+    /// was written. Nothing but `bytes` has changed then; the read can be tried again.
     ///
     /// # Panics
     /// When `lookup` is older than the last [`Self::release`], [`Self::attach`] or [`Self::detach`], or the read was
     /// admitted before.
-    pub fn admit(&mut self, lookup: &mut Lookup, read: usize, bytes: &[u8]) -> Result<()> {
+    pub fn admit(&mut self, lookup: &mut Lookup, read: usize, bytes: &mut [u8]) -> Result<()> {
         assert_eq!(lookup.epoch, self.epoch, "a lookup ends with its epoch");
         let (span, wanted) = (lookup.misses_of(read), lookup.reads()[read]);
-        let (found, expected) = (bytes.len(), wanted.len_bytes());
-        if found != expected {
-            return Err(RowCacheError::Length { what: "a read", found, expected });
-        }
-        let pages = bytes.as_chunks().0;
-        let page_of = |miss: &Miss| &pages[((miss.offset - wanted.offset) / PAGE_BYTES as u64) as usize];
-        if let Err(error) = self.check(&lookup.misses[span.clone()], page_of) {
-            self.counters.bad_reads += 1;
-            return Err(error);
+        check_length("a read", bytes.len(), wanted.len_bytes())?;
+        let pages = bytes.as_chunks_mut().0;
+        let page_of = |miss: &Miss| ((miss.offset - wanted.offset) / PAGE_BYTES as u64) as usize;
+        // Each page once.
+        for same_page in lookup.misses[span.clone()].chunk_by(|a, b| a.offset == b.offset) {
+            let miss = &same_page[0];
+            let number = self.layout.locate(miss.row as usize).0;
+            let opened = self.open(miss.block, number, &mut pages[page_of(miss)]);
+            self.counters.bad_reads += u64::from(opened.is_err());
+            opened?;
         }
         for miss in &lookup.misses[span] {
-            self.present(miss, self.layout.row_of(page_of(miss), miss.row as usize));
+            self.present(miss, self.layout.row_of(&pages[page_of(miss)], miss.row as usize));
         }
         self.counters.pages += u64::from(wanted.n_pages);
         lookup.finish(read);
         Ok(())
     }
 
-    /// Checks the pages of these misses of one read, each once.
-    fn check<'a>(&self, misses: &[Miss], page_of: impl Fn(&Miss) -> &'a PageBytes) -> Result<()> {
-        for same_page in misses.chunk_by(|a, b| a.offset == b.offset) {
-            let miss = &same_page[0];
-            let (block, page) = (miss.block, self.layout.locate(miss.row as usize).0);
-            let layer = self.layout.layer_of_page(page);
-            let bad = |fault| RowCacheError::BadPage { block, layer, page, fault };
-            self.layout.check_page(page_of(miss), self.attached(block)?.tag, page).map_err(bad)?;
-        }
+    /// Reads page `page` of `block` into its place of the block's latent plane: the inverse of
+    /// [`SlowLayout::encode_page`].
+    ///
+    /// # Errors
+    /// [`RowCacheError::Length`] for a plane of another size, [`RowCacheError::NoSuchPage`],
+    /// [`RowCacheError::NotAttached`], and [`RowCacheError::BadPage`] for a page that is not what was written; `plane` is
+    /// unchanged.
+    pub fn decode_page(&self, block: u32, page: u32, bytes: &mut PageBytes, plane: &mut [u8]) -> Result<()> {
+        check_length("a latent plane", plane.len(), self.layout.plane_bytes())?;
+        let to = &mut plane[self.layout.plane_range(page)?];
+        self.open(block, page, bytes)?;
+        to.copy_from_slice(&bytes[..to.len()]);
         Ok(())
+    }
+
+    /// Checks and decrypts page `page` of an attached block.
+    fn open(&self, block: u32, page: u32, bytes: &mut PageBytes) -> Result<()> {
+        let bad = |fault| RowCacheError::BadPage { block, layer: self.layout.layer_of_page(page), page, fault };
+        self.seal.open(self.attached(block)?.tag, page, bytes).map_err(bad)
     }
 
     /// Gives a promised row its slot, unless it has come with another lookup of this epoch.
@@ -337,10 +356,9 @@ impl RowCache {
         (slot != NO_SLOT).then(|| &self.rows[at..at + self.layout.row_bytes()])
     }
 
-    /// Where the image of `block` lies in the slow area, and its tag; None when it is not attached.
-    pub fn place(&self, block: u32) -> Option<(u64, u64)> {
-        let attached = self.blocks.get(block as usize)?.as_ref()?;
-        Some((attached.slow_offset, attached.tag))
+    /// Where the image of `block` lies in the slow area; None when it is not attached.
+    pub fn place(&self, block: u32) -> Option<u64> {
+        Some(self.blocks.get(block as usize)?.as_ref()?.slow_offset)
     }
 
     /// The layout of the blocks' images.
@@ -378,6 +396,7 @@ fn slots_of(layout: &SlowLayout, limit_bytes: usize) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::seal::{Cipher, PageFault, SlowKey};
 
     const ROW_BYTES: usize = 1152;
     /// Room for three blocks of 6 pages.
@@ -386,13 +405,14 @@ mod tests {
     /// A cache of `n_slots` rows over two blocks of 8 tokens in 2 layers, and the blocks' images one after another.
     fn cache(n_slots: usize) -> (RowCache, Vec<u8>) {
         let layout = SlowLayout::new(ROW_BYTES, 8, 2).unwrap();
-        let mut cache =
-            RowCache::new(layout, Policy::Clock, 3, AREA_BYTES, n_slots * (ROW_BYTES + SLOT_OVERHEAD_BYTES)).unwrap();
+        let seal = Seal::new(Some(&SlowKey::new(Cipher::ChaCha20Poly1305, [3; 32])));
+        let limit_bytes = n_slots * (ROW_BYTES + SLOT_OVERHEAD_BYTES);
+        let mut cache = RowCache::new((layout, seal.clone()), Policy::Clock, 3, AREA_BYTES, limit_bytes).unwrap();
         assert_eq!(cache.n_slots(), n_slots);
         let mut images = vec![0; 2 * layout.block_bytes()];
         for (block, image) in (0..).zip(images.chunks_mut(layout.block_bytes())) {
             let plane: Vec<u8> = (0..layout.plane_bytes()).map(|at| (at / ROW_BYTES) as u8 + 100 * block).collect();
-            layout.encode_block(&plane, u64::from(block), image).unwrap();
+            layout.encode_block(&seal, &plane, u64::from(block), image).unwrap();
             cache.attach(u32::from(block), u64::from(block) * layout.block_bytes() as u64, u64::from(block)).unwrap();
         }
         (cache, images)
@@ -405,7 +425,8 @@ mod tests {
     fn admit_all(cache: &mut RowCache, lookup: &mut Lookup, images: &[u8]) -> Result<()> {
         for at in 0..lookup.reads().len() {
             let read = lookup.reads()[at];
-            cache.admit(lookup, at, &images[usize::try_from(read.offset).unwrap()..][..read.len_bytes()])?;
+            let start = usize::try_from(read.offset).unwrap();
+            cache.admit(lookup, at, &mut images[start..start + read.len_bytes()].to_vec())?;
         }
         Ok(())
     }
@@ -457,13 +478,38 @@ mod tests {
         let error = admit_all(&mut cache, &mut lookup, &images).unwrap_err();
         assert!(matches!(error, RowCacheError::BadPage { block: 1, layer: 1, page: 5, .. }), "{error}");
         assert_eq!(cache.n_rows(), 0);
-        let short = cache.admit(&mut lookup, 0, &images[8 * PAGE_BYTES..][..3 * PAGE_BYTES - 1]).unwrap_err();
+        let short = cache.admit(&mut lookup, 0, &mut images[8 * PAGE_BYTES..11 * PAGE_BYTES - 1]).unwrap_err();
         assert!(matches!(short, RowCacheError::Length { .. }), "{short}");
         images[at] ^= 1;
         cache.release();
         cache.lookup(&keys, &mut lookup).unwrap();
         admit_all(&mut cache, &mut lookup, &images).unwrap();
         assert_eq!(cache.row(keys[2]).unwrap()[0], 115);
+    }
+
+    #[test]
+    fn a_page_is_decoded_into_its_place_or_leaves_the_plane_as_it_was() {
+        let (mut cache, images) = cache(1);
+        let pages = images.as_chunks::<PAGE_BYTES>().0;
+        let mut plane = vec![0; cache.layout.plane_bytes()];
+        for page in [4, 0, 5, 2, 1, 3] {
+            cache.decode_page(1, page, &mut pages[6 + page as usize].clone(), &mut plane).unwrap();
+        }
+        assert!(plane.iter().zip(0..).all(|(&byte, at): (_, usize)| usize::from(byte) == 100 + at / ROW_BYTES));
+        // Another block's, another page's, and its own from before it was written again.
+        cache.attach(0, 0, 2).unwrap();
+        let before = plane.clone();
+        for (block, page, from) in [(1, 4, 4), (1, 4, 11), (0, 4, 4)] {
+            let error = cache.decode_page(block, page, &mut pages[from].clone(), &mut plane).unwrap_err();
+            let fault = PageFault::Seal;
+            assert_eq!(error, RowCacheError::BadPage { block, layer: 1, page, fault });
+        }
+        let mut any = pages[0];
+        let no_page = RowCacheError::NoSuchPage { page: 6, block_pages: 6 };
+        assert_eq!(cache.decode_page(1, 6, &mut any, &mut plane), Err(no_page));
+        assert_eq!(cache.decode_page(2, 0, &mut any, &mut plane), Err(RowCacheError::NotAttached { block: 2 }));
+        assert!(matches!(cache.decode_page(1, 0, &mut any, &mut plane[1..]), Err(RowCacheError::Length { .. })));
+        assert!(plane == before);
     }
 
     #[test]
@@ -491,7 +537,7 @@ mod tests {
         let gone = RowCacheError::NotAttached { block: 1 };
         assert_eq!(cache.lookup(&[key(1, 0, 1)], &mut lookup), Err(gone));
         assert_eq!(cache.detach(1), Err(gone));
-        assert_eq!((cache.place(0), cache.place(1), cache.place(9)), (Some((0, 0)), None, None));
+        assert_eq!((cache.place(0), cache.place(1), cache.place(9)), (Some(0), None, None));
     }
 
     #[test]
@@ -579,11 +625,9 @@ mod tests {
         assert!(matches!(cache.lookup(&[key(3, 0, 0)], &mut lookup), Err(RowCacheError::NoSuchBlock { .. })));
         assert!(matches!(cache.lookup(&[key(0, 2, 0)], &mut lookup), Err(RowCacheError::NoSuchRow { .. })));
         assert!(matches!(cache.lookup(&[key(0, 0, 8)], &mut lookup), Err(RowCacheError::NoSuchRow { .. })));
-        let layout = cache.layout;
-        assert!(matches!(
-            RowCache::new(layout, Policy::Lru, 1, AREA_BYTES, ROW_BYTES),
-            Err(RowCacheError::TooSmall { .. })
-        ));
+        let form = (cache.layout, Seal::new(None));
+        let none = RowCache::new(form, Policy::Lru, 1, AREA_BYTES, ROW_BYTES);
+        assert!(matches!(none, Err(RowCacheError::TooSmall { .. })));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What can go wrong between a selection and its rows?
 
-use crate::layout::PageFault;
+use crate::seal::PageFault;
 
 /// Every failure of this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -3,7 +3,8 @@
 
 use fastrand::Rng;
 use sparsed_rowcache::{
-    Lookup, PAGE_BYTES, PageFault, Policy, Read, RowCache, RowCacheError, RowKey, SLOT_OVERHEAD_BYTES, SlowLayout,
+    Cipher, Lookup, PAGE_BYTES, PageFault, Policy, Read, RowCache, RowCacheError, RowKey, SLOT_OVERHEAD_BYTES, Seal,
+    SlowKey, SlowLayout,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -22,6 +23,7 @@ struct Block {
 struct Simulation {
     random: Rng,
     layout: SlowLayout,
+    seal: Seal,
     cache: RowCache,
     /// `N_PLACES` images.
     disk: Vec<u8>,
@@ -43,18 +45,26 @@ struct Seen {
     too_small: u64,
 }
 
+/// In a file with either cipher, or in memory.
+fn any_seal(random: &mut Rng) -> Seal {
+    let key: [u8; 32] = std::array::from_fn(|_| random.u8(..));
+    Seal::new(Cipher::numbered(random.u32(..3)).map(|cipher| SlowKey::new(cipher, key)).as_ref())
+}
+
 impl Simulation {
     fn new(seed: u64) -> Self {
         let mut random = Rng::with_seed(seed);
         let policy = [Policy::Clock, Policy::Frequency, Policy::Lru][random.usize(..3)];
         let layout = SlowLayout::new(random.usize(100..2000), random.u32(1..20), random.u32(1..4)).unwrap();
+        let seal = any_seal(&mut random);
         let n_slots = random.usize(1..60);
         let limit_bytes = n_slots * (layout.row_bytes() + SLOT_OVERHEAD_BYTES);
         let disk = vec![0; N_PLACES * layout.block_bytes()];
-        let cache = RowCache::new(layout, policy, N_BLOCKS, disk.len() as u64, limit_bytes).unwrap();
+        let form = (layout, seal.clone());
+        let cache = RowCache::new(form, policy, N_BLOCKS, disk.len() as u64, limit_bytes).unwrap();
         assert_eq!(cache.n_slots(), n_slots);
         let (blocks, spoilt) = (BTreeMap::new(), BTreeSet::new());
-        Self { random, layout, cache, disk, blocks, spoilt, next_tag: 1, log: 0, seen: Seen::default() }
+        Self { random, layout, seal, cache, disk, blocks, spoilt, next_tag: 1, log: 0, seen: Seen::default() }
     }
 
     fn run(mut self) -> (u64, Seen) {
@@ -87,7 +97,7 @@ impl Simulation {
         if self.random.u32(..8) == 0 {
             self.spoilt.extend(pages.map(|page| (place, page)));
         } else {
-            self.layout.encode_block(&plane, tag, &mut self.disk[place * size..][..size]).unwrap();
+            self.layout.encode_block(&self.seal, &plane, tag, &mut self.disk[place * size..][..size]).unwrap();
             self.spoilt.retain(|&(other, _)| other != place);
         }
         self.cache.attach(block, (place * size) as u64, tag).unwrap();
@@ -161,9 +171,9 @@ impl Simulation {
                     self.refuse_faulty(&mut lookup, read, wanted);
                     return false;
                 }
-                let bytes = self.disk[usize::try_from(wanted.offset).unwrap()..][..wanted.len_bytes()].to_vec();
+                let mut bytes = self.disk[usize::try_from(wanted.offset).unwrap()..][..wanted.len_bytes()].to_vec();
                 let before = self.cache.n_rows();
-                match self.cache.admit(&mut lookup, read, &bytes) {
+                match self.cache.admit(&mut lookup, read, &mut bytes) {
                     Ok(()) => assert!(!self.is_spoilt(wanted), "a spoilt page was taken"),
                     Err(error @ RowCacheError::BadPage { block, page, .. }) => {
                         assert!(self.spoilt.contains(&(self.blocks[&block].place, page)), "{error}");
@@ -190,7 +200,7 @@ impl Simulation {
             0 => return,
             1 => {
                 bytes.truncate(self.random.usize(..bytes.len()));
-                let short = self.cache.admit(lookup, read, &bytes);
+                let short = self.cache.admit(lookup, read, &mut bytes);
                 assert!(matches!(short, Err(RowCacheError::Length { .. })), "{short:?}");
             }
             _ => {
@@ -198,9 +208,9 @@ impl Simulation {
                 bytes[at] ^= 1 << self.random.u32(..8);
                 // A flip on top of a spoilt page may mend it, or make another fault of it.
                 if !self.is_spoilt(wanted) {
-                    let bad = self.cache.admit(lookup, read, &bytes);
-                    let crc = |fault: &PageFault| matches!(fault, PageFault::Crc { .. });
-                    assert!(matches!(&bad, Err(RowCacheError::BadPage { fault, .. }) if crc(fault)), "{bad:?}");
+                    let bad = self.cache.admit(lookup, read, &mut bytes);
+                    let other = |fault: &PageFault| matches!(fault, PageFault::Seal | PageFault::Crc { .. });
+                    assert!(matches!(&bad, Err(RowCacheError::BadPage { fault, .. }) if other(fault)), "{bad:?}");
                 }
             }
         }
@@ -269,28 +279,34 @@ fn one_seed_gives_one_run() {
 
 #[test]
 fn a_read_with_any_wrong_byte_is_refused_whole() {
+    for key in [None, Some(SlowKey::new(Cipher::Aes256Gcm, [1; 32]))] {
+        refuse_every_wrong_byte(&Seal::new(key.as_ref()));
+    }
+}
+
+fn refuse_every_wrong_byte(seal: &Seal) {
     let layout = SlowLayout::new(656, 64, 1).unwrap();
-    let mut cache = RowCache::new(layout, Policy::Clock, 1, layout.block_bytes() as u64, 1 << 20).unwrap();
+    let form = (layout, seal.clone());
+    let mut cache = RowCache::new(form, Policy::Clock, 1, layout.block_bytes() as u64, 1 << 20).unwrap();
     let mut random = Rng::with_seed(2);
     let plane: Vec<u8> = (0..layout.plane_bytes()).map(|_| random.u8(..)).collect();
     let mut image = vec![0; layout.block_bytes()];
-    layout.encode_block(&plane, 5, &mut image).unwrap();
+    layout.encode_block(seal, &plane, 5, &mut image).unwrap();
     cache.attach(0, 0, 5).unwrap();
     let keys: Vec<RowKey> = (0..64).map(|token| RowKey { block: 0, layer: 0, token }).collect();
     let mut lookup = Lookup::with_capacity(64);
     cache.lookup(&keys, &mut lookup).unwrap();
     assert_eq!(lookup.reads(), [Read { block: 0, offset: 0, n_pages: 11 }]);
     for at in 0..image.len() {
-        let bits = random.u8(1..);
-        image[at] ^= bits;
+        let mut read = image.clone();
+        read[at] ^= random.u8(1..);
         let page = u32::try_from(at / PAGE_BYTES).unwrap();
-        match cache.admit(&mut lookup, 0, &image) {
+        match cache.admit(&mut lookup, 0, &mut read) {
             Err(RowCacheError::BadPage { page: found, .. }) => assert_eq!(found, page, "byte {at}"),
             other => panic!("byte {at}: {other:?}"),
         }
         assert_eq!(cache.n_rows(), 0, "byte {at}");
-        image[at] ^= bits;
     }
-    cache.admit(&mut lookup, 0, &image).unwrap();
+    cache.admit(&mut lookup, 0, &mut image).unwrap();
     assert_eq!(cache.n_rows(), 64);
 }

@@ -21,14 +21,15 @@ const NOT_BROKEN: &[(&str, &str)] = &[
     ("step.paging", "the golden rules shuffle blocks too, so who breaks it fails them first"),
     ("slow.file_bad_page", "the C example has no slow tier: it is broken by WRONG_SLOW"),
     ("slow.host_bad_page", "as above"),
+    ("slow.sealed_bad_page", "as above"),
     ("life.confined_slow", "as above"),
 ];
 
 /// Faults of the slow tier of `faulty`, which is the CPU plugin but for them, and the rules that each breaks: those of
-/// the file and those of host memory.
+/// the file, plain and encrypted, and those of host memory.
 const WRONG_SLOW: &[(&str, &[&str])] = &[
-    ("swallow", &["slow.file_bad_page", "slow.host_bad_page"]),
-    ("shift", &["slow.file", "slow.host"]),
+    ("swallow", &["slow.file_bad_page", "slow.host_bad_page", "slow.sealed_bad_page"]),
+    ("shift", &["slow.file", "slow.host", "slow.sealed"]),
     ("spill", &["life.confined_slow"]),
 ];
 
@@ -136,7 +137,15 @@ fn rules<'a>(report: &'a Value, verdict: &str) -> Vec<&'a str> {
 fn the_cpu_plugin_and_the_c_example_pass_completely() {
     let plugins = sparsectl().parent().unwrap().join("plugins");
     // What a plugin may lack; every skip that is not named here is one too many.
-    let no_slow = ["slow.file", "slow.host", "slow.file_bad_page", "slow.host_bad_page", "life.confined_slow"];
+    let no_slow = [
+        "slow.file",
+        "slow.host",
+        "slow.sealed",
+        "slow.file_bad_page",
+        "slow.host_bad_page",
+        "slow.sealed_bad_page",
+        "life.confined_slow",
+    ];
     let lacks = [
         ("cpu", vec!["device.host_register", "weight.file"]),
         ("minimal", [&["device.host_register", "weight.in_place"][..], &no_slow].concat()),

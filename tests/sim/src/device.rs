@@ -9,7 +9,9 @@ use crate::outline::Mistake;
 use fastrand::Rng;
 use sparsed_engine::simulation::{Device, DeviceFault, StepView};
 use sparsed_kv::{BLOCK_TOKENS, BlockId};
-use sparsed_rowcache::{Lookup, Policy, RowCache, RowCacheError, RowKey, SLOT_OVERHEAD_BYTES, SlowLayout};
+use sparsed_rowcache::{
+    Cipher, Lookup, Policy, RowCache, RowCacheError, RowKey, SLOT_OVERHEAD_BYTES, Seal, SlowKey, SlowLayout,
+};
 
 /// Tokens of the vocabulary.
 pub(crate) const VOCAB: u32 = 97;
@@ -33,6 +35,7 @@ pub(crate) struct FakeDevice {
     /// The tag of each block that is read in the slow tier.
     slow: Vec<Option<u64>>,
     layout: SlowLayout,
+    seal: Seal,
     cache: RowCache,
     lookup: Lookup,
     pub(crate) area: Area,
@@ -63,12 +66,16 @@ impl FakeDevice {
         let area = Area::new(&layout, n_blocks, rng.u64(..));
         let policy = [Policy::Clock, Policy::Frequency, Policy::Lru][rng.usize(..3)];
         let limit_bytes = rng.usize(8..CACHE_ROWS_MAX) * CACHE_ROW_BYTES;
-        let cache = RowCache::new(layout, policy, n_blocks, area.n_bytes(), limit_bytes).expect("a row fits");
+        let key = SlowKey::new(Cipher::ChaCha20Poly1305, std::array::from_fn(|_| rng.u8(..)));
+        let seal = Seal::new(Some(&key));
+        let form = (layout, seal.clone());
+        let cache = RowCache::new(form, policy, n_blocks, area.n_bytes(), limit_bytes).expect("a row fits");
         Self {
             rng,
             rows: vec![None; n_blocks as usize * BLOCK],
             slow: vec![None; n_blocks as usize],
             layout,
+            seal,
             cache,
             lookup: Lookup::default(),
             area,
@@ -156,7 +163,7 @@ impl FakeDevice {
         self.cache.lookup(keys, &mut self.lookup)?;
         for at in 0..self.lookup.reads().len() {
             self.area.read(self.lookup.reads()[at], &mut self.buffer);
-            self.cache.admit(&mut self.lookup, at, &self.buffer)?;
+            self.cache.admit(&mut self.lookup, at, &mut self.buffer)?;
         }
         rows.extend(keys.iter().map(|&key| row_of(self.cache.row(key).expect("its lookup is complete"))));
         Ok(())
@@ -236,10 +243,11 @@ impl Device for FakeDevice {
         for (row, (token, position)) in plane.chunks_exact_mut(SLOW_ROW_BYTES).zip(self.read(&[block.0], BLOCK)?) {
             row[..ROW_BYTES].copy_from_slice(&bytes_of(token, position));
         }
-        let (layout, area, offset) = (self.layout, self.area.clone(), block.0 as usize * self.layout.block_bytes());
+        let (layout, seal) = (self.layout, self.seal.clone());
+        let (area, offset) = (self.area.clone(), block.0 as usize * layout.block_bytes());
         Ok(Box::new(move || {
             let mut image = vec![0; layout.block_bytes()];
-            layout.encode_block(&plane, tag, &mut image).expect("a plane and an image of this layout");
+            layout.encode_block(&seal, &plane, tag, &mut image).expect("a plane and an image of this layout");
             area.write(offset, &image)
         }))
     }

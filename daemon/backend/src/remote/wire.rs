@@ -18,6 +18,7 @@ use sparsed_abi::{
     read_exact,
 };
 use sparsed_plugin_kit::PluginError;
+use sparsed_plugin_kit::slow::rowcache::{Cipher, SlowKey};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::io::{Error, ErrorKind, IoSlice, IoSliceMut};
@@ -125,13 +126,31 @@ pub(super) struct PoolShape {
 }
 
 /// See `spd_kv_slow`.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct SlowShape {
     /// Whether the file is memory, to be mapped.
     pub(super) is_memory: bool,
     pub(super) offset: u64,
     pub(super) length: u64,
     pub(super) cache_bytes: u64,
+    #[serde(with = "secret")]
+    pub(super) key: Option<SlowKey>,
+}
+
+/// A key by its cipher's number and its bytes.
+mod secret {
+    use super::{Cipher, Deserialize, Deserializer, Serialize, Serializer, SlowKey};
+    use serde::de::Error;
+
+    pub(super) fn serialize<S: Serializer>(key: &Option<SlowKey>, to: S) -> Result<S::Ok, S::Error> {
+        key.as_ref().map(|key| (key.cipher().number(), key.bytes())).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<SlowKey>, D::Error> {
+        let key = Option::<(u32, [u8; 32])>::deserialize(from)?;
+        let cipher = |number| Cipher::numbered(number).ok_or_else(|| D::Error::custom("an unknown cipher"));
+        key.map(|(number, bytes)| Ok(SlowKey::new(cipher(number)?, bytes))).transpose()
+    }
 }
 
 /// Something that lives in the host until it is dropped.

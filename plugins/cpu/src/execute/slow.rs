@@ -73,7 +73,7 @@ mod tests {
         StepArrays, T_INPUT, T_OUTPUT, TensorId,
     };
     use sparsed_plugin_kit::Usage;
-    use sparsed_plugin_kit::slow::rowcache::{SLOT_OVERHEAD_BYTES, SlowLayout};
+    use sparsed_plugin_kit::slow::rowcache::{Cipher, SLOT_OVERHEAD_BYTES, Seal, SlowKey, SlowLayout};
     use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowArea, SlowPlace, Synchronous};
     use std::fs::File;
     use std::ops::Range;
@@ -138,6 +138,10 @@ mod tests {
         Program::parse(builder.finish(1).as_bytes()).unwrap()
     }
 
+    fn key() -> SlowKey {
+        SlowKey::new(Cipher::ChaCha20Poly1305, [6; 32])
+    }
+
     impl Bed {
         /// With a slow tier of `cached` rows, or none.
         fn new(shape: Shape, cached: Option<usize>) -> Self {
@@ -173,6 +177,7 @@ mod tests {
                 offset: AREA_OFFSET,
                 length: u64::from(N_BLOCKS) * layout.block_bytes() as u64,
                 cache_bytes: (rows * (row_bytes + SLOT_OVERHEAD_BYTES)) as u64,
+                key: Some(key()),
             });
             let (pool, info) = device.kv_create(&desc, slow).unwrap();
             let pool = Arc::new(pool);
@@ -242,7 +247,8 @@ mod tests {
         /// Writes the block's pages as the daemon does.
         fn write(&self, block: u32, image: &[u8]) {
             let mut pages = vec![0; self.layout.block_bytes()];
-            self.layout.encode_block(&image[self.latent_at..], u64::from(block) + 100, &mut pages).unwrap();
+            let (seal, plane) = (Seal::new(Some(&key())), &image[self.latent_at..]);
+            self.layout.encode_block(&seal, plane, u64::from(block) + 100, &mut pages).unwrap();
             self.file.write_all_at(&pages, AREA_OFFSET + self.slow_offset(block)).unwrap();
         }
 

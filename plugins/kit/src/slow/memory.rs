@@ -77,7 +77,7 @@ impl Flights for Copies {
         self.landed.take().ok_or_else(|| io::Error::other("no read was started"))
     }
 
-    fn bytes(&self, _slot: usize) -> &[u8; BUFFER_BYTES] {
-        &self.buffer.0
+    fn bytes(&mut self, _slot: usize) -> &mut [u8; BUFFER_BYTES] {
+        &mut self.buffer.0
     }
 }

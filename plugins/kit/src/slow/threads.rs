@@ -106,8 +106,8 @@ impl Flights for Threads {
         Ok(Landed { index: job.index, slot: job.slot, found: job.found })
     }
 
-    fn bytes(&self, slot: usize) -> &[u8; BUFFER_BYTES] {
-        &self.buffers[slot].as_ref().expect("the read has landed").0
+    fn bytes(&mut self, slot: usize) -> &mut [u8; BUFFER_BYTES] {
+        &mut self.buffers[slot].as_mut().expect("the read has landed").0
     }
 }
 

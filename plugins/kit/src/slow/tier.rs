@@ -3,7 +3,10 @@
 use super::{ReadError, Reader, SlowMemory};
 use crate::border::read_in;
 use crate::{PluginError, Result};
-use rowcache::{Lookup, PAGE_BYTES, Policy, READ_PAGES_MAX, Read, RowCache, RowCacheError, RowKey, SlowLayout};
+use rowcache::{
+    Cipher, Lookup, PAGE_BYTES, Policy, READ_PAGES_MAX, Read, RowCache, RowCacheError, RowKey, Seal, SlowKey,
+    SlowLayout,
+};
 use sparsed_abi::{E_DATA, E_NOMEM_DEVICE, E_NOMEM_HOST, E_STEP, SpdKvSlow};
 use sparsed_rowcache as rowcache;
 use std::fs::File;
@@ -21,6 +24,8 @@ pub struct SlowArea {
     pub length: u64,
     /// Bytes for the row cache.
     pub cache_bytes: u64,
+    /// What its pages are encrypted with; plain without.
+    pub key: Option<SlowKey>,
 }
 
 /// What a slow area is in.
@@ -36,12 +41,12 @@ impl SlowArea {
     /// Takes a description apart; a file is duplicated.
     ///
     /// # Errors
-    /// `SPD_E_UNSUPPORTED` for flags or pages that this kit does not know, `SPD_E_INVALID` for an area that nothing can
-    /// have.
+    /// `SPD_E_UNSUPPORTED` for flags, pages or ciphers that this kit does not know, `SPD_E_INVALID` for an area that
+    /// nothing can have.
     ///
     /// # Safety
     /// `from` points to a struct that begins with its `struct_size` and has that many readable bytes; its file is open,
-    /// or its memory is there as the header says as long as the pool lives.
+    /// or its memory is there as the header says as long as the pool lives; its key, if any, can be read.
     pub(crate) unsafe fn read(from: *const SpdKvSlow) -> Result<Self> {
         // SAFETY: the caller's contract.
         let slow = unsafe { read_in(from) }?;
@@ -68,8 +73,26 @@ impl SlowArea {
             // SAFETY: the caller's contract.
             SlowPlace::Memory(unsafe { SlowMemory::new(base, length) })
         };
-        Ok(Self { place, offset: slow.offset, length: slow.length, cache_bytes: slow.cache_bytes })
+        // SAFETY: the caller's contract.
+        let key = unsafe { key_of(&slow) }?;
+        Ok(Self { place, offset: slow.offset, length: slow.length, cache_bytes: slow.cache_bytes, key })
     }
+}
+
+/// The key of a slow area, if it has one.
+///
+/// # Safety
+/// It can be read, unless it is NULL.
+unsafe fn key_of(slow: &SpdKvSlow) -> Result<Option<SlowKey>> {
+    let number = slow.cipher;
+    if slow.key.is_null() {
+        let without = || PluginError::invalid(format!("a slow tier of cipher {number} without a key"));
+        return if number == 0 { Ok(None) } else { Err(without()) };
+    }
+    let unknown = || PluginError::unsupported(format!("a slow tier of cipher {number}"));
+    let cipher = Cipher::numbered(number).ok_or_else(unknown)?;
+    // SAFETY: the caller's contract: 32 bytes, of any alignment.
+    Ok(Some(SlowKey::new(cipher, unsafe { slow.key.cast::<[u8; 32]>().read_unaligned() })))
 }
 
 /// The slow tier of one pool. Used by one thread at a time.
@@ -90,7 +113,8 @@ impl SlowTier {
     /// `SPD_E_NOMEM_DEVICE` when the cache holds no row, `SPD_E_NOMEM_HOST` when the system gives no threads.
     pub fn new(slow: SlowArea, layout: SlowLayout, n_blocks: u32) -> Result<Self> {
         let limit_bytes = usize::try_from(slow.cache_bytes).unwrap_or(usize::MAX);
-        let cache = RowCache::new(layout, Policy::Clock, n_blocks, slow.length, limit_bytes)?;
+        let form = (layout, Seal::new(slow.key.as_ref()));
+        let cache = RowCache::new(form, Policy::Clock, n_blocks, slow.length, limit_bytes)?;
         let no_reader = |error| PluginError::new(E_NOMEM_HOST, format!("cannot read the slow tier: {error}"));
         let (reader, no_uring) = match slow.place {
             SlowPlace::File(file) => Reader::open(file, slow.offset).map_err(no_reader)?,
@@ -134,17 +158,18 @@ impl SlowTier {
     /// As [`Self::fetch`]; `plane` is then half filled.
     pub fn read_block(&mut self, block: u32, plane: &mut [u8]) -> Result<()> {
         let layout = *self.cache.layout();
-        let (offset, tag) = self.cache.place(block).ok_or(RowCacheError::NotAttached { block })?;
+        let offset = self.cache.place(block).ok_or(RowCacheError::NotAttached { block })?;
         let firsts = (0..layout.block_pages()).step_by(READ_PAGES_MAX as usize);
         let read = |first: u32| {
             let n_pages = (layout.block_pages() - first).min(READ_PAGES_MAX);
             Read { block, offset: offset + u64::from(first) * PAGE_BYTES as u64, n_pages }
         };
         let reads: Vec<Read> = firsts.map(read).collect();
-        self.reader.read(&reads, |index, bytes| {
+        let Self { cache, reader, .. } = self;
+        reader.read(&reads, |index, bytes| {
             let first = u32::try_from(index).expect("fewer reads than pages") * READ_PAGES_MAX;
-            for (page, bytes) in (first..).zip(bytes.as_chunks().0) {
-                layout.decode_page(block, bytes, tag, page, plane)?;
+            for (page, bytes) in (first..).zip(bytes.as_chunks_mut().0) {
+                cache.decode_page(block, page, bytes, plane)?;
             }
             Ok(())
         })
@@ -180,6 +205,10 @@ mod tests {
 
     const TAG: u64 = 0x1234_5678_9ABC_DEF0;
 
+    fn key() -> Option<SlowKey> {
+        Some(SlowKey::new(Cipher::Aes256Gcm, [7; 32]))
+    }
+
     /// A tier of `n_slots` rows over two blocks of 64 tokens in 3 layers, behind a page of something else; its file,
     /// and each block's latent plane.
     fn tier(n_slots: u64) -> (SlowTier, File, Vec<Vec<u8>>) {
@@ -191,7 +220,7 @@ mod tests {
         for block in 0..2 {
             let plane: Vec<u8> = (0..layout.plane_bytes()).map(|_| random.u8(..)).collect();
             let mut image = vec![0; layout.block_bytes()];
-            layout.encode_block(&plane, TAG + block, &mut image).unwrap();
+            layout.encode_block(&Seal::new(key().as_ref()), &plane, TAG + block, &mut image).unwrap();
             file.write_all(&image).unwrap();
             planes.push(plane);
         }
@@ -200,6 +229,7 @@ mod tests {
             offset: PAGE_BYTES as u64,
             length: 2 * layout.block_bytes() as u64,
             cache_bytes: n_slots * (656 + rowcache::SLOT_OVERHEAD_BYTES as u64),
+            key: key(),
         };
         let mut tier = SlowTier::new(slow, layout, 5).unwrap();
         // Block 4 is the first image, block 2 the second.
@@ -253,13 +283,52 @@ mod tests {
         // Both are written again.
         for (block, plane) in (0..).zip(&planes) {
             let mut bytes = vec![0; usize::try_from(image).unwrap()];
-            tier.cache().layout().encode_block(plane, TAG + block, &mut bytes).unwrap();
+            tier.cache().layout().encode_block(&Seal::new(key().as_ref()), plane, TAG + block, &mut bytes).unwrap();
             file.seek(SeekFrom::Start(4096 + block * image)).unwrap();
             file.write_all(&bytes).unwrap();
         }
         tier.cache_mut().release();
         tier.fetch(&both).unwrap();
         assert!(both.iter().all(|&key| tier.cache().row(key).is_some()));
+    }
+
+    #[test]
+    fn a_page_that_is_put_elsewhere_or_comes_back_from_before_is_bad() {
+        let (mut tier, mut file, planes) = tier(200);
+        let (layout, seal) = (*tier.cache().layout(), Seal::new(key().as_ref()));
+        let image = layout.block_bytes() as u64;
+        let pages = |plane: &[u8], tag| {
+            let mut bytes = vec![0; layout.block_bytes()];
+            layout.encode_block(&seal, plane, tag, &mut bytes).unwrap();
+            bytes
+        };
+        let mut put = |bytes: &[u8], at: u64| {
+            file.seek(SeekFrom::Start(4096 + at)).unwrap();
+            file.write_all(bytes).unwrap();
+        };
+        let (own, other) = (pages(&planes[0], TAG), pages(&planes[1], TAG + 1));
+        let page = PAGE_BYTES as u64;
+        let last = usize::try_from(image - page).unwrap();
+        let bad = |tier: &mut SlowTier| {
+            tier.cache_mut().release();
+            let error = tier.fetch(&keys(4, 0..64)).unwrap_err();
+            assert_eq!((error.status, error.block), (E_DATA, Some(4)), "{error}");
+        };
+        // The other block's at the same number, and its own page of another number.
+        for moved in [&other[last..], &own[last - PAGE_BYTES..last]] {
+            put(moved, image - page);
+            bad(&mut tier);
+        }
+        // The block is written again; then the disk has what it had before.
+        put(&pages(&planes[1], TAG + 2), 0);
+        tier.cache_mut().attach(4, 0, TAG + 2).unwrap();
+        tier.fetch(&keys(4, 0..64)).unwrap();
+        tier.cache_mut().attach(4, 0, TAG + 2).unwrap();
+        put(&own, 0);
+        bad(&mut tier);
+        put(&pages(&planes[1], TAG + 2), 0);
+        tier.cache_mut().release();
+        tier.fetch(&keys(4, 0..64)).unwrap();
     }
 
     #[test]
@@ -281,7 +350,7 @@ mod tests {
         let mut image = vec![0u8; 2 * layout.block_pages() as usize * PAGE_BYTES];
         for block in 0..2 {
             let mut pages = vec![0; layout.block_bytes()];
-            layout.encode_block(&plane, TAG + block, &mut pages).unwrap();
+            layout.encode_block(&Seal::new(None), &plane, TAG + block, &mut pages).unwrap();
             let at = PAGE_BYTES + usize::try_from(block).unwrap() * layout.block_bytes();
             let end = image.len().min(at + pages.len());
             image[at..end].copy_from_slice(&pages[..end - at]);
@@ -291,7 +360,7 @@ mod tests {
         // SAFETY: `image` lives longer than the tier, and nobody writes it meanwhile.
         let place = SlowPlace::Memory(unsafe { SlowMemory::new(base, length) });
         let (offset, cache_bytes) = (PAGE_BYTES as u64, 1 << 20);
-        let area = SlowArea { place, offset, length: 2 * layout.block_bytes() as u64, cache_bytes };
+        let area = SlowArea { place, offset, length: 2 * layout.block_bytes() as u64, cache_bytes, key: None };
         let mut tier = SlowTier::new(area, layout, 5).unwrap();
         tier.cache_mut().attach(4, 0, TAG).unwrap();
         tier.cache_mut().attach(2, layout.block_bytes() as u64, TAG + 1).unwrap();
@@ -313,7 +382,7 @@ mod tests {
     fn a_description_of_a_slow_tier_is_taken_apart_or_refused() {
         use std::os::fd::AsRawFd;
         use std::ptr;
-        let file = tempfile::tempfile().unwrap();
+        let (file, key) = (tempfile::tempfile().unwrap(), [5u8; 32]);
         let good = SpdKvSlow {
             struct_size: crate::struct_size::<SpdKvSlow>(),
             fd: file.as_raw_fd(),
@@ -321,14 +390,22 @@ mod tests {
             offset: 8192,
             length: 1 << 30,
             cache_bytes: 77,
+            key: key.as_ptr().cast(),
+            cipher: 2,
             ..SpdKvSlow::default()
         };
-        // SAFETY: a whole struct, and the file is open.
+        // SAFETY: a whole struct, the file is open, and the key is there.
         let read = |slow: SpdKvSlow| unsafe { SlowArea::read(&raw const slow) };
         let slow = read(good).unwrap();
         assert_eq!((slow.offset, slow.length, slow.cache_bytes), (8192, 1 << 30, 77));
         let SlowPlace::File(own) = &slow.place else { panic!("{slow:?}") };
         assert_ne!(own.as_raw_fd(), file.as_raw_fd(), "the plugin's own");
+        let found = slow.key.unwrap();
+        assert_eq!((found.cipher(), found.bytes()), (Cipher::ChaCha20Poly1305, &key));
+        let plain = SpdKvSlow { key: ptr::null(), cipher: 0, ..good };
+        assert!(read(plain).unwrap().key.is_none());
+        // As a daemon of an older minor has it.
+        assert!(read(SpdKvSlow { struct_size: 48, ..good }).unwrap().key.is_none());
         let (invalid, unsupported) = (sparsed_abi::E_INVALID, sparsed_abi::E_UNSUPPORTED);
         for (bad, status) in [
             (SpdKvSlow { fd: 0, ..good }, invalid),
@@ -339,6 +416,9 @@ mod tests {
             (SpdKvSlow { length: u64::MAX, ..good }, invalid),
             (SpdKvSlow { length: i64::MAX as u64, ..good }, invalid),
             (SpdKvSlow { struct_size: 4, ..good }, sparsed_abi::E_ABI),
+            (SpdKvSlow { cipher: 0, ..good }, unsupported),
+            (SpdKvSlow { cipher: 3, ..good }, unsupported),
+            (SpdKvSlow { key: ptr::null(), ..good }, invalid),
         ] {
             assert_eq!(read(bad).unwrap_err().status, status, "{bad:?}");
         }

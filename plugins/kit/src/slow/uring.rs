@@ -115,8 +115,8 @@ impl Flights for Uring {
         }
     }
 
-    fn bytes(&self, slot: usize) -> &[u8; BUFFER_BYTES] {
-        &self.buffers[slot].0
+    fn bytes(&mut self, slot: usize) -> &mut [u8; BUFFER_BYTES] {
+        &mut self.buffers[slot].0
     }
 }
 

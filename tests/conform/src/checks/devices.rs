@@ -7,7 +7,7 @@ use crate::rig::{Instance, Session, call, entry, struct_size, table, text};
 use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
-use sparsed_abi::{DEV_NPU, E_ABI, E_INVALID, E_UNSUPPORTED, FEAT_SLOW_HOST, HEALTH_OK, SpdHealth, SpdOpenOptions};
+use sparsed_abi::{DEV_NPU, E_ABI, E_INVALID, E_UNSUPPORTED, FEAT_SLOW_SEALED, HEALTH_OK, SpdHealth, SpdOpenOptions};
 use std::ffi::c_char;
 use std::ptr;
 
@@ -73,7 +73,7 @@ pub(crate) const RULES: &[Rule] = &[
 ];
 
 /// Every feature of this ABI.
-const FEATURES: u64 = FEAT_SLOW_HOST * 2 - 1;
+const FEATURES: u64 = FEAT_SLOW_SEALED * 2 - 1;
 
 fn instance(context: &Context) -> Result<Instance, Wrong> {
     Ok(Instance::create(table(context.entry)?)?)

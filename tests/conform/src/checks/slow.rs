@@ -1,5 +1,7 @@
 //! L3: is what is computed from the slow tier what is computed from the pool, and is a bad page found?
 
+mod area;
+
 use super::attention::{self, Heads, Op, queries};
 use super::blocks::export;
 use super::refused;
@@ -7,16 +9,15 @@ use super::sequences::{any_format, everyone};
 use crate::cache::{Contents, Plane, Shape, row_formats};
 use crate::case::{CLASS_F, Ready, Words, as_floats, close, wide};
 use crate::child::Context;
-use crate::rig::{Fault, Pool, RunParts, Session, struct_size};
+use crate::rig::{Fault, Pool, RunParts, Session};
 use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure, skip};
+use area::{Area, Kind, PAGE, Page, ROOMY, paging, row_bytes, write_pages};
 use sparsed_abi::{
-    E_ABI, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, FEAT_SLOW_FILE, FEAT_SLOW_HOST, KV_LIMIT_CACHE,
-    KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_SPARSE_MLA, SpdKvDesc, SpdKvOp, SpdKvSlow,
+    E_ABI, E_DATA, E_INVALID, E_NOMEM_DEVICE, E_UNSUPPORTED, KV_LIMIT_CACHE, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA,
+    OP_SPARSE_MLA, SpdKvDesc, SpdKvOp,
 };
-use std::io::Write;
-use std::os::fd::AsRawFd;
 use std::rc::Rc;
 
 const PLACE: &str = "OPS.md, pages of the slow tier";
@@ -37,7 +38,7 @@ pub(crate) const RULES: &[Rule] = &[
         "with SPD_FEAT_SLOW_FILE attention over slow blocks is the same to the bit, and they come back",
         PLACE,
         NEEDS,
-        |context| same_as_fast(context, Kind::File),
+        |context| same_as_fast(context, &[Kind::File]),
     ),
     rule(
         Level::L3,
@@ -45,7 +46,15 @@ pub(crate) const RULES: &[Rule] = &[
         "with SPD_FEAT_SLOW_HOST attention over slow blocks is the same to the bit, and they come back",
         PLACE,
         NEEDS,
-        |context| same_as_fast(context, Kind::Host),
+        |context| same_as_fast(context, &[Kind::Host]),
+    ),
+    rule(
+        Level::L3,
+        "slow.sealed",
+        "with SPD_FEAT_SLOW_SEALED the same holds of encrypted pages, with every cipher",
+        PLACE,
+        NEEDS,
+        |context| same_as_fast(context, &Kind::SEALED),
     ),
     rule(
         Level::L3,
@@ -53,7 +62,7 @@ pub(crate) const RULES: &[Rule] = &[
         "a page of the file that is not what it should be is SPD_E_DATA with its block, and the step can be repeated",
         PLACE,
         &["slow.file"],
-        |context| bad_page(context, Kind::File),
+        |context| bad_page(context, &[Kind::File]),
     ),
     rule(
         Level::L3,
@@ -61,120 +70,19 @@ pub(crate) const RULES: &[Rule] = &[
         "a page in memory that is not what it should be is SPD_E_DATA with its block, and the step can be repeated",
         PLACE,
         &["slow.host"],
-        |context| bad_page(context, Kind::Host),
+        |context| bad_page(context, &[Kind::Host]),
+    ),
+    rule(
+        Level::L3,
+        "slow.sealed_bad_page",
+        "an encrypted page that is not what it should be is SPD_E_DATA with its block, and the step can be repeated",
+        PLACE,
+        &["slow.sealed"],
+        |context| bad_page(context, &Kind::SEALED),
     ),
 ];
 
-const PAGE: usize = 4096;
-/// A row cache that holds every row of these checks, in bytes.
-const ROOMY: u64 = 1 << 20;
-/// Bytes of a page after its rows and zeros.
-const TRAILER: usize = 16;
-/// The area begins here, so that who forgets `spd_kv_slow.offset` reads nothing good.
-const OFFSET: usize = 2 * PAGE;
 const HEADS: Heads = Heads { heads: 4, groups: 1, with_latent_query: true, scale: 0.17 };
-
-/// Where a slow area lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    File,
-    Host,
-}
-
-impl Kind {
-    fn claimed(session: &Session) -> Vec<Self> {
-        let all = [(Self::File, FEAT_SLOW_FILE), (Self::Host, FEAT_SLOW_HOST)];
-        all.into_iter().filter(|(_, feature)| session.claims(*feature)).map(|(kind, _)| kind).collect()
-    }
-}
-
-#[derive(Clone, Copy)]
-#[repr(C, align(4096))]
-struct Page([u8; PAGE]);
-
-/// A slow area and what it is in.
-struct Area {
-    kind: Kind,
-    pages: Vec<Page>,
-    file: std::fs::File,
-    cache_bytes: u64,
-}
-
-impl Area {
-    fn new(kind: Kind, pages: usize) -> Result<Self, Wrong> {
-        // In memory: a confined process may create no other.
-        let file = rustix::fs::memfd_create("slow area", rustix::fs::MemfdFlags::CLOEXEC);
-        let file = file.map_err(|errno| Wrong::Failed(format!("no file for the slow area: {errno}")))?.into();
-        let area = Self { kind, pages: vec![Page([0xee; PAGE]); OFFSET / PAGE + pages], file, cache_bytes: ROOMY };
-        area.flush()?;
-        Ok(area)
-    }
-
-    /// Page `number` of the area, to write; [`Self::flush`] makes it seen.
-    fn page(&mut self, number: usize) -> &mut [u8; PAGE] {
-        &mut self.pages[OFFSET / PAGE + number].0
-    }
-
-    /// Brings the file to what the pages are.
-    fn flush(&self) -> Outcome {
-        use std::os::unix::fs::FileExt;
-        let io = |error: std::io::Error| Wrong::Failed(format!("the slow area: {error}"));
-        for (number, page) in self.pages.iter().enumerate() {
-            self.file.write_all_at(&page.0, (number * PAGE) as u64).map_err(io)?;
-        }
-        (&self.file).flush().map_err(io)
-    }
-
-    fn desc(&self) -> SpdKvSlow {
-        let (fd, ptr) = match self.kind {
-            Kind::File => (self.file.as_raw_fd(), std::ptr::null()),
-            Kind::Host => (0, self.pages.as_ptr().cast()),
-        };
-        SpdKvSlow {
-            struct_size: struct_size::<SpdKvSlow>(),
-            fd,
-            page_bytes: 4096,
-            ptr,
-            offset: OFFSET as u64,
-            length: (self.pages.len() * PAGE - OFFSET) as u64,
-            cache_bytes: self.cache_bytes,
-            ..SpdKvSlow::default()
-        }
-    }
-}
-
-/// Bytes of a token's latent and rope row.
-fn row_bytes(shape: &Shape) -> usize {
-    let bytes = |width: u32| shape.format.row_bytes(width as usize).expect("whole blocks");
-    bytes(shape.latent) + bytes(shape.rope)
-}
-
-/// Pages that the latent plane of a block has, and rows in each.
-fn paging(shape: &Shape) -> (usize, usize) {
-    let rows = (PAGE - TRAILER) / row_bytes(shape);
-    (shape.layers as usize * (shape.block_tokens as usize).div_ceil(rows), rows)
-}
-
-/// Writes the latent plane of a host image as pages from `first` on, with this tag.
-fn write_pages(area: &mut Area, shape: &Shape, pool: &Pool, image: &[u8], (first, tag): (usize, u64)) {
-    let (pages, rows) = paging(shape);
-    let per_layer = pages / shape.layers as usize;
-    let latent = &image[usize::try_from(pool.info.image_latent_offset).expect("small")..];
-    let layer_bytes = latent.len() / shape.layers as usize;
-    let row = layer_bytes / shape.block_tokens as usize;
-    for number in 0..pages {
-        let (layer, within) = (number / per_layer, number % per_layer);
-        let layer = &latent[layer * layer_bytes..(layer + 1) * layer_bytes];
-        let own = &layer[within * rows * row..layer_bytes.min((within + 1) * rows * row)];
-        let page = area.page(first + number);
-        page.fill(0);
-        page[..own.len()].copy_from_slice(own);
-        page[PAGE - 16..PAGE - 8].copy_from_slice(&tag.to_le_bytes());
-        page[PAGE - 8..PAGE - 4].copy_from_slice(&u32::try_from(number).expect("small").to_le_bytes());
-        let crc = crc32c::crc32c(&page[..PAGE - 4]);
-        page[PAGE - 4..].copy_from_slice(&crc.to_le_bytes());
-    }
-}
 
 /// A pool with a slow area, and some sequences in it.
 struct Setting<'s> {
@@ -256,8 +164,8 @@ impl<'s> Setting<'s> {
 fn not_claimed(context: &Context) -> Outcome {
     let session = context.session()?;
     let shape = Shape::usual(&session, any_format(&session)?);
-    for (kind, feature) in [(Kind::File, FEAT_SLOW_FILE), (Kind::Host, FEAT_SLOW_HOST)] {
-        if !session.claims(feature) {
+    for kind in [Kind::File, Kind::Host].into_iter().chain(Kind::SEALED) {
+        if !kind.is_claimed(&session) {
             let area = Area::new(kind, 4)?;
             let slow = area.desc();
             let answer = session.pool(&SpdKvDesc { slow: &raw const slow, ..shape.desc() });
@@ -273,12 +181,13 @@ fn not_claimed(context: &Context) -> Outcome {
     refused("SPD_KV_LIMIT_CACHE in a pool without a slow tier", answer, &[E_INVALID, E_UNSUPPORTED, E_ABI])
 }
 
-fn same_as_fast(context: &Context, kind: Kind) -> Outcome {
+fn same_as_fast(context: &Context, kinds: &[Kind]) -> Outcome {
     let (session, mut rng) = (context.session()?, context.random());
-    if !Kind::claimed(&session).contains(&kind) {
+    if !kinds[0].is_claimed(&session) {
         return skip("it is not claimed");
     }
-    for format in row_formats(&session) {
+    let formats = row_formats(&session);
+    for (&kind, format) in kinds.iter().flat_map(|kind| formats.iter().map(move |&format| (kind, format))) {
         // Three pages a layer in f32: rows do not fill a page evenly.
         let shape = Shape { latent: 128, index_layers: 1, ..Shape::usual(&session, format) };
         // All rows; those of two selections, so that rows give way to others; fewer than one selection has.
@@ -343,29 +252,47 @@ fn limit(session: &Session, setting: &Setting<'_>, fast: &[Words; 2]) -> Outcome
 
 /// The file is read in a process that is confined already.
 pub(super) fn read_while_confined(context: &Context) -> Outcome {
-    same_as_fast(context, Kind::File)
+    same_as_fast(context, &[Kind::File])
 }
 
-fn bad_page(context: &Context, kind: Kind) -> Outcome {
+/// What becomes of a page.
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    /// A bit of this byte flips.
+    Byte(usize),
+    /// It is what the page before it is.
+    Neighbour,
+    /// It is what the first block's page of its number is.
+    OtherBlock,
+}
+
+fn bad_page(context: &Context, kinds: &[Kind]) -> Outcome {
     let (session, mut rng) = (context.session()?, context.random());
     let shape = Shape { latent: 128, index_layers: 1, ..Shape::usual(&session, any_format(&session)?) };
     let (pages, _) = paging(&shape);
-    // A row, the tag, the page's number, the CRC.
-    for at in [100, PAGE - 16, PAGE - 8, PAGE - 1] {
+    // A row, and of a plain page the tag, the page's number, the CRC.
+    let bytes = [100, PAGE - 16, PAGE - 8, PAGE - 1].map(Damage::Byte);
+    let damages = bytes.into_iter().chain([Damage::Neighbour, Damage::OtherBlock]);
+    for (&kind, damage) in kinds.iter().flat_map(|kind| damages.clone().map(move |damage| (kind, damage))) {
         let mut setting = Setting::new(&session, &mut rng, shape, (kind, None))?;
         let (fast, blocks) = (setting.answers()?, setting.movable());
         setting.make_slow(&blocks)?;
         // The last page of the second block: of layer 1, which the steps read.
         let bad = (setting.contents.shape.n_blocks as usize - 2) * pages + pages - 1;
-        setting.area.page(bad)[at] ^= 0x10;
+        let before = *setting.area.page(bad);
+        *setting.area.page(bad) = match damage {
+            Damage::Byte(at) => std::array::from_fn(|i| before[i] ^ if i == at { 0x10 } else { 0 }),
+            Damage::Neighbour => *setting.area.page(bad - 1),
+            Damage::OtherBlock => *setting.area.page(bad + pages),
+        };
         setting.area.flush()?;
         let Err(fault) = setting.attempt(0) else {
             return Err(Wrong::Failed("a step over a bad page is taken, SPD_E_DATA is right".to_owned()));
         };
-        ensure!(fault.status == E_DATA, "byte {at} of a page changed: {fault}, SPD_E_DATA is right");
+        ensure!(fault.status == E_DATA, "a bad page ({damage:?}): {fault}, SPD_E_DATA is right");
         let named = u32::try_from(fault.block).is_ok_and(|block| block == blocks[1]);
         ensure!(named, "spd_error.block is {}, the bad page is block {}'s", fault.block, blocks[1]);
-        setting.area.page(bad)[at] ^= 0x10;
+        *setting.area.page(bad) = before;
         setting.area.flush()?;
         for (fast, again) in fast.iter().zip(&setting.answers()?) {
             close(CLASS_F, "the step after its page was made good", again, &wide(&as_floats(fast)))?;

@@ -17,8 +17,8 @@ use link::Link;
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 use sparsed_abi::{
     E_ABI, E_NOMEM_HOST, FEAT_CANCEL_MID, FEAT_DETERMINISTIC, FEAT_GRAPH, FEAT_INVARIANT, FEAT_SLOW_FILE,
-    FEAT_SLOW_HOST, FEAT_UNIFIED_MEM, HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program, SpdApi, SpdBucket,
-    SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
+    FEAT_SLOW_HOST, FEAT_SLOW_SEALED, FEAT_UNIFIED_MEM, HEALTH_LOST, KV_EXPORT, KV_IMPORT, LAYOUT_DIGEST, Program,
+    SpdApi, SpdBucket, SpdDeviceInfo, SpdHealth, SpdKvDesc, SpdKvInfo, SpdKvOp, SpdMemInfo, SpdWeightDesc, bytes_of,
 };
 use sparsed_plugin_kit::{
     Device, Host, InOrder, OpenOptions, PlanSizes, Plugin, PluginError, Result, Run, SlowArea, SlowPlace, Source,
@@ -41,7 +41,8 @@ const FEATURES: u64 = FEAT_GRAPH
     | FEAT_DETERMINISTIC
     | FEAT_INVARIANT
     | FEAT_SLOW_FILE
-    | FEAT_SLOW_HOST;
+    | FEAT_SLOW_HOST
+    | FEAT_SLOW_SEALED;
 
 static TABLE: SpdApi = table::<RemotePlugin>();
 
@@ -330,14 +331,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// The file of a slow tier as it goes to the host, and what the host is to know of it.
 fn slow_file(slow: SlowArea) -> Result<(OwnedFd, SlowShape)> {
-    let SlowArea { place, offset, length, cache_bytes } = slow;
+    let SlowArea { place, offset, length, cache_bytes, key } = slow;
     let SlowPlace::File(file) = place else {
         return Err(PluginError::invalid("a slow tier in memory that has no file cannot go to a plugin host"));
     };
     let is_memory = is_memory(&file);
     // Drivers pin what may be written only.
     let fd = if is_memory { file.into() } else { read_only(&file)? };
-    Ok((fd, SlowShape { is_memory, offset, length, cache_bytes }))
+    Ok((fd, SlowShape { is_memory, offset, length, cache_bytes, key }))
 }
 
 /// The file once more, for a host that reads it and cannot write what the daemon's checks rely on.

@@ -190,12 +190,12 @@ fn unknown(what: &str, id: u32) -> BackendError {
 /// The slow tier in the file that came with it.
 fn slow_source(slow: SlowShape, fd: Option<OwnedFd>) -> Result<SlowSource> {
     let fd = fd.ok_or_else(|| refuse(E_INVALID, "a slow tier comes with its file".to_owned()))?;
-    let SlowShape { is_memory, offset, length, cache_bytes } = slow;
+    let SlowShape { is_memory, offset, length, cache_bytes, key } = slow;
     let file = File::from(fd);
     let end = offset.checked_add(length).ok_or_else(|| refuse(E_INVALID, "a slow area without an end".to_owned()))?;
     let memory = is_memory.then(|| crate::slow::map(&file, end)).transpose();
     let memory = memory.map_err(|error| refuse(E_NOMEM_HOST, format!("the memory of the slow tier: {error}")))?;
-    Ok(SlowSource { file: Arc::new(file), memory, offset, length, cache_bytes })
+    Ok(SlowSource { file: Arc::new(file), memory, offset, length, cache_bytes, key })
 }
 
 /// A program, copied out of the file it came in.
