@@ -41,7 +41,7 @@ pub use view::{BlobError, Program, StepArrays};
 /// The major this crate mirrors: the argument of `spd_get_api`.
 pub const ABI_MAJOR: u32 = 0;
 /// The minor this crate mirrors.
-pub const ABI_MINOR: u32 = 5;
+pub const ABI_MINOR: u32 = 6;
 /// The first minor whose layout every later one keeps: plugins from here on are taken.
 pub const ABI_MINOR_FIRST: u32 = 2;
 /// The name of the one exported symbol.

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 /// Appends to structs that cross the border each way, to an element of an array and to the table; and a new operator.
 const GROWN: &[(&str, &str)] = &[
-    ("#define SPD_ABI_MINOR 5u", "#define SPD_ABI_MINOR 6u"),
+    ("#define SPD_ABI_MINOR 6u", "#define SPD_ABI_MINOR 7u"),
     ("} spd_run;", "  uint64_t appended;\n} spd_run;"),
     ("} spd_device_info;", "  uint64_t appended;\n} spd_device_info;"),
     ("} spd_plan_info;", "  uint64_t appended;\n} spd_plan_info;"),
