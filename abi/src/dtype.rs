@@ -20,6 +20,7 @@ pub const DT_MXFP4: u32 = 39;
 pub const DT_F8E4M3: u32 = 129;
 pub const DT_W16: u32 = 130;
 pub const DT_F8_128: u32 = 131;
+pub const DT_Q6_0: u32 = 132;
 
 /// The bit of `dtype` in a dtype bitmap, as (word, mask); `None` past the bitmap.
 pub const fn dtype_bit(dtype: u32) -> Option<(usize, u64)> {

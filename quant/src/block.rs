@@ -46,7 +46,7 @@ impl Fit {
 }
 
 /// The value of greatest magnitude, the first of equals.
-fn extreme(x: &[f32; N]) -> f32 {
+pub(crate) fn extreme(x: &[f32; N]) -> f32 {
     x.iter().fold(0f32, |m, x| if x.abs() > m.abs() { *x } else { m })
 }
 
@@ -56,7 +56,7 @@ pub(crate) fn plain(x: &[f32; N], half: u8) -> Fit {
     let d = extreme(x) / -offset;
     let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "truncation is ggml's rounding here")]
-    let codes = x.map(|x| ((x * inverse + offset + 0.5) as u8).min(code_max));
+    let codes = x.map(|x| ((x * inverse + (offset + 0.5)) as u8).min(code_max));
     Fit::new(d, 0.0, codes)
 }
 

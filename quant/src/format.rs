@@ -1,7 +1,8 @@
 //! Which formats are there, and how large are they?
 
 use crate::{
-    f8_128, f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, q8_0, w16,
+    f8_128, f8_e4m3, float, iq4_nl, iq4_xs, mxfp4, q2_k, q3_k, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_0, q6_k, q8_0,
+    w16,
 };
 
 /// A storage format, with ggml's number and layout where ggml has it.
@@ -47,6 +48,8 @@ pub enum Format {
     W16,
     /// e4m3fn, a power of two for each 128 values behind a row's codes; for KV rows. Not in GGUF.
     F8_128,
+    /// 32 x 6 bit, one f16 scale, offset 32, as in ik_llama.cpp; for KV rows. Not in GGUF.
+    Q6_0,
 }
 
 /// What is known about a format: number, name, values and bytes in a block.
@@ -55,7 +58,7 @@ struct Row(Format, u32, &'static str, usize, usize);
 /// The first number that is the plugin ABI's own and not ggml's.
 const OWN_IDS: u32 = 128;
 
-const TABLE: [Row; 19] = [
+const TABLE: [Row; 20] = [
     Row(Format::F32, 0, "F32", 1, 4),
     Row(Format::F16, 1, "F16", 1, 2),
     Row(Format::BF16, 30, "BF16", 1, 2),
@@ -76,6 +79,7 @@ const TABLE: [Row; 19] = [
     Row(Format::W16, 130, "W16", 32, w16::BYTES),
     // And one for each 128 values, see [`Format::row_bytes`].
     Row(Format::F8_128, 131, "F8_128", 32, 32),
+    Row(Format::Q6_0, 132, "Q6_0", 32, 26),
 ];
 
 /// Why values could not be decoded or encoded.
@@ -164,6 +168,7 @@ impl Format {
             Self::F8E4M3 => &TABLE[16],
             Self::W16 => &TABLE[17],
             Self::F8_128 => &TABLE[18],
+            Self::Q6_0 => &TABLE[19],
         }
     }
 
@@ -257,6 +262,7 @@ pub fn decode(format: Format, bytes: &[u8], values: &mut [f32]) -> Result<(), Qu
         Format::F8E4M3 => f8_e4m3::decode(bytes, values),
         Format::W16 => blocks(bytes, values, w16::decode),
         Format::F8_128 => f8_128::decode(bytes, 0, values),
+        Format::Q6_0 => blocks(bytes, values, q6_0::decode),
     }
     Ok(())
 }
@@ -281,8 +287,8 @@ pub fn decode_part(format: Format, row: &[u8], first: usize, values: &mut [f32])
     decode(format, part, values)
 }
 
-/// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, the others with an error no larger than
-/// that of its reference quantiser. Values of W16 and F8_128 are one row.
+/// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, Q6_0 to ik_llama.cpp's, the others with an
+/// error no larger than that of ggml's reference quantiser. Values of W16 and F8_128 are one row.
 ///
 /// # Errors
 /// When the lengths do not belong together, or the format is only decoded.
@@ -302,6 +308,7 @@ pub fn encode(format: Format, values: &[f32], bytes: &mut [u8]) -> Result<(), Qu
         Format::Q6_K => blocks_mut(values, bytes, q6_k::encode),
         Format::W16 => w16::encode(values, bytes),
         Format::F8_128 => f8_128::encode(values, bytes),
+        Format::Q6_0 => blocks_mut(values, bytes, q6_0::encode),
         Format::Q2_K | Format::Q3_K | Format::IQ4_NL | Format::IQ4_XS | Format::MXFP4 | Format::F8E4M3 => {
             return Err(QuantError::NotEncoded { format });
         }
@@ -370,6 +377,7 @@ mod tests {
             (Format::Q8_0, 3.0 / 127.0),
             (Format::Q4_0, 2.0 * 3.0 / 8.0), // the far end is clipped by a whole step
             (Format::Q4_1, 6.0 / 15.0),
+            (Format::Q6_0, 2.0 * 3.0 / 32.0),
         ] {
             let mut bytes = vec![0; format.row_bytes(64).unwrap()];
             encode(format, &values, &mut bytes).unwrap();
@@ -430,7 +438,7 @@ mod tests {
     #[test]
     fn parts_of_rows_are_decoded_alone() {
         let values: Vec<f32> = (0..192u8).map(|i| f32::from(i) * 0.3 - 9.0).collect();
-        for format in [Format::F16, Format::Q8_0, Format::W16, Format::F8_128] {
+        for format in [Format::F16, Format::Q8_0, Format::W16, Format::F8_128, Format::Q6_0] {
             let mut bytes = vec![0; format.row_bytes(192).unwrap()];
             encode(format, &values, &mut bytes).unwrap();
             let (mut whole, mut part) = (vec![0.0; 192], vec![0.0; 64]);
@@ -442,7 +450,8 @@ mod tests {
         assert!(decode_part(Format::Q8_0, &[0; 68], 16, &mut [0.0; 32]).is_err(), "half of a block");
     }
 
-    /// The sums were computed with the `gguf` package 0.19.0 (llama.cpp's own Python quantisers) over the same values.
+    /// The sums were computed with the `gguf` package 0.19.0 (llama.cpp's own Python quantisers) over the same values,
+    /// those of Q6_0 with ik_llama.cpp's `quantize_row_q6_0_ref` and `dequantize_row_q6_0` (ggml-quants.c, 2026-11).
     #[test]
     fn formats_that_are_encoded_as_by_ggml_equal_it_bit_for_bit_both_ways() {
         let values = generated();
@@ -450,6 +459,7 @@ mod tests {
             (Format::F16, 0x54f8_1666_2b4c_dae7, 0xaeac_78ef_a769_bcdb),
             (Format::BF16, 0x17ea_b69e_7c68_decf, 0x7bf7_edc9_5687_e93f),
             (Format::Q8_0, 0x186e_8747_8e27_582d, 0x9663_066e_d973_60be),
+            (Format::Q6_0, 0x17df_e111_d287_7ef5, 0xec46_2515_bc8e_94fe),
         ] {
             let mut bytes = vec![0; format.row_bytes(values.len()).unwrap()];
             encode(format, &values, &mut bytes).unwrap();

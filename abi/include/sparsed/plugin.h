@@ -220,6 +220,7 @@ typedef struct spd_health {
 #define SPD_DT_F8E4M3 129u /* e4m3fn, one byte a value, no scale */
 #define SPD_DT_W16 130u    /* KV rows: 16-bit words, a power of two for a row; since 0.3 */
 #define SPD_DT_F8_128 131u /* KV rows: e4m3fn, a power of two for each 128 values; since 0.4 */
+#define SPD_DT_Q6_0 132u   /* KV rows: 6 bits, an f16 scale for each 32 values; since 0.6 */
 
 /* ---- weights --------------------------------------------------------------------------------------------------- */
 
@@ -247,7 +248,8 @@ typedef struct spd_source {
 
 /* ---- the KV pool ----------------------------------------------------------------------------------------------- */
 
-/* How one row of a plane is stored: `width` values as `dtype` (F32, F16, BF16 or Q8_0).  Width 0: no such row. */
+/* How one row of a plane is stored: `width` values as `dtype` (abi/OPS.md, "Rows in the pool").  Width 0: no such row.
+ * The latent and the rope row may differ: of Q6_0 latents and Q8_0 rope rows, for one. */
 typedef struct spd_row {
   uint32_t dtype, width;
 } spd_row;

@@ -144,6 +144,7 @@ pub fn program_options(config: &Config, model: &Model) -> ProgramOptions {
         Some(KvDtype::W16) => KvFormats::words(),
         Some(KvDtype::Fp8) => KvFormats::fp8(),
         Some(KvDtype::Q8_0) => KvFormats::small(),
+        Some(KvDtype::Q6_0) => KvFormats::six_bits(),
     };
     let kv = match model.index_dtype {
         None => kv,

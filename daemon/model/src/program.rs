@@ -11,7 +11,7 @@ pub use image::LayerRows;
 
 use crate::ModelError;
 use bytes::Bytes;
-use sparsed_abi::{ARENA_ALIGN, Blob, DT_F8_128, DT_F16, DT_F32, DT_Q4_0, DT_Q8_0, DT_W16, SpdRow};
+use sparsed_abi::{ARENA_ALIGN, Blob, DT_F8_128, DT_F16, DT_F32, DT_Q4_0, DT_Q6_0, DT_Q8_0, DT_W16, SpdRow};
 use sparsed_quant::{Format, QuantError};
 use std::fs::File;
 use std::ops::Range;
@@ -82,6 +82,11 @@ impl KvFormats {
     /// Everything in 8 bits.
     pub const fn small() -> Self {
         Self { latent: DT_Q8_0, rope: DT_Q8_0, index: DT_Q8_0 }
+    }
+
+    /// Latent rows in 6 bits, rope rows, whose errors a softmax makes larger, in 8, index rows too.
+    pub const fn six_bits() -> Self {
+        Self { latent: DT_Q6_0, rope: DT_Q8_0, index: DT_Q8_0 }
     }
 
     /// The same, index rows in 4 bits.

@@ -7,8 +7,8 @@ use crate::packing::Packed;
 use memmap2::{Advice, MmapMut, MmapOptions, UncheckedAdvice};
 use rustix::param::page_size;
 use sparsed_abi::{
-    DT_BF16, DT_F8_128, DT_F16, DT_F32, DT_Q4_0, DT_Q8_0, DT_W16, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo, SpdRow,
-    SpdWeightDesc, W_HOST_IN_PLACE,
+    DT_BF16, DT_F8_128, DT_F16, DT_F32, DT_Q4_0, DT_Q6_0, DT_Q8_0, DT_W16, E_NOMEM_DEVICE, SpdKvDesc, SpdKvInfo,
+    SpdRow, SpdWeightDesc, W_HOST_IN_PLACE,
 };
 use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::SlowLayout;
@@ -117,7 +117,7 @@ impl Weight {
 }
 
 /// How rows of the pool may be stored.
-pub(crate) const ROW_DTYPES: [u32; 7] = [DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_W16, DT_F8_128];
+pub(crate) const ROW_DTYPES: [u32; 8] = [DT_F32, DT_F16, DT_BF16, DT_Q8_0, DT_Q4_0, DT_W16, DT_F8_128, DT_Q6_0];
 
 /// One kind of row in the pool.
 #[derive(Clone, Copy, Debug)]

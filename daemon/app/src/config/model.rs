@@ -133,6 +133,10 @@ pub enum KvDtype {
     #[value(name = "q8_0")]
     #[serde(rename = "q8_0")]
     Q8_0,
+    /// Latent rows take 26 bytes for 32 values, rope rows are q8_0: the least memory, larger errors than of `q8_0`.
+    #[value(name = "q6_0")]
+    #[serde(rename = "q6_0")]
+    Q6_0,
 }
 
 /// How index rows, by which tokens are selected, are stored.

@@ -1,4 +1,4 @@
-//! Attention over rows in f16, q8_0, f8_128 and w16: who shares a pass over a block of rows?
+//! Attention over rows in f16, q8_0, f8_128, q6_0 and w16: who shares a pass over a block of rows?
 //!
 //! Tokens of one sequence that read everything before them list the same rows, so a run of them shares each block. A
 //! token with a selection of its own is a run by itself. Either way a token's blocks are counted from the first row of
@@ -7,8 +7,8 @@
 use super::attention::Attention;
 use super::room::Room;
 use crate::kernels::blocked::{
-    Bytes, HEADS_MAX, Heads, ROWS, Row, StoredBlock, WIDENED_HEADS_MAX, WORD_HEADS_MAX, Widths, WordHeads, attend,
-    attend_columns, attend_stored, attend_widened, attend_words, can_be_columns, can_be_stored, can_be_words,
+    Bytes, Formats, HEADS_MAX, Heads, ROWS, Row, StoredBlock, WIDENED_HEADS_MAX, WORD_HEADS_MAX, Widths, WordHeads,
+    attend, attend_columns, attend_stored, attend_widened, attend_words, can_be_columns, can_be_stored, can_be_words,
     can_block, can_widen,
 };
 use crate::threads::part;
@@ -23,7 +23,7 @@ const RUN_TOKENS: usize = 32;
 const WIDEN_FROM: usize = 24;
 
 /// From this many heads that share a half-precision row on it is turned into words, which costs as much as three heads'
-/// products. Rows of 8 bits always are.
+/// products. Rows of 8 and 6 bits always are.
 const WORDS_FROM: usize = 8;
 
 /// From this many heads of tokens that read a block of stored words on it is prepared for them: keys by column, at the
@@ -75,23 +75,25 @@ impl Attention<'_> {
         if self.is_words() || self.is_stored() {
             return true;
         }
-        let half = self.pool.latent.format == Format::F16 && self.pool.rope.format == Format::F16;
+        let half = self.formats() == [Format::F16; 2];
         half && can_block(self.out.n2) && can_block(self.q_rope.n2) && self.out.s1 == self.out.n2
     }
 
     /// True when blocks of rows become words. It depends on the model's shape and the pool only: it shows in the bits.
     pub(super) fn is_words(&self) -> bool {
-        let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
-        latent == rope
-            && can_be_words(latent, self.widths())
-            && (latent != Format::F16 || self.q_rope.n1 / self.groups >= WORDS_FROM)
+        can_be_words(self.formats(), self.widths())
+            && (self.pool.latent.format != Format::F16 || self.q_rope.n1 / self.groups >= WORDS_FROM)
             && self.out.s1 == self.out.n2
     }
 
     /// True when the pool has rows of words that are multiplied as they are.
     pub(super) fn is_stored(&self) -> bool {
-        let (latent, rope) = (self.pool.latent.format, self.pool.rope.format);
+        let [latent, rope] = self.formats();
         latent == rope && can_be_stored(latent, self.widths()) && self.out.s1 == self.out.n2
+    }
+
+    fn formats(&self) -> Formats {
+        [self.pool.latent.format, self.pool.rope.format]
     }
 
     /// What a group sees of a row.
@@ -212,8 +214,8 @@ impl Attention<'_> {
                 return self.prepared(job, &rows[..n], first_head, seen, ahead, room);
             }
             Form::Words => {
-                let (format, ahead) = (self.pool.latent.format, ahead.next().unwrap_or_default());
-                room.words.fill(level, format, &rows[..n], (self.widths(), group), ahead);
+                let ahead = ahead.next().unwrap_or_default();
+                room.words.fill(level, self.formats(), &rows[..n], (self.widths(), group), ahead);
             }
             form => {
                 for (halves, row) in halves.iter_mut().zip(&rows) {

@@ -6,9 +6,9 @@ use crate::plan::{Plan, arena, row_len};
 use crate::threads::Team;
 use fastrand::Rng;
 use sparsed_abi::{
-    Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q4_0, DT_Q8_0, DT_W16, OP_DENSE_MLA, OP_IDX_APPEND,
-    OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdRow,
-    StepArrays, T_INPUT, T_OUTPUT, TensorId,
+    Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q4_0, DT_Q6_0, DT_Q8_0, DT_W16, OP_DENSE_MLA,
+    OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc,
+    SpdRow, StepArrays, T_INPUT, T_OUTPUT, TensorId,
 };
 use sparsed_plugin_kit::{Device, Host, Run, Synchronous, Usage};
 use std::ops::Range;
@@ -29,7 +29,8 @@ const TOP_K: [i32; 2] = [24, 100];
 
 #[derive(Clone, Copy, Debug)]
 struct Shape {
-    dtype: u32,
+    /// Of latent and rope rows.
+    dtypes: [u32; 2],
     index: u32,
     groups: i32,
     /// Of a group.
@@ -39,15 +40,17 @@ struct Shape {
 }
 
 /// Rows in the pool, keys of the indexer, groups, heads of a group, width.
-const SHAPES: [(u32, u32, i32, i32, i32); 8] = [
-    (DT_F16, DT_Q8_0, 1, 8, 64),
-    (DT_F16, DT_F16, 3, 2, 64),
-    (DT_W16, DT_Q8_0, 1, 8, 128),
-    (DT_W16, DT_Q4_0, 2, 9, 64),
-    (DT_Q8_0, DT_Q8_0, 1, 8, 64),
-    (DT_F8_128, DT_Q8_0, 1, 8, 64),
-    (DT_F8_128, DT_Q4_0, 3, 3, 64),
-    (DT_F32, DT_F32, 1, 2, 64),
+const SHAPES: [([u32; 2], u32, i32, i32, i32); 10] = [
+    ([DT_F16; 2], DT_Q8_0, 1, 8, 64),
+    ([DT_F16; 2], DT_F16, 3, 2, 64),
+    ([DT_W16; 2], DT_Q8_0, 1, 8, 128),
+    ([DT_W16; 2], DT_Q4_0, 2, 9, 64),
+    ([DT_Q8_0; 2], DT_Q8_0, 1, 8, 64),
+    ([DT_F8_128; 2], DT_Q8_0, 1, 8, 64),
+    ([DT_F8_128; 2], DT_Q4_0, 3, 3, 64),
+    ([DT_Q6_0, DT_Q8_0], DT_Q8_0, 1, 8, 64),
+    ([DT_Q6_0, DT_Q8_0], DT_Q4_0, 3, 3, 64),
+    ([DT_F32; 2], DT_F32, 1, 2, 64),
 ];
 
 /// Every way to attend: selections of either length, and all; with absorbed queries, and without them and the indexer's
@@ -94,8 +97,8 @@ impl Bed {
             n_blocks: 2 * N_BLOCKS,
             n_layers: 1,
             n_index_layers: 1,
-            latent: row(shape.dtype, shape.width * shape.groups),
-            rope: row(shape.dtype, shape.width / 2 * shape.groups),
+            latent: row(shape.dtypes[0], shape.width * shape.groups),
+            rope: row(shape.dtypes[1], shape.width / 2 * shape.groups),
             index: row(shape.index, INDEX_WIDTH),
             ..SpdKvDesc::default()
         };
@@ -163,8 +166,8 @@ impl Bed {
 
 #[test]
 fn attention_gives_a_token_the_same_bits_alone_in_chunks_and_in_one_step_with_others() {
-    for (dtype, index, groups, heads, width) in SHAPES {
-        let shape = Shape { dtype, index, groups, heads, width };
+    for (dtypes, index, groups, heads, width) in SHAPES {
+        let shape = Shape { dtypes, index, groups, heads, width };
         for level in Level::all() {
             let whole = Bed::new(shape, level, 2).answers(TOKENS, OTHERS);
             assert!(whole.iter().all(|rows| rows.len().is_multiple_of(TOKENS as usize) && !rows.is_empty()));

@@ -67,14 +67,15 @@ mod tests {
     use crate::threads::Team;
     use fastrand::Rng;
     use sparsed_abi::{
-        Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q8_0, DT_W16, E_DATA, E_INVALID, E_NOMEM_DEVICE,
-        KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_IDX_APPEND, OP_IDX_TOPK,
-        OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp, SpdRow,
-        StepArrays, T_INPUT, T_OUTPUT, TensorId,
+        Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q6_0, DT_Q8_0, DT_W16, E_DATA, E_INVALID,
+        E_NOMEM_DEVICE, KV_COPY, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_TO_FAST, KV_TO_SLOW, OP_DENSE_MLA, OP_IDX_APPEND,
+        OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp,
+        SpdRow, StepArrays, T_INPUT, T_OUTPUT, TensorId,
     };
     use sparsed_plugin_kit::Usage;
     use sparsed_plugin_kit::slow::rowcache::{Cipher, SLOT_OVERHEAD_BYTES, Seal, SlowKey, SlowLayout};
     use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowArea, SlowPlace, Synchronous};
+    use sparsed_quant::Format;
     use std::fs::File;
     use std::ops::Range;
     use std::os::unix::fs::FileExt;
@@ -91,7 +92,8 @@ mod tests {
 
     #[derive(Clone, Copy, Debug)]
     struct Shape {
-        dtype: u32,
+        /// Of latent and rope rows.
+        dtypes: [u32; 2],
         groups: u32,
         /// Of a group: from eight on rows become words.
         heads: u32,
@@ -151,24 +153,20 @@ mod tests {
                 host: Host::none(),
                 usage: Arc::new(Usage::default()),
             };
-            let row = |width| SpdRow { dtype: shape.dtype, width };
+            let width = 32 * shape.groups;
+            let row = |dtype| SpdRow { dtype, width };
             let desc = SpdKvDesc {
                 block_tokens: BLOCK_TOKENS as u32,
                 n_blocks: N_BLOCKS,
                 n_layers: N_LAYERS,
                 n_index_layers: N_LAYERS,
-                latent: row(32 * shape.groups),
-                rope: row(32 * shape.groups),
+                latent: row(shape.dtypes[0]),
+                rope: row(shape.dtypes[1]),
                 index: SpdRow { dtype: DT_F16, width: 32 },
                 ..SpdKvDesc::default()
             };
-            let groups = shape.groups as usize;
-            let row_bytes = match shape.dtype {
-                DT_F32 => 256 * groups,
-                DT_F16 | DT_W16 => 128 * groups,
-                DT_F8_128 => 2 * (32 * groups + (32 * groups).div_ceil(128)),
-                _ => 68 * groups,
-            };
+            let bytes = |dtype| Format::from_dtype(dtype).unwrap().row_bytes(width as usize).unwrap();
+            let row_bytes: usize = shape.dtypes.map(bytes).iter().sum();
             let layout = SlowLayout::new(row_bytes, desc.block_tokens, N_LAYERS).unwrap();
             let file = tempfile::tempfile().unwrap();
             file.set_len(AREA_OFFSET + u64::from(N_BLOCKS) * layout.block_bytes() as u64).unwrap();
@@ -267,27 +265,30 @@ mod tests {
         [[130..131, 70..71], [131..150, 71..90], [150..151, 90..90], [151..151, 90..91], [151..154, 91..96]];
 
     /// Formats, groups, and heads of a group.
-    const SHAPES: [(u32, u32, u32); 14] = [
-        (DT_F16, 1, 4),
-        (DT_F16, 2, 2),
-        (DT_F16, 1, 16),
-        (DT_F16, 2, 8),
-        (DT_W16, 1, 4),
-        (DT_W16, 2, 2),
-        (DT_W16, 1, 16),
-        (DT_Q8_0, 1, 4),
-        (DT_Q8_0, 2, 2),
-        (DT_Q8_0, 1, 16),
-        (DT_F8_128, 1, 4),
-        (DT_F8_128, 5, 2),
-        (DT_F8_128, 1, 16),
-        (DT_F32, 1, 4),
+    const SHAPES: [([u32; 2], u32, u32); 17] = [
+        ([DT_F16; 2], 1, 4),
+        ([DT_F16; 2], 2, 2),
+        ([DT_F16; 2], 1, 16),
+        ([DT_F16; 2], 2, 8),
+        ([DT_W16; 2], 1, 4),
+        ([DT_W16; 2], 2, 2),
+        ([DT_W16; 2], 1, 16),
+        ([DT_Q8_0; 2], 1, 4),
+        ([DT_Q8_0; 2], 2, 2),
+        ([DT_Q8_0; 2], 1, 16),
+        ([DT_F8_128; 2], 1, 4),
+        ([DT_F8_128; 2], 5, 2),
+        ([DT_F8_128; 2], 1, 16),
+        ([DT_Q6_0, DT_Q8_0], 1, 4),
+        ([DT_Q6_0, DT_Q8_0], 2, 2),
+        ([DT_Q6_0, DT_Q8_0], 1, 16),
+        ([DT_F32; 2], 1, 4),
     ];
 
     #[test]
     fn a_tokens_answer_is_the_same_in_a_prompt_and_alone() {
-        for (dtype, groups, heads) in SHAPES {
-            let shape = Shape { dtype, groups, heads, dense: true };
+        for (dtypes, groups, heads) in SHAPES {
+            let shape = Shape { dtypes, groups, heads, dense: true };
             let (whole, apart) = (Bed::new(shape, None), Bed::new(shape, None));
             let together = whole.step([0..150, 0..90]).unwrap();
             apart.step([0..101, 0..0]).unwrap();
@@ -304,10 +305,10 @@ mod tests {
 
     #[test]
     fn attention_over_slow_blocks_has_the_bits_of_fast_ones() {
-        for (dtype, groups, heads) in SHAPES {
+        for (dtypes, groups, heads) in SHAPES {
             // With dense attention a token lists up to 5 slow blocks of a sequence.
             for (dense, cached) in [(false, TOP_K), (false, 60), (true, 5 * BLOCK_TOKENS), (true, 1000)] {
-                let shape = Shape { dtype, groups, heads, dense };
+                let shape = Shape { dtypes, groups, heads, dense };
                 let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(cached)));
                 assert!(fast.step(FIRST).unwrap() == slow.step(FIRST).unwrap());
                 slow.to_slow(&SLOW);
@@ -323,7 +324,7 @@ mod tests {
 
     #[test]
     fn a_bad_page_fails_the_step_with_its_block_and_the_step_can_be_repeated() {
-        let shape = Shape { dtype: DT_F16, groups: 1, heads: 4, dense: true };
+        let shape = Shape { dtypes: [DT_F16; 2], groups: 1, heads: 4, dense: true };
         let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(300)));
         fast.step(FIRST).unwrap();
         slow.step(FIRST).unwrap();
@@ -338,7 +339,8 @@ mod tests {
 
     #[test]
     fn a_cache_that_one_tokens_rows_do_not_fit_into_is_refused() {
-        let slow = Bed::new(Shape { dtype: DT_F16, groups: 1, heads: 4, dense: true }, Some(5 * BLOCK_TOKENS - 1));
+        let slow =
+            Bed::new(Shape { dtypes: [DT_F16; 2], groups: 1, heads: 4, dense: true }, Some(5 * BLOCK_TOKENS - 1));
         slow.step(FIRST).unwrap();
         slow.to_slow(&SLOW);
         assert_eq!(slow.step([130..131, 70..71]).unwrap_err().status, E_NOMEM_DEVICE);
@@ -347,7 +349,7 @@ mod tests {
 
     #[test]
     fn operations_on_slow_blocks_are_those_on_fast_ones() {
-        let shape = Shape { dtype: DT_Q8_0, groups: 1, heads: 4, dense: true };
+        let shape = Shape { dtypes: [DT_Q8_0; 2], groups: 1, heads: 4, dense: true };
         let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(300)));
         fast.step(FIRST).unwrap();
         slow.step(FIRST).unwrap();
@@ -378,7 +380,7 @@ mod tests {
 
     #[test]
     fn what_a_slow_block_cannot_do_is_refused_and_changes_nothing() {
-        let shape = Shape { dtype: DT_F16, groups: 1, heads: 4, dense: false };
+        let shape = Shape { dtypes: [DT_F16; 2], groups: 1, heads: 4, dense: false };
         let (fast, slow) = (Bed::new(shape, None), Bed::new(shape, Some(300)));
         slow.step(FIRST).unwrap();
         let status = |outcome: Result<()>| outcome.map_err(|error: PluginError| error.status);

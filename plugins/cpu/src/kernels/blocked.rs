@@ -49,7 +49,7 @@ pub(crate) use integer::{WORD_HEADS_MAX, WordHeads, attend_words};
 pub(crate) use softmax::{Softmax, exp2};
 pub(crate) use stored::{StoredBlock, StoredUnits, attend_stored, can_be_stored, round_stored_query};
 pub(crate) use widened::{Widened, can_widen};
-pub(crate) use words::{Bytes, Line, Widths, WordBlock, can_be_words, round_query};
+pub(crate) use words::{Bytes, Formats, Line, Widths, WordBlock, can_be_words, round_query};
 
 /// True when rows of this width can be blocked.
 pub(crate) fn can_block(width: usize) -> bool {

@@ -3,7 +3,7 @@
 use super::columns::{ColumnBlock, attend_columns};
 use super::integer::{WORD_HEADS_MAX, WordHeads, attend_words};
 use super::stored::{StoredBlock, StoredUnits, attend_stored, round_stored_query};
-use super::words::{Bytes, Line, Widths, WordBlock, round_query};
+use super::words::{Bytes, Formats, Line, Widths, WordBlock, round_query};
 use super::{ROWS, Softmax};
 use crate::level::Level;
 use fastrand::Rng;
@@ -15,7 +15,8 @@ pub(super) const MLA: Widths = Widths { latent: 512, rope: 64, absorbed: true };
 /// Rows, queries, and what is made of them.
 #[derive(Clone)]
 pub(super) struct Case {
-    pub(super) format: Format,
+    /// Of latent and rope rows.
+    pub(super) formats: Formats,
     pub(super) widths: Widths,
     /// `[row][latent slice, rope slice]`
     pub(super) rows: Vec<[Vec<f32>; 2]>,
@@ -28,7 +29,7 @@ impl Case {
     /// Values from a distribution with a few large ones; `spread` says how much rows and parts differ in size.
     pub(super) fn random(
         random: &mut Rng,
-        format: Format,
+        formats: Formats,
         widths: Widths,
         rows: usize,
         heads: usize,
@@ -46,21 +47,21 @@ impl Case {
         let rows = (0..rows).map(|_| [row(widths.latent, size()), row(widths.rope, size())]).collect();
         #[allow(clippy::cast_precision_loss, reason = "a width")]
         let scale = 1.0 / (key as f32).sqrt();
-        Self { format, widths, rows, q, scale }
+        Self { formats, widths, rows, q, scale }
     }
 
     fn bytes(&self) -> Vec<[Vec<u8>; 2]> {
-        let encode = |values: &Vec<f32>| {
-            let mut bytes = vec![0; self.format.row_bytes(values.len()).unwrap()];
-            sparsed_quant::encode(self.format, values, &mut bytes).unwrap();
+        let encode = |part: usize, values: &[f32]| {
+            let mut bytes = vec![0; self.formats[part].row_bytes(values.len()).unwrap()];
+            sparsed_quant::encode(self.formats[part], values, &mut bytes).unwrap();
             bytes
         };
-        self.rows.iter().map(|row| row.each_ref().map(encode)).collect()
+        self.rows.iter().map(|[latent, rope]| [encode(0, latent), encode(1, rope)]).collect()
     }
 
     /// The heads' answers, `at_once` at a time.
     pub(super) fn run(&self, level: Level, at_once: usize) -> Vec<Vec<f32>> {
-        if self.format == Format::W16 {
+        if self.formats == [Format::W16; 2] {
             return self.run_stored(level, at_once, false);
         }
         let bytes = self.bytes();
@@ -76,7 +77,7 @@ impl Case {
             let (mut states, mut out) = (vec![Softmax::EMPTY; queries.len()], vec![0.0; queries.len() * width]);
             let mut block = WordBlock::default();
             for rows in rows.chunks(ROWS) {
-                block.fill(level, self.format, rows, (self.widths, 0), &[&bytes[0][0]]);
+                block.fill(level, self.formats, rows, (self.widths, 0), &[&bytes[0][0]]);
                 let mut heads = WordHeads { q: &q, scales: &scales, states: &mut states, out: &mut out };
                 attend_words(level, &block, rows.len(), &[&bytes[0][1]], &mut heads);
             }
@@ -131,13 +132,13 @@ impl Case {
 
     /// In f64, over the values that the rows decode to.
     fn exact(&self) -> Vec<Vec<f64>> {
-        let decode = |bytes: &[u8], width: usize| {
+        let decode = |part: usize, bytes: &[u8], width: usize| {
             let mut values = vec![0.0; width];
-            sparsed_quant::decode(self.format, bytes, &mut values).unwrap();
+            sparsed_quant::decode(self.formats[part], bytes, &mut values).unwrap();
             values
         };
         let (latent, rope) = (self.widths.latent, self.widths.rope);
-        let rows = self.bytes().into_iter().map(|[a, b]| [decode(&a, latent), decode(&b, rope)]);
+        let rows = self.bytes().into_iter().map(|[a, b]| [decode(0, &a, latent), decode(1, &b, rope)]);
         let rows: Vec<_> = rows.collect();
         let answer = |q: &Vec<f32>| {
             let score = |[latent, rope]: &[Vec<f32>; 2]| {

@@ -273,10 +273,13 @@ fn weigh<L: Words, const H: usize, const V: usize>(
 #[cfg(test)]
 mod tests {
     use super::super::case::{Case, MLA};
-    use super::super::words::Widths;
+    use super::super::words::{Formats, Widths};
     use super::*;
     use fastrand::Rng;
     use sparsed_quant::Format;
+
+    const FORMATS: [Formats; 4] =
+        [[Format::F16; 2], [Format::Q8_0; 2], [Format::F8_128; 2], [Format::Q6_0, Format::Q8_0]];
 
     #[test]
     fn answers_are_within_class_a_for_rows_of_all_sizes() {
@@ -284,11 +287,11 @@ mod tests {
         let narrow = Widths { latent: 96, rope: 32, absorbed: true };
         let plain = Widths { latent: 128, rope: 128, absorbed: false };
         for widths in [MLA, narrow, plain] {
-            for format in [Format::F16, Format::Q8_0, Format::F8_128] {
+            for formats in FORMATS {
                 for (rows, spread) in [(64, 0), (200, 0), (64, 3), (200, 6)] {
-                    let case = Case::random(&mut random, format, widths, rows, 7, spread);
+                    let case = Case::random(&mut random, formats, widths, rows, 7, spread);
                     let (error, allowed) = (case.error(), case.allowed());
-                    let what = format!("{widths:?}, {}, {rows} rows, spread {spread}", format.name());
+                    let what = format!("{widths:?}, {formats:?}, {rows} rows, spread {spread}");
                     assert!(error < allowed, "{what}: {error:e}, {allowed:e} allowed");
                     assert!(spread > 0 || error < 1e-7, "{what}: {error:e}");
                 }
@@ -303,8 +306,8 @@ mod tests {
             [(1, 64, true), (17, 96, true), (63, 32, false), (100, 160, true), (130, 512, true)]
         {
             let widths = Widths { latent, rope: 32, absorbed };
-            for format in [Format::F16, Format::Q8_0, Format::F8_128] {
-                let case = Case::random(&mut random, format, widths, rows, 7, 3);
+            for formats in FORMATS {
+                let case = Case::random(&mut random, formats, widths, rows, 7, 3);
                 let scalar = case.run(Level::Scalar, 1);
                 let bits = |answers: &[Vec<f32>]| answers.concat().iter().map(|v| v.to_bits()).collect::<Vec<_>>();
                 for level in Level::all() {
@@ -319,7 +322,7 @@ mod tests {
     #[test]
     fn rows_of_zeros_and_queries_of_zeros_are_averaged() {
         let widths = Widths { latent: 32, rope: 32, absorbed: true };
-        let mut case = Case::random(&mut Rng::with_seed(3), Format::F16, widths, 40, 2, 0);
+        let mut case = Case::random(&mut Rng::with_seed(3), [Format::F16; 2], widths, 40, 2, 0);
         case.q[0].fill(0.0);
         case.rows[7].iter_mut().for_each(|part| part.fill(0.0));
         case.rows[8][0].fill(0.0);
@@ -334,7 +337,7 @@ mod tests {
     #[test]
     fn a_row_or_a_query_that_is_no_number_makes_the_answer_none() {
         let widths = Widths { latent: 32, rope: 32, absorbed: true };
-        let case = || Case::random(&mut Rng::with_seed(4), Format::F16, widths, 70, 2, 0);
+        let case = || Case::random(&mut Rng::with_seed(4), [Format::F16; 2], widths, 70, 2, 0);
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for level in Level::all() {
                 for part in 0..2 {
@@ -356,7 +359,7 @@ mod tests {
         // All in one lane, or all values the same: what a sum is bounded for.
         for every in [1, LANES] {
             for sign in [1.0, -1.0] {
-                let mut case = Case::random(&mut Rng::with_seed(5), Format::F16, widths, ROWS, 1, 0);
+                let mut case = Case::random(&mut Rng::with_seed(5), [Format::F16; 2], widths, ROWS, 1, 0);
                 let fill = |v: &mut Vec<f32>, value: f32| {
                     v.iter_mut().enumerate().for_each(|(i, v)| *v = if i % every == 0 { value } else { 0.0 });
                 };

@@ -411,7 +411,7 @@ mod tests {
         let wide = Widths { latent: 128, rope: 128, absorbed: false };
         for widths in [MLA, narrow, one_line, PLAIN, wide] {
             for (rows, spread) in [(64, 0), (200, 0), (64, 3), (200, 6)] {
-                let case = Case::random(&mut random, Format::W16, widths, rows, 7, spread);
+                let case = Case::random(&mut random, [Format::W16; 2], widths, rows, 7, spread);
                 let (error, allowed) = (case.error(), case.allowed());
                 let what = format!("{widths:?}, {rows} rows, spread {spread}");
                 assert!(error < allowed, "{what}: {error:e}, {allowed:e} allowed");
@@ -433,7 +433,7 @@ mod tests {
             (100, 96, 128, false),
         ] {
             let widths = Widths { latent, rope, absorbed };
-            let case = Case::random(&mut random, Format::W16, widths, rows, 7, 3);
+            let case = Case::random(&mut random, [Format::W16; 2], widths, rows, 7, 3);
             let scalar = bits(&case.run_stored(Level::Scalar, 1, false));
             for level in Level::all() {
                 for at_once in 1..=WORD_HEADS_MAX {
@@ -449,7 +449,7 @@ mod tests {
     fn a_head_that_sees_fewer_rows_of_the_columns_gives_what_it_gives_with_those_alone() {
         let mut random = Rng::with_seed(3);
         let seen = [5, 33, ROWS];
-        let cases = [PLAIN, MLA].map(|widths| Case::random(&mut random, Format::W16, widths, ROWS, 3, 0));
+        let cases = [PLAIN, MLA].map(|widths| Case::random(&mut random, [Format::W16; 2], widths, ROWS, 3, 0));
         for (level, whole) in Level::all().flat_map(|level| cases.iter().map(move |case| (level, case))) {
             let together = whole.run_seeing(level, &seen);
             for (head, &n) in seen.iter().enumerate() {
@@ -464,7 +464,7 @@ mod tests {
     #[test]
     fn rows_and_queries_of_zeros_are_averaged_and_what_is_no_number_makes_the_answer_none() {
         for widths in [Widths { latent: 32, rope: 32, absorbed: true }, PLAIN] {
-            let case = || Case::random(&mut Rng::with_seed(4), Format::W16, widths, 70, 2, 0);
+            let case = || Case::random(&mut Rng::with_seed(4), [Format::W16; 2], widths, 70, 2, 0);
             let mut zeros = case();
             zeros.q[0].fill(0.0);
             zeros.rows[7].iter_mut().for_each(|part| part.fill(0.0));
@@ -494,7 +494,7 @@ mod tests {
             // All in one partial sum, or all values the same: what a sum is bounded for.
             for every in [1, 2, 4, 2 * LANES] {
                 for sign in [1.0, -1.0] {
-                    let mut case = Case::random(&mut Rng::with_seed(5), Format::W16, widths, ROWS, 1, 0);
+                    let mut case = Case::random(&mut Rng::with_seed(5), [Format::W16; 2], widths, ROWS, 1, 0);
                     let fill = |v: &mut Vec<f32>, value: f32| {
                         v.iter_mut().enumerate().for_each(|(i, v)| *v = if i % every == 0 { value } else { 0.0 });
                     };

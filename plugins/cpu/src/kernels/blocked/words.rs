@@ -10,7 +10,7 @@ mod read;
 use super::{Ahead, ROWS, ask};
 use crate::level::Level;
 use crate::simd::{LANES, Words, on_level};
-use read::{Codes, Eights, Halves, Scale, Stored, magic, power_of_two};
+use read::{Codes, Eights, Halves, Scale, Sixes, Stored, magic, power_of_two};
 use sparsed_quant::Format;
 
 /// Magnitudes of a block's words are below 2 to this power.
@@ -65,9 +65,14 @@ impl Widths {
     }
 }
 
-/// True when rows of such a format and such widths can become words.
-pub(crate) fn can_be_words(format: Format, widths: Widths) -> bool {
-    matches!(format, Format::F16 | Format::Q8_0 | Format::F8_128) && are_lines(widths)
+/// Formats of a row's latent and rope part.
+pub(crate) type Formats = [Format; 2];
+
+/// True when rows of such formats and such widths can become words.
+pub(crate) fn can_be_words(formats: Formats, widths: Widths) -> bool {
+    let [latent, rope] = formats;
+    let alike = latent == rope && matches!(latent, Format::F16 | Format::Q8_0 | Format::F8_128);
+    (alike || formats == [Format::Q6_0, Format::Q8_0]) && are_lines(widths)
 }
 
 /// True when what a head group sees of a row is whole lines of words.
@@ -110,19 +115,20 @@ impl WordBlock {
     pub(crate) fn fill(
         &mut self,
         level: Level,
-        format: Format,
+        formats: Formats,
         rows: &[Bytes<'_>],
         (widths, group): (Widths, usize),
         ahead: &[&[u8]],
     ) {
-        debug_assert!(!rows.is_empty() && rows.len() <= ROWS && can_be_words(format, widths), "a block");
+        debug_assert!(!rows.is_empty() && rows.len() <= ROWS && can_be_words(formats, widths), "a block");
         (self.latent_lines, self.key_lines) = (widths.latent_lines(), widths.key_lines());
         self.keys.resize(ROWS * self.key_lines, Line::ZERO);
         let groups = (widths.latent / LANES).div_ceil(TOGETHER);
         self.values.resize(groups * ROW_PAIRS * TOGETHER, Line::ZERO);
-        match format {
+        match formats[0] {
             Format::F16 => fill_halves(level, rows, (widths, group), ahead, self),
             Format::F8_128 => fill_eights(level, rows, (widths, group), ahead, self),
+            Format::Q6_0 => fill_sixes(level, rows, (widths, group), ahead, self),
             _ => fill_bytes(level, rows, (widths, group), ahead, self),
         }
     }
@@ -137,25 +143,33 @@ on_level! {
 on_level! {
     fn fill_eights(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = eights_body
 }
+on_level! {
+    fn fill_sixes(rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) = sixes_body
+}
 
 #[inline(always)]
 fn halves_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
-    fill_body::<L, Halves>(l, rows, slices, ahead, to);
+    fill_body::<L, Halves, Halves>(l, rows, slices, ahead, to);
 }
 
 #[inline(always)]
 fn bytes_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
-    fill_body::<L, Codes>(l, rows, slices, ahead, to);
+    fill_body::<L, Codes, Codes>(l, rows, slices, ahead, to);
 }
 
 #[inline(always)]
 fn eights_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
-    fill_body::<L, Eights>(l, rows, slices, ahead, to);
+    fill_body::<L, Eights, Eights>(l, rows, slices, ahead, to);
+}
+
+#[inline(always)]
+fn sixes_body<L: Words>(l: L, rows: &[Bytes<'_>], slices: (Widths, usize), ahead: &[&[u8]], to: &mut WordBlock) {
+    fill_body::<L, Sixes, Codes>(l, rows, slices, ahead, to);
 }
 
 /// Sets the units of a block's rows; returns the exponents of their latent slices and of what their keys' words are in.
 #[inline(always)]
-fn find_units<L: Words, S: Stored>(
+fn find_units<L: Words, S: Stored, R: Stored>(
     l: L,
     rows: &[Bytes<'_>],
     (widths, group): (Widths, usize),
@@ -163,12 +177,12 @@ fn find_units<L: Words, S: Stored>(
     to: &mut WordBlock,
 ) -> ([i32; ROWS], [i32; ROWS]) {
     let latent_of = |row: usize| S::slice(rows[row].latent, widths.latent, group);
-    let rope_of = |row: usize| S::slice(rows[row].rope, widths.rope, group);
+    let rope_of = |row: usize| R::slice(rows[row].rope, widths.rope, group);
     let mut ahead = Ahead { rows: ahead, share: ahead.len(), rest: 0 };
     let (mut latents, mut keys) = ([0; ROWS], [0; ROWS]);
     for r in 0..rows.len() {
         ask(l, &mut ahead, ROWS / rows.len());
-        let (latent, rope) = (S::exponent(l, latent_of(r)), S::exponent(l, rope_of(r)));
+        let (latent, rope) = (S::exponent(l, latent_of(r)), R::exponent(l, rope_of(r)));
         let unit = |exponent: Option<i32>| exponent.map_or(f32::NAN, |e| power_of_two(e - (VALUE_BITS - 1)));
         to.units.value[r] = unit(latent);
         let key = if to.latent_lines > 0 { latent.zip(rope).map(|(a, b)| a.max(b)) } else { rope };
@@ -180,8 +194,9 @@ fn find_units<L: Words, S: Stored>(
     (latents, keys)
 }
 
+/// Of rows whose latent part is stored as S, whose rope part as R.
 #[inline(always)]
-fn fill_body<L: Words, S: Stored>(
+fn fill_body<L: Words, S: Stored, R: Stored>(
     l: L,
     rows: &[Bytes<'_>],
     (widths, group): (Widths, usize),
@@ -189,8 +204,8 @@ fn fill_body<L: Words, S: Stored>(
     to: &mut WordBlock,
 ) {
     let latent_of = |row: usize| S::slice(rows[row].latent, widths.latent, group);
-    let rope_of = |row: usize| S::slice(rows[row].rope, widths.rope, group);
-    let (latents, keys) = find_units::<L, S>(l, rows, (widths, group), ahead, to);
+    let rope_of = |row: usize| R::slice(rows[row].rope, widths.rope, group);
+    let (latents, keys) = find_units::<L, S, R>(l, rows, (widths, group), ahead, to);
     let lines = to.key_lines;
     for first in (0..rows.len()).step_by(2 * LANES) {
         for a in first..rows.len().min(first + LANES) {
@@ -224,8 +239,8 @@ fn fill_body<L: Words, S: Stored>(
             for (row, to) in [(a, rope_a), (b, rope_b)] {
                 let slice = rope_of(row);
                 let scale = Scale::<L> { exponent: keys[row], magic: l.splat(magic(keys[row])) };
-                for (line, (bytes, key)) in slice.lines.chunks_exact(S::BYTES).zip(to).enumerate() {
-                    let [low, high] = S::words(l, bytes, slice, line, scale);
+                for (line, (bytes, key)) in slice.lines.chunks_exact(R::BYTES).zip(to).enumerate() {
+                    let [low, high] = R::words(l, bytes, slice, line, scale);
                     l.store_i(l.pair_words(low, high), &mut key.0);
                 }
             }

@@ -45,6 +45,12 @@ impl<L: Words> Scale<L> {
     }
 }
 
+/// Exponent of the largest scale of blocks of `bytes` bytes that begin with a half.
+fn scales_exponent(blocks: &[u8], bytes: usize) -> Option<i32> {
+    let scales = blocks.chunks_exact(bytes).map(|block| u16::from_le_bytes([block[0], block[1]]) & 0x7fff);
+    half_exponent(scales.max().unwrap_or(0))
+}
+
 /// Exponent of a half's magnitude (as bits).
 fn half_exponent(bits: u16) -> Option<i32> {
     let exponent = i32::from(bits >> 10);
@@ -87,10 +93,8 @@ impl Stored for Codes {
 
     #[inline(always)]
     fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
-        let scales =
-            slice.lines.chunks_exact(Self::BYTES).map(|block| u16::from_le_bytes([block[0], block[1]]) & 0x7fff);
         // A code is at most 128.
-        half_exponent(scales.max().unwrap_or(0)).map(|exponent| exponent + 7)
+        scales_exponent(slice.lines, Self::BYTES).map(|exponent| exponent + 7)
     }
 
     #[inline(always)]
@@ -99,6 +103,45 @@ impl Stored for Codes {
         let codes = block[2..].as_chunks().0;
         let values = [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)];
         scale.words(l, values)
+    }
+}
+
+/// Blocks of Q6_0: a half, then the upper two bits of 32 codes, then the lower four.
+pub(super) struct Sixes;
+
+impl Sixes {
+    const UPPER: usize = PAIR / 4;
+
+    /// Both halves of a block's codes less 32: bytes beside each other, which each level has instructions for.
+    #[inline(always)]
+    fn signed(block: &[u8]) -> [[u8; LANES]; 2] {
+        let (upper, nibbles) = block[2..].split_at(Self::UPPER);
+        let (mut both, mut codes) = ([0; LANES], [[0; LANES]; 2]);
+        for i in 0..Self::UPPER {
+            (both[i], both[i + Self::UPPER]) = (upper[i], upper[i] >> 4);
+        }
+        for i in 0..LANES {
+            codes[0][i] = (nibbles[i] & 15 | (both[i] & 3) << 4).wrapping_sub(32);
+            codes[1][i] = (nibbles[i] >> 4 | (both[i] & 12) << 2).wrapping_sub(32);
+        }
+        codes
+    }
+}
+
+impl Stored for Sixes {
+    const BYTES: usize = 2 + Self::UPPER + LANES;
+
+    #[inline(always)]
+    fn exponent<L: Words>(_: L, slice: Slice<'_>) -> Option<i32> {
+        // A code less 32 is at most 32.
+        scales_exponent(slice.lines, Self::BYTES).map(|exponent| exponent + 5)
+    }
+
+    #[inline(always)]
+    fn words<L: Words>(l: L, block: &[u8], _: Slice<'_>, _: usize, scale: Scale<L>) -> [L::I; 2] {
+        let d = l.splat(half::f16::from_le_bytes([block[0], block[1]]).to_f32());
+        let codes = Self::signed(block);
+        scale.words(l, [l.mul(l.load_signed_bytes(&codes[0]), d), l.mul(l.load_signed_bytes(&codes[1]), d)])
     }
 }
 
@@ -154,4 +197,25 @@ pub(super) fn magic(exponent: i32) -> f32 {
 /// 2 to a power from -126 to 127.
 pub(super) fn power_of_two(power: i32) -> f32 {
     f32::from_bits(((power + 127) << 23).cast_unsigned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_quant::{Format, decode};
+
+    #[test]
+    fn every_code_of_q6_0_is_read_in_every_place_as_the_decoder_does() {
+        for turn in 0..64 {
+            let mut block = [0; Sixes::BYTES];
+            block[..2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+            for (i, byte) in (0u8..).zip(&mut block[2..]) {
+                *byte = (i * 37).wrapping_add(turn * 85);
+            }
+            let mut expected = [0.0; PAIR];
+            decode(Format::Q6_0, &block, &mut expected).unwrap();
+            let found = Sixes::signed(&block).map(|half| half.map(|code| f32::from(code.cast_signed())));
+            assert_eq!(found.concat(), expected);
+        }
+    }
 }
