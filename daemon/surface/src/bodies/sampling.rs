@@ -88,7 +88,7 @@ impl SamplingFields {
             None | Some(-1) => 0,
             Some(k) => u32::try_from(k).map_err(|_| Refusal::invalid("top_k", format!("is {k}, must be 0 or more")))?,
         };
-        let seed = match self.seed {
+        let seed = match self.chosen_seed() {
             Some(seed) => i64::try_from(seed)
                 .map(i64::cast_unsigned)
                 .or_else(|_| u64::try_from(seed))
@@ -132,7 +132,12 @@ impl SamplingFields {
 
     /// Whether the client has chosen the seed.
     pub(crate) fn is_seeded(&self) -> bool {
-        self.seed.is_some()
+        self.chosen_seed().is_some()
+    }
+
+    /// -1 is a random one, as llama.cpp, Ollama and vLLM have it.
+    fn chosen_seed(&self) -> Option<i128> {
+        self.seed.filter(|seed| *seed != -1)
     }
 
     /// Whether the answer goes on past end tokens.
@@ -239,6 +244,13 @@ mod tests {
         let sampling =
             fields(r#"{"seed": 18446744073709551615, "top_k": 3.0, "repeat_penalty": 1.5}"#).sampling().unwrap();
         assert_eq!((sampling.seed, sampling.top_k, sampling.repetition_penalty), (u64::MAX, 3, 1.5));
+    }
+
+    #[test]
+    fn a_seed_of_minus_one_is_none() {
+        let drawn = |json: &str| fields(json).sampling().unwrap().seed;
+        assert_ne!(drawn(r#"{"seed": -1}"#), drawn(r#"{"seed": -1.0}"#));
+        assert!(!fields(r#"{"seed": -1}"#).is_seeded() && fields(r#"{"seed": -2}"#).is_seeded());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use crate::bodies::missing::MissingFields;
 use crate::bodies::parse;
-use crate::bodies::whole::{as_whole, whole};
+use crate::bodies::whole::whole;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -70,13 +70,12 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let fields: Fields = parse(bytes)?;
     fields.missing.refuse()?;
     fields.check()?;
-    let seed = fields.seed.filter(|seed| as_whole(seed) != Some(-1));
     let body = [
         ("prompt", Some(prompt(fields.prompt.unwrap_or_default())?)),
         // Without an end where nothing is said; it ends with the context.
         ("max_tokens", Some(json!(fields.n_predict.or(fields.max_tokens).unwrap_or(-1)))),
         ("n", fields.n_cmpl.map(Value::from)),
-        ("seed", seed),
+        ("seed", fields.seed),
         ("stream", fields.stream.map(Value::from)),
         ("logprobs", fields.n_probs.filter(|n| *n > 0).map(Value::from)),
         ("repetition_penalty", fields.repeat_penalty.map(Value::from)),
@@ -168,7 +167,7 @@ mod tests {
                 "cache_prompt": false, "logit_bias": [[7, 1.5], [8, false]], "json_schema": {"const": 1}}"#,
         );
         assert_eq!((&body["max_tokens"], &body["logprobs"], &body["top_k"]), (&json!(5), &json!(3), &json!(4)));
-        assert_eq!((&body["repetition_penalty"], &body["seed"]), (&json!(1.5), &Value::Null));
+        assert_eq!((&body["repetition_penalty"], &body["seed"]), (&json!(1.5), &json!(-1)));
         assert_eq!(body["logit_bias"], json!({ "7": 1.5, "8": -100 }));
         assert_eq!(body["json_schema"]["const"], 1);
         assert!(body.get("cache_prompt").is_none());
