@@ -115,13 +115,7 @@ fn chat_fields(
         Calling::Required => set("tool_choice", json!("required")),
         Calling::Only(name) => set("tool_choice", json!({ "type": "function", "function": { "name": name } })),
     }
-    let mut arguments = chat.template_arguments.clone();
-    if let Some(thinking) = chat.thinking {
-        // Templates differ in the name.
-        for name in ["thinking", "enable_thinking"] {
-            arguments.insert(name.to_owned(), json!(thinking));
-        }
-    }
+    let arguments = thinking_fields(chat, dialect, set);
     if !arguments.is_empty() {
         if dialect == Dialect::OpenAi {
             return Err(not_known(dialect, "chat_template_kwargs"));
@@ -129,6 +123,30 @@ fn chat_fields(
         set("chat_template_kwargs", Value::Object(arguments));
     }
     Ok(())
+}
+
+/// How the model is to think; answers the template's arguments, with what is said by them.
+fn thinking_fields(chat: &ChatRequest, dialect: Dialect, set: &mut impl FnMut(&str, Value)) -> Map<String, Value> {
+    let mut arguments = chat.template_arguments.clone();
+    let effort = chat.effort.as_deref();
+    match (effort, dialect) {
+        (None, _) => {}
+        // Its template may have degrees all the same.
+        (Some(effort), Dialect::LlamaCpp) => {
+            arguments.entry("reasoning_effort").or_insert_with(|| json!(effort));
+        }
+        // Not all of them know this one; the variables below say it.
+        (Some("none"), Dialect::Vllm | Dialect::SgLang | Dialect::Sparsed) => {}
+        (Some(effort), _) => set("reasoning_effort", json!(effort)),
+    }
+    let is_said = dialect == Dialect::OpenAi && chat.thinking == effort.map(|effort| effort != "none");
+    if let Some(thinking) = chat.thinking.filter(|_| !is_said) {
+        // Templates differ in the name.
+        for name in ["thinking", "enable_thinking"] {
+            arguments.insert(name.to_owned(), json!(thinking));
+        }
+    }
+    arguments
 }
 
 /// What an engine would choose by itself is said too: its own choices are others than ours.
@@ -266,6 +284,27 @@ mod tests {
         });
         assert_eq!(refused(&thinking, Dialect::OpenAi), "chat_template_kwargs");
         assert_eq!(body(&thinking, Dialect::Vllm)["chat_template_kwargs"]["enable_thinking"], false);
+    }
+
+    #[test]
+    fn an_effort_is_passed_on_as_the_word_that_it_is() {
+        let asked = |effort: &str, dialect| {
+            let mut relay = chat();
+            let RelayPrompt::Chat { chat, .. } = &mut relay.prompt else { panic!("a chat") };
+            (chat.effort, chat.thinking) = (Some(effort.to_owned()), Some(effort != "none"));
+            let body = body(&relay, dialect);
+            (body["reasoning_effort"].clone(), body["chat_template_kwargs"].clone())
+        };
+        for dialect in [Dialect::Vllm, Dialect::SgLang, Dialect::Sparsed] {
+            let thinking = |is_on: bool| json!({ "thinking": is_on, "enable_thinking": is_on });
+            assert_eq!(asked("low", dialect), (json!("low"), thinking(true)));
+            assert_eq!(asked("none", dialect), (Value::Null, thinking(false)));
+        }
+        let (none, variables) = asked("low", Dialect::LlamaCpp);
+        assert_eq!((none, &variables["reasoning_effort"]), (Value::Null, &json!("low")));
+        for effort in ["low", "none"] {
+            assert_eq!(asked(effort, Dialect::OpenAi), (json!(effort), Value::Null), "it is OpenAI's own field");
+        }
     }
 
     #[test]

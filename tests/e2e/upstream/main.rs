@@ -302,6 +302,8 @@ fn an_engine_of_unknown_kind_hears_openais_fields_only() {
         assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!(name)), "{}", refused.body);
     }
     assert_eq!(engine.seen("plain")["posts"], 1, "what is refused is not sent");
+    let answer = daemon.post("/v1/chat/completions", &with(chat("plain"), "reasoning_effort", json!("low")));
+    assert_eq!((answer.status, &engine.seen("plain")["body"]["reasoning_effort"]), (200, &json!("low")));
 }
 
 #[test]

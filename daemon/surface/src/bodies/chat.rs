@@ -19,6 +19,8 @@ use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, GrammarSpec, Held,
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
+/// Longest word for an effort, in bytes.
+const EFFORT_BYTES_MAX: usize = 32;
 /// Most functions that are offered.
 const TOOLS_MAX: usize = 128;
 
@@ -309,10 +311,21 @@ impl ChatFields {
         let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
         let asked = ["thinking", "enable_thinking"].map(|name| template_arguments.remove(name));
         let asked = asked.into_iter().flatten().find_map(|value| value.as_bool());
-        let thinking = asked.or_else(|| self.reasoning_effort.map(|effort| effort != "none"));
-        let now = i64::try_from(now()).ok();
-        Ok(ChatRequest { messages, tools, thinking, continues, template_arguments, now, ..ChatRequest::default() })
+        let effort = self.reasoning_effort;
+        if effort.as_deref().is_some_and(|effort| !is_effort(effort)) {
+            let reason = format!("must be a word of 1 to {EFFORT_BYTES_MAX} letters, digits, '-' and '_'");
+            return Err(Refusal::invalid("reasoning_effort", reason));
+        }
+        let thinking = asked.or_else(|| effort.as_ref().map(|effort| effort != "none"));
+        let (now, rest) = (i64::try_from(now()).ok(), ChatRequest::default());
+        Ok(ChatRequest { messages, tools, thinking, effort, continues, template_arguments, now, ..rest })
     }
+}
+
+/// Which words there are is the template's, or another engine's, to know.
+fn is_effort(word: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    (1..=EFFORT_BYTES_MAX).contains(&word.len()) && word.bytes().all(is_plain)
 }
 
 /// Where a call is enforced, nothing is left that `response_format` would be about.
@@ -355,6 +368,21 @@ mod tests {
         let request = request.unwrap();
         assert!(request.tools.is_empty());
         assert_eq!((request.thinking, request.template_arguments.len()), (Some(false), 1));
+    }
+
+    #[test]
+    fn an_effort_is_a_word_that_is_kept_and_says_whether_to_think() {
+        let asked =
+            |fields: &str| parsed(&format!(r#"{{"messages": [{{"role": "user", "content": "x"}}], {fields}}}"#));
+        let kept = |fields: &str| asked(fields).map(|request| (request.thinking, request.effort)).unwrap();
+        assert_eq!(kept(r#""reasoning_effort": "low""#), (Some(true), Some("low".to_owned())));
+        assert_eq!(kept(r#""reasoning_effort": "none""#), (Some(false), Some("none".to_owned())));
+        let both = r#""reasoning_effort": "low", "chat_template_kwargs": {"thinking": false}"#;
+        assert_eq!(kept(both), (Some(false), Some("low".to_owned())));
+        for wrong in ["", "<s>", &"x".repeat(33)] {
+            let refused = asked(&format!(r#""reasoning_effort": "{wrong}""#)).unwrap_err();
+            assert_eq!(refused.body()["error"]["param"], "reasoning_effort");
+        }
     }
 
     #[test]

@@ -175,6 +175,8 @@ pub(crate) fn renamed(refusal: Refusal) -> Refusal {
         "repetition_penalty" => Some("options.repeat_penalty"),
         "presence_penalty" => Some("options.presence_penalty"),
         "frequency_penalty" => Some("options.frequency_penalty"),
+        "repeat_last_n" => Some("options.repeat_last_n"),
+        "reasoning_effort" | "chat_template_kwargs" => Some("think"),
         _ => None,
     })
 }
@@ -323,7 +325,8 @@ mod tests {
     fn options_and_format_have_names_of_openais() {
         let body = body(chat(
             br#"{"model": "default:latest", "messages": [{"role": "user", "content": "x"}], "format": "json",
-                "think": false, "options": {"num_predict": 5, "repeat_penalty": 1.5, "num_ctx": 4096, "stop": ["y"]}}"#,
+                "think": false, "options": {"num_predict": 5, "repeat_penalty": 1.5, "repeat_last_n": 0, "num_ctx": 4096,
+                "stop": ["y"]}}"#,
         ));
         assert_eq!((&body["model"], &body["max_tokens"]), (&json!("default:latest"), &json!(5)));
         assert_eq!((&body["repetition_penalty"], &body["stop"]), (&json!(1.5), &json!(["y"])));
@@ -385,6 +388,7 @@ mod tests {
         assert_eq!(options(r#"{"mirostat": 1}"#), "options.mirostat");
         assert_eq!(renamed(Refusal::invalid("response_format", "x")).body()["error"]["message"], "'format' x");
         assert_eq!(options(r#"{"num_predict": 5000000000}"#), "options.num_predict");
+        assert_eq!(renamed(Refusal::invalid("reasoning_effort", "x")).body()["error"]["param"], "think");
     }
 
     #[test]
