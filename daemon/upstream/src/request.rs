@@ -79,7 +79,8 @@ impl Body {
             set("priority", json!(priority));
         }
         if let Some(spec) = &wishes.grammar {
-            let (name, value) = grammar_field(spec, there)?;
+            let not_known = || not_known(there.dialect, wishes.form.unwrap_or("grammar"));
+            let (name, value) = grammar_field(spec, there.dialect).ok_or_else(not_known)?;
             set(name, value);
         }
         Ok(Self { endpoint, json: Value::Object(json) })
@@ -184,18 +185,58 @@ fn sampling_fields(sampling: &Sampling, dialect: Dialect, set: &mut impl FnMut(&
     Ok(())
 }
 
-fn grammar_field(spec: &GrammarSpec, there: &Described) -> Result<(&'static str, Value), Failure> {
-    match spec {
-        GrammarSpec::JsonObject => Ok(("response_format", json!({ "type": "json_object" }))),
-        GrammarSpec::JsonSchema(schema) => {
+/// The field for what an answer must be; `None`: the engine has none.
+fn grammar_field(spec: &GrammarSpec, dialect: Dialect) -> Option<(&'static str, Value)> {
+    match (spec, dialect) {
+        (GrammarSpec::JsonObject, _) => Some(("response_format", json!({ "type": "json_object" }))),
+        (GrammarSpec::JsonSchema(schema), _) => {
             let schema = json!({ "name": "answer", "strict": true, "schema": schema });
-            Ok(("response_format", json!({ "type": "json_schema", "json_schema": schema })))
+            Some(("response_format", json!({ "type": "json_schema", "json_schema": schema })))
         }
-        GrammarSpec::Lark(text) if there.dialect.takes_lark() => Ok(("grammar", json!(text))),
-        GrammarSpec::Lark(_) => Err(not_known(there.dialect, "grammar")),
-        // Calls are enforced by `tool_choice`; no door makes this one for an engine elsewhere.
-        GrammarSpec::Call(_) | GrammarSpec::CallOrJson { .. } => Err(not_known(there.dialect, "tools")),
+        (GrammarSpec::Regex(regex), Dialect::Vllm) => Some(("structured_outputs", json!({ "regex": regex }))),
+        (GrammarSpec::Regex(regex), Dialect::SgLang | Dialect::Sparsed) => Some(("regex", json!(regex))),
+        (GrammarSpec::Choice(texts), Dialect::Vllm) => Some(("structured_outputs", json!({ "choice": texts }))),
+        (GrammarSpec::Choice(texts), Dialect::Sparsed) => Some(("guided_choice", json!(texts))),
+        (GrammarSpec::Choice(texts), Dialect::SgLang) => Some(("regex", json!(one_of(texts, quoted_for_regex, "|")))),
+        (GrammarSpec::Choice(texts), Dialect::LlamaCpp) => {
+            Some(("grammar", json!(format!("root ::= {}", one_of(texts, quoted_for_gbnf, " | ")))))
+        }
+        (GrammarSpec::Lark(text), dialect) if dialect.takes_lark() => Some(("grammar", json!(text))),
+        // Calls are enforced by `tool_choice`; no door makes one of those for an engine elsewhere.
+        _ => None,
     }
+}
+
+fn one_of(texts: &[String], quoted: fn(&str) -> String, or: &str) -> String {
+    texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(or)
+}
+
+/// A text as a regular expression of nothing else.
+fn quoted_for_regex(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if r"\.+*?()|[]{}^$".contains(letter) {
+            quoted.push('\\');
+        }
+        quoted.push(letter);
+    }
+    quoted
+}
+
+/// A text as llama.cpp's grammars have it.
+fn quoted_for_gbnf(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for letter in text.chars() {
+        match letter {
+            '"' | '\\' => quoted.extend(['\\', letter]),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            other => quoted.push(other),
+        }
+    }
+    quoted.push('"');
+    quoted
 }
 
 /// # Errors
@@ -284,6 +325,33 @@ mod tests {
         });
         assert_eq!(refused(&thinking, Dialect::OpenAi), "chat_template_kwargs");
         assert_eq!(body(&thinking, Dialect::Vllm)["chat_template_kwargs"]["enable_thinking"], false);
+    }
+
+    #[test]
+    fn a_form_is_said_in_the_words_of_the_engine_or_refused_in_the_clients() {
+        let with = |spec: GrammarSpec| {
+            let mut relay = chat();
+            (relay.wishes.grammar, relay.wishes.form) = (Some(spec), Some("structured_outputs"));
+            relay
+        };
+        let regex = with(GrammarSpec::Regex("a+".to_owned()));
+        assert_eq!(body(&regex, Dialect::Vllm)["structured_outputs"], json!({ "regex": "a+" }));
+        for dialect in [Dialect::SgLang, Dialect::Sparsed] {
+            assert_eq!(body(&regex, dialect)["regex"], "a+");
+        }
+        let choice = with(GrammarSpec::Choice(vec!["a.\"".to_owned(), "b\\\n".to_owned()]));
+        assert_eq!(body(&choice, Dialect::Vllm)["structured_outputs"]["choice"], json!(["a.\"", "b\\\n"]));
+        assert_eq!(body(&choice, Dialect::Sparsed)["guided_choice"], json!(["a.\"", "b\\\n"]));
+        assert_eq!(body(&choice, Dialect::SgLang)["regex"], "a\\.\"|b\\\\\n");
+        assert_eq!(body(&choice, Dialect::LlamaCpp)["grammar"], r#"root ::= "a.\"" | "b\\\n""#);
+        for (relay, dialect) in [
+            (&regex, Dialect::LlamaCpp),
+            (&regex, Dialect::OpenAi),
+            (&choice, Dialect::OpenAi),
+            (&with(GrammarSpec::Lark("start: \"a\"".to_owned())), Dialect::Vllm),
+        ] {
+            assert_eq!(refused(relay, dialect), "structured_outputs");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
 use crate::api::{Failure, Generate, Owner, Urgency};
-use crate::{ChatMessage, ChatRequest, GrammarSpec, Role, Sampling, checked_stops};
+use crate::{ChatMessage, ChatRequest, Grammar, GrammarSpec, Role, Sampling, ServedModel, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
 
@@ -14,6 +14,9 @@ pub struct Wishes {
     pub sampling: Sampling,
     /// What the answer must be.
     pub grammar: Option<GrammarSpec>,
+    /// The client's field that says so; a turn that goes on after a cut has forgotten it.
+    #[serde(skip)]
+    pub form: Option<&'static str>,
     /// Texts that end the answer; they are not part of it.
     pub stops: Vec<String>,
     /// Go on past end tokens.
@@ -36,6 +39,21 @@ impl Wishes {
     /// Themselves, if a request may have them: those of an imported session come from a file.
     pub(super) fn checked(self) -> Result<Self, Failure> {
         Ok(Self { sampling: self.sampling.checked()?, stops: checked_stops(self.stops)?, ..self })
+    }
+
+    /// The compiled grammar, if there is one. Takes its time.
+    ///
+    /// # Errors
+    /// What is wrong with it, by the name that the client knows.
+    pub fn compiled(&self, model: &ServedModel) -> Result<Option<Grammar>, Failure> {
+        let made = self.grammar.clone().map(|spec| model.grammar(spec)).transpose();
+        made.map_err(|failure| match (failure, self.form) {
+            // Of a call that is enforced, or stands beside a form, the tools may be at fault.
+            (Failure::InvalidRequest { param, reason }, Some(form)) if param != "tools" => {
+                Failure::invalid(form, reason)
+            }
+            (failure, _) => failure,
+        })
     }
 
     /// A request with these wishes, without model, prompt and grammar.

@@ -194,11 +194,11 @@ impl ChatAsk {
         let Held { model: served, lease } = models::held(service, owner, &model).await?;
         let lease = Some(lease);
         let request = fields.request(Some(&*served), &mut wishes)?;
-        let spec = wishes.grammar.clone();
+        let asked = wishes.clone();
         let made = tokio::task::spawn_blocking(move || {
             let prompt = served.chat_prompt(&request)?;
             drop(held);
-            Ok::<_, Failure>((prompt, spec.map(|spec| served.grammar(spec)).transpose()?))
+            Ok::<_, Failure>((prompt, asked.compiled(&served)?))
         });
         let (prompt, grammar) =
             made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
@@ -331,7 +331,10 @@ fn is_effort(word: &str) -> bool {
 /// Where a call is enforced, nothing is left that `response_format` would be about.
 fn drop_form(wishes: &mut Wishes) -> Result<(), Refusal> {
     match wishes.grammar.take() {
-        Some(grammar) if !is_json(&grammar) => Err(Refusal::invalid("tool_choice", "excludes grammar")),
+        Some(grammar) if !is_json(&grammar) => {
+            let form = wishes.form.unwrap_or("grammar");
+            Err(Refusal::invalid("tool_choice", format!("excludes {form}")))
+        }
         _ => Ok(()),
     }
 }

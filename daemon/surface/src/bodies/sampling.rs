@@ -64,11 +64,17 @@ enum Stop {
 }
 
 impl SamplingFields {
-    /// All that an answer is wished to be; `grammar` is its form.
-    pub(crate) fn wishes(&self, max_tokens: Option<u32>, grammar: Option<GrammarSpec>) -> Result<Wishes, Refusal> {
+    /// All that an answer is wished to be; `form` is what it must be, with the field that says so.
+    pub(crate) fn wishes(
+        &self,
+        max_tokens: Option<u32>,
+        form: Option<(&'static str, GrammarSpec)>,
+    ) -> Result<Wishes, Refusal> {
+        let (form, grammar) = form.unzip();
         Ok(Wishes {
             max_tokens,
             grammar,
+            form,
             sampling: self.sampling()?,
             stops: self.stops()?,
             ignore_end: self.ignore_end(),
