@@ -42,7 +42,11 @@ struct ChatFields {
     parallel_tool_calls: Option<bool>,
     /// vLLM's: the last message is an answer that goes on.
     continue_final_message: Option<bool>,
-    /// OpenAI's: `none` for an answer without reasoning.
+    /// vLLM's: whether an answer begins, which is so unless one goes on.
+    add_generation_prompt: Option<bool>,
+    /// vLLM's: the last message is told again before the answer.
+    echo: Option<bool>,
+    /// OpenAI's: how hard to think; `none` for an answer without reasoning.
     reasoning_effort: Option<String>,
     /// vLLM's and llama.cpp's: further variables of the template; `thinking` and `enable_thinking` turn reasoning on.
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -130,6 +134,7 @@ impl ChatAsk {
             let reason = "is not served in a session: it has a way to continue";
             return Err(Refusal::invalid("continue_final_message", reason));
         }
+        fields.refuse_what_is_missing()?;
         fields.narrow()?;
         let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?
             .or(limit("max_tokens", fields.max_tokens)?)
@@ -221,6 +226,21 @@ impl ChatFields {
         let none = self.tool_choice.as_ref().is_some_and(ToolChoice::is_none);
         let offers = !none && self.tools.as_ref().is_some_and(|tools| !tools.is_empty());
         self.enforces_call() || (offers && wishes.grammar.as_ref().is_some_and(is_json))
+    }
+
+    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
+        let asked = [
+            // A prompt after which nothing is to be said has no answer.
+            (
+                "add_generation_prompt",
+                self.add_generation_prompt == Some(false) && self.continue_final_message != Some(true),
+            ),
+            ("echo", self.echo == Some(true)),
+        ];
+        match asked.iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => Err(Refusal::invalid(name, "is not served in chats as it is said")),
+            None => Ok(()),
+        }
     }
 
     /// Leaves those tools that `tool_choice` allows, if it says so.
@@ -396,6 +416,19 @@ mod tests {
             let tools = format!(r#""tools": [{{"function": {{"name": "f"}}}}, {tool}]"#);
             assert_eq!(param(&format!(r#"{{"messages": [{{"role": "user", "content": "x"}}], {tools}}}"#)), "tools[1]");
         }
+    }
+
+    #[test]
+    fn a_prompt_without_an_answer_and_an_echo_are_refused_by_name() {
+        let asked = |fields: &str| {
+            let messages = r#"[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]"#;
+            let read = ChatAsk::read(format!(r#"{{"messages": {messages}, {fields}}}"#).as_bytes());
+            read.map(|_| ()).map_err(|error| error.body()["error"]["param"].clone())
+        };
+        assert_eq!(asked(r#""add_generation_prompt": false"#), Err("add_generation_prompt".into()));
+        assert_eq!(asked(r#""add_generation_prompt": false, "continue_final_message": true"#), Ok(()));
+        assert_eq!(asked(r#""echo": true"#), Err("echo".into()));
+        assert_eq!(asked(r#""add_generation_prompt": true, "echo": false"#), Ok(()));
     }
 
     #[test]

@@ -28,6 +28,9 @@ pub(crate) struct SamplingFields {
     seed: Option<i128>,
     repetition_penalty: Option<f32>,
     repeat_penalty: Option<f32>,
+    /// llama.cpp's: among how many of the last tokens penalties look; here all (-1), or none (0).
+    #[serde(deserialize_with = "whole")]
+    repeat_last_n: Option<i64>,
     frequency_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     logit_bias: Option<BTreeMap<String, f32>>,
@@ -113,7 +116,26 @@ impl SamplingFields {
             presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
             logit_bias: self.biases()?,
         };
-        Ok(sampling.checked()?)
+        self.within_reach(sampling.checked()?, &default)
+    }
+
+    /// Penalties look at all tokens. A shorter reach is refused where there is any penalty, none at all turns them off.
+    fn within_reach(&self, sampling: Sampling, off: &Sampling) -> Result<Sampling, Refusal> {
+        let unpenalised = Sampling {
+            repetition_penalty: off.repetition_penalty,
+            frequency_penalty: off.frequency_penalty,
+            presence_penalty: off.presence_penalty,
+            ..sampling.clone()
+        };
+        match self.repeat_last_n {
+            None | Some(-1) => Ok(sampling),
+            Some(0) => Ok(unpenalised),
+            Some(1..) if sampling == unpenalised => Ok(sampling),
+            Some(n) => {
+                let reason = format!("is {n}, must be 0 (no penalties) or -1 (all tokens) beside a penalty");
+                Err(Refusal::invalid("repeat_last_n", reason))
+            }
+        }
     }
 
     /// The stop strings.
@@ -250,6 +272,20 @@ mod tests {
         let sampling =
             fields(r#"{"seed": 18446744073709551615, "top_k": 3.0, "repeat_penalty": 1.5}"#).sampling().unwrap();
         assert_eq!((sampling.seed, sampling.top_k, sampling.repetition_penalty), (u64::MAX, 3, 1.5));
+    }
+
+    #[test]
+    fn penalties_reach_over_all_tokens_or_none() {
+        let all = r#""repeat_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.5"#;
+        let reaching = |n: i64| fields(&format!(r#"{{"repeat_last_n": {n}, {all}, "seed": 1}}"#)).sampling();
+        let sampling = reaching(-1).unwrap();
+        assert_eq!((sampling.repetition_penalty, sampling.presence_penalty), (1.5, 0.5));
+        assert_eq!(reaching(0).unwrap(), Sampling { seed: 1, ..Sampling::default() });
+        for n in [64, -2] {
+            assert_eq!(reaching(n).unwrap_err().body()["error"]["param"], "repeat_last_n", "{n}");
+        }
+        assert!(fields(r#"{"repeat_last_n": 64, "repeat_penalty": 1}"#).sampling().is_ok(), "there is none");
+        assert!(fields(r#"{"repeat_last_n": -2}"#).sampling().is_err());
     }
 
     #[test]

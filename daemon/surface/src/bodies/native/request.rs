@@ -47,6 +47,7 @@ struct Fields {
     top_p: Option<Value>,
     min_p: Option<Value>,
     seed: Option<Value>,
+    repeat_last_n: Option<Value>,
     presence_penalty: Option<Value>,
     frequency_penalty: Option<Value>,
     stop: Option<Value>,
@@ -85,6 +86,7 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
         ("top_k", fields.top_k),
         ("top_p", fields.top_p),
         ("min_p", fields.min_p),
+        ("repeat_last_n", fields.repeat_last_n),
         ("presence_penalty", fields.presence_penalty),
         ("frequency_penalty", fields.frequency_penalty),
         ("stop", fields.stop),
@@ -163,13 +165,13 @@ mod tests {
     #[test]
     fn what_openai_calls_otherwise_has_its_name() {
         let body = body(
-            r#"{"prompt": "x", "n_predict": 5, "seed": -1, "n_probs": 3, "repeat_penalty": 1.5, "top_k": 4,
+            r#"{"prompt": "x", "n_predict": 5, "seed": -1, "n_probs": 3, "repeat_penalty": 1.5, "repeat_last_n": 0, "top_k": 4,
                 "cache_prompt": false, "logit_bias": [[7, 1.5], [8, false]], "json_schema": {"const": 1}}"#,
         );
         assert_eq!((&body["max_tokens"], &body["logprobs"], &body["top_k"]), (&json!(5), &json!(3), &json!(4)));
         assert_eq!((&body["repetition_penalty"], &body["seed"]), (&json!(1.5), &json!(-1)));
         assert_eq!(body["logit_bias"], json!({ "7": 1.5, "8": -100 }));
-        assert_eq!(body["json_schema"]["const"], 1);
+        assert_eq!((&body["json_schema"]["const"], &body["repeat_last_n"]), (&json!(1), &json!(0)));
         assert!(body.get("cache_prompt").is_none());
     }
 

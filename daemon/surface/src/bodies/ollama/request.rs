@@ -108,6 +108,7 @@ struct Options {
     seed: Option<Value>,
     stop: Option<Value>,
     repeat_penalty: Option<f64>,
+    repeat_last_n: Option<Value>,
     presence_penalty: Option<f64>,
     frequency_penalty: Option<f64>,
     #[serde(deserialize_with = "whole")]
@@ -261,6 +262,7 @@ impl Options {
             ("seed", json!(self.seed)),
             ("stop", json!(self.stop)),
             ("repetition_penalty", json!(self.repeat_penalty)),
+            ("repeat_last_n", json!(self.repeat_last_n)),
             ("presence_penalty", json!(self.presence_penalty)),
             ("frequency_penalty", json!(self.frequency_penalty)),
         ] {
@@ -330,7 +332,7 @@ mod tests {
         ));
         assert_eq!((&body["model"], &body["max_tokens"]), (&json!("default:latest"), &json!(5)));
         assert_eq!((&body["repetition_penalty"], &body["stop"]), (&json!(1.5), &json!(["y"])));
-        assert_eq!(body["response_format"]["type"], "json_object");
+        assert_eq!((&body["response_format"]["type"], &body["repeat_last_n"]), (&json!("json_object"), &json!(0)));
         assert_eq!(body["chat_template_kwargs"]["thinking"], false);
     }
 
