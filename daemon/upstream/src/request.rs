@@ -74,10 +74,7 @@ impl Body {
             known(there, "ignore_eos")?;
             set("ignore_eos", json!(true));
         }
-        let priority = Some(wishes.urgency.priority).filter(|priority| with_priority && *priority != 0);
-        if let Some(priority) = priority.and_then(|priority| there.dialect.priority(priority)) {
-            set("priority", json!(priority));
-        }
+        owner_fields(relay, there.dialect, with_priority, &mut set)?;
         if let Some(spec) = &wishes.grammar {
             let not_known = || not_known(there.dialect, wishes.form.unwrap_or("grammar"));
             let (name, value) = grammar_field(spec, there.dialect).ok_or_else(not_known)?;
@@ -148,6 +145,27 @@ fn thinking_fields(chat: &ChatRequest, dialect: Dialect, set: &mut impl FnMut(&s
         }
     }
     arguments
+}
+
+/// What is said of those who ask: whose turn it is, and with whom rows are shared.
+fn owner_fields(
+    relay: &Relay,
+    dialect: Dialect,
+    with_priority: bool,
+    set: &mut impl FnMut(&str, Value),
+) -> Result<(), Failure> {
+    match (relay.wishes.cache_salt, dialect) {
+        (None, _) => {}
+        (Some(salt), Dialect::Vllm | Dialect::SgLang | Dialect::Sparsed) => {
+            set("cache_salt", json!(salt.relayed(relay.owner)));
+        }
+        (Some(_), Dialect::LlamaCpp | Dialect::OpenAi) => return Err(not_known(dialect, "cache_salt")),
+    }
+    let priority = Some(relay.wishes.urgency.priority).filter(|priority| with_priority && *priority != 0);
+    if let Some(priority) = priority.and_then(|priority| dialect.priority(priority)) {
+        set("priority", json!(priority));
+    }
+    Ok(())
 }
 
 /// What an engine would choose by itself is said too: its own choices are others than ours.
@@ -254,7 +272,7 @@ fn not_known(dialect: Dialect, param: &str) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_engine::api::Owner;
+    use sparsed_engine::api::{CacheSalt, Owner};
     use sparsed_engine::{ChatMessage, Role, Wishes};
 
     fn there(dialect: Dialect) -> Described {
@@ -351,6 +369,23 @@ mod tests {
             (&with(GrammarSpec::Lark("start: \"a\"".to_owned())), Dialect::Vllm),
         ] {
             assert_eq!(refused(relay, dialect), "structured_outputs");
+        }
+    }
+
+    #[test]
+    fn a_salt_is_passed_on_for_each_owner_or_refused_where_rows_would_be_shared() {
+        let salted = |owner: u32| {
+            let mut relay = Relay { owner: Owner::Uid(owner), ..chat() };
+            relay.wishes.cache_salt = Some(CacheSalt::checked("x").unwrap());
+            relay
+        };
+        let told = |owner: u32, dialect| body(&salted(owner), dialect)["cache_salt"].clone();
+        for dialect in [Dialect::Vllm, Dialect::SgLang, Dialect::Sparsed] {
+            assert!(told(1, dialect).as_str().is_some_and(|salt| salt.len() == 64));
+        }
+        assert_ne!(told(1, Dialect::Vllm), told(2, Dialect::Vllm));
+        for dialect in [Dialect::LlamaCpp, Dialect::OpenAi] {
+            assert_eq!(refused(&salted(1), dialect), "cache_salt");
         }
     }
 

@@ -153,6 +153,23 @@ fn several_answers_read_their_prompt_once() {
 }
 
 #[test]
+fn who_asks_for_several_people_has_nothing_shared_between_them() {
+    let daemon = Daemon::start(&tiny(), &[]);
+    let prompt: Vec<u32> = (0..200).map(|i| i * 7 % 131).collect();
+    let cached = |salt: Value| {
+        let request = json!({ "prompt": prompt, "max_tokens": 1, "cache_salt": salt });
+        let answer = daemon.post("/v1/completions", &request).json();
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("counted")
+    };
+    assert_eq!([json!("anna"), json!("bert"), json!("anna")].map(cached), [0, 0, 192]);
+    assert_eq!([Value::Null, Value::Null].map(cached), [0, 192], "without one all is as it was");
+    for wrong in [json!(""), json!("x".repeat(257)), json!(7)] {
+        let request = json!({ "prompt": prompt, "max_tokens": 1, "cache_salt": wrong });
+        assert_eq!(param(&daemon.post("/v1/completions", &request)), "cache_salt");
+    }
+}
+
+#[test]
 fn a_session_is_not_answered_by_another_model_than_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write(dir.path()), &[]);

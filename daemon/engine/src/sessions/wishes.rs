@@ -1,6 +1,6 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
-use crate::api::{Failure, Generate, Owner, Urgency};
+use crate::api::{CacheSalt, Failure, Generate, Owner, Urgency};
 use crate::{ChatMessage, ChatRequest, Grammar, GrammarSpec, Role, Sampling, ServedModel, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
@@ -27,6 +27,9 @@ pub struct Wishes {
     /// Whether it is wanted although nobody waits for it: once cut by the daemon's end, it goes on by itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub in_background: bool,
+    /// With whom its rows are shared: an answer that goes on in another process must not share more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_salt: Option<CacheSalt>,
     /// When it is to begin; no part of what the answer depends on.
     #[serde(skip)]
     pub urgency: Urgency,
@@ -72,6 +75,7 @@ impl Wishes {
             logprobs: None,
             progress: self.progress,
             urgency: self.urgency,
+            cache_salt: self.cache_salt,
             turn: None,
             lease: None,
         }

@@ -12,7 +12,6 @@ use std::marker::PhantomData;
 
 /// Fields that change nothing here and are no mistake: labels, and wishes about what this daemon does not have.
 const HARMLESS: &[&str] = &[
-    "cache_salt",
     "max_tool_calls",
     "metadata",
     "prompt_cache_key",

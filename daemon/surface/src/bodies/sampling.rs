@@ -6,7 +6,7 @@ use super::whole::{as_whole, whole};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::api::{ALTERNATIVES_MAX, Urgency};
+use sparsed_engine::api::{ALTERNATIVES_MAX, CacheSalt, Urgency};
 use sparsed_engine::{GrammarSpec, Sampling, Wishes, checked_stops};
 use std::collections::BTreeMap;
 
@@ -48,6 +48,8 @@ pub(crate) struct SamplingFields {
     logprobs: Option<Value>,
     #[serde(deserialize_with = "whole")]
     top_logprobs: Option<u32>,
+    /// vLLM's: whose the request is, where an app asks for several people.
+    cache_salt: Option<String>,
     return_progress: Option<bool>,
     timings_per_token: Option<bool>,
     // What would change the answer and is not served.
@@ -83,6 +85,7 @@ impl SamplingFields {
             ignore_end: self.ignore_end(),
             one_call: false,
             in_background: false,
+            cache_salt: self.cache_salt.as_deref().map(CacheSalt::checked).transpose()?,
             urgency: self.urgency()?,
             progress: false,
         })
@@ -318,6 +321,14 @@ mod tests {
         for wrong in [0, -2, 1 << 32] {
             assert_eq!(of(wrong), Err("max_tokens".into()), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_salt_is_a_wish_and_an_empty_one_a_mistake() {
+        let salt = |json: &str| fields(json).wishes(None, None).map(|wishes| wishes.cache_salt);
+        assert_eq!(salt(r#"{"cache_salt": "x"}"#).unwrap(), Some(CacheSalt::checked("x").unwrap()));
+        assert_eq!(salt(r#"{"cache_salt": null}"#).unwrap(), None);
+        assert_eq!(salt(r#"{"cache_salt": ""}"#).unwrap_err().body()["error"]["param"], "cache_salt");
     }
 
     #[test]

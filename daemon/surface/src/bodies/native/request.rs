@@ -58,6 +58,7 @@ struct Fields {
     timings_per_token: Option<Value>,
     priority: Option<Value>,
     deadline_ms: Option<Value>,
+    cache_salt: Option<Value>,
     /// Of any kind, so that none is wrong: it would have lost its name.
     #[serde(flatten)]
     missing: MissingFields,
@@ -97,6 +98,7 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
         ("timings_per_token", fields.timings_per_token),
         ("priority", fields.priority),
         ("deadline_ms", fields.deadline_ms),
+        ("cache_salt", fields.cache_salt),
     ];
     let body = body.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
     let (stream, with_tokens) = (fields.stream == Some(true), fields.return_tokens == Some(true));
