@@ -298,6 +298,10 @@ impl ChatFields {
         if calling != Calling::Free && chat.tools.is_empty() {
             return Err(Refusal::invalid("tool_choice", "needs tools"));
         }
+        let is_offered = |name: &str| chat.tools.iter().any(|tool| tool["function"]["name"] == *name);
+        if matches!(&calling, Calling::Only(name) if !is_offered(name)) {
+            return Err(Refusal::invalid("tool_choice", "names a function that is not among the tools"));
+        }
         Ok(RelayPrompt::Chat { chat: Box::new(chat), calling })
     }
 
@@ -448,6 +452,20 @@ mod tests {
         assert!(ask.fields.enforces_call() && ask.wishes.one_call);
         assert_eq!(ask.fields.tools.unwrap()[0]["function"]["name"], "g");
         assert_eq!(asked("h").unwrap_err().body()["error"]["param"], "tool_choice");
+    }
+
+    #[test]
+    fn another_engine_is_not_asked_for_a_call_of_what_is_not_offered() {
+        let asked = |called: &str| {
+            let function = |name: &str| json!({ "type": "function", "function": { "name": name } });
+            let body = json!({
+                "messages": [{ "role": "user", "content": "x" }], "tools": [function("f")], "tool_choice": function(called),
+            });
+            let ChatAsk { fields, mut wishes, .. } = ChatAsk::read(body.to_string().as_bytes()).unwrap();
+            fields.relayed(&mut wishes).map_err(|error| error.body()["error"]["param"].clone())
+        };
+        assert!(matches!(asked("f"), Ok(RelayPrompt::Chat { calling: Calling::Only(name), .. }) if name == "f"));
+        assert_eq!(asked("g").unwrap_err(), "tool_choice");
     }
 
     #[test]
