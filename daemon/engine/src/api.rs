@@ -48,6 +48,8 @@ pub struct Generate {
     pub progress: bool,
     /// When it is to begin.
     pub urgency: Urgency,
+    /// Its rows are shared with the owner's requests that have the same only.
+    pub cache_salt: Option<CacheSalt>,
     /// The turn of a session that this is; `None` leaves nothing on disk.
     pub turn: Option<Turn>,
     /// Keeps the model in memory until the request has ended; the service takes one where there is none.
@@ -72,6 +74,7 @@ impl Generate {
             logprobs: self.logprobs,
             progress: self.progress,
             urgency: self.urgency,
+            cache_salt: self.cache_salt,
             turn: None,
             lease: self.lease.clone(),
         }
@@ -91,6 +94,43 @@ pub struct Urgency {
     pub priority: i32,
     /// Milliseconds from its arrival after which it need not begin any more.
     pub deadline_ms: Option<u64>,
+}
+
+/// What an app that serves several people says of each (vLLM's `cache_salt`), so that none of them can find out by
+/// timing what another one has said: a digest, since the text may be a secret.
+#[derive(Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct CacheSalt([u8; 32]);
+
+/// Longest salt in characters.
+const SALT_CHARS_MAX: usize = 256;
+
+impl std::fmt::Debug for CacheSalt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CacheSalt") // logs are no place for it
+    }
+}
+
+impl CacheSalt {
+    /// The salt that is this text.
+    ///
+    /// # Errors
+    /// [`Failure::InvalidRequest`] for `cache_salt`, where it is empty or too long.
+    pub fn checked(text: &str) -> Result<Self, Failure> {
+        match text.chars().count() {
+            1..=SALT_CHARS_MAX => Ok(Self(Sha256::digest(text).into())),
+            n => Err(Failure::invalid("cache_salt", format!("has {n} characters, must have 1 to {SALT_CHARS_MAX}"))),
+        }
+    }
+
+    /// As an engine elsewhere may hear it, for which all owners of this box are one.
+    pub fn relayed(self, owner: Owner) -> String {
+        let digest = Sha256::new().chain_update(owner.number().to_le_bytes()).chain_update(self.0).finalize();
+        digest.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    pub(crate) fn bytes(self) -> [u8; 32] {
+        self.0
+    }
 }
 
 /// A session's turn, as the engine must know it.
@@ -296,6 +336,17 @@ pub enum Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_salt_is_short_and_says_nothing_of_its_text_and_another_engine_hears_one_for_each_owner() {
+        let salt = CacheSalt::checked("Grüße").unwrap();
+        assert_eq!((salt, format!("{salt:?}").as_str()), (CacheSalt::checked("Grüße").unwrap(), "CacheSalt"));
+        assert_ne!(salt, CacheSalt::checked("Grüße ").unwrap());
+        assert!(CacheSalt::checked("").is_err() && CacheSalt::checked(&"ü".repeat(257)).is_err());
+        assert!(CacheSalt::checked(&"ü".repeat(256)).is_ok());
+        let told = salt.relayed(Owner::Uid(1));
+        assert!(told.len() == 64 && told != salt.relayed(Owner::Uid(2)), "{told}");
+    }
 
     #[test]
     fn a_named_client_is_neither_a_user_nor_another_doors_client() {

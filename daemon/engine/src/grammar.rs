@@ -26,6 +26,10 @@ pub enum GrammarSpec {
     JsonObject,
     /// JSON that this JSON Schema describes, its properties in the schema's order.
     JsonSchema(Value),
+    /// A text that this regular expression matches as a whole.
+    Regex(String),
+    /// One of these texts.
+    Choice(Vec<String>),
     /// A text of this grammar, in `llguidance`'s dialect of Lark.
     Lark(String),
     /// A call of one of the functions offered, as [`ServedModel::call_grammar`](crate::ServedModel::call_grammar) has
@@ -45,6 +49,8 @@ impl GrammarSpec {
     pub(crate) fn param(&self) -> &'static str {
         match self {
             Self::JsonObject | Self::JsonSchema(_) => "response_format",
+            Self::Regex(_) => "regex",
+            Self::Choice(_) => "guided_choice",
             Self::Lark(_) => "grammar",
             Self::Call(_) | Self::CallOrJson { .. } => "tools",
         }

@@ -3,14 +3,14 @@
 mod answer;
 mod figures;
 
-use crate::api::{Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Turn, Urgency};
+use crate::api::{CacheSalt, Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Turn, Urgency};
 use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
 use crate::service::Lease;
 use answer::{Answer, End};
 use figures::Times;
-use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher};
+use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher, Realm};
 use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -44,6 +44,7 @@ pub(crate) struct Sequence {
     pub(crate) tokens: Vec<u32>,
     pub(crate) table: BlockTable,
     owner: Owner,
+    realm: Realm,
     urgency: Urgency,
     /// Tokens that have had rows, at most at a time.
     n_had: u32,
@@ -104,6 +105,7 @@ impl Sequence {
             tokens: request.prompt,
             table: BlockTable::new(),
             owner: request.owner,
+            realm: Realm::new(request.owner.number(), request.cache_salt.map(CacheSalt::bytes)),
             urgency: request.urgency,
             n_had: 0,
             hashes: Vec::new(),
@@ -165,7 +167,7 @@ impl Sequence {
 
     /// Makes the hashes of the blocks that have become full.
     pub(crate) fn hash(&mut self, hasher: &PrefixHasher) {
-        hasher.extend(self.owner.number(), &self.tokens, &mut self.hashes);
+        hasher.extend(self.realm, &self.tokens, &mut self.hashes);
     }
 
     /// Takes what the pool has of the sequence's beginning behind the full blocks that are there.

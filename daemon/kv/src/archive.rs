@@ -112,7 +112,7 @@ fn let_go(save: Save, pool: &mut Pool, freed: &mut Vec<BlockId>) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{BlockTable, PrefixHasher};
+    use crate::{BlockTable, PrefixHasher, Realm};
 
     /// A pool and a table with `n` full, sealed blocks.
     fn session(n: u32) -> (Pool, BlockTable) {
@@ -121,7 +121,7 @@ mod tests {
         let mut reservation = pool.reserve(n, &mut Vec::new()).unwrap();
         table.append(n * 64, &mut pool, &mut reservation, &mut Vec::new());
         pool.forfeit(reservation);
-        PrefixHasher::new([1; 32]).extend(1, &tokens, &mut hashes);
+        PrefixHasher::new([1; 32]).extend(Realm::new(1, None), &tokens, &mut hashes);
         assert_eq!(table.seal(0, &hashes, 1, &mut pool), n as usize);
         (pool, table)
     }

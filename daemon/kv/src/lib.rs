@@ -31,7 +31,7 @@ pub use archive::{Archive, FileId, Save};
 pub use block::{BLOCK_TOKENS, BlockId, blocks_for};
 pub use error::KvError;
 pub use pool::{Bounds, Pool, Released, Reservation};
-pub use prefix::{BlockHash, PrefixHasher};
+pub use prefix::{BlockHash, PrefixHasher, Realm};
 pub use table::BlockTable;
 pub use tier::Place;
 

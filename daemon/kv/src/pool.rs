@@ -339,7 +339,7 @@ fn count(n: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::PrefixHasher;
+    use crate::{PrefixHasher, Realm};
     use proptest::prelude::*;
     use std::collections::{BTreeMap, BTreeSet};
 
@@ -404,7 +404,7 @@ mod tests {
         let kept: Vec<BlockId> = (0..n_kept).map(|_| pool.acquire(&mut reservation)).collect();
         pool.forfeit(reservation);
         let mut hashes = Vec::new();
-        PrefixHasher::new([1; 32]).extend(1, &(0..64 * n_kept).collect::<Vec<_>>(), &mut hashes);
+        PrefixHasher::new([1; 32]).extend(Realm::new(1, None), &(0..64 * n_kept).collect::<Vec<_>>(), &mut hashes);
         for (&block, hash) in kept.iter().zip(hashes) {
             pool.seal(block, hash, 1);
             assert_eq!(pool.release(block), Released::Kept);

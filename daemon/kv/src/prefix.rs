@@ -1,8 +1,9 @@
 //! Which block already holds what a prompt begins with?
 //!
 //! A sealed block is known by a hash over its tokens and those of all blocks before it, so equal hashes mean equal
-//! rows. The hash is keyed (BLAKE3) with a secret of this process and salted with the owner: nobody can find out by
-//! timing what somebody else has said, and no collision can be made on purpose.
+//! rows. The hash is keyed (BLAKE3) with a secret of this process and salted with the owner, and with what an owner who
+//! serves several people says of each: nobody can find out by timing what somebody else has said, and no collision can
+//! be made on purpose.
 //!
 //! Blocks that nobody holds any more are kept until their place is needed (`kept.rs`).
 
@@ -13,6 +14,26 @@ use std::collections::HashMap;
 /// What a block and all before it contain, for one owner and model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BlockHash(pub(crate) [u8; 32]);
+
+/// Whose blocks they are: two realms share none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Realm {
+    owner: u64,
+    salt: [u8; 32],
+}
+
+impl std::fmt::Debug for Realm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Realm of {}", self.owner) // the salt may be a secret
+    }
+}
+
+impl Realm {
+    /// What the owner with this number shares with itself; a salt divides that, none is one too.
+    pub fn new(owner: u64, salt: Option<[u8; 32]>) -> Self {
+        Self { owner, salt: salt.unwrap_or_default() }
+    }
+}
 
 /// Makes the hashes of one model's blocks.
 #[derive(Clone)]
@@ -32,11 +53,11 @@ impl PrefixHasher {
         Self { key }
     }
 
-    /// Extends `hashes`, one for each full block of `tokens` in order, by those that are missing. Owners do not share.
+    /// Extends `hashes`, one for each full block of `tokens` in order, by those that are missing. Realms do not share.
     ///
     /// # Panics
     /// When there are more hashes than full blocks.
-    pub fn extend(&self, owner: u64, tokens: &[u32], hashes: &mut Vec<BlockHash>) {
+    pub fn extend(&self, realm: Realm, tokens: &[u32], hashes: &mut Vec<BlockHash>) {
         let mut blocks = tokens.chunks_exact(BLOCK_TOKENS as usize);
         assert!(hashes.len() <= blocks.len(), "{} hashes of {} full blocks", hashes.len(), blocks.len());
         let mut before = hashes.last().copied();
@@ -45,7 +66,8 @@ impl PrefixHasher {
         }
         for block in blocks {
             let mut hash = blake3::Hasher::new_keyed(&self.key);
-            hash.update(&owner.to_le_bytes());
+            hash.update(&realm.owner.to_le_bytes());
+            hash.update(&realm.salt);
             hash.update(&before.map_or([0; 32], |BlockHash(bytes)| bytes));
             for token in block {
                 hash.update(&token.to_le_bytes());
@@ -129,8 +151,12 @@ mod tests {
     use super::*;
 
     fn hashes(key: u8, owner: u64, tokens: &[u32]) -> Vec<BlockHash> {
+        hashes_in(key, Realm::new(owner, None), tokens)
+    }
+
+    fn hashes_in(key: u8, realm: Realm, tokens: &[u32]) -> Vec<BlockHash> {
         let mut hashes = Vec::new();
-        PrefixHasher::new([key; 32]).extend(owner, tokens, &mut hashes);
+        PrefixHasher::new([key; 32]).extend(realm, tokens, &mut hashes);
         hashes
     }
 
@@ -157,12 +183,23 @@ mod tests {
     }
 
     #[test]
+    fn one_owners_salts_do_not_share_any_block() {
+        let tokens: Vec<u32> = (0..200).collect();
+        let of = |salt| hashes_in(1, Realm::new(5, salt), &tokens);
+        let all = [of(None), of(Some([1; 32])), of(Some([2; 32]))].concat();
+        for (at, hash) in all.iter().enumerate() {
+            assert!(!all[..at].contains(hash), "block {at}");
+        }
+        assert_eq!(of(Some([1; 32])), all[3..6]);
+    }
+
+    #[test]
     fn hashes_made_bit_by_bit_are_those_made_at_once() {
         let tokens: Vec<u32> = (0..400).collect();
         let mut grown = Vec::new();
         let hasher = PrefixHasher::new([9; 32]);
         for n in [0, 63, 64, 65, 191, 192, 400] {
-            hasher.extend(1, &tokens[..n], &mut grown);
+            hasher.extend(Realm::new(1, None), &tokens[..n], &mut grown);
         }
         assert_eq!(grown, hashes(9, 1, &tokens));
     }

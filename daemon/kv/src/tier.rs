@@ -117,7 +117,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{KvError, PrefixHasher};
+    use crate::{KvError, PrefixHasher, Realm};
 
     /// A pool of 8 blocks of which 4 may be fast, and `n` held ones.
     fn pool(n: u32) -> (Pool, Vec<BlockId>) {
@@ -175,7 +175,7 @@ mod tests {
     fn kept_blocks_in_fast_memory_go_before_anybody_has_to_move() {
         let (mut pool, blocks) = pool(4);
         let mut hashes = Vec::new();
-        PrefixHasher::new([1; 32]).extend(1, &(0..256).collect::<Vec<_>>(), &mut hashes);
+        PrefixHasher::new([1; 32]).extend(Realm::new(1, None), &(0..256).collect::<Vec<_>>(), &mut hashes);
         for (&block, &hash) in blocks.iter().zip(&hashes) {
             pool.seal(block, hash, 1);
         }

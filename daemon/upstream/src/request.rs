@@ -74,12 +74,10 @@ impl Body {
             known(there, "ignore_eos")?;
             set("ignore_eos", json!(true));
         }
-        let priority = Some(wishes.urgency.priority).filter(|priority| with_priority && *priority != 0);
-        if let Some(priority) = priority.and_then(|priority| there.dialect.priority(priority)) {
-            set("priority", json!(priority));
-        }
+        owner_fields(relay, there.dialect, with_priority, &mut set)?;
         if let Some(spec) = &wishes.grammar {
-            let (name, value) = grammar_field(spec, there)?;
+            let not_known = || not_known(there.dialect, wishes.form.unwrap_or("grammar"));
+            let (name, value) = grammar_field(spec, there.dialect).ok_or_else(not_known)?;
             set(name, value);
         }
         Ok(Self { endpoint, json: Value::Object(json) })
@@ -115,18 +113,57 @@ fn chat_fields(
         Calling::Required => set("tool_choice", json!("required")),
         Calling::Only(name) => set("tool_choice", json!({ "type": "function", "function": { "name": name } })),
     }
-    let mut arguments = chat.template_arguments.clone();
-    if let Some(thinking) = chat.thinking {
-        // Templates differ in the name.
-        for name in ["thinking", "enable_thinking"] {
-            arguments.insert(name.to_owned(), json!(thinking));
-        }
-    }
+    let arguments = thinking_fields(chat, dialect, set);
     if !arguments.is_empty() {
         if dialect == Dialect::OpenAi {
             return Err(not_known(dialect, "chat_template_kwargs"));
         }
         set("chat_template_kwargs", Value::Object(arguments));
+    }
+    Ok(())
+}
+
+/// How the model is to think; answers the template's arguments, with what is said by them.
+fn thinking_fields(chat: &ChatRequest, dialect: Dialect, set: &mut impl FnMut(&str, Value)) -> Map<String, Value> {
+    let mut arguments = chat.template_arguments.clone();
+    let effort = chat.effort.as_deref();
+    match (effort, dialect) {
+        (None, _) => {}
+        // Its template may have degrees all the same.
+        (Some(effort), Dialect::LlamaCpp) => {
+            arguments.entry("reasoning_effort").or_insert_with(|| json!(effort));
+        }
+        // Not all of them know this one; the variables below say it.
+        (Some("none"), Dialect::Vllm | Dialect::SgLang | Dialect::Sparsed) => {}
+        (Some(effort), _) => set("reasoning_effort", json!(effort)),
+    }
+    let is_said = dialect == Dialect::OpenAi && chat.thinking == effort.map(|effort| effort != "none");
+    if let Some(thinking) = chat.thinking.filter(|_| !is_said) {
+        // Templates differ in the name.
+        for name in ["thinking", "enable_thinking"] {
+            arguments.insert(name.to_owned(), json!(thinking));
+        }
+    }
+    arguments
+}
+
+/// What is said of those who ask: whose turn it is, and with whom rows are shared.
+fn owner_fields(
+    relay: &Relay,
+    dialect: Dialect,
+    with_priority: bool,
+    set: &mut impl FnMut(&str, Value),
+) -> Result<(), Failure> {
+    match (relay.wishes.cache_salt, dialect) {
+        (None, _) => {}
+        (Some(salt), Dialect::Vllm | Dialect::SgLang | Dialect::Sparsed) => {
+            set("cache_salt", json!(salt.relayed(relay.owner)));
+        }
+        (Some(_), Dialect::LlamaCpp | Dialect::OpenAi) => return Err(not_known(dialect, "cache_salt")),
+    }
+    let priority = Some(relay.wishes.urgency.priority).filter(|priority| with_priority && *priority != 0);
+    if let Some(priority) = priority.and_then(|priority| dialect.priority(priority)) {
+        set("priority", json!(priority));
     }
     Ok(())
 }
@@ -166,18 +203,58 @@ fn sampling_fields(sampling: &Sampling, dialect: Dialect, set: &mut impl FnMut(&
     Ok(())
 }
 
-fn grammar_field(spec: &GrammarSpec, there: &Described) -> Result<(&'static str, Value), Failure> {
-    match spec {
-        GrammarSpec::JsonObject => Ok(("response_format", json!({ "type": "json_object" }))),
-        GrammarSpec::JsonSchema(schema) => {
+/// The field for what an answer must be; `None`: the engine has none.
+fn grammar_field(spec: &GrammarSpec, dialect: Dialect) -> Option<(&'static str, Value)> {
+    match (spec, dialect) {
+        (GrammarSpec::JsonObject, _) => Some(("response_format", json!({ "type": "json_object" }))),
+        (GrammarSpec::JsonSchema(schema), _) => {
             let schema = json!({ "name": "answer", "strict": true, "schema": schema });
-            Ok(("response_format", json!({ "type": "json_schema", "json_schema": schema })))
+            Some(("response_format", json!({ "type": "json_schema", "json_schema": schema })))
         }
-        GrammarSpec::Lark(text) if there.dialect.takes_lark() => Ok(("grammar", json!(text))),
-        GrammarSpec::Lark(_) => Err(not_known(there.dialect, "grammar")),
-        // Calls are enforced by `tool_choice`; no door makes this one for an engine elsewhere.
-        GrammarSpec::Call(_) | GrammarSpec::CallOrJson { .. } => Err(not_known(there.dialect, "tools")),
+        (GrammarSpec::Regex(regex), Dialect::Vllm) => Some(("structured_outputs", json!({ "regex": regex }))),
+        (GrammarSpec::Regex(regex), Dialect::SgLang | Dialect::Sparsed) => Some(("regex", json!(regex))),
+        (GrammarSpec::Choice(texts), Dialect::Vllm) => Some(("structured_outputs", json!({ "choice": texts }))),
+        (GrammarSpec::Choice(texts), Dialect::Sparsed) => Some(("guided_choice", json!(texts))),
+        (GrammarSpec::Choice(texts), Dialect::SgLang) => Some(("regex", json!(one_of(texts, quoted_for_regex, "|")))),
+        (GrammarSpec::Choice(texts), Dialect::LlamaCpp) => {
+            Some(("grammar", json!(format!("root ::= {}", one_of(texts, quoted_for_gbnf, " | ")))))
+        }
+        (GrammarSpec::Lark(text), dialect) if dialect.takes_lark() => Some(("grammar", json!(text))),
+        // Calls are enforced by `tool_choice`; no door makes one of those for an engine elsewhere.
+        _ => None,
     }
+}
+
+fn one_of(texts: &[String], quoted: fn(&str) -> String, or: &str) -> String {
+    texts.iter().map(|text| quoted(text)).collect::<Vec<_>>().join(or)
+}
+
+/// A text as a regular expression of nothing else.
+fn quoted_for_regex(text: &str) -> String {
+    let mut quoted = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if r"\.+*?()|[]{}^$".contains(letter) {
+            quoted.push('\\');
+        }
+        quoted.push(letter);
+    }
+    quoted
+}
+
+/// A text as llama.cpp's grammars have it.
+fn quoted_for_gbnf(text: &str) -> String {
+    let mut quoted = String::from("\"");
+    for letter in text.chars() {
+        match letter {
+            '"' | '\\' => quoted.extend(['\\', letter]),
+            '\n' => quoted.push_str("\\n"),
+            '\r' => quoted.push_str("\\r"),
+            '\t' => quoted.push_str("\\t"),
+            other => quoted.push(other),
+        }
+    }
+    quoted.push('"');
+    quoted
 }
 
 /// # Errors
@@ -195,7 +272,7 @@ fn not_known(dialect: Dialect, param: &str) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_engine::api::Owner;
+    use sparsed_engine::api::{CacheSalt, Owner};
     use sparsed_engine::{ChatMessage, Role, Wishes};
 
     fn there(dialect: Dialect) -> Described {
@@ -266,6 +343,71 @@ mod tests {
         });
         assert_eq!(refused(&thinking, Dialect::OpenAi), "chat_template_kwargs");
         assert_eq!(body(&thinking, Dialect::Vllm)["chat_template_kwargs"]["enable_thinking"], false);
+    }
+
+    #[test]
+    fn a_form_is_said_in_the_words_of_the_engine_or_refused_in_the_clients() {
+        let with = |spec: GrammarSpec| {
+            let mut relay = chat();
+            (relay.wishes.grammar, relay.wishes.form) = (Some(spec), Some("structured_outputs"));
+            relay
+        };
+        let regex = with(GrammarSpec::Regex("a+".to_owned()));
+        assert_eq!(body(&regex, Dialect::Vllm)["structured_outputs"], json!({ "regex": "a+" }));
+        for dialect in [Dialect::SgLang, Dialect::Sparsed] {
+            assert_eq!(body(&regex, dialect)["regex"], "a+");
+        }
+        let choice = with(GrammarSpec::Choice(vec!["a.\"".to_owned(), "b\\\n".to_owned()]));
+        assert_eq!(body(&choice, Dialect::Vllm)["structured_outputs"]["choice"], json!(["a.\"", "b\\\n"]));
+        assert_eq!(body(&choice, Dialect::Sparsed)["guided_choice"], json!(["a.\"", "b\\\n"]));
+        assert_eq!(body(&choice, Dialect::SgLang)["regex"], "a\\.\"|b\\\\\n");
+        assert_eq!(body(&choice, Dialect::LlamaCpp)["grammar"], r#"root ::= "a.\"" | "b\\\n""#);
+        for (relay, dialect) in [
+            (&regex, Dialect::LlamaCpp),
+            (&regex, Dialect::OpenAi),
+            (&choice, Dialect::OpenAi),
+            (&with(GrammarSpec::Lark("start: \"a\"".to_owned())), Dialect::Vllm),
+        ] {
+            assert_eq!(refused(relay, dialect), "structured_outputs");
+        }
+    }
+
+    #[test]
+    fn a_salt_is_passed_on_for_each_owner_or_refused_where_rows_would_be_shared() {
+        let salted = |owner: u32| {
+            let mut relay = Relay { owner: Owner::Uid(owner), ..chat() };
+            relay.wishes.cache_salt = Some(CacheSalt::checked("x").unwrap());
+            relay
+        };
+        let told = |owner: u32, dialect| body(&salted(owner), dialect)["cache_salt"].clone();
+        for dialect in [Dialect::Vllm, Dialect::SgLang, Dialect::Sparsed] {
+            assert!(told(1, dialect).as_str().is_some_and(|salt| salt.len() == 64));
+        }
+        assert_ne!(told(1, Dialect::Vllm), told(2, Dialect::Vllm));
+        for dialect in [Dialect::LlamaCpp, Dialect::OpenAi] {
+            assert_eq!(refused(&salted(1), dialect), "cache_salt");
+        }
+    }
+
+    #[test]
+    fn an_effort_is_passed_on_as_the_word_that_it_is() {
+        let asked = |effort: &str, dialect| {
+            let mut relay = chat();
+            let RelayPrompt::Chat { chat, .. } = &mut relay.prompt else { panic!("a chat") };
+            (chat.effort, chat.thinking) = (Some(effort.to_owned()), Some(effort != "none"));
+            let body = body(&relay, dialect);
+            (body["reasoning_effort"].clone(), body["chat_template_kwargs"].clone())
+        };
+        for dialect in [Dialect::Vllm, Dialect::SgLang, Dialect::Sparsed] {
+            let thinking = |is_on: bool| json!({ "thinking": is_on, "enable_thinking": is_on });
+            assert_eq!(asked("low", dialect), (json!("low"), thinking(true)));
+            assert_eq!(asked("none", dialect), (Value::Null, thinking(false)));
+        }
+        let (none, variables) = asked("low", Dialect::LlamaCpp);
+        assert_eq!((none, &variables["reasoning_effort"]), (Value::Null, &json!("low")));
+        for effort in ["low", "none"] {
+            assert_eq!(asked(effort, Dialect::OpenAi), (json!(effort), Value::Null), "it is OpenAI's own field");
+        }
     }
 
     #[test]

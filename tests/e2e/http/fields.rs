@@ -153,6 +153,23 @@ fn several_answers_read_their_prompt_once() {
 }
 
 #[test]
+fn who_asks_for_several_people_has_nothing_shared_between_them() {
+    let daemon = Daemon::start(&tiny(), &[]);
+    let prompt: Vec<u32> = (0..200).map(|i| i * 7 % 131).collect();
+    let cached = |salt: Value| {
+        let request = json!({ "prompt": prompt, "max_tokens": 1, "cache_salt": salt });
+        let answer = daemon.post("/v1/completions", &request).json();
+        answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("counted")
+    };
+    assert_eq!([json!("anna"), json!("bert"), json!("anna")].map(cached), [0, 0, 192]);
+    assert_eq!([Value::Null, Value::Null].map(cached), [0, 192], "without one all is as it was");
+    for wrong in [json!(""), json!("x".repeat(257)), json!(7)] {
+        let request = json!({ "prompt": prompt, "max_tokens": 1, "cache_salt": wrong });
+        assert_eq!(param(&daemon.post("/v1/completions", &request)), "cache_salt");
+    }
+}
+
+#[test]
 fn a_session_is_not_answered_by_another_model_than_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
@@ -212,6 +229,45 @@ fn a_call_has_the_same_name_wherever_it_is_told() {
     result["messages"] = json!([{ "role": "tool", "tool_call_id": told, "content": "done" }]);
     (result["tool_choice"], result["max_tokens"]) = (json!("none"), json!(2));
     assert_eq!(daemon.post("/v1/chat/completions", &result).status, 200);
+}
+
+#[test]
+fn a_response_heeds_what_a_chat_heeds_and_refuses_what_it_has_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let ask = |more: Value| {
+        let mut body = json!({ "input": "x", "max_output_tokens": 20, "temperature": 1.5, "seed": 1 });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        daemon.post("/v1/responses", &body)
+    };
+    let text = |more: Value| ask(more).json()["output"][0]["content"][0]["text"].as_str().unwrap().to_owned();
+    for form in [
+        json!({ "grammar": "start: \"yes\" | \"no\"" }),
+        json!({ "guided_choice": ["yes", "no"] }),
+        json!({ "structured_outputs": { "regex": "yes|no" } }),
+    ] {
+        let said = text(form.clone());
+        assert!(["yes", "no"].contains(&said.as_str()), "{form}: {said}");
+    }
+    assert!(text(json!({ "json_schema": { "const": "x" } })).contains("\"x\""));
+    for (field, value) in [
+        ("repetition_penalty", json!(11)),
+        ("deadline_ms", json!(-5)),
+        ("priority", json!(99_999)),
+        ("n", json!(3)),
+        ("logprobs", json!(true)),
+        ("top_logprobs", json!(2)),
+        ("include", json!(["message.output_text.logprobs"])),
+        ("max_tokens", json!(5)),
+        ("response_format", json!({ "type": "json_object" })),
+        ("messages", json!([{ "role": "user", "content": "x" }])),
+        ("cache_salt", json!("")),
+    ] {
+        assert_eq!(param(&ask(json!({ field: value }))), field);
+    }
+    // What is refused leaves no session behind.
+    assert_eq!(param(&ask(json!({ "store": true, "top_k": -2 }))), "top_k");
+    assert_eq!(daemon.get("/v1/sessions").json()["data"], json!([]));
 }
 
 #[test]
@@ -306,10 +362,10 @@ fn a_call_that_max_tokens_cuts_is_told_as_far_as_it_is_there() {
     let early = answered(before - 30)["choices"][0].clone();
     assert!(early["message"]["content"].as_str().unwrap().starts_with("<tool_call>"), "{early}");
     // Nothing of it is told that could be taken for a whole call where arguments are no text.
-    let mut body = request(before + 10, false);
-    body["input"] = json!("x");
-    body["tools"] = json!([{ "type": "function", "name": "light", "parameters": schema }]);
-    body["max_output_tokens"] = json!(before + 10);
+    let body = json!({
+        "input": "x", "tool_choice": "required", "seed": 3, "max_output_tokens": before + 10,
+        "tools": [{ "type": "function", "name": "light", "parameters": schema }],
+    });
     let response = daemon.post("/v1/responses", &body).json();
     let item = &response["output"][0];
     assert_eq!((&response["status"], &item["status"]), (&json!("incomplete"), &json!("incomplete")), "{response}");

@@ -17,9 +17,9 @@ LOCK = threading.Lock()
 OPENAI = {
     "model", "messages", "prompt", "stream", "stream_options", "max_tokens", "temperature", "top_p", "seed", "stop", "n",
     "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice",
-    "response_format", "parallel_tool_calls",
+    "response_format", "parallel_tool_calls", "reasoning_effort",
 }
-VLLM = OPENAI | {"top_k", "min_p", "repetition_penalty", "ignore_eos", "chat_template_kwargs"}
+VLLM = OPENAI | {"top_k", "min_p", "repetition_penalty", "ignore_eos", "chat_template_kwargs", "structured_outputs"}
 # More than what the daemon takes of one event.
 HUGE = 2 << 20
 

@@ -238,7 +238,10 @@ fn an_answer_is_asked_for_again_before_its_first_token_and_never_after() {
         assert_eq!((text.as_str(), code), ("Hel", &json!(expected)), "{name}: {}", answer.body);
         assert_eq!(engine.seen(name)["posts"], 1, "{name}");
     }
+    let choice = daemon.post("/v1/chat/completions", &with(chat("good"), "guided_choice", json!(["a", "b"])));
+    assert_eq!(choice.status, 200, "{}", choice.body);
     let seen = engine.seen("good");
+    assert_eq!(seen["body"]["structured_outputs"], json!({ "choice": ["a", "b"] }), "in words of vLLM");
     assert_eq!(seen["authorization"], format!("Bearer {KEY}"));
 }
 
@@ -302,6 +305,8 @@ fn an_engine_of_unknown_kind_hears_openais_fields_only() {
         assert_eq!((refused.status, &refused.json()["error"]["param"]), (400, &json!(name)), "{}", refused.body);
     }
     assert_eq!(engine.seen("plain")["posts"], 1, "what is refused is not sent");
+    let answer = daemon.post("/v1/chat/completions", &with(chat("plain"), "reasoning_effort", json!("low")));
+    assert_eq!((answer.status, &engine.seen("plain")["body"]["reasoning_effort"]), (200, &json!("low")));
 }
 
 #[test]

@@ -121,6 +121,8 @@ impl Source {
         match spec {
             GrammarSpec::JsonObject => Self::Schema(json!({ "type": "object" })),
             GrammarSpec::JsonSchema(schema) => Self::Schema(schema),
+            GrammarSpec::Regex(regex) => Self::Lark(expression(&regex)),
+            GrammarSpec::Choice(texts) => Self::Lark(choice(&texts)),
             GrammarSpec::Lark(text) | GrammarSpec::Call(text) => Self::Lark(text),
             GrammarSpec::CallOrJson { grammar, .. } => Self::Lark(grammar),
         }
@@ -133,6 +135,30 @@ impl Source {
             Self::Lark(text) => guard::check_lark(text),
         }
     }
+}
+
+/// A whole answer that matches a regular expression. A slash would end it in a grammar, and so would a line.
+fn expression(regex: &str) -> String {
+    let mut escaped = String::with_capacity(regex.len());
+    let mut letters = regex.chars();
+    while let Some(letter) = letters.next() {
+        match letter {
+            '\\' => {
+                escaped.push('\\');
+                escaped.extend(letters.next());
+            }
+            '/' => escaped.push_str("\\/"),
+            '\n' => escaped.push_str("\\n"),
+            other => escaped.push(other),
+        }
+    }
+    format!("start: /{escaped}/")
+}
+
+/// One of these texts. Lark's strings are JSON's.
+fn choice(texts: &[String]) -> String {
+    let texts: Vec<String> = texts.iter().map(|text| json!(text).to_string()).collect();
+    format!("start: {}", texts.join(" | "))
 }
 
 fn build(factory: &ParserFactory, source: &Source) -> Result<Grammar, String> {
@@ -259,6 +285,21 @@ mod tests {
     fn compiled(schema: Value) -> Result<Grammar, String> {
         let spec = GrammarSpec::JsonSchema(schema);
         Compiler::default().compile_with(spec, || Vocabulary::tiny(&[])).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn expressions_and_choices_are_grammars_of_nothing_else() {
+        assert_eq!(expression("a/b\\/c\\d\n"), r"start: /a\/b\/c\d\n/");
+        let texts = ["a\"b", "/"].map(str::to_owned);
+        assert_eq!(choice(&texts), r#"start: "a\"b" | "/""#);
+        match Compiler::default().compile_with(GrammarSpec::Regex("(".to_owned()), || Vocabulary::tiny(&[])) {
+            Err(Failure::InvalidRequest { param, .. }) => assert_eq!(param, "regex"),
+            other => panic!("{other:?}"),
+        }
+        let made = [GrammarSpec::Regex("a/b+".to_owned()), GrammarSpec::Choice(texts.to_vec())];
+        for spec in made {
+            assert!(Compiler::default().compile_with(spec, || Vocabulary::tiny(&[])).is_ok());
+        }
     }
 
     #[test]

@@ -44,9 +44,9 @@ fn next_hash(sequence: &Sequence) -> Option<&BlockHash> {
 
 #[cfg(test)]
 mod tests {
-    use crate::api::{Event, Owner};
+    use crate::api::{CacheSalt, Event, Generate, Owner};
     use crate::scheduler::Limits;
-    use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt};
+    use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt, request};
 
     const N: usize = 4;
 
@@ -76,6 +76,28 @@ mod tests {
         }
         let (_, computed) = answers([1, 2, 3, 4], same());
         assert_eq!(computed, N * (n_prompt + 4), "different owners share nothing");
+    }
+
+    #[test]
+    fn one_owners_requests_with_different_salts_share_nothing_at_once_or_later() {
+        let mut bench = Bench::new(32, limits());
+        let n_prompt = 2 * BLOCK + 20;
+        let mut cached_tokens = |salts: [Option<&str>; 2]| {
+            let listeners = salts.map(|_| Listener::with_room(1000));
+            for (salt, listener) in salts.into_iter().zip(&listeners) {
+                let cache_salt = salt.map(|text| CacheSalt::checked(text).unwrap());
+                let asked = request(Owner::Uid(7), None, prompt(1, n_prompt as u32), 3);
+                bench.submit_request(Generate { cache_salt, ..asked }, listener);
+            }
+            bench.run();
+            listeners.map(|listener| match listener.heard().1 {
+                Some(Event::Finished(finished)) => finished.usage.cached_tokens as usize,
+                other => panic!("{other:?}"),
+            })
+        };
+        assert_eq!(cached_tokens([Some("a"), Some("b")]), [0, 0]);
+        assert_eq!(cached_tokens([None, Some("a")]), [0, 2 * BLOCK]);
+        assert_eq!(cached_tokens([Some("c"), None]), [0, 2 * BLOCK]);
     }
 
     #[test]

@@ -41,7 +41,7 @@ impl Service {
             return Err(Failure::SessionCut { id: id.to_string() });
         }
         let name = session.model().to_owned();
-        let grammar = wishes.grammar.clone().map(|spec| model.grammar(spec)).transpose()?;
+        let grammar = wishes.compiled(&model)?;
         let (prompt, turn) = session.begin(&model, chat, wishes)?;
         Ok(with(name, prompt, turn, Generate { grammar, lease: Some(lease), ..wishes.request(owner) }))
     }
@@ -55,7 +55,7 @@ impl Service {
         let (session, Held { model, lease }) = self.open_session(owner, id)?;
         let name = session.model().to_owned();
         let (prompt, wishes, turn) = session.resume(&model)?;
-        let grammar = wishes.grammar.clone().map(|spec| model.grammar(spec)).transpose()?;
+        let grammar = wishes.compiled(&model)?;
         Ok(with(name, prompt, turn, Generate { grammar, lease: Some(lease), ..wishes.request(owner) }))
     }
 

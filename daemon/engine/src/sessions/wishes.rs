@@ -1,7 +1,7 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
-use crate::api::{Failure, Generate, Owner, Urgency};
-use crate::{ChatMessage, ChatRequest, GrammarSpec, Role, Sampling, checked_stops};
+use crate::api::{CacheSalt, Failure, Generate, Owner, Urgency};
+use crate::{ChatMessage, ChatRequest, Grammar, GrammarSpec, Role, Sampling, ServedModel, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
 
@@ -14,6 +14,9 @@ pub struct Wishes {
     pub sampling: Sampling,
     /// What the answer must be.
     pub grammar: Option<GrammarSpec>,
+    /// The client's field that says so; a turn that goes on after a cut has forgotten it.
+    #[serde(skip)]
+    pub form: Option<&'static str>,
     /// Texts that end the answer; they are not part of it.
     pub stops: Vec<String>,
     /// Go on past end tokens.
@@ -24,6 +27,9 @@ pub struct Wishes {
     /// Whether it is wanted although nobody waits for it: once cut by the daemon's end, it goes on by itself.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub in_background: bool,
+    /// With whom its rows are shared: an answer that goes on in another process must not share more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_salt: Option<CacheSalt>,
     /// When it is to begin; no part of what the answer depends on.
     #[serde(skip)]
     pub urgency: Urgency,
@@ -36,6 +42,21 @@ impl Wishes {
     /// Themselves, if a request may have them: those of an imported session come from a file.
     pub(super) fn checked(self) -> Result<Self, Failure> {
         Ok(Self { sampling: self.sampling.checked()?, stops: checked_stops(self.stops)?, ..self })
+    }
+
+    /// The compiled grammar, if there is one. Takes its time.
+    ///
+    /// # Errors
+    /// What is wrong with it, by the name that the client knows.
+    pub fn compiled(&self, model: &ServedModel) -> Result<Option<Grammar>, Failure> {
+        let made = self.grammar.clone().map(|spec| model.grammar(spec)).transpose();
+        made.map_err(|failure| match (failure, self.form) {
+            // Of a call that is enforced, or stands beside a form, the tools may be at fault.
+            (Failure::InvalidRequest { param, reason }, Some(form)) if param != "tools" => {
+                Failure::invalid(form, reason)
+            }
+            (failure, _) => failure,
+        })
     }
 
     /// A request with these wishes, without model, prompt and grammar.
@@ -54,6 +75,7 @@ impl Wishes {
             logprobs: None,
             progress: self.progress,
             urgency: self.urgency,
+            cache_salt: self.cache_salt,
             turn: None,
             lease: None,
         }

@@ -142,6 +142,7 @@ fn visit(request: &ChatRequest, see: &mut dyn FnMut(&str)) {
             }
         }
     }
+    request.effort.iter().for_each(|effort| see(effort));
     request.tools.iter().chain(&request.response_format).for_each(|value| visit_json(value, see));
     for (key, value) in &request.template_arguments {
         see(key);

@@ -101,6 +101,9 @@ pub struct ChatRequest {
     pub tools: Vec<Value>,
     /// Whether the model should think first; `None`: as the model's template has it.
     pub thinking: Option<bool>,
+    /// How hard, in the client's word (OpenAI's `reasoning_effort`), for templates that have degrees.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub effort: Option<String>,
     /// The last message is an answer that goes on, instead of a new one.
     pub continues: bool,
     /// A JSON schema that the answer must follow, for encodings that tell the model (DeepSeek-V3.2).

@@ -68,6 +68,9 @@ impl ChatTemplate {
     /// The template's own refusal, a template that does not end, a prompt over 16 MiB.
     pub(super) fn render(&self, request: &ChatRequest, marks: &Marks<'_>) -> Result<String, ModelError> {
         let mut context: Map<String, Json> = Map::new();
+        if let Some(effort) = &request.effort {
+            context.insert("reasoning_effort".to_owned(), marks.text(effort).into());
+        }
         for (key, value) in &request.template_arguments {
             if !RESERVED.contains(&key.as_str()) {
                 context.insert(key.clone(), marks.json(value));
@@ -333,5 +336,10 @@ mod tests {
         request.template_arguments.insert("bos_token".to_owned(), "forged".into());
         let text = render("{{ effort }}{{ bos_token }}{{ enable_thinking }}{{ thinking }}", &request).unwrap();
         assert_eq!(text, "<s><s>FalseFalse");
+        let effort = |request: &ChatRequest| render("{{ reasoning_effort }}", request).unwrap();
+        request.effort = Some("low".to_owned());
+        assert_eq!(effort(&request), "low");
+        request.template_arguments.insert("reasoning_effort".to_owned(), "high".into());
+        assert_eq!(effort(&request), "high", "what the template is told by name goes before");
     }
 }

@@ -1,22 +1,26 @@
 //! What is a chat completion? A conversation in, the assistant's next message out.
 
-use super::answer::{Answer, Asked, StreamOptions, Wire, now};
+mod wire;
+
+pub(crate) use wire::ChatWire;
+
+use super::answer::{Asked, StreamOptions, now};
 use super::figures::Telling;
 use super::forms::FormFields;
 use super::missing::MissingFields;
 use super::sampling::{SamplingFields, limit};
 use super::whole::whole;
-use super::{fields, logprobs, models, parse, sessions};
+use super::{fields, models, parse, sessions};
 use crate::refusal::Refusal;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
-#[cfg(test)]
-use sparsed_engine::ToolCall;
-use sparsed_engine::api::{Calling, Event, Failure, Generate, Likelihood, Owner, Relay, RelayPrompt};
+use serde_json::{Map, Value};
+use sparsed_engine::api::{Calling, Failure, Generate, Owner, Relay, RelayPrompt};
 use sparsed_engine::{ChatMessage, ChatRequest, DEFAULT_MODEL, GrammarSpec, Held, Role, ServedModel, Service, Wishes};
 
 /// Most messages of a conversation.
 const MESSAGES_MAX: usize = 10_000;
+/// Longest word for an effort, in bytes.
+const EFFORT_BYTES_MAX: usize = 32;
 /// Most functions that are offered.
 const TOOLS_MAX: usize = 128;
 
@@ -38,7 +42,11 @@ struct ChatFields {
     parallel_tool_calls: Option<bool>,
     /// vLLM's: the last message is an answer that goes on.
     continue_final_message: Option<bool>,
-    /// OpenAI's: `none` for an answer without reasoning.
+    /// vLLM's: whether an answer begins, which is so unless one goes on.
+    add_generation_prompt: Option<bool>,
+    /// vLLM's: the last message is told again before the answer.
+    echo: Option<bool>,
+    /// OpenAI's: how hard to think; `none` for an answer without reasoning.
     reasoning_effort: Option<String>,
     /// vLLM's and llama.cpp's: further variables of the template; `thinking` and `enable_thinking` turn reasoning on.
     chat_template_kwargs: Option<Map<String, Value>>,
@@ -126,6 +134,7 @@ impl ChatAsk {
             let reason = "is not served in a session: it has a way to continue";
             return Err(Refusal::invalid("continue_final_message", reason));
         }
+        fields.refuse_what_is_missing()?;
         fields.narrow()?;
         let max_tokens = limit("max_completion_tokens", fields.max_completion_tokens)?
             .or(limit("max_tokens", fields.max_tokens)?)
@@ -190,11 +199,11 @@ impl ChatAsk {
         let Held { model: served, lease } = models::held(service, owner, &model).await?;
         let lease = Some(lease);
         let request = fields.request(Some(&*served), &mut wishes)?;
-        let spec = wishes.grammar.clone();
+        let asked = wishes.clone();
         let made = tokio::task::spawn_blocking(move || {
             let prompt = served.chat_prompt(&request)?;
             drop(held);
-            Ok::<_, Failure>((prompt, spec.map(|spec| served.grammar(spec)).transpose()?))
+            Ok::<_, Failure>((prompt, asked.compiled(&served)?))
         });
         let (prompt, grammar) =
             made.await.map_err(|_| Failure::invalid("messages", "could not be made a prompt"))??;
@@ -217,6 +226,21 @@ impl ChatFields {
         let none = self.tool_choice.as_ref().is_some_and(ToolChoice::is_none);
         let offers = !none && self.tools.as_ref().is_some_and(|tools| !tools.is_empty());
         self.enforces_call() || (offers && wishes.grammar.as_ref().is_some_and(is_json))
+    }
+
+    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
+        let asked = [
+            // A prompt after which nothing is to be said has no answer.
+            (
+                "add_generation_prompt",
+                self.add_generation_prompt == Some(false) && self.continue_final_message != Some(true),
+            ),
+            ("echo", self.echo == Some(true)),
+        ];
+        match asked.iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => Err(Refusal::invalid(name, "is not served in chats as it is said")),
+            None => Ok(()),
+        }
     }
 
     /// Leaves those tools that `tool_choice` allows, if it says so.
@@ -274,6 +298,10 @@ impl ChatFields {
         if calling != Calling::Free && chat.tools.is_empty() {
             return Err(Refusal::invalid("tool_choice", "needs tools"));
         }
+        let is_offered = |name: &str| chat.tools.iter().any(|tool| tool["function"]["name"] == *name);
+        if matches!(&calling, Calling::Only(name) if !is_offered(name)) {
+            return Err(Refusal::invalid("tool_choice", "names a function that is not among the tools"));
+        }
         Ok(RelayPrompt::Chat { chat: Box::new(chat), calling })
     }
 
@@ -307,16 +335,30 @@ impl ChatFields {
         let mut template_arguments = self.chat_template_kwargs.unwrap_or_default();
         let asked = ["thinking", "enable_thinking"].map(|name| template_arguments.remove(name));
         let asked = asked.into_iter().flatten().find_map(|value| value.as_bool());
-        let thinking = asked.or_else(|| self.reasoning_effort.map(|effort| effort != "none"));
-        let now = i64::try_from(now()).ok();
-        Ok(ChatRequest { messages, tools, thinking, continues, template_arguments, now, ..ChatRequest::default() })
+        let effort = self.reasoning_effort;
+        if effort.as_deref().is_some_and(|effort| !is_effort(effort)) {
+            let reason = format!("must be a word of 1 to {EFFORT_BYTES_MAX} letters, digits, '-' and '_'");
+            return Err(Refusal::invalid("reasoning_effort", reason));
+        }
+        let thinking = asked.or_else(|| effort.as_ref().map(|effort| effort != "none"));
+        let (now, rest) = (i64::try_from(now()).ok(), ChatRequest::default());
+        Ok(ChatRequest { messages, tools, thinking, effort, continues, template_arguments, now, ..rest })
     }
+}
+
+/// Which words there are is the template's, or another engine's, to know.
+fn is_effort(word: &str) -> bool {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    (1..=EFFORT_BYTES_MAX).contains(&word.len()) && word.bytes().all(is_plain)
 }
 
 /// Where a call is enforced, nothing is left that `response_format` would be about.
 fn drop_form(wishes: &mut Wishes) -> Result<(), Refusal> {
     match wishes.grammar.take() {
-        Some(grammar) if !is_json(&grammar) => Err(Refusal::invalid("tool_choice", "excludes grammar")),
+        Some(grammar) if !is_json(&grammar) => {
+            let form = wishes.form.unwrap_or("grammar");
+            Err(Refusal::invalid("tool_choice", format!("excludes {form}")))
+        }
         _ => Ok(()),
     }
 }
@@ -332,75 +374,10 @@ impl ToolChoice {
     }
 }
 
-/// Writes answers as chat completions.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ChatWire;
-
-impl ChatWire {
-    fn delta(delta: &Value, finish_reason: Option<&str>) -> Value {
-        json!({ "index": 0, "delta": delta, "logprobs": null, "finish_reason": finish_reason })
-    }
-}
-
-/// A call as OpenAI has it.
-fn call(id: &str, name: &str, arguments: &str) -> Value {
-    json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } })
-}
-
-impl Wire for ChatWire {
-    const ID_PREFIX: &'static str = "chatcmpl";
-    const OBJECT: &'static str = "chat.completion";
-    const CHUNK_OBJECT: &'static str = "chat.completion.chunk";
-
-    fn choice(&self, _: usize, answer: &Answer, finish_reason: &str) -> Value {
-        let mut message = json!({ "role": "assistant", "content": answer.text });
-        if !answer.reasoning.is_empty() {
-            message["reasoning_content"] = json!(answer.reasoning);
-        }
-        if !answer.calls.is_empty() {
-            message["tool_calls"] = answer.calls.iter().map(|one| call(&one.id, &one.name, &one.arguments)).collect();
-            if answer.text.is_empty() {
-                message["content"] = Value::Null;
-            }
-        }
-        json!({ "index": 0, "message": message, "logprobs": null, "finish_reason": finish_reason })
-    }
-
-    fn opening(&self, _: usize) -> Option<Value> {
-        Some(Self::delta(&json!({ "role": "assistant", "content": "" }), None))
-    }
-
-    fn piece(&self, event: &Event) -> Option<Value> {
-        let delta = match event {
-            Event::Delta { text, .. } if text.is_empty() => return None,
-            Event::Delta { text, .. } => json!({ "content": text }),
-            Event::Reasoning { text } => json!({ "reasoning_content": text }),
-            Event::ToolCall { index, id, name, arguments } => {
-                let mut call = call(id, name, arguments);
-                call["index"] = json!(index);
-                json!({ "tool_calls": [call] })
-            }
-            _ => return None,
-        };
-        Some(Self::delta(&delta, None))
-    }
-
-    fn silence(&self) -> Value {
-        Self::delta(&json!({}), None)
-    }
-
-    fn last(&self, finish_reason: &str) -> Value {
-        Self::delta(&json!({}), Some(finish_reason))
-    }
-
-    fn logprobs(&self, likelihoods: &[Likelihood], _: usize) -> Value {
-        logprobs::of_chat(likelihoods)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     fn parsed(text: &str) -> Result<ChatRequest, Refusal> {
         let fields: ChatFields = serde_json::from_str(text).unwrap();
@@ -421,6 +398,21 @@ mod tests {
     }
 
     #[test]
+    fn an_effort_is_a_word_that_is_kept_and_says_whether_to_think() {
+        let asked =
+            |fields: &str| parsed(&format!(r#"{{"messages": [{{"role": "user", "content": "x"}}], {fields}}}"#));
+        let kept = |fields: &str| asked(fields).map(|request| (request.thinking, request.effort)).unwrap();
+        assert_eq!(kept(r#""reasoning_effort": "low""#), (Some(true), Some("low".to_owned())));
+        assert_eq!(kept(r#""reasoning_effort": "none""#), (Some(false), Some("none".to_owned())));
+        let both = r#""reasoning_effort": "low", "chat_template_kwargs": {"thinking": false}"#;
+        assert_eq!(kept(both), (Some(false), Some("low".to_owned())));
+        for wrong in ["", "<s>", &"x".repeat(33)] {
+            let refused = asked(&format!(r#""reasoning_effort": "{wrong}""#)).unwrap_err();
+            assert_eq!(refused.body()["error"]["param"], "reasoning_effort");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_kept_is_refused_by_name() {
         let param = |text: &str| parsed(text).unwrap_err().body()["error"]["param"].as_str().unwrap().to_owned();
         assert_eq!(param(r#"{"messages": []}"#), "messages");
@@ -428,6 +420,19 @@ mod tests {
             let tools = format!(r#""tools": [{{"function": {{"name": "f"}}}}, {tool}]"#);
             assert_eq!(param(&format!(r#"{{"messages": [{{"role": "user", "content": "x"}}], {tools}}}"#)), "tools[1]");
         }
+    }
+
+    #[test]
+    fn a_prompt_without_an_answer_and_an_echo_are_refused_by_name() {
+        let asked = |fields: &str| {
+            let messages = r#"[{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]"#;
+            let read = ChatAsk::read(format!(r#"{{"messages": {messages}, {fields}}}"#).as_bytes());
+            read.map(|_| ()).map_err(|error| error.body()["error"]["param"].clone())
+        };
+        assert_eq!(asked(r#""add_generation_prompt": false"#), Err("add_generation_prompt".into()));
+        assert_eq!(asked(r#""add_generation_prompt": false, "continue_final_message": true"#), Ok(()));
+        assert_eq!(asked(r#""echo": true"#), Err("echo".into()));
+        assert_eq!(asked(r#""add_generation_prompt": true, "echo": false"#), Ok(()));
     }
 
     #[test]
@@ -450,27 +455,25 @@ mod tests {
     }
 
     #[test]
+    fn another_engine_is_not_asked_for_a_call_of_what_is_not_offered() {
+        let asked = |called: &str| {
+            let function = |name: &str| json!({ "type": "function", "function": { "name": name } });
+            let body = json!({
+                "messages": [{ "role": "user", "content": "x" }], "tools": [function("f")], "tool_choice": function(called),
+            });
+            let ChatAsk { fields, mut wishes, .. } = ChatAsk::read(body.to_string().as_bytes()).unwrap();
+            fields.relayed(&mut wishes).map_err(|error| error.body()["error"]["param"].clone())
+        };
+        assert!(matches!(asked("f"), Ok(RelayPrompt::Chat { calling: Calling::Only(name), .. }) if name == "f"));
+        assert_eq!(asked("g").unwrap_err(), "tool_choice");
+    }
+
+    #[test]
     fn a_form_of_the_answer_is_nothing_beside_a_call_that_is_enforced_but_a_grammar_is_a_mistake() {
         let mut wishes = Wishes { grammar: Some(GrammarSpec::JsonObject), ..Wishes::default() };
         drop_form(&mut wishes).unwrap();
         assert!(wishes.grammar.is_none());
         wishes.grammar = Some(GrammarSpec::Lark("start: \"a\"".to_owned()));
         assert_eq!(drop_form(&mut wishes).unwrap_err().body()["error"]["param"], "tool_choice");
-    }
-
-    #[test]
-    fn calls_and_reasoning_stand_beside_the_content() {
-        let [id, name, arguments] = ["call_7", "f", "{}"].map(str::to_owned);
-        let calls = vec![ToolCall { id: id.clone(), name: name.clone(), arguments: arguments.clone() }];
-        let answer = Answer { reasoning: "hm".to_owned(), calls, ..Answer::default() };
-        let message = &ChatWire.choice(0, &answer, "tool_calls")["message"];
-        assert!(message["content"].is_null() && message["reasoning_content"] == "hm");
-        assert_eq!(message["tool_calls"][0]["function"]["name"], "f");
-        let piece = ChatWire.piece(&Event::ToolCall { index: 2, id, name, arguments }).unwrap();
-        let told = [&piece["delta"]["tool_calls"][0], &message["tool_calls"][0]];
-        assert_eq!(
-            (&told[0]["index"], &told[0]["id"], &told[1]["id"]),
-            (&json!(2), &json!("call_7"), &json!("call_7"))
-        );
     }
 }

@@ -121,7 +121,7 @@ impl CompletionAsk {
         }
         let Held { model: served, lease } = models::held(service, owner, &model).await?;
         let with_tokens = fields.return_tokens == Some(true) || served.model.tokenizer().is_none();
-        let (prompts, spec, echoes) = (fields.prompt.all()?, wishes.grammar.clone(), fields.echo == Some(true));
+        let (prompts, asked_for, echoes) = (fields.prompt.all()?, wishes.clone(), fields.echo == Some(true));
         let made = tokio::task::spawn_blocking(move || {
             let read = |prompt: Single| {
                 let echo = match &prompt {
@@ -134,8 +134,7 @@ impl CompletionAsk {
             let (prompts, echoes): (Vec<_>, Vec<_>) =
                 prompts.into_iter().map(read).collect::<Result<Vec<_>, Failure>>()?.into_iter().unzip();
             drop(held);
-            let grammar = spec.map(|spec| served.grammar(spec)).transpose()?;
-            Ok::<_, Failure>((prompts, echoes, grammar))
+            Ok::<_, Failure>((prompts, echoes, asked_for.compiled(&served)?))
         });
         let (prompts, echoes, grammar) =
             made.await.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;

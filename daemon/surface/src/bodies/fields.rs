@@ -3,13 +3,15 @@
 use super::parse;
 use crate::refusal::Refusal;
 use serde::de::value::Error;
-use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, Visitor};
-use serde::forward_to_deserialize_any;
+use serde::de::{DeserializeOwned, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::{Deserialize, forward_to_deserialize_any};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
 
 /// Fields that change nothing here and are no mistake: labels, and wishes about what this daemon does not have.
 const HARMLESS: &[&str] = &[
-    "cache_salt",
     "max_tool_calls",
     "metadata",
     "prompt_cache_key",
@@ -44,6 +46,50 @@ where
     match all.keys().find(|name| !known.iter().any(|names| names.contains(&name.as_str()))) {
         Some(name) => Err(Refusal::invalid(name, "is not known, and the request is strict")),
         None => Ok(()),
+    }
+}
+
+/// The fields that `A` or `B` has, as the body has them, for who writes a body anew in other words.
+///
+/// # Errors
+/// What is wrong with the body, and a field that is there twice.
+pub(super) fn shared<A: DeserializeOwned, B: DeserializeOwned>(body: &[u8]) -> Result<Map<String, Value>, Refusal> {
+    Ok(parse::<Shared<A, B>>(body)?.0)
+}
+
+struct Shared<A, B>(Map<String, Value>, PhantomData<(A, B)>);
+
+impl<'de, A: DeserializeOwned, B: DeserializeOwned> Deserialize<'de> for Shared<A, B> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let names = [names::<A>(), names::<B>()];
+        Ok(Self(deserializer.deserialize_map(Picking(names))?, PhantomData))
+    }
+}
+
+/// Keeps the values of these names; others are passed over, so a long prompt costs no memory.
+struct Picking([&'static [&'static str]; 2]);
+
+impl<'de> Visitor<'de> for Picking {
+    type Value = Map<String, Value>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Self::Value, M::Error> {
+        let mut kept = Map::new();
+        while let Some(name) = map.next_key::<String>()? {
+            if !self.0.iter().any(|names| names.contains(&name.as_str())) {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            let value = map.next_value()?;
+            if kept.contains_key(&name) {
+                return Err(M::Error::custom(format!("duplicate field `{name}`")));
+            }
+            kept.insert(name, value);
+        }
+        Ok(kept)
     }
 }
 
@@ -106,5 +152,13 @@ mod tests {
         assert_eq!(checked(r#"{"strict": true, "model": "x", "top_k": 1, "user": "me"}"#), Ok(()));
         assert_eq!(checked(r#"{"strict": true, "tempratur": 1}"#), Err("tempratur".into()));
         assert_eq!(checked(r#"{"strict": 1}"#), Err("strict".into()));
+    }
+
+    #[test]
+    fn of_a_body_those_fields_are_picked_that_are_asked_for() {
+        let picked = |body: &str| shared::<One, Two>(body.as_bytes()).map(Value::Object);
+        let body = r#"{"model": null, "input": [{"top_k": 1}], "top_k": {"any": 1}}"#;
+        assert_eq!(picked(body).unwrap(), serde_json::json!({ "model": null, "top_k": { "any": 1 } }));
+        assert!(picked(r#"{"top_k": 1, "top_k": 2}"#).is_err() && picked("[]").is_err());
     }
 }

@@ -3,9 +3,10 @@
 //! Servers ignore what they do not know. A client that asks for a form in another server's words would have text of any
 //! form then, and not notice it: so all words that are in use are known here.
 
+use super::missing::is_asked;
 use crate::refusal::Refusal;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use sparsed_engine::GrammarSpec;
 
 /// Most texts of which an answer may be one.
@@ -55,20 +56,38 @@ struct StructuredOutputs {
     regex: Option<String>,
     choice: Option<Vec<String>>,
     grammar: Option<String>,
+    // What is not served.
+    structural_tag: Option<Value>,
+    disable_additional_properties: Option<bool>,
+}
+
+impl StructuredOutputs {
+    fn refuse_what_is_missing(&self) -> Result<(), Refusal> {
+        let asked = [
+            ("structured_outputs.structural_tag", is_asked(&self.structural_tag)),
+            ("structured_outputs.disable_additional_properties", self.disable_additional_properties == Some(true)),
+        ];
+        match asked.iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => Err(Refusal::invalid(name, "is not served")),
+            None => Ok(()),
+        }
+    }
 }
 
 impl FormFields {
-    /// The form, if the request says any.
+    /// The form, if the request says any, and the field that says it.
     ///
     /// # Errors
     /// A form that is none, and more than one.
-    pub(crate) fn spec(&self) -> Result<Option<GrammarSpec>, Refusal> {
+    pub(crate) fn spec(&self) -> Result<Option<(&'static str, GrammarSpec)>, Refusal> {
         let outputs = self.structured_outputs.clone().unwrap_or_default();
+        outputs.refuse_what_is_missing()?;
         let lark = |text: &Option<String>| text.clone().map(GrammarSpec::Lark);
+        let expression = |regex: &Option<String>| regex.clone().map(GrammarSpec::Regex);
         let outputs = [
             schema("structured_outputs", outputs.json.as_ref())?,
             outputs.json_object.filter(|is_asked| *is_asked).map(|_| GrammarSpec::JsonObject),
-            outputs.regex.as_deref().map(expression),
+            expression(&outputs.regex),
             outputs.choice.as_deref().map(|texts| choice("structured_outputs", texts)).transpose()?,
             lark(&outputs.grammar),
         ];
@@ -77,10 +96,10 @@ impl FormFields {
             ("response_format", self.response_format.as_ref().map(ResponseFormat::spec).transpose()?.flatten()),
             ("grammar", lark(&self.grammar)),
             ("json_schema", schema("json_schema", self.json_schema.as_ref())?),
-            ("regex", self.regex.as_deref().map(expression)),
+            ("regex", expression(&self.regex)),
             ("ebnf", lark(&self.ebnf)),
             ("guided_json", schema("guided_json", self.guided_json.as_ref())?),
-            ("guided_regex", self.guided_regex.as_deref().map(expression)),
+            ("guided_regex", expression(&self.guided_regex)),
             ("guided_choice", self.guided_choice.as_deref().map(|all| choice("guided_choice", all)).transpose()?),
             ("guided_grammar", lark(&self.guided_grammar)),
         ];
@@ -90,7 +109,7 @@ impl FormFields {
             (Some((first, _)), Some((name, _))) => {
                 Err(Refusal::invalid(name, format!("and {first} exclude each other: an answer has one form")))
             }
-            (first, _) => Ok(first.map(|(_, form)| form)),
+            (first, _) => Ok(first),
         }
     }
 }
@@ -127,40 +146,25 @@ fn schema(name: &str, value: Option<&Value>) -> Result<Option<GrammarSpec>, Refu
     }
 }
 
-/// A whole answer that matches a regular expression. A slash would end it in a grammar, and so would a line.
-fn expression(regex: &str) -> GrammarSpec {
-    let mut escaped = String::with_capacity(regex.len());
-    let mut letters = regex.chars();
-    while let Some(letter) = letters.next() {
-        match letter {
-            '\\' => {
-                escaped.push('\\');
-                escaped.extend(letters.next());
-            }
-            '/' => escaped.push_str("\\/"),
-            '\n' => escaped.push_str("\\n"),
-            other => escaped.push(other),
-        }
-    }
-    GrammarSpec::Lark(format!("start: /{escaped}/"))
-}
-
-/// One of these texts. Lark's strings are JSON's.
 fn choice(name: &str, texts: &[String]) -> Result<GrammarSpec, Refusal> {
     if !(1..=CHOICES_MAX).contains(&texts.len()) || texts.iter().any(String::is_empty) {
         return Err(Refusal::invalid(name, format!("must have 1 to {CHOICES_MAX} texts, none of them empty")));
     }
-    let texts: Vec<String> = texts.iter().map(|text| json!(text).to_string()).collect();
-    Ok(GrammarSpec::Lark(format!("start: {}", texts.join(" | "))))
+    Ok(GrammarSpec::Choice(texts.to_vec()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
-    fn spec(text: &str) -> Result<Option<GrammarSpec>, Value> {
+    fn form(text: &str) -> Result<Option<(&'static str, GrammarSpec)>, Value> {
         let fields: FormFields = serde_json::from_str(text).unwrap();
         fields.spec().map_err(|error| error.body()["error"]["param"].clone())
+    }
+
+    fn spec(text: &str) -> Result<Option<GrammarSpec>, Value> {
+        form(text).map(|form| form.map(|(_, spec)| spec))
     }
 
     fn schema(value: Value) -> Result<Option<GrammarSpec>, Value> {
@@ -192,6 +196,17 @@ mod tests {
     }
 
     #[test]
+    fn the_field_that_says_the_form_is_known_by_its_name() {
+        for (json, field) in [
+            (r#"{"guided_regex": "a"}"#, "guided_regex"),
+            (r#"{"structured_outputs": {"choice": ["a"]}}"#, "structured_outputs"),
+            (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
+        ] {
+            assert_eq!(form(json).unwrap().unwrap().0, field);
+        }
+    }
+
+    #[test]
     fn the_words_of_other_servers_mean_the_same() {
         let any = json!({ "type": "array" });
         for json in [
@@ -204,19 +219,22 @@ mod tests {
         }
         assert_eq!(spec(r#"{"structured_outputs": {"json_object": true}}"#), Ok(Some(GrammarSpec::JsonObject)));
         for json in [r#"{"guided_choice": ["a\"b", "/"]}"#, r#"{"structured_outputs": {"choice": ["a\"b", "/"]}}"#] {
-            assert_eq!(spec(json), lark(r#"start: "a\"b" | "/""#));
+            assert_eq!(spec(json), Ok(Some(GrammarSpec::Choice(vec!["a\"b".to_owned(), "/".to_owned()]))));
         }
-        for json in [
-            r#"{"regex": "a/b\\/c\\d\n"}"#,
-            r#"{"guided_regex": "a/b\\/c\\d\n"}"#,
-            r#"{"structured_outputs": {"regex": "a/b\\/c\\d\n"}}"#,
-        ] {
-            assert_eq!(spec(json), lark(r"start: /a\/b\/c\d\n/"));
+        for json in
+            [r#"{"regex": "a/b+"}"#, r#"{"guided_regex": "a/b+"}"#, r#"{"structured_outputs": {"regex": "a/b+"}}"#]
+        {
+            assert_eq!(spec(json), Ok(Some(GrammarSpec::Regex("a/b+".to_owned()))));
         }
         assert_eq!(spec(r#"{"ebnf": "start: \"a\""}"#), lark("start: \"a\""));
         assert_eq!(spec(r#"{"structured_outputs": {}, "guided_json": null}"#), Ok(None));
         for (json, param) in [
             (r#"{"guided_choice": []}"#, "guided_choice"),
+            (r#"{"structured_outputs": {"structural_tag": "{}"}}"#, "structured_outputs.structural_tag"),
+            (
+                r#"{"structured_outputs": {"json": {}, "disable_additional_properties": true}}"#,
+                "structured_outputs.disable_additional_properties",
+            ),
             (r#"{"json_schema": "{"}"#, "json_schema"),
             (r#"{"structured_outputs": {"regex": "a", "choice": ["b"]}}"#, "structured_outputs"),
         ] {

@@ -3,9 +3,14 @@
 
 use crate::refusal::Refusal;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
-/// Samplers of llama.cpp's, constraints of vLLM's.
+/// The order of llama.cpp's samplers that it has by itself, as names and as letters: who says it asks for nothing.
+const SAMPLERS: [&str; 9] =
+    ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"];
+const SAMPLER_LETTERS: [&str; 2] = ["edskypmxt", "edkypmxt"];
+
+/// Samplers of llama.cpp's, constraints of vLLM's and SGLang's.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 pub(crate) struct MissingFields {
@@ -29,19 +34,26 @@ pub(crate) struct MissingFields {
     use_beam_search: Option<Value>,
     include_stop_str_in_output: Option<Value>,
     chat_template: Option<Value>,
+    samplers: Option<Value>,
+    min_new_tokens: Option<Value>,
+    stop_regex: Option<Value>,
+    logits_processors: Option<Value>,
+    custom_logit_processor: Option<Value>,
+    documents: Option<Value>,
+    skip_special_tokens: Option<Value>,
 }
 
-/// A field, what it says, and which numbers are off.
-type Field<'f> = (&'static str, &'f Option<Value>, fn(f64) -> bool);
+/// A field, what it says, and which of its values are off beside those of [`is_asked`].
+type Field<'f> = (&'static str, &'f Option<Value>, fn(&Value) -> bool);
 
 impl MissingFields {
     /// # Errors
     /// The first that is not off.
     pub(crate) fn refuse(&self) -> Result<(), Refusal> {
-        let one = |n: f64| n >= 1.0;
-        let zero = |n: f64| n <= 0.0;
-        let never = |_: f64| false;
-        let fields: [Field<'_>; 20] = [
+        let one = |value: &Value| value.as_f64().is_some_and(|n| n >= 1.0);
+        let zero = |value: &Value| value.as_f64().is_some_and(|n| n <= 0.0);
+        let never = |_: &Value| false;
+        let fields: [Field<'_>; 27] = [
             ("mirostat", &self.mirostat, zero),
             ("typical_p", &self.typical_p, one),
             ("typ_p", &self.typ_p, one),
@@ -62,16 +74,29 @@ impl MissingFields {
             ("use_beam_search", &self.use_beam_search, never),
             ("include_stop_str_in_output", &self.include_stop_str_in_output, never),
             ("chat_template", &self.chat_template, never),
+            ("samplers", &self.samplers, is_usual_order),
+            ("min_new_tokens", &self.min_new_tokens, zero),
+            ("stop_regex", &self.stop_regex, never),
+            ("logits_processors", &self.logits_processors, never),
+            ("custom_logit_processor", &self.custom_logit_processor, never),
+            ("documents", &self.documents, never),
+            // It is the other way round: true is how it is here.
+            (
+                "skip_special_tokens",
+                &self.skip_special_tokens.as_ref().map(|skips| json!(skips.as_bool() == Some(false))),
+                never,
+            ),
         ];
-        let asks = |(_, value, off): &&Field<'_>| match value {
-            Some(Value::Number(number)) => !number.as_f64().is_some_and(off),
-            value => is_asked(value),
-        };
+        let asks = |(_, value, off): &&Field<'_>| is_asked(value) && !value.as_ref().is_some_and(off);
         match fields.iter().find(asks) {
             Some((name, ..)) => Err(Refusal::invalid(name, "is not served")),
             None => Ok(()),
         }
     }
+}
+
+fn is_usual_order(samplers: &Value) -> bool {
+    *samplers == json!(SAMPLERS) || SAMPLER_LETTERS.iter().any(|letters| samplers == letters)
 }
 
 /// Whether a field says anything: nulls, `false` and what is empty do not.
@@ -104,11 +129,18 @@ mod tests {
             (r#"{"prompt_logprobs": 0}"#, "prompt_logprobs"),
             (r#"{"chat_template": "{{ messages }}"}"#, "chat_template"),
             (r#"{"use_beam_search": true}"#, "use_beam_search"),
+            (r#"{"samplers": ["top_k", "temperature"]}"#, "samplers"),
+            (r#"{"min_new_tokens": 2}"#, "min_new_tokens"),
+            (r#"{"stop_regex": "a+"}"#, "stop_regex"),
+            (r#"{"logits_processors": ["x"]}"#, "logits_processors"),
+            (r#"{"documents": [{"text": "x"}]}"#, "documents"),
+            (r#"{"skip_special_tokens": false}"#, "skip_special_tokens"),
         ] {
             assert_eq!(refused(text).as_deref(), Some(name), "{text}");
         }
         let off = r#"{"mirostat": 0, "typ_p": 1.0, "top_n_sigma": -1, "dry_multiplier": 0.0, "lora": [], "min_tokens": 0,
-            "stop_token_ids": [], "bad_words": null, "prompt_logprobs": null, "chat_template": "", "use_beam_search": false}"#;
+            "stop_token_ids": [], "bad_words": null, "prompt_logprobs": null, "chat_template": "", "use_beam_search": false,
+            "samplers": "edskypmxt", "skip_special_tokens": true, "documents": [], "min_new_tokens": 0}"#;
         assert_eq!(refused(off), None);
     }
 }

@@ -52,13 +52,15 @@ fn misread(path: &str, error: &serde_json::Error) -> Refusal {
     let said = plain(&error.to_string());
     let place = Some(path).filter(|path| !matches!(*path, "." | "?"));
     // What lacks a field is all that the path knows of it.
-    let missing = said.strip_prefix("missing field `").and_then(|rest| rest.split_once('`')).map(|(name, _)| name);
-    let param = match (place, missing) {
+    let named = |what| said.strip_prefix(what).and_then(|rest| rest.split_once('`')).map(|(name, _)| name);
+    let (missing, twice) = (named("missing field `"), named("duplicate field `"));
+    let param = match (place, missing.or(twice)) {
         (Some(place), Some(name)) => Some(format!("{place}.{name}")),
         (place, name) => place.or(name).map(str::to_owned),
     };
     let message = match &param {
         Some(param) if missing.is_some() => format!("'{param}' is missing"),
+        Some(param) if twice.is_some() => format!("'{param}' is there twice"),
         Some(param) => format!("'{param}': {said}"),
         None => format!("the body is not the JSON expected: {said}"),
     };
@@ -123,6 +125,13 @@ mod tests {
             (r#"{"at": [], "next": {}}"#, "invalid_value", Some("next.at"), "'next.at' is missing"),
             (r#"{"at": [], "next": 1}"#, "invalid_value", Some("next"), "integer `1`, expected an object"),
             (r#"{"at": [], "scale": {}}"#, "invalid_value", Some("scale"), "type: object, expected a number at line 1"),
+            (r#"{"at": [], "at": []}"#, "invalid_value", Some("at"), "'at' is there twice"),
+            (
+                r#"{"at": [], "next": {"at": [], "at": []}}"#,
+                "invalid_value",
+                Some("next.at"),
+                "'next.at' is there twice",
+            ),
             (r#"{"at": [[]]}"#, "invalid_value", Some("at[0]"), "type: list, expected a whole number"),
             (r#"{"at": "x, expected u32"}"#, "invalid_value", Some("at"), "\"x, expected u32\", expected a list"),
         ] {

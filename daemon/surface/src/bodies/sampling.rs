@@ -6,7 +6,7 @@ use super::whole::{as_whole, whole};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
-use sparsed_engine::api::{ALTERNATIVES_MAX, Urgency};
+use sparsed_engine::api::{ALTERNATIVES_MAX, CacheSalt, Urgency};
 use sparsed_engine::{GrammarSpec, Sampling, Wishes, checked_stops};
 use std::collections::BTreeMap;
 
@@ -28,6 +28,9 @@ pub(crate) struct SamplingFields {
     seed: Option<i128>,
     repetition_penalty: Option<f32>,
     repeat_penalty: Option<f32>,
+    /// llama.cpp's: among how many of the last tokens penalties look; here all (-1), or none (0).
+    #[serde(deserialize_with = "whole")]
+    repeat_last_n: Option<i64>,
     frequency_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     logit_bias: Option<BTreeMap<String, f32>>,
@@ -45,6 +48,8 @@ pub(crate) struct SamplingFields {
     logprobs: Option<Value>,
     #[serde(deserialize_with = "whole")]
     top_logprobs: Option<u32>,
+    /// vLLM's: whose the request is, where an app asks for several people.
+    cache_salt: Option<String>,
     return_progress: Option<bool>,
     timings_per_token: Option<bool>,
     // What would change the answer and is not served.
@@ -64,16 +69,23 @@ enum Stop {
 }
 
 impl SamplingFields {
-    /// All that an answer is wished to be; `grammar` is its form.
-    pub(crate) fn wishes(&self, max_tokens: Option<u32>, grammar: Option<GrammarSpec>) -> Result<Wishes, Refusal> {
+    /// All that an answer is wished to be; `form` is what it must be, with the field that says so.
+    pub(crate) fn wishes(
+        &self,
+        max_tokens: Option<u32>,
+        form: Option<(&'static str, GrammarSpec)>,
+    ) -> Result<Wishes, Refusal> {
+        let (form, grammar) = form.unzip();
         Ok(Wishes {
             max_tokens,
             grammar,
+            form,
             sampling: self.sampling()?,
             stops: self.stops()?,
             ignore_end: self.ignore_end(),
             one_call: false,
             in_background: false,
+            cache_salt: self.cache_salt.as_deref().map(CacheSalt::checked).transpose()?,
             urgency: self.urgency()?,
             progress: false,
         })
@@ -88,7 +100,7 @@ impl SamplingFields {
             None | Some(-1) => 0,
             Some(k) => u32::try_from(k).map_err(|_| Refusal::invalid("top_k", format!("is {k}, must be 0 or more")))?,
         };
-        let seed = match self.seed {
+        let seed = match self.chosen_seed() {
             Some(seed) => i64::try_from(seed)
                 .map(i64::cast_unsigned)
                 .or_else(|_| u64::try_from(seed))
@@ -107,7 +119,26 @@ impl SamplingFields {
             presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
             logit_bias: self.biases()?,
         };
-        Ok(sampling.checked()?)
+        self.within_reach(sampling.checked()?, &default)
+    }
+
+    /// Penalties look at all tokens. A shorter reach is refused where there is any penalty, none at all turns them off.
+    fn within_reach(&self, sampling: Sampling, off: &Sampling) -> Result<Sampling, Refusal> {
+        let unpenalised = Sampling {
+            repetition_penalty: off.repetition_penalty,
+            frequency_penalty: off.frequency_penalty,
+            presence_penalty: off.presence_penalty,
+            ..sampling.clone()
+        };
+        match self.repeat_last_n {
+            None | Some(-1) => Ok(sampling),
+            Some(0) => Ok(unpenalised),
+            Some(1..) if sampling == unpenalised => Ok(sampling),
+            Some(n) => {
+                let reason = format!("is {n}, must be 0 (no penalties) or -1 (all tokens) beside a penalty");
+                Err(Refusal::invalid("repeat_last_n", reason))
+            }
+        }
     }
 
     /// The stop strings.
@@ -132,7 +163,12 @@ impl SamplingFields {
 
     /// Whether the client has chosen the seed.
     pub(crate) fn is_seeded(&self) -> bool {
-        self.seed.is_some()
+        self.chosen_seed().is_some()
+    }
+
+    /// -1 is a random one, as llama.cpp, Ollama and vLLM have it.
+    fn chosen_seed(&self) -> Option<i128> {
+        self.seed.filter(|seed| *seed != -1)
     }
 
     /// Whether the answer goes on past end tokens.
@@ -242,6 +278,27 @@ mod tests {
     }
 
     #[test]
+    fn penalties_reach_over_all_tokens_or_none() {
+        let all = r#""repeat_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.5"#;
+        let reaching = |n: i64| fields(&format!(r#"{{"repeat_last_n": {n}, {all}, "seed": 1}}"#)).sampling();
+        let sampling = reaching(-1).unwrap();
+        assert_eq!((sampling.repetition_penalty, sampling.presence_penalty), (1.5, 0.5));
+        assert_eq!(reaching(0).unwrap(), Sampling { seed: 1, ..Sampling::default() });
+        for n in [64, -2] {
+            assert_eq!(reaching(n).unwrap_err().body()["error"]["param"], "repeat_last_n", "{n}");
+        }
+        assert!(fields(r#"{"repeat_last_n": 64, "repeat_penalty": 1}"#).sampling().is_ok(), "there is none");
+        assert!(fields(r#"{"repeat_last_n": -2}"#).sampling().is_err());
+    }
+
+    #[test]
+    fn a_seed_of_minus_one_is_none() {
+        let drawn = |json: &str| fields(json).sampling().unwrap().seed;
+        assert_ne!(drawn(r#"{"seed": -1}"#), drawn(r#"{"seed": -1.0}"#));
+        assert!(!fields(r#"{"seed": -1}"#).is_seeded() && fields(r#"{"seed": -2}"#).is_seeded());
+    }
+
+    #[test]
     fn what_is_not_served_is_refused_by_name() {
         for (json, param) in [
             (r#"{"store": true}"#, "store"),
@@ -264,6 +321,14 @@ mod tests {
         for wrong in [0, -2, 1 << 32] {
             assert_eq!(of(wrong), Err("max_tokens".into()), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_salt_is_a_wish_and_an_empty_one_a_mistake() {
+        let salt = |json: &str| fields(json).wishes(None, None).map(|wishes| wishes.cache_salt);
+        assert_eq!(salt(r#"{"cache_salt": "x"}"#).unwrap(), Some(CacheSalt::checked("x").unwrap()));
+        assert_eq!(salt(r#"{"cache_salt": null}"#).unwrap(), None);
+        assert_eq!(salt(r#"{"cache_salt": ""}"#).unwrap_err().body()["error"]["param"], "cache_salt");
     }
 
     #[test]

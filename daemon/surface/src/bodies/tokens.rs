@@ -16,9 +16,6 @@ struct TokenizeFields {
     /// vLLM's: a text, or a conversation.
     prompt: Option<String>,
     messages: Option<IgnoredAny>,
-    /// Of a conversation.
-    add_generation_prompt: Option<bool>,
-    continue_final_message: Option<bool>,
     /// With the begin token, where a prompt has one. Off, as in llama.cpp.
     add_special: Option<bool>,
     /// The same in vLLM's form, where it is on.
@@ -48,9 +45,6 @@ pub(crate) async fn tokenize(
     let fields: TokenizeFields = parse(body)?;
     let (with_pieces, with_names) = (fields.with_pieces == Some(true), fields.return_token_strs == Some(true));
     if fields.content.is_none() && fields.messages.is_some() {
-        if fields.add_generation_prompt == Some(false) && fields.continue_final_message != Some(true) {
-            return Err(Refusal::invalid("add_generation_prompt", "is false, which is not served"));
-        }
         let request = size::prompted(service, owner, ChatAsk::read(body)?, held).await?;
         let tokens = request.prompt;
         return on(service, owner, Some(request.model), "messages", (), move |model| {

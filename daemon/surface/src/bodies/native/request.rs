@@ -2,7 +2,7 @@
 
 use crate::bodies::missing::MissingFields;
 use crate::bodies::parse;
-use crate::bodies::whole::{as_whole, whole};
+use crate::bodies::whole::whole;
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -47,6 +47,7 @@ struct Fields {
     top_p: Option<Value>,
     min_p: Option<Value>,
     seed: Option<Value>,
+    repeat_last_n: Option<Value>,
     presence_penalty: Option<Value>,
     frequency_penalty: Option<Value>,
     stop: Option<Value>,
@@ -57,6 +58,7 @@ struct Fields {
     timings_per_token: Option<Value>,
     priority: Option<Value>,
     deadline_ms: Option<Value>,
+    cache_salt: Option<Value>,
     /// Of any kind, so that none is wrong: it would have lost its name.
     #[serde(flatten)]
     missing: MissingFields,
@@ -70,13 +72,12 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
     let fields: Fields = parse(bytes)?;
     fields.missing.refuse()?;
     fields.check()?;
-    let seed = fields.seed.filter(|seed| as_whole(seed) != Some(-1));
     let body = [
         ("prompt", Some(prompt(fields.prompt.unwrap_or_default())?)),
         // Without an end where nothing is said; it ends with the context.
         ("max_tokens", Some(json!(fields.n_predict.or(fields.max_tokens).unwrap_or(-1)))),
         ("n", fields.n_cmpl.map(Value::from)),
-        ("seed", seed),
+        ("seed", fields.seed),
         ("stream", fields.stream.map(Value::from)),
         ("logprobs", fields.n_probs.filter(|n| *n > 0).map(Value::from)),
         ("repetition_penalty", fields.repeat_penalty.map(Value::from)),
@@ -86,6 +87,7 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
         ("top_k", fields.top_k),
         ("top_p", fields.top_p),
         ("min_p", fields.min_p),
+        ("repeat_last_n", fields.repeat_last_n),
         ("presence_penalty", fields.presence_penalty),
         ("frequency_penalty", fields.frequency_penalty),
         ("stop", fields.stop),
@@ -96,6 +98,7 @@ pub(crate) fn wanted(bytes: &[u8]) -> Result<Wanted, Refusal> {
         ("timings_per_token", fields.timings_per_token),
         ("priority", fields.priority),
         ("deadline_ms", fields.deadline_ms),
+        ("cache_salt", fields.cache_salt),
     ];
     let body = body.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
     let (stream, with_tokens) = (fields.stream == Some(true), fields.return_tokens == Some(true));
@@ -164,13 +167,13 @@ mod tests {
     #[test]
     fn what_openai_calls_otherwise_has_its_name() {
         let body = body(
-            r#"{"prompt": "x", "n_predict": 5, "seed": -1, "n_probs": 3, "repeat_penalty": 1.5, "top_k": 4,
+            r#"{"prompt": "x", "n_predict": 5, "seed": -1, "n_probs": 3, "repeat_penalty": 1.5, "repeat_last_n": 0, "top_k": 4,
                 "cache_prompt": false, "logit_bias": [[7, 1.5], [8, false]], "json_schema": {"const": 1}}"#,
         );
         assert_eq!((&body["max_tokens"], &body["logprobs"], &body["top_k"]), (&json!(5), &json!(3), &json!(4)));
-        assert_eq!((&body["repetition_penalty"], &body["seed"]), (&json!(1.5), &Value::Null));
+        assert_eq!((&body["repetition_penalty"], &body["seed"]), (&json!(1.5), &json!(-1)));
         assert_eq!(body["logit_bias"], json!({ "7": 1.5, "8": -100 }));
-        assert_eq!(body["json_schema"]["const"], 1);
+        assert_eq!((&body["json_schema"]["const"], &body["repeat_last_n"]), (&json!(1), &json!(0)));
         assert!(body.get("cache_prompt").is_none());
     }
 

@@ -108,6 +108,7 @@ struct Options {
     seed: Option<Value>,
     stop: Option<Value>,
     repeat_penalty: Option<f64>,
+    repeat_last_n: Option<Value>,
     presence_penalty: Option<f64>,
     frequency_penalty: Option<f64>,
     #[serde(deserialize_with = "whole")]
@@ -175,6 +176,8 @@ pub(crate) fn renamed(refusal: Refusal) -> Refusal {
         "repetition_penalty" => Some("options.repeat_penalty"),
         "presence_penalty" => Some("options.presence_penalty"),
         "frequency_penalty" => Some("options.frequency_penalty"),
+        "repeat_last_n" => Some("options.repeat_last_n"),
+        "reasoning_effort" | "chat_template_kwargs" => Some("think"),
         _ => None,
     })
 }
@@ -259,6 +262,7 @@ impl Options {
             ("seed", json!(self.seed)),
             ("stop", json!(self.stop)),
             ("repetition_penalty", json!(self.repeat_penalty)),
+            ("repeat_last_n", json!(self.repeat_last_n)),
             ("presence_penalty", json!(self.presence_penalty)),
             ("frequency_penalty", json!(self.frequency_penalty)),
         ] {
@@ -323,11 +327,12 @@ mod tests {
     fn options_and_format_have_names_of_openais() {
         let body = body(chat(
             br#"{"model": "default:latest", "messages": [{"role": "user", "content": "x"}], "format": "json",
-                "think": false, "options": {"num_predict": 5, "repeat_penalty": 1.5, "num_ctx": 4096, "stop": ["y"]}}"#,
+                "think": false, "options": {"num_predict": 5, "repeat_penalty": 1.5, "repeat_last_n": 0, "num_ctx": 4096,
+                "stop": ["y"]}}"#,
         ));
         assert_eq!((&body["model"], &body["max_tokens"]), (&json!("default:latest"), &json!(5)));
         assert_eq!((&body["repetition_penalty"], &body["stop"]), (&json!(1.5), &json!(["y"])));
-        assert_eq!(body["response_format"]["type"], "json_object");
+        assert_eq!((&body["response_format"]["type"], &body["repeat_last_n"]), (&json!("json_object"), &json!(0)));
         assert_eq!(body["chat_template_kwargs"]["thinking"], false);
     }
 
@@ -385,6 +390,7 @@ mod tests {
         assert_eq!(options(r#"{"mirostat": 1}"#), "options.mirostat");
         assert_eq!(renamed(Refusal::invalid("response_format", "x")).body()["error"]["message"], "'format' x");
         assert_eq!(options(r#"{"num_predict": 5000000000}"#), "options.num_predict");
+        assert_eq!(renamed(Refusal::invalid("reasoning_effort", "x")).body()["error"]["param"], "think");
     }
 
     #[test]

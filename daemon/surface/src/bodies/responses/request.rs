@@ -3,13 +3,18 @@
 use super::script::Head;
 use crate::bodies::answer::now;
 use crate::bodies::figures::Telling;
-use crate::bodies::missing::MissingFields;
+use crate::bodies::forms::FormFields;
+use crate::bodies::missing::{MissingFields, is_asked};
+use crate::bodies::sampling::SamplingFields;
 use crate::bodies::whole::whole;
 use crate::bodies::{fields, parse};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use sparsed_engine::{DEFAULT_MODEL, Sampling};
+
+/// A thing to include that is not there; the others belong to tools that are not there either, or are not needed.
+const LOGPROBS: &str = "message.output_text.logprobs";
 
 /// The request. What is not named is ignored.
 #[derive(Debug, Deserialize)]
@@ -23,21 +28,12 @@ pub(super) struct Fields {
     pub(super) previous_response_id: Option<String>,
     #[serde(default, deserialize_with = "whole")]
     max_output_tokens: Option<u32>,
-    temperature: Option<f64>,
-    top_p: Option<f64>,
-    top_k: Option<Value>,
-    min_p: Option<f64>,
-    seed: Option<Value>,
-    stop: Option<Value>,
-    presence_penalty: Option<f64>,
-    frequency_penalty: Option<f64>,
-    logit_bias: Option<Value>,
-    ignore_eos: Option<bool>,
     tools: Option<Vec<Value>>,
     tool_choice: Option<Value>,
     parallel_tool_calls: Option<bool>,
     text: Option<TextFields>,
     reasoning: Option<ReasoningFields>,
+    chat_template_kwargs: Option<Value>,
     return_progress: Option<bool>,
     timings_per_token: Option<bool>,
     metadata: Option<Value>,
@@ -50,8 +46,26 @@ pub(super) struct Fields {
     // What would change the answer and is not served.
     conversation: Option<Value>,
     prompt: Option<Value>,
+    continue_final_message: Option<Value>,
+    include: Option<Vec<String>>,
     #[serde(default, deserialize_with = "whole")]
     top_logprobs: Option<u32>,
+    /// What responses share with chats: how tokens are chosen, and the form of the answer.
+    #[serde(skip)]
+    shared: Map<String, Value>,
+}
+
+/// What chats call otherwise: such a wish is refused with its name here, rather than passed over.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct ChatsOwn {
+    messages: Option<Value>,
+    max_tokens: Option<Value>,
+    max_completion_tokens: Option<Value>,
+    n_predict: Option<Value>,
+    response_format: Option<Value>,
+    reasoning_effort: Option<Value>,
+    session_id: Option<Value>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -77,18 +91,23 @@ impl Fields {
     /// # Errors
     /// What is wrong with it, and where.
     pub(super) fn read(body: &[u8]) -> Result<Self, Refusal> {
-        let fields: Self = parse(body)?;
-        fields::check::<Self, MissingFields, Self, Self>(body)?;
+        let mut fields: Self = parse(body)?;
+        fields::check::<Self, MissingFields, SamplingFields, FormFields>(body)?;
         parse::<MissingFields>(body)?.refuse()?;
+        parse::<ChatsOwn>(body)?.refuse()?;
         let asks = [
-            ("conversation", fields.conversation.as_ref().is_some_and(|value| !value.is_null())),
-            ("prompt", fields.prompt.as_ref().is_some_and(|value| !value.is_null())),
+            ("conversation", is_asked(&fields.conversation)),
+            ("prompt", is_asked(&fields.prompt)),
+            ("continue_final_message", is_asked(&fields.continue_final_message)),
             ("top_logprobs", fields.top_logprobs.is_some_and(|n| n > 0)),
             ("truncation", fields.truncation.as_ref().is_some_and(|kind| kind != "disabled")),
+            ("include", fields.include.iter().flatten().any(|name| name == LOGPROBS)),
         ];
         if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
             return Err(Refusal::invalid(name, "is not served"));
         }
+        fields.shared = shared(body)?;
+        fields.check_form()?;
         if fields.background == Some(true) && fields.store == Some(false) {
             return Err(Refusal::invalid("background", "needs a response that is stored"));
         }
@@ -97,6 +116,18 @@ impl Fields {
             return Err(Refusal::invalid("previous_response_id", reason));
         }
         Ok(fields)
+    }
+
+    /// An answer has one form, whichever way it is said.
+    fn check_form(&self) -> Result<(), Refusal> {
+        let form = FormFields::deserialize(&self.shared).ok().map(|fields| fields.spec()).transpose()?.flatten();
+        let said = self.text.as_ref().and_then(|text| text.format.as_ref()).filter(|format| format["type"] != "text");
+        match (form, said) {
+            (Some(_), Some(format)) if !format.is_null() => {
+                Err(Refusal::invalid("text.format", "excludes what else says the form of the answer"))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Whether the response is kept.
@@ -144,22 +175,12 @@ impl Fields {
         }
         let tools: Option<Vec<Value>> =
             self.tools.as_ref().map(|tools| tools.iter().map(tool).collect::<Result<_, _>>()).transpose()?;
-        Ok(json!({
+        let own = json!({
             // A session's model is its own.
             "model": if session.is_some() { self.model.as_deref() } else { Some(self.model()) },
             "session_id": session,
             "messages": conversation.messages,
             "max_completion_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "seed": self.seed,
-            "stop": self.stop,
-            "presence_penalty": self.presence_penalty,
-            "frequency_penalty": self.frequency_penalty,
-            "logit_bias": self.logit_bias,
-            "ignore_eos": self.ignore_eos,
             "tools": tools,
             "tool_choice": self.tool_choice.as_ref().map(tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
@@ -168,13 +189,18 @@ impl Fields {
             "return_progress": self.telling().progress(),
             "timings_per_token": self.telling().timings(),
             "reasoning_effort": self.reasoning.as_ref().and_then(|reasoning| reasoning.effort.clone()),
-        }))
+            "chat_template_kwargs": self.chat_template_kwargs,
+        });
+        let mut chat = self.shared.clone();
+        chat.extend(own.as_object().cloned().unwrap_or_default());
+        Ok(Value::Object(chat))
     }
 
     /// What the response called `id` says of itself: all members that the schema of OpenAI's responses asks for.
     pub(super) fn head(&self, id: String) -> Head {
         let default = Sampling::default();
-        let number = |asked: Option<f64>, default: f32| asked.unwrap_or_else(|| default.into());
+        let number =
+            |name: &str, default: f32| self.shared.get(name).and_then(Value::as_f64).unwrap_or_else(|| default.into());
         let fixed = json!({
             "created_at": now(),
             "model": self.model(),
@@ -186,9 +212,9 @@ impl Fields {
             "parallel_tool_calls": self.parallel_tool_calls.unwrap_or(true),
             "previous_response_id": self.previous_response_id,
             "reasoning": { "effort": self.reasoning.as_ref().and_then(|r| r.effort.clone()), "summary": null },
-            "temperature": number(self.temperature, default.temperature),
-            "presence_penalty": number(self.presence_penalty, default.presence_penalty),
-            "frequency_penalty": number(self.frequency_penalty, default.frequency_penalty),
+            "temperature": number("temperature", default.temperature),
+            "presence_penalty": number("presence_penalty", default.presence_penalty),
+            "frequency_penalty": number("frequency_penalty", default.frequency_penalty),
             "top_logprobs": 0,
             "max_tool_calls": self.max_tool_calls,
             "service_tier": "default",
@@ -199,11 +225,50 @@ impl Fields {
                 .unwrap_or_else(|| json!({ "type": "text" })) },
             "tool_choice": self.tool_choice.clone().unwrap_or_else(|| json!("auto")),
             "tools": self.tools.clone().unwrap_or_default(),
-            "top_p": number(self.top_p, default.top_p),
+            "top_p": number("top_p", default.top_p),
             "truncation": "disabled",
         });
         Head { id, fixed, telling: self.telling() }
     }
+}
+
+impl ChatsOwn {
+    fn refuse(&self) -> Result<(), Refusal> {
+        let fields = [
+            ("messages", &self.messages, "input"),
+            ("max_tokens", &self.max_tokens, "max_output_tokens"),
+            ("max_completion_tokens", &self.max_completion_tokens, "max_output_tokens"),
+            ("n_predict", &self.n_predict, "max_output_tokens"),
+            ("response_format", &self.response_format, "text.format"),
+            ("reasoning_effort", &self.reasoning_effort, "reasoning.effort"),
+            ("session_id", &self.session_id, "previous_response_id"),
+        ];
+        match fields.iter().find(|(_, value, _)| is_asked(value)) {
+            Some((name, _, here)) => Err(Refusal::invalid(name, format!("is a field of chats; here it is '{here}'"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// What [`SamplingFields`] and [`FormFields`] have, as the chat will read it.
+///
+/// # Errors
+/// What is wrong with them, and what responses have not.
+fn shared(body: &[u8]) -> Result<Map<String, Value>, Refusal> {
+    let sampling: SamplingFields = parse(body)?;
+    parse::<FormFields>(body)?;
+    if sampling.answers()? > 1 {
+        return Err(Refusal::invalid("n", "is not served: a response is one answer"));
+    }
+    if sampling.logprobs_of_chat()?.is_some() {
+        return Err(Refusal::invalid("logprobs", "is not served"));
+    }
+    let mut shared = fields::shared::<SamplingFields, FormFields>(body)?;
+    // Responses are stored, and have their progress told, in their own way.
+    for own in ["store", "return_progress", "timings_per_token"] {
+        shared.remove(own);
+    }
+    Ok(shared)
 }
 
 /// Items as the messages of a chat, in which an assistant's reasoning, text and calls are one.
@@ -331,6 +396,7 @@ fn format(format: &Value) -> Value {
 mod tests {
     use super::super::script::Script;
     use super::*;
+    use crate::bodies::ChatAsk;
 
     fn chat(body: &str) -> Result<Value, Value> {
         let fields = Fields::read(body.as_bytes()).map_err(|error| error.body()["error"]["param"].clone())?;
@@ -376,9 +442,41 @@ mod tests {
     fn what_chats_have_too_is_heeded_and_what_is_not_served_refused() {
         let body = r#"{"input": "x", "stop": ["y"], "presence_penalty": 1, "logit_bias": {"7": 1}, "seed": 1.0}"#;
         let asked = chat(body).unwrap();
-        assert_eq!((&asked["stop"], &asked["presence_penalty"]), (&json!(["y"]), &json!(1.0)));
+        assert_eq!((&asked["stop"], &asked["presence_penalty"]), (&json!(["y"]), &json!(1)));
         assert_eq!((&asked["logit_bias"]["7"], &asked["seed"]), (&json!(1), &json!(1.0)));
         assert_eq!(chat(r#"{"input": "x", "min_tokens": 3}"#), Err("min_tokens".into()));
+        for field in [
+            r#""grammar": "start: \"a\"""#,
+            r#""guided_choice": ["a", "b"]"#,
+            r#""structured_outputs": {"regex": "a+"}"#,
+            r#""repetition_penalty": 1.5"#,
+            r#""chat_template_kwargs": {"thinking": false}"#,
+            r#""deadline_ms": 50"#,
+            r#""priority": -3"#,
+        ] {
+            let body = format!(r#"{{"input": "x", "text": {{"format": {{"type": "text"}}}}, {field}}}"#);
+            let asked = chat(&body).unwrap();
+            let (name, value) = field.split_once(": ").unwrap();
+            assert_eq!(asked[name.trim_matches('"')], serde_json::from_str::<Value>(value).unwrap());
+            assert!(ChatAsk::read(asked.to_string().as_bytes()).is_ok(), "{field}");
+        }
+        for (field, name) in [
+            (r#""n": 3"#, "n"),
+            (r#""logprobs": true"#, "logprobs"),
+            (r#""top_logprobs": 2"#, "top_logprobs"),
+            (r#""include": ["message.output_text.logprobs"]"#, "include"),
+            (r#""max_tokens": 5"#, "max_tokens"),
+            (r#""response_format": {"type": "json_object"}"#, "response_format"),
+            (r#""reasoning_effort": "low""#, "reasoning_effort"),
+            (r#""messages": [{}]"#, "messages"),
+            (r#""repetition_penalty": "x""#, "repetition_penalty"),
+            (r#""regex": "a", "text": {"format": {"type": "json_object"}}"#, "text.format"),
+        ] {
+            assert_eq!(chat(&format!(r#"{{"input": "x", {field}}}"#)), Err(name.into()), "{field}");
+        }
+        let none =
+            r#"{"input": "x", "n": 1, "logprobs": false, "include": ["reasoning.encrypted_content"], "store": true}"#;
+        assert!(chat(none).unwrap().get("store").is_none());
     }
 
     #[test]

@@ -260,6 +260,7 @@ fn renamed(refusal: Refusal) -> Refusal {
         "messages" => Some("input"),
         "max_completion_tokens" => Some("max_output_tokens"),
         "response_format" => Some("text.format"),
+        "reasoning_effort" => Some("reasoning.effort"),
         "session_id" => Some("previous_response_id"),
         _ => None,
     })
