@@ -51,5 +51,6 @@ for name, turns in ((name, joined(pieces)) for name, pieces in conversations.ite
 picked = [found[at * len(found) // count] for at in range(count)]
 with open(out, "w", encoding="utf-8") as file:
     for _, turns in picked:
-        print(json.dumps([{"role": ROLES.get(t["from"], "assistant"), "content": t["value"]} for t in turns]), file=file)
+        messages = [{"role": ROLES.get(turn["from"], "assistant"), "content": turn["value"]} for turn in turns]
+        print(json.dumps(messages), file=file)
 print(f"{len(found)} conversations, taken: {' '.join(name for name, _ in picked)}")

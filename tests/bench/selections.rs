@@ -2,10 +2,10 @@
 //!
 //! cargo run --release -p sparsed-tests --example selections -- MODEL DIR CONTEXT STEPS N_TEXTS FILE...
 //!
-//! A file `.jsonl` has a chat in each line, an array of OpenAI's messages (`chats.py` makes such a file); it is rendered
-//! with the model's template, its answers are read as they were recorded. The other files are read one after another as
-//! one text, cut into `N_TEXTS` pieces. Of each piece and each chat the first `CONTEXT` tokens are read, and the selections
-//! of the last `STEPS` of them are written; what is shorter is left out.
+//! A file `.jsonl` has a chat in each line, an array of OpenAI's messages (`chats.py` makes such a file). It is
+//! rendered with the model's template, its answers are read as they were recorded. The other files are read one after
+//! another as one text, cut into `N_TEXTS` pieces. Of each piece and each chat the first `CONTEXT` tokens are read, and
+//! the selections of the last `STEPS` of them are written; what is shorter is left out.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a measurement")]
 
 use npyz::WriterBuilder;

@@ -4,8 +4,8 @@
 //! cargo run --release -p sparsed-tests --example workload -- N_FAST FILE.npy...
 //!
 //! The cache is shared by all layers, as in the plugins, and its replacement is the plugins' own code. A row that comes
-//! into being while the log runs is not counted, nor are those of the `N_FAST` tokens before it: they lie in fast memory.
-//! The first quarter of each log warms the cache.
+//! into being while the log runs is not counted, nor are those of the `N_FAST` tokens before it: they lie in fast
+//! memory. The first quarter of each log warms the cache.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a measurement")]
 #![allow(clippy::cast_precision_loss, reason = "counts")]
 
@@ -189,8 +189,8 @@ impl Log {
         mean(&(0..self.n_layers).map(of_layer).collect::<Vec<_>>())
     }
 
-    /// A step's misses in all layers with a cache of so many last steps, the rows that the layer before has selected and
-    /// the cache has not, and how many of them are misses: what reading them ahead would cost and save.
+    /// A step's misses in all layers with a cache of so many last steps, the rows that the layer before has selected
+    /// and the cache has not, and how many of them are misses: what reading them ahead would cost and save.
     fn guesses(&self, cached: usize) -> [f64; 3] {
         let n_rows = usize::from(self.n_before);
         let (mut used, mut counts) = (vec![None; self.n_layers * n_rows], [0; 3]);
