@@ -1,19 +1,21 @@
-//! Which rows does attention select, step by step? Writes one `.npy` for each text, which `workload.rs` reads.
+//! Which rows does attention select, step by step? Writes one `.npy` for each text and chat, which `workload.rs` reads.
 //!
-//! cargo run --release -p sparsed-tests --example selections -- MODEL DIR CONTEXT STEPS N_TEXTS N_CHATS FILE...
+//! cargo run --release -p sparsed-tests --example selections -- MODEL DIR CONTEXT STEPS N_TEXTS FILE...
 //!
-//! The files are read one after another as one text, cut into `N_TEXTS + N_CHATS` pieces. Of the first ones the
-//! selections of the last `STEPS` of `CONTEXT` tokens are written; each of the others is a message of a chat, and what
-//! is written are the selections while the model answers it.
+//! A file `.jsonl` has a chat in each line, an array of OpenAI's messages (`chats.py` makes such a file). It is
+//! rendered with the model's template, its answers are read as they were recorded. The other files are read one after
+//! another as one text, cut into `N_TEXTS` pieces. Of each piece and each chat the first `CONTEXT` tokens are read, and
+//! the selections of the last `STEPS` of them are written; what is shorter is left out.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a measurement")]
 
 use npyz::WriterBuilder;
 use sparsed_backend::{Backend, OpenOptions, Plugin, SearchPath};
-use sparsed_engine::{ChatMessage, ChatRequest, DeviceModel, LoadOptions, Lockstep, Role, Rows};
+use sparsed_engine::{ChatMessage, ChatRequest, DeviceModel, LoadOptions, Lockstep, Rows};
 use sparsed_kv::blocks_for;
-use sparsed_model::{Model, ProgramOptions, TextStream};
+use sparsed_model::{Model, ProgramOptions};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 /// Tokens that are read at once.
 const CHUNK: u32 = 256;
@@ -22,22 +24,43 @@ fn main() {
     let mut args = std::env::args().skip(1);
     let (model, dir) = (args.next().unwrap(), args.next().unwrap());
     let mut number = || args.next().unwrap().parse::<usize>().unwrap();
-    let (context, steps, n_texts, n_chats) = (number(), number(), number(), number());
-    let text: String = args.map(|file| String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned()).collect();
+    let (context, steps, n_texts) = (number(), number(), number());
+    let is_chats = |file: &PathBuf| file.extension().is_some_and(|extension| extension == "jsonl");
+    let (chats, texts): (Vec<_>, Vec<_>) = args.map(PathBuf::from).partition(is_chats);
     let model = Model::open(Path::new(&model)).unwrap();
     let mut device = load(&model, u32::try_from(context).unwrap());
-    let ids = model.tokenizer().unwrap().encode(&text).unwrap();
-    let pieces: Vec<&[u32]> = ids.chunks_exact(ids.len() / (n_texts + n_chats)).collect();
-    for (at, piece) in pieces.into_iter().take(n_texts + n_chats).enumerate() {
-        let (kind, selected) = if at < n_texts {
-            ("text", read(&mut device, &piece[..context], steps))
-        } else {
-            ("chat", answer(&model, &mut device, piece, context, steps))
-        };
-        let path = Path::new(&dir).join(format!("{kind}-{context}-{at:02}.npy"));
-        write(&path, &selected);
-        println!("{}: {} steps", path.display(), selected.len());
+    let inputs = [("text", read_texts(&model, &texts, n_texts)), ("chat", read_chats(&model, &chats))];
+    for (kind, inputs) in inputs {
+        for (at, tokens) in inputs.iter().enumerate().filter(|(_, tokens)| tokens.len() >= context) {
+            let begin = Instant::now();
+            let selected = select(&mut device, &tokens[..context], steps);
+            let path = Path::new(&dir).join(format!("{kind}-{context}-{at:02}.npy"));
+            write(&path, &selected);
+            println!("{}: {} steps in {:.1} s", path.display(), selected.len(), begin.elapsed().as_secs_f64());
+        }
     }
+}
+
+/// The tokens of each of the `n` pieces.
+fn read_texts(model: &Model, files: &[PathBuf], n: usize) -> Vec<Vec<u32>> {
+    let text: String =
+        files.iter().map(|file| String::from_utf8_lossy(&std::fs::read(file).unwrap()).into_owned()).collect();
+    let ids = model.tokenizer().unwrap().encode(&text).unwrap();
+    ids.chunks_exact((ids.len() / n.max(1)).max(1)).take(n).map(<[u32]>::to_vec).collect()
+}
+
+/// The tokens of each chat, as a prompt.
+fn read_chats(model: &Model, files: &[PathBuf]) -> Vec<Vec<u32>> {
+    let prompt = |line: &str| {
+        let chat =
+            ChatRequest { messages: serde_json::from_str::<Vec<ChatMessage>>(line).unwrap(), ..ChatRequest::default() };
+        let prompt = model.chat_format().unwrap().render(&chat).unwrap();
+        model.tokenizer().unwrap().encode_prompt(&prompt).unwrap()
+    };
+    files
+        .iter()
+        .flat_map(|file| std::fs::read_to_string(file).unwrap().lines().map(prompt).collect::<Vec<_>>())
+        .collect()
 }
 
 fn load(model: &Model, context: u32) -> DeviceModel {
@@ -62,7 +85,7 @@ fn load(model: &Model, context: u32) -> DeviceModel {
 type Selected = Vec<Vec<Vec<u16>>>;
 
 /// Steps `tokens`, and keeps what each of the last `steps` has selected.
-fn read(device: &mut DeviceModel, tokens: &[u32], steps: usize) -> Selected {
+fn select(device: &mut DeviceModel, tokens: &[u32], steps: usize) -> Selected {
     let k = device.top_k().unwrap() as usize;
     let (mut sequence, mut selected) = (Lockstep::new(device, 1), Selected::new());
     let first = tokens.len() - steps;
@@ -72,29 +95,6 @@ fn read(device: &mut DeviceModel, tokens: &[u32], steps: usize) -> Selected {
             let row = |layer: &Vec<i32>| positions(&layer[(at - start) * k..][..k]);
             selected.push(outputs.selections.iter().map(row).collect());
         }
-    }
-    selected
-}
-
-/// Has the model answer a message that leaves `steps` tokens of the context for the answer, greedily.
-fn answer(model: &Model, device: &mut DeviceModel, piece: &[u32], context: usize, steps: usize) -> Selected {
-    let k = device.top_k().unwrap() as usize;
-    let (tokenizer, mut stream) = (model.tokenizer().unwrap(), TextStream::new(&[]));
-    let message: String = piece[..context - steps - 100].iter().map(|&id| stream.push(tokenizer, id)).collect();
-    let message = format!("What is this text about, and what can I do with it?\n\n{message}");
-    let chat = ChatRequest { messages: vec![ChatMessage::new(Role::User, &message)], ..ChatRequest::default() };
-    let prompt = model.chat_format().unwrap().render(&chat).unwrap();
-    let prompt = model.tokenizer().unwrap().encode_prompt(&prompt).unwrap();
-    let (mut sequence, mut selected) = (Lockstep::new(device, 1), Selected::new());
-    let mut logits = Vec::new();
-    for chunk in prompt.chunks(CHUNK as usize) {
-        logits = sequence.step(device, chunk, Rows::Last).unwrap().logits;
-    }
-    for _ in 0..steps.min(context - prompt.len()) {
-        let best = (0u32..).zip(&logits).max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
-        let outputs = sequence.step(device, &[best], Rows::Last).unwrap();
-        selected.push(outputs.selections.iter().map(|layer| positions(&layer[..k])).collect());
-        logits = outputs.logits;
     }
     selected
 }

@@ -3,7 +3,7 @@
 //! Where all of it fits nothing is slow. Otherwise the index planes stay in memory for as many blocks as possible, with
 //! a share of the latent planes: `blocks * (index + lookup + hot * latent)` bytes. The share, and what no further block
 //! is wanted for, goes to cached rows first: fewer than one step selects are of no use, and more than three steps'
-//! bring next to nothing (`daemon/kv/WORKLOAD.md`). What is left keeps whole blocks.
+//! bring little (`daemon/kv/WORKLOAD.md`). What is left keeps whole blocks.
 
 use crate::scheduler::Limits;
 use sparsed_kv::{BLOCK_TOKENS, blocks_for};
