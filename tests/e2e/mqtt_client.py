@@ -1,6 +1,6 @@
 """Real MQTT clients against the real daemon.
 
-Usage: mqtt_client.py basics|v311|big|small PORT, or full PORT FOLDER, flood PORT PREFIX N WINDOW, fuzz PORT PID N
+Usage: mqtt_client.py basics|v311|big|share|small PORT, or full PORT FOLDER, flood PORT PREFIX N WINDOW, fuzz PORT PID N
 """
 import asyncio
 import json
@@ -194,6 +194,18 @@ def big(port):
     assert refused["code"] == "body_too_large", refused
 
 
+def share(port):
+    """The daemon may hold 1 MiB: what one client asks for takes no result of another one's away."""
+    lamp, tv = (Client(port, name, [f"{NODE}/res/{name}/#"]) for name in ("lamp", "tv"))
+    ask = {"id": "1", "body": {**SAY, "temperature": 1}}
+    first = lamp.done("chat", ask)
+    for n in range(14):
+        done = tv.done("tokenize", {"id": f"t{n}", "body": {"prompt": "x" * 60000}})
+        assert done["kind"] == "final" and done["result"]["count"] == 60000, str(done)[:300]
+    assert lamp.done("chat", ask) == first
+    print("ok")
+
+
 def small(port):
     """The broker takes no packets of more than 2000 bytes, and nobody has said so to the daemon but the broker."""
     lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#"])
@@ -353,4 +365,4 @@ if __name__ == "__main__":
     elif what == "fuzz":
         fuzz(port, *rest)
     else:
-        {"basics": basics, "v311": v311, "big": big, "small": small}[what](port)
+        {"basics": basics, "v311": v311, "big": big, "share": share, "small": small}[what](port)

@@ -8,6 +8,7 @@
 
 mod requests;
 mod results;
+mod room;
 
 use super::entry::{Entry, State};
 use super::ledger::{Kept, Ledger, Record};

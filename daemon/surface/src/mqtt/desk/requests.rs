@@ -88,14 +88,13 @@ impl Desk {
     fn admit(&mut self, request: Request, acks: Vec<Ack>) {
         let open = || self.entries.values().filter(|entry| entry.is_open());
         let of_client = open().filter(|entry| entry.request.client == request.client).count();
-        let held = |desk: &Self| desk.entries.values().map(Entry::bytes).sum::<u64>() + request.body.len() as u64;
         let full = if of_client >= self.limits.per_client {
             Some(format!("{} requests of '{}' are unanswered; the limit is mqtt.per_client", of_client, request.client))
         } else if open().count() >= self.limits.pending {
             Some(format!("{} requests are unanswered; the limit is mqtt.pending", self.limits.pending))
         } else {
-            while held(self) > self.limits.held_bytes && self.forget_oldest() {}
-            (held(self) > self.limits.held_bytes).then(|| "the inbox is full (mqtt.inbox)".to_owned())
+            let reason = || format!("'{}' holds its share of mqtt.inbox, or others hold the rest", request.client);
+            (!self.make_room(&request.client, Entry::bytes_of(&request))).then(reason)
         };
         if let Some(message) = full {
             return self.refuse(Some(&request.id), request.address(), &Refusal::door_full(message), acks);
@@ -104,16 +103,6 @@ impl Desk {
         let key = request.key();
         self.staged.push(key.clone());
         self.entries.insert(key, Entry::new(request, self.arrivals, acks));
-    }
-
-    /// Forgets the result that was delivered first; `false` when there is none.
-    fn forget_oldest(&mut self) -> bool {
-        let delivered = |(key, entry): (&Key, &Entry)| match entry.state {
-            State::Delivered(_, at_ms) => Some((at_ms, key.clone())),
-            _ => None,
-        };
-        let oldest = self.entries.iter().filter_map(delivered).min();
-        oldest.map(|(_, key)| self.forget(&key)).is_some()
     }
 
     pub(super) fn forget(&mut self, key: &Key) {

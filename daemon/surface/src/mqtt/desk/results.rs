@@ -193,7 +193,9 @@ impl Desk {
             self.outbox.push(Out::Finale(key));
         } else if finale.is_kept {
             entry.state = State::Delivered(finale, now_ms);
+            let client = key.client.clone();
             self.lazy.push(Record::Delivered { key, at_ms: now_ms });
+            self.trim(&client);
         } else {
             self.forget(&key);
         }

@@ -1,6 +1,7 @@
 //! The desk without a broker: what it says to what comes, through restarts, broken connections and a full disk.
 
 mod misfortunes;
+mod room;
 mod strays;
 
 use super::{Ack, Act, Desk, Input, Limits, Line};
