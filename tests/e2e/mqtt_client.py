@@ -139,6 +139,17 @@ def basics(port):
     whole = lamp.done("session", {"id": "s3", "body": {"verb": "get", "id": session}})["result"]
     assert [message["role"] for message in whole["messages"]] == ["user", "assistant"], whole
     assert whole["messages"][1]["content"] == turn["text"]
+    # One turn at a time: who comes meanwhile may ask again, and then has it.
+    long = {"id": "s3a", "session": session, "body": {**SAY, "max_tokens": 2000}, "stream": {"mode": "delta", "min_ms": 0}}
+    lamp.ask("chat", long)
+    assert lamp.next()[1]["kind"] == "delta"
+    lamp.ask("chat", {"id": "s3b", "session": session, "body": SAY})
+    while (refused := lamp.next()[1])["id"] != "s3b":
+        assert refused["kind"] == "delta", refused
+    assert (refused["code"], refused["retry"]) == ("session_busy", True), refused
+    assert lamp.until_final()[1]["id"] == "s3a"
+    again = lamp.done("chat", {"id": "s3b", "session": session, "body": SAY})
+    assert again["kind"] == "final", again
     tv = Client(port, "tv", [f"{NODE}/res/tv/#"])
     assert tv.done("session", {"id": "s", "body": {"verb": "get", "id": session}})["code"] == "session_not_found"
     assert tv.done("session", {"id": "l", "body": {"verb": "list"}})["result"]["data"] == []

@@ -153,7 +153,7 @@ pub enum What {
     /// A request is refused: memory is short.
     MemoryShort,
     /// A request could not begin in time.
-    DeadlineMissed,
+    DeadlineExceeded,
 }
 
 impl What {
@@ -170,12 +170,12 @@ impl What {
         Self::UserTokensFull,
         Self::UserKvFull,
         Self::MemoryShort,
-        Self::DeadlineMissed,
+        Self::DeadlineExceeded,
     ];
 
     fn is_refusal(self) -> bool {
-        use What::{DeadlineMissed, MemoryShort, QueueFull, UserKvFull, UserQueueFull, UserTokensFull};
-        matches!(self, QueueFull | UserQueueFull | UserTokensFull | UserKvFull | MemoryShort | DeadlineMissed)
+        use What::{DeadlineExceeded, MemoryShort, QueueFull, UserKvFull, UserQueueFull, UserTokensFull};
+        matches!(self, QueueFull | UserQueueFull | UserTokensFull | UserKvFull | MemoryShort | DeadlineExceeded)
     }
 
     /// One word, for logs and metrics.
@@ -192,7 +192,7 @@ impl What {
             Self::UserTokensFull => "user_tokens_full",
             Self::UserKvFull => "user_kv_full",
             Self::MemoryShort => "memory_short",
-            Self::DeadlineMissed => "deadline_missed",
+            Self::DeadlineExceeded => "deadline_exceeded",
         }
     }
 }

@@ -68,8 +68,8 @@ impl Scheduler {
             for mut sequence in self.queue.take_if(|sequence| sequence.is_late(now)) {
                 let deadline_ms = sequence.urgency().deadline_ms.unwrap_or(0);
                 let reason = format!("{}: {deadline_ms} ms are over", owner_name(sequence.owner()));
-                self.decisions.note(What::DeadlineMissed, reason, &mut self.tally, now);
-                sequence.fail(Failure::DeadlineMissed { deadline_ms });
+                self.decisions.note(What::DeadlineExceeded, reason, &mut self.tally, now);
+                sequence.fail(Failure::DeadlineExceeded { deadline_ms });
                 self.leave(sequence, now);
             }
         }
@@ -428,7 +428,7 @@ mod tests {
         }
         bench.run();
         assert_eq!(listeners[0].heard().0.len(), 40, "one that has begun goes on after its deadline");
-        assert_eq!(listeners[1].heard().1, Some(Event::Failed(Failure::DeadlineMissed { deadline_ms: 20 })));
+        assert_eq!(listeners[1].heard().1, Some(Event::Failed(Failure::DeadlineExceeded { deadline_ms: 20 })));
         assert_eq!(listeners[2].heard().0.len(), 40);
     }
 

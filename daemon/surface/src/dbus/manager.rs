@@ -7,7 +7,7 @@ use super::requests::Place;
 use super::values::{self, Dict};
 use super::{additions, leases, memfd, polkit, session, stream};
 use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, load, models, sessions};
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use crate::shares::Share;
 use serde::Deserialize;
 use serde_json::Value;
@@ -44,7 +44,7 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
             if body.len() > INLINE_BYTES_MAX {
                 let message = format!("the body has {} bytes, {INLINE_BYTES_MAX} go into a message", body.len());
                 let message = message + "; use GenerateFromFd";
-                return Err(Refusal::unreadable(413, "body_too_large", None, message).into());
+                return Err(Refusal::at_door(AtDoor::BodyTooLarge, None, message).into());
             }
             let share = share(door, owner, body.len())?;
             generate(door, call, body.into_bytes(), share, &options).await

@@ -2,7 +2,7 @@
 
 use super::Shared;
 use crate::bodies::models;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
@@ -37,8 +37,7 @@ pub(crate) async fn one(
     State(shared): State<Shared>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, Refusal> {
-    let Path(id) =
-        id.map_err(|error| Refusal::unreadable(400, "invalid_path", Some("model".to_owned()), error.body_text()))?;
+    let Path(id) = id.map_err(|error| Refusal::at_door(AtDoor::InvalidPath, Some("model"), error.body_text()))?;
     Ok(Json(models::one(&shared.service, &id)?))
 }
 

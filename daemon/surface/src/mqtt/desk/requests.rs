@@ -6,7 +6,7 @@ use crate::mqtt::ledger::Record;
 use crate::mqtt::message::{Address, Key, Publish, Request, error};
 use crate::mqtt::outbox::Out;
 use crate::mqtt::topics::Op;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 
 /// Messages that may wait before a refusal that nobody waits for is dropped.
 const REFUSALS_MAX: usize = 1024;
@@ -35,7 +35,7 @@ impl Desk {
                     "the payload has {length} bytes, the limit is {} (mqtt.payload)",
                     self.limits.payload_bytes
                 );
-                let refusal = Refusal::unreadable(413, "body_too_large", None, message);
+                let refusal = Refusal::at_door(AtDoor::BodyTooLarge, None, message);
                 let short = Publish { payload: b"{}".to_vec(), ..publish.clone() };
                 let address = read(&short).map_or_else(|unread| unread.address, |request| request.address());
                 return self.refuse(None, address, &refusal, acks);
@@ -54,7 +54,7 @@ impl Desk {
         match self.entries.get(&key) {
             Some(entry) if entry.request.digest != request.digest => {
                 let message = format!("another request has the id '{}'; choose a new one", request.id);
-                let refusal = Refusal::unreadable(409, "id_conflict", Some("id".to_owned()), message);
+                let refusal = Refusal::at_door(AtDoor::IdConflict, Some("id"), message);
                 self.refuse(Some(&request.id), request.address(), &refusal, acks);
             }
             Some(_) => self.hear_again(&key, acks, acts),
@@ -116,7 +116,7 @@ impl Desk {
             (key.client == client && key.id == id && entry.is_open()).then(|| key.clone())
         };
         for key in self.entries.iter().filter_map(named).collect::<Vec<_>>() {
-            let refusal = Refusal::unreadable(499, "cancelled", None, "the request was cancelled".to_owned());
+            let refusal = Refusal::at_door(AtDoor::Cancelled, None, "the request was cancelled");
             self.end(&key, &refusal, acts);
         }
     }
