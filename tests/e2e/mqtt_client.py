@@ -66,12 +66,12 @@ class Client:
 
 
 def basics(port):
-    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#", f"{ROOT}/reply/#"])
+    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#", f"{ROOT}/reply/lamp/#"])
     # A topic and a word of its own, deltas in order, and a final that says it all again.
     body = {"id": "1", "body": SAY, "stream": {"mode": "delta", "min_ms": 0}}
-    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/x", CorrelationData=b"\x00word")
+    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/lamp/x", CorrelationData=b"\x00word")
     message, final, deltas = lamp.until_final()
-    assert message.topic == f"{ROOT}/reply/x" and message.properties.CorrelationData == b"\x00word"
+    assert message.topic == f"{ROOT}/reply/lamp/x" and message.properties.CorrelationData == b"\x00word"
     assert message.properties.ContentType == "application/json", message.properties
     assert [delta["seq"] for delta in deltas] == list(range(len(deltas))) and len(deltas) > 3, deltas
     assert "".join(delta["text"] for delta in deltas) == final["text"] != "", final
@@ -79,10 +79,10 @@ def basics(port):
     assert final["usage"]["completion_tokens"] == 12, final
 
     # The same id hears the same, word for word; another body is none of it.
-    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/x", CorrelationData=b"\x00word")
+    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/lamp/x", CorrelationData=b"\x00word")
     assert lamp.next()[1] == final
     conflict = {"id": "1", "body": {**SAY, "max_tokens": 3}}
-    lamp.ask("chat", conflict, ResponseTopic=f"{ROOT}/reply/x")
+    lamp.ask("chat", conflict, ResponseTopic=f"{ROOT}/reply/lamp/x")
     assert lamp.next()[1]["code"] == "id_conflict"
 
     # Without `stream` the reply topic gets the final only.
@@ -104,6 +104,19 @@ def basics(port):
     tv.ask("tokenize", {"id": "3", "reply_to": f"{ROOT}/reply/lamp", "body": {"prompt": "abc"}})
     message, refused = tv.next()
     assert (message.topic, refused["param"]) == (f"{NODE}/res/tv/3", "reply_to"), refused
+    tv.ask("tokenize", {"id": "4", "reply_to": f"{ROOT}/reply/nobody", "body": {"prompt": "abc"}})
+    message, refused = tv.next()  # nor what one has not asked for yet
+    assert (message.topic, refused["param"]) == (f"{NODE}/res/tv/4", "reply_to"), refused
+
+    # A name is any level of a topic.
+    for name in ["my device", "dev=1", "k\u00fcche"]:
+        named = Client(port, f"named {name}", [f"{NODE}/res/{name}/#", f"{ROOT}/reply/{name}"])
+        named.ask("tokenize", {"id": "1", "body": {"prompt": "a"}}, topic=f"{NODE}/req/{name}/tokenize")
+        message, done = named.next()
+        assert (message.topic, done["kind"]) == (f"{NODE}/res/{name}/1", "final"), done
+        ask = {"id": "2", "reply_to": f"{ROOT}/reply/{name}", "body": {"prompt": "a"}}
+        named.ask("tokenize", ask, topic=f"{NODE}/req/{name}/tokenize")
+        assert named.next()[0].topic == f"{ROOT}/reply/{name}"
 
     back = lamp.done("detokenize", {"id": "5", "body": {"tokens": [97, 98, 99]}})
     assert back["result"] == {"content": "abc"}, back

@@ -27,8 +27,7 @@ impl Desk {
             return; // unacknowledged, the broker gives it again
         }
         let deadline_ms = self.limits.deadline_ms;
-        let is_known = |name: &str| self.entries.keys().any(|key| key.client == name);
-        let read = |publish: &Publish| Request::read(publish, &place, &self.topics, &is_known, now_ms, deadline_ms);
+        let read = |publish: &Publish| Request::read(publish, &place, &self.topics, now_ms, deadline_ms);
         let read = match publish.payload.len() {
             length if length > self.limits.payload_bytes => {
                 let message = format!(

@@ -9,7 +9,7 @@ fn an_empty_payload_is_no_request_unless_somebody_waits_for_the_answer() {
     let ack = |pkid| Some(Ack { line: Line::Node, epoch: 1, pkid });
     bench.take(Input::Publish { line: Line::Node, ack: ack(1), publish: publish.clone() });
     assert_eq!((bench.acks.as_slice(), bench.flying.len()), (&[1][..], 0));
-    let asked = Publish { response_topic: Some("s/reply/x".to_owned()), ..publish };
+    let asked = Publish { response_topic: Some("s/reply/lamp".to_owned()), ..publish };
     bench.take(Input::Publish { line: Line::Node, ack: ack(2), publish: asked });
     assert_eq!(bench.land().1["code"], "invalid_json");
 }
