@@ -54,7 +54,7 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
             let (body, share) = received(door, owner, fd, "body").await?;
             generate(door, call, body, share, &options).await
         }
-        Verb::GetStatus => call.answer(&(models::status(service).to_string(),)),
+        Verb::GetStatus => call.answer(&(models::status(service, owner).to_string(),)),
         Verb::ListModels => call.answer(&(models::list(service).to_string(),)),
         Verb::Lease => {
             let (model,): (String,) = call.arguments()?;

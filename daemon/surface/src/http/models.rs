@@ -3,12 +3,13 @@
 use super::Shared;
 use crate::bodies::models;
 use crate::refusal::{AtDoor, Refusal};
-use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde_json::{Value, json};
+use sparsed_engine::api::Owner;
 
 /// `GET /health`: 200 once a request for the default model would be served, 503 before, as llama.cpp's server does.
 /// Without a device it is 503 too, though requests are taken and wait; `degraded` is served by another device.
@@ -42,6 +43,6 @@ pub(crate) async fn one(
 }
 
 /// `GET /v1/status`.
-pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
-    Json(models::status(&shared.service))
+pub(crate) async fn status(State(shared): State<Shared>, Extension(owner): Extension<Owner>) -> Json<Value> {
+    Json(models::status(&shared.service, owner))
 }
