@@ -92,7 +92,21 @@ def basics(port):
 
     done = lamp.done("complete", {"id": "3", "body": {"prompt": "Once", "max_tokens": 3, "temperature": 0, "ignore_eos": True}})
     assert done["kind"] == "final" and done["usage"]["completion_tokens"] == 3, done
-    assert lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"] == {"tokens": [97, 98, 99], "count": 3}
+    done = lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"]
+    assert (done["tokens"], done["count"], done["max_model_len"]) == ([97, 98, 99], 3, 4096), done
+    # As on the other doors: llama.cpp's form, and conversations.
+    done = lamp.done("tokenize", {"id": "4p", "body": {"content": "ab", "with_pieces": True}})["result"]
+    assert done == {"tokens": [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}]}, done
+    done = lamp.done("tokenize", {"id": "4m", "body": {"messages": SAY["messages"]}})["result"]
+    assert done["count"] == len(done["tokens"]) > len("Hello"), done
+
+    # How likely each token was, of both kinds of answers.
+    likely = {**SAY, "logprobs": True, "top_logprobs": 2}
+    told = lamp.done("chat", {"id": "l1", "body": likely, "stream": True})
+    content = told["logprobs"]["content"]
+    assert len(content) == 12 and all(len(one["top_logprobs"]) == 2 for one in content), told
+    told = lamp.done("complete", {"id": "l2", "body": {"prompt": "Once", "max_tokens": 3, "ignore_eos": True, "logprobs": 1}})
+    assert [len(told["logprobs"][name]) for name in ("tokens", "token_logprobs", "text_offset")] == [3, 3, 3], told
 
     # Small devices count their requests, and a verb that there is not is no silence.
     assert lamp.done("tokenize", {"id": 40, "body": {"prompt": "a"}})["id"] == "40"

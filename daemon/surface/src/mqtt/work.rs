@@ -4,12 +4,12 @@
 use super::link::{Delta, Deltas};
 use super::message::{Request, delta};
 use super::topics::Op;
-use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, models, parse, sessions, tokens};
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, parse, sessions, tokens};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::api::{Failure, Owner};
-use sparsed_engine::{DEFAULT_MODEL, Service};
+use sparsed_engine::Service;
+use sparsed_engine::api::Owner;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
@@ -20,13 +20,6 @@ const DELTA_BYTES: usize = 512;
 const FULL_PAUSE: Duration = Duration::from_millis(20);
 /// The door's name among owners.
 const DOOR: &str = "mqtt";
-
-/// What a request may want of the tokenizer.
-#[derive(Debug, Deserialize)]
-struct TokenizeFields {
-    model: Option<String>,
-    prompt: String,
-}
 
 /// The session that a verb is about.
 #[derive(Debug, Deserialize)]
@@ -59,7 +52,7 @@ pub(super) async fn answer(
             let asked = asked.map_err(Refusal::about_prompt)?;
             return gather(service, asked, request, node, deltas).await.map_err(Refusal::about_prompt);
         }
-        Op::Tokenize => tokenize(service, owner, parse(body)?).await?,
+        Op::Tokenize => tokens::tokenize(service, owner, body, ()).await?,
         Op::Detokenize => tokens::detokenize(service, owner, body, ()).await?,
         Op::Session => {
             let VerbFields { verb, id } = parse(body)?;
@@ -82,13 +75,6 @@ fn streamed(body: &[u8]) -> Result<Vec<u8>, Refusal> {
     body.insert("stream".to_owned(), json!(true));
     body.insert("stream_options".to_owned(), json!({ "include_usage": true }));
     Ok(Value::Object(body).to_string().into_bytes())
-}
-
-async fn tokenize(service: &Service, owner: Owner, fields: TokenizeFields) -> Result<Value, Refusal> {
-    let held = models::held(service, owner, fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
-    let made = tokio::task::spawn_blocking(move || held.model.text_prompt(&fields.prompt)).await;
-    let tokens = made.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
-    Ok(json!({ "tokens": tokens, "count": tokens.len() }))
 }
 
 /// A verb of sessions, with the fields that HTTP has for it.
