@@ -318,6 +318,7 @@ pub(super) mod tests {
             (r#"{"id": "a/b"}"#, Some("id")),
             (r#"{"id": "a", "v": 2}"#, Some("v")),
             (r#"{"id": "a", "max_bytes": 10}"#, Some("max_bytes")),
+            (r#"{"id": "a", "deadline_ms": 0}"#, Some("deadline_ms")),
             (r#"{"id": "a", "reply_to": "s/box/res/tv/1"}"#, Some("reply_to")),
             (r#"{"id": "a", "body": {"n": 2}}"#, Some("n")),
             (r#"{"id": "a", "stream": {"mode": "x"}}"#, Some("stream.mode")),

@@ -57,6 +57,9 @@ impl Desk {
                 self.refuse(Some(&request.id), request.address(), &refusal, acks);
             }
             Some(_) => self.hear_again(&key, acks, acts),
+            None if request.deadline_ms <= now_ms => {
+                self.refuse(Some(&request.id), request.address(), &super::too_late(), acks);
+            }
             None => self.admit(request, acks),
         }
     }
