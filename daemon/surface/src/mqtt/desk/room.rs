@@ -1,8 +1,8 @@
 //! Whose requests and results are held? All together have a bound (`mqtt.inbox`), and nobody's go for another client's.
 //!
-//! Who holds some gets more as long as at least as much is left for others, as with bodies (`shares.rs`), or while it is
-//! no more than an equal part for each client that holds something and one that is to come. For what is new, a client's
-//! own results go that the broker had first; where that does not help it is refused.
+//! Who holds some gets more as long as at least as much is left for others, as with bodies (`shares.rs`), or while it
+//! is no more than an equal part for each client that holds something and one that is to come. For what is new, a
+//! client's own results go that the broker had first; where that does not help it is refused.
 
 use super::Desk;
 use crate::mqtt::entry::{Entry, State};
