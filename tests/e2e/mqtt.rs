@@ -110,6 +110,13 @@ fn clients_of_both_versions_are_served() {
 }
 
 #[test]
+fn what_one_client_asks_takes_no_result_of_another_one_away() {
+    let broker = Broker::start("");
+    let node = Node::on(&broker, &["mqtt.inbox=1MiB"]);
+    assert!(succeeds(client(&["share"], broker.port()), &node.daemon).contains("ok"));
+}
+
+#[test]
 fn ten_thousand_malformed_requests_harm_nobody() {
     let broker = Broker::start("");
     let node = Node::on(&broker, &["mqtt.per_client=64", "mqtt.inbox=16MiB", "sessions.max_per_user=20"]);

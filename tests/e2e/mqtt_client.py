@@ -1,6 +1,6 @@
 """Real MQTT clients against the real daemon.
 
-Usage: mqtt_client.py basics|v311|big|small PORT, or full PORT FOLDER, flood PORT PREFIX N WINDOW, fuzz PORT PID N
+Usage: mqtt_client.py basics|v311|big|share|small PORT, or full PORT FOLDER, flood PORT PREFIX N WINDOW, fuzz PORT PID N
 """
 import asyncio
 import json
@@ -66,12 +66,12 @@ class Client:
 
 
 def basics(port):
-    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#", f"{ROOT}/reply/#"])
+    lamp = Client(port, "lamp", [f"{NODE}/res/lamp/#", f"{ROOT}/reply/lamp/#"])
     # A topic and a word of its own, deltas in order, and a final that says it all again.
     body = {"id": "1", "body": SAY, "stream": {"mode": "delta", "min_ms": 0}}
-    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/x", CorrelationData=b"\x00word")
+    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/lamp/x", CorrelationData=b"\x00word")
     message, final, deltas = lamp.until_final()
-    assert message.topic == f"{ROOT}/reply/x" and message.properties.CorrelationData == b"\x00word"
+    assert message.topic == f"{ROOT}/reply/lamp/x" and message.properties.CorrelationData == b"\x00word"
     assert message.properties.ContentType == "application/json", message.properties
     assert [delta["seq"] for delta in deltas] == list(range(len(deltas))) and len(deltas) > 3, deltas
     assert "".join(delta["text"] for delta in deltas) == final["text"] != "", final
@@ -79,10 +79,10 @@ def basics(port):
     assert final["usage"]["completion_tokens"] == 12, final
 
     # The same id hears the same, word for word; another body is none of it.
-    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/x", CorrelationData=b"\x00word")
+    lamp.ask("chat", body, ResponseTopic=f"{ROOT}/reply/lamp/x", CorrelationData=b"\x00word")
     assert lamp.next()[1] == final
     conflict = {"id": "1", "body": {**SAY, "max_tokens": 3}}
-    lamp.ask("chat", conflict, ResponseTopic=f"{ROOT}/reply/x")
+    lamp.ask("chat", conflict, ResponseTopic=f"{ROOT}/reply/lamp/x")
     assert lamp.next()[1]["code"] == "id_conflict"
 
     # Without `stream` the reply topic gets the final only.
@@ -92,7 +92,21 @@ def basics(port):
 
     done = lamp.done("complete", {"id": "3", "body": {"prompt": "Once", "max_tokens": 3, "temperature": 0, "ignore_eos": True}})
     assert done["kind"] == "final" and done["usage"]["completion_tokens"] == 3, done
-    assert lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"] == {"tokens": [97, 98, 99], "count": 3}
+    done = lamp.done("tokenize", {"id": "4", "body": {"prompt": "abc"}})["result"]
+    assert (done["tokens"], done["count"], done["max_model_len"]) == ([97, 98, 99], 3, 4096), done
+    # As on the other doors: llama.cpp's form, and conversations.
+    done = lamp.done("tokenize", {"id": "4p", "body": {"content": "ab", "with_pieces": True}})["result"]
+    assert done == {"tokens": [{"id": 97, "piece": "a"}, {"id": 98, "piece": "b"}]}, done
+    done = lamp.done("tokenize", {"id": "4m", "body": {"messages": SAY["messages"]}})["result"]
+    assert done["count"] == len(done["tokens"]) > len("Hello"), done
+
+    # How likely each token was, of both kinds of answers.
+    likely = {**SAY, "logprobs": True, "top_logprobs": 2}
+    told = lamp.done("chat", {"id": "l1", "body": likely, "stream": True})
+    content = told["logprobs"]["content"]
+    assert len(content) == 12 and all(len(one["top_logprobs"]) == 2 for one in content), told
+    told = lamp.done("complete", {"id": "l2", "body": {"prompt": "Once", "max_tokens": 3, "ignore_eos": True, "logprobs": 1}})
+    assert [len(told["logprobs"][name]) for name in ("tokens", "token_logprobs", "text_offset")] == [3, 3, 3], told
 
     # Small devices count their requests, and a verb that there is not is no silence.
     assert lamp.done("tokenize", {"id": 40, "body": {"prompt": "a"}})["id"] == "40"
@@ -104,6 +118,19 @@ def basics(port):
     tv.ask("tokenize", {"id": "3", "reply_to": f"{ROOT}/reply/lamp", "body": {"prompt": "abc"}})
     message, refused = tv.next()
     assert (message.topic, refused["param"]) == (f"{NODE}/res/tv/3", "reply_to"), refused
+    tv.ask("tokenize", {"id": "4", "reply_to": f"{ROOT}/reply/nobody", "body": {"prompt": "abc"}})
+    message, refused = tv.next()  # nor what one has not asked for yet
+    assert (message.topic, refused["param"]) == (f"{NODE}/res/tv/4", "reply_to"), refused
+
+    # A name is any level of a topic.
+    for name in ["my device", "dev=1", "k\u00fcche"]:
+        named = Client(port, f"named {name}", [f"{NODE}/res/{name}/#", f"{ROOT}/reply/{name}"])
+        named.ask("tokenize", {"id": "1", "body": {"prompt": "a"}}, topic=f"{NODE}/req/{name}/tokenize")
+        message, done = named.next()
+        assert (message.topic, done["kind"]) == (f"{NODE}/res/{name}/1", "final"), done
+        ask = {"id": "2", "reply_to": f"{ROOT}/reply/{name}", "body": {"prompt": "a"}}
+        named.ask("tokenize", ask, topic=f"{NODE}/req/{name}/tokenize")
+        assert named.next()[0].topic == f"{ROOT}/reply/{name}"
 
     back = lamp.done("detokenize", {"id": "5", "body": {"tokens": [97, 98, 99]}})
     assert back["result"] == {"content": "abc"}, back
@@ -139,6 +166,17 @@ def basics(port):
     whole = lamp.done("session", {"id": "s3", "body": {"verb": "get", "id": session}})["result"]
     assert [message["role"] for message in whole["messages"]] == ["user", "assistant"], whole
     assert whole["messages"][1]["content"] == turn["text"]
+    # One turn at a time: who comes meanwhile may ask again, and then has it.
+    long = {"id": "s3a", "session": session, "body": {**SAY, "max_tokens": 2000}, "stream": {"mode": "delta", "min_ms": 0}}
+    lamp.ask("chat", long)
+    assert lamp.next()[1]["kind"] == "delta"
+    lamp.ask("chat", {"id": "s3b", "session": session, "body": SAY})
+    while (refused := lamp.next()[1])["id"] != "s3b":
+        assert refused["kind"] == "delta", refused
+    assert (refused["code"], refused["retry"]) == ("session_busy", True), refused
+    assert lamp.until_final()[1]["id"] == "s3a"
+    again = lamp.done("chat", {"id": "s3b", "session": session, "body": SAY})
+    assert again["kind"] == "final", again
     tv = Client(port, "tv", [f"{NODE}/res/tv/#"])
     assert tv.done("session", {"id": "s", "body": {"verb": "get", "id": session}})["code"] == "session_not_found"
     assert tv.done("session", {"id": "l", "body": {"verb": "list"}})["result"]["data"] == []
@@ -192,6 +230,18 @@ def big(port):
         assert done.get("code") in (None, "context_length_exceeded"), str(done)[:300]
     refused = lamp.done("chat", {"id": "x", "body": {**SAY, "messages": [{"role": "user", "content": "x" * (300 << 10)}]}})
     assert refused["code"] == "body_too_large", refused
+
+
+def share(port):
+    """The daemon may hold 1 MiB: what one client asks for takes no result of another one's away."""
+    lamp, tv = (Client(port, name, [f"{NODE}/res/{name}/#"]) for name in ("lamp", "tv"))
+    ask = {"id": "1", "body": {**SAY, "temperature": 1}}
+    first = lamp.done("chat", ask)
+    for n in range(14):
+        done = tv.done("tokenize", {"id": f"t{n}", "body": {"prompt": "x" * 60000}})
+        assert done["kind"] == "final" and done["result"]["count"] == 60000, str(done)[:300]
+    assert lamp.done("chat", ask) == first
+    print("ok")
 
 
 def small(port):
@@ -353,4 +403,4 @@ if __name__ == "__main__":
     elif what == "fuzz":
         fuzz(port, *rest)
     else:
-        {"basics": basics, "v311": v311, "big": big, "small": small}[what](port)
+        {"basics": basics, "v311": v311, "big": big, "share": share, "small": small}[what](port)

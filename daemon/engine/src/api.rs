@@ -1,9 +1,10 @@
-//! What can a surface ask, and what does it hear? The whole vocabulary between surfaces and engine.
+//! What can a surface ask, and what does it hear? The vocabulary of answers between surfaces and engine.
 //!
 //! A surface hands a [`Request`] and a [`Sink`] to [`Service::submit`](crate::Service::submit): a [`Generate`] for this
 //! box's devices, or a [`Relay`] for an engine elsewhere. The sink then hears [`Event`]s: [`Event::Queued`], any number
 //! of pieces of the answer, then exactly one [`Event::Finished`] or [`Event::Failed`] (which may also come first),
-//! unless the listener goes away, which cancels the request.
+//! unless the listener goes away, which cancels the request. What has one reply (sessions, tokens, leases, status) is a
+//! method of [`Service`](crate::Service); whatever fails, fails with a [`Failure`].
 
 mod failure;
 mod relay;

@@ -153,7 +153,7 @@ pub enum What {
     /// A request is refused: memory is short.
     MemoryShort,
     /// A request could not begin in time.
-    DeadlineMissed,
+    DeadlineExceeded,
 }
 
 impl What {
@@ -170,12 +170,12 @@ impl What {
         Self::UserTokensFull,
         Self::UserKvFull,
         Self::MemoryShort,
-        Self::DeadlineMissed,
+        Self::DeadlineExceeded,
     ];
 
     fn is_refusal(self) -> bool {
-        use What::{DeadlineMissed, MemoryShort, QueueFull, UserKvFull, UserQueueFull, UserTokensFull};
-        matches!(self, QueueFull | UserQueueFull | UserTokensFull | UserKvFull | MemoryShort | DeadlineMissed)
+        use What::{DeadlineExceeded, MemoryShort, QueueFull, UserKvFull, UserQueueFull, UserTokensFull};
+        matches!(self, QueueFull | UserQueueFull | UserTokensFull | UserKvFull | MemoryShort | DeadlineExceeded)
     }
 
     /// One word, for logs and metrics.
@@ -192,7 +192,7 @@ impl What {
             Self::UserTokensFull => "user_tokens_full",
             Self::UserKvFull => "user_kv_full",
             Self::MemoryShort => "memory_short",
-            Self::DeadlineMissed => "deadline_missed",
+            Self::DeadlineExceeded => "deadline_exceeded",
         }
     }
 }
@@ -204,6 +204,8 @@ pub struct Decision {
     pub at: Duration,
     /// What.
     pub what: What,
+    /// Whose request it is about; `None`: nobody's in particular.
+    pub owner: Option<Owner>,
     /// Why, and what follows.
     pub reason: String,
 }
@@ -243,9 +245,9 @@ pub(crate) struct Decisions {
 }
 
 impl Decisions {
-    /// Notes a decision: a line of the log, a counter, one of the last few. Of refusals that follow close upon another
-    /// only the counter.
-    pub(crate) fn note(&mut self, what: What, reason: String, tally: &mut Tally, now: Duration) {
+    /// Notes a decision about a request of `owner`'s, or about all: a line of the log, a counter, one of the last few.
+    /// Of refusals that follow close upon another only the counter.
+    pub(crate) fn note(&mut self, what: What, owner: Option<Owner>, reason: String, tally: &mut Tally, now: Duration) {
         let index = What::ALL.iter().position(|&other| other == what).expect("all are listed");
         tally.decisions[index] += 1;
         let mut told = self.recent.iter().rev().take_while(|last| now.saturating_sub(last.at) < REFUSALS_APART);
@@ -256,7 +258,7 @@ impl Decisions {
         if self.recent.len() == RECENT_MAX {
             self.recent.pop_front();
         }
-        self.recent.push_back(Decision { at: now, what, reason });
+        self.recent.push_back(Decision { at: now, what, owner, reason });
         self.n_decided += 1;
     }
 
@@ -303,7 +305,7 @@ mod tests {
     fn refusals_that_follow_close_are_counted_and_not_told() {
         let (mut decisions, mut tally, mut board) = (Decisions::default(), Tally::default(), Board::default());
         for n in 0..20 {
-            decisions.note(What::QueueFull, n.to_string(), &mut tally, Duration::from_millis(100 * n));
+            decisions.note(What::QueueFull, None, n.to_string(), &mut tally, Duration::from_millis(100 * n));
         }
         decisions.show(&mut board);
         assert_eq!(board.decisions.iter().map(|d| d.reason.as_str()).collect::<Vec<_>>(), ["0", "10"]);
@@ -314,7 +316,7 @@ mod tests {
     fn the_last_decisions_are_shown_and_all_are_counted() {
         let (mut decisions, mut tally, mut board) = (Decisions::default(), Tally::default(), Board::default());
         for n in 0..20 {
-            decisions.note(What::Preempt, n.to_string(), &mut tally, Duration::from_secs(n));
+            decisions.note(What::Preempt, None, n.to_string(), &mut tally, Duration::from_secs(n));
         }
         decisions.show(&mut board);
         assert_eq!((board.decisions.len(), board.decisions[0].reason.as_str()), (16, "4"));

@@ -22,6 +22,53 @@ pub(crate) struct Name {
     pub(crate) kind: &'static str,
     /// `error.code`, on every door.
     pub(crate) code: &'static str,
+    /// Whether the same request may be answered another time: it says nothing of the request itself.
+    pub(crate) may_pass: bool,
+}
+
+/// What a door refuses by itself, before the engine is asked or beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AtDoor {
+    /// An answer that its reader does not take.
+    AnswerTooLarge,
+    /// A body did not come in time.
+    BodyTimeout,
+    /// A body is longer than bodies may be.
+    BodyTooLarge,
+    /// The client ended it.
+    Cancelled,
+    /// A page of another site, or a name that is not this box's.
+    Forbidden,
+    /// Another request has its id.
+    IdConflict,
+    /// No key, or a wrong one.
+    InvalidApiKey,
+    /// A body that broke off.
+    InvalidBody,
+    /// A body that is no JSON.
+    InvalidJson,
+    /// A path that cannot be read.
+    InvalidPath,
+    /// A field that is not what it must be.
+    InvalidValue,
+    /// A path that does not take the method.
+    MethodNotAllowed,
+    /// A path that there is not.
+    NotFound,
+    /// What other servers have on this path.
+    NotSupported,
+    /// Another response goes on from this one.
+    ResponseInUse,
+    /// No such response.
+    ResponseNotFound,
+    /// Bodies hold all the memory that they may.
+    TooManyBodies,
+    /// The caller has all the leases that it may have.
+    TooManyLeases,
+    /// What no model here can do.
+    UnsupportedCapability,
+    /// A compressed body.
+    UnsupportedEncoding,
 }
 
 const INVALID: &str = "invalid_request_error";
@@ -38,34 +85,32 @@ impl Refusal {
         Failure::invalid(param, reason).into()
     }
 
-    /// A request that could not be read, with its own status.
-    pub(crate) fn unreadable(status: u16, code: &'static str, param: Option<String>, message: String) -> Self {
-        Self { name: Name { status, kind: INVALID, code }, param, retry_after_s: None, message }
+    /// What a door refuses by itself, about `param` where it is about a field.
+    pub(crate) fn at_door(what: AtDoor, param: Option<&str>, message: impl Into<String>) -> Self {
+        let (param, message) = (param.map(str::to_owned), message.into());
+        Self { name: at_door(what), param, retry_after_s: None, message }
     }
 
     /// Bodies hold all the memory they may for now.
     pub(crate) fn too_many_bodies() -> Self {
-        let message = "too many large requests at a time; try again in a second".to_owned();
-        let name = Name { status: 429, kind: RATE, code: "too_many_bodies" };
-        Self { name, param: None, retry_after_s: Some(1), message }
+        let message = "too many large requests at a time; try again in a second";
+        Self { retry_after_s: Some(1), ..Self::at_door(AtDoor::TooManyBodies, None, message) }
     }
 
     /// A caller has all the leases of models it may have.
     pub(crate) fn too_many_leases(limit: u32) -> Self {
         let message = format!("you have {limit} leases of models, which is all you may have at a time");
-        let name = Name { status: 429, kind: RATE, code: "too_many_leases" };
-        Self { name, param: None, retry_after_s: None, message }
+        Self::at_door(AtDoor::TooManyLeases, None, message)
     }
 
     /// A door has as many requests as it may, and says so in `message`.
     pub(crate) fn door_full(message: String) -> Self {
-        let name = Name { status: 429, kind: RATE, code: "queue_full" };
-        Self { name, param: None, retry_after_s: Some(1), message }
+        Self::from(Failure::QueueFull { limit: 0, retry_after_s: 1 }).saying(message)
     }
 
-    /// Whether the same request may be answered another time: the failure says nothing of the request itself.
+    /// Whether the same request may be answered another time.
     pub(crate) fn may_pass(&self) -> bool {
-        matches!(self.name.status, 408 | 429 | 500 | 502..)
+        self.name.may_pass
     }
 
     /// The same failure in other words.
@@ -123,7 +168,7 @@ impl Refusal {
     }
 }
 
-/// The table.
+/// The table. Whether a failure may pass is its own to say, since sessions ask it too.
 fn name(failure: &Failure) -> Name {
     let (status, kind, code) = match failure {
         Failure::ModelNotFound { .. } => (404, INVALID, "model_not_found"),
@@ -131,14 +176,14 @@ fn name(failure: &Failure) -> Name {
         Failure::ModelUnloaded { .. } => (503, SERVER, "model_unloaded"),
         Failure::ModelUnavailable { .. } => (503, SERVER, "model_unavailable"),
         Failure::ContextTooLong { .. } => (400, INVALID, "context_length_exceeded"),
-        Failure::InvalidRequest { .. } => (400, INVALID, "invalid_value"),
+        Failure::InvalidRequest { .. } => return at_door(AtDoor::InvalidValue),
         Failure::QueueFull { .. } => (429, RATE, "queue_full"),
         Failure::UserQueueFull { .. } => (429, RATE, "user_queue_full"),
         Failure::TooManyRequests { .. } => (429, RATE, "too_many_requests"),
         Failure::UserTokensFull { .. } => (429, RATE, "user_tokens_full"),
         Failure::UserKvFull { .. } => (429, QUOTA, "user_kv_full"),
         Failure::MemoryShort { .. } => (503, SERVER, "memory_short"),
-        Failure::DeadlineMissed { .. } => (504, SERVER, "deadline_missed"),
+        Failure::DeadlineExceeded { .. } => (504, SERVER, "deadline_exceeded"),
         Failure::SlowConsumer { .. } => (408, INVALID, "slow_consumer"),
         Failure::CutOff => (500, SERVER, "cut_off"),
         Failure::ShuttingDown => (503, SERVER, "shutting_down"),
@@ -154,7 +199,7 @@ fn name(failure: &Failure) -> Name {
         Failure::DiskFailed { .. } => (507, SERVER, "disk_failed"),
         _ => return elsewhere(failure),
     };
-    Name { status, kind, code }
+    Name { status, kind, code, may_pass: failure.may_pass() }
 }
 
 /// The table's part about engines elsewhere.
@@ -169,24 +214,52 @@ fn elsewhere(failure: &Failure) -> Name {
         Failure::UpstreamContextTooLong { .. } => (400, INVALID, "context_length_exceeded"),
         _ => (500, SERVER, "internal_error"),
     };
-    Name { status, kind, code }
+    Name { status, kind, code, may_pass: failure.may_pass() }
+}
+
+/// The table's part about what doors refuse by themselves.
+fn at_door(what: AtDoor) -> Name {
+    let (status, kind, code, may_pass) = match what {
+        AtDoor::AnswerTooLarge => (413, INVALID, "answer_too_large", false),
+        AtDoor::BodyTimeout => (408, INVALID, "body_timeout", true),
+        AtDoor::BodyTooLarge => (413, INVALID, "body_too_large", false),
+        AtDoor::Cancelled => (499, INVALID, "cancelled", false),
+        AtDoor::Forbidden => (403, INVALID, "forbidden", false),
+        AtDoor::IdConflict => (409, INVALID, "id_conflict", false),
+        AtDoor::InvalidApiKey => (401, INVALID, "invalid_api_key", false),
+        AtDoor::InvalidBody => (400, INVALID, "invalid_body", true),
+        AtDoor::InvalidJson => (400, INVALID, "invalid_json", false),
+        AtDoor::InvalidPath => (400, INVALID, "invalid_path", false),
+        AtDoor::InvalidValue => (400, INVALID, "invalid_value", false),
+        AtDoor::MethodNotAllowed => (405, INVALID, "method_not_allowed", false),
+        AtDoor::NotFound => (404, INVALID, "not_found", false),
+        AtDoor::NotSupported => (501, INVALID, "not_supported", false),
+        AtDoor::ResponseInUse => (409, INVALID, "response_in_use", false),
+        AtDoor::ResponseNotFound => (404, INVALID, "response_not_found", false),
+        AtDoor::TooManyBodies => (429, RATE, "too_many_bodies", true),
+        AtDoor::TooManyLeases => (429, RATE, "too_many_leases", true),
+        AtDoor::UnsupportedCapability => (400, INVALID, "unsupported_model_capability", false),
+        AtDoor::UnsupportedEncoding => (415, INVALID, "unsupported_content_encoding", false),
+    };
+    Name { status, kind, code, may_pass }
 }
 
 /// The table's part about models that are added.
 impl From<AddFailure> for Refusal {
     fn from(failure: AddFailure) -> Self {
-        let (status, kind, code) = match &failure {
+        let (status, kind, code, may_pass) = match &failure {
             AddFailure::Invalid { param, reason } => return Self::invalid(param, reason.as_str()),
-            AddFailure::TooLarge { .. } => (413, INVALID, "model_too_large"),
-            AddFailure::NoRoom(_) => (507, SERVER, "store_full"),
-            AddFailure::Changed(_) => (409, INVALID, "file_changed"),
-            AddFailure::NoModel(_) => (400, INVALID, "invalid_model"),
-            AddFailure::OtherDigest { .. } => (400, INVALID, "digest_mismatch"),
-            AddFailure::Busy { .. } => (429, RATE, "store_busy"),
-            AddFailure::Stopped => (499, INVALID, "cancelled"),
-            AddFailure::Store(_) => (507, SERVER, "store_failed"),
+            AddFailure::TooLarge { .. } => (413, INVALID, "model_too_large", false),
+            AddFailure::NoRoom(_) => (507, SERVER, "store_full", true),
+            AddFailure::Changed(_) => (409, INVALID, "file_changed", true),
+            AddFailure::NoModel(_) => (400, INVALID, "invalid_model", false),
+            AddFailure::OtherDigest { .. } => (400, INVALID, "digest_mismatch", false),
+            AddFailure::Busy { .. } => (429, RATE, "store_busy", true),
+            AddFailure::Stopped => return Self::at_door(AtDoor::Cancelled, None, failure.to_string()),
+            AddFailure::Store(_) => (507, SERVER, "store_failed", true),
         };
-        Self { name: Name { status, kind, code }, param: None, retry_after_s: None, message: failure.to_string() }
+        let name = Name { status, kind, code, may_pass };
+        Self { name, param: None, retry_after_s: None, message: failure.to_string() }
     }
 }
 
@@ -228,5 +301,34 @@ mod tests {
         assert_eq!(error["error"]["message"], "'format' has no 'response_format'");
         let other = Refusal::invalid("seed", "is wrong").with_param(rename).body();
         assert_eq!((&other["error"]["param"], &other["error"]["message"]), (&"seed".into(), &"'seed' is wrong".into()));
+    }
+
+    #[test]
+    fn what_waiting_cures_is_told_from_what_it_does_not() {
+        let id = || "sess_1".to_owned();
+        let reason = || "x".to_owned();
+        for passes in [
+            Failure::SessionBusy { id: id(), state: "answering" },
+            Failure::SessionCut { id: id() },
+            Failure::SessionsAway { retry_after_s: 5 },
+            Failure::TooManyRequests { limit: 1, retry_after_s: 1 },
+            Failure::DeadlineExceeded { deadline_ms: 1 },
+            Failure::BackendFailed { reason: reason() },
+            Failure::DiskFailed { reason: reason() },
+        ] {
+            assert!(Refusal::from(passes.clone()).may_pass(), "{passes}");
+        }
+        for stays in [
+            Failure::SessionLimit { what: "sessions", limit: 3 },
+            Failure::UserKvFull { limit_bytes: 1 },
+            Failure::SessionDamaged { reason: reason() },
+            Failure::SessionNotFound { id: id() },
+            Failure::SessionsOff,
+            Failure::GrammarFailed { reason: reason() },
+        ] {
+            assert!(!Refusal::from(stays.clone()).may_pass(), "{stays}");
+        }
+        assert!(Refusal::door_full(reason()).may_pass() && Refusal::too_many_bodies().may_pass());
+        assert!(!Refusal::at_door(AtDoor::IdConflict, Some("id"), "x").may_pass());
     }
 }

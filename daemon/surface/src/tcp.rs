@@ -5,7 +5,7 @@
 
 use crate::accept::{Guest, Listener};
 use crate::http::error::for_path;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use crate::strangers::{Stranger, Strangers};
 use crate::unix::all_taken;
 use axum::Router;
@@ -281,8 +281,8 @@ fn admitted(keys: &ApiKeys, headers: &HeaderMap, uri: &Uri) -> Result<Owner, Ref
         }
     }
     shown_key(headers).and_then(|key| keys.owner(key.trim())).ok_or_else(|| {
-        let message = "an API key is needed: Authorization: Bearer KEY".to_owned();
-        Refusal::unreadable(401, "invalid_api_key", None, message)
+        let message = "an API key is needed: Authorization: Bearer KEY";
+        Refusal::at_door(AtDoor::InvalidApiKey, None, message)
     })
 }
 
@@ -296,7 +296,7 @@ fn shown_key(headers: &HeaderMap) -> Option<&str> {
 }
 
 fn forbidden(message: &str) -> Refusal {
-    Refusal::unreadable(403, "forbidden", None, message.to_owned())
+    Refusal::at_door(AtDoor::Forbidden, None, message)
 }
 
 /// Whether `host`, which may have a port, is a name of this box for itself.

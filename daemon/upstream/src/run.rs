@@ -76,7 +76,7 @@ impl Run<'_> {
     fn deadline(&self) -> Option<(Instant, Trouble)> {
         let deadline_ms = self.relay.wishes.urgency.deadline_ms?;
         let at = self.arrived + Duration::from_millis(deadline_ms);
-        Some((at, Trouble::Here(Failure::DeadlineMissed { deadline_ms })))
+        Some((at, Trouble::Here(Failure::DeadlineExceeded { deadline_ms })))
     }
 
     /// Waits for `future`, until `limit`, while somebody listens and the daemon goes on.

@@ -105,12 +105,12 @@ def memfd(data, seals=SEALS):
     return fd
 
 
-def post(path, body):
+def post(path, body, to="/v1/chat/completions"):
     """The same request over HTTP."""
     connection = http.client.HTTPConnection("localhost")
     connection.sock = socket.socket(socket.AF_UNIX)
     connection.sock.connect(path)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body))
+    connection.request("POST", to, json.dumps(body))
     return connection.getresponse().read().decode()
 
 
@@ -145,6 +145,33 @@ def answers(address, http_socket):
     counts = {key: value for key, (kind, value) in usage.items() if kind == "u"}
     assert (reason, counts["completion_tokens"]) == ("length", 24) and counts["prompt_tokens"] > 20, signal.body
     until("gone", lambda: gone(client, path))
+
+    # However it is carried, the end says why, and counts what the body counts.
+    more = {"n": 3, "max_tokens": 5}
+    (whole,) = client.lines(chat(**more))
+    expected = ("length", {"prompt_tokens": whole["usage"]["prompt_tokens"], "completion_tokens": 15})
+    for streamed in ({}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}):
+        with client.bus.filter(MatchRule(type="signal", interface=REQUEST, member="Finished")) as finished:
+            path, fd = client.generate(chat(**more, **streamed))
+            read_lines(fd)
+            while (signal := client.bus.recv_until_filtered(finished, timeout=PATIENCE)).header.fields[HeaderFields.path] != path:
+                pass
+        reason, usage = signal.body[0], {key: value for key, (_, value) in signal.body[1].items()}
+        usage.pop("cached_tokens")  # the first prompt of its kind has read them, the next ones have them
+        assert (reason, usage) == expected, (streamed, signal.body)
+
+    # Tokens are what HTTP gives, in each of its forms.
+    for member, bodies in {
+        "Tokenize": [{"prompt": "abc"}, {"content": "ab", "with_pieces": True}, {"messages": QUESTION, "return_token_strs": True}],
+        "Detokenize": [{"tokens": [97, 98, 99]}],
+    }.items():
+        for body in bodies:
+            (said,) = client.manager(member, "s", json.dumps(body))
+            assert json.loads(said) == json.loads(post(http_socket, body, f"/{member.lower()}")), said
+    refused(ERROR + "InvalidValue", client.manager, "Tokenize", "s", "{}")
+    refused(ERROR + "InvalidValue", client.manager, "Detokenize", "s", '{"tokens": [1000000]}')
+    refused(ERROR + "BodyTooLarge", client.manager, "Tokenize", "s", json.dumps({"prompt": "x" * (1 << 20)}))
+    refused(ERROR + "AnswerTooLarge", client.manager, "Tokenize", "s", json.dumps({"prompt": "x" * (1 << 19)}))
 
     completion = client.lines({"prompt": [1, 2, 3], "max_tokens": 3, "return_tokens": True}, endpoint="completions")
     assert completion[0]["object"] == "text_completion", completion
@@ -715,7 +742,7 @@ TEXTS = ["default", "", "x", "chat.completions", "completions", "sess_0", "{", "
 PATHS = [ROOT, ROOT, ROOT, f"{ROOT}/sessions", f"{ROOT}/sessions/x", f"{ROOT}/requests/1_1/x", "/", "/org", "/other"]
 INTERFACES = [MANAGER, MANAGER, SESSION, REQUEST, PROPERTIES, "org.freedesktop.DBus.Introspectable",
               "org.freedesktop.DBus.Peer", "org.sparsed1.Nothing", None]
-MEMBERS = ["Generate", "Generate", "GenerateFromFd", "GetStatus", "ListModels", "CreateSession", "ListSessions",
+MEMBERS = ["Generate", "Generate", "GenerateFromFd", "GetStatus", "ListModels", "Tokenize", "Detokenize", "CreateSession", "ListSessions",
            "ImportSession", "ListSessionsOf", "DeleteSessionOf", "AddModel", "Cancel", "Rename", "Fork", "Truncate", "Export",
            "Continue", "Delete", "Get", "GetAll", "Set", "Introspect", "Ping", "GetMachineId", "Nothing"]
 
@@ -726,7 +753,7 @@ CALLS = [
     (ROOT, MANAGER, "CreateSession", ["a{sv}"]), (ROOT, MANAGER, "ImportSession", ["h"]), (ROOT, MANAGER, "ListSessionsOf", ["u"]),
     (ROOT, MANAGER, "DeleteSessionOf", ["u", "s"]), (SESSION_AT, SESSION, "Rename", ["s"]), (SESSION_AT, SESSION, "Fork", ["a{sv}"]),
     (SESSION_AT, SESSION, "Truncate", ["u"]), (SESSION_AT, SESSION, "Continue", ["a{sv}"]), (SESSION_AT, SESSION, "Change", ["a{sv}"]),
-    (ROOT, MANAGER, "AddModel", ["h", "s", "a{sv}"]),
+    (ROOT, MANAGER, "AddModel", ["h", "s", "a{sv}"]), (ROOT, MANAGER, "Tokenize", ["s"]), (ROOT, MANAGER, "Detokenize", ["s"]),
     (ROOT, PROPERTIES, "Get", ["s", "s"]), (ROOT, PROPERTIES, "GetAll", ["s"]), (ROOT, PROPERTIES, "Set", ["s", "s", "v"]),
 ]
 

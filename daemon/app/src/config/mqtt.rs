@@ -152,11 +152,11 @@ impl Mqtt {
                 return Some((format!("mqtt.{key}"), reason));
             }
         }
-        // The pools' own level of the tree.
-        if self.node.as_deref() == Some("pool") {
+        // Levels of the tree that are none of a node's.
+        if let Some(name @ ("pool" | "reply")) = self.node.as_deref() {
             return Some((
                 "mqtt.node".to_owned(),
-                "must not be 'pool', below which the pools have their topics".to_owned(),
+                format!("must not be '{name}', below which others have their topics"),
             ));
         }
         if !self.root.split('/').all(is_name) {
@@ -230,6 +230,7 @@ mod tests {
         };
         assert_eq!(with(|mqtt| mqtt.node = Some("a/b".to_owned())), "mqtt.node");
         assert_eq!(with(|mqtt| mqtt.node = Some("pool".to_owned())), "mqtt.node");
+        assert_eq!(with(|mqtt| mqtt.node = Some("reply".to_owned())), "mqtt.node");
         assert_eq!(with(|mqtt| mqtt.pool = Some("+".to_owned())), "mqtt.pool");
         assert_eq!(with(|mqtt| mqtt.root = "a//b".to_owned()), "mqtt.root");
         assert_eq!(with(|mqtt| mqtt.cert_file = Some("x".into())), "mqtt.cert_file");

@@ -118,6 +118,12 @@ fn served(model: &Value, earlier: Option<&Value>, seconds: f64) -> String {
             format!("  uid {uid}: {running} running, {waiting} waiting, {} tokens", owner["served_tokens"]),
         );
     }
+    let others = &scheduling["others"];
+    if ["running", "waiting", "served_tokens"].iter().any(|name| others[name].as_u64().unwrap_or(0) > 0) {
+        let (running, waiting) = (&others["running"], &others["waiting"]);
+        let tokens = &others["served_tokens"];
+        line(&mut text, format!("  others: {running} running, {waiting} waiting, {tokens} tokens"));
+    }
     let decisions: Vec<&Value> = list(&scheduling["decisions"]).collect();
     for decision in decisions.iter().rev().take(DECISIONS) {
         let (age, what) = (&decision["seconds_ago"], word(&decision["decision"]));
@@ -156,6 +162,7 @@ mod tests {
                     "kv_blocks_total": 9, "scheduling": { "stage": "hold", "kv_blocks_max": 5, "running_max": 4,
                         "prefill_chunk_tokens": 64, "preemptions": 7,
                         "owners": [{ "uid": 1000, "running": 1, "waiting": 2, "served_tokens": 50 }],
+                        "others": { "running": 3, "waiting": 0, "served_tokens": 70 },
                         "decisions": [{ "seconds_ago": 3, "decision": "climb", "reason": "pressure is some" }] } }],
             })
         };
@@ -166,6 +173,7 @@ mod tests {
             "weights 1 MiB, workspace -, KV caches 2 MiB",
             "3 held, 1 cached, 0 slow, 5 allowed of 9; stage hold; 64 prompt tokens a step",
             "uid 1000: 1 running, 2 waiting, 50 tokens",
+            "others: 3 running, 0 waiting, 70 tokens",
             "3 s ago: climb: pressure is some",
         ] {
             assert!(text.contains(part), "no '{part}' in:\n{text}");

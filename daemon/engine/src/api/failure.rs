@@ -94,9 +94,9 @@ pub enum Failure {
         /// When to try again.
         retry_after_s: u32,
     },
-    /// It could not begin before its deadline.
+    /// Its deadline was over before it could begin, or, where a door waits for whole answers, before it had one.
     #[error("the request could not begin within its deadline of {deadline_ms} ms")]
-    DeadlineMissed {
+    DeadlineExceeded {
         /// As the request had it.
         deadline_ms: u64,
     },
@@ -252,23 +252,44 @@ impl Failure {
         Self::InvalidRequest { param: param.to_owned(), reason: reason.into() }
     }
 
-    /// Whether the same request may be answered at another time: it was its time, its client or a limit, not itself.
-    pub(crate) fn may_pass(&self) -> bool {
-        matches!(
-            self,
+    /// Whether the same request may be answered another time, and nothing need be changed for it: it was its time, its
+    /// client, a device or a disk, what others ask, not itself. Every failure has its row, so that none is forgotten.
+    pub fn may_pass(&self) -> bool {
+        match self {
             Self::ModelLoading { .. }
-                | Self::ModelUnloaded { .. }
-                | Self::ModelUnavailable { .. }
-                | Self::QueueFull { .. }
-                | Self::UserQueueFull { .. }
-                | Self::TooManyRequests { .. }
-                | Self::UserTokensFull { .. }
-                | Self::UserKvFull { .. }
-                | Self::MemoryShort { .. }
-                | Self::DeadlineMissed { .. }
-                | Self::SlowConsumer { .. }
-                | Self::CutOff
-                | Self::ShuttingDown
-        )
+            | Self::ModelUnloaded { .. }
+            | Self::ModelUnavailable { .. }
+            | Self::QueueFull { .. }
+            | Self::UserQueueFull { .. }
+            | Self::TooManyRequests { .. }
+            | Self::UserTokensFull { .. }
+            | Self::MemoryShort { .. }
+            | Self::DeadlineExceeded { .. }
+            | Self::SlowConsumer { .. }
+            | Self::BackendFailed { .. }
+            | Self::UpstreamUnreachable { .. }
+            | Self::UpstreamLate { .. }
+            | Self::UpstreamBusy { .. }
+            | Self::UpstreamFailed { .. }
+            | Self::CutOff
+            | Self::ShuttingDown
+            | Self::SessionsAway { .. }
+            | Self::SessionBusy { .. }
+            | Self::SessionCut { .. }
+            | Self::DiskFailed { .. } => true,
+            Self::ModelNotFound { .. }
+            | Self::ContextTooLong { .. }
+            | Self::InvalidRequest { .. }
+            | Self::UserKvFull { .. }
+            | Self::GrammarFailed { .. }
+            | Self::ComputedElsewhere { .. }
+            | Self::UpstreamRefused { .. }
+            | Self::UpstreamContextTooLong { .. }
+            | Self::SessionsOff
+            | Self::SessionNotFound { .. }
+            | Self::SessionOfOtherModel { .. }
+            | Self::SessionLimit { .. }
+            | Self::SessionDamaged { .. } => false,
+        }
     }
 }

@@ -29,7 +29,7 @@ impl Scheduler {
         self.relieve(now);
         if let Some((what, failure)) = self.refusal(&sequence) {
             let reason = format!("{}: {failure}", owner_name(sequence.owner()));
-            self.decisions.note(what, reason, &mut self.tally, now);
+            self.decisions.note(what, Some(sequence.owner()), reason, &mut self.tally, now);
             sequence.fail(failure);
             return self.leave(sequence, now);
         }
@@ -68,8 +68,8 @@ impl Scheduler {
             for mut sequence in self.queue.take_if(|sequence| sequence.is_late(now)) {
                 let deadline_ms = sequence.urgency().deadline_ms.unwrap_or(0);
                 let reason = format!("{}: {deadline_ms} ms are over", owner_name(sequence.owner()));
-                self.decisions.note(What::DeadlineMissed, reason, &mut self.tally, now);
-                sequence.fail(Failure::DeadlineMissed { deadline_ms });
+                self.decisions.note(What::DeadlineExceeded, Some(sequence.owner()), reason, &mut self.tally, now);
+                sequence.fail(Failure::DeadlineExceeded { deadline_ms });
                 self.leave(sequence, now);
             }
         }
@@ -83,7 +83,7 @@ impl Scheduler {
             for mut sequence in self.queue.take_if(|sequence| sequence.id == id) {
                 let failure = Failure::MemoryShort { retry_after_s: MEMORY_RETRY_S };
                 let reason = format!("{}: its prompt does not fit any more", owner_name(sequence.owner()));
-                self.decisions.note(What::MemoryShort, reason, &mut self.tally, now);
+                self.decisions.note(What::MemoryShort, Some(sequence.owner()), reason, &mut self.tally, now);
                 sequence.fail(failure);
                 self.leave(sequence, now);
             }
@@ -206,9 +206,9 @@ impl Scheduler {
     /// Sends the sequence at `index` of those that run back to wait.
     pub(super) fn send_to_wait(&mut self, index: usize, what: What, why: &str, now: Duration) {
         let sequence = self.release(index);
-        let (owner, n) = (owner_name(sequence.owner()), sequence.tokens.len());
-        let reason = format!("{why}: a sequence of {owner} with {n} tokens waits");
-        self.decisions.note(what, reason, &mut self.tally, now);
+        let (owner, n) = (sequence.owner(), sequence.tokens.len());
+        let reason = format!("{why}: a sequence of {} with {n} tokens waits", owner_name(owner));
+        self.decisions.note(what, Some(owner), reason, &mut self.tally, now);
         self.tally.preempted += 1;
         self.send_back(sequence);
     }
@@ -428,7 +428,7 @@ mod tests {
         }
         bench.run();
         assert_eq!(listeners[0].heard().0.len(), 40, "one that has begun goes on after its deadline");
-        assert_eq!(listeners[1].heard().1, Some(Event::Failed(Failure::DeadlineMissed { deadline_ms: 20 })));
+        assert_eq!(listeners[1].heard().1, Some(Event::Failed(Failure::DeadlineExceeded { deadline_ms: 20 })));
         assert_eq!(listeners[2].heard().0.len(), 40);
     }
 

@@ -141,7 +141,7 @@ impl Scheduler {
                 Some((blocks, fast)) => format!("headroom is {mib} MiB: at most {blocks} blocks, {fast} of them fast"),
                 None => format!("headroom is {mib} MiB: the whole pool again"),
             };
-            self.decisions.note(What::Bound, reason, &mut self.tally, now);
+            self.decisions.note(What::Bound, None, reason, &mut self.tally, now);
         }
     }
 
@@ -198,7 +198,7 @@ impl Scheduler {
             let (what, mib) = (if step.to > step.from { What::Climb } else { What::Descend }, headroom_bytes >> 20);
             let (from, to) = (step.from.name(), step.to.name());
             let reason = format!("pressure is {}, headroom {mib} MiB: from {from} to {to}", pressure.name());
-            self.decisions.note(what, reason, &mut self.tally, now);
+            self.decisions.note(what, None, reason, &mut self.tally, now);
             if step.from == Stage::Calm {
                 self.relief.kept_max = self.pool.n_kept();
             }
@@ -209,7 +209,7 @@ impl Scheduler {
             let running_max = self.relief.running_max();
             let reason =
                 format!("{again} tokens were computed or restored again, {new} are new: {running_max} may run");
-            self.decisions.note(What::Thrash, reason, &mut self.tally, now);
+            self.decisions.note(What::Thrash, None, reason, &mut self.tally, now);
         }
         if std::mem::take(&mut self.relief.is_stale) {
             self.apply_bounds();
@@ -266,7 +266,7 @@ impl Scheduler {
         }
         self.pool.bound(Bounds { blocks: all, kept: 0, fast });
         let reason = format!("the only sequence that runs needs more than {} blocks: it goes on", bounds.blocks);
-        self.decisions.note(What::Bound, reason, &mut self.tally, now);
+        self.decisions.note(What::Bound, None, reason, &mut self.tally, now);
         true
     }
 

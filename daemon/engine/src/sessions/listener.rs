@@ -68,6 +68,8 @@ impl Listener {
             Event::Finished(_) => self.end = Some(End::Finished),
             // The next daemon goes on with it.
             Event::Failed(Failure::ShuttingDown) => self.end = Some(End::Cut),
+            // They may fail this answer again: its client may try, the next turn does not wait for it.
+            Event::Failed(Failure::BackendFailed { .. } | Failure::DiskFailed { .. }) => self.end = Some(End::Failed),
             Event::Failed(failure) if failure.may_pass() => self.end = Some(End::Refused),
             Event::Failed(_) => self.end = Some(End::Failed),
             Event::Queued { .. } | Event::Sampled { .. } | Event::Progress(_) | Event::Likelihood(_) => {}

@@ -138,9 +138,20 @@ pub(crate) enum Piece {
 impl<W: Wire> Answering<W> {
     /// An answer of which a test has the engine's end.
     pub(crate) fn of(wire: W) -> (Self, tokio::sync::mpsc::Sender<(usize, Event)>) {
+        Self::of_several(wire, 1, 1, false)
+    }
+
+    /// The same of `n` answers, so many of them to each prompt.
+    pub(crate) fn of_several(
+        wire: W,
+        n: usize,
+        per_prompt: usize,
+        include_usage: bool,
+    ) -> (Self, tokio::sync::mpsc::Sender<(usize, Event)>) {
         let (listening, engine) = Listening::of();
-        let (head, choices) = (Head::new::<W>("test".to_owned()), vec![Choice::default()]);
-        let (include_usage, per_prompt, ready, telling) = (false, 1, VecDeque::new(), Telling::default());
+        let head = Head::new::<W>("test".to_owned());
+        let choices = std::iter::repeat_with(Choice::default).take(n).collect();
+        let (ready, telling) = (VecDeque::new(), Telling::default());
         (Self { head, wire, include_usage, telling, listening, choices, per_prompt, ready, has_ended: false }, engine)
     }
 }
@@ -232,6 +243,12 @@ impl<W: Wire> Answering<W> {
                 self.has_ended = true;
             }
         }
+    }
+
+    /// Why the first answer ended and what all have used, once they are complete; of a whole body it stands in there.
+    pub(crate) fn end(&self) -> Option<(&'static str, Value)> {
+        let all = self.all_finished()?;
+        Some((finish_reason(all.first()?.reason), usage(&all, self.per_prompt)))
     }
 
     /// How all answers ended, if they have.

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 use sparsed_engine::api::Owner;
 use sparsed_engine::memory::Outlook;
+use sparsed_engine::telemetry::{Decision, OwnerLoad};
 use sparsed_engine::{Left, ModelStatus, Service};
 use std::time::{Duration, Instant};
 
@@ -51,24 +52,15 @@ pub(crate) fn leaves_in(service: &Service, model: &ModelStatus) -> Option<Durati
     Some(model.keeping.expires?.saturating_sub(service.uptime(Instant::now())))
 }
 
-/// Who waits and what was decided about a model's requests.
-pub(crate) fn scheduling(service: &Service, model: &ModelStatus) -> Value {
+/// Who waits and what was decided about a model's requests, as `asker` may see it.
+pub(crate) fn scheduling(service: &Service, model: &ModelStatus, asker: Owner) -> Value {
     let (board, uptime) = (&model.board, service.uptime(Instant::now()));
-    let owners: Vec<Value> = board
-        .owners
-        .iter()
-        .map(|load| {
-            // Whom a door knows by a name has no user's number.
-            let uid = match load.owner {
-                Owner::Uid(uid) => Some(uid),
-                Owner::Named(_) => None,
-            };
-            json!({ "uid": uid, "running": load.running, "waiting": load.waiting, "served_tokens": load.served })
-        })
-        .collect();
+    let (owners, others) = owners(&board.owners, asker);
+    let seen = |decision: &&Decision| decision.owner.is_none_or(|owner| sees(asker, owner));
     let decisions: Vec<Value> = board
         .decisions
         .iter()
+        .filter(seen)
         .map(|decision| {
             let age = uptime.saturating_sub(decision.at).as_secs();
             json!({ "seconds_ago": age, "decision": decision.what.name(), "reason": decision.reason })
@@ -82,6 +74,50 @@ pub(crate) fn scheduling(service: &Service, model: &ModelStatus) -> Value {
         "tokens_per_second": board.tokens_per_s,
         "preemptions": model.stats.tally.preempted,
         "owners": owners,
+        "others": others,
         "decisions": decisions,
     })
+}
+
+/// Whether `asker` is told of `owner`'s requests: when somebody else works is that one's own business, and root's.
+fn sees(asker: Owner, owner: Owner) -> bool {
+    asker == Owner::Uid(0) || asker == owner
+}
+
+/// What each owner has that `asker` sees, and what the others have together.
+fn owners(loads: &[OwnerLoad], asker: Owner) -> (Vec<Value>, Value) {
+    let (shown, others): (Vec<&OwnerLoad>, Vec<_>) = loads.iter().partition(|load| sees(asker, load.owner));
+    let row = |load: &OwnerLoad| {
+        // Whom a door knows by a name has no user's number.
+        let uid = match load.owner {
+            Owner::Uid(uid) => Some(uid),
+            Owner::Named(_) => None,
+        };
+        json!({ "uid": uid, "running": load.running, "waiting": load.waiting, "served_tokens": load.served })
+    };
+    let sum = |of: fn(&OwnerLoad) -> u64| others.iter().map(|load| of(load)).sum::<u64>();
+    let others = json!({
+        "running": sum(|load| load.running.into()), "waiting": sum(|load| load.waiting.into()),
+        "served_tokens": sum(|load| load.served),
+    });
+    (shown.into_iter().map(row).collect(), others)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_sees_itself_and_a_sum_of_others_and_root_sees_all() {
+        let load = |owner, served| OwnerLoad { owner, running: 1, waiting: 2, served };
+        let loads = [load(Owner::Uid(0), 10), load(Owner::Uid(1000), 20), load(Owner::named("tcp", "bob"), 30)];
+        let sum = |n: u64, served: u64| json!({ "running": n, "waiting": 2 * n, "served_tokens": served });
+        let row =
+            |uid: Option<u32>, served: u64| json!({ "uid": uid, "running": 1, "waiting": 2, "served_tokens": served });
+        assert_eq!(owners(&loads, Owner::Uid(1000)), (vec![row(Some(1000), 20)], sum(2, 40)));
+        assert_eq!(owners(&loads, Owner::named("tcp", "bob")), (vec![row(None, 30)], sum(2, 30)));
+        assert_eq!(owners(&loads, Owner::Uid(1001)), (vec![], sum(3, 60)));
+        let all = vec![row(Some(0), 10), row(Some(1000), 20), row(None, 30)];
+        assert_eq!(owners(&loads, Owner::Uid(0)), (all, sum(0, 0)));
+    }
 }

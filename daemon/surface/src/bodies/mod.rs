@@ -27,7 +27,7 @@ pub(crate) use chat::ChatAsk;
 pub(crate) use chat::ChatWire;
 pub(crate) use completions::{CompletionAsk, CompletionWire};
 
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use serde::de::DeserializeOwned;
 
 /// The fields of `T`, others ignored. A body is read once per kind of fields: a flattened struct would lose the names
@@ -38,12 +38,12 @@ use serde::de::DeserializeOwned;
 pub(crate) fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Refusal> {
     // A list would be read as the fields in their order.
     if bytes.trim_ascii_start().first().is_some_and(|first| *first != b'{') {
-        return Err(Refusal::unreadable(400, "invalid_json", None, "the body is no JSON object".to_owned()));
+        return Err(Refusal::at_door(AtDoor::InvalidJson, None, "the body is no JSON object"));
     }
     let mut json = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut json)
         .map_err(|error| misread(&error.path().to_string(), error.inner()))?;
-    json.end().map_err(|error| Refusal::unreadable(400, "invalid_json", None, format!("after the body: {error}")))?;
+    json.end().map_err(|error| Refusal::at_door(AtDoor::InvalidJson, None, format!("after the body: {error}")))?;
     Ok(value)
 }
 
@@ -64,8 +64,8 @@ fn misread(path: &str, error: &serde_json::Error) -> Refusal {
         Some(param) => format!("'{param}': {said}"),
         None => format!("the body is not the JSON expected: {said}"),
     };
-    let code = if error.is_data() { "invalid_value" } else { "invalid_json" };
-    Refusal::unreadable(400, code, param, message)
+    let what = if error.is_data() { AtDoor::InvalidValue } else { AtDoor::InvalidJson };
+    Refusal::at_door(what, param.as_deref(), message)
 }
 
 /// The words of an error with JSON's names for what Rust has other names for.

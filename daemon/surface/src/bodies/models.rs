@@ -118,9 +118,9 @@ fn listed(status: &ModelStatus) -> Value {
 }
 
 /// The device, every configured model with its state and load, and whether code of others runs in the daemon; what
-/// `sparsectl status` shows.
-pub(crate) fn status(service: &Service) -> Value {
-    let models: Vec<Value> = service.models().iter().map(|model| model_status(service, model)).collect();
+/// `sparsectl status` shows. Of whose load it is `asker` sees what is its own.
+pub(crate) fn status(service: &Service, asker: Owner) -> Value {
+    let models: Vec<Value> = service.models().iter().map(|model| model_status(service, model, asker)).collect();
     let third_party = service.third_party_plugins();
     json!({
         "version": env!("CARGO_PKG_VERSION"),
@@ -244,7 +244,7 @@ fn state_of(state: &ModelState) -> &'static str {
     }
 }
 
-fn model_status(service: &Service, status: &ModelStatus) -> Value {
+fn model_status(service: &Service, status: &ModelStatus, asker: Owner) -> Value {
     let detail = match &status.state {
         ModelState::Unloaded => json!({}),
         ModelState::Loading { progress_permille } => json!({ "progress_permille": progress_permille }),
@@ -270,7 +270,7 @@ fn model_status(service: &Service, status: &ModelStatus) -> Value {
         "computed_tokens": stats.computed_tokens,
         "sampled_tokens": stats.sampled_tokens,
         "steps": stats.steps,
-        "scheduling": load::scheduling(service, status),
+        "scheduling": load::scheduling(service, status, asker),
         "keeping": load::keeping(service, status),
     })
 }

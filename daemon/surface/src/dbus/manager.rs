@@ -6,8 +6,8 @@ use super::interface::{REQUEST, Verb};
 use super::requests::Place;
 use super::values::{self, Dict};
 use super::{additions, leases, memfd, polkit, session, stream};
-use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, load, models, sessions};
-use crate::refusal::Refusal;
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Wire, load, models, sessions, tokens};
+use crate::refusal::{AtDoor, Refusal};
 use crate::shares::Share;
 use serde::Deserialize;
 use serde_json::Value;
@@ -41,21 +41,26 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
     match verb {
         Verb::Generate => {
             let (body, options): (String, Dict) = call.arguments()?;
-            if body.len() > INLINE_BYTES_MAX {
-                let message = format!("the body has {} bytes, {INLINE_BYTES_MAX} go into a message", body.len());
-                let message = message + "; use GenerateFromFd";
-                return Err(Refusal::unreadable(413, "body_too_large", None, message).into());
-            }
-            let share = share(door, owner, body.len())?;
-            generate(door, call, body.into_bytes(), share, &options).await
+            let (body, share) = inline(door, owner, body, "use GenerateFromFd")?;
+            generate(door, call, body, share, &options).await
         }
         Verb::GenerateFromFd => {
             let (fd, options): (OwnedFd, Dict) = call.arguments()?;
             let (body, share) = received(door, owner, fd, "body").await?;
             generate(door, call, body, share, &options).await
         }
-        Verb::GetStatus => call.answer(&(models::status(service).to_string(),)),
+        Verb::GetStatus => call.answer(&(models::status(service, owner).to_string(),)),
         Verb::ListModels => call.answer(&(models::list(service).to_string(),)),
+        Verb::Tokenize | Verb::Detokenize => {
+            let (body,): (String,) = call.arguments()?;
+            let (body, share) = inline(door, owner, body, "HTTP takes longer ones")?;
+            let _admission = service.admit(owner).map_err(Refusal::from)?;
+            let made = match verb {
+                Verb::Tokenize => tokens::tokenize(service, owner, &body, share).await?,
+                _ => tokens::detokenize(service, owner, &body, share).await?,
+            };
+            call.answer(&(short(made.to_string())?,))
+        }
         Verb::Lease => {
             let (model,): (String,) = call.arguments()?;
             lease(door, call, model)
@@ -101,6 +106,26 @@ pub(super) async fn call(door: &Door, call: &Call, verb: Verb) -> Result<Outcome
         }
         _ => Err(CallError::Standard("UnknownMethod", "the manager does not have it".to_owned())),
     }
+}
+
+/// The bytes of a body that came in the message and their share of what bodies may hold together; what is too long for
+/// that is told `instead`.
+fn inline(door: &Door, owner: Owner, body: String, instead: &str) -> Result<(Vec<u8>, Share), CallError> {
+    if body.len() > INLINE_BYTES_MAX {
+        let message = format!("the body has {} bytes, {INLINE_BYTES_MAX} go into a message; {instead}", body.len());
+        return Err(Refusal::at_door(AtDoor::BodyTooLarge, None, message).into());
+    }
+    let share = share(door, owner, body.len())?;
+    Ok((body.into_bytes(), share))
+}
+
+/// An answer that goes into a message.
+fn short(answer: String) -> Result<String, CallError> {
+    if answer.len() > INLINE_BYTES_MAX {
+        let message = format!("the answer has {} bytes, {INLINE_BYTES_MAX} go into a message", answer.len());
+        return Err(Refusal::at_door(AtDoor::AnswerTooLarge, None, message + "; HTTP gives longer ones").into());
+    }
+    Ok(answer)
 }
 
 /// The bytes of a memfd and their share of what bodies may hold together.

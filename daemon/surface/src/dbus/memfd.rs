@@ -1,7 +1,7 @@
 //! How do large bytes come and go? In memfds: sealed, so that they stay what was checked and no read can wait.
 
 use super::call::CallError;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::fs::File;
 use std::io::Write;
@@ -27,7 +27,7 @@ pub(super) fn read(fd: OwnedFd, param: &str, bytes_max: usize) -> Result<Vec<u8>
     let length = usize::try_from(length).unwrap_or(usize::MAX);
     if length > bytes_max {
         let message = format!("the body has {length} bytes, the limit is {bytes_max} (limits.body)");
-        return Err(Refusal::unreadable(413, "body_too_large", None, message).into());
+        return Err(Refusal::at_door(AtDoor::BodyTooLarge, None, message).into());
     }
     let mut bytes = vec![0; length];
     file.read_exact_at(&mut bytes, 0).map_err(|error| wrong(format!("cannot be read: {error}")))?;

@@ -70,7 +70,10 @@ pub(super) async fn carry<W: Wire>(
             () = gone(pipe, request) => return Ended::broken(Broken::Cancelled, patience),
         };
         let (line, ended) = match whole {
-            Ok(object) => (object.to_string(), Ended::complete(&object)),
+            Ok(object) => {
+                let reason = object["choices"][0]["finish_reason"].as_str().unwrap_or("stop");
+                (object.to_string(), Ended::complete(reason, &object["usage"]))
+            }
             Err(refusal) => (refusal.body().to_string(), Ended::failed(&refusal)),
         };
         return match write(pipe, line, request, patience).await {
@@ -79,23 +82,17 @@ pub(super) async fn carry<W: Wire>(
         };
     }
     answering.open();
-    let mut last = Ended::failed(&Failure::CutOff.into());
+    let mut failed = None;
     loop {
         let piece = tokio::select! {
             piece = answering.next() => piece,
             () = gone(pipe, request) => return Ended::broken(Broken::Cancelled, patience),
         };
         let line = match piece {
-            None => return last,
-            Some(Piece::Chunk(chunk)) => {
-                // The chunk that has the times is the one that ends the answer; one with the usage may follow.
-                if chunk.get("timings").is_some() {
-                    last = Ended::complete(&chunk);
-                }
-                chunk.to_string()
-            }
+            None => break,
+            Some(Piece::Chunk(chunk)) => chunk.to_string(),
             Some(Piece::Failed(refusal)) => {
-                last = Ended::failed(&refusal);
+                failed = Some(Ended::failed(&refusal));
                 refusal.body().to_string()
             }
         };
@@ -103,21 +100,22 @@ pub(super) async fn carry<W: Wire>(
             return Ended::broken(broken, patience);
         }
     }
+    failed.unwrap_or_else(|| match answering.end() {
+        Some((reason, usage)) => Ended::complete(reason, &usage),
+        None => Ended::failed(&Failure::CutOff.into()),
+    })
 }
 
 impl Ended {
-    /// By an object that has the times.
-    fn complete(object: &Value) -> Self {
-        let reason = object["choices"][0]["finish_reason"].as_str().unwrap_or("stop").to_owned();
-        let timings = &object["timings"];
-        let count = |name: &str| timings[name].as_u64().unwrap_or_default();
+    /// For OpenAI's `reason`, with the `usage` that all its answers have together.
+    fn complete(reason: &str, usage: &Value) -> Self {
         let counts = [
-            ("prompt_tokens", count("cache_n").saturating_add(count("prompt_n"))),
-            ("cached_tokens", count("cache_n")),
-            ("completion_tokens", count("predicted_n")),
+            ("prompt_tokens", &usage["prompt_tokens"]),
+            ("cached_tokens", &usage["prompt_tokens_details"]["cached_tokens"]),
+            ("completion_tokens", &usage["completion_tokens"]),
         ];
-        let usage: Map<String, Value> = counts.map(|(name, n)| (name.to_owned(), n.into())).into_iter().collect();
-        Self { reason, usage: values::counts(&usage) }
+        let usage: Map<String, Value> = counts.map(|(name, n)| (name.to_owned(), n.clone())).into_iter().collect();
+        Self { reason: reason.to_owned(), usage: values::counts(&usage) }
     }
 
     /// For this reason.
@@ -185,7 +183,7 @@ mod tests {
     use crate::dbus::requests::{Place, Requests};
     use crate::latency;
     use serde_json::json;
-    use sparsed_engine::api::Event;
+    use sparsed_engine::api::{Event, FinishReason, Finished, Timings, Usage};
     use std::io::{BufRead, BufReader};
     use std::sync::Arc;
     use std::time::Instant;
@@ -304,13 +302,30 @@ mod tests {
         assert_eq!(runtime.block_on(carried).unwrap().reason, "cut_off");
     }
 
-    #[test]
-    fn usage_is_read_from_the_times() {
-        let chunk = json!({ "choices": [{ "finish_reason": "length" }],
-                            "timings": { "cache_n": 64, "prompt_n": 6, "predicted_n": 9 } });
-        let Ended { reason, usage } = Ended::complete(&chunk);
-        let count = |name: &str| u32::try_from(&usage[name]).unwrap();
-        let counts = (count("prompt_tokens"), count("cached_tokens"), count("completion_tokens"));
-        assert_eq!((reason.as_str(), counts), ("length", (70, 64, 9)));
+    /// The end of so many answers, each with five tokens to a prompt of seven, of which six were there; the second ends
+    /// first, and the first one by its length.
+    async fn end_of(n: usize, per_prompt: usize, streams: bool, include_usage: bool) -> (String, [u32; 3]) {
+        let (answering, engine) = Answering::of_several(ChatWire, n, per_prompt, include_usage);
+        for index in (0..n).rev() {
+            let reason = if index == 0 { FinishReason::Length } else { FinishReason::Stop };
+            let usage = Usage { prompt_tokens: 7, cached_tokens: 6, completion_tokens: 5, reasoning_tokens: 0 };
+            let finished = Finished { reason, stopped_by: None, usage, timings: Timings::default() };
+            engine.try_send((index, Event::Finished(finished))).unwrap();
+        }
+        let ((sender, _file), place) = (pipe(), place());
+        let Ended { reason, usage } = carry(answering, streams, &sender, &place.request, LONG).await;
+        let names = ["prompt_tokens", "cached_tokens", "completion_tokens"];
+        (reason, names.map(|name| u32::try_from(&usage[name]).unwrap()))
+    }
+
+    #[tokio::test]
+    async fn the_end_of_an_answer_is_the_same_however_it_was_carried() {
+        for (streams, include_usage) in [(false, false), (true, false), (true, true)] {
+            let end = async |n, per_prompt| end_of(n, per_prompt, streams, include_usage).await;
+            let length = "length".to_owned();
+            assert_eq!(end(1, 1).await, (length.clone(), [7, 6, 5]), "{streams} {include_usage}");
+            assert_eq!(end(3, 3).await, (length.clone(), [7, 6, 15]), "a prompt counts once");
+            assert_eq!(end(2, 1).await, (length, [14, 12, 10]), "of two prompts both");
+        }
     }
 }

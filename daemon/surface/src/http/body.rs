@@ -2,7 +2,7 @@
 
 use super::Shared;
 use crate::bodies::parse;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use crate::shares::Share;
 use axum::body::{BodyDataStream, Bytes};
 use axum::extract::{FromRequest, Request};
@@ -31,8 +31,8 @@ impl FromRequest<Shared> for Body {
     async fn from_request(request: Request, shared: &Shared) -> Result<Self, Refusal> {
         let coding = request.headers().get(header::CONTENT_ENCODING).map(|coding| coding.to_str().unwrap_or_default());
         if coding.is_some_and(|coding| !coding.eq_ignore_ascii_case("identity")) {
-            let message = "the body is compressed, which is not served: send it as it is".to_owned();
-            return Err(Refusal::unreadable(415, "unsupported_content_encoding", None, message));
+            let message = "the body is compressed, which is not served: send it as it is";
+            return Err(Refusal::at_door(AtDoor::UnsupportedEncoding, None, message));
         }
         let most = shared.body_bytes_max;
         let length = request.headers().get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
@@ -50,7 +50,7 @@ impl FromRequest<Shared> for Body {
         };
         let arrived = arrived.map_err(|_| {
             let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
-            Refusal::unreadable(408, "body_timeout", None, message)
+            Refusal::at_door(AtDoor::BodyTimeout, None, message)
         })?;
         if let Some(bytes) = arrived? {
             return if share.has_arrived() { Ok(Self { bytes, share }) } else { Err(Refusal::too_many_bodies()) };
@@ -64,7 +64,7 @@ async fn gathered(pieces: &mut BodyDataStream, most: usize) -> Result<Option<Byt
     let mut bytes = BytesMut::new();
     while let Some(piece) = pieces.next().await {
         let piece = piece
-            .map_err(|error| Refusal::unreadable(400, "invalid_body", None, format!("the body broke off: {error}")))?;
+            .map_err(|error| Refusal::at_door(AtDoor::InvalidBody, None, format!("the body broke off: {error}")))?;
         if bytes.len() + piece.len() > most {
             return Ok(None);
         }
@@ -74,7 +74,7 @@ async fn gathered(pieces: &mut BodyDataStream, most: usize) -> Result<Option<Byt
 }
 
 fn too_large(what: &str, most: usize) -> Refusal {
-    Refusal::unreadable(413, "body_too_large", None, format!("the body has {what}, the limit is {most} (limits.body)"))
+    Refusal::at_door(AtDoor::BodyTooLarge, None, format!("the body has {what}, the limit is {most} (limits.body)"))
 }
 
 impl Body {

@@ -1,7 +1,7 @@
 //! How does HTTP say that something failed? OpenAI's error object with its status; below `/api` Ollama's, which is a
 //! text.
 
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use axum::body::Body;
 use axum::extract::{OriginalUri, Request};
 use axum::http::{HeaderValue, Method, StatusCode, header};
@@ -45,11 +45,11 @@ pub(crate) fn ollamas(refusal: &Refusal) -> Value {
 }
 
 pub(crate) async fn no_such_path(method: Method, OriginalUri(uri): OriginalUri) -> Refusal {
-    Refusal::unreadable(404, "not_found", None, format!("there is no {method} {}", uri.path()))
+    Refusal::at_door(AtDoor::NotFound, None, format!("there is no {method} {}", uri.path()))
 }
 
 pub(crate) async fn no_such_method(method: Method, OriginalUri(uri): OriginalUri) -> Refusal {
-    Refusal::unreadable(405, "method_not_allowed", None, format!("{} does not take {method}", uri.path()))
+    Refusal::at_door(AtDoor::MethodNotAllowed, None, format!("{} does not take {method}", uri.path()))
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use super::Shared;
 use super::body::Body;
 use super::reply::events;
 use crate::bodies::{ChatAsk, CompletionAsk, native, size, tokens};
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
@@ -78,8 +78,8 @@ pub(crate) async fn props(State(shared): State<Shared>) -> Result<Json<Value>, R
 
 /// `POST /v1/embeddings`: no model of this daemon makes any.
 pub(crate) async fn embeddings() -> Refusal {
-    let message = "no model of this daemon makes embeddings: they generate text".to_owned();
-    Refusal::unreadable(400, "unsupported_model_capability", Some("model".to_owned()), message)
+    let message = "no model of this daemon makes embeddings: they generate text";
+    Refusal::at_door(AtDoor::UnsupportedCapability, Some("model"), message)
 }
 
 /// `GET /slots`: sequences share one pool.
@@ -103,5 +103,5 @@ pub(crate) async fn adapters() -> Refusal {
 }
 
 fn not_there(message: &str) -> Refusal {
-    Refusal::unreadable(501, "not_supported", None, message.to_owned())
+    Refusal::at_door(AtDoor::NotSupported, None, message)
 }

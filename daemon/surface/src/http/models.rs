@@ -2,13 +2,14 @@
 
 use super::Shared;
 use crate::bodies::models;
-use crate::refusal::Refusal;
-use axum::Json;
+use crate::refusal::{AtDoor, Refusal};
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde_json::{Value, json};
+use sparsed_engine::api::Owner;
 
 /// `GET /health`: 200 once a request for the default model would be served, 503 before, as llama.cpp's server does.
 /// Without a device it is 503 too, though requests are taken and wait; `degraded` is served by another device.
@@ -37,12 +38,11 @@ pub(crate) async fn one(
     State(shared): State<Shared>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Value>, Refusal> {
-    let Path(id) =
-        id.map_err(|error| Refusal::unreadable(400, "invalid_path", Some("model".to_owned()), error.body_text()))?;
+    let Path(id) = id.map_err(|error| Refusal::at_door(AtDoor::InvalidPath, Some("model"), error.body_text()))?;
     Ok(Json(models::one(&shared.service, &id)?))
 }
 
 /// `GET /v1/status`.
-pub(crate) async fn status(State(shared): State<Shared>) -> Json<Value> {
-    Json(models::status(&shared.service))
+pub(crate) async fn status(State(shared): State<Shared>, Extension(owner): Extension<Owner>) -> Json<Value> {
+    Json(models::status(&shared.service, owner))
 }

@@ -6,7 +6,7 @@ use super::error::ollamas;
 use super::reply::called;
 use crate::bodies::ollama::{self, Kind, Speaking, Wanted, idle, tagged};
 use crate::bodies::{ChatAsk, CompletionAsk, load, models};
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use axum::body::Body as Bytes;
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
@@ -295,5 +295,5 @@ pub(crate) async fn pull(State(shared): State<Shared>, body: Body) -> Result<Res
 /// What would change which models there are.
 pub(crate) async fn not_here() -> Refusal {
     let message = "models are installed by the operator of this box, not through this interface";
-    Refusal::unreadable(501, "not_supported", None, message.to_owned())
+    Refusal::at_door(AtDoor::NotSupported, None, message)
 }

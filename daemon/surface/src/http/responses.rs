@@ -6,7 +6,7 @@ use super::count::Counted;
 use super::reply::called;
 use crate::bodies::listen::Listening;
 use crate::bodies::responses::{self, Found, Heard, Page, ResponseId, Run, Script};
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Path, Query, State};
 use axum::response::sse::{Event, KeepAlive, Sse};
@@ -89,7 +89,7 @@ pub(crate) async fn input_items(
     Path(id): Path<String>,
     page: Result<Query<Page>, QueryRejection>,
 ) -> Result<Json<Value>, Refusal> {
-    let Query(page) = page.map_err(|error| Refusal::unreadable(400, "invalid_value", None, error.body_text()))?;
+    let Query(page) = page.map_err(|error| Refusal::at_door(AtDoor::InvalidValue, None, error.body_text()))?;
     Ok(Json(responses::input_items(&shared.service, owner, parsed(&id)?, &page).await?))
 }
 

@@ -8,6 +8,7 @@
 
 mod requests;
 mod results;
+mod room;
 
 use super::entry::{Entry, State};
 use super::ledger::{Kept, Ledger, Record};
@@ -15,6 +16,7 @@ use super::message::{Address, Key, Publish, Request};
 use super::outbox::{Out, Outbox};
 use super::topics::Topics;
 use crate::refusal::Refusal;
+use sparsed_engine::api::Failure;
 use std::collections::{BTreeMap, HashMap};
 
 /// A result that the broker did not take for so long is given up.
@@ -259,8 +261,7 @@ impl Desk {
             (waits && entry.request.deadline_ms <= now_ms).then(|| key.clone())
         };
         for key in self.entries.iter().filter_map(late).collect::<Vec<_>>() {
-            let message = "the time of the request is over (deadline_ms, or the message's expiry)".to_owned();
-            self.end(&key, &Refusal::unreadable(504, "deadline_exceeded", None, message), acts);
+            self.end(&key, &too_late(), acts);
         }
         let keep_ms = self.limits.keep_ms;
         let stale = |(key, entry): (&Key, &Entry)| {
@@ -290,6 +291,12 @@ impl Desk {
         let address = Address { topic, correlation: None };
         self.outbox.push(Out::Note { address, payload, retain, acks: Vec::new() });
     }
+}
+
+/// The time of a request is over. It may be asked again with another one.
+fn too_late() -> Refusal {
+    let message = "the time of the request is over (deadline_ms, or the message's expiry)";
+    Refusal::from(Failure::DeadlineExceeded { deadline_ms: 0 }).saying(message.to_owned())
 }
 
 #[cfg(test)]

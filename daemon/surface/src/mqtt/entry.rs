@@ -83,6 +83,11 @@ impl Entry {
             State::Answered(finale) | State::Delivered(finale, _) => finale.payload.len(),
             _ => 0,
         };
-        (self.request.body.len() + finale + 512) as u64
+        Self::bytes_of(&self.request) + finale as u64
+    }
+
+    /// The same of a request without an answer.
+    pub(super) fn bytes_of(request: &Request) -> u64 {
+        (request.body.len() + 512) as u64
     }
 }

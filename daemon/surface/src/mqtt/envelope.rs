@@ -90,6 +90,9 @@ impl Envelope {
         if self.v.is_some_and(|version| version != 1) {
             return Err(("v", "must be 1"));
         }
+        if self.deadline_ms == Some(0) {
+            return Err(("deadline_ms", "must be at least 1"));
+        }
         if self.max_bytes.is_some_and(|bytes| bytes < PART_BYTES_MIN) {
             return Err(("max_bytes", "must be at least 256"));
         }

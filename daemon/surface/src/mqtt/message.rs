@@ -90,8 +90,7 @@ pub(super) struct Unread {
 }
 
 impl Request {
-    /// Reads a publish that came in at `place`. `is_known` says which clients have requests here, `default_ms` is the
-    /// time that a request has which does not say.
+    /// Reads a publish that came in at `place`. `default_ms` is the time that a request has which does not say.
     ///
     /// # Errors
     /// What is wrong with it.
@@ -99,7 +98,6 @@ impl Request {
         publish: &Publish,
         place: &Place,
         topics: &Topics,
-        is_known: &dyn Fn(&str) -> bool,
         now_ms: u64,
         default_ms: u64,
     ) -> Result<Self, Box<Unread>> {
@@ -108,7 +106,7 @@ impl Request {
         // A refusal goes where the answer would have gone, if that can be read and is allowed.
         let unread = |refusal: Refusal, id: Option<String>| {
             let topic = publish.response_topic.clone().or_else(|| text_of(&publish.payload, "reply_to"));
-            let topic = topic.filter(|topic| topics.check_reply(&place.client, topic, is_known).is_ok());
+            let topic = topic.filter(|topic| topics.check_reply(&place.client, topic).is_ok());
             let address = fallback(id.as_deref().filter(|id| is_segment(id)).unwrap_or("invalid"));
             let address = topic.map_or(address, |topic| Address { topic, correlation: correlation.clone() });
             Box::new(Unread { refusal, id, address })
@@ -133,7 +131,7 @@ impl Request {
         envelope.check().map_err(|(param, reason)| refused(param, reason))?;
         let wanted = publish.response_topic.clone().or_else(|| envelope.reply_to.clone());
         if let Some(topic) = &wanted {
-            topics.check_reply(&place.client, topic, is_known).map_err(|reason| refused("reply_to", reason))?;
+            topics.check_reply(&place.client, topic).map_err(|reason| refused("reply_to", reason))?;
         }
         let reply = wanted.unwrap_or_else(|| topics.reply(place, &id));
         let expiry_ms = publish.expiry_s.map_or(u64::MAX, |seconds| u64::from(seconds) * 1000);
@@ -260,17 +258,20 @@ pub(super) mod tests {
             Publish { topic: "s/box/req/lamp/chat".to_owned(), payload: payload.into(), ..Publish::default() };
         edit(&mut publish);
         let place = topics.place(&publish.topic).unwrap();
-        Request::read(&publish, &place, &topics, &|_| false, 1000, 60_000)
+        Request::read(&publish, &place, &topics, 1000, 60_000)
     }
 
     #[test]
     fn a_device_without_properties_says_all_in_the_payload() {
         let request = read(
-            r#"{"id": "a1", "reply_to": "s/reply/x", "body": {"messages": []}, "session": "S", "max_bytes": 300, "deadline_ms": 5}"#,
+            r#"{"id": "a1", "reply_to": "s/reply/lamp/x", "body": {"messages": []}, "session": "S", "max_bytes": 300, "deadline_ms": 5}"#,
             |_| {},
         );
         let request = request.unwrap();
-        assert_eq!((request.id.as_str(), request.reply.as_str(), request.max_bytes), ("a1", "s/reply/x", Some(300)));
+        assert_eq!(
+            (request.id.as_str(), request.reply.as_str(), request.max_bytes),
+            ("a1", "s/reply/lamp/x", Some(300))
+        );
         assert_eq!((request.deadline_ms, request.min_ms), (1005, None));
         assert_eq!(request.body, r#"{"messages":[],"session_id":"S"}"#);
     }
@@ -300,12 +301,12 @@ pub(super) mod tests {
     #[test]
     fn properties_say_the_same() {
         let request = read(r#"{"body": {}, "stream": {"mode": "delta"}}"#, |publish| {
-            publish.response_topic = Some("s/reply/y".to_owned());
+            publish.response_topic = Some("s/reply/lamp/y".to_owned());
             publish.correlation = Some(vec![0, 255]);
             publish.expiry_s = Some(2);
         });
         let request = request.unwrap();
-        assert_eq!((request.id.as_str(), request.reply.as_str()), ("00ff", "s/reply/y"));
+        assert_eq!((request.id.as_str(), request.reply.as_str()), ("00ff", "s/reply/lamp/y"));
         assert_eq!((request.deadline_ms, request.min_ms), (3000, Some(MIN_MS_DEFAULT)));
         assert_eq!(read(r#"{"id": "q"}"#, |_| {}).unwrap().reply, "s/box/res/lamp/q");
     }
@@ -317,6 +318,7 @@ pub(super) mod tests {
             (r#"{"id": "a/b"}"#, Some("id")),
             (r#"{"id": "a", "v": 2}"#, Some("v")),
             (r#"{"id": "a", "max_bytes": 10}"#, Some("max_bytes")),
+            (r#"{"id": "a", "deadline_ms": 0}"#, Some("deadline_ms")),
             (r#"{"id": "a", "reply_to": "s/box/res/tv/1"}"#, Some("reply_to")),
             (r#"{"id": "a", "body": {"n": 2}}"#, Some("n")),
             (r#"{"id": "a", "stream": {"mode": "x"}}"#, Some("stream.mode")),
@@ -326,13 +328,13 @@ pub(super) mod tests {
             assert_eq!(unread.refusal.body()["error"]["param"].as_str(), param, "{payload}");
             assert!(unread.address.topic.starts_with("s/box/res/lamp/"), "{payload}: {}", unread.address.topic);
         }
-        let asker = r#"{"id": "a", "reply_to": "s/reply/z", "body": "#;
+        let asker = r#"{"id": "a", "reply_to": "s/reply/lamp/z", "body": "#;
         for wrong in ["1}", "{}, \"v\": 2}", "{}, \"nope\": 1}"] {
             let unread = read(&format!("{asker}{wrong}"), |_| {}).unwrap_err();
-            assert_eq!((unread.id.as_deref(), unread.address.topic.as_str()), (Some("a"), "s/reply/z"), "{wrong}");
+            assert_eq!((unread.id.as_deref(), unread.address.topic.as_str()), (Some("a"), "s/reply/lamp/z"), "{wrong}");
         }
-        let elsewhere = read("{", |publish| publish.response_topic = Some("s/reply/z".to_owned())).unwrap_err();
-        assert_eq!(elsewhere.address.topic, "s/reply/z");
+        let elsewhere = read("{", |publish| publish.response_topic = Some("s/reply/lamp/z".to_owned())).unwrap_err();
+        assert_eq!(elsewhere.address.topic, "s/reply/lamp/z");
     }
 
     #[test]

@@ -2,15 +2,14 @@
 //!
 //! Identity is the `<client>` segment of the request's topic: the broker's ACL must let a client publish below its own
 //! segment only (mosquitto: `pattern write sparsed/v1/+/req/%c/#`). Answers go where the request says, so the daemon
-//! must not lend a client its own rights: reply topics are matched against a list, and the reply space of one client is
-//! closed to all others. Below `{root}/reply/` clients may have names of their choice, so there only that of a client
-//! which has asked something here is closed.
+//! must not lend a client its own rights: reply topics are matched against a list, and what the tree has for one client
+//! (`res/<client>`, `reply/<client>`) is closed to all others, whether that one is known here or not.
 
 /// Who asks without a segment of its own.
 pub(super) const ANONYMOUS: &str = "anonymous";
 /// Longest topic in bytes that a request may name.
 const TOPIC_BYTES_MAX: usize = 512;
-/// Most levels of it. A broker may take one that is deeper, or has control characters, for a broken packet, and go.
+/// Most levels of it. A broker may take one that is deeper for a broken packet, and go.
 const TOPIC_LEVELS_MAX: usize = 32;
 /// Longest segment of a client, node, pool or id.
 const SEGMENT_BYTES_MAX: usize = 128;
@@ -107,7 +106,7 @@ impl Topics {
         let (rest, pool) = direct.map(|rest| (rest, false)).or_else(|| Some((pooled()?, true)))?;
         let (client, op) = rest.rsplit_once('/').unwrap_or((ANONYMOUS, rest));
         let op = Op::ALL.into_iter().find(|(name, _)| *name == op).map(|(_, op)| op);
-        is_segment(client).then(|| Place { client: client.to_owned(), op, pool })
+        is_client(client).then(|| Place { client: client.to_owned(), op, pool })
     }
 
     /// Where an answer goes when its request does not say.
@@ -119,18 +118,11 @@ impl Topics {
         }
     }
 
-    /// Whether an answer to `client` may go to `topic`; `is_known` says who else has requests here.
+    /// Whether an answer to `client` may go to `topic`.
     ///
     /// # Errors
     /// Why not.
-    pub(super) fn check_reply(
-        &self,
-        client: &str,
-        topic: &str,
-        is_known: &dyn Fn(&str) -> bool,
-    ) -> Result<(), &'static str> {
-        let is_text =
-            |c: char| !c.is_control() && u32::from(c) & 0xfffe != 0xfffe && !('\u{fdd0}'..='\u{fdef}').contains(&c);
+    pub(super) fn check_reply(&self, client: &str, topic: &str) -> Result<(), &'static str> {
         if topic.is_empty() || topic.len() > TOPIC_BYTES_MAX || !topic.chars().all(is_text) {
             return Err("is no topic");
         }
@@ -143,28 +135,36 @@ impl Topics {
         if !self.replies.iter().any(|filter| matches(&filter.replace("{client}", client), topic)) {
             return Err("is not among the topics that answers may go to (mqtt.reply_topics)");
         }
-        let named = self.reply_name(topic).filter(|name| is_known(name));
-        if self.reply_space(topic).or(named).is_some_and(|owner| owner != client) {
+        if self.owner_of(topic).is_some_and(|owner| owner != client) {
             return Err("is another client's");
         }
         Ok(())
     }
 
-    /// What a topic below `{root}/reply/` begins with.
-    fn reply_name<'a>(&self, topic: &'a str) -> Option<&'a str> {
-        topic.strip_prefix(&self.root)?.strip_prefix("/reply/")?.split('/').next()
-    }
-
-    /// Whose topic it is: `<client>` of `{root}/{node}/res/<client>/...`.
-    fn reply_space<'a>(&self, topic: &'a str) -> Option<&'a str> {
+    /// Whose topic of the tree's it is: `<client>` of `{root}/reply/<client>/...` and `{root}/{node}/res/<client>/...`.
+    fn owner_of<'a>(&self, topic: &'a str) -> Option<&'a str> {
         let rest = topic.strip_prefix(&self.root)?.strip_prefix('/')?;
-        let rest = rest.strip_prefix("pool/").unwrap_or(rest);
-        let (_, rest) = rest.split_once("/res/")?;
-        Some(rest.split_once('/').map_or(rest, |(client, _)| client))
+        let levels: Vec<&str> = rest.split('/').collect();
+        match levels.as_slice() {
+            ["reply", below @ ..] | ["pool", _, "res", below @ ..] | [_, "res", below @ ..] => {
+                Some(below.first().copied().unwrap_or_default())
+            }
+            _ => None,
+        }
     }
 }
 
-/// Whether `text` may stand between two slashes: a client, a node, an id.
+/// Whether a client may have this name: it is echoed in topics, and else only compared and hashed.
+fn is_client(text: &str) -> bool {
+    !text.is_empty() && text.len() <= SEGMENT_BYTES_MAX && text.chars().all(|c| is_text(c) && !"/+#".contains(c))
+}
+
+/// Whether a broker takes it in a topic. It may take others for a broken packet, and go.
+fn is_text(c: char) -> bool {
+    !c.is_control() && u32::from(c) & 0xfffe != 0xfffe && !('\u{fdd0}'..='\u{fdef}').contains(&c)
+}
+
+/// Whether `text` may stand between two slashes of a topic that we make of it: an id.
 pub(super) fn is_segment(text: &str) -> bool {
     let is_plain = |c: char| c.is_alphanumeric() || "-_.:@~".contains(c);
     !text.is_empty() && text.len() <= SEGMENT_BYTES_MAX && text.chars().all(is_plain)
@@ -204,13 +204,28 @@ mod tests {
     }
 
     #[test]
+    fn a_client_may_have_any_name_that_is_one_level_of_a_topic() {
+        for name in ["my device", "dev=1", "a,b;c", "{client}", "$x", "küche", "\u{1f980}", &"x".repeat(128)] {
+            let topics = topics();
+            let place = topics.place(&format!("s/v1/box/req/{name}/chat")).unwrap();
+            assert_eq!(place.client, name);
+            for reply in [topics.reply(&place, "7"), format!("s/v1/reply/{name}"), format!("home/{name}/answers")] {
+                assert_eq!(topics.check_reply(name, &reply), Ok(()), "{reply}");
+            }
+        }
+        for none in ["a\u{1}b", "\u{ffff}", "a+", "#", &"x".repeat(129)] {
+            assert_eq!(topics().place(&format!("s/v1/box/req/{none}/chat")), None, "{none:?}");
+        }
+    }
+
+    #[test]
     fn answers_go_only_where_their_asker_may_be() {
-        let check = |topic: &str| topics().check_reply("lamp", topic, &|name| ["lamp", "tv"].contains(&name));
+        let check = |topic: &str| topics().check_reply("lamp", topic);
         for allowed in [
             "s/v1/box/res/lamp/1",
             "s/v1/pool/fleet/res/lamp/1",
-            "s/v1/reply/any/thing",
-            "s/v1/reply/lamp/1",
+            "s/v1/reply/lamp",
+            "s/v1/reply/lamp/any/thing",
             "home/lamp/answers",
         ] {
             assert_eq!(check(allowed), Ok(()), "{allowed}");
@@ -219,11 +234,15 @@ mod tests {
             "",
             "s/v1/box/res/tv/1",
             "s/v1/box/res/tv",
+            "s/v1/box/res",
             "s/v1/pool/fleet/res/tv/1",
             "s/v1/box/req/lamp/chat",
             "$SYS/x",
             "s/v1/reply/tv",
             "s/v1/reply/tv/1",
+            "s/v1/reply",
+            "s/v1/reply/",
+            "s/v1/reply/nobody/has/asked",
             "s/v1/reply/+",
             "s/v1/reply/#",
             "home/tv/answers",
@@ -235,7 +254,7 @@ mod tests {
         for broken in
             ["x".repeat(600), "x/".repeat(40), "\u{1}".to_owned(), "\u{ffff}".to_owned(), "\u{fdd0}".to_owned()]
         {
-            assert!(check(&format!("s/v1/reply/{broken}")).is_err(), "{broken}");
+            assert!(check(&format!("s/v1/reply/lamp/{broken}")).is_err(), "{broken}");
         }
     }
 
@@ -244,7 +263,7 @@ mod tests {
         let topics = topics();
         for pool in [false, true] {
             let place = Place { client: "lamp".to_owned(), op: Some(Op::Chat), pool };
-            assert_eq!(topics.check_reply("lamp", &topics.reply(&place, "7"), &|_| true), Ok(()));
+            assert_eq!(topics.check_reply("lamp", &topics.reply(&place, "7")), Ok(()));
         }
     }
 }

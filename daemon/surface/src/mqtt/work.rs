@@ -4,12 +4,12 @@
 use super::link::{Delta, Deltas};
 use super::message::{Request, delta};
 use super::topics::Op;
-use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, models, parse, sessions, tokens};
+use crate::bodies::{Answering, Asked, ChatAsk, CompletionAsk, Piece, Wire, parse, sessions, tokens};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use sparsed_engine::api::{Failure, Owner};
-use sparsed_engine::{DEFAULT_MODEL, Service};
+use sparsed_engine::Service;
+use sparsed_engine::api::Owner;
 use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
@@ -20,13 +20,6 @@ const DELTA_BYTES: usize = 512;
 const FULL_PAUSE: Duration = Duration::from_millis(20);
 /// The door's name among owners.
 const DOOR: &str = "mqtt";
-
-/// What a request may want of the tokenizer.
-#[derive(Debug, Deserialize)]
-struct TokenizeFields {
-    model: Option<String>,
-    prompt: String,
-}
 
 /// The session that a verb is about.
 #[derive(Debug, Deserialize)]
@@ -59,7 +52,7 @@ pub(super) async fn answer(
             let asked = asked.map_err(Refusal::about_prompt)?;
             return gather(service, asked, request, node, deltas).await.map_err(Refusal::about_prompt);
         }
-        Op::Tokenize => tokenize(service, owner, parse(body)?).await?,
+        Op::Tokenize => tokens::tokenize(service, owner, body, ()).await?,
         Op::Detokenize => tokens::detokenize(service, owner, body, ()).await?,
         Op::Session => {
             let VerbFields { verb, id } = parse(body)?;
@@ -82,13 +75,6 @@ fn streamed(body: &[u8]) -> Result<Vec<u8>, Refusal> {
     body.insert("stream".to_owned(), json!(true));
     body.insert("stream_options".to_owned(), json!({ "include_usage": true }));
     Ok(Value::Object(body).to_string().into_bytes())
-}
-
-async fn tokenize(service: &Service, owner: Owner, fields: TokenizeFields) -> Result<Value, Refusal> {
-    let held = models::held(service, owner, fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).await?;
-    let made = tokio::task::spawn_blocking(move || held.model.text_prompt(&fields.prompt)).await;
-    let tokens = made.map_err(|_| Failure::invalid("prompt", "could not be tokenized"))??;
-    Ok(json!({ "tokens": tokens, "count": tokens.len() }))
 }
 
 /// A verb of sessions, with the fields that HTTP has for it.
@@ -179,6 +165,8 @@ struct Told {
     reasoning: String,
     calls: Vec<Value>,
     tokens: Vec<Value>,
+    /// How likely the tokens were: OpenAI's lists by their names, of chats or of completions.
+    logprobs: Map<String, Value>,
     /// What stands once in an answer: finish, usage, timings, model.
     rest: Map<String, Value>,
 }
@@ -199,6 +187,14 @@ impl Told {
         }
         if let Some(Value::Array(tokens)) = choice.get_mut("tokens") {
             self.tokens.append(tokens);
+        }
+        if let Some(Value::Object(logprobs)) = choice.get_mut("logprobs") {
+            for (name, mut list) in std::mem::take(logprobs) {
+                match (self.logprobs.get_mut(&name), &mut list) {
+                    (Some(Value::Array(all)), Value::Array(more)) => all.append(more),
+                    _ => drop(self.logprobs.insert(name, list)),
+                }
+            }
         }
         if let Some(Value::Array(calls)) = choice.pointer_mut("/delta/tool_calls") {
             self.calls.append(calls);
@@ -227,6 +223,9 @@ impl Told {
         }
         if !self.tokens.is_empty() {
             finale["tokens"] = json!(self.tokens);
+        }
+        if !self.logprobs.is_empty() {
+            finale["logprobs"] = json!(self.logprobs);
         }
         for (name, value) in self.rest {
             finale[name] = value;
@@ -346,19 +345,7 @@ mod tests {
         assert_eq!(told.hear(chunk(json!({ "text": "b", "tokens": [7] }))), ("text", "b".to_owned()));
         told.hear(chunk(json!({ "delta": { "tool_calls": [{ "index": 0 }] }, "finish_reason": "stop" })));
         told.hear(json!({ "model": "m", "choices": [], "usage": { "total_tokens": 3 } }));
-        let request = Request {
-            client: "c".to_owned(),
-            op: Op::Chat,
-            pool: false,
-            id: "1".to_owned(),
-            reply: "r".to_owned(),
-            correlation: None,
-            body: String::new(),
-            min_ms: None,
-            max_bytes: None,
-            deadline_ms: 0,
-            digest: [0; 32],
-        };
+        let request = request(r#"{"id": "1", "body": {}}"#);
         let finale: Value = serde_json::from_str(&told.finale(&request, "box", 4)).unwrap();
         let expected = json!({
             "v": 1, "id": "1", "kind": "final", "seq": 4, "text": "ab", "reasoning": "hm",
@@ -366,5 +353,26 @@ mod tests {
             "usage": { "total_tokens": 3 }, "node": "box",
         });
         assert_eq!(finale, expected);
+    }
+
+    #[test]
+    fn how_likely_each_token_was_is_in_the_result() {
+        let request = request(r#"{"id": "1", "body": {}}"#);
+        let finale = |pieces: &[Value]| -> Value {
+            let mut told = Told::default();
+            for piece in pieces {
+                told.hear(json!({ "choices": [{ "text": "x", "logprobs": piece }] }));
+            }
+            serde_json::from_str(&told.finale(&request, "box", 0)).unwrap()
+        };
+        let of_chat = |token: &str| json!({ "content": [{ "token": token, "logprob": -0.5 }], "refusal": null });
+        let both = json!({
+            "content": [{ "token": "a", "logprob": -0.5 }, { "token": "b", "logprob": -0.5 }], "refusal": null,
+        });
+        assert_eq!(finale(&[of_chat("a"), Value::Null, of_chat("b")])["logprobs"], both);
+        let of_completion = |token: &str, at: u32| json!({ "tokens": [token], "text_offset": [at] });
+        let both = json!({ "tokens": ["a", "b"], "text_offset": [0, 1] });
+        assert_eq!(finale(&[of_completion("a", 0), of_completion("b", 1)])["logprobs"], both);
+        assert!(finale(&[Value::Null]).get("logprobs").is_none());
     }
 }

@@ -5,7 +5,7 @@ use super::request::Fields;
 use super::script::{End, Head, Script, Tokens};
 use crate::bodies::figures::Telling;
 use crate::bodies::{ChatAsk, models, sessions, size};
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Owner, Request};
 use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, TurnEnd};
@@ -184,7 +184,7 @@ pub(crate) async fn delete(service: &Service, owner: Owner, id: ResponseId) -> R
     let (_, turns) = turns(service, owner, id, "response_id").await?;
     if id.turn as usize + 1 != turns.len() {
         let message = format!("another response goes on from '{id}'; delete that one first");
-        return Err(Refusal::unreadable(409, "response_in_use", Some("response_id".to_owned()), message));
+        return Err(Refusal::at_door(AtDoor::ResponseInUse, Some("response_id"), message));
     }
     let ResponseId { session, turn } = id;
     let gone = sessions::verb(service, move |service| match turn {
@@ -251,7 +251,7 @@ pub(super) fn say(script: &mut Script, answer: &ChatMessage) {
 
 pub(crate) fn not_found(param: &str, id: &str) -> Refusal {
     let id: String = id.chars().take(64).collect();
-    Refusal::unreadable(404, "response_not_found", Some(param.to_owned()), format!("there is no response '{id}'"))
+    Refusal::at_door(AtDoor::ResponseNotFound, Some(param), format!("there is no response '{id}'"))
 }
 
 /// Fields of chats that have other names here.

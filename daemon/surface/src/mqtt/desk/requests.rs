@@ -6,7 +6,7 @@ use crate::mqtt::ledger::Record;
 use crate::mqtt::message::{Address, Key, Publish, Request, error};
 use crate::mqtt::outbox::Out;
 use crate::mqtt::topics::Op;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
 
 /// Messages that may wait before a refusal that nobody waits for is dropped.
 const REFUSALS_MAX: usize = 1024;
@@ -27,15 +27,14 @@ impl Desk {
             return; // unacknowledged, the broker gives it again
         }
         let deadline_ms = self.limits.deadline_ms;
-        let is_known = |name: &str| self.entries.keys().any(|key| key.client == name);
-        let read = |publish: &Publish| Request::read(publish, &place, &self.topics, &is_known, now_ms, deadline_ms);
+        let read = |publish: &Publish| Request::read(publish, &place, &self.topics, now_ms, deadline_ms);
         let read = match publish.payload.len() {
             length if length > self.limits.payload_bytes => {
                 let message = format!(
                     "the payload has {length} bytes, the limit is {} (mqtt.payload)",
                     self.limits.payload_bytes
                 );
-                let refusal = Refusal::unreadable(413, "body_too_large", None, message);
+                let refusal = Refusal::at_door(AtDoor::BodyTooLarge, None, message);
                 let short = Publish { payload: b"{}".to_vec(), ..publish.clone() };
                 let address = read(&short).map_or_else(|unread| unread.address, |request| request.address());
                 return self.refuse(None, address, &refusal, acks);
@@ -54,10 +53,13 @@ impl Desk {
         match self.entries.get(&key) {
             Some(entry) if entry.request.digest != request.digest => {
                 let message = format!("another request has the id '{}'; choose a new one", request.id);
-                let refusal = Refusal::unreadable(409, "id_conflict", Some("id".to_owned()), message);
+                let refusal = Refusal::at_door(AtDoor::IdConflict, Some("id"), message);
                 self.refuse(Some(&request.id), request.address(), &refusal, acks);
             }
             Some(_) => self.hear_again(&key, acks, acts),
+            None if request.deadline_ms <= now_ms => {
+                self.refuse(Some(&request.id), request.address(), &super::too_late(), acks);
+            }
             None => self.admit(request, acks),
         }
     }
@@ -88,14 +90,13 @@ impl Desk {
     fn admit(&mut self, request: Request, acks: Vec<Ack>) {
         let open = || self.entries.values().filter(|entry| entry.is_open());
         let of_client = open().filter(|entry| entry.request.client == request.client).count();
-        let held = |desk: &Self| desk.entries.values().map(Entry::bytes).sum::<u64>() + request.body.len() as u64;
         let full = if of_client >= self.limits.per_client {
             Some(format!("{} requests of '{}' are unanswered; the limit is mqtt.per_client", of_client, request.client))
         } else if open().count() >= self.limits.pending {
             Some(format!("{} requests are unanswered; the limit is mqtt.pending", self.limits.pending))
         } else {
-            while held(self) > self.limits.held_bytes && self.forget_oldest() {}
-            (held(self) > self.limits.held_bytes).then(|| "the inbox is full (mqtt.inbox)".to_owned())
+            let reason = || format!("'{}' holds its share of mqtt.inbox, or others hold the rest", request.client);
+            (!self.make_room(&request.client, Entry::bytes_of(&request))).then(reason)
         };
         if let Some(message) = full {
             return self.refuse(Some(&request.id), request.address(), &Refusal::door_full(message), acks);
@@ -104,16 +105,6 @@ impl Desk {
         let key = request.key();
         self.staged.push(key.clone());
         self.entries.insert(key, Entry::new(request, self.arrivals, acks));
-    }
-
-    /// Forgets the result that was delivered first; `false` when there is none.
-    fn forget_oldest(&mut self) -> bool {
-        let delivered = |(key, entry): (&Key, &Entry)| match entry.state {
-            State::Delivered(_, at_ms) => Some((at_ms, key.clone())),
-            _ => None,
-        };
-        let oldest = self.entries.iter().filter_map(delivered).min();
-        oldest.map(|(_, key)| self.forget(&key)).is_some()
     }
 
     pub(super) fn forget(&mut self, key: &Key) {
@@ -127,7 +118,7 @@ impl Desk {
             (key.client == client && key.id == id && entry.is_open()).then(|| key.clone())
         };
         for key in self.entries.iter().filter_map(named).collect::<Vec<_>>() {
-            let refusal = Refusal::unreadable(499, "cancelled", None, "the request was cancelled".to_owned());
+            let refusal = Refusal::at_door(AtDoor::Cancelled, None, "the request was cancelled");
             self.end(&key, &refusal, acts);
         }
     }

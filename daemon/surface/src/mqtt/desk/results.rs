@@ -5,7 +5,8 @@ use crate::mqtt::entry::{Entry, Finale, State};
 use crate::mqtt::ledger::Record;
 use crate::mqtt::message::{Key, error, parts};
 use crate::mqtt::outbox::Out;
-use crate::refusal::Refusal;
+use crate::refusal::{AtDoor, Refusal};
+use sparsed_engine::api::Failure;
 use std::collections::HashMap;
 
 /// Bytes of a packet beside topic, correlation data and payload: its head, the expiry and the content type.
@@ -127,7 +128,7 @@ impl Desk {
         }
         if let Some(entry) = self.entries.remove(&key) {
             let message = format!("the request could not be written to the disk: {failure}");
-            let refusal = Refusal::unreadable(507, "disk_failed", None, message);
+            let refusal = Refusal::from(Failure::DiskFailed { reason: failure.to_owned() }).saying(message);
             self.refuse(Some(&entry.request.id), entry.request.address(), &refusal, entry.acks);
         }
     }
@@ -159,7 +160,7 @@ impl Desk {
         let limit = self.packet_bytes_max.saturating_sub(frame).min(entry.request.max_bytes.unwrap_or(usize::MAX));
         let payloads = parts(&finale.payload, limit).unwrap_or_else(|| {
             let message = format!("the answer cannot be told in payloads of {limit} bytes");
-            let refusal = Refusal::unreadable(413, "answer_too_large", Some("max_bytes".to_owned()), message);
+            let refusal = Refusal::at_door(AtDoor::AnswerTooLarge, Some("max_bytes"), message);
             vec![error(Some(&entry.request.id), &refusal, self.topics.node(), false)]
         });
         entry.unacked = payloads.len();
@@ -193,7 +194,9 @@ impl Desk {
             self.outbox.push(Out::Finale(key));
         } else if finale.is_kept {
             entry.state = State::Delivered(finale, now_ms);
+            let client = key.client.clone();
             self.lazy.push(Record::Delivered { key, at_ms: now_ms });
+            self.trim(&client);
         } else {
             self.forget(&key);
         }

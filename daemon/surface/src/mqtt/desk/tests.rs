@@ -1,6 +1,8 @@
 //! The desk without a broker: what it says to what comes, through restarts, broken connections and a full disk.
 
+mod failures;
 mod misfortunes;
+mod room;
 mod strays;
 
 use super::{Ack, Act, Desk, Input, Limits, Line};
@@ -269,20 +271,6 @@ fn time_and_cancel_end_requests_that_wait_or_run() {
     let key = Key { client: "lamp".to_owned(), reply: "s/box/res/lamp/b".to_owned(), id: "b".to_owned() };
     bench.take(Input::Done { key, attempt: 2, outcome: Ok("{}".to_owned()) });
     assert!(bench.flying.is_empty());
-}
-
-#[test]
-fn a_failure_that_may_pass_is_no_result_and_one_of_the_request_is() {
-    let mut bench = Bench::new();
-    bench.chat(1, "a");
-    bench.finish(|_| Err(Failure::BackendFailed { reason: "x".to_owned() }.into()));
-    assert_eq!(bench.land().1["retry"], true);
-    bench.chat(2, "a");
-    assert_eq!(bench.n_started, 2);
-    bench.finish(|_| Err(Refusal::invalid("messages", "is empty")));
-    assert_eq!(bench.land().1["retry"], false);
-    bench.chat(3, "a");
-    assert_eq!((bench.land().1["code"].clone(), bench.n_started), (json!("invalid_value"), 2));
 }
 
 #[test]
