@@ -47,7 +47,8 @@ fn write_settings(dir: &Path) {
     std::fs::create_dir(path("credentials")).unwrap();
     secret_file(&path("credentials/sparsed.master-key"), PLANTED[12]);
     let config = format!(
-        "[log]\nlevel = \"debug\"\n[engine.set]\nlicence = \"{}\"\n\"a b\" = \"{}\"\nlines = \"a\\n{}\"\n[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
+        "[log]\nlevel = \"debug\"\n[engine.set]\nlicence = \"{}\"\n\"a b\" = \"{}\"\nlines = \"a\\n{}\"\n\
+         [tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
          [mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\nusername = \"{}\"\npassword_file = \"{}\"\n\
          [model.big]\nupstream = \"http://127.0.0.1:1/v1\"\n[model.big.relay]\nkey_file = \"{}\"\n",
         PLANTED[15],

@@ -192,8 +192,8 @@ impl Config {
     }
 }
 
-/// Whether the value of `key`, dotted, may be secret, or say who somebody is: it is shown to nobody but who asks for the
-/// configuration.
+/// Whether the value of `key`, dotted, may be secret, or say who somebody is: it is shown to those only who ask for
+/// the configuration.
 pub(crate) fn is_private(key: &str) -> bool {
     key.starts_with("engine.set.") || matches!(key, "mqtt.username" | "mqtt.client_id")
 }

@@ -45,8 +45,8 @@ impl Source {
         Layers::read(&self.files()?, &self.sets)
     }
 
-    /// Texts that are said, with their keys, dotted, whether the configuration is right or not; of a file that is no TOML
-    /// what its lines say.
+    /// Texts that are said, with their keys, dotted, whether the configuration is right or not; of a file that is no
+    /// TOML what its lines say.
     pub(crate) fn texts(&self) -> Vec<(String, String)> {
         let files = self.files().unwrap_or_default();
         let of_files = files.iter().filter_map(|path| read(path).ok());
