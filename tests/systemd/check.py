@@ -16,6 +16,7 @@ import time
 
 import doors
 import reduced
+import tutorials
 import upgrade
 from box import (
     CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, as_user, ask, called, curl, events, group_file, heard, is_active,
@@ -615,6 +616,7 @@ CHECKS = [
     a_user_has_a_service_of_his_own,
     *doors.CHECKS,
     *reduced.CHECKS,
+    *tutorials.CHECKS,
     an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none,
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,

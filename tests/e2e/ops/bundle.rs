@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// Words that are said, and secrets, each planted somewhere else; none of them may leave the box.
-const PLANTED: [&str; 15] = [
+const PLANTED: [&str; 21] = [
     "prompt-zebra-1",
     "system-zebra-2",
     "session-zebra-3",
@@ -25,6 +25,12 @@ const PLANTED: [&str; 15] = [
     "master-key-zebra-13-0123456789ab",
     "signature-zebra-14",
     "address-zebra-15",
+    "licence-zebra-16",
+    "blank-zebra-17",
+    "lines-zebra-18",
+    "argument-zebra-19",
+    "at-sign@zebra-20",
+    "slash/zebra-21",
 ];
 
 fn secret_file(path: &Path, text: &str) {
@@ -41,9 +47,13 @@ fn write_settings(dir: &Path) {
     std::fs::create_dir(path("credentials")).unwrap();
     secret_file(&path("credentials/sparsed.master-key"), PLANTED[12]);
     let config = format!(
-        "[log]\nlevel = \"debug\"\n[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
+        "[log]\nlevel = \"debug\"\n[engine.set]\nlicence = \"{}\"\n\"a b\" = \"{}\"\nlines = \"a\\n{}\"\n\
+         [tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n\
          [mqtt]\nbroker = \"mqtt://127.0.0.1:1\"\nusername = \"{}\"\npassword_file = \"{}\"\n\
          [model.big]\nupstream = \"http://127.0.0.1:1/v1\"\n[model.big.relay]\nkey_file = \"{}\"\n",
+        PLANTED[15],
+        PLANTED[16],
+        PLANTED[17],
         path("keys").display(),
         PLANTED[7],
         path("password").display(),
@@ -82,12 +92,14 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     std::fs::create_dir(&tools).unwrap();
     let log = daemon.log_file();
     let address = format!("https://hall:{}@example.org/m.gguf?x=1&X-Amz-Signature={}&y=2", PLANTED[14], PLANTED[13]);
-    let bearer = format!("Authorization: Bearer {} for {} at {address}", PLANTED[8], PLANTED[11]);
+    let others = format!("mqtt://anna:{}@hub https://anna:{}@hub", PLANTED[19], PLANTED[20]);
+    let bearer = format!("Authorization: Bearer {} for {} at {address} {others}", PLANTED[8], PLANTED[11]);
     std::fs::write(tools.join("journalctl"), format!("#!/bin/sh\ncat {}\necho '{bearer}'\n", log.display())).unwrap();
     std::fs::set_permissions(tools.join("journalctl"), PermissionsExt::from_mode(0o755)).unwrap();
     let bundle = path("bundle.tar");
     let mut tool = Command::new(sparsed_tests::sparsectl());
     tool.arg("support-bundle").arg(&bundle).arg("--config").arg(path("config.toml"));
+    tool.arg("--set").arg(format!("mqtt.client_id={}", PLANTED[18]));
     tool.arg("--socket").arg(daemon.socket()).env("PLANTED", PLANTED[10]);
     tool.env("PATH", format!("{}:{}", tools.display(), std::env::var("PATH").unwrap()));
     let done = tool.output().unwrap();
@@ -116,6 +128,7 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
     // It helps: settings with their origin, numbers, the log's events, and that something was taken out.
     let helps = [
         "tcp.listen = \"127.0.0.1:0\" # ",
+        "mqtt.client_id = \"[redacted]\" # --set mqtt.client_id\n",
         "@example.org/m.gguf?x=1&X-Amz-Signature=[redacted]&y=2",
         "sparsed_memory_kv_bytes",
         "request answered",
@@ -132,14 +145,34 @@ fn a_bundle_has_what_helps_and_nothing_that_was_said_or_is_secret() {
 
 #[test]
 fn without_a_daemon_and_with_a_broken_configuration_there_is_a_bundle_that_says_so() {
+    let broken: [(&str, &[&str]); 6] = [
+        ("[mqtt]\nbroker = 5 # password-zebra\n", &[]),
+        ("[mqtt]\nbroker = \"mqtt://anna:password-zebra/p@host:99999\"\n", &[]),
+        ("[models]\nhub = \"https://anna:p@password-zebra@hub\"\n", &[]),
+        ("[models]\nhub = \"https://anna:password-zebra/p@hub\"\n", &[]),
+        ("[engine.set]\n\n", &["engine.set.licence.key=password-zebra"]),
+        ("[tcp]\nkeys = \"KEYS\"\n[limits]\nstop_s = password-zebra\n", &[]),
+    ];
     let dir = tempfile::tempdir().unwrap();
-    let (file, bundle) = (dir.path().join("config.toml"), dir.path().join("bundle.tar"));
-    std::fs::write(&file, "[mqtt]\nbroker = 5 # password-zebra\n").unwrap();
-    let mut tool = Command::new(sparsed_tests::sparsectl());
-    tool.arg("support-bundle").arg(&bundle).arg("--config").arg(&file);
-    let done = tool.arg("--socket").arg(dir.path().join("none.sock")).output().unwrap();
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    let text = String::from_utf8_lossy(&std::fs::read(&bundle).unwrap()).into_owned();
-    assert!(text.contains("config.toml:2") && text.contains("no daemon answers"), "{text}");
-    assert!(!text.contains("password-zebra"), "the line that is wrong is quoted");
+    let file = dir.path().join("config.toml");
+    let keys = dir.path().join("keys");
+    secret_file(&keys, "hall key-zebra-0123456789\n");
+    let log = dir.path().join("journalctl");
+    std::fs::write(&log, "#!/bin/sh\necho 'who comes with key-zebra-0123456789?'\n").unwrap();
+    std::fs::set_permissions(&log, PermissionsExt::from_mode(0o755)).unwrap();
+    for (n, (text, sets)) in broken.into_iter().enumerate() {
+        std::fs::write(&file, text.replace("KEYS", &keys.display().to_string())).unwrap();
+        let bundle = dir.path().join(format!("bundle-{n}.tar"));
+        let mut tool = Command::new(sparsed_tests::sparsectl());
+        tool.arg("support-bundle").arg(&bundle).arg("--config").arg(&file);
+        tool.args(sets.iter().flat_map(|set| ["--set", set])).arg("--socket").arg(dir.path().join("none.sock"));
+        tool.env("PATH", format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap()));
+        let done = tool.output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let said = String::from_utf8_lossy(&std::fs::read(&bundle).unwrap()).into_owned();
+        let place = if sets.is_empty() { "config.toml:" } else { "--set engine.set.licence.key: " };
+        assert!(said.contains(place) && said.contains("no daemon answers"), "{text}: {said}");
+        assert!(!said.contains("password-zebra"), "{text}: what is wrong is quoted");
+        assert_eq!(said.contains("key-zebra"), !text.contains("KEYS"), "{text}: a key of a wrong configuration");
+    }
 }

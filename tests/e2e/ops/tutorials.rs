@@ -1,5 +1,6 @@
 //! Each command of the tutorials, run against a daemon with the default model. `sudo` and the service manager are
-//! stand-ins that do to this daemon what the real ones do to the service; `tests/systemd` has the real ones.
+//! stand-ins that do to this daemon what the real ones do to the service; `tests/systemd` has the real ones, and there
+//! `tutorials.py` runs the commands that are in no `sh` block.
 
 use sparsed_tests::broker::Broker;
 use sparsed_tests::bus::{self, Bus};

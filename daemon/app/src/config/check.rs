@@ -168,27 +168,59 @@ pub(super) fn located(path: &Path, text: &str, error: &toml::de::Error) -> Confi
     ConfigError::Invalid { origin: format!("{}:{place}", path.display()), reason }
 }
 
+/// What a setting is called where it is named: without its value, which may be secret.
+pub(super) fn origin_of(set: &str) -> String {
+    let key = set.split_once('=').map_or_else(|| set.split([':', ' ']).next().unwrap_or_default(), |(key, _)| key);
+    format!("--set {key}")
+}
+
+/// The tables of `text`: one if it is TOML, else one for each line that is, below the header before it.
+pub(super) fn readable_tables(text: &str) -> Vec<toml::Table> {
+    if let Ok(table) = text.parse() {
+        return vec![table];
+    }
+    let (mut header, mut tables) = ("", Vec::new());
+    for line in text.lines() {
+        if line.trim_start().starts_with('[') {
+            header = line;
+        } else if let Ok(table) = format!("{header}\n{line}").parse().or_else(|_| line.parse()) {
+            tables.push(table);
+        }
+    }
+    tables
+}
+
+/// The table that `set`, a `key=value`, is by itself; `None` if it is none.
+pub(super) fn table_of(set: &str) -> Option<toml::Table> {
+    let (key, text) = set.split_once('=')?;
+    let mut table = toml::Table::new();
+    let (last, tables) = key_parts(key)?.split_last().map(|(last, tables)| (last.clone(), tables.to_vec()))?;
+    table.insert(last, value_of(text));
+    Some(tables.into_iter().rev().fold(table, |below, part| toml::Table::from_iter([(part, below.into())])))
+}
+
+/// The value that is said on a command line: TOML, or else a bare string.
+fn value_of(text: &str) -> toml::Value {
+    let parsed = format!("value = {text}").parse::<toml::Table>().ok();
+    parsed.and_then(|mut parsed| parsed.remove("value")).unwrap_or_else(|| toml::Value::String(text.to_owned()))
+}
+
 /// Applies `key=value` to `table`; the value is TOML, or else a bare string.
 pub(super) fn apply(set: &str, root: &mut toml::Table) -> Result<(), ConfigError> {
-    let fail = |reason: String| ConfigError::Invalid { origin: format!("--set {set}"), reason };
+    let fail = |reason: String| ConfigError::Invalid { origin: origin_of(set), reason };
     let (key, text) = set.split_once('=').ok_or_else(|| fail("must be key=value".to_owned()))?;
     let parts = key_parts(key).ok_or_else(|| fail(format!("'{key}' is not a key")))?;
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     if !known(&parts) {
         return Err(fail(unknown_key(&parts.join("."))));
     }
-    let value =
-        match format!("value = {text}").parse::<toml::Table>().ok().and_then(|mut parsed| parsed.remove("value")) {
-            Some(value) => value,
-            None => toml::Value::String(text.to_owned()),
-        };
     let (last, tables) = parts.split_last().expect("split gives at least one part");
     let mut table = &mut *root;
     for part in tables {
         let entry = table.entry((*part).to_owned()).or_insert_with(|| toml::Value::Table(toml::Table::new()));
         table = entry.as_table_mut().ok_or_else(|| fail(format!("'{part}' is not a table")))?;
     }
-    table.insert((*last).to_owned(), value);
+    table.insert((*last).to_owned(), value_of(text));
     // Types are checked one by one.
     root.clone().try_into::<Config>().map(drop).map_err(|error| fail(error.message().to_owned()))
 }

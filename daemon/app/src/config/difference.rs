@@ -57,7 +57,12 @@ impl Difference {
 
 impl fmt::Display for Difference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let value = |value: &Option<String>| value.clone().unwrap_or_else(|| "not set".to_owned());
+        let is_private = super::is_private(&self.key);
+        let value = |value: &Option<String>| match value {
+            None => "not set".to_owned(),
+            Some(_) if is_private => "(not shown)".to_owned(),
+            Some(value) => value.clone(),
+        };
         write!(f, "{} = {} (was {})", self.key, value(&self.after), value(&self.before))
     }
 }
@@ -134,6 +139,16 @@ mod tests {
         assert_eq!(said, expected);
         let live: Vec<bool> = before.differences(&after).iter().map(Difference::is_live).collect();
         assert_eq!(live, [false, true, true, false]);
+    }
+
+    #[test]
+    fn a_difference_of_what_may_be_secret_does_not_say_it() {
+        let before = config(&["engine.set.\"a b\"=hunter1", "mqtt.username=hunter2"]);
+        let after = config(&["engine.set.\"a b\"=hunter3"]);
+        let said: Vec<String> = before.differences(&after).iter().map(ToString::to_string).collect();
+        let expected =
+            ["engine.set.\"a b\" = (not shown) (was (not shown))", "mqtt.username = not set (was (not shown))"];
+        assert_eq!(said, expected);
     }
 
     /// What is said to be taken up is what is taken up, for every key.

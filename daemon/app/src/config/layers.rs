@@ -57,10 +57,10 @@ impl Layers {
         Err(ConfigError::Invalid { origin, reason: if key.is_empty() { reason } else { format!("{key} {reason}") } })
     }
 
-    /// Where the value of `key` was said last: a file's line or a setting. `None`: it is the default.
+    /// Where the value of `key` was said last: a file's line or the key of a setting. `None`: it is the default.
     pub fn origin(&self, key: &str) -> Option<String> {
         let path = check::key_parts(key)?;
-        let by_set = self.sets.iter().rfind(|set| check::is_about(set, &path)).map(|set| format!("--set {set}"));
+        let by_set = self.sets.iter().rfind(|set| check::is_about(set, &path)).map(|set| check::origin_of(set));
         let by_file = || {
             let said = |(file, text): &(PathBuf, String)| {
                 check::line_of(text, &path).map(|line| format!("{}:{line}", file.display()))
@@ -78,7 +78,7 @@ impl Layers {
     /// All that was said, where no key is at fault.
     fn everywhere(&self) -> String {
         let files = self.files.iter().map(|(path, _)| path.display().to_string());
-        files.chain(self.sets.iter().map(|set| format!("--set {set}"))).collect::<Vec<_>>().join(" ")
+        files.chain(self.sets.iter().map(|set| check::origin_of(set))).collect::<Vec<_>>().join(" ")
     }
 }
 
@@ -117,7 +117,7 @@ fn merge(below: &mut toml::Table, above: toml::Table) {
     }
 }
 
-fn read(path: &Path) -> Result<String, ConfigError> {
+pub(super) fn read(path: &Path) -> Result<String, ConfigError> {
     let io = |cause| ConfigError::Io { path: path.to_owned(), cause };
     let mut text = String::new();
     let file = File::open(path).map_err(io)?;
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(origin("limits.max_running").as_deref(), Some("10-site.toml:2"));
         assert_eq!(origin("limits.max_waiting").as_deref(), Some("vendor.toml:3"));
         assert_eq!(origin("model.default.top_k").as_deref(), Some("20-box.toml:2"));
-        assert_eq!(origin("limits.max_batched_tokens").as_deref(), Some("--set limits.max_batched_tokens=64"));
+        assert_eq!(origin("limits.max_batched_tokens").as_deref(), Some("--set limits.max_batched_tokens"));
         assert_eq!(origin("limits.connections"), None);
     }
 

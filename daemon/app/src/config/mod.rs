@@ -192,6 +192,12 @@ impl Config {
     }
 }
 
+/// Whether the value of `key`, dotted, may be secret, or say who somebody is: it is shown to those only who ask for
+/// the configuration.
+pub(crate) fn is_private(key: &str) -> bool {
+    key.starts_with("engine.set.") || matches!(key, "mqtt.username" | "mqtt.client_id")
+}
+
 /// Gives `each` every value with its key, dotted and quoted as TOML has it.
 pub(crate) fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut impl FnMut(&str, &toml::Value)) {
     for (key, value) in table {
@@ -250,7 +256,7 @@ mod tests {
         let said = load("[model.a]\npath = \"x\"\nmax_contxt = 1\n", &[]).unwrap_err();
         assert_eq!(said, "FILE:3: unknown key 'model.a.max_contxt'; did you mean 'model.a.max_context'?");
         let said = load("", &["memory.bugdet=1"]).unwrap_err();
-        assert_eq!(said, "--set memory.bugdet=1: unknown key 'memory.bugdet'; did you mean 'memory.budget'?");
+        assert_eq!(said, "--set memory.bugdet: unknown key 'memory.bugdet'; did you mean 'memory.budget'?");
         let said = load("socket = \"/x\"\n", &[]).unwrap_err();
         assert_eq!(said, "FILE:1: 'socket' is a table and has no value of its own; its keys are socket.path");
         let said = load("", &["model.a.relay=1"]).unwrap_err();
@@ -266,7 +272,7 @@ mod tests {
         let said = load(&format!("[socket]\npath = \"/{}\"\n", "x".repeat(107)), &[]).unwrap_err();
         assert_eq!(said, "FILE:2: socket.path has 108 bytes, must have 1 to 107");
         let said = load("", &["engine.threads=1", "limits.stop_s=9999"]).unwrap_err();
-        assert_eq!(said, "--set limits.stop_s=9999: limits.stop_s is 9999, must be 0 to 3600");
+        assert_eq!(said, "--set limits.stop_s: limits.stop_s is 9999, must be 0 to 3600");
         let said = load("[plugins]\nquarantine_ms = 9\n", &["plugins.quarantine_max_ms=8"]).unwrap_err();
         assert_eq!(said, "FILE:2: plugins.quarantine_ms is 9, must be 1 to 8");
         assert!(load("", &["plugins.strikes=0"]).unwrap_err().contains("must be 1 to 16"));
@@ -276,10 +282,10 @@ mod tests {
         let hung = load("", &["engine.plugin=x", "plugins.grace_ms=20000"]).unwrap_err();
         assert!(hung.contains("engine.watchdog_ms is 60000; a hung step (20000 ms and 20000)"), "{hung}");
         assert!(load("", &["plugins.strike=1"]).unwrap_err().contains("did you mean 'plugins.strikes'?"));
-        assert!(load("", &["memory.budget=lots"]).unwrap_err().contains("--set memory.budget=lots"));
+        assert!(load("", &["memory.budget=lots"]).unwrap_err().starts_with("--set memory.budget: "));
         assert!(load("", &["memory.budget=true"]).unwrap_err().contains("a number of bytes"));
         assert!(load("", &["tcp.listen=0.0.0.0:80"]).unwrap_err().contains("of this box alone"));
-        assert!(load("", &["tcp.listen=localhost"]).unwrap_err().contains("--set tcp.listen=localhost"));
+        assert!(load("", &["tcp.listen=localhost"]).unwrap_err().starts_with("--set tcp.listen: "));
         let both = r#"tcp.listen=["127.0.0.1:80", "[::1]:80"]"#;
         assert_eq!(load("", &[both]).unwrap().tcp.listen.unwrap().all().len(), 2);
         assert!(load("", &[&both.replace("::1", "::")]).unwrap_err().contains("is [::]:80, must be an address"));
@@ -291,6 +297,30 @@ mod tests {
         assert!(load("", &["engine.retry.backoff_ms=[1, 86400001]"]).unwrap_err().contains("must be 0 to 86400000"));
         assert!(load("x = [\n", &[]).unwrap_err().starts_with("FILE:"));
         assert!(load("", &["socket.path"]).unwrap_err().contains("key=value"));
+    }
+
+    #[test]
+    fn no_error_repeats_what_may_be_a_secret() {
+        for set in [
+            "engine.set.a.b=hunter2",
+            "engine.set.licence: hunter2",
+            "mqtt.password=hunter2",
+            "mqtt.broker=mqtt://anna:hunter2/p@host:99999",
+            "mqtt.broker=mqtt://anna:hunter2",
+            "mqtt.broker=hunter2",
+            "models.hub=https://anna:p@hunter2@hub",
+            "models.hub=https://anna:hunter2/p@hub",
+            "models.hub=https://hub/?token=hunter2",
+            "models.hub=hunter2",
+            "model.big.upstream=https://anna:hunter2@host/v1",
+        ] {
+            let said = load("", &[set]).unwrap_err();
+            assert!(!said.contains("hunter2") && said.starts_with("--set "), "{said}");
+        }
+        let said = load("", &["engine.set.licence=hunter2", "limits.max_running=0"]).unwrap_err();
+        assert_eq!(said, "--set limits.max_running: limits.max_running is 0, must be 1 to 1024");
+        let said = load("", &["engine.set.licence=hunter2", "model.a.top_k=1"]).unwrap_err();
+        assert!(said.contains("--set engine.set.licence --set model.a.top_k: model.a.path"), "{said}");
     }
 
     #[test]

@@ -34,11 +34,18 @@ impl Default for Models {
 impl Models {
     /// The first value that cannot be, and what it must be.
     pub(super) fn wrong_value(&self) -> Option<(String, String)> {
-        let is_web = ["", "http://", "https://"].iter().any(|start| match *start {
-            "" => self.hub.is_empty(),
-            start => self.hub.strip_prefix(start).is_some_and(|rest| !rest.is_empty()),
-        });
-        (!is_web).then(|| ("models.hub".to_owned(), format!("is '{}', must begin with https:// or http://", self.hub)))
+        let rest = ["https://", "http://"].iter().find_map(|start| self.hub.strip_prefix(start));
+        // The address itself is not repeated: it may hold a password.
+        let reason = match rest {
+            None if self.hub.is_empty() => return None,
+            None | Some("") => "must begin with https:// or http://",
+            Some(rest) if rest.contains(['@', '?', '#']) => {
+                "must have no user, password, query or fragment; a token goes into the variable HF_TOKEN"
+            }
+            Some(rest) if !rest.bytes().all(|byte| byte.is_ascii_graphic()) => "must be an address without blanks",
+            Some(_) => return None,
+        };
+        Some(("models.hub".to_owned(), reason.to_owned()))
     }
 }
 

@@ -104,7 +104,11 @@ impl Mqtt {
         if self.broker.is_empty() {
             return Ok(None);
         }
-        let wrong = || format!("is '{}', must be mqtts://HOST[:PORT] or mqtt://HOST[:PORT]", self.broker);
+        // The address itself is not repeated: it may hold a password.
+        let wrong = || "must be mqtts://HOST[:PORT] or mqtt://HOST[:PORT]".to_owned();
+        if self.broker.contains('@') {
+            return Err("must have no user or password; these go into mqtt.username and mqtt.password_file".to_owned());
+        }
         let (scheme, rest) = self.broker.split_once("://").ok_or_else(wrong)?;
         let tls = match scheme {
             "mqtts" => true,
@@ -117,7 +121,7 @@ impl Mqtt {
             Some((host, port)) => (host, port.parse().map_err(|_| wrong())?),
             None => (rest, if tls { PORT_TLS } else { PORT }),
         };
-        if host.is_empty() || host.contains(['/', '@', ' ']) {
+        if host.is_empty() || host.contains(['/', ' ']) {
             return Err(wrong());
         }
         Ok(Some(Broker { tls, host: host.to_owned(), port }))

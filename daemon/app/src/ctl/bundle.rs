@@ -41,7 +41,7 @@ impl SupportBundle {
         let path = self.file.clone().unwrap_or_else(|| PathBuf::from(format!("{name}.tar")));
         // A configuration that is wrong is what the bundle may be for.
         let config = self.source.load().unwrap_or_default();
-        let redactor = Redactor::of(&config);
+        let redactor = Redactor::of(&self.source);
         let mut collected = Collected::default();
         collected.all(&self.source, &config, self.socket.as_deref());
         write(&path, &name, seconds, &collected, &redactor).with_context(|| path.display().to_string())?;

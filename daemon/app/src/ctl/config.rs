@@ -3,6 +3,7 @@
 use super::print;
 use crate::config::{Layers, Source, flatten};
 use clap::Subcommand;
+use toml::Value;
 
 /// Show or check the daemon's configuration.
 #[derive(Debug, clap::Args)]
@@ -32,7 +33,9 @@ impl ConfigCommand {
     pub(super) fn run(self) -> anyhow::Result<()> {
         match self.verb {
             Verb::Show { origin: false, source } => print(toml::to_string(&source.load()?)?.trim_end()),
-            Verb::Show { origin: true, source } => print(&with_origins(&source.layers()?)?),
+            Verb::Show { origin: true, source } => {
+                print(&with_origins(&source.layers()?, |_, value| value.to_string())?)
+            }
             Verb::Check { source } => {
                 let layers = source.layers()?;
                 layers.config()?;
@@ -46,12 +49,12 @@ impl ConfigCommand {
     }
 }
 
-/// Every setting on a line of its own, and where it was said.
-pub(super) fn with_origins(layers: &Layers) -> anyhow::Result<String> {
+/// Every setting on a line of its own, its value as `shown` has it, and where it was said.
+pub(super) fn with_origins(layers: &Layers, shown: impl Fn(&str, &Value) -> String) -> anyhow::Result<String> {
     let mut lines = Vec::new();
     flatten(&toml::Table::try_from(layers.config()?)?, &mut Vec::new(), &mut |key, value| {
         let origin = layers.origin(key).unwrap_or_else(|| "default".to_owned());
-        lines.push(format!("{key} = {value} # {origin}"));
+        lines.push(format!("{key} = {} # {origin}", shown(key, value)));
     });
     Ok(lines.join("\n"))
 }
@@ -64,8 +67,8 @@ mod tests {
     fn what_is_shown_with_origins_is_a_configuration_that_says_the_same() {
         let sets = ["model.\"smol-1.7 b\".path=/x", "limits.max_running=3"].map(str::to_owned);
         let layers = Layers::read(&[], &sets).unwrap();
-        let shown = with_origins(&layers).unwrap();
-        assert!(shown.contains("limits.max_running = 3 # --set limits.max_running=3\n"), "{shown}");
+        let shown = with_origins(&layers, |_, value| value.to_string()).unwrap();
+        assert!(shown.contains("limits.max_running = 3 # --set limits.max_running\n"), "{shown}");
         assert!(shown.contains("limits.max_waiting = 256 # default\n"), "{shown}");
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), &shown).unwrap();

@@ -29,12 +29,11 @@ impl Generate {
         }
         let daemon = crate::lifecycle::command_line();
         page(&man, "sparsed", "8", &daemon, DAEMON_SECTIONS)?;
-        let mut tool = Arguments::command();
+        // Pages name those of the verbs below them, and `help` has none.
+        let mut tool = Arguments::command().disable_help_subcommand(true);
         tool.build();
         page(&man, "sparsectl", "1", &tool, TOOL_SECTIONS)?;
-        for verb in tool.get_subcommands().filter(|verb| !verb.is_hide_set() && verb.get_name() != "help") {
-            page(&man, &format!("sparsectl-{}", verb.get_name()), "1", verb, "")?;
-        }
+        pages_below(&man, "sparsectl", &tool)?;
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             clap_complete::generate_to(shell, &mut Arguments::command(), "sparsectl", &completions)?;
         }
@@ -51,6 +50,16 @@ fn pkg_config() -> String {
          Name: sparsed-plugin\nDescription: C interface between sparsed and its hardware backends\n\
          Version: {version}\nCflags: -I${{includedir}}\n"
     )
+}
+
+/// Writes the manual pages of all verbs that are shown below a command, whose page is called `above`.
+fn pages_below(dir: &Path, above: &str, command: &Command) -> anyhow::Result<()> {
+    for verb in command.get_subcommands().filter(|verb| !verb.is_hide_set()) {
+        let name = format!("{above}-{}", verb.get_name());
+        page(dir, &name, "1", verb, "")?;
+        pages_below(dir, &name, verb)?;
+    }
+    Ok(())
 }
 
 /// Writes the manual page `name` of a command; `sections` say what its command line does not.
@@ -87,7 +96,27 @@ mod tests {
         assert!(text("man/sparsed.8").contains("/etc/sparsed/conf.d"));
         assert!(text("man/sparsectl-doctor.1").contains("doctor"));
         assert!(!dir.path().join("man/sparsectl-generate.1").exists());
+        assert!(text("man/sparsectl-model-pull.1").contains("sha256"));
         let shells = ["sparsectl.bash", "_sparsectl", "sparsectl.fish"];
         assert!(shells.iter().all(|name| text(&format!("completions/{name}")).contains("doctor")));
+    }
+
+    #[test]
+    fn a_page_that_a_page_refers_to_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        Generate { folder: dir.path().to_owned() }.run().unwrap();
+        let man = dir.path().join("man");
+        let references = regex::Regex::new(r"(sparse[a-z-]+) ?\(([1-8])\)").unwrap();
+        let mut n = 0;
+        for page in man.read_dir().unwrap().map(|page| page.unwrap().path()) {
+            // A hyphen is escaped.
+            let text = fs::read_to_string(&page).unwrap().replace('\\', "");
+            for named in references.captures_iter(&text) {
+                n += 1;
+                let path = man.join(format!("{}.{}", &named[1], &named[2]));
+                assert!(path.exists(), "{} names {}", page.display(), path.display());
+            }
+        }
+        assert!(n > 40, "{n} references");
     }
 }

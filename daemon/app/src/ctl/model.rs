@@ -2,6 +2,7 @@
 
 use super::bus;
 use super::client::{Events, OnBus};
+use crate::assemble::configured_models;
 use crate::config::{Config, Paths, Source as Configuration};
 use crate::store::{Digest, Entry, FetchOptions, Source, Store, Watcher, fetch, how_to_serve, reference};
 use anyhow::{Context, bail, ensure};
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use sparsed_surface::Bus;
 use std::fs::File;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Pauses before further attempts to go on.
@@ -20,13 +21,21 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Where a hub's clients look for its address and a token.
 const HUB_VARIABLE: &str = "HF_ENDPOINT";
 const TOKEN_VARIABLE: &str = "HF_TOKEN";
+/// What tells that this box has sparsed as a service of the system.
+const SERVICE: [&str; 4] = [
+    "/etc/systemd/system/sparsed.service",
+    "/usr/lib/systemd/system/sparsed.service",
+    "/lib/systemd/system/sparsed.service",
+    "/var/lib/sparsed",
+];
 /// Where other tools look for a proxy, in either case.
 const PROXY_VARIABLES: [&str; 6] = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"];
 
 /// Fetch models into the store, and look after them.
 ///
 /// A model of the store is a GGUF file, or several that are parts of one, that nobody changes any more.
-/// `path = "store:NAME"` below [model.<name>] of the configuration has the daemon serve it.
+/// `path = "store:NAME"` below [model.<name>] of the configuration has the daemon serve it. The store is the service's
+/// for root (sudo), else the user's own, which the system's service does not read.
 #[derive(Debug, clap::Args)]
 pub(super) struct Model {
     #[command(flatten)]
@@ -116,19 +125,28 @@ impl Model {
             };
         }
         let config = self.configuration.load()?;
-        let store = Store::at(&Paths::of(&config).models_dir);
+        let paths = Paths::of(&config);
+        let store = Store::at(&paths.models_dir);
         match self.command {
-            Command::Pull(pull) => pull.run(&config, &store),
+            Command::Pull(pull) => {
+                let is_default = self.configuration.names_nothing() && config.models.dir.is_none();
+                let has_service = || SERVICE.iter().any(|path| Path::new(path).exists());
+                let note = is_default.then(|| note_of_own_store(store.dir(), has_service)).flatten();
+                pull.run(&config, &store, note.as_deref())
+            }
             Command::List(list) => list.run(&store),
             Command::Verify(verify) => verify.run(&store),
             Command::Rm(Rm { names }) => names.iter().try_for_each(|name| remove(&config, &store, name)),
-            Command::Gc(gc) => gc.run(&store),
+            Command::Gc(gc) => {
+                let models = configured_models(&config, &paths);
+                gc.run(&store, &models.into_values().map(|model| model.path).collect::<Vec<_>>())
+            }
         }
     }
 }
 
 impl Pull {
-    fn run(self, config: &Config, store: &Store) -> anyhow::Result<()> {
+    fn run(self, config: &Config, store: &Store, note: Option<&str>) -> anyhow::Result<()> {
         let hub = self.hub.or_else(|| Some(config.models.hub.clone())).filter(|hub| !hub.is_empty());
         let source = Source::parse(&self.source, hub.as_deref())?;
         let name = self.name.map_or_else(|| source.default_name(), Ok)?;
@@ -142,6 +160,9 @@ impl Pull {
             patience: PATIENCE,
         };
         let mut shown = Shown::new()?;
+        if let Some(note) = note {
+            shown.say(note);
+        }
         let proxy =
             PROXY_VARIABLES.into_iter().find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
         if let (Source::Web(_), Some(variable)) = (&source, proxy) {
@@ -165,7 +186,8 @@ impl Pull {
         if let Err(error) = sparsed_model::Model::open(&store.path(&entry)) {
             super::print(&format!("note: sparsed cannot serve it: {error}"))?;
         }
-        super::print(&how_to_serve(&name))
+        super::print(&how_to_serve(&name))?;
+        note.map_or(Ok(()), super::print)
     }
 
     /// Has the daemon take the file.
@@ -318,11 +340,23 @@ fn remove(config: &Config, store: &Store, name: &str) -> anyhow::Result<()> {
     store.remove(name)
 }
 
+/// What a user is to hear whose models go where the system's service does not look for them.
+fn note_of_own_store(dir: &Path, has_service: impl Fn() -> bool) -> Option<String> {
+    let is_own = !dir.starts_with("/var/lib") && has_service();
+    is_own.then(|| {
+        format!(
+            "note: this is your own store, {}, which the system's service does not read; its own is filled by: sudo \
+             sparsectl model pull ...; or for a file of this box: sparsectl model pull --dbus file:...",
+            dir.display()
+        )
+    })
+}
+
 impl Gc {
-    fn run(&self, store: &Store) -> anyhow::Result<()> {
+    fn run(&self, store: &Store, configured: &[PathBuf]) -> anyhow::Result<()> {
         store.make()?;
         let lock = store.lock()?;
-        let garbage = store.garbage(&lock, self.partial)?;
+        let garbage = store.garbage(&lock, self.partial, configured)?;
         if !self.dry_run {
             store.sweep(&lock, &garbage)?;
         }
@@ -332,5 +366,19 @@ impl Gc {
         let bytes = HumanBytes(garbage.iter().map(|one| one.bytes).sum());
         let done = if self.dry_run { "would be removed" } else { "removed" };
         super::print(&format!("{} files, {bytes} {done}", garbage.len()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_fills_a_store_that_the_systems_service_does_not_read_hears_so() {
+        let note = |dir: &str, has_service| note_of_own_store(Path::new(dir), || has_service);
+        let said = note("/home/anna/.local/share/sparsed/models", true).unwrap();
+        assert!(said.contains("/home/anna/") && said.contains("sudo sparsectl model pull"), "{said}");
+        assert_eq!(note("/home/anna/.local/share/sparsed/models", false), None);
+        assert_eq!(note("/var/lib/sparsed/models", true), None);
     }
 }

@@ -268,12 +268,16 @@ impl Store {
         place::sync_dir(&self.names_dir())
     }
 
-    /// Files that no name stands for, and with `partial` what was begun to be fetched and is not being fetched now.
-    /// A name that cannot be read might stand for any file: then there is no garbage.
+    /// Files that no name stands for and none of the `configured` paths leads to, and with `partial` what was begun to
+    /// be fetched and is not being fetched now. A name that cannot be read might stand for any file: then there is no
+    /// garbage.
     ///
     /// # Errors
     /// A folder or a name that cannot be read.
-    pub fn garbage(&self, _lock: &Lock, partial: bool) -> anyhow::Result<Vec<Garbage>> {
+    pub fn garbage(&self, _lock: &Lock, partial: bool, configured: &[PathBuf]) -> anyhow::Result<Vec<Garbage>> {
+        let led_to: Vec<PathBuf> = configured.iter().flat_map(|path| parts::files_at(path)).collect();
+        let is_led_to =
+            |path: &Path| path.canonicalize().is_ok_and(|path| led_to.iter().any(|file| file.starts_with(&path)));
         let (mut used, mut sets) = (Vec::new(), Vec::new());
         for (name, entry) in self.names()? {
             let entry = entry.with_context(|| format!("model {name}; `sparsectl model rm {name}` first"))?;
@@ -281,11 +285,11 @@ impl Store {
             sets.extend(self.set_of(&entry));
         }
         // Links take no room of their own.
-        let strays = self.stray_sets(&sets)?.into_iter();
+        let strays = self.stray_sets(&sets)?.into_iter().filter(|set| !is_led_to(set));
         let mut garbage: Vec<Garbage> = strays.map(|path| Garbage { path, bytes: 0 }).collect();
         for entry in self.blobs().read_dir()? {
             let path = entry?.path();
-            if !used.contains(&path) {
+            if !used.contains(&path) && !is_led_to(&path) {
                 garbage.push(Garbage { bytes: path.metadata()?.len(), path });
             }
         }
@@ -340,10 +344,34 @@ mod tests {
         put(&store, "a", "three");
         assert_eq!(std::fs::read(store.blob(&store.entry("a").unwrap().sha256)).unwrap(), b"three");
         let lock = store.lock().unwrap();
-        let garbage = store.garbage(&lock, false).unwrap();
+        let garbage = store.garbage(&lock, false, &[]).unwrap();
         assert_eq!(garbage, [Garbage { path: store.blob(&first.sha256), bytes: 3 }]);
         store.sweep(&lock, &garbage).unwrap();
         assert!(!store.blob(&first.sha256).exists() && store.blob(&other.sha256).exists());
+    }
+
+    #[test]
+    fn a_file_that_a_path_of_the_configuration_leads_to_stays_without_a_name() {
+        let (dir, store) = store();
+        let (direct, linked, other) = (put(&store, "a", "one"), put(&store, "b", "two"), put(&store, "c", "three"));
+        let links = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"].map(|name| dir.path().join(name));
+        for (link, entry) in links.iter().zip([&linked, &other]) {
+            std::os::unix::fs::symlink(store.blob(&entry.sha256), link).unwrap();
+        }
+        let configured = [store.blob(&direct.sha256), links[0].clone(), dir.path().join("gone"), "store:x".into()];
+        ["a", "b", "c"].iter().for_each(|name| store.remove(name).unwrap());
+        let garbage = |configured: &[PathBuf]| store.garbage(&store.lock().unwrap(), true, configured).unwrap().len();
+        assert_eq!((garbage(&configured), garbage(&configured[..1]), garbage(&[])), (0, 2, 3));
+        let files = ["four", "five"].map(|text| {
+            let path = store.partial().join(text);
+            std::fs::write(&path, text).unwrap();
+            (path, Digest::of(text.as_bytes()))
+        });
+        store.put("m", &files, "file:x".to_owned()).unwrap();
+        let first = store.resolve(Path::new("store:m"));
+        store.remove("m").unwrap();
+        let garbage = store.garbage(&store.lock().unwrap(), true, std::slice::from_ref(&first)).unwrap();
+        assert!(garbage.iter().all(|one| !first.starts_with(&one.path)), "{garbage:?}");
     }
 
     #[test]
@@ -352,9 +380,9 @@ mod tests {
         let entry = put(&store, "a", "one");
         put(&store, "b", "one");
         store.remove("a").unwrap();
-        assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+        assert!(store.garbage(&store.lock().unwrap(), false, &[]).unwrap().is_empty());
         store.remove("b").unwrap();
-        assert_eq!(store.garbage(&store.lock().unwrap(), false).unwrap()[0].path, store.blob(&entry.sha256));
+        assert_eq!(store.garbage(&store.lock().unwrap(), false, &[]).unwrap()[0].path, store.blob(&entry.sha256));
         assert!(store.remove("b").unwrap_err().to_string().contains("no model 'b'"));
     }
 
@@ -364,11 +392,11 @@ mod tests {
         put(&store, "a", "one");
         std::fs::write(store.name_file("b"), "{").unwrap();
         std::fs::write(store.name_file("c"), vec![b' '; 20_000]).unwrap();
-        assert!(store.garbage(&store.lock().unwrap(), false).is_err());
+        assert!(store.garbage(&store.lock().unwrap(), false, &[]).is_err());
         assert!(store.entry("c").unwrap_err().to_string().contains("longer than"));
         store.remove("b").unwrap();
         store.remove("c").unwrap();
-        assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+        assert!(store.garbage(&store.lock().unwrap(), false, &[]).unwrap().is_empty());
     }
 
     #[test]
@@ -390,10 +418,10 @@ mod tests {
             (read("model-00001-of-00003.gguf"), read("model-00003-of-00003.gguf")),
             ("one".into(), "three".into())
         );
-        assert!(store.garbage(&store.lock().unwrap(), false).unwrap().is_empty());
+        assert!(store.garbage(&store.lock().unwrap(), false, &[]).unwrap().is_empty());
         store.remove("m").unwrap();
         let lock = store.lock().unwrap();
-        let garbage = store.garbage(&lock, false).unwrap();
+        let garbage = store.garbage(&lock, false, &[]).unwrap();
         // Two files, and the folder; the third file is the other model's.
         assert_eq!((garbage.len(), garbage.iter().map(|one| one.bytes).sum::<u64>()), (3, 8), "{garbage:?}");
         store.sweep(&lock, &garbage).unwrap();

@@ -11,6 +11,11 @@ use std::path::{Path, PathBuf};
 
 /// What the disk is to have left beside the model.
 const RESERVE_BYTES: u64 = 64 << 20;
+/// After so many bytes the disk is looked at again, which others fill as well.
+const LOOK_BYTES: u64 = 16 << 20;
+/// What makes room where there is none; what `gc` alone leaves is what has come of this file.
+const HOW_TO_MAKE_ROOM: &str =
+    "`sparsectl model gc --partial` removes what no name stands for and what was never fetched to its end";
 /// Largest file of what is known of a partial one.
 const KNOWN_BYTES_MAX: u64 = 16 << 10;
 
@@ -28,6 +33,10 @@ pub(super) struct Partial {
     /// Its length.
     pub(super) have: u64,
     pub(super) known: Known,
+    /// Its length up to which there was room when the disk was looked at last.
+    room_until: u64,
+    /// Bytes that the disk of a file has left.
+    free: fn(&File) -> std::io::Result<u64>,
 }
 
 /// What is known of the whole file.
@@ -48,7 +57,8 @@ impl Partial {
         // Whoever had it may have put it into the store meanwhile.
         let is_there = path.metadata().is_ok_and(|meta| meta.ino() == file.metadata().map_or(0, |meta| meta.ino()));
         ensure!(locked && is_there, "another process fetches this file; try again when it has ended");
-        let mut partial = Self { have: file.metadata()?.len(), path, file, known: Known::default() };
+        let have = file.metadata()?.len();
+        let mut partial = Self { have, path, file, known: Known::default(), room_until: 0, free };
         match partial.recall() {
             Some(known) => partial.known = known,
             None => partial.restart()?,
@@ -80,7 +90,7 @@ impl Partial {
     pub(super) fn restart(&mut self) -> anyhow::Result<()> {
         self.file.set_len(0)?;
         self.file.seek(SeekFrom::Start(0))?;
-        self.have = 0;
+        (self.have, self.room_until) = (0, 0);
         Ok(())
     }
 
@@ -94,10 +104,35 @@ impl Partial {
         self.known.total == Some(self.have)
     }
 
+    /// Takes the next bytes of it, if there is room for them: a length may not be known, and others write as well.
     pub(super) fn write(&mut self, bytes: &[u8], bytes_max: u64) -> anyhow::Result<()> {
-        self.have = self.have.saturating_add(bytes.len() as u64);
-        fits(self.have, bytes_max)?;
-        self.file.write_all(bytes).with_context(|| self.path.display().to_string())
+        let have = self.have.saturating_add(bytes.len() as u64);
+        fits(have, bytes_max)?;
+        if have > self.room_until {
+            self.look(have - self.have)?;
+        }
+        self.file.write_all(bytes).with_context(|| self.path.display().to_string())?;
+        self.have = have;
+        Ok(())
+    }
+
+    /// That the disk has room for `more` bytes; for how many it has, up to the next look.
+    fn look(&mut self, more: u64) -> anyhow::Result<()> {
+        let free = (self.free)(&self.file)?;
+        let room = free.saturating_sub(RESERVE_BYTES);
+        ensure!(
+            more <= room,
+            "{} has {} left, of which {} stay free; {HOW_TO_MAKE_ROOM}",
+            self.folder().display(),
+            size(free),
+            size(RESERVE_BYTES)
+        );
+        self.room_until = self.have.saturating_add(room.min(LOOK_BYTES));
+        Ok(())
+    }
+
+    fn folder(&self) -> &Path {
+        self.path.parent().unwrap_or(&self.path)
     }
 
     /// The digest of what has come, as it lies on the disk.
@@ -109,14 +144,12 @@ impl Partial {
     /// That the disk has room for the rest.
     pub(super) fn check_room(&self, total: u64, bytes_max: u64) -> anyhow::Result<()> {
         fits(total, bytes_max)?;
-        let disk = rustix::fs::fstatvfs(&self.file)?;
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let free = (self.free)(&self.file)?;
         let needed = total.saturating_sub(self.have).saturating_add(RESERVE_BYTES);
-        let size = |bytes| indicatif::BinaryBytes(bytes).to_string();
         ensure!(
             needed <= free,
-            "{} has {} left, the rest of the model needs {}; `sparsectl model gc` removes what no name stands for",
-            self.path.parent().unwrap_or(&self.path).display(),
+            "{} has {} left, the rest of the model needs {}; {HOW_TO_MAKE_ROOM}",
+            self.folder().display(),
             size(free),
             size(needed)
         );
@@ -127,4 +160,46 @@ impl Partial {
 fn fits(bytes: u64, limit: u64) -> anyhow::Result<()> {
     ensure!(bytes <= limit, "the file is larger than {limit} bytes; set models.max_bytes, or --max-bytes");
     Ok(())
+}
+
+fn free(file: &File) -> std::io::Result<u64> {
+    let disk = rustix::fs::fstatvfs(file)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+fn size(bytes: u64) -> String {
+    indicatif::BinaryBytes(bytes).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    /// How many MiB are taken, one by one, of a file whose length nobody knows, on a disk that has so much left.
+    fn taken(free: fn(&File) -> std::io::Result<u64>) -> (u64, String) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        store.make().unwrap();
+        let mut partial = Partial { free, ..Partial::open(&store, "x").unwrap() };
+        let mib = vec![0; 1 << 20];
+        let error = (0..64).find_map(|_| partial.write(&mib, u64::MAX).err()).map(|error| format!("{error:#}"));
+        assert_eq!(partial.path.metadata().unwrap().len(), partial.have, "what does not fit is not written");
+        (partial.have / MIB, error.unwrap_or_default())
+    }
+
+    #[test]
+    fn a_file_without_a_length_leaves_of_the_disk_what_is_to_stay_free() {
+        let (mib, said) = taken(|file| Ok(RESERVE_BYTES + 5 * MIB - file.metadata()?.len()));
+        assert!(mib == 5 && said.contains("has 64.00 MiB left, of which 64.00 MiB stay free"), "{mib}: {said}");
+        assert!(said.contains("gc --partial"), "{said}");
+        assert_eq!(taken(|_| Ok(0)).0, 0);
+    }
+
+    #[test]
+    fn a_disk_that_others_fill_meanwhile_is_looked_at_again() {
+        let (mib, said) = taken(|file| Ok(if file.metadata()?.len() < 2 * MIB { 1 << 40 } else { 3 * MIB }));
+        assert!(mib == LOOK_BYTES / MIB && said.contains("has 3.00 MiB left"), "{mib}: {said}");
+    }
 }

@@ -40,6 +40,14 @@ fn numbered(file: &str) -> Option<(&str, usize, usize)> {
     (1 <= number && number <= count).then_some((stem, number, count))
 }
 
+/// The files that lie at `path` and, if that is a first part, beside it; links are followed, what is not there is left
+/// out.
+pub(super) fn files_at(path: &Path) -> Vec<PathBuf> {
+    let file = path.file_name().and_then(|file| file.to_str()).unwrap_or_default();
+    let names = names(file).map_or_else(|_| vec![file.to_owned()], |(_, names)| names);
+    names.iter().filter_map(|name| path.with_file_name(name).canonicalize().ok()).collect()
+}
+
 impl Entry {
     /// All files, in their order.
     pub(super) fn pieces(&self) -> impl Iterator<Item = Piece> + '_ {

@@ -29,7 +29,8 @@ impl Source {
         if let Some(path) = text.strip_prefix("file:") {
             let path = path.strip_prefix("//").unwrap_or(path);
             ensure!(!path.is_empty(), "'{text}' names no file");
-            return Ok(Self::File(PathBuf::from(path)));
+            // As it is remembered it must lead there from any folder.
+            return Ok(Self::File(std::path::absolute(path)?));
         }
         let url = match text.strip_prefix("hf:") {
             Some(file) => in_hub(file, hub)?,
@@ -178,6 +179,9 @@ mod tests {
         for text in ["file:/m.gguf", "file:///m.gguf"] {
             assert_eq!(Source::parse(text, None).unwrap(), Source::File("/m.gguf".into()));
         }
+        let relative = Source::parse("file:a/m.gguf", None).unwrap();
+        let path = std::env::current_dir().unwrap().join("a/m.gguf");
+        assert_eq!(relative.public(), format!("file:{}", path.display()));
         for bad in ["", "m.gguf", "/m.gguf", "ftp://host/m", "https://", "https:///m", "file:", "http://a b/"] {
             assert!(Source::parse(bad, None).is_err(), "{bad}");
         }

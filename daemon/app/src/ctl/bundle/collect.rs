@@ -1,6 +1,6 @@
 //! What is collected? One text for each part; a part that cannot be had is named with the reason.
 
-use super::socket_of;
+use super::{redact, socket_of};
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Paths, Source};
 use crate::ctl::client::{Client, soon};
@@ -72,7 +72,8 @@ impl Collected {
     pub(super) fn all(&mut self, source: &Source, config: &Config, socket: Option<&Path>) {
         let socket = socket_of(source, config, socket);
         self.add("versions.txt", Ok(versions()));
-        self.add("config.toml", source.layers().map_err(Into::into).and_then(|layers| config::with_origins(&layers)));
+        let settings = source.layers().map_err(Into::into);
+        self.add("config.toml", settings.and_then(|layers| config::with_origins(&layers, redact::shown)));
         let status = get(&socket, "/v1/status");
         let pid = status.as_deref().ok().and_then(|text| serde_json::from_str::<Value>(text).ok()?["pid"].as_u64());
         self.add("status.json", status);

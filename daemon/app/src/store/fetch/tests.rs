@@ -339,7 +339,7 @@ fn two_do_not_fetch_the_same_file_at_a_time_and_it_is_no_garbage_meanwhile() {
     let source = Source::parse("http://127.0.0.1:9/m.gguf", None).unwrap();
     let held = Partial::open(&bench.store, &source.key()).unwrap();
     assert!(bench.fetch("http://127.0.0.1:9/m.gguf").unwrap_err().contains("another process fetches"));
-    let garbage = |store: &Store| store.garbage(&store.lock().unwrap(), true).unwrap().len();
+    let garbage = |store: &Store| store.garbage(&store.lock().unwrap(), true, &[]).unwrap().len();
     assert_eq!(garbage(&bench.store), 0);
     drop(held);
     assert_eq!(garbage(&bench.store), 1);
