@@ -145,8 +145,7 @@ impl Area {
 
 /// Bytes of a token's latent and rope row.
 fn row_bytes(shape: &Shape) -> usize {
-    let bytes = |width: u32| shape.format.row_bytes(width as usize).expect("whole blocks");
-    bytes(shape.latent) + bytes(shape.rope)
+    shape.row_bytes(Plane::Latent) + shape.row_bytes(Plane::Rope)
 }
 
 /// Pages that the latent plane of a block has, and rows in each.
