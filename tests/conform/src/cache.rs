@@ -28,8 +28,8 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    /// Latents of 64 values, rope rows and index keys of 32, in two layers. Beside rows of Q6_0 rope rows are in Q8_0, as
-    /// the daemon has them, where the device claims that.
+    /// Latents of 64 values, rope rows and index keys of 32, in two layers. Beside rows of Q6_0 rope rows are in Q8_0,
+    /// as the daemon has them, where the device claims that.
     pub(crate) fn usual(session: &Session, format: Format) -> Self {
         let beside = Some(Format::Q8_0).filter(|_| format == Format::Q6_0);
         Self {
