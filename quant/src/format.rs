@@ -287,8 +287,8 @@ pub fn decode_part(format: Format, row: &[u8], first: usize, values: &mut [f32])
     decode(format, part, values)
 }
 
-/// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, Q6_0 to ik_llama.cpp's, the others with an
-/// error no larger than that of ggml's reference quantiser. Values of W16 and F8_128 are one row.
+/// Encodes `values` into `bytes`: F32, F16, BF16 and Q8_0 to ggml's own bits, Q6_0 to ik_llama.cpp's, the others with
+/// an error no larger than that of ggml's reference quantiser. Values of W16 and F8_128 are one row.
 ///
 /// # Errors
 /// When the lengths do not belong together, or the format is only decoded.

@@ -1,5 +1,5 @@
-//! Q6_0: 32 values as f16 scale d, 8 bytes of two upper bits for four values each and 16 of nibbles, the low ones first;
-//! value = d (q - 32). For KV rows. Not in ggml but in ik_llama.cpp, whose layout and bits these are.
+//! Q6_0: 32 values as f16 scale d, 8 bytes of two upper bits for four values each and 16 of nibbles, the low ones
+//! first; value = d (q - 32). For KV rows. Not in ggml but in ik_llama.cpp, whose layout and bits these are.
 
 use crate::block;
 use half::f16;

@@ -448,7 +448,7 @@ mod tests {
         // A conversation of `n` blocks that ends, its last block given back first.
         let say = |pool: &mut Pool, owner: u64, first: u32, n: u32| {
             let mut hashes = Vec::new();
-            hasher.extend(owner, &(first..first + 64 * n).collect::<Vec<_>>(), &mut hashes);
+            hasher.extend(Realm::new(owner, None), &(first..first + 64 * n).collect::<Vec<_>>(), &mut hashes);
             let (mut freed, mut slots, mut table) = (Vec::new(), Vec::new(), crate::BlockTable::new());
             table.adopt(&hashes, pool);
             let found = table.blocks().len();

@@ -9,13 +9,15 @@ use sparsed_quant::{Format, decode};
 use std::rc::Rc;
 
 /// The formats that a row may have.
-pub(crate) const ROW_FORMATS: [Format; 7] =
-    [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::Q4_0, Format::W16, Format::F8_128];
+pub(crate) const ROW_FORMATS: [Format; 8] =
+    [Format::F32, Format::F16, Format::BF16, Format::Q8_0, Format::Q4_0, Format::W16, Format::F8_128, Format::Q6_0];
 
-/// What a pool is like; one format for all rows, width 0 for rows that it lacks.
+/// What a pool is like; width 0 for rows that it lacks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
+    /// Of all rows but rope rows.
     pub(crate) format: Format,
+    pub(crate) rope_format: Format,
     pub(crate) block_tokens: u32,
     pub(crate) n_blocks: u32,
     pub(crate) layers: u32,
@@ -26,14 +28,39 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    /// Latents of 64 values, rope rows and index keys of 32, in two layers.
+    /// Latents of 64 values, rope rows and index keys of 32, in two layers. Beside rows of Q6_0 rope rows are in Q8_0,
+    /// as the daemon has them, where the device claims that.
     pub(crate) fn usual(session: &Session, format: Format) -> Self {
-        let block_tokens = block_tokens(session, 16);
-        Self { format, block_tokens, n_blocks: 24, layers: 2, index_layers: 2, latent: 64, rope: 32, index: 32 }
+        let beside = Some(Format::Q8_0).filter(|_| format == Format::Q6_0);
+        Self {
+            format,
+            rope_format: beside.filter(|format| is_claimed(session, *format)).unwrap_or(format),
+            block_tokens: block_tokens(session, 16),
+            n_blocks: 24,
+            layers: 2,
+            index_layers: 2,
+            latent: 64,
+            rope: 32,
+            index: 32,
+        }
+    }
+
+    fn format_of(&self, plane: Plane) -> Format {
+        if plane == Plane::Rope { self.rope_format } else { self.format }
+    }
+
+    /// Bytes of a row.
+    pub(crate) fn row_bytes(&self, plane: Plane) -> usize {
+        let width = match plane {
+            Plane::Latent => self.latent,
+            Plane::Rope => self.rope,
+            Plane::Index => self.index,
+        };
+        self.format_of(plane).row_bytes(width as usize).expect("whole blocks")
     }
 
     pub(crate) fn desc(&self) -> SpdKvDesc {
-        let row = |width| SpdRow { dtype: self.format.ggml_id(), width };
+        let row = |plane, width| SpdRow { dtype: self.format_of(plane).ggml_id(), width };
         SpdKvDesc {
             struct_size: struct_size::<SpdKvDesc>(),
             flags: 0,
@@ -41,9 +68,9 @@ impl Shape {
             n_blocks: self.n_blocks,
             n_layers: self.layers,
             n_index_layers: self.index_layers,
-            latent: row(self.latent),
-            rope: row(self.rope),
-            index: row(self.index),
+            latent: row(Plane::Latent, self.latent),
+            rope: row(Plane::Rope, self.rope),
+            index: row(Plane::Index, self.index),
             ..SpdKvDesc::default()
         }
     }
@@ -72,13 +99,17 @@ pub(crate) fn block_tokens(session: &Session, wanted: u32) -> u32 {
 
 /// The formats of rows that the device claims.
 pub(crate) fn row_formats(session: &Session) -> Vec<Format> {
-    let claimed = |format: &Format| Session::has_dtype(&session.info.row_dtypes, format.ggml_id());
-    ROW_FORMATS.into_iter().filter(claimed).collect()
+    ROW_FORMATS.into_iter().filter(|format| is_claimed(session, *format)).collect()
+}
+
+fn is_claimed(session: &Session, format: Format) -> bool {
+    Session::has_dtype(&session.info.row_dtypes, format.ggml_id())
 }
 
 /// Rows of one layer, all tokens of a fill one after another.
 #[derive(Clone, Debug)]
 pub(crate) struct Rows {
+    pub(crate) format: Format,
     width: usize,
     pub(crate) given: Vec<f32>,
     /// As the pool stores them.
@@ -97,7 +128,7 @@ impl Rows {
         for (row, values) in rows.zip(values.chunks_mut(width.max(1))) {
             decode(format, row, values).expect("a whole row");
         }
-        Self { width, given, bytes, values: wide(&values) }
+        Self { format, width, given, bytes, values: wide(&values) }
     }
 
     pub(crate) fn row(&self, token: usize) -> &[f64] {
@@ -130,11 +161,12 @@ pub(crate) struct Contents {
 impl Contents {
     pub(crate) fn random(rng: &mut fastrand::Rng, shape: Shape, sequences: Vec<Sequence>) -> Self {
         let tokens = sequences.iter().map(|sequence| sequence.n as usize).sum();
-        let rows = |rng: &mut fastrand::Rng, layers: u32, width: u32| {
-            (0..layers).map(|_| Rows::random(rng, shape.format, width, tokens)).collect::<Vec<_>>()
+        let mut rows = |plane: Plane, layers: u32, width: u32| {
+            (0..layers).map(|_| Rows::random(rng, shape.format_of(plane), width, tokens)).collect::<Vec<_>>()
         };
-        let (latent, rope) = (rows(rng, shape.layers, shape.latent), rows(rng, shape.layers, shape.rope));
-        let index = rows(rng, shape.index_layers, shape.index);
+        let latent = rows(Plane::Latent, shape.layers, shape.latent);
+        let rope = rows(Plane::Rope, shape.layers, shape.rope);
+        let index = rows(Plane::Index, shape.index_layers, shape.index);
         Self { shape, sequences, latent, rope, index }
     }
 

@@ -90,6 +90,9 @@ fn attention(context: &Context, sparse: bool) -> Outcome {
             let wide = Shape { latent: 192, rope: 192, ..usual };
             kinds.push((wide, Heads { heads: 6, groups: 3, ..heads }));
         }
+        if usual.rope_format != format {
+            kinds.push((Shape { rope_format: format, ..usual }, heads));
+        }
         for (shape, heads) in kinds {
             let contents = contents(&mut rng, shape);
             let pool = contents.shape.pool(&session)?;

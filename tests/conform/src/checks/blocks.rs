@@ -59,8 +59,7 @@ pub(crate) const RULES: &[Rule] = &[
 
 /// Where a row lies in a block's host image.
 pub(crate) fn image_row(shape: &Shape, source: Source, within: u32) -> Range<usize> {
-    let bytes = |width: u32| shape.format.row_bytes(width as usize).expect("whole blocks");
-    let (latent, rope, index) = (bytes(shape.latent), bytes(shape.rope), bytes(shape.index));
+    let [latent, rope, index] = Plane::ALL.map(|plane| shape.row_bytes(plane));
     let (tokens, within) = (shape.block_tokens as usize, within as usize);
     let planes = shape.index_layers as usize * tokens * index;
     let pair = planes + (source.1 * tokens + within) * (latent + rope);

@@ -100,7 +100,7 @@ fn info(context: &Context) -> Outcome {
     ensure!(Session::has_dtype(&info.weight_dtypes, sparsed_abi::DT_F32), "weight_dtypes lacks F32, which norms need");
     ensure!(
         crate::cache::ROW_FORMATS.iter().any(|format| Session::has_dtype(&info.row_dtypes, format.ggml_id())),
-        "row_dtypes has none of F32, F16, BF16, Q8_0, Q4_0, W16 and F8_128"
+        "row_dtypes has none of F32, F16, BF16, Q8_0, Q4_0, W16, F8_128 and Q6_0"
     );
     Ok(())
 }

@@ -83,8 +83,8 @@ fn filled(session: &Session, rng: &mut fastrand::Rng) -> Result<(Contents, Rc<Po
     }
     let (format, block_tokens) = (any_format(session)?, block_tokens(session, 1024));
     let n_blocks = CONTEXT.div_ceil(block_tokens);
-    let (layers, latent, rope) = (1, 32, 32);
-    let shape = Shape { format, block_tokens, n_blocks, layers, index_layers: 1, latent, rope, index: 32 };
+    let usual = Shape::usual(session, format);
+    let shape = Shape { block_tokens, n_blocks, layers: 1, index_layers: 1, latent: 32, ..usual };
     let order: Vec<u32> = (0..n_blocks).rev().collect();
     let contents = Contents::random(rng, shape, shape.sequences(&[CONTEXT], &order));
     let pool = shape.pool(session)?;

@@ -1,7 +1,7 @@
 //! L1: are weights and pools made as described, and refused when the description is wrong?
 
 use super::refused;
-use crate::cache::{Shape, row_formats};
+use crate::cache::{Plane, Shape, row_formats};
 use crate::case::{CLASS_F, Case, Matrix, close, floats, wide, words};
 use crate::child::Context;
 use crate::oracle;
@@ -190,10 +190,10 @@ fn kv_create(context: &Context) -> Outcome {
         for index_layers in [0, 3] {
             let shape = Shape { index_layers, layers: 2, ..Shape::usual(&session, format) };
             let pool = shape.pool(&session)?;
-            let bytes = |width: u32| format.row_bytes(width as usize).expect("whole blocks") as u64;
-            let per_token = bytes(shape.index) * u64::from(index_layers);
+            let [latent, rope, index] = Plane::ALL.map(|plane| shape.row_bytes(plane) as u64);
+            let per_token = index * u64::from(index_layers);
             let index = per_token * u64::from(shape.block_tokens);
-            let latent = (bytes(shape.latent) + bytes(shape.rope)) * 2 * u64::from(shape.block_tokens);
+            let latent = (latent + rope) * 2 * u64::from(shape.block_tokens);
             let (info, name) = (pool.info, format.name());
             ensure!(
                 info.image_latent_offset == index,

@@ -57,11 +57,11 @@ fn written(session: &Session, contents: &Contents, planes: &[Plane]) -> Outcome 
                 let rows = source.rows(contents);
                 let place = image_row(&contents.shape, *source, within);
                 let found = &images[block as usize][place];
-                let same = same_row(contents.shape.format, found, rows.stored(token), rows.given_row(token));
+                let same = same_row(rows.format, found, rows.stored(token), rows.given_row(token));
                 ensure!(
                     same.is_ok(),
                     "{}: the {source:?} row of position {position} is not in token {within} of block {}: {}",
-                    contents.shape.format.name(),
+                    rows.format.name(),
                     sequence.blocks[block as usize],
                     same.err().unwrap_or_default()
                 );
@@ -71,8 +71,8 @@ fn written(session: &Session, contents: &Contents, planes: &[Plane]) -> Outcome 
     Ok(())
 }
 
-/// Compares stored rows: the same bits, but for Q8_0 and Q4_0 whose codes may be off where x / d lies between two of
-/// them.
+/// Compares stored rows: the same bits, but for Q8_0, Q4_0 and Q6_0 whose codes may be off where x / d lies between two
+/// of them.
 fn same_row(format: Format, found: &[u8], expected: &[u8], given: &[f32]) -> Result<(), String> {
     if found == expected {
         return Ok(());
@@ -80,19 +80,23 @@ fn same_row(format: Format, found: &[u8], expected: &[u8], given: &[f32]) -> Res
     let greatest = match format {
         Format::Q8_0 => 127.0,
         Format::Q4_0 => 8.0,
+        Format::Q6_0 => 32.0,
         _ => return Err(format!("{found:02x?} instead of {expected:02x?}")),
     };
-    let mut values = vec![0.0; given.len()];
-    decode(format, found, &mut values).expect("as long as the expected row");
-    for (block, given) in values.chunks_exact(32).zip(given.chunks_exact(32)) {
+    let decoded = |bytes: &[u8]| {
+        let mut values = vec![0.0; given.len()];
+        decode(format, bytes, &mut values).expect("as long as the expected row");
+        values
+    };
+    let (values, best) = (decoded(found), decoded(expected));
+    for (at, given) in given.chunks(32).enumerate() {
         let step = given.iter().fold(0f32, |most, x| most.max(x.abs())) / greatest;
-        // Half a step for the code, and what an f16 of the step is off by; Q4_0 lacks the code of one end.
-        let allowed = |x: f32| {
-            let clipped = format == Format::Q4_0 && x.abs() > 7.4 * step;
-            step * (if clipped { 1.0 } else { 0.5 } + greatest / 2048.0 + 1e-3)
-        };
-        if let Some((value, x)) = block.iter().zip(given).find(|(value, x)| (*value - *x).abs() > allowed(**x)) {
-            return Err(format!("{value} instead of {x}, {} off is allowed", allowed(*x)));
+        for (i, x) in (32 * at..).zip(given) {
+            // The other code where two are as near, and the next f16 of the scale.
+            let allowed = (best[i] - x).abs() + step * (greatest / 1024.0 + 2e-3);
+            if (values[i] - x).abs() > allowed {
+                return Err(format!("{} instead of {x}, {allowed} off is allowed", values[i]));
+            }
         }
     }
     Ok(())
@@ -102,6 +106,20 @@ fn same_row(format: Format, found: &[u8], expected: &[u8], given: &[f32]) -> Res
 mod tests {
     use super::*;
     use crate::case::stored;
+
+    #[test]
+    fn q6_0_may_have_the_next_f16_as_its_scale_and_no_other() {
+        let given: Vec<f32> = (0..32u8).map(|i| f32::from(i) * 0.37 - 5.0).collect();
+        let expected = stored(Format::Q6_0, &given);
+        for (ulps, is_right) in [(0, true), (1, true), (8, false)] {
+            let mut other = expected.clone();
+            other[0] = other[0].wrapping_add(ulps);
+            assert_eq!(same_row(Format::Q6_0, &other, &expected, &given).is_ok(), is_right, "{ulps}");
+        }
+        let mut other = expected.clone();
+        other[25] ^= 0x10;
+        assert!(same_row(Format::Q6_0, &other, &expected, &given).is_err(), "another code");
+    }
 
     #[test]
     fn q8_0_may_take_the_next_code_at_a_half_and_no_other() {

@@ -1,6 +1,6 @@
 //! Where blocks lie in the slow tier, written as `OPS.md` says.
 
-use crate::cache::Shape;
+use crate::cache::{Plane, Shape};
 use crate::rig::{Pool, Session, struct_size};
 use crate::verdict::{Outcome, Wrong};
 use ring::aead::{AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
@@ -130,8 +130,7 @@ impl Area {
 
 /// Bytes of a token's latent and rope row.
 pub(super) fn row_bytes(shape: &Shape) -> usize {
-    let bytes = |width: u32| shape.format.row_bytes(width as usize).expect("whole blocks");
-    bytes(shape.latent) + bytes(shape.rope)
+    shape.row_bytes(Plane::Latent) + shape.row_bytes(Plane::Rope)
 }
 
 /// Pages that the latent plane of a block has, and rows in each.
