@@ -165,7 +165,7 @@ fn without_a_daemon_and_with_a_broken_configuration_there_is_a_bundle_that_says_
         let bundle = dir.path().join(format!("bundle-{n}.tar"));
         let mut tool = Command::new(sparsed_tests::sparsectl());
         tool.arg("support-bundle").arg(&bundle).arg("--config").arg(&file);
-        tool.args(sets.iter().flat_map(|set| ["--set", set])).arg("--socket").arg(dir.path().join("none.sock"));
+        tool.args(sets.iter().flat_map(|set| ["--set", *set])).arg("--socket").arg(dir.path().join("none.sock"));
         tool.env("PATH", format!("{}:{}", dir.path().display(), std::env::var("PATH").unwrap()));
         let done = tool.output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
