@@ -28,7 +28,10 @@ fn main() -> Result<()> {
     // The default model's f16 and Q8_0 rows (3 heads of 64 + 64), and those of DeepSeek-V3.2's shape.
     for (name, row_bytes) in [("768 (384 x f16)", 768), ("408 (384 x Q8_0)", 408), ("1152 (576 x f16)", 1152)] {
         for cipher in [None, Some(Cipher::Aes256Gcm), Some(Cipher::ChaCha20Poly1305)] {
-            println!("rows of {name} bytes, {}:", cipher.map_or("plain".to_owned(), |cipher| format!("{cipher:?}")));
+            println!(
+                "rows of {name} bytes, {}:",
+                cipher.map_or_else(|| "plain".to_owned(), |cipher| format!("{cipher:?}"))
+            );
             cache_costs(row_bytes, &Seal::new(cipher.map(|cipher| SlowKey::new(cipher, [1; 32])).as_ref()))?;
         }
     }
