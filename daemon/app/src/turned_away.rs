@@ -1,7 +1,7 @@
 //! What does a client hear whose daemon cannot start, since its configuration is wrong?
 //!
-//! The service manager holds the socket: it takes connections, and starts the service for them. A connection that is left
-//! there would have it started again at once, and again, until the manager gives the socket up as well.
+//! The service manager holds the socket: it takes connections, and starts the service for them. A connection that is
+//! left there would have it started again at once, and again, until the manager gives the socket up as well.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -22,7 +22,8 @@ const BODY: &str = concat!(
     r#"On the box, `sparsectl config check` says where","type":"server_error","param":null,"code":"misconfigured"}}"#
 );
 
-/// Answers 503 to those who wait on these sockets, and to those who come within [`OPEN`]. Returns at once without a socket.
+/// Answers 503 to those who wait on these sockets, and to those who come within [`OPEN`]. Without a socket it returns at
+/// once.
 pub(crate) fn turn_away(unix: Option<UnixListener>, tcp: Vec<TcpListener>) {
     if unix.is_none() && tcp.is_empty() {
         return;

@@ -1,7 +1,7 @@
 //! Where do latent planes lie that have no room in fast memory? In a file without a name: what it holds is of no use to
-//! another process, and goes with this one however it ends. Should the power go first, what is left on the disk cannot be
-//! read: pages are encrypted under a key that is in memory only. For a device that reads no file it is memory, which such a
-//! file is too; a device reads that where it lies, so it is plain.
+//! another process, and goes with this one however it ends. Should the power go first, what is left on the disk cannot
+//! be read: pages are encrypted under a key that is in memory only. For a device that reads no file it is memory, which
+//! such a file is too; a device reads that where it lies, so it is plain.
 //!
 //! Every block of the pool has its place in it, so nothing has to be found. Pages are written as `abi/OPS.md` has them,
 //! past the page cache where the file system can: what the cache would hold counts as the daemon's memory. The place of
@@ -66,8 +66,8 @@ pub(crate) struct SlowSource {
 }
 
 impl SlowSource {
-    /// As the border has it, good as long as this lives and stays where it is. A plugin in a process of its own is given the file whatever it
-    /// is to make of it.
+    /// As the border has it, good as long as this lives and stays where it is. A plugin in a process of its own is given
+    /// the file whatever it is to make of it.
     pub(crate) fn desc(&self, is_remote: bool) -> SpdKvSlow {
         let (fd, ptr) = match &self.memory {
             Some(memory) if !is_remote => (0, memory.as_ptr().cast()),

@@ -178,9 +178,9 @@ impl Reader {
         Ok(Self { flights, area_offset })
     }
 
-    /// Carries out `reads` and gives each one's index and bytes to `take`, which may decrypt them where they are, in the
-    /// order in which they land. After the first failure, of a read or of `take`, no other read is started, and those in
-    /// flight are awaited.
+    /// Carries out `reads` and gives each one's index and bytes to `take`, which may decrypt them where they are, in
+    /// the order in which they land. After the first failure, of a read or of `take`, no other read is started, and
+    /// those in flight are awaited.
     ///
     /// # Errors
     /// The first failure.

@@ -291,8 +291,8 @@ impl RowCache {
     ///
     /// # Errors
     /// [`RowCacheError::Length`] for a plane of another size, [`RowCacheError::NoSuchPage`],
-    /// [`RowCacheError::NotAttached`], and [`RowCacheError::BadPage`] for a page that is not what was written; `plane` is
-    /// unchanged.
+    /// [`RowCacheError::NotAttached`], and [`RowCacheError::BadPage`] for a page that is not what was written; `plane`
+    /// is unchanged.
     pub fn decode_page(&self, block: u32, page: u32, bytes: &mut PageBytes, plane: &mut [u8]) -> Result<()> {
         check_length("a latent plane", plane.len(), self.layout.plane_bytes())?;
         let to = &mut plane[self.layout.plane_range(page)?];

@@ -112,7 +112,7 @@ impl Doctor {
 
     fn checks(&self) -> anyhow::Result<Vec<Check>> {
         let root = Path::new("/");
-        // Who names another configuration or socket, or runs a daemon of his own, asks for another one than the service.
+        // Who names a configuration or a socket, or runs a daemon of his own, asks for another one than the service.
         let is_service = self.source.names_nothing() && self.socket.is_none() && own_socket().is_none();
         let service = is_service.then(|| service::Service::ask(root)).flatten();
         let (check, config) = installation::configuration(root, &self.source, service.as_ref());

@@ -112,8 +112,8 @@ mod tests {
     #[test]
     fn the_managers_answer_is_read_in_any_order() {
         let said = "DeviceAllow=/dev/nvidiactl rw\nDeviceAllow=char-nvhost* rw\nMainPID=12\nLoadState=loaded\n\
-                    ActiveState=active\nControlGroup=/system.slice/sparsed.service\nPrivateDevices=no\nPrivateNetwork=yes\n\
-                    DevicePolicy=closed\nSupplementaryGroups=video render\n";
+                    ActiveState=active\nControlGroup=/system.slice/sparsed.service\nPrivateDevices=no\n\
+                    PrivateNetwork=yes\nDevicePolicy=closed\nSupplementaryGroups=video render\n";
         let service = Service::parse(said).unwrap();
         assert!(service.is_active && !service.hides_devices, "{service:?}");
         assert!(service.opens_network().unwrap().contains("/network.conf && "), "{service:?}");
