@@ -22,8 +22,8 @@ const BODY: &str = concat!(
     r#"On the box, `sparsectl config check` says where","type":"server_error","param":null,"code":"misconfigured"}}"#
 );
 
-/// Answers 503 to those who wait on these sockets, and to those who come within [`OPEN`]. Without a socket it returns at
-/// once.
+/// Answers 503 to those who wait on these sockets, and to those who come within [`OPEN`]. Without a socket it returns
+/// at once.
 pub(crate) fn turn_away(unix: Option<UnixListener>, tcp: Vec<TcpListener>) {
     if unix.is_none() && tcp.is_empty() {
         return;

@@ -66,8 +66,8 @@ pub(crate) struct SlowSource {
 }
 
 impl SlowSource {
-    /// As the border has it, good as long as this lives and stays where it is. A plugin in a process of its own is given
-    /// the file whatever it is to make of it.
+    /// As the border has it, good as long as this lives and stays where it is. A plugin in a process of its own is
+    /// given the file whatever it is to make of it.
     pub(crate) fn desc(&self, is_remote: bool) -> SpdKvSlow {
         let (fd, ptr) = match &self.memory {
             Some(memory) if !is_remote => (0, memory.as_ptr().cast()),
