@@ -149,9 +149,9 @@ def after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_n
     assert is_active()
     said = run(*as_user("alice"), "sparsectl", "run", "What is the capital of France?", "--temperature", "0")
     assert said == PARIS, said
-    checks = json.loads(run(*as_user("sparsed"), "HOME=/var/lib/sparsed", "sparsectl", "doctor", "--json"))
+    checks = doctors_checks(*as_user("sparsed"), "HOME=/var/lib/sparsed")
     # Who is no more than in the group is told of the same service, and of no other state folder.
-    checks += json.loads(run(*as_user("alice"), "sparsectl", "doctor", "--json"))
+    checks += doctors_checks(*as_user("alice"), "HOME=/home/alice")
     wrong = [check for check in checks if check["verdict"] == "fail" or "/home/" in check["found"]]
     assert not wrong, wrong
     assert os.path.exists("/usr/share/man/man8/sparsed.8.gz"), "no manual page"
@@ -305,6 +305,11 @@ def a_reload_takes_up_what_it_can_and_the_journal_explains_it():
         file.write("")
 
 
+def doctors_checks(*before):
+    """What the doctor finds; behind its checks it may say that some have failed."""
+    return json.JSONDecoder().raw_decode(run(*before, "sparsectl", "doctor", "--json", check=False))[0]
+
+
 def who_waits_for_a_service_whose_configuration_is_wrong_hears_so_and_once_mended_it_answers():
     with open(CONFIG, "w") as file:
         file.write("[limits]\nmax_waitin = 7\n")
@@ -313,8 +318,7 @@ def who_waits_for_a_service_whose_configuration_is_wrong_hears_so_and_once_mende
     for _ in range(30):
         status, value = ask("alice", "/v1/models")
         assert (status, value["error"]["code"]) == (503, "misconfigured"), f"{status} {value}"
-    said = json.loads(run("sparsectl", "doctor", "--json", check=False))
-    wrong = next(check for check in said if check["check"] == "configuration")
+    wrong = next(check for check in doctors_checks() if check["check"] == "configuration")
     assert "did you mean" in wrong["found"] and CONFIG in wrong["fix"], wrong
     with open(CONFIG, "w") as file:
         file.write("")
@@ -329,15 +333,13 @@ def the_doctor_sees_what_the_service_may_not_read_and_does_not_wait_for_one_that
     with open(hidden, "w") as file:
         file.write("[limits]\nmax_waiting = 9\n")
     os.chmod(hidden, 0o600)
-    said = json.loads(run("sparsectl", "doctor", "--json", check=False))
-    wrong = next(check for check in said if check["check"] == "configuration")
+    wrong = next(check for check in doctors_checks() if check["check"] == "configuration")
     assert wrong["verdict"] == "fail" and f"chmod a+rX {hidden}" in wrong["fix"], wrong
     run("sh", "-c", wrong["fix"].replace("sudo ", ""))
     until_ready()
     os.unlink(hidden)
     restart("[engine]\nplugin = \"nowhere\"\n", ready=False)
-    said = json.loads(run("sparsectl", "doctor", "--json", check=False))
-    wrong = next(check for check in said if check["check"] == "daemon")
+    wrong = next(check for check in doctors_checks() if check["check"] == "daemon")
     assert wrong["verdict"] == "fail" and "does not start" in wrong["found"], wrong
     restart()
 

@@ -119,7 +119,12 @@ fn open_mqtt(config: &Config, paths: &Paths, has_state: bool) -> anyhow::Result<
 
 /// The plugins that have failed too often for the daemon of this configuration.
 pub fn quarantine(config: &Config) -> QuarantineStore {
-    QuarantineStore::new(&Paths::of(config).state_dir, config.plugins.quarantine_policy())
+    quarantine_in(config, &Paths::of(config))
+}
+
+/// Those of the daemon that has these places.
+pub(crate) fn quarantine_in(config: &Config, paths: &Paths) -> QuarantineStore {
+    QuarantineStore::new(&paths.state_dir, config.plugins.quarantine_policy())
 }
 
 /// Milliseconds since 1970, by a clock that goes on between two starts; before 1970 it is 1970.

@@ -136,7 +136,7 @@ impl Doctor {
         checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full, service.as_ref()));
         checks.extend(elsewhere::upstreams(&config, service.as_ref()));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
-        checks.extend(installation::plugins(&config, &scan));
+        checks.extend(installation::plugins(&config, &paths, &scan));
         checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan), service.as_ref()));
         checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
