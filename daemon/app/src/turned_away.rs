@@ -3,9 +3,11 @@
 //! The service manager holds the socket: it takes connections, and starts the service for them. A connection that is
 //! left there would have it started again at once, and again, until the manager gives the socket up as well.
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 /// For how long clients are answered: they come at most that often to a service that does not start.
@@ -31,30 +33,23 @@ pub(crate) fn turn_away(unix: Option<UnixListener>, tcp: Vec<TcpListener>) {
     // Whoever is not answered has the service started again, which is no worse than it was.
     let _may_block = unix.iter().try_for_each(|listener| listener.set_nonblocking(true)).is_err()
         || tcp.iter().try_for_each(|listener| listener.set_nonblocking(true)).is_err();
-    let of_unix = |stream: UnixStream| {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        answer(stream)
-    };
-    let of_tcp = |stream: TcpStream| {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        answer(stream)
-    };
     let end = Instant::now() + OPEN;
     while Instant::now() < end {
         for (stream, _) in unix.iter().filter_map(|listener| listener.accept().ok()) {
-            let _gone = of_unix(stream).is_err();
+            let _gone = answer(stream).is_err();
         }
         for (stream, _) in tcp.iter().filter_map(|listener| listener.accept().ok()) {
-            let _gone = of_tcp(stream).is_err();
+            let _gone = answer(stream).is_err();
         }
         std::thread::sleep(LOOK);
     }
 }
 
 /// Whatever was asked, the answer is the same.
-fn answer(mut stream: impl Read + Write) -> std::io::Result<()> {
+fn answer(mut stream: impl Read + Write + AsFd) -> std::io::Result<()> {
+    for side in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&stream, side, Some(PATIENCE))?;
+    }
     let mut head = vec![0; HEAD_BYTES];
     // What is not read makes the end of a connection an error for who has sent it.
     let _n_read = stream.read(&mut head)?;
@@ -66,7 +61,8 @@ fn answer(mut stream: impl Read + Write) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::net::Shutdown;
+    use std::net::{Shutdown, TcpStream};
+    use std::os::unix::net::UnixStream;
 
     #[test]
     fn who_waits_hears_that_the_configuration_is_wrong_and_without_a_socket_nobody_is_waited_for() {
