@@ -7,7 +7,7 @@ pub(crate) use wire::ChatWire;
 use super::answer::{Asked, StreamOptions, now};
 use super::figures::Telling;
 use super::forms::FormFields;
-use super::missing::MissingFields;
+use super::missing::{MissingFields, refuse_asked};
 use super::sampling::{SamplingFields, limit};
 use super::whole::whole;
 use super::{fields, models, parse, sessions};
@@ -237,10 +237,7 @@ impl ChatFields {
             ),
             ("echo", self.echo == Some(true)),
         ];
-        match asked.iter().find(|(_, asked)| *asked) {
-            Some((name, _)) => Err(Refusal::invalid(name, "is not served in chats as it is said")),
-            None => Ok(()),
-        }
+        refuse_asked(&asked, "is not served in chats as it is said")
     }
 
     /// Leaves those tools that `tool_choice` allows, if it says so.

@@ -3,7 +3,7 @@
 use super::answer::{Answer, Asked, StreamOptions, Wire};
 use super::figures::Telling;
 use super::forms::FormFields;
-use super::missing::MissingFields;
+use super::missing::{MissingFields, refuse_asked};
 use super::sampling::{SamplingFields, limit};
 use super::whole::whole;
 use super::{fields, logprobs, models, parse};
@@ -186,10 +186,7 @@ impl CompletionFields {
             // As many as are told are no choice.
             ("best_of", self.best_of.is_some_and(|best| best != n)),
         ];
-        match asked.iter().find(|(_, asked)| *asked) {
-            Some((name, _)) => Err(Refusal::invalid(name, "is not served by this version")),
-            None => Ok(()),
-        }
+        refuse_asked(&asked, "is not served by this version")
     }
 }
 

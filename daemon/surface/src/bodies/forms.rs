@@ -3,7 +3,7 @@
 //! Servers ignore what they do not know. A client that asks for a form in another server's words would have text of any
 //! form then, and not notice it: so all words that are in use are known here.
 
-use super::missing::is_asked;
+use super::missing::{is_asked, refuse_asked};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::Value;
@@ -67,10 +67,7 @@ impl StructuredOutputs {
             ("structured_outputs.structural_tag", is_asked(&self.structural_tag)),
             ("structured_outputs.disable_additional_properties", self.disable_additional_properties == Some(true)),
         ];
-        match asked.iter().find(|(_, asked)| *asked) {
-            Some((name, _)) => Err(Refusal::invalid(name, "is not served")),
-            None => Ok(()),
-        }
+        refuse_asked(&asked, "is not served")
     }
 }
 

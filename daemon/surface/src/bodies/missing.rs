@@ -99,6 +99,15 @@ fn is_usual_order(samplers: &Value) -> bool {
     *samplers == json!(SAMPLERS) || SAMPLER_LETTERS.iter().any(|letters| samplers == letters)
 }
 
+/// # Errors
+/// The first of these fields that is asked for, which is refused as `reason` says.
+pub(super) fn refuse_asked(fields: &[(&str, bool)], reason: &str) -> Result<(), Refusal> {
+    match fields.iter().find(|(_, is_asked)| *is_asked) {
+        Some((name, _)) => Err(Refusal::invalid(name, reason)),
+        None => Ok(()),
+    }
+}
+
 /// Whether a field says anything: nulls, `false` and what is empty do not.
 pub(super) fn is_asked(value: &Option<Value>) -> bool {
     match value {

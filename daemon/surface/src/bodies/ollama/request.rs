@@ -1,5 +1,6 @@
 //! How does a request of Ollama's become one of OpenAI's?
 
+use crate::bodies::missing::refuse_asked;
 use crate::bodies::parse;
 use crate::bodies::whole::whole;
 use crate::refusal::Refusal;
@@ -148,9 +149,7 @@ pub(crate) fn generate(bytes: &[u8]) -> Result<Wanted, Refusal> {
         ("context", fields.context.is_some_and(|context| !context.is_empty())),
         ("images", fields.images.is_some_and(|images| !images.is_empty())),
     ];
-    if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
-        return Err(Refusal::invalid(name, "is not served"));
-    }
+    refuse_asked(&asks, "is not served")?;
     let Some(prompt) = fields.prompt.filter(|prompt| !prompt.is_empty()) else { return common.nothing() };
     if fields.raw == Some(true) {
         return common.answer(false, json!({ "prompt": prompt }));
@@ -241,9 +240,7 @@ impl Options {
             ("options.typical_p", self.typical_p.is_some_and(|p| p != 1.0)),
             ("options.tfs_z", self.tfs_z.is_some_and(|z| z != 1.0)),
         ];
-        if let Some((name, _)) = other.iter().find(|(_, asks)| *asks) {
-            return Err(Refusal::invalid(name, "is not served"));
-        }
+        refuse_asked(&other, "is not served")?;
         body["max_tokens"] = match self.num_predict {
             // Without end; it ends with the context.
             None | Some(..=0) => Value::Null,

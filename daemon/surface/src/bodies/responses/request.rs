@@ -4,7 +4,7 @@ use super::script::Head;
 use crate::bodies::answer::now;
 use crate::bodies::figures::Telling;
 use crate::bodies::forms::FormFields;
-use crate::bodies::missing::{MissingFields, is_asked};
+use crate::bodies::missing::{MissingFields, is_asked, refuse_asked};
 use crate::bodies::sampling::SamplingFields;
 use crate::bodies::whole::whole;
 use crate::bodies::{fields, parse};
@@ -103,11 +103,9 @@ impl Fields {
             ("truncation", fields.truncation.as_ref().is_some_and(|kind| kind != "disabled")),
             ("include", fields.include.iter().flatten().any(|name| name == LOGPROBS)),
         ];
-        if let Some((name, _)) = asks.iter().find(|(_, asks)| *asks) {
-            return Err(Refusal::invalid(name, "is not served"));
-        }
+        refuse_asked(&asks, "is not served")?;
         fields.shared = shared(body)?;
-        fields.check_form()?;
+        fields.check_form(parse::<FormFields>(body)?.spec()?.is_some())?;
         if fields.background == Some(true) && fields.store == Some(false) {
             return Err(Refusal::invalid("background", "needs a response that is stored"));
         }
@@ -118,14 +116,11 @@ impl Fields {
         Ok(fields)
     }
 
-    /// An answer has one form, whichever way it is said.
-    fn check_form(&self) -> Result<(), Refusal> {
-        let form = FormFields::deserialize(&self.shared).ok().map(|fields| fields.spec()).transpose()?.flatten();
-        let said = self.text.as_ref().and_then(|text| text.format.as_ref()).filter(|format| format["type"] != "text");
-        match (form, said) {
-            (Some(_), Some(format)) if !format.is_null() => {
-                Err(Refusal::invalid("text.format", "excludes what else says the form of the answer"))
-            }
+    /// An answer has one form, whichever way it is said; `has_form` in chats' words.
+    fn check_form(&self, has_form: bool) -> Result<(), Refusal> {
+        let format = self.text.as_ref().and_then(|text| text.format.as_ref());
+        match format.is_some_and(|format| !format.is_null() && format["type"] != "text") {
+            true if has_form => Err(Refusal::invalid("text.format", "excludes what else says the form of the answer")),
             _ => Ok(()),
         }
     }
@@ -256,7 +251,6 @@ impl ChatsOwn {
 /// What is wrong with them, and what responses have not.
 fn shared(body: &[u8]) -> Result<Map<String, Value>, Refusal> {
     let sampling: SamplingFields = parse(body)?;
-    parse::<FormFields>(body)?;
     if sampling.answers()? > 1 {
         return Err(Refusal::invalid("n", "is not served: a response is one answer"));
     }
