@@ -83,7 +83,7 @@ impl Rounding {
 }
 
 /// Rounds a row of whole blocks into every `step`-th block of `to`: scale = largest magnitude / limit, codes to nearest
-/// even. A NaN or an infinity makes the scale of its block one.
+/// even. A NaN or an infinity makes the scale of its block one; values below some 4e-34 become zeros.
 pub(crate) fn round_row(level: crate::level::Level, rounding: Rounding, x: &[f32], to: &mut [Block], step: usize) {
     round_blocks(level, rounding.limit(), x, to, step);
 }
@@ -101,7 +101,8 @@ fn round_body<L: Lanes>(l: L, limit: f32, x: &[f32], to: &mut [Block], step: usi
         l.store_i(l.max_i(l.magnitude_bits(a), l.magnitude_bits(b)), &mut lanes);
         let largest = f32::from_bits(lanes.into_iter().fold(0, i32::max).cast_unsigned());
         to.d = largest / limit;
-        let inverse = l.splat(if largest > 0.0 { limit / largest } else { 0.0 });
+        // Of smaller values the inverse is none, and the scale no number of full precision: they are zeros.
+        let inverse = l.splat(if largest > limit * f32::MIN_POSITIVE { limit / largest } else { 0.0 });
         let (a, b) = (l.round(l.mul(a, inverse)), l.round(l.mul(b, inverse)));
         let (high, low) = l.split_bytes(a, b);
         let (high, low) = (dwords(&high), dwords(&low));
@@ -186,6 +187,23 @@ mod tests {
         assert_eq!(coarse.minus_8, -8 * high.iter().sum::<i32>());
         assert_eq!(coarse.minus_32.map(|half| half / -32).iter().sum::<i32>(), high.iter().sum::<i32>());
         assert!((coarse.sum - coarse.d * high.iter().sum::<i32>() as f32).abs() < 1e-6);
+    }
+
+    #[test]
+    fn values_too_small_for_a_scale_are_zeros_at_every_level() {
+        for level in Level::all() {
+            for largest in [1e-45, 1e-39, f32::MIN_POSITIVE, 1e-37] {
+                for (rounding, limit) in [(Rounding::Int8, 127.0), (Rounding::Int16, 32639.0)] {
+                    let (mut block, mut x) = ([Block::default()], [largest; BLOCK]);
+                    x[3] = -largest;
+                    round_row(level, rounding, &x, &mut block, 1);
+                    let is_zero = largest <= limit * f32::MIN_POSITIVE;
+                    let expected = if is_zero { 0 } else { limit as i32 };
+                    assert_eq!(codes(&block[0])[0], expected, "{level:?}, {largest}");
+                    assert_eq!(codes(&block[0])[3], -expected);
+                }
+            }
+        }
     }
 
     #[test]
