@@ -1,8 +1,9 @@
 //! How do kernels run on several cores? A fixed team that spins for a moment, then sleeps.
 //!
-//! A job has as many parts as the team has threads, and what a part does is a function of its number alone, so results
-//! never depend on timing. The caller does part 0, then those that nobody has begun: on a machine with other work a
-//! thread may not be running when there is a part for it, and waiting for it costs more than the part.
+//! A job has as many parts as the team has threads, or units that are dealt to whoever is free. What a part or a unit
+//! does is a function of its number alone, so results never depend on timing. The caller does part 0, then those that
+//! nobody has begun: on a machine with other work a thread may not be running when there is a part for it, and waiting
+//! for it costs more than the part.
 
 use std::any::Any;
 use std::num::NonZero;
@@ -94,17 +95,17 @@ impl Team {
     /// the kernel could not part them.
     pub(crate) fn new(n: usize, cpus: &[usize]) -> std::io::Result<Self> {
         let parts = n.clamp(1, THREADS_MAX);
-        let shared = Arc::new(Shared::new(parts));
-        let mut workers = Vec::new();
         let mut set = rustix::thread::CpuSet::new();
         cpus.iter().for_each(|&cpu| set.set(cpu));
         let set = (!cpus.is_empty()).then_some(set);
+        // Where one cannot be started, those that were end with the team.
+        let mut team = Self { shared: Arc::new(Shared::new(parts)), workers: Vec::new(), turn: Mutex::new(()) };
         for number in 1..parts {
-            let shared = Arc::clone(&shared);
+            let shared = Arc::clone(&team.shared);
             let builder = std::thread::Builder::new().name(format!("spd-cpu-{number}"));
-            workers.push(builder.spawn(move || work(&shared, set))?);
+            team.workers.push(builder.spawn(move || work(&shared, set))?);
         }
-        Ok(Self { shared, workers, turn: Mutex::new(()) })
+        Ok(team)
     }
 
     /// Threads in the team.
@@ -139,6 +140,17 @@ impl Team {
         if let Some(panic) = panic {
             std::panic::resume_unwind(panic);
         }
+    }
+}
+
+impl Team {
+    /// Deals `0 .. n` out: each thread's `job` gets the next number that nobody has, until there is none. What it does
+    /// for a number must not depend on who does it.
+    pub(crate) fn deal(&self, n: usize, job: &(dyn Fn(&mut dyn Iterator<Item = usize>) + Sync)) {
+        let next = AtomicUsize::new(0);
+        // Relaxed: `run` orders what is done for one number against all after it.
+        let unit = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&unit| unit < n);
+        self.run(&|_| job(&mut std::iter::from_fn(unit)));
     }
 }
 
@@ -234,6 +246,20 @@ mod tests {
             });
         }
         assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1000));
+    }
+
+    #[test]
+    fn every_unit_is_dealt_once_however_many_there_are() {
+        for (threads, n) in [(1, 5), (3, 0), (3, 2), (4, 1000)] {
+            let team = Team::new(threads, &[]).expect("threads");
+            let counts: Vec<AtomicUsize> = (0..n).map(|_| AtomicUsize::new(0)).collect();
+            team.deal(n, &|units| {
+                units.for_each(|unit| {
+                    counts[unit].fetch_add(1, Ordering::Relaxed);
+                });
+            });
+            assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1), "{threads} threads, {n} units");
+        }
     }
 
     #[test]

@@ -37,13 +37,16 @@ impl Frame<'_> {
         Ok(())
     }
 
-    /// Selections are data: a position past the token must not be followed.
+    /// Selections are data: a position past the token must not be followed, nor one behind the end of the list.
     fn check_selection(&self, sel: Tensor<'_, i32>) -> Result<()> {
         for t in 0..sel.n0 {
-            let position = self.step.positions[t];
-            let outside = |&&s: &&i32| s >= 0 && s.unsigned_abs() > position;
-            if let Some(s) = sel.row(t, 0).iter().find(outside) {
+            let (row, position) = (sel.row(t, 0), self.step.positions[t]);
+            let listed = row.iter().take_while(|&&s| s >= 0).count();
+            if let Some(s) = row[..listed].iter().find(|s| s.unsigned_abs() > position) {
                 return Err(PluginError::invalid(format!("selected position {s} is after the token's {position}")));
+            }
+            if let Some(s) = row[listed..].iter().find(|&&s| s >= 0) {
+                return Err(PluginError::invalid(format!("selected position {s} is after the end of its list")));
             }
         }
         Ok(())
@@ -78,9 +81,9 @@ impl Attention<'_> {
         let heads = self.q_rope.n1 / self.groups;
         let split = if self.tokens.len() * self.groups >= team.len() { 1 } else { team.len().min(heads) };
         let units = self.tokens.len() * self.groups * split;
-        team.run(&|number| {
+        team.deal(units, &|dealt| {
             let mut rows = (vec![0f32; ROWS * self.out.n2], vec![0f32; ROWS * self.q_rope.n2]);
-            for unit in (number..units).step_by(team.len()) {
+            for unit in dealt {
                 let (t, group, piece) = (unit / split / self.groups, unit / split % self.groups, unit % split);
                 let own = part(heads, piece, split);
                 let own = group * heads + own.start..group * heads + own.end;

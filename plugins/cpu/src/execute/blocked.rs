@@ -63,6 +63,11 @@ impl Run {
         }
     }
 
+    /// Heads of each pass over a block, if `heads` are to pass: as many as can, but in passes of one size.
+    fn per_pass(&self, heads: usize) -> usize {
+        heads.div_ceil(heads.div_ceil(self.at_once()).max(1)).max(1)
+    }
+
     /// Passes of `heads` over a block, that which makes it among them.
     fn passes(&self, heads: usize) -> usize {
         heads.div_ceil(self.at_once()) + usize::from(self.form == Form::Words)
@@ -104,19 +109,34 @@ impl Attention<'_> {
     /// All tokens and heads.
     pub(super) fn run_blocked(&self) {
         let (runs, team) = (self.runs(), &self.frame.device.team);
-        let heads = self.q_rope.n1 / self.groups;
-        // Few tokens: their groups, or the heads of a lone group, are dealt to the whole team.
-        let parts = team.len().div_ceil(runs.len().max(1));
-        let (groups, split) = if self.groups > 1 { (parts.min(self.groups), 1) } else { (1, parts.min(heads)) };
-        let units = runs.len() * groups * split;
-        team.run(&|number| {
+        // Few tokens: the heads of each are dealt to the whole team.
+        let parts = team.len().div_ceil(runs.len().max(1)).min(self.q_rope.n1);
+        let n = runs.len() * parts;
+        team.deal(n, &|units| {
             let mut room = Room::default();
-            // Dealt out in turn: later tokens have more to read.
-            for unit in (number..units).step_by(team.len()) {
-                let (run, groups) = (&runs[unit / split / groups], part(self.groups, unit / split % groups, groups));
-                self.run(run, groups, part(heads, unit % split, split), &mut room);
+            for unit in units {
+                // The last tokens, which have most to read, come first: no thread is left with one of them.
+                let unit = n - 1 - unit;
+                for (groups, own) in self.groups_of(part(self.q_rope.n1, unit % parts, parts)) {
+                    self.run(&runs[unit / parts], groups, own, &mut room);
+                }
             }
         });
+    }
+
+    /// Some of all heads as groups, and those heads of each of them.
+    fn groups_of(&self, heads: Range<usize>) -> Vec<(Range<usize>, Range<usize>)> {
+        let per_group = self.q_rope.n1 / self.groups;
+        let (mut at, mut found) = (heads.start, Vec::new());
+        while at < heads.end {
+            let (group, first) = (at / per_group, at % per_group);
+            let n_whole = if first == 0 { (heads.end - at) / per_group } else { 0 };
+            let last = if n_whole > 0 { per_group } else { per_group.min(first + heads.end - at) };
+            let groups = group..group + n_whole.max(1);
+            at = if n_whole > 0 { groups.end * per_group } else { group * per_group + last };
+            found.push((groups, first..last));
+        }
+        found
     }
 
     /// Tokens `runs[i]` list the same rows, each as many as it sees; or it is one token.
@@ -232,9 +252,10 @@ impl Attention<'_> {
             let visible = seen[token];
             let alike = seen[token..].iter().take_while(|&&other| other == visible).count();
             let (at, end) = (first_head + token * job.own, first_head + (token + alike) * job.own);
-            for at in (at..if visible > 0 { end } else { at }).step_by(job.at_once()) {
+            let step = job.per_pass(end - at);
+            for at in (at..if visible > 0 { end } else { at }).step_by(step) {
                 let ahead = ahead.next().unwrap_or_default();
-                let heads = at..end.min(at + job.at_once());
+                let heads = at..end.min(at + step);
                 if job.form == Form::Stored {
                     self.stored(heads, &rows[..visible], ahead, room);
                 } else {
@@ -270,9 +291,10 @@ impl Attention<'_> {
         let block = StoredBlock { rows, units: &room.units };
         let blind = seen.iter().take_while(|&&seen| seen == 0).count() * job.own;
         let end = seen.len() * job.own;
-        for at in (blind..end).step_by(job.at_once()) {
+        let step = job.per_pass(end - blind);
+        for at in (blind..end).step_by(step) {
             let mut of_head = [0; WORD_HEADS_MAX];
-            let own = at..end.min(at + job.at_once());
+            let own = at..end.min(at + step);
             own.clone().zip(&mut of_head).for_each(|(head, of_head)| *of_head = seen[head / job.own]);
             let heads = first_head + own.start..first_head + own.end;
             let mut these = WordHeads {

@@ -101,12 +101,12 @@ impl Frame<'_> {
             (0..job.q.n0).for_each(|t| job.select_shared(t, scores));
             return;
         }
-        team.run(&|number| {
+        team.deal(runs.len(), &|units| {
             let mut rows: [Vec<f32>; RUN_TOKENS] = Default::default();
             let mut scratch = Scratch::default();
             let mut candidates: [Candidates; RUN_TOKENS] = Default::default();
-            // Dealt out in turn: later tokens have more to score.
-            for run in runs.iter().skip(number).step_by(team.len()) {
+            // The last tokens, which have most to score, first.
+            for run in units.map(|unit| &runs[runs.len() - 1 - unit]) {
                 if job.refine_run(run, &mut candidates, &mut scratch) {
                     continue;
                 }
@@ -134,12 +134,14 @@ impl Indexer<'_> {
         self.visible(t) > self.sel.n2
     }
 
-    /// Neighbouring tokens of one sequence.
+    /// Neighbouring tokens of one sequence, so that no thread of the team has many more than another.
     fn runs(&self) -> Vec<Range<usize>> {
+        let (n, threads) = (self.q.n0, self.frame.device.team.len());
+        let most = n.div_ceil(threads * n.div_ceil(threads * RUN_TOKENS).max(1));
         let mut runs: Vec<Range<usize>> = Vec::new();
-        for t in 0..self.q.n0 {
+        for t in 0..n {
             match runs.last_mut() {
-                Some(run) if run.len() < RUN_TOKENS && self.frame.seq_of[run.start] == self.frame.seq_of[t] => {
+                Some(run) if run.len() < most && self.frame.seq_of[run.start] == self.frame.seq_of[t] => {
                     run.end = t + 1;
                 }
                 _ => runs.push(t..t + 1),
