@@ -58,7 +58,7 @@ pub(crate) fn run(device: &CpuDevice, plan: &Plan, run: Run<'_>) -> Result<()> {
     for (base, place) in base.iter_mut().zip(&plan.places) {
         // Offsets come from the same shapes as the arenas' lengths, which check_step compared.
         *base = match *place {
-            Place::Workspace(at) if at < own.len() => own[at..].as_mut_ptr(),
+            Place::Workspace(at) if at * 4 < own.len() => own[at * 4..].as_mut_ptr().cast(),
             Place::Input => run.input[inputs.next().unwrap_or(0)..].as_ptr().cast_mut().cast(),
             Place::Output => run.output[outputs.next().unwrap_or(0)..].as_mut_ptr().cast(),
             _ => std::ptr::null_mut(),
@@ -67,12 +67,14 @@ pub(crate) fn run(device: &CpuDevice, plan: &Plan, run: Run<'_>) -> Result<()> {
     let seq_of = run.step.seq_offsets.windows(2).enumerate();
     let seq_of = seq_of.flat_map(|(seq, range)| (range[0]..range[1]).map(move |_| seq)).collect();
     let frame = Frame { device, plan, step: run.step, seq_of, base };
-    for (index, op) in plan.program.ops().iter().enumerate() {
+    let ops = plan.program.ops();
+    for together in &plan.order {
+        let at = |error: PluginError| error.at(together[0]);
         if run.is_cancelled() {
-            return Err(PluginError::new(E_CANCELLED, "cancelled between operators").at(index));
+            return Err(at(PluginError::new(E_CANCELLED, "cancelled between operators")));
         }
-        frame.dispatch(op, rounded, scores).map_err(|error| error.at(index))?;
-        frame.written(op, rounded);
+        frame.dispatch(together, rounded, scores).map_err(at)?;
+        together.iter().for_each(|&op| frame.written(&ops[op], rounded));
     }
     if run.step.flags & STEP_NAN_GUARD != 0
         && run.output.as_chunks::<4>().0.iter().any(|b| f32::from_le_bytes(*b).is_nan())
@@ -183,12 +185,16 @@ impl<'a> Frame<'a> {
         self.step.block_ids[first + position / block_tokens] as usize * block_tokens + position % block_tokens
     }
 
-    fn dispatch(&self, op: &SpdOp, scratch: &mut Scratch, scores: &mut Vec<f32>) -> Result<()> {
+    /// Runs an operator, or the products that the plan has put together.
+    fn dispatch(&self, together: &[usize], scratch: &mut Scratch, scores: &mut Vec<f32>) -> Result<()> {
+        let ops = self.plan.program.ops();
+        let op = &ops[together[0]];
+        let products: Vec<&SpdOp> = together.iter().map(|&op| &ops[op]).collect();
         match op.kind {
             OP_EMBED => self.embed(op)?,
             OP_RMS_NORM => self.rms_norm(op),
             OP_LAYER_NORM => self.layer_norm(op),
-            OP_LINEAR => self.linear(op, scratch),
+            OP_LINEAR => self.linear(&products, scratch),
             OP_ROPE => self.rope(op),
             OP_MLA_ABSORB | OP_MLA_EXPAND => self.per_head(op, scratch),
             OP_KV_APPEND => self.kv_append(op),
@@ -196,7 +202,7 @@ impl<'a> Frame<'a> {
             OP_IDX_TOPK => self.idx_top_k(op, scores),
             OP_SPARSE_MLA | OP_DENSE_MLA => self.attention(op)?,
             OP_MOE_ROUTE => self.moe_route(op),
-            OP_MOE_LINEAR => self.moe_linear(op, scratch)?,
+            OP_MOE_LINEAR => self.moe_linear(&products, scratch)?,
             OP_MOE_COMBINE => self.moe_combine(op),
             OP_SILU_MUL => self.silu_mul(op),
             OP_ADD => self.add(op),

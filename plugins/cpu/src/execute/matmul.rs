@@ -21,6 +21,9 @@ use std::ops::Range;
 /// Rows of x that share one pass over a decoded weight row.
 const DECODED_ROWS: usize = 4;
 
+/// What treats fewer values than these is done before another thread has begun.
+const VALUES_TO_SPREAD: usize = 4096;
+
 /// Which row of x goes through a matrix into which row of y.
 pub(super) type Pair = (usize, usize);
 
@@ -32,21 +35,40 @@ struct Product<'a> {
     x_id: u32,
     y: Tensor<'a, f32>,
     /// Per matrix.
-    pairs: &'a [Vec<Pair>],
+    pairs: Vec<Vec<Pair>>,
     /// What the operator allows.
     rounding: Option<Rounding>,
 }
 
+impl Product<'_> {
+    /// Matrices that any row goes through.
+    fn used(&self) -> impl Iterator<Item = usize> {
+        (0..self.pairs.len()).filter(|&batch| !self.pairs[batch].is_empty())
+    }
+}
+
+/// A packed matrix that rows go through.
+struct Matrix<'a> {
+    job: &'a Product<'a>,
+    packed: &'a Packed,
+    batch: usize,
+}
+
 impl Frame<'_> {
-    pub(super) fn linear(&self, op: &SpdOp, scratch: &mut Scratch) {
-        let (x, y) = (self.tensor(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
-        let y = Tensor { n1: 1, n2: y.n1 * y.n2, s1: 0, ..y }; // heads side by side are one row
-        let pairs: &[Vec<Pair>] = &[(0..x.n0).map(|row| (row, row)).collect()];
-        let (weight, rounding) = (self.weight(op.inputs[1]), Rounding::allowed(op.i[0]));
-        self.matmul(&Product { weight, x, x_id: op.inputs[0], y, pairs, rounding }, scratch);
-        if op.inputs[2] != NO_TENSOR {
-            let bias = self.vector(op.inputs[2]);
-            self.each(y.n0, |row| {
+    /// Operators that read the same rows, rounded alike.
+    pub(super) fn linear(&self, ops: &[&SpdOp], scratch: &mut Scratch) {
+        let product = |op: &&SpdOp| {
+            let (x, y) = (self.tensor(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
+            let y = Tensor { n1: 1, n2: y.n1 * y.n2, s1: 0, ..y }; // heads side by side are one row
+            let pairs = vec![(0..x.n0).map(|row| (row, row)).collect()];
+            let (weight, rounding) = (self.weight(op.inputs[1]), Rounding::allowed(op.i[0]));
+            Product { weight, x, x_id: op.inputs[0], y, pairs, rounding }
+        };
+        let jobs: Vec<Product<'_>> = ops.iter().map(product).collect();
+        self.matmul(&jobs, scratch);
+        for (op, job) in ops.iter().zip(&jobs).filter(|(op, _)| op.inputs[2] != NO_TENSOR) {
+            let (y, bias) = (job.y, self.vector(op.inputs[2]));
+            self.each(y.n0, y.n2, |row| {
                 // SAFETY: each row belongs to one thread.
                 let y = unsafe { y.row_mut(row, 0) };
                 y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
@@ -63,55 +85,69 @@ impl Frame<'_> {
             y
         };
         let heads = weight.batch;
-        let pairs: &Vec<Vec<Pair>> =
-            &(0..heads).map(|head| (0..x.n0).map(|t| (t * heads + head, t * heads + head)).collect()).collect();
+        let pairs = (0..heads).map(|head| (0..x.n0).map(|t| (t * heads + head, t * heads + head)).collect()).collect();
         let rounding = Rounding::allowed(op.i[0]);
-        self.matmul(&Product { weight, x, x_id: op.inputs[0], y, pairs, rounding }, scratch);
+        self.matmul(&[Product { weight, x, x_id: op.inputs[0], y, pairs, rounding }], scratch);
     }
 
-    pub(super) fn moe_linear(&self, op: &SpdOp, scratch: &mut Scratch) -> Result<()> {
-        let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
-        let ids = self.tensor::<i32>(op.inputs[2]);
-        let weight = self.weight(op.inputs[1]);
-        let mut pairs = vec![Vec::new(); weight.batch];
-        for t in 0..ids.n0 {
-            for (a, &id) in ids.row(t, 0).iter().enumerate() {
-                let list = usize::try_from(id).ok().and_then(|id| pairs.get_mut(id));
-                let list = list.ok_or_else(|| PluginError::invalid(format!("expert {id} of {}", weight.batch)))?;
-                list.push((if op.i[0] == 1 { t * ids.n2 + a } else { t }, t * ids.n2 + a));
+    /// Operators that read the same rows and experts, rounded alike.
+    pub(super) fn moe_linear(&self, ops: &[&SpdOp], scratch: &mut Scratch) -> Result<()> {
+        let product = |op: &&SpdOp| {
+            let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
+            let ids = self.tensor::<i32>(op.inputs[2]);
+            let weight = self.weight(op.inputs[1]);
+            let mut pairs = vec![Vec::new(); weight.batch];
+            for t in 0..ids.n0 {
+                for (a, &id) in ids.row(t, 0).iter().enumerate() {
+                    let list = usize::try_from(id).ok().and_then(|id| pairs.get_mut(id));
+                    let list = list.ok_or_else(|| PluginError::invalid(format!("expert {id} of {}", weight.batch)))?;
+                    list.push((if op.i[0] == 1 { t * ids.n2 + a } else { t }, t * ids.n2 + a));
+                }
             }
-        }
-        let rounding = Rounding::allowed(op.i[1]);
-        self.matmul(&Product { weight, x, x_id: op.inputs[0], y, pairs: &pairs, rounding }, scratch);
+            Ok(Product { weight, x, x_id: op.inputs[0], y, pairs, rounding: Rounding::allowed(op.i[1]) })
+        };
+        let jobs: Result<Vec<Product<'_>>> = ops.iter().map(product).collect();
+        self.matmul(&jobs?, scratch);
         Ok(())
     }
 
-    /// `y[pair.1] = W_b x[pair.0]` for every pair of every matrix b.
-    fn matmul(&self, job: &Product<'_>, scratch: &mut Scratch) {
-        let used: &Vec<usize> = &(0..job.pairs.len()).filter(|&b| !job.pairs[b].is_empty()).collect();
-        let team = &self.device.team;
-        if let (Some(rounding), Some(packed)) = (job.rounding, job.weight.packed.get()) {
-            let x = self.round(job.x, job.x_id, rounding, scratch);
-            team.run(&|number| {
-                let mut beside = Vec::new();
-                let own = part(used.len() * packed.tiles, number, team.len());
-                for (at, &batch) in used.iter().enumerate() {
-                    let range = at * packed.tiles..(at + 1) * packed.tiles;
-                    let tiles = own.start.max(range.start)..own.end.min(range.end);
-                    if !tiles.is_empty() {
-                        let tiles = tiles.start - range.start..tiles.end - range.start;
-                        self.packed(job, (packed, rounding), batch, tiles, x, &mut beside);
-                    }
-                }
-            });
-        } else {
-            team.run(&|number| {
-                let mut decoded = vec![0f32; job.weight.cols];
-                for unit in part(used.len() * job.weight.rows, number, team.len()) {
-                    self.decoded(job, used[unit / job.weight.rows], unit % job.weight.rows, &mut decoded);
-                }
-            });
+    /// `y[pair.1] = W_b x[pair.0]` for every pair of every matrix b of every job. All have the same x and rounding.
+    fn matmul(&self, jobs: &[Product<'_>], scratch: &mut Scratch) {
+        let (team, mut packed) = (&self.device.team, Vec::new());
+        for job in jobs {
+            match job.weight.packed.get().filter(|_| job.rounding.is_some()) {
+                Some(tiles) => packed.extend(job.used().map(|batch| Matrix { job, packed: tiles, batch })),
+                None => self.matmul_decoded(job),
+            }
         }
+        let Some(&Matrix { job: &Product { x, x_id, rounding: Some(rounding), .. }, .. }) = packed.first() else {
+            return;
+        };
+        let x = self.round(x, x_id, rounding, scratch);
+        let n_tiles = packed.iter().map(|matrix| matrix.packed.tiles).sum();
+        // One stream of weights for each thread.
+        team.run(&|number| {
+            let (own, mut first, mut beside) = (part(n_tiles, number, team.len()), 0, Vec::new());
+            for matrix in &packed {
+                let range = first..first + matrix.packed.tiles;
+                first = range.end;
+                let tiles = own.start.max(range.start)..own.end.min(range.end);
+                if !tiles.is_empty() {
+                    self.packed(matrix, tiles.start - range.start..tiles.end - range.start, x, &mut beside);
+                }
+            }
+        });
+    }
+
+    /// As [`Self::matmul`], for one job whose weight has no tiles, or whose rows may not be rounded.
+    fn matmul_decoded(&self, job: &Product<'_>) {
+        let (team, used) = (&self.device.team, job.used().collect::<Vec<_>>());
+        team.run(&|number| {
+            let mut decoded = vec![0f32; job.weight.cols];
+            for unit in part(used.len() * job.weight.rows, number, team.len()) {
+                self.decoded(job, used[unit / job.weight.rows], unit % job.weight.rows, &mut decoded);
+            }
+        });
     }
 
     /// Row `out` of matrix `batch` in f32.
@@ -130,17 +166,10 @@ impl Frame<'_> {
         }
     }
 
-    /// Tiles `tiles` of matrix `batch` with rounded activations `x`.
-    fn packed(
-        &self,
-        job: &Product<'_>,
-        (packed, rounding): (&Packed, Rounding),
-        batch: usize,
-        tiles: Range<usize>,
-        x: Rounded<'_>,
-        beside: &mut Vec<Block>,
-    ) {
-        let (level, format) = (self.device.level, job.weight.format);
+    /// Tiles `tiles` of a matrix with rounded activations `x`.
+    fn packed(&self, matrix: &Matrix<'_>, tiles: Range<usize>, x: Rounded<'_>, beside: &mut Vec<Block>) {
+        let &Matrix { job, packed, batch } = matrix;
+        let (level, format, rounding) = (self.device.level, job.weight.format, x.rounding());
         // Some tiles at a time, so that they are still in the cache for the next tokens.
         for tiles in tiles
             .clone()
@@ -180,11 +209,11 @@ impl Frame<'_> {
         }
     }
 
-    /// Runs `job` for 0 .. n, spread over the team in contiguous parts.
-    pub(super) fn each(&self, n: usize, job: impl Fn(usize) + Sync) {
+    /// Runs `job` for 0 .. n, each of which treats some `width` values, spread over the team in contiguous parts.
+    pub(super) fn each(&self, n: usize, width: usize, job: impl Fn(usize) + Sync) {
         let team = &self.device.team;
-        if n == 1 {
-            return job(0);
+        if n == 1 || n * width < VALUES_TO_SPREAD {
+            return (0..n).for_each(job);
         }
         team.run(&|number| part(n, number, team.len()).for_each(&job));
     }

@@ -61,7 +61,7 @@ impl Frame<'_> {
             }
             let to = Tensor { at: scratch.blocks.as_mut_ptr(), n0: 1, n1: 1, n2: n, s0: n, s1: n, life: PhantomData };
             let most = tokens_at_once(level, rounding, usize::MAX);
-            self.each(n_rows.div_ceil(most), |run| {
+            self.each(n_rows.div_ceil(most), most * x.n2, |run| {
                 let rows = run * most..n_rows.min((run + 1) * most);
                 for together in groups_at_once(level, rounding, rows) {
                     // SAFETY: each run of rows belongs to one thread; `blocks` has room for all.
@@ -78,6 +78,10 @@ impl Frame<'_> {
 }
 
 impl<'a> Rounded<'a> {
+    pub(super) fn rounding(&self) -> Rounding {
+        self.rounding
+    }
+
     /// The rows that lie together with `row`.
     fn together(&self, row: usize) -> Range<usize> {
         let first = row - row % tokens_at_once(self.level, self.rounding, usize::MAX);

@@ -13,7 +13,7 @@ impl Frame<'_> {
         if let Some(token) = self.step.tokens.iter().find(|&&token| token as usize >= weight.rows) {
             return Err(PluginError::invalid(format!("token {token} of {}", weight.rows)));
         }
-        self.each(x.n0, |t| {
+        self.each(x.n0, x.n2, |t| {
             // SAFETY: each row belongs to one thread.
             let row = unsafe { x.row_mut(t, 0) };
             rows::decode(self.device.level, weight.format, weight.row(0, self.step.tokens[t] as usize), row);
@@ -25,7 +25,7 @@ impl Frame<'_> {
         let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
         let (residual, sum) = (self.optional::<f32>(op.inputs[2]), self.optional::<f32>(op.outputs[1]));
         let (gain, eps, level) = (self.vector(op.inputs[1]), op.f[0], self.device.level);
-        self.each(x.rows(), |row| {
+        self.each(x.rows(), x.n2, |row| {
             // SAFETY: each row belongs to one thread.
             let y = unsafe { y.flat_mut(row) };
             let (Some(residual), Some(sum)) = (residual, sum) else {
@@ -41,7 +41,7 @@ impl Frame<'_> {
     pub(super) fn layer_norm(&self, op: &SpdOp) {
         let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
         let (gain, bias) = (self.vector(op.inputs[1]), self.vector(op.inputs[2]));
-        self.each(x.rows(), |row| {
+        self.each(x.rows(), x.n2, |row| {
             // SAFETY: each row belongs to one thread.
             let y = unsafe { y.flat_mut(row) };
             norm::layer(self.device.level, x.flat(row), gain, bias, op.f[0], y);
@@ -52,7 +52,7 @@ impl Frame<'_> {
         let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
         let angles = self.tensor::<f32>(op.inputs[1]);
         let start = op.i[0].unsigned_abs() as usize;
-        self.each(x.rows(), |row| {
+        self.each(x.rows(), x.n2, |row| {
             // SAFETY: each row belongs to one thread.
             let y = unsafe { y.flat_mut(row) };
             rows::rope(x.flat(row), angles.row(row / x.n1, 0), start, op.i[2] == 1, y);
@@ -61,7 +61,7 @@ impl Frame<'_> {
 
     pub(super) fn hadamard(&self, op: &SpdOp) {
         let (x, y) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.outputs[0]));
-        self.each(x.rows(), |row| {
+        self.each(x.rows(), x.n2, |row| {
             // SAFETY: each row belongs to one thread.
             rows::hadamard(x.flat(row), unsafe { y.flat_mut(row) });
         });
@@ -70,7 +70,7 @@ impl Frame<'_> {
     pub(super) fn kv_append(&self, op: &SpdOp) {
         let (latent, rope) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.inputs[1]));
         let pool = self.pool();
-        self.each(latent.n0, |t| {
+        self.each(latent.n0, latent.n2 + rope.n2, |t| {
             let slot = usize::try_from(self.step.slots[t]).expect("checked against the pool");
             // SAFETY: the host gives each token of a step a slot of its own.
             let (latent_to, rope_to) = unsafe { pool.latent_rows_mut(op.layer as usize, slot) };
@@ -82,7 +82,7 @@ impl Frame<'_> {
     pub(super) fn idx_append(&self, op: &SpdOp) {
         let key = self.tensor::<f32>(op.inputs[0]);
         let pool = self.pool();
-        self.each(key.n0, |t| {
+        self.each(key.n0, key.n2, |t| {
             let slot = usize::try_from(self.step.slots[t]).expect("checked against the pool");
             let mut row = vec![0; pool.index.bytes];
             rows::encode(self.device.level, pool.index.format, key.row(t, 0), &mut row);
@@ -103,7 +103,7 @@ impl Frame<'_> {
             group_by_best: op.i[5] == 1,
             scale: op.f[0],
         };
-        self.each(logits.n0, |t| {
+        self.each(logits.n0, logits.n2, |t| {
             // SAFETY: each row belongs to one thread.
             let (ids, weights) = unsafe { (ids.row_mut(t, 0), weights.row_mut(t, 0)) };
             route(routing, logits.row(t, 0), bias, ids, weights);
@@ -113,7 +113,7 @@ impl Frame<'_> {
     pub(super) fn moe_combine(&self, op: &SpdOp) {
         let (y, w) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.inputs[1]));
         let (shared, z) = (self.optional::<f32>(op.inputs[2]), self.tensor::<f32>(op.outputs[0]));
-        self.each(z.n0, |t| {
+        self.each(z.n0, y.n1 * y.n2, |t| {
             // SAFETY: each row belongs to one thread.
             let z = unsafe { z.row_mut(t, 0) };
             match shared {
@@ -129,7 +129,7 @@ impl Frame<'_> {
     pub(super) fn silu_mul(&self, op: &SpdOp) {
         let (gate, up) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.inputs[1]));
         let y = self.tensor::<f32>(op.outputs[0]);
-        self.each(y.rows(), |row| {
+        self.each(y.rows(), y.n2, |row| {
             // SAFETY: each row belongs to one thread.
             silu_mul(self.device.level, gate.flat(row), up.flat(row), unsafe { y.flat_mut(row) });
         });
@@ -138,7 +138,7 @@ impl Frame<'_> {
     pub(super) fn add(&self, op: &SpdOp) {
         let (a, b) = (self.tensor::<f32>(op.inputs[0]), self.tensor::<f32>(op.inputs[1]));
         let y = self.tensor::<f32>(op.outputs[0]);
-        self.each(y.rows(), |row| {
+        self.each(y.rows(), y.n2, |row| {
             // SAFETY: each row belongs to one thread.
             let y = unsafe { y.flat_mut(row) };
             y.iter_mut().zip(a.flat(row)).zip(b.flat(row)).for_each(|((y, a), b)| *y = a + b);
