@@ -50,7 +50,7 @@ impl Default for Limits {
             per_user_queued_tokens: 1 << 20,
             per_user_kv: Bytes(0),
             max_batched_tokens: 256,
-            tpot_target_ms: 0,
+            tpot_target_ms: 250,
             connections: 512,
             per_user_connections: 448,
             body: Bytes(8 << 20),
