@@ -5,6 +5,7 @@ names of claims: only those with one of them are tried. Users alice and bob are 
 the group sparsed, mallory is not; the packages in PACKAGES are installed and the box has booted, nothing else was done.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -12,6 +13,7 @@ import pwd
 import re
 import signal
 import sys
+import threading
 import time
 
 import doors
@@ -461,7 +463,27 @@ def a_newer_package():
     return ["dpkg", "--install", "--force-downgrade"], upgrade.NEWER, package
 
 
-def an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none():
+@contextlib.contextmanager
+def somebody_asks_all_the_time():
+    """What bob, who connects again and again meanwhile, hears instead of an answer."""
+    refused, over = [], threading.Event()
+
+    def asks():
+        while not over.is_set():
+            status, value = ask("bob", "/v1/models")
+            if status != 200:
+                refused.append((status, value))
+
+    thread = threading.Thread(target=asks)
+    thread.start()
+    try:
+        yield refused
+    finally:
+        over.set()
+        thread.join()
+
+
+def an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody():
     restart()
     command, newer, package = a_newer_package()
     first = new_session()
@@ -469,10 +491,12 @@ def an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none():
     for package, files in ((newer, upgrade.digests_of_newer()), (package, upgrade.digests())):
         session, whole, stream, before = a_story_that_has_begun()
         old = pid()
-        complaints = run(*command, package)
+        with somebody_asks_all_the_time() as refused:
+            complaints = run(*command, package)
+            until_ready()
+        assert not refused, refused
         assert "scriptlet" not in complaints, complaints
         assert upgrade.digests() == files, f"not the files of {package}"
-        until_ready()
         stream.kill()
         stream.communicate()
         assert pid() != old, "the old daemon runs still"
@@ -619,7 +643,7 @@ CHECKS = [
     *doors.CHECKS,
     *reduced.CHECKS,
     *tutorials.CHECKS,
-    an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none,
+    an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody,
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,
     without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed,
@@ -634,7 +658,7 @@ RPM_CHECKS = [
     the_socket_is_there_before_the_service_and_the_first_request_starts_it,
     a_chat_is_answered,
     rpm_finds_every_file_as_it_was,
-    an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none,
+    an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody,
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     nothing_was_killed_for_a_system_call,
     after_upgrades_rpm_finds_every_file_and_removing_leaves_conversations_only,
