@@ -11,6 +11,7 @@ import json
 import os
 import pwd
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -575,13 +576,22 @@ def a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays():
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
 
-def removing_leaves_conversations_and_settings_and_purging_leaves_nothing():
+def removing_leaves_conversations_and_settings_and_purging_leaves_nothing_also_behind_a_mount_and_a_link():
     run("dpkg", "--remove", "sparsed", "sparsed-model-smollm2-dsa")
     for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock"):
         assert not os.path.exists(path), f"{path} is left"
     for path in ("/var/lib/sparsed/store", "/etc/sparsed/config.toml"):
         assert os.path.exists(path), f"{path} is gone"
+    # As on a box whose state has a partition of its own, and whose settings lie elsewhere.
+    state, settings = "/var/lib/sparsed", "/srv/settings"
+    run("mount", "--bind", state, state)
+    shutil.move("/etc/sparsed", settings)
+    os.symlink(settings, "/etc/sparsed")
     run("dpkg", "--purge", "sparsed", "sparsed-model-smollm2-dsa")
+    run("umount", state)
+    assert not os.listdir(state), os.listdir(state)
+    os.rmdir(state)
+    assert not os.path.exists(settings), os.listdir(settings)
     left = [path for top in ("/etc", "/usr", "/var", "/run") for path in glob.glob(f"{top}/**/*sparsed*", recursive=True)]
     ours = ("/etc/systemd/system/sparsed.service.d", "/usr/share/doc")
     left = [path for path in left if not path.startswith(ours)]
@@ -649,7 +659,7 @@ CHECKS = [
     without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed,
     a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays,
     nothing_was_killed_for_a_system_call,
-    removing_leaves_conversations_and_settings_and_purging_leaves_nothing,
+    removing_leaves_conversations_and_settings_and_purging_leaves_nothing_also_behind_a_mount_and_a_link,
 ]
 
 # What there is to say of the other kind of packages; the service is the same.
