@@ -4,11 +4,17 @@ What is missing is taken away by a drop-in of the service; the journal's words a
 """
 
 import os
+import pwd
 
-from box import CAPITAL, PARIS, group_file, restart, run, served, shown, text_of
+from box import CAPITAL, PARIS, ask, group_file, new_session, restart, run, served, shown, text_of, until
 
+FSTAB = "/etc/fstab"
 # Calls that are refused look as on a kernel that does not have them.
 MISSING_CALL = "[Service]\nSystemCallErrorNumber=ENOSYS\nSystemCallFilter=~{}\n"
+
+
+def journal_of_this_start():
+    return run("journalctl", "--no-pager", "-o", "verbose", f"_SYSTEMD_INVOCATION_ID={shown('InvocationID')}")
 
 
 def is_served_without(what, says, drop_in="", config=""):
@@ -17,7 +23,7 @@ def is_served_without(what, says, drop_in="", config=""):
     session = served("alice", "/v1/sessions", {})["id"]
     said = text_of(served("alice", "/v1/chat/completions", {**CAPITAL, "session_id": session}))
     assert said == PARIS, f"without {what}: {said}"
-    lines = run("journalctl", "--no-pager", "-o", "verbose", f"_SYSTEMD_INVOCATION_ID={shown('InvocationID')}")
+    lines = journal_of_this_start()
     assert says in lines, f"without {what} nothing says {says!r}: {lines[-3000:]}"
 
 
@@ -53,6 +59,40 @@ def without_a_network_it_serves_the_socket_and_looks_for_its_broker():
     is_served_without("a network", "no connection to the MQTT broker", config='[mqtt]\nbroker = "mqtt://localhost"\n')
 
 
+def without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_once_that_is_mounted():
+    # It wants what is no option of a tmpfs, so that mounting fails as where a disk is away.
+    line, mount = "state /var/lib/sparsed tmpfs nofail,size=2G,{} 0 0\n", "var-lib-sparsed.mount"
+    owner = pwd.getpwnam("sparsed")
+    restart()
+    session = new_session()
+    with open(FSTAB) as file:
+        before = file.read()
+    try:
+        with open(FSTAB, "a") as file:
+            file.write(line.format("nosuchoption"))
+        restart()
+        assert shown("Result", mount) != "success", shown("Result", mount)
+        assert "is not mounted" in journal_of_this_start()
+        assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+        status, value = ask("alice", "/v1/sessions", {})
+        assert (status, value["error"]["code"]) == (503, "sessions_away"), f"{status} {value}"
+        with open(FSTAB, "w") as file:
+            file.write(before + line.format(f"uid={owner.pw_uid},gid={owner.pw_gid},mode=0700"))
+        run("systemctl", "daemon-reload")
+        run("systemctl", "start", mount)
+        until("conversations are kept", lambda: ask("alice", "/v1/sessions", {})[0] == 201)
+        # Those of the partition, not those that lie below it.
+        assert ask("alice", f"/v1/sessions/{session}")[0] == 404
+    finally:
+        run("systemctl", "stop", "sparsed.service", mount)
+        with open(FSTAB, "w") as file:
+            file.write(before)
+        restart()
+    stat = os.stat("/var/lib/sparsed")
+    assert stat.st_mode & 0o777 == 0o700, oct(stat.st_mode)
+    assert ask("alice", f"/v1/sessions/{session}")[0] == 200
+
+
 def on_a_root_of_which_only_the_state_folder_can_be_written_it_serves():
     read_only = "[Service]\nPrivateTmp=no\nReadOnlyPaths=/\nReadWritePaths=/var/lib/sparsed\n"
     is_served_without("a writable root", "listening", read_only)
@@ -65,5 +105,6 @@ CHECKS = [
     without_landlock_a_plugins_process_is_confined_less_and_says_so,
     without_a_bus_it_serves_the_socket_and_tries_again,
     without_a_network_it_serves_the_socket_and_looks_for_its_broker,
+    without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_once_that_is_mounted,
     on_a_root_of_which_only_the_state_folder_can_be_written_it_serves,
 ]

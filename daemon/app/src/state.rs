@@ -11,8 +11,13 @@ use rustix::fs::FlockOperation;
 use sparsed_engine::{LateStore, SessionStore};
 use sparsed_session::StoreError;
 use std::fs::File;
-use std::path::Path;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+
+/// What is to be mounted on this machine.
+const MOUNTS: &str = "/etc/fstab";
 
 /// The lock of the folder, once it is there; dropped with its last clone. One daemon per state folder.
 #[derive(Clone, Debug, Default)]
@@ -87,6 +92,12 @@ impl StateLock {
 }
 
 fn lock(dir: &Path) -> anyhow::Result<File> {
+    // What is written below a mount point is hidden as soon as something is mounted there.
+    let mounts = std::fs::read_to_string(MOUNTS).unwrap_or_default();
+    if let Some(point) = bare_mount_point(&mounts, dir) {
+        let reason = format!("{} is not mounted, which {MOUNTS} has", point.display());
+        return Err(io::Error::new(io::ErrorKind::NotFound, reason).into());
+    }
     make_dir(dir, 0o700)?;
     let path = dir.join("lock");
     let file = File::create(&path).with_context(|| path.display().to_string())?;
@@ -99,11 +110,30 @@ fn lock(dir: &Path) -> anyhow::Result<File> {
     }
 }
 
+/// The mount point at `dir` or above it that a text of `fstab` has, and where nothing is mounted. A folder that is
+/// mounted at a second place does not show by its device, so such lines do not count.
+fn bare_mount_point(fstab: &str, dir: &Path) -> Option<PathBuf> {
+    let dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    let points = fstab.lines().filter_map(|line| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (point, _, options) = (fields.next()?, fields.next()?, fields.next().unwrap_or_default());
+        let is_second_place = options.split(',').any(|option| matches!(option, "bind" | "rbind"));
+        let counts = !line.trim_start().starts_with('#') && !is_second_place;
+        counts.then(|| PathBuf::from(point.replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\")))
+    });
+    let device = |path: &Path| path.metadata().ok().map(|found| found.dev());
+    // What is mounted has another device than the folder above it; nothing is above the root.
+    let is_bare = |point: &PathBuf| {
+        point.parent().is_some_and(|above| device(point).is_none_or(|own| device(above) == Some(own)))
+    };
+    points.filter(|point| dir.starts_with(point)).find(is_bare)
+}
+
 /// Whether the disk is at fault, which may come back or have room again.
 pub(crate) fn may_mend_itself(error: &anyhow::Error) -> bool {
     error.chain().any(|cause| {
         let of_store = matches!(cause.downcast_ref(), Some(StoreError::DiskFull | StoreError::Io(_)));
-        of_store || cause.is::<std::io::Error>() || cause.is::<rustix::io::Errno>()
+        of_store || cause.is::<io::Error>() || cause.is::<rustix::io::Errno>()
     })
 }
 
@@ -121,6 +151,30 @@ mod tests {
         assert!(refused.to_string().contains("another sparsed") && !may_mend_itself(&refused), "{refused:#}");
         drop(first);
         second.take(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_mount_point_without_its_mount_is_waited_for_wherever_above_the_folder_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let state = root.join("a b/state");
+        std::fs::create_dir_all(&state).unwrap();
+        let bare = |line: &str| bare_mount_point(&line.replace("TOP", root.to_str().unwrap()), &state);
+        assert_eq!(bare("/dev/sdb1 TOP/a\\040b ext4 nofail 0 2\n"), Some(root.join("a b")));
+        assert_eq!(bare("LABEL=x / ext4\n LABEL=state\tTOP/a\\040b/state ext4\n"), Some(state.clone()));
+        for other in [
+            "",
+            "# /dev/sdb1 TOP/a\\040b ext4\n",
+            "/dev/sdb1 TOP/a ext4\n/dev/sdb2 none swap sw\n",
+            "/srv/state TOP/a\\040b none bind 0 0\n",
+            "/dev/sda1\n",
+        ] {
+            assert_eq!(bare(other), None, "{other}");
+        }
+        assert_eq!(bare_mount_point("proc /proc proc defaults 0 0", Path::new("/proc/sys")), None);
+        // A folder that is not there yet, nor its mount point.
+        let away = root.join("away/state");
+        assert_eq!(bare_mount_point(&format!("x {}/away ext4", root.display()), &away), Some(root.join("away")));
     }
 
     #[test]
