@@ -11,7 +11,7 @@ import shutil
 
 from box import CAPITAL, PARIS, as_user, called, journal, new_session, restart, run, shown, until
 
-NETWORK = "/usr/share/doc/sparsed/examples/network.conf"
+NETWORK = "/usr/share/sparsed/examples/network.conf"
 MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
 # An operator's word on who may do what polkit asks about.
 RULE = "/etc/polkit-1/rules.d/50-sparsed.rules"

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 /// The unit.
 const UNIT: &str = "sparsed.service";
 /// The drop-in that lets the service reach networks.
-const NETWORK: &str = "/usr/share/doc/sparsed/examples/network.conf";
+const NETWORK: &str = "/usr/share/sparsed/examples/network.conf";
 /// Where there is systemd.
 const MANAGER: &str = "run/systemd/system";
 /// What is asked. A property that the manager does not know is left out of its answer.
