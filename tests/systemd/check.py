@@ -213,6 +213,17 @@ def a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart():
     called("alice", "call", "org.sparsed1", path, "org.sparsed1.Session", "Delete")
 
 
+def what_an_operator_has_switched_off_is_not_started_by_a_call_on_the_bus():
+    version = ("get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version")
+    run("systemctl", "disable", "--now", "sparsed.service", "sparsed.socket")
+    said = called("alice", *version, check=False)
+    assert not said.startswith('s "') and not is_active(), said
+    run("systemctl", "enable", "sparsed.service")
+    assert called("alice", *version).startswith('s "')
+    run("systemctl", "enable", "--now", "sparsed.socket")
+    until_ready()
+
+
 def after_a_kill_a_session_goes_on_alike_and_no_client_is_refused():
     session, whole, stream, before = a_story_that_has_begun()
     old = pid()
@@ -634,6 +645,7 @@ CHECKS = [
     who_is_not_in_the_group_is_refused_by_the_sockets_mode,
     two_users_see_their_own_sessions_only,
     a_call_on_the_bus_starts_the_service_and_its_users_are_told_apart,
+    what_an_operator_has_switched_off_is_not_started_by_a_call_on_the_bus,
     after_a_kill_a_session_goes_on_alike_and_no_client_is_refused,
     a_daemon_that_hangs_is_killed_by_the_watchdog_and_started_again,
     a_stop_in_the_middle_of_an_answer_is_orderly_and_the_answer_goes_on_after_the_start,
