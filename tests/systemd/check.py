@@ -78,7 +78,7 @@ def is_confined(tenths):
 
 
 def the_units_are_valid_and_confined_enough():
-    for manager, more in (("--system", ["sparsed-tcp.socket"]), ("--user", [])):
+    for manager, more in (("--system", ["sparsed-tcp.socket", "sparsed-devices.service"]), ("--user", [])):
         command = ["env", "XDG_RUNTIME_DIR=/run", "systemd-analyze", manager, "verify", "--man=no"]
         complaints = run(*command, "sparsed.service", "sparsed.socket", *more)
         # An older systemd says so of what it does not know; there is one place for that.
@@ -107,6 +107,19 @@ def with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enou
         restart(drop_in=drop_in)
         is_confined(EXPOSURE_TENTHS_ACCELERATOR)
         assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS, name
+
+
+def a_device_that_comes_has_a_service_that_runs_restarted():
+    # No udev here, which would want this unit.
+    restart()
+    old = pid()
+    run("systemctl", "start", "sparsed-devices.service")
+    until("another daemon", lambda: pid() not in (0, old))
+    until_ready()
+    run("systemctl", "stop", "sparsed.service")
+    run("systemctl", "start", "sparsed-devices.service")
+    assert not is_active(), "it was started"
+    restart()
 
 
 def the_tcp_socket_is_opt_in_and_asks_for_a_key():
@@ -660,6 +673,7 @@ CHECKS = [
     slow_rows_are_read_in_the_sandbox_and_the_answers_are_the_same,
     the_master_key_may_be_a_credential_plain_or_encrypted,
     with_the_drop_in_of_each_accelerator_the_service_starts_and_is_confined_enough,
+    a_device_that_comes_has_a_service_that_runs_restarted,
     the_tcp_socket_is_opt_in_and_asks_for_a_key,
     a_user_has_a_service_of_his_own,
     *doors.CHECKS,
