@@ -16,22 +16,28 @@ export SOURCE_DATE_EPOCH
 umask 022
 MODEL=smollm2-135m-dsa.gguf
 
+# Lays out the plugin ID. Its library is named by its digest, so that an upgrade that is cut off leaves the old manifest the
+# old library, and the new one the new: dpkg gives files their names one by one, this one before its manifest (looks_right).
+plugin() {
+  local id=$1 file=libsparsed_plugin_$1.so library
+  "$strip" --strip-debug "$built/$file" -o "$work/$file"
+  library=$file.$(sha256sum "$work/$file" | cut -c 1-8)
+  mv "$work/$file" "$work/$library"
+  sh packaging/symbols.sh "$work/$library"
+  sed "s/${file//./\\.}/$library/" "plugins/$id/plugin.toml.in" >"$work/plugin.toml.in"
+  ARCH=$arch sh packaging/stage-plugin.sh "$id" "$work/$library" "$work/plugin.toml.in" "$work/plugins"
+}
+
 stage() {
-  local strip library digest run=
+  local digest strip run=
   strip=$(command -v "$arch-linux-gnu-strip" || command -v strip)
   [ "$arch" = "$(uname -m)" ] || run="qemu-$arch-static -L /usr/$arch-linux-gnu"
   rm -rf "$work"
   mkdir -p "$work/bin" "$work/plugins" "$work/models"
   # Without line tables, which are most of a file; the names of functions stay for whoever reads a crash.
   for name in sparsed sparsectl; do "$strip" --strip-debug "$built/$name" -o "$work/bin/$name"; done
-  "$strip" --strip-debug "$built/libsparsed_plugin_cpu.so" -o "$work/plugin.so"
-  # Named by its digest, so that an upgrade that is cut off leaves the old manifest the old library, and the new one the
-  # new: dpkg gives files their names one by one, this one before its manifest (debian() looks).
-  library=libsparsed_plugin_cpu.so.$(sha256sum "$work/plugin.so" | cut -c 1-8)
-  mv "$work/plugin.so" "$work/$library"
-  sh packaging/symbols.sh "$work"/bin/* "$work/$library"
-  sed "s/libsparsed_plugin_cpu\.so/$library/" plugins/cpu/plugin.toml.in >"$work/plugin.toml.in"
-  ARCH=$arch sh packaging/stage-plugin.sh cpu "$work/$library" "$work/plugin.toml.in" "$work/plugins"
+  sh packaging/symbols.sh "$work"/bin/*
+  for id in cpu cuda; do plugin "$id"; done
   # Named by its digest too, by which the daemon verifies it; the link is sorted behind it.
   cp "models/$MODEL" "$work/models/$MODEL"
   digest=$(sha256sum "$work/models/$MODEL" | cut -d ' ' -f 1)
@@ -41,26 +47,32 @@ stage() {
   find "$work" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
 }
 
+# What the package VARIANT in DEB must have, which no tool looks for.
+looks_right() {
+  local variant=$1 deb=$2 order depends version
+  case ${variant:-cpu} in
+    cpu | cuda)
+      order=$(dpkg-deb --contents "$deb" | sed -n "s|.*/plugins/${variant:-cpu}/\(.\).*|\1|p" | tr -d '\n')
+      [ "$order" = lp ] || { echo "$deb: the plugin's manifest comes before its library" >&2; exit 1; }
+      depends=$(dpkg-deb --field "$deb" Depends) version=$(dpkg-deb --field "$deb" Version)
+      [[ $depends == *"libc6 (>= $glibc)"* ]] || { echo "$deb: depends on another C library than $glibc" >&2; exit 1; }
+      [ -z "$variant" ] || [[ $depends == *"sparsed (= $version)"* ]] ||
+        { echo "$deb: does not depend on the sparsed of its own version, $version" >&2; exit 1; }
+      ;;
+    model)
+      order=$(dpkg-deb --contents "$deb" | sed -n 's|.*/models/\([^ ]\).*|\1|p' | tr -d '\n')
+      [ "${order#?}" = s ] || { echo "$deb: the model's link comes before its file" >&2; exit 1; }
+      ;;
+  esac
+}
+
 debian() {
-  local deb order
+  local deb unpacked
   mkdir -p "$into/debian"
-  for variant in "" model dev; do
+  for variant in "" model dev cuda; do
     deb=$(cargo deb --quiet --package sparsed --target "$arch-unknown-linux-gnu" --no-build --no-strip --locked \
       --output "$into/debian/" ${variant:+--variant "$variant"})
-    order=$(dpkg-deb --contents "$deb" | sed -n 's|.*/plugins/cpu/\(.\).*|\1|p' | tr -d '\n')
-    if [ -z "$variant" ] && [ "$order" != lp ]; then
-      echo "$deb: the plugin's manifest comes before its library" >&2
-      exit 1
-    fi
-    order=$(dpkg-deb --contents "$deb" | sed -n 's|.*/models/\([^ ]\).*|\1|p' | tr -d '\n')
-    if [ "$variant" = model ] && [ "${order#?}" != s ]; then
-      echo "$deb: the model's link comes before its file" >&2
-      exit 1
-    fi
-    if [ -z "$variant" ] && ! dpkg-deb --field "$deb" Depends | grep -qF "libc6 (>= $glibc)"; then
-      echo "$deb: depends on another C library than $glibc" >&2
-      exit 1
-    fi
+    looks_right "$variant" "$deb"
     unpacked=$work/rpm/$(basename "$deb" | cut -d _ -f 1)
     mkdir -p "$unpacked"
     dpkg-deb --extract "$deb" "$unpacked"

@@ -3,7 +3,7 @@
 # against the version in packaging/glibc; packaging/symbols.sh checks what came of it. For this machine only the linking differs
 # from `make build`, whose crates are used: what is shipped is what was tested.
 # Usage: release.sh [ARCH [CARGO_COMMAND...]]: x86_64 or aarch64, this machine's without it; for another machine's also
-# something else than to build the daemon and its plugin. The last line of the output is the folder of what is built.
+# something else than to build the daemon and its plugins. The last line of the output is the folder of what is built.
 set -eu
 cd "$(dirname "$0")/.."
 arch=${1:-$(uname -m)}
@@ -26,13 +26,13 @@ SH
 chmod 0755 "$linker.new"
 mv "$linker.new" "$linker"
 if [ "$arch" = "$(uname -m)" ]; then
-  for crate in "sparsed --bin sparsed" "sparsed --bin sparsectl" "sparsed-plugin-cpu --lib"; do
+  for crate in "sparsed --bin sparsed" "sparsed --bin sparsectl" "sparsed-plugin-cpu --lib" "sparsed-plugin-cuda --lib"; do
     # shellcheck disable=SC2086 # a package and its target
     cargo rustc --release --locked -p $crate -- -C "linker=$linker" >&2
   done
 else
   [ "$arch" = aarch64 ] || { echo "release.sh: no $arch here" >&2; exit 2; }
-  [ $# != 0 ] || set -- build -p sparsed -p sparsed-plugin-cpu
+  [ $# != 0 ] || set -- build -p sparsed -p sparsed-plugin-cpu -p sparsed-plugin-cuda
   RUSTC=$(sh packaging/rustc.sh aarch64-unknown-linux-gnu)
   export RUSTC CARGO_TARGET_DIR="$into/aarch64" CARGO_BUILD_TARGET=aarch64-unknown-linux-gnu
   export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER="$linker" CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc

@@ -27,8 +27,9 @@ from box import (
     until_ready, wish,
 )
 
-# Where the packages lie in the box.
+# Where the packages lie in the box, and one that is not installed.
 PACKAGES = "/opt/packages"
+PLUGIN = "/opt/plugin"
 KIND = os.environ.get("PACKAGES", "deb")
 RPM_NAMES = ("sparsed", "sparsed-model-smollm2-dsa")
 UNITS = ("sparsed.service", "sparsed.socket", "sparsed-tcp.socket")
@@ -478,6 +479,31 @@ def the_master_key_may_be_a_credential_plain_or_encrypted():
     assert last_message(session) == first
 
 
+def the_plugin_for_cuda_comes_and_goes_and_meanwhile_the_cpu_computes():
+    install, erase = ["dpkg", "--install"], ["dpkg", "--purge"]
+    if KIND == "rpm":
+        install, erase = ["rpm", "--install", "--nodeps"], ["rpm", "--erase"]
+    restart()
+    old = pid()
+    run(*install, *glob.glob(f"{PLUGIN}/*.{KIND}"))
+    assert pid() != old and shown("PrivateDevices") == "no", "the service has not seen its drop-in"
+    groups = run("id", "-nG", "sparsed").split()
+    assert "video" in groups and "render" in groups, groups
+    is_confined(EXPOSURE_TENTHS_ACCELERATOR)
+    until_ready()
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+    assert "cuda" in run("sparsectl", "plugins")
+    # There is no driver here, nor would it help.
+    restart(config='[engine]\nplugin = "cuda"\n[engine.retry]\nbackoff_ms = [10]\n')
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+    restart()
+    run(*erase, "sparsed-plugin-cuda")
+    assert shown("PrivateDevices") == "yes", "the drop-in holds still"
+    until_ready()
+    left = glob.glob("/usr/**/*sparsed*cuda*", recursive=True) + glob.glob("/usr/lib/sparsed/plugins/cuda")
+    assert not left, left
+
+
 def a_newer_package():
     """How the kind of packages is upgraded, one of the next version, and one of that which is installed."""
     if KIND == "rpm":
@@ -679,6 +705,7 @@ CHECKS = [
     *doors.CHECKS,
     *reduced.CHECKS,
     *tutorials.CHECKS,
+    the_plugin_for_cuda_comes_and_goes_and_meanwhile_the_cpu_computes,
     an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody,
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,
@@ -694,6 +721,7 @@ RPM_CHECKS = [
     the_socket_is_there_before_the_service_and_the_first_request_starts_it,
     a_chat_is_answered,
     rpm_finds_every_file_as_it_was,
+    the_plugin_for_cuda_comes_and_goes_and_meanwhile_the_cpu_computes,
     an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody,
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     nothing_was_killed_for_a_system_call,

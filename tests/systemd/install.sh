@@ -1,19 +1,21 @@
 #!/bin/sh
 # Installs the packages of FOLDER into the tree ROOT, before its systemd has ever run: Debian's by dpkg, or with
 # PACKAGES=rpm the others by the tree's own rpm, which does not know what Debian's packages bring (--nodeps). Of these it
-# makes another release to upgrade to, of what package.sh has left in target/package.
+# makes another release to upgrade to, of what package.sh has left in target/package. The plugin for CUDA is put beside them.
 set -eu
 root=$1 folder=$2
 cd "$(dirname "$0")/../.."
-mkdir -p "$root/opt/packages"
+mkdir -p "$root/opt/packages" "$root/opt/plugin"
 case ${PACKAGES:-deb} in
   deb)
     arch=$(dpkg --print-architecture)
     cp "$folder"/sparsed_*_"$arch".deb "$folder"/sparsed-model-*_"$arch".deb "$root/opt/packages/"
+    cp "$folder"/sparsed-plugin-cuda_*_"$arch".deb "$root/opt/plugin/"
     install="dpkg --install /opt/packages/*.deb"
     ;;
   rpm)
     cp "$folder"/sparsed-[0-9]*.rpm "$folder"/sparsed-model-*.rpm "$root/opt/packages/"
+    cp "$folder"/sparsed-plugin-cuda-*.rpm "$root/opt/plugin/"
     install="rpm --install --nodeps /opt/packages/*.rpm"
     newer=$(realpath -m target/systemd/newer)
     rm -rf "$newer"
