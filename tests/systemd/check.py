@@ -22,7 +22,7 @@ import reduced
 import tutorials
 import upgrade
 from box import (
-    CAPITAL, CONFIG, PARIS, a_story_that_has_begun, answer, as_user, ask, called, curl, events, group_file, heard, is_active,
+    CAPITAL, CONFIG, DROP_INS, PARIS, a_story_that_has_begun, answer, as_user, ask, called, curl, events, group_file, heard, is_active,
     journal, last_message, new_session, pid, restart, run, served, shown, state_of, systemd_version, text_of, until,
     until_ready, wish,
 )
@@ -648,6 +648,45 @@ def removing_leaves_conversations_and_settings_and_purging_leaves_nothing_also_b
     assert not left, left
 
 
+def a_masked_service_is_upgraded_and_stays_masked():
+    command, newer, package = a_newer_package()
+    run("systemctl", "mask", "--now", "sparsed.service")
+    for upgraded in (newer, package):
+        run(*command, upgraded)
+        assert run("systemctl", "is-enabled", "sparsed.service", check=False) == "masked" and not is_active()
+    run("systemctl", "unmask", "sparsed.service")
+    run("systemctl", "start", "sparsed.service")
+    restart()
+
+
+def on_a_system_that_runs_the_first_installation_answers_on_the_socket_and_the_bus():
+    # What was there before goes, also the user, who is left when a package is.
+    for folder in (DROP_INS, "/etc/sparsed", "/var/lib/sparsed"):
+        shutil.rmtree(folder, ignore_errors=True)
+    run("userdel", "sparsed")
+    run("groupdel", "sparsed", check=False)
+    run("systemctl", "daemon-reload")
+    install = ["apt-get", "install", "--yes"] if KIND == "deb" else ["rpm", "--install", "--nodeps"]
+    run(*install, *glob.glob(f"{PACKAGES}/*.{KIND}"))
+    for user in ("alice", "bob"):
+        run("usermod", "--append", "--groups", "sparsed", user)
+    until_ready()
+    assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
+    version = ("get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version")
+    until("it is on the bus", lambda: called("alice", *version, check=False).startswith('s "'))
+    said = run(*as_user("alice"), "sparsectl", "run", "--dbus", "What is the capital of France?", "--temperature", "0")
+    assert said == PARIS, said
+    on = ["enabled", "active"]
+    assert [states_of_the_units()[unit] for unit in UNITS[:2]] == [on, on], states_of_the_units()
+
+
+def a_masked_service_is_purged():
+    run("systemctl", "mask", "--now", "sparsed.service")
+    run("dpkg", "--purge", "sparsed", "sparsed-model-smollm2-dsa")
+    assert not os.path.exists("/var/lib/sparsed") and not os.path.exists("/run/sparsed/api.sock")
+    run("systemctl", "unmask", "sparsed.service")
+
+
 def rpm_finds_every_file_as_it_was():
     changed = run("rpm", "--verify", "--nodeps", *RPM_NAMES)
     assert not changed, changed
@@ -709,10 +748,13 @@ CHECKS = [
     an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody,
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     an_upgrade_that_the_power_cuts_off_leaves_a_service_that_starts_and_dpkg_mends_it,
+    a_masked_service_is_upgraded_and_stays_masked,
     without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed,
     a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays,
     nothing_was_killed_for_a_system_call,
     removing_leaves_conversations_and_settings_and_purging_leaves_nothing_also_behind_a_mount_and_a_link,
+    on_a_system_that_runs_the_first_installation_answers_on_the_socket_and_the_bus,
+    a_masked_service_is_purged,
 ]
 
 # What there is to say of the other kind of packages; the service is the same.
@@ -726,6 +768,7 @@ RPM_CHECKS = [
     an_upgrade_leaves_the_units_as_the_operator_has_them,
     nothing_was_killed_for_a_system_call,
     after_upgrades_rpm_finds_every_file_and_removing_leaves_conversations_only,
+    on_a_system_that_runs_the_first_installation_answers_on_the_socket_and_the_bus,
 ]
 
 
