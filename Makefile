@@ -70,6 +70,7 @@ e2e: testneeds models testplugins $(CLIENTS) ## the end-to-end tests alone
 
 systemd: package ## the service under a systemd of its own, in a tree of Debian SUITE (root; says so where it cannot)
 	bash tests/systemd/run.sh
+	ROOT=read-only bash tests/systemd/run.sh
 
 machine: package ## the service on a machine of its own in qemu: Linux SUITE, limits of memory, power cuts (root; half an hour)
 	bash tests/machine/run.sh

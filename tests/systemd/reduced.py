@@ -6,7 +6,9 @@ What is missing is taken away by a drop-in of the service; the journal's words a
 import os
 import pwd
 
-from box import CAPITAL, PARIS, ask, group_file, new_session, restart, run, served, shown, text_of, until
+from box import (
+    CAPITAL, PARIS, ask, group_file, last_message, new_session, restart, run, served, shown, text_of, until, until_ready,
+)
 
 FSTAB = "/etc/fstab"
 # Calls that are refused look as on a kernel that does not have them.
@@ -93,9 +95,17 @@ def without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_
     assert ask("alice", f"/v1/sessions/{session}")[0] == 200
 
 
-def on_a_root_of_which_only_the_state_folder_can_be_written_it_serves():
-    read_only = "[Service]\nPrivateTmp=no\nReadOnlyPaths=/\nReadWritePaths=/var/lib/sparsed\n"
-    is_served_without("a writable root", "listening", read_only)
+def on_a_root_of_which_only_the_state_folder_can_be_written_it_serves_and_keeps_conversations():
+    for folder in ("/", "/etc", "/usr", "/var", "/var/lib"):
+        said = run("touch", f"{folder}/new", check=False)
+        assert "Read-only file system" in said, f"{folder} can be written: {said}"
+    until_ready()
+    session = new_session()
+    said = text_of(served("alice", "/v1/chat/completions", {**CAPITAL, "session_id": session}))
+    assert said == PARIS, said
+    run("systemctl", "restart", "sparsed.service")
+    until_ready()
+    assert last_message(session) == PARIS
 
 
 CHECKS = [
@@ -106,5 +116,7 @@ CHECKS = [
     without_a_bus_it_serves_the_socket_and_tries_again,
     without_a_network_it_serves_the_socket_and_looks_for_its_broker,
     without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_once_that_is_mounted,
-    on_a_root_of_which_only_the_state_folder_can_be_written_it_serves,
 ]
+
+# Where the box has booted so.
+READ_ONLY_CHECKS = [on_a_root_of_which_only_the_state_folder_can_be_written_it_serves_and_keeps_conversations]

@@ -3,7 +3,8 @@
 # SUITE (default: trixie; bookworm and bullseye have older systemds) or Ubuntu SUITE (jammy, focal: with Ubuntu's keyring
 # on this machine), boots it with systemd as PID 1, and runs check.py in it: one line "ok" or "not ok" for each claim.
 # Where no tree can be made or booted it says "skipped: why" and succeeds; where it can, a claim that fails is exit 1.
-# PACKAGES=rpm: those of target/rpm instead, by rpm. BUS=dbus-broker: with it for the system's bus.
+# PACKAGES=rpm: those of target/rpm instead, by rpm. BUS=dbus-broker: with it for the system's bus. ROOT=read-only: nothing
+# but the state folder and what is in memory can be written in the tree, and what it is like then is the only claim.
 # Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
@@ -82,7 +83,13 @@ for unit in mosquitto.service dbus-broker.service; do
 done
 if [ -n "${BUS:-}" ]; then systemctl --root="$tree" --quiet enable --force "$BUS.service"; fi
 
-setsid unshare -m sh "$here/boot.sh" "$tree" "$name" >"$work/boot.log" 2>&1 </dev/null &
+options=()
+if [ "${ROOT:-}" = read-only ]; then
+  # As an image has it, for the partition to be mounted on.
+  mkdir -p "$tree/var/lib/sparsed"
+  options=(--read-only --tmpfs=/var/lib/sparsed:mode=0755)
+fi
+setsid unshare -m sh "$here/boot.sh" "$tree" "$name" "${options[@]}" >"$work/boot.log" 2>&1 </dev/null &
 booting=$!
 for _ in $(seq $((BOOT_S * 5))); do
   pid=$(nspawn)
@@ -100,7 +107,8 @@ case "${state:-none}" in
   *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
 esac
 status=0
-timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" ${BUS:+BUS="$BUS"} python3 -B /opt/checks/check.py "$@" || status=$?
+timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" ${BUS:+BUS="$BUS"} ${ROOT:+ROOT="$ROOT"} \
+  python3 -B /opt/checks/check.py "$@" || status=$?
 if [ "$status" != 0 ]; then
   inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
   echo "the journal is in $work/journal.log" >&2
