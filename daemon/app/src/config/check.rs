@@ -1,6 +1,6 @@
 //! Is every key known? Answers with the line and the nearest known key.
 
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, dotted};
 use std::path::Path;
 use toml::de::{DeTable, DeValue};
 
@@ -116,9 +116,9 @@ const LIKENESS: f64 = 0.7;
 pub(super) fn parse(path: &Path, text: &str) -> Result<toml::Table, ConfigError> {
     let at = |error: toml::de::Error| located(path, text, &error);
     let table = DeTable::parse(text).map_err(at)?;
-    if let Some((key, offset)) = unknown(table.get_ref(), &mut Vec::new()) {
+    if let Some((reason, offset)) = unknown(table.get_ref(), &mut Vec::new()) {
         let origin = format!("{}:{}", path.display(), line(text, offset));
-        return Err(ConfigError::Invalid { origin, reason: unknown_key(&key) });
+        return Err(ConfigError::Invalid { origin, reason });
     }
     // Once into the types with the text at hand, so that a wrong one is named with its line.
     toml::from_str::<Config>(text).map_err(at)?;
@@ -212,7 +212,7 @@ pub(super) fn apply(set: &str, root: &mut toml::Table) -> Result<(), ConfigError
     let parts = key_parts(key).ok_or_else(|| fail(format!("'{key}' is not a key")))?;
     let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
     if !known(&parts) {
-        return Err(fail(unknown_key(&parts.join("."))));
+        return Err(fail(unknown_key(&parts)));
     }
     let (last, tables) = parts.split_last().expect("split gives at least one part");
     let mut table = &mut *root;
@@ -225,7 +225,7 @@ pub(super) fn apply(set: &str, root: &mut toml::Table) -> Result<(), ConfigError
     root.clone().try_into::<Config>().map(drop).map_err(|error| fail(error.message().to_owned()))
 }
 
-/// The first unknown key below `table`, and where it stands.
+/// What is to be said of the first unknown key below `table`, and where it stands.
 fn unknown(table: &DeTable<'_>, above: &mut Vec<String>) -> Option<(String, usize)> {
     for (key, value) in table {
         above.push(key.get_ref().to_string());
@@ -233,7 +233,7 @@ fn unknown(table: &DeTable<'_>, above: &mut Vec<String>) -> Option<(String, usiz
         let found = match value.get_ref() {
             DeValue::Table(below) if is_table(&parts) => unknown(below, above),
             _ if known(&parts) => None,
-            _ => Some((parts.join("."), key.span().start)),
+            _ => Some((unknown_key(&parts), key.span().start)),
         };
         if found.is_some() {
             return found;
@@ -260,22 +260,23 @@ fn is_table(parts: &[&str]) -> bool {
     })
 }
 
-fn unknown_key(key: &str) -> String {
-    let parts: Vec<&str> = key.split('.').collect();
+/// What is to be said of a key that is none.
+fn unknown_key(parts: &[&str]) -> String {
+    let key = dotted(parts);
     // The operator's own names stand in for the stars.
-    let concrete = |pattern: &str| {
-        let filled = pattern.split('.').zip(parts.iter().chain(std::iter::repeat(&"NAME")));
-        filled.map(|(p, part)| if p == "*" { *part } else { p }).collect::<Vec<_>>().join(".")
+    let concrete = |pattern: &'static str| -> Vec<&str> {
+        let filled = pattern.split('.').zip(parts.iter().copied().chain(std::iter::repeat("NAME")));
+        filled.map(|(p, part)| if p == "*" { part } else { p }).collect()
     };
-    // Keys, and the tables above them that lie as deep.
-    let depth = |pattern: &str| pattern.match_indices('.').nth(parts.len() - 1).map_or(pattern.len(), |(at, _)| at);
-    if is_table(&parts) {
-        let is_below = |key: &String| key.split('.').zip(&parts).all(|(known, part)| known == *part);
-        let below: Vec<String> = KEYS.iter().map(|pattern| concrete(pattern)).filter(is_below).collect();
+    let known = || KEYS.iter().map(|pattern| concrete(pattern));
+    if is_table(parts) {
+        let below: Vec<String> = known().filter(|key| key.starts_with(parts)).map(|key| dotted(&key)).collect();
         return format!("'{key}' is a table and has no value of its own; its keys are {}", below.join(", "));
     }
-    let patterns = KEYS.iter().flat_map(|pattern| [*pattern, &pattern[..depth(pattern)]]);
-    let candidates = patterns.map(concrete).map(|known| (strsim::jaro_winkler(&known, key), known));
+    // Keys, and the tables above them that lie as deep.
+    let tables = known().map(|key| key.into_iter().take(parts.len()).collect());
+    let candidates = known().chain(tables).map(|known: Vec<&str>| dotted(&known));
+    let candidates = candidates.map(|known| (strsim::jaro_winkler(&known, &key), known));
     match candidates.filter(|(likeness, _)| *likeness >= LIKENESS).max_by(|a, b| a.0.total_cmp(&b.0)) {
         Some((_, nearest)) => format!("unknown key '{key}'; did you mean '{nearest}'?"),
         None => format!("unknown key '{key}'; known are {}", KEYS.join(", ")),

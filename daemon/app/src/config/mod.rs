@@ -148,8 +148,8 @@ impl Config {
             if name.is_empty() {
                 return Some(("model".to_owned(), "has a model without a name".to_owned()));
             }
-            ranges.push((format!("model.{name}.max_context"), model.max_context.unwrap_or(1).into(), 1, 1 << 24));
-            ranges.push((format!("model.{name}.top_k"), model.top_k.unwrap_or(0).into(), 0, 1 << 24));
+            ranges.push((dotted(&["model", name, "max_context"]), model.max_context.unwrap_or(1).into(), 1, 1 << 24));
+            ranges.push((dotted(&["model", name, "top_k"]), model.top_k.unwrap_or(0).into(), 0, 1 << 24));
             if let Some(relay) = &model.relay {
                 ranges.extend(relay.ranges(name));
             }
@@ -198,11 +198,21 @@ pub(crate) fn is_private(key: &str) -> bool {
     key.starts_with("engine.set.") || matches!(key, "mqtt.username" | "mqtt.client_id")
 }
 
+/// A part of a key, quoted as TOML has it where it must be.
+fn quoted(part: &str) -> String {
+    let bare = part.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !part.is_empty();
+    if bare { part.to_owned() } else { toml::Value::from(part).to_string() }
+}
+
+/// The key of these parts, dotted and quoted as TOML has it.
+pub(crate) fn dotted(parts: &[&str]) -> String {
+    parts.iter().map(|part| quoted(part)).collect::<Vec<_>>().join(".")
+}
+
 /// Gives `each` every value with its key, dotted and quoted as TOML has it.
 pub(crate) fn flatten(table: &toml::Table, above: &mut Vec<String>, each: &mut impl FnMut(&str, &toml::Value)) {
     for (key, value) in table {
-        let bare = key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !key.is_empty();
-        above.push(if bare { key.clone() } else { toml::Value::from(key.as_str()).to_string() });
+        above.push(quoted(key));
         match value {
             toml::Value::Table(below) => flatten(below, above, each),
             _ => each(&above.join("."), value),
@@ -328,6 +338,27 @@ mod tests {
         let sets = ["model.\"smol-1.7\".top_k=5", "model.\"smol-1.7\".path=/x"];
         assert_eq!(load("", &sets).unwrap().model["smol-1.7"].top_k, Some(5));
         assert!(load("", &["model.a.top_k=5"]).unwrap_err().contains("path"));
+    }
+
+    #[test]
+    fn a_mistake_about_a_model_with_dots_in_its_name_is_told_with_its_line_and_a_key_that_can_be_written() {
+        let wrong = |line: &str| load(&format!("[model.\"qwen2.5 b\"]\npath = \"/m\"\n{line}\n"), &[]).unwrap_err();
+        let range = "model.\"qwen2.5 b\".max_context is 0, must be 1 to 16777216";
+        assert_eq!(wrong("max_context = 0"), format!("FILE:3: {range}"));
+        let unknown = "unknown key 'model.\"qwen2.5 b\".max_contxt'; did you mean 'model.\"qwen2.5 b\".max_context'?";
+        assert_eq!(wrong("max_contxt = 1"), format!("FILE:3: {unknown}"));
+        for (line, said) in [
+            ("upstream = \"http://127.0.0.1:1\"", "upstream and model.\"qwen2.5 b\".path exclude each other"),
+            ("aliases = [\"x\", \"x\"]", "aliases has 'x', which is a model's name already"),
+            ("relay = { running = 0 }", "relay belongs to a model with model.\"qwen2.5 b\".upstream"),
+        ] {
+            assert_eq!(wrong(line), format!("FILE:3: model.\"qwen2.5 b\".{said}"));
+        }
+        let set = |key: &str| load("", &["model.\"a.b\".upstream=http://127.0.0.1:1/v1", key]).unwrap_err();
+        let said = set("model.\"a.b\".relay.running=0");
+        assert!(said.starts_with("--set model.\"a.b\".relay.running: model.\"a.b\".relay.running is 0"), "{said}");
+        let said = set("model.\"a.b\".relay=1");
+        assert!(said.contains("its keys are model.\"a.b\".relay.allow_insecure, "), "{said}");
     }
 
     #[test]

@@ -74,18 +74,18 @@ impl Model {
 
     /// What of it does not go together.
     pub(super) fn wrong_value(&self, name: &str) -> Option<(String, String)> {
-        let key = |key: &str| format!("model.{name}.{key}");
+        let key = |key: &str| super::dotted(&["model", name, key]);
         let (has_path, relay) = (!is_empty(&self.path), self.relay.as_ref());
         match &self.upstream {
-            Some(_) if has_path => Some((key("upstream"), format!("and model.{name}.path exclude each other"))),
+            Some(_) if has_path => Some((key("upstream"), format!("and {} exclude each other", key("path")))),
             Some(_) if self.top_k.is_some() => {
                 Some((key("top_k"), "is the upstream engine's to choose; leave it out".to_owned()))
             }
             Some(upstream) => relay.cloned().unwrap_or_default().wrong_value(name, upstream),
-            None if relay.is_some() => Some((key("relay"), format!("belongs to a model with model.{name}.upstream"))),
+            None if relay.is_some() => Some((key("relay"), format!("belongs to a model with {}", key("upstream")))),
             // The default model is the packaged one unless it is said where it is.
             None if !has_path && name != DEFAULT_MODEL => {
-                Some((key("path"), format!("is missing or empty; set a path, or model.{name}.upstream")))
+                Some((key("path"), format!("is missing or empty; set a path, or {}", key("upstream"))))
             }
             None => None,
         }
@@ -96,7 +96,7 @@ impl Model {
 pub(super) fn ambiguous_name(models: &BTreeMap<String, Model>) -> Option<(String, String)> {
     let mut taken: BTreeSet<&str> = models.keys().map(String::as_str).collect();
     for (name, model) in models {
-        let wrong = |reason: String| Some((format!("model.{name}.aliases"), reason));
+        let wrong = |reason: String| Some((super::dotted(&["model", name, "aliases"]), reason));
         if model.aliases.len() > ALIASES_MAX {
             return wrong(format!("has {} names, {ALIASES_MAX} are allowed", model.aliases.len()));
         }

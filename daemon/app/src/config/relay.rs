@@ -1,5 +1,6 @@
 //! `[model.<name>.relay]`: how is a model asked for that an engine elsewhere computes (`upstream`)?
 
+use super::dotted;
 use serde::{Deserialize, Serialize};
 use sparsed_upstream::Address;
 use std::path::PathBuf;
@@ -62,13 +63,13 @@ impl Relay {
             ("running", self.running.into(), 1, 65536),
             ("waiting", self.waiting.into(), 0, 65536),
         ]
-        .map(|(key, value, least, greatest)| (format!("model.{model}.relay.{key}"), value, least, greatest))
+        .map(|(key, value, least, greatest)| (dotted(&["model", model, "relay", key]), value, least, greatest))
         .into()
     }
 
     /// What is wrong with a model at the address `upstream`.
     pub(super) fn wrong_value(&self, model: &str, upstream: &str) -> Option<(String, String)> {
-        let key = format!("model.{model}.upstream");
+        let key = dotted(&["model", model, "upstream"]);
         let address: Address = match upstream.parse() {
             Ok(address) => address,
             // The address itself is not repeated: it may hold a password.
@@ -77,7 +78,7 @@ impl Relay {
         if address.is_tls() || address.is_here() || self.allow_insecure {
             return None;
         }
-        let reason = format!("is elsewhere and without TLS; use https://, or set model.{model}.relay.allow_insecure");
-        Some((key, reason))
+        let insists = dotted(&["model", model, "relay", "allow_insecure"]);
+        Some((key, format!("is elsewhere and without TLS; use https://, or set {insists}")))
     }
 }

@@ -102,7 +102,8 @@ pub fn reference(path: &Path) -> Option<&str> {
 
 /// What is to be done to have the daemon serve the model `name`, for people.
 pub fn how_to_serve(name: &str) -> String {
-    format!("in the configuration: [model.{name}] path = \"store:{name}\"; then restart sparsed")
+    let table = crate::config::dotted(&["model", name]);
+    format!("in the configuration: [{table}] path = \"store:{name}\"; then restart sparsed")
 }
 
 /// That a name can be a file's, and cannot be a path.
