@@ -123,15 +123,19 @@ impl PluginDevice {
     }
 
     fn load_isolated(&self, found: &Found) -> Result<Arc<Plugin>, BackendError> {
-        let options = HostOptions {
-            program: host_program(),
-            start_timeout: Duration::from_millis(self.plugins.start_timeout_ms),
-            call_timeout: Duration::from_millis(self.plugins.call_timeout_ms),
-            step_timeout: Duration::from_millis(self.engine.step_timeout_ms),
-            grace: Duration::from_millis(self.plugins.grace_ms),
-            ..HostOptions::default()
-        };
-        Plugin::load_isolated(found, &self.engine.set, &options)
+        Plugin::load_isolated(found, &self.engine.set, &host_options(&self.plugins, &self.engine))
+    }
+}
+
+/// How the process of a plugin is started, and how long it may take.
+pub(crate) fn host_options(plugins: &Plugins, engine: &Engine) -> HostOptions {
+    HostOptions {
+        program: host_program(),
+        start_timeout: Duration::from_millis(plugins.start_timeout_ms),
+        call_timeout: Duration::from_millis(plugins.call_timeout_ms),
+        step_timeout: Duration::from_millis(engine.step_timeout_ms),
+        grace: Duration::from_millis(plugins.grace_ms),
+        ..HostOptions::default()
     }
 }
 

@@ -28,6 +28,8 @@ pub struct Plugin {
     path: PathBuf,
     sha256: String,
     api: &'static SpdApi,
+    /// Of the plugin's own table, wherever it is.
+    abi_minor: u32,
     instance: NonNull<SpdInstance>,
     /// Guards every `[control]` function of this instance: the header allows one thread at a time.
     control: Mutex<()>,
@@ -71,21 +73,31 @@ impl Plugin {
         let bad = || BackendError::BadTable { path: path.clone(), reason: "instance_create answered NULL".to_owned() };
         let instance = NonNull::new(instance).ok_or_else(bad)?;
         log::info!(plugin = manifest.id.as_str(), version = manifest.version.as_str(), path:% = path.display(); "plugin loaded");
-        let control = Mutex::new(());
-        Ok(Arc::new(Self { manifest, path, sha256, api, instance, control, _host: Some(host), host_process: None }))
+        let (control, host, abi_minor) = (Mutex::new(()), Some(host), api.abi_minor);
+        Ok(Arc::new(Self {
+            manifest,
+            path,
+            sha256,
+            api,
+            abi_minor,
+            instance,
+            control,
+            _host: host,
+            host_process: None,
+        }))
     }
 
-    /// A plugin whose instance stands for the process `host`.
-    pub(crate) fn of_table(
+    /// A plugin whose instance stands for the process `host`, with the ABI's minor that its own table is of.
+    pub(crate) fn of_host(
         manifest: Manifest,
         path: PathBuf,
         sha256: String,
         api: &'static SpdApi,
         instance: NonNull<SpdInstance>,
-        host: u32,
+        (host, abi_minor): (u32, u32),
     ) -> Arc<Self> {
-        let control = Mutex::new(());
-        Arc::new(Self { manifest, path, sha256, api, instance, control, _host: None, host_process: Some(host) })
+        let (control, host_process) = (Mutex::new(()), Some(host));
+        Arc::new(Self { manifest, path, sha256, api, abi_minor, instance, control, _host: None, host_process })
     }
 
     /// The id of the process that the plugin runs in, if it is not this one.
@@ -100,7 +112,7 @@ impl Plugin {
 
     /// The ABI that its table is of: major and minor.
     pub fn abi(&self) -> (u32, u32) {
-        (ABI_MAJOR, self.api.abi_minor)
+        (ABI_MAJOR, self.abi_minor)
     }
 
     /// The library file.

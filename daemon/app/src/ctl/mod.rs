@@ -24,6 +24,7 @@ mod repl;
 mod run;
 mod sessions;
 mod status;
+mod system;
 mod top;
 
 use clap::{Parser, Subcommand};

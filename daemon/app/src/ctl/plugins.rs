@@ -1,13 +1,17 @@
 //! `sparsectl plugins`: which plugins are there, what is each one's state, and why?
 //!
-//! Checks each as the daemon does when it loads one. Plugins of this release are then loaded into this process and
-//! asked for their devices; code of others is not run for a list.
+//! Checks each as the daemon does when it loads one. Plugins of this release are then loaded and asked for their
+//! devices, in a process of their own: a driver that hangs or crashes takes its time, and nothing else. Code of others
+//! is not run for a list.
 
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Source};
+use crate::devices::host_options;
 use anyhow::ensure;
 use serde_json::{Value, json};
-use sparsed_backend::{BackendError, DeviceInfo, DeviceKind, Found, Left, Plugin, QuarantineStore, Scan, SearchPath};
+use sparsed_backend::{
+    BackendError, DeviceInfo, DeviceKind, Found, HostOptions, Left, Plugin, QuarantineStore, Scan, SearchPath,
+};
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
@@ -63,11 +67,14 @@ impl Plugins {
 
 /// All plugins with state and reason.
 pub(super) fn report(config: &Config, scan: &Scan, quarantine: &QuarantineStore, now_ms: u64) -> Value {
+    let options = host_options(&config.plugins, &config.engine);
+    // Nothing is computed: no call has a reason to take longer than a start.
+    let options = HostOptions { call_timeout: options.start_timeout, ..options };
     let describe = |found: &Found| {
         let is_selected = found.manifest.id == config.engine.plugin;
         let no_settings = BTreeMap::new();
         let settings = if is_selected { &config.engine.set } else { &no_settings };
-        let outcome = quarantine.admit(found, now_ms).and_then(|()| usable(found, settings));
+        let outcome = quarantine.admit(found, now_ms).and_then(|()| usable(found, settings, &options));
         describe(found, outcome, is_selected)
     };
     let mut plugins: Vec<Value> = scan.found.iter().map(describe).collect();
@@ -79,12 +86,12 @@ pub(super) fn report(config: &Config, scan: &Scan, quarantine: &QuarantineStore,
 }
 
 /// Checks a plugin, and loads it if it is one of ours.
-fn usable(found: &Found, settings: &BTreeMap<String, String>) -> Result<Usable, BackendError> {
+fn usable(found: &Found, settings: &BTreeMap<String, String>, options: &HostOptions) -> Result<Usable, BackendError> {
+    found.verify()?;
     if !found.is_ours() {
-        found.verify()?;
         return Ok(Usable { abi: None, devices: None });
     }
-    let plugin = Plugin::load(found, settings)?;
+    let plugin = Plugin::load_isolated(found, settings, options)?;
     Ok(Usable { abi: Some(plugin.abi()), devices: Some(DeviceInfo::list(&plugin)?) })
 }
 

@@ -175,7 +175,7 @@ impl Object {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
     Done,
-    Started { device_count: u32 },
+    Started { device_count: u32, abi_minor: u32 },
     DeviceInfo(Box<Plain<SpdDeviceInfo>>),
     Memory(Plain<SpdMemInfo>),
     Health(Plain<SpdHealth>),

@@ -4,6 +4,7 @@ use super::{redact, socket_of};
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Paths, Source};
 use crate::ctl::client::{Client, soon};
+use crate::ctl::system::said;
 use crate::ctl::{config, doctor, plugins};
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -12,7 +13,6 @@ use std::fmt::Write;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
-use std::process::Command;
 
 /// Largest part in bytes; of a longer one the end is kept.
 const PART_BYTES_MAX: usize = 4 << 20;
@@ -133,14 +133,6 @@ fn get(socket: &Path, path: &str) -> anyhow::Result<String> {
 
 fn pretty(value: &Value) -> anyhow::Result<String> {
     Ok(serde_json::to_string_pretty(value)?)
-}
-
-/// What a tool of the system prints.
-fn said(program: &str, arguments: &[&str]) -> anyhow::Result<String> {
-    let output = Command::new(program).args(arguments).output().context(program.to_owned())?;
-    let error = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{program}: {}", error.lines().next().unwrap_or("failed"));
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Files of the kernel one after the other; those that cannot be read are left out.

@@ -69,8 +69,8 @@ impl Loaded {
             plugin_version: version.clone(),
             settings: settings.clone(),
         });
-        let device_count = match link.call_within(&start, &[], options.start_timeout) {
-            Ok(Reply::Started { device_count }) => device_count,
+        let (device_count, abi_minor) = match link.call_within(&start, &[], options.start_timeout) {
+            Ok(Reply::Started { device_count, abi_minor }) => (device_count, abi_minor),
             Ok(_) => return Err(refuse(link.nonsense().message)),
             Err(error) if error.status == E_ABI => {
                 return Err(BackendError::Refused { plugin: id.clone(), reason: error.message });
@@ -81,7 +81,7 @@ impl Loaded {
         log::info!(plugin = id.as_str(), version = version.as_str(), host; "plugin loaded in a host of its own");
         let plugin = instance(RemotePlugin { link: Arc::new(link), device_count });
         let (path, sha256) = (found.dir.join(&library.path), library.sha256.clone());
-        Ok(Self::of_table(found.manifest.clone(), path, sha256, &TABLE, plugin, host))
+        Ok(Self::of_host(found.manifest.clone(), path, sha256, &TABLE, plugin, (host, abi_minor)))
     }
 }
 

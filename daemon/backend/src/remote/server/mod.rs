@@ -29,8 +29,9 @@ pub fn run_plugin_host() -> std::io::Result<()> {
     while let Some((request, fds)) = receive::<Request>(socket.as_fd())? {
         let reply = match (request, &plugin) {
             (Request::Start(start), None) => load(&start).map(|(loaded, device_count)| {
+                let (_, abi_minor) = loaded.abi();
                 plugin = Some(loaded);
-                Reply::Started { device_count }
+                Reply::Started { device_count, abi_minor }
             }),
             (Request::Start(_), Some(_)) | (_, None) => {
                 return Err(Error::new(ErrorKind::InvalidData, "the first request, and only it, starts the plugin"));
