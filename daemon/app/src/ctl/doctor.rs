@@ -7,6 +7,7 @@ mod elsewhere;
 mod installation;
 mod machine;
 mod people;
+mod plugins;
 mod service;
 
 use super::client::{own_socket, socket_or_default};
@@ -136,8 +137,8 @@ impl Doctor {
         checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full, service.as_ref()));
         checks.extend(elsewhere::upstreams(&config, service.as_ref()));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
-        checks.extend(installation::plugins(&config, &paths, &scan));
-        checks.extend(accelerators::accelerators(root, &installation::plugin_ids(&config, &scan), service.as_ref()));
+        checks.extend(plugins::plugins(&config, &paths, &scan));
+        checks.extend(accelerators::accelerators(root, &plugins::Plugins::of(&config, &scan), service.as_ref()));
         checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
         checks.extend(access::daemon(&socket, service.as_ref())?);

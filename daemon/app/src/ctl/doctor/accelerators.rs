@@ -1,6 +1,7 @@
 //! Which accelerators are there, and why is each used or not? Device nodes, who may open them, plugins.
 
 use super::people::{READ_AND_WRITE, USER, group_of, may};
+use super::plugins::{Plugins, installs_plugin};
 use super::service::{Service, drops_in};
 use super::{Check, sets};
 use std::fs;
@@ -23,6 +24,8 @@ struct Accelerator {
     /// What makes nodes that are missing.
     makes_nodes: &'static str,
     plugin: &'static str,
+    /// Engines that compute with it, of those that a model can be asked of elsewhere.
+    engines: &'static str,
     /// The drop-in that gives its devices to the service.
     drop_in: &'static str,
     /// Files that tell the driver's version, and what stands before it there.
@@ -41,6 +44,7 @@ const ACCELERATORS: &[Accelerator] = &[
         makes_nodes: "sudo nvidia-modprobe -c 0 -u && sudo install -m 0644 \
                       /usr/share/sparsed/accelerators/cuda.rules /etc/udev/rules.d/71-sparsed-cuda.rules",
         plugin: "cuda",
+        engines: "vLLM or SGLang",
         drop_in: "cuda",
         versions: &[("proc/driver/nvidia/version", "Kernel Module"), ("sys/module/nvidia/version", "")],
     },
@@ -57,6 +61,7 @@ const ACCELERATORS: &[Accelerator] = &[
         boards: &[&["nvhost-gpu", "nvhost-ctrl-gpu"], &["nvgpu/igpu0/ctrl", "nvgpu/igpu0/channel"]],
         makes_nodes: "sudo modprobe nvgpu",
         plugin: "cuda",
+        engines: "llama-server",
         drop_in: "jetson",
         versions: &[("etc/nv_tegra_release", "#")],
     },
@@ -73,6 +78,7 @@ const ACCELERATORS: &[Accelerator] = &[
         boards: &[&["devmm_svm", "hisi_hdc"], &["svm0", "ts_aisle", "event_sched"]],
         makes_nodes: "sudo npu-smi info",
         plugin: "ascend",
+        engines: "vllm-ascend",
         drop_in: "ascend",
         versions: &[("usr/local/Ascend/driver/version.info", "Version=")],
     },
@@ -83,6 +89,7 @@ const ACCELERATORS: &[Accelerator] = &[
         boards: &[],
         makes_nodes: "sudo cnmon",
         plugin: "cambricon",
+        engines: "vllm-mlu",
         drop_in: "cambricon",
         versions: &[("sys/module/cambricon_drv/version", "")],
     },
@@ -105,15 +112,21 @@ impl Accelerator {
         self.nodes.iter().chain(board).copied().collect()
     }
 
+    /// What has it compute though none of our plugins does.
+    fn is_used_elsewhere(&self) -> String {
+        let sets = sets("[model.NAME] upstream = \"http://127.0.0.1:8000/v1\"");
+        format!("to compute with it: {} on this box, then {sets}; /usr/share/doc/sparsed/upstream.md", self.engines)
+    }
+
     /// What lets the service see its devices.
     fn opens_sandbox(&self) -> String {
         drops_in(&format!("/usr/share/sparsed/accelerators/{}.conf", self.drop_in))
     }
 }
 
-/// Each accelerator found, and why it is or is not used. `plugins`: the one that is configured, then all there are.
-/// `service`: the one that serves here, unless it is another daemon that is asked for.
-pub(super) fn accelerators(root: &Path, plugins: &[String], service: Option<&Service>) -> Vec<Check> {
+/// Each accelerator found, and why it is or is not used. `service`: the one that serves here, unless it is another
+/// daemon that is asked for.
+pub(super) fn accelerators(root: &Path, plugins: &Plugins, service: Option<&Service>) -> Vec<Check> {
     let found = ACCELERATORS.iter().filter_map(|kind| Some((kind, kind.sign(root)?)));
     let found: Vec<_> = found.collect();
     // The display of a Jetson has the driver and some of the nodes of NVIDIA's cards.
@@ -122,16 +135,15 @@ pub(super) fn accelerators(root: &Path, plugins: &[String], service: Option<&Ser
     found.iter().filter(counts).map(|(kind, sign)| accelerator(root, kind, sign, plugins, service)).collect()
 }
 
-fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &[String], service: Option<&Service>) -> Check {
+fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &Plugins, service: Option<&Service>) -> Check {
     let Accelerator { name, makes_nodes, plugin, .. } = kind;
     let title = format!("{name} (/{sign})");
     let driver = match driver(root, kind) {
         Some(version) => format!("driver {version}"),
         None => "its driver tells no version".to_owned(),
     };
-    if !plugins.iter().any(|id| id == plugin) {
-        let found = format!("not used: there is no plugin '{plugin}', this version ships none for it; {driver}");
-        return Check::warn(title, found, "sparsectl plugins");
+    if let Some((why, fix)) = computes_nothing(kind, plugins) {
+        return Check::warn(title, format!("not used: {why}, the CPU computes; {driver}"), fix);
     }
     let node = |name: &str| root.join("dev").join(name);
     let nodes = kind.wanted(root);
@@ -146,11 +158,29 @@ fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &[String], 
         let found = format!("not used: /dev/{closed} may not be opened by the daemon's user; {driver}");
         return Check::warn(title, found, lets_in(root, &node(closed), closed));
     }
-    if plugins.first().is_some_and(|id| id == plugin) {
+    if plugins.configured == *plugin {
         return Check::ok(title, format!("used by the plugin '{plugin}'; {driver}"));
     }
-    let found = format!("not used: engine.plugin = \"{}\"; {driver}", plugins[0]);
+    let found = format!("not used: engine.plugin = \"{}\"; {driver}", plugins.configured);
     Check::warn(title, found, sets(&format!("engine.plugin = \"{plugin}\"")))
+}
+
+/// Why no plugin computes with it, if so, and what can be done then. One of others of the same id may.
+fn computes_nothing(kind: &Accelerator, plugins: &Plugins) -> Option<(String, String)> {
+    let (plugin, elsewhere) = (kind.plugin, kind.is_used_elsewhere());
+    match (plugins.is_ours(plugin), installs_plugin(plugin, false)) {
+        (Some(false), _) => None,
+        (Some(true), _) if plugins.configured == *plugin => {
+            let back = sets("engine.plugin = \"cpu\"");
+            Some((format!("the plugin '{plugin}' does not compute yet"), format!("{back}; {elsewhere}")))
+        }
+        (Some(true), _) => Some((format!("the plugin '{plugin}' does not compute yet"), elsewhere)),
+        (None, Some(installs)) => {
+            let fix = format!("{elsewhere}; to see whether its driver is found: {installs}");
+            Some((format!("the plugin '{plugin}' is not installed, and does not compute yet"), fix))
+        }
+        (None, None) => Some(("no plugin exists for it yet".to_owned(), elsewhere)),
+    }
 }
 
 /// Why the service cannot see these nodes, if so.
@@ -213,20 +243,43 @@ mod tests {
     const NPU: [(&str, &str); 4] =
         [("dev/davinci0", ""), ("dev/davinci_manager", ""), ("dev/devmm_svm", ""), ("dev/hisi_hdc", "")];
 
-    fn found(root: &Path, plugins: &[&str]) -> Check {
-        let plugins: Vec<String> = plugins.iter().map(|&id| id.to_owned()).collect();
-        accelerators(root, &plugins, None).remove(0)
+    /// These are there, of others than us, and the first one is configured.
+    fn plugins(ids: &[&str]) -> Plugins {
+        let there = ids.iter().map(|&id| (id.to_owned(), false)).collect();
+        Plugins { configured: ids[0].to_owned(), there }
+    }
+
+    fn found(root: &Path, ids: &[&str]) -> Check {
+        accelerators(root, &plugins(ids), None).remove(0)
     }
 
     #[test]
     fn an_accelerator_says_why_it_is_not_used() {
         let root = machine(&NPU);
-        assert!(found(root.path(), &["cpu"]).found.contains("no plugin 'ascend'"));
+        let none = found(root.path(), &["cpu"]);
+        assert!(none.found.contains("no plugin exists for it yet, the CPU computes"), "{none:?}");
+        assert!(none.fix.unwrap().contains("vllm-ascend on this box, then"));
         assert!(found(root.path(), &["cpu", "ascend"]).fix.unwrap().contains("engine.plugin = \"ascend\""));
         assert_eq!(found(root.path(), &["ascend"]).verdict, Verdict::Ok);
-        assert!(accelerators(machine(&[]).path(), &[], None).is_empty());
+        assert!(accelerators(machine(&[]).path(), &plugins(&["cpu"]), None).is_empty());
         let part = machine(&NPU[..3]);
         assert!(found(part.path(), &["ascend"]).found.contains("/dev/hisi_hdc is not there"));
+    }
+
+    #[test]
+    fn a_plugin_of_ours_that_does_not_compute_yet_is_nobodys_to_configure() {
+        let root = machine(&[("dev/nvidia0", "")]);
+        let said = |configured: &str, there: &[&str]| {
+            let there = there.iter().map(|&id| (id.to_owned(), true)).collect();
+            accelerators(root.path(), &Plugins { configured: configured.to_owned(), there }, None).remove(0)
+        };
+        let absent = said("cpu", &["cpu"]);
+        assert!(absent.found.contains("'cuda' is not installed, and does not compute yet"), "{absent:?}");
+        assert!(absent.fix.unwrap().contains("./sparsed-plugin-cuda"));
+        let there = said("cpu", &["cpu", "cuda"]);
+        assert!(there.verdict == Verdict::Warn && there.found.contains("does not compute yet"), "{there:?}");
+        assert!(!there.fix.unwrap().contains("engine.plugin"));
+        assert!(said("cuda", &["cpu", "cuda"]).fix.unwrap().contains("engine.plugin = \"cpu\""));
     }
 
     #[test]
@@ -310,7 +363,7 @@ mod tests {
             ("proc/driver/nvidia/version", "NVRM"),
             ("dev/nvidia0", ""),
         ]);
-        let checks = accelerators(display.path(), &["cuda".to_owned()], None);
+        let checks = accelerators(display.path(), &plugins(&["cuda"]), None);
         assert_eq!(checks.len(), 1);
         assert!(checks[0].found.contains("/dev/nvmap is not there"), "{checks:?}");
     }
@@ -321,7 +374,7 @@ mod tests {
         let root = machine(&[NPU[0], NPU[1], NPU[2], NPU[3], ("proc/devices", "Character devices:\n  0 davinci-x\n")]);
         let check = |more: &str| {
             let service = Service::parse(&format!("LoadState=loaded\nDevicePolicy=closed\n{more}")).unwrap();
-            accelerators(root.path(), &["ascend".to_owned()], Some(&service)).remove(0)
+            accelerators(root.path(), &plugins(&["ascend"]), Some(&service)).remove(0)
         };
         let private = check("PrivateDevices=yes\nDeviceAllow=/dev/davinci0 rw\n");
         assert!(private.found.contains("PrivateDevices=yes"), "{private:?}");

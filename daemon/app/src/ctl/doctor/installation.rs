@@ -1,15 +1,14 @@
-//! Is what was installed and configured whole? Configuration, state folder, models, plugins.
+//! Is what was installed and configured whole? Configuration, state folder, models.
 
 use super::machine::Memory;
 use super::people::shut_at;
 use super::service::Service;
 use super::{Check, sets, size};
-use crate::assemble::{configured_models, is_packaged, now_ms, quarantine_in};
+use crate::assemble::{configured_models, is_packaged};
 use crate::config::{Config, ConfigError, Paths, Source};
 use crate::ctl::inspect;
 use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
 use rustix::fs::Access;
-use sparsed_backend::{ABI_MAJOR, ABI_MINOR, Found, Scan};
 use sparsed_model::Inspection;
 use std::fs::File;
 use std::io::ErrorKind;
@@ -71,7 +70,7 @@ fn is_installed() -> bool {
 }
 
 /// What installs one of our packages, or `again` the one that is there.
-fn installs(package: &str, again: bool) -> String {
+pub(super) fn installs(package: &str, again: bool) -> String {
     installs_by(Path::new("/usr/bin/apt").exists(), package, again)
 }
 
@@ -260,65 +259,6 @@ fn integrity(store: &Store, configured: &Path, path: &Path, full: bool) -> anyho
     }
     let digest = Digest::of_file(&File::open(path)?, &mut |_| Ok(()))?;
     Ok(format!("all of it can be read, nobody has told its SHA-256: {digest}"))
-}
-
-/// A plugin's version, the ABI that it speaks, and the daemon's.
-fn plugin_versions(found: &Found) -> String {
-    let abi = &found.manifest.abi;
-    let majors = abi.major.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    let (version, dir) = (&found.manifest.version, found.dir.display());
-    format!("{version} in {dir}; ABI {majors}, of the daemon's {ABI_MAJOR}.{ABI_MINOR}")
-}
-
-/// Which plugins are there, and whether the one that is configured may be used.
-pub(super) fn plugins(config: &Config, paths: &Paths, scan: &Scan) -> Vec<Check> {
-    let store = quarantine_in(config, paths);
-    // Others than the daemon's user may not see what has failed; its log says so as well.
-    let is_hidden = paths.state_dir.exists() && rustix::fs::access(&paths.state_dir, Access::EXEC_OK).is_err();
-    let admit = |found: &Found| if is_hidden { Ok(()) } else { store.admit(found, now_ms()) };
-    let mut checks = Vec::new();
-    for found in &scan.found {
-        let id = &found.manifest.id;
-        let title = format!("plugin {id}");
-        checks.push(match admit(found).and_then(|()| found.verify().map(drop)) {
-            Ok(()) => Check::ok(title, plugin_versions(found)),
-            Err(error) => Check::fail(
-                title,
-                error.to_string(),
-                format!("sparsectl plugins; once its cause is mended: sudo sparsectl plugins unquarantine {id}"),
-            ),
-        });
-    }
-    for refusal in &scan.refused {
-        let title = format!("plugin {}", refusal.dir.display());
-        checks.push(Check::warn(
-            title,
-            refusal.error.to_string(),
-            format!("sudo rm -r {}, or install it again", refusal.dir.display()),
-        ));
-    }
-    let wanted = &config.engine.plugin;
-    if !scan.found.iter().any(|found| found.manifest.id == *wanted) {
-        let searched: Vec<String> = scan.searched.iter().map(|dir| dir.display().to_string()).collect();
-        let found = format!("engine.plugin = \"{wanted}\" is in none of {}", searched.join(", "));
-        checks.push(Check::fail(
-            format!("plugin {wanted}"),
-            found,
-            // The one for processors is in the daemon's package, and no other one is shipped.
-            match wanted.as_str() {
-                "cpu" => installs("sparsed", true),
-                _ => sets("engine.plugin = \"cpu\""),
-            },
-        ));
-    }
-    checks
-}
-
-/// The ids of all plugins that are there, and the one that is configured first.
-pub(super) fn plugin_ids(config: &Config, scan: &Scan) -> Vec<String> {
-    let mut ids = vec![config.engine.plugin.clone()];
-    ids.extend(scan.found.iter().map(|found| found.manifest.id.clone()));
-    ids
 }
 
 #[cfg(test)]
