@@ -7,8 +7,9 @@
 use crate::absent::{Absent, Packaged};
 use crate::config::{Activations, Config, IndexDtype, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
 use crate::devices::{self, CPU};
-use crate::door::{self, Door};
+use crate::door::{Door, Passed};
 use crate::memory::Sources;
+use crate::named::Named;
 use crate::state::{State, StateLock, may_mend_itself};
 use crate::store::{ModelAtPath, Store, StoredModel, reference};
 use crate::tcp::TcpSockets;
@@ -18,7 +19,7 @@ use sparsed_engine::api::UpstreamModel;
 use sparsed_engine::memory::Budget;
 use sparsed_engine::{DEFAULT_MODEL, Limits, ModelOptions, ModelSource, Recovery, Residence, Service, SlowTier};
 use sparsed_model::{KvFormats, ProgramOptions, Selection};
-use sparsed_surface::MqttDoor;
+use sparsed_surface::{MqttDoor, MqttOptions};
 use sparsed_upstream::Client;
 use std::collections::BTreeMap;
 use std::fs::DirBuilder;
@@ -60,11 +61,11 @@ pub struct Assembly {
 }
 
 impl Assembly {
-    /// Puts the daemon together.
+    /// Puts the daemon together, with what the service manager has passed and the files that `config` names.
     ///
     /// # Errors
     /// What is wrong, with the file or key.
-    pub fn new(config: &Config) -> anyhow::Result<Self> {
+    pub fn new(config: &Config, passed: Passed, named: Named) -> anyhow::Result<Self> {
         let paths = Paths::of(config);
         let State { lock, sessions, is_there: has_state } = State::open(config, &paths)?;
         let devices = devices::find(config)?;
@@ -75,10 +76,9 @@ impl Assembly {
             .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share });
         let absent = Absent::of(config, &paths, &configured);
         let models = model_options(config, &paths, configured, &absent, &budget, slow_tier.as_ref());
-        let passed = door::passed()?;
         let door = Door::open(&paths.socket, passed.api)?;
-        let tcp = TcpSockets::open(&config.tcp, passed.tcp)?;
-        let (mqtt, mqtt_comes) = open_mqtt(config, &paths, has_state)?;
+        let tcp = TcpSockets::open(&config.tcp, passed.tcp, named.keys)?;
+        let (mqtt, mqtt_comes) = open_mqtt(named.mqtt, &paths, has_state)?;
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
@@ -87,8 +87,7 @@ impl Assembly {
             step_failures: config.plugins.step_failures,
             step_window: Duration::from_millis(config.plugins.step_window_ms),
         };
-        let upstreams = crate::upstream::clients(config)?;
-        let relays = upstreams.iter().map(|(name, client)| {
+        let relays = named.upstreams.iter().map(|(name, client)| {
             let aliases = config.model.get(name).map_or_else(Vec::new, |model| model.aliases.clone());
             UpstreamModel { name: name.clone(), aliases, engine: Arc::new(client.clone()) }
         });
@@ -96,15 +95,14 @@ impl Assembly {
         let started = sparsed_engine::start(devices, models, relays.collect(), limits, &recovery, sessions, budget);
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
-        let upstreams = upstreams.into_iter().map(|(_, client)| client).collect();
+        let upstreams = named.upstreams.into_iter().map(|(_, client)| client).collect();
         Ok(Self { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, absent, paths, lock })
     }
 }
 
 /// MQTT's door, or that it is to be opened when the state folder can be used.
-fn open_mqtt(config: &Config, paths: &Paths, has_state: bool) -> anyhow::Result<(Option<MqttDoor>, bool)> {
-    // What is wrong with the settings and their files is said at once.
-    let Some(options) = crate::mqtt::options(config, paths)? else { return Ok((None, false)) };
+fn open_mqtt(options: Option<MqttOptions>, paths: &Paths, has_state: bool) -> anyhow::Result<(Option<MqttDoor>, bool)> {
+    let Some(options) = options else { return Ok((None, false)) };
     if !has_state {
         return Ok((None, true));
     }

@@ -16,6 +16,7 @@ pub mod lifecycle;
 pub mod logging;
 pub mod memory;
 pub mod mqtt;
+pub mod named;
 mod private;
 pub mod reload;
 pub mod sessions;

@@ -8,6 +8,7 @@ use crate::additions::Additions;
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
 use crate::door::{self, Passed};
+use crate::named::Named;
 use crate::reload::Reloader;
 use crate::state::{StateLock, may_mend_itself};
 use crate::tcp::TcpSockets;
@@ -79,14 +80,13 @@ pub fn main() -> ExitCode {
         }
         None => {
             crate::logging::start(log::LevelFilter::Info);
-            match arguments.source.load() {
-                Ok(config) => {
-                    crate::logging::set_level(config.log.level.into());
-                    run(arguments.source, config)
-                }
+            let passed = door::passed();
+            let has_tcp = passed.as_ref().is_ok_and(|passed| !passed.tcp.is_empty());
+            match configured(&arguments.source, has_tcp) {
+                Ok((config, named)) => passed.and_then(|passed| run(arguments.source, config, passed, named)),
                 Err(error) => {
-                    log::error!(reason:% = error; "configuration is wrong");
-                    let Passed { api, tcp } = door::passed().unwrap_or_default();
+                    log::error!(reason:% = format!("{error:#}"); "configuration is wrong");
+                    let Passed { api, tcp } = passed.unwrap_or_default();
                     turn_away(api, tcp);
                     return ExitCode::from(MISCONFIGURED);
                 }
@@ -102,14 +102,25 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(source: Source, config: Config) -> anyhow::Result<()> {
+/// The configuration, and the files that it names.
+///
+/// # Errors
+/// What is wrong with either; it does not pass.
+fn configured(source: &Source, has_tcp: bool) -> anyhow::Result<(Config, Named)> {
+    let config = source.load()?;
+    crate::logging::set_level(config.log.level.into());
+    let named = Named::read(&config, has_tcp)?;
+    Ok((config, named))
+}
+
+fn run(source: Source, config: Config, passed: Passed, named: Named) -> anyhow::Result<()> {
     let runtime = runtime()?;
     let hangups = {
         let _entered = runtime.enter();
         // Caught before anybody is told that the daemon is ready, and so may be told to reload.
         signal(SignalKind::hangup()).context("SIGHUP cannot be caught")?
     };
-    let assembly = Assembly::new(&config)?;
+    let assembly = Assembly::new(&config, passed, named)?;
     watchdog::start(assembly.service.clone()).context("the watchdog thread")?;
     runtime.spawn(reload_at(hangups, Reloader::new(source, config.clone(), &assembly)));
     let outcome = runtime.block_on(serve_until(assembly, &config, signalled()));

@@ -5,7 +5,7 @@
 
 use crate::assemble::make_dir;
 use crate::config::{Config, Paths};
-use crate::private::credential;
+use crate::private::{Missing, credential};
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 use sparsed_surface::{MqttDoor, MqttOptions, tls_config};
@@ -47,11 +47,13 @@ pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<M
     let password = secret(&mqtt.password_file, "password").map(|path| password(&path)).transpose()?;
     let own = secret(&mqtt.cert_file, "cert").zip(secret(&mqtt.key_file, "key"));
     if !broker.is_here() && !mqtt.allow_insecure && own.is_none() && (mqtt.username.is_none() || password.is_none()) {
-        bail!(
+        let said = format!(
             "the broker {} is elsewhere and would not know who this is: set mqtt.username and mqtt.password_file, or \
-               mqtt.cert_file and mqtt.key_file, or mqtt.allow_insecure",
+             mqtt.cert_file and mqtt.key_file, or mqtt.allow_insecure",
             broker.host
         );
+        let name = if mqtt.username.is_some() { "password" } else { "key" };
+        bail!(Missing { said, credential: credential_of(name) });
     }
     let tls = broker.tls.then(|| {
         let own = own.as_ref().map(|(certificate, key)| (certificate.as_path(), key.as_path()));
@@ -86,7 +88,11 @@ pub(crate) fn options(config: &Config, paths: &Paths) -> anyhow::Result<Option<M
 
 /// The file of a secret: the one that is configured, or else the credential `sparsed.mqtt-NAME`.
 fn secret(configured: &Option<PathBuf>, name: &str) -> Option<PathBuf> {
-    configured.clone().or_else(|| credential(&format!("sparsed.mqtt-{name}")))
+    configured.clone().or_else(|| credential(&credential_of(name)))
+}
+
+fn credential_of(name: &str) -> String {
+    format!("sparsed.mqtt-{name}")
 }
 
 /// The first line of a file.

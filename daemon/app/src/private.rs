@@ -18,6 +18,15 @@ pub(crate) fn credential(name: &str) -> Option<PathBuf> {
     path.exists().then_some(path)
 }
 
+/// A secret that is missing: the configuration names no file, and the service manager hands over no credential.
+#[derive(Debug, thiserror::Error)]
+#[error("{said}")]
+pub(crate) struct Missing {
+    pub(crate) said: String,
+    /// The credential that would do.
+    pub(crate) credential: String,
+}
+
 /// The bytes of a file that is no link and has none of the mode bits `forbidden`.
 ///
 /// # Errors

@@ -1,7 +1,7 @@
 //! Who may come in over TCP, and where? Loopback sockets of our own or the service manager's, and a file of API keys.
 
 use crate::config::Tcp;
-use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
+use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE, Missing};
 use anyhow::{Context, bail};
 use sparsed_surface::ApiKeys;
 use std::net::{SocketAddr, TcpListener};
@@ -21,11 +21,13 @@ pub struct TcpSockets {
 }
 
 impl TcpSockets {
-    /// The service manager's sockets, or those that are configured; `None` where neither are.
+    /// The service manager's sockets, or those that are configured, for whoever has one of these keys; `None` where
+    /// nobody has.
     ///
     /// # Errors
-    /// An address that is taken, or not of this box alone; keys that are missing, wrong, or may be read by others.
-    pub fn open(config: &Tcp, passed: Vec<TcpListener>) -> anyhow::Result<Option<Self>> {
+    /// An address that is taken, or not of this box alone.
+    pub fn open(config: &Tcp, passed: Vec<TcpListener>, keys: Option<ApiKeys>) -> anyhow::Result<Option<Self>> {
+        let Some(keys) = keys else { return Ok(None) };
         let bind = |address: &SocketAddr| {
             TcpListener::bind(address).with_context(|| format!("cannot listen on tcp.listen {address}"))
         };
@@ -43,7 +45,6 @@ impl TcpSockets {
             listener.set_nonblocking(true)?;
             addresses.push(address);
         }
-        let keys = keys(config)?;
         for address in addresses {
             log::info!(tcp:% = address; "listening");
         }
@@ -59,7 +60,10 @@ pub(crate) fn keys(config: &Tcp) -> anyhow::Result<ApiKeys> {
     let (path, forbidden) = match (&config.keys, private::credential(CREDENTIAL)) {
         (Some(path), _) => (path.clone(), FORBIDDEN_OF_FILE),
         (None, Some(path)) => (path, FORBIDDEN_OF_CREDENTIAL),
-        (None, None) => bail!("a TCP socket needs API keys: set tcp.keys, or pass the credential {CREDENTIAL}"),
+        (None, None) => bail!(Missing {
+            said: format!("a TCP socket needs API keys: set tcp.keys, or pass the credential {CREDENTIAL}"),
+            credential: CREDENTIAL.to_owned(),
+        }),
     };
     let about = || format!("the API keys {}", path.display());
     let text = private::read(&path, forbidden, KEYS_BYTES_MAX).with_context(about)?;
@@ -79,17 +83,18 @@ mod tests {
         let path = dir.path().join("keys");
         let listen = Some(Addresses::One("127.0.0.1:0".parse().unwrap()));
         let config = Tcp { listen, keys: Some(path.clone()) };
-        let error = |config: &Tcp| format!("{:#}", TcpSockets::open(config, Vec::new()).unwrap_err());
+        let error = |config: &Tcp| format!("{:#}", keys(config).unwrap_err());
         assert!(error(&config).contains("No such file"), "{}", error(&config));
         std::fs::write(&path, "hall 0123456789abcdef\n").unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
         assert!(error(&config).contains("may be read by others"), "{}", error(&config));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
-        assert!(TcpSockets::open(&config, Vec::new()).unwrap().is_some());
-        assert!(TcpSockets::open(&Tcp::default(), Vec::new()).unwrap().is_none());
+        let open = |passed| TcpSockets::open(&config, passed, Some(keys(&config).unwrap()));
+        assert!(open(Vec::new()).unwrap().is_some());
+        assert!(TcpSockets::open(&config, Vec::new(), None).unwrap().is_none());
         let everywhere = TcpListener::bind("0.0.0.0:0").unwrap();
         let here = TcpListener::bind("127.0.0.1:0").unwrap();
-        let refused = TcpSockets::open(&config, vec![here, everywhere]).unwrap_err();
+        let refused = open(vec![here, everywhere]).unwrap_err();
         assert!(refused.to_string().contains("other boxes"));
     }
 }

@@ -230,6 +230,10 @@ fn pages_of_other_sites_are_refused_though_they_have_the_key() {
 #[test]
 fn a_door_without_keys_is_not_opened() {
     let mut daemon = Daemon::spawn(None, &["tcp.listen=127.0.0.1:0"]);
-    assert_eq!(daemon.wait().code(), Some(1));
+    assert_eq!(daemon.wait().code(), Some(2));
     assert!(daemon.log().contains("needs API keys"), "{}", daemon.log());
+    // Who asks before a start hears the same.
+    let mut tool = std::process::Command::new(sparsed_tests::sparsectl());
+    let said = tool.args(["config", "check", "--set", "tcp.listen=127.0.0.1:0"]).output().unwrap();
+    assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("needs API keys"), "{said:?}");
 }

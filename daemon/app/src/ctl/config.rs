@@ -1,7 +1,8 @@
 //! `sparsectl config`: what does the daemon's configuration come to, who says so, and is it right?
 
-use super::print;
+use super::{doctor, print};
 use crate::config::{Layers, Source, flatten};
+use anyhow::ensure;
 use clap::Subcommand;
 use toml::Value;
 
@@ -38,7 +39,11 @@ impl ConfigCommand {
             }
             Verb::Check { source } => {
                 let layers = source.layers()?;
-                layers.config()?;
+                let (wrong, unseen) = doctor::named_files(&source, &layers.config()?);
+                ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+                for one in unseen {
+                    print(&one)?;
+                }
                 let files: Vec<String> = layers.files().map(|path| path.display().to_string()).collect();
                 print(&format!(
                     "right: {}",

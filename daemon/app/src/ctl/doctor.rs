@@ -6,6 +6,7 @@ mod doors;
 mod elsewhere;
 mod installation;
 mod machine;
+mod named;
 mod people;
 mod plugins;
 mod service;
@@ -119,6 +120,7 @@ impl Doctor {
         let (check, config) = installation::configuration(root, &self.source, service.as_ref());
         let mut checks = vec![check];
         let config = config.unwrap_or_else(Config::default);
+        checks.extend(named::named_files(root, &config, service.as_ref()));
         let paths = if service.is_some() { Paths::of_service(&config) } else { Paths::of(&config) };
         checks.push(installation::state_folder(&paths.state_dir));
         checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
@@ -163,6 +165,17 @@ impl Doctor {
 pub(super) fn report(source: &Source, socket: Option<&Path>) -> anyhow::Result<Value> {
     let doctor = Doctor { source: source.clone(), socket: socket.map(Path::to_owned), full: false, json: true };
     Ok(doctor.checks()?.iter().map(Check::json).collect())
+}
+
+/// What keeps a daemon from its start of the files that `config`, as `source` has it, names for its doors; and what
+/// whoever asks could not see of them.
+pub(super) fn named_files(source: &Source, config: &Config) -> (Vec<String>, Vec<String>) {
+    let root = Path::new("/");
+    let service = source.names_nothing().then(|| service::Service::ask(root)).flatten();
+    let checks = named::named_files(root, config, service.as_ref());
+    let (wrong, unseen): (Vec<_>, Vec<_>) = checks.into_iter().partition(|check| check.verdict == Verdict::Fail);
+    let said = |checks: Vec<Check>| checks.into_iter().map(|Check { name, found, .. }| format!("{name}: {found}"));
+    (said(wrong).collect(), said(unseen).collect())
 }
 
 fn text(checks: &[Check]) -> String {

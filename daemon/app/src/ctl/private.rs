@@ -3,7 +3,9 @@
 use super::local::LocalDevice;
 use crate::assemble::Assembly;
 use crate::config::Config;
+use crate::door::Passed;
 use crate::lifecycle::serve_until;
+use crate::named::Named;
 use anyhow::{Context, bail};
 use sparsed_engine::{DEFAULT_MODEL, ModelState};
 use std::path::{Path, PathBuf};
@@ -43,7 +45,7 @@ impl PrivateDaemon {
     pub(super) async fn start(file: &Path, options: &PrivateOptions) -> anyhow::Result<Self> {
         let home = tempfile::tempdir().context("a folder for the private socket")?;
         let config = options.config(file, home.path());
-        let assembly = Assembly::new(&config)?;
+        let assembly = Assembly::new(&config, Passed::default(), Named::default())?;
         let service = assembly.service.clone();
         let socket = assembly.paths.socket.clone();
         let (stop, stopped) = oneshot::channel();

@@ -1,6 +1,6 @@
 //! What must be known of the broker and of this node? All that the operator says, and its files read.
 
-use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ClientConfig, RootCertStore};
 use std::path::{Path, PathBuf};
@@ -94,7 +94,16 @@ impl MqttSettings {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TlsError {
-    /// A file cannot be read, or has nothing of what is wanted in it.
+    /// A file cannot be read.
+    #[error("{}: {cause}", path.display())]
+    Unread {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// A file has nothing of what is wanted in it.
     #[error("{}: {reason}", path.display())]
     File {
         /// The file.
@@ -136,7 +145,7 @@ pub fn tls_config(ca: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Arc<
     let config = match own {
         None => builder.with_no_client_auth(),
         Some((certificate, key)) => {
-            let key = PrivateKeyDer::from_pem_file(key).map_err(|error| about(key, &error))?;
+            let key = PrivateKeyDer::from_pem_file(key).map_err(|error| about(key, error))?;
             builder.with_client_auth_cert(certificates(certificate)?, key)?
         }
     };
@@ -145,13 +154,17 @@ pub fn tls_config(ca: Option<&Path>, own: Option<(&Path, &Path)>) -> Result<Arc<
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
-    let read = read.map_err(|error| about(path, &error))?;
+    let read = read.map_err(|error| about(path, error))?;
     if read.is_empty() {
         return Err(TlsError::File { path: path.to_owned(), reason: "has no certificate".to_owned() });
     }
     Ok(read)
 }
 
-fn about(path: &Path, error: &dyn std::fmt::Display) -> TlsError {
-    TlsError::File { path: path.to_owned(), reason: error.to_string() }
+fn about(path: &Path, error: pem::Error) -> TlsError {
+    let path = path.to_owned();
+    match error {
+        pem::Error::Io(cause) => TlsError::Unread { path, cause },
+        other => TlsError::File { path, reason: other.to_string() },
+    }
 }

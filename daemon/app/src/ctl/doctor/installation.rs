@@ -210,10 +210,10 @@ pub(super) fn models(
 }
 
 /// What a user does who may not see what the daemon's user sees.
-const AS_DAEMON: &str = "sudo -u sparsed sparsectl doctor";
+pub(super) const AS_DAEMON: &str = "sudo -u sparsed sparsectl doctor";
 
 /// Whether it is only whoever asks that may not look.
-fn is_closed(error: &anyhow::Error) -> bool {
+pub(super) fn is_closed(error: &anyhow::Error) -> bool {
     let denied = |cause: &std::io::Error| cause.kind() == ErrorKind::PermissionDenied;
     error.chain().any(|cause| cause.downcast_ref().is_some_and(denied))
 }

@@ -1,7 +1,8 @@
 //! What does the service manager say of the service: does it run, where, and which devices does its sandbox let it see?
 
-use std::path::Path;
-use std::process::{Command, Stdio};
+use super::people::shut_at;
+use crate::ctl::system::said;
+use std::path::{Path, PathBuf};
 
 /// The unit.
 const UNIT: &str = "sparsed.service";
@@ -11,7 +12,12 @@ const NETWORK: &str = "/usr/share/sparsed/examples/network.conf";
 const MANAGER: &str = "run/systemd/system";
 /// What is asked. A property that the manager does not know is left out of its answer.
 const PROPERTIES: &str = "--property=LoadState,ActiveState,MainPID,ControlGroup,PrivateDevices,PrivateNetwork,DevicePolicy,\
-                          DeviceAllow,SupplementaryGroups";
+                          DeviceAllow,SupplementaryGroups,ProtectHome,PrivateTmp,InaccessiblePaths,\
+                          BindPaths,BindReadOnlyPaths";
+/// What `ProtectHome=` hides.
+const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
+/// What `PrivateTmp=` hides.
+const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
 
 /// The unit as its manager has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -31,6 +37,12 @@ pub(super) struct Service {
     pub(super) allowed: Vec<String>,
     /// `SupplementaryGroups=`.
     pub(super) groups: Vec<String>,
+    /// Folders and files that are not there for it, and the setting that hides each.
+    pub(super) hidden: Vec<(PathBuf, String)>,
+    /// What is there all the same: `BindPaths=` and `BindReadOnlyPaths=`.
+    pub(super) shown: Vec<PathBuf>,
+    /// Names of the credentials that it is handed.
+    pub(super) credentials: Vec<String>,
 }
 
 impl Service {
@@ -39,10 +51,11 @@ impl Service {
         if !root.join(MANAGER).is_dir() {
             return None;
         }
-        let mut command = Command::new("systemctl");
-        command.args(["show", "--no-pager", PROPERTIES, UNIT]).stdin(Stdio::null());
-        let answer = command.output().ok().filter(|answer| answer.status.success())?;
-        Self::parse(&String::from_utf8_lossy(&answer.stdout))
+        let said = |arguments: &[&str]| said("systemctl", arguments).ok();
+        let mut service = Self::parse(&said(&["show", "--no-pager", PROPERTIES, UNIT])?)?;
+        // Not every version shows them among the properties.
+        service.credentials = credentials(&said(&["cat", "--no-pager", UNIT]).unwrap_or_default());
+        Some(service)
     }
 
     /// From lines of `NAME=VALUE`, which may come in any order and more than once.
@@ -65,11 +78,53 @@ impl Service {
                     found.is_closed |= !value.is_empty();
                     found.allowed.extend(value.split_whitespace().next().map(str::to_owned));
                 }
+                // Read-only, homes are there.
+                "ProtectHome" if matches!(value, "yes" | "tmpfs") => found.hide(&HOMES, name, value),
+                "PrivateTmp" if value != "no" => found.hide(&TEMPORARY, name, value),
+                "InaccessiblePaths" => {
+                    let paths: Vec<&str> =
+                        value.split_whitespace().map(|path| path.trim_start_matches(['-', '+'])).collect();
+                    found.hide(&paths, name, "");
+                }
+                // Each is SOURCE:DESTINATION:OPTIONS.
+                "BindPaths" | "BindReadOnlyPaths" => {
+                    let destinations = value.split_whitespace().filter_map(|bind| bind.split(':').nth(1));
+                    found.shown.extend(destinations.map(PathBuf::from));
+                }
                 "SupplementaryGroups" => found.groups.extend(value.split_whitespace().map(str::to_owned)),
                 _ => {}
             }
         }
         is_loaded.then_some(found)
+    }
+
+    fn hide(&mut self, paths: &[&str], name: &str, value: &str) {
+        self.hidden.extend(paths.iter().map(|path| (PathBuf::from(path), format!("{name}={value}"))));
+    }
+
+    /// The setting by which `path`, links followed, is not there for it.
+    pub(super) fn hides(&self, path: &Path) -> Option<&str> {
+        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+        let is_in = |folder: &Path| {
+            path.starts_with(folder) || folder.canonicalize().is_ok_and(|folder| path.starts_with(folder))
+        };
+        let hidden = self.hidden.iter().find(|(hidden, _)| is_in(hidden));
+        hidden.filter(|_| !self.shown.iter().any(|shown| is_in(shown))).map(|(_, setting)| setting.as_str())
+    }
+
+    /// What keeps its user from reading `file`, as a sentence's end.
+    pub(super) fn keeps_from(&self, root: &Path, file: &Path) -> Option<String> {
+        if let Some(setting) = self.hides(file) {
+            return Some(format!("is not there for sparsed.service ({setting})"));
+        }
+        let file = file.canonicalize().unwrap_or_else(|_| file.to_owned());
+        let at = shut_at(root, &file, &self.groups)?;
+        Some(format!("cannot be read by the daemon's user, whom {} is shut to", at.display()))
+    }
+
+    /// Whether it is handed the credential `name`.
+    pub(super) fn is_handed(&self, name: &str) -> bool {
+        self.credentials.iter().any(|start| name.starts_with(start))
     }
 
     /// What must be typed before it reaches anything on a network, if so.
@@ -85,6 +140,23 @@ impl Service {
         };
         !self.is_closed || self.allowed.iter().any(matches)
     }
+}
+
+/// The credentials that lines of a unit hand over, by their names or the beginnings of such.
+fn credentials(unit: &str) -> Vec<String> {
+    let settings = unit.lines().filter_map(|line| line.trim().split_once('='));
+    let handed = settings.filter(|(key, _)| {
+        matches!(
+            key.trim(),
+            "LoadCredential"
+                | "LoadCredentialEncrypted"
+                | "SetCredential"
+                | "SetCredentialEncrypted"
+                | "ImportCredential"
+        )
+    });
+    let names = handed.filter_map(|(_, value)| value.trim().split([':', '*']).next());
+    names.filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 /// What gives the service a drop-in that is shipped.
@@ -122,6 +194,37 @@ mod tests {
         let allows = |node, driver| service.allows(node, driver);
         assert!(allows("nvidiactl", None) && allows("nvhost-gpu", Some("nvhost-gpu")));
         assert!(!allows("nvmap", Some("nvmap")) && !allows("nvhost-gpu", None));
+    }
+
+    #[test]
+    fn what_the_sandbox_hides_is_known_by_its_setting() {
+        let service = |said: &str| Service::parse(&format!("LoadState=loaded\n{said}")).unwrap();
+        let shut = service("ProtectHome=yes\nPrivateTmp=yes\nInaccessiblePaths=-/mnt /no/such\n");
+        let hides = |path: &str| shut.hides(Path::new(path)).map(str::to_owned);
+        assert_eq!(hides("/root/m.gguf").as_deref(), Some("ProtectHome=yes"));
+        assert_eq!(hides("/var/tmp/m.gguf").as_deref(), Some("PrivateTmp=yes"));
+        assert_eq!(hides("/no/such/m.gguf").as_deref(), Some("InaccessiblePaths="));
+        let bound = service("BindReadOnlyPaths=/home/models:/home/models:rbind\nProtectHome=yes\n");
+        assert_eq!(bound.hides(Path::new("/home/models/m.gguf")), None);
+        assert!(bound.hides(Path::new("/home/m.gguf")).is_some());
+        assert_eq!(hides("/var/lib/m.gguf"), None);
+        assert_eq!(hides("/home2/m.gguf"), None);
+        let open = service("ProtectHome=read-only\nPrivateTmp=no\nInaccessiblePaths=\n");
+        assert!(open.hidden.is_empty(), "{open:?}");
+        // A link leads there as well.
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/root", dir.path().join("models")).unwrap();
+        let elsewhere = service("ProtectHome=tmpfs\n");
+        assert_eq!(elsewhere.hides(&dir.path().join("models")), Some("ProtectHome=tmpfs"));
+    }
+
+    #[test]
+    fn credentials_are_known_by_the_lines_that_hand_them_over() {
+        let unit = "# LoadCredential=sparsed.no:/x\n[Service]\nLoadCredential=sparsed.api-keys:/etc/keys\n\
+                    ImportCredential=sparsed.mqtt-*\n";
+        let service = Service { credentials: credentials(unit), ..Service::default() };
+        assert!(service.is_handed("sparsed.api-keys") && service.is_handed("sparsed.mqtt-password"));
+        assert!(!service.is_handed("sparsed.no") && !service.is_handed("sparsed.upstream-big-key"));
     }
 
     #[test]

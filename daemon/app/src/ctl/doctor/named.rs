@@ -1,0 +1,77 @@
+//! Would the daemon take the files that its configuration names for its doors: keys, passwords, certificates?
+
+use super::installation::{AS_DAEMON, is_closed};
+use super::people::USER;
+use super::service::Service;
+use super::{Check, sets};
+use crate::config::Config;
+use crate::named::{Named, Trouble, files};
+use crate::private::Missing;
+use std::path::Path;
+
+/// What is wrong with them for whoever asks, and with those that he may read and the daemon's user may not.
+pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service>) -> Vec<Check> {
+    let troubles = Named::troubles(config).into_iter().map(|Trouble { table, error }| {
+        let (title, found) = (format!("files of {table}"), format!("{error:#}"));
+        let missing = error.chain().find_map(|cause| cause.downcast_ref::<Missing>());
+        match missing {
+            Some(Missing { credential, .. }) if service.is_some_and(|service| service.is_handed(credential)) => {
+                Check::ok(title, format!("sparsed.service is handed {credential}, which is not looked at here"))
+            }
+            _ if is_closed(&error) => Check::warn(title, found, AS_DAEMON),
+            _ => Check::fail(title, found, format!("{}; man sparsed, CREDENTIALS", sets(table))),
+        }
+    });
+    let shut = files(config).into_iter().filter_map(|(key, file)| {
+        let why = service.filter(|_| file.exists())?.keeps_from(root, file)?;
+        let shown = file.display();
+        let fix = match service.and_then(|service| service.hides(file)) {
+            Some(_) => format!("sudo install -o {USER} -m 0600 -t /etc/sparsed {shown}, then {}", sets(&key)),
+            None => format!("sudo chown {USER}: {shown} && sudo systemctl restart sparsed"),
+        };
+        Some(Check::fail(key, format!("{shown} {why}"), fix))
+    });
+    troubles.chain(shut).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+    use crate::config::Layers;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn config(sets: &[String]) -> Config {
+        Layers::read(&[], sets).unwrap().config().unwrap()
+    }
+
+    #[test]
+    fn a_credential_of_the_service_is_no_mistake_and_keys_that_nobody_has_named_are() {
+        let config = config(&["tcp.listen=127.0.0.1:0".to_owned()]);
+        let said = |service: &Service| named_files(Path::new("/nowhere"), &config, Some(service)).remove(0);
+        let missing = said(&Service::default());
+        assert!(missing.verdict == Verdict::Fail && missing.found.contains("set tcp.keys"), "{missing:?}");
+        let handed = Service { credentials: vec!["sparsed.api-keys".to_owned()], ..Service::default() };
+        assert_eq!(said(&handed).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn keys_that_only_root_may_read_are_told_with_what_gives_them_to_the_daemons_user() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("etc")).unwrap();
+        // Nobody here: neither the owner of these files nor of their group.
+        fs::write(root.path().join("etc/passwd"), format!("{USER}:x:4294967:4294967::/:/\n")).unwrap();
+        let keys = root.path().join("keys");
+        fs::write(&keys, "hall 0123456789abcdef\n").unwrap();
+        fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).unwrap();
+        let config = config(&["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", keys.display())]);
+        assert!(named_files(root.path(), &config, None).is_empty());
+        let said = named_files(root.path(), &config, Some(&Service::default())).remove(0);
+        assert_eq!((said.name.as_str(), said.verdict), ("tcp.keys", Verdict::Fail));
+        assert!(said.fix.unwrap().starts_with("sudo chown sparsed: /"), "{}", said.found);
+        let hidden = vec![(root.path().to_owned(), "PrivateTmp=yes".to_owned())];
+        let said = named_files(root.path(), &config, Some(&Service { hidden, ..Service::default() })).remove(0);
+        assert!(said.found.contains("(PrivateTmp=yes)") && said.fix.unwrap().contains("-t /etc/sparsed"));
+    }
+}
