@@ -9,7 +9,7 @@ mod tests;
 
 use super::copy::copy;
 use super::http::{Client, Part, Reply};
-use super::partial::{Known, Partial};
+use super::partial::Partial;
 use super::{Digest, Entry, Source, Store};
 use anyhow::{Context, anyhow, bail, ensure};
 use hyper::{StatusCode, Uri, header};
@@ -246,7 +246,7 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
                 let reason = "the server tells no length, so nobody would see that an end is missing; give --sha256";
                 return Err(anyhow!(reason).into());
             }
-            partial.know(Known { etag, total })?;
+            partial.know(etag, total)?;
         }
         StatusCode::PARTIAL_CONTENT => {
             let range = reply.text(header::CONTENT_RANGE).and_then(content_range);
@@ -254,7 +254,7 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
             let fits_total = |total| partial.known.total.is_none_or(|known| known == total);
             match range {
                 Some((first, total)) if first == have && !is_other && total.is_none_or(fits_total) => {
-                    partial.know(Known { etag: partial.known.etag.clone(), total: partial.known.total.or(total) })?;
+                    partial.know(partial.known.etag.clone(), partial.known.total.or(total))?;
                 }
                 _ => return Err(Ended::Changed),
             }
@@ -266,7 +266,7 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
             if total != Some(have) || !(is_digest_known || partial.is_whole()) {
                 return Err(Ended::Changed);
             }
-            partial.know(Known { total, ..partial.known.clone() })?;
+            partial.know(partial.known.etag.clone(), total)?;
         }
         _ => return Err(refused(reply)),
     }

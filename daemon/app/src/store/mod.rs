@@ -306,15 +306,19 @@ impl Store {
         Ok(garbage)
     }
 
-    /// Removes `garbage`.
+    /// Removes `garbage`, but what is being fetched by now.
     ///
     /// # Errors
     /// A file that cannot be removed.
     pub fn sweep(&self, _lock: &Lock, garbage: &[Garbage]) -> anyhow::Result<()> {
         for Garbage { path, .. } in garbage {
-            match path.is_dir() {
-                true => parts::remove_dir(path)?,
-                false => std::fs::remove_file(path).with_context(|| path.display().to_string())?,
+            if path.parent() == Some(&self.partial()) {
+                // Somebody may have begun with it since it was found.
+                let _is_removed = partial::remove_unless_fetched(path)?;
+            } else if path.is_dir() {
+                parts::remove_dir(path)?;
+            } else {
+                std::fs::remove_file(path).with_context(|| path.display().to_string())?;
             }
         }
         Ok(())

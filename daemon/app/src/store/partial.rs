@@ -5,7 +5,7 @@ use anyhow::{Context, ensure};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -19,10 +19,33 @@ const HOW_TO_MAKE_ROOM: &str =
 /// Largest file of what is known of a partial one.
 const KNOWN_BYTES_MAX: u64 = 16 << 10;
 
+/// After so many bytes they are brought to the disk: what a power cut may take.
+const SYNC_BYTES: u64 = 64 << 20;
+/// What is another one after each start of the machine.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Whether somebody fetches the file `path` of the folder of partial ones, or what is known of it.
 pub(super) fn is_being_fetched(path: &Path) -> bool {
-    let Ok(file) = File::open(path.with_extension("part")) else { return false };
-    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
+    hold(path).is_none()
+}
+
+/// Removes such a file, unless somebody fetches it: nobody begins to before it is gone. Answers whether it did.
+///
+/// # Errors
+/// A file that cannot be removed.
+pub(super) fn remove_unless_fetched(path: &Path) -> anyhow::Result<bool> {
+    let Some(_held) = hold(path) else { return Ok(false) };
+    match std::fs::remove_file(path) {
+        // Who fetched it meanwhile has put it into the store.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        removed => removed.map(|()| true).with_context(|| path.display().to_string()),
+    }
+}
+
+/// The lock of such a file, if nobody has it; there may be no file any more.
+fn hold(path: &Path) -> Option<Option<File>> {
+    let Ok(file) = File::open(path.with_extension("part")) else { return Some(None) };
+    rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).ok().map(|()| Some(file))
 }
 
 /// A file that is not whole yet, locked.
@@ -33,10 +56,28 @@ pub(super) struct Partial {
     /// Its length.
     pub(super) have: u64,
     pub(super) known: Known,
+    /// How often what had come was forgotten.
+    pub(super) n_lost: u32,
+    /// Bytes that are on the disk.
+    synced: u64,
+    /// Whether anything is noted beside it.
+    is_noted: bool,
     /// Its length up to which there was room when the disk was looked at last.
     room_until: u64,
     /// Bytes that the disk of a file has left.
     free: fn(&File) -> std::io::Result<u64>,
+}
+
+/// What lies beside the file.
+#[derive(Debug, Default, Deserialize, Serialize)]
+#[serde(default)]
+struct Note {
+    #[serde(flatten)]
+    known: Known,
+    /// Bytes that were on the disk then.
+    synced: u64,
+    /// When the machine had started last, as far as the kernel says.
+    boot: Option<String>,
 }
 
 /// What is known of the whole file.
@@ -58,40 +99,64 @@ impl Partial {
         let is_there = path.metadata().is_ok_and(|meta| meta.ino() == file.metadata().map_or(0, |meta| meta.ino()));
         ensure!(locked && is_there, "another process fetches this file; try again when it has ended");
         let have = file.metadata()?.len();
-        let mut partial = Self { have, path, file, known: Known::default(), room_until: 0, free };
+        let (known, is_noted) = (Known::default(), false);
+        let mut partial = Self { have, path, file, known, n_lost: 0, synced: 0, is_noted, room_until: 0, free };
         match partial.recall() {
-            Some(known) => partial.known = known,
+            Some(note) => partial.go_on_from(note, boot().as_deref())?,
             None => partial.restart()?,
         }
-        partial.file.seek(SeekFrom::End(0))?;
         Ok(partial)
+    }
+
+    /// Keeps what is there since the start `boot` of the machine, or what was on the disk at the last one.
+    fn go_on_from(&mut self, note: Note, boot: Option<&str>) -> anyhow::Result<()> {
+        let is_since = boot.is_some() && note.boot.as_deref() == boot;
+        if !is_since {
+            // What came later may have a length and no bytes.
+            self.have = self.have.min(note.synced);
+            self.file.set_len(self.have)?;
+        }
+        (self.known, self.synced) = (note.known, note.synced.min(self.have));
+        self.is_noted = true;
+        self.file.seek(SeekFrom::End(0))?;
+        if is_since { Ok(()) } else { self.note() }
     }
 
     pub(super) fn known_path(&self) -> PathBuf {
         self.path.with_extension("json")
     }
 
-    fn recall(&self) -> Option<Known> {
+    fn recall(&self) -> Option<Note> {
         let mut text = Vec::new();
         File::open(self.known_path()).ok()?.take(KNOWN_BYTES_MAX).read_to_end(&mut text).ok()?;
         serde_json::from_slice(&text).ok()
     }
 
     /// Notes what is known of the whole file.
-    pub(super) fn know(&mut self, known: Known) -> anyhow::Result<()> {
-        if self.known != known {
-            place::write(&self.known_path(), &serde_json::to_vec(&known)?, 0o600)?;
+    pub(super) fn know(&mut self, etag: Option<String>, total: Option<u64>) -> anyhow::Result<()> {
+        let known = Known { etag, total };
+        if self.known != known || !self.is_noted {
             self.known = known;
+            self.note()?;
         }
         Ok(())
     }
 
-    /// Forgets what has come.
+    fn note(&mut self) -> anyhow::Result<()> {
+        let note = Note { known: self.known.clone(), synced: self.synced, boot: boot() };
+        place::write(&self.known_path(), &serde_json::to_vec(&note)?, 0o600)?;
+        self.is_noted = true;
+        Ok(())
+    }
+
+    /// Forgets what has come. On the disk, too: what is noted next is not to be said of old bytes after a power cut.
     pub(super) fn restart(&mut self) -> anyhow::Result<()> {
+        self.n_lost += u32::from(self.have > 0);
         self.file.set_len(0)?;
         self.file.seek(SeekFrom::Start(0))?;
-        (self.have, self.room_until) = (0, 0);
-        Ok(())
+        self.file.sync_all()?;
+        (self.have, self.synced, self.room_until) = (0, 0, 0);
+        if self.is_noted { self.note() } else { Ok(()) }
     }
 
     pub(super) fn discard(&self) -> anyhow::Result<()> {
@@ -113,6 +178,14 @@ impl Partial {
         }
         self.file.write_all(bytes).with_context(|| self.path.display().to_string())?;
         self.have = have;
+        if have - self.synced >= SYNC_BYTES {
+            self.file.sync_data().with_context(|| self.path.display().to_string())?;
+            self.synced = have;
+            // Of a copy nothing is noted: no other call goes on with it.
+            if self.is_noted {
+                self.note()?;
+            }
+        }
         Ok(())
     }
 
@@ -162,6 +235,11 @@ fn fits(bytes: u64, limit: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What tells this start of the machine from others.
+fn boot() -> Option<String> {
+    std::fs::read_to_string(BOOT_ID).ok().map(|id| id.trim().to_owned()).filter(|id| !id.is_empty())
+}
+
 fn free(file: &File) -> std::io::Result<u64> {
     let disk = rustix::fs::fstatvfs(file)?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
@@ -195,6 +273,48 @@ mod tests {
         assert!(mib == 5 && said.contains("has 64.00 MiB left, of which 64.00 MiB stay free"), "{mib}: {said}");
         assert!(said.contains("gc --partial"), "{said}");
         assert_eq!(taken(|_| Ok(0)).0, 0);
+    }
+
+    #[test]
+    fn after_a_power_cut_only_what_was_on_the_disk_is_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        store.make().unwrap();
+        let open = || Partial::open(&store, "x").unwrap();
+        let mut partial = open();
+        partial.know(Some("\"a\"".to_owned()), None).unwrap();
+        let mib = vec![7; 1 << 20];
+        (0..=SYNC_BYTES / MIB).for_each(|_| partial.write(&mib, u64::MAX).unwrap());
+        drop(partial);
+        // A process that has ended takes nothing with it.
+        let mut partial = open();
+        assert_eq!((partial.have, partial.n_lost), (SYNC_BYTES + MIB, 0));
+        let note = partial.recall().unwrap();
+        assert_eq!((note.synced, note.known.etag.as_deref()), (SYNC_BYTES, Some("\"a\"")));
+        partial.go_on_from(note, Some("another start")).unwrap();
+        assert_eq!(partial.path.metadata().unwrap().len(), SYNC_BYTES);
+        partial.write(b"on", u64::MAX).unwrap();
+        assert_eq!((partial.have, partial.path.metadata().unwrap().len()), (SYNC_BYTES + 2, SYNC_BYTES + 2));
+        // A note of an older version says nothing of the disk.
+        partial.go_on_from(serde_json::from_str("{\"etag\":null,\"total\":9}").unwrap(), Some("now")).unwrap();
+        assert_eq!((partial.have, partial.known.total), (0, Some(9)));
+    }
+
+    #[test]
+    fn what_is_begun_again_between_the_look_and_the_removal_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        store.make().unwrap();
+        for key in ["x", "y"] {
+            Partial::open(&store, key).unwrap().know(None, Some(9)).unwrap();
+        }
+        let lock = store.lock().unwrap();
+        let garbage = store.garbage(&lock, true, &[]).unwrap();
+        assert_eq!(garbage.len(), 4);
+        let fetched = Partial::open(&store, "x").unwrap();
+        store.sweep(&lock, &garbage).unwrap();
+        assert!(fetched.path.exists() && fetched.known_path().exists());
+        assert_eq!(store.partial().read_dir().unwrap().count(), 2, "the other one is gone");
     }
 
     #[test]
