@@ -8,8 +8,8 @@
 mod tests;
 
 use super::copy::copy;
-use super::http::{Client, Part, Reply};
-use super::partial::Partial;
+use super::http::{Client, Part, Reply, Unanswered};
+use super::partial::{Known, Partial};
 use super::{Digest, Entry, Source, Store};
 use anyhow::{Context, anyhow, bail, ensure};
 use hyper::{StatusCode, Uri, header};
@@ -141,6 +141,8 @@ async fn fetch_file(
 enum Ended {
     /// Another one may go further.
     ForNow(anyhow::Error, Option<Duration>),
+    /// A part came as it was told, and is not known to be the last one.
+    Part,
     /// The file is another one than before: all of it is to come again.
     Changed,
     /// No other one would.
@@ -153,6 +155,14 @@ impl<E: Into<anyhow::Error>> From<E> for Ended {
     }
 }
 
+/// What an answer brings.
+struct Coming {
+    /// Bytes that there are when all of it has come, if it tells them.
+    until: Option<u64>,
+    /// Whether its end is the file's.
+    is_rest: bool,
+}
+
 /// Has all of `uri` in the partial file. Answers what it must be, as far as anybody has said.
 async fn download(
     partial: &mut Partial,
@@ -163,21 +173,29 @@ async fn download(
     let mut client = Client::new(options.patience, options.token.clone(), options.ca_file.clone());
     let mut expected = options.expected;
     let (mut failures, mut restarts) = (options.pauses.iter(), 0);
+    // The most that there was. An attempt that begins anew loses bytes: it is no progress, however far it gets.
+    let mut most = partial.have;
     loop {
-        let before = partial.have;
-        match attempt(partial, &mut client, uri, &mut expected, options, watcher).await {
+        let n_lost = partial.n_lost;
+        let ended = attempt(partial, &mut client, uri, &mut expected, options, watcher).await;
+        let has_grown = partial.have > most && partial.n_lost == n_lost;
+        most = most.max(partial.have);
+        if has_grown {
+            failures = options.pauses.iter();
+        }
+        match ended {
             Ok(()) => return Ok(expected),
             Err(Ended::ForGood(error)) => return Err(error),
+            Err(Ended::Part) if partial.n_lost == n_lost => {}
+            Err(Ended::Part) => bail!("the server sends parts of the file and never says where it ends; give --sha256"),
             Err(Ended::Changed) => {
                 restarts += 1;
                 ensure!(restarts <= RESTARTS_MAX, "the file at the server changes again and again");
                 watcher.note("the file is another one than before: all of it is fetched again");
                 partial.restart()?;
+                most = 0;
             }
             Err(Ended::ForNow(error, asked)) => {
-                if partial.have > before {
-                    failures = options.pauses.iter();
-                }
                 let Some(pause) = failures.next() else {
                     return Err(error.context("given up; what has come is kept, and the same command goes on with it"));
                 };
@@ -203,9 +221,12 @@ async fn attempt(
     }
     let etag = partial.known.etag.clone();
     let part = Part { from: partial.have, if_still: etag.as_deref() };
-    let mut reply = client.get(uri, part).await.map_err(|error| Ended::ForNow(error, None))?;
+    let mut reply = client.get(uri, part).await.map_err(|error| match error {
+        Unanswered::ForNow(error) => Ended::ForNow(error, None),
+        Unanswered::ForGood(error) => Ended::ForGood(error),
+    })?;
     *expected = expected.or(reply.digest);
-    begin(partial, &reply, expected.is_some(), options)?;
+    let Some(coming) = begin(partial, &reply, expected.is_some(), options)? else { return Ok(()) };
     watcher.fetched(partial.have, partial.known.total)?;
     if partial.is_whole() {
         return Ok(());
@@ -218,15 +239,21 @@ async fn attempt(
         }
         watcher.fetched(partial.have, partial.known.total)?;
     }
-    match partial.known.total {
-        Some(total) if partial.have > total => Err(anyhow!("more came than the {total} bytes that were told").into()),
-        Some(total) if partial.have < total => Err(Ended::ForNow(anyhow!("the server ended too early"), None)),
-        _ => Ok(()),
+    match coming.until {
+        Some(until) if partial.have > until => Err(anyhow!("more came than the {until} bytes that were told").into()),
+        Some(until) if partial.have < until => Err(Ended::ForNow(anyhow!("the server ended too early"), None)),
+        _ if coming.is_rest || partial.is_whole() => Ok(()),
+        _ => Err(Ended::Part),
     }
 }
 
-/// Looks at an answer's head, and has the partial file ready for its body.
-fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &FetchOptions) -> Result<(), Ended> {
+/// Looks at an answer's head, and has the partial file ready for its body; `None`: all is there.
+fn begin(
+    partial: &mut Partial,
+    reply: &Reply,
+    is_digest_known: bool,
+    options: &FetchOptions,
+) -> Result<Option<Coming>, Ended> {
     let (status, have) = (reply.status, partial.have);
     let encoding = reply.text(header::CONTENT_ENCODING).unwrap_or("identity");
     if status.is_success() && encoding != "identity" {
@@ -234,7 +261,7 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
     }
     // Weak ones may be the same for different bytes.
     let etag = reply.text(header::ETAG).filter(|etag| etag.starts_with('"')).map(str::to_owned);
-    match status {
+    let coming = match status {
         StatusCode::OK => {
             if have > 0 {
                 // It ignores ranges, or the file is another one.
@@ -247,14 +274,19 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
                 return Err(anyhow!(reason).into());
             }
             partial.know(etag, total)?;
+            Coming { until: total, is_rest: true }
         }
         StatusCode::PARTIAL_CONTENT => {
             let range = reply.text(header::CONTENT_RANGE).and_then(content_range);
-            let is_other = partial.known.etag.is_some() && etag.is_some() && etag != partial.known.etag;
-            let fits_total = |total| partial.known.total.is_none_or(|known| known == total);
+            // Of nothing, nothing is known.
+            let known = if have > 0 { partial.known.clone() } else { Known { etag: etag.clone(), total: None } };
+            let is_other = known.etag.is_some() && etag.is_some() && etag != known.etag;
+            let fits_total = |total| known.total.is_none_or(|known| known == total);
             match range {
-                Some((first, total)) if first == have && !is_other && total.is_none_or(fits_total) => {
-                    partial.know(partial.known.etag.clone(), partial.known.total.or(total))?;
+                Some((first, last, total)) if first == have && !is_other && total.is_none_or(fits_total) => {
+                    partial.know(known.etag, known.total.or(total))?;
+                    // Where the whole ends, only a length says: a part may be any.
+                    Coming { until: last.checked_add(1), is_rest: false }
                 }
                 _ => return Err(Ended::Changed),
             }
@@ -263,15 +295,21 @@ fn begin(partial: &mut Partial, reply: &Reply, is_digest_known: bool, options: &
         StatusCode::RANGE_NOT_SATISFIABLE if have > 0 => {
             let total =
                 reply.text(header::CONTENT_RANGE).and_then(|range| range.strip_prefix("bytes */")?.parse().ok());
-            if total != Some(have) || !(is_digest_known || partial.is_whole()) {
+            let is_same = partial.known.etag.is_some() && etag.is_none_or(|etag| Some(etag) == partial.known.etag);
+            let is_end = match partial.known.total {
+                None => total.is_none_or(|total: u64| total == have) && (is_same || is_digest_known),
+                Some(told) => total == Some(have) && (told == have || is_digest_known),
+            };
+            if !is_end {
                 return Err(Ended::Changed);
             }
-            partial.know(partial.known.etag.clone(), total)?;
+            partial.know(partial.known.etag.clone(), Some(have))?;
+            return Ok(None);
         }
         _ => return Err(refused(reply)),
-    }
+    };
     partial.known.total.map_or(Ok(()), |total| partial.check_room(total, options.bytes_max))?;
-    Ok(())
+    Ok(Some(coming))
 }
 
 fn refused(reply: &Reply) -> Ended {
@@ -290,11 +328,11 @@ fn refused(reply: &Reply) -> Ended {
     })
 }
 
-/// First byte and length of the whole in `bytes 5-9/10`.
-fn content_range(text: &str) -> Option<(u64, Option<u64>)> {
+/// First and last byte, and the length of the whole, in `bytes 5-9/10`.
+fn content_range(text: &str) -> Option<(u64, u64, Option<u64>)> {
     let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
     let (first, last) = range.split_once('-')?;
     let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
     let total = if total.trim() == "*" { None } else { Some(total.trim().parse().ok()?) };
-    (first <= last && total.is_none_or(|total| last < total)).then_some((first, total))
+    (first <= last && total.is_none_or(|total| last < total)).then_some((first, last, total))
 }

@@ -1,5 +1,6 @@
 //! Fetches from a server that does as its script says: real sockets, no network.
 
+mod lines;
 mod more;
 
 use super::*;
@@ -347,8 +348,8 @@ fn two_do_not_fetch_the_same_file_at_a_time_and_it_is_no_garbage_meanwhile() {
 
 #[test]
 fn ranges_are_read_and_nonsense_is_none() {
-    assert_eq!(content_range("bytes 5-9/10"), Some((5, Some(10))));
-    assert_eq!(content_range("bytes 5-9/*"), Some((5, None)));
+    assert_eq!(content_range("bytes 5-9/10"), Some((5, 9, Some(10))));
+    assert_eq!(content_range("bytes 5-9/*"), Some((5, 9, None)));
     for bad in ["", "bytes", "bytes 5-9", "bytes 9-5/10", "bytes 5-10/10", "items 5-9/10", "bytes x-9/10"] {
         assert_eq!(content_range(bad), None, "{bad}");
     }

@@ -28,39 +28,78 @@ fn the_parts_of_a_model_come_with_the_first_and_those_that_were_there_are_not_fe
     assert!(bench.store.partial().read_dir().unwrap().next().is_none(), "nothing is left over");
 }
 
+/// A server by another hand, over TLS, with a certificate for `localhost` in its folder; killed at the end.
+struct TlsServer {
+    dir: tempfile::TempDir,
+    process: std::process::Child,
+    url: String,
+}
+
+impl TlsServer {
+    /// `handler` is Python's, of the name `Handler`.
+    fn start(files: &[(&str, &[u8])], handler: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let script = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout server.key \
+                        -out server.pem -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost \
+                        -addext basicConstraints=critical,CA:FALSE";
+        let made = std::process::Command::new("sh").args(["-c", script]).current_dir(dir.path()).output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        files.iter().for_each(|(name, bytes)| std::fs::write(dir.path().join(name), bytes).unwrap());
+        let script = format!(
+            "import http.server, ssl\n\
+             {handler}\n\
+             server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)\n\
+             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n\
+             context.load_cert_chain('server.pem', 'server.key')\n\
+             server.socket = context.wrap_socket(server.socket, server_side=True)\n\
+             print(server.server_address[1], flush=True)\n\
+             server.serve_forever()\n"
+        );
+        let mut command = std::process::Command::new("python3");
+        command.args(["-c", &script]).current_dir(dir.path());
+        command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());
+        let mut process = command.spawn().unwrap();
+        let mut port = String::new();
+        std::io::BufReader::new(process.stdout.take().unwrap()).read_line(&mut port).unwrap();
+        Self { dir, process, url: format!("https://localhost:{}/m.gguf", port.trim()) }
+    }
+}
+
+impl Drop for TlsServer {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
 #[test]
-fn a_server_whose_certificate_nobody_vouches_for_is_refused_and_believed_with_its_authority() {
-    let dir = tempfile::tempdir().unwrap();
-    let script = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout server.key \
-                    -out server.pem -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost \
-                    -addext basicConstraints=critical,CA:FALSE";
-    let made = std::process::Command::new("sh").args(["-c", script]).current_dir(dir.path()).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+fn a_server_whose_certificate_nobody_vouches_for_is_refused_at_once_and_believed_with_its_authority() {
     let body = body();
-    std::fs::write(dir.path().join("m.gguf"), &body).unwrap();
-    // A server by another hand.
-    let script = "import functools, http.server, ssl\n\
-                  handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory='.')\n\
-                  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)\n\
-                  context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n\
-                  context.load_cert_chain('server.pem', 'server.key')\n\
-                  server.socket = context.wrap_socket(server.socket, server_side=True)\n\
-                  print(server.server_address[1], flush=True)\n\
-                  server.serve_forever()\n";
-    let mut command = std::process::Command::new("python3");
-    command.args(["-c", script]).current_dir(dir.path());
-    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::null());
-    let mut server = command.spawn().unwrap();
-    let mut port = String::new();
-    std::io::BufReader::new(server.stdout.take().unwrap()).read_line(&mut port).unwrap();
-    let url = format!("https://localhost:{}/m.gguf", port.trim());
+    let server = TlsServer::start(&[("m.gguf", &body)], "Handler = http.server.SimpleHTTPRequestHandler");
     let mut bench = Bench::new();
-    let refused = bench.fetch(&url);
-    bench.options.ca_file = Some(dir.path().join("server.pem"));
-    let taken = bench.fetch(&url);
-    server.kill().unwrap();
-    server.wait().unwrap();
-    assert!(refused.unwrap_err().contains("certificate"), "nobody vouches for it");
-    taken.unwrap();
+    assert!(bench.fetch(&server.url).unwrap_err().contains("certificate"), "nobody vouches for it");
+    assert!(bench.notes.0.is_empty(), "{:?}", bench.notes.0);
+    bench.options.ca_file = Some(server.dir.path().join("server.pem"));
+    bench.fetch(&server.url).unwrap();
     assert_eq!(bench.stored(), body);
+}
+
+#[test]
+fn a_server_with_tls_that_leads_to_one_without_is_left_and_the_other_one_not_asked() {
+    let plain = Server::start(vec![whole("\"a\"", &body(), 300_000)]);
+    let handler = format!(
+        "class Handler(http.server.BaseHTTPRequestHandler):\n    \
+             def do_GET(self):\n        \
+                 self.send_response(302)\n        \
+                 self.send_header('Location', '{}')\n        \
+                 self.send_header('Content-Length', '0')\n        \
+                 self.end_headers()\n",
+        plain.url
+    );
+    let server = TlsServer::start(&[], &handler);
+    let mut bench = Bench::new();
+    bench.options.ca_file = Some(server.dir.path().join("server.pem"));
+    let said = bench.fetch(&server.url).unwrap_err();
+    assert!(said.contains("without TLS") && bench.is_empty(), "{said}");
+    assert!(bench.notes.0.is_empty() && plain.heads.try_recv().is_err(), "{:?}", bench.notes.0);
 }
