@@ -83,6 +83,9 @@ pub async fn fetch(
         n_parts == 1 || options.expected.is_none(),
         "each of the {n_parts} parts has a SHA-256 of its own; leave out the one that was given"
     );
+    if n_parts > 1 {
+        store.check_links(|from, to| std::fs::hard_link(from, to))?;
+    }
     let (mut wholes, mut options, mut resumed_bytes) = (Vec::new(), options.clone(), 0);
     for (number, part) in (1..).zip(&parts) {
         if n_parts > 1 {

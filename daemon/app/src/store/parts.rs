@@ -86,6 +86,25 @@ impl Store {
         self.files(entry).swap_remove(0).0
     }
 
+    /// That the store's disk has hard links, of which the folder of a model of several files is made; FAT and exFAT
+    /// have none. No copy is made in their place: it would take the model's room twice. `link` is the system's.
+    ///
+    /// # Errors
+    /// A disk that has none.
+    pub(super) fn check_links(&self, link: impl Fn(&Path, &Path) -> std::io::Result<()>) -> anyhow::Result<()> {
+        let dir = self.partial();
+        let file = tempfile::NamedTempFile::new_in(&dir).with_context(|| dir.display().to_string())?;
+        let beside = file.path().with_extension("link");
+        link(file.path(), &beside).with_context(|| {
+            format!(
+                "the disk of {} has no hard links, which a model of several files needs; set models.dir to a folder of \
+                 another disk, or have its parts made one file",
+                self.dir().display()
+            )
+        })?;
+        Ok(std::fs::remove_file(&beside)?)
+    }
+
     /// Makes the folder of a model of several files anew, from the files that are in their places.
     ///
     /// # Errors
@@ -133,6 +152,17 @@ pub(super) fn remove_dir(dir: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_without_hard_links_is_told_before_anything_comes() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        store.make().unwrap();
+        store.check_links(|from, to| std::fs::hard_link(from, to)).unwrap();
+        let said = store.check_links(|_, _| Err(rustix::io::Errno::PERM.into())).unwrap_err();
+        assert!(said.to_string().contains("has no hard links") && said.to_string().contains("models.dir"), "{said}");
+        assert_eq!(store.partial().read_dir().unwrap().count(), 0);
+    }
 
     #[test]
     fn a_first_part_names_all_and_any_other_name_itself() {
