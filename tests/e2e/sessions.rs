@@ -208,6 +208,27 @@ fn an_answer_that_was_cut_is_finished_before_the_next_turn() {
 }
 
 #[test]
+fn a_cut_answer_that_the_context_has_no_room_for_any_more_is_given_up_and_the_next_turn_begins() {
+    let mut bench = Bench::start(&[]);
+    let id = bench.create(&json!({ "context_full": "truncate-oldest" }));
+    let long = user(&"One. ".repeat(140));
+    let whole = content(&bench.daemon.post("/v1/chat/completions", &wish(None, &[long.clone()], 400)).json());
+    let mut request = wish(Some(&id), &[long], 400);
+    request["stream"] = json!(true);
+    let mut stream = bench.daemon.open("/v1/chat/completions", &request);
+    stream.read_exact(&mut [0; 3000]).unwrap();
+    bench.sets.push("model.default.max_context=512");
+    bench.restart();
+    assert_eq!(bench.session(&id)["state"], "interrupted");
+    let alone = bench.daemon.post("/v1/chat/completions", &wish(None, &[user("Two.")], 20)).json();
+    assert_eq!(content(&bench.turn(&id, "Two.", 20)), content(&alone));
+    let session = bench.session(&id);
+    let said = session["messages"][1]["content"].as_str().unwrap();
+    assert!(!said.is_empty() && whole.starts_with(said), "{said:?}");
+    assert_eq!((&session["state"], &session["turns"]), (&json!("idle"), &json!(2)));
+}
+
+#[test]
 fn a_client_that_leaves_keeps_what_was_said_and_may_have_the_rest() {
     let bench = Bench::start(&[]);
     let (id, twin) = (bench.create(&json!({})), bench.create(&json!({})));

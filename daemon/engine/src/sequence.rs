@@ -8,6 +8,7 @@ use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
 use crate::service::Lease;
+pub(crate) use answer::retold;
 use answer::{Answer, End};
 use figures::Times;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher, Realm};

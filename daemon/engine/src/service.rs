@@ -293,7 +293,7 @@ impl Service {
         let (index, _) = self.slot(&request.model)?;
         // From here on it stays until the request has ended.
         let held = self.held_now(&request.model)?;
-        held.model.check(&request)?;
+        held.model.check(&request, request.turn.is_some())?;
         if request.max_tokens == Some(0) {
             return served::unanswered(&request, &mut *sink);
         }

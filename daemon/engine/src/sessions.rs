@@ -13,6 +13,7 @@ mod conversation;
 mod keeper;
 mod late;
 mod listener;
+mod open;
 mod readers;
 mod recorded;
 mod retention;
@@ -23,6 +24,7 @@ pub(crate) use asks::{Ask, Asks, ImagesOf};
 pub use conversation::{SaidTurn, TurnEnd};
 pub(crate) use keeper::{Clocks, Keeper, spawn};
 pub use late::{LateStore, SessionStore};
+pub(crate) use open::OpenSession;
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
@@ -30,15 +32,14 @@ pub use sparsed_session::{
 pub(crate) use verbs::CutTurn;
 pub use wishes::Wishes;
 
-use crate::api::{ChatPrompt, Failure, Owner, Turn};
+use crate::ChatMessage;
+use crate::api::{Failure, Owner};
 use crate::service::ServedModel;
-use crate::{ChatMessage, ChatRequest};
-use conversation::{Conversation, Cut};
+use conversation::Conversation;
 use keeper::failure;
 use late::Absence;
-use sparsed_session::{Limits as SessionLimits, NewSession, NewTurn, StoreError};
+use sparsed_session::{Limits as SessionLimits, NewSession, StoreError};
 use std::sync::mpsc::sync_channel;
-use wishes::Asked;
 
 /// When a disk that cannot be used may be there.
 const RETRY_S: u32 = 10;
@@ -120,7 +121,7 @@ impl Sessions {
     pub fn turns(&self, owner: Owner, id: SessionId) -> Result<(String, Vec<SaidTurn>), Failure> {
         self.ask(move |keeper| {
             let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
-            let is_answered = keeper.is_answered(id);
+            let is_answered = keeper.live(id).is_some();
             let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
             let turns = SaidTurn::all(history, is_answered);
             keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
@@ -268,7 +269,7 @@ impl Sessions {
             keeper.take_session(owner.number(), id)?;
             let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error));
             match history.and_then(Conversation::of) {
-                Ok(conversation) => Ok(OpenSession { asks, owner, id, conversation, is_begun: false }),
+                Ok(conversation) => Ok(OpenSession::new(asks, owner, id, conversation)),
                 Err(failure) => {
                     keeper.let_go(owner.number(), id);
                     Err(failure)
@@ -308,86 +309,6 @@ fn ask<T: Send + 'static>(
         let _unheard = answer.send(verb(keeper)).is_err();
     })));
     answered.recv().unwrap_or(Err(Failure::ShuttingDown))
-}
-
-/// A session that nobody else may use until this is dropped, or its turn has ended.
-#[derive(Debug)]
-pub(crate) struct OpenSession {
-    asks: Asks,
-    owner: Owner,
-    id: SessionId,
-    conversation: Conversation,
-    is_begun: bool,
-}
-
-impl OpenSession {
-    /// The name of its model.
-    pub(crate) fn model(&self) -> &str {
-        &self.conversation.model
-    }
-
-    /// Whether the daemon has cut the last answer.
-    pub(crate) fn is_cut(&self) -> bool {
-        self.conversation.cut.as_ref().is_some_and(|cut| cut.cancelled.is_none())
-    }
-
-    /// Journals a turn that asks `chat`; answers its prompt and how it is recorded.
-    pub(crate) fn begin(
-        mut self,
-        model: &ServedModel,
-        chat: ChatRequest,
-        wishes: &Wishes,
-    ) -> Result<(ChatPrompt, Turn), Failure> {
-        self.check(model)?;
-        let (prompt, n_left_out) = self.conversation.prompt(model, &chat, wishes.max_tokens)?;
-        model.check_prompt(&prompt.tokens)?;
-        let n_kept = common(&self.conversation.tokens, &prompt.tokens);
-        let (request, sampling) = Asked { chat, wishes: wishes.clone(), n_left_out }.encode();
-        let (owner, id, shape) = (self.owner.number(), self.id, model.images);
-        let (n_kept, new) = (count(n_kept), prompt.tokens[n_kept..].to_vec());
-        let turn = ask(&self.asks, move |keeper| {
-            let turn = NewTurn { keep_tokens: n_kept, prompt: &new, request: &request, sampling: &sampling };
-            keeper.begin(owner, id, &shape, &turn)
-        })?;
-        self.is_begun = true;
-        Ok((prompt, turn))
-    }
-
-    /// Goes on with the turn that was cut; answers its prompt, its wishes and how it is recorded.
-    pub(crate) fn resume(mut self, model: &ServedModel) -> Result<(ChatPrompt, Wishes, Turn), Failure> {
-        self.check(model)?;
-        let none = || Failure::SessionBusy { id: self.id.to_string(), state: "idle: its last answer was not cut" };
-        let Cut { asked, prompt, answered, cancelled } = self.conversation.cut.take().ok_or_else(none)?;
-        // It may be of an imported file, which says what it likes.
-        model.check_tokens("session", &answered)?;
-        let reading = self.conversation.reading(model, &asked)?;
-        let wishes = asked.wishes.checked()?;
-        let (owner, id, shape) = (self.owner.number(), self.id, model.images);
-        let cut = CutTurn { n_prompt: count(prompt.len()), answered, cancelled };
-        let turn = ask(&self.asks, move |keeper| keeper.resume(owner, id, &shape, cut))?;
-        self.is_begun = true;
-        Ok((ChatPrompt { tokens: prompt, reading }, wishes, turn))
-    }
-
-    fn check(&self, model: &ServedModel) -> Result<(), Failure> {
-        if self.conversation.fingerprint == model.vocabulary {
-            return Ok(());
-        }
-        Err(Failure::SessionOfOtherModel { id: self.id.to_string(), model: self.conversation.model.clone() })
-    }
-}
-
-impl Drop for OpenSession {
-    fn drop(&mut self) {
-        if !self.is_begun {
-            self.asks.tell(Ask::Close { owner: self.owner.number(), id: self.id });
-        }
-    }
-}
-
-/// Tokens that two sequences begin with alike.
-fn common(a: &[u32], b: &[u32]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
 fn count(n: usize) -> u32 {

@@ -1,6 +1,6 @@
 //! How does an answer's text get to the listener? Tokens to characters, stop strings, reasoning and calls.
 
-use crate::api::{Event, Reading};
+use crate::api::{Event, Generate, Reading};
 use crate::stream::StopStrings;
 use sha2::{Digest, Sha256};
 use sparsed_model::{OutputEvent, OutputParser, TextStream, Tokenizer};
@@ -126,6 +126,23 @@ impl Answer {
     pub(super) fn has_called(&self) -> bool {
         self.has_called
     }
+}
+
+/// What the listener of an answer to `n_prompt` tokens has heard, or was to hear, of its `tokens`.
+pub(crate) fn retold(
+    tokens: &[u32],
+    n_prompt: usize,
+    request: &Generate,
+    reading: Option<Reading>,
+    tokenizer: Option<&Tokenizer>,
+) -> VecDeque<Event> {
+    let (mut outbox, origin) = (VecDeque::new(), (request.sampling.seed, n_prompt));
+    let mut answer = Answer::new(reading, request.stops.clone(), origin).ending_with_a_call(request.one_call);
+    let is_end = |token| tokenizer.is_some_and(|tokenizer| tokenizer.end_tokens().contains(&token));
+    let ends = |token| !request.ignore_end && is_end(token);
+    let is_stopped = tokens.iter().any(|&token| answer.take(token, ends(token), tokenizer, &mut outbox));
+    answer.finish(if is_stopped { End::Stopped } else { End::Complete }, &mut outbox);
+    outbox
 }
 
 /// Names a call of the answer with this origin. No randomness: an answer that was cut is told again from its journal,

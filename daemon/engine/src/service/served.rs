@@ -131,8 +131,9 @@ impl ServedModel {
         self.model.tokenizer().ok_or_else(none)
     }
 
-    pub(super) fn check(&self, request: &Generate) -> Result<(), Failure> {
-        if request.max_tokens == Some(0) && request.turn.is_some() {
+    /// That a request can be answered; more is asked of a turn of a session.
+    pub(crate) fn check(&self, request: &Generate, is_turn: bool) -> Result<(), Failure> {
+        if request.max_tokens == Some(0) && is_turn {
             return Err(Failure::invalid("max_tokens", "is 0, must be at least 1 in a session"));
         }
         let vocab = self.model.spec().vocab_size;

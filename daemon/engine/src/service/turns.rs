@@ -50,13 +50,13 @@ impl Service {
     /// the disk: not for threads that must not wait.
     ///
     /// # Errors
-    /// The session's or the model's; the last answer was not cut.
+    /// The session's or the model's; the last answer was not cut. Where it cannot be asked again as it was, and that will
+    /// not pass, it is ended with what it has said.
     pub fn resume_turn(&self, owner: Owner, id: SessionId) -> Result<Generate, Failure> {
         let (session, Held { model, lease }) = self.open_session(owner, id)?;
         let name = session.model().to_owned();
-        let (prompt, wishes, turn) = session.resume(&model)?;
-        let grammar = wishes.compiled(&model)?;
-        Ok(with(name, prompt, turn, Generate { grammar, lease: Some(lease), ..wishes.request(owner) }))
+        let request = session.resume(&model)?;
+        Ok(Generate { model: name, lease: Some(lease), ..request })
     }
 
     fn open_session(&self, owner: Owner, id: SessionId) -> Result<(OpenSession, Held), Failure> {

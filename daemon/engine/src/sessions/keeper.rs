@@ -195,8 +195,7 @@ impl Keeper {
         }
         let failing = std::mem::take(&mut self.failing);
         for (id, error) in failed {
-            let live = self.answers.iter().find(|(_, answer)| answer.id == id && answer.holds);
-            match live.map(|(turn, _)| *turn) {
+            match self.live(id) {
                 Some(turn) => self.fail(turn, &error),
                 None => {
                     if !failing.contains(&id) {
@@ -311,9 +310,9 @@ impl Keeper {
         let _gone = self.store.release(owner, id).is_err();
     }
 
-    /// Whether a turn of the session is on its way.
-    pub(super) fn is_answered(&self, id: SessionId) -> bool {
-        self.answers.values().any(|answer| answer.id == id && answer.holds)
+    /// The turn of the session that is on its way.
+    pub(super) fn live(&self, id: SessionId) -> Option<TurnId> {
+        self.answers.iter().find(|(_, answer)| answer.id == id && answer.holds).map(|(turn, _)| *turn)
     }
 
     /// That nobody has taken a session.
@@ -549,6 +548,24 @@ mod tests {
             assert!(said.is_none_or(|said| said == *answer), "{failure}: {}", String::from_utf8_lossy(answer));
             keeper.store.release(1, id).unwrap();
         }
+    }
+
+    #[test]
+    fn a_cut_answer_that_would_fail_again_is_ended_with_what_it_has_said_and_the_next_turn_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        begin(&mut keeper, id, 0, &[1; 3]);
+        keeper.store.append_tokens(1, id, &[4, 5]).unwrap();
+        keeper.store.end_turn(1, id, Outcome::Interrupted, b"", 0).unwrap();
+        assert_eq!(keeper.store.summary(1, id).unwrap().state, State::Interrupted);
+        keeper.give_up(1, id, b"Some words").unwrap();
+        let history = keeper.store.history(1, id).unwrap();
+        let last = history.turns.last().unwrap();
+        assert_eq!((last.outcome, last.answer.as_slice()), (Some(Outcome::Cancelled), b"Some words".as_slice()));
+        assert_eq!((history.tokens.len(), history.is_open()), (5, false));
+        keeper.let_go(1, id);
+        begin(&mut keeper, id, 5, &[6]);
+        assert_eq!(keeper.give_up(1, id, b"").map_err(|failure| failure.may_pass()), Err(true), "it is being answered");
     }
 
     #[test]

@@ -61,10 +61,8 @@ impl Listener {
 
     /// Takes an event to be passed on.
     pub(super) fn hear(&mut self, event: Event) {
+        self.parts.hear(&event);
         match &event {
-            Event::Delta { text, .. } => self.parts.content(text),
-            Event::Reasoning { text } => self.parts.reasoning(text),
-            Event::ToolCall { id, name, arguments, .. } => self.parts.call(id, name, arguments),
             Event::Finished(_) => self.end = Some(End::Finished),
             // The next daemon goes on with it.
             Event::Failed(Failure::ShuttingDown) => self.end = Some(End::Cut),
@@ -72,6 +70,7 @@ impl Listener {
             Event::Failed(Failure::BackendFailed { .. } | Failure::DiskFailed { .. }) => self.end = Some(End::Failed),
             Event::Failed(failure) if failure.may_pass() => self.end = Some(End::Refused),
             Event::Failed(_) => self.end = Some(End::Failed),
+            Event::Delta { .. } | Event::Reasoning { .. } | Event::ToolCall { .. } => {}
             Event::Queued { .. } | Event::Sampled { .. } | Event::Progress(_) | Event::Likelihood(_) => {}
         }
         self.events.push_back(event);

@@ -5,7 +5,7 @@ use super::keeper::{Keeper, Resumed, failure};
 use crate::api::{Failure, Turn};
 #[cfg(feature = "simulation")]
 use sparsed_session::History;
-use sparsed_session::{Durability, ImageShape, NewSession, NewTurn, SessionId, StoreError, Summary};
+use sparsed_session::{Durability, ImageShape, NewSession, NewTurn, Outcome, SessionId, StoreError, Summary};
 
 /// How often an answer goes on by itself from the same token: it may be what ends the daemon.
 const TRIES_MAX: u32 = 3;
@@ -101,6 +101,34 @@ impl Keeper {
         resume().map_err(|error| failure(id, &error))?;
         let n_kept = cut.n_prompt + super::count(cut.answered.len());
         Ok(self.turn(owner, id, shape, n_kept, Some(Resumed { tokens: cut.answered, before: cut.cancelled })))
+    }
+}
+
+impl Keeper {
+    /// Ends the last turn of a session that is taken, which was cut and would fail again; it has said `answer`.
+    pub(crate) fn give_up(&mut self, owner: u64, id: SessionId, answer: &[u8]) -> Result<(), Failure> {
+        let now = self.seconds();
+        self.store.resume_turn(owner, id).map_err(|error| failure(id, &error))?;
+        let mut end = || {
+            self.store.end_turn(owner, id, Outcome::Cancelled, answer, now)?;
+            self.with_room(|store| store.commit(owner, id))
+        };
+        let ended = end();
+        if let Err(error) = ended {
+            self.undo(owner, id, &error);
+        }
+        ended.map_err(|error| failure(id, &error))
+    }
+
+    /// A session that could not be written is again what the disk has of it. The answer that is under way cannot be
+    /// written either.
+    pub(super) fn undo(&mut self, owner: u64, id: SessionId, error: &StoreError) {
+        if let Some(turn) = self.live(id) {
+            return self.fail(turn, error);
+        }
+        if let Err(error) = self.store.revert(owner, id) {
+            log::error!(session:% = id, reason:% = error; "session cannot be read again");
+        }
     }
 }
 

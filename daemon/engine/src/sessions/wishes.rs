@@ -1,6 +1,6 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
-use crate::api::{CacheSalt, Failure, Generate, Owner, Urgency};
+use crate::api::{CacheSalt, Event, Failure, Generate, Owner, Urgency};
 use crate::{ChatMessage, ChatRequest, Grammar, GrammarSpec, Role, Sampling, ServedModel, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
@@ -117,18 +117,17 @@ pub(super) struct AnswerParts {
 }
 
 impl AnswerParts {
-    pub(super) fn content(&mut self, text: &str) {
-        self.content += text;
-    }
-
-    pub(super) fn reasoning(&mut self, text: &str) {
-        self.reasoning += text;
-    }
-
-    /// A call, as its client heard of it.
-    pub(super) fn call(&mut self, id: &str, name: &str, arguments: &str) {
-        let [id, name, arguments] = [id, name, arguments].map(str::to_owned);
-        self.calls.push(ToolCall { id, name, arguments });
+    /// Takes what its listener hears.
+    pub(super) fn hear(&mut self, event: &Event) {
+        match event {
+            Event::Delta { text, .. } => self.content += text,
+            Event::Reasoning { text } => self.reasoning += text,
+            Event::ToolCall { id, name, arguments, .. } => {
+                let [id, name, arguments] = [id, name, arguments].map(String::clone);
+                self.calls.push(ToolCall { id, name, arguments });
+            }
+            _ => {}
+        }
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {

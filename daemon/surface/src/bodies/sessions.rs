@@ -145,7 +145,8 @@ pub(crate) async fn import(service: &Service, owner: Owner, file: Vec<u8>) -> Re
     Ok(summary(&verb(service, move |service| service.sessions()?.import(owner, file)).await?))
 }
 
-/// A turn of a session as a request. An answer that was cut before it is finished first.
+/// A turn of a session as a request. An answer that was cut before it is finished first, or, where it would fail again,
+/// given up.
 ///
 /// # Errors
 /// The session's, or the model's.
@@ -157,6 +158,7 @@ pub(crate) async fn turn(
     wishes: Wishes,
 ) -> Result<Generate, Refusal> {
     let id = session_id(id)?;
+    let mut failed = None;
     loop {
         let (chat, wishes) = (chat.clone(), wishes.clone());
         let begun =
@@ -167,8 +169,18 @@ pub(crate) async fn turn(
         if let Some(request) = begun.await? {
             return Ok(request);
         }
-        let cut = with_model(service, owner, move |service| service.resume_turn(owner, id)).await?;
-        finish(service, cut.into()).await?;
+        if let Some(failure) = failed.take() {
+            return Err(Refusal::from(failure));
+        }
+        let cut = with_model(service, owner, move |service| match service.resume_turn(owner, id) {
+            Err(failure) if !failure.may_pass() => Ok(Err(failure)),
+            cut => cut.map(Ok),
+        });
+        match cut.await? {
+            Ok(cut) => finish(service, cut.into()).await?,
+            // It is ended now, or the session is not this model's.
+            Err(failure) => failed = Some(failure),
+        }
     }
 }
 
