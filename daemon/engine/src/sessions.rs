@@ -109,7 +109,7 @@ impl Sessions {
             let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
             let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
             let (settings, conversation) = (history.settings, Conversation::of(history));
-            keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
+            keeper.rest(owner.number(), id);
             Ok(Session { summary, settings, messages: conversation?.messages() })
         })
     }
@@ -124,7 +124,7 @@ impl Sessions {
             let is_answered = keeper.live(id).is_some();
             let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
             let turns = SaidTurn::all(history, is_answered);
-            keeper.store.release(owner.number(), id).map_err(|error| failure(id, &error))?;
+            keeper.rest(owner.number(), id);
             Ok((summary.model, turns?))
         })
     }
@@ -231,7 +231,7 @@ impl Sessions {
                 }
                 error => failure(SessionId::from_bytes([0; 16]), &error),
             };
-            let id = keeper.store.import(owner.number(), &file).map_err(refused)?;
+            let id = keeper.import(owner.number(), &file).map_err(refused)?;
             keeper.store.summary(owner.number(), id).map_err(refused)
         })
     }
@@ -258,6 +258,7 @@ impl Sessions {
             if let Some(pinned) = change.pinned {
                 keeper.store.pin(owner.number(), id, pinned).map_err(refused)?;
             }
+            keeper.rest(owner.number(), id);
             keeper.store.summary(owner.number(), id).map_err(refused)
         })
     }
@@ -284,7 +285,11 @@ impl Sessions {
         id: SessionId,
         verb: impl FnOnce(&mut Keeper, u64) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Failure> {
-        self.ask(move |keeper| verb(keeper, owner.number()).map_err(|error| failure(id, &error)))
+        self.ask(move |keeper| {
+            let done = verb(keeper, owner.number()).map_err(|error| failure(id, &error));
+            keeper.rest(owner.number(), id);
+            done
+        })
     }
 
     /// Has the thread carry out `verb`, and waits for it.

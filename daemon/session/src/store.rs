@@ -129,13 +129,13 @@ impl<D: Disk> Store<D> {
         session.load(&mut self.disk)
     }
 
-    /// Forgets what can be read again from the disk; the session is as it was.
+    /// Forgets what can be read again from the disk; the session is as it was. Answers whether it can be: what is not
+    /// written stays in memory.
     ///
     /// # Errors
     /// [`StoreError::NotFound`].
-    pub fn release(&mut self, owner: u64, id: SessionId) -> Result<()> {
-        find(&mut self.sessions, owner, id)?.release();
-        Ok(())
+    pub fn release(&mut self, owner: u64, id: SessionId) -> Result<bool> {
+        Ok(find(&mut self.sessions, owner, id)?.release())
     }
 
     /// Gives a session another title.
@@ -168,6 +168,7 @@ impl<D: Disk> Store<D> {
         let sum = |bytes: fn(&Session) -> u64| self.sessions.values().map(bytes).sum();
         Usage {
             sessions: self.sessions.values().filter(|session| !session.is_doomed()).count() as u64,
+            loaded: self.sessions.values().filter(|session| session.history.is_some()).count() as u64,
             journal_bytes: sum(Session::journal_bytes),
             kv_bytes: sum(|session| session.kv.n_bytes),
             journal_bytes_written: self.journal_bytes_written,

@@ -54,6 +54,8 @@ pub(crate) struct Keeper {
     pub(super) clocks: Clocks,
     /// Sessions that could not be written by the last flush, and are not answered.
     failing: HashSet<SessionId>,
+    /// Sessions that were let go of before they were written, with their owners.
+    unwritten: HashSet<(u64, SessionId)>,
     pub(super) retention: Retention,
 }
 
@@ -129,6 +131,7 @@ impl Keeper {
             stopping: false,
             clocks,
             failing: HashSet::new(),
+            unwritten: HashSet::new(),
             retention: Retention::default(),
         }
     }
@@ -205,6 +208,9 @@ impl Keeper {
                 }
             }
         }
+        for (owner, id) in std::mem::take(&mut self.unwritten) {
+            self.rest(owner, id);
+        }
     }
 
     /// Makes room on a full disk: blocks can be computed again, what was said cannot. Answers whether there is some.
@@ -242,9 +248,10 @@ impl Keeper {
                     log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
                 }
             }
-            // Writing it has read the session again.
-            if self.images.is_empty() && !self.taken.contains(&id) {
-                self.let_go(owner, id);
+            // Writing it has read the session again, as the next one would.
+            let is_theirs = |file: FileId| self.files.get(&file).is_some_and(|&(_, other)| other == id);
+            if !self.images.iter().any(|(_, _, next, _)| is_theirs(next.file)) {
+                self.rest(owner, id);
             }
         }
         self.tell_engine(Command::Written { slot });
@@ -307,7 +314,16 @@ impl Keeper {
     pub(crate) fn let_go(&mut self, owner: u64, id: SessionId) {
         self.taken.remove(&id);
         // One that was deleted has nothing in memory either.
-        let _gone = self.store.release(owner, id).is_err();
+        if self.store.release(owner, id) == Ok(false) {
+            self.unwritten.insert((owner, id));
+        }
+    }
+
+    /// Forgets what was read of a session, unless somebody has taken it: it can be read again.
+    pub(super) fn rest(&mut self, owner: u64, id: SessionId) {
+        if !self.taken.contains(&id) {
+            self.let_go(owner, id);
+        }
     }
 
     /// The turn of the session that is on its way.
@@ -385,11 +401,11 @@ mod tests {
     /// A keeper without a thread, and a session of 128 tokens.
     fn keeper(dir: &std::path::Path) -> (Keeper, SessionId, Receiver<Command>) {
         let (engine, commands) = sync_channel(16);
-        let mut n = 0_u8;
+        let mut n = 7_u64;
         let random = Box::new(move |bytes: &mut [u8]| {
             bytes.fill_with(|| {
-                n = n.wrapping_add(1);
-                n
+                n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (n >> 56) as u8
             })
         });
         let disk: AnyDisk = Box::new(OsDisk::open(dir).unwrap());
@@ -613,6 +629,43 @@ mod tests {
         keeper.store.resume_turn(1, id).unwrap();
         end(&mut keeper, id);
         assert_eq!(keeper.goes_on_alone(1, id), Ok(None), "it is over");
+    }
+
+    #[test]
+    fn only_sessions_that_somebody_has_taken_stay_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        keeper.rest(1, id);
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
+        let made: Vec<SessionId> = (0..5).map(|_| keeper.create(1, &new).unwrap()).collect();
+        assert_eq!(keeper.store.usage().loaded, 0);
+        let turn = begin(&mut keeper, id, 0, &[1; 128]);
+        let other = begin(&mut keeper, made[0], 0, &[2; 64]);
+        assert_eq!(keeper.store.usage().loaded, 2, "two are being answered");
+        for (file, index) in [(turn.file, 0), (other.file, 0), (turn.file, 1)] {
+            let save = Save { file, index, block: sparsed_kv::BlockId(0) };
+            keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
+        }
+        [id, made[0]].into_iter().for_each(|id| end(&mut keeper, id));
+        keeper.flush();
+        let loaded: Vec<u64> = std::iter::repeat_with(|| {
+            keeper.write_image();
+            keeper.store.usage().loaded
+        })
+        .take(3)
+        .collect();
+        assert_eq!(loaded, [1, 1, 0], "each is let go of with its last image");
+        let fork = keeper.fork(1, id, None).unwrap();
+        keeper.truncate(1, fork, 0).unwrap();
+        let file = keeper.store.export(1, id).unwrap();
+        keeper.rest(1, id);
+        begin(&mut keeper, id, 128, &[3]);
+        keeper.gone(TurnId(keeper.n_turns - 1));
+        assert_eq!(keeper.store.usage().loaded, 1, "it is not written");
+        keeper.flush();
+        keeper.import(1, &file).unwrap();
+        assert_eq!(keeper.goes_on_alone(1, id), Ok(None));
+        assert_eq!(keeper.store.usage().loaded, 0);
     }
 
     #[test]

@@ -24,12 +24,27 @@ pub(crate) struct CutTurn {
 impl Keeper {
     pub(crate) fn create(&mut self, owner: u64, new: &NewSession<'_>) -> Result<SessionId, StoreError> {
         let now = self.seconds();
-        self.with_room(|store| store.create(owner, new, now))
+        let made = self.with_room(|store| store.create(owner, new, now));
+        self.made(owner, made)
+    }
+
+    pub(crate) fn import(&mut self, owner: u64, file: &[u8]) -> Result<SessionId, StoreError> {
+        let made = self.with_room(|store| store.import(owner, file));
+        self.made(owner, made)
     }
 
     pub(crate) fn fork(&mut self, owner: u64, id: SessionId, n_turns: Option<u32>) -> Result<SessionId, StoreError> {
         let now = self.seconds();
-        self.with_room(|store| store.fork(owner, id, n_turns, now))
+        let made = self.with_room(|store| store.fork(owner, id, n_turns, now));
+        self.made(owner, made)
+    }
+
+    /// Nobody uses a session that was just made.
+    fn made(&mut self, owner: u64, made: Result<SessionId, StoreError>) -> Result<SessionId, StoreError> {
+        if let Ok(id) = made {
+            self.rest(owner, id);
+        }
+        made
     }
 
     /// Forgets all but the first turns, and says so to the disk.
@@ -41,7 +56,9 @@ impl Keeper {
             self.with_room(|store| store.commit(owner, id))?;
             self.store.summary(owner, id)
         };
-        truncate().map_err(|error| failure(id, &error))
+        let done = truncate().map_err(|error| failure(id, &error));
+        self.rest(owner, id);
+        done
     }
 
     pub(crate) fn delete(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
@@ -70,7 +87,7 @@ impl Keeper {
         }
         let history = self.store.history(owner, id).map_err(|error| failure(id, &error))?;
         let turns = if history.is_open() { SaidTurn::all(history, false) } else { Ok(Vec::new()) };
-        self.store.release(owner, id).map_err(|error| failure(id, &error))?;
+        self.rest(owner, id);
         let turns = turns?;
         if turns.last().is_none_or(|turn| !turn.in_background) {
             return Ok(None);

@@ -97,6 +97,8 @@ impl Report {
 pub struct Usage {
     /// Sessions.
     pub sessions: u64,
+    /// Of them, those whose history is in memory.
+    pub loaded: u64,
     /// Bytes of journals.
     pub journal_bytes: u64,
     /// Bytes of KV files.

@@ -222,12 +222,14 @@ impl Session {
         Ok(())
     }
 
-    /// Lets go of the history if it can be read again.
-    pub(super) fn release(&mut self) {
-        if self.pending.is_empty() && !self.journal.is_broken && !self.answering {
+    /// Lets go of the history if it can be read again; answers whether it can.
+    pub(super) fn release(&mut self) -> bool {
+        let is_written = self.pending.is_empty() && !self.journal.is_broken && !self.answering;
+        if is_written {
             self.history = None;
             self.kv.digests = Digests::default();
         }
+        is_written
     }
 
     /// Applies a record to the history, which is in memory, and queues it.
