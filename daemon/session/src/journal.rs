@@ -21,6 +21,8 @@ const MAGIC: &[u8; 4] = b"spdj";
 const VERSION: u32 = 1;
 const FRAME_BYTES: usize = 8;
 const RECORD_BYTES_MIN: usize = NONCE_BYTES + TAG_BYTES;
+/// Most bytes of a record before it is encrypted.
+pub(crate) const RECORD_TEXT_BYTES_MAX: usize = RECORD_BYTES_MAX - RECORD_BYTES_MIN;
 
 /// Where the next record of a journal goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -27,11 +27,12 @@ use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::{History, Settings, State};
 use crate::id::SessionId;
-use crate::limits::{Limits, MODEL_BYTES_MAX, TITLE_BYTES_MAX};
+use crate::limits::{Limits, TITLE_BYTES_MAX};
 use crate::record::{Create, Record};
 use session::Session;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use transfer::check_names;
 
 /// Where random bytes come from: keys, names and nonces are made of them.
 pub trait Random {
@@ -81,8 +82,7 @@ impl<D: Disk> Store<D> {
     /// # Errors
     /// A limit, or the disk: then there is no such session.
     pub fn create(&mut self, owner: u64, new: &NewSession<'_>, now: u64) -> Result<SessionId> {
-        check_bytes("bytes of a title", new.title.len(), TITLE_BYTES_MAX)?;
-        check_bytes("bytes of a model's name", new.model.len(), MODEL_BYTES_MAX)?;
+        check_names(new.title, new.model)?;
         let history = History::new(Create {
             owner,
             created: now,

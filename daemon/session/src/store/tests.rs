@@ -243,6 +243,43 @@ fn a_fork_and_an_import_are_sessions_of_their_own() {
     }
 }
 
+/// An exported session with these names and nothing else.
+fn exported(title: String, model: String) -> Vec<u8> {
+    let create = crate::record::Create {
+        owner: OWNER,
+        created: 5,
+        used: 5,
+        model,
+        fingerprint: [9; 32],
+        title,
+        settings: Settings::default(),
+        pinned: false,
+    };
+    let record = crate::record::Record::Create(create).encode();
+    let body = [u32::try_from(record.len()).unwrap().to_le_bytes().as_slice(), &record].concat();
+    let (n_bytes, crc) = ((body.len() as u64).to_le_bytes(), crc32c::crc32c(&body).to_le_bytes());
+    [b"spdx".as_slice(), &1_u32.to_le_bytes(), &n_bytes, &crc, &body].concat()
+}
+
+#[test]
+fn an_import_keeps_to_the_limits_of_what_is_made_here() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let file = |title: usize, model: usize| exported("t".repeat(title), "m".repeat(model));
+    let limit = |what| Err(StoreError::LimitReached { what, limit: 1024 });
+    assert_eq!(store.import(OWNER, &file(1025, 3)), limit("bytes of a title"));
+    assert_eq!(store.import(OWNER, &file(3, 1025)), limit("bytes of a model's name"));
+    // As large as a record can be, and too large for what encryption adds.
+    let largest = crate::limits::RECORD_BYTES_MAX;
+    let damaged = Err(StoreError::Damaged { what: "the exported session" });
+    for n_bytes in [largest - 100, largest - 60, largest] {
+        let refused = store.import(OWNER, &file(n_bytes, 3));
+        assert!(refused == damaged || refused == limit("bytes of a title"), "{n_bytes} bytes: {refused:?}");
+    }
+    let id = store.import(OWNER, &file(1024, 1024)).unwrap();
+    assert_eq!(store.summary(OWNER, id).unwrap().title.len(), 1024);
+}
+
 #[test]
 fn what_cannot_be_used_is_reported_and_left_alone() {
     let folder = tempfile::tempdir().unwrap();

@@ -6,13 +6,14 @@
 use super::flush::whole_journal;
 use super::folder::Folder;
 use super::session::Session;
-use super::{Store, nonce};
+use super::{Store, check_bytes, nonce};
 use crate::cipher::SessionKey;
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::{History, Outcome};
 use crate::id::SessionId;
-use crate::limits::RECORD_BYTES_MAX;
+use crate::journal::RECORD_TEXT_BYTES_MAX;
+use crate::limits::{MODEL_BYTES_MAX, TITLE_BYTES_MAX};
 use crate::record::Record;
 use zeroize::Zeroizing;
 
@@ -71,6 +72,7 @@ impl<D: Disk> Store<D> {
             return Err(StoreError::LimitReached { what: "bytes of an exported session", limit });
         }
         let mut history = parse(file)?;
+        check_names(&history.title, &history.model)?;
         (history.owner, history.pinned) = (owner, false);
         self.build(history)
     }
@@ -99,6 +101,12 @@ impl<D: Disk> Store<D> {
     }
 }
 
+/// That a session may be called so, and its model.
+pub(super) fn check_names(title: &str, model: &str) -> Result<()> {
+    check_bytes("bytes of a title", title.len(), TITLE_BYTES_MAX)?;
+    check_bytes("bytes of a model's name", model.len(), MODEL_BYTES_MAX)
+}
+
 /// What an exported session says.
 pub(crate) fn parse(file: &[u8]) -> Result<History> {
     const DAMAGED: StoreError = StoreError::Damaged { what: "the exported session" };
@@ -125,7 +133,7 @@ pub(crate) fn parse_body(mut rest: &[u8]) -> Option<History> {
     let mut history = None;
     while let Some((n_bytes, after)) = rest.split_first_chunk::<4>() {
         let n_bytes = u32::from_le_bytes(*n_bytes) as usize;
-        if n_bytes > RECORD_BYTES_MAX {
+        if n_bytes > RECORD_TEXT_BYTES_MAX {
             return None;
         }
         let (record, after) = after.split_at_checked(n_bytes)?;
