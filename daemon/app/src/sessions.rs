@@ -91,10 +91,15 @@ fn tell(report: &Report, dir: &Path) {
     for finding in &report.findings {
         let owner = finding.owner.map_or_else(|| "-".to_owned(), |owner| owner.to_string());
         match finding.kind {
-            // An answer was cut, or a file was being made: nothing that was promised is lost.
-            FindingKind::Torn { .. } | FindingKind::Swept => {
+            // A file was being made, or removed: nothing that was promised is lost.
+            FindingKind::Swept => {
                 log::info!(owner:%, session:% = finding.name, what:? = finding.kind; "session tidied");
             }
+            // A death or a power cut leaves this; so would damage to the last record.
+            FindingKind::Torn { .. } => log::info!(
+                owner:%, session:% = finding.name, what:? = finding.kind;
+                "the last record of a session was not whole and is cut off"
+            ),
             kind => log::warn!(owner:%, session:% = finding.name, what:? = kind; "session is not as it was written"),
         }
     }

@@ -21,6 +21,8 @@ const MAGIC: &[u8; 4] = b"spdj";
 const VERSION: u32 = 1;
 const FRAME_BYTES: usize = 8;
 const RECORD_BYTES_MIN: usize = NONCE_BYTES + TAG_BYTES;
+/// Longest record that is looked for behind damage: most are far shorter, and what is looked at is any four bytes.
+const SOUGHT_BYTES_MAX: usize = 64 << 10;
 /// Most bytes of a record before it is encrypted.
 pub(crate) const RECORD_TEXT_BYTES_MAX: usize = RECORD_BYTES_MAX - RECORD_BYTES_MIN;
 
@@ -41,7 +43,8 @@ pub(crate) struct Position {
 pub(crate) enum Tail {
     /// Nothing.
     Clean,
-    /// A record that was never written to its end.
+    /// The beginning of a record, or nothing but zeros: a write that never came to its end, or the last record damaged so
+    /// that nobody can tell.
     Torn,
     /// Bytes that are not those that were written, with more behind them.
     Damaged,
@@ -186,11 +189,39 @@ fn split_frame(file: &[u8]) -> Result<(&[u8], &[u8]), Tail> {
     if !(RECORD_BYTES_MIN..=RECORD_BYTES_MAX).contains(&n_bytes) {
         return Err(Tail::Damaged);
     }
-    let (body, after) = rest.split_at_checked(n_bytes).ok_or(Tail::Torn)?;
-    if crc32c::crc32c(body) == u32::from_le_bytes(crc) {
+    let crc_of = u32::from_le_bytes(crc);
+    let Some((body, after)) = rest.split_at_checked(n_bytes) else {
+        // One write cannot end so: it has no record behind the one that is not whole, nor all of that one.
+        let is_damaged = is_whole_but_for_length(rest, crc_of) || has_record(rest);
+        return Err(if is_damaged { Tail::Damaged } else { Tail::Torn });
+    };
+    if crc32c::crc32c(body) == crc_of {
         return Ok((body, after));
     }
     Err(if after.is_empty() { Tail::Torn } else { Tail::Damaged })
+}
+
+/// Whether some beginning of `rest` is what `crc` is of: then the length before it is not the one that was written.
+fn is_whole_but_for_length(rest: &[u8], crc: u32) -> bool {
+    let (least, more) = rest.split_at(rest.len().min(RECORD_BYTES_MIN));
+    let mut so_far = crc32c::crc32c(least);
+    let mut longer = more.iter().take(RECORD_TEXT_BYTES_MAX).map(|byte| {
+        so_far = crc32c::crc32c_append(so_far, std::slice::from_ref(byte));
+        so_far
+    });
+    least.len() == RECORD_BYTES_MIN && (crc32c::crc32c(least) == crc || longer.any(|longer| longer == crc))
+}
+
+/// Whether there is a whole record anywhere in `bytes`.
+fn has_record(bytes: &[u8]) -> bool {
+    let is_record = |at: usize| {
+        let (frame, rest) = bytes.get(at..)?.split_first_chunk::<FRAME_BYTES>()?;
+        let [n0, n1, n2, n3, crc @ ..] = *frame;
+        let n_bytes = u32::from_le_bytes([n0, n1, n2, n3]) as usize;
+        let body = rest.get(..n_bytes).filter(|_| (RECORD_BYTES_MIN..=SOUGHT_BYTES_MAX).contains(&n_bytes))?;
+        (crc32c::crc32c(body) == u32::from_le_bytes(crc)).then_some(())
+    };
+    (0..bytes.len()).any(|at| is_record(at).is_some())
 }
 
 #[cfg(test)]
@@ -259,6 +290,32 @@ mod tests {
             assert_eq!(replay.history, histories[n_whole - 1], "bit {bit}");
             assert_ne!(replay.tail, Tail::Clean, "bit {bit}");
         }
+    }
+
+    #[test]
+    fn a_wrong_length_is_damage_wherever_it_is_and_whatever_it_says() {
+        let (file, ends, histories) = journal(3, &records());
+        for (at, pair) in ends.windows(2).enumerate() {
+            for bit in 0..32 {
+                let mut flipped = file.clone();
+                flipped[pair[0] + bit / 8] ^= 1 << (bit % 8);
+                let replay = read(&flipped).unwrap();
+                assert_eq!((replay.tail, &replay.history), (Tail::Damaged, &histories[at]), "record {at}, bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_lies_before_whole_records_was_damaged_and_not_torn() {
+        let (file, ends, histories) = journal(3, &records());
+        let mut spoilt = file.clone();
+        // As long as a record may be, and longer than what is left.
+        spoilt[ends[1]..ends[1] + 4].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+        spoilt[ends[1] + 4..ends[2] - 3].fill(0xa5);
+        let replay = read(&spoilt).unwrap();
+        assert_eq!((replay.tail, &replay.history), (Tail::Damaged, &histories[1]));
+        // Without those behind it nobody can tell.
+        assert_eq!(read(&spoilt[..ends[2]]).unwrap().tail, Tail::Torn);
     }
 
     #[test]

@@ -115,7 +115,10 @@ fn of_a_damaged_journal_what_is_before_the_damage_goes_on_and_the_rest_is_report
         let lost = damaged.len() - n_kept;
         let n_bytes = lost as u64;
         let is_told = match report.findings.as_slice() {
-            [finding] => [FindingKind::Torn { n_bytes }, FindingKind::Cut { n_bytes }].contains(&finding.kind),
+            [finding] => {
+                let n_kept = n_bytes;
+                [FindingKind::Torn { n_bytes, n_kept }, FindingKind::Cut { n_bytes, n_kept }].contains(&finding.kind)
+            }
             // Cut between two records: nobody can know that there were more.
             findings => findings.is_empty() && lost == 0 && damaged == bytes[..damaged.len()],
         };

@@ -9,10 +9,14 @@ use crate::id::SessionId;
 
 /// Ends the name of a folder that is being filled or emptied.
 pub(super) const UNNAMED: &str = ".tmp";
-/// Most bytes that are kept of what was cut from a journal.
-const CUT_BYTES_MAX: usize = 1 << 20;
-/// All that a session's folder may have.
-const FILES: [&str; 8] = [KEY, JOURNAL, JOURNAL_NEW, CUT, TORN, UNSURE, TRIES, KV];
+/// Most bytes that are kept of the torn end of a journal; the next one takes its place.
+const TORN_BYTES_MAX: usize = 1 << 20;
+/// Most bytes that are kept of what damage has cut from a journal, by all cuts together.
+const CUT_BYTES_MAX: u64 = 16 << 20;
+/// Most cuts of which something is kept.
+const CUTS_MAX: u32 = 16;
+/// All that a session's folder may have, beside what [`cut_name`] calls.
+const FILES: [&str; 7] = [KEY, JOURNAL, JOURNAL_NEW, TORN, UNSURE, TRIES, KV];
 const KEY: &str = "key";
 const JOURNAL: &str = "journal";
 const JOURNAL_NEW: &str = "journal.new";
@@ -64,8 +68,9 @@ impl Folder {
         self.dir.child(KV)
     }
 
+    /// What the first damage has cut from the journal.
     pub(super) fn cut(&self) -> Place {
-        self.dir.child(CUT)
+        self.dir.child(&cut_name(0))
     }
 
     /// Waits until the session is found again after a power cut.
@@ -92,13 +97,36 @@ impl Folder {
         disk.rename(&self.dir.child(JOURNAL_NEW), &self.journal())
     }
 
-    /// Keeps what is cut from a journal, up to a limit.
-    pub(super) fn keep_cut(&self, disk: &mut impl Disk, bytes: &[u8], is_damaged: bool) -> Done {
+    /// Keeps the torn end of a journal, up to a limit. Answers the bytes that are kept.
+    pub(super) fn keep_torn(&self, disk: &mut impl Disk, bytes: &[u8]) -> Result<u64, DiskError> {
+        self.keep(disk, &bytes[..bytes.len().min(TORN_BYTES_MAX)], TORN)
+    }
+
+    /// Keeps what damage cuts from a journal, beside what earlier damage has cut, as far as the limits go. Answers the
+    /// bytes that are kept.
+    pub(super) fn keep_cut(&self, disk: &mut impl Disk, bytes: &[u8]) -> Result<u64, DiskError> {
+        let mut left = CUT_BYTES_MAX;
+        for number in 0..CUTS_MAX {
+            match disk.len(&self.dir.child(&cut_name(number))) {
+                Ok(n_bytes) => left = left.saturating_sub(n_bytes),
+                Err(DiskError::NotFound) if left == 0 => break,
+                Err(DiskError::NotFound) => {
+                    let n_bytes = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+                    return self.keep(disk, &bytes[..n_bytes], &cut_name(number));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(0)
+    }
+
+    fn keep(&self, disk: &mut impl Disk, bytes: &[u8], name: &str) -> Result<u64, DiskError> {
         let new = self.dir.child(JOURNAL_NEW);
         ignore_missing(disk.remove(&new))?;
-        write_new(disk, &new, &bytes[..bytes.len().min(CUT_BYTES_MAX)])?;
-        disk.rename(&new, &self.dir.child(if is_damaged { CUT } else { TORN }))?;
-        disk.sync_dir(&self.dir)
+        write_new(disk, &new, bytes)?;
+        disk.rename(&new, &self.dir.child(name))?;
+        disk.sync_dir(&self.dir)?;
+        Ok(bytes.len() as u64)
     }
 
     /// Tells whoever opens the store next that the journal may look better than it is: a sync has failed, after which
@@ -185,10 +213,17 @@ impl Folder {
     /// Removes what is left of a folder without a name, its key first.
     pub(super) fn sweep(&self, disk: &mut impl Disk) -> Done {
         self.destroy_key(disk)?;
-        FILES.iter().try_for_each(|name| ignore_missing(disk.remove(&self.unnamed.child(name))))?;
+        let cuts: Vec<String> = (0..CUTS_MAX).map(cut_name).collect();
+        let names = FILES.into_iter().chain(cuts.iter().map(String::as_str));
+        names.into_iter().try_for_each(|name| ignore_missing(disk.remove(&self.unnamed.child(name))))?;
         ignore_missing(disk.remove_dir(&self.unnamed))?;
         disk.sync_dir(&self.owner)
     }
+}
+
+/// Where what damage has cut from a journal is kept, the first time and later.
+fn cut_name(number: u32) -> String {
+    if number == 0 { CUT.to_owned() } else { format!("{CUT}.{number}") }
 }
 
 fn write_new(disk: &mut impl Disk, file: &Place, bytes: &[u8]) -> Done {

@@ -27,7 +27,8 @@ pub struct Summary {
     pub pinned: bool,
     /// Bytes of its files.
     pub disk_bytes: u64,
-    /// Whether something of its journal was lost to damage; the damaged bytes lie in the file `journal.cut`.
+    /// Whether something of its journal was lost to damage; what was cut lies in the files `journal.cut*`, as far as there
+    /// was room for it.
     pub damaged: bool,
 }
 
@@ -56,15 +57,19 @@ pub struct Finding {
 /// What is odd, and what was done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FindingKind {
-    /// The last record was never written to its end; it was moved to `journal.torn`, where there was room.
+    /// The journal ends within a record: what a death or a power cut leaves of a write, or damage that looks like it.
     Torn {
         /// Bytes that were cut.
         n_bytes: u64,
+        /// Of them, those that are kept in `journal.torn`.
+        n_kept: u64,
     },
-    /// The journal makes no sense from some record on; the rest was moved to `journal.cut`.
+    /// The journal makes no sense from some record on.
     Cut {
         /// Bytes that were cut.
         n_bytes: u64,
+        /// Of them, those that are kept in a file `journal.cut*`: all until its limits are reached.
+        n_kept: u64,
     },
     /// A file has another version; the session was left alone and cannot be used.
     UnknownVersion {

@@ -130,14 +130,14 @@ impl<D: Disk> Scan<'_, D> {
             Unreadable::Version(version) => Unusable(FindingKind::UnknownVersion { version }),
         })?;
         folder.remove_unfinished(self.disk)?;
-        cut_tail(self.disk, folder, &file, &position, tail)?;
+        let n_kept = cut_tail(self.disk, folder, &file, &position, tail)?;
         // What was cut would be back after a power cut, in the place of what is said from now on.
         let is_cut_for_good = tail == Tail::Clean || self.disk.sync(&folder.journal()).is_ok();
         let n_bytes = file.len() as u64 - position.n_bytes;
         let kind = match tail {
             Tail::Clean => None,
-            Tail::Torn => Some(FindingKind::Torn { n_bytes }),
-            Tail::Damaged => Some(FindingKind::Cut { n_bytes }),
+            Tail::Torn => Some(FindingKind::Torn { n_bytes, n_kept }),
+            Tail::Damaged => Some(FindingKind::Cut { n_bytes, n_kept }),
         };
         let mut session = Session::new(id, key, history, position);
         session.journal.is_cut = length(self.disk, &folder.cut())? > 0;

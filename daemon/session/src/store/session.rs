@@ -208,9 +208,8 @@ impl Session {
                 Unreadable::Damaged => StoreError::Damaged { what: "the journal" },
                 Unreadable::Version(version) => StoreError::UnknownVersion { what: "the journal", version },
             })?;
-        if cut_tail(disk, &self.folder, &file, &position, tail)? {
-            self.journal.is_cut = true;
-        }
+        cut_tail(disk, &self.folder, &file, &position, tail)?;
+        self.journal.is_cut |= tail == Tail::Damaged;
         self.facts = Facts::of(&history);
         self.history = Some(history);
         self.journal.position = position;
@@ -306,7 +305,7 @@ pub(super) fn read_file(disk: &mut impl Disk, file: &crate::disk::Place, limit: 
     Ok(bytes)
 }
 
-/// Cuts what makes no sense off a journal; answers whether it was damaged.
+/// Cuts what makes no sense off a journal; answers how many bytes of it are kept beside it.
 ///
 /// Damage is kept as evidence first. A torn end is kept where there is room: it is what a power cut leaves.
 pub(super) fn cut_tail(
@@ -315,18 +314,16 @@ pub(super) fn cut_tail(
     file: &[u8],
     position: &Position,
     tail: Tail,
-) -> Result<bool> {
-    if tail == Tail::Clean {
-        return Ok(false);
-    }
+) -> Result<u64> {
     let n_whole = usize::try_from(position.n_bytes).expect("it is a part of what is in memory");
-    let is_damaged = tail == Tail::Damaged;
-    let kept = folder.keep_cut(disk, &file[n_whole..], is_damaged);
-    if is_damaged {
-        kept?;
-    }
+    let rest = &file[n_whole..];
+    let n_kept = match tail {
+        Tail::Clean => return Ok(0),
+        Tail::Torn => folder.keep_torn(disk, rest).unwrap_or(0),
+        Tail::Damaged => folder.keep_cut(disk, rest)?,
+    };
     disk.set_len(&folder.journal(), position.n_bytes)?;
-    Ok(is_damaged)
+    Ok(n_kept)
 }
 
 fn check(what: &'static str, n_bytes: u64, limit: u64) -> Result<()> {

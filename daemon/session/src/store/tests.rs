@@ -330,7 +330,7 @@ fn damage_in_the_middle_is_cut_kept_and_shown() {
     std::fs::write(&journal, &bytes).unwrap();
     let (mut store, report) = open(folder.path(), 2);
     let n_bytes = (bytes.len() - n_whole) as u64;
-    assert_eq!(report.findings[0].kind, FindingKind::Cut { n_bytes });
+    assert_eq!(report.findings[0].kind, FindingKind::Cut { n_bytes, n_kept: n_bytes });
     assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2]);
     assert!(store.summary(OWNER, id).unwrap().damaged);
     assert_eq!(std::fs::read(file_of(folder.path(), id, "journal.cut")).unwrap(), bytes[n_whole..]);
@@ -338,6 +338,37 @@ fn damage_in_the_middle_is_cut_kept_and_shown() {
     drop(store);
     let (mut store, report) = open(folder.path(), 3);
     assert_eq!((store.history(OWNER, id).unwrap().tokens.len(), report.findings.len()), (4, 0));
+}
+
+#[test]
+fn what_each_damage_has_cut_is_kept_beside_the_others_up_to_a_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    let journal = file_of(folder.path(), id, "journal");
+    let mut evidence: Vec<Vec<u8>> = Vec::new();
+    for cut in 0..20 {
+        let n_whole = usize::try_from(store.usage().journal_bytes).unwrap();
+        say(&mut store, id, &[cut], &[2]);
+        drop(store);
+        let mut bytes = std::fs::read(&journal).unwrap();
+        // The length of a record, which says more than there is.
+        bytes[n_whole + 2] ^= 1;
+        std::fs::write(&journal, &bytes).unwrap();
+        let (again, report) = open(folder.path(), 2);
+        store = again;
+        let n_bytes = (bytes.len() - n_whole) as u64;
+        let n_kept = if cut < 16 { n_bytes } else { 0 };
+        assert_eq!(report.findings[0].kind, FindingKind::Cut { n_bytes, n_kept }, "cut {cut}");
+        evidence.push(bytes[n_whole..].to_vec());
+    }
+    for (at, bytes) in evidence.iter().enumerate().take(16) {
+        let name = if at == 0 { "journal.cut".to_owned() } else { format!("journal.cut.{at}") };
+        assert_eq!(std::fs::read(file_of(folder.path(), id, &name)).unwrap(), *bytes, "{name}");
+    }
+    assert!(store.summary(OWNER, id).unwrap().damaged);
+    store.delete(OWNER, id).unwrap();
+    assert_eq!(std::fs::read_dir(folder.path().join(format!("sessions/{OWNER}"))).unwrap().count(), 0);
 }
 
 #[test]
