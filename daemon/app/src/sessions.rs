@@ -1,12 +1,12 @@
 //! Where are sessions kept, and under which key? Opens the store below the state folder.
 //!
 //! The master key comes from systemd's credentials (`LoadCredentialEncrypted=sparsed.master-key:...`, then it is not on
-//! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start.
-//! Whoever loses it loses all sessions.
+//! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start: never
+//! where sessions are that have another one. Whoever loses it loses all sessions.
 
 use crate::config::{ContextFull, Durability, Sessions};
 use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
 use rustix::fs::{Mode, OFlags};
 use sparsed_session::{AnyDisk, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
 use std::fs::{DirBuilder, File};
@@ -55,7 +55,7 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
 pub(crate) fn master_key(state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_BYTES]>> {
     let key = match private::credential(CREDENTIAL) {
         Some(path) => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
-        None => key_of(&state_dir.join(KEY_FILE))?,
+        None => key_of(state_dir)?,
     };
     Ok(Zeroizing::new(key))
 }
@@ -105,16 +105,49 @@ fn tell(report: &Report, dir: &Path) {
     }
 }
 
-/// The key in `path`, which is made if there is none: once, though sessions and MQTT look for it at the same time where
+/// The key in the state folder, which is made if there is none: once, though sessions and MQTT look for it at the same time where
 /// the folder comes late. One of two keys would be lost, and all that was written with it.
-fn key_of(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
+///
+/// # Errors
+/// A key that cannot be read or made; none where sessions are, which another key would never open.
+fn key_of(state_dir: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
     static MAKING: Mutex<()> = Mutex::new(());
     let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = state_dir.join(KEY_FILE);
     match path.symlink_metadata() {
-        Ok(_) => read_key(path, FORBIDDEN_OF_FILE),
-        Err(error) if error.kind() == ErrorKind::NotFound => make_key(path),
+        Ok(_) => read_key(&path, FORBIDDEN_OF_FILE),
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            let store = state_dir.join(STORE_DIR);
+            if has_sessions(&store)? {
+                bail!(
+                    "the key of the sessions in {} is missing: there is no {}, and no credential {CREDENTIAL}. Put it back \
+                     from its backup; without it nobody can read them. To begin anew, move {} away",
+                    store.display(),
+                    path.display(),
+                    store.display()
+                );
+            }
+            make_key(&path)
+        }
         Err(error) => Err(error).with_context(|| path.display().to_string()),
     }
+}
+
+/// Whether anybody has a session in the store's folder.
+fn has_sessions(store: &Path) -> anyhow::Result<bool> {
+    let names = |dir: &Path| match dir.read_dir() {
+        Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>(),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(error) => Err(error),
+    };
+    let about = |dir: &Path| dir.display().to_string();
+    let dir = store.join("sessions");
+    for owner in names(&dir).with_context(|| about(&dir))? {
+        if !names(&owner).with_context(|| about(&owner))?.is_empty() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn read_key(path: &Path, forbidden: u32) -> anyhow::Result<[u8; KEY_BYTES]> {
@@ -155,8 +188,8 @@ mod tests {
     fn a_key_is_made_once_and_only_its_owner_may_read_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(KEY_FILE);
-        let key = key_of(&path).unwrap();
-        assert_eq!((key_of(&path).unwrap(), path.metadata().unwrap().mode() & 0o777), (key, 0o600));
+        let key = key_of(dir.path()).unwrap();
+        assert_eq!((key_of(dir.path()).unwrap(), path.metadata().unwrap().mode() & 0o777), (key, 0o600));
         assert_ne!(key, [0; KEY_BYTES]);
     }
 
@@ -168,7 +201,7 @@ mod tests {
             let ready = std::sync::Barrier::new(4);
             let look = || {
                 ready.wait();
-                key_of(&path).unwrap()
+                key_of(dir.path()).unwrap()
             };
             let keys: Vec<_> = std::thread::scope(|scope| {
                 let looking: Vec<_> = (0..4).map(|_| scope.spawn(look)).collect();
@@ -177,6 +210,28 @@ mod tests {
             let stays = read_key(&path, FORBIDDEN_OF_FILE).unwrap();
             assert!(keys.iter().all(|key| *key == stays));
         }
+    }
+
+    #[test]
+    fn no_key_is_made_beside_sessions_that_have_another_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = || open(&Sessions::default(), dir.path());
+        let mut store = state().unwrap().unwrap();
+        let new = sparsed_session::NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
+        let id = store.create(1000, &new, 5).unwrap();
+        drop(store);
+        let key = dir.path().join(KEY_FILE);
+        std::fs::rename(&key, dir.path().join("aside")).unwrap();
+        let refused = state().unwrap_err();
+        assert!(refused.to_string().contains(&key.display().to_string()), "{refused:#}");
+        assert!(!crate::state::may_mend_itself(&refused) && !key.exists(), "{refused:#}");
+        std::fs::rename(dir.path().join("aside"), &key).unwrap();
+        let mut store = state().unwrap().unwrap();
+        store.delete(1000, id).unwrap();
+        drop(store);
+        // The folder of a user who has no session any more is no reason.
+        std::fs::remove_file(&key).unwrap();
+        assert_eq!(state().unwrap().unwrap().usage().sessions, 0);
     }
 
     #[test]
@@ -194,14 +249,14 @@ mod tests {
     fn a_key_that_others_may_read_or_that_is_none_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(KEY_FILE);
-        key_of(&path).unwrap();
+        key_of(dir.path()).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o640)).unwrap();
-        assert!(key_of(&path).unwrap_err().to_string().contains("chmod 600"));
+        assert!(key_of(dir.path()).unwrap_err().to_string().contains("chmod 600"));
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
         std::fs::write(&path, "short").unwrap();
-        assert!(key_of(&path).unwrap_err().to_string().contains("5 bytes"));
+        assert!(key_of(dir.path()).unwrap_err().to_string().contains("5 bytes"));
         std::fs::remove_file(&path).unwrap();
         std::os::unix::fs::symlink("elsewhere", &path).unwrap();
-        assert!(key_of(&path).is_err());
+        assert!(key_of(dir.path()).is_err());
     }
 }
