@@ -22,7 +22,7 @@ use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use sparsed_surface::{MqttDoor, MqttOptions};
 use sparsed_upstream::Client;
 use std::collections::BTreeMap;
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -260,7 +260,34 @@ fn source(config: &Config, name: &str, model: &Model, paths: &Paths) -> Arc<dyn 
     }
 }
 
-/// Makes a folder and those above it.
+/// Makes a folder and those above it; a power cut does not take them away again.
 pub(crate) fn make_dir(dir: &Path, mode: u32) -> anyhow::Result<()> {
-    DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(|| format!("cannot make {}", dir.display()))
+    let about = || format!("cannot make {}", dir.display());
+    let n_missing = dir.ancestors().take_while(|dir| !dir.exists()).count();
+    DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(about)?;
+    let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all());
+    // Of one that is there already the name may be as young; but it may lie where we may not read.
+    if n_missing == 0 {
+        let _unsure = dir.parent().is_some_and(|parent| sync(parent).is_err());
+        return Ok(());
+    }
+    let mut parents = dir.ancestors().skip(1).take(n_missing).filter(|parent| !parent.as_os_str().is_empty());
+    parents.try_for_each(sync).with_context(about)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_folder_is_made_with_those_above_it_and_one_that_is_there_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let deep = dir.path().join("a/b/c");
+        make_dir(&deep, 0o700).unwrap();
+        make_dir(&deep, 0o755).unwrap();
+        assert_eq!(deep.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        assert!(make_dir(&dir.path().join("file/below"), 0o700).is_err());
+    }
 }

@@ -4,14 +4,14 @@
 //! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start: never
 //! where sessions are that have another one. Whoever loses it loses all sessions.
 
+use crate::assemble::make_dir;
 use crate::config::{ContextFull, Durability, Sessions};
 use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
 use anyhow::{Context, anyhow, bail};
 use rustix::fs::{Mode, OFlags};
 use sparsed_session::{AnyDisk, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io::{ErrorKind, Write};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use zeroize::Zeroizing;
@@ -39,7 +39,7 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
     }
     let master = master_key(state_dir)?;
     let dir = state_dir.join(STORE_DIR);
-    DirBuilder::new().recursive(true).mode(0o700).create(&dir).with_context(|| dir.display().to_string())?;
+    make_dir(&dir, 0o700)?;
     let disk: AnyDisk = Box::new(OsDisk::open(&dir).with_context(|| dir.display().to_string())?);
     let random = Box::new(|bytes: &mut [u8]| getrandom::fill(bytes).expect("the system gave random bytes before"));
     let (store, report) = Store::open(disk, random, MasterKey::new(*master), limits(config))
