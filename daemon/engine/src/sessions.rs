@@ -153,24 +153,10 @@ impl Sessions {
     /// Changes a session and answers what it is then.
     ///
     /// # Errors
-    /// As any verb; what was changed before an error stays so.
+    /// As any verb. What could not be written has changed nothing, but where the disk has taken it and failed to say that
+    /// it is there for good: the session says then what the disk has.
     pub fn change(&self, owner: Owner, id: SessionId, change: Change) -> Result<SessionSummary, Failure> {
-        self.verb(owner, id, move |keeper, owner| {
-            if let Some(title) = &change.title {
-                keeper.store.rename(owner, id, title)?;
-            }
-            if let Some(pinned) = change.pinned {
-                keeper.store.pin(owner, id, pinned)?;
-            }
-            if change.durability.is_some() || change.context_full.is_some() {
-                let mut settings = keeper.store.history(owner, id)?.settings;
-                settings.durability = change.durability.unwrap_or(settings.durability);
-                settings.context_full = change.context_full.unwrap_or(settings.context_full);
-                keeper.store.set_settings(owner, id, settings)?;
-            }
-            keeper.store.commit(owner, id)?;
-            keeper.store.summary(owner, id)
-        })
+        self.verb(owner, id, move |keeper, owner| keeper.change(owner, id, &change))
     }
 
     /// A new session with the first `n_turns` turns of another one, or all of them. Blocks in memory are shared.
@@ -187,7 +173,7 @@ impl Sessions {
     /// Forgets all but the first `n_turns` turns.
     ///
     /// # Errors
-    /// As [`Sessions::fork`].
+    /// As [`Sessions::fork`]; what could not be written, as of [`Sessions::change`].
     pub fn truncate(&self, owner: Owner, id: SessionId, n_turns: u32) -> Result<SessionSummary, Failure> {
         self.ask(move |keeper| keeper.truncate(owner.number(), id, n_turns))
     }

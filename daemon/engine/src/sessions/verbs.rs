@@ -1,5 +1,6 @@
 //! What may be done with a session that is not being answered? The verbs that change what it says.
 
+use super::Change;
 use super::conversation::SaidTurn;
 use super::keeper::{Keeper, Resumed, failure};
 use crate::api::{Failure, Turn};
@@ -47,13 +48,40 @@ impl Keeper {
         made
     }
 
+    /// Changes what its owner may change, and says so to the disk.
+    pub(super) fn change(&mut self, owner: u64, id: SessionId, change: &Change) -> Result<Summary, StoreError> {
+        if let Some(title) = &change.title {
+            self.store.rename(owner, id, title)?;
+        }
+        if let Some(pinned) = change.pinned {
+            self.store.pin(owner, id, pinned)?;
+        }
+        if change.durability.is_some() || change.context_full.is_some() {
+            let mut settings = self.store.history(owner, id)?.settings;
+            settings.durability = change.durability.unwrap_or(settings.durability);
+            settings.context_full = change.context_full.unwrap_or(settings.context_full);
+            self.store.set_settings(owner, id, settings)?;
+        }
+        self.commit(owner, id)?;
+        self.store.summary(owner, id)
+    }
+
+    /// Brings a change to the disk, or takes it back: whoever asked hears that it was not made.
+    fn commit(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
+        let committed = self.with_room(|store| store.commit(owner, id));
+        if let Err(error) = &committed {
+            self.undo(owner, id, error);
+        }
+        committed
+    }
+
     /// Forgets all but the first turns, and says so to the disk.
     pub(crate) fn truncate(&mut self, owner: u64, id: SessionId, n_turns: u32) -> Result<Summary, Failure> {
         self.check_free(id)?;
         let mut truncate = || {
             self.store.truncate(owner, id, n_turns)?;
             self.forget_file(id);
-            self.with_room(|store| store.commit(owner, id))?;
+            self.commit(owner, id)?;
             self.store.summary(owner, id)
         };
         let done = truncate().map_err(|error| failure(id, &error));
@@ -126,20 +154,16 @@ impl Keeper {
     pub(crate) fn give_up(&mut self, owner: u64, id: SessionId, answer: &[u8]) -> Result<(), Failure> {
         let now = self.seconds();
         self.store.resume_turn(owner, id).map_err(|error| failure(id, &error))?;
-        let mut end = || {
-            self.store.end_turn(owner, id, Outcome::Cancelled, answer, now)?;
-            self.with_room(|store| store.commit(owner, id))
-        };
-        let ended = end();
-        if let Err(error) = ended {
-            self.undo(owner, id, &error);
+        let ended = self.store.end_turn(owner, id, Outcome::Cancelled, answer, now);
+        if let Err(error) = &ended {
+            self.undo(owner, id, error);
         }
-        ended.map_err(|error| failure(id, &error))
+        ended.and_then(|()| self.commit(owner, id)).map_err(|error| failure(id, &error))
     }
 
     /// A session that could not be written is again what the disk has of it. The answer that is under way cannot be
     /// written either.
-    pub(super) fn undo(&mut self, owner: u64, id: SessionId, error: &StoreError) {
+    fn undo(&mut self, owner: u64, id: SessionId, error: &StoreError) {
         if let Some(turn) = self.live(id) {
             return self.fail(turn, error);
         }
