@@ -1,8 +1,8 @@
 //! Where are sessions kept, and under which key? Opens the store below the state folder.
 //!
 //! The master key comes from systemd's credentials (`LoadCredentialEncrypted=sparsed.master-key:...`, then it is not on
-//! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start: never
-//! where sessions are that have another one. Whoever loses it loses all sessions.
+//! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start, but
+//! not where sessions are that have another one. Whoever loses it loses all sessions.
 
 use crate::assemble::make_dir;
 use crate::config::{ContextFull, Durability, Sessions};
@@ -105,8 +105,8 @@ fn tell(report: &Report, dir: &Path) {
     }
 }
 
-/// The key in the state folder, which is made if there is none: once, though sessions and MQTT look for it at the same time where
-/// the folder comes late. One of two keys would be lost, and all that was written with it.
+/// The key in the state folder, which is made if there is none: once, though sessions and MQTT look for it at the same
+/// time where the folder comes late. One of two keys would be lost, and all that was written with it.
 ///
 /// # Errors
 /// A key that cannot be read or made; none where sessions are, which another key would never open.
@@ -120,8 +120,8 @@ fn key_of(state_dir: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
             let store = state_dir.join(STORE_DIR);
             if has_sessions(&store)? {
                 bail!(
-                    "the key of the sessions in {} is missing: there is no {}, and no credential {CREDENTIAL}. Put it back \
-                     from its backup; without it nobody can read them. To begin anew, move {} away",
+                    "the key of the sessions in {} is missing: there is no {}, and no credential {CREDENTIAL}. Put it \
+                     back from its backup; without it nobody can read them. To begin anew, move {} away",
                     store.display(),
                     path.display(),
                     store.display()
@@ -217,7 +217,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = || open(&Sessions::default(), dir.path());
         let mut store = state().unwrap().unwrap();
-        let new = sparsed_session::NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
+        let new =
+            sparsed_session::NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
         let id = store.create(1000, &new, 5).unwrap();
         drop(store);
         let key = dir.path().join(KEY_FILE);

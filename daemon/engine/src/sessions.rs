@@ -153,8 +153,8 @@ impl Sessions {
     /// Changes a session and answers what it is then.
     ///
     /// # Errors
-    /// As any verb. What could not be written has changed nothing, but where the disk has taken it and failed to say that
-    /// it is there for good: the session says then what the disk has.
+    /// As any verb. What could not be written has changed nothing, except where the disk has taken it and could not say
+    /// that it is there for good: then the session is what the disk has.
     pub fn change(&self, owner: Owner, id: SessionId, change: Change) -> Result<SessionSummary, Failure> {
         self.verb(owner, id, move |keeper, owner| keeper.change(owner, id, &change))
     }
@@ -238,13 +238,10 @@ impl Sessions {
                 context_full: change.context_full.unwrap_or(defaults.context_full),
             };
             let title = change.title.unwrap_or_default();
-            let new = NewSession { model: &name, fingerprint, title: &title, settings: Some(settings) };
+            let pinned = change.pinned.unwrap_or(false);
+            let new = NewSession { model: &name, fingerprint, title: &title, settings: Some(settings), pinned };
             let refused = |error: StoreError| failure(SessionId::from_bytes([0; 16]), &error);
             let id = keeper.create(owner.number(), &new).map_err(refused)?;
-            if let Some(pinned) = change.pinned {
-                keeper.store.pin(owner.number(), id, pinned).map_err(refused)?;
-            }
-            keeper.rest(owner.number(), id);
             keeper.store.summary(owner.number(), id).map_err(refused)
         })
     }

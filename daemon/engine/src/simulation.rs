@@ -228,7 +228,8 @@ impl Machine {
     /// The store's.
     pub fn create(&mut self, owner: Owner, settings: Settings) -> Result<SessionId, StoreError> {
         self.verb(move |keeper| {
-            let new = NewSession { model: "m", fingerprint: [9; 32], title: "", settings: Some(settings) };
+            let settings = Some(settings);
+            let new = NewSession { model: "m", fingerprint: [9; 32], title: "", settings, pinned: false };
             keeper.create(owner.number(), &new)
         })
     }

@@ -43,8 +43,8 @@ pub(crate) struct Position {
 pub(crate) enum Tail {
     /// Nothing.
     Clean,
-    /// The beginning of a record, or nothing but zeros: a write that never came to its end, or the last record damaged so
-    /// that nobody can tell.
+    /// The beginning of a record, or nothing but zeros: a write that never came to its end, or the last record damaged
+    /// so that nobody can tell.
     Torn,
     /// Bytes that are not those that were written, with more behind them.
     Damaged,

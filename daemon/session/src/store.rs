@@ -74,6 +74,8 @@ pub struct NewSession<'a> {
     pub title: &'a str,
     /// What its owner chose; `None` for the limits' default.
     pub settings: Option<Settings>,
+    /// Whether its files are the last to go.
+    pub pinned: bool,
 }
 
 impl<D: Disk> Store<D> {
@@ -91,7 +93,7 @@ impl<D: Disk> Store<D> {
             fingerprint: new.fingerprint,
             title: new.title.to_owned(),
             settings: new.settings.unwrap_or(self.limits.settings),
-            pinned: false,
+            pinned: new.pinned,
         });
         self.build(history)
     }

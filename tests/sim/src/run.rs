@@ -140,7 +140,8 @@ impl Run {
             return Ok(());
         }
         let (owner, settings) = (OWNERS[self.rng.usize(..2)], self.settings());
-        let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "new", settings: Some(settings) };
+        let chosen = Some(settings);
+        let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "new", settings: chosen, pinned: false };
         let answer = self.store().create(owner, &new, 5);
         self.is_made(owner, answer, Said::new("new", settings))
     }

@@ -25,7 +25,7 @@ fn open_with(disk: &FakeDisk, seed: u64, master: [u8; 32]) -> (Store<FakeDisk>, 
 fn session() -> (FakeDisk, SessionId, Vec<Said>) {
     let disk = FakeDisk::new(1);
     let (mut store, _) = open(&disk, 1);
-    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: None };
+    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: None, pinned: false };
     let id = store.create(OWNER, &new, 5).unwrap();
     let mut states = vec![Said::of(store.history(OWNER, id).unwrap())];
     let mut flush = |store: &mut Store<FakeDisk>| {

@@ -59,7 +59,7 @@ fn live(
     n_renames: u64,
 ) -> (Option<(SessionId, Said)>, Vec<Said>, bool) {
     let settings = Settings { durability, ..Settings::default() };
-    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: Some(settings) };
+    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: Some(settings), pinned: false };
     let mut said = Said::new("one", settings);
     let mut after = vec![said.clone()];
     let id = (0..n_tries).find_map(|_| store.create(OWNER, &new, 5).ok());
@@ -194,7 +194,7 @@ fn a_full_disk_fails_the_verb_and_nothing_else() {
     let disk = FakeDisk::new(1);
     let mut store = open(&disk, 1);
     let settings = Some(Settings { durability: Durability::Token, ..Settings::default() });
-    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings };
+    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings, pinned: false };
     let id = store.create(OWNER, &new, 5).unwrap();
     let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: &[7; 5000], sampling: b"" };
     disk.set_faults(Faults { capacity_bytes: 3000, ..Faults::NONE });
@@ -222,7 +222,7 @@ fn a_full_disk_fails_the_verb_and_nothing_else() {
 fn an_answer_that_failed_lets_its_session_go_although_the_disk_cannot_be_read() {
     let disk = FakeDisk::new(1);
     let mut store = open(&disk, 1);
-    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: None };
+    let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings: None, pinned: false };
     let id = store.create(OWNER, &new, 5).unwrap();
     let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: b"", sampling: b"" };
     store.begin_turn(OWNER, id, &turn, 6).unwrap();
@@ -250,7 +250,7 @@ fn what_was_reverted_does_not_go_on_behind_what_was_written_instead() {
         let mut store = open(&disk, 1);
         // Nothing is synced unless it is asked for.
         let settings = Some(Settings { durability: Durability::None, ..Settings::default() });
-        let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings };
+        let new = NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings, pinned: false };
         let id = store.create(OWNER, &new, 5).unwrap();
         let turn = NewTurn { keep_tokens: 0, prompt: &[7], request: b"", sampling: b"" };
         store.begin_turn(OWNER, id, &turn, 6).unwrap();

@@ -36,7 +36,7 @@ fn daemon(disk: &FakeDisk) -> Machine {
 /// A session with two turns.
 fn session(disk: &FakeDisk) -> SessionId {
     let (mut store, owner) = (store(disk), OWNER.number());
-    let new = NewSession { model: "m", fingerprint: [9; 32], title: "", settings: None };
+    let new = NewSession { model: "m", fingerprint: [9; 32], title: "", settings: None, pinned: false };
     let id = store.create(owner, &new, 5).unwrap();
     for at in 0..2 {
         let turn = NewTurn { keep_tokens: 2 * at, prompt: &[at], request: b"", sampling: b"" };

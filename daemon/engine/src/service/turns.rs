@@ -50,8 +50,8 @@ impl Service {
     /// the disk: not for threads that must not wait.
     ///
     /// # Errors
-    /// The session's or the model's; the last answer was not cut. Where it cannot be asked again as it was, and that will
-    /// not pass, it is ended with what it has said.
+    /// The session's or the model's; the last answer was not cut. One that would fail again is ended with what it has
+    /// said.
     pub fn resume_turn(&self, owner: Owner, id: SessionId) -> Result<Generate, Failure> {
         let (session, Held { model, lease }) = self.open_session(owner, id)?;
         let name = session.model().to_owned();

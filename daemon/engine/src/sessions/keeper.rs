@@ -412,7 +412,7 @@ mod tests {
         let (store, _) = Store::open(disk, random, MasterKey::new([7; 32]), Limits::default()).unwrap();
         let clocks = Clocks { date: Box::new(|| 0), uptime: Box::new(|| Duration::ZERO) };
         let mut keeper = Keeper::new(store, Asks::new().0, engine, clocks);
-        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
         let id = keeper.store.create(1, &new, 0).unwrap();
         (keeper, id, commands)
     }
@@ -636,7 +636,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (mut keeper, id, _commands) = keeper(dir.path());
         keeper.rest(1, id);
-        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None };
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
         let made: Vec<SessionId> = (0..5).map(|_| keeper.create(1, &new).unwrap()).collect();
         assert_eq!(keeper.store.usage().loaded, 0);
         let turn = begin(&mut keeper, id, 0, &[1; 128]);

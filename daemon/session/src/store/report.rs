@@ -27,8 +27,8 @@ pub struct Summary {
     pub pinned: bool,
     /// Bytes of its files.
     pub disk_bytes: u64,
-    /// Whether something of its journal was lost to damage; what was cut lies in the files `journal.cut*`, as far as there
-    /// was room for it.
+    /// Whether something of its journal was lost to damage; what was cut lies in the files `journal.cut*`, as far as
+    /// their limits go.
     pub damaged: bool,
 }
 

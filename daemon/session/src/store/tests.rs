@@ -28,7 +28,7 @@ fn open(folder: &Path, seed: u8) -> (Store<OsDisk>, Report) {
 
 fn new(durability: Durability) -> NewSession<'static> {
     let settings = Some(Settings { durability, ..Settings::default() });
-    NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings }
+    NewSession { model: "tiny", fingerprint: [9; 32], title: "one", settings, pinned: false }
 }
 
 fn say(store: &mut Store<OsDisk>, id: SessionId, prompt: &[u32], answer: &[u32]) {
@@ -48,6 +48,17 @@ fn file_of(folder: &Path, id: SessionId, name: &str) -> PathBuf {
 fn a_store_may_live_on_another_thread() {
     fn is_send<T: Send>() {}
     is_send::<Store<OsDisk>>();
+}
+
+#[test]
+fn a_session_that_is_made_pinned_is_so_from_its_first_record_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &NewSession { pinned: true, ..new(Durability::None) }, 5).unwrap();
+    // Nothing was flushed.
+    drop(store);
+    let (store, _) = open(folder.path(), 2);
+    assert!(store.summary(OWNER, id).unwrap().pinned);
 }
 
 #[test]
