@@ -1,6 +1,7 @@
 //! Who makes room, and what goes for good?
 
 use super::folder::best_effort;
+use super::session::Session;
 use super::{Store, find};
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
@@ -61,13 +62,18 @@ impl<D: Disk> Store<D> {
     /// none. Answers the bytes that went.
     ///
     /// # Errors
-    /// The disk.
+    /// The disk, where none could be removed.
     pub fn reclaim(&mut self, n_bytes: u64) -> Result<u64> {
         let before = self.usage().kv_bytes;
         loop {
             let freed = before - self.usage().kv_bytes;
-            if freed >= n_bytes || !self.evict_any(None, None)? {
+            if freed >= n_bytes {
                 return Ok(freed);
+            }
+            match self.evict_any(None, None) {
+                Ok(true) => {}
+                Err(error) if freed == 0 => return Err(error),
+                Ok(false) | Err(_) => return Ok(freed),
             }
         }
     }
@@ -90,18 +96,29 @@ impl<D: Disk> Store<D> {
     }
 
     /// Removes the least recently used images that are not those of `keep`; answers whether there were any.
+    ///
+    /// # Errors
+    /// The disk, where none could be removed.
     pub(super) fn evict(&mut self, keep: SessionId, owner: Option<u64>) -> Result<bool> {
         self.evict_any(Some(keep), owner)
     }
 
     fn evict_any(&mut self, keep: Option<SessionId>, owner: Option<u64>) -> Result<bool> {
-        let victims = self.sessions.values_mut().filter(|session| {
+        let mut victims: Vec<&mut Session> = self.sessions.values_mut().collect();
+        victims.retain(|session| {
             let is_other = keep != Some(session.id) && owner.is_none_or(|owner| session.owner == owner);
             is_other && session.kv.n_bytes > 0 && !session.pinned() && !session.answering
         });
-        let Some(victim) = victims.min_by_key(|session| session.last_use) else { return Ok(false) };
-        victim.drop_kv(&mut self.disk)?;
-        Ok(true)
+        victims.sort_by_key(|session| session.last_use);
+        let mut failed = None;
+        // One whose file cannot be removed keeps nobody else's from going.
+        for victim in victims {
+            match victim.drop_kv(&mut self.disk) {
+                Ok(()) => return Ok(true),
+                Err(error) => failed = Some(error),
+            }
+        }
+        failed.map_or(Ok(false), |error| Err(error.into()))
     }
 
     fn kv_bytes(&self, owner: Option<u64>) -> u64 {

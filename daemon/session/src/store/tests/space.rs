@@ -91,6 +91,33 @@ fn the_oldest_unpinned_images_go_first() {
     assert!(has(&mut store, ids[0]) && !has(&mut store, ids[2]));
 }
 
+/// Sessions with one image each, the first one used longest ago.
+fn with_images(store: &mut Store<OsDisk>, n: usize) -> Vec<SessionId> {
+    let make = |_| {
+        let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+        say(store, id, &[1; 64], &[2]);
+        store.save_block(OWNER, id, &SHAPE, 0, &[3; 5000]).unwrap();
+        id
+    };
+    (0..n).map(make).collect()
+}
+
+#[test]
+fn images_that_cannot_be_removed_keep_no_others_from_going() {
+    let folder = tempfile::tempdir().unwrap();
+    let limits = Limits { kv_bytes_per_owner: 2 * (4096 + 8192), ..Limits::default() };
+    let (mut store, _) = open_as(folder.path(), 1, limits);
+    let ids = with_images(&mut store, 2);
+    let stuck = file_of(folder.path(), ids[0], "kv");
+    std::fs::remove_file(&stuck).unwrap();
+    std::fs::create_dir(&stuck).unwrap();
+    let third = with_images(&mut store, 1)[0];
+    assert_eq!(store.saved_blocks(OWNER, ids[1], &SHAPE), Ok(0), "it went in the place of the oldest");
+    assert_eq!(store.saved_blocks(OWNER, third, &SHAPE), Ok(1));
+    assert_eq!(store.reclaim(u64::MAX), Ok(4096 + 8192));
+    assert!(store.reclaim(u64::MAX).is_err(), "only that one is left");
+}
+
 #[test]
 fn a_journal_that_is_mostly_dead_is_written_again() {
     let folder = tempfile::tempdir().unwrap();
