@@ -58,8 +58,8 @@ impl<D: Disk> Store<D> {
         Ok(is_old)
     }
 
-    /// Removes images of unpinned sessions, the least recently used first, until `n_bytes` are free again or there are
-    /// none. Answers the bytes that went.
+    /// Removes images to make room for what is said, the least recently used first and those of pinned sessions last,
+    /// until `n_bytes` are free again or there are none. Answers the bytes that went.
     ///
     /// # Errors
     /// The disk, where none could be removed.
@@ -70,7 +70,7 @@ impl<D: Disk> Store<D> {
             if freed >= n_bytes {
                 return Ok(freed);
             }
-            match self.evict_any(None, None) {
+            match self.evict_any(None, None, true) {
                 Ok(true) => {}
                 Err(error) if freed == 0 => return Err(error),
                 Ok(false) | Err(_) => return Ok(freed),
@@ -95,21 +95,23 @@ impl<D: Disk> Store<D> {
         Ok(())
     }
 
-    /// Removes the least recently used images that are not those of `keep`; answers whether there were any.
+    /// Removes the least recently used images that are not those of `keep`, which needs the room; answers whether there
+    /// were any. Those of pinned sessions go last, and for another pinned one only.
     ///
     /// # Errors
     /// The disk, where none could be removed.
     pub(super) fn evict(&mut self, keep: SessionId, owner: Option<u64>) -> Result<bool> {
-        self.evict_any(Some(keep), owner)
+        let is_pinned = self.sessions.get(&keep).is_some_and(Session::pinned);
+        self.evict_any(Some(keep), owner, is_pinned)
     }
 
-    fn evict_any(&mut self, keep: Option<SessionId>, owner: Option<u64>) -> Result<bool> {
+    fn evict_any(&mut self, keep: Option<SessionId>, owner: Option<u64>, pinned_too: bool) -> Result<bool> {
         let mut victims: Vec<&mut Session> = self.sessions.values_mut().collect();
         victims.retain(|session| {
             let is_other = keep != Some(session.id) && owner.is_none_or(|owner| session.owner == owner);
-            is_other && session.kv.n_bytes > 0 && !session.pinned() && !session.answering
+            is_other && session.kv.n_bytes > 0 && (pinned_too || !session.pinned()) && !session.answering
         });
-        victims.sort_by_key(|session| session.last_use);
+        victims.sort_by_key(|session| (session.pinned(), session.last_use));
         let mut failed = None;
         // One whose file cannot be removed keeps nobody else's from going.
         for victim in victims {

@@ -64,7 +64,7 @@ fn images_come_back_for_the_tokens_they_were_made_of() {
 }
 
 #[test]
-fn the_oldest_unpinned_images_go_first() {
+fn the_oldest_images_go_first_and_pinned_ones_last() {
     let folder = tempfile::tempdir().unwrap();
     // Room for two files of one place.
     let limits = Limits { kv_bytes_per_owner: 2 * (4096 + 8192), ..Limits::default() };
@@ -86,9 +86,16 @@ fn the_oldest_unpinned_images_go_first() {
     let refused = store.save_block(OWNER, ids[3], &SHAPE, 0, &[3; 5000]);
     let limit = limits.kv_bytes_per_owner;
     assert_eq!(refused, Err(StoreError::LimitReached { what: "bytes of one owner's KV files", limit }));
+    // Another pinned one has as much right to the room, and was used later.
+    store.pin(OWNER, ids[3], true).unwrap();
+    store.save_block(OWNER, ids[3], &SHAPE, 0, &[3; 5000]).unwrap();
+    assert!(!has(&mut store, ids[0]) && has(&mut store, ids[2]) && has(&mut store, ids[3]));
+    // What is said goes before all images.
     store.pin(OWNER, ids[2], false).unwrap();
     assert_eq!(store.reclaim(1), Ok(4096 + 8192));
-    assert!(has(&mut store, ids[0]) && !has(&mut store, ids[2]));
+    assert!(has(&mut store, ids[3]) && !has(&mut store, ids[2]));
+    assert_eq!(store.reclaim(1), Ok(4096 + 8192));
+    assert!(!has(&mut store, ids[3]));
 }
 
 /// Sessions with one image each, the first one used longest ago.
