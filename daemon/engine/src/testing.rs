@@ -1,8 +1,10 @@
 //! What do tests of the engine run on? A "model" that reads its whole history back, listeners with room for so many
 //! events, and a scheduler between them.
 
+mod disk;
 mod paged;
 
+pub(crate) use disk::{SmallDisk, Whims};
 pub(crate) use paged::{Paged, next_token};
 
 use crate::api::{Event, Generate, Owner, Refused, Sink};

@@ -31,6 +31,8 @@ const LOOK: Duration = Duration::from_millis(10);
 const RETRY: Duration = Duration::from_secs(5);
 /// Bytes of the disk that blocks leave for what is said.
 const RESERVE_BYTES: u64 = 64 << 20;
+/// Bytes of the disk that must be free before blocks have room again without more ado.
+const EASE_BYTES: u64 = 2 * RESERVE_BYTES;
 /// Windows of a session's file that the disk fetches ahead of the one that is read.
 const READ_AHEAD: u32 = 2;
 
@@ -56,6 +58,8 @@ pub(crate) struct Keeper {
     failing: HashSet<SessionId>,
     /// Sessions that were let go of before they were written, with their owners.
     unwritten: HashSet<(u64, SessionId)>,
+    /// Blocks have found no room beside what is left for what is said, and not enough more since.
+    is_tight: bool,
     pub(super) retention: Retention,
 }
 
@@ -132,6 +136,7 @@ impl Keeper {
             clocks,
             failing: HashSet::new(),
             unwritten: HashSet::new(),
+            is_tight: false,
             retention: Retention::default(),
         }
     }
@@ -235,8 +240,8 @@ impl Keeper {
         let Some((slot, shape, save, image)) = self.images.pop_front() else { return };
         // Of a turn that is not the last one any more, the session may say something else now.
         if let Some(&(owner, id)) = self.files.get(&save.file) {
-            let has_room = self.store.free_bytes().is_ok_and(|bytes| bytes > RESERVE_BYTES);
-            let saved = if has_room {
+            let was_tight = self.is_tight;
+            let saved = if self.has_space(id, image.len() as u64) {
                 self.store.save_block(owner, id, &shape, save.index, &image)
             } else {
                 Err(StoreError::DiskFull)
@@ -244,6 +249,8 @@ impl Keeper {
             match saved {
                 // It was cut meanwhile.
                 Ok(()) | Err(StoreError::NotFound | StoreError::Invalid { .. }) => {}
+                // Said once, not for each block.
+                Err(StoreError::DiskFull) if was_tight => {}
                 Err(error) => {
                     log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
                 }
@@ -255,6 +262,23 @@ impl Keeper {
             }
         }
         self.tell_engine(Command::Written { slot });
+    }
+
+    /// Whether the disk has room for an image of a session beside what is left for what is said. Others' go for it.
+    fn has_space(&mut self, id: SessionId, n_bytes: u64) -> bool {
+        let wanted = RESERVE_BYTES + n_bytes;
+        let Ok(free) = self.store.free_bytes() else { return false };
+        if free >= wanted {
+            self.is_tight &= free < EASE_BYTES;
+            return true;
+        }
+        // What cannot be removed is still there afterwards, which is looked at.
+        let freed = self.store.make_space(id, wanted - free).unwrap_or(0);
+        if freed > 0 && !self.is_tight {
+            log::warn!(bytes = freed; "the disk is full: blocks of sessions are dropped");
+        }
+        self.is_tight = true;
+        freed > 0 && self.store.free_bytes().is_ok_and(|free| free >= wanted)
     }
 
     /// Memory that is used again is not to be fetched from the system page by page, which costs as much as decryption.
@@ -391,15 +415,21 @@ fn busy(id: SessionId) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ChatRequest;
     use crate::sessions::wishes::{Asked, Wishes};
+    use crate::testing::{SmallDisk, Whims};
+    use crate::{Change, ChatRequest};
     use sparsed_session::{Limits, Loaded, MasterKey, NewSession, NewTurn, OsDisk, Outcome, State};
+    use std::sync::atomic::Ordering;
     use std::sync::mpsc::sync_channel;
 
     const SHAPE: ImageShape = ImageShape { fingerprint: [1; 32], block_bytes: 8 };
 
-    /// A keeper without a thread, and a session of 128 tokens.
+    /// A keeper without a thread, and a session.
     fn keeper(dir: &std::path::Path) -> (Keeper, SessionId, Receiver<Command>) {
+        keeper_on(Box::new(OsDisk::open(dir).unwrap()))
+    }
+
+    fn keeper_on(disk: AnyDisk) -> (Keeper, SessionId, Receiver<Command>) {
         let (engine, commands) = sync_channel(16);
         let mut n = 7_u64;
         let random = Box::new(move |bytes: &mut [u8]| {
@@ -408,7 +438,6 @@ mod tests {
                 (n >> 56) as u8
             })
         });
-        let disk: AnyDisk = Box::new(OsDisk::open(dir).unwrap());
         let (store, _) = Store::open(disk, random, MasterKey::new([7; 32]), Limits::default()).unwrap();
         let clocks = Clocks { date: Box::new(|| 0), uptime: Box::new(|| Duration::ZERO) };
         let mut keeper = Keeper::new(store, Asks::new().0, engine, clocks);
@@ -450,6 +479,54 @@ mod tests {
         image(&mut keeper, save(&second, 1));
         assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 2);
         assert_eq!(commands.try_iter().count(), 3, "the engine hears of each");
+    }
+
+    #[test]
+    fn on_a_disk_that_is_almost_full_the_oldest_images_go_for_new_ones() {
+        let dir = tempfile::tempdir().unwrap();
+        let whims = Whims::default();
+        let (mut keeper, first, _commands) = keeper_on(Box::new(SmallDisk::open(dir.path(), &whims)));
+        let set = |capacity| whims.capacity.store(capacity, Ordering::Relaxed);
+        set(4 * RESERVE_BYTES);
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
+        let ids = [first, keeper.create(1, &new).unwrap(), keeper.create(1, &new).unwrap()];
+        let save = |keeper: &mut Keeper, id: SessionId| {
+            let turn = begin(keeper, id, 0, &[1; 64]);
+            let save = Save { file: turn.file, index: 0, block: sparsed_kv::BlockId(0) };
+            keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
+            end(keeper, id);
+            keeper.flush();
+            keeper.write_image();
+            ids.map(|id| keeper.store.saved_blocks(1, id, &SHAPE).unwrap())
+        };
+        assert_eq!(save(&mut keeper, ids[0]), [1, 0, 0]);
+        assert_eq!(save(&mut keeper, ids[1]), [1, 1, 0]);
+        // Just as much is left as what is said may want.
+        let used = 4 * RESERVE_BYTES - keeper.store.free_bytes().unwrap();
+        set(RESERVE_BYTES + used);
+        assert_eq!(save(&mut keeper, ids[2]), [0, 1, 1]);
+        // What others have filled the disk with: nothing is gained by removing all there is.
+        set(RESERVE_BYTES / 2);
+        assert_eq!(save(&mut keeper, ids[0]), [0, 1, 1]);
+    }
+
+    #[test]
+    fn a_change_that_could_not_be_written_is_taken_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let whims = Whims::default();
+        let (mut keeper, id, _commands) = keeper_on(Box::new(SmallDisk::open(dir.path(), &whims)));
+        begin(&mut keeper, id, 0, &[1; 3]);
+        end(&mut keeper, id);
+        keeper.flush();
+        let before = keeper.store.summary(1, id).unwrap();
+        whims.is_full.store(true, Ordering::Relaxed);
+        let change = Change { title: Some("other".to_owned()), pinned: Some(true), ..Change::default() };
+        assert_eq!(keeper.change(1, id, &change), Err(StoreError::DiskFull));
+        assert!(matches!(keeper.truncate(1, id, 0), Err(Failure::DiskFailed { .. })));
+        whims.is_full.store(false, Ordering::Relaxed);
+        keeper.flush();
+        assert_eq!(keeper.store.summary(1, id).unwrap(), before);
+        assert_eq!(keeper.change(1, id, &change).unwrap().title, "other");
     }
 
     #[test]

@@ -78,6 +78,25 @@ impl<D: Disk> Store<D> {
         }
     }
 
+    /// Removes images of other sessions to make room on the disk for those of session `id`, the least recently used first
+    /// and those of pinned sessions for another pinned one only; none where all of them are not worth `n_bytes`. Answers
+    /// the bytes that went.
+    ///
+    /// # Errors
+    /// The disk, where none could be removed.
+    pub fn make_space(&mut self, id: SessionId, n_bytes: u64) -> Result<u64> {
+        let before = self.usage().kv_bytes;
+        if self.victims(Some(id), None, self.is_pinned(id)).map(|victim| victim.kv.n_bytes).sum::<u64>() < n_bytes {
+            return Ok(0);
+        }
+        loop {
+            let freed = before - self.usage().kv_bytes;
+            if freed >= n_bytes || !self.evict(id, None)? {
+                return Ok(freed);
+            }
+        }
+    }
+
     /// Makes room for `grows_by` more bytes of images of a session, within the limits.
     pub(super) fn make_room(&mut self, owner: u64, id: SessionId, grows_by: u64) -> Result<()> {
         let (own, all) = (self.limits.kv_bytes_per_owner, self.limits.kv_bytes);
@@ -101,26 +120,40 @@ impl<D: Disk> Store<D> {
     /// # Errors
     /// The disk, where none could be removed.
     pub(super) fn evict(&mut self, keep: SessionId, owner: Option<u64>) -> Result<bool> {
-        let is_pinned = self.sessions.get(&keep).is_some_and(Session::pinned);
-        self.evict_any(Some(keep), owner, is_pinned)
+        self.evict_any(Some(keep), owner, self.is_pinned(keep))
     }
 
     fn evict_any(&mut self, keep: Option<SessionId>, owner: Option<u64>, pinned_too: bool) -> Result<bool> {
-        let mut victims: Vec<&mut Session> = self.sessions.values_mut().collect();
-        victims.retain(|session| {
-            let is_other = keep != Some(session.id) && owner.is_none_or(|owner| session.owner == owner);
-            is_other && session.kv.n_bytes > 0 && (pinned_too || !session.pinned()) && !session.answering
-        });
-        victims.sort_by_key(|session| (session.pinned(), session.last_use));
+        let of = |victim: &Session| (victim.pinned(), victim.last_use, victim.id);
+        let mut victims: Vec<_> = self.victims(keep, owner, pinned_too).map(of).collect();
+        victims.sort_unstable();
         let mut failed = None;
         // One whose file cannot be removed keeps nobody else's from going.
-        for victim in victims {
+        for (.., id) in victims {
+            let Some(victim) = self.sessions.get_mut(&id) else { continue };
             match victim.drop_kv(&mut self.disk) {
                 Ok(()) => return Ok(true),
                 Err(error) => failed = Some(error),
             }
         }
         failed.map_or(Ok(false), |error| Err(error.into()))
+    }
+
+    /// Sessions whose images may go.
+    fn victims(
+        &self,
+        keep: Option<SessionId>,
+        owner: Option<u64>,
+        pinned_too: bool,
+    ) -> impl Iterator<Item = &Session> + '_ {
+        self.sessions.values().filter(move |session| {
+            let is_other = keep != Some(session.id) && owner.is_none_or(|owner| session.owner == owner);
+            is_other && session.kv.n_bytes > 0 && (pinned_too || !session.pinned()) && !session.answering
+        })
+    }
+
+    fn is_pinned(&self, id: SessionId) -> bool {
+        self.sessions.get(&id).is_some_and(Session::pinned)
     }
 
     fn kv_bytes(&self, owner: Option<u64>) -> u64 {
