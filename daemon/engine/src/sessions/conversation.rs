@@ -143,29 +143,34 @@ impl Conversation {
         max_tokens: Option<u32>,
     ) -> Result<(ChatPrompt, u32), Failure> {
         let n_left_out = self.turns.last().map_or(0, |turn| turn.n_left_out);
-        let prompt = model.chat_prompt(&self.request(chat, n_left_out))?;
+        let prompt = model.chat_prompt(&self.request(chat, n_left_out));
         // Room for the answer, and for some turns more: each time something is left out, the rest is read again.
         let answer = max_tokens.unwrap_or(model.max_context / 4).min(model.max_context / 2);
-        let fits = prompt.tokens.len() + answer as usize <= model.max_context as usize;
-        if fits || self.context_full == ContextFull::Error {
-            return Ok((prompt, n_left_out));
-        }
         let wanted = (model.max_context / 2).max(1) as usize;
-        let all = super::count(self.turns.len());
-        if prompt.tokens.len() <= wanted || n_left_out >= all {
-            return Ok((prompt, n_left_out));
+        let is_enough = |prompt: &ChatPrompt| {
+            let n_tokens = prompt.tokens.len();
+            n_tokens <= wanted || n_tokens + answer as usize <= model.max_context as usize
+        };
+        if self.context_full == ContextFull::Error || prompt.as_ref().is_ok_and(is_enough) {
+            return Ok((prompt?, n_left_out));
         }
-        // The fewest that are enough. Each look reads the whole conversation, which may have a thousand turns.
-        let (mut fewest, mut most) = (n_left_out + 1, all);
-        while fewest < most {
-            let middle = fewest + (most - fewest) / 2;
-            if model.chat_prompt(&self.request(chat, middle))?.tokens.len() > wanted {
-                fewest = middle + 1;
-            } else {
-                most = middle;
-            }
+        // Of what cannot be rendered more is left out.
+        let fits = |n_left_out| {
+            let prompt = model.chat_prompt(&self.request(chat, n_left_out));
+            prompt.is_ok_and(|prompt| prompt.tokens.len() <= wanted)
+        };
+        match fewest(&self.beginnings(chat, n_left_out), fits) {
+            Some(fewest) => Ok((model.chat_prompt(&self.request(chat, fewest))?, fewest)),
+            None => Ok((prompt?, n_left_out)),
         }
-        Ok((model.chat_prompt(&self.request(chat, fewest))?, fewest))
+    }
+
+    /// How many turns may be left out, if more than `n_left_out` are to be: what is left begins with what a user says.
+    /// The results of calls mean nothing without the calls.
+    fn beginnings(&self, chat: &ChatRequest, n_left_out: u32) -> Vec<u32> {
+        let turns = self.turns.iter().map(|turn| turn.messages.as_slice()).chain([chat.messages.as_slice()]);
+        let numbered = (0..).zip(turns).filter(|(_, messages)| is_users(messages));
+        numbered.map(|(at, _)| at).filter(|&at| at > n_left_out).collect()
     }
 
     /// How the answer to the last turn is read.
@@ -210,6 +215,19 @@ impl Cut {
     }
 }
 
+/// Whether messages begin with a user's, beside what sets the rules.
+fn is_users(messages: &[ChatMessage]) -> bool {
+    let mut said = messages.iter().map(|message| &message.role);
+    said.find(|role| !matches!(role, Role::System | Role::Developer)).is_some_and(|role| *role == Role::User)
+}
+
+/// The least of `numbers` that fits, where all after one that does do so too; the last one if none does. Each look reads
+/// a whole conversation, which may have a thousand turns.
+fn fewest(numbers: &[u32], fits: impl Fn(u32) -> bool) -> Option<u32> {
+    let at = numbers.partition_point(|&number| !fits(number));
+    numbers.get(at).or_else(|| numbers.last()).copied()
+}
+
 fn is_cut(turn: &TurnHistory) -> bool {
     is_cut_by_daemon(turn) || turn.outcome == Some(Outcome::Cancelled)
 }
@@ -250,6 +268,37 @@ mod tests {
         let conversation = Conversation::of(&history(5, 9, 9, None)).unwrap();
         assert!(conversation.cut.as_ref().unwrap().cancelled.is_none());
         assert_eq!(conversation.messages().len(), 1, "what the daemon has cut is not said yet");
+    }
+
+    /// A conversation whose turns begin with these roles.
+    fn conversation(roles: &[Role]) -> Conversation {
+        let mut conversation = Conversation::of(&history(5, 9, 9, Some(Outcome::Complete))).unwrap();
+        let said = |role: &Role| Said {
+            messages: vec![ChatMessage::new(Role::System, "Be brief."), ChatMessage::new(*role, "x")],
+            answer: None,
+            n_left_out: 0,
+        };
+        conversation.turns = roles.iter().map(said).collect();
+        conversation
+    }
+
+    #[test]
+    fn turns_are_left_out_up_to_one_that_a_user_begins() {
+        let conversation = conversation(&[Role::User, Role::Tool, Role::Tool, Role::User, Role::Tool]);
+        let says = |role| ChatRequest { messages: vec![ChatMessage::new(role, "y")], ..ChatRequest::default() };
+        assert_eq!(conversation.beginnings(&says(Role::User), 0), [3, 5]);
+        assert_eq!(conversation.beginnings(&says(Role::User), 3), [5]);
+        assert_eq!(conversation.beginnings(&says(Role::Tool), 0), [3], "the call is in the turn before");
+        assert_eq!(conversation.beginnings(&says(Role::Tool), 3), [0; 0]);
+    }
+
+    #[test]
+    fn the_fewest_turns_that_are_enough_are_left_out_or_all_that_may_be() {
+        let numbers = [2, 5, 6, 9];
+        for (least, expected) in [(0, 2), (3, 5), (6, 6), (9, 9), (10, 9)] {
+            assert_eq!(fewest(&numbers, |number| number >= least), Some(expected), "{least}");
+        }
+        assert_eq!(fewest(&[], |_| true), None);
     }
 
     #[test]
