@@ -171,14 +171,14 @@ impl Run {
             let n_turns = self.rng.usize(..=said.turns.len());
             said.truncate(n_turns);
             said.leave();
-            let answer = self.store().fork(owner, id, u32::try_from(n_turns).ok(), 6);
+            let answer = self.store().fork(owner, id, u32::try_from(n_turns).ok(), 6, &|_| {});
             return self.is_made(owner, answer, said);
         }
         said.leave();
         let exported = self.store().export(owner, id);
         let Some(file) = self.done(exported)? else { return Ok(()) };
         let other = OWNERS[self.rng.usize(..2)];
-        let answer = self.store().import(other, &file);
+        let answer = self.store().import(other, &file, &|_| {});
         self.is_made(other, answer, said)
     }
 

@@ -233,7 +233,7 @@ fn a_journal_that_is_marked_is_written_again_whatever_the_mark_says() {
 fn files_of_another_session_are_not_believed() {
     let (disk, id, _) = session();
     let (mut store, _) = open(&disk, 2);
-    let other = store.fork(OWNER, id, None, 9).unwrap();
+    let other = store.fork(OWNER, id, None, 9, &|_| {}).unwrap();
     let tokens = store.history(OWNER, other).unwrap().tokens.clone();
     store.save_block(OWNER, other, &SHAPE, 0, &image(&tokens, 0, 200)).unwrap();
     drop(store);

@@ -76,6 +76,7 @@ impl Keeper {
         let (owner, id) = (answer.owner, answer.id);
         let message = answer.listener.as_ref().map_or_else(Vec::new, Listener::answer);
         let now = self.seconds();
+        let is_try = self.alone.remove(&id) && ending == Ending::Of(Outcome::Interrupted);
         let ended = match ending {
             Ending::Of(outcome) => self.store.end_turn(owner, id, outcome, &message, now),
             Ending::As(message) => self.store.end_turn(owner, id, Outcome::Cancelled, &message, now),
@@ -83,6 +84,11 @@ impl Keeper {
         };
         if let Err(error) = ended {
             self.fail(turn, &error);
+        }
+        // It was its time, or its client, that ended it: not what it does to the daemon.
+        if is_try {
+            // One try fewer is all that a failing disk costs it.
+            let _unwritten = self.store.forget_try(owner, id).is_err();
         }
     }
 

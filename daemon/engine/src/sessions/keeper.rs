@@ -54,6 +54,8 @@ pub(crate) struct Keeper {
     readers: Readers,
     stopping: bool,
     pub(super) clocks: Clocks,
+    /// Sessions whose last answer goes on by itself: a try of it is counted.
+    pub(super) alone: HashSet<SessionId>,
     /// Sessions that could not be written by the last flush, and are not answered.
     failing: HashSet<SessionId>,
     /// Sessions that were let go of before they were written, with their owners.
@@ -134,6 +136,7 @@ impl Keeper {
             readers: Readers::default(),
             stopping: false,
             clocks,
+            alone: HashSet::new(),
             failing: HashSet::new(),
             unwritten: HashSet::new(),
             is_tight: false,
@@ -703,9 +706,53 @@ mod tests {
         keeper.store.append_tokens(1, id, &[5]).unwrap();
         keeper.store.end_turn(1, id, Outcome::Interrupted, b"", 0).unwrap();
         assert_eq!(keeper.goes_on_alone(1, id), Ok(Some(1)), "it has got on");
+        // A copy of it has somebody else behind it, or nobody.
+        let fork = keeper.fork(1, id, None).unwrap();
+        let file = keeper.store.export(1, id).unwrap();
+        let import = keeper.import(1, &file).unwrap();
+        for copy in [fork, import] {
+            assert_eq!(keeper.store.summary(1, copy).unwrap().state, State::Interrupted);
+            assert_eq!(keeper.goes_on_alone(1, copy), Ok(None));
+        }
         keeper.store.resume_turn(1, id).unwrap();
         end(&mut keeper, id);
         assert_eq!(keeper.goes_on_alone(1, id), Ok(None), "it is over");
+    }
+
+    #[test]
+    fn an_answer_that_there_was_no_time_for_has_not_ended_the_daemon() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let wishes = Wishes { in_background: true, ..Wishes::default() };
+        let (request, sampling) = Asked { chat: ChatRequest::default(), wishes, n_left_out: 0 }.encode();
+        let turn = NewTurn { keep_tokens: 0, prompt: &[1; 3], request: &request, sampling: &sampling };
+        keeper.store.begin_turn(1, id, &turn, 0).unwrap();
+        keeper.store.append_tokens(1, id, &[4]).unwrap();
+        keeper.store.end_turn(1, id, Outcome::Interrupted, b"", 0).unwrap();
+        let again = |keeper: &mut Keeper, failure: Option<Failure>| {
+            assert_eq!(keeper.goes_on_alone(1, id), Ok(Some(0)));
+            keeper.take_session(1, id).unwrap();
+            keeper.store.resume_turn(1, id).unwrap();
+            keeper.turn(1, id, &SHAPE, 4, Some(Resumed { tokens: vec![4], before: None }));
+            let turn = TurnId(keeper.n_turns - 1);
+            if let Some(failure) = failure {
+                let sink = Box::new(crate::testing::Listener::with_room(9));
+                keeper.take(Ask::Listen { turn, sink, flow: std::sync::Arc::default() });
+                keeper.event(turn, crate::api::Event::Failed(failure));
+            }
+            keeper.gone(turn);
+            keeper.deliver();
+        };
+        for _ in 0..5 {
+            again(&mut keeper, Some(Failure::MemoryShort { retry_after_s: 1 }));
+            again(&mut keeper, None);
+            again(&mut keeper, Some(Failure::ShuttingDown));
+        }
+        // Those of daemons that have died at it count.
+        for _ in 0..3 {
+            assert_eq!(keeper.goes_on_alone(1, id), Ok(Some(0)));
+        }
+        assert_eq!(keeper.goes_on_alone(1, id), Ok(None));
     }
 
     #[test]

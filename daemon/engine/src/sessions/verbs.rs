@@ -3,6 +3,7 @@
 use super::Change;
 use super::conversation::SaidTurn;
 use super::keeper::{Keeper, Resumed, failure};
+use super::wishes::foreground;
 use crate::api::{Failure, Turn};
 #[cfg(feature = "simulation")]
 use sparsed_session::History;
@@ -30,13 +31,13 @@ impl Keeper {
     }
 
     pub(crate) fn import(&mut self, owner: u64, file: &[u8]) -> Result<SessionId, StoreError> {
-        let made = self.with_room(|store| store.import(owner, file));
+        let made = self.with_room(|store| store.import(owner, file, &foreground));
         self.made(owner, made)
     }
 
     pub(crate) fn fork(&mut self, owner: u64, id: SessionId, n_turns: Option<u32>) -> Result<SessionId, StoreError> {
         let now = self.seconds();
-        let made = self.with_room(|store| store.fork(owner, id, n_turns, now));
+        let made = self.with_room(|store| store.fork(owner, id, n_turns, now, &foreground));
         self.made(owner, made)
     }
 
@@ -92,6 +93,7 @@ impl Keeper {
     pub(crate) fn delete(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
         self.check_free(id)?;
         self.forget_file(id);
+        self.alone.remove(&id);
         self.store.delete(owner, id).map_err(|error| failure(id, &error))
     }
 
@@ -125,6 +127,7 @@ impl Keeper {
             log::warn!(session:% = id, tries = n_tries - 1; "daemons have ended at this answer, it waits to be asked for");
             return Ok(None);
         }
+        self.alone.insert(id);
         Ok(Some(super::count(turns.len()) - 1))
     }
 

@@ -4,6 +4,7 @@ use crate::api::{CacheSalt, Event, Failure, Generate, Owner, Urgency};
 use crate::{ChatMessage, ChatRequest, Grammar, GrammarSpec, Role, Sampling, ServedModel, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
+use sparsed_session::{Outcome, TurnHistory};
 
 /// How an answer is wished for.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -105,6 +106,19 @@ impl Asked {
     pub(super) fn decode(request: &[u8], sampling: &[u8]) -> Result<Self, Failure> {
         let (wishes, n_left_out) = read(sampling, "sampling parameters")?;
         Ok(Self { chat: read(request, "a request")?, wishes, n_left_out })
+    }
+}
+
+/// Makes a copied turn one that goes on when somebody asks: who wanted its answer in the background has the first one.
+pub(super) fn foreground(turn: &mut TurnHistory) {
+    if !matches!(turn.outcome, None | Some(Outcome::Interrupted)) {
+        return;
+    }
+    // One that cannot be read does not go on at all.
+    let Ok(asked) = Asked::decode(&turn.request, &turn.sampling) else { return };
+    if asked.wishes.in_background {
+        let wishes = Wishes { in_background: false, ..asked.wishes };
+        (_, turn.sampling) = Asked { wishes, ..asked }.encode();
     }
 }
 

@@ -151,18 +151,44 @@ impl Folder {
     /// Counts a try to go on from `n_tokens` in turn `n_turns`; answers how many there were from there, this one
     /// included. Not synced: a power cut may take it back, the death of the process does not.
     pub(super) fn note_try(&self, disk: &mut impl Disk, n_turns: u32, n_tokens: u32) -> Result<u32, DiskError> {
-        let (file, mut bytes) = (self.dir.child(TRIES), [0; TRIES_BYTES]);
-        let found = match disk.read_at(&file, 0, &mut bytes) {
-            Err(DiskError::NotFound) => disk.create(&file).map(|()| 0),
-            found => found,
+        let found = self.tries(disk)?;
+        if found.is_none() {
+            disk.create(&self.dir.child(TRIES))?;
+        }
+        let n_tries = match found {
+            Some([turns, tokens, n_tries]) if (turns, tokens) == (n_turns, n_tokens) => n_tries.saturating_add(1),
+            _ => 1,
         };
-        let mut said = bytes.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
-        let place = [said.next(), said.next()];
-        let is_here = found? == TRIES_BYTES && place == [Some(n_turns), Some(n_tokens)];
-        let n_tries = if is_here { said.next().unwrap_or(0).saturating_add(1) } else { 1 };
-        let said: Vec<u8> = [n_turns, n_tokens, n_tries].into_iter().flat_map(u32::to_le_bytes).collect();
-        disk.write_at(&file, 0, &said)?;
+        self.write_tries(disk, [n_turns, n_tokens, n_tries])?;
         Ok(n_tries)
+    }
+
+    /// Takes the last try back.
+    pub(super) fn forget_try(&self, disk: &mut impl Disk) -> Done {
+        match self.tries(disk)? {
+            Some([n_turns, n_tokens, n_tries]) => {
+                self.write_tries(disk, [n_turns, n_tokens, n_tries.saturating_sub(1)])
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// What the file of tries says, zeros where it is shorter; `None` without a file.
+    fn tries(&self, disk: &mut impl Disk) -> Result<Option<[u32; 3]>, DiskError> {
+        let mut bytes = [0; TRIES_BYTES];
+        match disk.read_at(&self.dir.child(TRIES), 0, &mut bytes) {
+            Err(DiskError::NotFound) => Ok(None),
+            Ok(TRIES_BYTES) => {
+                let (numbers, _) = bytes.as_chunks::<4>();
+                Ok(Some(std::array::from_fn(|at| numbers.get(at).map_or(0, |bytes| u32::from_le_bytes(*bytes)))))
+            }
+            read => read.map(|_| Some([0; 3])),
+        }
+    }
+
+    fn write_tries(&self, disk: &mut impl Disk, tries: [u32; 3]) -> Done {
+        let bytes: Vec<u8> = tries.into_iter().flat_map(u32::to_le_bytes).collect();
+        disk.write_at(&self.dir.child(TRIES), 0, &bytes)
     }
 
     /// Removes what a compaction left behind.

@@ -176,7 +176,7 @@ fn nobody_sees_anothers_session() {
     assert_eq!(store.append_tokens(other, id, &[1]), Err(StoreError::NotFound));
     assert_eq!(store.rename(other, id, ""), Err(StoreError::NotFound));
     assert_eq!(store.truncate(other, id, 0), Err(StoreError::NotFound));
-    assert_eq!(store.fork(other, id, None, 7), Err(StoreError::NotFound));
+    assert_eq!(store.fork(other, id, None, 7, &|_| {}), Err(StoreError::NotFound));
     assert_eq!(store.export(other, id), Err(StoreError::NotFound));
     assert_eq!(store.delete(other, id), Err(StoreError::NotFound));
     assert_eq!(store.load_block(other, id, &SHAPE, 0, &mut Vec::new()), Err(StoreError::NotFound));
@@ -233,9 +233,9 @@ fn a_fork_and_an_import_are_sessions_of_their_own() {
     let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
     say(&mut store, id, &[1], &[2]);
     say(&mut store, id, &[3], &[4]);
-    let fork = store.fork(OWNER, id, Some(1), 50).unwrap();
+    let fork = store.fork(OWNER, id, Some(1), 50, &|_| {}).unwrap();
     let file = store.export(OWNER, id).unwrap();
-    let import = store.import(77, &file).unwrap();
+    let import = store.import(77, &file, &|_| {}).unwrap();
     say(&mut store, id, &[5], &[6]);
     say(&mut store, fork, &[7], &[8]);
     drop(store);
@@ -245,12 +245,12 @@ fn a_fork_and_an_import_are_sessions_of_their_own() {
     assert_eq!(store.history(OWNER, fork).unwrap().tokens, [1, 2, 7, 8]);
     assert_eq!(store.history(77, import).unwrap().tokens, [1, 2, 3, 4]);
     for n_bytes in 0..file.len() {
-        assert!(store.import(77, &file[..n_bytes]).is_err(), "{n_bytes} bytes");
+        assert!(store.import(77, &file[..n_bytes], &|_| {}).is_err(), "{n_bytes} bytes");
     }
     for at in 0..file.len() {
         let mut flipped = file.clone();
         flipped[at] ^= 1;
-        assert!(store.import(77, &flipped).is_err(), "byte {at}");
+        assert!(store.import(77, &flipped, &|_| {}).is_err(), "byte {at}");
     }
 }
 
@@ -278,16 +278,16 @@ fn an_import_keeps_to_the_limits_of_what_is_made_here() {
     let (mut store, _) = open(folder.path(), 1);
     let file = |title: usize, model: usize| exported("t".repeat(title), "m".repeat(model));
     let limit = |what| Err(StoreError::LimitReached { what, limit: 1024 });
-    assert_eq!(store.import(OWNER, &file(1025, 3)), limit("bytes of a title"));
-    assert_eq!(store.import(OWNER, &file(3, 1025)), limit("bytes of a model's name"));
+    assert_eq!(store.import(OWNER, &file(1025, 3), &|_| {}), limit("bytes of a title"));
+    assert_eq!(store.import(OWNER, &file(3, 1025), &|_| {}), limit("bytes of a model's name"));
     // As large as a record can be, and too large for what encryption adds.
     let largest = crate::limits::RECORD_BYTES_MAX;
     let damaged = Err(StoreError::Damaged { what: "the exported session" });
     for n_bytes in [largest - 100, largest - 60, largest] {
-        let refused = store.import(OWNER, &file(n_bytes, 3));
+        let refused = store.import(OWNER, &file(n_bytes, 3), &|_| {});
         assert!(refused == damaged || refused == limit("bytes of a title"), "{n_bytes} bytes: {refused:?}");
     }
-    let id = store.import(OWNER, &file(1024, 1024)).unwrap();
+    let id = store.import(OWNER, &file(1024, 1024), &|_| {}).unwrap();
     assert_eq!(store.summary(OWNER, id).unwrap().title.len(), 1024);
 }
 

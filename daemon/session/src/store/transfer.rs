@@ -10,7 +10,7 @@ use super::{Store, check_bytes, nonce};
 use crate::cipher::SessionKey;
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
-use crate::history::{History, Outcome};
+use crate::history::{History, Outcome, TurnHistory};
 use crate::id::SessionId;
 use crate::journal::RECORD_TEXT_BYTES_MAX;
 use crate::limits::{MODEL_BYTES_MAX, TITLE_BYTES_MAX};
@@ -22,12 +22,19 @@ const VERSION: u32 = 1;
 const HEADER_BYTES: usize = 20;
 
 impl<D: Disk> Store<D> {
-    /// A session of its own with the first `n_turns` turns of another one, or all. Images are not copied: the new
-    /// session has none.
+    /// A session of its own with the first `n_turns` turns of another one, or all, each as `adopt` makes it. Images are
+    /// not copied: the new session has none.
     ///
     /// # Errors
     /// [`StoreError::Busy`] while the session is answering, fewer turns than that, a limit, or as [`Store::history`].
-    pub fn fork(&mut self, owner: u64, id: SessionId, n_turns: Option<u32>, now: u64) -> Result<SessionId> {
+    pub fn fork(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        n_turns: Option<u32>,
+        now: u64,
+        adopt: &dyn Fn(&mut TurnHistory),
+    ) -> Result<SessionId> {
         self.idle(owner, id)?;
         let mut history = self.history(owner, id)?.clone();
         if let Some(n_turns) = n_turns {
@@ -37,6 +44,7 @@ impl<D: Disk> Store<D> {
             history.apply(&cut).map_err(|misfit| StoreError::Invalid { what: misfit.0 })?;
         }
         (history.created, history.used, history.pinned) = (now, now, false);
+        history.turns.iter_mut().for_each(adopt);
         self.build(history)
     }
 
@@ -62,11 +70,12 @@ impl<D: Disk> Store<D> {
         Ok(file)
     }
 
-    /// Makes a session of an exported one, whoever's it was. It keeps the time it was made at, and is not pinned.
+    /// Makes a session of an exported one, whoever's it was, with each turn as `adopt` makes it. It keeps the time it was
+    /// made at, and is not pinned.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] or [`StoreError::UnknownVersion`] for a file that cannot be read, a limit, or the disk.
-    pub fn import(&mut self, owner: u64, file: &[u8]) -> Result<SessionId> {
+    pub fn import(&mut self, owner: u64, file: &[u8], adopt: &dyn Fn(&mut TurnHistory)) -> Result<SessionId> {
         let limit = self.limits.journal_bytes;
         if file.len() as u64 > limit {
             return Err(StoreError::LimitReached { what: "bytes of an exported session", limit });
@@ -74,6 +83,7 @@ impl<D: Disk> Store<D> {
         let mut history = parse(file)?;
         check_names(&history.title, &history.model)?;
         (history.owner, history.pinned) = (owner, false);
+        history.turns.iter_mut().for_each(adopt);
         self.build(history)
     }
 

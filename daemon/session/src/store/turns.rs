@@ -56,6 +56,14 @@ impl<D: Disk> Store<D> {
         Ok(session.folder.note_try(&mut self.disk, n_turns, n_tokens)?)
     }
 
+    /// What [`Store::note_try`] has counted last was none: its process is still there.
+    ///
+    /// # Errors
+    /// [`StoreError::NotFound`], or the disk.
+    pub fn forget_try(&mut self, owner: u64, id: SessionId) -> Result<()> {
+        Ok(find(&mut self.sessions, owner, id)?.folder.forget_try(&mut self.disk)?)
+    }
+
     /// A turn that was cut, or cancelled, goes on: more of its tokens come. Until they do, it is what it was.
     ///
     /// # Errors
