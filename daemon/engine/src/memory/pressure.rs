@@ -52,7 +52,7 @@ pub enum Stage {
     Spill,
     /// Prompts are read in smaller pieces.
     SmallChunks,
-    /// No new request begins.
+    /// No new request begins beside another one.
     Hold,
     /// No new request is taken.
     Refuse,
@@ -139,17 +139,18 @@ impl Ladder {
     pub(crate) fn look(&mut self, pressure: Pressure, now: Duration) -> Option<Move> {
         let from = self.stage;
         let (least, most) = pressure.rungs();
-        if pressure == Pressure::None {
-            while self.stage > Stage::Calm && now.saturating_sub(self.since) >= DESCEND_AFTER {
-                self.stage = self.stage.by(-1);
-                self.since += DESCEND_AFTER;
-            }
-        } else if self.stage < least {
+        if self.stage < least {
             (self.stage, self.since) = (least, now);
         } else if self.stage < most && now.saturating_sub(self.since) >= CLIMB_AFTER {
             (self.stage, self.since) = (self.stage.by(1), now);
-        } else if self.stage >= most {
-            // The time without pressure begins when it ends.
+        }
+        // What a worse pressure has led to is left when that is over, down to where this one leads.
+        while self.stage > most && now.saturating_sub(self.since) >= DESCEND_AFTER {
+            self.stage = self.stage.by(-1);
+            self.since += DESCEND_AFTER;
+        }
+        if self.stage == most {
+            // The time without this pressure begins when it ends.
             self.since = now;
         }
         (self.stage != from).then_some(Move { from, to: self.stage })
@@ -195,6 +196,19 @@ mod tests {
             ladder.look(Pressure::Critical, s(2 * i));
         }
         assert_eq!(ladder.stage(), Stage::Refuse);
+    }
+
+    #[test]
+    fn pressure_that_is_not_critical_any_more_refuses_nobody_in_the_end() {
+        let mut ladder = Ladder::default();
+        for i in 0..9 {
+            ladder.look(Pressure::Critical, s(2 * i));
+        }
+        assert_eq!((ladder.stage(), ladder.look(Pressure::Some, s(25))), (Stage::Refuse, None));
+        assert_eq!(ladder.look(Pressure::Some, s(26)), Some(Move { from: Stage::Refuse, to: Stage::Hold }));
+        assert_eq!(ladder.look(Pressure::Some, s(1000)), None, "no further while it lasts");
+        assert_eq!(ladder.look(Pressure::None, s(1009)), None);
+        assert_eq!(ladder.look(Pressure::None, s(1010)), Some(Move { from: Stage::Hold, to: Stage::SmallChunks }));
     }
 
     #[test]

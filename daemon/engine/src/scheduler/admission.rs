@@ -5,7 +5,7 @@
 //! its share of the blocks gives way first, the least urgent and youngest of its sequences; never the oldest one of
 //! all, so somebody always gets to the end.
 
-use super::queue::Admits;
+use super::queue::{Admits, Queue};
 use super::quota::blocks_per_owner;
 use super::relief::Relief;
 use super::{Limits, Scheduler, count};
@@ -94,7 +94,7 @@ impl Scheduler {
     pub(super) fn admit(&mut self, now: Duration) {
         self.make_way(now);
         while self.can_admit() {
-            let admits = admits(&self.limits, &self.relief, &self.running);
+            let admits = admits(&self.limits, &self.relief, &self.running, &self.queue);
             let mut sequence = self.queue.take_next(admits).expect("can_admit looked at it");
             if let Some(time) = sequence.start(now) {
                 self.tally.queue.add(time.as_secs_f64());
@@ -108,7 +108,7 @@ impl Scheduler {
 
     /// Which requests may begin now.
     pub(super) fn admits(&self) -> Admits<'_> {
-        admits(&self.limits, &self.relief, &self.running)
+        admits(&self.limits, &self.relief, &self.running, &self.queue)
     }
 
     /// Whether there is a place and room for the prompt of the sequence that is next.
@@ -234,10 +234,17 @@ impl Scheduler {
 }
 
 /// Which requests may begin beside those that are `running`.
-fn admits<'a>(limits: &Limits, relief: &Relief, running: &'a [Sequence]) -> Admits<'a> {
+fn admits<'a>(limits: &Limits, relief: &Relief, running: &'a [Sequence], queue: &Queue) -> Admits<'a> {
+    // Memory may stay tight for as long as others want: where nothing goes on, what waits begins one by one.
+    let is_idle = || running.is_empty() && !queue.waiting().any(Sequence::has_begun);
+    let only_begun = match relief.stage() {
+        Stage::Refuse => true,
+        Stage::Hold => !is_idle(),
+        _ => false,
+    };
     Admits {
         running_max: limits.per_user_running,
-        only_begun: relief.stage() >= Stage::Hold,
+        only_begun,
         running,
         blocks_max: blocks_per_owner(limits.per_user_kv_bytes, relief),
     }

@@ -420,6 +420,29 @@ mod tests {
     }
 
     #[test]
+    fn where_memory_stays_tight_requests_begin_one_by_one() {
+        let mut bench = bench(16, 16, limits());
+        seconds(&mut bench, 20, Pressure::Some, 1 << 20);
+        assert_eq!(board(&bench).stage, Stage::Hold);
+        let listeners: Vec<Listener> = (0..3).map(|_| Listener::with_room(100)).collect();
+        for (seed, listener) in (0..).zip(&listeners) {
+            bench.submit_of(Owner::Uid(seed), None, prompt(seed, 30), 5, listener);
+        }
+        for _ in 0..40 {
+            seconds(&mut bench, 1, Pressure::Some, 1 << 20);
+            assert!(bench.scheduler.load().running <= 1);
+        }
+        for (seed, listener) in (0..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 30), 5), "request {seed}");
+        }
+        // What has no room at all hears when to come again.
+        let long = Listener::with_room(100);
+        bench.submit(prompt(1, 300), 5, &long);
+        seconds(&mut bench, 2, Pressure::Some, 2048);
+        assert!(matches!(long.heard().1, Some(Event::Failed(Failure::MemoryShort { .. }))), "{:?}", long.heard().1);
+    }
+
+    #[test]
     fn a_prompt_that_does_not_fit_any_more_is_refused_and_not_kept_for_ever() {
         let mut bench = bench(16, 16, limits());
         look(&mut bench, Pressure::None, 3 * 2048);
