@@ -74,6 +74,8 @@ pub(crate) fn limits(config: &Sessions) -> Limits {
     Limits {
         sessions_per_owner: config.max_per_user,
         sessions: config.max,
+        journals_bytes_per_owner: config.journals_per_user.0,
+        journals_bytes: config.journals.0,
         kv_bytes_per_owner: config.kv_per_user.0,
         kv_bytes: config.kv.0,
         retention_seconds: config.retention_days * DAY,

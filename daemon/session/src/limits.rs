@@ -33,6 +33,10 @@ pub struct Limits {
     pub sessions: u32,
     /// Bytes of one session's journal.
     pub journal_bytes: u64,
+    /// Bytes of one owner's journals, above which no turn begins; the answers that are under way come to their ends.
+    pub journals_bytes_per_owner: u64,
+    /// The same of all journals.
+    pub journals_bytes: u64,
     /// Bytes of a journal that is worth compacting once less than half of it is of use.
     pub compact_bytes: u64,
     /// Bytes of records that wait for a flush, in one session.
@@ -53,6 +57,8 @@ impl Default for Limits {
             sessions_per_owner: 1000,
             sessions: 4000,
             journal_bytes: 256 << 20,
+            journals_bytes_per_owner: 2 << 30,
+            journals_bytes: 8 << 30,
             compact_bytes: 64 << 10,
             pending_bytes: 64 << 20,
             kv_bytes_per_owner: 16 << 30,

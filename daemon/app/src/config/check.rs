@@ -98,6 +98,8 @@ pub(super) const KEYS: &[&str] = &[
     "sessions.context_full",
     "sessions.durability",
     "sessions.enabled",
+    "sessions.journals",
+    "sessions.journals_per_user",
     "sessions.kv",
     "sessions.kv_per_user",
     "sessions.max",

@@ -17,6 +17,10 @@ pub struct Sessions {
     pub max_per_user: u32,
     /// Most sessions.
     pub max: u32,
+    /// Most bytes on disk for what is said in a user's sessions; above it no turn begins.
+    pub journals_per_user: Bytes,
+    /// Most bytes on disk for what is said in all sessions.
+    pub journals: Bytes,
     /// Most bytes on disk for KV rows of a user's sessions; the oldest go first.
     pub kv_per_user: Bytes,
     /// Most bytes on disk for KV rows of all sessions.
@@ -61,6 +65,8 @@ impl Default for Sessions {
             context_full: ContextFull::Error,
             max_per_user: limits.sessions_per_owner,
             max: limits.sessions,
+            journals_per_user: Bytes(limits.journals_bytes_per_owner),
+            journals: Bytes(limits.journals_bytes),
             kv_per_user: Bytes(limits.kv_bytes_per_owner),
             kv: Bytes(limits.kv_bytes),
             retention_days: 0,

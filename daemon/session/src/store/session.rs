@@ -326,6 +326,7 @@ pub(super) fn cut_tail(
     Ok(n_kept)
 }
 
-fn check(what: &'static str, n_bytes: u64, limit: u64) -> Result<()> {
+/// As [`StoreError::LimitReached`] for more bytes than the limit.
+pub(super) fn check(what: &'static str, n_bytes: u64, limit: u64) -> Result<()> {
     if n_bytes <= limit { Ok(()) } else { Err(StoreError::LimitReached { what, limit }) }
 }

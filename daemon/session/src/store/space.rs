@@ -1,13 +1,13 @@
 //! Who makes room, and what goes for good?
 
 use super::folder::best_effort;
-use super::session::Session;
+use super::session::{Session, check};
 use super::{Store, find};
 use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::State;
 use crate::id::SessionId;
-use crate::limits::DATE_MIN_S;
+use crate::limits::{DATE_MIN_S, Limits};
 
 impl<D: Disk> Store<D> {
     /// Destroys a session's key, then removes its files.
@@ -95,6 +95,18 @@ impl<D: Disk> Store<D> {
                 return Ok(freed);
             }
         }
+    }
+
+    /// As [`StoreError::LimitReached`] when the journals of `owner`, or of all, may not grow by `n_bytes`.
+    pub(super) fn check_journals(&self, owner: u64, n_bytes: u64) -> Result<()> {
+        let (mut own, mut all) = (n_bytes, n_bytes);
+        for session in self.sessions.values() {
+            all = all.saturating_add(session.journal_bytes());
+            own = own.saturating_add(if session.owner == owner { session.journal_bytes() } else { 0 });
+        }
+        let Limits { journals_bytes_per_owner, journals_bytes, .. } = self.limits;
+        check("bytes of one owner's journals", own, journals_bytes_per_owner)?;
+        check("bytes of all journals", all, journals_bytes)
     }
 
     /// Makes room for `grows_by` more bytes of images of a session, within the limits.

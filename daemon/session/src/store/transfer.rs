@@ -100,6 +100,7 @@ impl<D: Disk> Store<D> {
         let (id, key) = (SessionId::from_bytes(id), SessionKey::new(key));
         let key_file = key.wrap(&self.master, owner, id, &nonce(&mut *self.random));
         let (position, journal) = whole_journal(id, &history, &key, &mut *self.random);
+        self.check_journals(owner, journal.len() as u64)?;
         Folder::of(owner, id).build(&mut self.disk, &key_file, &journal)?;
         self.journal_bytes_written += (key_file.len() + journal.len()) as u64;
         let mut session = Session::new(id, key, history, position);

@@ -40,7 +40,9 @@ impl<D: Disk> Store<D> {
             request: turn.request.to_vec(),
             sampling: turn.sampling.to_vec(),
         };
-        self.record(owner, id, Record::Turn(turn))?;
+        let record = Record::Turn(turn);
+        self.check_journals(owner, record.n_bytes())?;
+        self.record(owner, id, record)?;
         find(&mut self.sessions, owner, id)?.answering = true;
         Ok(())
     }

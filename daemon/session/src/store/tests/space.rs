@@ -170,6 +170,33 @@ fn limits_are_told_by_name_and_change_nothing() {
 }
 
 #[test]
+fn journals_have_limits_together_and_an_answer_that_has_begun_comes_to_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let limits = Limits { journals_bytes_per_owner: 5000, journals_bytes: 8000, ..Limits::default() };
+    let (mut store, _) = open_as(folder.path(), 1, limits);
+    let ids: Vec<SessionId> = (0..3).map(|_| store.create(OWNER, &new(Durability::Turn), 5).unwrap()).collect();
+    let request = vec![b' '; 1500];
+    let turn = NewTurn { keep_tokens: 0, prompt: &[1], request: &request, sampling: b"" };
+    for &id in &ids[..2] {
+        store.begin_turn(OWNER, id, &turn, 7).unwrap();
+        assert_eq!(store.flush().failed, []);
+    }
+    let own = StoreError::LimitReached { what: "bytes of one owner's journals", limit: 5000 };
+    assert_eq!(store.begin_turn(OWNER, ids[2], &turn, 7), Err(own));
+    assert_eq!(store.summary(OWNER, ids[2]).unwrap().state, State::Idle);
+    store.append_tokens(OWNER, ids[0], &[7; 2000]).unwrap();
+    store.end_turn(OWNER, ids[0], Outcome::Complete, &request, 9).unwrap();
+    assert_eq!(store.flush().failed, []);
+    assert_eq!(store.fork(OWNER, ids[0], None, 9, &|_| {}), Err(own));
+    // Others have what is left for all.
+    let all = StoreError::LimitReached { what: "bytes of all journals", limit: 8000 };
+    assert!(store.usage().journal_bytes > 7000, "{:?}", store.usage());
+    assert_eq!(store.create(7, &new(Durability::Turn), 5).and_then(|id| store.begin_turn(7, id, &turn, 7)), Err(all));
+    store.delete(OWNER, ids[0]).unwrap();
+    store.begin_turn(OWNER, ids[2], &turn, 7).unwrap();
+}
+
+#[test]
 fn old_sessions_go_and_those_from_the_future_stay() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, _) = open_as(folder.path(), 1, Limits { retention_seconds: 100, ..Limits::default() });
