@@ -21,6 +21,7 @@ use crate::service::{Command, Service, Shared, Slot, lock};
 use crate::sessions::{self, Ask, Clocks, SessionStore};
 use crate::tenants::Tenants;
 use residents::Coming;
+use rustix::time::{ClockId, clock_gettime};
 use sparsed_backend::Backend;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
@@ -68,8 +69,7 @@ pub fn start(
         tenants: Arc::new(Tenants::new(limits.per_user_requests)),
     });
     let writer = SlowWriter::spawn(sender.clone())?;
-    let epoch = shared.epoch;
-    let clocks = Clocks { date: Box::new(seconds), uptime: Box::new(move || epoch.elapsed()) };
+    let clocks = Clocks { date: Box::new(seconds), uptime: Box::new(uptime) };
     let keeper = store.map(|store| sessions::spawn(store, sender.clone(), clocks)).transpose()?;
     let sessions = keeper.as_ref().map(|(sessions, _)| sessions.clone());
     let has_upstreams = !upstreams.is_empty();
@@ -355,6 +355,12 @@ impl Engine {
 /// Seconds since 1970; before 1970 it is 1970. For dates only: a clock that is set may jump.
 pub(crate) fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Time since the machine's start, that in which it slept included: an [`Instant`] stands still then, and a date that is
+/// right would seem to have been set.
+fn uptime() -> Duration {
+    Duration::try_from(clock_gettime(ClockId::Boottime)).unwrap_or_default()
 }
 
 /// The engine's time.

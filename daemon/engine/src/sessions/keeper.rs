@@ -69,7 +69,7 @@ pub(crate) struct Keeper {
 pub(crate) struct Clocks {
     /// Seconds since 1970; may jump.
     pub(crate) date: Box<dyn Fn() -> u64 + Send>,
-    /// Time since some start; goes on.
+    /// Time since some start; goes on, also while the machine sleeps.
     pub(crate) uptime: Box<dyn Fn() -> Duration + Send>,
 }
 

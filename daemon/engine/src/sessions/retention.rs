@@ -105,6 +105,14 @@ mod tests {
         }
     }
 
+    /// A box that wakes for some minutes a day: whoever looks does so then only, and both clocks have gone on meanwhile.
+    #[test]
+    fn a_machine_that_sleeps_most_of_the_time_has_a_clock_that_is_believed() {
+        let mut settling = Settling::default();
+        assert!(!looks(&mut settling, 5, TODAY, 1));
+        assert!(settling.look(Duration::from_secs(5 + 86_400), TODAY + 86_400));
+    }
+
     #[test]
     fn a_clock_that_runs_a_little_fast_is_believed_and_one_that_was_never_set_is_not() {
         let mut settling = Settling::default();
