@@ -230,7 +230,7 @@ impl Sessions {
         model: &ServedModel,
         change: Change,
     ) -> Result<SessionSummary, Failure> {
-        let fingerprint = model.vocabulary;
+        let [fingerprint, _] = model.vocabularies;
         self.ask(move |keeper| {
             let defaults = keeper.store.limits().settings;
             let settings = Settings {

@@ -71,10 +71,19 @@ impl Opened {
         let block_bytes = u32::try_from(kv_bytes_per_token * u64::from(BLOCK_TOKENS));
         let block_bytes = block_bytes.map_err(|_| "its KV rows are too long".to_owned())?;
         let images = ImageShape { fingerprint: program.fingerprint(), block_bytes };
-        let vocabulary = model.vocabulary_fingerprint();
+        let (vocabularies, weights) = (model.vocabulary_fingerprints(), program.weights_fingerprint());
         let grammars = Compiler::default();
-        let served =
-            ServedModel { model, max_context, kv_bytes_per_token, top_k, created, vocabulary, images, grammars };
+        let served = ServedModel {
+            model,
+            max_context,
+            kv_bytes_per_token,
+            top_k,
+            created,
+            vocabularies,
+            weights,
+            images,
+            grammars,
+        };
         let footprint = Footprint {
             block_bytes: need.block_bytes(),
             latent_bytes: latent_bytes * u64::from(BLOCK_TOKENS),

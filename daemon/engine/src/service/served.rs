@@ -21,8 +21,11 @@ pub struct ServedModel {
     pub top_k: Option<u32>,
     /// Seconds since 1970, when it was loaded.
     pub created: u64,
-    /// Says which tokens there are: a session's tokens mean something to models with the same.
-    pub(crate) vocabulary: [u8; 32],
+    /// Says which tokens there are: a session's tokens mean something to models with the same. The first is that of new
+    /// sessions.
+    pub(crate) vocabularies: [[u8; 32]; 2],
+    /// Says which weights there are: others do not go on with an answer.
+    pub(crate) weights: [u8; 32],
     /// What the host images of its blocks are.
     pub(crate) images: ImageShape,
     /// Of requests that say what the answer must be.

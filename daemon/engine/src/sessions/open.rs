@@ -47,7 +47,8 @@ impl OpenSession {
         let (prompt, n_left_out) = self.conversation.prompt(model, &chat, wishes.max_tokens)?;
         model.check_prompt(&prompt.tokens)?;
         let n_kept = common(&self.conversation.tokens, &prompt.tokens);
-        let (request, sampling) = Asked { chat, wishes: wishes.clone(), n_left_out }.encode();
+        let wishes = Wishes { weights: Some(model.weights), ..wishes.clone() };
+        let (request, sampling) = Asked { chat, wishes, n_left_out }.encode();
         let (owner, id, shape) = (self.owner.number(), self.id, model.images);
         let (n_kept, new) = (count(n_kept), prompt.tokens[n_kept..].to_vec());
         let turn = ask(&self.asks, move |keeper| {
@@ -89,7 +90,7 @@ impl OpenSession {
     }
 
     fn check(&self, model: &ServedModel) -> Result<(), Failure> {
-        if self.conversation.fingerprint == model.vocabulary {
+        if model.vocabularies.contains(&self.conversation.fingerprint) {
             return Ok(());
         }
         Err(Failure::SessionOfOtherModel { id: self.id.to_string(), model: self.conversation.model.clone() })
@@ -105,13 +106,14 @@ impl Drop for OpenSession {
 }
 
 /// The request of a turn that was cut, without model, lease and turn. The file may be an imported one, which says what
-/// it likes, and the model may have another context now.
+/// it likes; the model may be another one, or have another context now.
 fn again(
     owner: Owner,
     model: &ServedModel,
     cut: &Cut,
     reading: &Result<Reading, Failure>,
 ) -> Result<Generate, Failure> {
+    cut.asked.wishes.check_weights(model.weights)?;
     model.check_tokens("session", &cut.answered)?;
     let reading = reading.clone()?;
     let wishes = cut.asked.wishes.clone().checked()?;

@@ -31,6 +31,10 @@ pub struct Wishes {
     /// With whom its rows are shared: an answer that goes on in another process must not share more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_salt: Option<CacheSalt>,
+    /// The weights that the answer was begun with, since there are journals that say so: others would not go on with it,
+    /// but with one of their own. The session says it, whatever the request does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights: Option<[u8; 32]>,
     /// When it is to begin; no part of what the answer depends on.
     #[serde(skip)]
     pub urgency: Urgency,
@@ -43,6 +47,19 @@ impl Wishes {
     /// Themselves, if a request may have them: those of an imported session come from a file.
     pub(super) fn checked(self) -> Result<Self, Failure> {
         Ok(Self { sampling: self.sampling.checked()?, stops: checked_stops(self.stops)?, ..self })
+    }
+
+    /// That an answer which goes on is of these weights, as far as is known.
+    ///
+    /// # Errors
+    /// [`Failure::InvalidRequest`], which does not pass.
+    pub(super) fn check_weights(&self, weights: [u8; 32]) -> Result<(), Failure> {
+        if self.weights.is_none_or(|begun_with| begun_with == weights) {
+            return Ok(());
+        }
+        let reason = "has a last answer that another model had begun under this name, which cannot go on: it stays as far \
+                      as it is, and the next message begins a new one";
+        Err(Failure::invalid("session", reason))
     }
 
     /// The compiled grammar, if there is one. Takes its time.
@@ -172,4 +189,27 @@ fn json<T: Serialize>(value: &T) -> Vec<u8> {
 fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, Failure> {
     serde_json::from_slice(bytes)
         .map_err(|error| Failure::SessionDamaged { reason: format!("{what} cannot be read: {error}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_goes_on_with_the_weights_that_have_begun_it_and_with_any_where_nobody_has_noted_them() {
+        let asked = |weights| Asked {
+            chat: ChatRequest::default(),
+            wishes: Wishes { weights, ..Wishes::default() },
+            n_left_out: 3,
+        };
+        let read = |weights| {
+            let (request, sampling) = asked(weights).encode();
+            Asked::decode(&request, &sampling).unwrap().wishes
+        };
+        assert_eq!(read(Some([7; 32])).check_weights([7; 32]), Ok(()));
+        assert!(read(Some([7; 32])).check_weights([8; 32]).is_err_and(|failure| !failure.may_pass()));
+        let (_, old) = asked(None).encode();
+        assert!(!String::from_utf8(old).unwrap().contains("weights"), "as journals were before");
+        assert_eq!(read(None).check_weights([8; 32]), Ok(()));
+    }
 }

@@ -86,6 +86,7 @@ impl SamplingFields {
             one_call: false,
             in_background: false,
             cache_salt: self.cache_salt.as_deref().map(CacheSalt::checked).transpose()?,
+            weights: None,
             urgency: self.urgency()?,
             progress: false,
         })
