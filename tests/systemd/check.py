@@ -31,7 +31,7 @@ from box import (
 PACKAGES = "/opt/packages"
 PLUGIN = "/opt/plugin"
 KIND = os.environ.get("PACKAGES", "deb")
-RPM_NAMES = ("sparsed", "sparsed-model-smollm2-dsa")
+PACKAGE_NAMES = ("sparsed", "sparsed-model-smollm2-dsa")
 UNITS = ("sparsed.service", "sparsed.socket", "sparsed-tcp.socket")
 MODEL = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"
 MANAGER_PATH, MANAGER = "/org/sparsed1", "org.sparsed1.Manager"
@@ -662,13 +662,16 @@ def a_masked_service_is_upgraded_and_stays_masked():
 
 
 def on_a_system_that_runs_the_first_installation_answers_on_the_socket_and_the_bus():
-    # What was there before goes, also the user, who is left when a package is.
+    install, erase = ["apt-get", "install", "--yes"], ["dpkg", "--purge"]
+    if KIND == "rpm":
+        install, erase = ["rpm", "--install", "--nodeps"], ["rpm", "--erase", "--nodeps"]
+    # What was there before goes, also the user, whom packages leave.
+    run(*erase, *PACKAGE_NAMES, check=False)
     for folder in (DROP_INS, "/etc/sparsed", "/var/lib/sparsed"):
         shutil.rmtree(folder, ignore_errors=True)
     run("userdel", "sparsed")
     run("groupdel", "sparsed", check=False)
     run("systemctl", "daemon-reload")
-    install = ["apt-get", "install", "--yes"] if KIND == "deb" else ["rpm", "--install", "--nodeps"]
     run(*install, *glob.glob(f"{PACKAGES}/*.{KIND}"))
     for user in ("alice", "bob"):
         run("usermod", "--append", "--groups", "sparsed", user)
@@ -690,7 +693,7 @@ def a_masked_service_is_purged():
 
 
 def rpm_finds_every_file_as_it_was():
-    changed = run("rpm", "--verify", "--nodeps", *RPM_NAMES)
+    changed = run("rpm", "--verify", "--nodeps", *PACKAGE_NAMES)
     assert not changed, changed
     # All that Debian's package has is there, too.
     for unit in UNITS[:2]:
@@ -699,10 +702,10 @@ def rpm_finds_every_file_as_it_was():
 
 def after_upgrades_rpm_finds_every_file_and_removing_leaves_conversations_only():
     # The settings are ours by now.
-    changed = run("rpm", "--verify", "--nodeps", "--noconfig", *RPM_NAMES)
+    changed = run("rpm", "--verify", "--nodeps", "--noconfig", *PACKAGE_NAMES)
     assert not changed, changed
     session = new_session()
-    run("rpm", "--erase", "--nodeps", *RPM_NAMES)
+    run("rpm", "--erase", "--nodeps", *PACKAGE_NAMES)
     assert not is_active(), "the service runs still"
     enabled = "/etc/systemd/system/sockets.target.wants/sparsed.socket"
     for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock", "/usr/lib/sparsed", enabled):
