@@ -307,8 +307,7 @@ mod tests {
 
     #[test]
     fn what_lies_before_whole_records_was_damaged_and_not_torn() {
-        let (file, ends, histories) = journal(3, &records());
-        let mut spoilt = file.clone();
+        let (mut spoilt, ends, histories) = journal(3, &records());
         // As long as a record may be, and longer than what is left.
         spoilt[ends[1]..ends[1] + 4].copy_from_slice(&(1_u32 << 20).to_le_bytes());
         spoilt[ends[1] + 4..ends[2] - 3].fill(0xa5);

@@ -256,7 +256,7 @@ fn a_fork_and_an_import_are_sessions_of_their_own() {
 
 /// An exported session with these names and nothing else.
 fn exported(title: String, model: String) -> Vec<u8> {
-    let create = crate::record::Create {
+    let create = Create {
         owner: OWNER,
         created: 5,
         used: 5,
@@ -266,7 +266,7 @@ fn exported(title: String, model: String) -> Vec<u8> {
         settings: Settings::default(),
         pinned: false,
     };
-    let record = crate::record::Record::Create(create).encode();
+    let record = Record::Create(create).encode();
     let body = [u32::try_from(record.len()).unwrap().to_le_bytes().as_slice(), &record].concat();
     let (n_bytes, crc) = ((body.len() as u64).to_le_bytes(), crc32c::crc32c(&body).to_le_bytes());
     [b"spdx".as_slice(), &1_u32.to_le_bytes(), &n_bytes, &crc, &body].concat()
