@@ -2,7 +2,7 @@
 
 use crate::disk::Faults;
 use crate::model::{Chat, Found, Said};
-use crate::run::{Checked, OWNERS, Run, Violation, open, wrong};
+use crate::run::{Checked, OWNERS, Run, Violation, failed_starts, open, wrong};
 use sparsed_session::{FindingKind, StoreError};
 
 impl Run {
@@ -12,9 +12,9 @@ impl Run {
         self.outline.cuts += 1;
         match how {
             Found::AfterPowerCut => self.disk.power_cut(),
-            // A disk that fails while a store is opened keeps sessions from being listed: not tried here.
             Found::AfterKill => self.disk.set_faults(Faults::NONE),
         }
+        let how = failed_starts(&self.disk, &mut self.rng, how);
         let opened = open(&self.disk, self.rng.u64(..));
         let (store, report) = opened.map_err(|error| Violation(format!("cannot be opened again: {error}")))?;
         self.store = Some(store);

@@ -9,7 +9,7 @@ use crate::device::{CACHE_ROW_BYTES, CACHE_ROWS_MAX, FakeDevice, IMAGE_BYTES, VO
 use crate::disk::{FakeDisk, Faults, Plant};
 use crate::model::Found;
 use crate::outline::{DaemonOutline, Mistake};
-use crate::run::{Checked, Violation, wrong};
+use crate::run::{Checked, Violation, failed_starts, wrong};
 use crate::start::{answer_of, closed, open};
 use crate::talk::{Plain, Talk};
 use fastrand::Rng;
@@ -294,10 +294,11 @@ impl World {
             Some(Found::AfterPowerCut) => self.disk.power_cut(),
             _ => self.disk.set_faults(Faults::NONE),
         }
+        let how = failed_starts(&self.disk, &mut self.rng, how.unwrap_or(Found::AfterKill));
         self.setup.secret = [self.rng.u8(..); 32];
         self.machine = open(&self.disk, &self.setup, &self.date, self.rng.u64(..))?;
         self.new_device();
-        self.find(how.unwrap_or(Found::AfterKill))
+        self.find(how)
     }
 
     /// Everything works from now on, everybody reads: all answers come to their ends, and no block stays behind.
