@@ -9,6 +9,7 @@ use crate::config::{Config, ConfigError, Paths, Source, dotted};
 use crate::ctl::inspect;
 use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
 use rustix::fs::Access;
+use rustix::io::Errno;
 use sparsed_model::Inspection;
 use std::fs::File;
 use std::io::ErrorKind;
@@ -237,7 +238,10 @@ pub(super) const AS_DAEMON: &str = "sudo -u sparsed sparsectl doctor";
 /// Whether it is only whoever asks that may not look.
 pub(super) fn is_closed(error: &anyhow::Error) -> bool {
     let denied = |cause: &std::io::Error| cause.kind() == ErrorKind::PermissionDenied;
-    error.chain().any(|cause| cause.downcast_ref().is_some_and(denied))
+    error.chain().any(|cause| {
+        let errno = cause.downcast_ref::<Errno>().map(|errno| std::io::Error::from(*errno));
+        errno.as_ref().or_else(|| cause.downcast_ref()).is_some_and(denied)
+    })
 }
 
 /// A model's file that whoever asks may not read. For the daemon's own user that is what is wrong.
@@ -325,6 +329,14 @@ mod tests {
         let fix = said.fix.unwrap();
         assert!(fix.starts_with(&format!("sudo sparsectl model pull file:{} --name qwen2.5", path.display())), "{fix}");
         assert!(fix.contains("model.\"qwen2.5\".path = \"store:qwen2.5\""), "{fix}");
+    }
+
+    #[test]
+    fn a_file_that_is_closed_to_whoever_asks_is_known_however_it_was_opened() {
+        let closed: [anyhow::Error; 2] =
+            [std::io::Error::from(ErrorKind::PermissionDenied).into(), Errno::ACCESS.into()];
+        assert!(closed.into_iter().all(|error| is_closed(&error.context("the key"))));
+        assert!(!is_closed(&Errno::NOENT.into()) && !is_closed(&anyhow::anyhow!("Permission denied")));
     }
 
     #[test]
