@@ -1,4 +1,4 @@
-//! What do the tools of the system say? Asked with a time limit: one that a dead disk or manager holds does not hold us.
+//! What do the tools of the system say? Asked with a time limit: one that a dead disk holds does not hold us.
 
 use anyhow::{Context, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
