@@ -357,8 +357,8 @@ pub(crate) fn seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Time since the machine's start, that in which it slept included: an [`Instant`] stands still then, and a date that is
-/// right would seem to have been set.
+/// Time since the machine's start, that in which it slept included: an [`Instant`] stands still then, and a date that
+/// is right would seem to have been set.
 fn uptime() -> Duration {
     Duration::try_from(clock_gettime(ClockId::Boottime)).unwrap_or_default()
 }

@@ -221,8 +221,8 @@ fn is_users(messages: &[ChatMessage]) -> bool {
     said.find(|role| !matches!(role, Role::System | Role::Developer)).is_some_and(|role| *role == Role::User)
 }
 
-/// The least of `numbers` that fits, where all after one that does do so too; the last one if none does. Each look reads
-/// a whole conversation, which may have a thousand turns.
+/// The least of `numbers` that fits, where all after one that does do so too; the last one if none does. Each look
+/// reads a whole conversation, which may have a thousand turns.
 fn fewest(numbers: &[u32], fits: impl Fn(u32) -> bool) -> Option<u32> {
     let at = numbers.partition_point(|&number| !fits(number));
     numbers.get(at).or_else(|| numbers.last()).copied()

@@ -105,7 +105,7 @@ mod tests {
         }
     }
 
-    /// A box that wakes for some minutes a day: whoever looks does so then only, and both clocks have gone on meanwhile.
+    /// A box that wakes for some minutes a day: whoever looks does so then only, and both clocks have gone on.
     #[test]
     fn a_machine_that_sleeps_most_of_the_time_has_a_clock_that_is_believed() {
         let mut settling = Settling::default();

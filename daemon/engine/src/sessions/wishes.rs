@@ -31,8 +31,8 @@ pub struct Wishes {
     /// With whom its rows are shared: an answer that goes on in another process must not share more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache_salt: Option<CacheSalt>,
-    /// The weights that the answer was begun with, since there are journals that say so: others would not go on with it,
-    /// but with one of their own. The session says it, whatever the request does.
+    /// The weights that the answer was begun with, since there are journals that say so: others would not go on with
+    /// it, but with one of their own. The session says it, whatever the request does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<[u8; 32]>,
     /// When it is to begin; no part of what the answer depends on.

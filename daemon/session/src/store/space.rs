@@ -78,9 +78,9 @@ impl<D: Disk> Store<D> {
         }
     }
 
-    /// Removes images of other sessions to make room on the disk for those of session `id`, the least recently used first
-    /// and those of pinned sessions for another pinned one only; none where all of them are not worth `n_bytes`. Answers
-    /// the bytes that went.
+    /// Removes images of other sessions to make room on the disk for those of session `id`, the least recently used
+    /// first and those of pinned sessions for another pinned one only; none where all of them have fewer bytes than
+    /// `n_bytes`. Answers the bytes that went.
     ///
     /// # Errors
     /// The disk, where none could be removed.

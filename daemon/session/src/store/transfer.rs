@@ -70,8 +70,8 @@ impl<D: Disk> Store<D> {
         Ok(file)
     }
 
-    /// Makes a session of an exported one, whoever's it was, with each turn as `adopt` makes it. It keeps the time it was
-    /// made at, and is not pinned.
+    /// Makes a session of an exported one, whoever's it was, with each turn as `adopt` makes it. It keeps the time it
+    /// was made at, and is not pinned.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] or [`StoreError::UnknownVersion`] for a file that cannot be read, a limit, or the disk.
