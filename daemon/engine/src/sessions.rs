@@ -10,6 +10,7 @@
 mod answers;
 mod asks;
 mod conversation;
+mod images;
 mod keeper;
 mod late;
 mod listener;

@@ -1,5 +1,5 @@
 //! What does the sessions thread do? It owns the store: journals what answers say before their clients hear it, carries
-//! out verbs, writes images and reads them.
+//! out verbs, has images written and read.
 //!
 //! What has come since the last flush is journaled together, with one write (and one sync, where a session wants it)
 //! for each session; then listeners hear what they may. Images are written one at a time while nothing else is to do,
@@ -8,13 +8,13 @@
 use super::Sessions;
 use super::answers::Answer;
 use super::asks::{Ask, Asks};
+use super::images::RESERVE_BYTES;
 use super::late::{Absence, SessionStore};
 use super::listener::Listener;
 use super::readers::Readers;
 use super::recorded::{Recorder, TurnId};
 use super::retention::{EXPIRY, Retention};
 use crate::api::{Failure, Turn};
-use crate::durable::{Restore, Restored};
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
 use sparsed_session::{AnyDisk, ImageShape, SessionId, Store, StoreError};
@@ -29,12 +29,6 @@ const BATCH: usize = 256;
 const LOOK: Duration = Duration::from_millis(10);
 /// Pause between tries to write what could not be written, while nothing else is to do.
 const RETRY: Duration = Duration::from_secs(5);
-/// Bytes of the disk that blocks leave for what is said.
-const RESERVE_BYTES: u64 = 64 << 20;
-/// Bytes of the disk that must be free before blocks have room again without more ado.
-const EASE_BYTES: u64 = 2 * RESERVE_BYTES;
-/// Windows of a session's file that the disk fetches ahead of the one that is read.
-const READ_AHEAD: u32 = 2;
 
 /// All sessions, and the turns that are being answered.
 pub(crate) struct Keeper {
@@ -43,15 +37,15 @@ pub(crate) struct Keeper {
     engine: SyncSender<Command>,
     /// The files of the sessions' last turns: each turn numbers its file anew, so that an image of what the session no
     /// longer says is known by its number.
-    files: HashMap<FileId, (u64, SessionId)>,
+    pub(super) files: HashMap<FileId, (u64, SessionId)>,
     numbers: HashMap<SessionId, FileId>,
     /// Sessions that are open, or being answered.
     pub(super) taken: HashSet<SessionId>,
     pub(super) answers: BTreeMap<TurnId, Answer>,
     n_turns: u64,
     /// Waits until nothing else is to do.
-    images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
-    readers: Readers,
+    pub(super) images: VecDeque<(usize, ImageShape, Save, Vec<u8>)>,
+    pub(super) readers: Readers,
     stopping: bool,
     pub(super) clocks: Clocks,
     /// Sessions whose last answer goes on by itself: a try of it is counted.
@@ -61,7 +55,7 @@ pub(crate) struct Keeper {
     /// Sessions that were let go of before they were written, with their owners.
     unwritten: HashSet<(u64, SessionId)>,
     /// Blocks have found no room beside what is left for what is said, and not enough more since.
-    is_tight: bool,
+    pub(super) is_tight: bool,
     pub(super) retention: Retention,
 }
 
@@ -239,95 +233,8 @@ impl Keeper {
         }
     }
 
-    fn write_image(&mut self) {
-        let Some((slot, shape, save, image)) = self.images.pop_front() else { return };
-        // Of a turn that is not the last one any more, the session may say something else now.
-        if let Some(&(owner, id)) = self.files.get(&save.file) {
-            let was_tight = self.is_tight;
-            let saved = if self.has_space(id, image.len() as u64) {
-                self.store.save_block(owner, id, &shape, save.index, &image)
-            } else {
-                Err(StoreError::DiskFull)
-            };
-            match saved {
-                // It was cut meanwhile.
-                Ok(()) | Err(StoreError::NotFound | StoreError::Invalid { .. }) => {}
-                // Said once, not for each block.
-                Err(StoreError::DiskFull) if was_tight => {}
-                Err(error) => {
-                    log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
-                }
-            }
-            // Writing it has read the session again, as the next one would.
-            let is_theirs = |file: FileId| self.files.get(&file).is_some_and(|&(_, other)| other == id);
-            if !self.images.iter().any(|(_, _, next, _)| is_theirs(next.file)) {
-                self.rest(owner, id);
-            }
-        }
-        self.tell_engine(Command::Written { slot });
-    }
-
-    /// Whether the disk has room for an image of a session beside what is left for what is said. Others' go for it.
-    fn has_space(&mut self, id: SessionId, n_bytes: u64) -> bool {
-        let wanted = RESERVE_BYTES + n_bytes;
-        let Ok(free) = self.store.free_bytes() else { return false };
-        if free >= wanted {
-            self.is_tight &= free < EASE_BYTES;
-            return true;
-        }
-        // What cannot be removed is still there afterwards, which is looked at.
-        let freed = self.store.make_space(id, wanted - free).unwrap_or(0);
-        if freed > 0 && !self.is_tight {
-            log::warn!(bytes = freed; "the disk is full: blocks of sessions are dropped");
-        }
-        self.is_tight = true;
-        freed > 0 && self.store.free_bytes().is_ok_and(|free| free >= wanted)
-    }
-
-    /// Memory that is used again is not to be fetched from the system page by page, which costs as much as decryption.
-    fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore, mut spare: Vec<Vec<u8>>) {
-        self.read_ahead(shape, restore);
-        let at = self.files.get(&restore.file).copied();
-        // What is to be read has no image yet.
-        let (mut parts, mut found) = (Vec::new(), Vec::new());
-        for block in restore.first..restore.first.saturating_add(restore.n) {
-            let Some((owner, id)) = at else { break };
-            // After the loss of a device its last blocks may be on their way to the file.
-            let on_its_way = |save: &Save| (save.file, save.index) == (restore.file, block);
-            if let Some((.., image)) = self.images.iter().find(|(_, _, save, _)| on_its_way(save)) {
-                parts.push(Some(image.clone()));
-                continue;
-            }
-            match self.store.find_block(owner, id, shape, block) {
-                Ok(Some(block)) => found.push((block, spare.pop().unwrap_or_default())),
-                Ok(None) => break,
-                Err(error) => {
-                    log::warn!(session:% = id, block, reason:% = error; "block cannot be read, it is computed again");
-                    break;
-                }
-            }
-            parts.push(None);
-        }
-        let (n, mut read) = (parts.len(), self.readers.read(found).into_iter());
-        let images: Vec<_> = parts.into_iter().map_while(|image| image.or_else(|| read.next())).collect();
-        if let Some((owner, id)) = at.filter(|_| images.len() < n) {
-            let missing = u32::try_from(images.len()).map_or(u32::MAX, |n| restore.first.saturating_add(n));
-            self.store.block_is_missing(owner, id, missing);
-        }
-        self.tell_engine(Command::Restored { slot, restored: Restored { restore, images } });
-    }
-
-    /// While blocks are decrypted the disk reads the next ones; a file that is in memory already costs nothing.
-    fn read_ahead(&mut self, shape: &ImageShape, Restore { file, first, n, .. }: Restore) {
-        let Some(&(owner, id)) = self.files.get(&file) else { return };
-        // Nobody has asked for what a session begins with before.
-        let ahead = n.saturating_mul(READ_AHEAD);
-        let (from, n) = if first == 0 { (0, n.saturating_add(ahead)) } else { (first.saturating_add(ahead), n) };
-        self.store.expect_blocks(owner, id, shape, from, n);
-    }
-
     /// Waits while the engine's inbox is full, for a step. An engine that has ended needs nothing any more.
-    fn tell_engine(&self, command: Command) {
+    pub(super) fn tell_engine(&self, command: Command) {
         let _ended = self.engine.send(command).is_err();
     }
 
@@ -418,6 +325,7 @@ fn busy(id: SessionId) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::durable::Restore;
     use crate::sessions::wishes::{Asked, Wishes};
     use crate::testing::{SmallDisk, Whims};
     use crate::{Change, ChatRequest};
