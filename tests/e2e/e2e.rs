@@ -58,6 +58,8 @@ fn rows_in_8_bits_take_little_more_than_half_the_memory_answer_and_come_back_fro
         daemon.post(&format!("/v1/sessions/{}/truncate", id.as_str().unwrap()), &json!({ "turns": 1 })).status,
         200
     );
+    daemon.signal("TERM");
+    assert!(daemon.wait().success());
     daemon.restart(&sets);
     let after = daemon.post(chat, &turn("Where does the baker live?"));
     assert_eq!(content(&after), content(&before), "log:\n{}", daemon.log());

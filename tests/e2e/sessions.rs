@@ -279,6 +279,30 @@ fn forks_cuts_and_deletions_do_what_they_say() {
 }
 
 #[test]
+fn what_is_pinned_and_what_is_checkpointed_is_so_after_a_kill() {
+    let mut bench = Bench::start(&[]);
+    let id = bench.create(&json!({ "durability": "none" }));
+    let said = content(&bench.turn(&id, "One.", 20));
+    let post = |bench: &Bench, verb: &str, body: &Value| {
+        let answer = bench.daemon.post(&format!("/v1/sessions/{id}/{verb}"), body);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        answer.json()["pinned"].clone()
+    };
+    assert_eq!(post(&bench, "checkpoint", &json!({})), false);
+    assert_eq!(post(&bench, "pin", &json!({})), true);
+    bench.restart();
+    let session = bench.session(&id);
+    assert_eq!((&session["pinned"], &session["messages"][1]["content"]), (&json!(true), &json!(said)));
+    assert_eq!(post(&bench, "pin", &json!({ "pinned": false })), false);
+    bench.restart();
+    assert_eq!(bench.session(&id)["pinned"], false);
+    for verb in ["pin", "checkpoint"] {
+        let strange = format!("/v1/sessions/0123456789abcdef0123456789abcdef/{verb}");
+        assert_eq!(bench.daemon.post(&strange, &json!({})).status, 404);
+    }
+}
+
+#[test]
 fn what_makes_no_sense_is_refused_and_changes_nothing() {
     let bench = Bench::start(&[]);
     let id = bench.create(&json!({}));

@@ -96,8 +96,9 @@ impl Daemon {
     /// Starts another one in the place of one that has ended, and waits until it serves.
     ///
     /// # Panics
-    /// When it does not.
+    /// When it does not, or the one before has not ended: that would answer in its place.
     pub fn restart(&mut self, sets: &[&str]) {
+        assert!(self.child.try_wait().is_ok_and(|ended| ended.is_some()), "the one before still runs");
         self.child = run_at(self.home.path(), &[], self.model.as_deref(), sets);
         self.wait_until("ready", || self.try_get("/health").is_some_and(|answer| answer.status == 200));
     }
