@@ -212,7 +212,8 @@ fn a_cut_answer_that_the_context_has_no_room_for_any_more_is_given_up_and_the_ne
     let mut bench = Bench::start(&[]);
     let id = bench.create(&json!({ "context_full": "truncate-oldest" }));
     let long = user(&"One. ".repeat(140));
-    let whole = content(&bench.daemon.post("/v1/chat/completions", &wish(None, &[long.clone()], 400)).json());
+    let whole =
+        content(&bench.daemon.post("/v1/chat/completions", &wish(None, std::slice::from_ref(&long), 400)).json());
     let mut request = wish(Some(&id), &[long], 400);
     request["stream"] = json!(true);
     let mut stream = bench.daemon.open("/v1/chat/completions", &request);
