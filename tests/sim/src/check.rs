@@ -1,9 +1,27 @@
 //! Is what a store says after a crash, and in between, what it may say?
 
-use crate::disk::Faults;
+use crate::disk::{FakeDisk, Faults};
 use crate::model::{Chat, Found, Said};
-use crate::run::{Checked, OWNERS, Run, Violation, failed_starts, open, wrong};
+use crate::run::{Checked, OWNERS, Run, Violation, open, wrong};
+use fastrand::Rng;
 use sparsed_session::{FindingKind, StoreError};
+
+/// Starts that a failing disk, or the power, ends before they are over, and what is found then.
+pub(crate) fn failed_starts(disk: &FakeDisk, rng: &mut Rng, mut how: Found) -> Found {
+    while rng.u32(..3) == 0 {
+        let off_after = rng.bool().then(|| rng.u64(..12));
+        let fail_after = rng.bool().then(|| rng.u64(..30));
+        disk.set_faults(Faults { off_after, fail_after, ..Faults::NONE });
+        // Whatever it says: nobody has done anything with it.
+        let _ended = open(disk, rng.u64(..)).is_err();
+        if disk.is_off() || rng.u32(..4) == 0 {
+            disk.power_cut();
+            how = Found::AfterPowerCut;
+        }
+        disk.set_faults(Faults::NONE);
+    }
+    how
+}
 
 impl Run {
     /// The store dies, with or without the disk, and is opened again.

@@ -4,12 +4,13 @@
 //! randomness and clients are not. Every step is somebody's turn: the engine thread, the sessions thread, the thread
 //! that writes into the slow tier, a client, a user of sessions, or fate.
 
+use crate::check::failed_starts;
 use crate::client::{Client, End};
 use crate::device::{CACHE_ROW_BYTES, CACHE_ROWS_MAX, FakeDevice, IMAGE_BYTES, VOCAB};
 use crate::disk::{FakeDisk, Faults, Plant};
 use crate::model::Found;
 use crate::outline::{DaemonOutline, Mistake};
-use crate::run::{Checked, Violation, failed_starts, wrong};
+use crate::run::{Checked, Violation, wrong};
 use crate::start::{answer_of, closed, open};
 use crate::talk::{Plain, Talk};
 use fastrand::Rng;

@@ -82,23 +82,6 @@ pub(crate) fn open(disk: &FakeDisk, seed: u64) -> Result<(Store<FakeDisk>, spars
     Store::open(disk.other(), random, MasterKey::new([1; 32]), limits)
 }
 
-/// Starts that a failing disk, or the power, ends before they are over, and what is found then.
-pub(crate) fn failed_starts(disk: &FakeDisk, rng: &mut Rng, mut how: Found) -> Found {
-    while rng.u32(..3) == 0 {
-        let off_after = rng.bool().then(|| rng.u64(..12));
-        let fail_after = rng.bool().then(|| rng.u64(..30));
-        disk.set_faults(Faults { off_after, fail_after, ..Faults::NONE });
-        // Whatever it says: nobody has done anything with it.
-        let _ended = open(disk, rng.u64(..)).is_err();
-        if disk.is_off() || rng.u32(..4) == 0 {
-            disk.power_cut();
-            how = Found::AfterPowerCut;
-        }
-        disk.set_faults(Faults::NONE);
-    }
-    how
-}
-
 pub(crate) fn wrong<T>(what: impl Into<String>) -> Result<T, Violation> {
     Err(Violation(what.into()))
 }
