@@ -51,8 +51,8 @@ pub(crate) struct Plan {
 /// Memory of a running step.
 #[derive(Debug)]
 pub(crate) struct Workspace {
-    /// The arena of the plan's own tensors, f32 by f32. A mapping begins a cache line, which what malloc gives does not:
-    /// every second store of a kernel would fall into two of them.
+    /// The arena of the plan's own tensors, f32 by f32. A mapping begins a cache line, which what malloc gives does
+    /// not: every second store of a kernel would fall into two of them.
     pub(crate) arena: MmapMut,
     /// Rounded activations.
     pub(crate) rounded: Scratch,
