@@ -64,18 +64,7 @@ impl<D: Disk> Store<D> {
     /// # Errors
     /// The disk, where none could be removed.
     pub fn reclaim(&mut self, n_bytes: u64) -> Result<u64> {
-        let before = self.usage().kv_bytes;
-        loop {
-            let freed = before - self.usage().kv_bytes;
-            if freed >= n_bytes {
-                return Ok(freed);
-            }
-            match self.evict_any(None, None, true) {
-                Ok(true) => {}
-                Err(error) if freed == 0 => return Err(error),
-                Ok(false) | Err(_) => return Ok(freed),
-            }
-        }
+        self.evict_until(n_bytes, None, true)
     }
 
     /// Removes images of other sessions to make room on the disk for those of session `id`, the least recently used
@@ -85,14 +74,26 @@ impl<D: Disk> Store<D> {
     /// # Errors
     /// The disk, where none could be removed.
     pub fn make_space(&mut self, id: SessionId, n_bytes: u64) -> Result<u64> {
-        let before = self.usage().kv_bytes;
-        if self.victims(Some(id), None, self.is_pinned(id)).map(|victim| victim.kv.n_bytes).sum::<u64>() < n_bytes {
+        let pinned_too = self.is_pinned(id);
+        if self.victims(Some(id), None, pinned_too).map(|victim| victim.kv.n_bytes).sum::<u64>() < n_bytes {
             return Ok(0);
         }
+        self.evict_until(n_bytes, Some(id), pinned_too)
+    }
+
+    /// Removes images as [`Self::evict`] does until `n_bytes` are free again or there are none; answers the bytes that
+    /// went.
+    fn evict_until(&mut self, n_bytes: u64, keep: Option<SessionId>, pinned_too: bool) -> Result<u64> {
+        let before = self.usage().kv_bytes;
         loop {
             let freed = before - self.usage().kv_bytes;
-            if freed >= n_bytes || !self.evict(id, None)? {
+            if freed >= n_bytes {
                 return Ok(freed);
+            }
+            match self.evict_any(keep, None, pinned_too) {
+                Ok(true) => {}
+                Err(error) if freed == 0 => return Err(error),
+                Ok(false) | Err(_) => return Ok(freed),
             }
         }
     }
