@@ -11,7 +11,7 @@ use crate::door::{Door, Passed};
 use crate::memory::Sources;
 use crate::named::Named;
 use crate::state::{State, StateLock, may_mend_itself};
-use crate::store::{ModelAtPath, Store, StoredModel, reference};
+use crate::store::{ModelAtPath, Store, StoredModel, reference, sync_dir};
 use crate::tcp::TcpSockets;
 use anyhow::Context;
 use sparsed_backend::QuarantineStore;
@@ -22,7 +22,7 @@ use sparsed_model::{KvFormats, ProgramOptions, Selection};
 use sparsed_surface::{MqttDoor, MqttOptions};
 use sparsed_upstream::Client;
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File};
+use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -265,14 +265,13 @@ pub(crate) fn make_dir(dir: &Path, mode: u32) -> anyhow::Result<()> {
     let about = || format!("cannot make {}", dir.display());
     let n_missing = dir.ancestors().take_while(|dir| !dir.exists()).count();
     DirBuilder::new().recursive(true).mode(mode).create(dir).with_context(about)?;
-    let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all());
     // Of one that is there already the name may be as young; but it may lie where we may not read.
     if n_missing == 0 {
-        let _unsure = dir.parent().is_some_and(|parent| sync(parent).is_err());
+        let _unsure = dir.parent().is_some_and(|parent| sync_dir(parent).is_err());
         return Ok(());
     }
     let mut parents = dir.ancestors().skip(1).take(n_missing).filter(|parent| !parent.as_os_str().is_empty());
-    parents.try_for_each(sync).with_context(about)
+    parents.try_for_each(sync_dir).with_context(about)
 }
 
 #[cfg(test)]

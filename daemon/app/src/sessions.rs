@@ -7,6 +7,7 @@
 use crate::assemble::make_dir;
 use crate::config::{ContextFull, Durability, Sessions};
 use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
+use crate::store::sync_dir;
 use anyhow::{Context, anyhow, bail};
 use rustix::fs::{Mode, OFlags};
 use sparsed_session::{AnyDisk, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
@@ -175,8 +176,7 @@ fn make_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
     let mut file = File::from(fd);
     file.write_all(&key).and_then(|()| file.sync_all()).with_context(about)?;
     std::fs::rename(&new, path).with_context(about)?;
-    let dir = path.parent().unwrap_or_else(|| Path::new("/"));
-    File::open(dir).and_then(|dir| dir.sync_all()).with_context(about)?;
+    sync_dir(path.parent().unwrap_or_else(|| Path::new("/"))).with_context(about)?;
     log::info!(key:% = path.display(); "made the key of all sessions; back it up with them");
     Ok(key)
 }

@@ -25,6 +25,7 @@ mod verified;
 pub use copy::{Copied, CopyError};
 pub use digest::Digest;
 pub use fetch::{FetchOptions, Fetched, Watcher, fetch};
+pub(crate) use place::sync_dir;
 pub use source::Source;
 pub use verified::{ModelAtPath, StoredModel, named_by_content};
 
@@ -243,7 +244,7 @@ impl Store {
             std::fs::rename(partial, &blob).with_context(|| blob.display().to_string())?;
             pieces.push(Piece { sha256: *digest, bytes });
         }
-        place::sync_dir(&self.blobs())?;
+        sync_dir(&self.blobs())?;
         let added = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         ensure!(!pieces.is_empty(), "a model has a file");
         let Piece { sha256, bytes } = pieces.remove(0);
@@ -266,7 +267,7 @@ impl Store {
         ensure!(path.exists(), "there is no model '{name}' in {}", self.dir.display());
         let _lock = self.lock()?;
         std::fs::remove_file(&path).with_context(|| path.display().to_string())?;
-        place::sync_dir(&self.names_dir())
+        sync_dir(&self.names_dir())
     }
 
     /// Files that no name stands for and none of the `configured` paths leads to, and with `partial` what was begun to

@@ -53,6 +53,6 @@ pub(super) fn write(path: &Path, bytes: &[u8], mode: u32) -> anyhow::Result<()> 
 ///
 /// # Errors
 /// A disk that fails.
-pub(super) fn sync_dir(dir: &Path) -> anyhow::Result<()> {
+pub(crate) fn sync_dir(dir: &Path) -> anyhow::Result<()> {
     File::open(dir).and_then(|dir| dir.sync_all()).with_context(|| dir.display().to_string())
 }
