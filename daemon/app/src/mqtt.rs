@@ -118,12 +118,11 @@ fn host_name() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Layers;
 
     fn opened(dir: &Path, sets: &[&str]) -> Result<Option<MqttOptions>, String> {
         let mut sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
         sets.push(format!("state_dir={}", dir.display()));
-        let config = Layers::read(&[], &sets).unwrap().config().unwrap();
+        let config = Config::of(&sets);
         options(&config, &Paths::of(&config)).map_err(|error| format!("{error:#}"))
     }
 
@@ -138,7 +137,7 @@ mod tests {
     fn opening_makes_the_journal_and_the_master_key_if_there_is_none() {
         let dir = tempfile::tempdir().unwrap();
         let sets = ["mqtt.broker=mqtt://localhost".to_owned(), format!("state_dir={}", dir.path().display())];
-        let config = Layers::read(&[], &sets).unwrap().config().unwrap();
+        let config = Config::of(&sets);
         let paths = Paths::of(&config);
         let opened =
             || options(&config, &paths).unwrap().map(|options| open(options, &paths)).is_some_and(|door| door.is_ok());

@@ -84,13 +84,7 @@ pub(crate) fn files(config: &Config) -> Vec<(String, &Path)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Layers;
     use std::os::unix::fs::PermissionsExt;
-
-    fn config(sets: &[&str]) -> Config {
-        let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
-        Layers::read(&[], &sets).unwrap().config().unwrap()
-    }
 
     #[test]
     fn what_the_start_would_stumble_over_is_found_without_one() {
@@ -110,21 +104,21 @@ mod tests {
             (&["model.big.upstream=http://127.0.0.1:9/v1", &no_key], "[model.NAME.relay]", "No such file"),
         ];
         for (sets, table, said) in cases {
-            let config = config(sets);
+            let config = Config::of(sets);
             let troubles = Named::troubles(&config);
             assert_eq!(troubles.iter().map(|trouble| trouble.table).collect::<Vec<_>>(), [table], "{troubles:?}");
             let read = format!("{:#}", Named::read(&config, false).unwrap_err());
             assert!(read.contains(said) && read.ends_with(&format!("{:#}", troubles[0].error)), "{read}");
         }
         // What is switched off needs no file.
-        let off = config(&[&open, &absent]);
+        let off = Config::of(&[&open, &absent]);
         assert!(Named::troubles(&off).is_empty() && files(&off).is_empty());
         assert!(Named::read(&off, true).unwrap_err().to_string().contains("[tcp]"));
     }
 
     #[test]
     fn files_are_named_with_their_keys() {
-        let config = config(&[
+        let config = Config::of(&[
             "mqtt.broker=mqtt://localhost",
             "mqtt.password_file=/k",
             "model.\"a.b\".upstream=http://127.0.0.1:9/v1",

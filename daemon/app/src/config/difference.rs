@@ -120,17 +120,12 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{Layers, check};
-
-    fn config(sets: &[&str]) -> Config {
-        let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
-        Layers::read(&[], &sets).unwrap().config().unwrap()
-    }
+    use crate::config::check;
 
     #[test]
     fn a_difference_says_what_was_and_what_is() {
-        let before = config(&["limits.max_waiting=9", "memory.budget=1GiB", "model.\"a b\".path=/x"]);
-        let after = config(&["limits.max_waiting=8", "engine.threads=2", "model.\"a b\".path=/y"]);
+        let before = Config::of(&["limits.max_waiting=9", "memory.budget=1GiB", "model.\"a b\".path=/x"]);
+        let after = Config::of(&["limits.max_waiting=8", "engine.threads=2", "model.\"a b\".path=/y"]);
         let said: Vec<String> = before.differences(&after).iter().map(ToString::to_string).collect();
         let expected = [
             "engine.threads = 2 (was 0)",
@@ -145,8 +140,8 @@ mod tests {
 
     #[test]
     fn a_difference_of_what_may_be_secret_does_not_say_it() {
-        let before = config(&["engine.set.\"a b\"=hunter1", "mqtt.username=hunter2"]);
-        let after = config(&["engine.set.\"a b\"=hunter3"]);
+        let before = Config::of(&["engine.set.\"a b\"=hunter1", "mqtt.username=hunter2"]);
+        let after = Config::of(&["engine.set.\"a b\"=hunter3"]);
         let said: Vec<String> = before.differences(&after).iter().map(ToString::to_string).collect();
         let expected =
             ["engine.set.\"a b\" = (not shown) (was (not shown))", "mqtt.username = not set (was (not shown))"];
@@ -189,7 +184,7 @@ mod tests {
         // Certificate and key are right together only, and models have names.
         let alone = |key: &&&str| !key.contains('*') && !matches!(**key, "mqtt.cert_file" | "mqtt.key_file");
         for key in check::KEYS.iter().filter(alone) {
-            let next = config(&[&format!("{key}={}", other(key))]);
+            let next = Config::of(&[&format!("{key}={}", other(key))]);
             let before = Config::default();
             let differences = before.differences(&next);
             assert_eq!(differences.len(), 1, "{key}: {differences:?}");

@@ -198,6 +198,15 @@ pub(crate) fn is_private(key: &str) -> bool {
     key.starts_with("engine.set.") || matches!(key, "mqtt.username" | "mqtt.client_id")
 }
 
+#[cfg(test)]
+impl Config {
+    /// That of a daemon without files and with these `KEY=VALUE`, for tests.
+    pub(crate) fn of(sets: &[impl AsRef<str>]) -> Self {
+        let sets: Vec<String> = sets.iter().map(|set| set.as_ref().to_owned()).collect();
+        Layers::read(&[], &sets).unwrap().config().unwrap()
+    }
+}
+
 /// A part of a key, quoted as TOML has it where it must be.
 fn quoted(part: &str) -> String {
     let bare = part.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-') && !part.is_empty();

@@ -38,14 +38,13 @@ pub(super) fn upstreams(config: &Config, service: Option<&Service>) -> Vec<Check
 mod tests {
     use super::super::Verdict;
     use super::*;
-    use crate::config::Layers;
     use std::net::TcpListener;
 
     #[test]
     fn an_engine_that_is_not_there_is_told_by_the_models_name() {
         let free = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).unwrap();
         let sets = [format!("model.big.upstream=http://{free}/v1")];
-        let checks = upstreams(&Layers::read(&[], &sets).unwrap().config().unwrap(), None);
+        let checks = upstreams(&Config::of(&sets), None);
         assert_eq!((checks.len(), checks[0].verdict, checks[0].name.as_str()), (1, Verdict::Fail, "model big"));
         assert!(checks[0].found.contains("cannot be reached"), "{checks:?}");
         assert!(upstreams(&Config::default(), None).is_empty());

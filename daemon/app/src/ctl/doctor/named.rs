@@ -38,17 +38,12 @@ pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service
 mod tests {
     use super::super::Verdict;
     use super::*;
-    use crate::config::Layers;
     use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
-    fn config(sets: &[String]) -> Config {
-        Layers::read(&[], sets).unwrap().config().unwrap()
-    }
-
     #[test]
     fn a_credential_of_the_service_is_no_mistake_and_keys_that_nobody_has_named_are() {
-        let config = config(&["tcp.listen=127.0.0.1:0".to_owned()]);
+        let config = Config::of(&["tcp.listen=127.0.0.1:0".to_owned()]);
         let said = |service: &Service| named_files(Path::new("/nowhere"), &config, Some(service)).remove(0);
         let missing = said(&Service::default());
         assert!(missing.verdict == Verdict::Fail && missing.found.contains("set tcp.keys"), "{missing:?}");
@@ -65,7 +60,7 @@ mod tests {
         let keys = root.path().join("keys");
         fs::write(&keys, "hall 0123456789abcdef\n").unwrap();
         fs::set_permissions(&keys, fs::Permissions::from_mode(0o600)).unwrap();
-        let config = config(&["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", keys.display())]);
+        let config = Config::of(&["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", keys.display())]);
         assert!(named_files(root.path(), &config, None).is_empty());
         let said = named_files(root.path(), &config, Some(&Service::default())).remove(0);
         assert_eq!((said.name.as_str(), said.verdict), ("tcp.keys", Verdict::Fail));
