@@ -23,8 +23,7 @@ use crate::tensor::Tensor;
 use sparsed_abi::{
     E_CANCELLED, E_DATA, NO_TENSOR, OP_ADD, OP_DENSE_MLA, OP_EMBED, OP_GATHER_ROWS, OP_HADAMARD, OP_IDX_APPEND,
     OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR,
-    OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA, STEP_NAN_GUARD, SpdOp, StepArrays, T_INPUT,
-    T_OUTPUT,
+    OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA, STEP_NAN_GUARD, StepArrays, T_INPUT, T_OUTPUT,
 };
 use sparsed_plugin_kit::{PluginError, Result, Run};
 use std::marker::PhantomData;
@@ -189,12 +188,12 @@ impl<'a> Frame<'a> {
     fn dispatch(&self, together: &[usize], scratch: &mut Scratch, scores: &mut Vec<f32>) -> Result<()> {
         let ops = self.plan.program.ops();
         let op = &ops[together[0]];
-        let products: Vec<&SpdOp> = together.iter().map(|&op| &ops[op]).collect();
+        let all = || together.iter().map(|&op| &ops[op]).collect::<Vec<_>>();
         match op.kind {
             OP_EMBED => self.embed(op)?,
             OP_RMS_NORM => self.rms_norm(op),
             OP_LAYER_NORM => self.layer_norm(op),
-            OP_LINEAR => self.linear(&products, scratch),
+            OP_LINEAR => self.linear(&all(), scratch),
             OP_ROPE => self.rope(op),
             OP_MLA_ABSORB | OP_MLA_EXPAND => self.per_head(op, scratch),
             OP_KV_APPEND => self.kv_append(op),
@@ -202,7 +201,7 @@ impl<'a> Frame<'a> {
             OP_IDX_TOPK => self.idx_top_k(op, scores),
             OP_SPARSE_MLA | OP_DENSE_MLA => self.attention(op)?,
             OP_MOE_ROUTE => self.moe_route(op),
-            OP_MOE_LINEAR => self.moe_linear(&products, scratch)?,
+            OP_MOE_LINEAR => self.moe_linear(&all(), scratch)?,
             OP_MOE_COMBINE => self.moe_combine(op),
             OP_SILU_MUL => self.silu_mul(op),
             OP_ADD => self.add(op),

@@ -4,6 +4,8 @@
 
 mod joint;
 
+pub(crate) use joint::owner;
+
 use crate::execute::Scratch;
 use crate::kernels::activations::Rounding;
 use crate::memory::{Pool, Weight};
@@ -143,7 +145,7 @@ fn place(
     logits: usize,
 ) -> Result<(Vec<Place>, usize)> {
     let (tensors, ops) = (program.tensors(), program.ops());
-    let owner = |id: u32| joint::owner(program, id);
+    let owner = |id: u32| owner(program, id);
     let mut last_use = vec![None; tensors.len()];
     for (at, together) in order.iter().enumerate() {
         let all = together.iter().flat_map(|&op| ops[op].inputs.iter().chain(&ops[op].outputs));

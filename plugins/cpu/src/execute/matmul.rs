@@ -12,9 +12,10 @@ use crate::kernels::packed::{Sums, TILE_ROWS, TOKENS_MAX, product, tokens_at_onc
 use crate::kernels::{dot, rows};
 use crate::memory::Weight;
 use crate::packing::Packed;
+use crate::plan::owner;
 use crate::tensor::Tensor;
 use crate::threads::part;
-use sparsed_abi::{NO_TENSOR, OP_MLA_EXPAND, SpdOp, T_VIEW};
+use sparsed_abi::{NO_TENSOR, OP_MLA_EXPAND, SpdOp};
 use sparsed_plugin_kit::{PluginError, Result};
 use std::ops::Range;
 
@@ -201,8 +202,7 @@ impl Frame<'_> {
 
     /// Called after an operator: rounded activations of a tensor that it wrote are out of date.
     pub(super) fn written(&self, op: &SpdOp, scratch: &mut Scratch) {
-        let tensors = self.plan.program.tensors();
-        let owner = |id: u32| if tensors[id as usize].kind == T_VIEW { tensors[id as usize].bind } else { id };
+        let owner = |id: u32| owner(&self.plan.program, id);
         let outputs = || op.outputs.iter().filter(|&&id| id != NO_TENSOR);
         if scratch.held().is_some_and(|held| outputs().any(|&id| owner(id) == owner(held))) {
             scratch.forget();

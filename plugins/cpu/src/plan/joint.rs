@@ -31,7 +31,7 @@ pub(super) fn order(program: &Program) -> Vec<Vec<usize>> {
 }
 
 /// The tensor itself, or the one that it is a view of.
-pub(super) fn owner(program: &Program, id: u32) -> usize {
+pub(crate) fn owner(program: &Program, id: u32) -> usize {
     let tensor = &program.tensors()[id as usize];
     if tensor.kind == T_VIEW { tensor.bind as usize } else { id as usize }
 }
