@@ -2,8 +2,9 @@
 """How fast are we beside llama.cpp, and beside ourselves with selection off?
 
 All sides run each test in turn (A B A B ...), with two threads seven times at least; no round of a test begins after
---patience. The table has medians, in brackets the lowest and highest of the rounds, how many there were, and says "void" where
-other work waited for a processor before or after them (PSI `cpu some avg10` above 10). The peers read what lies before a
+--patience. The table has medians, or with two threads each side's best round (virtual processors share a third-level
+cache at one moment and none at the next), in brackets the lowest and highest of the rounds, how many there were, and says
+"void" where other work waited for a processor before or after them (PSI `cpu some avg10` above 10). The peers read what lies before a
 depth, which takes minutes, so their side of a test is run at depths up to --deep only; ours fills the cache with copies (see
 `sparsectl bench --help`), so beyond what a model was trained for it is speed only.
 
@@ -143,20 +144,27 @@ def is_busy() -> bool:
     return bool(pressure and float(pressure[1]) > PRESSURE_MAX)
 
 
-def spread(times: list[float], kind: str) -> str:
-    values = [1e3 / time for time in times] if kind == "prefill" else times
-    unit = "t/s" if kind == "prefill" else "ms"
-    middle, digits = statistics.median(values), 0 if kind == "prefill" else 2
-    return f"{middle:.{digits}f} {unit} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+def of_rounds(times: list[float], test: Test) -> float:
+    """The time that stands for a test's rounds."""
+    return min(times) if test.threads > 1 else statistics.median(times)
 
 
-def against(theirs: list[tuple[float, float | None]], ours: list[tuple[float, float]]) -> tuple[str, str]:
+def spread(times: list[float], test: Test) -> str:
+    def shown(time: float) -> str:
+        return f"{1e3 / time:.0f}" if test.kind == "prefill" else f"{time:.2f}"
+
+    unit = "t/s" if test.kind == "prefill" else "ms"
+    lowest, highest = sorted([shown(min(times)), shown(max(times))], key=float)
+    return f"{shown(of_rounds(times, test))} {unit} ({lowest}-{highest})"
+
+
+def against(theirs: list[tuple[float, float | None]], ours: list[tuple[float, float]], test: Test) -> tuple[str, str]:
     """A side's CPU milliseconds per token, and how many times faster we are: in CPU time, which can be compared on a busy
     machine too, or in wall time where the side's CPU time is not known."""
     if not theirs:
         return "", ""
     at = 0 if theirs[0][1] is None else 1
-    their_time, our_time = (statistics.median(pair[at] for pair in times) for times in (theirs, ours))
+    their_time, our_time = (of_rounds([pair[at] for pair in times], test) for times in (theirs, ours))
     return f"{their_time:.2f}" if at else "", f"{their_time / our_time:.2f}"
 
 
@@ -176,9 +184,9 @@ def measure(test: Test, sides: Sides) -> tuple[list[str], float]:
                 peers[at] = None
         ours.append(sides.ours(test))
     busy |= is_busy()
-    (their_cpu, ratio), (_, ik_ratio) = (against(times, ours) for times in theirs)
-    cpu = statistics.median(pair[1] for pair in ours)
-    walls = [spread([pair[0] for pair in times], test.kind) if times else "" for times in (*theirs, ours)]
+    (their_cpu, ratio), (_, ik_ratio) = (against(times, ours, test) for times in theirs)
+    cpu = of_rounds([pair[1] for pair in ours], test)
+    walls = [spread([pair[0] for pair in times], test) if times else "" for times in (*theirs, ours)]
     rest = [their_cpu, f"{cpu:.2f}", ratio, ik_ratio, test.goal, str(len(ours)), "void" if busy else ""]
     return [test.label, *walls, *rest], cpu
 

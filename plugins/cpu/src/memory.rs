@@ -89,6 +89,15 @@ impl Weight {
         Ok(())
     }
 
+    /// A weight of these bytes.
+    #[cfg(test)]
+    pub(crate) fn uploaded(desc: &SpdWeightDesc, bytes: Vec<u8>, usage: &Arc<Usage>) -> Self {
+        let mut weight = Self::create(desc, usage).unwrap();
+        assert_eq!(bytes.len(), weight.row_bytes * weight.rows * weight.batch);
+        weight.uploaded.fill(true);
+        Self { bytes: Bytes::Own(bytes), ..weight }
+    }
+
     pub(crate) fn commit(&self) -> Result<()> {
         match self.uploaded.iter().position(|&uploaded| !uploaded) {
             Some(missing) => Err(PluginError::invalid(format!("batch {missing} of {} was not uploaded", self.batch))),

@@ -22,6 +22,11 @@ use std::ops::Range;
 /// Rows of x that share one pass over a decoded weight row.
 const DECODED_ROWS: usize = 4;
 
+/// From this many rows for each thread on a product is split by rows instead of by tiles: each thread reads the whole
+/// weight then, at most a byte for a hundred multiplications, and of activations only what it made itself. From one
+/// core to another activations take longer than from memory where the cores share no cache.
+const ROWS_OF_THREAD: usize = 64;
+
 /// What treats fewer values than these is done before another thread has begun.
 const VALUES_TO_SPREAD: usize = 4096;
 
@@ -53,6 +58,12 @@ struct Matrix<'a> {
     job: &'a Product<'a>,
     packed: &'a Packed,
     batch: usize,
+}
+
+impl<'a> Matrix<'a> {
+    fn pairs(&self) -> &'a [Pair] {
+        &self.job.pairs[self.batch]
+    }
 }
 
 impl Frame<'_> {
@@ -125,6 +136,19 @@ impl Frame<'_> {
             return;
         };
         let x = self.round(x, x_id, rounding, scratch);
+        if packed.iter().all(|matrix| matrix.pairs().len() >= ROWS_OF_THREAD * team.len()) {
+            // As many rows as go together, so that they are those that this thread rounded.
+            let most = tokens_at_once(self.device.level, rounding, usize::MAX);
+            return team.run(&|number| {
+                let mut beside = Vec::new();
+                for matrix in &packed {
+                    let pairs = matrix.pairs();
+                    let own = part(pairs.len().div_ceil(most), number, team.len());
+                    let own = &pairs[own.start * most..pairs.len().min(own.end * most)];
+                    self.packed(matrix, 0..matrix.packed.tiles, own, x, &mut beside);
+                }
+            });
+        }
         let n_tiles = packed.iter().map(|matrix| matrix.packed.tiles).sum();
         // One stream of weights for each thread.
         team.run(&|number| {
@@ -134,7 +158,8 @@ impl Frame<'_> {
                 first = range.end;
                 let tiles = own.start.max(range.start)..own.end.min(range.end);
                 if !tiles.is_empty() {
-                    self.packed(matrix, tiles.start - range.start..tiles.end - range.start, x, &mut beside);
+                    let tiles = tiles.start - range.start..tiles.end - range.start;
+                    self.packed(matrix, tiles, matrix.pairs(), x, &mut beside);
                 }
             }
         });
@@ -167,8 +192,15 @@ impl Frame<'_> {
         }
     }
 
-    /// Tiles `tiles` of a matrix with rounded activations `x`.
-    fn packed(&self, matrix: &Matrix<'_>, tiles: Range<usize>, x: Rounded<'_>, beside: &mut Vec<Block>) {
+    /// Tiles `tiles` of a matrix with rounded activations `x`, for some of its pairs.
+    fn packed(
+        &self,
+        matrix: &Matrix<'_>,
+        tiles: Range<usize>,
+        pairs: &[Pair],
+        x: Rounded<'_>,
+        beside: &mut Vec<Block>,
+    ) {
         let &Matrix { job, packed, batch } = matrix;
         let (level, format, rounding) = (self.device.level, job.weight.format, x.rounding());
         // Some tiles at a time, so that they are still in the cache for the next tokens.
@@ -177,7 +209,7 @@ impl Frame<'_> {
             .step_by(packed.tiles_in_cache())
             .map(|first| first..tiles.end.min(first + packed.tiles_in_cache()))
         {
-            let mut pairs = &job.pairs[batch][..];
+            let mut pairs = pairs;
             while !pairs.is_empty() {
                 let (now, later) = pairs.split_at(tokens_at_once(level, rounding, pairs.len()));
                 pairs = later;
@@ -187,7 +219,7 @@ impl Frame<'_> {
                     product(level, format, rounding, packed.tile(batch, tile), x, &mut sums[..now.len()]);
                     let out = tile * TILE_ROWS..job.weight.rows.min((tile + 1) * TILE_ROWS);
                     for (&(_, to), sums) in now.iter().zip(&sums) {
-                        // SAFETY: these values of a row are written by the one thread that has this tile.
+                        // SAFETY: these values of a row are written by the one thread that has this tile of these pairs.
                         let y = unsafe { job.y.flat_part_mut(to, out.clone()) };
                         // A whole tile's sums by a few instructions, not by a call for each token.
                         match y.first_chunk_mut() {
@@ -216,5 +248,111 @@ impl Frame<'_> {
             return (0..n).for_each(job);
         }
         team.run(&|number| part(n, number, team.len()).for_each(&job));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::CpuDevice;
+    use crate::level::Level;
+    use crate::plan::{Plan, arena};
+    use crate::threads::Team;
+    use fastrand::Rng;
+    use sparsed_abi::{
+        Blob, DIM_TOKENS, DT_F32, DT_Q8_0, OP_LINEAR, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdRow,
+        SpdWeightDesc, StepArrays, T_INPUT, T_OUTPUT,
+    };
+    use sparsed_plugin_kit::{Device, Host, Run, Synchronous, Usage};
+    use std::sync::Arc;
+
+    const COLS: usize = 96;
+    /// Of the weights: two whole tiles and one that is not.
+    const ROWS: i32 = 2 * TILE_ROWS as i32 + 5;
+    /// Two threads split it by tokens, three by tiles; and no number of tokens that go together divides it.
+    const TOKENS: usize = 2 * ROWS_OF_THREAD + 5;
+    const BLOCK_TOKENS: u32 = 16;
+    const N_BLOCKS: u32 = (TOKENS as u32).div_ceil(BLOCK_TOKENS);
+
+    /// Two weights with the same input, side by side in the output's rows.
+    fn program(rounding: i32) -> Program {
+        let mut builder = ProgramBuilder::new();
+        let x = builder.input(DT_F32, &[DIM_TOKENS, COLS as i32]);
+        for slot in 0..2 {
+            let weight = builder.weight(slot, DT_Q8_0, &[ROWS, COLS as i32]);
+            let y = builder.activation(DT_F32, &[DIM_TOKENS, ROWS]);
+            let (inputs, i) = ([Some(x), Some(weight)], [rounding, 0, 0, 0, 0, 0]);
+            builder.op(OpSpec { kind: OP_LINEAR, inputs: &inputs, outputs: &[Some(y)], layer: 0, i, f: [0.0; 4] });
+            builder.mark_output(y);
+        }
+        Program::parse(builder.finish(1).as_bytes()).unwrap()
+    }
+
+    /// The products of `x`'s rows, `at_once` of them in a step: the first weight's of all rows, then the second's.
+    fn products(level: Level, n_threads: usize, rounding: i32, x: &[f32], at_once: usize) -> Vec<u8> {
+        let usage = Arc::new(Usage::default());
+        let team = Team::new(n_threads, &[]).unwrap();
+        let device = CpuDevice { level, team, host: Host::none(), usage: Arc::clone(&usage) };
+        let weight = |seed| {
+            let mut random = Rng::with_seed(seed);
+            let desc =
+                SpdWeightDesc { dtype: DT_Q8_0, batch: 1, rows: ROWS as u64, cols: COLS as u64, ..Default::default() };
+            let block = |_| [&[0, 0x20][..], &std::array::from_fn::<u8, 32, _>(|_| random.u8(..))].concat();
+            let bytes: Vec<u8> = (0..ROWS as usize * COLS / 32).flat_map(block).collect();
+            Arc::new(Weight::uploaded(&desc, bytes, &usage))
+        };
+        let row = SpdRow { dtype: DT_F32, width: 1 };
+        let (n_blocks, n_layers) = (N_BLOCKS, 1);
+        let kv = SpdKvDesc {
+            block_tokens: BLOCK_TOKENS,
+            n_blocks,
+            n_layers,
+            latent: row,
+            rope: row,
+            ..SpdKvDesc::default()
+        };
+        let pool = Arc::new(device.kv_create(&kv, None).unwrap().0);
+        let bucket = SpdBucket { max_tokens: 256, max_seqs: 1, max_context: 256, ..SpdBucket::default() };
+        let plan = device.compile(program(rounding), vec![weight(1), weight(2)], vec![pool], bucket).unwrap().0;
+        let mut answers = [Vec::new(), Vec::new()];
+        for rows in x.chunks(at_once * COLS) {
+            answers.iter_mut().zip(step(&device, &plan, rows)).for_each(|(all, rows)| all.extend(rows));
+        }
+        answers.concat()
+    }
+
+    fn step(device: &CpuDevice, plan: &Plan, x: &[f32]) -> [Vec<u8>; 2] {
+        let n = x.len() / COLS;
+        let positions: Vec<u32> = (0..n as u32).collect();
+        let arrays = StepArrays {
+            tokens: &vec![0; n],
+            positions: &positions,
+            slots: &positions.iter().map(|&p| u64::from(p)).collect::<Vec<_>>(),
+            seq_offsets: &[0, n as u32],
+            contexts: &[n as u32],
+            block_offsets: &[0, N_BLOCKS],
+            block_ids: &(0..N_BLOCKS).collect::<Vec<_>>(),
+            ..StepArrays::default()
+        };
+        let mut input = Blob::zeroed(arena(&plan.program, T_INPUT, n, 1, 0).1);
+        let bytes: Vec<u8> = x.iter().flat_map(|x| x.to_le_bytes()).collect();
+        input.as_bytes_mut()[..bytes.len()].copy_from_slice(&bytes);
+        let (offsets, length) = arena(&plan.program, T_OUTPUT, n, 1, 0);
+        let (mut output, encoded) = (Blob::zeroed(length), arrays.encode());
+        device.run(plan, Run::new(arrays, encoded.as_bytes(), input.as_bytes(), output.as_bytes_mut())).unwrap();
+        std::array::from_fn(|i| output.as_bytes()[offsets[i]..][..n * ROWS as usize * 4].to_vec())
+    }
+
+    #[test]
+    fn a_rows_products_have_the_same_bits_alone_and_however_many_rows_are_split_over_threads() {
+        let mut random = Rng::with_seed(9);
+        let x: Vec<f32> = (0..TOKENS * COLS).map(|_| random.f32() - 0.5).collect();
+        for (level, rounding) in Level::all().flat_map(|level| [0, 1, 2].map(|rounding| (level, rounding))) {
+            let alone = products(level, 1, rounding, &x, 1);
+            for n_threads in 1..4 {
+                let together = products(level, n_threads, rounding, &x, TOKENS);
+                assert!(alone == together, "{level:?}, rounding {rounding}, {n_threads} threads");
+            }
+        }
     }
 }
