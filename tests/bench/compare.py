@@ -3,18 +3,18 @@
 
 All sides run each test in turn (A B A B ...), with two threads seven times at least; no round of a test begins after
 --patience. The table has medians, or with two threads each side's best round (virtual processors share a third-level
-cache at one moment and none at the next), in brackets the lowest and highest of the rounds, how many there were, and says
-"void" where other work waited for a processor before or after them (PSI `cpu some avg10` above 10). The peers read what lies before a
-depth, which takes minutes, so their side of a test is run at depths up to --deep only; ours fills the cache with copies (see
-`sparsectl bench --help`), so beyond what a model was trained for it is speed only.
+cache at one moment and none at the next), in brackets the lowest and highest of the rounds, how many there were, and
+says "void" where other work waited for a processor before or after them (PSI `cpu some avg10` above 10). The peers
+read what lies before a depth, which takes minutes, so their side of a test is run at depths up to --deep only; ours
+fills the cache with copies (see `sparsectl bench --help`), so beyond what a model was trained for it is speed only.
 
 Usage: compare.py --sparsectl target/release/sparsectl --llama-bench LLAMA_BENCH --base BASE.gguf --dsa DSA.gguf
            [--ik-llama-bench LLAMA_BENCH of ik_llama.cpp] [--baby BABY_DSA.gguf] [--wide BABY_DSA_64.gguf]
            [--mla BABY_MLA.gguf] [--moe BABY_MOE.gguf] [--rounds 3] [--patience 240] [--deep TOKENS] [--only TEXT]
            [--results RESULTS.md] [--plot FOLDER]
-BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal bytes.
-The others have random weights (random_models.py): BABY_DSA 16 index heads, BABY_DSA_64 64 of them. --results replaces what
-that file has below the table's heading, up to the next one, and nothing else.
+BASE is a dense model, DSA the same matrices with an indexer (`sparsectl convert`), so that both sides read equal
+bytes. The others have random weights (random_models.py): BABY_DSA 16 index heads, BABY_DSA_64 64 of them. --results
+replaces what that file has below the table's heading, up to the next one, and nothing else.
 """
 
 import argparse
