@@ -628,22 +628,31 @@ def a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays():
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
 
-def removing_leaves_conversations_and_settings_and_purging_leaves_nothing_also_behind_a_mount_and_a_link():
+def removing_leaves_conversations_and_settings_and_purging_only_what_is_mounted_below_or_linked():
     run("dpkg", "--remove", "sparsed", "sparsed-model-smollm2-dsa")
     for path in ("/usr/bin/sparsed", "/run/sparsed/api.sock"):
         assert not os.path.exists(path), f"{path} is left"
     for path in ("/var/lib/sparsed/store", "/etc/sparsed/config.toml"):
         assert os.path.exists(path), f"{path} is gone"
-    # As on a box whose state has a partition of its own, and whose settings lie elsewhere.
-    state, settings = "/var/lib/sparsed", "/srv/settings"
+    # As on a box whose state has a partition of its own, with a disk of models below, and whose settings lie elsewhere.
+    state, settings, models, below = "/var/lib/sparsed", "/srv/settings", "/srv/models", "/var/lib/sparsed/my models"
     run("mount", "--bind", state, state)
+    for folder in (models, below):
+        os.makedirs(folder)
+    run("mount", "--bind", models, below)
     shutil.move("/etc/sparsed", settings)
     os.symlink(settings, "/etc/sparsed")
+    theirs = (f"{settings}/theirs", f"{models}/theirs")
+    for path in theirs:
+        with open(path, "w"):
+            pass
     run("dpkg", "--purge", "sparsed", "sparsed-model-smollm2-dsa")
+    run("umount", below)
     run("umount", state)
-    assert not os.listdir(state), os.listdir(state)
-    os.rmdir(state)
-    assert not os.path.exists(settings), os.listdir(settings)
+    for path in theirs:
+        assert os.path.exists(path), f"{path} is gone"
+    assert os.listdir(state) == [os.path.basename(below)], os.listdir(state)
+    shutil.rmtree(state)
     left = [path for top in ("/etc", "/usr", "/var", "/run") for path in glob.glob(f"{top}/**/*sparsed*", recursive=True)]
     ours = ("/etc/systemd/system/sparsed.service.d", "/usr/share/doc")
     left = [path for path in left if not path.startswith(ours)]
@@ -757,7 +766,7 @@ CHECKS = [
     without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_installed,
     a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays,
     nothing_was_killed_for_a_system_call,
-    removing_leaves_conversations_and_settings_and_purging_leaves_nothing_also_behind_a_mount_and_a_link,
+    removing_leaves_conversations_and_settings_and_purging_only_what_is_mounted_below_or_linked,
     on_a_system_that_runs_the_first_installation_answers_on_the_socket_and_the_bus,
     a_masked_service_is_purged,
 ]

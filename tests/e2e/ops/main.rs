@@ -7,6 +7,7 @@ mod clock;
 mod devel;
 mod idle;
 mod log;
+mod purge;
 mod readmes;
 mod reload;
 mod state;
