@@ -79,7 +79,8 @@ def is_confined(tenths):
 
 
 def the_units_are_valid_and_confined_enough():
-    for manager, more in (("--system", ["sparsed-tcp.socket", "sparsed-devices.service"]), ("--user", [])):
+    further = ["sparsed-tcp.socket", "sparsed-devices.service", "sparsed-state.service"]
+    for manager, more in (("--system", further), ("--user", [])):
         command = ["env", "XDG_RUNTIME_DIR=/run", "systemd-analyze", manager, "verify", "--man=no"]
         complaints = run(*command, "sparsed.service", "sparsed.socket", *more)
         # An older systemd says so of what it does not know; there is one place for that.

@@ -78,11 +78,17 @@ def without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_
         assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
         status, value = ask("alice", "/v1/sessions", {})
         assert (status, value["error"]["code"]) == (503, "sessions_away"), f"{status} {value}"
+        # Nor is a model put where the partition would hide it.
+        said = run("sparsectl", "model", "pull", f"file:{MODEL}", "--name", "below", check=False)
+        assert "is not mounted" in said and not os.listdir("/var/lib/sparsed/models/names"), said
+        # A fresh partition: its top is root's, and for everybody to read.
         with open(FSTAB, "w") as file:
-            file.write(before + line.format(f"uid={owner.pw_uid},gid={owner.pw_gid},mode=0700"))
+            file.write(before + line.format("mode=0755"))
         run("systemctl", "daemon-reload")
         run("systemctl", "start", mount)
         until("conversations are kept", lambda: ask("alice", "/v1/sessions", {})[0] == 201)
+        stat = os.stat("/var/lib/sparsed")
+        assert (stat.st_uid, stat.st_mode & 0o777) == (owner.pw_uid, 0o700), oct(stat.st_mode)
         # Those of the partition, not those that lie below it.
         assert ask("alice", f"/v1/sessions/{session}")[0] == 404
     finally:
