@@ -44,18 +44,41 @@ echo "ok: the image is built"
 box=$(store from --pull-never localhost/sparsed)
 run=(run --isolation chroot --user sparsed "$box" --)
 inside() { store "${run[@]}" "$@"; }
-setsid "${buildah[@]}" "${run[@]}" sparsed --set state_dir=/var/lib/sparsed --set socket.path=/run/sparsed/api.sock \
-  --set model.default.path=/usr/share/sparsed/models/smollm2-135m-dsa.gguf >"$work/log" 2>&1 &
-daemon=$!
-# What HEALTHCHECK runs.
-for _ in $(seq 60); do
-  inside sparsectl status --ready --socket /run/sparsed/api.sock >/dev/null 2>&1 && break
-  kill -0 "$daemon" 2>/dev/null || break
-  sleep 1
-done
+# buildah does not run it by itself.
+entry=$(store inspect --type container --format '{{range .OCIv1.Config.Entrypoint}}{{.}} {{end}}' "$box")
+[ "$entry" = "sparsed " ] || { echo "not ok: the image's entry point is $entry"; exit 1; }
+# Starts what the image starts, and waits for a model on a socket, by what HEALTHCHECK runs.
+start() {
+  # shellcheck disable=SC2086 # words
+  setsid "${buildah[@]}" "${run[@]}" $entry >"$work/log" 2>&1 &
+  daemon=$!
+  for _ in $(seq 60); do
+    inside sparsectl status --ready --socket "$1" >/dev/null 2>&1 && break
+    kill -0 "$daemon" 2>/dev/null || break
+    sleep 1
+  done
+}
+stop() {
+  kill -- -"$daemon" 2>/dev/null || true
+  wait "$daemon" 2>/dev/null || true
+  daemon=
+}
+start /run/sparsed/api.sock
 said=$(inside sparsectl run --socket /run/sparsed/api.sock --temperature 0 "What is the capital of France?" 2>&1) || true
 if [ "$said" = "$ANSWER" ]; then echo "ok: the container answers"; else
   cat "$work/log"
   echo "not ok: the container answers: $said"
+  exit 1
+fi
+stop
+# A file that an operator mounts there, as far as it says something: nothing of the image's goes before it.
+mounted=$(store mount "$box")
+mkdir -p "$mounted/etc/sparsed/conf.d"
+printf '[socket]\npath = "/run/sparsed/other.sock"\n' >"$mounted/etc/sparsed/conf.d/socket.toml"
+start /run/sparsed/other.sock
+said=$(inside sparsectl run --socket /run/sparsed/other.sock --temperature 0 "What is the capital of France?" 2>&1) || true
+if [ "$said" = "$ANSWER" ]; then echo "ok: a file in conf.d is heeded"; else
+  cat "$work/log"
+  echo "not ok: a file in conf.d is not heeded: $said"
   exit 1
 fi
