@@ -150,6 +150,12 @@ def a_user_has_a_service_of_his_own():
     uid = pwd.getpwnam("mallory").pw_uid
     run("systemctl", "start", f"user@{uid}.service")
     own = [*as_user("mallory"), f"XDG_RUNTIME_DIR=/run/user/{uid}", "HOME=/home/mallory", "systemctl", "--user"]
+    # Who has not enabled it gets none by a call.
+    bus = [*own[:-2], f"DBUS_SESSION_BUS_ADDRESS=unix:path=/run/user/{uid}/bus", "SYSTEMD_LOG_TARGET=console", "busctl"]
+    bus += ["--user", "get-property", "org.sparsed1", MANAGER_PATH, MANAGER, "Version"]
+    said = run(*bus, check=False)
+    assert not said.startswith('s "'), said
+    assert run(*own, "is-active", "sparsed.service", check=False) == "inactive"
     run(*own, "start", "sparsed.socket")
     door = ("--unix-socket", f"/run/user/{uid}/sparsed/api.sock", "http://localhost")
     until("his model is loaded", lambda: ask("mallory", "/health", door=door)[0] == 200)
@@ -158,8 +164,11 @@ def a_user_has_a_service_of_his_own():
     status, value = ask("alice", "/v1/models", door=door)
     assert status == 0, f"alice: {status} {value}"
     run(*own, "stop", "sparsed.service", "sparsed.socket")
+    run(*own, "enable", "sparsed.service")
+    assert run(*bus).startswith('s "')
+    run(*own, "disable", "--now", "sparsed.service", "sparsed.socket")
     run("systemctl", "stop", f"user@{uid}.service")
-    run("rm", "-rf", "/home/mallory/.local")
+    run("rm", "-rf", "/home/mallory/.local", "/home/mallory/.config")
 
 
 def after_the_installation_and_a_boot_the_service_answers_and_the_doctor_finds_nothing():
