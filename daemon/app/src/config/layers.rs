@@ -82,7 +82,7 @@ impl Layers {
     }
 }
 
-/// The drop-ins of a folder in the order of their names; none where the folder is not there.
+/// The drop-ins of a folder in the order of their names, but hidden ones; none where the folder is not there.
 ///
 /// # Errors
 /// A folder that cannot be listed, or has too many.
@@ -95,7 +95,9 @@ pub(super) fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.map_err(io)?.path();
-        if path.extension().is_some_and(|extension| extension == "toml") {
+        // An editor keeps its own there while a file is open, as links that lead nowhere.
+        let is_hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !is_hidden && path.extension().is_some_and(|extension| extension == "toml") {
             found.push(path);
         }
         if found.len() > DROP_INS_MAX {
@@ -186,7 +188,8 @@ mod tests {
 
     #[test]
     fn drop_ins_come_in_the_order_of_their_names() {
-        let (dir, _) = folder(&[("b.toml", ""), ("a.toml", ""), ("c.toml.bak", "")]);
+        let (dir, _) = folder(&[("b.toml", ""), ("a.toml", ""), ("c.toml.bak", ""), (".d.toml", "")]);
+        std::os::unix::fs::symlink("anna@box.1234", dir.path().join(".#a.toml")).unwrap();
         let names: Vec<_> = drop_ins(dir.path()).unwrap().iter().map(|p| p.file_name().unwrap().to_owned()).collect();
         assert_eq!(names, ["a.toml", "b.toml"]);
         assert!(drop_ins(&dir.path().join("absent")).unwrap().is_empty());
