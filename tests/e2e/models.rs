@@ -166,12 +166,16 @@ fn the_model_used_least_recently_makes_way_and_one_in_use_never_does() {
 
 /// `sparsectl model` on a store in `folder`.
 fn tool(folder: &Path, arguments: &[&str]) -> Output {
+    tool_of(folder, arguments).output().unwrap()
+}
+
+fn tool_of(folder: &Path, arguments: &[&str]) -> Command {
     let dir = format!("models.dir={}", folder.join("models").display());
     let empty = folder.join("empty.toml");
     std::fs::write(&empty, "").unwrap();
     let mut command = Command::new(sparsed_tests::sparsectl());
     command.arg("model").args(arguments).arg("--config").arg(empty).args(["--set", &dir]);
-    command.output().unwrap()
+    command
 }
 
 fn done(folder: &Path, arguments: &[&str]) -> String {
@@ -209,6 +213,27 @@ fn a_model_of_the_store_is_served_and_one_that_decays_is_refused_while_the_daemo
     std::fs::write(path, &bytes[..middle]).unwrap();
     assert_eq!((chat(&daemon, "m").status, &of(&daemon, "m")["state"]), (503, &json!("failed")));
     assert_eq!(daemon.get("/v1/status").status, 200);
+}
+
+#[test]
+fn nothing_is_put_into_a_store_whose_disk_is_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let models = folder.path().canonicalize().unwrap().join("models");
+    std::fs::create_dir(&models).unwrap();
+    let source = format!("file:{}", chatty::write(folder.path()).display());
+    let pull = tool_of(folder.path(), &["pull", &source, "--name", "tiny"]);
+    // A machine whose list of mounts has this folder.
+    let list = folder.path().join("fstab");
+    std::fs::write(&list, format!("/dev/sdz1 {} ext4 nofail 0 2\n", models.display())).unwrap();
+    let script = "mount --bind \"$0\" /etc/fstab || exit 77; exec \"$@\"";
+    let mut command = Command::new("unshare");
+    command.args(["-m", "sh", "-c", script]).arg(list).arg(pull.get_program()).args(pull.get_args());
+    let Some(output) = command.output().ok().filter(|output| output.status.code() != Some(77)) else {
+        return sparsed_tests::skipped("a store whose disk is away", "this user may not mount a file");
+    };
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("is not mounted"), "{said}");
+    assert_eq!(models.read_dir().unwrap().count(), 0);
 }
 
 #[test]

@@ -11,6 +11,7 @@ from box import (
 )
 
 FSTAB = "/etc/fstab"
+MODEL = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"
 # Calls that are refused look as on a kernel that does not have them.
 MISSING_CALL = "[Service]\nSystemCallErrorNumber=ENOSYS\nSystemCallFilter=~{}\n"
 
@@ -80,7 +81,7 @@ def without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_
         assert (status, value["error"]["code"]) == (503, "sessions_away"), f"{status} {value}"
         # Nor is a model put where the partition would hide it.
         said = run("sparsectl", "model", "pull", f"file:{MODEL}", "--name", "below", check=False)
-        assert "is not mounted" in said and not os.listdir("/var/lib/sparsed/models/names"), said
+        assert "is not mounted" in said and not os.path.exists("/var/lib/sparsed/models/names/below.json"), said
         # A fresh partition: its top is root's, and for everybody to read.
         with open(FSTAB, "w") as file:
             file.write(before + line.format("mode=0755"))

@@ -2,6 +2,7 @@
 
 use crate::assemble::{now_ms, quarantine};
 use crate::config::{Config, Engine, Isolation, Plugins};
+use crate::state::check_mounted;
 use sparsed_backend::{Backend, BackendError, Found, HostOptions, OpenOptions, Plugin, QuarantineStore, SearchPath};
 use sparsed_engine::DeviceSource;
 use std::path::PathBuf;
@@ -174,6 +175,10 @@ impl DeviceSource for PluginDevice {
 
     fn strike(&mut self, reason: &str) {
         let Some(sha256) = &self.sha256 else { return };
+        if let Err(error) = check_mounted(self.quarantine.dir()) {
+            log::error!(plugin:% = self.engine.plugin, reason:% = error; "strike not noted");
+            return;
+        }
         let struck = self.quarantine.strike(&self.engine.plugin, sha256, reason, now_ms());
         match struck {
             Ok(outcome) => log::warn!(plugin:% = self.engine.plugin, reason, outcome:?; "strike against the plugin"),

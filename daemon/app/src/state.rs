@@ -91,13 +91,20 @@ impl StateLock {
     }
 }
 
-fn lock(dir: &Path) -> anyhow::Result<File> {
-    // What is written below a mount point is hidden as soon as something is mounted there.
+/// That whatever is to be mounted at `dir` or above it is. What is written below a mount point is hidden as soon as
+/// something is mounted there, and has taken the room of another disk.
+///
+/// # Errors
+/// The mount that is away.
+pub(crate) fn check_mounted(dir: &Path) -> io::Result<()> {
     let mounts = std::fs::read_to_string(MOUNTS).unwrap_or_default();
-    if let Some(point) = bare_mount_point(&mounts, dir) {
-        let reason = format!("{} is not mounted, which {MOUNTS} has", point.display());
-        return Err(io::Error::new(io::ErrorKind::NotFound, reason).into());
-    }
+    let Some(point) = bare_mount_point(&mounts, dir) else { return Ok(()) };
+    let reason = format!("{} is not mounted, which {MOUNTS} has", point.display());
+    Err(io::Error::new(io::ErrorKind::NotFound, reason))
+}
+
+fn lock(dir: &Path) -> anyhow::Result<File> {
+    check_mounted(dir)?;
     make_dir(dir, 0o700)?;
     let path = dir.join("lock");
     let file = File::create(&path).with_context(|| path.display().to_string())?;

@@ -29,6 +29,7 @@ pub(crate) use place::sync_dir;
 pub use source::Source;
 pub use verified::{ModelAtPath, StoredModel, named_by_content};
 
+use crate::state::check_mounted;
 use anyhow::{Context, bail, ensure};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
@@ -156,8 +157,9 @@ impl Store {
     /// than who fetches; what is being fetched is not.
     ///
     /// # Errors
-    /// A folder that cannot be made.
+    /// A folder that cannot be made, or whose partition is away.
     pub fn make(&self) -> anyhow::Result<()> {
+        check_mounted(&self.dir)?;
         for (dir, mode) in
             [(&self.dir, 0o755), (&self.blobs(), 0o755), (&self.names_dir(), 0o755), (&self.partial(), 0o700)]
         {

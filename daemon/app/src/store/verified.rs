@@ -7,6 +7,7 @@
 //! that there is `sparsectl model verify`, which always reads everything.
 
 use super::{Digest, Entry, Piece, Store, place};
+use crate::state::check_mounted;
 use anyhow::{Context, ensure};
 use sparsed_engine::ModelSource;
 use std::fs::{File, Metadata};
@@ -143,11 +144,17 @@ fn verify_files(
     }
     if let Some(remembered) = remembered.filter(|_| all.len() > n_known) {
         let first = all.len().saturating_sub(REMEMBERED_MAX);
-        if let Err(error) = place::write(remembered, (all[first..].join("\n") + "\n").as_bytes(), 0o600) {
+        if let Err(error) = remember(remembered, &all[first..]) {
             log::warn!(reason:% = error; "that a model's file was verified is not remembered");
         }
     }
     Ok(())
+}
+
+/// Writes marks down, on the partition where they belong.
+fn remember(path: &Path, marks: &[String]) -> anyhow::Result<()> {
+    path.parent().map_or(Ok(()), check_mounted)?;
+    place::write(path, (marks.join("\n") + "\n").as_bytes(), 0o600)
 }
 
 /// That only root or `owner` can have put files into the folders of a model.

@@ -43,6 +43,11 @@ impl QuarantineStore {
         Self { dir: state_dir.join("plugins"), policy }
     }
 
+    /// Where it is kept.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Notes a failure of the library `sha256` of `plugin`; see [`Quarantine::strike`].
     ///
     /// # Errors
