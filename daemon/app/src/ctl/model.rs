@@ -150,7 +150,7 @@ impl Pull {
         let hub = self.hub.or_else(|| Some(config.models.hub.clone())).filter(|hub| !hub.is_empty());
         let source = Source::parse(&self.source, hub.as_deref())?;
         let name = self.name.map_or_else(|| source.default_name(), Ok)?;
-        let is_of_hub = self.source.starts_with("hf:");
+        let is_of_hub = matches!(source, Source::Hub { .. });
         let options = FetchOptions {
             expected: self.sha256,
             bytes_max: self.max_bytes.unwrap_or(config.models.max_bytes.0),
@@ -165,7 +165,7 @@ impl Pull {
         }
         let proxy =
             PROXY_VARIABLES.into_iter().find(|name| std::env::var_os(name).is_some_and(|value| !value.is_empty()));
-        if let (Source::Web(_), Some(variable)) = (&source, proxy) {
+        if let (Source::Web(_) | Source::Hub { .. }, Some(variable)) = (&source, proxy) {
             shown.say(&format!(
                 "note: {variable} is set, but proxies are not used; fetch with another tool, then pull file:"
             ));

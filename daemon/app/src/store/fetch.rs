@@ -130,7 +130,7 @@ async fn fetch_file(
             copy(&mut partial, &from, options.bytes_max, watcher).with_context(within)?;
             options.expected
         }
-        Source::Web(uri) => download(&mut partial, uri, options, watcher).await?,
+        Source::Web(uri) | Source::Hub { uri, .. } => download(&mut partial, uri, options, watcher).await?,
     };
     let digest = partial.digest(watcher)?;
     if let Some(expected) = expected.filter(|expected| *expected != digest) {

@@ -7,6 +7,8 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write;
 use std::path::PathBuf;
 
+/// What begins the source of a hub's file.
+const OF_HUB: &str = "hf:";
 /// The branch of a hub's repository.
 const REVISION: &str = "main";
 
@@ -15,6 +17,13 @@ const REVISION: &str = "main";
 pub enum Source {
     /// By HTTP.
     Web(Uri),
+    /// By HTTP from a hub.
+    Hub {
+        /// The file's address there.
+        uri: Uri,
+        /// As it was asked for: `hf:OWNER/NAME/PATH`, with `@REVISION` if that was said.
+        name: String,
+    },
     /// From this box.
     File(PathBuf),
 }
@@ -32,20 +41,28 @@ impl Source {
             // As it is remembered it must lead there from any folder.
             return Ok(Self::File(std::path::absolute(path)?));
         }
-        let url = match text.strip_prefix("hf:") {
-            Some(file) => in_hub(file, hub)?,
-            None => text.to_owned(),
-        };
+        let of_hub = text.strip_prefix(OF_HUB).map(|file| in_hub(file, hub)).transpose()?;
+        let url = of_hub.as_deref().unwrap_or(text);
         let uri: Uri = url.parse().with_context(|| format!("'{url}' is no URL"))?;
         match uri.scheme_str() {
-            Some("http" | "https") if uri.host().is_some_and(|host| !host.is_empty()) => Ok(Self::Web(uri)),
+            Some("http" | "https") if uri.host().is_some_and(|host| !host.is_empty()) => Ok(match of_hub {
+                Some(_) => Self::Hub { uri, name: text.to_owned() },
+                None => Self::Web(uri),
+            }),
             _ => bail!("'{text}' must begin with https://, http://, hf: or file:"),
         }
     }
 
-    /// What is remembered of it: no user, password or query, which may be secrets.
+    /// Whether a remembered source is a hub's file: who fetches it again needs the hub's address, and perhaps a token.
+    pub fn is_of_hub(remembered: &str) -> bool {
+        remembered.starts_with(OF_HUB)
+    }
+
+    /// What is remembered of it: no user, password or query, which may be secrets. Of a hub's file not the hub, which
+    /// may be another mirror the next time, and which alone is sent a token.
     pub fn public(&self) -> String {
         match self {
+            Self::Hub { name, .. } => name.clone(),
             Self::Web(uri) => {
                 let (scheme, host) = (uri.scheme_str().unwrap_or_default(), uri.host().unwrap_or_default());
                 let port = uri.port_u16().map(|port| format!(":{port}")).unwrap_or_default();
@@ -74,13 +91,9 @@ impl Source {
         let beside = |name: &String| {
             Ok(match self {
                 Self::File(path) => Self::File(path.with_file_name(name)),
-                Self::Web(uri) => {
-                    // The file's name ends the path, a query may follow it.
-                    let (folder, query) = (uri.path().strip_suffix(&file).unwrap_or("/"), uri.query());
-                    let path = format!("{folder}{name}{}", query.map(|query| format!("?{query}")).unwrap_or_default());
-                    let mut parts = uri.clone().into_parts();
-                    parts.path_and_query = Some(path.parse()?);
-                    Self::Web(Uri::from_parts(parts)?)
+                Self::Web(uri) => Self::Web(with_file_name(uri, &file, name)?),
+                Self::Hub { uri, name: whole } => {
+                    Self::Hub { uri: with_file_name(uri, &file, name)?, name: whole.replace(&file, name) }
                 }
             })
         };
@@ -90,7 +103,7 @@ impl Source {
     /// The last part of its path.
     fn file(&self) -> String {
         let path = match self {
-            Self::Web(uri) => uri.path().to_owned(),
+            Self::Web(uri) | Self::Hub { uri, .. } => uri.path().to_owned(),
             Self::File(path) => path.display().to_string(),
         };
         path.rsplit('/').next().unwrap_or_default().to_owned()
@@ -99,7 +112,7 @@ impl Source {
     /// What its unfinished file is called.
     pub(super) fn key(&self) -> String {
         let whole = match self {
-            Self::Web(uri) => uri.to_string(),
+            Self::Web(uri) | Self::Hub { uri, .. } => uri.to_string(),
             Self::File(path) => path.display().to_string(),
         };
         Sha256::digest(whole).iter().take(8).fold(String::new(), |mut key, byte| {
@@ -107,6 +120,15 @@ impl Source {
             key
         })
     }
+}
+
+/// The address of another file beside `file`, which ends the path of `uri`; a query may follow it.
+fn with_file_name(uri: &Uri, file: &str, name: &str) -> anyhow::Result<Uri> {
+    let (folder, query) = (uri.path().strip_suffix(file).unwrap_or("/"), uri.query());
+    let path = format!("{folder}{name}{}", query.map(|query| format!("?{query}")).unwrap_or_default());
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(path.parse()?);
+    Ok(Uri::from_parts(parts)?)
 }
 
 /// The URL of a hub's file.
@@ -136,7 +158,7 @@ mod tests {
 
     fn web(text: &str) -> String {
         match Source::parse(text, Some("https://hub.example/")).unwrap() {
-            Source::Web(uri) => uri.to_string(),
+            Source::Web(uri) | Source::Hub { uri, .. } => uri.to_string(),
             Source::File(path) => panic!("{}", path.display()),
         }
     }
@@ -157,6 +179,12 @@ mod tests {
         let source = Source::parse("https://me:word@host:8443/a/b.gguf?token=x", None).unwrap();
         assert_eq!(source.public(), "https://host:8443/a/b.gguf");
         assert_eq!(source.default_name().unwrap(), "b");
+        // A hub's file is asked of whichever hub there is then, with the token that goes nowhere else.
+        let of_hub = |text: &str| Source::parse(text, Some("https://me:word@hub.example")).unwrap();
+        assert_eq!(of_hub("hf:a/b/c.gguf@v1").public(), "hf:a/b/c.gguf@v1");
+        let parts = of_hub("hf:a/b/m-00001-of-00002.gguf").parts().unwrap();
+        assert_eq!(parts[0].public(), "hf:a/b/m-00001-of-00002.gguf");
+        assert_eq!(parts[1], of_hub("hf:a/b/m-00002-of-00002.gguf"));
         assert_ne!(source.key(), Source::parse("https://host:8443/a/b.gguf", None).unwrap().key());
     }
 
@@ -165,7 +193,7 @@ mod tests {
         let source = Source::parse("https://me:word@host:8443/a/m-00001-of-00002.gguf?token=x", None).unwrap();
         let urls = source.parts().unwrap().into_iter().map(|part| match part {
             Source::Web(uri) => uri.to_string(),
-            Source::File(path) => panic!("{}", path.display()),
+            other => panic!("{other:?}"),
         });
         assert!(urls.eq(["1", "2"].map(|n| format!("https://me:word@host:8443/a/m-0000{n}-of-00002.gguf?token=x"))));
         assert_eq!(source.default_name().unwrap(), "m");

@@ -7,7 +7,7 @@ use super::{Check, sets, size};
 use crate::assemble::{configured_models, is_packaged};
 use crate::config::{Config, ConfigError, Paths, Source, dotted};
 use crate::ctl::inspect;
-use crate::store::{Digest, ModelAtPath, Store, named_by_content, reference};
+use crate::store::{Digest, ModelAtPath, Source as Origin, Store, named_by_content, reference};
 use rustix::fs::Access;
 use rustix::io::Errno;
 use sparsed_model::Inspection;
@@ -16,6 +16,8 @@ use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
+/// Stands for whichever hub there is.
+const ANY_HUB: &str = "https://hub.invalid";
 /// The package of the default model.
 const MODEL_PACKAGE: &str = "sparsed-model-smollm2-dsa";
 
@@ -110,15 +112,31 @@ fn brings(name: &str, config: &Config, is_installed: bool) -> String {
 
 /// What fetches a file anew that is not whole: from where it came, if the store knows that.
 fn fetches_again(store: &Store, configured: &Path, path: &Path) -> String {
-    let sudo = if store.dir().starts_with("/var") { "sudo " } else { "" };
+    let is_of_service = store.dir().starts_with("/var");
+    let sudo = if is_of_service { "sudo " } else { "" };
     let stored = reference(configured);
     match stored.and_then(|name| Some((name, store.entry(name).ok()?.source))) {
-        Some((name, source)) => format!("{sudo}sparsectl model pull {} --name {name}", quoted(&source)),
+        Some((name, source)) => pulls_again(is_of_service, name, &source),
         None if path.starts_with("/usr/share/sparsed/models") => installs(MODEL_PACKAGE, true),
         None => {
             format!("{sudo}sparsectl model pull URL{}", stored.map_or(String::new(), |name| format!(" --name {name}")))
         }
     }
+}
+
+/// What fetches the model `name` from its remembered `source`.
+fn pulls_again(is_of_service: bool, name: &str, source: &str) -> String {
+    if Origin::parse(source, Some(ANY_HUB)).is_err() {
+        // It came by D-Bus, and nobody knows which file it was.
+        return format!("sparsectl model pull --dbus file:PATH --name {name}");
+    }
+    let sudo = match is_of_service {
+        false => "",
+        // The hub's address and a token are the user's, not root's.
+        true if Origin::is_of_hub(source) => "sudo --preserve-env=HF_ENDPOINT,HF_TOKEN ",
+        true => "sudo ",
+    };
+    format!("{sudo}sparsectl model pull {} --name {name}", quoted(source))
 }
 
 /// A word for the shell.
@@ -381,6 +399,11 @@ mod tests {
         let again = |configured: &str| fetches_again(&store, Path::new(configured), Path::new("/nowhere"));
         assert_eq!(again("store:m"), "sparsectl model pull 'https://example.org/a&b.gguf' --name m");
         assert_eq!(again("store:other"), "sparsectl model pull URL --name other");
+        let said = pulls_again(true, "m", "D-Bus, uid 1000");
+        assert_eq!(said, "sparsectl model pull --dbus file:PATH --name m");
+        let said = pulls_again(true, "m", "hf:a/b/m.gguf@v1");
+        assert_eq!(said, "sudo --preserve-env=HF_ENDPOINT,HF_TOKEN sparsectl model pull hf:a/b/m.gguf@v1 --name m");
+        assert_eq!(pulls_again(true, "m", "file:/m"), "sudo sparsectl model pull file:/m --name m");
         assert!(brings("default", &Config::default(), true).contains("./sparsed-model-smollm2-dsa"));
         assert_eq!(installs_by(true, "p", true), "sudo apt install --reinstall ./p_*.deb");
         assert_eq!(installs_by(false, "p", true), "sudo rpm -U --replacepkgs ./p-*.rpm");
