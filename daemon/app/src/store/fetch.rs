@@ -130,7 +130,12 @@ async fn fetch_file(
             copy(&mut partial, &from, options.bytes_max, watcher).with_context(within)?;
             options.expected
         }
-        Source::Web(uri) | Source::Hub { uri, .. } => download(&mut partial, uri, options, watcher).await?,
+        Source::Web(uri) | Source::Hub { uri, .. } => {
+            let downloaded = download(&mut partial, uri, options, watcher).await;
+            // Also of a part of several, of which a later one may not come.
+            let kept = partial.keep();
+            downloaded.and_then(|expected| kept.map(|()| expected))?
+        }
     };
     let digest = partial.digest(watcher)?;
     if let Some(expected) = expected.filter(|expected| *expected != digest) {

@@ -4,9 +4,9 @@ use super::{Digest, Store, Watcher, place};
 use anyhow::{Context, ensure};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// What the disk is to have left beside the model.
@@ -19,10 +19,10 @@ const HOW_TO_MAKE_ROOM: &str =
 /// Largest file of what is known of a partial one.
 const KNOWN_BYTES_MAX: u64 = 16 << 10;
 
-/// After so many bytes they are brought to the disk: what a power cut may take.
-const SYNC_BYTES: u64 = 64 << 20;
-/// What is another one after each start of the machine.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// After so many bytes they are brought to the disk: what is fetched again where nobody could say that it is there.
+const SYNC_BYTES: u64 = 16 << 20;
+/// Of a file that is being fetched.
+const PARTIAL_MODE: u32 = 0o600;
 
 /// Whether somebody fetches the file `path` of the folder of partial ones, or what is known of it.
 pub(super) fn is_being_fetched(path: &Path) -> bool {
@@ -76,8 +76,6 @@ struct Note {
     known: Known,
     /// Bytes that were on the disk then.
     synced: u64,
-    /// When the machine had started last, as far as the kernel says.
-    boot: Option<String>,
 }
 
 /// What is known of the whole file.
@@ -92,6 +90,7 @@ impl Partial {
     /// The one that is called `key`, with what has come of it before.
     pub(super) fn open(store: &Store, key: &str) -> anyhow::Result<Self> {
         let path = store.partial().join(key).with_extension("part");
+        unseal(&path).with_context(|| path.display().to_string())?;
         let file = File::options().create(true).truncate(false).read(true).write(true).open(&path);
         let file = file.with_context(|| path.display().to_string())?;
         let locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
@@ -102,24 +101,30 @@ impl Partial {
         let (known, is_noted) = (Known::default(), false);
         let mut partial = Self { have, path, file, known, n_lost: 0, synced: 0, is_noted, room_until: 0, free };
         match partial.recall() {
-            Some(note) => partial.go_on_from(note, boot().as_deref())?,
+            Some(note) => partial.go_on_from(note)?,
             None => partial.restart()?,
         }
         Ok(partial)
     }
 
-    /// Keeps what is there since the start `boot` of the machine, or what was on the disk at the last one.
-    fn go_on_from(&mut self, note: Note, boot: Option<&str>) -> anyhow::Result<()> {
-        let is_since = boot.is_some() && note.boot.as_deref() == boot;
-        if !is_since {
-            // What came later may have a length and no bytes.
-            self.have = self.have.min(note.synced);
-            self.file.set_len(self.have)?;
-        }
-        (self.known, self.synced) = (note.known, note.synced.min(self.have));
-        self.is_noted = true;
+    /// Keeps what was on the disk when that was noted. What came later may have a length and no bytes: the power may
+    /// have gone, or the disk have dropped out and come back, which no file tells.
+    fn go_on_from(&mut self, note: Note) -> anyhow::Result<()> {
+        self.have = self.have.min(note.synced);
+        self.file.set_len(self.have)?;
+        (self.known, self.synced, self.is_noted) = (note.known, self.have, true);
         self.file.seek(SeekFrom::End(0))?;
-        if is_since { Ok(()) } else { self.note() }
+        Ok(())
+    }
+
+    /// Has what has come stay for the next call, whatever becomes of the machine.
+    pub(super) fn keep(&mut self) -> anyhow::Result<()> {
+        if self.have == self.synced || !self.is_noted {
+            return Ok(());
+        }
+        self.file.sync_data().with_context(|| self.path.display().to_string())?;
+        self.synced = self.have;
+        self.note()
     }
 
     pub(super) fn known_path(&self) -> PathBuf {
@@ -143,7 +148,7 @@ impl Partial {
     }
 
     fn note(&mut self) -> anyhow::Result<()> {
-        let note = Note { known: self.known.clone(), synced: self.synced, boot: boot() };
+        let note = Note { known: self.known.clone(), synced: self.synced };
         place::write(&self.known_path(), &serde_json::to_vec(&note)?, 0o600)?;
         self.is_noted = true;
         Ok(())
@@ -178,15 +183,8 @@ impl Partial {
         }
         self.file.write_all(bytes).with_context(|| self.path.display().to_string())?;
         self.have = have;
-        if have - self.synced >= SYNC_BYTES {
-            self.file.sync_data().with_context(|| self.path.display().to_string())?;
-            self.synced = have;
-            // Of a copy nothing is noted: no other call goes on with it.
-            if self.is_noted {
-                self.note()?;
-            }
-        }
-        Ok(())
+        // Of a copy nothing is noted: no other call goes on with it.
+        if have - self.synced >= SYNC_BYTES { self.keep() } else { Ok(()) }
     }
 
     /// That the disk has room for `more` bytes; for how many it has, up to the next look.
@@ -235,9 +233,14 @@ fn fits(bytes: u64, limit: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What tells this start of the machine from others.
-fn boot() -> Option<String> {
-    std::fs::read_to_string(BOOT_ID).ok().map(|id| id.trim().to_owned()).filter(|id| !id.is_empty())
+/// Lets its owner write a file again that had come whole: whoever had it was killed before it got its place.
+fn unseal(path: &Path) -> std::io::Result<()> {
+    match path.symlink_metadata() {
+        Ok(meta) if meta.is_file() && meta.mode() & 0o200 == 0 => {
+            std::fs::set_permissions(path, Permissions::from_mode(PARTIAL_MODE))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn free(file: &File) -> std::io::Result<u64> {
@@ -276,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn after_a_power_cut_only_what_was_on_the_disk_is_gone_on_with() {
+    fn what_may_not_be_on_the_disk_is_fetched_again_by_the_next_call() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::at(dir.path());
         store.make().unwrap();
@@ -286,18 +289,35 @@ mod tests {
         let mib = vec![7; 1 << 20];
         (0..=SYNC_BYTES / MIB).for_each(|_| partial.write(&mib, u64::MAX).unwrap());
         drop(partial);
-        // A process that has ended takes nothing with it.
         let mut partial = open();
-        assert_eq!((partial.have, partial.n_lost), (SYNC_BYTES + MIB, 0));
-        let note = partial.recall().unwrap();
-        assert_eq!((note.synced, note.known.etag.as_deref()), (SYNC_BYTES, Some("\"a\"")));
-        partial.go_on_from(note, Some("another start")).unwrap();
+        assert_eq!((partial.have, partial.n_lost), (SYNC_BYTES, 0));
         assert_eq!(partial.path.metadata().unwrap().len(), SYNC_BYTES);
+        assert_eq!(partial.known.etag.as_deref(), Some("\"a\""));
         partial.write(b"on", u64::MAX).unwrap();
+        partial.keep().unwrap();
+        drop(partial);
+        let mut partial = open();
         assert_eq!((partial.have, partial.path.metadata().unwrap().len()), (SYNC_BYTES + 2, SYNC_BYTES + 2));
         // A note of an older version says nothing of the disk.
-        partial.go_on_from(serde_json::from_str("{\"etag\":null,\"total\":9}").unwrap(), Some("now")).unwrap();
+        partial.go_on_from(serde_json::from_str("{\"etag\":null,\"total\":9}").unwrap()).unwrap();
         assert_eq!((partial.have, partial.known.total), (0, Some(9)));
+    }
+
+    #[test]
+    fn a_file_that_was_sealed_and_got_no_place_is_gone_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        store.make().unwrap();
+        let mut partial = Partial::open(&store, "x").unwrap();
+        partial.know(None, Some(3)).unwrap();
+        partial.write(b"all", u64::MAX).unwrap();
+        partial.keep().unwrap();
+        place::seal(&partial.path).unwrap();
+        drop(partial);
+        let partial = Partial::open(&store, "x").unwrap();
+        assert!(partial.is_whole());
+        // Root would be let in, whatever its mode.
+        assert_eq!(partial.path.metadata().unwrap().permissions().mode() & 0o777, PARTIAL_MODE);
     }
 
     #[test]
