@@ -234,16 +234,38 @@ impl Store {
     /// Who has the same file already keeps it.
     ///
     /// # Errors
-    /// A disk that fails. Then the name stands for what it stood for before.
+    /// A disk that fails. Then the name stands for what it stood for before, and files that are new here are where they
+    /// were.
     pub fn put(&self, name: &str, files: &[(PathBuf, Digest)], source: String) -> anyhow::Result<Entry> {
         check_name(name)?;
         let _lock = self.lock()?;
+        let mut new = Vec::new();
+        let put = self.put_locked(name, files, source, &mut new);
+        if put.is_err() {
+            // Without a name it would only take room. The failure is told, not that of this.
+            let _are_back = new.iter().rev().filter(|(blob, partial)| std::fs::rename(blob, partial).is_ok()).count();
+        }
+        put
+    }
+
+    /// As [`put`](Self::put); of the files that were not here before it tells where they are and were.
+    fn put_locked(
+        &self,
+        name: &str,
+        files: &[(PathBuf, Digest)],
+        source: String,
+        new: &mut Vec<(PathBuf, PathBuf)>,
+    ) -> anyhow::Result<Entry> {
         let mut pieces = Vec::new();
         for (partial, digest) in files {
             let (bytes, blob) = (partial.metadata()?.len(), self.blob(digest));
+            let is_new = !blob.exists();
             place::seal(partial)?;
             // A file that decayed is replaced by what has just been hashed.
             std::fs::rename(partial, &blob).with_context(|| blob.display().to_string())?;
+            if is_new {
+                new.push((blob, partial.clone()));
+            }
             pieces.push(Piece { sha256: *digest, bytes });
         }
         sync_dir(&self.blobs())?;
@@ -253,9 +275,13 @@ impl Store {
         // An older version does not know of several files, and says so of another form.
         let v = if pieces.is_empty() { 1 } else { 2 };
         let entry = Entry { v, sha256, bytes, more: pieces, source, added };
-        self.make_set(&entry)?;
-        place::write(&self.name_file(name), &serde_json::to_vec(&entry)?, 0o644)?;
-        Ok(entry)
+        let is_new_set = self.make_set(&entry)?;
+        let written = place::write(&self.name_file(name), &serde_json::to_vec(&entry)?, 0o644);
+        if let (Err(_), true, Some(set)) = (&written, is_new_set, self.set_of(&entry)) {
+            // Its links would keep the files.
+            let _is_left = parts::remove_dir(&set).is_err();
+        }
+        written.map(|()| entry)
     }
 
     /// Takes `name` away; its file stays until [`sweep`](Self::sweep).
@@ -434,6 +460,29 @@ mod tests {
         assert_eq!((garbage.len(), garbage.iter().map(|one| one.bytes).sum::<u64>()), (3, 8), "{garbage:?}");
         store.sweep(&lock, &garbage).unwrap();
         assert!(!first.exists() && store.resolve(Path::new("store:single")).exists());
+    }
+
+    #[test]
+    fn an_addition_that_fails_at_its_end_leaves_the_store_as_it_was_and_what_has_come_where_it_was() {
+        let (_dir, store) = store();
+        put(&store, "single", "two");
+        // A name that cannot be written.
+        std::fs::create_dir_all(store.name_file("m").join("x")).unwrap();
+        let count = |dir: PathBuf| dir.read_dir().map_or(0, Iterator::count);
+        let files = ["one", "two", "three"].map(|text| {
+            let path = store.partial().join(text);
+            std::fs::write(&path, text).unwrap();
+            (path, Digest::of(text.as_bytes()))
+        });
+        for files in [&files[..1], &files] {
+            store.put("m", files, "file:x".to_owned()).unwrap_err();
+            assert_eq!((count(store.blobs()), count(store.sets())), (1, 0));
+            assert_eq!(std::fs::read(&files[0].0).unwrap(), b"one");
+        }
+        std::fs::remove_dir_all(store.name_file("m")).unwrap();
+        // What another model has was given to it.
+        std::fs::write(&files[1].0, "two").unwrap();
+        store.put("m", &files, "file:x".to_owned()).unwrap();
     }
 
     #[test]

@@ -5,6 +5,8 @@
 
 use super::{Digest, Entry, Piece, Store, place};
 use anyhow::{Context, bail, ensure};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::io::Errno;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -105,12 +107,13 @@ impl Store {
         Ok(std::fs::remove_file(&beside)?)
     }
 
-    /// Makes the folder of a model of several files anew, from the files that are in their places.
+    /// Makes the folder of a model of several files anew, from the files that are in their places. Answers whether there
+    /// was none before; where there was one, whoever looks finds that one or the new one.
     ///
     /// # Errors
     /// A disk that fails, or that has no hard links.
-    pub(super) fn make_set(&self, entry: &Entry) -> anyhow::Result<()> {
-        let Some(set) = self.set_of(entry) else { return Ok(()) };
+    pub(super) fn make_set(&self, entry: &Entry) -> anyhow::Result<bool> {
+        let Some(set) = self.set_of(entry) else { return Ok(false) };
         place::make_dir(&self.sets(), 0o755)?;
         let new = set.with_extension("new");
         remove_dir(&new)?;
@@ -121,10 +124,11 @@ impl Store {
             std::fs::hard_link(&blob, &link).with_context(|| format!("{} cannot be linked", blob.display()))?;
         }
         place::sync_dir(&new)?;
+        let was_there = replace_dir(&new, &set).with_context(|| set.display().to_string())?;
+        place::sync_dir(&self.sets())?;
         // Links to files that have been replaced since, if any.
-        remove_dir(&set)?;
-        std::fs::rename(&new, &set).with_context(|| set.display().to_string())?;
-        place::sync_dir(&self.sets())
+        remove_dir(&new)?;
+        Ok(!was_there)
     }
 
     /// Folders of models of several files that are none of `used`.
@@ -141,6 +145,23 @@ impl Store {
     }
 }
 
+/// Gives `dir` the place of the folder `new`, and `new` what was there, if anything was; answers whether.
+fn replace_dir(new: &Path, dir: &Path) -> std::io::Result<bool> {
+    match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT) => std::fs::rename(new, dir).map(|()| false),
+        // A file system that cannot exchange names.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            let was_there = dir.exists();
+            if was_there {
+                std::fs::remove_dir_all(dir)?;
+            }
+            std::fs::rename(new, dir).map(|()| was_there)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Removes a folder of links, if it is there.
 pub(super) fn remove_dir(dir: &Path) -> anyhow::Result<()> {
     match std::fs::remove_dir_all(dir) {
@@ -152,6 +173,7 @@ pub(super) fn remove_dir(dir: &Path) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     #[test]
     fn a_disk_without_hard_links_is_told_before_anything_comes() {
@@ -159,9 +181,42 @@ mod tests {
         let store = Store::at(dir.path());
         store.make().unwrap();
         store.check_links(|from, to| std::fs::hard_link(from, to)).unwrap();
-        let said = store.check_links(|_, _| Err(rustix::io::Errno::PERM.into())).unwrap_err();
+        let said = store.check_links(|_, _| Err(Errno::PERM.into())).unwrap_err();
         assert!(said.to_string().contains("has no hard links") && said.to_string().contains("models.dir"), "{said}");
         assert_eq!(store.partial().read_dir().unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_model_of_several_files_that_is_fetched_again_is_there_at_every_moment() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path());
+        store.make().unwrap();
+        let put = || {
+            let files = ["one", "two"].map(|text| {
+                let path = store.partial().join(text);
+                std::fs::write(&path, text).unwrap();
+                (path, Digest::of(text.as_bytes()))
+            });
+            store.put("m", &files, "file:x".to_owned()).unwrap()
+        };
+        let second = store.files(&put()).remove(1).0;
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let looks = scope.spawn(|| {
+                let n_missed = || u32::from(std::fs::read(&second).is_err());
+                let mut n = 0;
+                while !is_over.load(Ordering::Relaxed) {
+                    n += n_missed();
+                }
+                n
+            });
+            (0..200).for_each(|_| drop(put()));
+            is_over.store(true, Ordering::Relaxed);
+            assert_eq!(looks.join().unwrap(), 0, "times it was not there");
+        });
+        assert_eq!(store.sets().read_dir().unwrap().count(), 1);
+        let lock = store.lock().unwrap();
+        assert!(store.garbage(&lock, true, &[]).unwrap().is_empty());
     }
 
     #[test]
