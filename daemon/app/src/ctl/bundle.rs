@@ -22,7 +22,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 ///
 /// Prompts, answers, conversations, keys, passwords and environments are not in it: they are not collected, secrets
 /// that the configuration names are looked for in all the rest, and settings that may be secret are left out. Look at
-/// it before you send it: `tar xOf FILE | less`. Run it as root to have the service's log and control group in it.
+/// it before you send it: `tar xOf FILE | less`. Run it as root to have the service's log and control group in it. The
+/// daemon is asked for its status: a service that is stopped is started by its socket.
 #[derive(Debug, clap::Args)]
 pub(super) struct SupportBundle {
     /// Where it goes; sparsed-support-TIME.tar here without it. It must not be there yet.

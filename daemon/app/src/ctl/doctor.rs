@@ -24,8 +24,8 @@ use std::path::{Path, PathBuf};
 ///
 /// Each line is ok, warn (it serves, but not as well as it could) or fail (it does not serve), with what to type. Run
 /// it as the daemon's user (`sudo -u sparsed sparsectl doctor`) to check what the daemon may do, as yourself to check
-/// what you may do. Exit code 1 when anything fails. Nothing is changed; the disk's speed is measured with a file of
-/// 1 MiB. Of models the heads are read, and with --full all bytes.
+/// what you may do. Exit code 1 when anything fails. Nothing is changed, and a service that is stopped stays so; the
+/// disk's speed is measured with a file of 1 MiB. Of models the heads are read, and with --full all bytes.
 #[derive(Debug, clap::Args)]
 pub(super) struct Doctor {
     #[command(flatten)]

@@ -1,8 +1,9 @@
 //! Does a daemon answer whoever asks?
 
 use super::Check;
-use super::service::Service;
+use super::service::{Rest, Service};
 use crate::ctl::client::{Client, soon};
+use rustix::fs::Access;
 use serde_json::Value;
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
@@ -11,19 +12,20 @@ use std::path::Path;
 /// What says why a service does not start.
 const WHY: &str = "systemctl status sparsed; sudo journalctl -u sparsed -e";
 
-/// Whether it can be reached, whether its default model answers, and which models it could not load.
+/// Whether it can be reached, whether its default model answers, and which models it could not load. A service that is
+/// at rest is not connected to, which would start it.
 ///
 /// # Errors
 /// A runtime that cannot be started.
 pub(super) fn daemon(socket: &Path, service: Option<&Service>) -> anyhow::Result<Vec<Check>> {
     let shown = socket.display();
+    if let Some(rest) = service.and_then(|service| service.rest).filter(|_| socket.exists()) {
+        return Ok(vec![at_rest(socket, rest)]);
+    }
     let check = match UnixStream::connect(socket) {
         Ok(_) => return answers(socket, service),
         Err(error) => match error.kind() {
-            ErrorKind::PermissionDenied => {
-                let fix = "sudo usermod -aG sparsed $USER, then log in again";
-                Check::fail("daemon", format!("you may not connect to {shown}"), fix)
-            }
+            ErrorKind::PermissionDenied => shut(socket),
             ErrorKind::NotFound => {
                 let fix = "sudo systemctl enable --now sparsed.socket, or start `sparsed`";
                 Check::warn("daemon", format!("does not run: {shown} is not there"), fix)
@@ -36,6 +38,23 @@ pub(super) fn daemon(socket: &Path, service: Option<&Service>) -> anyhow::Result
         },
     };
     Ok(vec![check])
+}
+
+fn shut(socket: &Path) -> Check {
+    let fix = "sudo usermod -aG sparsed $USER, then log in again";
+    Check::fail("daemon", format!("you may not connect to {}", socket.display()), fix)
+}
+
+fn at_rest(socket: &Path, rest: Rest) -> Check {
+    if rustix::fs::access(socket, Access::WRITE_OK).is_err() {
+        return shut(socket);
+    }
+    match rest {
+        Rest::Stopped => {
+            Check::ok("daemon", format!("is stopped; who connects to {} has it started", socket.display()))
+        }
+        Rest::Failed => Check::fail("daemon", "has failed, and is started again for the next client only", WHY),
+    }
 }
 
 /// The process that listens, where one does that has made its socket itself: a service manager's is not the daemon.
@@ -108,6 +127,24 @@ mod tests {
         drop(listener);
         assert!(said(&path).found.contains("nobody listens"));
     }
+
+    #[test]
+    fn a_service_at_rest_is_not_connected_to() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        for (rest, verdict) in [(Rest::Stopped, Verdict::Ok), (Rest::Failed, Verdict::Fail)] {
+            let service = Service { rest: Some(rest), ..Service::default() };
+            assert_eq!(daemon(&path, Some(&service)).unwrap().remove(0).verdict, verdict);
+        }
+        assert_eq!(listener.accept().unwrap_err().kind(), ErrorKind::WouldBlock);
+        // A socket that is not there starts nothing either.
+        drop(std::fs::remove_file(&path));
+        let stopped = Service { rest: Some(Rest::Stopped), ..Service::default() };
+        assert_eq!(daemon(&path, Some(&stopped)).unwrap().remove(0).verdict, Verdict::Warn);
+    }
+
     #[test]
     fn a_model_that_the_daemon_could_not_load_is_told_by_its_name() {
         let status = serde_json::json!({ "models": [

@@ -51,7 +51,8 @@ pub(super) fn broker(mqtt: &Mqtt, service: Option<&Service>) -> Option<Check> {
     })
 }
 
-/// Whether the daemon answers on its bus. `auto` is the system's, as the service has it, where there is one.
+/// Whether the daemon answers on its bus. `auto` is the system's, as the service has it, where there is one. A service
+/// that is at rest is not called, which would start it.
 ///
 /// # Errors
 /// A runtime that cannot be started.
@@ -68,6 +69,10 @@ pub(super) fn message_bus(root: &Path, config: &Config, service: Option<&Service
         // Switched off, or wrong, which is the configuration's check.
         _ => return Ok(None),
     };
+    if service.is_some_and(|service| service.rest.is_some()) {
+        let found = "not called, since the service does not run, and a call starts it where it is enabled";
+        return Ok(Some(Check::ok(NAME, found)));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let health = runtime
         .block_on(async { tokio::time::timeout(PATIENCE, bus::ask(&bus, "GET", "/health", &Value::Null)).await });
@@ -91,6 +96,7 @@ pub(super) fn message_bus(root: &Path, config: &Config, service: Option<&Service
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
+    use super::super::service::Rest;
     use super::*;
     use std::net::TcpListener;
 
@@ -116,6 +122,8 @@ mod tests {
         assert_eq!(message_bus(root.path(), &config, None).unwrap().unwrap().verdict, Verdict::Ok);
         config.dbus.bus = format!("unix:path={}", root.path().join("none").display());
         assert_eq!(message_bus(root.path(), &config, None).unwrap().unwrap().verdict, Verdict::Warn);
+        let stopped = Service { rest: Some(Rest::Stopped), ..Service::default() };
+        assert_eq!(message_bus(root.path(), &config, Some(&stopped)).unwrap().unwrap().verdict, Verdict::Ok);
         "off".clone_into(&mut config.dbus.bus);
         assert_eq!(message_bus(root.path(), &config, None).unwrap(), None);
     }

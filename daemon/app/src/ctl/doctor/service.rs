@@ -19,10 +19,22 @@ const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
 /// What `PrivateTmp=` hides.
 const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
 
+/// Why a service does not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rest {
+    /// Nobody has asked for it, or it was stopped.
+    Stopped,
+    /// It ended in a way after which it is not started again by itself.
+    Failed,
+}
+
 /// The unit as its manager has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Service {
     pub(super) is_active: bool,
+    /// Why nothing runs and nothing is being started, if so. Whoever connects to its socket or calls it on the bus has
+    /// it started.
+    pub(super) rest: Option<Rest>,
     /// The daemon's process, while it runs.
     pub(super) pid: Option<u32>,
     /// Path of its control group, while it runs.
@@ -66,8 +78,15 @@ impl Service {
             let value = value.trim();
             match name {
                 "LoadState" => is_loaded = value == "loaded",
-                // A reload ends as active.
-                "ActiveState" => found.is_active = matches!(value, "active" | "reloading"),
+                "ActiveState" => {
+                    // A reload ends as active.
+                    found.is_active = matches!(value, "active" | "reloading");
+                    found.rest = match value {
+                        "inactive" => Some(Rest::Stopped),
+                        "failed" => Some(Rest::Failed),
+                        _ => None,
+                    };
+                }
                 "MainPID" => found.pid = value.parse().ok().filter(|&pid| pid > 0),
                 "ControlGroup" => found.group = Some(value.to_owned()).filter(|path| path.starts_with('/')),
                 "PrivateDevices" => found.hides_devices = value == "yes",
@@ -232,6 +251,8 @@ mod tests {
         assert_eq!(Service::parse("LoadState=not-found\nActiveState=inactive\n"), None);
         let stopped = Service::parse("LoadState=loaded\nActiveState=inactive\nMainPID=0\nControlGroup=\n").unwrap();
         assert_eq!((stopped.is_active, stopped.pid, stopped.group.as_deref()), (false, None, None));
+        let rest = |state: &str| Service::parse(&format!("LoadState=loaded\nActiveState={state}\n")).unwrap().rest;
+        assert_eq!((stopped.rest, rest("failed"), rest("activating")), (Some(Rest::Stopped), Some(Rest::Failed), None));
         // Nothing is closed there.
         assert_eq!(stopped.opens_network(), None);
         assert!(stopped.allows("anything", None));
