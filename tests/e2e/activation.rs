@@ -4,6 +4,7 @@
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Answer, read_answer};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -62,16 +63,39 @@ fn clients_that_come_before_the_daemon_or_while_it_restarts_are_answered() {
 }
 
 #[test]
-fn who_waits_for_a_daemon_whose_configuration_names_a_file_that_is_not_there_hears_so_each_time() {
+fn who_waits_for_a_daemon_that_fails_hears_so_from_one_that_is_not_started_again_for_each() {
     let folder = tempfile::tempdir().unwrap();
-    let none = format!("tcp.keys={}", folder.path().join("keys").display());
-    let mut manager = manager(folder.path(), &["tcp.listen=127.0.0.1:0".to_owned(), none]);
-    let mut pids = BufReader::new(manager.stdout.take().unwrap()).lines();
-    for _ in 0..3 {
-        pids.next().unwrap().unwrap();
+    let mut manager = manager(folder.path(), &["engine.plugin=nowhere".to_owned()]);
+    let pids = BufReader::new(manager.stdout.take().unwrap()).lines();
+    for _ in 0..10 {
         let answer = ask(&folder.path().join("s"));
-        assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &"misconfigured".into()));
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &"not_started".into()));
     }
     drop(manager.stdin.take());
     manager.wait().unwrap();
+    assert!(pids.map_while(Result::ok).count() < 5, "it is started again and again");
+}
+
+/// What two clients hear, one after the other, of daemons with these settings.
+fn heard_twice(folder: &Path, sets: &[String]) -> Vec<(u16, String)> {
+    let mut manager = manager(folder, sets);
+    let answers = (0..2).map(|_| ask(&folder.join("s")));
+    let heard = answers.map(|answer| (answer.status, answer.json()["error"]["code"].as_str().unwrap().to_owned()));
+    let heard = heard.collect();
+    drop(manager.stdin.take());
+    manager.wait().unwrap();
+    heard
+}
+
+#[test]
+fn who_waits_hears_whether_a_file_that_the_configuration_names_is_wrong_or_may_come_each_time() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("keys");
+    let sets = ["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", path.display())];
+    let twice = |code: &str| vec![(503, code.to_owned()); 2];
+    assert_eq!(heard_twice(folder.path(), &sets), twice("not_started"));
+    std::fs::write(&path, "hall short\n").unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+    std::fs::remove_file(folder.path().join("s")).unwrap();
+    assert_eq!(heard_twice(folder.path(), &sets), twice("misconfigured"));
 }

@@ -50,7 +50,7 @@ pub struct Assembly {
     pub tcp: Option<TcpSockets>,
     /// Where devices come in; it is not served yet.
     pub mqtt: Option<MqttDoor>,
-    /// Whether they come in later: the journal's folder could not be used.
+    /// Whether they come in later: the journal's folder could not be used, or a file of the door's not be read.
     pub mqtt_comes: bool,
     /// Models that were to be loaded at the start and are not there.
     pub(crate) absent: Vec<Absent>,
@@ -78,7 +78,8 @@ impl Assembly {
         let models = model_options(config, &paths, configured, &absent, &budget, slow_tier.as_ref());
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSockets::open(&config.tcp, passed.tcp, named.keys)?;
-        let (mqtt, mqtt_comes) = open_mqtt(named.mqtt, &paths, has_state)?;
+        let (mqtt, cannot_open) = open_mqtt(named.mqtt, &paths, has_state)?;
+        let mqtt_comes = named.mqtt_comes || cannot_open;
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),

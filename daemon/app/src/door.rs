@@ -26,6 +26,19 @@ pub struct Passed {
     pub tcp: Vec<TcpListener>,
 }
 
+impl Passed {
+    /// The same sockets once more.
+    ///
+    /// # Errors
+    /// When there are no further descriptors.
+    pub(crate) fn try_clone(&self) -> std::io::Result<Self> {
+        Ok(Self {
+            api: self.api.as_ref().map(UnixListener::try_clone).transpose()?,
+            tcp: self.tcp.iter().map(TcpListener::try_clone).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
 /// A socket that is listened on.
 #[derive(Debug)]
 pub struct Door {

@@ -12,7 +12,7 @@ use crate::named::Named;
 use crate::reload::Reloader;
 use crate::state::{StateLock, may_mend_itself};
 use crate::tcp::TcpSockets;
-use crate::turned_away::turn_away;
+use crate::turned_away::{Why, turn_away};
 use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
@@ -72,44 +72,68 @@ const MISCONFIGURED: u8 = 2;
 
 /// Runs the daemon. Exit codes: 0 stopped in order, 1 could not serve, 2 wrong arguments or configuration.
 pub fn main() -> ExitCode {
+    let began = std::time::Instant::now();
     let arguments = Arguments::parse();
-    let outcome = match arguments.role {
-        Some(Role::PluginHost { log_level }) => {
-            crate::logging::start_for_daemon(log_level);
-            sparsed_backend::run_plugin_host().context("plugin host")
+    if let Some(Role::PluginHost { log_level }) = arguments.role {
+        crate::logging::start_for_daemon(log_level);
+        let hosted = sparsed_backend::run_plugin_host().context("plugin host");
+        return hosted.map_or_else(|error| failed(&error), |()| ExitCode::SUCCESS);
+    }
+    crate::logging::start(log::LevelFilter::Info);
+    let passed = match door::passed() {
+        Ok(passed) => passed,
+        Err(error) => return failed(&error),
+    };
+    // Who waits there is answered whatever becomes of the daemon; out of descriptors, it would not get far either.
+    let waiting = passed.try_clone().unwrap_or_default();
+    let (config, named) = match configured(&arguments.source, !passed.tcp.is_empty()) {
+        Ok(configured) => configured,
+        // A file on a disk that comes late: the next start may find it.
+        Err(Unconfigured::Unread(error)) => {
+            let code = failed(&error);
+            turn_away(passed, Why::Failed, began);
+            return code;
         }
-        None => {
-            crate::logging::start(log::LevelFilter::Info);
-            let passed = door::passed();
-            let has_tcp = passed.as_ref().is_ok_and(|passed| !passed.tcp.is_empty());
-            match configured(&arguments.source, has_tcp) {
-                Ok((config, named)) => passed.and_then(|passed| run(arguments.source, config, passed, named)),
-                Err(error) => {
-                    log::error!(reason:% = format!("{error:#}"); "configuration is wrong");
-                    let Passed { api, tcp } = passed.unwrap_or_default();
-                    turn_away(api, tcp);
-                    return ExitCode::from(MISCONFIGURED);
-                }
-            }
+        Err(Unconfigured::Wrong(error)) => {
+            log::error!(reason:% = format!("{error:#}"); "configuration is wrong");
+            turn_away(passed, Why::Misconfigured, began);
+            return ExitCode::from(MISCONFIGURED);
         }
     };
-    match outcome {
+    match run(arguments.source, config, passed, named) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            log::error!(reason:% = format!("{error:#}"); "the daemon cannot serve");
-            ExitCode::FAILURE
+            let code = failed(&error);
+            turn_away(waiting, Why::Failed, began);
+            code
         }
     }
+}
+
+fn failed(error: &anyhow::Error) -> ExitCode {
+    log::error!(reason:% = format!("{error:#}"); "the daemon cannot serve");
+    ExitCode::FAILURE
+}
+
+/// Why there is no configuration to start with.
+enum Unconfigured {
+    /// It stays wrong until somebody mends it.
+    Wrong(anyhow::Error),
+    /// A file that it names cannot be read now.
+    Unread(anyhow::Error),
 }
 
 /// The configuration, and the files that it names.
 ///
 /// # Errors
-/// What is wrong with either; it does not pass.
-fn configured(source: &Source, has_tcp: bool) -> anyhow::Result<(Config, Named)> {
-    let config = source.load()?;
+/// What is wrong with either.
+fn configured(source: &Source, has_tcp: bool) -> Result<(Config, Named), Unconfigured> {
+    let config = source.load().map_err(|error| Unconfigured::Wrong(error.into()))?;
     crate::logging::set_level(config.log.level.into());
-    let named = Named::read(&config, has_tcp)?;
+    let named = Named::read(&config, has_tcp).map_err(|error| match may_mend_itself(&error) {
+        true => Unconfigured::Unread(error),
+        false => Unconfigured::Wrong(error),
+    })?;
     Ok((config, named))
 }
 
@@ -231,7 +255,7 @@ fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<
     }))
 }
 
-/// Serves MQTT, where it is configured; if its journal could not be opened at the start, once it can.
+/// Serves MQTT, where it is configured; if its door could not be opened at the start, once it can.
 async fn serve_mqtt(
     mut door: Option<MqttDoor>,
     comes: Option<(Config, Paths, StateLock)>,
@@ -252,7 +276,7 @@ async fn serve_mqtt(
     }
 }
 
-/// The door, when its journal's folder can be used.
+/// The door, when its journal's folder can be used and its files be read.
 async fn late_mqtt(config: &Config, paths: &Paths, lock: &StateLock) -> Option<MqttDoor> {
     loop {
         tokio::time::sleep(STATE_RETRY).await;

@@ -2,9 +2,11 @@
 //! certificates.
 //!
 //! The daemon reads them before it opens anything: what is wrong with them is a mistake of the configuration, and who
-//! waits hears so. The tool reads them in the same way, as far as it may.
+//! waits hears so. One that cannot be read may be on a disk that comes late, and is waited for: MQTT's by its door
+//! alone. The tool reads them in the same way, as far as it may.
 
 use crate::config::{Config, Paths};
+use crate::state::may_mend_itself;
 use crate::{mqtt, tcp, upstream};
 use anyhow::Context;
 use sparsed_surface::{ApiKeys, MqttOptions};
@@ -18,6 +20,8 @@ pub struct Named {
     pub(crate) keys: Option<ApiKeys>,
     /// With what MQTT's door opens, where there is to be one.
     pub(crate) mqtt: Option<MqttOptions>,
+    /// Whether it opens later: a file of its own cannot be read.
+    pub(crate) mqtt_comes: bool,
     /// A client for each model that an engine elsewhere computes.
     pub(crate) upstreams: Vec<(String, Client)>,
 }
@@ -41,11 +45,16 @@ impl Named {
     /// The first that is wrong.
     pub fn read(config: &Config, has_tcp: bool) -> anyhow::Result<Self> {
         let wants_keys = has_tcp || config.tcp.listen.is_some();
-        Ok(Self {
-            keys: wants_keys.then(|| tcp::keys(&config.tcp)).transpose().context(TCP)?,
-            mqtt: mqtt::options(config, &Paths::of(config)).context(MQTT)?,
-            upstreams: upstream::clients(config)?,
-        })
+        let keys = wants_keys.then(|| tcp::keys(&config.tcp)).transpose().context(TCP)?;
+        let upstreams = upstream::clients(config)?;
+        let (mqtt, mqtt_comes) = match mqtt::options(config, &Paths::of(config)) {
+            Err(error) if may_mend_itself(&error) => {
+                log::error!(reason:% = format!("{error:#}"); "MQTT is not served until its files can be read");
+                (None, true)
+            }
+            options => (options.context(MQTT)?, false),
+        };
+        Ok(Self { keys, mqtt, mqtt_comes, upstreams })
     }
 
     /// All that is wrong, for a daemon that is handed no sockets.
@@ -96,20 +105,28 @@ mod tests {
         let (open, absent) = (set("tcp.keys", &keys), set("mqtt.password_file", &none));
         let (no_key, no_ca) = (set("model.big.relay.key_file", &none), set("model.big.relay.ca_file", &keys));
         let upstream = "model.big.upstream=https://127.0.0.1:9/v1";
-        let cases: [(&[&str], &str, &str); 5] = [
-            (&["tcp.listen=127.0.0.1:0"], "[tcp]", "a TCP socket needs API keys"),
-            (&["tcp.listen=127.0.0.1:0", &open], "[tcp]", "may be read by others"),
-            (&["mqtt.broker=mqtt://localhost", &absent], "[mqtt]", "No such file"),
-            (&[upstream, &no_ca], "[model.NAME.relay]", "has no certificate"),
-            (&["model.big.upstream=http://127.0.0.1:9/v1", &no_key], "[model.NAME.relay]", "No such file"),
+        // The last word: whether another start may find it mended.
+        let cases: [(&[&str], &str, &str, bool); 5] = [
+            (&["tcp.listen=127.0.0.1:0"], "[tcp]", "a TCP socket needs API keys", false),
+            (&["tcp.listen=127.0.0.1:0", &open], "[tcp]", "may be read by others", false),
+            (&["mqtt.broker=mqtts://b.example"], "[mqtt]", "would not know who this is", false),
+            (&[upstream, &no_ca], "[model.NAME.relay]", "has no certificate", false),
+            (&["model.big.upstream=http://127.0.0.1:9/v1", &no_key], "[model.NAME.relay]", "No such file", true),
         ];
-        for (sets, table, said) in cases {
+        for (sets, table, said, may_pass) in cases {
             let config = Config::of(sets);
             let troubles = Named::troubles(&config);
             assert_eq!(troubles.iter().map(|trouble| trouble.table).collect::<Vec<_>>(), [table], "{troubles:?}");
-            let read = format!("{:#}", Named::read(&config, false).unwrap_err());
+            let error = Named::read(&config, false).unwrap_err();
+            let read = format!("{error:#}");
             assert!(read.contains(said) && read.ends_with(&format!("{:#}", troubles[0].error)), "{read}");
+            assert_eq!(may_mend_itself(&error), may_pass, "{read}");
         }
+        // A password that is not there keeps no other door shut.
+        let without = Config::of(&["mqtt.broker=mqtt://localhost", &absent]);
+        assert_eq!(Named::troubles(&without).len(), 1);
+        let read = Named::read(&without, false).unwrap();
+        assert!(read.mqtt_comes && read.mqtt.is_none());
         // What is switched off needs no file.
         let off = Config::of(&[&open, &absent]);
         assert!(Named::troubles(&off).is_empty() && files(&off).is_empty());

@@ -164,6 +164,7 @@ pub(super) const EVENTS: &[Event] = &[
     event("03b2b4aeb0284778b7b5aa2c4e25082b", "who leaves the bus is not heard"),
     event("5a3f9eada0194063a0b678df999811fe", "MQTT is not served"),
     event("c48291be68474d9e81de8a6f8486b771", "MQTT is not served until its journal can be opened"),
+    event("11446a677e104613a98187867998aee4", "MQTT is not served until its files can be read"),
     event("841859f385784863a6970da4e9158ecf", "no connection to the MQTT broker; trying again"),
     event("6d1a06ecac0242099d0e037c0f18ebc8", "the MQTT connection takes nothing; connecting anew"),
     event("64c3e9c0be69433091144eee14e18ceb", "the broker did not take a message"),
