@@ -9,6 +9,7 @@ use crate::config::{Activations, Config, IndexDtype, KeepAlive, KvDtype, LoadWhe
 use crate::devices::{self, CPU};
 use crate::door::{Door, Passed};
 use crate::memory::Sources;
+use crate::mqtt::Tuning;
 use crate::named::Named;
 use crate::state::{State, StateLock, may_mend_itself};
 use crate::store::{ModelAtPath, Store, StoredModel, reference, sync_dir};
@@ -52,6 +53,8 @@ pub struct Assembly {
     pub mqtt: Option<MqttDoor>,
     /// Whether they come in later: the journal's folder could not be used, or a file of the door's not be read.
     pub mqtt_comes: bool,
+    /// What of the door a reload changes, also before it is open.
+    pub(crate) tuning: Tuning,
     /// Models that were to be loaded at the start and are not there.
     pub(crate) absent: Vec<Absent>,
     /// The places in use.
@@ -79,7 +82,7 @@ impl Assembly {
         let door = Door::open(&paths.socket, passed.api)?;
         let tcp = TcpSockets::open(&config.tcp, passed.tcp, named.keys)?;
         let (mqtt, cannot_open) = open_mqtt(named.mqtt, &paths, has_state)?;
-        let mqtt_comes = named.mqtt_comes || cannot_open;
+        let (mqtt_comes, tuning) = (named.mqtt_comes || cannot_open, Tuning::new(config, mqtt.as_ref()));
         let retry = &config.engine.retry;
         let recovery = Recovery {
             backoff: retry.backoff_ms.iter().map(|&pause| Duration::from_millis(pause)).collect(),
@@ -97,7 +100,7 @@ impl Assembly {
         let (service, engine) = started.context("the engine thread")?;
         crate::memory::start(service.clone(), sources).context("the thread that watches memory")?;
         let upstreams = named.upstreams.into_iter().map(|(_, client)| client).collect();
-        Ok(Self { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, absent, paths, lock })
+        Ok(Self { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, tuning, absent, paths, lock })
     }
 }
 

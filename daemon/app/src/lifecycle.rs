@@ -8,6 +8,7 @@ use crate::additions::Additions;
 use crate::assemble::Assembly;
 use crate::config::{Config, Paths, Source};
 use crate::door::{self, Passed};
+use crate::mqtt::Tuning;
 use crate::named::Named;
 use crate::reload::Reloader;
 use crate::state::{StateLock, may_mend_itself};
@@ -172,7 +173,7 @@ pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
 /// # Errors
 /// When no model can be served, or the engine failed.
 pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
-    let Assembly { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, absent, paths, lock } = assembly;
+    let Assembly { service, engine, upstreams, door, tcp, mqtt, mqtt_comes, tuning, absent, paths, lock } = assembly;
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
@@ -208,7 +209,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let on_socket = sparsed_surface::serve(listener, tcp, service.clone(), options, stopped.clone());
     let store = || Arc::new(Additions::new(config, &paths));
     let on_bus = dbus_options(config, options)?.map(|dbus| serve_dbus(service.clone(), store(), dbus, stopped()));
-    let mqtt_comes = mqtt_comes.then(|| (config.clone(), paths.clone(), lock.clone()));
+    let mqtt_comes = mqtt_comes.then(|| (tuning, paths.clone(), lock.clone()));
     let on_broker = serve_mqtt(mqtt, mqtt_comes, service.clone(), stopped());
     // These end with the runtime.
     tokio::spawn(absent::load(service.clone(), absent));
@@ -258,14 +259,14 @@ fn dbus_options(config: &Config, socket: ServeOptions) -> anyhow::Result<Option<
 /// Serves MQTT, where it is configured; if its door could not be opened at the start, once it can.
 async fn serve_mqtt(
     mut door: Option<MqttDoor>,
-    comes: Option<(Config, Paths, StateLock)>,
+    comes: Option<(Tuning, Paths, StateLock)>,
     service: Service,
     stop: impl Future<Output = ()>,
 ) {
     let mut stop = std::pin::pin!(stop);
-    if let Some((config, paths, lock)) = comes {
+    if let Some((tuning, paths, lock)) = comes {
         door = tokio::select! {
-            door = late_mqtt(&config, &paths, &lock) => door,
+            door = late_mqtt(&tuning, &paths, &lock) => door,
             () = &mut stop => return,
         };
     }
@@ -277,12 +278,12 @@ async fn serve_mqtt(
 }
 
 /// The door, when its journal's folder can be used and its files be read.
-async fn late_mqtt(config: &Config, paths: &Paths, lock: &StateLock) -> Option<MqttDoor> {
+async fn late_mqtt(tuning: &Tuning, paths: &Paths, lock: &StateLock) -> Option<MqttDoor> {
     loop {
         tokio::time::sleep(STATE_RETRY).await;
         let open = || {
             lock.take(&paths.state_dir)?;
-            crate::mqtt::options(config, paths)?.map(|options| crate::mqtt::open(options, paths)).transpose()
+            tuning.open(paths)
         };
         match tokio::task::block_in_place(open) {
             Ok(door) => return door,

@@ -6,12 +6,14 @@
 use crate::assemble::make_dir;
 use crate::config::{Config, Paths};
 use crate::private::{Missing, credential};
+use crate::state::may_mend_itself;
 use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
-use sparsed_surface::{MqttDoor, MqttOptions, tls_config};
+use sparsed_surface::{MqttDoor, MqttOptions, MqttSettings, tls_config};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
@@ -33,6 +35,68 @@ pub(crate) fn open(mut options: MqttOptions, paths: &Paths) -> anyhow::Result<Mq
     make_dir(&options.dir, 0o700)?;
     let dir = options.dir.display().to_string();
     MqttDoor::open(options).with_context(|| format!("the MQTT journal in {dir}"))
+}
+
+/// What reloads and a door that may open after the start know of each other; clones are the same door's.
+#[derive(Clone, Debug)]
+pub(crate) struct Tuning(Arc<Mutex<Tuned>>);
+
+#[derive(Debug)]
+struct Tuned {
+    /// As the last reload has left it.
+    config: Config,
+    /// Of the door, once it is open.
+    settings: Option<MqttSettings>,
+}
+
+impl Tuning {
+    /// Of this door, if it is open, in a daemon that runs with `config`.
+    pub(crate) fn new(config: &Config, door: Option<&MqttDoor>) -> Self {
+        Self(Arc::new(Mutex::new(Tuned { config: config.clone(), settings: door.map(MqttDoor::settings) })))
+    }
+
+    /// What `config` says of the door, with which a reload is about to have it go on; `None` where no door is to be, or
+    /// one that waits for its files.
+    ///
+    /// # Errors
+    /// As [`options`].
+    pub(crate) fn check(&self, config: &Config, paths: &Paths) -> anyhow::Result<Option<MqttOptions>> {
+        match options(config, paths) {
+            Err(error) if may_mend_itself(&error) && self.tuned().settings.is_none() => Ok(None),
+            options => options,
+        }
+    }
+
+    /// Goes on with `config`, whose options are these.
+    pub(crate) fn take_up(&self, config: &Config, options: Option<&MqttOptions>) {
+        let mut tuned = self.tuned();
+        tuned.config = config.clone();
+        if let (Some(settings), Some(options)) = (&tuned.settings, options) {
+            settings.change(options);
+        }
+    }
+
+    /// Opens the door as the last reload would have it.
+    ///
+    /// # Errors
+    /// As [`options`] and [`open`].
+    pub(crate) fn open(&self, paths: &Paths) -> anyhow::Result<Option<MqttDoor>> {
+        let config = self.tuned().config.clone();
+        // Without the lock: no reload waits for a disk.
+        let Some(door) = options(&config, paths)?.map(|options| open(options, paths)).transpose()? else {
+            return Ok(None);
+        };
+        let (mut tuned, settings) = (self.tuned(), door.settings());
+        if let Some(changed) = options(&tuned.config, paths)? {
+            settings.change(&changed);
+        }
+        tuned.settings = Some(settings);
+        Ok(Some(door))
+    }
+
+    fn tuned(&self) -> MutexGuard<'_, Tuned> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// What the door, or another client of its broker, needs to know, if there is to be one; the key is still all zeros.

@@ -5,10 +5,11 @@
 
 use crate::assemble::{Assembly, engine_limits};
 use crate::config::{Config, Difference, Paths, Source};
+use crate::mqtt::Tuning;
 use crate::{logging, tcp};
 use anyhow::Context;
 use sparsed_engine::Service;
-use sparsed_surface::{ApiKeys, MqttSettings};
+use sparsed_surface::ApiKeys;
 use std::fmt;
 
 /// The running parts that can be changed, and what they were told last.
@@ -19,7 +20,7 @@ pub struct Reloader {
     paths: Paths,
     service: Service,
     keys: Option<ApiKeys>,
-    mqtt: Option<MqttSettings>,
+    mqtt: Tuning,
     /// Bytes that KV pools were laid out for.
     kv_bytes: Option<u64>,
 }
@@ -46,7 +47,7 @@ impl Reloader {
             paths: assembly.paths.clone(),
             service: assembly.service.clone(),
             keys: assembly.tcp.as_ref().map(|tcp| tcp.keys.clone()),
-            mqtt: assembly.mqtt.as_ref().map(sparsed_surface::MqttDoor::settings),
+            mqtt: assembly.tuning.clone(),
             kv_bytes: assembly.service.budget().for_kv(),
         }
     }
@@ -58,8 +59,7 @@ impl Reloader {
     pub fn reload(&mut self) -> anyhow::Result<Reloaded> {
         let next = self.source.load()?;
         let keys = self.keys.as_ref().map(|_| tcp::keys(&next.tcp)).transpose()?;
-        let mqtt =
-            self.mqtt.as_ref().map(|_| crate::mqtt::options(&next, &self.paths)).transpose().context("[mqtt]")?;
+        let mqtt = self.mqtt.check(&next, &self.paths).context("[mqtt]")?;
         let (changed, pending) = self.running.differences(&next).into_iter().partition(Difference::is_live);
         self.running = self.running.adopting(&next);
         logging::set_level(self.running.log.level.into());
@@ -74,9 +74,7 @@ impl Reloader {
         if let (Some(held), Some(keys)) = (&self.keys, &keys) {
             held.replace(keys);
         }
-        if let (Some(held), Some(Some(options))) = (&self.mqtt, &mqtt) {
-            held.change(options);
-        }
+        self.mqtt.take_up(&self.running, mqtt.as_ref());
         let pools_stay = self.service.budget().for_kv().zip(self.kv_bytes).is_some_and(|(now, then)| now > then);
         Ok(Reloaded { changed, pending, n_keys, pools_stay })
     }

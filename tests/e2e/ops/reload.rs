@@ -1,6 +1,7 @@
 //! SIGHUP: what of a new configuration takes hold, and what is said of the rest.
 
 use serde_json::{Value, json};
+use sparsed_tests::broker::Broker;
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Daemon, read_answer};
 use std::io::{Read, Write};
@@ -8,6 +9,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use tempfile::TempDir;
 
 const OLD_KEY: &str = "old-key-0123456789";
@@ -87,6 +89,37 @@ fn a_limit_that_is_changed_holds_for_the_next_request_and_the_rest_waits_for_a_r
     );
     assert!(said.contains("did you mean 'limits.max_waiting'"), "{said}");
     assert_eq!(here.daemon.post("/v1/completions", &endless()).status, 429);
+}
+
+#[test]
+fn what_is_reloaded_before_mqtt_can_be_served_holds_once_it_is() {
+    let (dir, broker) = (tempfile::tempdir().unwrap(), Broker::start(""));
+    let (state, partition) = (dir.path().join("state"), dir.path().join("partition"));
+    std::os::unix::fs::symlink(&partition, &state).unwrap();
+    let password = dir.path().join("password");
+    let state = format!("state_dir={}", state.display());
+    let text = |more: &str| {
+        let port = broker.port();
+        let file = password.display();
+        format!("[mqtt]\nbroker = \"mqtt://127.0.0.1:{port}\"\nusername = \"u\"\npassword_file = \"{file}\"\n{more}")
+    };
+    let mut here = Operated::start(&text(""), &[&state], &[]);
+    let said = here.reload(&text("per_client = 5\n"));
+    assert!(said.contains("mqtt.per_client = 5 (was 16)"), "{said}");
+    // Its password comes, and the folder of its journal.
+    std::fs::write(&password, "secret\n").unwrap();
+    std::fs::create_dir(&partition).unwrap();
+    here.daemon.wait_until("on MQTT", || here.daemon.log().contains("connected to the MQTT broker"));
+    let info = Command::new("mosquitto_sub")
+        .args(["-p", &broker.port().to_string(), "-t", "sparsed/v1/+/info", "-C", "1", "-W", "60"])
+        .output()
+        .unwrap();
+    let info: Value = serde_json::from_slice(&info.stdout).unwrap();
+    assert_eq!(info["limits"]["per_client"], 5, "{info}");
+    // Of a door that is open a file that is gone is a mistake.
+    std::fs::remove_file(&password).unwrap();
+    let said = here.reload(&text("per_client = 6\n"));
+    assert!(said.contains("not reloaded") && said.contains("the MQTT password in"), "{said}");
 }
 
 #[test]

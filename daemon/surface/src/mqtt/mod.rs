@@ -117,7 +117,10 @@ impl MqttDoor {
             lines.spawn(link::keep(link, Line::Pool, sender.clone(), None, stopped));
         }
         tasks.spawn(tell_time(quiet, sender.clone()));
-        tasks.spawn(tell_settings(settings.subscribe(), sender.clone()));
+        let mut changes = settings.subscribe();
+        // What was changed since the door was opened is told, too.
+        changes.mark_changed();
+        tasks.spawn(tell_settings(changes, sender.clone()));
         let stop_timeout = options.stop_timeout;
         tasks.spawn(herald::herald(service, settings.subscribe(), topics, deltas, sender.clone()));
         stop.await;
