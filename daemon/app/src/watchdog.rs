@@ -84,8 +84,13 @@ impl Told {
         if !std::mem::replace(&mut self.ready, true) {
             tell(&[NotifyState::Ready]);
         }
-        alive && !is_new && device.state == DeviceState::Ready
+        alive && !is_new && is_settled(device.state)
     }
+}
+
+/// Whether nothing is about to change by itself. A box without a model of its own has no device to wait for.
+fn is_settled(device: DeviceState) -> bool {
+    matches!(device, DeviceState::Ready | DeviceState::Unused)
 }
 
 fn tell(states: &[NotifyState<'_>]) {
