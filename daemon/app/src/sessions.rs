@@ -103,6 +103,10 @@ fn tell(report: &Report, dir: &Path) {
                 owner:%, session:% = finding.name, what:? = finding.kind;
                 "the last record of a session was not whole and is cut off"
             ),
+            FindingKind::UnknownVersion { .. } | FindingKind::UnknownRecord => log::warn!(
+                owner:%, session:% = finding.name, what:? = finding.kind;
+                "session of another version of this program: it is kept as it is, for that one, and not listed"
+            ),
             kind => log::warn!(owner:%, session:% = finding.name, what:? = kind; "session is not as it was written"),
         }
     }

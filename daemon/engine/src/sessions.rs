@@ -213,7 +213,7 @@ impl Sessions {
     pub fn import(&self, owner: Owner, file: Vec<u8>) -> Result<SessionSummary, Failure> {
         self.ask(move |keeper| {
             let refused = |error: StoreError| match error {
-                StoreError::Damaged { .. } | StoreError::UnknownVersion { .. } => {
+                StoreError::Damaged { .. } | StoreError::UnknownVersion { .. } | StoreError::UnknownRecord { .. } => {
                     Failure::invalid("file", format!("is no exported session: {error}"))
                 }
                 error => failure(SessionId::from_bytes([0; 16]), &error),

@@ -41,6 +41,12 @@ pub enum StoreError {
         /// As written.
         version: u32,
     },
+    /// A record that is as it was written, and that this version of this program does not know.
+    #[error("{what} has a record of a newer version, which is not known")]
+    UnknownRecord {
+        /// What.
+        what: &'static str,
+    },
     /// No space: free some.
     #[error("the disk is full")]
     DiskFull,

@@ -9,6 +9,7 @@
 //! again after a failure, whose old successor may still lie in the file after a power cut.
 
 use crate::cipher::{NONCE_BYTES, SessionKey, TAG_BYTES};
+use crate::disk::DiskError;
 use crate::history::History;
 use crate::id::SessionId;
 use crate::limits::RECORD_BYTES_MAX;
@@ -20,6 +21,9 @@ pub(crate) const HEADER_BYTES: usize = 32;
 const MAGIC: &[u8; 4] = b"spdj";
 const VERSION: u32 = 1;
 const FRAME_BYTES: usize = 8;
+/// Bytes that are read first, and at a time after that.
+const FIRST_BYTES: usize = 64 << 10;
+const PIECE_BYTES: usize = 1 << 20;
 const RECORD_BYTES_MIN: usize = NONCE_BYTES + TAG_BYTES;
 /// Longest record that is looked for behind damage: most are far shorter, and what is looked at is any four bytes.
 const SOUGHT_BYTES_MAX: usize = 64 << 10;
@@ -56,13 +60,102 @@ pub(crate) struct Replay {
     pub(crate) history: History,
     pub(crate) position: Position,
     pub(crate) tail: Tail,
+    /// The bytes of it.
+    pub(crate) rest: Vec<u8>,
 }
 
-/// A journal without a beginning.
+/// A journal that is left as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unreadable {
+    /// It has no beginning.
     Damaged,
+    /// Its header has another version.
     Version(u32),
+    /// One of its records is as it was written, and nobody here knows what it says: a newer version's. What is before
+    /// it is not all that was said.
+    Record,
+    /// The disk did not give it.
+    Disk(DiskError),
+}
+
+/// Where there is no more to read.
+enum Stop {
+    Tail(Tail),
+    Record,
+    Disk(DiskError),
+}
+
+/// Reads the bytes of a journal from an offset on; answers how many there were, fewer only at its end.
+pub(crate) type ReadFrom<'a> = dyn FnMut(u64, &mut [u8]) -> Result<usize, DiskError> + 'a;
+
+/// What is in memory of a journal: about as much as a record has.
+struct Pieces<'a> {
+    read: &'a mut ReadFrom<'a>,
+    bytes: Vec<u8>,
+    /// Of them, those that are passed.
+    n_passed: usize,
+    /// Where in the file they end.
+    offset: u64,
+    is_at_end: bool,
+}
+
+impl From<Tail> for Stop {
+    fn from(tail: Tail) -> Self {
+        Self::Tail(tail)
+    }
+}
+
+impl From<DiskError> for Stop {
+    fn from(error: DiskError) -> Self {
+        Self::Disk(error)
+    }
+}
+
+impl<'a> Pieces<'a> {
+    fn new(read: &'a mut ReadFrom<'a>) -> Self {
+        Self { read, bytes: Vec::new(), n_passed: 0, offset: 0, is_at_end: false }
+    }
+
+    fn rest(&self) -> &[u8] {
+        &self.bytes[self.n_passed..]
+    }
+
+    /// Has the next `n_bytes` bytes in memory, or all there are; answers what is there.
+    fn fill(&mut self, n_bytes: usize) -> Result<&[u8], DiskError> {
+        while self.rest().len() < n_bytes && !self.is_at_end {
+            self.bytes.drain(..self.n_passed);
+            self.n_passed = 0;
+            let before = self.bytes.len();
+            // Most journals are short.
+            let n_wanted = if self.offset == 0 { FIRST_BYTES } else { PIECE_BYTES };
+            self.bytes.resize(before + n_wanted, 0);
+            let n_read = (self.read)(self.offset, &mut self.bytes[before..])?;
+            self.bytes.truncate(before + n_read);
+            self.offset += n_read as u64;
+            self.is_at_end = n_read < n_wanted;
+        }
+        Ok(self.rest())
+    }
+
+    fn record(&mut self, key: &SessionKey, position: &mut Position) -> Result<Record, Stop> {
+        let n_bytes = self.fill(FRAME_BYTES)?.first_chunk().map_or(0, |n_bytes| u32::from_le_bytes(*n_bytes) as usize);
+        self.fill(FRAME_BYTES + n_bytes.min(RECORD_BYTES_MAX))?;
+        loop {
+            let mut rest = self.rest();
+            let n_bytes = rest.len();
+            match read_record(&mut rest, key, position) {
+                // What it is depends on all that is behind it.
+                Err(Stop::Tail(_)) if !self.is_at_end => {
+                    self.fill(usize::MAX)?;
+                }
+                read => {
+                    let n_left = rest.len();
+                    self.n_passed += n_bytes - n_left;
+                    return read;
+                }
+            }
+        }
+    }
 }
 
 impl Position {
@@ -80,7 +173,17 @@ impl Position {
 
     /// Writes `record` to the end of `bytes`, encrypted, and moves on.
     pub(crate) fn append(&mut self, record: &Record, key: &SessionKey, nonce: [u8; NONCE_BYTES], bytes: &mut Vec<u8>) {
-        let mut text = record.encode();
+        self.append_text(record.encode(), key, nonce, bytes);
+    }
+
+    /// As [`Self::append`], of a record's form.
+    pub(crate) fn append_text(
+        &mut self,
+        mut text: Vec<u8>,
+        key: &SessionKey,
+        nonce: [u8; NONCE_BYTES],
+        bytes: &mut Vec<u8>,
+    ) {
         let tag = key.seal(&nonce, &self.context(), &mut text);
         let n_bytes = NONCE_BYTES + text.len() + TAG_BYTES;
         assert!(n_bytes <= RECORD_BYTES_MAX, "a record of {n_bytes} bytes");
@@ -115,30 +218,43 @@ impl Position {
 /// The history in a journal of the session `id` of `owner`.
 ///
 /// # Errors
-/// When its header or first record make no sense: then nothing of it can be used.
-pub(crate) fn replay(file: &[u8], key: &SessionKey, owner: u64, id: SessionId) -> Result<Replay, Unreadable> {
-    let generation = read_header(file)?;
+/// When its header or first record make no sense, or any record is one that is not known: then nothing of it is used.
+pub(crate) fn replay<'a>(
+    read: &'a mut ReadFrom<'a>,
+    key: &SessionKey,
+    owner: u64,
+    id: SessionId,
+) -> Result<Replay, Unreadable> {
+    let mut pieces = Pieces::new(read);
+    let generation = read_header(pieces.fill(HEADER_BYTES).map_err(Unreadable::Disk)?)?;
+    pieces.n_passed = HEADER_BYTES;
     let (mut position, _) = Position::start(id, generation);
-    let mut rest = &file[HEADER_BYTES..];
-    let Ok(Record::Create(create)) = read_record(&mut rest, key, &mut position) else {
-        return Err(Unreadable::Damaged);
+    let create = match pieces.record(key, &mut position) {
+        Ok(Record::Create(create)) if create.owner == owner => create,
+        Ok(_) | Err(Stop::Tail(_)) => return Err(Unreadable::Damaged),
+        Err(Stop::Record) => return Err(Unreadable::Record),
+        Err(Stop::Disk(error)) => return Err(Unreadable::Disk(error)),
     };
-    if create.owner != owner {
-        return Err(Unreadable::Damaged);
-    }
     let mut history = History::new(create);
-    let tail = loop {
-        let before = position;
-        match read_record(&mut rest, key, &mut position) {
-            Ok(record) if history.apply(&record).is_ok() => {}
-            Ok(_) => {
-                position = before;
-                break Tail::Damaged;
-            }
-            Err(tail) => break tail,
+    loop {
+        match pieces.record(key, &mut position) {
+            // Who writes a record has applied it: one that does not fit here did so where more is allowed.
+            Ok(record) => history.apply(&record).map_err(|_| Unreadable::Record)?,
+            Err(Stop::Tail(tail)) => return Ok(Replay { history, position, tail, rest: pieces.rest().to_vec() }),
+            Err(Stop::Record) => return Err(Unreadable::Record),
+            Err(Stop::Disk(error)) => return Err(Unreadable::Disk(error)),
         }
-    };
-    Ok(Replay { history, position, tail })
+    }
+}
+
+/// As [`ReadFrom`], of a journal that is in memory.
+pub(crate) fn from_memory(file: &[u8]) -> impl FnMut(u64, &mut [u8]) -> Result<usize, DiskError> {
+    move |offset, bytes| {
+        let rest = usize::try_from(offset).ok().and_then(|offset| file.get(offset..)).unwrap_or_default();
+        let n_bytes = rest.len().min(bytes.len());
+        bytes[..n_bytes].copy_from_slice(&rest[..n_bytes]);
+        Ok(n_bytes)
+    }
 }
 
 fn read_header(file: &[u8]) -> Result<[u8; 16], Unreadable> {
@@ -160,7 +276,7 @@ fn read_header(file: &[u8]) -> Result<[u8; 16], Unreadable> {
 }
 
 /// The record at the head of `rest`, which moves on behind it; or what its bytes are instead.
-fn read_record(rest: &mut &[u8], key: &SessionKey, position: &mut Position) -> Result<Record, Tail> {
+fn read_record(rest: &mut &[u8], key: &SessionKey, position: &mut Position) -> Result<Record, Stop> {
     let (body, after) = split_frame(rest)?;
     // The last record may be one whose last sectors never came.
     let bad = if after.is_empty() { Tail::Torn } else { Tail::Damaged };
@@ -168,7 +284,7 @@ fn read_record(rest: &mut &[u8], key: &SessionKey, position: &mut Position) -> R
     let (text, tag) = sealed.split_last_chunk().ok_or(bad)?;
     let mut text = text.to_vec();
     key.open(nonce, &position.context(), &mut text, tag).map_err(|_| bad)?;
-    let record = Record::decode(&text).ok_or(bad)?;
+    let record = Record::decode(&text).ok_or(Stop::Record)?;
     position.pass(*tag, body.len());
     *rest = after;
     Ok(record)
@@ -224,6 +340,14 @@ fn has_record(bytes: &[u8]) -> bool {
     (0..bytes.len()).any(|at| is_record(at).is_some())
 }
 
+/// What is in a journal, record by record.
+#[cfg(test)]
+pub(crate) fn records_of(file: &[u8], key: &SessionKey, id: SessionId) -> Vec<Record> {
+    let (mut position, _) = Position::start(id, read_header(file).expect("a header"));
+    let mut rest = &file[HEADER_BYTES..];
+    std::iter::from_fn(|| read_record(&mut rest, key, &mut position).ok()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,7 +382,7 @@ mod tests {
     }
 
     fn read(file: &[u8]) -> Result<Replay, Unreadable> {
-        replay(file, &key(), 1000, ID)
+        replay(&mut from_memory(file), &key(), 1000, ID)
     }
 
     #[test]
@@ -331,8 +455,8 @@ mod tests {
         let (other, ..) = journal(4, &records());
         let mixed = [&file[..ends[1]], &other[ends[1]..]].concat();
         assert_eq!(read(&mixed).unwrap().history, histories[1]);
-        assert!(replay(&file, &key(), 1000, SessionId::from_bytes([8; 16])).is_err());
-        assert!(replay(&file, &key(), 1001, ID).is_err());
+        assert!(replay(&mut from_memory(&file), &key(), 1000, SessionId::from_bytes([8; 16])).is_err());
+        assert!(replay(&mut from_memory(&file), &key(), 1001, ID).is_err());
     }
 
     #[test]
@@ -353,6 +477,58 @@ mod tests {
         assert_eq!(read(&file).err(), Some(Unreadable::Version(2)));
         file[0] = b'x';
         assert_eq!(read(&file).err(), Some(Unreadable::Damaged));
+    }
+
+    #[test]
+    fn a_record_that_is_as_it_was_written_is_no_damage_whatever_it_says() {
+        let (file, ..) = journal(3, &records());
+        let misfit = Record::Truncate { n_turns: 9, n_tokens: 0 }.encode();
+        for text in [vec![200, 1, 2, 3], misfit] {
+            let mut position = read(&file).unwrap().position;
+            let mut newer = file.clone();
+            position.append_text(text, &key(), [9; NONCE_BYTES], &mut newer);
+            position.append(&Record::Pin { pinned: true }, &key(), [9; NONCE_BYTES], &mut newer);
+            assert_eq!(read(&newer).err(), Some(Unreadable::Record));
+            // Damaged, it is damage.
+            newer[file.len() + FRAME_BYTES] ^= 1;
+            assert_eq!(read(&newer).unwrap().tail, Tail::Damaged);
+        }
+        // The first one of a journal too.
+        let (mut position, header) = Position::start(ID, [3; 16]);
+        let mut first = header.to_vec();
+        position.append_text(vec![200], &key(), [9; NONCE_BYTES], &mut first);
+        assert_eq!(read(&first).err(), Some(Unreadable::Record));
+    }
+
+    #[test]
+    fn a_long_journal_is_read_in_pieces_and_gives_what_it_would_give_as_a_whole() {
+        let long = |n: usize| Record::Tokens(vec![u32::MAX; n]);
+        // Records that end anywhere in a piece, and one that is longer.
+        let many = [1_000, 200_000, 7, 150_000, 1 << 20, 3, 250_000].map(long);
+        let records = [std::slice::from_ref(&turn(0, &[1, 2, 3])), &many].concat();
+        let (file, ends, histories) = journal(3, &records);
+        assert!(file.len() > 5 * PIECE_BYTES, "the test means nothing");
+        let largest = std::cell::Cell::new(0);
+        let pieces = |file: &[u8]| {
+            let mut read = from_memory(file);
+            let mut counted = |offset, bytes: &mut [u8]| {
+                largest.set(largest.get().max(bytes.len()));
+                read(offset, bytes)
+            };
+            replay(&mut counted, &key(), 1000, ID).unwrap()
+        };
+        let whole = pieces(&file);
+        assert_eq!((&whole.history, whole.tail, whole.rest.len()), (&histories[8], Tail::Clean, 0));
+        assert_eq!((whole.position.n_bytes, largest.get()), (file.len() as u64, PIECE_BYTES));
+        // A cut is what is left of a write only if there is nothing behind it, however far.
+        let torn = pieces(&file[..ends[7] + 900]);
+        assert_eq!((&torn.history, torn.tail), (&histories[7], Tail::Torn));
+        assert!(torn.rest == file[ends[7]..ends[7] + 900]);
+        let mut damaged = file.clone();
+        damaged[ends[1] + 100] ^= 1;
+        let damaged_from = pieces(&damaged);
+        assert_eq!((&damaged_from.history, damaged_from.tail), (&histories[1], Tail::Damaged));
+        assert!(damaged_from.rest == damaged[ends[1]..]);
     }
 
     #[test]

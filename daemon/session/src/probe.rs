@@ -7,7 +7,7 @@ use crate::error::{Result, StoreError};
 use crate::history::History;
 use crate::id::SessionId;
 use crate::image::ImageShape;
-use crate::journal::{Tail, Unreadable, replay};
+use crate::journal::{Tail, Unreadable, from_memory, replay};
 use crate::record::Record;
 use crate::store::{parse, parse_body};
 use zeroize::Zeroizing;
@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 pub fn journal(file: &[u8]) -> Result<String> {
     plain_records(file);
     let key = SessionKey::new(Zeroizing::new([1; 32]));
-    match replay(file, &key, 1000, SessionId::from_bytes([7; 16])) {
+    match replay(&mut from_memory(file), &key, 1000, SessionId::from_bytes([7; 16])) {
         Ok(replay) => {
             assert!(replay.position.n_bytes <= file.len() as u64, "more was read than there is");
             let end = match replay.tail {
@@ -31,6 +31,8 @@ pub fn journal(file: &[u8]) -> Result<String> {
         }
         Err(Unreadable::Damaged) => Err(StoreError::Damaged { what: "the journal" }),
         Err(Unreadable::Version(version)) => Err(StoreError::UnknownVersion { what: "the journal", version }),
+        Err(Unreadable::Record) => Err(StoreError::UnknownRecord { what: "the journal" }),
+        Err(Unreadable::Disk(error)) => Err(error.into()),
     }
 }
 

@@ -311,7 +311,7 @@ pub(super) fn failure(id: SessionId, error: &StoreError) -> Failure {
         StoreError::Busy(state) => Failure::SessionBusy { id: id.to_string(), state },
         StoreError::LimitReached { what, limit } => Failure::SessionLimit { what, limit },
         StoreError::Invalid { what } => Failure::invalid("session", what),
-        StoreError::Damaged { .. } | StoreError::UnknownVersion { .. } => {
+        StoreError::Damaged { .. } | StoreError::UnknownVersion { .. } | StoreError::UnknownRecord { .. } => {
             Failure::SessionDamaged { reason: error.to_string() }
         }
         _ => Failure::DiskFailed { reason: error.to_string() },

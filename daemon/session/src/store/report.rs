@@ -76,6 +76,9 @@ pub enum FindingKind {
         /// As written.
         version: u32,
     },
+    /// The journal has a record that is as it was written and that is not known, a newer version's; the session was left
+    /// alone and cannot be used.
+    UnknownRecord,
     /// The key is wrapped under another master key; the session was left alone and cannot be used.
     ForeignKey,
     /// Key or journal are missing, or make no sense from the start; the session was left alone and cannot be used.

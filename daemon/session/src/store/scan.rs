@@ -6,7 +6,7 @@
 
 use super::folder::{self, Folder, UNNAMED};
 use super::report::{Finding, FindingKind, Report};
-use super::session::{Session, cut_tail, read_file};
+use super::session::{Session, check, cut_tail};
 use super::{Random, Store};
 use crate::cipher::{KEY_FILE_BYTES, KeyFault, MasterKey, SessionKey};
 use crate::disk::{Disk, DiskError, Entry, Place};
@@ -123,17 +123,20 @@ impl<D: Disk> Scan<'_, D> {
         folder: &Folder,
     ) -> std::result::Result<(Session, Option<FindingKind>), Unusable> {
         let key = self.key(owner, id, folder)?;
-        let file = read_file(self.disk, &folder.journal(), self.limits.journal_file_bytes())?;
-        let replayed = journal::replay(&file, &key, owner, id);
-        let Replay { history, position, tail } = replayed.map_err(|unreadable| match unreadable {
+        let file = folder.journal();
+        check("bytes of a file", self.disk.len(&file)?, self.limits.journal_file_bytes())?;
+        let replayed = journal::replay(&mut |offset, bytes| self.disk.read_at(&file, offset, bytes), &key, owner, id);
+        let Replay { history, position, tail, rest } = replayed.map_err(|unreadable| match unreadable {
             Unreadable::Damaged => Unusable(FindingKind::Unreadable),
             Unreadable::Version(version) => Unusable(FindingKind::UnknownVersion { version }),
+            Unreadable::Record => Unusable(FindingKind::UnknownRecord),
+            Unreadable::Disk(error) => error.into(),
         })?;
         folder.remove_unfinished(self.disk)?;
-        let n_kept = cut_tail(self.disk, folder, &file, &position, tail)?;
+        let n_kept = cut_tail(self.disk, folder, &rest, &position, tail)?;
         // What was cut would be back after a power cut, in the place of what is said from now on.
         let is_cut_for_good = tail == Tail::Clean || self.disk.sync(&folder.journal()).is_ok();
-        let n_bytes = file.len() as u64 - position.n_bytes;
+        let n_bytes = rest.len() as u64;
         let kind = match tail {
             Tail::Clean => None,
             Tail::Torn => Some(FindingKind::Torn { n_bytes, n_kept }),

@@ -202,13 +202,16 @@ impl Session {
 
     /// Takes history and position from the file, which loses what was not written.
     pub(super) fn read(&mut self, disk: &mut impl Disk) -> Result<()> {
-        let file = read_file(disk, &self.folder.journal(), u64::MAX)?;
-        let Replay { history, position, tail } =
-            journal::replay(&file, &self.key, self.owner, self.id).map_err(|unreadable| match unreadable {
+        let file = self.folder.journal();
+        let mut read = |offset, bytes: &mut [u8]| disk.read_at(&file, offset, bytes);
+        let Replay { history, position, tail, rest } = journal::replay(&mut read, &self.key, self.owner, self.id)
+            .map_err(|unreadable| match unreadable {
                 Unreadable::Damaged => StoreError::Damaged { what: "the journal" },
                 Unreadable::Version(version) => StoreError::UnknownVersion { what: "the journal", version },
+                Unreadable::Record => StoreError::UnknownRecord { what: "the journal" },
+                Unreadable::Disk(error) => error.into(),
             })?;
-        cut_tail(disk, &self.folder, &file, &position, tail)?;
+        cut_tail(disk, &self.folder, &rest, &position, tail)?;
         self.journal.is_cut |= tail == Tail::Damaged;
         self.facts = Facts::of(&history);
         self.history = Some(history);
@@ -294,29 +297,16 @@ impl std::fmt::Debug for Session {
     }
 }
 
-/// All of a file, if it is not longer than `limit`.
-pub(super) fn read_file(disk: &mut impl Disk, file: &crate::disk::Place, limit: u64) -> Result<Vec<u8>> {
-    let n_bytes = disk.len(file)?;
-    check("bytes of a file", n_bytes, limit)?;
-    let n_bytes = usize::try_from(n_bytes).map_err(|_| StoreError::Damaged { what: "a file" })?;
-    let mut bytes = vec![0; n_bytes];
-    let n_read = disk.read_at(file, 0, &mut bytes)?;
-    bytes.truncate(n_read);
-    Ok(bytes)
-}
-
-/// Cuts what makes no sense off a journal; answers how many bytes of it are kept beside it.
+/// Cuts `rest`, which makes no sense, off a journal; answers how many bytes of it are kept beside it.
 ///
 /// Damage is kept as evidence first. A torn end is kept where there is room: it is what a power cut leaves.
 pub(super) fn cut_tail(
     disk: &mut impl Disk,
     folder: &Folder,
-    file: &[u8],
+    rest: &[u8],
     position: &Position,
     tail: Tail,
 ) -> Result<u64> {
-    let n_whole = usize::try_from(position.n_bytes).expect("it is a part of what is in memory");
-    let rest = &file[n_whole..];
     let n_kept = match tail {
         Tail::Clean => return Ok(0),
         Tail::Torn => folder.keep_torn(disk, rest).unwrap_or(0),

@@ -38,6 +38,27 @@ fn what_cannot_be_used_is_reported_and_left_alone() {
 }
 
 #[test]
+fn a_session_that_a_newer_version_has_gone_on_with_is_not_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::Turn), 5).unwrap();
+    say(&mut store, id, &[1], &[2]);
+    let session = &store.sessions[&id];
+    let (mut position, journal) = (session.journal.position, file_of(folder.path(), id, "journal"));
+    let mut bytes = std::fs::read(&journal).unwrap();
+    // A kind that comes after all that there are.
+    position.append_text(vec![99, 7], &session.key, [3; NONCE_BYTES], &mut bytes);
+    position.append(&Record::Tokens(vec![4]), &session.key, [4; NONCE_BYTES], &mut bytes);
+    drop(store);
+    std::fs::write(&journal, &bytes).unwrap();
+    let (store, report) = open(folder.path(), 2);
+    assert_eq!((report.sessions, store.list(OWNER).len()), (0, 0));
+    assert_eq!(report.findings[0].kind, FindingKind::UnknownRecord);
+    assert_eq!(std::fs::read(&journal).unwrap(), bytes);
+    assert!(!file_of(folder.path(), id, "journal.cut").exists());
+}
+
+#[test]
 fn damage_in_the_middle_is_cut_kept_and_shown() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, _) = open(folder.path(), 1);
