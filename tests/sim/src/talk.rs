@@ -78,13 +78,15 @@ pub(crate) enum Cut {
 #[derive(Clone, Debug)]
 struct Version {
     said: Plain,
-    /// While its last turn is answered: the whole answer, and how much of it was surely written, and committed.
+    /// While its last turn is answered: the whole answer, and what of it was surely written, and committed.
     answer: Option<(Arc<[u32]>, [Surely; 2])>,
 }
 
 /// What is known of an answer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Surely {
+    /// Whether it was begun: its turn is not taken back any more.
+    is_begun: bool,
     n_tokens: usize,
     is_complete: bool,
 }
@@ -122,7 +124,7 @@ impl Talk {
 
     /// A turn is answered, of which `answer` is expected and its first `n_tokens` are there.
     pub(crate) fn answer(&mut self, said: Plain, answer: Arc<[u32]>, n_tokens: usize) {
-        let surely = Surely { n_tokens, is_complete: false };
+        let surely = Surely { is_begun: n_tokens > 0, n_tokens, is_complete: false };
         self.versions.push(Version { said, answer: Some((answer, [surely; 2])) });
     }
 
@@ -143,12 +145,16 @@ impl Talk {
         let at = self.versions.len() - 1;
         let Some((_, surely)) = &mut self.versions[at].answer else { return };
         // The death of the process loses nothing that was heard; a power cut what the session's durability says.
-        let committed = match self.durability {
-            Durability::Token => true,
-            Durability::Turn => is_complete,
-            Durability::None => false,
+        let kept = match self.durability {
+            Durability::Token => Some((n_tokens, is_complete)),
+            Durability::Turn if is_complete => Some((n_tokens, true)),
+            Durability::Turn => Some((0, false)),
+            Durability::None => None,
         };
-        for (surely, floor) in surely.iter_mut().zip(&mut self.floors).take(1 + usize::from(committed)) {
+        let kept = [Some((n_tokens, is_complete)), kept];
+        for ((surely, floor), kept) in surely.iter_mut().zip(&mut self.floors).zip(kept) {
+            let Some((n_tokens, is_complete)) = kept else { continue };
+            surely.is_begun = true;
             surely.n_tokens = surely.n_tokens.max(n_tokens);
             surely.is_complete |= is_complete;
             *floor = at;
@@ -226,7 +232,7 @@ impl Version {
 
     fn is(&self, found: &Plain, which: usize) -> bool {
         let Some((answer, surely)) = &self.answer else { return self.said == *found };
-        if surely[which].n_tokens == 0 && self.is_taken_back(found) {
+        if !surely[which].is_begun && self.is_taken_back(found) {
             return true;
         }
         let (Some(last), Some(begun)) = (found.turns.last(), self.said.turns.last()) else { return false };

@@ -327,6 +327,7 @@ mod tests {
     use super::*;
     use crate::durable::Restore;
     use crate::sessions::wishes::{Asked, Wishes};
+    use crate::sessions::{CutTurn, Durability};
     use crate::testing::{SmallDisk, Whims};
     use crate::{Change, ChatRequest};
     use sparsed_session::{Limits, Loaded, MasterKey, NewSession, NewTurn, OsDisk, Outcome, State};
@@ -341,6 +342,14 @@ mod tests {
     }
 
     fn keeper_on(disk: AnyDisk) -> (Keeper, SessionId, Receiver<Command>) {
+        let (mut keeper, commands) = keeper_of(disk);
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
+        let id = keeper.store.create(1, &new, 0).unwrap();
+        (keeper, id, commands)
+    }
+
+    /// A keeper of what is there.
+    fn keeper_of(disk: AnyDisk) -> (Keeper, Receiver<Command>) {
         let (engine, commands) = sync_channel(16);
         let mut n = 7_u64;
         let random = Box::new(move |bytes: &mut [u8]| {
@@ -351,10 +360,7 @@ mod tests {
         });
         let (store, _) = Store::open(disk, random, MasterKey::new([7; 32]), Limits::default()).unwrap();
         let clocks = Clocks { date: Box::new(|| 0), uptime: Box::new(|| Duration::ZERO) };
-        let mut keeper = Keeper::new(store, Asks::new().0, engine, clocks);
-        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
-        let id = keeper.store.create(1, &new, 0).unwrap();
-        (keeper, id, commands)
+        (Keeper::new(store, Asks::new().0, engine, clocks), commands)
     }
 
     fn begin(keeper: &mut Keeper, id: SessionId, keep_tokens: u32, prompt: &[u32]) -> Turn {
@@ -438,6 +444,27 @@ mod tests {
         keeper.flush();
         assert_eq!(keeper.store.summary(1, id).unwrap(), before);
         assert_eq!(keeper.change(1, id, &change).unwrap().title, "other");
+    }
+
+    #[test]
+    fn an_answer_that_is_sent_again_is_on_the_disk_for_good_unless_its_session_does_without() {
+        for (durability, n_expected) in [(Durability::Token, 1), (Durability::Turn, 1), (Durability::None, 0)] {
+            let (dir, whims) = (tempfile::tempdir().unwrap(), Whims::default());
+            let open = || Box::new(SmallDisk::open(dir.path(), &whims));
+            let (mut keeper, id, _) = keeper_on(open());
+            let change = Change { durability: Some(durability), ..Change::default() };
+            keeper.change(1, id, &change).unwrap();
+            begin(&mut keeper, id, 0, &[1; 3]);
+            keeper.store.append_tokens(1, id, &[4, 5]).unwrap();
+            keeper.flush();
+            drop(keeper);
+            let (mut keeper, _) = keeper_of(open());
+            let n_before = whims.n_syncs.load(Ordering::Relaxed);
+            keeper.take_session(1, id).unwrap();
+            let cut = CutTurn { n_prompt: 3, answered: vec![4, 5], cancelled: None };
+            keeper.resume(1, id, &SHAPE, cut).unwrap();
+            assert_eq!(whims.n_syncs.load(Ordering::Relaxed) - n_before, n_expected, "{durability:?}");
+        }
     }
 
     #[test]

@@ -139,14 +139,15 @@ impl Keeper {
         shape: &ImageShape,
         cut: CutTurn,
     ) -> Result<Turn, Failure> {
-        let mut resume = || {
-            // Its tokens are sent again before anything is written: who died before a sync has promised none of them.
-            if self.store.history(owner, id)?.settings.durability == Durability::Token {
-                self.store.commit(owner, id)?;
+        let resumed = self.with_room(|store| {
+            // Its tokens are sent again before anything is written, and the daemon that wrote them, and its begin, may
+            // have died before a sync.
+            if store.history(owner, id)?.settings.durability != Durability::None {
+                store.commit(owner, id)?;
             }
-            self.store.resume_turn(owner, id)
-        };
-        resume().map_err(|error| failure(id, &error))?;
+            store.resume_turn(owner, id)
+        });
+        resumed.map_err(|error| failure(id, &error))?;
         let n_kept = cut.n_prompt + super::count(cut.answered.len());
         Ok(self.turn(owner, id, shape, n_kept, Some(Resumed { tokens: cut.answered, before: cut.cancelled })))
     }

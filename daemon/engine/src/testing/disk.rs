@@ -2,8 +2,9 @@
 
 use sparsed_session::{Disk, DiskError, Entry, OsDisk, Place, ReadAt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 type Result<T> = std::result::Result<T, DiskError>;
 
@@ -14,6 +15,30 @@ pub(crate) struct Whims {
     pub(crate) capacity: Arc<AtomicU64>,
     /// Whether it takes no writes.
     pub(crate) is_full: Arc<AtomicBool>,
+    /// Files that it has synced.
+    pub(crate) n_syncs: Arc<AtomicU64>,
+    /// Whether whoever reads an opened file waits.
+    pub(crate) holds: Arc<(Mutex<bool>, Condvar)>,
+}
+
+impl Whims {
+    pub(crate) fn hold(&self, holds: bool) {
+        *self.holds.0.lock().unwrap() = holds;
+        self.holds.1.notify_all();
+    }
+}
+
+/// Longest time that a reader waits: a test that is wrong comes to its end too.
+const HOLD_MAX: Duration = Duration::from_secs(5);
+
+struct Held(Box<dyn ReadAt>, Whims);
+
+impl ReadAt for Held {
+    fn read_at(&self, offset: u64, bytes: &mut [u8]) -> Result<usize> {
+        let (holds, changed) = &*self.1.holds;
+        drop(changed.wait_timeout_while(holds.lock().unwrap(), HOLD_MAX, |holds| *holds).unwrap());
+        self.0.read_at(offset, bytes)
+    }
 }
 
 pub(crate) struct SmallDisk {
@@ -55,7 +80,7 @@ impl Disk for SmallDisk {
     }
 
     fn open(&mut self, file: &Place) -> Result<Box<dyn ReadAt>> {
-        self.disk.open(file)
+        Ok(Box::new(Held(self.disk.open(file)?, self.whims.clone())))
     }
 
     fn write_at(&mut self, file: &Place, offset: u64, bytes: &[u8]) -> Result<()> {
@@ -70,6 +95,7 @@ impl Disk for SmallDisk {
     }
 
     fn sync(&mut self, file: &Place) -> Result<()> {
+        self.whims.n_syncs.fetch_add(1, Ordering::Relaxed);
         self.disk.sync(file)
     }
 
