@@ -318,7 +318,8 @@ pub trait Sink: Send {
     /// Takes an event.
     ///
     /// # Errors
-    /// [`Refused::Full`] gives the event back: the listener is slow. [`Refused::Closed`]: it is gone.
+    /// [`Refused::Full`] gives the event back: the listener is slow; [`Refused::Behind`]: the way to it is.
+    /// [`Refused::Closed`]: it is gone.
     fn offer(&mut self, event: Event) -> Result<(), Refused>;
 
     /// Whether the listener is gone.
@@ -328,8 +329,11 @@ pub trait Sink: Send {
 /// Why a sink took nothing.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Refused {
-    /// No room now; the event is given back.
+    /// No room now, for the listener has not read; the event is given back.
     Full(Event),
+    /// No room now, for what comes before it is still on its way; the event is given back. Whether the listener reads
+    /// nobody has looked since the last time.
+    Behind(Event),
     /// No listener any more.
     Closed,
 }

@@ -2,8 +2,9 @@
 
 mod answer;
 mod figures;
+mod parked;
 
-use crate::api::{CacheSalt, Event, Failure, FinishReason, Finished, Generate, Owner, Refused, Sink, Turn, Urgency};
+use crate::api::{CacheSalt, Event, Failure, FinishReason, Finished, Generate, Owner, Sink, Turn, Urgency};
 use crate::durable::{Durable, Restore};
 use crate::likelihood::Likelihoods;
 use crate::sampler::Sampler;
@@ -11,6 +12,7 @@ use crate::service::Lease;
 pub(crate) use answer::retold;
 use answer::{Answer, End};
 use figures::Times;
+use parked::Parked;
 use sparsed_kv::{Archive, BLOCK_TOKENS, BlockHash, BlockId, BlockTable, Pool, PrefixHasher, Realm};
 use sparsed_model::Tokenizer;
 use std::collections::VecDeque;
@@ -74,7 +76,7 @@ pub(crate) struct Sequence {
     outbox: VecDeque<Event>,
     /// Of a session's turn: its blocks' way to the file and back.
     pub(crate) durable: Option<Durable>,
-    parked_since: Option<Duration>,
+    parked: Parked,
     times: Times,
     /// Its model stays as long as it does.
     _lease: Option<Lease>,
@@ -121,7 +123,7 @@ impl Sequence {
             sink,
             outbox: VecDeque::new(),
             durable,
-            parked_since: None,
+            parked: Parked::default(),
             times: Times { submitted: now, started: None, first_token: None, last_token: now },
             _lease: request.lease,
         }
@@ -354,32 +356,6 @@ impl Sequence {
     /// Ends the sequence with a failure.
     pub(crate) fn fail(&mut self, failure: Failure) {
         self.outbox.push_back(Event::Failed(failure));
-    }
-
-    /// Offers what waits in the outbox. Answers whether all of it is gone.
-    pub(crate) fn deliver(&mut self, now: Duration) -> bool {
-        while let Some(event) = self.outbox.pop_front() {
-            match self.sink.offer(event) {
-                Ok(()) => self.parked_since = None,
-                Err(Refused::Full(event)) => {
-                    self.outbox.push_front(event);
-                    self.parked_since.get_or_insert(now);
-                    return false;
-                }
-                Err(Refused::Closed) => self.outbox.clear(),
-            }
-        }
-        true
-    }
-
-    /// Whether the listener is gone.
-    pub(crate) fn is_abandoned(&self) -> bool {
-        self.sink.is_closed()
-    }
-
-    /// How long the listener has not read.
-    pub(crate) fn parked_for(&self, now: Duration) -> Duration {
-        self.parked_since.map_or(Duration::ZERO, |since| now.saturating_sub(since))
     }
 
     /// Whether it could take part in a step: nothing waits to be delivered, and no block is on its way back.

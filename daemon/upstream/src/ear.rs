@@ -61,7 +61,7 @@ impl Ear {
             event = match self.sink.offer(event) {
                 Ok(()) => return Ok(()),
                 Err(Refused::Closed) => return Err(End::Gone),
-                Err(Refused::Full(event)) => event,
+                Err(Refused::Full(event) | Refused::Behind(event)) => event,
             };
             if since.elapsed() >= self.patience {
                 let failure = Failure::SlowConsumer { limit_s: self.patience.as_secs() };

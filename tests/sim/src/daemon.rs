@@ -56,6 +56,8 @@ pub(crate) struct World {
     device: Option<FakeDevice>,
     pub(crate) setup: Setup,
     pub(crate) now: Duration,
+    /// Until then the sessions thread waits for the disk, and whoever wants something of it for that thread.
+    busy_until: Duration,
     date: Arc<AtomicU64>,
     pub(crate) talks: Vec<(Talk, Option<Live>)>,
     /// Sessions that could not be made, and may be there.
@@ -108,6 +110,7 @@ impl World {
             device: None,
             setup,
             now: Duration::ZERO,
+            busy_until: Duration::ZERO,
             date,
             talks: Vec::new(),
             maybe: Vec::new(),
@@ -127,7 +130,9 @@ impl World {
     fn step(&mut self) -> Checked {
         let turn = self.rng.u32(..1000);
         turn.hash(&mut self.log);
+        let (is_busy, elapsed_us) = (self.now < self.busy_until, self.disk.elapsed_us());
         match turn {
+            450..680 | 810..880 | 930..945 | 988.. if is_busy => {}
             0..450 => self.engine_turn()?,
             450..680 => {
                 let n_max = if self.rng.bool() { usize::MAX } else { self.rng.usize(1..12) };
@@ -152,6 +157,8 @@ impl World {
         if self.disk.is_off() {
             self.restart(Some(Found::AfterPowerCut))?;
         }
+        let waited = Duration::from_micros(self.disk.elapsed_us() - elapsed_us);
+        self.busy_until = self.busy_until.max(self.now) + waited;
         self.check()
     }
 
@@ -203,13 +210,15 @@ impl World {
     }
 
     fn plan_faults(&mut self) {
+        let slow_one_in = [0, 0, 0, 100][self.rng.usize(..4)];
         if self.is_calm {
+            self.disk.set_faults(Faults { slow_one_in, ..Faults::NONE });
             return;
         }
         let off_after = (self.rng.u32(..3) == 0).then(|| self.rng.u64(..60));
         let one_in = [0, 0, 20, 100][self.rng.usize(..4)];
         let capacity_bytes = [usize::MAX, usize::MAX, 30_000][self.rng.usize(..3)];
-        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after, ..Faults::NONE });
+        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after, slow_one_in, ..Faults::NONE });
         if let Some(device) = &mut self.device {
             device.one_in = [0, 0, 15, 60][self.rng.usize(..4)];
             device.area.set_faults([0, 0, 3, 40][self.rng.usize(..4)]);
@@ -218,6 +227,7 @@ impl World {
 
     fn forgive(&mut self) {
         self.disk.set_faults(Faults::NONE);
+        self.busy_until = self.now;
         if let Some(device) = &mut self.device {
             device.one_in = 0;
             device.area.set_faults(0);
@@ -289,6 +299,7 @@ impl World {
         let how = if self.disk.is_off() { Some(Found::AfterPowerCut) } else { how };
         self.outline.restarts += 1;
         self.requests.clear();
+        self.busy_until = self.now;
         self.talks.iter_mut().for_each(|(_, live)| *live = None);
         self.machine = closed(&self.setup);
         match how {

@@ -25,6 +25,8 @@ pub struct Faults {
     pub capacity_bytes: usize,
     /// The power goes at this change, counted from now, which may still be carried out.
     pub off_after: Option<u64>,
+    /// One call in so many takes long; 0 is never.
+    pub slow_one_in: u32,
 }
 
 /// A mistake that the disk makes, or, which looks the same, that the store makes in calling it.
@@ -42,7 +44,8 @@ pub enum Plant {
 
 impl Faults {
     /// A disk that works.
-    pub const NONE: Self = Self { one_in: 0, fail_after: None, capacity_bytes: usize::MAX, off_after: None };
+    pub const NONE: Self =
+        Self { one_in: 0, fail_after: None, capacity_bytes: usize::MAX, off_after: None, slow_one_in: 0 };
 }
 
 impl FakeDisk {

@@ -7,12 +7,15 @@ use fastrand::Rng;
 use sparsed_session::{DiskError, Place};
 use std::hash::{DefaultHasher, Hash};
 use std::io::ErrorKind;
+use std::ops::Range;
 
 pub(crate) type Result<T> = std::result::Result<T, DiskError>;
 const FAILED: DiskError = DiskError::Io(ErrorKind::Other);
 
 /// Calls between two failures, at least.
 const CALM: u64 = 6;
+/// What a slow call takes.
+const STALL_US: Range<u64> = 50_000..400_000;
 
 #[derive(Debug)]
 pub(crate) struct Machine {
@@ -108,6 +111,9 @@ impl Machine {
         place.names().for_each(|name| name.hash(&mut self.digest));
         self.n_calls += 1;
         self.elapsed_us += self.rng.u64(1..200);
+        if self.faults.slow_one_in > 0 && self.rng.u32(..self.faults.slow_one_in) == 0 {
+            self.elapsed_us += self.rng.u64(STALL_US);
+        }
         if self.is_off {
             return Err(FAILED);
         }

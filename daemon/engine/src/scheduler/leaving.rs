@@ -30,7 +30,7 @@ impl Scheduler {
             if sequence.is_abandoned() {
                 let sequence = self.release(at);
                 self.queue.ended(sequence.owner());
-            } else if sequence.parked_for(now) > limit {
+            } else if sequence.parked_for() > limit {
                 let mut sequence = self.release(at);
                 sequence.fail(Failure::SlowConsumer { limit_s: limit.as_secs() });
                 self.queue.ended(sequence.owner());
@@ -39,7 +39,7 @@ impl Scheduler {
                 at += 1;
             }
         }
-        self.leaving.retain(|sequence| sequence.parked_for(now) <= limit * 2);
+        self.leaving.retain(|sequence| sequence.parked_for() <= limit * 2);
     }
 
     /// Tells those of the scheduled step that want to hear it how far their prompts are read.

@@ -180,7 +180,7 @@ pub(super) fn unanswered(request: &Generate, sink: &mut dyn Sink) -> Result<(), 
     let finished = Finished { reason: FinishReason::Length, stopped_by: None, usage, timings };
     for event in [Event::Queued { ahead: 0 }, Event::Finished(finished)] {
         match sink.offer(event) {
-            Err(Refused::Full(_)) => return Err(Failure::CutOff),
+            Err(Refused::Full(_) | Refused::Behind(_)) => return Err(Failure::CutOff),
             Ok(()) | Err(Refused::Closed) => {}
         }
     }

@@ -104,8 +104,9 @@ impl Listener {
         while let Some(event) = self.events.pop_front() {
             match self.sink.offer(event) {
                 Ok(()) => self.flow.passed(),
-                Err(Refused::Full(event)) => {
+                Err(Refused::Full(event) | Refused::Behind(event)) => {
                     self.events.push_front(event);
+                    self.flow.unread();
                     return false;
                 }
                 Err(Refused::Closed) => self.close(),

@@ -3,7 +3,7 @@
 //! The engine offers a session's events to a [`Recorded`] sink, which hands them to the sessions thread; that one
 //! writes the tokens into the journal and only then passes on what was made of them. Each answer has room for a few
 //! events on this way, so that the thread's queue is bounded by the number of answers, and a client that does not read
-//! pauses its own sequence only.
+//! pauses its own sequence only. A disk that takes long pauses all of them, which no client pays for.
 
 use super::SessionId;
 use super::asks::{Ask, Asks};
@@ -40,7 +40,7 @@ impl Recorder {
     pub(crate) fn record(self, sink: Box<dyn Sink>) -> Box<dyn Sink> {
         let flow = Arc::new(Flow::default());
         self.asks.tell(Ask::Listen { turn: self.turn, sink, flow: Arc::clone(&flow) });
-        Box::new(Recorded { recorder: self, flow })
+        Box::new(Recorded { recorder: self, flow, n_unread: 0 })
     }
 }
 
@@ -55,6 +55,8 @@ impl Drop for Recorder {
 pub(crate) struct Flow {
     /// Events on the way.
     n_events: AtomicU32,
+    /// Looks at the client that have found its own channel full. While a disk holds the sessions thread up there are none.
+    n_unread: AtomicU32,
     /// Nobody listens any more.
     is_closed: AtomicBool,
 }
@@ -63,6 +65,11 @@ impl Flow {
     /// An event has left the way.
     pub(super) fn passed(&self) {
         self.n_events.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The client does not read.
+    pub(super) fn unread(&self) {
+        self.n_unread.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(super) fn close(&self) {
@@ -75,6 +82,8 @@ impl Flow {
 struct Recorded {
     recorder: Recorder,
     flow: Arc<Flow>,
+    /// Of the looks at the client, those that the engine knows of.
+    n_unread: u32,
 }
 
 impl Sink for Recorded {
@@ -83,7 +92,9 @@ impl Sink for Recorded {
             return Err(Refused::Closed);
         }
         if self.flow.n_events.load(Ordering::Relaxed) >= EVENTS_MAX {
-            return Err(Refused::Full(event));
+            let n_unread = self.flow.n_unread.load(Ordering::Relaxed);
+            let is_unread = std::mem::replace(&mut self.n_unread, n_unread) != n_unread;
+            return Err(if is_unread { Refused::Full(event) } else { Refused::Behind(event) });
         }
         self.flow.n_events.fetch_add(1, Ordering::Relaxed);
         self.recorder.asks.tell(Ask::Event { turn: self.recorder.turn, event });
@@ -92,5 +103,30 @@ impl Sink for Recorded {
 
     fn is_closed(&self) -> bool {
         self.flow.is_closed.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Listener;
+
+    #[test]
+    fn a_full_way_is_the_clients_fault_only_when_somebody_has_looked_at_it_since() {
+        let (asks, _asked) = Asks::new();
+        let flow = Arc::new(Flow::default());
+        let recorder = Recorder::new(asks, TurnId(0), SessionId::from_bytes([0; 16]));
+        let mut recorded = Recorded { recorder, flow: Arc::clone(&flow), n_unread: 0 };
+        let event = Event::Sampled { token: 1 };
+        for _ in 0..EVENTS_MAX {
+            recorded.offer(event.clone()).unwrap();
+        }
+        let mut client = super::super::listener::Listener::new(Box::new(Listener::with_room(0)), flow);
+        client.hear(event.clone());
+        for _ in 0..2 {
+            assert_eq!(recorded.offer(event.clone()), Err(Refused::Behind(event.clone())));
+            assert!(!client.deliver());
+            assert_eq!(recorded.offer(event.clone()), Err(Refused::Full(event.clone())));
+        }
     }
 }
