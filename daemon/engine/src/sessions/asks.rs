@@ -4,7 +4,7 @@ use super::keeper::Keeper;
 use super::recorded::{Flow, TurnId};
 use crate::api::{Event, Sink};
 use crate::durable::Restore;
-use sparsed_kv::Save;
+use sparsed_kv::{FileId, Save};
 use sparsed_session::{ImageShape, SessionId};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -28,6 +28,8 @@ pub(crate) enum Ask {
     Save { slot: usize, shape: ImageShape, save: Save, image: Vec<u8> },
     /// Read images for the model `slot`; they may have the memory of `spare` ones.
     Restore { slot: usize, shape: ImageShape, restore: Restore, spare: Vec<Vec<u8>> },
+    /// A block that was to be read is not there, or not right.
+    Missing { file: FileId, block: u32 },
     /// Write what there is and end.
     Stop,
 }

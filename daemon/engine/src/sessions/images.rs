@@ -1,7 +1,8 @@
 //! How do images of blocks get to the disk and back, and what room have they there?
 
 use super::keeper::Keeper;
-use crate::durable::{Restore, Restored};
+use super::readers::Found;
+use crate::durable::Restore;
 use crate::service::Command;
 use sparsed_kv::{FileId, Save};
 use sparsed_session::{ImageShape, SessionId, StoreError};
@@ -60,38 +61,37 @@ impl Keeper {
         freed > 0 && self.store.free_bytes().is_ok_and(|free| free >= wanted)
     }
 
-    /// Reads blocks. Memory that is used again is not to be fetched from the system page by page, which costs as much
-    /// as decryption.
+    /// Has blocks read: the engine hears of them from whoever reads. Memory that is used again is not to be fetched from
+    /// the system page by page, which costs as much as decryption.
     pub(super) fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore, mut spare: Vec<Vec<u8>>) {
         self.read_ahead(shape, restore);
         let at = self.files.get(&restore.file).copied();
-        // What is to be read has no image yet.
-        let (mut parts, mut found) = (Vec::new(), Vec::new());
+        let mut found = Vec::new();
         for block in restore.first..restore.first.saturating_add(restore.n) {
             let Some((owner, id)) = at else { break };
             // After the loss of a device its last blocks may be on their way to the file.
             let on_its_way = |save: &Save| (save.file, save.index) == (restore.file, block);
             if let Some((.., image)) = self.images.iter().find(|(_, _, save, _)| on_its_way(save)) {
-                parts.push(Some(image.clone()));
+                found.push(Found::Image(image.clone()));
                 continue;
             }
             match self.store.find_block(owner, id, shape, block) {
-                Ok(Some(block)) => found.push((block, spare.pop().unwrap_or_default())),
+                Ok(Some(block)) => found.push(Found::Block(block, spare.pop().unwrap_or_default())),
                 Ok(None) => break,
                 Err(error) => {
                     log::warn!(session:% = id, block, reason:% = error; "block cannot be read, it is computed again");
                     break;
                 }
             }
-            parts.push(None);
         }
-        let (n, mut read) = (parts.len(), self.readers.read(found).into_iter());
-        let images: Vec<_> = parts.into_iter().map_while(|image| image.or_else(|| read.next())).collect();
-        if let Some((owner, id)) = at.filter(|_| images.len() < n) {
-            let missing = u32::try_from(images.len()).map_or(u32::MAX, |n| restore.first.saturating_add(n));
-            self.store.block_is_missing(owner, id, missing);
+        self.readers.read(slot, restore, found, self.hearers());
+    }
+
+    /// A block of a file is not what was thought. Another turn's file has other blocks.
+    pub(super) fn missing(&mut self, file: FileId, block: u32) {
+        if let Some(&(owner, id)) = self.files.get(&file) {
+            self.store.block_is_missing(owner, id, block);
         }
-        self.tell_engine(Command::Restored { slot, restored: Restored { restore, images } });
     }
 
     /// While blocks are decrypted the disk reads the next ones; a file that is in memory already costs nothing.

@@ -1,5 +1,5 @@
 //! What does the sessions thread do? It owns the store: journals what answers say before their clients hear it, carries
-//! out verbs, has images written and read.
+//! out verbs, writes images and has them read by others.
 //!
 //! What has come since the last flush is journaled together, with one write (and one sync, where a session wants it)
 //! for each session; then listeners hear what they may. Images are written one at a time while nothing else is to do,
@@ -11,7 +11,7 @@ use super::asks::{Ask, Asks};
 use super::images::RESERVE_BYTES;
 use super::late::{Absence, SessionStore};
 use super::listener::Listener;
-use super::readers::Readers;
+use super::readers::{Hearers, Readers};
 use super::recorded::{Recorder, TurnId};
 use super::retention::{EXPIRY, Retention};
 use crate::api::{Failure, Turn};
@@ -90,7 +90,7 @@ impl Drop for Alarm {
     }
 }
 
-/// Starts the thread, and one that helps it read.
+/// Starts the thread, and those that read for it.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -189,6 +189,7 @@ impl Keeper {
             Ask::Close { owner, id } => self.let_go(owner, id),
             Ask::Save { slot, shape, save, image } => self.images.push_back((slot, shape, save, image)),
             Ask::Restore { slot, shape, restore, spare } => self.restore(slot, &shape, restore, spare),
+            Ask::Missing { file, block } => self.missing(file, block),
             Ask::Stop => self.stopping = true,
         }
     }
@@ -236,6 +237,11 @@ impl Keeper {
     /// Waits while the engine's inbox is full, for a step. An engine that has ended needs nothing any more.
     pub(super) fn tell_engine(&self, command: Command) {
         let _ended = self.engine.send(command).is_err();
+    }
+
+    /// Who hears of images that are read.
+    pub(super) fn hearers(&self) -> Hearers {
+        Hearers { asks: self.asks.clone(), engine: self.engine.clone() }
     }
 
     /// Takes a session for one caller.
@@ -488,7 +494,7 @@ mod tests {
     fn brought(keeper: &mut Keeper, turn: &Turn, n: u32, commands: &Receiver<Command>) -> Vec<Vec<u8>> {
         let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n };
         keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore, spare: vec![vec![7; 5], Vec::new()] });
-        let brought = commands.try_iter().find_map(|command| match command {
+        let brought = commands.iter().find_map(|command| match command {
             Command::Restored { restored, .. } => Some(restored.images),
             _ => None,
         });
@@ -500,6 +506,8 @@ mod tests {
         const N: u32 = 40;
         let dir = tempfile::tempdir().unwrap();
         let (mut keeper, id, commands) = keeper(dir.path());
+        let (asks, asked) = Asks::new();
+        keeper.asks = asks;
         let turn = begin(&mut keeper, id, 0, &[1; 64 * N as usize]);
         let image = |index: u32| vec![index as u8; 8];
         let save = |keeper: &mut Keeper, index| {
@@ -511,12 +519,41 @@ mod tests {
             keeper.readers = if is_helped { Readers::two().unwrap() } else { Readers::default() };
             let whole: Vec<_> = (0..17).map(image).collect();
             assert_eq!(brought(&mut keeper, &turn, N, &commands), whole);
+            asked.try_iter().for_each(|ask| keeper.take(ask));
             assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 17, "the hole is known now");
             save(&mut keeper, 17);
             // Nothing of the last window is left over for this one.
             let all: Vec<_> = (0..N).map(image).collect();
             assert_eq!(brought(&mut keeper, &turn, N, &commands), all);
         }
+    }
+
+    #[test]
+    fn while_one_session_is_read_from_a_slow_disk_the_answer_of_another_goes_on() {
+        let (dir, whims) = (tempfile::tempdir().unwrap(), Whims::default());
+        let (mut keeper, slow, commands) = keeper_on(Box::new(SmallDisk::open(dir.path(), &whims)));
+        keeper.readers = Readers::two().unwrap();
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
+        let other = keeper.create(1, &new).unwrap();
+        let turn = begin(&mut keeper, slow, 0, &[1; 128]);
+        (0..2).for_each(|at| keeper.store.save_block(1, slow, &SHAPE, at, &[9; 8]).unwrap());
+        begin(&mut keeper, other, 0, &[2; 3]);
+        let listener = crate::testing::Listener::with_room(9);
+        let (sink, flow) = (Box::new(listener.clone()), std::sync::Arc::default());
+        keeper.take(Ask::Listen { turn: TurnId(1), sink, flow });
+        whims.hold(true);
+        let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n: 2 };
+        keeper.take(Ask::Restore { slot: 0, shape: SHAPE, restore, spare: Vec::new() });
+        let delta = crate::api::Event::Delta { text: String::new(), tokens: vec![7] };
+        keeper.event(TurnId(1), crate::api::Event::Sampled { token: 7 });
+        keeper.event(TurnId(1), delta);
+        keeper.flush();
+        keeper.deliver();
+        assert_eq!(listener.heard().0, [7]);
+        assert!(commands.try_recv().is_err(), "the disk has given nothing yet");
+        whims.hold(false);
+        let Ok(Command::Restored { restored, .. }) = commands.recv() else { panic!("something else was told") };
+        assert_eq!(restored.images, [[9; 8]; 2]);
     }
 
     /// Overwrites place `index` of the only session's images.

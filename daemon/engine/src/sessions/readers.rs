@@ -1,97 +1,148 @@
-//! Who reads the images of a window? The sessions thread, and one more that helps it: what a hot file costs is copying
-//! and decryption, which two processors do in half the time.
+//! Who reads the images of a window? Two threads that do nothing else: a cold file is waited for, and what a hot one
+//! costs is copying and decryption, which two processors do in half the time. The sessions thread has answers to journal
+//! meanwhile.
 //!
-//! Whoever is free takes the next image, and the sessions thread never waits for one that nobody has begun: where the
-//! other processors are busy, it reads all of them itself. There are as many images as the window has.
+//! Whoever is free takes the next image, and whoever brings the last one of a window tells the engine of all. Without
+//! threads, where a seed is to be a run, the one that asks reads.
 
-use crate::service::lock;
+use super::asks::{Ask, Asks};
+use crate::durable::{Restore, Restored};
+use crate::service::{Command, lock};
 use sparsed_session::{FoundBlock, Loaded};
-use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Sender, SyncSender, channel};
 use std::sync::{Arc, Mutex};
 
-/// An image to be read into a buffer.
-struct Job {
-    at: usize,
-    block: FoundBlock,
-    buffer: Vec<u8>,
+/// What was found of a block that is to be restored.
+pub(super) enum Found {
+    /// Its image: it was not written yet.
+    Image(Vec<u8>),
+    /// Where it may be, and memory for it.
+    Block(FoundBlock, Vec<u8>),
 }
 
-impl Job {
-    fn run(mut self) -> Read {
-        let loaded = self.block.read(&mut self.buffer);
-        Read { at: self.at, image: (loaded == Loaded::Image).then_some(self.buffer) }
+/// Who hears of images.
+#[derive(Clone)]
+pub(super) struct Hearers {
+    pub(super) asks: Asks,
+    pub(super) engine: SyncSender<Command>,
+}
+
+/// An order to read, while it is carried out.
+struct Window {
+    slot: usize,
+    restore: Restore,
+    hearers: Hearers,
+    parts: Mutex<Parts>,
+}
+
+struct Parts {
+    images: Vec<Option<Vec<u8>>>,
+    /// Images of which nobody knows yet.
+    n_left: usize,
+    /// Images before the first that is not there, or not right, as far as is known: nobody needs those behind it.
+    n_whole: usize,
+}
+
+impl Window {
+    /// What became of one image.
+    fn part(&self, at: usize, image: Option<Vec<u8>>) {
+        let parts = &mut *lock(&self.parts);
+        if image.is_none() {
+            parts.n_whole = parts.n_whole.min(at);
+        }
+        parts.images[at] = image;
+        parts.n_left -= 1;
+        if parts.n_left == 0 {
+            self.tell(std::mem::take(&mut parts.images));
+        }
+    }
+
+    fn tell(&self, images: Vec<Option<Vec<u8>>>) {
+        let n = images.len();
+        let images: Vec<Vec<u8>> = images.into_iter().map_while(|image| image).collect();
+        if images.len() < n {
+            let block = u32::try_from(images.len()).map_or(u32::MAX, |n| self.restore.first.saturating_add(n));
+            self.hearers.asks.tell(Ask::Missing { file: self.restore.file, block });
+        }
+        let restored = Restored { restore: self.restore, images };
+        // An engine that has ended needs nothing any more.
+        let _ended = self.hearers.engine.send(Command::Restored { slot: self.slot, restored }).is_err();
     }
 }
 
-/// What became of one.
-struct Read {
+/// An image to be read. Where it is dropped before, it is computed again.
+struct Job {
+    window: Arc<Window>,
     at: usize,
+    block: FoundBlock,
+    buffer: Vec<u8>,
     image: Option<Vec<u8>>,
 }
 
-type Jobs = Arc<Mutex<VecDeque<Job>>>;
+impl Job {
+    fn run(mut self) {
+        let n_whole = lock(&self.window.parts).n_whole;
+        if self.at < n_whole && self.block.read(&mut self.buffer) == Loaded::Image {
+            self.image = Some(std::mem::take(&mut self.buffer));
+        }
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.window.part(self.at, self.image.take());
+    }
+}
 
 /// Those who read.
 #[derive(Default)]
-pub(super) struct Readers {
-    jobs: Jobs,
-    help: Option<Help>,
-}
-
-/// The other thread.
-struct Help {
-    wake: SyncSender<()>,
-    done: Receiver<Read>,
-}
+pub(super) struct Readers(Option<Sender<Job>>);
 
 impl Readers {
-    /// The thread that asks, and another one, which ends with this.
+    /// Two threads, which end with this.
     ///
     /// # Errors
     /// When no thread can be started.
     pub(super) fn two() -> std::io::Result<Self> {
-        let jobs = Jobs::default();
-        let ((wake, woken), (tell, done)) = (sync_channel(1), sync_channel(1));
-        let theirs = Arc::clone(&jobs);
-        let run = move || {
-            for () in woken {
-                while let Some(job) = next(&theirs) {
-                    // Nobody listens any more: the daemon ends.
-                    if tell.send(job.run()).is_err() {
-                        return;
-                    }
+        let (sender, jobs) = channel::<Job>();
+        let jobs = Arc::new(Mutex::new(jobs));
+        for _ in 0..2 {
+            let jobs = Arc::clone(&jobs);
+            let next = move || lock(&jobs).recv();
+            let run = move || {
+                while let Ok(job) = next() {
+                    job.run();
+                }
+            };
+            std::thread::Builder::new().name("images".to_owned()).spawn(run)?;
+        }
+        Ok(Self(Some(sender)))
+    }
+
+    /// Has the images of a window read that were found; `hearers` hear of those before the first that is not right.
+    pub(super) fn read(&self, slot: usize, restore: Restore, found: Vec<Found>, hearers: Hearers) {
+        let n_left = found.iter().filter(|found| matches!(found, Found::Block(..))).count();
+        let parts = Parts { images: found.iter().map(|_| None).collect(), n_left, n_whole: found.len() };
+        let window = Arc::new(Window { slot, restore, hearers, parts: Mutex::new(parts) });
+        let mut jobs = Vec::with_capacity(n_left);
+        for (at, found) in found.into_iter().enumerate() {
+            match found {
+                Found::Image(image) => lock(&window.parts).images[at] = Some(image),
+                Found::Block(block, buffer) => {
+                    jobs.push(Job { window: Arc::clone(&window), at, block, buffer, image: None });
                 }
             }
-        };
-        std::thread::Builder::new().name("images".to_owned()).spawn(run)?;
-        Ok(Self { jobs, help: Some(Help { wake, done }) })
-    }
-
-    /// Reads `blocks`, each into its buffer; answers the images before the first that is not there, or not right.
-    pub(super) fn read(&self, blocks: Vec<(FoundBlock, Vec<u8>)>) -> Vec<Vec<u8>> {
-        let mut images: Vec<Option<Vec<u8>>> = blocks.iter().map(|_| None).collect();
-        let mut n_left = images.len();
-        lock(&self.jobs).extend(blocks.into_iter().enumerate().map(|(at, (block, buffer))| Job { at, block, buffer }));
-        if let Some(help) = self.help.as_ref().filter(|_| n_left > 1) {
-            // It was woken before and has not come yet, or it is gone: then nobody takes an image away.
-            let _not_needed = help.wake.try_send(()).is_err();
         }
-        while n_left > 0 {
-            let theirs = || self.help.as_ref()?.done.recv().ok();
-            // A thread that has panicked has said so, and what it took is computed again.
-            let Some(Read { at, image }) = next(&self.jobs).map(Job::run).or_else(theirs) else { break };
-            n_left -= 1;
-            if image.is_none() {
-                // Nobody needs what comes behind it.
-                n_left -= lock(&self.jobs).drain(..).len();
+        if jobs.is_empty() {
+            let images = std::mem::take(&mut lock(&window.parts).images);
+            window.tell(images);
+        }
+        for job in jobs {
+            match &self.0 {
+                // Threads that have panicked have said so: what comes back is dropped.
+                Some(threads) => drop(threads.send(job)),
+                None => job.run(),
             }
-            images[at] = image;
         }
-        images.into_iter().map_while(|image| image).collect()
     }
-}
-
-fn next(jobs: &Jobs) -> Option<Job> {
-    lock(jobs).pop_front()
 }
