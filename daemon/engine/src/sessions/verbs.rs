@@ -70,10 +70,27 @@ impl Keeper {
     /// Brings a change to the disk, or takes it back: whoever asked hears that it was not made.
     fn commit(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
         let committed = self.with_room(|store| store.commit(owner, id));
-        if let Err(error) = &committed {
+        self.taken_back(owner, id, committed)
+    }
+
+    /// As [`Self::commit`], of what was truncated. A disk that is full of other things than blocks keeps it from going,
+    /// until the journal is written again for another reason.
+    fn commit_forgotten(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
+        let forgotten = match self.with_room(|store| store.forget(owner, id)) {
+            Err(StoreError::DiskFull) => {
+                log::warn!(session:% = id; "the disk is full: what was truncated is left in the session's journal");
+                self.store.commit(owner, id)
+            }
+            done => done,
+        };
+        self.taken_back(owner, id, forgotten)
+    }
+
+    fn taken_back(&mut self, owner: u64, id: SessionId, done: Result<(), StoreError>) -> Result<(), StoreError> {
+        if let Err(error) = &done {
             self.undo(owner, id, error);
         }
-        committed
+        done
     }
 
     /// Forgets all but the first turns, and says so to the disk.
@@ -82,7 +99,7 @@ impl Keeper {
         let mut truncate = || {
             self.store.truncate(owner, id, n_turns)?;
             self.forget_file(id);
-            self.commit(owner, id)?;
+            self.commit_forgotten(owner, id)?;
             self.store.summary(owner, id)
         };
         let done = truncate().map_err(|error| failure(id, &error));

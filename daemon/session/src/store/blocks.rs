@@ -267,6 +267,26 @@ impl Session {
         Ok(n_written)
     }
 
+    /// Cuts images of blocks off the KV file that the history, which is in memory, does not have.
+    pub(super) fn cut_kv(&mut self, disk: &mut impl Disk) -> std::result::Result<(), DiskError> {
+        if self.kv.n_bytes == 0 {
+            return Ok(());
+        }
+        let n_blocks = self.history.as_ref().map_or(0, |history| history.tokens.len() / BLOCK_TOKENS);
+        let kv = self.folder.kv();
+        let mut header = [0; HEADER_BYTES];
+        let is_wanted = n_blocks > 0 && disk.read_at(&kv, 0, &mut header) == Ok(HEADER_BYTES);
+        let Some((shape, _)) = ImageShape::parse(&header).filter(|_| is_wanted) else { return self.drop_kv(disk) };
+        let n_bytes = shape.offset(u32::try_from(n_blocks).expect("a session has fewer than 2^32 blocks"));
+        if n_bytes < self.kv.n_bytes {
+            if disk.set_len(&kv, n_bytes).and_then(|()| disk.sync(&kv)).is_err() {
+                return self.drop_kv(disk);
+            }
+            self.kv.n_bytes = n_bytes;
+        }
+        Ok(())
+    }
+
     /// Removes the KV file.
     pub(super) fn drop_kv(&mut self, disk: &mut impl Disk) -> std::result::Result<(), DiskError> {
         super::folder::ignore_missing(disk.remove(&self.folder.kv()))?;

@@ -57,6 +57,31 @@ impl<D: Disk> Store<D> {
     /// # Errors
     /// [`StoreError::NotFound`], or the disk.
     pub fn commit(&mut self, owner: u64, id: SessionId) -> Result<()> {
+        self.write_one(owner, id, |writer, session| writer.flush(session).map(drop))
+    }
+
+    /// As [`Store::commit`], and of what was truncated nothing is left in the session's files: its journal is written
+    /// again, and images of blocks that it does not say any more are cut off.
+    ///
+    /// # Errors
+    /// As [`Store::commit`]; the journal that was there needs no room, the new one does.
+    pub fn forget(&mut self, owner: u64, id: SessionId) -> Result<()> {
+        self.write_one(owner, id, |writer, session| {
+            session.load(writer.disk)?;
+            session.cut_kv(writer.disk)?;
+            writer.rewrite(session)?;
+            writer.sync(session)?;
+            session.must_sync = false;
+            Ok(())
+        })
+    }
+
+    fn write_one(
+        &mut self,
+        owner: u64,
+        id: SessionId,
+        write: impl FnOnce(&mut Writer<'_, D>, &mut Session) -> Result<()>,
+    ) -> Result<()> {
         let session = super::find(&mut self.sessions, owner, id)?;
         session.must_sync = true;
         let mut writer = Writer {
@@ -65,13 +90,13 @@ impl<D: Disk> Store<D> {
             n_written: &mut self.journal_bytes_written,
             compact_bytes: self.limits.compact_bytes,
         };
-        let committed = writer.flush(session);
-        if committed.is_ok() {
+        let written = write(&mut writer, session);
+        if written.is_ok() {
             self.dirty.remove(&id);
         } else {
             self.dirty.insert(id);
         }
-        committed.map(drop)
+        written
     }
 
     /// Forgets what could not be written: the session is what the disk has of it. A turn that was being answered is

@@ -17,6 +17,34 @@ fn a_deleted_session_leaves_nothing() {
 }
 
 #[test]
+fn of_what_is_forgotten_nothing_is_left_in_a_sessions_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut store, _) = open(folder.path(), 1);
+    let id = store.create(OWNER, &new(Durability::None), 5).unwrap();
+    for prompt in [[1; 64], [1_000_000; 64], [2_000_000; 64]] {
+        say(&mut store, id, &prompt, &[]);
+    }
+    (0..3).for_each(|at| store.save_block(OWNER, id, &SHAPE, at, &[3; 5000]).unwrap());
+    store.truncate(OWNER, id, 1).unwrap();
+    store.forget(OWNER, id).unwrap();
+    let session = &store.sessions[&id];
+    let journal = std::fs::read(file_of(folder.path(), id, "journal")).unwrap();
+    let records = crate::journal::records_of(&journal, &session.key, id);
+    assert!(matches!(records[..], [Record::Create(_), Record::Kept(_), Record::Past(_)]), "{records:?}");
+    assert!(!format!("{records:?}").contains("000000"), "{records:?}");
+    assert_eq!(std::fs::metadata(file_of(folder.path(), id, "kv")).unwrap().len(), 4096 + 8192);
+    // What is left is whole.
+    let said = store.history(OWNER, id).unwrap().clone();
+    drop(store);
+    let (mut store, report) = open(folder.path(), 2);
+    assert_eq!((report.findings.len(), store.history(OWNER, id).unwrap()), (0, &said));
+    assert_eq!(store.load_block(OWNER, id, &SHAPE, 0, &mut Vec::new()), Ok(Loaded::Image));
+    store.truncate(OWNER, id, 0).unwrap();
+    store.forget(OWNER, id).unwrap();
+    assert!(!file_of(folder.path(), id, "kv").exists());
+}
+
+#[test]
 fn images_come_back_for_the_tokens_they_were_made_of() {
     let folder = tempfile::tempdir().unwrap();
     let (mut store, _) = open(folder.path(), 1);
