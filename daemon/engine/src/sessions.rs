@@ -39,7 +39,7 @@ use crate::service::ServedModel;
 use conversation::Conversation;
 use keeper::failure;
 use late::Absence;
-use sparsed_session::{Limits as SessionLimits, NewSession, StoreError};
+use sparsed_session::{History, Limits as SessionLimits, NewSession, StoreError};
 use std::sync::mpsc::sync_channel;
 
 /// When a disk that cannot be used may be there.
@@ -101,18 +101,22 @@ impl Sessions {
         Ok(list)
     }
 
+    /// What a list shows of a session. Nothing of it is read.
+    ///
+    /// # Errors
+    /// No such session.
+    pub fn summary(&self, owner: Owner, id: SessionId) -> Result<SessionSummary, Failure> {
+        self.ask(move |keeper| keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error)))
+    }
+
     /// A session with its messages.
     ///
     /// # Errors
     /// As any verb: no such session, or the disk.
     pub fn get(&self, owner: Owner, id: SessionId) -> Result<Session, Failure> {
-        self.ask(move |keeper| {
-            let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
-            let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
-            let (settings, conversation) = (history.settings, Conversation::of(history));
-            keeper.rest(owner.number(), id);
-            Ok(Session { summary, settings, messages: conversation?.messages() })
-        })
+        let (summary, _, history) = self.read(owner, id)?;
+        let messages = Conversation::of(&history)?.messages();
+        Ok(Session { summary, settings: history.settings, messages })
     }
 
     /// A session's turns one by one, and the name of its model.
@@ -120,13 +124,16 @@ impl Sessions {
     /// # Errors
     /// As any verb.
     pub fn turns(&self, owner: Owner, id: SessionId) -> Result<(String, Vec<SaidTurn>), Failure> {
-        self.ask(move |keeper| {
-            let summary = keeper.store.summary(owner.number(), id).map_err(|error| failure(id, &error))?;
-            let is_answered = keeper.live(id).is_some();
-            let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error))?;
-            let turns = SaidTurn::all(history, is_answered);
-            keeper.rest(owner.number(), id);
-            Ok((summary.model, turns?))
+        let (summary, is_answered, history) = self.read(owner, id)?;
+        Ok((summary.model, SaidTurn::all(&history, is_answered)?))
+    }
+
+    /// What a list shows of a session, whether it is being answered, and all of it. Whoever asks reads the messages: the
+    /// sessions thread has answers to journal.
+    fn read(&self, owner: Owner, id: SessionId) -> Result<(SessionSummary, bool, History), Failure> {
+        self.verb(owner, id, move |keeper, owner| {
+            let summary = keeper.store.summary(owner, id)?;
+            Ok((summary, keeper.live(id).is_some(), keeper.store.history(owner, id)?.clone()))
         })
     }
 
@@ -249,18 +256,22 @@ impl Sessions {
 
     /// Takes a session for the caller alone.
     pub(crate) fn open(&self, owner: Owner, id: SessionId) -> Result<OpenSession, Failure> {
-        let asks = self.asks.clone();
-        self.ask(move |keeper| {
+        let history = self.ask(move |keeper| {
             keeper.take_session(owner.number(), id)?;
-            let history = keeper.store.history(owner.number(), id).map_err(|error| failure(id, &error));
-            match history.and_then(Conversation::of) {
-                Ok(conversation) => Ok(OpenSession::new(asks, owner, id, conversation)),
-                Err(failure) => {
-                    keeper.let_go(owner.number(), id);
-                    Err(failure)
-                }
+            let history = keeper.store.history(owner.number(), id).cloned();
+            history.map_err(|error| {
+                keeper.let_go(owner.number(), id);
+                failure(id, &error)
+            })
+        })?;
+        // Messages are read here: the sessions thread has other answers to journal.
+        match Conversation::of(&history) {
+            Ok(conversation) => Ok(OpenSession::new(self.asks.clone(), owner, id, conversation)),
+            Err(failure) => {
+                self.asks.tell(Ask::Close { owner: owner.number(), id });
+                Err(failure)
             }
-        })
+        }
     }
 
     fn verb<T: Send + 'static>(

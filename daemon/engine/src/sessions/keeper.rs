@@ -765,6 +765,31 @@ mod tests {
     }
 
     #[test]
+    fn what_a_list_shows_of_a_session_is_told_without_reading_what_was_said() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        keeper.rest(1, id);
+        let Keeper { store, engine, clocks, .. } = keeper;
+        let (sessions, thread) = spawn(SessionStore::Open(Box::new(store)), engine, clocks).unwrap();
+        remove_journals(dir.path());
+        let owner = crate::api::Owner::numbered(1).unwrap();
+        assert_eq!(sessions.summary(owner, id).unwrap().model, "m");
+        assert!(matches!(sessions.get(owner, id), Err(Failure::DiskFailed { .. })));
+        sessions.asks().tell(Ask::Stop);
+        thread.join().unwrap();
+    }
+
+    fn remove_journals(dir: &std::path::Path) {
+        for path in std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                remove_journals(&path);
+            } else if path.ends_with("journal") {
+                std::fs::remove_file(path).unwrap();
+            }
+        }
+    }
+
+    #[test]
     fn a_session_is_taken_once_and_let_go_once() {
         let dir = tempfile::tempdir().unwrap();
         let (mut keeper, id, _commands) = keeper(dir.path());

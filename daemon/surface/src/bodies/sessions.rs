@@ -187,7 +187,7 @@ pub(crate) async fn turn(
 /// Whether a turn of a session has something before it: an answer that was cut, or a model that is to be loaded. Not of
 /// one that is not there.
 pub(crate) async fn turn_waits(service: &Service, owner: Owner, id: &str) -> bool {
-    let summary = on(service, id, move |sessions, id| Ok(sessions.get(owner, id)?.summary)).await;
+    let summary = on(service, id, move |sessions, id| sessions.summary(owner, id)).await;
     summary.is_ok_and(|found| found.state == SessionState::Interrupted || models::is_absent(service, &found.model))
 }
 
@@ -201,7 +201,7 @@ pub(crate) async fn model_is_absent(service: &Service, owner: Owner, id: &str) -
 /// # Errors
 /// The session's.
 pub(super) async fn model_of(service: &Service, owner: Owner, id: &str) -> Result<String, Refusal> {
-    on(service, id, move |sessions, id| Ok(sessions.get(owner, id)?.summary.model)).await
+    on(service, id, move |sessions, id| Ok(sessions.summary(owner, id)?.model)).await
 }
 
 /// Has a thread that may wait carry out `action` on the session that is called `id`.
