@@ -128,8 +128,8 @@ impl Sessions {
         Ok((summary.model, SaidTurn::all(&history, is_answered)?))
     }
 
-    /// What a list shows of a session, whether it is being answered, and all of it. Whoever asks reads the messages: the
-    /// sessions thread has answers to journal.
+    /// What a list shows of a session, whether it is being answered, and all of it. Whoever asks reads the messages:
+    /// the sessions thread has answers to journal.
     fn read(&self, owner: Owner, id: SessionId) -> Result<(SessionSummary, bool, History), Failure> {
         self.verb(owner, id, move |keeper, owner| {
             let summary = keeper.store.summary(owner, id)?;

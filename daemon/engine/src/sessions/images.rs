@@ -61,8 +61,8 @@ impl Keeper {
         freed > 0 && self.store.free_bytes().is_ok_and(|free| free >= wanted)
     }
 
-    /// Has blocks read: the engine hears of them from whoever reads. Memory that is used again is not to be fetched from
-    /// the system page by page, which costs as much as decryption.
+    /// Has blocks read: the engine hears of them from whoever reads. Memory that is used again is not to be fetched
+    /// from the system page by page, which costs as much as decryption.
     pub(super) fn restore(&mut self, slot: usize, shape: &ImageShape, restore: Restore, mut spare: Vec<Vec<u8>>) {
         self.read_ahead(shape, restore);
         let at = self.files.get(&restore.file).copied();

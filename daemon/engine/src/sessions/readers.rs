@@ -1,6 +1,6 @@
 //! Who reads the images of a window? Two threads that do nothing else: a cold file is waited for, and what a hot one
-//! costs is copying and decryption, which two processors do in half the time. The sessions thread has answers to journal
-//! meanwhile.
+//! costs is copying and decryption, which two processors do in half the time. The sessions thread has answers to
+//! journal meanwhile.
 //!
 //! Whoever is free takes the next image, and whoever brings the last one of a window tells the engine of all. Without
 //! threads, where a seed is to be a run, the one that asks reads.

@@ -55,7 +55,8 @@ impl Drop for Recorder {
 pub(crate) struct Flow {
     /// Events on the way.
     n_events: AtomicU32,
-    /// Looks at the client that have found its own channel full. While a disk holds the sessions thread up there are none.
+    /// Looks at the client that have found its own channel full. There are none while a disk holds the sessions thread
+    /// up.
     n_unread: AtomicU32,
     /// Nobody listens any more.
     is_closed: AtomicBool,

@@ -76,8 +76,8 @@ pub enum FindingKind {
         /// As written.
         version: u32,
     },
-    /// The journal has a record that is as it was written and that is not known, a newer version's; the session was left
-    /// alone and cannot be used.
+    /// The journal has a record that is as it was written and that is not known, a newer version's; the session was
+    /// left alone and cannot be used.
     UnknownRecord,
     /// The key is wrapped under another master key; the session was left alone and cannot be used.
     ForeignKey,
