@@ -18,6 +18,7 @@ mod open;
 mod readers;
 mod recorded;
 mod retention;
+mod trial;
 mod verbs;
 mod wishes;
 
@@ -30,6 +31,7 @@ pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
 };
+pub use trial::Trial;
 pub(crate) use verbs::CutTurn;
 pub use wishes::Wishes;
 
@@ -184,6 +186,16 @@ impl Sessions {
     /// As [`Sessions::fork`]; what could not be written, as of [`Sessions::change`].
     pub fn truncate(&self, owner: Owner, id: SessionId, n_turns: u32) -> Result<SessionSummary, Failure> {
         self.ask(move |keeper| keeper.truncate(owner.number(), id, n_turns))
+    }
+
+    /// Puts a session that was just made on trial: it is for a turn that is about to be begun, and goes again if none
+    /// comes of it.
+    ///
+    /// # Errors
+    /// As any verb.
+    pub fn try_out(&self, owner: Owner, id: SessionId) -> Result<Trial, Failure> {
+        let asks = self.asks();
+        self.ask(move |keeper| Trial::begin(keeper, asks, owner, id))
     }
 
     /// Makes all of a session survive a power cut, whatever its durability.

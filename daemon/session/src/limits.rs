@@ -45,7 +45,7 @@ pub struct Limits {
     pub kv_bytes_per_owner: u64,
     /// Bytes of all KV files.
     pub kv_bytes: u64,
-    /// Seconds since its last use after which [`crate::Store::expire`] deletes an unpinned session; 0 is never.
+    /// Seconds since its last use after which an unpinned session is one of [`crate::Store::expired`]; 0 is never.
     pub retention_seconds: u64,
     /// What a session has that says nothing else.
     pub settings: Settings,

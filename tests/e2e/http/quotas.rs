@@ -95,6 +95,26 @@ fn sessions_are_counted() {
 }
 
 #[test]
+fn a_stored_response_that_does_not_begin_leaves_no_session_behind() {
+    let sets = ["limits.per_user_queued_tokens=100", "limits.max_running=2", "limits.per_user_running=1"];
+    let (daemon, _, _dir) = tcp::start_with(&sets);
+    let sessions = || daemon.get("/v1/sessions").json()["data"].as_array().unwrap().len();
+    let body = |n: usize| json!({ "input": "y".repeat(n), "store": true, "max_output_tokens": 2, "stream": true });
+    let _running = endless(&daemon);
+    let waiting = daemon.open("/v1/responses", &body(60));
+    daemon.wait_until("one waits", || daemon.status()["waiting"] == 1);
+    for in_background in [false, true] {
+        let mut body = body(60);
+        body["background"] = json!(in_background);
+        assert_eq!(refused(&daemon.post("/v1/responses", &body)), (429, json!("user_tokens_full"), true));
+        assert_eq!(sessions(), 1, "there is that of the one that waits");
+    }
+    // Its client leaves before it has begun.
+    drop(waiting);
+    daemon.wait_until("it is gone", || sessions() == 0);
+}
+
+#[test]
 fn a_user_with_all_its_connections_is_turned_away_with_an_answer() {
     let dir = tempfile::tempdir().unwrap();
     let daemon = Daemon::start(&chatty::write(dir.path()), &["limits.per_user_connections=8"]);

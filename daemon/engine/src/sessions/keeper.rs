@@ -14,6 +14,7 @@ use super::listener::Listener;
 use super::readers::{Hearers, Readers};
 use super::recorded::{Recorder, TurnId};
 use super::retention::{EXPIRY, Retention};
+use super::trial::OnTrial;
 use crate::api::{Failure, Turn};
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
@@ -50,6 +51,8 @@ pub(crate) struct Keeper {
     pub(super) clocks: Clocks,
     /// Sessions whose last answer goes on by itself: a try of it is counted.
     pub(super) alone: HashSet<SessionId>,
+    /// Sessions that were made for a turn which may not come.
+    pub(super) on_trial: HashMap<SessionId, OnTrial>,
     /// Sessions that could not be written by the last flush, and are not answered.
     failing: HashSet<SessionId>,
     /// Sessions that were let go of before they were written, with their owners.
@@ -131,6 +134,7 @@ impl Keeper {
             stopping: false,
             clocks,
             alone: HashSet::new(),
+            on_trial: HashMap::new(),
             failing: HashSet::new(),
             unwritten: HashSet::new(),
             is_tight: false,
@@ -253,6 +257,7 @@ impl Keeper {
     /// Lets a session go that was taken; what is in memory of it can be read again.
     pub(crate) fn let_go(&mut self, owner: u64, id: SessionId) {
         self.taken.remove(&id);
+        self.judge(owner, id);
         // One that was deleted has nothing in memory either.
         if self.store.release(owner, id) == Ok(false) {
             self.unwritten.insert((owner, id));
@@ -331,13 +336,16 @@ fn busy(id: SessionId) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::Owner;
     use crate::durable::Restore;
+    use crate::sessions::Trial;
     use crate::sessions::wishes::{Asked, Wishes};
     use crate::sessions::{CutTurn, Durability};
     use crate::testing::{SmallDisk, Whims};
     use crate::{Change, ChatRequest};
     use sparsed_session::{Limits, Loaded, MasterKey, NewSession, NewTurn, OsDisk, Outcome, State};
-    use std::sync::atomic::Ordering;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::mpsc::sync_channel;
 
     const SHAPE: ImageShape = ImageShape { fingerprint: [1; 32], block_bytes: 8 };
@@ -576,7 +584,7 @@ mod tests {
         let _turn = begin(&mut keeper, id, 0, &[1; 3]);
         keeper.fail(TurnId(0), &StoreError::DiskFull);
         let listener = crate::testing::Listener::with_room(9);
-        let (sink, flow) = (Box::new(listener.clone()), std::sync::Arc::default());
+        let (sink, flow) = (Box::new(listener.clone()), Arc::default());
         keeper.take(Ask::Listen { turn: TurnId(0), sink, flow });
         keeper.deliver();
         let (_, end) = listener.heard();
@@ -606,7 +614,7 @@ mod tests {
             keeper.turn(1, id, &SHAPE, 5, Some(Resumed { tokens: vec![4, 5], before }));
             let turn = TurnId(keeper.n_turns - 1);
             let sink = Box::new(crate::testing::Listener::with_room(9));
-            keeper.take(Ask::Listen { turn, sink, flow: std::sync::Arc::default() });
+            keeper.take(Ask::Listen { turn, sink, flow: Arc::default() });
             keeper.event(turn, crate::api::Event::Failed(failure.clone()));
             keeper.deliver();
             assert_eq!(keeper.store.summary(1, id).unwrap().state, state, "{failure}");
@@ -709,7 +717,7 @@ mod tests {
             let turn = TurnId(keeper.n_turns - 1);
             if let Some(failure) = failure {
                 let sink = Box::new(crate::testing::Listener::with_room(9));
-                keeper.take(Ask::Listen { turn, sink, flow: std::sync::Arc::default() });
+                keeper.take(Ask::Listen { turn, sink, flow: Arc::default() });
                 keeper.event(turn, crate::api::Event::Failed(failure));
             }
             keeper.gone(turn);
@@ -787,6 +795,90 @@ mod tests {
                 std::fs::remove_file(path).unwrap();
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_session_that_is_past_its_retention() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        keeper.store.set_limits(Limits { retention_seconds: 100, ..Limits::default() });
+        let (now, day) = (Arc::new(AtomicU64::new(0)), sparsed_session::DATE_MIN_S);
+        let [date, uptime] = [&now, &now].map(Arc::clone);
+        keeper.clocks = Clocks {
+            date: Box::new(move || day + date.load(Ordering::Relaxed)),
+            uptime: Box::new(move || Duration::from_secs(uptime.load(Ordering::Relaxed))),
+        };
+        begin(&mut keeper, id, 0, &[1; 3]);
+        end(&mut keeper, id);
+        keeper.flush();
+        keeper.deliver();
+        keeper.alone.insert(id);
+        // The clock is believed after an hour; the session was used before it was set, which is then.
+        for (at, is_there) in [(0, true), (4000, true), (4700, false)] {
+            now.store(at, Ordering::Relaxed);
+            keeper.expire();
+            assert_eq!(keeper.store.summary(1, id).is_ok(), is_there, "{at}");
+        }
+        assert!(keeper.numbers.is_empty() && keeper.files.is_empty() && keeper.alone.is_empty());
+    }
+
+    /// A session that was made for a turn of another one, or for its first, and who waits for the turn.
+    fn on_trial(keeper: &mut Keeper, of: Option<SessionId>) -> (SessionId, Trial, Receiver<Ask>) {
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
+        let made = match of {
+            Some(id) => keeper.fork(1, id, None),
+            None => keeper.create(1, &new),
+        };
+        let (id, (asks, receiver)) = (made.unwrap(), Asks::new());
+        let trial = Trial::begin(keeper, asks, Owner::Uid(1), id).unwrap();
+        (id, trial, receiver)
+    }
+
+    fn give_up(keeper: &mut Keeper, (trial, asks): (Trial, Receiver<Ask>)) {
+        drop(trial);
+        asks.try_iter().for_each(|ask| keeper.take(ask));
+    }
+
+    #[test]
+    fn a_session_that_was_made_for_a_turn_goes_again_when_there_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, origin, _commands) = keeper(dir.path());
+        begin(&mut keeper, origin, 0, &[1; 3]);
+        end(&mut keeper, origin);
+        for of in [None, Some(origin)] {
+            let is_there = |keeper: &Keeper, id| keeper.store.summary(1, id).is_ok();
+            let (id, trial, asks) = on_trial(&mut keeper, of);
+            assert!(is_there(&keeper, id));
+            give_up(&mut keeper, (trial, asks));
+            assert!(!is_there(&keeper, id), "nothing was begun");
+
+            // It is let go of while its model is loaded, and taken again.
+            let (id, trial, asks) = on_trial(&mut keeper, of);
+            keeper.take_session(1, id).unwrap();
+            keeper.let_go(1, id);
+            keeper.take_session(1, id).unwrap();
+            give_up(&mut keeper, (trial, asks));
+            assert!(is_there(&keeper, id), "somebody begins a turn");
+            keeper.let_go(1, id);
+            assert!(!is_there(&keeper, id), "and has not");
+
+            // The engine has refused it, or its client went away before the first token.
+            let (id, trial, asks) = on_trial(&mut keeper, of);
+            begin(&mut keeper, id, 0, &[1; 3]);
+            give_up(&mut keeper, (trial, asks));
+            keeper.gone(TurnId(keeper.n_turns - 1));
+            keeper.flush();
+            keeper.deliver();
+            assert!(!is_there(&keeper, id), "it was taken back");
+
+            let (id, trial, asks) = on_trial(&mut keeper, of);
+            begin(&mut keeper, id, 0, &[1; 3]);
+            keeper.store.append_tokens(1, id, &[4]).unwrap();
+            give_up(&mut keeper, (trial, asks));
+            end(&mut keeper, id);
+            assert!(is_there(&keeper, id), "it was answered");
+        }
+        assert!(keeper.on_trial.is_empty() && keeper.store.summary(1, origin).is_ok());
     }
 
     #[test]

@@ -68,8 +68,11 @@ impl Keeper {
             }
         }
         let Some((owner, id)) = retention.found.pop_front().filter(|(_, id)| !self.taken.contains(id)) else { return };
+        if !self.store.is_expired(owner, id, now) {
+            return;
+        }
         // Those behind it go all the same; this one is found again.
-        if let Err(error) = self.store.expire(owner, id, now) {
+        if let Err(error) = self.remove(owner, id) {
             log::warn!(session:% = id, reason:% = error; "sessions past their retention could not be deleted");
         }
     }

@@ -109,9 +109,15 @@ impl Keeper {
 
     pub(crate) fn delete(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
         self.check_free(id)?;
+        self.remove(owner, id).map_err(|error| failure(id, &error))
+    }
+
+    /// Deletes a session that nobody has taken, with what is known of it here.
+    pub(super) fn remove(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
         self.forget_file(id);
         self.alone.remove(&id);
-        self.store.delete(owner, id).map_err(|error| failure(id, &error))
+        self.on_trial.remove(&id);
+        self.store.delete(owner, id)
     }
 
     /// Journals a turn of a session that is taken.

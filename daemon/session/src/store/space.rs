@@ -45,17 +45,10 @@ impl<D: Disk> Store<D> {
         old.map(|session| (session.owner, session.id)).collect()
     }
 
-    /// Deletes a session if it is one of [`Store::expired`]. Answers whether it was.
-    ///
-    /// # Errors
-    /// As [`Store::delete`].
-    pub fn expire(&mut self, owner: u64, id: SessionId, now: u64) -> Result<bool> {
+    /// Whether a session is one of [`Store::expired`] still.
+    pub fn is_expired(&self, owner: u64, id: SessionId, now: u64) -> bool {
         let session = self.sessions.get(&id).filter(|session| session.owner == owner);
-        let is_old = session.is_some_and(|session| session.is_old(now, self.limits.retention_seconds));
-        if is_old {
-            self.delete(owner, id)?;
-        }
-        Ok(is_old)
+        session.is_some_and(|session| session.is_old(now, self.limits.retention_seconds))
     }
 
     /// Removes images to make room for what is said, the least recently used first and those of pinned sessions last,

@@ -46,6 +46,8 @@ pub(crate) async fn create(
 ) -> Result<Response, Refusal> {
     let bytes = body.bytes().to_vec();
     let prepared = responses::prepare(&shared.service, owner, &bytes, body.into_share()).await?;
+    // Until the engine has taken the request, or refused it.
+    let _trial = prepared.trial;
     if let (true, Some(id)) = (prepared.background, prepared.id) {
         let run = shared.runs.start(&shared.service, (owner, admission), id, prepared.head, prepared.request).await?;
         return Ok(told(run, Telling { stream: prepared.stream, starting_after: None }));

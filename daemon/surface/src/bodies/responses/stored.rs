@@ -8,7 +8,7 @@ use crate::bodies::{ChatAsk, models, sessions, size};
 use crate::refusal::{AtDoor, Refusal};
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Owner, Request};
-use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, TurnEnd};
+use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, Trial, TurnEnd};
 use std::fmt;
 use std::str::FromStr;
 
@@ -34,6 +34,8 @@ pub(crate) struct Prepared {
     pub(crate) background: bool,
     /// Of one that is stored.
     pub(crate) id: Option<ResponseId>,
+    /// Of a session that was made for it, until the engine has taken the request or refused it.
+    pub(crate) trial: Option<Trial>,
 }
 
 /// What became of a stored response.
@@ -64,30 +66,20 @@ pub(crate) async fn prepare(
         let id = format!("{PREFIX}{:016x}", getrandom::u64().unwrap_or_default());
         let ask = ChatAsk::read(fields.chat(None)?.to_string().as_bytes()).map_err(renamed)?;
         let request = ask.prepare(service, owner, held).await.map_err(renamed)?.request;
-        return Ok(Prepared { request, head: fields.head(id), stream, background, id: None });
+        return Ok(Prepared { request, head: fields.head(id), stream, background, id: None, trial: None });
     }
     // What cannot be read makes no session.
     fields.chat(None)?;
-    let (id, is_new) = place(service, owner, &mut fields).await?;
+    let (id, trial) = place(service, owner, &mut fields).await?;
     let asked = async {
         let ask = ChatAsk::read(fields.chat(Some(&id.session.to_string()))?.to_string().as_bytes())?;
         let ask = ask.in_background(background);
         ask.prepare(service, owner, held).await
     };
-    match asked.await {
-        Ok(asked) => {
-            let mut head = fields.head(id.to_string());
-            head.fixed["model"] = json!(asked.request.model());
-            Ok(Prepared { request: asked.request, head, stream, background, id: Some(id) })
-        }
-        Err(refusal) => {
-            if is_new {
-                let session = id.session;
-                sessions::verb(service, move |service| service.sessions()?.delete(owner, session)).await?;
-            }
-            Err(renamed(refusal))
-        }
-    }
+    let asked = asked.await.map_err(renamed)?;
+    let mut head = fields.head(id.to_string());
+    head.fixed["model"] = json!(asked.request.model());
+    Ok(Prepared { request: asked.request, head, stream, background, id: Some(id), trial })
 }
 
 /// How many tokens a request would give the model.
@@ -110,15 +102,19 @@ pub(crate) async fn count(
 }
 
 /// The turn that a request will be: of the session of the response that it goes on from, of a fork of it where that
-/// one has gone on already, or of a new one. Answers whether the session was made for it.
-async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, bool), Refusal> {
+/// one has gone on already, or of a new one. A session that was made for it goes again if nothing comes of it.
+async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(ResponseId, Option<Trial>), Refusal> {
+    // On one thread with the session's making: the caller may go away at any time.
+    let tried_out = move |service: &Service, session| Ok((session, service.sessions()?.try_out(owner, session)?));
     let Some(previous) = &fields.previous_response_id else {
         let model = service.canonical(fields.model()).to_owned();
         let _held = models::held(service, owner, &model).await?;
         let made = sessions::verb(service, move |service| {
-            service.create_session(owner, &model, Change { title: Some(TITLE.to_owned()), ..Change::default() })
+            let change = Change { title: Some(TITLE.to_owned()), ..Change::default() };
+            tried_out(service, service.create_session(owner, &model, change)?.id)
         });
-        return Ok((ResponseId { session: made.await?.id, turn: 0 }, true));
+        let (session, trial) = made.await?;
+        return Ok((ResponseId { session, turn: 0 }, Some(trial)));
     };
     let previous: ResponseId = previous.parse().map_err(|()| not_found("previous_response_id", previous))?;
     let (_, turns) = turns(service, owner, previous, "previous_response_id").await?;
@@ -131,10 +127,12 @@ async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(
     fields.instructions = None;
     let turn = previous.turn + 1;
     if turn as usize == turns.len() {
-        return Ok((ResponseId { session: previous.session, turn }, false));
+        return Ok((ResponseId { session: previous.session, turn }, None));
     }
-    let fork = move |service: &Service| service.sessions()?.fork(owner, previous.session, Some(turn));
-    Ok((ResponseId { session: sessions::verb(service, fork).await?.id, turn }, true))
+    let fork =
+        move |service: &Service| tried_out(service, service.sessions()?.fork(owner, previous.session, Some(turn))?.id);
+    let (session, trial) = sessions::verb(service, fork).await?;
+    Ok((ResponseId { session, turn }, Some(trial)))
 }
 
 /// A stored response and its events after the number `after`.
