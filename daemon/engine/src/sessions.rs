@@ -188,6 +188,15 @@ impl Sessions {
         self.ask(move |keeper| keeper.truncate(owner.number(), id, n_turns))
     }
 
+    /// Forgets turn number `turn`, from 0, if it is the last one; with the only one goes the session. Answers whether it
+    /// was the last.
+    ///
+    /// # Errors
+    /// As [`Sessions::truncate`].
+    pub fn forget_turn(&self, owner: Owner, id: SessionId, turn: u32) -> Result<bool, Failure> {
+        self.ask(move |keeper| keeper.forget_turn(owner.number(), id, turn))
+    }
+
     /// Puts a session that was just made on trial: it is for a turn that is about to be begun, and goes again if none
     /// comes of it.
     ///

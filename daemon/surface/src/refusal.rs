@@ -76,6 +76,8 @@ const SERVER: &str = "server_error";
 const RATE: &str = "rate_limit_error";
 /// OpenAI's for what does not pass by waiting.
 const QUOTA: &str = "insufficient_quota";
+/// The code of what only this daemon's own doors hear: they begin elsewhere then.
+const SESSION_WENT_ON: &str = "session_went_on";
 /// When a client should look again for a model that is loading.
 const LOADING_RETRY_S: u32 = 2;
 
@@ -111,6 +113,11 @@ impl Refusal {
     /// Whether the same request may be answered another time.
     pub(crate) fn may_pass(&self) -> bool {
         self.name.may_pass
+    }
+
+    /// Whether a turn has come too late to go on from what it was to go on from.
+    pub(crate) fn is_too_late(&self) -> bool {
+        self.name.code == SESSION_WENT_ON
     }
 
     /// The same failure in other words.
@@ -193,6 +200,7 @@ fn name(failure: &Failure) -> Name {
         Failure::SessionsAway { .. } => (503, SERVER, "sessions_away"),
         Failure::SessionNotFound { .. } => (404, INVALID, "session_not_found"),
         Failure::SessionBusy { .. } | Failure::SessionCut { .. } => (409, INVALID, "session_busy"),
+        Failure::SessionWentOn { .. } => (409, INVALID, SESSION_WENT_ON),
         Failure::SessionOfOtherModel { .. } => (409, INVALID, "session_of_other_model"),
         Failure::SessionLimit { .. } => (429, QUOTA, "session_limit"),
         Failure::SessionDamaged { .. } => (500, SERVER, "session_damaged"),

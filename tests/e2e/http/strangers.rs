@@ -165,6 +165,29 @@ fn an_answer_that_is_the_last_message_goes_on_where_that_is_asked_for() {
 }
 
 #[test]
+fn responses_that_go_on_from_one_at_once_are_each_told_their_own_name() {
+    let (daemon, _dir) = start();
+    let first = daemon.post("/v1/responses", &json!({ "input": "x", "store": true, "max_output_tokens": 2 })).json();
+    let go_on = |text: &str| {
+        let body = json!({ "input": text, "previous_response_id": first["id"], "max_output_tokens": 2 });
+        // While one of them is answered its session is in use.
+        std::iter::repeat_with(|| daemon.post("/v1/responses", &body)).find(|answer| answer.status != 409).unwrap()
+    };
+    let texts = ["a", "b", "c", "d", "e", "f", "g", "h"];
+    let answers: Vec<Value> = std::thread::scope(|scope| {
+        let asked: Vec<_> = texts.iter().map(|text| scope.spawn(|| go_on(text).json())).collect();
+        asked.into_iter().map(|asked| asked.join().unwrap()).collect()
+    });
+    for (text, answer) in texts.iter().zip(&answers) {
+        let path = format!("/v1/responses/{}/input_items?order=asc", answer["id"].as_str().unwrap());
+        let items = daemon.get(&path).json();
+        let said: Vec<&Value> = items["data"].as_array().unwrap().iter().map(|item| &item["content"]).collect();
+        assert_eq!((said.len(), &said[2][0]["text"]), (3, &json!(text)), "{items}");
+    }
+    assert_eq!(daemon.get("/v1/sessions").json()["data"].as_array().unwrap().len(), texts.len());
+}
+
+#[test]
 fn a_stored_response_tells_its_items_and_others_may_refer_to_them() {
     let (daemon, _dir) = start();
     let respond = |body: Value| daemon.post("/v1/responses", &body);

@@ -214,6 +214,12 @@ pub enum Failure {
         /// The session.
         id: String,
     },
+    /// Another turn has come before one that goes on from a certain turn.
+    #[error("session '{id}' has gone on meanwhile")]
+    SessionWentOn {
+        /// The session.
+        id: String,
+    },
     /// The session's tokens are another model's.
     #[error(
         "session '{id}' was made with another model that was called '{model}'; its tokens mean nothing to this one"
@@ -276,6 +282,7 @@ impl Failure {
             | Self::SessionsAway { .. }
             | Self::SessionBusy { .. }
             | Self::SessionCut { .. }
+            | Self::SessionWentOn { .. }
             | Self::DiskFailed { .. } => true,
             Self::ModelNotFound { .. }
             | Self::ContextTooLong { .. }

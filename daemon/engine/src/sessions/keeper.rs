@@ -882,6 +882,34 @@ mod tests {
     }
 
     #[test]
+    fn of_two_that_go_on_from_one_turn_the_second_is_told_and_what_was_gone_on_from_is_not_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let went_on = || Err(Failure::SessionWentOn { id: id.to_string() });
+        begin(&mut keeper, id, 0, &[1; 3]);
+        end(&mut keeper, id);
+        // Both have seen one turn; so has who deletes it.
+        for expected in [Ok(()), went_on()] {
+            keeper.take_session(1, id).unwrap();
+            let checked = keeper.check_next(1, id, Some(1));
+            assert_eq!(checked, expected);
+            keeper.let_go(1, id);
+            if checked.is_ok() {
+                begin(&mut keeper, id, 3, &[2; 3]);
+                end(&mut keeper, id);
+            }
+        }
+        assert_eq!(keeper.forget_turn(1, id, 0), Ok(false));
+        assert_eq!(keeper.check_next(1, id, None), Ok(()), "who does not mind");
+        assert_eq!(keeper.store.summary(1, id).unwrap().n_turns, 2);
+        assert_eq!(keeper.forget_turn(1, id, 1), Ok(true));
+        assert_eq!(keeper.forget_turn(1, id, 1), Ok(false), "it is gone");
+        assert_eq!(keeper.store.history(1, id).unwrap().tokens.len(), 3);
+        assert_eq!(keeper.forget_turn(1, id, 0), Ok(true));
+        assert!(keeper.store.summary(1, id).is_err(), "with its only turn");
+    }
+
+    #[test]
     fn a_session_is_taken_once_and_let_go_once() {
         let dir = tempfile::tempdir().unwrap();
         let (mut keeper, id, _commands) = keeper(dir.path());

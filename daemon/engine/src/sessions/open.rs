@@ -47,11 +47,13 @@ impl OpenSession {
         let (prompt, n_left_out) = self.conversation.prompt(model, &chat, wishes.max_tokens)?;
         model.check_prompt(&prompt.tokens)?;
         let n_kept = common(&self.conversation.tokens, &prompt.tokens);
+        let at_turn = wishes.at_turn;
         let wishes = Wishes { weights: Some(model.weights), ..wishes.clone() };
         let (request, sampling) = Asked { chat, wishes, n_left_out }.encode();
         let (owner, id, shape) = (self.owner.number(), self.id, model.images);
         let (n_kept, new) = (count(n_kept), prompt.tokens[n_kept..].to_vec());
         let turn = ask(&self.asks, move |keeper| {
+            keeper.check_next(owner, id, at_turn)?;
             let turn = NewTurn { keep_tokens: n_kept, prompt: &new, request: &request, sampling: &sampling };
             keeper.begin(owner, id, &shape, &turn)
         })?;

@@ -107,6 +107,19 @@ impl Keeper {
         done
     }
 
+    /// Forgets turn number `turn`, and with the only one the session, if it is the last one still. Answers whether it was.
+    pub(crate) fn forget_turn(&mut self, owner: u64, id: SessionId, turn: u32) -> Result<bool, Failure> {
+        let n_turns = self.store.summary(owner, id).map_err(|error| failure(id, &error))?.n_turns;
+        if n_turns.checked_sub(1) != Some(turn) {
+            return Ok(false);
+        }
+        match turn {
+            0 => self.delete(owner, id)?,
+            turn => drop(self.truncate(owner, id, turn)?),
+        }
+        Ok(true)
+    }
+
     pub(crate) fn delete(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
         self.check_free(id)?;
         self.remove(owner, id).map_err(|error| failure(id, &error))
@@ -118,6 +131,15 @@ impl Keeper {
         self.alone.remove(&id);
         self.on_trial.remove(&id);
         self.store.delete(owner, id)
+    }
+
+    /// That the next turn of a session is number `turn`, if it must be a certain one.
+    pub(crate) fn check_next(&self, owner: u64, id: SessionId, turn: Option<u32>) -> Result<(), Failure> {
+        let n_turns = self.store.summary(owner, id).map_err(|error| failure(id, &error))?.n_turns;
+        match turn {
+            Some(turn) if turn != n_turns => Err(Failure::SessionWentOn { id: id.to_string() }),
+            _ => Ok(()),
+        }
     }
 
     /// Journals a turn of a session that is taken.

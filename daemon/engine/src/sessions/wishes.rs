@@ -35,6 +35,9 @@ pub struct Wishes {
     /// it, but with one of their own. The session says it, whatever the request does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<[u8; 32]>,
+    /// The number of the turn that it must be, from 0: it goes on from what was said so far, and from nothing else.
+    #[serde(skip)]
+    pub at_turn: Option<u32>,
     /// When it is to begin; no part of what the answer depends on.
     #[serde(skip)]
     pub urgency: Urgency,

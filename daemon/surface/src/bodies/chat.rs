@@ -150,6 +150,12 @@ impl ChatAsk {
         self
     }
 
+    /// The same, which is to be turn number `turn` of its session and no other.
+    pub(super) fn at_turn(mut self, turn: u32) -> Self {
+        self.wishes.at_turn = Some(turn);
+        self
+    }
+
     /// Whether it is a turn of a session.
     pub(super) fn is_turn(&self) -> bool {
         self.fields.session_id.is_some()

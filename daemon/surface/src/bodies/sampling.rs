@@ -87,6 +87,7 @@ impl SamplingFields {
             in_background: false,
             cache_salt: self.cache_salt.as_deref().map(CacheSalt::checked).transpose()?,
             weights: None,
+            at_turn: None,
             urgency: self.urgency()?,
             progress: false,
         })

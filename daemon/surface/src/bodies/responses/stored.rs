@@ -70,13 +70,20 @@ pub(crate) async fn prepare(
     }
     // What cannot be read makes no session.
     fields.chat(None)?;
-    let (id, trial) = place(service, owner, &mut fields).await?;
-    let asked = async {
-        let ask = ChatAsk::read(fields.chat(Some(&id.session.to_string()))?.to_string().as_bytes())?;
-        let ask = ask.in_background(background);
-        ask.prepare(service, owner, held).await
+    let (id, trial, asked) = loop {
+        let (id, trial) = place(service, owner, &mut fields).await?;
+        let asked = async {
+            let ask = ChatAsk::read(fields.chat(Some(&id.session.to_string()))?.to_string().as_bytes())?;
+            ask.in_background(background).at_turn(id.turn).prepare(service, owner, ()).await
+        };
+        match asked.await {
+            Ok(asked) => break (id, trial, asked),
+            // Another response has gone on from the same one in the meantime: this one does so in a fork.
+            Err(refusal) if refusal.is_too_late() => {}
+            Err(refusal) => return Err(renamed(refusal)),
+        }
     };
-    let asked = asked.await.map_err(renamed)?;
+    drop(held);
     let mut head = fields.head(id.to_string());
     head.fixed["model"] = json!(asked.request.model());
     Ok(Prepared { request: asked.request, head, stream, background, id: Some(id), trial })
@@ -179,17 +186,13 @@ pub(crate) async fn stored(
 /// # Errors
 /// There is none of that name, it is being answered, or another one goes on from it.
 pub(crate) async fn delete(service: &Service, owner: Owner, id: ResponseId) -> Result<Value, Refusal> {
-    let (_, turns) = turns(service, owner, id, "response_id").await?;
-    if id.turn as usize + 1 != turns.len() {
+    turns(service, owner, id, "response_id").await?;
+    // In one with the look: another one may go on from it at any time.
+    let is_last = move |service: &Service| service.sessions()?.forget_turn(owner, id.session, id.turn);
+    if !sessions::verb(service, is_last).await? {
         let message = format!("another response goes on from '{id}'; delete that one first");
         return Err(Refusal::at_door(AtDoor::ResponseInUse, Some("response_id"), message));
     }
-    let ResponseId { session, turn } = id;
-    let gone = sessions::verb(service, move |service| match turn {
-        0 => service.sessions()?.delete(owner, session),
-        turn => service.sessions()?.truncate(owner, session, turn).map(drop),
-    });
-    gone.await?;
     Ok(json!({ "id": id.to_string(), "object": "response", "deleted": true }))
 }
 
