@@ -190,6 +190,8 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         },
         body_bytes_max: usize::try_from(config.limits.body.0)?,
         background: config.sessions.background as usize,
+        // Longer than the engine waits for a reader, who may then still hear that it was too slow.
+        reader_patience: 2 * Duration::from_secs(config.limits.slow_consumer_s),
         // Longer than running answers have, so that clients hear why theirs was cut off.
         stop_timeout: Duration::from_secs(config.limits.stop_s) + 2 * LAST_TASKS,
     };

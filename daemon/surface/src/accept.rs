@@ -1,5 +1,6 @@
 //! What may a connection cost? The accept loop of every socket that speaks HTTP, with its limits.
 
+use crate::patience::Patient;
 use crate::unread::LetBy;
 use axum::Router;
 use axum::http::{Request, header};
@@ -35,6 +36,8 @@ pub struct ServeOptions {
     pub body_bytes_max: usize,
     /// Answers in the background that go on by themselves, at a time; 0: none does.
     pub background: usize,
+    /// How long a client may take nothing of what is sent to it.
+    pub reader_patience: Duration,
     /// How long running answers may go on after `stop`.
     pub stop_timeout: Duration,
 }
@@ -105,7 +108,8 @@ pub(crate) async fn serve<L: Listener>(
             let is_asked_for = request.headers().contains_key(header::EXPECT);
             interface.call(request.map(|body| LetBy::new(body, is_asked_for)))
         };
-        let connection = builder.serve_connection(TokioIo::new(stream), service_fn(answer));
+        let connection =
+            builder.serve_connection(TokioIo::new(Patient::new(stream, options.reader_patience)), service_fn(answer));
         let connection = graceful.watch(connection);
         tokio::spawn(async move {
             tokio::select! {

@@ -14,6 +14,7 @@ mod http;
 #[cfg(test)]
 mod latency;
 mod mqtt;
+mod patience;
 mod refusal;
 mod shares;
 mod strangers;

@@ -99,6 +99,11 @@ impl Refusal {
         Self { retry_after_s: Some(1), ..Self::at_door(AtDoor::TooManyBodies, None, message) }
     }
 
+    /// Answers on their way hold all the memory they may for now.
+    pub(crate) fn too_many_answers() -> Self {
+        Self::too_many_bodies().saying("too many large answers on their way; try again in a second".to_owned())
+    }
+
     /// A caller has all the leases of models it may have.
     pub(crate) fn too_many_leases(limit: u32) -> Self {
         let message = format!("you have {limit} leases of models, which is all you may have at a time");

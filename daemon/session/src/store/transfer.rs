@@ -54,19 +54,18 @@ impl<D: Disk> Store<D> {
     /// [`StoreError::Busy`] while the session is answering, or as [`Store::history`].
     pub fn export(&mut self, owner: u64, id: SessionId) -> Result<Vec<u8>> {
         self.idle(owner, id)?;
-        let mut body = Vec::new();
+        let mut file = vec![0; HEADER_BYTES];
         for record in self.history(owner, id)?.records() {
             let record = record.encode();
             let n_bytes = u32::try_from(record.len()).expect("RECORD_BYTES_MAX is below 2^32");
-            body.extend_from_slice(&n_bytes.to_le_bytes());
-            body.extend_from_slice(&record);
+            file.extend_from_slice(&n_bytes.to_le_bytes());
+            file.extend_from_slice(&record);
         }
-        let mut file = Vec::with_capacity(HEADER_BYTES + body.len());
-        file.extend_from_slice(MAGIC);
-        file.extend_from_slice(&VERSION.to_le_bytes());
-        file.extend_from_slice(&(body.len() as u64).to_le_bytes());
-        file.extend_from_slice(&crc32c::crc32c(&body).to_le_bytes());
-        file.extend_from_slice(&body);
+        // In place: a copy of it would be as long again.
+        let (header, body) = file.split_at_mut(HEADER_BYTES);
+        let (n_bytes, crc) = (body.len() as u64, crc32c::crc32c(body));
+        let parts = [MAGIC.as_slice(), &VERSION.to_le_bytes(), &n_bytes.to_le_bytes(), &crc.to_le_bytes()];
+        header.copy_from_slice(&parts.concat());
         Ok(file)
     }
 

@@ -6,6 +6,7 @@ mod completions;
 mod count;
 pub(crate) mod error;
 mod exposition;
+mod large;
 mod llama_cpp;
 mod metrics;
 mod models;
@@ -32,6 +33,8 @@ struct Shared {
     body_bytes_max: usize,
     /// Memory for bodies on their way.
     bodies: Arc<Shares>,
+    /// Memory for answers that are there as a whole.
+    answers: large::Answers,
     /// Responses in the background.
     runs: Runs,
 }
@@ -74,7 +77,7 @@ pub(crate) fn router(service: Service, runs: Runs, body_bytes_max: usize) -> Rou
         .method_not_allowed_fallback(error::no_such_method)
         .layer(counted)
         .layer(middleware::from_fn(error::by_path))
-        .with_state(Shared { service, body_bytes_max, bodies, runs })
+        .with_state(Shared { service, body_bytes_max, bodies, answers: large::Answers::new(body_bytes_max), runs })
 }
 
 /// llama.cpp's own paths, and OpenAI's without the version, which its server has too.

@@ -80,6 +80,7 @@ mod tests {
                 connections_per_user: 4,
                 body_bytes_max: 1024,
                 background: 0,
+                reader_patience: Duration::from_secs(60),
                 stop_timeout: Duration::ZERO,
             },
         );

@@ -3,6 +3,7 @@
 use super::Shared;
 use super::body::Body;
 use super::count::Counted;
+use super::large;
 use super::reply::called;
 use crate::bodies::listen::Listening;
 use crate::bodies::responses::{self, Found, Heard, Page, ResponseId, Run, Script};
@@ -76,10 +77,15 @@ pub(crate) async fn one(
     let Query(telling) = telling.map_err(|error| Refusal::invalid("starting_after", error.body_text()))?;
     match find(&shared, owner, &id, telling.starting_after).await? {
         Found::Run(run) => Ok(told(run, telling)),
-        Found::Told(_, response) if !telling.stream => Ok(Json(response).into_response()),
+        Found::Told(_, response) if !telling.stream => large::json(&shared, owner, async { Ok(response) }).await,
         Found::Told(events, _) => {
-            let events = events.into_iter().map(|event| sent(&Heard::of(&event)));
-            Ok(Sse::new(stream::iter(events)).into_response())
+            let events: Vec<Heard> = events.iter().map(Heard::of).collect();
+            let share = shared.answers.take(owner, events.iter().map(|event| event.data.len()).sum())?;
+            let events = stream::iter(events).map(move |event| {
+                let _held_as_long_as_the_stream_lives = &share;
+                sent(&event)
+            });
+            Ok(Sse::new(events).into_response())
         }
     }
 }
@@ -90,9 +96,9 @@ pub(crate) async fn input_items(
     Extension(owner): Caller,
     Path(id): Path<String>,
     page: Result<Query<Page>, QueryRejection>,
-) -> Result<Json<Value>, Refusal> {
+) -> Result<Response, Refusal> {
     let Query(page) = page.map_err(|error| Refusal::at_door(AtDoor::InvalidValue, None, error.body_text()))?;
-    Ok(Json(responses::input_items(&shared.service, owner, parsed(&id)?, &page).await?))
+    large::json(&shared, owner, responses::input_items(&shared.service, owner, parsed(&id)?, &page)).await
 }
 
 /// `POST /v1/responses/input_tokens`.

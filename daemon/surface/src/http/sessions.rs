@@ -4,11 +4,12 @@
 
 use super::Shared;
 use super::body::Body;
+use super::large;
 use super::reply::reply;
 use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use axum::extract::{Path, State};
-use axum::http::{StatusCode, header};
+use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::{Extension, Json};
 use serde_json::Value;
@@ -24,19 +25,16 @@ pub(crate) async fn create(
     Ok(created(sessions::create(&service, owner, body.parse_or_default()?).await?))
 }
 
-pub(crate) async fn list(
-    State(Shared { service, .. }): State<Shared>,
-    Extension(owner): Caller,
-) -> Result<Json<Value>, Refusal> {
-    Ok(Json(sessions::list(&service, owner).await?))
+pub(crate) async fn list(State(shared): State<Shared>, Extension(owner): Caller) -> Result<Response, Refusal> {
+    large::json(&shared, owner, sessions::list(&shared.service, owner)).await
 }
 
 pub(crate) async fn one(
-    State(Shared { service, .. }): State<Shared>,
+    State(shared): State<Shared>,
     Extension(owner): Caller,
     Path(id): Path<String>,
-) -> Result<Json<Value>, Refusal> {
-    Ok(Json(sessions::get(&service, owner, &id).await?))
+) -> Result<Response, Refusal> {
+    large::json(&shared, owner, sessions::get(&shared.service, owner, &id)).await
 }
 
 pub(crate) async fn change(
@@ -101,12 +99,11 @@ pub(crate) async fn resume(
 }
 
 pub(crate) async fn export(
-    State(Shared { service, .. }): State<Shared>,
+    State(shared): State<Shared>,
     Extension(owner): Caller,
     Path(id): Path<String>,
 ) -> Result<Response, Refusal> {
-    let file = sessions::export(&service, owner, &id).await?;
-    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], file).into_response())
+    large::bytes(&shared, owner, "application/octet-stream", sessions::export(&shared.service, owner, &id)).await
 }
 
 pub(crate) async fn import(
