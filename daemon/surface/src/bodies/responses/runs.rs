@@ -11,20 +11,22 @@ use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use serde_json::Value;
 use sparsed_engine::api::{Owner, Request};
-use sparsed_engine::{Admission, Service};
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use sparsed_engine::{Admission, Service, SessionId};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::sync::watch;
 
 /// Runs that are over and still remembered: for those that failed before they said anything, there is no journal.
 const OVER_MAX: usize = 64;
 
+/// Whoever has it locked is alone at something.
+type Alone = tokio::sync::Mutex<()>;
+
 /// All runs of the daemon; cheap to clone.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Runs {
     entries: Arc<Mutex<VecDeque<Entry>>>,
-    /// Held while one begins to go on: who finds its session in use meanwhile waits, and then finds the run.
-    resuming: Arc<tokio::sync::Mutex<()>>,
+    resuming: Arc<Mutex<HashMap<SessionId, Weak<Alone>>>>,
 }
 
 #[derive(Debug)]
@@ -105,7 +107,8 @@ impl Runs {
             (Ok(Stored::Told(events, response)), None) => return Ok(Found::Told(events, response)),
             (stored, None) => stored?,
         };
-        let _alone = self.resuming.lock().await;
+        let alone = self.resuming(id.session);
+        let _alone = alone.lock().await;
         if let Some(run) = self.get(owner, id).filter(|run| !run.has_failed()) {
             return Ok(Found::Run(run));
         }
@@ -151,6 +154,16 @@ impl Runs {
             drop(admission);
         });
         Ok(run)
+    }
+
+    /// Held while an answer of a session begins to go on: who finds the session in use meanwhile waits, and then finds
+    /// the run. It may take as long as a model takes to load, so each session has its own.
+    fn resuming(&self, session: SessionId) -> Arc<Alone> {
+        let mut resuming = self.resuming.lock().unwrap_or_else(PoisonError::into_inner);
+        resuming.retain(|_, alone| alone.strong_count() > 0);
+        let alone = resuming.get(&session).and_then(Weak::upgrade).unwrap_or_default();
+        resuming.insert(session, Arc::downgrade(&alone));
+        alone
     }
 
     /// Forgets a response that is deleted.
@@ -293,10 +306,25 @@ mod tests {
         run.end().await;
     }
 
+    #[tokio::test]
+    async fn an_answer_that_waits_for_its_model_holds_up_nobody_elses() {
+        let runs = Runs::default();
+        let [slow, other] = [1, 2].map(|n| SessionId::from_bytes([n; 16]));
+        let first = runs.resuming(slow);
+        let alone = first.lock().await;
+        assert!(runs.resuming(slow).try_lock().is_err(), "one at a time goes on with a session");
+        assert!(runs.resuming(other).try_lock().is_ok());
+        drop(alone);
+        assert!(runs.resuming(slow).try_lock().is_ok());
+        drop(first);
+        runs.resuming(other);
+        assert_eq!(runs.resuming.lock().unwrap().len(), 1, "those that nobody waits for are forgotten");
+    }
+
     #[test]
     fn runs_that_are_over_are_forgotten_in_time_and_others_never() {
         let runs = Runs::default();
-        let id = |turn| ResponseId { session: sparsed_engine::SessionId::from_bytes([1; 16]), turn };
+        let id = |turn| ResponseId { session: SessionId::from_bytes([1; 16]), turn };
         let owner = Owner::Uid(1);
         for turn in 0..200 {
             let run = Arc::new(Run::new(json!({}), &[]));
