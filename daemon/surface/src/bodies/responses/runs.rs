@@ -2,7 +2,7 @@
 //!
 //! A run keeps its events while it goes on, so that any number of clients may listen from any of them; what it has said
 //! is in its session's journal too, from where it is told once the run is forgotten. Memory of a run is bounded by the
-//! length of its answer; runs at a time are by the engine's limits.
+//! length of its answer; runs at a time are by the engine's limits, those that are over by their number and their bytes.
 
 use super::script::{End, Head, Script, Tokens};
 use super::stored::{ResponseId, Stored, stored};
@@ -18,6 +18,10 @@ use tokio::sync::watch;
 
 /// Runs that are over and still remembered: for those that failed before they said anything, there is no journal.
 const OVER_MAX: usize = 64;
+/// Most bytes of what these have said, together.
+const OVER_BYTES_MAX: usize = 16 << 20;
+/// What an event takes beside its texts.
+const EVENT_BYTES: usize = 128;
 
 /// Whoever has it locked is alone at something.
 type Alone = tokio::sync::Mutex<()>;
@@ -48,8 +52,18 @@ pub(crate) struct Run {
 #[derive(Debug)]
 struct Said {
     events: Vec<Arc<Heard>>,
+    /// What they take.
+    n_bytes: usize,
     response: Value,
     is_over: bool,
+}
+
+/// A run that is over.
+#[derive(Clone, Copy, Debug)]
+struct Over {
+    /// Whether it has no answer.
+    has_failed: bool,
+    n_bytes: usize,
 }
 
 /// An event as it is sent.
@@ -147,11 +161,12 @@ impl Runs {
         let listening = Listening::begin(service, &head.id, [request], 1).await?;
         let mut script = Script::begin(head, None);
         let run = Arc::new(Run::new(script.response("in_progress"), &script.take()));
-        self.add(Entry { owner, id, run: Arc::clone(&run) });
-        let task = Arc::clone(&run);
+        self.lock().push_back(Entry { owner, id, run: Arc::clone(&run) });
+        let (task, runs) = (Arc::clone(&run), self.clone());
         tokio::spawn(async move {
             task.carry_out(listening, script).await;
             drop(admission);
+            runs.forget_some();
         });
         Ok(run)
     }
@@ -171,16 +186,20 @@ impl Runs {
         self.lock().retain(|entry| entry.owner != owner || entry.id != id);
     }
 
-    fn add(&self, entry: Entry) {
+    /// Forgets runs that are over until the others are within bounds: the oldest first, and of those that have failed none
+    /// as long as there are others, which the journal can tell.
+    fn forget_some(&self) {
         let mut runs = self.lock();
-        runs.push_back(entry);
-        let n_over = runs.iter().filter(|entry| entry.run.is_over()).count();
-        let mut excess = n_over.saturating_sub(OVER_MAX);
-        runs.retain(|entry| {
-            let forget = excess > 0 && entry.run.is_over();
-            excess -= usize::from(forget);
-            !forget
-        });
+        loop {
+            let over = runs.iter().enumerate().filter_map(|(at, entry)| Some((at, entry.run.over()?)));
+            let over: Vec<(usize, Over)> = over.collect();
+            let n_bytes: usize = over.iter().map(|(_, over)| over.n_bytes).sum();
+            let next = over.iter().find(|(_, over)| !over.has_failed).or(over.first());
+            match next {
+                Some(&(at, _)) if over.len() > OVER_MAX || n_bytes > OVER_BYTES_MAX => drop(runs.remove(at)),
+                _ => return,
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Entry>> {
@@ -190,9 +209,10 @@ impl Runs {
 
 impl Run {
     fn new(response: Value, events: &[Value]) -> Self {
-        let events = events.iter().map(|event| Arc::new(Heard::of(event))).collect();
-        let said = Mutex::new(Said { events, response, is_over: false });
-        Self { said, news: watch::Sender::new(()), cancel: watch::Sender::new(false) }
+        let said = Said { events: Vec::new(), n_bytes: 0, response, is_over: false };
+        let run = Self { said: Mutex::new(said), news: watch::Sender::new(()), cancel: watch::Sender::new(false) };
+        run.tell(events, false);
+        run
     }
 
     /// The response as it is now.
@@ -202,8 +222,7 @@ impl Run {
 
     /// Whether it is over without an answer.
     pub(crate) fn has_failed(&self) -> bool {
-        let said = self.lock();
-        said.is_over && said.response["status"] == "failed"
+        self.over().is_some_and(|over| over.has_failed)
     }
 
     /// Gives the answer up; it is over soon after.
@@ -257,7 +276,10 @@ impl Run {
 
     fn tell(&self, events: &[Value], is_over: bool) {
         let mut said = self.lock();
-        said.events.extend(events.iter().map(|event| Arc::new(Heard::of(event))));
+        for event in events.iter().map(Heard::of) {
+            said.n_bytes += EVENT_BYTES + event.kind.len() + event.data.len();
+            said.events.push(Arc::new(event));
+        }
         if is_over {
             said.response = Script::last_response(events).unwrap_or_default();
         }
@@ -268,6 +290,13 @@ impl Run {
 
     fn is_over(&self) -> bool {
         self.lock().is_over
+    }
+
+    /// What it is if it is over.
+    fn over(&self) -> Option<Over> {
+        let said = self.lock();
+        let has_failed = said.response["status"] == "failed";
+        said.is_over.then_some(Over { has_failed, n_bytes: said.n_bytes })
     }
 
     fn lock(&self) -> MutexGuard<'_, Said> {
@@ -321,23 +350,49 @@ mod tests {
         assert_eq!(runs.resuming.lock().unwrap().len(), 1, "those that nobody waits for are forgotten");
     }
 
+    fn id(turn: u32) -> ResponseId {
+        ResponseId { session: SessionId::from_bytes([1; 16]), turn }
+    }
+
+    const OWNER: Owner = Owner::Uid(1);
+
+    /// Has `runs` remember response number `turn`, which is over with `last` if that is an event.
+    fn remember(runs: &Runs, turn: u32, last: Option<Value>) {
+        let run = Arc::new(Run::new(json!({}), &[]));
+        if let Some(last) = last {
+            run.tell(&[last], true);
+        }
+        runs.lock().push_back(Entry { owner: OWNER, id: id(turn), run });
+        runs.forget_some();
+    }
+
     #[test]
     fn runs_that_are_over_are_forgotten_in_time_and_others_never() {
         let runs = Runs::default();
-        let id = |turn| ResponseId { session: SessionId::from_bytes([1; 16]), turn };
-        let owner = Owner::Uid(1);
-        for turn in 0..200 {
-            let run = Arc::new(Run::new(json!({}), &[]));
-            if turn > 0 {
-                run.tell(&[event(1)], true);
-            }
-            runs.add(Entry { owner, id: id(turn), run });
-        }
-        assert!(runs.get(owner, id(0)).is_some(), "it goes on");
-        assert!(runs.get(owner, id(199)).is_some() && runs.get(owner, id(1)).is_none());
+        remember(&runs, 0, None);
+        (1..200).for_each(|turn| remember(&runs, turn, Some(event(1))));
+        assert!(runs.get(OWNER, id(0)).is_some(), "it goes on");
+        assert!(runs.get(OWNER, id(199)).is_some() && runs.get(OWNER, id(1)).is_none());
         assert!(runs.get(Owner::Uid(2), id(199)).is_none(), "another one's");
         assert_eq!(runs.lock().len(), OVER_MAX + 1);
-        runs.forget(owner, id(0));
-        assert!(runs.get(owner, id(0)).is_none());
+        runs.forget(OWNER, id(0));
+        assert!(runs.get(OWNER, id(0)).is_none());
+    }
+
+    #[test]
+    fn long_answers_that_are_over_are_left_to_the_journal_and_what_has_failed_is_remembered() {
+        let runs = Runs::default();
+        let ended = |status: &str, n: usize| {
+            let response = json!({ "status": status, "text": "x".repeat(n) });
+            Some(json!({ "type": "x", "sequence_number": 1, "response": response }))
+        };
+        remember(&runs, 0, ended("failed", 10));
+        (1..30).for_each(|turn| remember(&runs, turn, ended("completed", 1 << 20)));
+        let kept: Vec<u32> = runs.lock().iter().map(|entry| entry.id.turn).collect();
+        let n_long = kept.len() - 1;
+        assert!((kept[0], kept[n_long]) == (0, 29) && (8..=16).contains(&n_long), "{kept:?}");
+        remember(&runs, 30, ended("completed", OVER_BYTES_MAX));
+        assert_eq!(runs.lock().len(), 1, "one that is longer than all may be is told from the journal at once");
+        assert!(runs.get(OWNER, id(0)).is_some_and(|run| run.has_failed()));
     }
 }
