@@ -19,6 +19,7 @@ mod readers;
 mod recorded;
 mod retention;
 mod trial;
+mod usage;
 mod verbs;
 mod wishes;
 
@@ -30,6 +31,7 @@ pub(crate) use open::OpenSession;
 pub(crate) use recorded::Recorder;
 pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
+    Usage as SessionUsage,
 };
 pub use trial::Trial;
 pub(crate) use verbs::CutTurn;
@@ -52,6 +54,7 @@ const RETRY_S: u32 = 10;
 pub struct Sessions {
     asks: Asks,
     absence: Absence,
+    usage: usage::Board,
 }
 
 /// What a session is, and all that was said in it.
@@ -79,8 +82,8 @@ pub struct Change {
 }
 
 impl Sessions {
-    pub(crate) fn new(asks: Asks, absence: Absence) -> Self {
-        Self { asks, absence }
+    fn new(asks: Asks, absence: Absence, usage: usage::Board) -> Self {
+        Self { asks, absence, usage }
     }
 
     /// The way to the thread.
@@ -91,6 +94,12 @@ impl Sessions {
     /// Keeps to other limits from now on. Does not wait for the thread.
     pub fn set_limits(&self, limits: SessionLimits) {
         self.asks.tell(Ask::Do(Box::new(move |keeper| keeper.store.set_limits(limits))));
+    }
+
+    /// What all sessions take, whoever's, as of a second ago at most; nothing until their disk is there. Does not wait for
+    /// the thread.
+    pub fn usage(&self) -> Option<SessionUsage> {
+        self.usage.look()
     }
 
     /// All sessions of `owner`, the one used last first.
@@ -213,7 +222,7 @@ impl Sessions {
     /// As any verb.
     pub fn checkpoint(&self, owner: Owner, id: SessionId) -> Result<SessionSummary, Failure> {
         self.verb(owner, id, move |keeper, owner| {
-            keeper.store.commit(owner, id)?;
+            keeper.checkpoint(owner, id)?;
             keeper.store.summary(owner, id)
         })
     }

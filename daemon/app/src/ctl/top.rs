@@ -52,6 +52,7 @@ fn picture(before: &Value, now: &Value, seconds: f64) -> String {
         format!("device {}: {}, {} faults", word(&device["name"]), word(&device["state"]), device["faults"]),
     );
     text += &memory(&now["memory"]);
+    text += &sessions(&before["sessions"], &now["sessions"], seconds);
     for model in list(&now["models"]) {
         let earlier = list(&before["models"]).find(|other| other["name"] == model["name"]);
         text += &served(model, earlier, seconds);
@@ -75,6 +76,32 @@ fn memory(memory: &Value) -> String {
     );
     let parts = ["weights_bytes", "workspace_bytes", "kv_bytes"].map(|part| mib(&memory[part]));
     line(&mut text, format!("  weights {}, workspace {}, KV caches {}", parts[0], parts[1], parts[2]));
+    text
+}
+
+/// What sessions have on the disk, and how fast it is written.
+fn sessions(before: &Value, now: &Value, seconds: f64) -> String {
+    let mut text = String::new();
+    if now.is_null() {
+        return text;
+    }
+    let rate = |key: &str| {
+        let written = |sessions: &Value| sessions[key].as_f64().unwrap_or(0.0);
+        (written(now) - written(before)) / seconds.max(1e-3) / 1024.0
+    };
+    line(
+        &mut text,
+        format!(
+            "sessions: {}; journals {}, {:.0} KiB/s written, {} in all; KV files {}, {:.0} KiB/s written, {} in all",
+            now["count"],
+            mib(&now["journal_bytes"]),
+            rate("journal_bytes_written"),
+            mib(&now["journal_bytes_written"]),
+            mib(&now["kv_bytes"]),
+            rate("kv_bytes_written"),
+            mib(&now["kv_bytes_written"]),
+        ),
+    );
     text
 }
 
@@ -157,6 +184,8 @@ mod tests {
                 "device": { "name": "cpu", "state": "ready", "faults": 0 },
                 "memory": { "limits": { "machine": 10 << 20, "config": 5 << 20 }, "binds": "config", "pressure": "some",
                     "headroom_bytes": -(3 << 20), "weights_bytes": 1 << 20, "workspace_bytes": null, "kv_bytes": 2 << 20 },
+                "sessions": { "count": 5, "journal_bytes": 1 << 20, "journal_bytes_written": 3 << 20,
+                    "kv_bytes": 7 << 20, "kv_bytes_written": (8 << 20) + 4096 * computed },
                 "models": [{ "name": "m", "state": "ready", "running": 1, "waiting": 2, "computed_tokens": computed,
                     "sampled_tokens": 4, "kv_blocks_used": 3, "kv_blocks_cached": 1, "kv_blocks_slow": 0,
                     "kv_blocks_total": 9, "scheduling": { "stage": "hold", "kv_blocks_max": 5, "running_max": 4,
@@ -172,6 +201,7 @@ mod tests {
             "pressure some, headroom -3 MiB; config binds of machine 10 MiB, config 5 MiB",
             "weights 1 MiB, workspace -, KV caches 2 MiB",
             "3 held, 1 cached, 0 slow, 5 allowed of 9; stage hold; 64 prompt tokens a step",
+            "sessions: 5; journals 1 MiB, 0 KiB/s written, 3 MiB in all; KV files 7 MiB, 100 KiB/s written, 8 MiB in all",
             "uid 1000: 1 running, 2 waiting, 50 tokens",
             "others: 3 running, 0 waiting, 70 tokens",
             "3 s ago: climb: pressure is some",

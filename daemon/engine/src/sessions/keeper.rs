@@ -15,6 +15,7 @@ use super::readers::{Hearers, Readers};
 use super::recorded::{Recorder, TurnId};
 use super::retention::{EXPIRY, Retention};
 use super::trial::OnTrial;
+use super::usage::{Board, Posts};
 use crate::api::{Failure, Turn};
 use crate::service::Command;
 use sparsed_kv::{BLOCK_TOKENS, FileId, Save};
@@ -60,6 +61,7 @@ pub(crate) struct Keeper {
     /// Blocks have found no room beside what is left for what is said, and not enough more since.
     pub(super) is_tight: bool,
     pub(super) retention: Retention,
+    pub(super) posts: Posts,
 }
 
 /// What tells the time.
@@ -104,12 +106,15 @@ pub(crate) fn spawn(
 ) -> std::io::Result<(Sessions, JoinHandle<()>)> {
     let (asks, receiver) = Asks::new();
     let absence = Absence::of(&store);
-    let sessions = Sessions::new(asks.clone(), absence.clone());
+    let board = Board::default();
+    let sessions = Sessions::new(asks.clone(), absence.clone(), board.clone());
     let readers = Readers::two()?;
     let run = move || {
         let _alarm = Alarm(engine.clone());
         let Some((store, verbs)) = store.wait(&receiver, &absence) else { return };
         let mut keeper = Keeper { readers, ..Keeper::new(store, asks, engine, clocks) };
+        keeper.posts.board = board;
+        keeper.post();
         verbs.into_iter().for_each(|verb| verb(&mut keeper));
         keeper.run(&receiver);
     };
@@ -139,6 +144,7 @@ impl Keeper {
             unwritten: HashSet::new(),
             is_tight: false,
             retention: Retention::default(),
+            posts: Posts::default(),
         }
     }
 
@@ -168,6 +174,7 @@ impl Keeper {
         self.deliver();
         self.write_image();
         self.expire();
+        self.post();
     }
 
     /// Writes what there is.
@@ -820,6 +827,32 @@ mod tests {
             assert_eq!(keeper.store.summary(1, id).is_ok(), is_there, "{at}");
         }
         assert!(keeper.numbers.is_empty() && keeper.files.is_empty() && keeper.alone.is_empty());
+    }
+
+    #[test]
+    fn what_is_written_can_be_looked_at_without_waiting_for_the_thread() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let (board, (_, asked)) = (keeper.posts.board.clone(), Asks::new());
+        let now = Arc::new(AtomicU64::new(0));
+        let uptime = Arc::clone(&now);
+        keeper.clocks.uptime = Box::new(move || Duration::from_millis(uptime.load(Ordering::Relaxed)));
+        assert!(board.look().is_none(), "there is no store yet");
+        keeper.round(&asked, 1);
+        let made = board.look().unwrap();
+        assert_eq!((made.sessions, made.kv_bytes_written), (1, 0));
+        let turn = begin(&mut keeper, id, 0, &[1; 64]);
+        let save = Save { file: turn.file, index: 0, block: sparsed_kv::BlockId(0) };
+        keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
+        keeper.round(&asked, 1);
+        assert_eq!(board.look(), Some(made), "more is to come in a moment");
+        now.store(1000, Ordering::Relaxed);
+        keeper.round(&asked, 1);
+        let later = board.look().unwrap();
+        assert!(later.journal_bytes_written > made.journal_bytes_written && later.kv_bytes_written >= 8, "{later:?}");
+        keeper.gone(TurnId(0));
+        keeper.round(&asked, 1);
+        assert!(board.look().unwrap().journal_bytes_written > later.journal_bytes_written, "nobody is answered");
     }
 
     /// A session that was made for a turn of another one, or for its first, and who waits for the turn.

@@ -69,7 +69,7 @@ impl Keeper {
 
     /// Brings a change to the disk, or takes it back: whoever asked hears that it was not made.
     fn commit(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
-        let committed = self.with_room(|store| store.commit(owner, id));
+        let committed = self.checkpoint(owner, id);
         self.taken_back(owner, id, committed)
     }
 
@@ -91,6 +91,11 @@ impl Keeper {
             self.undo(owner, id, error);
         }
         done
+    }
+
+    /// Brings all that was said to the disk. What could not be brought there yet stays said.
+    pub(super) fn checkpoint(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
+        self.with_room(|store| store.commit(owner, id))
     }
 
     /// Forgets all but the first turns, and says so to the disk.

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sparsed_engine::api::Owner;
 use sparsed_engine::memory::Outlook;
 use sparsed_engine::telemetry::{Decision, OwnerLoad};
-use sparsed_engine::{Left, ModelStatus, Service};
+use sparsed_engine::{Left, ModelStatus, Service, Sessions};
 use std::time::{Duration, Instant};
 
 /// What memory there is and which limit binds.
@@ -30,6 +30,20 @@ pub(crate) fn memory(service: &Service) -> Value {
 pub(crate) fn headroom(outlook: &Outlook) -> Option<u64> {
     let is_known = outlook.number > 0 && outlook.headroom_bytes < i64::MAX;
     is_known.then(|| u64::try_from(outlook.headroom_bytes).unwrap_or(0))
+}
+
+/// What all sessions take of the disk and what was written for them since the start; null where there are none.
+pub(crate) fn sessions(service: &Service) -> Value {
+    let usage = service.sessions().ok().and_then(Sessions::usage);
+    usage.map_or(Value::Null, |usage| {
+        json!({
+            "count": usage.sessions,
+            "journal_bytes": usage.journal_bytes,
+            "kv_bytes": usage.kv_bytes,
+            "journal_bytes_written": usage.journal_bytes_written,
+            "kv_bytes_written": usage.kv_bytes_written,
+        })
+    })
 }
 
 /// What keeps a model in memory, and how often it came and went.

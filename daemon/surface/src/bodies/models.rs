@@ -129,6 +129,7 @@ pub(crate) fn status(service: &Service, asker: Owner) -> Value {
         "third_party_plugins": third_party,
         "device": device_status(&service.device()),
         "memory": load::memory(service),
+        "sessions": load::sessions(service),
         "models": models,
     })
 }

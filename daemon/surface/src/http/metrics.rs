@@ -14,7 +14,7 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::Registry;
 use sparsed_engine::memory::{Budget, Outlook};
 use sparsed_engine::telemetry::{BUCKETS_S, BUCKETS_TOKENS, Histogram, What};
-use sparsed_engine::{DeviceState, DeviceStatus, Left, ModelStatus, Service};
+use sparsed_engine::{DeviceState, DeviceStatus, Left, ModelStatus, Service, SessionUsage, Sessions};
 use std::fmt;
 
 /// A number of a model: its name, what it is, and where it is found.
@@ -131,6 +131,8 @@ struct Scrape {
     device: DeviceStatus,
     budget: Budget,
     outlook: Outlook,
+    /// Where sessions are kept.
+    sessions: Option<SessionUsage>,
 }
 
 impl Scrape {
@@ -140,6 +142,7 @@ impl Scrape {
             device: service.device(),
             budget: service.budget(),
             outlook: service.outlook(),
+            sessions: service.sessions().ok().and_then(Sessions::usage),
         }
     }
 
@@ -212,6 +215,26 @@ impl Scrape {
         metric.encode_counter::<[(&str, &str); 0], _, u64>(&self.device.n_faults, None)
     }
 
+    /// What sessions take of the disk, and what was written for them: flash memory wears out.
+    fn encode_sessions(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let Some(usage) = self.sessions else { return Ok(()) };
+        let (name, help) = ("sparsed_sessions", "Sessions");
+        encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&signed(usage.sessions))?;
+        let (name, help) = ("sparsed_session_disk_bytes", "Bytes of sessions' files");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (file, n_bytes) in [("journal", usage.journal_bytes), ("kv", usage.kv_bytes)] {
+            family.encode_family(&[("file", file)])?.encode_gauge(&signed(n_bytes))?;
+        }
+        let (name, help) = ("sparsed_session_written_bytes", "Bytes written to sessions' files, since the start");
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (file, n_bytes) in [("journal", usage.journal_bytes_written), ("kv", usage.kv_bytes_written)] {
+            let labels = [("file", file)];
+            let mut metric = family.encode_family(&labels)?;
+            metric.encode_counter::<[(&str, &str); 0], _, u64>(&n_bytes, None)?;
+        }
+        Ok(())
+    }
+
     fn encode_counters<N: EncodeCounterValue>(
         &self,
         encoder: &mut DescriptorEncoder<'_>,
@@ -263,7 +286,8 @@ impl Collector for Scrape {
         self.encode_histograms(&mut encoder, LENGTHS, BUCKETS_TOKENS)?;
         self.encode_blocks(&mut encoder)?;
         self.encode_ends(&mut encoder)?;
-        self.encode_machine(&mut encoder)
+        self.encode_machine(&mut encoder)?;
+        self.encode_sessions(&mut encoder)
     }
 }
 
@@ -303,7 +327,9 @@ mod tests {
         };
         let mut budget = Budget::default();
         budget.bind(Limit::CgroupHigh, 1000);
-        Scrape { models: vec![model], device, budget, outlook: Outlook::default() }
+        let sessions =
+            Some(SessionUsage { sessions: 2, kv_bytes: 900, kv_bytes_written: 5000, ..SessionUsage::default() });
+        Scrape { models: vec![model], device, budget, outlook: Outlook::default(), sessions }
     }
 
     fn text_of(scrape: Scrape) -> String {
@@ -331,6 +357,10 @@ mod tests {
             "vllm:request_success_total{model_name=\"a\\\"b\",finished_reason=\"length\"} 9",
             "sparsed_memory_limit_bytes{limit=\"cgroup_high\"} 1000",
             "sparsed_device_faults_total 4",
+            "sparsed_sessions 2",
+            "sparsed_session_disk_bytes{file=\"kv\"} 900",
+            "sparsed_session_written_bytes_total{file=\"kv\"} 5000",
+            "sparsed_session_written_bytes_total{file=\"journal\"} 0",
             "sparsed_model_loads_total{model_name=\"a\\\"b\"} 3",
             "sparsed_model_unloads_total{model_name=\"a\\\"b\",reason=\"pressure\"} 1",
             "# TYPE vllm:time_to_first_token_seconds histogram",
