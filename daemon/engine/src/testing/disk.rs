@@ -11,7 +11,7 @@ type Result<T> = std::result::Result<T, DiskError>;
 /// What a test changes about its disk.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Whims {
-    /// Bytes that it holds.
+    /// Bytes that it holds; 0 for as many as are written.
     pub(crate) capacity: Arc<AtomicU64>,
     /// Whether it takes no writes.
     pub(crate) is_full: Arc<AtomicBool>,
@@ -84,7 +84,8 @@ impl Disk for SmallDisk {
     }
 
     fn write_at(&mut self, file: &Place, offset: u64, bytes: &[u8]) -> Result<()> {
-        if self.whims.is_full.load(Ordering::Relaxed) {
+        let has_end = self.whims.capacity.load(Ordering::Relaxed) > 0;
+        if self.whims.is_full.load(Ordering::Relaxed) || has_end && self.free_bytes()? < bytes.len() as u64 {
             return Err(DiskError::Full);
         }
         self.disk.write_at(file, offset, bytes)
