@@ -5,6 +5,7 @@
 //! device and loads the models: however slow it is, the socket listens and the daemon can be stopped.
 
 use crate::absent::{Absent, Packaged};
+use crate::choice;
 use crate::config::{Activations, Config, IndexDtype, KeepAlive, KvDtype, LoadWhen, Model, Paths, SlowTierFor};
 use crate::devices::{self, CPU};
 use crate::door::{Door, Passed};
@@ -71,7 +72,8 @@ impl Assembly {
     pub fn new(config: &Config, passed: Passed, named: Named) -> anyhow::Result<Self> {
         let paths = Paths::of(config);
         let State { lock, sessions, is_there: has_state } = State::open(config, &paths)?;
-        let devices = devices::find(config)?;
+        let (config, choice) = &choice::settle(config);
+        let devices = devices::find(config, choice.as_ref())?;
         let sources = Sources::open();
         let configured = configured_models(config, &paths);
         let budget = sources.budget(config, &Store::at(&paths.models_dir), configured.values());

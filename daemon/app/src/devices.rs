@@ -1,6 +1,7 @@
 //! Which devices may compute? The configured plugin's, and when they are lost for good, the CPU's.
 
 use crate::assemble::{now_ms, quarantine};
+use crate::choice::Choice;
 use crate::config::{Config, Engine, Isolation, Plugins};
 use crate::state::check_mounted;
 use sparsed_backend::{Backend, BackendError, Found, HostOptions, OpenOptions, Plugin, QuarantineStore, SearchPath};
@@ -24,16 +25,20 @@ pub struct PluginDevice {
     plugin: Option<(Found, Arc<Plugin>)>,
     /// Of the library that was tried last, loaded or not.
     sha256: Option<String>,
+    /// Why it is preferred, if nobody has named it.
+    chosen: Option<String>,
 }
 
 /// The devices in order of preference. No code of a plugin runs yet, however long it would take: the first plugin is
 /// found and checked, so that what is wrong with the installation shows at once; the engine opens it. One in quarantine
-/// is wrong with itself, and the next device takes over.
+/// is wrong with itself, and the next device takes over. `choice`: why the configured plugin is that one, if nobody has
+/// named it.
 ///
 /// # Errors
 /// Which file is wrong and why.
-pub fn find(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError> {
-    let first = PluginDevice::configured(config);
+pub(crate) fn find(config: &Config, choice: Option<&Choice>) -> Result<Vec<Box<dyn DeviceSource>>, BackendError> {
+    let chosen = choice.map(|choice| choice.why.clone());
+    let first = PluginDevice { chosen, ..PluginDevice::configured(config) };
     let spares: Vec<_> = config.engine.spare_devices.iter().map(|&device| first.spare(device)).collect();
     let cpu = (config.engine.failover && config.engine.plugin != CPU).then(|| first.cpu());
     let mut devices: Vec<_> = std::iter::once(first).chain(spares).chain(cpu).collect();
@@ -46,7 +51,7 @@ pub fn find(config: &Config) -> Result<Vec<Box<dyn DeviceSource>>, BackendError>
 }
 
 impl PluginDevice {
-    /// The configured one.
+    /// The configured one, which must have a name.
     pub fn configured(config: &Config) -> Self {
         Self::new(config.plugins.clone(), config.engine.clone(), quarantine(config))
     }
@@ -63,13 +68,11 @@ impl PluginDevice {
     }
 
     fn new(plugins: Plugins, engine: Engine, quarantine: QuarantineStore) -> Self {
-        Self { plugins, engine, quarantine, is_last: false, plugin: None, sha256: None }
+        Self { plugins, engine, quarantine, is_last: false, plugin: None, sha256: None, chosen: None }
     }
 
     fn device(&self, plugin: &Arc<Plugin>) -> Result<Backend, BackendError> {
-        let mem_budget = self.engine.device_memory.map_or(0, |bytes| bytes.0);
-        let options = OpenOptions { n_threads: self.engine.threads, mem_budget };
-        Backend::open(plugin, self.engine.device, &options)
+        Backend::open(plugin, self.engine.device, &open_options(&self.engine))
     }
 
     /// Finds the plugin, if it may be used.
@@ -128,6 +131,17 @@ impl PluginDevice {
     }
 }
 
+/// How a device is opened.
+pub(crate) fn open_options(engine: &Engine) -> OpenOptions {
+    OpenOptions { n_threads: engine.threads, mem_budget: engine.device_memory.map_or(0, |bytes| bytes.0) }
+}
+
+/// As [`host_options`], where nothing is computed: no call has a reason to take longer than a start.
+pub(crate) fn trial_options(plugins: &Plugins, engine: &Engine) -> HostOptions {
+    let options = host_options(plugins, engine);
+    HostOptions { call_timeout: options.start_timeout, ..options }
+}
+
 /// How the process of a plugin is started, and how long it may take.
 pub(crate) fn host_options(plugins: &Plugins, engine: &Engine) -> HostOptions {
     HostOptions {
@@ -153,6 +167,10 @@ fn host_program() -> PathBuf {
 impl DeviceSource for PluginDevice {
     fn name(&self) -> &str {
         &self.engine.plugin
+    }
+
+    fn chosen(&self) -> Option<&str> {
+        self.chosen.as_deref()
     }
 
     fn open(&mut self) -> Result<Backend, BackendError> {

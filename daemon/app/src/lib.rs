@@ -8,6 +8,7 @@
 mod absent;
 mod additions;
 pub mod assemble;
+mod choice;
 pub mod config;
 pub mod ctl;
 pub mod devices;

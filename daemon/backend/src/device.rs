@@ -50,6 +50,8 @@ pub struct DeviceInfo {
     pub name: String,
     /// Driver or, on a CPU, the instruction level in use.
     pub driver: String,
+    /// 0: it cannot run here; of several plugins' the higher is preferred.
+    pub score: u32,
     /// Bytes of memory, 0 when unknown.
     pub mem_total: u64,
     /// `FEAT_*` of the ABI.
@@ -341,6 +343,7 @@ fn device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<DeviceInfo, 
         id: text(&out.id),
         name: text(&out.name),
         driver: text(&out.driver),
+        score: out.score,
         mem_total: out.mem_total,
         features: out.features,
         weight_dtypes: out.weight_dtypes,

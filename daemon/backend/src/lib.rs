@@ -24,6 +24,7 @@ mod limits;
 mod load;
 mod manifest;
 mod memory;
+mod proof;
 mod quarantine;
 mod remote;
 mod slow;

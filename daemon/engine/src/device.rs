@@ -12,6 +12,11 @@ pub trait DeviceSource: Send {
     /// What people call it.
     fn name(&self) -> &str;
 
+    /// Why it is the preferred one, where nobody has named it.
+    fn chosen(&self) -> Option<&str> {
+        None
+    }
+
     /// Opens it. Nothing of an earlier opening is in use any more.
     ///
     /// # Errors
@@ -35,6 +40,8 @@ pub struct DeviceStatus {
     pub n_faults: u64,
     /// Another device than the preferred one: greedy answers may differ in near ties.
     pub backend_changed: bool,
+    /// Why the preferred one is preferred, where nobody has named it.
+    pub chosen: Option<String>,
 }
 
 /// How a device is.
@@ -68,9 +75,9 @@ pub(crate) struct Devices {
 }
 
 impl DeviceStatus {
-    pub(crate) fn new(name: &str) -> Self {
-        let (name, state) = (name.to_owned(), DeviceState::Loading);
-        Self { name, state, last_fault: None, n_faults: 0, backend_changed: false }
+    pub(crate) fn new(name: &str, chosen: Option<&str>) -> Self {
+        let (name, chosen) = (name.to_owned(), chosen.map(str::to_owned));
+        Self { name, state: DeviceState::Loading, last_fault: None, n_faults: 0, backend_changed: false, chosen }
     }
 }
 

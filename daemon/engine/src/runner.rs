@@ -60,7 +60,7 @@ pub fn start(
     let shared = Arc::new(Shared {
         stopping: AtomicBool::new(false),
         ending: AtomicBool::new(false),
-        device: Mutex::new(DeviceStatus::new(devices[0].name())),
+        device: Mutex::new(DeviceStatus::new(devices[0].name(), devices[0].chosen())),
         progress: Mutex::new(Progress::new(recovery.watchdog)),
         outlook: Mutex::new(Outlook::default()),
         budget: Mutex::new(budget),

@@ -317,7 +317,7 @@ pub(crate) fn service_of(residence: Residence) -> (Service, Receiver<Command>) {
     let shared = Arc::new(Shared {
         stopping: AtomicBool::new(false),
         ending: AtomicBool::new(false),
-        device: Mutex::new(DeviceStatus::new("test")),
+        device: Mutex::new(DeviceStatus::new("test", None)),
         progress: Mutex::new(Progress::new(Duration::from_secs(60))),
         outlook: Mutex::default(),
         budget: Mutex::default(),

@@ -4,11 +4,14 @@ use super::Bytes;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// What `engine.plugin` says to leave open which one computes.
+pub const AUTO: &str = "auto";
+
 /// `[engine]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Engine {
-    /// The plugin's id.
+    /// The plugin's id, or [`AUTO`].
     pub plugin: String,
     /// Device of the plugin, from 0.
     pub device: u32,
@@ -48,7 +51,7 @@ pub enum Isolation {
 impl Default for Engine {
     fn default() -> Self {
         Self {
-            plugin: "cpu".to_owned(),
+            plugin: AUTO.to_owned(),
             device: 0,
             spare_devices: Vec::new(),
             device_memory: None,

@@ -24,7 +24,7 @@ mod tcp;
 
 pub use dbus::Dbus;
 pub use difference::Difference;
-pub use engine::{Engine, Isolation, Retry};
+pub use engine::{AUTO, Engine, Isolation, Retry};
 pub use layers::Layers;
 pub use limits::Limits;
 pub use log::{Log, LogLevel};
@@ -178,17 +178,25 @@ impl Config {
         if let Some(wrong) = self.mqtt.wrong_value().or_else(|| self.models.wrong_value()).or_else(names) {
             return Some(wrong);
         }
-        let (longest, grace) = (pauses.iter().max().copied().unwrap_or(0), plugins.grace_ms);
-        let hung = self.engine.step_timeout_ms.saturating_add(grace).saturating_add(longest);
-        if self.engine.isolation != Isolation::None && self.engine.plugin != "cpu" && hung >= self.engine.watchdog_ms {
-            let reason = format!(
-                "is {}; a hung step ({} ms and {grace}) and the longest pause ({longest} ms) would pass it",
-                self.engine.watchdog_ms, self.engine.step_timeout_ms
-            );
+        // What is chosen later is not chosen if it does not hold for it.
+        let is_named = !matches!(self.engine.plugin.as_str(), "cpu" | AUTO);
+        if let Some(reason) = self.outlasts_watchdog().filter(|_| is_named) {
             return Some(("engine.watchdog_ms".to_owned(), reason));
         }
         let dbus = || self.dbus.bus(None).err().map(|reason| ("dbus.bus".to_owned(), reason));
         self.tcp.wrong_value().or_else(dbus)
+    }
+
+    /// Why the watchdog has no patience with a plugin in a process of its own, if so: what its time is, and must be.
+    pub(crate) fn outlasts_watchdog(&self) -> Option<String> {
+        let Engine { retry, step_timeout_ms: step, watchdog_ms: watchdog, isolation, .. } = &self.engine;
+        let (longest, grace) = (retry.backoff_ms.iter().max().copied().unwrap_or(0), self.plugins.grace_ms);
+        let hung = step.saturating_add(grace).saturating_add(longest);
+        (*isolation != Isolation::None && hung >= *watchdog).then(|| {
+            format!(
+                "is {watchdog}; a hung step ({step} ms and {grace}) and the longest pause ({longest} ms) would pass it"
+            )
+        })
     }
 }
 

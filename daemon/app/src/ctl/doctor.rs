@@ -139,8 +139,14 @@ impl Doctor {
         checks.extend(installation::models(root, &config, &paths, memory.as_ref(), self.full, service.as_ref()));
         checks.extend(elsewhere::upstreams(&config, service.as_ref()));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
-        checks.extend(plugins::plugins(&config, &paths, &scan));
-        checks.extend(accelerators::accelerators(root, &plugins::Plugins::of(&config, &scan), service.as_ref()));
+        // One that does not run is not started for this.
+        let status = match service.as_ref().is_none_or(|service| service.is_active) {
+            true => access::status(&socket)?,
+            false => None,
+        };
+        let used = plugins::Plugins::of(&config, &paths, &scan, status.as_ref());
+        checks.extend(plugins::plugins(&config, &paths, &scan, &used));
+        checks.extend(accelerators::accelerators(root, &used, service.as_ref()));
         checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
         checks.extend(access::daemon(&socket, service.as_ref())?);
@@ -165,6 +171,11 @@ impl Doctor {
 pub(super) fn report(source: &Source, socket: Option<&Path>) -> anyhow::Result<Value> {
     let doctor = Doctor { source: source.clone(), socket: socket.map(Path::to_owned), full: false, json: true };
     Ok(doctor.checks()?.iter().map(Check::json).collect())
+}
+
+/// Whether this box has sparsed as a service of the system.
+pub(super) fn has_service() -> bool {
+    service::Service::ask(Path::new("/")).is_some()
 }
 
 /// What keeps a daemon from its start of the files that `config`, as `source` has it, names for its doors; and what

@@ -2,7 +2,7 @@
 
 use crate::assemble::program_options;
 use crate::config::{Activations, Config, IndexDtype, Isolation, KvDtype};
-use crate::devices::PluginDevice;
+use crate::devices::{CPU, PluginDevice};
 use anyhow::Context;
 use sparsed_backend::Backend;
 use sparsed_engine::{DeviceModel, DeviceSource, LoadOptions};
@@ -104,9 +104,7 @@ impl LocalDevice {
     /// Puts the device into a configuration.
     pub(super) fn configure(&self, config: &mut Config) {
         config.plugins.dir.clone_from(&self.plugins_dir);
-        if let Some(plugin) = &self.plugin {
-            config.engine.plugin.clone_from(plugin);
-        }
+        config.engine.plugin = self.plugin.as_deref().unwrap_or(CPU).to_owned();
         config.engine.threads = self.threads();
         config.engine.isolation = self.isolation.unwrap_or_default();
         config.engine.set = self.plugin_set.iter().cloned().collect();

@@ -1,7 +1,7 @@
 //! `sparsectl model`: what is in the store of models? Fetched, listed, read again, removed.
 
-use super::bus;
 use super::client::{Events, OnBus};
+use super::{bus, doctor};
 use crate::assemble::configured_models;
 use crate::config::{Config, Paths, Source as Configuration};
 use crate::store::{Digest, Entry, FetchOptions, Source, Store, Watcher, fetch, how_to_serve, reference};
@@ -21,13 +21,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Where a hub's clients look for its address and a token.
 const HUB_VARIABLE: &str = "HF_ENDPOINT";
 const TOKEN_VARIABLE: &str = "HF_TOKEN";
-/// What tells that this box has sparsed as a service of the system.
-const SERVICE: [&str; 4] = [
-    "/etc/systemd/system/sparsed.service",
-    "/usr/lib/systemd/system/sparsed.service",
-    "/lib/systemd/system/sparsed.service",
-    "/var/lib/sparsed",
-];
 /// Where other tools look for a proxy, in either case.
 const PROXY_VARIABLES: [&str; 6] = ["https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"];
 
@@ -130,8 +123,7 @@ impl Model {
         match self.command {
             Command::Pull(pull) => {
                 let is_default = self.configuration.names_nothing() && config.models.dir.is_none();
-                let has_service = || SERVICE.iter().any(|path| Path::new(path).exists());
-                let note = is_default.then(|| note_of_own_store(store.dir(), has_service)).flatten();
+                let note = is_default.then(|| note_of_own_store(store.dir(), doctor::has_service)).flatten();
                 pull.run(&config, &store, note.as_deref())
             }
             Command::List(list) => list.run(&store),

@@ -5,8 +5,9 @@
 //! is not run for a list.
 
 use crate::assemble::{now_ms, quarantine};
+use crate::choice::plugin_of;
 use crate::config::{Config, Source};
-use crate::devices::host_options;
+use crate::devices::trial_options;
 use anyhow::ensure;
 use serde_json::{Value, json};
 use sparsed_backend::{
@@ -67,11 +68,10 @@ impl Plugins {
 
 /// All plugins with state and reason.
 pub(super) fn report(config: &Config, scan: &Scan, quarantine: &QuarantineStore, now_ms: u64) -> Value {
-    let options = host_options(&config.plugins, &config.engine);
-    // Nothing is computed: no call has a reason to take longer than a start.
-    let options = HostOptions { call_timeout: options.start_timeout, ..options };
+    let options = trial_options(&config.plugins, &config.engine);
+    let selected = plugin_of(config, scan);
     let describe = |found: &Found| {
-        let is_selected = found.manifest.id == config.engine.plugin;
+        let is_selected = found.manifest.id == selected;
         let no_settings = BTreeMap::new();
         let settings = if is_selected { &config.engine.set } else { &no_settings };
         let outcome = quarantine.admit(found, now_ms).and_then(|()| usable(found, settings, &options));

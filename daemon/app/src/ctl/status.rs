@@ -2,6 +2,7 @@
 
 use super::client::{Address, soon};
 use super::word;
+use crate::config::AUTO;
 use anyhow::ensure;
 use serde_json::Value;
 use std::fmt::Write;
@@ -92,12 +93,13 @@ fn status_text(status: &Value, socket: &str) -> String {
 /// A line about the device, if there is something to say.
 fn device(device: &Value) -> String {
     let changed = if device["backend_changed"] == true { ", which took over" } else { "" };
-    match device["last_fault"].as_str() {
-        Some(fault) => {
-            format!("  device {}{changed}: {}; last fault: {fault}\n", word(&device["name"]), word(&device["state"]))
-        }
-        None => String::new(),
+    let (fault, chosen) = (device["last_fault"].as_str(), device["chosen"].as_str());
+    if fault.is_none() && chosen.is_none() {
+        return String::new();
     }
+    let fault = fault.map_or_else(String::new, |fault| format!("; last fault: {fault}"));
+    let chosen = chosen.map_or_else(String::new, |why| format!("; by engine.plugin = \"{AUTO}\": {why}"));
+    format!("  device {}{changed}: {}{fault}{chosen}\n", word(&device["name"]), word(&device["state"]))
 }
 
 /// A line for each part of the budget's reckoning.
@@ -174,6 +176,13 @@ mod tests {
         status["last_fault"] = json!("gone");
         status["backend_changed"] = json!(true);
         assert_eq!(device(&status), "  device cpu, which took over: ready; last fault: gone\n");
+    }
+
+    #[test]
+    fn a_device_that_nobody_has_named_is_told_with_what_speaks_for_it() {
+        let status = json!({ "name": "cuda", "state": "ready", "chosen": "its device X has passed its test" });
+        let line = "  device cuda: ready; by engine.plugin = \"auto\": its device X has passed its test\n";
+        assert_eq!(device(&status), line);
     }
 
     #[test]

@@ -37,6 +37,7 @@ const RELAYED: &[&str] = &[
 /// All of them, in the catalogue's order.
 pub(super) const EVENTS: &[Event] = &[
     event("9fb93534081c4253b1e273a87984a8ab", "listening"),
+    event("6fc49798068445af948da078fdc750c7", "plugin chosen"),
     event("db149e4714be49abb93fe42eabd2d9f2", "device open"),
     event("3994693ea3ae4e689323451b4a95902a", "model ready"),
     event("1aa615a94b6a4551a061ae14a1dbf721", "model not served"),

@@ -12,6 +12,7 @@ mod server;
 mod wire;
 
 pub use client::kill_plugin_hosts;
+pub(crate) use server::matching_devices;
 pub use server::{confine, run_plugin_host};
 
 use std::path::PathBuf;

@@ -151,6 +151,7 @@ fn device_status(device: &DeviceStatus) -> Value {
         "faults": device.n_faults,
         "last_fault": device.last_fault,
         "backend_changed": device.backend_changed,
+        "chosen": device.chosen,
     })
 }
 

@@ -324,6 +324,7 @@ mod tests {
             last_fault: None,
             n_faults: 4,
             backend_changed: false,
+            chosen: None,
         };
         let mut budget = Budget::default();
         budget.bind(Limit::CgroupHigh, 1000);

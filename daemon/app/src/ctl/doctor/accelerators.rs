@@ -4,6 +4,7 @@ use super::people::{READ_AND_WRITE, USER, group_of, may};
 use super::plugins::{Plugins, installs_plugin};
 use super::service::{Service, drops_in};
 use super::{Check, sets};
+use crate::config::AUTO;
 use std::fs;
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
@@ -158,11 +159,17 @@ fn accelerator(root: &Path, kind: &Accelerator, sign: &str, plugins: &Plugins, s
         let found = format!("not used: /dev/{closed} may not be opened by the daemon's user; {driver}");
         return Check::warn(title, found, lets_in(root, &node(closed), closed));
     }
-    if plugins.configured == *plugin {
+    if plugins.used == *plugin {
         return Check::ok(title, format!("used by the plugin '{plugin}'; {driver}"));
     }
-    let found = format!("not used: engine.plugin = \"{}\"; {driver}", plugins.configured);
-    Check::warn(title, found, sets(&format!("engine.plugin = \"{plugin}\"")))
+    let is_chosen = plugins.why.is_some();
+    let setting = if is_chosen { AUTO } else { plugins.used.as_str() };
+    let why = plugins.why.as_ref().map_or_else(String::new, |why| format!(": {why}"));
+    let fix = match is_chosen && plugins.is_ours(plugin) == Some(true) {
+        true => "sudo sparsectl plugins; sudo journalctl -u sparsed -g \"plugin chosen\"".to_owned(),
+        false => sets(&format!("engine.plugin = \"{plugin}\"")),
+    };
+    Check::warn(title, format!("not used: engine.plugin = \"{setting}\"{why}; {driver}"), fix)
 }
 
 /// Why no plugin computes with it, if so, and what can be done then. One of others of the same id may.
@@ -170,7 +177,7 @@ fn computes_nothing(kind: &Accelerator, plugins: &Plugins) -> Option<(String, St
     let (plugin, elsewhere) = (kind.plugin, kind.is_used_elsewhere());
     match (plugins.is_ours(plugin), installs_plugin(plugin, false)) {
         (Some(false), _) => None,
-        (Some(true), _) if plugins.configured == *plugin => {
+        (Some(true), _) if plugins.used == *plugin => {
             let back = sets("engine.plugin = \"cpu\"");
             Some((format!("the plugin '{plugin}' does not compute yet"), format!("{back}; {elsewhere}")))
         }
@@ -246,7 +253,7 @@ mod tests {
     /// These are there, of others than us, and the first one is configured.
     fn plugins(ids: &[&str]) -> Plugins {
         let there = ids.iter().map(|&id| (id.to_owned(), false)).collect();
-        Plugins { configured: ids[0].to_owned(), there }
+        Plugins { used: ids[0].to_owned(), why: None, there }
     }
 
     fn found(root: &Path, ids: &[&str]) -> Check {
@@ -267,11 +274,25 @@ mod tests {
     }
 
     #[test]
+    fn where_the_plugin_was_left_open_the_reason_is_the_choices() {
+        let root = machine(&NPU);
+        let why = || Some("ascend is not used: it is not of this release".to_owned());
+        let said = |used: &str| {
+            accelerators(root.path(), &Plugins { used: used.to_owned(), why: why(), ..plugins(&["ascend"]) }, None)
+                .remove(0)
+        };
+        let aside = said("cpu");
+        assert!(aside.found.contains("engine.plugin = \"auto\": ascend is not used: it is not of this"), "{aside:?}");
+        assert!(aside.fix.unwrap().contains("engine.plugin = \"ascend\""));
+        assert_eq!(said("ascend").verdict, Verdict::Ok);
+    }
+
+    #[test]
     fn a_plugin_of_ours_that_does_not_compute_yet_is_nobodys_to_configure() {
         let root = machine(&[("dev/nvidia0", "")]);
         let said = |configured: &str, there: &[&str]| {
             let there = there.iter().map(|&id| (id.to_owned(), true)).collect();
-            accelerators(root.path(), &Plugins { configured: configured.to_owned(), there }, None).remove(0)
+            accelerators(root.path(), &Plugins { used: configured.to_owned(), why: None, there }, None).remove(0)
         };
         let absent = said("cpu", &["cpu"]);
         assert!(absent.found.contains("'cuda' is not installed, and does not compute yet"), "{absent:?}");

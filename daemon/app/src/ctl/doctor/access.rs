@@ -57,6 +57,15 @@ fn at_rest(socket: &Path, rest: Rest) -> Check {
     }
 }
 
+/// What a daemon says of itself, where one answers.
+///
+/// # Errors
+/// A runtime that cannot be started.
+pub(super) fn status(socket: &Path) -> anyhow::Result<Option<Value>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(soon(Client::new(socket).get("/v1/status"))).ok())
+}
+
 /// The process that listens, where one does that has made its socket itself: a service manager's is not the daemon.
 pub(super) fn pid(socket: &Path) -> Option<u32> {
     let stream = UnixStream::connect(socket).ok()?;
@@ -79,9 +88,7 @@ fn answers(socket: &Path, service: Option<&Service>) -> anyhow::Result<Vec<Check
     };
     let mut checks = vec![health_of(&health, socket)];
     // Who may ask how it is may ask for its state as well.
-    if let Ok(status) = runtime.block_on(soon(client.get("/v1/status"))) {
-        checks.extend(failed_models(&status));
-    }
+    checks.extend(status(socket)?.iter().flat_map(failed_models));
     Ok(checks)
 }
 

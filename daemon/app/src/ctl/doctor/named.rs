@@ -9,6 +9,9 @@ use crate::named::{Named, Trouble, files};
 use crate::private::Missing;
 use std::path::Path;
 
+/// Where the service sees files of the operator's.
+const SEEN: &str = "/etc/sparsed";
+
 /// What is wrong with them for whoever asks, and with those that he may read and the daemon's user may not.
 pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service>) -> Vec<Check> {
     let troubles = Named::troubles(config).into_iter().map(|Trouble { table, error }| {
@@ -26,7 +29,11 @@ pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service
         let why = service.filter(|_| file.exists())?.keeps_from(root, file)?;
         let shown = file.display();
         let fix = match service.and_then(|service| service.hides(file)) {
-            Some(_) => format!("sudo install -o {USER} -m 0600 -t /etc/sparsed {shown}, then {}", sets(&key)),
+            Some(_) => {
+                let moved = Path::new(SEEN).join(file.file_name().unwrap_or_default());
+                let sets = sets(&format!("{key} = \"{}\"", moved.display()));
+                format!("sudo install -o {USER} -m 0600 -t {SEEN} {shown}, then {sets}")
+            }
             None => format!("sudo chown {USER}: {shown} && sudo systemctl restart sparsed"),
         };
         Some(Check::fail(key, format!("{shown} {why}"), fix))
@@ -67,6 +74,8 @@ mod tests {
         assert!(said.fix.unwrap().starts_with("sudo chown sparsed: /"), "{}", said.found);
         let hidden = vec![(root.path().to_owned(), "PrivateTmp=yes".to_owned())];
         let said = named_files(root.path(), &config, Some(&Service { hidden, ..Service::default() })).remove(0);
-        assert!(said.found.contains("(PrivateTmp=yes)") && said.fix.unwrap().contains("-t /etc/sparsed"));
+        assert!(said.found.contains("(PrivateTmp=yes)"), "{said:?}");
+        let fix = said.fix.unwrap();
+        assert!(fix.contains("-t /etc/sparsed") && fix.contains(": tcp.keys = \"/etc/sparsed/keys\"; then "), "{fix}");
     }
 }

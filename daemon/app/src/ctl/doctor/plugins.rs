@@ -3,8 +3,10 @@
 use super::installation::installs;
 use super::{Check, sets};
 use crate::assemble::{now_ms, quarantine_in};
-use crate::config::{Config, Paths};
+use crate::choice::{Choice, choose};
+use crate::config::{AUTO, Config, Paths};
 use rustix::fs::Access;
+use serde_json::Value;
 use sparsed_backend::{ABI_MAJOR, ABI_MINOR, BackendError, Found, Refusal, Scan};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
@@ -20,16 +22,27 @@ const WRITABLE_BY_OTHERS: u32 = 0o022;
 /// The plugins that are there.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Plugins {
-    /// The id of the one that is configured, whether it is there or not.
-    pub(super) configured: String,
+    /// The id of the one that is configured, whether it is there or not, or was chosen.
+    pub(super) used: String,
+    /// Why it was chosen, where none is configured.
+    pub(super) why: Option<String>,
     /// Ids, and whether each came with this release.
     pub(super) there: Vec<(String, bool)>,
 }
 
 impl Plugins {
-    pub(super) fn of(config: &Config, scan: &Scan) -> Self {
+    /// What a daemon chose is known by its `/v1/status`, `status`; where none answers, it is looked for as one does.
+    pub(super) fn of(config: &Config, paths: &Paths, scan: &Scan, status: Option<&Value>) -> Self {
         let there = scan.found.iter().map(|found| (found.manifest.id.clone(), found.is_ours())).collect();
-        Self { configured: config.engine.plugin.clone(), there }
+        let told = status.and_then(|status| {
+            let word = |key: &str| status["device"][key].as_str().map(str::to_owned);
+            Some((word("name")?, word("chosen")?))
+        });
+        let chosen = || choose(config, paths, scan).map(|Choice { plugin, why, .. }| (plugin, why));
+        match told.or_else(chosen).filter(|_| config.engine.plugin == AUTO) {
+            Some((used, why)) => Self { used, why: Some(why), there },
+            None => Self { used: config.engine.plugin.clone(), why: None, there },
+        }
     }
 
     /// Whether there is one of this id, and then whether it came with this release.
@@ -51,8 +64,8 @@ fn versions(found: &Found) -> String {
     format!("{version} in {dir}; ABI {majors}, of the daemon's {ABI_MAJOR}.{ABI_MINOR}")
 }
 
-/// Which plugins are there, and whether the one that is configured may be used.
-pub(super) fn plugins(config: &Config, paths: &Paths, scan: &Scan) -> Vec<Check> {
+/// Which plugins are there, and whether the one that is `used` may be.
+pub(super) fn plugins(config: &Config, paths: &Paths, scan: &Scan, used: &Plugins) -> Vec<Check> {
     let store = quarantine_in(config, paths);
     // Others than the daemon's user may not see what has failed; its log says so as well.
     let is_hidden = paths.state_dir.exists() && rustix::fs::access(&paths.state_dir, Access::EXEC_OK).is_err();
@@ -70,7 +83,10 @@ pub(super) fn plugins(config: &Config, paths: &Paths, scan: &Scan) -> Vec<Check>
         let id = dir.file_name().unwrap_or_default().to_string_lossy();
         checks.push(Check::warn(format!("plugin {}", dir.display()), error.to_string(), mends(error, &id, dir)));
     }
-    let wanted = &config.engine.plugin;
+    if let Plugins { used, why: Some(why), .. } = used {
+        checks.push(Check::ok("engine.plugin", format!("{AUTO}: '{used}' computes; {why}")));
+    }
+    let wanted = &used.used;
     if !scan.found.iter().any(|found| found.manifest.id == *wanted) {
         let searched: Vec<String> = scan.searched.iter().map(|dir| dir.display().to_string()).collect();
         let found = format!("engine.plugin = \"{wanted}\" is in none of {}", searched.join(", "));
@@ -161,9 +177,24 @@ mod tests {
         let fix = |plugin: &str| {
             let mut config = Config::default();
             plugin.clone_into(&mut config.engine.plugin);
-            plugins(&config, &Paths::of(&config), &scan).remove(0).fix.unwrap()
+            let paths = Paths::of(&config);
+            let used = Plugins::of(&config, &paths, &scan, None);
+            plugins(&config, &paths, &scan, &used).pop().unwrap().fix.unwrap()
         };
         assert!(fix("cuda").contains("./sparsed-plugin-cuda") && fix("cpu").contains("./sparsed"));
-        assert!(fix("ascend").contains("engine.plugin = \"cpu\""));
+        assert!(fix("ascend").contains("engine.plugin = \"cpu\"") && fix(AUTO).contains("./sparsed"));
+    }
+
+    #[test]
+    fn what_a_daemon_has_chosen_is_told_with_its_reasons() {
+        let scan = Scan { searched: vec!["/p".into()], found: Vec::new(), refused: Vec::new() };
+        let status = serde_json::json!({ "device": { "name": "cuda", "chosen": "its device X has passed its test" } });
+        let (left_open, named) = (Config::default(), Config::of(&["engine.plugin=cpu"]));
+        let of = |config: &Config| Plugins::of(config, &Paths::of(config), &scan, Some(&status));
+        let told = plugins(&left_open, &Paths::of(&left_open), &scan, &of(&left_open)).remove(0);
+        assert_eq!(told.found, "auto: 'cuda' computes; its device X has passed its test");
+        assert_eq!((of(&named).used.as_str(), of(&named).why), ("cpu", None));
+        let alone = Plugins::of(&left_open, &Paths::of(&left_open), &scan, None);
+        assert_eq!((alone.used.as_str(), alone.why.as_deref()), ("cpu", Some("no other plugin is there")));
     }
 }

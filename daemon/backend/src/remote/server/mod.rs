@@ -8,6 +8,7 @@ mod objects;
 mod sandbox;
 
 pub use sandbox::confine;
+pub(crate) use sandbox::matching_devices;
 
 use crate::remote::wire::{Failure, Reply, Request, Start, receive, send};
 use crate::{BackendError, Found, Plugin};

@@ -148,7 +148,7 @@ fn restrict_files(dir: &Path, manifest: &Manifest) -> Result<(), landlock::Rules
 }
 
 /// The device nodes that `/dev/name` or `/dev/prefix*` names; see [`crate::Manifest::devices`].
-fn matching_devices(pattern: &str) -> Vec<PathBuf> {
+pub(crate) fn matching_devices(pattern: &str) -> Vec<PathBuf> {
     let Some(prefix) = pattern.strip_suffix('*') else { return vec![PathBuf::from(pattern)] };
     let (dir, start) = prefix.rsplit_once('/').unwrap_or(("", prefix));
     let Ok(entries) = std::fs::read_dir(dir) else { return Vec::new() };
