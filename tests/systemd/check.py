@@ -17,8 +17,10 @@ import sys
 import threading
 import time
 
+import advice
 import doors
 import reduced
+import shells
 import tutorials
 import upgrade
 from box import (
@@ -608,7 +610,7 @@ def without_the_models_package_it_says_what_is_missing_and_answers_once_that_is_
     status, value = ask("alice", "/v1/chat/completions", CAPITAL)
     assert status == 503 and "No such file" in str(value), f"{status} {value}"
     assert is_active() and int(shown("NRestarts")) == 0, shown("NRestarts")
-    run("dpkg", "--install", *glob.glob(f"{PACKAGES}/sparsed-model-*.deb"))
+    advice.is_mended("model default", "fail", "No such file", folder=PACKAGES)
     until_ready()
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
@@ -633,7 +635,9 @@ def a_packaged_model_that_decays_or_is_cut_is_refused_and_the_service_stays():
         assert "is damaged: its SHA-256" in run("sparsectl", "doctor", check=False)
         found = run("sparsectl", "doctor", "--full", check=False)
         assert "apt install --reinstall ./sparsed-model-smollm2-dsa" in found, found
-    os.rename("/opt/whole", file)
+    # Cut, it is known without --full.
+    advice.is_mended("model default", "fail", "the file is not whole", folder=PACKAGES)
+    os.unlink("/opt/whole")
     restart()
     assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
 
@@ -711,6 +715,12 @@ def a_masked_service_is_purged():
     run("systemctl", "unmask", "sparsed.service")
 
 
+def a_user_who_fills_a_store_of_his_own_hears_that_the_service_does_not_read_it():
+    said = run(*as_user("mallory"), "HOME=/home/mallory", "sparsectl", "model", "pull", f"file:{MODEL}")
+    assert "this is your own store, /home/mallory/" in said, said
+    run("rm", "-rf", "/home/mallory/.local")
+
+
 def rpm_finds_every_file_as_it_was():
     changed = run("rpm", "--verify", "--nodeps", *PACKAGE_NAMES)
     assert not changed, changed
@@ -768,6 +778,9 @@ CHECKS = [
     *doors.CHECKS,
     *reduced.CHECKS,
     *tutorials.CHECKS,
+    *shells.CHECKS,
+    *advice.CHECKS,
+    a_user_who_fills_a_store_of_his_own_hears_that_the_service_does_not_read_it,
     the_plugin_for_cuda_comes_and_goes_and_meanwhile_the_cpu_computes,
     an_upgrade_and_a_downgrade_in_the_middle_of_answers_lose_none_and_refuse_nobody,
     an_upgrade_leaves_the_units_as_the_operator_has_them,

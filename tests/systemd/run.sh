@@ -23,13 +23,13 @@ packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,py
 case $suite in
   focal | jammy) ;;
   bullseye) packages=$packages,policykit-1,mosquitto,mosquitto-clients ;;
-  *) packages=$packages,polkitd,dbus-broker,mosquitto,mosquitto-clients ;;
+  *) packages=$packages,polkitd,dbus-broker,mosquitto,mosquitto-clients,zsh,fish ;;
 esac
 components=main
 case $suite in focal | jammy | noble) components=main,universe ;; esac
 # Most seconds for the boot, and for all checks.
 BOOT_S=60
-CHECKS_S=${CHECKS_S:-420}
+CHECKS_S=${CHECKS_S:-540}
 
 skip() {
   echo "skipped: $*" >&2
