@@ -10,7 +10,7 @@ use sparsed_abi::{
     KV_EXPORT, KV_IMPORT, SpdKvOp, SpdRow,
 };
 use sparsed_backend::{
-    Backend, HostOptions, KvDesc, OpenOptions, Plugin, SearchPath, WeightFile, WeightUpload, kill_plugin_hosts,
+    Backend, Found, HostOptions, KvDesc, OpenOptions, Plugin, SearchPath, WeightFile, WeightUpload, kill_plugin_hosts,
 };
 use sparsed_tests::tiny::Tiny;
 use std::collections::BTreeMap;
@@ -50,6 +50,19 @@ fn a_device_says_through_a_host_what_it_says_itself() {
     assert!(probe.backend.supports(&probe::program(), 9).unwrap_err().to_string().contains("operator 9"));
     let refused = Probe::try_open(&[("refuse", "x")], &host_options()).unwrap_err().to_string();
     assert!(refused.contains("told to refuse"), "{refused}");
+}
+
+#[test]
+fn a_plugin_proves_that_it_computes_or_says_what_it_lacks() {
+    let _not_killed = ALONE.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let scan = SearchPath::only(vec![sparsed_tests::root().join("target/release/plugins")]).scan();
+    let prove = |found: &Found| found.prove(&BTreeMap::new(), 0, &OpenOptions::default(), &host_options());
+    for id in ["cpu", "minimal"] {
+        let device = prove(scan.select(Some(id)).unwrap()).unwrap();
+        assert!(device.score > 0 && !device.name.is_empty(), "{device:?}");
+    }
+    let useless = prove(&probe::found()).unwrap_err().to_string();
+    assert!(useless.contains("its device says that it cannot run here"), "{useless}");
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! The plugin of `probe.c`, built once, and what can be seen of its process from outside.
 
 use sparsed_abi::{Blob, DIM_TOKENS, DT_F32, OP_ADD, OpSpec, ProgramBuilder, SpdBucket, StepArrays};
-use sparsed_backend::{Backend, BackendError, HostOptions, KvDesc, OpenOptions, Plan, Plugin, Queue, SearchPath};
+use sparsed_backend::{
+    Backend, BackendError, Found, HostOptions, KvDesc, OpenOptions, Plan, Plugin, Queue, SearchPath,
+};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -84,11 +86,15 @@ impl Probe {
     }
 }
 
+/// The plugin before it is loaded.
+pub(crate) fn found() -> Found {
+    SearchPath::only(vec![FOLDER.path().join("plugins")]).scan().select(Some("probe")).unwrap().clone()
+}
+
 fn start(settings: &[(&str, &str)], options: &HostOptions) -> Result<Probe, BackendError> {
     LazyLock::force(&LOG);
-    let scan = SearchPath::only(vec![FOLDER.path().join("plugins")]).scan();
     let settings = settings.iter().map(|&(key, value)| (key.to_owned(), value.to_owned())).collect();
-    let plugin = Plugin::load_isolated(scan.select(Some("probe"))?, &settings, options)?;
+    let plugin = Plugin::load_isolated(&found(), &settings, options)?;
     let backend = Backend::open(&plugin, 0, &OpenOptions::default())?;
     Ok(Probe { backend, plugin, _turn: None })
 }

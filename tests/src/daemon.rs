@@ -21,6 +21,7 @@ const PAUSE: Duration = Duration::from_millis(3);
 pub struct Daemon {
     child: Child,
     home: TempDir,
+    program: PathBuf,
     model: Option<PathBuf>,
 }
 
@@ -77,9 +78,17 @@ impl Daemon {
     /// # Panics
     /// When the executable cannot be run.
     pub fn spawn_in(environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Self {
+        Self::spawn_of(&crate::root().join("target/release/sparsed"), environment, model, sets)
+    }
+
+    /// As [`spawn_in`](Self::spawn_in), of this executable: its plugins lie beside it.
+    ///
+    /// # Panics
+    /// When it cannot be run.
+    pub fn spawn_of(program: &Path, environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Self {
         let home = tempfile::tempdir().expect("a temporary folder");
-        let child = run_at(home.path(), environment, model, sets);
-        Self { child, home, model: model.map(Path::to_owned) }
+        let child = run_at(home.path(), program, environment, model, sets);
+        Self { child, home, program: program.to_owned(), model: model.map(Path::to_owned) }
     }
 
     /// Kills it, as a power cut would but for what the kernel has of its files, and starts another one in its place.
@@ -99,7 +108,7 @@ impl Daemon {
     /// When it does not, or the one before has not ended: that would answer in its place.
     pub fn restart(&mut self, sets: &[&str]) {
         assert!(self.child.try_wait().is_ok_and(|ended| ended.is_some()), "the one before still runs");
-        self.child = run_at(self.home.path(), &[], self.model.as_deref(), sets);
+        self.child = run_at(self.home.path(), &self.program, &[], self.model.as_deref(), sets);
         self.wait_until("ready", || self.try_get("/health").is_some_and(|answer| answer.status == 200));
     }
 
@@ -275,8 +284,8 @@ impl Daemon {
 }
 
 /// Runs a daemon that has everything in `home`; its log goes on where an earlier one's ended.
-fn run_at(home: &Path, environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Child {
-    let mut command = Command::new(crate::root().join("target/release/sparsed"));
+fn run_at(home: &Path, program: &Path, environment: &[(&str, &Path)], model: Option<&Path>, sets: &[&str]) -> Child {
+    let mut command = Command::new(program);
     let mut set = |key: &str, value: &Path| {
         command.arg("--set").arg(format!("{key}={}", value.display()));
     };

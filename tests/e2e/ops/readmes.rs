@@ -1,7 +1,9 @@
 //! Is the Chinese README in step? The same headings by level, the same commands, the same links. And do the installed
 //! pages point to what is installed?
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::process::Command;
 
 fn page(name: &str) -> String {
     std::fs::read_to_string(sparsed_tests::root().join(name)).unwrap()
@@ -89,4 +91,93 @@ fn what_an_installed_page_points_to_is_installed() {
         let text = page(name);
         assert!(!text.contains("packaging/") && !text.contains(" systemd/"), "{name} names a place of the sources");
     }
+}
+
+/// The pages that tell people what to type and to write.
+fn pages() -> Vec<PathBuf> {
+    let root = sparsed_tests::root();
+    let folders = ["packaging", "packaging/tutorials", "packaging/man"].map(|folder| root.join(folder));
+    let entries = folders.iter().flat_map(|folder| folder.read_dir().unwrap()).map(|entry| entry.unwrap().path());
+    let is_page = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "md" || extension == "in");
+    let mut pages: Vec<PathBuf> = entries.filter(is_page).collect();
+    pages.extend([root.join("README.md"), root.join("README.zh-CN.md")]);
+    pages
+}
+
+/// What `sparsectl` says; `None` where it fails.
+fn tool(arguments: &[&str]) -> Option<String> {
+    let done = Command::new(sparsed_tests::sparsectl()).args(arguments).output().unwrap();
+    done.status.success().then(|| String::from_utf8(done.stdout).unwrap())
+}
+
+#[test]
+fn the_settings_that_a_page_shows_are_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut n_blocks = 0;
+    for path in pages() {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for block in text.split("```").skip(1).step_by(2) {
+            // A block of settings says so, or begins with a table.
+            let (language, settings) = block.split_once('\n').unwrap();
+            if language != "toml" && !(language.is_empty() && settings.starts_with('[')) {
+                continue;
+            }
+            let file = dir.path().join("config.toml");
+            std::fs::write(&file, settings).unwrap();
+            let shown = tool(&["config", "show", "--config", file.to_str().unwrap()]);
+            assert!(shown.is_some(), "{}: {settings}", path.display());
+            n_blocks += 1;
+        }
+    }
+    assert!(n_blocks > 4, "{n_blocks} blocks");
+}
+
+/// The words of each command `sparsectl ...` in a page, up to what the shell or the text has behind it.
+fn commands_of_the_tool(text: &str) -> Vec<Vec<String>> {
+    let text = text.replace("\\\n", " ").replace("\\-", "-");
+    let lines = text.lines().flat_map(|line| line.split("sparsectl ").skip(1).collect::<Vec<_>>());
+    let words = |rest: &str| {
+        let mut words = Vec::new();
+        for word in rest.split_whitespace() {
+            let end = word.find(['`', '|', ';', '&', '<', '>', '#', ')', ',']).unwrap_or(word.len());
+            words.extend((end > 0).then(|| word[..end].trim_matches(['"', '\'']).to_owned()));
+            if end < word.len() {
+                break;
+            }
+        }
+        words
+    };
+    lines.map(words).filter(|words: &Vec<String>| !words.is_empty()).collect()
+}
+
+#[test]
+fn the_options_that_a_page_names_are_options_of_that_command() {
+    let mut helps: BTreeMap<Vec<String>, Option<String>> = BTreeMap::new();
+    let mut help = |command: &[String]| -> Option<String> {
+        let arguments: Vec<&str> = command.iter().map(String::as_str).chain(["--help"]).collect();
+        helps.entry(command.to_vec()).or_insert_with(|| tool(&arguments)).clone()
+    };
+    let mut n_options = 0;
+    for path in pages() {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for words in commands_of_the_tool(&text) {
+            let options: Vec<&String> = words.iter().filter(|word| word.starts_with("--") && word.len() > 2).collect();
+            if options.is_empty() {
+                continue;
+            }
+            // Of two words the second may be an argument, of one it must be a command.
+            let is_word =
+                |word: &&String| word.chars().all(|c| c.is_ascii_lowercase() || c == '-') && !word.starts_with('-');
+            let command: Vec<String> = words.iter().take(2).take_while(is_word).cloned().collect();
+            let known = help(&command).or_else(|| help(&command[..command.len().min(1)]));
+            let known = known.unwrap_or_else(|| panic!("{}: sparsectl {}", path.display(), words.join(" ")));
+            for option in options {
+                let name = option.split('=').next().unwrap();
+                let is_there = known.split(|c: char| c.is_whitespace() || ",=[]".contains(c)).any(|word| word == name);
+                assert!(is_there, "{}: {name} in: sparsectl {}", path.display(), words.join(" "));
+                n_options += 1;
+            }
+        }
+    }
+    assert!(n_options > 20, "{n_options} options");
 }

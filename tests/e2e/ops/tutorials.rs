@@ -157,3 +157,25 @@ fn the_tutorial_for_operators_works() {
     desk.follow("operators.md", &[]);
     assert!(desk.daemon.log().contains("limits.max_waiting = 64 (was 256)"), "{}", desk.daemon.log());
 }
+
+#[test]
+fn the_commands_of_the_readme_that_use_a_build_work_one_after_the_other() {
+    let readme = std::fs::read_to_string(sparsed_tests::root().join("README.md")).unwrap();
+    let block = readme.split("\n## Use\n").nth(1).unwrap().split("```").nth(1).unwrap();
+    let (dir, lengths) = (tempfile::tempdir().unwrap(), "-p 512 -n 128 -d 0,2048");
+    assert!(block.contains(lengths) && sparsed_tests::model("smollm2-135m-dsa.gguf").exists());
+    let place = dir.path().join("s").display().to_string();
+    let block = block.replace("/tmp/sparsed", &place).replace(lengths, "-p 16 -n 4 -d 0,64");
+    let mut shell = Command::new("timeout");
+    // What is a conversation on a terminal takes its prompt from here.
+    let script = format!("trap 'kill %1; wait' EXIT\n{block}");
+    shell.args(["300", "bash", "-euo", "pipefail", "-c", &script]).current_dir(sparsed_tests::root());
+    let prompt = dir.path().join("prompt");
+    std::fs::write(&prompt, "Name a colour.").unwrap();
+    let done = shell.stdin(std::fs::File::open(prompt).unwrap()).output().unwrap();
+    let said = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+    assert!(done.status.success(), "{said}");
+    for words in ["\"choices\"", "KV blocks", "TOKENS/S"] {
+        assert!(said.contains(words), "{words}: {said}");
+    }
+}

@@ -1,6 +1,7 @@
 //! Does the daemon survive its devices? The CPU plugin with planted faults, id `faulty`.
 //!
-//! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Settings:
+//! The table is that of the library named by the environment's `SPARSED_WRAPPED`, but for the functions here. Where
+//! `SPARSED_ACCELERATOR` is an id, it is the table of that plugin, and its device is no CPU. Settings:
 //! - `faults`, a list `run:status` of steps that fail, counted from 1 over the life of the process;
 //! - `broken_from`, the step at which the device is lost and does not open again, or not before `broken_opens`
 //!   attempts;
@@ -22,12 +23,12 @@ use slow::SlowFault;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use sparsed_abi::{
-    ABI_MAJOR, ABI_MINOR, E_DATA, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, E_UNSUPPORTED, ENTRY_SYMBOL,
-    FEAT_SLOW_FILE, OK, SpdApi, SpdDevice, SpdDeviceInfo, SpdError, SpdGetApiFn, SpdHost, SpdInstance, SpdKvOp,
-    SpdKvPool, SpdOpenOptions, SpdPlan, SpdQueue, SpdRun, SpdStatus,
+    ABI_MAJOR, ABI_MINOR, DEV_NPU, E_DATA, E_DEVICE_LOST, E_INTERNAL, E_INVALID, E_QUEUE_LOST, E_UNSUPPORTED,
+    ENTRY_SYMBOL, FEAT_SLOW_FILE, OK, SpdApi, SpdDevice, SpdDeviceInfo, SpdError, SpdGetApiFn, SpdHost, SpdInstance,
+    SpdKvOp, SpdKvPool, SpdOpenOptions, SpdPlan, SpdQueue, SpdRun, SpdStatus,
 };
 use std::collections::BTreeMap;
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, CString, c_void};
 use std::ops::Range;
 use std::ptr;
 use std::str::FromStr;
@@ -85,7 +86,7 @@ fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
     // SAFETY: the library stays loaded; the answer is NULL or a static table.
     let real: &'static SpdApi = unsafe { entry(ABI_MAJOR, ABI_MINOR).as_ref() }?;
     let own = SpdApi {
-        plugin_id: c"faulty".as_ptr(),
+        plugin_id: accelerator().unwrap_or(c"faulty").as_ptr(),
         instance_create: Some(instance_create),
         device_info: Some(device_info),
         device_open: Some(device_open),
@@ -98,6 +99,13 @@ fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
         ..*real
     };
     Some((real, own))
+}
+
+/// The id of the plugin whose place it takes, if it is another one's.
+fn accelerator() -> Option<&'static CStr> {
+    static ID: OnceLock<Option<CString>> = OnceLock::new();
+    let id = || std::env::var("SPARSED_ACCELERATOR").ok().and_then(|id| CString::new(id).ok());
+    ID.get_or_init(id).as_deref()
 }
 
 fn real() -> &'static SpdApi {
@@ -208,6 +216,10 @@ unsafe extern "C" fn device_info(
     if status == OK && PLANTED.get().is_some_and(|planted| planted.slow_host) {
         // SAFETY: the daemon's struct, of this version, which the library has filled.
         unsafe { (*out).features &= !FEAT_SLOW_FILE };
+    }
+    if status == OK && accelerator().is_some() {
+        // SAFETY: as above.
+        unsafe { (*out).kind = DEV_NPU };
     }
     status
 }
