@@ -9,7 +9,6 @@
 
 use crate::kept::{Kept, Which};
 use crate::{BLOCK_TOKENS, BlockId};
-use std::collections::HashMap;
 
 /// What a block and all before it contain, for one owner and model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,15 +63,16 @@ impl PrefixHasher {
         if let Some(done) = hashes.len().checked_sub(1) {
             blocks.nth(done);
         }
+        // In one piece: many small ones take longer than the hash.
+        let mut said = [0; 72 + 4 * BLOCK_TOKENS as usize];
+        said[..8].copy_from_slice(&realm.owner.to_le_bytes());
+        said[8..40].copy_from_slice(&realm.salt);
         for block in blocks {
-            let mut hash = blake3::Hasher::new_keyed(&self.key);
-            hash.update(&realm.owner.to_le_bytes());
-            hash.update(&realm.salt);
-            hash.update(&before.map_or([0; 32], |BlockHash(bytes)| bytes));
-            for token in block {
-                hash.update(&token.to_le_bytes());
+            said[40..72].copy_from_slice(&before.map_or([0; 32], |BlockHash(bytes)| bytes));
+            for (bytes, token) in said[72..].chunks_exact_mut(4).zip(block) {
+                bytes.copy_from_slice(&token.to_le_bytes());
             }
-            let next = BlockHash(*hash.finalize().as_bytes());
+            let next = BlockHash(*blake3::keyed_hash(&self.key, &said).as_bytes());
             hashes.push(next);
             before = Some(next);
         }
@@ -80,17 +80,34 @@ impl PrefixHasher {
 }
 
 /// Blocks with known content, and those of them without a holder.
+///
+/// They are found by chains through arrays that are made once: a table that grows, or is tidied up, does so in the
+/// middle of a step.
 #[derive(Debug)]
 pub(crate) struct Prefixes {
-    by_hash: HashMap<BlockHash, BlockId>,
-    /// What each block contains, and whose it is.
-    known: Vec<Option<(BlockHash, u64)>>,
+    /// The first block of each chain, which has those whose hashes begin alike; as many chains as blocks at least.
+    chains: Vec<u32>,
+    known: Vec<Option<Known>>,
     kept: Kept,
 }
 
+/// What is known of a block.
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    hash: BlockHash,
+    /// Whose it is.
+    owner: u64,
+    /// The next block of its chain.
+    next: u32,
+}
+
+/// The end of a chain.
+const NONE: u32 = u32::MAX;
+
 impl Prefixes {
     pub(crate) fn new(n_blocks: usize) -> Self {
-        Self { by_hash: HashMap::new(), known: vec![None; n_blocks], kept: Kept::new(n_blocks) }
+        let chains = vec![NONE; n_blocks.next_power_of_two()];
+        Self { chains, known: vec![None; n_blocks], kept: Kept::new(n_blocks) }
     }
 
     /// Blocks without a holder.
@@ -103,24 +120,36 @@ impl Prefixes {
     }
 
     pub(crate) fn find(&self, hash: BlockHash) -> Option<BlockId> {
-        self.by_hash.get(&hash).copied()
+        self.links(hash).find(|(_, known)| known.hash == hash).map(|(block, _)| BlockId(block))
     }
 
     /// Notes what a block of this owner contains. Of two blocks with the same content the first stays known.
     pub(crate) fn seal(&mut self, block: BlockId, hash: BlockHash, owner: u64) {
-        let known = &mut self.known[block.0 as usize];
-        assert!(known.is_none_or(|(old, _)| old == hash), "block {} is sealed already", block.0);
-        if let std::collections::hash_map::Entry::Vacant(entry) = self.by_hash.entry(hash) {
-            entry.insert(block);
-            *known = Some((hash, owner));
+        let known = self.known[block.0 as usize];
+        assert!(known.is_none_or(|known| known.hash == hash), "block {} is sealed already", block.0);
+        if self.find(hash).is_none() {
+            let chain = self.chain(hash);
+            let next = std::mem::replace(&mut self.chains[chain], block.0);
+            self.known[block.0 as usize] = Some(Known { hash, owner, next });
         }
+    }
+
+    /// The blocks of the chain that has `hash`, if any has.
+    fn links(&self, hash: BlockHash) -> impl Iterator<Item = (u32, Known)> {
+        let known = |block: u32| Some((block, *self.known.get(block as usize)?.as_ref()?));
+        std::iter::successors(known(self.chains[self.chain(hash)]), move |(_, before)| known(before.next))
+    }
+
+    /// A hash is as good as random, and nobody can choose it.
+    fn chain(&self, BlockHash(bytes): BlockHash) -> usize {
+        u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize & (self.chains.len() - 1)
     }
 
     /// Keeps a block whose last holder is gone, if its content is known. `is_fast` says where its latent plane is.
     pub(crate) fn keep(&mut self, block: BlockId, is_fast: bool) -> bool {
         let known = self.known[block.0 as usize];
-        if let Some((_, owner)) = known {
-            self.kept.push(block, owner, is_fast);
+        if let Some(known) = known {
+            self.kept.push(block, known.owner, is_fast);
         }
         known.is_some()
     }
@@ -140,9 +169,14 @@ impl Prefixes {
 
     /// Forgets what a block contains.
     pub(crate) fn forget(&mut self, block: BlockId) {
-        if let Some((hash, _)) = self.known[block.0 as usize].take() {
-            self.by_hash.remove(&hash);
+        let Some(gone) = self.known[block.0 as usize] else { return };
+        let chain = self.chain(gone.hash);
+        let before = self.links(gone.hash).find(|(_, known)| known.next == block.0);
+        match before.and_then(|(before, _)| self.known[before as usize].as_mut()) {
+            Some(before) => before.next = gone.next,
+            None => self.chains[chain] = gone.next,
         }
+        self.known[block.0 as usize] = None;
     }
 }
 
@@ -202,5 +236,30 @@ mod tests {
             hasher.extend(Realm::new(1, None), &tokens[..n], &mut grown);
         }
         assert_eq!(grown, hashes(9, 1, &tokens));
+    }
+
+    /// Twice as many contents as blocks come and go; all chains are those of a plain map.
+    #[test]
+    fn blocks_are_found_by_what_they_contain_however_many_came_and_went() {
+        const N: usize = 100;
+        let mut prefixes = Prefixes::new(N);
+        let mut map = std::collections::BTreeMap::new();
+        let hashes = hashes(1, 5, &(0..64 * 2 * N as u32).collect::<Vec<_>>());
+        let mut random = 7_usize;
+        for _ in 0..5000 {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let (block, content) = ((random >> 33) % N, (random >> 45) % (2 * N));
+            if prefixes.is_sealed(BlockId(block as u32)) {
+                prefixes.forget(BlockId(block as u32));
+                map.retain(|_, of| *of != block);
+            } else {
+                prefixes.seal(BlockId(block as u32), hashes[content], 5);
+                map.entry(content).or_insert(block);
+            }
+            for (content, &hash) in hashes.iter().enumerate() {
+                let found = prefixes.find(hash).map(|block| block.0 as usize);
+                assert_eq!(found, map.get(&content).copied(), "content {content}");
+            }
+        }
     }
 }
