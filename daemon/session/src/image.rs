@@ -35,6 +35,23 @@ pub struct ImageShape {
     pub block_bytes: u32,
 }
 
+/// Why nothing of a KV file is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KvFault {
+    /// It has no header that is whole.
+    #[error("the file is damaged at its beginning")]
+    Damaged,
+    /// Another version of this program has made it.
+    #[error("the file has version {0}, which is not known")]
+    Version(u32),
+    /// A later version of this program has made it.
+    #[error("the file is encrypted with cipher {0}, which is not known")]
+    Cipher(u32),
+    /// They are another model's, or in another format.
+    #[error("the file has rows of another model or format")]
+    Shape,
+}
+
 impl ImageShape {
     /// Whether such images may be kept at all.
     pub(crate) fn is_possible(&self) -> bool {
@@ -54,19 +71,34 @@ impl ImageShape {
         header
     }
 
-    /// What a file's header says, if it says anything.
-    pub(crate) fn parse(header: &[u8]) -> Option<(Self, Suite)> {
+    /// What a file's header says.
+    ///
+    /// # Errors
+    /// Why it says nothing.
+    pub(crate) fn parse(header: &[u8]) -> Result<(Self, Suite), KvFault> {
+        let (version, is_whole, shape, suite) = Self::fields(header).ok_or(KvFault::Damaged)?;
+        // What follows the number of another version is anything.
+        if version != VERSION {
+            return Err(KvFault::Version(version));
+        }
+        if !is_whole || !shape.is_possible() {
+            return Err(KvFault::Damaged);
+        }
+        Ok((shape, Suite::numbered(suite).ok_or(KvFault::Cipher(suite))?))
+    }
+
+    /// A header's version, whether its CRC is right, its shape, and the number of its cipher.
+    fn fields(header: &[u8]) -> Option<(u32, bool, Self, u32)> {
         let header = header.first_chunk::<HEADER_BYTES>()?;
         let (body, crc) = header.split_last_chunk::<4>()?;
         let (magic, rest) = body.split_first_chunk::<4>()?;
         let (version, rest) = rest.split_first_chunk::<4>()?;
         let (fingerprint, rest) = rest.split_first_chunk::<32>()?;
         let (block_bytes, suite) = rest.split_first_chunk::<4>()?;
-        let is_known = magic == MAGIC && u32::from_le_bytes(*version) == VERSION;
         let is_whole = crc32c::crc32c(body) == u32::from_le_bytes(*crc);
-        let suite = Suite::numbered(u32::from_le_bytes(suite.try_into().ok()?))?;
         let shape = Self { fingerprint: *fingerprint, block_bytes: u32::from_le_bytes(*block_bytes) };
-        (is_known && is_whole && shape.is_possible()).then_some((shape, suite))
+        let suite = u32::from_le_bytes(suite.try_into().ok()?);
+        (magic == MAGIC).then_some((u32::from_le_bytes(*version), is_whole, shape, suite))
     }
 
     /// Bytes of one place.
@@ -172,15 +204,17 @@ mod tests {
     #[test]
     fn a_header_is_read_back_and_no_flipped_bit_of_it() {
         let header = SHAPE.header(Suite::ChaCha20Poly1305);
-        assert_eq!(ImageShape::parse(&header), Some((SHAPE, Suite::ChaCha20Poly1305)));
+        assert_eq!(ImageShape::parse(&header), Ok((SHAPE, Suite::ChaCha20Poly1305)));
         for bit in 0..header.len() * 8 {
             let mut flipped = header;
             flipped[bit / 8] ^= 1 << (bit % 8);
-            assert_eq!(ImageShape::parse(&flipped), None, "bit {bit}");
+            let is_version = (4..8).contains(&(bit / 8));
+            let fault = if is_version { KvFault::Version(VERSION ^ 1 << (bit - 32)) } else { KvFault::Damaged };
+            assert_eq!(ImageShape::parse(&flipped), Err(fault), "bit {bit}");
         }
-        assert_eq!(ImageShape::parse(&header[..51]), None);
+        assert_eq!(ImageShape::parse(&header[..51]), Err(KvFault::Damaged));
         let huge = ImageShape { block_bytes: IMAGE_BYTES_MAX + 1, ..SHAPE };
-        assert_eq!(ImageShape::parse(&huge.header(Suite::Aes256Gcm)), None);
+        assert_eq!(ImageShape::parse(&huge.header(Suite::Aes256Gcm)), Err(KvFault::Damaged));
     }
 
     #[test]
@@ -189,10 +223,10 @@ mod tests {
         header[4..8].copy_from_slice(&1u32.to_le_bytes());
         let crc = crc32c::crc32c(&header[..44]);
         header[44..48].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(ImageShape::parse(&header), None);
+        assert_eq!(ImageShape::parse(&header), Err(KvFault::Version(1)));
         let crc = crc32c::crc32c(&header[..48]);
         header[48..].copy_from_slice(&crc.to_le_bytes());
-        assert_eq!(ImageShape::parse(&header), None, "nor with a CRC where it is now");
+        assert_eq!(ImageShape::parse(&header), Err(KvFault::Version(1)), "nor with a CRC where it is now");
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use disk::{AnyDisk, Disk, DiskError, Entry, OsDisk, Place, ReadAt};
 pub use error::{Result, StoreError};
 pub use history::{ContextFull, Durability, History, Outcome, Settings, State, TurnHistory};
 pub use id::{IdError, SessionId};
-pub use image::{BLOCK_TOKENS, ImageShape};
+pub use image::{BLOCK_TOKENS, ImageShape, KvFault};
 pub use limits::{DATE_MIN_S, Limits};
 pub use store::{
     Finding, FindingKind, Flushed, FoundBlock, Loaded, NewSession, NewTurn, Random, Report, Store, Summary, Usage,

@@ -27,6 +27,7 @@ use crate::disk::Disk;
 use crate::error::{Result, StoreError};
 use crate::history::{History, Settings, State};
 use crate::id::SessionId;
+use crate::image::KvFault;
 use crate::limits::{Limits, TITLE_BYTES_MAX};
 use crate::record::{Create, Record};
 use session::Session;
@@ -59,6 +60,8 @@ pub struct Store<D> {
     n_uses: u64,
     journal_bytes_written: u64,
     kv_bytes_written: u64,
+    /// Whose KV file was of no use and is gone.
+    dropped: Vec<(SessionId, KvFault)>,
     /// A place of a KV file.
     scratch: Vec<u8>,
 }

@@ -317,6 +317,9 @@ impl Keeper {
             log::warn!(session:% = id, reason:% = error; "blocks cannot be read, they are computed again");
             0
         });
+        for (session, fault) in self.store.take_dropped() {
+            log::info!(session:%, reason:% = fault; "blocks of a session are of no use here, they are computed again");
+        }
         let recorder = Recorder::new(self.asks.clone(), turn, id);
         Turn { file, n_saved: n_saved.min(n_kept / BLOCK_TOKENS), resumed: tokens, recorder: Some(recorder) }
     }

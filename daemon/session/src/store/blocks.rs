@@ -7,7 +7,7 @@ use super::{Store, find, nonce};
 use crate::disk::{Disk, DiskError, ReadAt};
 use crate::error::{Result, StoreError};
 use crate::id::SessionId;
-use crate::image::{BLOCK_TOKENS, BlockContext, HEADER_BYTES, ImageShape, PAGE_BYTES};
+use crate::image::{BLOCK_TOKENS, BlockContext, HEADER_BYTES, ImageShape, KvFault, PAGE_BYTES};
 use crate::suite::{ImageKeys, Suite};
 use std::fmt;
 
@@ -179,6 +179,11 @@ impl<D: Disk> Store<D> {
         Ok(find(&mut self.sessions, owner, id)?.drop_kv(&mut self.disk)?)
     }
 
+    /// Sessions whose KV file was of no use and is gone, since the last call.
+    pub fn take_dropped(&mut self) -> Vec<(SessionId, KvFault)> {
+        std::mem::take(&mut self.dropped)
+    }
+
     /// Finds out what is in a session's KV file; removes the file if it is not of this shape.
     fn discover(&mut self, owner: u64, id: SessionId, shape: &ImageShape) -> Result<()> {
         self.history(owner, id)?;
@@ -191,11 +196,17 @@ impl<D: Disk> Store<D> {
             return Ok(());
         }
         let mut header = [0; HEADER_BYTES];
-        let is_read = self.disk.read_at(&session.folder.kv(), 0, &mut header) == Ok(HEADER_BYTES);
-        let Some((_, suite)) = ImageShape::parse(&header).filter(|(found, _)| is_read && found == shape) else {
-            session.drop_kv(&mut self.disk)?;
-            return Ok(());
-        };
+        let n_read = self.disk.read_at(&session.folder.kv(), 0, &mut header).unwrap_or(0);
+        let parsed = ImageShape::parse(header.get(..n_read).unwrap_or_default());
+        let suite =
+            match parsed.and_then(|(found, suite)| if found == *shape { Ok(suite) } else { Err(KvFault::Shape) }) {
+                Ok(suite) => suite,
+                Err(fault) => {
+                    session.drop_kv(&mut self.disk)?;
+                    self.dropped.push((id, fault));
+                    return Ok(());
+                }
+            };
         let n_tokens = session.history.as_ref().map_or(0, |history| history.tokens.len());
         let n_places = (shape.n_places(session.kv.n_bytes) as usize).min(n_tokens / BLOCK_TOKENS);
         // That a place is a hole is seen when it is loaded: looking at each would cost a cold file a read for every

@@ -60,6 +60,7 @@ impl<D: Disk> Store<D> {
             n_uses,
             journal_bytes_written: 0,
             kv_bytes_written: 0,
+            dropped: Vec::new(),
             scratch: Vec::new(),
         };
         Ok((store, report))

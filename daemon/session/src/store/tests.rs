@@ -1,6 +1,7 @@
 //! The store on a real folder. What power cuts and failing disks do to it is tried in `tests/sim`.
 
 mod damage;
+mod foreign;
 mod space;
 
 use super::*;
