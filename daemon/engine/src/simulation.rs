@@ -21,7 +21,7 @@ use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::service::Command;
 use crate::sessions::{Ask, Asks, Clocks, CutTurn, Keeper};
 use crate::step::step;
-use crate::{Sampling, SessionId};
+use crate::{Change, Sampling, SessionId, SessionSummary};
 use device::Watched;
 use sparsed_kv::{Pool, PrefixHasher};
 use sparsed_session::{AnyDisk, History, ImageShape, NewSession, NewTurn, Outcome, Settings, Store, StoreError};
@@ -74,18 +74,18 @@ impl std::fmt::Debug for Machine {
 }
 
 impl Machine {
-    /// A daemon that has just been started; `date` tells seconds since 1970.
+    /// A daemon that has just been started; `date` tells seconds since 1970, `uptime` those since some start.
     pub fn new(
         setup: &Setup,
         recovery: &Recovery,
         store: Store<AnyDisk>,
         date: impl Fn() -> u64 + Send + 'static,
+        uptime: impl Fn() -> Duration + Send + 'static,
     ) -> Self {
         let (inbox, commands) = sync_channel(INBOX);
         let (writer, writes) = SlowWriter::new();
         let (asks, asked) = Asks::new();
-        // Nothing gets old here.
-        let clocks = Clocks { date: Box::new(date), uptime: Box::new(|| Duration::ZERO) };
+        let clocks = Clocks { date: Box::new(date), uptime: Box::new(uptime) };
         let keeper = Keeper::new(store, asks.clone(), inbox.clone(), clocks);
         let shape = ImageShape { fingerprint: [5; 32], block_bytes: setup.block_bytes };
         let orders = Links { asks: Some(asks.clone()), writer }.orders(0, shape);
@@ -250,6 +250,31 @@ impl Machine {
         self.verb(move |keeper| keeper.truncate(owner.number(), id, n_turns).map(drop))
     }
 
+    /// As [`Sessions::change`](crate::Sessions::change), of whether the session is pinned.
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn pin(&mut self, owner: Owner, id: SessionId, pinned: bool) -> Result<(), StoreError> {
+        let change = Change { pinned: Some(pinned), ..Change::default() };
+        self.verb(move |keeper| keeper.change(owner.number(), id, &change).map(drop))
+    }
+
+    /// As [`Sessions::export`](crate::Sessions::export).
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn export(&mut self, owner: Owner, id: SessionId) -> Result<Vec<u8>, StoreError> {
+        self.verb(move |keeper| keeper.export(owner.number(), id))
+    }
+
+    /// As [`Sessions::import`](crate::Sessions::import).
+    ///
+    /// # Errors
+    /// The store's.
+    pub fn import(&mut self, owner: Owner, file: Vec<u8>) -> Result<SessionId, StoreError> {
+        self.verb(move |keeper| keeper.import(owner.number(), &file))
+    }
+
     /// As [`Sessions::delete`](crate::Sessions::delete).
     ///
     /// # Errors
@@ -322,6 +347,11 @@ impl Machine {
     /// The store's.
     pub fn histories(&mut self, owner: Owner) -> Result<Vec<(SessionId, History)>, Failure> {
         self.verb(move |keeper| keeper.histories(owner.number()))
+    }
+
+    /// What lists show of the sessions of `owner`.
+    pub fn summaries(&mut self, owner: Owner) -> Vec<SessionSummary> {
+        self.verb(move |keeper| keeper.summaries(owner.number()))
     }
 
     /// Has the sessions thread carry out a verb, after all that was asked of it before.

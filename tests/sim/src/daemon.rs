@@ -4,6 +4,7 @@
 //! randomness and clients are not. Every step is somebody's turn: the engine thread, the sessions thread, the thread
 //! that writes into the slow tier, a client, a user of sessions, or fate.
 
+use crate::age::Age;
 use crate::check::failed_starts;
 use crate::client::{Client, End};
 use crate::device::{CACHE_ROW_BYTES, CACHE_ROWS_MAX, FakeDevice, IMAGE_BYTES, VOCAB};
@@ -19,7 +20,6 @@ use sparsed_engine::simulation::{Device, Machine, Setup};
 use sparsed_engine::{Limits, SessionId};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub(crate) const OWNERS: [Owner; 2] = [Owner::Uid(1000), Owner::Uid(1001)];
@@ -53,19 +53,21 @@ pub(crate) struct World {
     pub(crate) rng: Rng,
     pub(crate) disk: FakeDisk,
     pub(crate) machine: Machine,
-    device: Option<FakeDevice>,
+    pub(crate) device: Option<FakeDevice>,
     pub(crate) setup: Setup,
     pub(crate) now: Duration,
     /// Until then the sessions thread waits for the disk, and whoever wants something of it for that thread.
-    busy_until: Duration,
-    date: Arc<AtomicU64>,
+    pub(crate) busy_until: Duration,
+    pub(crate) age: Age,
     pub(crate) talks: Vec<(Talk, Option<Live>)>,
     /// Sessions that could not be made, and may be there.
     pub(crate) maybe: Vec<(Owner, Plain)>,
     pub(crate) gone: Vec<SessionId>,
+    /// What was exported last.
+    pub(crate) last_file: Vec<u8>,
     requests: Vec<Client>,
     /// Whether nothing fails but by a client's own fault.
-    is_calm: bool,
+    pub(crate) is_calm: bool,
     /// How often somebody has looked at the memory: it is short, or was, where that is more than never.
     pub(crate) n_looks: u64,
     /// Rungs of the ladder may have been climbed and not left.
@@ -100,8 +102,9 @@ impl World {
         let cache_bytes = [CACHE_ROWS_MAX, 1].map(|rows| (rows * CACHE_ROW_BYTES) as u64);
         let setup =
             Setup { limits, n_blocks, n_fast, max_context: CONTEXT, secret, block_bytes: IMAGE_BYTES, cache_bytes };
-        let date = Arc::new(AtomicU64::new(1_700_000_000));
-        let machine = open(&disk, &setup, &date, rng.u64(..)).expect("an empty disk without faults");
+        let age = Age::new();
+        let mut machine = open(&disk, &setup, &age.clock, rng.u64(..)).expect("an empty disk without faults");
+        machine.sessions_turn(0);
         let is_calm = rng.u32(..4) == 0;
         let mut world = Self {
             rng,
@@ -111,10 +114,11 @@ impl World {
             setup,
             now: Duration::ZERO,
             busy_until: Duration::ZERO,
-            date,
+            age,
             talks: Vec::new(),
             maybe: Vec::new(),
             gone: Vec::new(),
+            last_file: Vec::new(),
             requests: Vec::new(),
             is_calm,
             n_looks: 0,
@@ -132,7 +136,7 @@ impl World {
         turn.hash(&mut self.log);
         let (is_busy, elapsed_us) = (self.now < self.busy_until, self.disk.elapsed_us());
         match turn {
-            450..680 | 810..880 | 930..945 | 988.. if is_busy => {}
+            450..680 | 810..880 | 930..945 | 978..980 | 988.. if is_busy => self.outline.waits += 1,
             0..450 => self.engine_turn()?,
             450..680 => {
                 let n_max = if self.rng.bool() { usize::MAX } else { self.rng.usize(1..12) };
@@ -149,7 +153,8 @@ impl World {
             964..968 => self.restart(Some(Found::AfterPowerCut))?,
             968..970 => self.restart(None)?,
             970..972 => self.storm(),
-            972..980 => self.date.store(self.rng.u64(..4_000_000_000), Ordering::Relaxed),
+            972..978 => self.age.set(&mut self.rng, self.mistake),
+            978..980 => self.age()?,
             980..982 => self.rest()?,
             982..988 => self.look()?,
             _ => self.settle_all()?,
@@ -207,31 +212,6 @@ impl World {
         device.mistake = self.mistake;
         self.machine.attach(n_blocks, self.setup.n_fast.min(n_blocks));
         self.device = Some(device);
-    }
-
-    fn plan_faults(&mut self) {
-        let slow_one_in = [0, 0, 0, 100][self.rng.usize(..4)];
-        if self.is_calm {
-            self.disk.set_faults(Faults { slow_one_in, ..Faults::NONE });
-            return;
-        }
-        let off_after = (self.rng.u32(..3) == 0).then(|| self.rng.u64(..60));
-        let one_in = [0, 0, 20, 100][self.rng.usize(..4)];
-        let capacity_bytes = [usize::MAX, usize::MAX, 30_000][self.rng.usize(..3)];
-        self.disk.set_faults(Faults { one_in, capacity_bytes, off_after, slow_one_in, ..Faults::NONE });
-        if let Some(device) = &mut self.device {
-            device.one_in = [0, 0, 15, 60][self.rng.usize(..4)];
-            device.area.set_faults([0, 0, 3, 40][self.rng.usize(..4)]);
-        }
-    }
-
-    fn forgive(&mut self) {
-        self.disk.set_faults(Faults::NONE);
-        self.busy_until = self.now;
-        if let Some(device) = &mut self.device {
-            device.one_in = 0;
-            device.area.set_faults(0);
-        }
     }
 
     /// A request without a session.
@@ -308,7 +288,9 @@ impl World {
         }
         let how = failed_starts(&self.disk, &mut self.rng, how.unwrap_or(Found::AfterKill));
         self.setup.secret = [self.rng.u8(..); 32];
-        self.machine = open(&self.disk, &self.setup, &self.date, self.rng.u64(..))?;
+        self.machine = open(&self.disk, &self.setup, &self.age.clock, self.rng.u64(..))?;
+        self.machine.sessions_turn(0);
+        self.age.begin();
         self.new_device();
         self.find(how)
     }

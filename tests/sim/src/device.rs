@@ -161,7 +161,10 @@ impl FakeDevice {
 
     fn read_portion(&mut self, keys: &[RowKey], rows: &mut Vec<Row>) -> std::result::Result<(), RowCacheError> {
         self.cache.lookup(keys, &mut self.lookup)?;
-        for at in 0..self.lookup.reads().len() {
+        // As a disk that does several things at a time ends them: in any order.
+        let mut order: Vec<usize> = (0..self.lookup.reads().len()).collect();
+        self.rng.shuffle(&mut order);
+        for at in order {
             self.area.read(self.lookup.reads()[at], &mut self.buffer);
             self.cache.admit(&mut self.lookup, at, &mut self.buffer)?;
         }

@@ -5,6 +5,7 @@
 //! whole daemon: engine, KV pool, row cache, slow tier and sessions. A seed is a run, to the byte.
 #![forbid(unsafe_code)]
 
+mod age;
 mod area;
 mod check;
 mod client;
@@ -12,6 +13,7 @@ mod content;
 mod daemon;
 mod device;
 mod disk;
+mod fate;
 mod machine;
 mod model;
 mod names;

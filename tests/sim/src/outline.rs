@@ -15,6 +15,10 @@ pub enum Mistake {
     LosesWrites,
     /// A block is filled with the image that came before its own.
     OldImages,
+    /// A session is made of the file that was made before its own.
+    OldFiles,
+    /// The time since the start goes along when the date is set.
+    FollowsDate,
 }
 
 /// What a run was like.
@@ -38,6 +42,12 @@ pub struct DaemonOutline {
     pub slow_rows: u64,
     /// Blocks that came back from sessions' files.
     pub images: u64,
+    /// Turns that the sessions thread could not have because it waited for the disk.
+    pub waits: u64,
+    /// Sessions that were made of another one's file.
+    pub copies: u64,
+    /// Sessions that were deleted because they were old.
+    pub expired: u64,
     /// Of all that has happened.
     pub digest: u64,
 }
@@ -53,6 +63,9 @@ impl AddAssign for DaemonOutline {
         self.failures += other.failures;
         self.slow_rows += other.slow_rows;
         self.images += other.images;
+        self.waits += other.waits;
+        self.copies += other.copies;
+        self.expired += other.expired;
         // In any order.
         self.digest = self.digest.wrapping_add(other.digest);
     }

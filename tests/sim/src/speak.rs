@@ -3,11 +3,13 @@
 use crate::client::End;
 use crate::daemon::{CONTEXT, Live, OWNERS, World};
 use crate::model::Found;
+use crate::outline::Mistake;
 use crate::run::{Checked, wrong};
 use crate::start::answer_of;
 use crate::talk::{Cut, Plain, Talk};
 use sparsed_engine::api::{Failure, Generate, Turn};
 use sparsed_engine::{ContextFull, Durability, Settings};
+use sparsed_session::StoreError;
 use std::sync::Arc;
 
 const TALKS_MAX: usize = 5;
@@ -121,7 +123,7 @@ impl World {
         Ok(())
     }
 
-    /// Forks, cuts and deletions.
+    /// Forks, cuts, pins, copies by way of a file, and deletions.
     pub(crate) fn verbs(&mut self) -> Checked {
         if self.talks.is_empty() {
             return Ok(());
@@ -135,7 +137,7 @@ impl World {
         let (owner, id, durability, mut said) = (talk.owner, talk.id, talk.durability, talk.said().clone());
         let n_turns = self.rng.usize(..=said.turns.len());
         let n = u32::try_from(n_turns).expect("few");
-        match self.rng.u32(..4) {
+        match self.rng.u32(..8) {
             0 => match self.machine.delete(owner, id) {
                 Ok(()) => {
                     self.gone.push(id);
@@ -144,7 +146,7 @@ impl World {
                 Err(Failure::DiskFailed { .. }) => self.talks[at].0.doomed = true,
                 Err(failure) => return wrong(format!("{id} was not deleted: {failure}")),
             },
-            1 => {
+            1 | 2 => {
                 said.truncate(n_turns);
                 match self.machine.truncate(owner, id, n) {
                     Ok(()) => self.talks[at].0.commit(said),
@@ -154,16 +156,74 @@ impl World {
                     }
                 }
             }
-            _ if self.talks.len() < TALKS_MAX => {
+            3 | 4 => return self.pin(at),
+            _ if self.talks.len() >= TALKS_MAX => {}
+            5 | 6 => return self.carry(at),
+            _ => {
                 said.truncate(n_turns);
+                said.pinned = false;
                 match self.machine.fork(owner, id, n) {
                     Ok(fork) => self.talks.push((Talk::new(owner, fork, durability, said), None)),
                     Err(_) => self.maybe.push((owner, said)),
                 }
             }
-            _ => {}
         }
         Ok(())
+    }
+
+    /// A session's files are to be the last to go, or are not any more.
+    fn pin(&mut self, at: usize) -> Checked {
+        let (owner, id, mut said) = self.talks[at].0.name();
+        said.pinned = self.rng.bool();
+        match self.machine.pin(owner, id, said.pinned) {
+            Ok(()) => self.talks[at].0.commit(said),
+            Err(error) if is_disks(&error) => {
+                self.talks[at].0.may_become(said);
+                return self.observe(at, true);
+            }
+            Err(error) => return wrong(format!("{id} was not pinned: {error}")),
+        }
+        Ok(())
+    }
+
+    /// A session goes into a file, and from there to anybody, who has one of his own then. A file that is not as it was
+    /// made is no session.
+    fn carry(&mut self, at: usize) -> Checked {
+        let (owner, id, mut said) = self.talks[at].0.name();
+        let mut file = match self.machine.export(owner, id) {
+            Ok(file) => file,
+            Err(error) if is_disks(&error) => return Ok(()),
+            Err(error) => return wrong(format!("{id} was not exported: {error}")),
+        };
+        let to = OWNERS[self.rng.usize(..2)];
+        let is_damaged = self.rng.u32(..4) == 0;
+        if is_damaged && self.rng.bool() {
+            file.truncate(self.rng.usize(..file.len()));
+        } else if is_damaged {
+            let at = self.rng.usize(..file.len());
+            file[at] ^= 1 << self.rng.u32(..8);
+        }
+        let before = std::mem::replace(&mut self.last_file, file.clone());
+        if self.mistake == Mistake::OldFiles && !before.is_empty() {
+            file = before;
+        }
+        match self.machine.import(to, file) {
+            Ok(copy) if !is_damaged => {
+                said.pinned = false;
+                let durability = self.talks[at].0.durability;
+                self.talks.push((Talk::new(to, copy, durability, said), None));
+                self.outline.copies += 1;
+                self.observe(self.talks.len() - 1, false)
+            }
+            Ok(copy) => wrong(format!("{copy} was made of a file that was not as it was exported")),
+            Err(error) if is_disks(&error) && !is_damaged => {
+                said.pinned = false;
+                self.maybe.push((to, said));
+                Ok(())
+            }
+            Err(_) if is_damaged => Ok(()),
+            Err(error) => wrong(format!("{id} was not imported: {error}")),
+        }
     }
 
     pub(crate) fn settle_all(&mut self) -> Checked {
@@ -270,4 +330,9 @@ impl World {
         }
         Ok(())
     }
+}
+
+/// Whether it is the disk that has failed, and not what was asked of it.
+fn is_disks(error: &StoreError) -> bool {
+    matches!(error, StoreError::DiskFull | StoreError::Io(_) | StoreError::Damaged { .. })
 }

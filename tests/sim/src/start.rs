@@ -1,5 +1,6 @@
 //! What is a daemon started with, and what are requests made of?
 
+use crate::age::{Clock, RETENTION_S};
 use crate::daemon::CONTEXT;
 use crate::device::logits_of;
 use crate::disk::FakeDisk;
@@ -10,7 +11,6 @@ use sparsed_engine::simulation::{Machine, Setup, naive_answer};
 use sparsed_engine::{Recovery, Sampling, Wishes};
 use sparsed_session::{AnyDisk, Limits as Quotas, MasterKey, Store};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 /// A request, and what a model answers that has the device to itself.
@@ -29,25 +29,19 @@ pub(crate) fn answer_of(owner: Owner, prompt: Vec<u32>, wishes: u64) -> (Generat
     (Generate { model: "m".to_owned(), prompt, ..wishes.request(owner) }, expected.into())
 }
 
-pub(crate) fn open(disk: &FakeDisk, setup: &Setup, date: &Arc<AtomicU64>, seed: u64) -> Result<Machine, Violation> {
+pub(crate) fn open(disk: &FakeDisk, setup: &Setup, clock: &Clock, seed: u64) -> Result<Machine, Violation> {
     let mut rng = Rng::with_seed(seed);
     let random = Box::new(move |bytes: &mut [u8]| rng.fill(bytes));
     let disk: AnyDisk = Box::new(disk.other());
-    let quotas = Quotas { kv_bytes: 60_000, compact_bytes: 2000, ..Quotas::default() };
+    let quotas = Quotas { kv_bytes: 60_000, compact_bytes: 2000, retention_seconds: RETENTION_S, ..Quotas::default() };
     let opened = Store::open(disk, random, MasterKey::new([1; 32]), quotas);
     let (store, _) = opened.map_err(|error| Violation(format!("the store cannot be opened: {error}")))?;
-    Ok(Machine::new(setup, &recovery(), store, told(date)))
+    Ok(Machine::new(setup, &recovery(), store, clock.date(), clock.uptime()))
 }
 
 /// A daemon that stands in for the one that has died: on a disk of its own, which nobody looks at.
 pub(crate) fn closed(setup: &Setup) -> Machine {
-    let date = Arc::new(AtomicU64::new(0));
-    open(&FakeDisk::new(0), setup, &date, 0).expect("an empty disk without faults")
-}
-
-fn told(date: &Arc<AtomicU64>) -> impl Fn() -> u64 + Send + 'static {
-    let date = Arc::clone(date);
-    move || date.load(Ordering::Relaxed)
+    open(&FakeDisk::new(0), setup, &Clock::new(), 0).expect("an empty disk without faults")
 }
 
 fn recovery() -> Recovery {

@@ -15,6 +15,7 @@ use std::sync::Arc;
 pub(crate) struct Plain {
     pub(crate) turns: Vec<PlainTurn>,
     pub(crate) tokens: Vec<u32>,
+    pub(crate) pinned: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +30,7 @@ pub(crate) struct PlainTurn {
 impl Plain {
     pub(crate) fn of(history: &History) -> Self {
         let turns = history.turns.iter().map(PlainTurn::of).collect();
-        Self { turns, tokens: history.tokens.clone() }
+        Self { turns, tokens: history.tokens.clone(), pinned: history.pinned }
     }
 
     pub(crate) fn begin(&mut self, kept: usize, new: &[u32], request: &[u8]) {
@@ -118,6 +119,11 @@ impl Talk {
         &self.last().said
     }
 
+    /// Whose it is, what it is called, and what it is now.
+    pub(crate) fn name(&self) -> (Owner, SessionId, Plain) {
+        (self.owner, self.id, self.said().clone())
+    }
+
     fn last(&self) -> &Version {
         self.versions.last().expect("there is always one")
     }
@@ -200,7 +206,7 @@ impl Talk {
     pub(crate) fn describe(&self, found: &Plain) -> String {
         let brief = |said: &Plain| {
             let turns: Vec<_> = said.turns.iter().map(|turn| (turn.places, turn.outcome)).collect();
-            format!("{} tokens, {turns:?}", said.tokens.len())
+            format!("{} tokens, pinned: {}, {turns:?}", said.tokens.len(), said.pinned)
         };
         let versions: Vec<String> = self
             .versions
@@ -242,6 +248,7 @@ impl Version {
         let is_complete = last.outcome == Some(Outcome::Complete);
         found.turns[..n_turns.min(found.turns.len()) - 1] == self.said.turns[..n_turns - 1]
             && found.turns.len() == n_turns
+            && found.pinned == self.said.pinned
             && (kept, prompt_end, &last.request) == (begun.places[0], begun.places[1], &begun.request)
             && found.tokens.len() == end
             && found.tokens[..prompt_end] == self.said.tokens[..prompt_end]

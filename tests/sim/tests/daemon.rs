@@ -35,6 +35,7 @@ fn nothing_is_lost_or_leaked_and_no_answer_is_wrong() {
     assert!(sum.engine_steps > 1000 * n && sum.restarts > 20 * n && sum.devices > 3 * n, "{sum:?}");
     assert!(sum.answers > 20 * n && sum.resumed > 3 * n && sum.failures > 3 * n, "{sum:?}");
     assert!(sum.slow_rows > 1000 * n && sum.images > 10 * n, "{sum:?}");
+    assert!(2 * sum.copies > n && sum.expired > n && sum.waits > 10 * n, "{sum:?}");
 }
 
 /// The first two gave a wrong token once: a block of a turn that could not be journaled was kept as one of what was
@@ -57,9 +58,18 @@ fn the_same_seed_gives_the_same_bytes() {
     }
 }
 
+const MISTAKES: [Mistake; 6] = [
+    Mistake::SomeSyncs,
+    Mistake::KeepsFreed,
+    Mistake::LosesWrites,
+    Mistake::OldImages,
+    Mistake::OldFiles,
+    Mistake::FollowsDate,
+];
+
 #[test]
 fn a_planted_mistake_is_found() {
-    for mistake in [Mistake::SomeSyncs, Mistake::KeepsFreed, Mistake::LosesWrites, Mistake::OldImages] {
+    for mistake in MISTAKES {
         let found = (0..20).find_map(|seed| run_daemon(seed, STEPS, mistake).err());
         let Some(violation) = found else { panic!("{mistake:?} is not found in 20 runs") };
         println!("{mistake:?}: {}", violation.0.lines().next().unwrap());

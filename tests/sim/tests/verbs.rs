@@ -30,7 +30,7 @@ fn daemon(disk: &FakeDisk) -> Machine {
         block_bytes: 64,
         cache_bytes: [64, 64],
     };
-    Machine::new(&setup, &recovery, store(disk), || 1_800_000_000)
+    Machine::new(&setup, &recovery, store(disk), || 1_800_000_000, || Duration::ZERO)
 }
 
 /// A session with two turns.

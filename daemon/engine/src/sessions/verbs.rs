@@ -50,7 +50,7 @@ impl Keeper {
     }
 
     /// Changes what its owner may change, and says so to the disk.
-    pub(super) fn change(&mut self, owner: u64, id: SessionId, change: &Change) -> Result<Summary, StoreError> {
+    pub(crate) fn change(&mut self, owner: u64, id: SessionId, change: &Change) -> Result<Summary, StoreError> {
         if let Some(title) = &change.title {
             self.store.rename(owner, id, title)?;
         }
@@ -237,5 +237,15 @@ impl Keeper {
     pub(crate) fn histories(&mut self, owner: u64) -> Result<Vec<(SessionId, History)>, Failure> {
         let ids: Vec<SessionId> = self.store.list(owner).iter().map(|summary| summary.id).collect();
         ids.into_iter().map(|id| Ok((id, self.history(owner, id)?))).collect()
+    }
+
+    pub(crate) fn summaries(&self, owner: u64) -> Vec<Summary> {
+        self.store.list(owner)
+    }
+
+    pub(crate) fn export(&mut self, owner: u64, id: SessionId) -> Result<Vec<u8>, StoreError> {
+        let file = self.store.export(owner, id);
+        self.rest(owner, id);
+        file
     }
 }
