@@ -5,12 +5,13 @@ start     from the daemon's start, with nothing kept and the model's file in the
 restore   time to the first token of a session that is restored, against the same prompt without one
 kill      from SIGKILL to the next token of a long session, the daemon's start included
 host      from SIGKILL of the plugin's process to the next token of a long answer, with a session and without
-written   bytes that reach the disk for each token, with a session and without
+written   bytes that reach the disk for each token: without a session, and by durability, in memory or with the slow tier
 slow      decode with most latent rows in the slow tier, against all of them in memory
 bounded   memory of a control group while 8 times the latent rows are decoded that there is memory for
 many      sessions that take turns, on a budget that holds an eighth of them: failures, work done again, fairness
 
 All but `start`, `host` and `written` begin with a session of --tokens tokens, which is read once and kept in --keep.
+`written` wants --answer 700 or so: an answer's last block stays where it is until it is full.
 Prints a Markdown table of each. Builds nothing: run `make build models` before. `slow` throttles the disk by a block
 device group of version 1 (root). Say how busy the machine was beside the figures.
 """
@@ -261,17 +262,37 @@ def host(home):
 
 
 def written(home):
-    daemon = Daemon(home, f"engine.threads={ARGUMENTS.threads}")
-    per_token = daemon.ask("GET", "/v1/models")["data"][0]["meta"]["kv_bytes_per_token"]
-    print("| request | tokens | bytes written per token | KV bytes per token |\n|---|---:|---:|---:|")
-    for name, session in [("without a session", None), ("of a session", daemon.session())]:
-        before = daemon.written()
-        usage = daemon.chat(TEXT * 50, 500, session)["usage"]
-        time.sleep(1)
-        os.sync()
-        tokens = usage["total_tokens"]
-        print(f"| {name} | {tokens} | {(daemon.written() - before) / tokens:.0f} | {per_token} |", flush=True)
-    daemon.stop()
+    """A turn of few words with a long answer, behind one that was read and written before."""
+    tokens = 3072
+    print("| latent rows | fast of all blocks | request | new tokens | bytes written per new token | of the KV's own |")
+    print("|---|---:|---|---:|---:|---:|")
+    for tier, sets in [("hot", []), ("warm", tight(tokens, least()) + ["memory.hot_share=0"])]:
+        folder = pathlib.Path(home, f"written-{tier}")
+        folder.mkdir(exist_ok=True)
+        daemon = Daemon(folder, *alone(tokens), *sets)
+        per_token = daemon.ask("GET", "/v1/models")["data"][0]["meta"]["kv_bytes_per_token"]
+        # What has no session has no slow tier, and no room here.
+        for durability in ["none", "turn", "token"] if sets else [None, "none", "turn", "token"]:
+            session = daemon.session(durability=durability) if durability else None
+            if session:
+                daemon.chat(f"{durability}. " + text(2400), 1, session)
+            before = settled(daemon)
+            usage = daemon.chat("Tell me all about it.", ARGUMENTS.answer, session)["usage"]
+            grown = settled(daemon) - before
+            n_new = usage["total_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+            n_fast, n_blocks = blocks(folder)
+            name = f"of a session, durability {durability}" if durability else "without a session"
+            print(f"| {tier} | {n_fast} of {n_blocks} | {name} | {n_new} | {grown / n_new:.0f} "
+                  f"| {grown / n_new / per_token:.2f} |", flush=True)
+        daemon.stop()
+
+
+def settled(daemon):
+    """Bytes that it has written, once it writes no more."""
+    before = None
+    while before != (before := daemon.written()):
+        time.sleep(2)
+    return before
 
 
 class Disk:
@@ -397,7 +418,7 @@ def many(home):
     note = pathlib.Path(home, f"prepared-{n_sessions}-of-{tokens}")
     is_new = not note.exists()
     sessions = [daemon.session() for _ in range(n_sessions)] if is_new else json.loads(note.read_text())
-    failures, times = [], [[] for _ in sessions]
+    failures, times, ends = [], [[] for _ in sessions], [[] for _ in sessions]
 
     def turn(at, text, n_answer):
         begun = time.monotonic()
@@ -413,8 +434,10 @@ def many(home):
         note.write_text(json.dumps(sessions))
     if not n_rounds:
         return daemon.stop()
-    before, begun = scheduling(daemon), time.monotonic()
-    turns, lock = iter([(at, n) for n in range(n_rounds) for at in range(n_sessions)]), threading.Lock()
+    before = scheduling(daemon)
+    # The first turns find an empty pool, and the last ones run beside fewer and fewer others: a round at either end is
+    # not counted, or sessions would differ by whose turn was first or last.
+    turns, lock = iter([(at, n) for n in range(n_rounds + 2) for at in range(n_sessions)]), threading.Lock()
 
     def client():
         while True:
@@ -422,21 +445,26 @@ def many(home):
                 at, n = next(turns, (None, None))
             if at is None:
                 return
-            times[at].append(turn(at, f"And then, {n}?", 16))
+            took = turn(at, f"And then, {n}?", 16)
+            times[at] += [took] if 1 <= n <= n_rounds else []
+            ends[at] += [] if 1 <= n <= n_rounds else [took]
 
     clients = [threading.Thread(target=client) for _ in range(n_clients)]
     [thread.start() for thread in clients]
     [thread.join() for thread in clients]
-    took, after = time.monotonic() - begun, scheduling(daemon)
+    after = scheduling(daemon)
     grown = {name: after[name] - before[name] for name in after}
-    mean = statistics.mean(sum(of) for of in times)
+    mean, n_turns = statistics.mean(sum(of) for of in times), n_sessions * (n_rounds + 2)
     print("| sessions | tokens of each | budget, MiB | at a time | turns | failures | a turn, s "
-          "| restored tokens a turn | computed or restored again | thrash decisions | a session's time, of the mean |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+          "| restored tokens a turn | computed or restored again | thrash decisions | a session's time, of the mean "
+          "| with the ends counted |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     least, most = (pick(sum(of) for of in times) / mean for pick in (min, max))
-    print(f"| {n_sessions} | {tokens} | {budget >> 20} | {n_clients} | {n_sessions * n_rounds} | {len(failures)} "
-          f"| {took * n_clients / n_sessions / n_rounds:.2f} | {grown['restored'] / n_sessions / n_rounds:.0f} "
-          f"| {grown['again']} | {grown['thrash']} | {least:.2f} to {most:.2f} |", flush=True)
+    whole = [sum(inner + outer) for inner, outer in zip(times, ends)]
+    ends_least, ends_most = (pick(whole) / statistics.mean(whole) for pick in (min, max))
+    print(f"| {n_sessions} | {tokens} | {budget >> 20} | {n_clients} | {n_turns} | {len(failures)} "
+          f"| {mean / n_rounds:.2f} | {grown['restored'] / n_turns:.0f} | {grown['again']} | {grown['thrash']} "
+          f"| {least:.2f} to {most:.2f} | {ends_least:.2f} to {ends_most:.2f} |", flush=True)
     assert not failures, failures[0]
     for session in sessions:
         daemon.ask("POST", f"/v1/sessions/{session}/truncate", {"turns": 1})
@@ -468,7 +496,7 @@ if __name__ == "__main__":
     PARSER.add_argument("--clients", type=int, default=8, help="`many`: turns at a time")
     PARSER.add_argument("--disks", nargs="*", default=list(Disk.PROFILES), help="`slow`: which kinds are played")
     PARSER.add_argument("--shares", type=float, nargs="*", default=[0.2, 0.07, 0.0], help="`slow`: hot ones")
-    PARSER.add_argument("--answer", type=int, default=96, help="`slow`: tokens of an answer")
+    PARSER.add_argument("--answer", type=int, default=96, help="`slow`, `written`: tokens of an answer")
     PARSER.add_argument("--text", help="a pattern of files whose text is read instead of a sentence again and again")
     PARSER.add_argument("--keep", help="a folder for sessions that are read once")
     PARSER.add_argument("--set", nargs="*", default=[], help="`many`, `restore`, `kill`, `slow`: more settings")
