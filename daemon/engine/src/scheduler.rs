@@ -242,11 +242,6 @@ impl Scheduler {
         self.tally = tally;
     }
 
-    /// Blocks that nobody holds any more since the last call: to be discarded before the next step runs.
-    pub(crate) fn take_freed(&mut self) -> Vec<BlockId> {
-        std::mem::take(&mut self.freed)
-    }
-
     /// Fills `batch` with the next step's work. Answers false when there is nothing to do.
     pub(crate) fn schedule(&mut self, batch: &mut Batch, now: Duration) -> bool {
         self.admit(now);

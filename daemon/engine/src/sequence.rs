@@ -63,6 +63,8 @@ pub(crate) struct Sequence {
     /// Of a turn that was cut: its answer's tokens so far.
     resumed: Vec<u32>,
     max_tokens: Option<u32>,
+    /// Tokens that prompt and answer may come to, once it was taken.
+    n_longest: u32,
     ignore_end: bool,
     sampler: Sampler,
     /// Alternatives of which the listener wants to hear.
@@ -116,6 +118,7 @@ impl Sequence {
             n_spoilt: 0,
             n_cached: None,
             max_tokens: request.max_tokens,
+            n_longest: 0,
             ignore_end: request.ignore_end,
             logprobs: request.logprobs,
             progress: request.progress,
@@ -258,26 +261,20 @@ impl Sequence {
         self.deliver(now);
     }
 
-    /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited.
+    /// Notes how long it may get in a context of so many tokens.
+    pub(crate) fn bound(&mut self, max_context: u32) {
+        let wanted = self.max_tokens.map_or(max_context, |max| count(self.n_prompt).saturating_add(max));
+        self.n_longest = wanted.min(max_context);
+    }
+
+    /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited. Its lists
+    /// of blocks are made as long as they may get, half a byte a token, so that no step has to.
     pub(crate) fn start(&mut self, now: Duration) -> Option<Duration> {
+        self.table.expect(self.n_longest);
+        self.hashes.reserve_exact(((self.n_longest / BLOCK_TOKENS) as usize).saturating_sub(self.hashes.len()));
         let is_first = !self.has_begun();
         self.times.started.get_or_insert(now);
         is_first.then(|| now.saturating_sub(self.times.submitted))
-    }
-
-    /// How long it is here.
-    pub(crate) fn waits_for(&self, now: Duration) -> Duration {
-        now.saturating_sub(self.times.submitted)
-    }
-
-    /// When its first token came, counted from its arrival.
-    pub(crate) fn first_token_after(&self) -> Option<Duration> {
-        self.times.first_token.map(|first| first.saturating_sub(self.times.submitted))
-    }
-
-    /// When its last token came, if there is any.
-    pub(crate) fn last_token(&self) -> Option<Duration> {
-        self.times.first_token.map(|_| self.times.last_token)
     }
 
     /// How the answer has ended, as long as the listener has not heard it.

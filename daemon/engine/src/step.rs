@@ -89,7 +89,9 @@ pub(crate) fn give_back(scheduler: &mut Scheduler, executor: &mut dyn Executor) 
         log::info!(bytes, reason:% = error; "the cache of slow rows keeps its size");
     }
     let freed = scheduler.take_freed();
-    if freed.is_empty() { Ok(()) } else { discard(executor, &freed) }
+    let discarded = if freed.is_empty() { Ok(()) } else { discard(executor, &freed) };
+    scheduler.give_back_freed(freed);
+    discarded
 }
 
 #[cfg(test)]

@@ -31,6 +31,11 @@ impl BlockTable {
         self.n_tokens
     }
 
+    /// Makes the list as long as `n_tokens` tokens will need it.
+    pub fn expect(&mut self, n_tokens: u32) {
+        self.blocks.reserve_exact((blocks_for(n_tokens) as usize).saturating_sub(self.blocks.len()));
+    }
+
     /// New blocks that `n_tokens` more tokens need.
     ///
     /// # Panics

@@ -37,6 +37,7 @@ impl Scheduler {
         if sequence.resume(vocabulary, now) {
             return self.leave(sequence, now);
         }
+        sequence.bound(vocabulary.max_context);
         sequence.hash(&self.hasher);
         self.queue.push(sequence);
     }

@@ -3,7 +3,7 @@
 use super::Scheduler;
 use crate::api::{Event, Failure};
 use crate::sequence::Sequence;
-use sparsed_kv::Pool;
+use sparsed_kv::{BlockId, Pool};
 use std::time::Duration;
 
 /// How a sequence leaves the pool.
@@ -102,6 +102,18 @@ impl Scheduler {
             sequence.fail(failure.clone());
             self.leave(sequence, now);
         }
+    }
+
+    /// Blocks that nobody holds any more since the last call: to be discarded before the next step runs. To be given
+    /// back, so that no step takes memory for them.
+    pub(crate) fn take_freed(&mut self) -> Vec<BlockId> {
+        std::mem::take(&mut self.freed)
+    }
+
+    /// As it was taken, whatever became of the blocks.
+    pub(crate) fn give_back_freed(&mut self, mut freed: Vec<BlockId>) {
+        freed.clear();
+        self.freed = freed;
     }
 
     /// Takes a sequence out of the pool.

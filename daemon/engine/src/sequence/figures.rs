@@ -36,6 +36,21 @@ impl Sequence {
         }
     }
 
+    /// How long it is here.
+    pub(crate) fn waits_for(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.times.submitted)
+    }
+
+    /// When its first token came, counted from its arrival.
+    pub(crate) fn first_token_after(&self) -> Option<Duration> {
+        self.times.first_token.map(|first| first.saturating_sub(self.times.submitted))
+    }
+
+    /// When its last token came, if there is any.
+    pub(crate) fn last_token(&self) -> Option<Duration> {
+        self.times.first_token.map(|_| self.times.last_token)
+    }
+
     /// Times of an answer that has begun.
     pub(super) fn timings(&self) -> Timings {
         self.times.told(self.times.last_token)
