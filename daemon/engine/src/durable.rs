@@ -19,7 +19,7 @@ const WINDOW: u32 = 4;
 /// Images that wait to be written at most.
 pub(crate) const IMAGES_MAX: u32 = 16;
 /// Blocks that are copied out of the device after a step: what that takes is added to everybody's token.
-const SAVES_PER_STEP: usize = 4;
+pub(crate) const SAVES_PER_STEP: usize = 4;
 
 /// The order to read blocks of a session's file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,38 +2,99 @@
 #![expect(clippy::disallowed_methods, clippy::print_stderr, reason = "a measurement")]
 
 use super::Limits;
-use crate::api::Owner;
+use crate::api::{Generate, Owner, Turn};
+use crate::durable::SAVES_PER_STEP;
 use crate::telemetry::Board;
-use crate::testing::{Bench, Listener, VOCAB, VOCABULARY, prompt};
+use crate::testing::{BLOCK, Bench, Listener, VOCAB, VOCABULARY, prompt, request};
+use sparsed_kv::FileId;
 use std::time::{Duration, Instant};
 
-/// Steps that are measured, all within one block of each sequence.
-const STEPS: usize = 40;
+/// Tokens that a sequence has when it is measured for the first time: all lists have been as long as they get.
+const FROM: u32 = BLOCK as u32 + 10;
+/// Steps that are measured: each sequence fills a block three times.
+const STEPS: u32 = 3 * BLOCK as u32;
 
-/// `n` answers that run and `n` requests that wait, of four owners; a step schedules all that run. Answers times of
-/// steps, and allocations in all of them.
-fn measure(n: u32) -> (Vec<Duration>, u64) {
-    let limits = Limits { max_running: n, max_waiting: n, max_batched_tokens: 4 * n, ..Limits::default() };
-    let mut bench = Bench::new(4 * n, limits);
-    // All begin in the same step, so that none of them fills a block while it is measured.
+/// Blocks that a sequence has at the end.
+const BLOCKS: usize = 6;
+
+/// When sequences fill their blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fill {
+    /// All of them in the same step, and the next step takes a new block for each.
+    Together,
+    /// A 64th of them in each step.
+    InTurn,
+}
+
+/// What steps had to do beside decoding: blocks that became full, and blocks that went to their sessions' files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Decodes,
+    Takes,
+    Seals,
+    Saves,
+    SealsAndSaves,
+}
+
+impl Kind {
+    const ALL: [Self; 5] = [Self::Decodes, Self::Takes, Self::Seals, Self::Saves, Self::SealsAndSaves];
+
+    /// Of a step in which so many blocks began, became full, and were saved.
+    fn of(n_begun: usize, n_sealed: usize, n_saved: usize) -> Self {
+        match (n_begun, n_sealed, n_saved) {
+            (_, 0, 1..) => Self::Saves,
+            (_, 1.., 1..) => Self::SealsAndSaves,
+            (_, 1.., 0) => Self::Seals,
+            (1.., 0, 0) => Self::Takes,
+            (0, 0, 0) => Self::Decodes,
+        }
+    }
+}
+
+/// `n` answers that run and `n` requests that wait, of four owners; a step schedules all that run.
+fn bench(n: u32, fill: Fill, is_session: bool) -> Bench {
+    let limits = Limits { max_running: n, max_waiting: n, max_batched_tokens: 68 * n, ..Limits::default() };
+    let mut bench = Bench::new(BLOCKS as u32 * n, limits);
     for seed in 0..2 * n {
-        let listener = Listener::with_room(1000);
-        bench.submit_of(Owner::Uid(seed % 4), None, prompt(seed, 4), 300, &listener);
+        let listener = Listener::with_room(10_000);
+        let n_prompt = if fill == Fill::InTurn { 4 + seed % BLOCK as u32 } else { 4 };
+        let request = request(Owner::Uid(seed % 4), None, prompt(seed, n_prompt), 390 - n_prompt);
+        let turn =
+            is_session.then(|| Turn { file: FileId(seed.into()), n_saved: 0, resumed: Vec::new(), recorder: None });
+        bench.submit_request(Generate { turn, ..request }, &listener);
+        // All that run begin in the same step.
         if seed + 1 == n {
             bench.step();
         }
     }
-    bench.steps(6);
+    bench
+}
+
+/// Times of steps with what they had to do, and allocations in all of them.
+fn measure(n: u32, fill: Fill, is_session: bool) -> (Vec<(Kind, Duration)>, u64) {
+    let mut bench = bench(n, fill, is_session);
+    // A step is never longer than the longest one was: here none has been yet.
+    bench.batch.block_ids.reserve(BLOCKS * n as usize);
     let (mut board, mut logits) = (Board::default(), vec![0.0; VOCAB]);
-    let (mut times, mut allocations) = (Vec::new(), 0);
-    for step in 0..STEPS {
-        let now = Duration::from_millis(step as u64);
+    let (mut steps, mut allocations) = (Vec::new(), 0);
+    for step in 0..FROM + STEPS {
+        let now = Duration::from_millis(step.into());
         let (scheduler, batch) = (&mut bench.scheduler, &mut bench.batch);
-        let mut time = Duration::ZERO;
+        let (mut time, mut n_saved) = (Duration::ZERO, 0);
         let counted = allocation_counter::measure(|| {
             let began = Instant::now();
             scheduler.tend(now);
+            // As `durable` does, but for the copy itself.
+            while n_saved < SAVES_PER_STEP
+                && let Some(save) = scheduler.next_save()
+            {
+                scheduler.copied(save);
+                scheduler.written();
+                n_saved += 1;
+            }
             assert!(scheduler.has_work() && scheduler.schedule(batch, now));
+            let freed = scheduler.take_freed();
+            scheduler.give_back_freed(freed);
             scheduler.computed(&[], now);
             let sampled = scheduler.take_sampled();
             scheduler.give_back_sampled(sampled);
@@ -43,25 +104,54 @@ fn measure(n: u32) -> (Vec<Duration>, u64) {
             time = began.elapsed();
         });
         assert_eq!(batch.n_sequences(), n as usize);
+        let of_block = |at: usize| {
+            let places = scheduler.running.iter().map(|sequence| sequence.table.n_tokens() as usize % BLOCK);
+            places.filter(|&place| place == at).count()
+        };
+        let kind = Kind::of(of_block(1), of_block(0), n_saved);
         let sampled = scheduler.take_sampled();
         for &index in &sampled {
             assert!(!scheduler.advance(index, &mut logits, VOCABULARY, now));
         }
         scheduler.give_back_sampled(sampled);
         scheduler.tend(now);
-        times.push(time);
-        // The first step may still make the lists as long as they have to be.
-        allocations += if step == 0 { 0 } else { counted.count_total };
+        if step >= FROM {
+            steps.push((kind, time));
+            allocations += counted.count_total;
+        }
     }
-    (times, allocations)
+    (steps, allocations)
+}
+
+/// The median time of the steps of each kind that there is, and the least one.
+fn summary(steps: &[(Kind, Duration)]) -> Vec<(Kind, [Duration; 2])> {
+    let of = |kind: Kind| {
+        let mut times: Vec<Duration> = steps.iter().filter(|(of, _)| *of == kind).map(|&(_, time)| time).collect();
+        times.sort_unstable();
+        Some((kind, [*times.get(times.len() / 2)?, times[0]]))
+    };
+    Kind::ALL.into_iter().filter_map(of).collect()
 }
 
 #[test]
-fn scheduling_a_step_takes_no_memory() {
-    for n in [1, 16, 64, 256] {
-        let (mut times, allocations) = measure(n);
-        times.sort_unstable();
-        eprintln!("{n} sequences: {:.1} us a step", times[STEPS / 2].as_secs_f64() * 1e6);
-        assert_eq!(allocations, 0, "{n} sequences");
+fn scheduling_a_step_takes_no_memory_and_its_time_grows_no_faster_than_the_sequences() {
+    for (fill, is_session) in [Fill::Together, Fill::InTurn].into_iter().flat_map(|fill| [(fill, false), (fill, true)])
+    {
+        let mut alone = Vec::new();
+        for n in [1, 16, 64, 256] {
+            let (steps, allocations) = measure(n, fill, is_session);
+            assert_eq!(allocations, 0, "{n} sequences, {fill:?}, of sessions: {is_session}");
+            let kinds = summary(&steps);
+            for &(kind, [median, least]) in &kinds {
+                let us = median.as_secs_f64() * 1e6;
+                eprintln!("{n} sequences, {fill:?}, of sessions: {is_session}: {kind:?} {us:.1} us a step");
+                // One has what it needs in the nearest cache.
+                let one = alone.iter().find(|(of, _)| *of == kind).map(|&(_, one)| one);
+                assert!(one.is_none_or(|one| least < 4 * n * one), "{n} sequences, {kind:?}: {least:?}, one {one:?}");
+            }
+            if n == 1 {
+                alone = kinds.into_iter().map(|(kind, [_, least])| (kind, least)).collect();
+            }
+        }
     }
 }
