@@ -1,6 +1,7 @@
 //! Conversations that the daemon keeps: they read only what is new, and survive its death, whenever it comes.
 #![allow(clippy::unwrap_used, clippy::print_stdout, missing_docs, reason = "a test")]
 
+mod foreign;
 mod kills;
 
 use serde_json::{Value, json};
@@ -17,7 +18,7 @@ const SETS: &[&str] = &["engine.threads=1", "model.default.max_context=4096"];
 struct Bench {
     daemon: Daemon,
     sets: Vec<&'static str>,
-    _model: tempfile::TempDir,
+    model: tempfile::TempDir,
 }
 
 impl Bench {
@@ -25,7 +26,7 @@ impl Bench {
         let folder = tempfile::tempdir().unwrap();
         let sets = [SETS, sets].concat();
         let daemon = Daemon::start(&chatty::write(folder.path()), &sets);
-        Self { daemon, sets, _model: folder }
+        Self { daemon, sets, model: folder }
     }
 
     fn create(&self, fields: &Value) -> String {

@@ -32,17 +32,30 @@ pub fn write_with_tools(folder: &Path) -> PathBuf {
     write_as(folder, "chatty-with-tools.gguf", &format!("{TEMPLATE_WITH_TOOLS}{TEMPLATE}"))
 }
 
+/// The first one with two tokens changed for each other: what was said with that one means something else to it.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_with_other_tokens(folder: &Path) -> PathBuf {
+    write_of(folder, "chatty-with-other-tokens.gguf", TEMPLATE, |names| names.swap(0, 1))
+}
+
 fn write_as(folder: &Path, name: &str, template: &str) -> PathBuf {
+    write_of(folder, name, template, |_| {})
+}
+
+fn write_of(folder: &Path, name: &str, template: &str, change: impl Fn(&mut [String])) -> PathBuf {
     let path = folder.join(name);
     rewrite_with(&root().join("tests/golden/tiny/v32/model.gguf"), &path, |metadata, tensors| {
-        set_vocabulary(metadata, template);
+        set_vocabulary(metadata, template, &change);
         tensors.into_iter().map(widened).collect()
     });
     path
 }
 
-fn set_vocabulary(metadata: &mut Metadata, template: &str) {
-    let names = (0..=255).map(letter).map(String::from).chain(CONTROL.map(str::to_owned)).collect();
+fn set_vocabulary(metadata: &mut Metadata, template: &str, change: &dyn Fn(&mut [String])) {
+    let mut names: Vec<String> = (0..=255).map(letter).map(String::from).chain(CONTROL.map(str::to_owned)).collect();
+    change(&mut names);
     let kinds = (0..VOCAB).map(|id| if id < 256 { 1 } else { 3 }).collect();
     let end = |n: u32| Value::U32(u32::try_from(VOCAB).expect("few tokens") - n);
     for (key, value) in [
