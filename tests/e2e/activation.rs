@@ -66,7 +66,9 @@ fn clients_that_come_before_the_daemon_or_while_it_restarts_are_answered() {
 fn who_waits_for_a_daemon_that_fails_hears_so_from_one_that_is_not_started_again_for_each() {
     let folder = tempfile::tempdir().unwrap();
     let mut manager = manager(folder.path(), &["engine.plugin=nowhere".to_owned()]);
-    let pids = BufReader::new(manager.stdout.take().unwrap()).lines();
+    let mut pids = BufReader::new(manager.stdout.take().unwrap()).lines();
+    // It listens.
+    pids.next().unwrap().unwrap();
     for _ in 0..10 {
         let answer = ask(&folder.path().join("s"));
         assert_eq!((answer.status, &answer.json()["error"]["code"]), (503, &"not_started".into()));
@@ -79,6 +81,9 @@ fn who_waits_for_a_daemon_that_fails_hears_so_from_one_that_is_not_started_again
 /// What two clients hear, one after the other, of daemons with these settings.
 fn heard_twice(folder: &Path, sets: &[String]) -> Vec<(u16, String)> {
     let mut manager = manager(folder, sets);
+    let mut pids = BufReader::new(manager.stdout.take().unwrap()).lines();
+    // It listens.
+    pids.next().unwrap().unwrap();
     let answers = (0..2).map(|_| ask(&folder.join("s")));
     let heard = answers.map(|answer| (answer.status, answer.json()["error"]["code"].as_str().unwrap().to_owned()));
     let heard = heard.collect();

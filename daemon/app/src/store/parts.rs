@@ -107,8 +107,8 @@ impl Store {
         Ok(std::fs::remove_file(&beside)?)
     }
 
-    /// Makes the folder of a model of several files anew, from the files that are in their places. Answers whether there
-    /// was none before; where there was one, whoever looks finds that one or the new one.
+    /// Makes the folder of a model of several files anew, from the files that are in their places. Answers whether
+    /// there was none before; where there was one, whoever looks finds that one or the new one.
     ///
     /// # Errors
     /// A disk that fails, or that has no hard links.
