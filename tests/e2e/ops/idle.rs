@@ -118,6 +118,7 @@ fn a_daemon_of_models_elsewhere_that_nobody_asks_sleeps() {
     let sets = ["model.big.upstream=http://127.0.0.1:9/v1"];
     let daemon = Daemon::spawn_in(&[("NOTIFY_SOCKET", &notify)], None, &sets);
     daemon.wait_until("it listens", || daemon.log().contains("listening"));
-    assert_eq!(daemon.status()["device"]["state"], "unused");
+    let state = || daemon.get("/v1/status").json()["device"]["state"].clone();
+    daemon.wait_until("it needs no device", || state() == "unused");
     sleeps(&daemon);
 }
