@@ -95,6 +95,23 @@ fn a_model_whose_name_has_a_slash_is_found_by_its_address() {
 }
 
 #[test]
+fn what_was_made_of_a_models_files_is_counted_as_memory_in_the_daemon_and_in_a_plugins_host() {
+    let folder = sparsed_tests::root().join("tests/golden/tiny/v32");
+    let inspected = Command::new(sparsed_tests::sparsectl()).args(["inspect", "--json"]).arg(&folder).output().unwrap();
+    let inspected: Value = serde_json::from_slice(&inspected.stdout).unwrap();
+    let made = inspected["memory"]["weights_made_bytes"].as_u64().unwrap();
+    assert!(made > 0, "experts are stacked");
+    // Nothing of it is packed: single precision. A host has a copy of its own.
+    for (isolation, copies) in [("none", 1), ("process", 2)] {
+        let daemon = Daemon::start(&folder, &[&format!("engine.isolation={isolation}")]);
+        let memory = daemon.get("/v1/status").json()["memory"].clone();
+        assert_eq!(memory["weights_bytes"].as_u64(), Some(copies * made), "{isolation}: {memory}");
+        let line = format!("\nsparsed_memory_weights_bytes {}\n", copies * made);
+        assert!(daemon.get("/metrics").body.contains(&line), "{line}");
+    }
+}
+
+#[test]
 fn a_model_leaves_when_its_time_is_over_and_comes_back_with_its_counts() {
     let folder = tempfile::tempdir().unwrap();
     let daemon = start(folder.path(), &[]);

@@ -4,10 +4,13 @@
 mod shape;
 
 use fastrand::Rng;
+use serde_json::Value;
 use shape::{Experts, Index, Shape, base, experts, write};
 use sparsed_oracle::{Model, Options, Output, forward};
+use sparsed_tests::daemon::Daemon;
 use sparsed_tests::tiny::TOLERANCE;
 use std::path::Path;
+use std::process::Command;
 
 fn singles(output: &Output<f64>) -> Vec<f32> {
     #[expect(clippy::cast_possible_truncation, reason = "compared in single precision")]
@@ -167,4 +170,27 @@ fn any(seed: u64) -> Shape {
 #[test]
 fn shapes_from_a_seed() {
     (0..24).for_each(|seed| check(&any(seed)));
+}
+
+#[test]
+fn copies_of_packed_weights_are_as_large_as_inspect_says() {
+    let index = Some(Index { n_heads: 4, width: 32, rope: Some(16), top_k: 64, full: None });
+    let wide = Shape { hidden: 256, vocab: 37, q_lora: Some(256), latent: 256, nope: 32, rope_row: 32, ..base() };
+    let shape = Shape { v_head: 64, n_heads: 4, feed_forward: 520, index, tied: true, ..wide };
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, file) = (dir.path().join("f32.gguf"), dir.path().join("small.gguf"));
+    write(&shape, 1, &whole);
+    let tool = |arguments: &[&str], path: &Path| {
+        let done = Command::new(sparsed_tests::sparsectl()).args(arguments).arg(path).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        done.stdout
+    };
+    for recipe in ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K_M", "Q5_K_M", "Q6_K"] {
+        tool(&["quantize", "--type", recipe, whole.to_str().unwrap()], &file);
+        let inspected: Value = serde_json::from_slice(&tool(&["inspect", "--json"], &file)).unwrap();
+        let bytes = |key: &str| inspected["memory"][key].as_u64().unwrap();
+        let daemon = Daemon::start(&file, &[]);
+        let held = daemon.get("/v1/status").json()["memory"]["weights_bytes"].as_u64().unwrap();
+        assert_eq!(bytes("weights_made_bytes") + bytes("copy_bytes_at_most"), held, "{recipe}: {inspected}");
+    }
 }

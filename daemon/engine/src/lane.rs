@@ -248,6 +248,11 @@ impl Live {
         self.take
     }
 
+    /// Bytes of its weights that are in memory whatever the device does.
+    pub(crate) fn made_bytes(&self) -> u64 {
+        self.program.made_bytes()
+    }
+
     /// How it is put on a device, which may not have a slow tier.
     fn load_options(&self, slot: &Slot, backend: &Backend) -> LoadOptions {
         let info = backend.info();

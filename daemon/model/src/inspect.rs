@@ -3,7 +3,7 @@
 //! Reads headers, metadata and the scales of FP8 weights only; weights stay where they are.
 
 use crate::language::Language;
-use crate::program::kv_shape;
+use crate::program::{WeightBinding, kv_shape};
 use crate::weights::Weights;
 use crate::{KvFormats, KvShape, Model, ModelError, ModelSpec, Program, ProgramOptions, Selection};
 use serde_json::Value;
@@ -29,8 +29,8 @@ pub struct Held {
     pub mapped: u64,
     /// Bytes that are made: decoded FP8, vectors in single precision, stacked experts, parts of an unsplit kv_b.
     pub made: u64,
-    /// Bytes of matrices in formats that a plugin may copy into its own layout; those of all are an upper bound.
-    pub repackable: u64,
+    /// Bytes of the copies that a plugin may make of matrices for a layout of its own, if it copies all that it can.
+    pub copies: u64,
 }
 
 /// What was found in a model file or folder.
@@ -120,17 +120,30 @@ impl Inspection {
 }
 
 fn held(program: &Program) -> Held {
-    let mut held = Held::default();
+    let mut held = Held { made: program.made_bytes(), ..Held::default() };
     for weight in &program.weights {
         let size = weight.size();
-        let to = if weight.file.is_some() { &mut held.mapped } else { &mut held.made };
-        *to = to.saturating_add(size);
-        let repacked = [Format::Q4_0, Format::Q4_1, Format::Q8_0].iter().any(|format| format.ggml_id() == weight.dtype);
-        if repacked {
-            held.repackable = held.repackable.saturating_add(size);
+        if weight.file.is_some() {
+            held.mapped = held.mapped.saturating_add(size);
         }
+        held.copies = held.copies.saturating_add(copy_bytes(weight));
     }
     held
+}
+
+/// Bytes of a weight in the layout of the CPU plugin, 0 in a format that it reads as it is: rows are filled up to
+/// sixteens, and the six-bit scales and minima of a K format become bytes.
+fn copy_bytes(weight: &WeightBinding) -> u64 {
+    const ROWS: u64 = 16;
+    let k_bytes = match Format::from_ggml_id(weight.dtype) {
+        Some(Format::Q4_K | Format::Q5_K) => weight.cols / 256 * 4,
+        Some(Format::Q4_0 | Format::Q4_1 | Format::Q5_0 | Format::Q5_1 | Format::Q8_0 | Format::Q6_K) => 0,
+        _ => return 0,
+    };
+    let rows = weight.rows.next_multiple_of(ROWS);
+    let matrices = rows.saturating_mul(weight.batch.into());
+    matrices
+        .saturating_mul((weight.size() / weight.rows.max(1) / u64::from(weight.batch.max(1))).saturating_add(k_bytes))
 }
 
 fn formats(weights: &Weights) -> BTreeMap<&'static str, FormatCount> {

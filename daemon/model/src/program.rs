@@ -263,6 +263,12 @@ pub struct LayerQueries<'a> {
 }
 
 impl Program {
+    /// Bytes of weights that lie in memory since they were made, beside those that stay mapped from a file.
+    pub fn made_bytes(&self) -> u64 {
+        let made = self.weights.iter().filter(|weight| weight.file.is_none());
+        made.map(WeightBinding::size).fold(0, u64::saturating_add)
+    }
+
     /// Tokens that attention selects, `None` when it reads all.
     pub fn top_k(&self) -> Option<u32> {
         self.top_k

@@ -100,7 +100,7 @@ fn memory(found: &Inspection, spec: &ModelSpec, context: u32) -> anyhow::Result<
             "latent_bytes_per_token": latent,
             "index_bytes_per_token": index,
             "kv_bytes": kv_bytes,
-            "total_bytes": weights.saturating_add(held.repackable).saturating_add(kv_bytes).saturating_add(workspace),
+            "total_bytes": weights.saturating_add(held.copies).saturating_add(kv_bytes).saturating_add(workspace),
         }))
     };
     Ok(json!({
@@ -108,7 +108,7 @@ fn memory(found: &Inspection, spec: &ModelSpec, context: u32) -> anyhow::Result<
         "weights_bytes": weights,
         "weights_mapped_bytes": held.mapped,
         "weights_made_bytes": held.made,
-        "copy_bytes_at_most": held.repackable,
+        "copy_bytes_at_most": held.copies,
         "workspace_bytes_estimated": workspace,
         "default": kv(KvFormats::default())?,
         "exact": kv(KvFormats::exact())?,

@@ -45,7 +45,7 @@ pub struct Bound {
 pub struct Budget {
     /// All limits that are known.
     pub bounds: Vec<Bound>,
-    /// Bytes of weights as the device holds them, beside the mapped files.
+    /// Bytes of weights as the device holds them and of those that were made, beside the mapped files.
     pub weights_bytes: u64,
     /// Bytes of plans' workspaces.
     pub workspace_bytes: u64,

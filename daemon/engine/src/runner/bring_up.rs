@@ -124,11 +124,13 @@ impl Engine {
     }
 
     /// Reckons the budget with what weights and workspace take indeed: where less is left than was thought, pools are
-    /// bounded.
+    /// bounded. What was made of a file stays here as long as the model, wherever the device reads it; what is mapped
+    /// is the system's to drop.
     pub(super) fn reckon(&mut self) {
         let Some(Ok(memory)) = self.backend.as_ref().map(Backend::memory) else { return };
+        let made_bytes = self.lives().map(Live::made_bytes).fold(0, u64::saturating_add);
         let mut budget = lock(&self.shared.budget);
-        budget.weights_bytes = memory.used_weights;
+        budget.weights_bytes = memory.used_weights.saturating_add(made_bytes);
         budget.workspace_bytes = memory.used_workspace;
         budget.bind(Limit::Device, memory.total);
         let for_kv = budget.for_kv().unwrap_or(u64::MAX);

@@ -22,9 +22,18 @@ type Result<T> = std::result::Result<T, BackendError>;
 #[derive(Debug, Default)]
 pub(super) struct Objects {
     devices: HashMap<u32, Device>,
-    weights: HashMap<u32, Weight>,
+    weights: HashMap<u32, Uploaded>,
     lanes: HashMap<u32, LaneThread>,
     jobs: Arc<JobObjects>,
+}
+
+#[derive(Debug)]
+struct Uploaded {
+    weight: Weight,
+    /// The device's number.
+    device: u32,
+    /// Bytes of it in memory that this process keeps mapped for the plugin.
+    kept: u64,
 }
 
 #[derive(Debug)]
@@ -73,16 +82,17 @@ impl Objects {
                 self.device(device)?.backend.supports(&blob(fds.next(), blob_bytes)?, op)?;
             }
             Request::Upload { device, weight, desc: Plain(desc), source } => {
-                let made = self.device(device)?.upload(&desc, &source, fds.next())?;
-                self.weights.insert(weight, made);
+                let (made, kept) = self.device(device)?.upload(&desc, &source, fds.next())?;
+                self.weights.insert(weight, Uploaded { weight: made, device, kept });
             }
             Request::CreateKv { device, pool, shape, slow } => {
                 let slow = slow.map(|slow| slow_source(slow, fds.next())).transpose()?;
                 return self.create_kv(device, pool, &shape, slow);
             }
             Request::Compile { device, plan, weights, pools, bucket: Plain(bucket), blob_bytes } => {
-                let find = |id: &u32| self.weights.get(id).cloned().ok_or_else(|| unknown("weight", *id));
-                let weights = weights.iter().map(find).collect::<Result<Vec<_>>>()?;
+                let find = |id: &u32| self.weights.get(id).ok_or_else(|| unknown("weight", *id));
+                let weights = weights.iter().map(|id| find(id).map(|uploaded| uploaded.weight.clone()));
+                let weights = weights.collect::<Result<Vec<_>>>()?;
                 let pools = pools.iter().map(|&id| self.jobs.pool(id)).collect::<Result<Vec<_>>>()?;
                 let (weights, pools) = (weights.iter().collect::<Vec<_>>(), pools.iter().collect::<Vec<_>>());
                 let blob = blob(fds.next(), blob_bytes)?;
@@ -110,13 +120,16 @@ impl Objects {
         self.devices.get_mut(&id).ok_or_else(|| unknown("device", id))
     }
 
+    /// As the plugin has it, with what weights take here that it reads in place.
     fn memory(&mut self, device: u32) -> Result<Reply> {
         let info = self.device(device)?.backend.memory()?;
+        let kept = self.weights.values().filter(|uploaded| uploaded.device == device).map(|uploaded| uploaded.kept);
+        let kept: u64 = kept.sum();
         Ok(Reply::Memory(Plain(SpdMemInfo {
             struct_size: struct_size::<SpdMemInfo>(),
             total: info.total,
             free: info.free,
-            used_weights: info.used_weights,
+            used_weights: info.used_weights.saturating_add(kept),
             used_kv: info.used_kv,
             used_workspace: info.used_workspace,
             ..SpdMemInfo::default()
@@ -152,7 +165,8 @@ impl Objects {
 }
 
 impl Device {
-    fn upload(&mut self, desc: &SpdWeightDesc, source: &Source, fd: Option<OwnedFd>) -> Result<Weight> {
+    /// The weight, and the bytes of memory that stay mapped for it.
+    fn upload(&mut self, desc: &SpdWeightDesc, source: &Source, fd: Option<OwnedFd>) -> Result<(Weight, u64)> {
         let bytes = match *source {
             Source::Memory { length } => part(&map(fd)?, 0, length)?,
             Source::File { number, offset, length } => {
@@ -162,7 +176,11 @@ impl Device {
                 part(self.files.get(&number).ok_or_else(|| unknown("file", number))?, offset, length)?
             }
         };
-        self.backend.upload(&WeightUpload {
+        let kept = match *source {
+            Source::Memory { length } if self.backend.info().reads_host_weights() => length,
+            _ => 0,
+        };
+        let weight = self.backend.upload(&WeightUpload {
             name: text(&desc.name),
             dtype: desc.dtype,
             batch: desc.batch,
@@ -170,7 +188,8 @@ impl Device {
             cols: desc.cols,
             bytes,
             file: None,
-        })
+        })?;
+        Ok((weight, kept))
     }
 }
 
