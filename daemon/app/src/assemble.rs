@@ -239,6 +239,7 @@ fn model_options(
     let n_shares = models.len() - n_on_demand + n_on_demand.min(1);
     let kv_bytes = bytes / n_shares.max(1) as u64;
     let patience = Duration::from_secs(config.limits.load_wait_s);
+    let arithmetic = devices::arithmetic(config);
     let options = |(name, model): (String, Model)| ModelOptions {
         aliases: model.aliases.clone(),
         source: source(config, &name, &model, paths),
@@ -249,6 +250,7 @@ fn model_options(
             patience,
         },
         max_context: model.max_context,
+        arithmetic,
         kv_bytes,
         slow_tier: slow_tier.cloned(),
         name,

@@ -50,6 +50,14 @@ pub(crate) fn find(config: &Config, choice: Option<&Choice>) -> Result<Vec<Box<d
     Ok(devices.into_iter().map(|device| Box::new(device) as Box<dyn DeviceSource>).collect())
 }
 
+/// How the configured plugin computes, by its manifest. As rows' formats, it is known before a device is open and holds
+/// for all that may take over.
+pub(crate) fn arithmetic(config: &Config) -> u32 {
+    let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
+    // One that is not there is refused by who opens it.
+    scan.select(Some(&config.engine.plugin)).map_or(0, |found| found.manifest.arithmetic)
+}
+
 impl PluginDevice {
     /// The configured one, which must have a name.
     pub fn configured(config: &Config) -> Self {

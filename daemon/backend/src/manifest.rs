@@ -38,6 +38,10 @@ pub struct Manifest {
     pub description: Option<String>,
     /// Kept for signed manifests; nothing checks it yet.
     pub signature: Option<String>,
+    /// Raised by the maker where the numbers that the plugin computes get other bits: KV rows that were made before are
+    /// made anew.
+    #[serde(default)]
+    pub arithmetic: u32,
     /// Device nodes that a plugin in a process of its own may open: `/dev/name`, or `/dev/prefix*`.
     #[serde(default)]
     pub devices: Vec<String>,

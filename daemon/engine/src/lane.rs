@@ -40,6 +40,8 @@ pub struct ModelOptions {
     pub max_context: Option<u32>,
     /// What its steps compute.
     pub program: ProgramOptions,
+    /// The number that the plugin's maker has given to how it computes: rows that another one has made are not used.
+    pub arithmetic: u32,
     /// Bytes of its KV pool.
     pub kv_bytes: u64,
     /// What may lie in a slow tier where that is too little; `None`: nothing.

@@ -70,7 +70,7 @@ impl Opened {
         let kv_bytes_per_token = latent_bytes + index_bytes;
         let block_bytes = u32::try_from(kv_bytes_per_token * u64::from(BLOCK_TOKENS));
         let block_bytes = block_bytes.map_err(|_| "its KV rows are too long".to_owned())?;
-        let images = ImageShape { fingerprint: program.fingerprint(), block_bytes };
+        let images = ImageShape { fingerprint: program.fingerprint(options.arithmetic), block_bytes };
         let (vocabularies, weights) = (model.vocabulary_fingerprints(), program.weights_fingerprint());
         let grammars = Compiler::default();
         let served = ServedModel {

@@ -12,9 +12,15 @@ const SAMPLE: usize = 256;
 
 impl Program {
     /// Says what the rows of a KV block depend on besides its tokens: the step's operators, the rows' formats and the
-    /// weights. Rows of equal programs may take each other's place.
-    pub fn fingerprint(&self) -> [u8; 32] {
+    /// weights, and the number that the plugin's maker has given to its arithmetic. Rows of equal programs may take
+    /// each other's place.
+    pub fn fingerprint(&self, arithmetic: u32) -> [u8; 32] {
         let mut hash = blake3::Hasher::new();
+        // Who says nothing of it has the rows that there were before there was a number.
+        if arithmetic != 0 {
+            part_into(&mut hash, b"arithmetic");
+            number_into(&mut hash, arithmetic.into());
+        }
         hash.update(self.blob.as_bytes());
         for row in [self.kv.latent, self.kv.rope, self.kv.index] {
             [row.dtype, row.width].into_iter().for_each(|number| number_into(&mut hash, number.into()));
