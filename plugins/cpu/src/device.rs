@@ -3,7 +3,7 @@
 use crate::execute;
 use crate::level::Level;
 use crate::memory::{BLOCK_TOKENS_ALIGN, Pool, ROW_DTYPES, Weight};
-use crate::plan::Plan;
+use crate::plan::{Plan, Request};
 use crate::threads::{THREADS_MAX, Team, allowed_cpus, threads_for};
 use crate::validate::Bound;
 use sparsed_abi::{
@@ -180,7 +180,17 @@ impl Device for CpuDevice {
         pools: Vec<Arc<Pool>>,
         bucket: SpdBucket,
     ) -> Result<(Plan, PlanSizes)> {
-        Plan::compile(program, weights, pools, bucket, &self.team, &self.usage)
+        Plan::compile(Request { program, weights, pools, bucket }, &self.team, &self.usage)
+    }
+
+    fn plan_sizes(
+        &self,
+        program: Program,
+        weights: Vec<Arc<Weight>>,
+        pools: Vec<Arc<Pool>>,
+        bucket: SpdBucket,
+    ) -> Result<PlanSizes> {
+        Request { program, weights, pools, bucket }.sizes(self.team.len())
     }
 
     fn queue(self: &Arc<Self>, _priority: u32) -> Result<InOrder<Self>> {

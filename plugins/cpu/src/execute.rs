@@ -14,7 +14,9 @@ mod rowwise;
 mod select;
 mod slow;
 
-pub(crate) use rounded::Scratch;
+pub(crate) use blocked::attention_bytes;
+pub(crate) use rounded::{Scratch, product_bytes, rounded_bytes};
+pub(crate) use select::index_bytes;
 
 use crate::device::CpuDevice;
 use crate::memory::{Pool, Weight};

@@ -2,20 +2,21 @@
 //!
 //! Tensors inside the plan share one arena: each lives from the operator that writes it to the last that reads it.
 
+mod beside;
 mod joint;
 
 pub(crate) use joint::owner;
 
 use crate::execute::Scratch;
-use crate::kernels::activations::Rounding;
 use crate::memory::{Pool, Weight};
 use crate::packing::pack;
 use crate::threads::Team;
 use crate::validate::Bound;
+use beside::{Steps, rounded_weight};
 use memmap2::{Advice, MmapMut};
 use sparsed_abi::{
-    ARENA_ALIGN, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, E_NOMEM_DEVICE, NO_TENSOR, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND,
-    OP_MOE_LINEAR, Program, SpdBucket, SpdOp, SpdTensor, T_ACTIVATION, T_INPUT, T_OUTPUT, T_VIEW,
+    ARENA_ALIGN, DIM_LOGITS, DIM_SEQS, DIM_TOKENS, E_NOMEM_DEVICE, NO_TENSOR, Program, SpdBucket, SpdTensor,
+    T_ACTIVATION, T_INPUT, T_OUTPUT, T_VIEW,
 };
 use sparsed_plugin_kit::{Held, PlanSizes, PluginError, Result, Usage};
 use std::sync::{Arc, Mutex};
@@ -89,33 +90,67 @@ pub(crate) fn arena(program: &Program, kind: u32, tokens: usize, seqs: usize, lo
     (offsets, at)
 }
 
-impl Plan {
-    pub(crate) fn compile(
-        program: Program,
-        weights: Vec<Arc<Weight>>,
-        pools: Vec<Arc<Pool>>,
-        bucket: SpdBucket,
-        team: &Team,
-        usage: &Arc<Usage>,
-    ) -> Result<(Self, PlanSizes)> {
+/// What a program is compiled from.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) program: Program,
+    pub(crate) weights: Vec<Arc<Weight>>,
+    pub(crate) pools: Vec<Arc<Pool>>,
+    pub(crate) bucket: SpdBucket,
+}
+
+/// A program that was checked, and where its tensors will be.
+#[derive(Debug)]
+struct Layout {
+    order: Vec<Vec<usize>>,
+    places: Vec<Place>,
+    /// Values of the arena.
+    arena_len: usize,
+    sizes: PlanSizes,
+}
+
+impl Request {
+    /// What a plan for steps of `n_threads` threads takes.
+    ///
+    /// # Errors
+    /// As of [`Plan::compile`], but for memory.
+    pub(crate) fn sizes(&self, n_threads: usize) -> Result<PlanSizes> {
+        self.layout(n_threads).map(|layout| layout.sizes)
+    }
+
+    fn layout(&self, n_threads: usize) -> Result<Layout> {
+        let Self { program, weights, pools, bucket } = self;
         if bucket.max_tokens == 0 || bucket.max_tokens > 1 << 20 || bucket.max_logits > bucket.max_tokens {
             return Err(PluginError::invalid("a bucket without tokens, of too many, or with more logits than tokens"));
         }
-        let bound = Bound { program: &program, weights: &weights, pools: &pools };
+        let bound = Bound { program, weights, pools };
         for (index, op) in program.ops().iter().enumerate() {
             bound.check_op(op).map_err(|error| error.at(index))?;
         }
+        let (tokens, seqs, logits) = (bucket.max_tokens as usize, bucket.max_seqs as usize, bucket.max_logits as usize);
+        let order = joint::order(program);
+        let (places, arena_len) = place(program, &order, tokens, seqs, logits)?;
+        let beside = Steps { program, weights, pools, bucket: *bucket, n_threads }.bytes();
+        let sizes = PlanSizes {
+            workspace: (arena_len as u64 * 4).saturating_add(beside as u64),
+            input: arena(program, T_INPUT, tokens, seqs, logits).1 as u64,
+            output: arena(program, T_OUTPUT, tokens, seqs, logits).1 as u64,
+        };
+        Ok(Layout { order, places, arena_len, sizes })
+    }
+}
+
+impl Plan {
+    /// A plan for steps of the team. Weights that it multiplies with rounded activations are packed.
+    ///
+    /// # Errors
+    /// An operator that does not fit its tensors, or no memory.
+    pub(crate) fn compile(request: Request, team: &Team, usage: &Arc<Usage>) -> Result<(Self, PlanSizes)> {
+        let Layout { order, places, arena_len, sizes } = request.layout(team.len())?;
+        let Request { program, weights, pools, bucket } = request;
         let multiplied = program.ops().iter().filter_map(rounded_weight);
         let multiplied = multiplied.map(|id| &*weights[program.tensors()[id as usize].bind as usize]);
         pack(&multiplied.collect::<Vec<_>>(), team, usage)?;
-        let (tokens, seqs, logits) = (bucket.max_tokens as usize, bucket.max_seqs as usize, bucket.max_logits as usize);
-        let order = joint::order(&program);
-        let (places, arena_len) = place(&program, &order, tokens, seqs, logits)?;
-        let sizes = PlanSizes {
-            workspace: arena_len as u64 * 4,
-            input: arena(&program, T_INPUT, tokens, seqs, logits).1 as u64,
-            output: arena(&program, T_OUTPUT, tokens, seqs, logits).1 as u64,
-        };
         let held = usage.hold(|u| &u.workspace, sizes.workspace)?;
         let no_memory = |error: std::io::Error| PluginError::new(E_NOMEM_DEVICE, format!("a workspace: {error}"));
         let arena = MmapMut::map_anon((arena_len * 4).max(1)).map_err(no_memory)?;
@@ -124,16 +159,6 @@ impl Plan {
         let workspace = Mutex::new(Workspace { arena, rounded: Scratch::default(), scores: Vec::new() });
         Ok((Self { program, weights, pools, bucket, places, order, workspace, _held: held }, sizes))
     }
-}
-
-/// The weight that this operator multiplies with rounded activations, if it may.
-fn rounded_weight(op: &SpdOp) -> Option<u32> {
-    let attribute = match op.kind {
-        OP_LINEAR | OP_MLA_ABSORB | OP_MLA_EXPAND => op.i[0],
-        OP_MOE_LINEAR => op.i[1],
-        _ => return None,
-    };
-    Rounding::allowed(attribute).map(|_| op.inputs[1])
 }
 
 /// Gives every tensor inside the plan a range of the arena that no tensor alive at the same time has.

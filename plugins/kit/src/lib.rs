@@ -156,6 +156,21 @@ pub trait Device: Sized + Send + Sync + 'static {
         bucket: SpdBucket,
     ) -> Result<(Self::Plan, PlanSizes)>;
 
+    /// What [`Self::compile`] would make, if only its sizes are asked for (`SPD_COMPILE_DRY_RUN`). Nothing of it may
+    /// stay: without this a plan is made and dropped, which is not enough where weights are changed for it.
+    ///
+    /// # Errors
+    /// Which operator is refused and why.
+    fn plan_sizes(
+        &self,
+        program: Program,
+        weights: Vec<Arc<Self::Weight>>,
+        pools: Vec<Arc<Self::Pool>>,
+        bucket: SpdBucket,
+    ) -> Result<PlanSizes> {
+        self.compile(program, weights, pools, bucket).map(|(_, sizes)| sizes)
+    }
+
     /// Makes a queue; of several, the one with the higher priority goes first where the device knows such a thing.
     ///
     /// # Errors

@@ -242,7 +242,9 @@ impl<'s> Case<'s> {
     pub(crate) fn compile(self, steps: &[&Step]) -> Result<Ready<'s>, Wrong> {
         let blob = self.blob();
         for (index, &kind) in (0u32..).zip(&self.kinds) {
-            self.supported(&blob, index, kind)?;
+            if let Some(lack) = self.lack(&blob, index)? {
+                return skip(format!("{}: {lack}", op_name(kind)));
+            }
         }
         let most = |n: fn(&Step) -> usize| {
             let most = steps.iter().map(|step| n(step)).max().unwrap_or(0).max(1);
@@ -258,7 +260,15 @@ impl<'s> Case<'s> {
         Ok(Ready { session: self.session, plan, inputs: self.inputs, outputs: self.outputs })
     }
 
-    fn supported(&self, blob: &Blob, index: u32, kind: u32) -> Result<(), Wrong> {
+    /// Whether the plugin has all of the operators.
+    pub(crate) fn is_supported(&self) -> Result<bool, Fault> {
+        let blob = self.blob();
+        let mut lacks = (0u32..).zip(&self.kinds).map(|(index, _)| self.lack(&blob, index));
+        lacks.try_fold(true, |all, lack| Ok(all && lack?.is_none()))
+    }
+
+    /// Why the plugin does not have operator `index`, if it says so.
+    fn lack(&self, blob: &Blob, index: u32) -> Result<Option<Fault>, Fault> {
         let supports = entry!(self.session.api(), supports);
         let answer = call("supports", |e| {
             let bytes = blob.as_bytes();
@@ -266,8 +276,8 @@ impl<'s> Case<'s> {
             unsafe { supports(self.session.device.raw, bytes.as_ptr().cast(), bytes.len() as u64, index, e) }
         });
         match answer {
-            Err(fault) if fault.status == E_UNSUPPORTED => skip(format!("{}: {fault}", op_name(kind))),
-            other => Ok(other?),
+            Err(fault) if fault.status == E_UNSUPPORTED => Ok(Some(fault)),
+            other => other.map(|()| None),
         }
     }
 }

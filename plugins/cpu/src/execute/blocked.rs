@@ -74,6 +74,12 @@ impl Run {
     }
 }
 
+/// Bytes at most that a thread has while it attends: for a step of so many tokens with so many heads, which see slices
+/// of these widths (latent, rope) or keep decoded rows of them.
+pub(crate) fn attention_bytes(tokens: usize, heads: usize, [latent, rope]: [usize; 2], absorbed: bool) -> usize {
+    Room::bytes(heads * tokens.min(RUN_TOKENS), Widths { latent, rope, absorbed })
+}
+
 impl Attention<'_> {
     /// True when the pool's rows are ones that [`Self::run_blocked`] reads.
     pub(super) fn is_blocked(&self) -> bool {

@@ -6,8 +6,9 @@
 
 use super::Frame;
 use super::matmul::Pair;
+use super::room::make_room;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
-use crate::kernels::packed::{groups_at_once, tokens_at_once};
+use crate::kernels::packed::{TOKENS_MAX, groups_at_once, tokens_at_once};
 use crate::level::Level;
 use crate::tensor::Tensor;
 use std::marker::PhantomData;
@@ -19,6 +20,17 @@ pub(crate) struct Scratch {
     blocks: Vec<Block>,
     /// The tensor and the rounding of what `blocks` holds.
     holds: Option<(u32, Rounding)>,
+}
+
+/// Bytes of `n` rows of `width` values.
+pub(crate) fn rounded_bytes(n: usize, width: usize) -> usize {
+    n.saturating_mul(width / BLOCK).saturating_mul(size_of::<Block>())
+}
+
+/// Bytes at most that a thread has while it multiplies: rows of `width` values that it has put beside each other, or a
+/// decoded row of the weight.
+pub(crate) fn product_bytes(width: usize) -> usize {
+    rounded_bytes(TOKENS_MAX, width).max(width.saturating_mul(size_of::<f32>()))
 }
 
 impl Scratch {
@@ -57,6 +69,7 @@ impl Frame<'_> {
         let n = n_rows * n_blocks;
         if scratch.holds != Some((id, rounding)) {
             if scratch.blocks.len() < n {
+                make_room(&mut scratch.blocks, n);
                 scratch.blocks.resize(n, Block::default());
             }
             let to = Tensor { at: scratch.blocks.as_mut_ptr(), n0: 1, n1: 1, n2: n, s0: n, s1: n, life: PhantomData };

@@ -6,6 +6,7 @@
 
 use super::Frame;
 use super::refine::Candidates;
+use super::room::make_room;
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
 use crate::kernels::attention::{ROWS, index_scores};
 use crate::kernels::packed::{KeyTiles, Sums, TILE_ROWS, groups_at_once, score_keys};
@@ -21,6 +22,20 @@ use std::ops::Range;
 
 /// Tokens that share the reading of a key.
 const RUN_TOKENS: usize = 8;
+
+/// Bytes at most that a thread has while it selects: for queries of `heads` heads of `width` values, of sequences of up
+/// to `context` tokens.
+pub(crate) fn index_bytes(tokens: usize, heads: usize, width: usize, context: usize) -> usize {
+    // Of a key its score, or its copy's position and score, whose lists may have grown to twice of what they hold.
+    const KEY: usize = size_of::<f32>() + 2 * size_of::<(u32, f32)>() / 2;
+    // Of a key that may be among the best: its position, or its score with its position and the score once more.
+    const OPEN: usize = 2 * (size_of::<u32>() + 2 * size_of::<u64>());
+    // Rounded, their high bytes alone, and what these leave out.
+    let query = heads * (2 * width.div_ceil(BLOCK) * size_of::<Block>() + width * size_of::<f32>());
+    let keys = context.saturating_mul(tokens.min(RUN_TOKENS) * KEY + OPEN);
+    let decoded = ROWS * width * size_of::<f32>();
+    keys.saturating_add(tokens.min(RUN_TOKENS) * query).saturating_add(decoded)
+}
 
 /// One IDX_TOPK of a step.
 pub(super) struct Indexer<'a> {
@@ -111,6 +126,7 @@ impl Frame<'_> {
                     continue;
                 }
                 for (t, row) in run.clone().zip(&mut rows) {
+                    make_room(row, job.visible(t));
                     row.resize(if job.must_score(t) { job.visible(t) } else { 0 }, 0.0);
                 }
                 let mut parts = rows[..run.len()].iter_mut().map(|row| &mut row[..]).collect::<Vec<_>>();
@@ -157,6 +173,7 @@ impl Indexer<'_> {
         }
         if self.must_score(t) {
             let visible = self.visible(t);
+            make_room(scores, visible);
             scores.resize(visible, 0.0);
             let team = &self.frame.device.team;
             let all = Tensor { at: scores.as_mut_ptr(), n0: 1, n1: 1, n2: visible, s0: 0, s1: 0, life: PhantomData };

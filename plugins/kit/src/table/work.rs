@@ -87,7 +87,12 @@ pub(super) unsafe extern "C" fn plan_compile<D: Device>(
             // SAFETY: a living pool handle.
             pools.push(Arc::clone(&unsafe { borrow::<Pool<D>>(raw.cast()) }?.0));
         }
-        let (plan, sizes) = device.compile(program, weights, pools, bucket)?;
+        let (plan, sizes) = if compile.flags & sparsed_abi::COMPILE_DRY_RUN == 0 {
+            let (plan, sizes) = device.compile(program, weights, pools, bucket)?;
+            (Some(plan), sizes)
+        } else {
+            (None, device.plan_sizes(program, weights, pools, bucket)?)
+        };
         let filled = SpdPlanInfo {
             workspace_bytes: sizes.workspace,
             in_bytes: sizes.input,
@@ -97,11 +102,11 @@ pub(super) unsafe extern "C" fn plan_compile<D: Device>(
         };
         // SAFETY: checked above.
         unsafe { write_out(info, filled) };
-        if compile.flags & sparsed_abi::COMPILE_DRY_RUN != 0 {
-            return Ok(());
+        match plan {
+            // SAFETY: the caller's out pointer.
+            Some(plan) => unsafe { give(out, Plan::<D>(Arc::new(plan))) },
+            None => Ok(()),
         }
-        // SAFETY: the caller's out pointer.
-        unsafe { give(out, Plan::<D>(Arc::new(plan))) }
     })
 }
 

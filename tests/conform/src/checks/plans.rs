@@ -1,16 +1,17 @@
 //! L1: are programs read as `plugin.h` lays them out, and plans held to their buckets?
 
 use super::{addends, adder, adds, refused};
-use crate::case::Case;
+use crate::case::{Case, Matrix};
 use crate::child::Context;
 use crate::rig::{Arena, Fault, Plan, RunParts, Session, call, entry, struct_size};
 use crate::rule::{Level, Rule, rule};
 use crate::step::Step;
 use crate::verdict::{Outcome, Wrong, ensure};
 use sparsed_abi::{
-    Blob, COMPILE_DRY_RUN, DIM_TOKENS, E_ABI, E_INVALID, E_UNSUPPORTED, OP_EXT_BASE, OP_ROPE, OpSpec, SpdBucket,
-    SpdCompile, SpdOp, SpdPlanInfo, SpdProgram, SpdTensor,
+    Blob, COMPILE_DRY_RUN, DIM_TOKENS, DT_Q8_0, E_ABI, E_INVALID, E_UNSUPPORTED, OP_EXT_BASE, OP_LINEAR, OP_ROPE,
+    OpSpec, SpdBucket, SpdCompile, SpdOp, SpdPlanInfo, SpdProgram, SpdTensor,
 };
+use sparsed_quant::Format;
 use std::ptr;
 
 const PROGRAMS: &str = "plugin.h, programs";
@@ -98,10 +99,35 @@ pub(crate) fn compile_raw(session: &Session, request: &SpdCompile) -> Result<Spd
     Ok(info)
 }
 
+/// A product with a weight that a plugin may want in another layout, if it takes weights of that format.
+fn multiplier<'s>(session: &'s Session, rng: &mut fastrand::Rng) -> Result<Case<'s>, Fault> {
+    const ROWS: i32 = 48;
+    const COLS: i32 = 256;
+    let takes = Session::has_dtype(&session.info.weight_dtypes, DT_Q8_0);
+    let mut case = Case::new(session);
+    let x = case.input(&[DIM_TOKENS, COLS]);
+    let (format, n) = (if takes { Format::Q8_0 } else { Format::F32 }, |n: i32| n.unsigned_abs() as usize);
+    let w = case.weight(&Matrix::random(rng, format, (1, n(ROWS), n(COLS))))?;
+    let y = case.output(&[DIM_TOKENS, ROWS]);
+    let i = [1, 0, 0, 0, 0, 0]; // activations may be rounded
+    case.op(OpSpec { kind: OP_LINEAR, inputs: &[Some(x), Some(w)], outputs: &[Some(y)], i, ..OpSpec::default() });
+    Ok(case)
+}
+
 fn dry_run(context: &Context) -> Outcome {
-    let session = context.session()?;
-    let (blob, bucket) = (adder(&session).blob(), bucket(4));
-    let request = SpdCompile { flags: COMPILE_DRY_RUN, ..request(&blob, &bucket) };
+    let (session, mut rng) = (context.session()?, context.random());
+    let mut case = multiplier(&session, &mut rng)?;
+    if !case.is_supported()? {
+        case = adder(&session);
+    }
+    let (blob, bucket, bound) = (case.blob(), bucket(4), case.bound());
+    let weights: Vec<_> = bound.iter().map(|weight| weight.raw).collect();
+    let request = SpdCompile {
+        flags: COMPILE_DRY_RUN,
+        weights: weights.as_ptr(),
+        n_weights: u32::try_from(weights.len()).expect("one or none"),
+        ..request(&blob, &bucket)
+    };
     let (compile, mut raw) = (entry!(session.api(), plan_compile), ptr::null_mut());
     let mut info = SpdPlanInfo { struct_size: struct_size::<SpdPlanInfo>(), ..SpdPlanInfo::default() };
     let before = session.mem_info()?;
@@ -112,8 +138,9 @@ fn dry_run(context: &Context) -> Outcome {
     ensure!(raw.is_null(), "a dry run hands out a plan");
     ensure!(info.in_bytes > 0, "a dry run does not fill spd_plan_info: in_bytes is 0");
     let after = session.mem_info()?;
-    let used = |m: sparsed_abi::SpdMemInfo| m.used_workspace + m.used_plans;
-    ensure!(used(before) == used(after), "a dry run leaves {} bytes in use", used(after) - used(before));
+    let used = |m: sparsed_abi::SpdMemInfo| m.used_weights + m.used_workspace + m.used_plans + m.used_other;
+    let (before, after) = (used(before), used(after));
+    ensure!(before == after, "of {before} bytes in use a dry run makes {after}");
     Ok(())
 }
 
