@@ -430,7 +430,7 @@ typedef struct spd_step {
   uint64_t step_id;
   uint32_t token_offset;    /* u32[T] token ids                                          */
   uint32_t position_offset; /* u32[T] positions in the sequence                          */
-  uint32_t slot_offset;     /* u64[T] KV slots that receive the tokens' rows             */
+  uint32_t slot_offset;     /* u64[T] KV slots for the tokens' rows, no two alike         */
   uint32_t seq_offset;      /* u32[S+1]                                                  */
   uint32_t context_offset;  /* u32[S] tokens in the cache once this step has appended    */
   uint32_t block_offset;    /* u32[S+1] ranges of the block ids                          */

@@ -23,7 +23,7 @@ use crate::memory::{Pool, Weight};
 use crate::plan::{Place, Plan, Workspace, arena, row_len, rows_of};
 use crate::tensor::Tensor;
 use sparsed_abi::{
-    E_CANCELLED, E_DATA, NO_TENSOR, OP_ADD, OP_DENSE_MLA, OP_EMBED, OP_GATHER_ROWS, OP_HADAMARD, OP_IDX_APPEND,
+    DT_F32, E_CANCELLED, E_DATA, NO_TENSOR, OP_ADD, OP_DENSE_MLA, OP_EMBED, OP_GATHER_ROWS, OP_HADAMARD, OP_IDX_APPEND,
     OP_IDX_TOPK, OP_KV_APPEND, OP_LAYER_NORM, OP_LINEAR, OP_MLA_ABSORB, OP_MLA_EXPAND, OP_MOE_COMBINE, OP_MOE_LINEAR,
     OP_MOE_ROUTE, OP_RMS_NORM, OP_ROPE, OP_SILU_MUL, OP_SPARSE_MLA, STEP_NAN_GUARD, StepArrays, T_INPUT, T_OUTPUT,
 };
@@ -77,12 +77,7 @@ pub(crate) fn run(device: &CpuDevice, plan: &Plan, run: Run<'_>) -> Result<()> {
         frame.dispatch(together, rounded, scores).map_err(at)?;
         together.iter().for_each(|&op| frame.written(&ops[op], rounded));
     }
-    if run.step.flags & STEP_NAN_GUARD != 0
-        && run.output.as_chunks::<4>().0.iter().any(|b| f32::from_le_bytes(*b).is_nan())
-    {
-        return Err(PluginError::new(E_DATA, "a NaN in an output"));
-    }
-    Ok(())
+    if frame.step.flags & STEP_NAN_GUARD != 0 { frame.refuse_nan() } else { Ok(()) }
 }
 
 fn check_step(plan: &Plan, run: &Run<'_>) -> Result<()> {
@@ -121,6 +116,11 @@ fn check_step(plan: &Plan, run: &Run<'_>) -> Result<()> {
         .all(|(range, &context)| (range[1] - range[0]) as usize * pool.block_tokens >= context as usize);
     if !ids_fit || !blocks_fit {
         return Err(PluginError::invalid("step: a slot or block outside the pool or the context"));
+    }
+    let mut slots = step.slots.to_vec();
+    slots.sort_unstable();
+    if slots.windows(2).any(|pair| pair[0] == pair[1]) {
+        return Err(PluginError::invalid("step: two tokens have one slot"));
     }
     let block = |slot: u64| usize::try_from(slot).expect("inside the pool") / pool.block_tokens;
     match step.slots.iter().map(|&slot| block(slot)).find(|&block| pool.is_slow(block)) {
@@ -164,6 +164,19 @@ impl<'a> Frame<'a> {
     /// The tensor, if the operator has it.
     pub(crate) fn optional<T>(&self, id: u32) -> Option<Tensor<'a, T>> {
         (id != NO_TENSOR).then(|| self.tensor(id))
+    }
+
+    /// The rows of this step in outputs of f32: ids and selections have bits that a NaN may have.
+    fn refuse_nan(&self) -> Result<()> {
+        for (id, tensor) in (0..).zip(self.plan.program.tensors()) {
+            if tensor.kind == T_OUTPUT && tensor.dtype == DT_F32 {
+                let rows = self.tensor::<f32>(id);
+                if (0..rows.rows()).any(|row| rows.flat(row).iter().any(|value| value.is_nan())) {
+                    return Err(PluginError::new(E_DATA, format!("a NaN in output tensor {id}")));
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn weight(&self, id: u32) -> &'a Weight {

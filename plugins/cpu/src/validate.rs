@@ -58,6 +58,8 @@ impl Bound<'_> {
     pub(crate) fn check_op(&self, op: &SpdOp) -> Result<()> {
         check(op.kvpool == 0, "kvpool is not 0")?;
         check(!self.overwrites_its_input(op), "an output is one of the operator's inputs")?;
+        let outputs = op.outputs.iter().enumerate().filter(|&(_, &id)| id != NO_TENSOR);
+        check(outputs.clone().all(|(at, id)| !op.outputs[..at].contains(id)), "two outputs are one tensor")?;
         match op.kind {
             OP_EMBED => self.embed(op),
             OP_RMS_NORM | OP_LAYER_NORM => self.norm(op),
@@ -284,5 +286,26 @@ impl Bound<'_> {
     fn hadamard(&self, op: &SpdOp) -> Result<()> {
         let x = self.f32(op.inputs[0])?;
         check(self.f32(op.outputs[0])? == x && x.n2.is_power_of_two(), "HADAMARD: width is not a power of two")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_abi::{OpSpec, ProgramBuilder};
+
+    #[test]
+    fn an_operator_that_would_write_one_tensor_twice_is_refused() {
+        for is_one in [false, true] {
+            let mut builder = ProgramBuilder::new();
+            let [x, residual] = [(); 2].map(|()| builder.input(DT_F32, &[DIM_TOKENS, 8]));
+            let y = builder.activation(DT_F32, &[DIM_TOKENS, 8]);
+            let sum = if is_one { y } else { builder.activation(DT_F32, &[DIM_TOKENS, 8]) };
+            let (inputs, outputs) = ([Some(x), None, Some(residual)], [Some(y), Some(sum)]);
+            builder.op(OpSpec { kind: OP_RMS_NORM, inputs: &inputs, outputs: &outputs, ..OpSpec::default() });
+            let program = Program::parse(builder.finish(0).as_bytes()).unwrap();
+            let answer = Bound { program: &program, weights: &[], pools: &[] }.check_op(&program.ops()[0]);
+            assert_eq!(answer.is_err(), is_one, "{answer:?}");
+        }
     }
 }

@@ -7,10 +7,11 @@ use crate::threads::Team;
 use fastrand::Rng;
 use sparsed_abi::{
     Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q4_0, DT_Q6_0, DT_Q8_0, DT_W16, OP_DENSE_MLA,
-    OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc,
-    SpdRow, StepArrays, T_INPUT, T_OUTPUT, TensorId,
+    OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, STEP_NAN_GUARD,
+    SpdBucket, SpdKvDesc, SpdRow, StepArrays, T_INPUT, T_OUTPUT, TensorId,
 };
-use sparsed_plugin_kit::{Device, Host, Run, Synchronous, Usage};
+use sparsed_plugin_kit::{Device, Host, Result, Run, Synchronous, Usage};
+use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -85,6 +86,10 @@ fn program(shape: Shape) -> Program {
 struct Bed {
     device: CpuDevice,
     plan: Plan,
+    workspace_bytes: u64,
+    flags: u32,
+    /// Most bytes that the heap had for a step at a time.
+    peak_bytes: Cell<u64>,
 }
 
 impl Bed {
@@ -104,13 +109,23 @@ impl Bed {
         };
         let pool = Arc::new(device.kv_create(&desc, None).unwrap().0);
         let bucket = SpdBucket { max_tokens: 512, max_seqs: 2, max_context: 512, ..SpdBucket::default() };
-        let (plan, _) = device.compile(program(shape), Vec::new(), vec![pool], bucket).unwrap();
-        Self { device, plan }
+        let (plan, sizes) = device.compile(program(shape), Vec::new(), vec![pool], bucket).unwrap();
+        Self { device, plan, workspace_bytes: sizes.workspace, flags: 0, peak_bytes: Cell::new(0) }
     }
 
     /// Appends what positions `ranges[i]` of sequence i put out, which sequence and position alone decide, to
     /// `answers`: for each output the rows of sequence 0.
     fn step(&self, ranges: [Range<u32>; 2], answers: &mut [Vec<u8>]) {
+        self.try_step(ranges, answers, |_| ()).unwrap();
+    }
+
+    /// As [`Self::step`], with other slots.
+    fn try_step(
+        &self,
+        ranges: [Range<u32>; 2],
+        answers: &mut [Vec<u8>],
+        change: impl FnOnce(&mut [u64]),
+    ) -> Result<()> {
         let at = (0u32..).zip(&ranges).flat_map(|(seq, range)| range.clone().map(move |p| (seq, p)));
         let at: Vec<(u32, u32)> = at.collect();
         // Blocks of the two sequences by turns, from the last to the first.
@@ -118,9 +133,11 @@ impl Bed {
         let slot = |&(seq, p): &(u32, u32)| {
             u64::from(block_ids[(seq * N_BLOCKS + p / BLOCK_TOKENS) as usize] * BLOCK_TOKENS + p % BLOCK_TOKENS)
         };
-        let (slots, positions): (Vec<u64>, Vec<u32>) = at.iter().map(|at| (slot(at), at.1)).unzip();
+        let (mut slots, positions): (Vec<u64>, Vec<u32>) = at.iter().map(|at| (slot(at), at.1)).unzip();
+        change(&mut slots);
         let own = ranges[0].len();
         let step = StepArrays {
+            flags: self.flags,
             tokens: &vec![0; at.len()],
             positions: &positions,
             slots: &slots,
@@ -141,12 +158,18 @@ impl Bed {
             }
         }
         let (offsets, length) = arena(&self.plan.program, T_OUTPUT, at.len(), 2, 0);
-        let (mut output, bytes) = (Blob::zeroed(length), step.encode());
+        // More room than the step needs, with what an earlier one has left there: numbers that are none.
+        let (mut output, bytes) = (Blob::zeroed(2 * length), step.encode());
+        output.as_bytes_mut().fill(0xff);
         let run = Run::new(step, bytes.as_bytes(), input.as_bytes(), output.as_bytes_mut());
-        self.device.run(&self.plan, run).unwrap();
+        let mut answer = Ok(());
+        let heap = allocation_counter::measure(|| answer = self.device.run(&self.plan, run));
+        answer?;
+        self.peak_bytes.set(self.peak_bytes.get().max(heap.bytes_max));
         for ((answer, offset), tensor) in answers.iter_mut().zip(offsets).zip(tensors(T_OUTPUT)) {
             answer.extend_from_slice(&output.as_bytes()[offset..][..own * row_len(tensor) * 4]);
         }
+        Ok(())
     }
 
     fn n_outputs(&self) -> usize {
@@ -186,4 +209,58 @@ fn attention_gives_a_token_the_same_bits_alone_in_chunks_and_in_one_step_with_ot
             }
         }
     }
+}
+
+#[test]
+fn no_step_takes_more_than_the_plan_has_counted() {
+    for (dtypes, index, groups, heads, width) in SHAPES {
+        for level in Level::all() {
+            let bed = Bed::new(Shape { dtypes, index, groups, heads, width }, level, 1);
+            // All that one thread has: in a long step, then for a token whose keys the team would share.
+            bed.step([0..TOKENS - 1, 0..OTHERS], &mut vec![Vec::new(); bed.n_outputs()]);
+            bed.step([TOKENS - 1..TOKENS, OTHERS..OTHERS], &mut vec![Vec::new(); bed.n_outputs()]);
+            let arena_bytes = bed.plan.workspace.lock().unwrap().arena.len() as u64;
+            let (peak, counted) = (bed.peak_bytes.get(), bed.workspace_bytes - arena_bytes);
+            // Lists of a few bytes for a token or a block.
+            let lists = u64::from(TOKENS + OTHERS) * 100;
+            assert!(peak <= counted + lists, "{level:?}: {peak} bytes, {counted} counted; {dtypes:?} {heads} {width}");
+            assert!(peak > lists, "{level:?}: {peak} bytes");
+        }
+    }
+}
+
+#[test]
+fn numbers_that_are_none_are_looked_for_in_the_steps_rows_of_numbers_only() {
+    let (dtypes, index, groups, heads, width) = SHAPES[0];
+    let bed = Bed::new(Shape { dtypes, index, groups, heads, width }, Level::Scalar, 2);
+    let bed = Bed { flags: STEP_NAN_GUARD, ..bed };
+    // The first tokens' selections end with -1, which is a NaN in f32.
+    let mut answers = vec![Vec::new(); bed.n_outputs()];
+    bed.step([0..10, 0..1], &mut answers);
+    assert!(answers.iter().any(|rows| rows.ends_with(&[0xff; 4])));
+}
+
+#[test]
+fn two_tokens_do_not_write_into_one_slot() {
+    let (dtypes, index, groups, heads, width) = SHAPES[0];
+    let bed = Bed::new(Shape { dtypes, index, groups, heads, width }, Level::Scalar, 2);
+    let mut answers = vec![Vec::new(); bed.n_outputs()];
+    let error = bed.try_step([0..10, 0..3], &mut answers, |slots| slots[12] = slots[3]).unwrap_err();
+    assert!(error.message.contains("one slot"), "{}", error.message);
+}
+
+/// Of all that is answered to the sequence without SIMD, as FNV-1a.
+const BITS: u64 = 0x8b68_0a08_f336_659f;
+
+#[test]
+fn the_arithmetic_that_the_manifest_names_gives_these_bits() {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for (dtypes, index, groups, heads, width) in SHAPES {
+        let bed = Bed::new(Shape { dtypes, index, groups, heads, width }, Level::Scalar, 2);
+        for &byte in bed.answers(TOKENS, 0).concat().iter() {
+            hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    assert!(include_str!("../../plugin.toml.in").contains("\narithmetic = 1\n"));
+    assert_eq!(hash, BITS, "{hash:#x}: rows get other bits; raise `arithmetic` in plugin.toml.in, here and above");
 }

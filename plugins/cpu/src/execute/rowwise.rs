@@ -26,7 +26,7 @@ impl Frame<'_> {
         let (residual, sum) = (self.optional::<f32>(op.inputs[2]), self.optional::<f32>(op.outputs[1]));
         let (gain, eps, level) = (self.vector(op.inputs[1]), op.f[0], self.device.level);
         self.each(x.rows(), x.n2, |row| {
-            // SAFETY: each row belongs to one thread.
+            // SAFETY: each row belongs to one thread, and an operator's outputs are different tensors.
             let y = unsafe { y.flat_mut(row) };
             let (Some(residual), Some(sum)) = (residual, sum) else {
                 return norm::rms(level, x.flat(row), gain, eps, y);
@@ -72,7 +72,7 @@ impl Frame<'_> {
         let pool = self.pool();
         self.each(latent.n0, latent.n2 + rope.n2, |t| {
             let slot = usize::try_from(self.step.slots[t]).expect("checked against the pool");
-            // SAFETY: the host gives each token of a step a slot of its own.
+            // SAFETY: each token of a step has a slot of its own, which was checked.
             let (latent_to, rope_to) = unsafe { pool.latent_rows_mut(op.layer as usize, slot) };
             rows::encode(self.device.level, pool.latent.format, latent.row(t, 0), latent_to);
             rows::encode(self.device.level, pool.rope.format, rope.row(t, 0), rope_to);
