@@ -41,7 +41,7 @@ impl Installation {
         let own = installation.0.path().join("plugin.toml.in");
         fs::write(&own, text).unwrap();
         let mut stage = Command::new("sh");
-        stage.current_dir(&root).args(["packaging/stage-plugin.sh", "cuda", &format!("target/release/{library}")]);
+        stage.current_dir(root).args(["packaging/stage-plugin.sh", "cuda", &format!("target/release/{library}")]);
         let staged = stage.arg(own).arg(installation.0.path().join("plugins")).output().unwrap();
         assert!(staged.status.success(), "{staged:?}");
         installation

@@ -524,7 +524,7 @@ mod tests {
         let torn = pieces(&file[..ends[7] + 900]);
         assert_eq!((&torn.history, torn.tail), (&histories[7], Tail::Torn));
         assert!(torn.rest == file[ends[7]..ends[7] + 900]);
-        let mut damaged = file.clone();
+        let mut damaged = file;
         damaged[ends[1] + 100] ^= 1;
         let damaged_from = pieces(&damaged);
         assert_eq!((&damaged_from.history, damaged_from.tail), (&histories[1], Tail::Damaged));

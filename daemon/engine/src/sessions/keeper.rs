@@ -576,7 +576,7 @@ mod tests {
         (0..2).for_each(|at| keeper.store.save_block(1, slow, &SHAPE, at, &[9; 8]).unwrap());
         begin(&mut keeper, other, 0, &[2; 3]);
         let listener = crate::testing::Listener::with_room(9);
-        let (sink, flow) = (Box::new(listener.clone()), std::sync::Arc::default());
+        let (sink, flow) = (Box::new(listener.clone()), Arc::default());
         keeper.take(Ask::Listen { turn: TurnId(1), sink, flow });
         whims.hold(true);
         let restore = Restore { sequence: crate::sequence::SequenceId(0), file: turn.file, first: 0, n: 2 };
@@ -809,7 +809,7 @@ mod tests {
         let Keeper { store, engine, clocks, .. } = keeper;
         let (sessions, thread) = spawn(SessionStore::Open(Box::new(store)), engine, clocks).unwrap();
         remove_journals(dir.path());
-        let owner = crate::api::Owner::numbered(1).unwrap();
+        let owner = Owner::numbered(1).unwrap();
         assert_eq!(sessions.summary(owner, id).unwrap().model, "m");
         assert!(matches!(sessions.get(owner, id), Err(Failure::DiskFailed { .. })));
         sessions.asks().tell(Ask::Stop);

@@ -287,7 +287,7 @@ impl Session {
         let kv = self.folder.kv();
         let mut header = [0; HEADER_BYTES];
         let is_wanted = n_blocks > 0 && disk.read_at(&kv, 0, &mut header) == Ok(HEADER_BYTES);
-        let Some((shape, _)) = ImageShape::parse(&header).filter(|_| is_wanted) else { return self.drop_kv(disk) };
+        let Some((shape, _)) = ImageShape::parse(&header).ok().filter(|_| is_wanted) else { return self.drop_kv(disk) };
         let n_bytes = shape.offset(u32::try_from(n_blocks).expect("a session has fewer than 2^32 blocks"));
         if n_bytes < self.kv.n_bytes {
             if disk.set_len(&kv, n_bytes).and_then(|()| disk.sync(&kv)).is_err() {

@@ -194,7 +194,7 @@ impl Runs {
             let over = runs.iter().enumerate().filter_map(|(at, entry)| Some((at, entry.run.over()?)));
             let over: Vec<(usize, Over)> = over.collect();
             let n_bytes: usize = over.iter().map(|(_, over)| over.n_bytes).sum();
-            let next = over.iter().find(|(_, over)| !over.has_failed).or(over.first());
+            let next = over.iter().find(|(_, over)| !over.has_failed).or_else(|| over.first());
             match next {
                 Some(&(at, _)) if over.len() > OVER_MAX || n_bytes > OVER_BYTES_MAX => drop(runs.remove(at)),
                 _ => return,
