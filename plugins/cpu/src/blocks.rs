@@ -80,6 +80,7 @@ impl Pool {
         self.leave_slow(block);
         self.latent_plane.discard(block);
         self.index_plane.discard(block);
+        self.forget_lengths(block);
     }
 
     fn to_slow(&self, op: &SpdKvOp) -> Result<()> {

@@ -199,6 +199,12 @@ impl<'a> Frame<'a> {
         self.step.block_ids[first + position / block_tokens] as usize * block_tokens + position % block_tokens
     }
 
+    /// The blocks of the pool that have the first `n` positions of the sequence of token `token`.
+    pub(crate) fn blocks(&self, token: usize, n: usize) -> &[u32] {
+        let first = self.step.block_offsets[self.seq_of[token]] as usize;
+        &self.step.block_ids[first..first + n.div_ceil(self.pool().block_tokens)]
+    }
+
     /// Runs an operator, or the products that the plan has put together.
     fn dispatch(&self, together: &[usize], scratch: &mut Scratch, scores: &mut Vec<f32>) -> Result<()> {
         let ops = self.plan.program.ops();

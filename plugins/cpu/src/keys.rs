@@ -3,12 +3,15 @@
 //!
 //! A tile takes the bytes of its rows. Block after block of 32 values it has the codes, vector g of 64 bytes holding
 //! bytes 4g .. 4g + 4 of each row's codes, then the rows' scales. A block's host image has rows, as `abi/OPS.md` says.
+//!
+//! Of keys in q8_0 each block's longest is known for each layer, for the bound of `execute/refine.rs`.
 
 use crate::kernels::activations::BLOCK;
 use crate::kernels::packed::{NIBBLES, TILE_ROWS, tile_block_bytes};
 use crate::memory::Pool;
 use sparsed_quant::Format;
-use std::sync::atomic::Ordering;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Bytes of a block's scale, which is before its codes in a row.
 const SCALE: usize = 2;
@@ -21,6 +24,50 @@ const fn code_bytes(format: Format) -> Option<usize> {
         Format::Q8_0 => Some(BLOCK),
         Format::Q4_0 => Some(NIBBLES),
         _ => None,
+    }
+}
+
+/// For each layer and block of a pool: no key is longer (its Euclidean length).
+///
+/// A length is the bits of an f32, which order as its value does, a NaN last. Relaxed: each is a number of its own;
+/// operators of a step, and calls of the host, follow each other.
+#[derive(Debug)]
+pub(crate) struct LongestKeys {
+    /// `[layer][block]`
+    lengths: Vec<AtomicU32>,
+    n_blocks: usize,
+}
+
+impl LongestKeys {
+    /// The longest key was overwritten, or whole rows came: it must be looked for. As bits it is the greatest, so it
+    /// stays beside keys that are written at the same time.
+    const UNKNOWN: u32 = u32::MAX;
+
+    /// Of a pool of zeros.
+    pub(crate) fn new(n_layers: u32, n_blocks: u32) -> Self {
+        let lengths = (0..u64::from(n_layers) * u64::from(n_blocks)).map(|_| AtomicU32::new(0)).collect();
+        Self { lengths, n_blocks: n_blocks as usize }
+    }
+
+    fn of(&self, layer: usize, block: usize) -> &AtomicU32 {
+        &self.lengths[layer * self.n_blocks + block]
+    }
+
+    /// A key of length `before` became one of length `after`.
+    fn replaced(&self, layer: usize, block: usize, before: f32, after: f32) {
+        let (own, before) = (self.of(layer, block), before.to_bits());
+        if before > 0 && before >= own.load(Ordering::Relaxed) {
+            own.store(Self::UNKNOWN, Ordering::Relaxed);
+        } else {
+            own.fetch_max(after.to_bits(), Ordering::Relaxed);
+        }
+    }
+
+    /// All keys of a block, in all layers, became others.
+    fn all_replaced(&self, block: usize, length: u32) {
+        for layer in self.lengths.chunks_exact(self.n_blocks) {
+            layer[block].store(length, Ordering::Relaxed);
+        }
     }
 }
 
@@ -37,15 +84,41 @@ impl Pool {
         self.index_plane.bytes(at, n * row * TILE_ROWS)
     }
 
-    /// No key in q8_0 that was ever stored in a layer is longer (its Euclidean length); a NaN when it is not known.
-    pub(crate) fn longest_key(&self, layer: usize) -> f32 {
-        f32::from_bits(self.longest_keys[layer].load(Ordering::Relaxed))
+    /// No key in q8_0 of these blocks of a layer is longer; a NaN where one has no length. Nobody writes keys now.
+    pub(crate) fn longest_key(&self, layer: usize, blocks: &[u32]) -> f32 {
+        let Some(longest) = &self.longest_keys else { return f32::NAN };
+        let of_block = |&block: &u32| {
+            let own = longest.of(layer, block as usize);
+            match own.load(Ordering::Relaxed) {
+                LongestKeys::UNKNOWN => {
+                    // Whoever else looks for it finds the same.
+                    let found = self.find_longest(layer, block as usize);
+                    own.store(found, Ordering::Relaxed);
+                    found
+                }
+                known => known,
+            }
+        };
+        f32::from_bits(blocks.iter().map(of_block).max().unwrap_or(0))
     }
 
-    fn note_length(&self, layer: usize, row: &[u8]) {
-        if self.index.format == Format::Q8_0 {
-            // Relaxed: a number of its own; operators of a step, and calls of the host, follow each other.
-            self.longest_keys[layer].fetch_max(length(row).to_bits(), Ordering::Relaxed);
+    /// Bits of the length of the longest key of a block in a layer.
+    fn find_longest(&self, layer: usize, block: usize) -> u32 {
+        let (mut row, mut longest) = (vec![0; self.index.bytes], 0);
+        let tiles = self.key_tiles(layer, block * self.block_tokens, self.block_tokens / TILE_ROWS);
+        for tile in tiles.chunks_exact(self.index.bytes * TILE_ROWS) {
+            for lane in 0..TILE_ROWS {
+                pick(BLOCK, lane, tile, &mut row);
+                longest = longest.max(length(&row).to_bits());
+            }
+        }
+        longest
+    }
+
+    /// The keys of a block are zeros now, of no length.
+    pub(crate) fn forget_lengths(&self, block: usize) {
+        if let Some(longest) = &self.longest_keys {
+            longest.all_replaced(block, 0);
         }
     }
 
@@ -58,8 +131,14 @@ impl Pool {
             // SAFETY: the caller's contract.
             return unsafe { self.index_plane.put(self.index_offset(layer, slot), row) };
         };
-        self.note_length(layer, row);
         let (lane, tile) = (slot % TILE_ROWS, self.index_offset(layer, slot - slot % TILE_ROWS));
+        if let Some(longest) = &self.longest_keys {
+            let mut before = vec![0; row.len()];
+            for (place, part) in places(codes, lane, row.len()) {
+                before[part.clone()].copy_from_slice(self.index_plane.bytes(tile + place, part.len()));
+            }
+            longest.replaced(layer, slot / self.block_tokens, length(&before), length(row));
+        }
         for (place, part) in places(codes, lane, row.len()) {
             // SAFETY: these bytes of the tile are this key's; otherwise the caller's contract.
             unsafe { self.index_plane.put(tile + place, &row[part]) };
@@ -87,8 +166,8 @@ impl Pool {
         let keys = unsafe { self.index_plane.bytes_mut(block * length, length) };
         let Some(codes) = self.key_codes() else { return keys.copy_from_slice(image) };
         let row = self.index.bytes;
-        for (i, row) in image.chunks_exact(row).enumerate() {
-            self.note_length(i / self.block_tokens, row);
+        if let Some(longest) = &self.longest_keys {
+            longest.all_replaced(block, LongestKeys::UNKNOWN);
         }
         for (tile, rows) in keys.chunks_exact_mut(row * TILE_ROWS).zip(image.chunks_exact(row * TILE_ROWS)) {
             rows.chunks_exact(row).enumerate().for_each(|(lane, row)| lay(codes, lane, row, tile));
@@ -101,6 +180,9 @@ impl Pool {
     /// Nobody else uses block `dst` now, which is not `src`.
     pub(crate) unsafe fn copy_keys(&self, src: usize, dst: usize, n_tokens: usize) {
         let (row, length) = (self.index.bytes, self.index_plane.block_bytes);
+        if let Some(longest) = &self.longest_keys {
+            longest.all_replaced(dst, LongestKeys::UNKNOWN);
+        }
         let from = self.index_plane.bytes(src * length, length);
         // SAFETY: the caller's contract.
         let to = unsafe { self.index_plane.bytes_mut(dst * length, length) };
@@ -174,7 +256,7 @@ fn pick(codes: usize, lane: usize, tile: &[u8], row: &mut [u8]) {
 }
 
 /// Where the parts of a row lie in its tile.
-fn places(codes: usize, lane: usize, row_bytes: usize) -> impl Iterator<Item = (usize, std::ops::Range<usize>)> {
+fn places(codes: usize, lane: usize, row_bytes: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
     let block_bytes = codes + SCALE;
     (0..row_bytes / block_bytes).flat_map(move |block| {
         let (row, tile) = (block * block_bytes, block * tile_block_bytes(codes));
@@ -186,7 +268,7 @@ fn places(codes: usize, lane: usize, row_bytes: usize) -> impl Iterator<Item = (
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sparsed_abi::{DT_F16, DT_Q4_0, DT_Q8_0, SpdKvDesc, SpdRow};
+    use sparsed_abi::{DT_F16, DT_Q4_0, DT_Q8_0, KV_DISCARD, SpdKvDesc, SpdKvOp, SpdRow};
     use sparsed_plugin_kit::Usage;
     use std::sync::Arc;
 
@@ -224,9 +306,9 @@ mod tests {
             // SAFETY: this thread alone has the pool.
             unsafe { pool.put_key(1, slot, row) };
         }
-        let found = f64::from(pool.longest_key(1));
+        let found = f64::from(pool.longest_key(1, &[0]));
         assert!(found >= longest && found < 1.001 * longest, "{found} {longest}");
-        assert_eq!(pool.longest_key(0), 0.0);
+        assert_eq!([pool.longest_key(0, &[0, 1, 2]), pool.longest_key(1, &[1, 2])], [0.0; 2]);
         let mut turned = vec![0; 16 * row];
         for lane in 0..16 {
             copy_key(pool.key_tiles(1, 0, 1), lane, &mut turned, 15 - lane);
@@ -241,11 +323,44 @@ mod tests {
         let other = self::pool(DT_Q8_0);
         // SAFETY: as above.
         unsafe { other.import_keys(2, &image) };
-        assert_eq!(other.longest_key(1), pool.longest_key(1));
+        assert_eq!(other.longest_key(1, &[2]), pool.longest_key(1, &[0]));
         // Its sign does not matter.
         // SAFETY: as above.
-        unsafe { other.put_key(1, 3, &[0, 0xfe].repeat(row / 2)) };
-        assert!(other.longest_key(1).is_nan());
+        unsafe { other.put_key(1, 67, &[0, 0xfe].repeat(row / 2)) };
+        assert!(other.longest_key(1, &[1, 2]).is_nan() && other.longest_key(1, &[0, 1]) == 0.0);
+    }
+
+    #[test]
+    fn a_longest_key_that_is_overwritten_copied_over_or_discarded_is_forgotten() {
+        let pool = pool(DT_Q8_0);
+        // SAFETY: this thread alone has the pool.
+        let put_row = |slot: usize, row: &[u8]| unsafe { pool.put_key(1, slot, row) };
+        let put = |slot: usize, length: f32| {
+            let (mut key, mut row) = (vec![0.0; 64], vec![0; pool.index.bytes]);
+            key[slot % 64] = length;
+            sparsed_quant::encode(Format::Q8_0, &key, &mut row).unwrap();
+            put_row(slot, &row);
+        };
+        let longest = |block: u32| pool.longest_key(1, &[block]).round();
+        (0..32).for_each(|slot| put(slot, 1.0 + (slot % 4) as f32));
+        put(5, 20.0);
+        put_row(17, &[0, 0xfe].repeat(pool.index.bytes / 2));
+        assert!(longest(0).is_nan());
+        put(17, 3.0);
+        assert_eq!(longest(0), 20.0);
+        put(9, 2.0);
+        put(5, 7.0);
+        put(6, 9.0);
+        assert_eq!(longest(0), 9.0);
+        put(6, 9.0);
+        assert_eq!(longest(0), 9.0);
+        // Of a copy the first eight keys are those of the other block.
+        (32..64).for_each(|slot| put(slot, if slot < 40 { 30.0 } else { 5.0 }));
+        // SAFETY: as above.
+        unsafe { pool.copy_keys(0, 1, 8) };
+        assert_eq!([longest(0), longest(1)], [9.0; 2]);
+        pool.apply(&[SpdKvOp { kind: KV_DISCARD, dst_block: 1, ..SpdKvOp::default() }], &mut []).unwrap();
+        assert_eq!([longest(0), longest(1)], [9.0, 0.0]);
     }
 
     #[test]

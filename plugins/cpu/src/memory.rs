@@ -2,6 +2,7 @@
 
 use crate::kernels::packed::TILE_ROWS;
 use crate::kernels::rows::decode;
+use crate::keys::LongestKeys;
 use crate::level::Level;
 use crate::packing::Packed;
 use memmap2::{Advice, MmapMut, MmapOptions, UncheckedAdvice};
@@ -14,7 +15,6 @@ use sparsed_plugin_kit::slow::SlowTier;
 use sparsed_plugin_kit::slow::rowcache::SlowLayout;
 use sparsed_plugin_kit::{Held, PluginError, Result, SlowArea, Source, Usage};
 use sparsed_quant::Format;
-use std::sync::atomic::AtomicU32;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Tokens of a block are a multiple of this: tiles of index keys are whole.
@@ -160,8 +160,8 @@ pub(crate) struct Pool {
     pub(crate) n_index_layers: usize,
     pub(crate) latent_plane: Plane,
     pub(crate) index_plane: Plane,
-    /// Per layer of tiles of keys: no key is longer. Bits of an f32, which order as its value does, a NaN last.
-    pub(crate) longest_keys: Vec<AtomicU32>,
+    /// See [`LongestKeys`]; of other keys than those in q8_0 nobody asks it.
+    pub(crate) longest_keys: Option<LongestKeys>,
     /// Where latent rows of some blocks lie instead; see `blocks.rs`.
     slow: Option<Mutex<SlowTier>>,
     _held: Held,
@@ -268,7 +268,7 @@ impl Pool {
             index,
             n_layers: desc.n_layers as usize,
             n_index_layers: desc.n_index_layers as usize,
-            longest_keys: (0..desc.n_index_layers).map(|_| AtomicU32::new(0)).collect(),
+            longest_keys: (index.format == Format::Q8_0).then(|| LongestKeys::new(desc.n_index_layers, desc.n_blocks)),
             slow: slow.transpose()?,
             _held: held,
             latent_plane: Plane::new(latent_block, desc.n_blocks as usize, pages)?,

@@ -99,9 +99,12 @@ impl Indexer<'_> {
         let mut samples = vec![Vec::new(); run.len()];
         let coarse: Vec<Query> = queries.iter().map(Query::coarse).collect();
         self.sample(run.start, 0..self.visible(run.start) / TILE_ROWS, &coarse, &mut samples);
-        let queries = queries.into_iter().zip(coarse);
-        let sieves =
-            run.clone().zip(queries).zip(&mut samples).map(|((t, query), sample)| self.sieve(t, query, sample));
+        let (queries, longest) = (queries.into_iter().zip(coarse), self.longest_key(last));
+        let sieves = run
+            .clone()
+            .zip(queries)
+            .zip(&mut samples)
+            .map(|((t, query), sample)| self.sieve(t, query, sample, longest));
         let Some(sieves) = sieves.collect::<Option<Vec<Sieve>>>() else { return false };
         if !self.collect(&sieves, 0..self.visible(last), all) {
             return false;
@@ -130,7 +133,8 @@ impl Indexer<'_> {
         let query = self.query(t);
         let coarse = query.coarse();
         self.sample(t, 0..visible / TILE_ROWS, std::slice::from_ref(&coarse), &mut samples);
-        let Some(sieve) = self.sieve(t, (query, coarse), &mut samples[0]) else { return false };
+        let longest = self.longest_key(t);
+        let Some(sieve) = self.sieve(t, (query, coarse), &mut samples[0], longest) else { return false };
         let sieves = [sieve];
         let parts: Vec<Mutex<Option<Candidates>>> = (0..team.len()).map(|_| Mutex::new(None)).collect();
         team.run(&|number| {
@@ -176,8 +180,14 @@ impl Indexer<'_> {
         }
     }
 
-    /// The limits that a sample of coarse scores gives a query; `None` when it is too short.
-    fn sieve(&self, t: usize, (query, coarse): (Query, Query), sample: &mut [f32]) -> Option<Sieve> {
+    /// No key that token t sees is longer. A block of the pool counts whole, with keys behind the token.
+    fn longest_key(&self, t: usize) -> f32 {
+        self.pool.longest_key(self.layer, self.frame.blocks(t, self.visible(t)))
+    }
+
+    /// The limits that a sample of coarse scores gives a query, of whose keys none is longer than `longest`; `None`
+    /// when the sample is too short.
+    fn sieve(&self, t: usize, (query, coarse): (Query, Query), sample: &mut [f32], longest: f32) -> Option<Sieve> {
         // As many of the sample as k of all, and four standard deviations more: neighbours are alike.
         let share = self.sel.n2 * sample.len() / self.visible(t);
         let rank = share + 4 * share.isqrt() + 4;
@@ -185,7 +195,7 @@ impl Indexer<'_> {
             return None;
         }
         let (_, &mut limit, _) = sample.select_nth_unstable_by(rank, |a, b| b.total_cmp(a));
-        let coarse_limit = limit - self.margin(t, &query) * self.pool.longest_key(self.layer);
+        let coarse_limit = limit - self.margin(t, &query) * longest;
         // Too many are above it where keys are alike; of a NaN or an infinity nothing can be said.
         let open = sample.iter().filter(|&&score| score > coarse_limit).count();
         let few = open <= self.affordable(sample.len());
@@ -280,8 +290,8 @@ mod tests {
     use crate::tensor::Tensor;
     use crate::threads::Team;
     use sparsed_abi::{
-        DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, OP_IDX_TOPK, OpSpec, Program, ProgramBuilder, SpdBucket,
-        SpdKvDesc, SpdRow, StepArrays,
+        DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, KV_DISCARD, OP_IDX_TOPK, OpSpec, Program, ProgramBuilder,
+        SpdBucket, SpdKvDesc, SpdKvOp, SpdRow, StepArrays,
     };
     use sparsed_plugin_kit::{Device, Host, Usage};
     use std::marker::PhantomData;
@@ -302,7 +312,8 @@ mod tests {
     }
 
     impl Bed {
-        /// Encoded keys that `key` makes of their position, in a pool whose blocks are in reverse order.
+        /// Encoded keys that `key` makes of their position, in a pool whose blocks are in reverse order. The last block
+        /// is another sequence's.
         fn new(level: Level, key: impl Fn(usize) -> Vec<u8>) -> Self {
             let device = CpuDevice {
                 level,
@@ -313,7 +324,7 @@ mod tests {
             let row = |dtype, width| SpdRow { dtype, width };
             let desc = SpdKvDesc {
                 block_tokens: BLOCK_TOKENS as u32,
-                n_blocks: BLOCKS as u32,
+                n_blocks: BLOCKS as u32 + 1,
                 n_layers: 1,
                 n_index_layers: 1,
                 latent: row(DT_F16, 32),
@@ -322,10 +333,6 @@ mod tests {
                 ..SpdKvDesc::default()
             };
             let pool = Arc::new(device.kv_create(&desc, None).unwrap().0);
-            for position in 0..CONTEXT {
-                // SAFETY: this thread alone has the pool.
-                unsafe { pool.put_key(0, Self::slot(position), &key(position)) };
-            }
             let mut builder = ProgramBuilder::new();
             let q = builder.input(DT_F32, &[DIM_TOKENS, HEADS as i32, WIDTH as i32]);
             let w = builder.input(DT_F32, &[DIM_TOKENS, HEADS as i32]);
@@ -337,7 +344,14 @@ mod tests {
             let program = Program::parse(builder.finish(1).as_bytes()).unwrap();
             let bucket = SpdBucket { max_tokens: 8, max_seqs: 1, max_context: 4096, ..SpdBucket::default() };
             let (plan, _) = device.compile(program, Vec::new(), vec![Arc::clone(&pool)], bucket).unwrap();
-            Self { device, pool, plan }
+            let bed = Self { device, pool, plan };
+            (0..CONTEXT).for_each(|position| bed.put(Self::slot(position), &key(position)));
+            bed
+        }
+
+        fn put(&self, slot: usize, key: &[u8]) {
+            // SAFETY: this thread alone has the pool.
+            unsafe { self.pool.put_key(0, slot, key) };
         }
 
         fn slot(position: usize) -> usize {
@@ -405,6 +419,11 @@ mod tests {
         encoded
     }
 
+    /// A key whose scales are NaN.
+    fn no_number() -> Vec<u8> {
+        [0, 0xfe].repeat(WIDTH * 34 / 64)
+    }
+
     fn random_key(position: usize) -> Vec<u8> {
         let mut random = fastrand::Rng::with_seed(position as u64);
         encoded(&(0..WIDTH).map(|_| random.f32() - 0.5).collect::<Vec<f32>>())
@@ -433,12 +452,42 @@ mod tests {
             key[position % WIDTH] += 1e-3;
             encoded(&key)
         };
-        let no_number = |position: usize| match position {
-            77 => [0, 0xfe].repeat(WIDTH * 34 / 64), // scales are NaN
-            _ => random_key(position),
-        };
+        let no_number = |position: usize| if position == 77 { no_number() } else { random_key(position) };
         for bed in [Bed::new(Level::detect(), alike), Bed::new(Level::detect(), no_number)] {
             assert_eq!(bed.selections(1).1, [None, None]);
+        }
+    }
+
+    #[test]
+    fn a_long_key_of_another_sequence_hinders_nobody() {
+        let bed = Bed::new(Level::detect(), random_key);
+        let before = bed.selections(1);
+        assert!(before.1.iter().all(Option::is_some));
+        for key in [encoded(&[1e3; WIDTH]), no_number()] {
+            bed.put(BLOCKS * BLOCK_TOKENS + 3, &key);
+            assert!(bed.selections(1) == before);
+            bed.put(Bed::slot(77), &key);
+            assert_eq!(bed.selections(1).1, [None, None], "its own does");
+            bed.put(Bed::slot(77), &random_key(77));
+        }
+    }
+
+    #[test]
+    fn a_long_key_is_forgotten_when_another_takes_its_place_or_its_block_is_discarded() {
+        let bed = Bed::new(Level::detect(), random_key);
+        let before = bed.selections(1);
+        for key in [encoded(&[1e3; WIDTH]), no_number()] {
+            bed.put(Bed::slot(77), &key);
+            assert_eq!(bed.selections(1).1, [None, None]);
+            bed.put(Bed::slot(77), &random_key(77));
+            assert!(bed.selections(1) == before);
+            bed.put(Bed::slot(77), &key);
+            let block = Bed::slot(77) / BLOCK_TOKENS;
+            let discard = SpdKvOp { kind: KV_DISCARD, dst_block: block as u32, ..SpdKvOp::default() };
+            bed.pool.apply(&[discard], &mut []).unwrap();
+            let positions = (0..CONTEXT).filter(|&position| Bed::slot(position) / BLOCK_TOKENS == block);
+            positions.for_each(|position| bed.put(Bed::slot(position), &random_key(position)));
+            assert!(bed.selections(1) == before);
         }
     }
 }
