@@ -117,32 +117,17 @@ impl Attention<'_> {
         let (runs, team) = (self.runs(), &self.frame.device.team);
         // Few tokens: the heads of each are dealt to the whole team.
         let parts = team.len().div_ceil(runs.len().max(1)).min(self.q_rope.n1);
-        let n = runs.len() * parts;
+        let (n, per_group) = (runs.len() * parts, self.q_rope.n1 / self.groups);
         team.deal(n, &|units| {
             let mut room = Room::default();
             for unit in units {
                 // The last tokens, which have most to read, come first: no thread is left with one of them.
                 let unit = n - 1 - unit;
-                for (groups, own) in self.groups_of(part(self.q_rope.n1, unit % parts, parts)) {
+                for (groups, own) in groups_of(part(self.q_rope.n1, unit % parts, parts), per_group) {
                     self.run(&runs[unit / parts], groups, own, &mut room);
                 }
             }
         });
-    }
-
-    /// Some of all heads as groups, and those heads of each of them.
-    fn groups_of(&self, heads: Range<usize>) -> Vec<(Range<usize>, Range<usize>)> {
-        let per_group = self.q_rope.n1 / self.groups;
-        let (mut at, mut found) = (heads.start, Vec::new());
-        while at < heads.end {
-            let (group, first) = (at / per_group, at % per_group);
-            let n_whole = if first == 0 { (heads.end - at) / per_group } else { 0 };
-            let last = if n_whole > 0 { per_group } else { per_group.min(first + heads.end - at) };
-            let groups = group..group + n_whole.max(1);
-            at = if n_whole > 0 { groups.end * per_group } else { group * per_group + last };
-            found.push((groups, first..last));
-        }
-        found
     }
 
     /// Tokens `runs[i]` list the same rows, each as many as it sees; or it is one token.
@@ -370,5 +355,32 @@ impl Attention<'_> {
             };
         }
         slices
+    }
+}
+
+/// Neighbouring heads as groups of which they have the same heads, and those heads.
+fn groups_of(heads: Range<usize>, per_group: usize) -> Vec<(Range<usize>, Range<usize>)> {
+    let mut found: Vec<(Range<usize>, Range<usize>)> = Vec::new();
+    for group in heads.start / per_group..heads.end.div_ceil(per_group) {
+        let first = group * per_group;
+        let own = heads.start.max(first) - first..heads.end.min(first + per_group) - first;
+        match found.last_mut() {
+            Some((groups, heads)) if *heads == own => groups.end = group + 1,
+            _ => found.push((group..group + 1, own)),
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_that_are_whole_go_together_and_others_alone() {
+        assert_eq!(groups_of(0..12, 4), [(0..3, 0..4)]);
+        assert_eq!(groups_of(2..14, 4), [(0..1, 2..4), (1..3, 0..4), (3..4, 0..2)]);
+        assert_eq!(groups_of(5..7, 8), [(0..1, 5..7)]);
+        assert_eq!(groups_of(3..6, 1), [(3..6, 0..1)]);
     }
 }
