@@ -8,6 +8,8 @@ pub(crate) mod attention;
 pub(crate) mod blocked;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
+#[cfg(test)]
+pub(crate) mod inputs;
 pub(crate) mod norm;
 pub(crate) mod packed;
 pub(crate) mod route;

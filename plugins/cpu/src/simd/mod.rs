@@ -218,7 +218,9 @@ pub(crate) use on_level;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::inputs::{bits, cases, values};
     use crate::level::Level;
+    use proptest::prelude::*;
     use sparsed_quant::{Format, decode};
 
     on_level! {
@@ -240,6 +242,104 @@ mod tests {
             e4m3(level, &codes, &mut found);
             let same = |code: usize| found[code].to_bits() == expected[code].to_bits() || expected[code].is_nan();
             assert_eq!((0..256).find(|code| !same(*code)), None, "{level:?}");
+        }
+    }
+
+    /// By name, lanes that came out.
+    type Floats = Vec<(&'static str, Vec<[f32; LANES]>)>;
+    type Ints = Vec<(&'static str, [i32; LANES])>;
+
+    on_level! {
+        fn floats(vectors: &[[f32; LANES]; LANES]) -> Floats = floats_body
+    }
+
+    #[inline(always)]
+    fn floats_body<L: Lanes>(l: L, vectors: &[[f32; LANES]; LANES]) -> Floats {
+        let v = vectors.map(|v| l.load(&v));
+        let mut halves = [0; 2 * LANES];
+        l.store_half(v[7], &mut halves);
+        let powers = l.round_f(l.mul(v[9], l.splat(40.0)));
+        // Which zero is the greater of two is not said.
+        let no_sign = |v: L::F| l.add(v, l.splat(0.0));
+        let found = [
+            ("add", vec![l.add(v[0], v[1])]),
+            ("sub", vec![l.sub(v[0], v[1])]),
+            ("mul", vec![l.mul(v[0], v[1])]),
+            ("div", vec![l.div(v[0], v[1])]),
+            ("mul_add", vec![l.mul_add(v[2], v[3], v[4])]),
+            ("max", vec![no_sign(l.max(v[5], v[6]))]),
+            ("halves", vec![l.load_half(&halves)]),
+            ("round_f", vec![l.round_f(l.mul(v[8], l.splat(1000.5)))]),
+            ("power_of_two", vec![l.power_of_two(powers)]),
+            ("times_power_of_two", vec![l.times_power_of_two(v[10], powers)]),
+            ("sums", vec![l.sums(&v)]),
+            ("maxima", vec![no_sign(l.maxima(&v))]),
+            ("largest", vec![no_sign(l.splat(l.largest(v[11])))]),
+            ("transpose", l.transpose(&v).to_vec()),
+        ];
+        let stored = |v: &L::F| {
+            let mut to = [0.0; LANES];
+            l.store(*v, &mut to);
+            to
+        };
+        found.iter().map(|(name, v)| (*name, v.iter().map(stored).collect())).collect()
+    }
+
+    on_level! {
+        fn ints(bytes: &[[u8; 4 * LANES]; 4], floats: &[[f32; LANES]; 2]) -> Ints = ints_body
+    }
+
+    #[inline(always)]
+    fn ints_body<L: Lanes>(l: L, bytes: &[[u8; 4 * LANES]; 4], floats: &[[f32; LANES]; 2]) -> Ints {
+        let [a, b, c, d] = bytes.map(|bytes| l.load_i(&bytes));
+        let [x, y] = floats.map(|v| l.load(&v));
+        // What is split is a code of 16 bits.
+        let code = |v: L::F| l.round(l.mul(v, l.splat(32639.0 / 3.0)));
+        let (high, low) = l.split_bytes(code(x), code(y));
+        let (nibbles, halves) = (l.low_nibbles(a), bytes[0].as_chunks().0);
+        let mut found = vec![
+            ("add_i", l.add_i(a, b)),
+            ("max_i", l.max_i(a, b)),
+            ("offset_bytes", l.offset_bytes(a)),
+            ("above", l.splat_i(i32::from(l.above(x, y)))),
+            ("high_nibbles", l.high_nibbles(a)),
+            ("low_nibbles", nibbles),
+            ("round", code(x)),
+            ("magnitude_bits", l.magnitude_bits(x)),
+            ("high bytes", l.load_i(&[high, low].concat().as_chunks().0[0])),
+            ("bytes", l.round(l.load_bytes(&halves[1]))),
+            ("signed bytes", l.round(l.load_signed_bytes(&halves[1]))),
+            ("to_float", l.magnitude_bits(l.to_float(d))),
+        ];
+        found.extend((0..8).map(|at| ("fifth bit", l.with_fifth_bit(nibbles, b, at))));
+        found.extend((0..4).map(|at| ("upper bits", l.with_upper_bits(nibbles, c, at))));
+        let stored = |(name, v)| {
+            let mut to = [0; LANES];
+            l.store_i(v, &mut to);
+            (name, to)
+        };
+        found.into_iter().map(stored).collect()
+    }
+
+    proptest! {
+        #![proptest_config(cases(64))]
+        /// The same bits.
+        #[test]
+        fn every_level_does_to_lanes_what_portable_rust_does(
+            inputs in values(3.0), bytes in proptest::collection::vec(any::<u8>(), 16 * LANES),
+        ) {
+            let mut row = inputs.rows();
+            let vectors: [[f32; LANES]; LANES] = std::array::from_fn(|_| row(LANES).as_chunks().0[0]);
+            let bytes: [[u8; 4 * LANES]; 4] = std::array::from_fn(|i| bytes.as_chunks().0[i]);
+            let pair = [vectors[0], vectors[1]];
+            let expected = (floats(Level::Scalar, &vectors), ints(Level::Scalar, &bytes, &pair));
+            for level in Level::all() {
+                for ((name, found), (_, expected)) in floats(level, &vectors).iter().zip(&expected.0) {
+                    let (found, expected) = (found.as_flattened(), expected.as_flattened());
+                    prop_assert_eq!(bits(found), bits(expected), "{:?}, {}", level, name);
+                }
+                prop_assert_eq!(&ints(level, &bytes, &pair), &expected.1, "{:?}", level);
+            }
         }
     }
 }

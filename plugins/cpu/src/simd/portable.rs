@@ -290,8 +290,9 @@ impl Words for Portable {
         v
     }
     #[inline(always)]
+    #[allow(clippy::cast_possible_truncation, reason = "2^14 at most")]
     fn shift_words(self, v: I, by: i32) -> I {
-        let half = (1i16 << by) >> 1;
+        let half = ((1i32 << by) >> 1) as i16;
         let shift = |word: i16| i32::from(word.saturating_add(half) >> by);
         v.map(|v| {
             let [low, high] = words(v);

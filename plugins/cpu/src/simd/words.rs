@@ -57,80 +57,107 @@ pub(crate) trait Words: Lanes {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::inputs::cases;
     use crate::level::Level;
     use crate::simd::on_level;
+    use proptest::prelude::*;
 
     const WORDS: usize = 2 * LANES;
 
-    pub(crate) struct Found {
-        dot: [i32; LANES],
-        pairs: [i32; LANES],
-        shifted: [i32; LANES],
-        folded: [i32; LANES],
-        most: [i32; LANES],
-    }
+    /// By name, what came out.
+    type Found = Vec<(&'static str, [i32; LANES])>;
 
     on_level! {
-        fn compute(vectors: &[[i32; LANES]; LANES]) -> Found = compute_body
+        fn compute(vectors: &[[i32; LANES]; LANES], by: i32) -> Found = compute_body
     }
 
     #[inline(always)]
-    fn compute_body<L: Words>(l: L, vectors: &[[i32; LANES]; LANES]) -> Found {
-        let stored = |v| {
+    fn compute_body<L: Words>(l: L, vectors: &[[i32; LANES]; LANES], by: i32) -> Found {
+        let mut v = [l.splat_i(0); LANES];
+        for (v, from) in v.iter_mut().zip(vectors) {
+            *v = l.load_ints(from);
+        }
+        let sums = l.dot_words(l.begin(v[0]), v[1], v[2]);
+        let mut folded = [v[0]; 4];
+        for (j, folded) in folded.iter_mut().enumerate() {
+            *folded = l.fold_ints(&[v[j], v[j + 4], v[j + 8], v[j + 12]]);
+        }
+        // The sum of both words of a pair: below 2^24, so as a float it is exact.
+        let ones = l.splat_i(0x0001_0001);
+        let pairs = l.zip_words(v[10], v[11]);
+        let pairs = pairs.map(|pair| l.to_float(l.end(l.dot_words(l.begin(l.splat_i(0)), pair, ones))));
+        let [low, high] = l.zipped_in_order(pairs);
+        let mut line = [0; 4 * LANES];
+        line.as_chunks_mut().0.iter_mut().zip(&vectors[15]).for_each(|(to, pair)| *to = pair.to_le_bytes());
+        let found = [
+            ("dot", l.end(l.dot_words(sums, v[3], v[4]))),
+            ("pair", l.pair_words(v[5], v[6])),
+            ("shift", l.shift_right(v[7], by)),
+            ("fold", l.finish_ints(&folded)),
+            ("most", l.max_magnitude_words(v[8], v[9])),
+            ("zip low", l.round(low)),
+            ("zip high", l.round(high)),
+            ("shift words", l.shift_words(v[12], by % 16)),
+            ("pack", l.pack_words(v[13], v[14])),
+            ("unit", l.splat_i(l.unit_bits(&line))),
+        ];
+        let stored = |(name, v)| {
             let mut to = [0; LANES];
             l.store_i(v, &mut to);
-            to
+            (name, to)
         };
-        let mut loaded = [l.splat_i(0); LANES];
-        for (loaded, v) in loaded.iter_mut().zip(vectors) {
-            *loaded = l.load_ints(v);
-        }
-        let sums = l.dot_words(l.begin(loaded[0]), loaded[1], loaded[2]);
-        let mut folded = [loaded[0]; 4];
-        for (j, folded) in folded.iter_mut().enumerate() {
-            *folded = l.fold_ints(&[loaded[j], loaded[j + 4], loaded[j + 8], loaded[j + 12]]);
-        }
-        Found {
-            dot: stored(l.end(l.dot_words(sums, loaded[3], loaded[4]))),
-            pairs: stored(l.pair_words(loaded[5], loaded[6])),
-            shifted: stored(l.shift_right(loaded[7], 5)),
-            folded: stored(l.finish_ints(&folded)),
-            most: stored(l.max_magnitude_words(loaded[8], loaded[9])),
-        }
+        found.into_iter().map(stored).collect()
     }
 
-    fn words(v: &[i32; LANES]) -> [i16; WORDS] {
-        std::array::from_fn(|i| (v[i / 2] >> (16 * (i % 2))) as i16)
+    fn words(v: &[i32; LANES]) -> [i32; WORDS] {
+        std::array::from_fn(|i| i32::from((v[i / 2] >> (16 * (i % 2))) as i16))
     }
 
-    #[test]
-    fn every_level_does_to_words_what_is_written() {
-        let mut random = fastrand::Rng::with_seed(3);
-        let vectors: [[i32; LANES]; LANES] = std::array::from_fn(|_| std::array::from_fn(|_| random.i32(..)));
-        let product =
-            |a: usize, b: usize, i: usize| i32::from(words(&vectors[a])[i]) * i32::from(words(&vectors[b])[i]);
-        for level in Level::all() {
-            let found = compute(level, &vectors);
-            for i in 0..LANES {
-                let products =
-                    [product(1, 2, 2 * i), product(1, 2, 2 * i + 1), product(3, 4, 2 * i), product(3, 4, 2 * i + 1)];
-                assert_eq!(
-                    found.dot[i],
-                    products.iter().fold(vectors[0][i], |sum, p| sum.wrapping_add(*p)),
-                    "{level:?}"
-                );
-                let pair = words(&found.pairs);
-                assert_eq!([pair[2 * i], pair[2 * i + 1]], [words(&vectors[5])[2 * i], words(&vectors[6])[2 * i]]);
-                assert_eq!(found.shifted[i], vectors[7][i] >> 5, "{level:?}");
-                assert_eq!(
-                    found.folded[i],
-                    vectors[i].iter().fold(0, |sum, v| i32::wrapping_add(sum, *v)),
-                    "{level:?}"
-                );
-            }
-            for (i, most) in words(&found.most).iter().enumerate() {
-                let (a, b) = (words(&vectors[8])[i] as u16, words(&vectors[9])[i] as u16);
-                assert_eq!(*most as u16, a.max(b & 0x7fff), "{level:?}");
+    fn pair(low: i32, high: i32) -> i32 {
+        low & 0xffff | high << 16
+    }
+
+    /// As [`compute`], word by word.
+    fn defined(v: &[[i32; LANES]; LANES], by: i32) -> Found {
+        let w: [[i32; WORDS]; LANES] = std::array::from_fn(|i| words(&v[i]));
+        let lanes = |f: &dyn Fn(usize) -> i32| std::array::from_fn(f);
+        let products = |a: usize, b: usize, i: usize| {
+            [2 * i, 2 * i + 1].iter().fold(0, |sum: i32, &i| sum.wrapping_add(w[a][i] * w[b][i]))
+        };
+        let of_pairs = |f: &dyn Fn(usize) -> i32| std::array::from_fn(|i| pair(f(2 * i), f(2 * i + 1)));
+        // What is halfway is rounded up, and the greatest word is not passed.
+        let shifted = |i: usize| (w[12][i] + ((1 << (by % 16)) >> 1)).min(0x7fff) >> (by % 16);
+        let packed = |i: usize| if i < LANES { w[13][2 * i] } else { w[14][2 * (i - LANES)] };
+        vec![
+            ("dot", lanes(&|i| v[0][i].wrapping_add(products(1, 2, i)).wrapping_add(products(3, 4, i)))),
+            ("pair", lanes(&|i| pair(w[5][2 * i], w[6][2 * i]))),
+            ("shift", lanes(&|i| v[7][i] >> by)),
+            ("fold", lanes(&|i| v[i].iter().fold(0, |sum, v| i32::wrapping_add(sum, *v)))),
+            ("most", of_pairs(&|i| (w[8][i] & 0xffff).max(w[9][i] & 0x7fff))),
+            ("zip low", lanes(&|i| w[10][i] + w[11][i])),
+            ("zip high", lanes(&|i| w[10][LANES + i] + w[11][LANES + i])),
+            ("shift words", of_pairs(&shifted)),
+            ("pack", of_pairs(&packed)),
+            ("unit", lanes(&|_| (0..8).fold(0, |bits, i| bits | (w[15][i] & 1) << i))),
+        ]
+    }
+
+    /// Words, the extreme ones among them.
+    fn vectors() -> impl Strategy<Value = Vec<i32>> {
+        let word = prop_oneof![4 => any::<i16>(), 1 => proptest::sample::select(vec![i16::MIN, i16::MAX, 0, -1])];
+        let lane = (word.clone(), word).prop_map(|(low, high)| pair(i32::from(low), i32::from(high)));
+        proptest::collection::vec(lane, LANES * LANES)
+    }
+
+    proptest! {
+        #![proptest_config(cases(64))]
+        /// Exactly.
+        #[test]
+        fn every_level_does_to_words_what_is_written(lanes in vectors(), by in 0i32..32) {
+            let vectors = std::array::from_fn(|i| lanes.as_chunks().0[i]);
+            let defined = defined(&vectors, by);
+            for level in Level::all() {
+                prop_assert_eq!(&compute(level, &vectors, by), &defined, "{:?}", level);
             }
         }
     }
