@@ -84,8 +84,8 @@ fn index_scores_body<A: Arithmetic>(q: &[f32], w: &[f32], keys: &[f32], scores: 
 mod tests {
     use super::*;
     use crate::kernels::Fused;
+    use crate::kernels::inputs::{bits, cases, values};
     use crate::level::Level;
-    use fastrand::Rng;
     use proptest::prelude::*;
 
     #[test]
@@ -140,19 +140,14 @@ mod tests {
         [&[state.max, state.sum], &out[..]].concat()
     }
 
-    fn bits(values: &[f32]) -> Vec<u32> {
-        values.iter().map(|value| value.to_bits()).collect()
-    }
-
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-        /// Answers over values below 1 are within 1e-5 of the scalar level's; the bits are those of the portable twin.
+        #![proptest_config(cases(64))]
+        /// Answers over values up to 2 are within 1e-5 of the scalar level's; the bits are those of the portable twin.
         #[test]
         fn attention_of_every_level_is_close_to_scalar(
-            seed: u64, width in 1usize..100, rope_width in 1usize..70, n in 1usize..=ROWS, absorbed: bool,
+            inputs in values(2.0), width in 1usize..100, rope_width in 1usize..70, n in 1usize..=ROWS, absorbed: bool,
         ) {
-            let mut random = Rng::with_seed(seed);
-            let mut values = |n: usize| (0..n).map(|_| 2.0 * random.f32() - 1.0).collect::<Vec<f32>>();
+            let mut values = inputs.rows();
             let (q_latent, q_rope) = (values(if absorbed { width } else { 0 }), values(rope_width));
             let (latent, rope) = (values((ROWS + n) * width), values((ROWS + n) * rope_width));
             let run = |job: &dyn Fn(HeadBlock<'_>, &mut Softmax, &mut [f32])| {
@@ -175,10 +170,9 @@ mod tests {
         /// Within 3e-6 of the sum of magnitudes from the scalar level's; the bits are those of the portable twin.
         #[test]
         fn index_scores_of_every_level_are_close_to_scalar(
-            seed: u64, heads in 1usize..20, width in 1usize..150, n in 1usize..20,
+            inputs in values(1e3), heads in 1usize..20, width in 1usize..150, n in 1usize..20,
         ) {
-            let mut random = Rng::with_seed(seed);
-            let mut values = |n: usize| (0..n).map(|_| 2.0 * random.f32() - 1.0).collect::<Vec<f32>>();
+            let mut values = inputs.rows();
             let (q, w, keys) = (values(heads * width), values(heads), values(n * width));
             let at = |level| {
                 let mut scores = vec![9.0; n];
@@ -192,7 +186,7 @@ mod tests {
                 for ((found, scalar), key) in found.iter().zip(&scalar).zip(keys.chunks_exact(width)) {
                     let size = |q: &[f32]| q.iter().zip(key).map(|(q, k)| (q * k).abs()).sum::<f32>();
                     let size: f32 = q.chunks_exact(width).zip(&w).map(|(q, w)| w.abs() * size(q)).sum();
-                    prop_assert!((found - scalar).abs() <= 3e-6 * size, "{level:?}: {found} {scalar}");
+                    prop_assert!((found - scalar).abs() <= 3e-6 * size + 1e-40, "{level:?}: {found} {scalar}");
                 }
                 if level != Level::Scalar {
                     prop_assert_eq!(bits(&found), bits(&twin), "{:?}", level);

@@ -132,6 +132,8 @@ pub(crate) fn hadamard(x: &[f32], y: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::inputs::{bits, cases, values};
+    use proptest::prelude::*;
 
     #[test]
     fn rope_turns_pairs_of_either_layout() {
@@ -153,43 +155,53 @@ mod tests {
         assert!(x.iter().zip(&z).all(|(a, b)| (a - b).abs() < 1e-5));
     }
 
-    #[test]
-    fn w16_rows_are_those_of_the_definition_at_every_level() {
-        let mut random = fastrand::Rng::with_seed(7);
-        for row in 0..200 {
-            let size = 2f32.powi(random.i32(-130..128));
-            let mut values: Vec<f32> = (0..96).map(|_| (random.f32() - 0.5) * size).collect();
-            match row % 8 {
-                0 => values[random.usize(0..96)] = f32::NAN,
-                1 => values[random.usize(0..96)] = f32::NEG_INFINITY,
-                2 => values.fill(f32::from_bits(2f32.to_bits() - 1)),
-                3 => values.fill(-f32::MAX),
-                4 => values.fill(0.0),
-                _ => {}
-            }
-            let mut reference = vec![0; 192];
-            sparsed_quant::encode(Format::W16, &values, &mut reference).unwrap();
-            for level in Level::all() {
-                let mut bytes = vec![0; 192];
-                encode(level, Format::W16, &values, &mut bytes);
-                assert_eq!(bytes, reference, "{level:?}, row {row}");
-            }
-        }
+    /// What all of a row may be, or one value of it.
+    fn special() -> impl Strategy<Value = Option<(f32, bool)>> {
+        let below_two = f32::from_bits(2f32.to_bits() - 1);
+        let value = proptest::sample::select(vec![below_two, -f32::MAX, 0.0, f32::NAN, f32::NEG_INFINITY]);
+        proptest::option::of((value, any::<bool>()))
     }
 
-    #[test]
-    fn f16_rows_are_the_same_at_every_level() {
-        let values: Vec<f32> = (0..37u8).map(|i| f32::from(i) * 0.37 - 5.0).collect();
-        let mut reference = vec![0; 74];
-        sparsed_quant::encode(Format::F16, &values, &mut reference).unwrap();
-        let mut decoded = vec![0.0; 37];
-        sparsed_quant::decode(Format::F16, &reference, &mut decoded).unwrap();
-        for level in Level::all() {
-            let (mut bytes, mut back) = (vec![0; 74], vec![0.0; 37]);
-            encode(level, Format::F16, &values, &mut bytes);
-            assert_eq!(bytes, reference);
-            decode(level, Format::F16, &bytes, &mut back);
-            assert_eq!(back, decoded);
+    proptest! {
+        #![proptest_config(cases(256))]
+        /// The same bytes.
+        #[test]
+        fn w16_rows_are_those_of_the_definition_at_every_level(
+            inputs in values(2.0), lines in 1usize..5, power in -150i32..127, special in special(),
+        ) {
+            let mut values = inputs.rows()(32 * lines);
+            // In f64: the smaller powers are subnormal.
+            values.iter_mut().for_each(|v| *v = (f64::from(*v) * 2f64.powi(power)) as f32);
+            match special {
+                Some((value, true)) => values.fill(value),
+                Some((value, false)) => values[13 * lines] = value,
+                None => {}
+            }
+            let mut reference = vec![0; 64 * lines];
+            sparsed_quant::encode(Format::W16, &values, &mut reference).unwrap();
+            for level in Level::all() {
+                let mut bytes = vec![0; 64 * lines];
+                encode(level, Format::W16, &values, &mut bytes);
+                prop_assert_eq!(&bytes, &reference, "{:?}", level);
+            }
+        }
+
+        /// The same bytes, and of them the same values.
+        #[test]
+        fn f16_rows_are_those_of_the_definition_at_every_level(
+            inputs in values(8.0), n in 0usize..70, power in -30i32..20,
+        ) {
+            let values: Vec<f32> = inputs.rows()(n).iter().map(|v| v * 2f32.powi(power)).collect();
+            let (mut reference, mut decoded) = (vec![0; 2 * n], vec![0.0; n]);
+            sparsed_quant::encode(Format::F16, &values, &mut reference).unwrap();
+            sparsed_quant::decode(Format::F16, &reference, &mut decoded).unwrap();
+            for level in Level::all() {
+                let (mut bytes, mut back) = (vec![0; 2 * n], vec![0.0; n]);
+                encode(level, Format::F16, &values, &mut bytes);
+                prop_assert_eq!(&bytes, &reference, "{:?}", level);
+                decode(level, Format::F16, &bytes, &mut back);
+                prop_assert_eq!(bits(&back), bits(&decoded), "{:?}", level);
+            }
         }
     }
 }

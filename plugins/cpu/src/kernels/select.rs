@@ -191,6 +191,7 @@ fn from_ascending_bits(bits: u32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::inputs::{cases, values};
     use proptest::prelude::*;
 
     #[test]
@@ -239,6 +240,23 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(cases(256))]
+        #[test]
+        fn masks_say_which_scores_are_above_a_limit(
+            inputs in values(1e3), n in 0usize..5, limit in prop_oneof![-1f32..1.0, Just(0.0), Just(f32::NAN)],
+        ) {
+            let mut scores = inputs.rows()(n * LANES);
+            scores.iter_mut().skip(3).step_by(41).for_each(|score| *score = f32::NAN);
+            let scores = scores.as_chunks::<LANES>().0;
+            let mask = |scores: &[f32; LANES]| (0..LANES).fold(0, |bits, i| bits | u16::from(scores[i] > limit) << i);
+            let expected: Vec<u16> = scores.iter().map(mask).collect();
+            for level in Level::all() {
+                let mut masks = vec![7; 2];
+                above(level, scores, limit, &mut masks);
+                prop_assert_eq!(&masks, &expected, "{:?}", level);
+            }
+        }
+
         #[test]
         fn it_equals_a_stable_sort(
             few in proptest::collection::vec(-3i8..3, 1..300),

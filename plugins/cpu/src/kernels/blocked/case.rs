@@ -5,17 +5,48 @@ use super::integer::{WORD_HEADS_MAX, WordHeads, attend_words};
 use super::stored::{StoredBlock, StoredUnits, attend_stored, round_stored_query};
 use super::words::{Bytes, Formats, Line, Widths, WordBlock, round_query};
 use super::{ROWS, Softmax};
+use crate::kernels::inputs::{Values, values};
 use crate::level::Level;
 use fastrand::Rng;
+use proptest::prelude::*;
 use sparsed_quant::Format;
 
 /// As in DeepSeek-V3.2.
 pub(super) const MLA: Widths = Widths { latent: 512, rope: 64, absorbed: true };
 
+/// What a case is made of.
+#[derive(Clone, Debug)]
+pub(super) struct Shape {
+    pub(super) values: Values,
+    /// Of latent and rope rows.
+    pub(super) formats: Formats,
+    pub(super) widths: Widths,
+    pub(super) rows: usize,
+    pub(super) heads: usize,
+    /// Rows and their parts differ by powers of two up to this one and down to its inverse.
+    pub(super) spread: i32,
+}
+
+/// Cases of up to `rows` rows in one of `formats`, half of them with a spread of up to `spread`, the others of none.
+pub(super) fn shapes(formats: &'static [Formats], rows: usize, spread: i32) -> impl Strategy<Value = Shape> {
+    let narrow = (1usize..=5, 1usize..=4, any::<bool>());
+    let narrow = narrow.prop_map(|(latent, rope, absorbed)| Widths { latent: 32 * latent, rope: 32 * rope, absorbed });
+    let widths = prop_oneof![4 => narrow, 1 => Just(MLA)];
+    let spread = prop_oneof![Just(0), 1..=spread];
+    let all = (values(8.0), proptest::sample::select(formats), widths, 1..=rows, 1usize..=7, spread);
+    all.prop_map(|(values, formats, widths, rows, heads, spread)| Shape {
+        values,
+        formats,
+        widths,
+        rows,
+        heads,
+        spread,
+    })
+}
+
 /// Rows, queries, and what is made of them.
 #[derive(Clone)]
 pub(super) struct Case {
-    /// Of latent and rope rows.
     pub(super) formats: Formats,
     pub(super) widths: Widths,
     /// `[row][latent slice, rope slice]`
@@ -26,28 +57,22 @@ pub(super) struct Case {
 }
 
 impl Case {
-    /// Values from a distribution with a few large ones; `spread` says how much rows and parts differ in size.
-    pub(super) fn random(
-        random: &mut Rng,
-        formats: Formats,
-        widths: Widths,
-        rows: usize,
-        heads: usize,
-        spread: i32,
-    ) -> Self {
-        let mut value = |size: f32| {
-            let sum: f32 = (0..4).map(|_| random.f32() - 0.5).sum();
-            if random.u8(..) == 0 { 8.0 * sum * size } else { sum * size }
-        };
-        let mut row = |width: usize, size: f32| (0..width).map(|_| value(size)).collect::<Vec<_>>();
+    pub(super) fn new(shape: &Shape) -> Self {
+        let Shape { ref values, formats, widths, rows, heads, spread } = *shape;
+        let (mut values, mut sizes) = (values.rows(), Rng::with_seed(rows as u64));
+        let mut row = |width: usize, size: f32| values(width).iter().map(|v| v * size).collect::<Vec<_>>();
         let key = widths.rope + if widths.absorbed { widths.latent } else { 0 };
         let q = (0..heads).map(|_| row(key, 2.0)).collect();
-        let mut sizes = Rng::with_seed(rows as u64);
         let mut size = || 2f32.powi(sizes.i32(-spread..=spread));
         let rows = (0..rows).map(|_| [row(widths.latent, size()), row(widths.rope, size())]).collect();
         #[allow(clippy::cast_precision_loss, reason = "a width")]
         let scale = 1.0 / (key as f32).sqrt();
         Self { formats, widths, rows, q, scale }
+    }
+
+    /// An example of no special values.
+    pub(super) fn seeded(seed: u64, formats: Formats, widths: Widths, rows: usize, heads: usize) -> Self {
+        Self::new(&Shape { values: Values::seeded(seed), formats, widths, rows, heads, spread: 0 })
     }
 
     fn bytes(&self) -> Vec<[Vec<u8>; 2]> {

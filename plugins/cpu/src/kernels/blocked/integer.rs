@@ -272,48 +272,39 @@ fn weigh<L: Words, const H: usize, const V: usize>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::case::{Case, MLA};
+    use super::super::case::{Case, shapes};
     use super::super::words::{Formats, Widths};
     use super::*;
-    use fastrand::Rng;
+    use crate::kernels::inputs::{bits, cases};
+    use proptest::prelude::*;
     use sparsed_quant::Format;
 
-    const FORMATS: [Formats; 4] =
-        [[Format::F16; 2], [Format::Q8_0; 2], [Format::F8_128; 2], [Format::Q6_0, Format::Q8_0]];
+    const FORMATS: &[Formats] =
+        &[[Format::F16; 2], [Format::Q8_0; 2], [Format::F8_128; 2], [Format::Q6_0, Format::Q8_0]];
 
-    #[test]
-    fn answers_are_within_class_a_for_rows_of_all_sizes() {
-        let mut random = Rng::with_seed(1);
-        let narrow = Widths { latent: 96, rope: 32, absorbed: true };
-        let plain = Widths { latent: 128, rope: 128, absorbed: false };
-        for widths in [MLA, narrow, plain] {
-            for formats in FORMATS {
-                for (rows, spread) in [(64, 0), (200, 0), (64, 3), (200, 6)] {
-                    let case = Case::random(&mut random, formats, widths, rows, 7, spread);
-                    let (error, allowed) = (case.error(), case.allowed());
-                    let what = format!("{widths:?}, {formats:?}, {rows} rows, spread {spread}");
-                    assert!(error < allowed, "{what}: {error:e}, {allowed:e} allowed");
-                    assert!(spread > 0 || error < 1e-7, "{what}: {error:e}");
-                }
-            }
+    proptest! {
+        #![proptest_config(cases(64))]
+        /// OPS.md's class A; 1e-7 of the answers' size where rows are of one size.
+        #[test]
+        fn answers_are_within_class_a_for_rows_of_all_sizes(shape in shapes(FORMATS, 200, 6)) {
+            let case = Case::new(&shape);
+            let (error, allowed) = (case.error(), case.allowed());
+            prop_assert!(error < allowed, "{error:e}, {allowed:e} allowed");
+            prop_assert!(shape.spread > 0 || error < 1e-7, "{error:e}");
         }
     }
 
-    #[test]
-    fn levels_and_head_counts_agree_bit_for_bit() {
-        let mut random = Rng::with_seed(2);
-        for (rows, latent, absorbed) in
-            [(1, 64, true), (17, 96, true), (63, 32, false), (100, 160, true), (130, 512, true)]
-        {
-            let widths = Widths { latent, rope: 32, absorbed };
-            for formats in FORMATS {
-                let case = Case::random(&mut random, formats, widths, rows, 7, 3);
-                let scalar = case.run(Level::Scalar, 1);
-                let bits = |answers: &[Vec<f32>]| answers.concat().iter().map(|v| v.to_bits()).collect::<Vec<_>>();
-                for level in Level::all() {
-                    for at_once in 1..=WORD_HEADS_MAX {
-                        assert_eq!(bits(&case.run(level, at_once)), bits(&scalar), "{level:?}, {at_once} at once");
-                    }
+    proptest! {
+        #![proptest_config(cases(32))]
+        /// Of the words that are made of rows and queries, too.
+        #[test]
+        fn levels_and_head_counts_agree_bit_for_bit(shape in shapes(FORMATS, 130, 12)) {
+            let case = Case::new(&shape);
+            let scalar = bits(&case.run(Level::Scalar, 1).concat());
+            for level in Level::all() {
+                for at_once in 1..=WORD_HEADS_MAX {
+                    let found = bits(&case.run(level, at_once).concat());
+                    prop_assert_eq!(&found, &scalar, "{:?}, {} at once", level, at_once);
                 }
             }
         }
@@ -322,7 +313,7 @@ mod tests {
     #[test]
     fn rows_of_zeros_and_queries_of_zeros_are_averaged() {
         let widths = Widths { latent: 32, rope: 32, absorbed: true };
-        let mut case = Case::random(&mut Rng::with_seed(3), [Format::F16; 2], widths, 40, 2, 0);
+        let mut case = Case::seeded(3, [Format::F16; 2], widths, 40, 2);
         case.q[0].fill(0.0);
         case.rows[7].iter_mut().for_each(|part| part.fill(0.0));
         case.rows[8][0].fill(0.0);
@@ -337,7 +328,7 @@ mod tests {
     #[test]
     fn a_row_or_a_query_that_is_no_number_makes_the_answer_none() {
         let widths = Widths { latent: 32, rope: 32, absorbed: true };
-        let case = || Case::random(&mut Rng::with_seed(4), [Format::F16; 2], widths, 70, 2, 0);
+        let case = || Case::seeded(4, [Format::F16; 2], widths, 70, 2);
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             for level in Level::all() {
                 for part in 0..2 {
@@ -359,7 +350,7 @@ mod tests {
         // All in one lane, or all values the same: what a sum is bounded for.
         for every in [1, LANES] {
             for sign in [1.0, -1.0] {
-                let mut case = Case::random(&mut Rng::with_seed(5), [Format::F16; 2], widths, ROWS, 1, 0);
+                let mut case = Case::seeded(5, [Format::F16; 2], widths, ROWS, 1);
                 let fill = |v: &mut Vec<f32>, value: f32| {
                     v.iter_mut().enumerate().for_each(|(i, v)| *v = if i % every == 0 { value } else { 0.0 });
                 };

@@ -392,71 +392,53 @@ fn round_pairs_body<L: Words>(l: L, q: &[f32], rope: usize, bits: i32, to: &mut 
 
 #[cfg(test)]
 mod tests {
-    use super::super::case::{Case, MLA};
+    use super::super::case::{Case, MLA, Shape, shapes};
     use super::super::integer::WORD_HEADS_MAX;
+    use super::super::words::Formats;
     use super::*;
-    use fastrand::Rng;
+    use crate::kernels::inputs::{bits, cases};
+    use proptest::prelude::*;
 
     const PLAIN: Widths = Widths { latent: 64, rope: 64, absorbed: false };
+    const FORMATS: &[Formats] = &[[Format::W16; 2]];
 
-    fn bits(answers: &[Vec<f32>]) -> Vec<u32> {
-        answers.concat().iter().map(|v| v.to_bits()).collect()
-    }
-
-    #[test]
-    fn answers_are_within_class_a_for_rows_of_all_sizes() {
-        let mut random = Rng::with_seed(1);
-        let narrow = Widths { latent: 96, rope: 32, absorbed: true };
-        let one_line = Widths { latent: 32, rope: 32, absorbed: false };
-        let wide = Widths { latent: 128, rope: 128, absorbed: false };
-        for widths in [MLA, narrow, one_line, PLAIN, wide] {
-            for (rows, spread) in [(64, 0), (200, 0), (64, 3), (200, 6)] {
-                let case = Case::random(&mut random, [Format::W16; 2], widths, rows, 7, spread);
-                let (error, allowed) = (case.error(), case.allowed());
-                let what = format!("{widths:?}, {rows} rows, spread {spread}");
-                assert!(error < allowed, "{what}: {error:e}, {allowed:e} allowed");
-                assert!(spread > 0 || error < 1e-7, "{what}: {error:e}");
-            }
+    proptest! {
+        #![proptest_config(cases(32))]
+        /// OPS.md's class A; 1e-7 of the answers' size where rows are of one size.
+        #[test]
+        fn answers_are_within_class_a_for_rows_of_all_sizes(shape in shapes(FORMATS, 200, 6)) {
+            let case = Case::new(&shape);
+            let (error, allowed) = (case.error(), case.allowed());
+            prop_assert!(error < allowed, "{error:e}, {allowed:e} allowed");
+            prop_assert!(shape.spread > 0 || error < 1e-7, "{error:e}");
         }
-    }
 
-    #[test]
-    fn levels_head_counts_and_columns_agree_bit_for_bit() {
-        let mut random = Rng::with_seed(2);
-        for (rows, latent, rope, absorbed) in [
-            (1, 64, 32, true),
-            (17, 96, 32, true),
-            (63, 32, 32, false),
-            (100, 160, 64, true),
-            (130, 512, 64, true),
-            (81, 64, 64, false),
-            (100, 96, 128, false),
-        ] {
-            let widths = Widths { latent, rope, absorbed };
-            let case = Case::random(&mut random, [Format::W16; 2], widths, rows, 7, 3);
-            let scalar = bits(&case.run_stored(Level::Scalar, 1, false));
-            for level in Level::all() {
+        /// Of the words that are made of queries, too.
+        #[test]
+        fn levels_head_counts_and_columns_agree_bit_for_bit(shape in shapes(FORMATS, 130, 12)) {
+            let case = Case::new(&shape);
+            let scalar = bits(&case.run_stored(Level::Scalar, 1, false).concat());
+            for (level, by_column) in Level::all().flat_map(|level| [(level, false), (level, true)]) {
                 for at_once in 1..=WORD_HEADS_MAX {
-                    let what = format!("{level:?}, {at_once} at once, {widths:?}, {rows} rows");
-                    assert_eq!(bits(&case.run_stored(level, at_once, false)), scalar, "{what}");
-                    assert_eq!(bits(&case.run_stored(level, at_once, true)), scalar, "{what}, prepared");
+                    let found = bits(&case.run_stored(level, at_once, by_column).concat());
+                    prop_assert_eq!(&found, &scalar, "{:?}, {} at once, prepared: {}", level, at_once, by_column);
                 }
             }
         }
-    }
 
-    #[test]
-    fn a_head_that_sees_fewer_rows_of_the_columns_gives_what_it_gives_with_those_alone() {
-        let mut random = Rng::with_seed(3);
-        let seen = [5, 33, ROWS];
-        let cases = [PLAIN, MLA].map(|widths| Case::random(&mut random, [Format::W16; 2], widths, ROWS, 3, 0));
-        for (level, whole) in Level::all().flat_map(|level| cases.iter().map(move |case| (level, case))) {
-            let together = whole.run_seeing(level, &seen);
-            for (head, &n) in seen.iter().enumerate() {
-                let mut alone = whole.clone();
-                alone.rows.truncate(n);
-                let alone = &alone.run_stored(level, 3, false)[head];
-                assert_eq!(bits(std::slice::from_ref(&together[head])), bits(std::slice::from_ref(alone)), "{n} rows");
+        #[test]
+        fn a_head_that_sees_fewer_rows_of_the_columns_gives_what_it_gives_with_those_alone(
+            shape in shapes(FORMATS, ROWS, 12), seen in proptest::collection::vec(1..=ROWS, 1..=WORD_HEADS_MAX),
+        ) {
+            let whole = Case::new(&Shape { rows: ROWS, heads: seen.len(), ..shape });
+            for level in Level::all() {
+                let together = whole.run_seeing(level, &seen);
+                for (head, &n) in seen.iter().enumerate() {
+                    let mut alone = whole.clone();
+                    alone.rows.truncate(n);
+                    let alone = &alone.run_stored(level, WORD_HEADS_MAX, false)[head];
+                    prop_assert_eq!(bits(&together[head]), bits(alone), "{:?}, {} rows", level, n);
+                }
             }
         }
     }
@@ -464,7 +446,7 @@ mod tests {
     #[test]
     fn rows_and_queries_of_zeros_are_averaged_and_what_is_no_number_makes_the_answer_none() {
         for widths in [Widths { latent: 32, rope: 32, absorbed: true }, PLAIN] {
-            let case = || Case::random(&mut Rng::with_seed(4), [Format::W16; 2], widths, 70, 2, 0);
+            let case = || Case::seeded(4, [Format::W16; 2], widths, 70, 2);
             let mut zeros = case();
             zeros.q[0].fill(0.0);
             zeros.rows[7].iter_mut().for_each(|part| part.fill(0.0));
@@ -494,7 +476,7 @@ mod tests {
             // All in one partial sum, or all values the same: what a sum is bounded for.
             for every in [1, 2, 4, 2 * LANES] {
                 for sign in [1.0, -1.0] {
-                    let mut case = Case::random(&mut Rng::with_seed(5), [Format::W16; 2], widths, ROWS, 1, 0);
+                    let mut case = Case::seeded(5, [Format::W16; 2], widths, ROWS, 1);
                     let fill = |v: &mut Vec<f32>, value: f32| {
                         v.iter_mut().enumerate().for_each(|(i, v)| *v = if i % every == 0 { value } else { 0.0 });
                     };
