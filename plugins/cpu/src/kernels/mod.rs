@@ -5,6 +5,8 @@
 
 pub(crate) mod activations;
 pub(crate) mod attention;
+#[cfg(test)]
+mod bench;
 pub(crate) mod blocked;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
