@@ -30,7 +30,7 @@ pub(crate) type Sums = [f32; TILE_ROWS];
 pub(crate) fn tokens_at_once(level: Level, rounding: Rounding, left: usize) -> usize {
     let sizes: &[usize] = match (level, rounding) {
         (Level::Avx512, _) => &[8, 4, 2],
-        (Level::Neon | Level::Dotprod | Level::I8mm, Rounding::Int8) => &[4, 2],
+        (Level::Avx2 | Level::Neon | Level::Dotprod | Level::I8mm, Rounding::Int8) => &[4, 2],
         _ => &[2],
     };
     sizes.iter().copied().find(|&n| n <= left).unwrap_or(1)

@@ -82,14 +82,16 @@ fn encode_w16_body<L: Words>(l: L, values: &[f32], bytes: &mut [u8]) {
     }
     let inverse = l.splat(f32::from_bits(((254 - unit) << 23).cast_unsigned()));
     let (zero, lowest) = (l.splat(0.0), l.splat(-WORD_MAX));
-    let word = |v: &[f32; LANES]| {
-        let v = l.max(lowest, l.mul(l.load(v), inverse));
-        l.round(l.sub(zero, l.max(lowest, l.sub(zero, v))))
-    };
     for (v, to) in values.as_chunks::<{ 2 * LANES }>().0.iter().zip(bytes.as_chunks_mut::<{ 4 * LANES }>().0) {
         let halves = v.as_chunks().0;
         let mut line = [0; LANES];
-        l.store_i(l.pack_words(word(&halves[0]), word(&halves[1])), &mut line);
+        let mut words = [l.splat_i(0); 2];
+        // A closure would be compiled without the level's instructions.
+        for (words, v) in words.iter_mut().zip(halves) {
+            let v = l.max(lowest, l.mul(l.load(v), inverse));
+            *words = l.round(l.sub(zero, l.max(lowest, l.sub(zero, v))));
+        }
+        l.store_i(l.pack_words(words[0], words[1]), &mut line);
         for (i, pair) in line[..4].iter_mut().enumerate() {
             *pair = *pair & !0x0001_0001 | unit >> (2 * i) & 1 | (unit >> (2 * i + 1) & 1) << 16;
         }

@@ -21,6 +21,23 @@ impl Avx2 {
 type F = [__m256; 2];
 type I = [__m256i; 2];
 
+/// Of each register. No closure: it would be compiled without the level's instructions, and each intrinsic be a call.
+macro_rules! each {
+    (|$v:ident| $body:expr, $of:expr) => {{
+        let [a, b] = $of;
+        [
+            {
+                let $v = a;
+                $body
+            },
+            {
+                let $v = b;
+                $body
+            },
+        ]
+    }};
+}
+
 /// Methods whose body is one expression of intrinsics.
 macro_rules! by_intrinsics {
     ($(fn $name:ident $(<const $n:ident: $nt:ty>)? ($($arg:ident: $kind:ty),*) $(-> $out:ty)? { $body:expr })*) => {
@@ -54,10 +71,10 @@ impl Lanes for Avx2 {
             ]
         }
         fn load_bytes(v: &[u8; LANES]) -> F {
-            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
+            each!(|at| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))), [0, 8])
         }
         fn load_signed_bytes(v: &[u8; LANES]) -> F {
-            [0, 8].map(|at| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))))
+            each!(|at| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(v.as_ptr().add(at).cast()))), [0, 8])
         }
         fn load_e4m3(v: &[u8; LANES]) -> F {{
             let codes = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(v.as_ptr().cast())));
@@ -88,16 +105,16 @@ impl Lanes for Avx2 {
         }}
         fn add_i(a: I, b: I) -> I { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
         fn max_i(a: I, b: I) -> I { [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])] }
-        fn offset_bytes(v: I) -> I { v.map(|v| _mm256_xor_si256(v, _mm256_set1_epi8(-128))) }
+        fn offset_bytes(v: I) -> I { each!(|v| _mm256_xor_si256(v, _mm256_set1_epi8(-128)), v) }
         fn above(a: F, b: F) -> u16 {{
             let bits = |i: usize| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i])).cast_unsigned() as u16;
             bits(0) | bits(1) << 8
         }}
         fn high_nibbles(v: I) -> I {{
             let mask = _mm256_set1_epi8(15);
-            v.map(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask))
+            each!(|v| _mm256_and_si256(_mm256_srli_epi16::<4>(v), mask), v)
         }}
-        fn low_nibbles(v: I) -> I { v.map(|v| _mm256_and_si256(v, _mm256_set1_epi8(15))) }
+        fn low_nibbles(v: I) -> I { each!(|v| _mm256_and_si256(v, _mm256_set1_epi8(15)), v) }
         fn with_fifth_bit(nibbles: I, fifth: I, at: usize) -> I {{
             let shifted = |v| match at {
                 0 => _mm256_slli_epi16::<4>(v),
@@ -129,12 +146,12 @@ impl Lanes for Avx2 {
             [_mm256_and_si256(_mm256_castps_si256(v[0]), mask), _mm256_and_si256(_mm256_castps_si256(v[1]), mask)]
         }}
         fn power_of_two(v: F) -> F {
-            v.map(|v| {
+            each!(|v| {
                 let biased = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(127));
                 _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-            })
+            }, v)
         }
-        fn round_f(v: F) -> F { v.map(|v| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v)) }
+        fn round_f(v: F) -> F { each!(|v| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v), v) }
     }
 
     #[inline(always)]
@@ -200,7 +217,7 @@ impl BroadcastProducts for Avx2 {
             };
             [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
         }}
-        fn shl_byte(v: I) -> I { v.map(|v| _mm256_slli_epi32::<8>(v)) }
+        fn shl_byte(v: I) -> I { each!(|v| _mm256_slli_epi32::<8>(v), v) }
     }
 }
 
@@ -220,12 +237,12 @@ impl Words for Avx2 {
         fn load_ints(v: &[i32; LANES]) -> I {
             [_mm256_loadu_si256(v.as_ptr().cast()), _mm256_loadu_si256(v.as_ptr().add(8).cast())]
         }
-        fn bits(v: F) -> I { v.map(|v| _mm256_castps_si256(v)) }
+        fn bits(v: F) -> I { each!(|v| _mm256_castps_si256(v), v) }
         fn pair_words(low: I, high: I) -> I {{
             let pair = |low, high| _mm256_blend_epi16::<0xaa>(low, _mm256_slli_epi32::<16>(high));
             [pair(low[0], high[0]), pair(low[1], high[1])]
         }}
-        fn shift_right(v: I, by: i32) -> I { v.map(|v| _mm256_srav_epi32(v, _mm256_set1_epi32(by))) }
+        fn shift_right(v: I, by: i32) -> I { each!(|v| _mm256_srav_epi32(v, _mm256_set1_epi32(by)), v) }
         fn max_magnitude_words(most: I, v: I) -> I {{
             let max = |most, v| _mm256_max_epu16(most, _mm256_and_si256(v, _mm256_set1_epi16(0x7fff)));
             [max(most[0], v[0]), max(most[1], v[1])]
@@ -256,11 +273,9 @@ impl Words for Avx2 {
         }
         fn pack_words(a: I, b: I) -> I {{
             // Sign-extended low words never saturate.
-            let words = |v: I| {
-                let low = |v| _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(v));
-                _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(low(v[0]), low(v[1])))
-            };
-            [words(a), words(b)]
+            let a = each!(|v| _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(v)), a);
+            let b = each!(|v| _mm256_srai_epi32::<16>(_mm256_slli_epi32::<16>(v)), b);
+            each!(|v| _mm256_permute4x64_epi64::<0xd8>(_mm256_packs_epi32(v[0], v[1])), [a, b])
         }}
         fn zip_words(a: I, b: I) -> [I; 2] {
             [
@@ -269,15 +284,15 @@ impl Words for Avx2 {
             ]
         }
         fn zipped_in_order(v: [F; 2]) -> [F; 2] {
-            v.map(|v| {
+            each!(|v| {
                 [_mm256_permute2f128_ps::<0x20>(v[0], v[1]), _mm256_permute2f128_ps::<0x31>(v[0], v[1])]
-            })
+            }, v)
         }
         fn shift_words(v: I, by: i32) -> I {{
             let (half, by) = (_mm256_set1_epi16(((1 << by) >> 1) as i16), _mm_cvtsi32_si128(by));
-            v.map(|v| _mm256_sra_epi16(_mm256_adds_epi16(v, half), by))
+            each!(|v| _mm256_sra_epi16(_mm256_adds_epi16(v, half), by), v)
         }}
-        fn as_float(v: I) -> F { v.map(|v| _mm256_castsi256_ps(v)) }
+        fn as_float(v: I) -> F { each!(|v| _mm256_castsi256_ps(v), v) }
     }
 }
 
