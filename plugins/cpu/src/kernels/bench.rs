@@ -87,7 +87,7 @@ fn divisions(level: Level) -> Limit {
 
 /// Copies of a cache line, between buffers of `lines` of them.
 fn copies(level: Level, lines: usize) -> Limit {
-    let (from, mut to) = (vec![[7; 64]; lines], vec![[0; 64]; lines]);
+    let (from, mut to) = (vec![[7.0; LANES]; lines], vec![[0.0; LANES]; lines]);
     Box::new(move |n| {
         for _ in 0..n / lines {
             copy(level, black_box(&from), &mut to);
@@ -118,7 +118,7 @@ on_level! {
     fn read(lines: &[[u8; 64]]) = read_body
 }
 on_level! {
-    fn copy(from: &[[u8; 64]], to: &mut [[u8; 64]]) = copy_body
+    fn copy(from: &[[f32; LANES]], to: &mut [[f32; LANES]]) = copy_body
 }
 
 #[inline(always)]
@@ -159,8 +159,8 @@ fn floats_body<L: Lanes, const K: usize>(l: L, n: usize) {
     let (a, b) = (l.splat(black_box(1.0)), l.splat(black_box(0.5)));
     let mut sums = [l.splat(0.0); K];
     for _ in 0..n / K {
-        for k in 0..K {
-            sums[k] = l.mul_add(a, b, sums[k]);
+        for sum in &mut sums {
+            *sum = l.mul_add(a, b, *sum);
         }
     }
     for sum in sums {
@@ -173,8 +173,8 @@ fn quotients_body<L: Lanes, const K: usize>(l: L, n: usize) {
     let a = l.splat(black_box(3.0));
     let mut quotients = [l.splat(2.0); K];
     for _ in 0..n / K {
-        for k in 0..K {
-            quotients[k] = l.div(a, quotients[k]);
+        for quotient in &mut quotients {
+            *quotient = l.div(a, *quotient);
         }
     }
     for quotient in quotients {
@@ -196,11 +196,9 @@ fn read_body<L: Lanes>(l: L, lines: &[[u8; 64]]) {
 }
 
 #[inline(always)]
-fn copy_body<L: Lanes>(l: L, from: &[[u8; 64]], to: &mut [[u8; 64]]) {
-    let mut line = [0; LANES];
+fn copy_body<L: Lanes>(l: L, from: &[[f32; LANES]], to: &mut [[f32; LANES]]) {
     for (from, to) in from.iter().zip(to) {
-        l.store_i(l.load_i(from), &mut line);
-        *to = line.map(i32::to_ne_bytes).as_flattened().as_chunks().0[0];
+        l.store(l.load(from), to);
     }
 }
 
