@@ -60,9 +60,15 @@ pub(super) const EVENTS: &[Event] = &[
     event("76e2507bc7b14aa893655fc9e35d6c11", "a third-party plugin is loaded: the daemon is tainted"),
     event("671b5a965693463285c30e119edb8d92", "sessions found"),
     event("92d254d7fe0340e4808f532c9af26054", "session is not as it was written"),
+    event(
+        "78398c8af5244c7b9711f802d223223c",
+        "session of another version of this program: it is kept as it is, for that one, and not listed",
+    ),
     event("17d104f66e3342b0b3e45fcec83c2a8d", "session could not be written, trying again"),
     event("86b22542b5814f0aaffc4798d551e17d", "answer could not be journaled, it ends"),
     event("98177d4622d24a85be8804180025cd7f", "the disk is full: blocks of sessions are dropped"),
+    event("052f12a5a60a4a85889f1859c59a4460", "the disk is full: what was truncated is left in the session's journal"),
+    event("227c3e28eb524263b42b59dda82eff15", "a session that no turn came of could not be deleted"),
     event("884f31660a434e8899ef1e6ea55cafd9", "sessions past their retention are deleted"),
     event("8e71e249e05046ee8adb2a053379959f", "made the key of all sessions; back it up with them"),
     event(

@@ -462,6 +462,7 @@ mod tests {
         keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
         keeper.write_image();
         assert_eq!(keeper.store.saved_blocks(1, id, &SHAPE).unwrap(), 1);
+        keeper.flush();
         let used = 4 * RESERVE_BYTES - keeper.store.free_bytes().unwrap();
         whims.capacity.store(used, Ordering::Relaxed);
         keeper.store.append_tokens(1, id, &[4]).unwrap();
