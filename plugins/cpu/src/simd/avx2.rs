@@ -21,7 +21,7 @@ impl Avx2 {
 type F = [__m256; 2];
 type I = [__m256i; 2];
 
-/// Of each register. No closure: it would be compiled without the level's instructions, and each intrinsic be a call.
+/// Of each register, or for each number. No closure: it would be compiled without the level's instructions, and each intrinsic be a call.
 macro_rules! each {
     (|$v:ident| $body:expr, $of:expr) => {{
         let [a, b] = $of;
@@ -107,8 +107,8 @@ impl Lanes for Avx2 {
         fn max_i(a: I, b: I) -> I { [_mm256_max_epi32(a[0], b[0]), _mm256_max_epi32(a[1], b[1])] }
         fn offset_bytes(v: I) -> I { each!(|v| _mm256_xor_si256(v, _mm256_set1_epi8(-128)), v) }
         fn above(a: F, b: F) -> u16 {{
-            let bits = |i: usize| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i])).cast_unsigned() as u16;
-            bits(0) | bits(1) << 8
+            let [low, high] = each!(|i| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a[i], b[i])), [0, 1]);
+            low as u16 | (high as u16) << 8
         }}
         fn high_nibbles(v: I) -> I {{
             let mask = _mm256_set1_epi8(15);
@@ -116,28 +116,32 @@ impl Lanes for Avx2 {
         }}
         fn low_nibbles(v: I) -> I { each!(|v| _mm256_and_si256(v, _mm256_set1_epi8(15)), v) }
         fn with_fifth_bit(nibbles: I, fifth: I, at: usize) -> I {{
-            let shifted = |v| match at {
-                0 => _mm256_slli_epi16::<4>(v),
-                1 => _mm256_slli_epi16::<3>(v),
-                2 => _mm256_slli_epi16::<2>(v),
-                3 => _mm256_slli_epi16::<1>(v),
-                4 => v,
-                5 => _mm256_srli_epi16::<1>(v),
-                6 => _mm256_srli_epi16::<2>(v),
-                _ => _mm256_srli_epi16::<3>(v),
-            };
-            let bit = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x10));
-            [_mm256_or_si256(nibbles[0], bit(fifth[0])), _mm256_or_si256(nibbles[1], bit(fifth[1]))]
+            each!(|i| {
+                let v = fifth[i];
+                let shifted = match at {
+                    0 => _mm256_slli_epi16::<4>(v),
+                    1 => _mm256_slli_epi16::<3>(v),
+                    2 => _mm256_slli_epi16::<2>(v),
+                    3 => _mm256_slli_epi16::<1>(v),
+                    4 => v,
+                    5 => _mm256_srli_epi16::<1>(v),
+                    6 => _mm256_srli_epi16::<2>(v),
+                    _ => _mm256_srli_epi16::<3>(v),
+                };
+                _mm256_or_si256(nibbles[i], _mm256_and_si256(shifted, _mm256_set1_epi8(0x10)))
+            }, [0, 1])
         }}
         fn with_upper_bits(nibbles: I, upper: I, at: usize) -> I {{
-            let shifted = |v| match at {
-                0 => _mm256_slli_epi16::<4>(v),
-                1 => _mm256_slli_epi16::<2>(v),
-                2 => v,
-                _ => _mm256_srli_epi16::<2>(v),
-            };
-            let bits = |v| _mm256_and_si256(shifted(v), _mm256_set1_epi8(0x30));
-            [_mm256_or_si256(nibbles[0], bits(upper[0])), _mm256_or_si256(nibbles[1], bits(upper[1]))]
+            each!(|i| {
+                let v = upper[i];
+                let shifted = match at {
+                    0 => _mm256_slli_epi16::<4>(v),
+                    1 => _mm256_slli_epi16::<2>(v),
+                    2 => v,
+                    _ => _mm256_srli_epi16::<2>(v),
+                };
+                _mm256_or_si256(nibbles[i], _mm256_and_si256(shifted, _mm256_set1_epi8(0x30)))
+            }, [0, 1])
         }}
         fn to_float(v: I) -> F { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
         fn round(v: F) -> I { [_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1])] }
@@ -200,22 +204,21 @@ impl BroadcastProducts for Avx2 {
     by_intrinsics! {
         fn dot_small(acc: I, w: I, x: I) -> I {{
             // A pair's sum is at most 2 * 63 * 128: nothing saturates.
-            let dot = |acc, w, x| {
-                _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)))
-            };
-            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+            each!(|i| {
+                let pairs = _mm256_maddubs_epi16(w[i], x[i]);
+                _mm256_add_epi32(acc[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            }, [0, 1])
         }}
         fn dot_bytes(acc: I, w: I, x: I) -> I {{
             // Even and odd bytes as words; products of neighbouring words are summed in 32 bits.
-            let dot = |acc, w, x| {
+            each!(|i| {
                 let even = _mm256_madd_epi16(
-                    _mm256_and_si256(w, _mm256_set1_epi16(0xff)),
-                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x)),
+                    _mm256_and_si256(w[i], _mm256_set1_epi16(0xff)),
+                    _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x[i])),
                 );
-                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w), _mm256_srai_epi16::<8>(x));
-                _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
-            };
-            [dot(acc[0], w[0], x[0]), dot(acc[1], w[1], x[1])]
+                let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(w[i]), _mm256_srai_epi16::<8>(x[i]));
+                _mm256_add_epi32(acc[i], _mm256_add_epi32(even, odd))
+            }, [0, 1])
         }}
         fn shl_byte(v: I) -> I { each!(|v| _mm256_slli_epi32::<8>(v), v) }
     }
@@ -239,13 +242,11 @@ impl Words for Avx2 {
         }
         fn bits(v: F) -> I { each!(|v| _mm256_castps_si256(v), v) }
         fn pair_words(low: I, high: I) -> I {{
-            let pair = |low, high| _mm256_blend_epi16::<0xaa>(low, _mm256_slli_epi32::<16>(high));
-            [pair(low[0], high[0]), pair(low[1], high[1])]
+            each!(|i| _mm256_blend_epi16::<0xaa>(low[i], _mm256_slli_epi32::<16>(high[i])), [0, 1])
         }}
         fn shift_right(v: I, by: i32) -> I { each!(|v| _mm256_srav_epi32(v, _mm256_set1_epi32(by)), v) }
         fn max_magnitude_words(most: I, v: I) -> I {{
-            let max = |most, v| _mm256_max_epu16(most, _mm256_and_si256(v, _mm256_set1_epi16(0x7fff)));
-            [max(most[0], v[0]), max(most[1], v[1])]
+            each!(|i| _mm256_max_epu16(most[i], _mm256_and_si256(v[i], _mm256_set1_epi16(0x7fff))), [0, 1])
         }}
         fn dot_words(sums: I, a: I, b: I) -> I {
             [
@@ -255,18 +256,16 @@ impl Words for Avx2 {
         }
         fn fold_ints(v: &[I; 4]) -> I {{
             // As `fold`.
-            let halves = |a: I, b: I| {
-                let (a, b) = (_mm256_add_epi32(a[0], a[1]), _mm256_add_epi32(b[0], b[1]));
+            each!(|i| {
+                let (a, b) = (_mm256_add_epi32(v[i][0], v[i][1]), _mm256_add_epi32(v[i + 1][0], v[i + 1][1]));
                 _mm256_add_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
-            };
-            [halves(v[0], v[1]), halves(v[2], v[3])]
+            }, [0, 2])
         }}
         fn pair_up_ints(folded: &[I; 4]) -> [I; 2] {{
-            let pair = |a: I, b: I| {
-                let half = |a, b| _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-                [half(a[0], b[0]), half(a[1], b[1])]
-            };
-            [pair(folded[0], folded[1]), pair(folded[2], folded[3])]
+            each!(|i| {
+                let (a, b) = (folded[i], folded[i + 1]);
+                each!(|i| _mm256_add_epi32(_mm256_unpacklo_epi64(a[i], b[i]), _mm256_unpackhi_epi64(a[i], b[i])), [0, 1])
+            }, [0, 2])
         }}
         fn finish_pairs(a: I, b: I) -> I {
             [_mm256_hadd_epi32(a[0], b[0]), _mm256_hadd_epi32(a[1], b[1])]
