@@ -21,7 +21,8 @@ impl Avx2 {
 type F = [__m256; 2];
 type I = [__m256i; 2];
 
-/// Of each register, or for each number. No closure: it would be compiled without the level's instructions, and each intrinsic be a call.
+/// Of each register, or for each number. No closure: it would be compiled without the level's instructions, and each
+/// intrinsic be a call.
 macro_rules! each {
     (|$v:ident| $body:expr, $of:expr) => {{
         let [a, b] = $of;
