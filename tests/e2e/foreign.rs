@@ -1,6 +1,7 @@
-//! Sessions of a model that is not there any more: refused by name, whole when it comes back.
+//! Sessions of a model that is not there any more: refused by name, whole when it comes back; and rows of another
+//! arithmetic.
 
-use super::{Bench, content, user, wish};
+use super::{Bench, cached, content, user, wish};
 use serde_json::{Value, json};
 use sparsed_tests::chatty;
 use std::fs;
@@ -52,4 +53,27 @@ fn a_session_is_refused_by_a_model_with_other_tokens_and_goes_on_when_its_own_is
     let answer = bench.daemon.post(&format!("/v1/sessions/{cut}/continue"), &json!({})).json();
     assert!(content(&answer).starts_with(&said), "it is the answer to the same question");
     assert_eq!(bench.daemon.post("/v1/chat/completions", &wish(Some(&fresh), &[user("Two.")], 5)).status, 409);
+}
+
+#[test]
+fn rows_of_another_arithmetic_are_not_used_again() {
+    let mut bench = Bench::start(&[]);
+    let id = bench.create(&json!({}));
+    bench.turn(&id, &"Once upon a time. ".repeat(20), 200);
+    let (plugins, ours) = (tempfile::tempdir().unwrap(), sparsed_tests::root().join("target/release/plugins/cpu"));
+    let folder = plugins.path().join("cpu");
+    fs::create_dir(&folder).unwrap();
+    for file in fs::read_dir(ours).unwrap().map(|entry| entry.unwrap().path()) {
+        fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+    }
+    let manifest = folder.join("plugin.toml");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\narithmetic = 1\n", "\narithmetic = 2\n")).unwrap();
+    let dir = format!("plugins.dir={}", plugins.path().display());
+    bench.daemon.kill_and_restart(&[&bench.sets[..], &[&dir]].concat());
+    let answer = bench.turn(&id, "Go on.", 50);
+    assert_eq!(cached(&answer), 0, "{answer}");
+    // Nor is it the other's fault: what it has made itself it goes on with.
+    bench.daemon.kill_and_restart(&[&bench.sets[..], &[&dir]].concat());
+    assert!(cached(&bench.turn(&id, "Go on.", 50)) >= 512);
 }

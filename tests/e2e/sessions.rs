@@ -140,29 +140,6 @@ fn a_session_goes_on_after_a_restart_without_reading_everything_again() {
 }
 
 #[test]
-fn rows_of_another_arithmetic_are_not_used_again() {
-    let mut bench = Bench::start(&[]);
-    let id = bench.create(&json!({}));
-    bench.turn(&id, &"Once upon a time. ".repeat(20), 200);
-    let (plugins, ours) = (tempfile::tempdir().unwrap(), sparsed_tests::root().join("target/release/plugins/cpu"));
-    let folder = plugins.path().join("cpu");
-    fs::create_dir(&folder).unwrap();
-    for file in fs::read_dir(ours).unwrap().map(|entry| entry.unwrap().path()) {
-        fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
-    }
-    let manifest = folder.join("plugin.toml");
-    let text = fs::read_to_string(&manifest).unwrap();
-    fs::write(&manifest, text.replace("\narithmetic = 1\n", "\narithmetic = 2\n")).unwrap();
-    let dir = format!("plugins.dir={}", plugins.path().display());
-    bench.daemon.kill_and_restart(&[&bench.sets[..], &[&dir]].concat());
-    let answer = bench.turn(&id, "Go on.", 50);
-    assert_eq!(cached(&answer), 0, "{answer}");
-    // Nor is it the other's fault: what it has made itself it goes on with.
-    bench.daemon.kill_and_restart(&[&bench.sets[..], &[&dir]].concat());
-    assert!(cached(&bench.turn(&id, "Go on.", 50)) >= 512);
-}
-
-#[test]
 fn sessions_that_take_turns_on_a_budget_for_an_eighth_of_them_read_nothing_twice_and_wait_alike() {
     const SESSIONS: usize = 16;
     const TURNS: usize = 10;

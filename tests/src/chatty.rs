@@ -32,6 +32,15 @@ pub fn write_with_tools(folder: &Path) -> PathBuf {
     write_as(folder, "chatty-with-tools.gguf", &format!("{TEMPLATE_WITH_TOOLS}{TEMPLATE}"))
 }
 
+/// The first one with a template that shows what tools are called, however long they are described.
+///
+/// # Panics
+/// When it cannot be written.
+pub fn write_with_names_of_tools(folder: &Path) -> PathBuf {
+    let names = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}";
+    write_as(folder, "chatty-with-names-of-tools.gguf", &format!("{names}{TEMPLATE}"))
+}
+
 /// The first one with two tokens changed for each other: what was said with that one means something else to it.
 ///
 /// # Panics

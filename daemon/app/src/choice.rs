@@ -1,5 +1,5 @@
-//! Which plugin computes where `engine.plugin` is `auto`? The best accelerator's of this release that proves here that it
-//! computes, else the CPU's.
+//! Which plugin computes where `engine.plugin` is `auto`? The best accelerator's of this release that proves here that
+//! it computes, else the CPU's.
 //!
 //! It is settled before the engine starts, since rows are made for who computes them. A box without an accelerator is
 //! known by its device nodes: nothing runs there to find out. Elsewhere each plugin is tried in a process of its own,

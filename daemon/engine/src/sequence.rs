@@ -267,8 +267,8 @@ impl Sequence {
         self.n_longest = wanted.min(max_context);
     }
 
-    /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited. Its lists
-    /// of blocks are made as long as they may get, half a byte a token, so that no step has to.
+    /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited. Its
+    /// lists of blocks are made as long as they may get, half a byte a token, so that no step has to.
     pub(crate) fn start(&mut self, now: Duration) -> Option<Duration> {
         self.table.expect(self.n_longest);
         self.hashes.reserve_exact(((self.n_longest / BLOCK_TOKENS) as usize).saturating_sub(self.hashes.len()));

@@ -96,8 +96,8 @@ impl Sessions {
         self.asks.tell(Ask::Do(Box::new(move |keeper| keeper.store.set_limits(limits))));
     }
 
-    /// What all sessions take, whoever's, as of a second ago at most; nothing until their disk is there. Does not wait for
-    /// the thread.
+    /// What all sessions take, whoever's, as of a second ago at most; nothing until their disk is there. Does not wait
+    /// for the thread.
     pub fn usage(&self) -> Option<SessionUsage> {
         self.usage.look()
     }
@@ -197,8 +197,8 @@ impl Sessions {
         self.ask(move |keeper| keeper.truncate(owner.number(), id, n_turns))
     }
 
-    /// Forgets turn number `turn`, from 0, if it is the last one; with the only one goes the session. Answers whether it
-    /// was the last.
+    /// Forgets turn number `turn`, from 0, if it is the last one; with the only one goes the session. Answers whether
+    /// it was the last.
     ///
     /// # Errors
     /// As [`Sessions::truncate`].

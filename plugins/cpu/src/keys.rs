@@ -228,8 +228,8 @@ fn length(row: &[u8]) -> f32 {
         let sum = sum as f32;
         half::f16::from_le_bytes([block[0], block[1]]).to_f32().powi(2) * sum
     });
-    // From +0 on: an empty sum is -0, whose bits are not the least. A NaN must not lose against other keys, whatever its
-    // sign.
+    // From +0 on: an empty sum is -0, whose bits are not the least. A NaN must not lose against other keys, whatever
+    // its sign.
     match squares.fold(0.0, |sum: f32, square| sum + square).sqrt() * 1.0001 {
         length if length.is_nan() => f32::NAN.abs(),
         length => length,

@@ -4,6 +4,7 @@
 mod abuse;
 mod clients;
 mod fields;
+mod large;
 mod quotas;
 mod schema;
 mod shapes;

@@ -1,8 +1,8 @@
 //! Does a session stay that was made for a turn? Only if there is one at the end.
 //!
-//! Whoever makes it does not know what becomes of the turn: the engine may refuse it, its client may go away, it may fail
-//! before its first token. The journal knows. So the session is on trial while somebody holds a [`Trial`]; when nobody
-//! does, and nobody has taken the session, it goes again if it has no more turns than it was made with.
+//! Whoever makes it does not know what becomes of the turn: the engine may refuse it, its client may go away, it may
+//! fail before its first token. The journal knows. So the session is on trial while somebody holds a [`Trial`]; when
+//! nobody does, and nobody has taken the session, it goes again if it has no more turns than it was made with.
 
 use super::keeper::{Keeper, failure};
 use super::{Ask, Asks, SessionId};

@@ -112,7 +112,8 @@ impl Keeper {
         done
     }
 
-    /// Forgets turn number `turn`, and with the only one the session, if it is the last one still. Answers whether it was.
+    /// Forgets turn number `turn`, and with the only one the session, if it is the last one still. Answers whether it
+    /// was.
     pub(crate) fn forget_turn(&mut self, owner: u64, id: SessionId, turn: u32) -> Result<bool, Failure> {
         let n_turns = self.store.summary(owner, id).map_err(|error| failure(id, &error))?.n_turns;
         if n_turns.checked_sub(1) != Some(turn) {

@@ -1,5 +1,5 @@
-//! How does an answer leave that is there as a whole? In pieces, and with a share of what such answers may hold until its
-//! client has taken them.
+//! How does an answer leave that is there as a whole? In pieces, and with a share of what such answers may hold until
+//! its client has taken them.
 //!
 //! Nothing else bounds them: they are as long as what was said, and a client may ask for as many as it has connections.
 

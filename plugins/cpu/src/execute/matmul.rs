@@ -219,7 +219,8 @@ impl Frame<'_> {
                     product(level, format, rounding, packed.tile(batch, tile), x, &mut sums[..now.len()]);
                     let out = tile * TILE_ROWS..job.weight.rows.min((tile + 1) * TILE_ROWS);
                     for (&(_, to), sums) in now.iter().zip(&sums) {
-                        // SAFETY: these values of a row are written by the one thread that has this tile of these pairs.
+                        // SAFETY: these values of a row are written by the one thread that has this tile of these
+                        // pairs.
                         let y = unsafe { job.y.flat_part_mut(to, out.clone()) };
                         // A whole tile's sums by a few instructions, not by a call for each token.
                         match y.first_chunk_mut() {

@@ -64,8 +64,8 @@ mod tests {
 
     proptest! {
         #![proptest_config(cases(256))]
-        /// Within 5e-6 of the value, and where e^-gate leaves f32's range 2e-38 of the product of both; the same bits at
-        /// every level.
+        /// Within 5e-6 of the value, and where e^-gate leaves f32's range 2e-38 of the product of both; the same bits
+        /// at every level.
         #[test]
         fn silu_is_close_to_f64_and_the_same_at_every_level(
             inputs in values(1e3), n in 0usize..70, power in 0i32..8,

@@ -265,7 +265,10 @@ impl Words for Avx2 {
         fn pair_up_ints(folded: &[I; 4]) -> [I; 2] {{
             each!(|i| {
                 let (a, b) = (folded[i], folded[i + 1]);
-                each!(|i| _mm256_add_epi32(_mm256_unpacklo_epi64(a[i], b[i]), _mm256_unpackhi_epi64(a[i], b[i])), [0, 1])
+                each!(
+                    |i| _mm256_add_epi32(_mm256_unpacklo_epi64(a[i], b[i]), _mm256_unpackhi_epi64(a[i], b[i])),
+                    [0, 1]
+                )
             }, [0, 2])
         }}
         fn finish_pairs(a: I, b: I) -> I {

@@ -2,7 +2,8 @@
 //!
 //! A run keeps its events while it goes on, so that any number of clients may listen from any of them; what it has said
 //! is in its session's journal too, from where it is told once the run is forgotten. Memory of a run is bounded by the
-//! length of its answer; runs at a time are by the engine's limits, those that are over by their number and their bytes.
+//! length of its answer; runs at a time are by the engine's limits, those that are over by their number and their
+//! bytes.
 
 use super::script::{End, Head, Script, Tokens};
 use super::stored::{ResponseId, Stored, stored};
@@ -186,8 +187,8 @@ impl Runs {
         self.lock().retain(|entry| entry.owner != owner || entry.id != id);
     }
 
-    /// Forgets runs that are over until the others are within bounds: the oldest first, and of those that have failed none
-    /// as long as there are others, which the journal can tell.
+    /// Forgets runs that are over until the others are within bounds: the oldest first, and of those that have failed
+    /// none as long as there are others, which the journal can tell.
     fn forget_some(&self) {
         let mut runs = self.lock();
         loop {
