@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 
 import doors
@@ -158,7 +159,8 @@ def the_doctors_advice_lifts_the_quarantine_of_a_plugin():
         old = hosts()
         stream = curl("alice", "/v1/chat/completions", wish("Tell me a story.", 400, None, True))
         heard(stream, 5)
-        run("kill", "-KILL", *old)
+        for process in old:
+            os.kill(int(process), signal.SIGKILL)
         until("another process of the plugin", lambda: hosts() not in ([], old))
         stream.kill()
         stream.communicate()
