@@ -459,17 +459,21 @@ mod tests {
         whims.capacity.store(4 * RESERVE_BYTES, Ordering::Relaxed);
         // Larger than the journal, which is written anew after a write that failed.
         let shape = ImageShape { block_bytes: 4096, ..SHAPE };
-        let turn = begin(&mut keeper, id, 0, &[1; 64]);
+        let new = NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
+        let idle = keeper.create(1, &new).unwrap();
+        let turn = begin(&mut keeper, idle, 0, &[1; 64]);
         let save = Save { file: turn.file, index: 0, block: sparsed_kv::BlockId(0) };
         keeper.take(Ask::Save { slot: 0, shape, save, image: vec![9; 4096] });
-        keeper.write_image();
-        assert_eq!(keeper.store.saved_blocks(1, id, &shape).unwrap(), 1);
+        end(&mut keeper, idle);
+        begin(&mut keeper, id, 0, &[1; 64]);
         keeper.flush();
+        keeper.write_image();
+        assert_eq!(keeper.store.saved_blocks(1, idle, &shape).unwrap(), 1);
         let used = 4 * RESERVE_BYTES - keeper.store.free_bytes().unwrap();
         whims.capacity.store(used, Ordering::Relaxed);
         keeper.store.append_tokens(1, id, &[4]).unwrap();
         assert_eq!(keeper.checkpoint(1, id), Ok(()));
-        assert_eq!(keeper.store.saved_blocks(1, id, &shape).unwrap(), 0, "it can be computed again");
+        assert_eq!(keeper.store.saved_blocks(1, idle, &shape).unwrap(), 0, "it can be computed again");
         assert_eq!(keeper.store.history(1, id).unwrap().tokens.len(), 65);
     }
 
