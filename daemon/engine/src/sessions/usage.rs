@@ -1,8 +1,9 @@
 //! What do the sessions take, for whoever looks and must not wait for a disk? It is posted now and then.
 
 use super::keeper::Keeper;
+use crate::service::lock;
 use sparsed_session::Usage;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 /// Pause between two posts while answers are under way: all sessions are looked at for one.
@@ -14,11 +15,11 @@ pub(super) struct Board(Arc<Mutex<Option<Usage>>>);
 
 impl Board {
     pub(super) fn look(&self) -> Option<Usage> {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.0)
     }
 
     fn post(&self, usage: Usage) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(usage);
+        *lock(&self.0) = Some(usage);
     }
 }
 
