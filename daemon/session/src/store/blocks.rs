@@ -195,18 +195,16 @@ impl<D: Disk> Store<D> {
         if session.kv.n_bytes == 0 {
             return Ok(());
         }
-        let mut header = [0; HEADER_BYTES];
-        let n_read = self.disk.read_at(&session.folder.kv(), 0, &mut header).unwrap_or(0);
-        let parsed = ImageShape::parse(header.get(..n_read).unwrap_or_default());
-        let suite =
-            match parsed.and_then(|(found, suite)| if found == *shape { Ok(suite) } else { Err(KvFault::Shape) }) {
-                Ok(suite) => suite,
-                Err(fault) => {
-                    session.drop_kv(&mut self.disk)?;
-                    self.dropped.push((id, fault));
-                    return Ok(());
-                }
-            };
+        let found = session.kv_header(&mut self.disk);
+        let suite = match found.and_then(|(found, suite)| if found == *shape { Ok(suite) } else { Err(KvFault::Shape) })
+        {
+            Ok(suite) => suite,
+            Err(fault) => {
+                session.drop_kv(&mut self.disk)?;
+                self.dropped.push((id, fault));
+                return Ok(());
+            }
+        };
         let n_tokens = session.history.as_ref().map_or(0, |history| history.tokens.len());
         let n_places = (shape.n_places(session.kv.n_bytes) as usize).min(n_tokens / BLOCK_TOKENS);
         // That a place is a hole is seen when it is loaded: looking at each would cost a cold file a read for every
@@ -278,16 +276,24 @@ impl Session {
         Ok(n_written)
     }
 
+    /// What the KV file's header says; a file that cannot be read says nothing.
+    fn kv_header(&self, disk: &mut impl Disk) -> std::result::Result<(ImageShape, Suite), KvFault> {
+        let mut header = [0; HEADER_BYTES];
+        let n_read = disk.read_at(&self.folder.kv(), 0, &mut header).unwrap_or(0);
+        ImageShape::parse(header.get(..n_read).unwrap_or_default())
+    }
+
     /// Cuts images of blocks off the KV file that the history, which is in memory, does not have.
     pub(super) fn cut_kv(&mut self, disk: &mut impl Disk) -> std::result::Result<(), DiskError> {
         if self.kv.n_bytes == 0 {
             return Ok(());
         }
         let n_blocks = self.history.as_ref().map_or(0, |history| history.tokens.len() / BLOCK_TOKENS);
+        if n_blocks == 0 {
+            return self.drop_kv(disk);
+        }
+        let Ok((shape, _)) = self.kv_header(disk) else { return self.drop_kv(disk) };
         let kv = self.folder.kv();
-        let mut header = [0; HEADER_BYTES];
-        let is_wanted = n_blocks > 0 && disk.read_at(&kv, 0, &mut header) == Ok(HEADER_BYTES);
-        let Some((shape, _)) = ImageShape::parse(&header).ok().filter(|_| is_wanted) else { return self.drop_kv(disk) };
         let n_bytes = shape.offset(u32::try_from(n_blocks).expect("a session has fewer than 2^32 blocks"));
         if n_bytes < self.kv.n_bytes {
             if disk.set_len(&kv, n_bytes).and_then(|()| disk.sync(&kv)).is_err() {
