@@ -180,6 +180,16 @@ impl Case {
         self.q.iter().map(answer).collect()
     }
 
+    /// Whether the answers of a case of this shape are within OPS.md's class A, and 1e-7 of their size where rows are
+    /// of one size.
+    pub(super) fn check(shape: &Shape) -> Result<(), TestCaseError> {
+        let case = Self::new(shape);
+        let (error, allowed) = (case.error(), case.allowed());
+        prop_assert!(error < allowed, "{error:e}, {allowed:e} allowed");
+        prop_assert!(shape.spread > 0 || error < 1e-7, "{error:e}");
+        Ok(())
+    }
+
     /// The normalised mean squared error of all answers.
     pub(super) fn error(&self) -> f64 {
         let (mut wrong, mut whole) = (0.0, 0.0);
@@ -193,7 +203,7 @@ impl Case {
     }
 
     /// What OPS.md's class A allows.
-    pub(super) fn allowed(&self) -> f64 {
+    fn allowed(&self) -> f64 {
         let length = |v: &mut dyn Iterator<Item = &f32>| v.map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
         let longest = |lengths: &mut dyn Iterator<Item = f64>| lengths.fold(0.0, f64::max);
         let q = longest(&mut self.q.iter().map(|q| length(&mut q.iter())));
