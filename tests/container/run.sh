@@ -58,27 +58,26 @@ start() {
     sleep 1
   done
 }
+# The claim $2, if the one that listens on $1 answers.
+answers() {
+  said=$(inside sparsectl run --socket "$1" --temperature 0 "What is the capital of France?" 2>&1) || true
+  if [ "$said" = "$ANSWER" ]; then echo "ok: $2"; else
+    cat "$work/log"
+    echo "not ok: $2: $said"
+    exit 1
+  fi
+}
 stop() {
   kill -- -"$daemon" 2>/dev/null || true
   wait "$daemon" 2>/dev/null || true
   daemon=
 }
 start /run/sparsed/api.sock
-said=$(inside sparsectl run --socket /run/sparsed/api.sock --temperature 0 "What is the capital of France?" 2>&1) || true
-if [ "$said" = "$ANSWER" ]; then echo "ok: the container answers"; else
-  cat "$work/log"
-  echo "not ok: the container answers: $said"
-  exit 1
-fi
+answers /run/sparsed/api.sock "the container answers"
 stop
 # A file that an operator mounts there, as far as it says something: nothing of the image's goes before it.
 mounted=$(store mount "$box")
 mkdir -p "$mounted/etc/sparsed/conf.d"
 printf '[socket]\npath = "/run/sparsed/other.sock"\n' >"$mounted/etc/sparsed/conf.d/socket.toml"
 start /run/sparsed/other.sock
-said=$(inside sparsectl run --socket /run/sparsed/other.sock --temperature 0 "What is the capital of France?" 2>&1) || true
-if [ "$said" = "$ANSWER" ]; then echo "ok: a file in conf.d is heeded"; else
-  cat "$work/log"
-  echo "not ok: a file in conf.d is not heeded: $said"
-  exit 1
-fi
+answers /run/sparsed/other.sock "a file in conf.d is heeded"
