@@ -18,8 +18,9 @@ use sparsed_plugin_kit::{
     Usage, put_text,
 };
 use std::ffi::CStr;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What a weight may be. Formats without a kernel of their own are decoded row by row.
 const WEIGHT_DTYPES: &[u32] = &[
@@ -41,7 +42,21 @@ pub(crate) struct CpuDevice {
     pub(crate) team: Team,
     pub(crate) host: Host,
     pub(crate) usage: Arc<Usage>,
+    pub(crate) quota: Option<Quota>,
 }
+
+/// What the control group's quota is asked for again and again, where nobody said how many threads there are: it may
+/// be cut, and threads that it does not keep busy are stopped for the rest of each period while others wait for them.
+#[derive(Debug)]
+pub(crate) struct Quota {
+    /// Processors that threads may run on.
+    cpus: usize,
+    /// When it was looked up.
+    looked: Mutex<Instant>,
+}
+
+/// How long an answer about the quota is believed.
+const QUOTA_AGE: Duration = Duration::from_secs(1);
 
 impl Plugin for CpuPlugin {
     const ID: &'static CStr = c"cpu";
@@ -105,7 +120,8 @@ impl Plugin for CpuPlugin {
         let team = Team::new(n, asked).map_err(no_threads)?;
         self.host.log(LOG_INFO, &format!("cpu device open: {n} threads, level {}", self.level.name()));
         let usage = Arc::new(Usage { budget: options.mem_budget, ..Usage::default() });
-        Ok(CpuDevice { level: self.level, team, host: self.host.clone(), usage })
+        let quota = (options.n_threads == 0).then(|| Quota { cpus: cpus.len(), looked: Mutex::new(Instant::now()) });
+        Ok(CpuDevice { level: self.level, team, host: self.host.clone(), usage, quota })
     }
 }
 
@@ -198,8 +214,28 @@ impl Device for CpuDevice {
     }
 }
 
+impl CpuDevice {
+    /// Puts threads to sleep, or wakes them, where the quota was changed.
+    fn heed_quota(&self) {
+        let Some(Quota { cpus, looked }) = &self.quota else { return };
+        let mut looked = looked.lock().unwrap_or_else(PoisonError::into_inner);
+        if looked.elapsed() < QUOTA_AGE {
+            return;
+        }
+        *looked = Instant::now();
+        let before = self.team.awake();
+        self.team.keep_awake(threads_for(*cpus));
+        let now = self.team.awake();
+        if now != before {
+            let text = format!("the quota of processor time changed: {now} of {} threads compute", self.team.len());
+            self.host.log(LOG_INFO, &text);
+        }
+    }
+}
+
 impl Synchronous for CpuDevice {
     fn run(&self, plan: &Plan, run: Run<'_>) -> Result<()> {
+        self.heed_quota();
         execute::run(self, plan, run)
     }
 
@@ -216,6 +252,15 @@ fn total_memory() -> u64 {
     let info = rustix::system::sysinfo();
     let (ram, unit) = (info.totalram, u64::from(info.mem_unit));
     ram.saturating_mul(unit)
+}
+
+#[cfg(test)]
+impl CpuDevice {
+    /// One that is what a test wants, whatever processors and quota there are.
+    pub(crate) fn with_threads(level: Level, n: usize) -> Self {
+        let team = Team::new(n, &[]).expect("threads");
+        Self { level, team, host: Host::none(), usage: Arc::new(Usage::default()), quota: None }
+    }
 }
 
 #[cfg(test)]

@@ -31,6 +31,8 @@ struct Shared {
     state: AtomicU64,
     /// Parts of a job.
     parts: usize,
+    /// Threads that may do parts, the caller's included: the others sleep.
+    awake: AtomicUsize,
     /// Parts of the current job that are not done.
     left: AtomicUsize,
     /// What a part of the current job panicked with.
@@ -51,6 +53,7 @@ impl Shared {
         Self {
             state: AtomicU64::new(0),
             parts,
+            awake: AtomicUsize::new(parts),
             left: AtomicUsize::new(0),
             panicked: Mutex::new(None),
             job: Mutex::new(None),
@@ -64,6 +67,13 @@ impl Shared {
         let next = |state: u64| (state >> PART_BITS == number && part_of(state) < self.parts).then_some(state + 1);
         // Acquire: whoever gets a part sees its job.
         self.state.fetch_update(Ordering::Acquire, Ordering::Acquire, next).ok().map(part_of)
+    }
+
+    /// What the thread `worker` has to look at after job `seen`: a later job, where it may do parts of one, or the end.
+    fn news(&self, worker: usize, seen: u64) -> Option<u64> {
+        let state = self.state.load(Ordering::Acquire);
+        let may = state == END || worker < self.awake.load(Ordering::Relaxed);
+        (may && state >> PART_BITS != seen).then_some(state)
     }
 
     /// Does a part, and says whether it was the last.
@@ -103,7 +113,7 @@ impl Team {
         for number in 1..parts {
             let shared = Arc::clone(&team.shared);
             let builder = std::thread::Builder::new().name(format!("spd-cpu-{number}"));
-            team.workers.push(builder.spawn(move || work(&shared, set))?);
+            team.workers.push(builder.spawn(move || work(&shared, number, set))?);
         }
         Ok(team)
     }
@@ -111,6 +121,17 @@ impl Team {
     /// Threads in the team.
     pub(crate) fn len(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Has at most `n` of its threads do anything from the next job on, the caller at least. Parts stay as many, and so
+    /// what each of them computes: the rest is done by whoever is awake.
+    pub(crate) fn keep_awake(&self, n: usize) {
+        self.shared.awake.store(n.clamp(1, self.shared.parts), Ordering::Relaxed);
+    }
+
+    /// Threads that do parts.
+    pub(crate) fn awake(&self) -> usize {
+        self.shared.awake.load(Ordering::Relaxed)
     }
 
     /// Runs `job(part)` for every part below [`len`](Self::len); returns when all are done. Panics as one of them did.
@@ -128,14 +149,14 @@ impl Team {
         let number = (shared.state.load(Ordering::Relaxed) >> PART_BITS) + 1;
         // Release: whoever sees the new number sees the job and the count. Part 0 is taken.
         shared.state.store(number << PART_BITS | 1, Ordering::Release);
-        self.workers.iter().for_each(|worker| worker.thread().unpark());
+        self.workers.iter().take(self.awake() - 1).for_each(|worker| worker.thread().unpark());
         let mut part = Some(0);
         while let Some(own) = part {
             shared.do_part(job, own);
             part = shared.take(number);
         }
         // Acquire: pairs with the release of whoever did a part, so their writes are seen after the wait.
-        wait_until(|| shared.left.load(Ordering::Acquire) == 0);
+        wait_for(|| (shared.left.load(Ordering::Acquire) == 0).then_some(()));
         let panic = lock(&shared.panicked).take();
         if let Some(panic) = panic {
             std::panic::resume_unwind(panic);
@@ -190,15 +211,14 @@ pub(crate) fn allowed_cpus(mask: &[u64]) -> Vec<usize> {
     (0..count).filter(|&cpu| here(cpu) && asked(cpu)).collect()
 }
 
-fn work(shared: &Shared, cpus: Option<rustix::thread::CpuSet>) {
+fn work(shared: &Shared, number: usize, cpus: Option<rustix::thread::CpuSet>) {
     if let Some(set) = cpus {
         // A refused affinity costs speed, not correctness.
         let _refused = rustix::thread::sched_setaffinity(None, &set);
     }
     let mut seen = 0;
     loop {
-        wait_until(|| shared.state.load(Ordering::Acquire) >> PART_BITS != seen);
-        let state = shared.state.load(Ordering::Acquire);
+        let state = wait_for(|| shared.news(number, seen));
         if state == END {
             return;
         }
@@ -216,14 +236,18 @@ fn work(shared: &Shared, cpus: Option<rustix::thread::CpuSet>) {
     }
 }
 
-fn wait_until(ready: impl Fn() -> bool) {
+/// Looks until there is something: spins for a moment, then sleeps between looks.
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> T {
     for _ in 0..SPINS {
-        if ready() {
-            return;
+        if let Some(found) = look() {
+            return found;
         }
         std::hint::spin_loop();
     }
-    while !ready() {
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
         std::thread::park();
     }
 }
@@ -235,6 +259,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::HashSet;
 
     #[test]
     fn every_part_of_every_job_is_done_once() {
@@ -266,12 +291,42 @@ mod tests {
     fn the_caller_does_what_a_thread_that_never_runs_has_not_begun() {
         let shared = Arc::new(Shared::new(3));
         let asleep = Arc::clone(&shared);
-        let worker = std::thread::spawn(move || wait_until(|| asleep.state.load(Ordering::Acquire) == END));
+        let worker =
+            std::thread::spawn(move || wait_for(|| (asleep.state.load(Ordering::Acquire) == END).then_some(())));
         let team = Team { shared, workers: vec![worker], turn: Mutex::new(()) };
         let done = Mutex::new(Vec::new());
         team.run(&|part| lock(&done).push((part, std::thread::current().id())));
         let own = std::thread::current().id();
         assert_eq!(*lock(&done), [(0, own), (1, own), (2, own)]);
+    }
+
+    #[test]
+    fn threads_that_are_kept_asleep_leave_their_parts_to_the_others_until_they_are_woken() {
+        let team = Team::new(3, &[]).expect("threads");
+        let who = || {
+            let done = Mutex::new(Vec::new());
+            team.run(&|part| lock(&done).push((part, std::thread::current().id())));
+            done.into_inner().expect("no panic")
+        };
+        let own = std::thread::current().id();
+        for (asked, awake) in [(1, 1), (0, 1), (2, 2), (9, 3), (1, 1)] {
+            team.keep_awake(asked);
+            assert_eq!(team.awake(), awake);
+            for _ in 0..100 {
+                let done = who();
+                let mut parts: Vec<usize> = done.iter().map(|&(part, _)| part).collect();
+                parts.sort_unstable();
+                assert_eq!(parts, [0, 1, 2]);
+                let others: HashSet<_> = done.iter().map(|&(_, id)| id).filter(|&id| id != own).collect();
+                assert!(others.len() < awake, "{others:?} of {awake} with the caller");
+            }
+        }
+        // One that slept through jobs does parts again: this one is done by a thread that the caller waits for.
+        team.keep_awake(3);
+        let met = std::sync::Barrier::new(3);
+        team.run(&|_| {
+            met.wait();
+        });
     }
 
     #[test]

@@ -103,6 +103,30 @@ fn a_quota_of_one_processor_is_given_one_thread() {
 }
 
 #[test]
+fn a_thread_sleeps_while_a_quota_that_was_cut_keeps_one_busy_and_is_woken_when_it_is_given_back() {
+    let Some(quota) = Quota::new() else {
+        return skipped("a quota of processor time", "no control group for it here");
+    };
+    let n = std::thread::available_parallelism().unwrap().get() as u64;
+    if n < 2 {
+        return skipped("a quota of two processors", "there is one");
+    }
+    assert!(quota.set(100 * n), "the quota cannot be set");
+    let daemon = Daemon::start(&root().join("models/smollm2-135m-dsa.gguf"), &["engine.threads=0"]);
+    assert!(daemon.log().contains(&format!("cpu device open: {n} threads")), "{}", daemon.log());
+    quota.take(daemon.pid());
+    let mut answer = BufReader::new(daemon.open("/v1/completions", &completion(&[1, 2, 3], 8000)));
+    for awake in [1, n] {
+        assert!(quota.set(100 * awake), "the quota cannot be set");
+        let told = format!("{awake} of {n} threads compute");
+        while !daemon.log().contains(&told) {
+            assert!(piece(&mut answer), "the answer ended before {told:?} was said: {}", daemon.log());
+        }
+    }
+    assert!(piece(&mut answer), "{}", daemon.log());
+}
+
+#[test]
 fn with_half_of_the_processor_an_answer_goes_on_at_its_pace_and_prompts_are_read_in_smaller_pieces() {
     // Declared before the daemon, so that its group is removed after it has ended.
     let Some(quota) = Quota::new() else {

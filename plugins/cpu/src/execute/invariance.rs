@@ -3,14 +3,13 @@
 use crate::device::CpuDevice;
 use crate::level::Level;
 use crate::plan::{Plan, arena, row_len};
-use crate::threads::Team;
 use fastrand::Rng;
 use sparsed_abi::{
     Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q4_0, DT_Q6_0, DT_Q8_0, DT_W16, OP_DENSE_MLA,
     OP_IDX_APPEND, OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, STEP_NAN_GUARD,
     SpdBucket, SpdKvDesc, SpdRow, StepArrays, T_INPUT, T_OUTPUT, TensorId,
 };
-use sparsed_plugin_kit::{Device, Host, Result, Run, Synchronous, Usage};
+use sparsed_plugin_kit::{Device, Result, Run, Synchronous};
 use std::cell::Cell;
 use std::ops::Range;
 use std::sync::Arc;
@@ -94,8 +93,7 @@ struct Bed {
 
 impl Bed {
     fn new(shape: Shape, level: Level, n_threads: usize) -> Self {
-        let team = Team::new(n_threads, &[]).unwrap();
-        let device = CpuDevice { level, team, host: Host::none(), usage: Arc::new(Usage::default()) };
+        let device = CpuDevice::with_threads(level, n_threads);
         let row = |dtype, width: i32| SpdRow { dtype, width: width.unsigned_abs() };
         let desc = SpdKvDesc {
             block_tokens: BLOCK_TOKENS,

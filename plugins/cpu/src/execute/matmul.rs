@@ -258,13 +258,12 @@ mod tests {
     use crate::device::CpuDevice;
     use crate::level::Level;
     use crate::plan::{Plan, arena};
-    use crate::threads::Team;
     use fastrand::Rng;
     use sparsed_abi::{
         Blob, DIM_TOKENS, DT_F32, DT_Q8_0, OP_LINEAR, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdRow,
         SpdWeightDesc, StepArrays, T_INPUT, T_OUTPUT,
     };
-    use sparsed_plugin_kit::{Device, Host, Run, Synchronous, Usage};
+    use sparsed_plugin_kit::{Device, Run, Synchronous};
     use std::sync::Arc;
 
     const COLS: usize = 96;
@@ -291,16 +290,14 @@ mod tests {
 
     /// The products of `x`'s rows, `at_once` of them in a step: the first weight's of all rows, then the second's.
     fn products(level: Level, n_threads: usize, rounding: i32, x: &[f32], at_once: usize) -> Vec<u8> {
-        let usage = Arc::new(Usage::default());
-        let team = Team::new(n_threads, &[]).unwrap();
-        let device = CpuDevice { level, team, host: Host::none(), usage: Arc::clone(&usage) };
+        let device = CpuDevice::with_threads(level, n_threads);
         let weight = |seed| {
             let mut random = Rng::with_seed(seed);
             let desc =
                 SpdWeightDesc { dtype: DT_Q8_0, batch: 1, rows: ROWS as u64, cols: COLS as u64, ..Default::default() };
             let block = |_| [&[0, 0x20][..], &std::array::from_fn::<u8, 32, _>(|_| random.u8(..))].concat();
             let bytes: Vec<u8> = (0..ROWS as usize * COLS / 32).flat_map(block).collect();
-            Arc::new(Weight::uploaded(&desc, bytes, &usage))
+            Arc::new(Weight::uploaded(&desc, bytes, &device.usage))
         };
         let row = SpdRow { dtype: DT_F32, width: 1 };
         let (n_blocks, n_layers) = (N_BLOCKS, 1);

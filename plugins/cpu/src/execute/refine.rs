@@ -288,12 +288,11 @@ mod tests {
     use crate::memory::Pool;
     use crate::plan::Plan;
     use crate::tensor::Tensor;
-    use crate::threads::Team;
     use sparsed_abi::{
         DIM_TOKENS, DT_F16, DT_F32, DT_I32, DT_Q8_0, KV_DISCARD, OP_IDX_TOPK, OpSpec, Program, ProgramBuilder,
         SpdBucket, SpdKvDesc, SpdKvOp, SpdRow, StepArrays,
     };
-    use sparsed_plugin_kit::{Device, Host, Usage};
+    use sparsed_plugin_kit::Device;
     use std::marker::PhantomData;
     use std::sync::Arc;
 
@@ -315,12 +314,7 @@ mod tests {
         /// Encoded keys that `key` makes of their position, in a pool whose blocks are in reverse order. The last block
         /// is another sequence's.
         fn new(level: Level, key: impl Fn(usize) -> Vec<u8>) -> Self {
-            let device = CpuDevice {
-                level,
-                team: Team::new(3, &[]).unwrap(),
-                host: Host::none(),
-                usage: Arc::new(Usage::default()),
-            };
+            let device = CpuDevice::with_threads(level, 3);
             let row = |dtype, width| SpdRow { dtype, width };
             let desc = SpdKvDesc {
                 block_tokens: BLOCK_TOKENS as u32,

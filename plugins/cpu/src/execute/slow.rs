@@ -64,7 +64,6 @@ mod tests {
     use crate::level::Level;
     use crate::memory::Pool;
     use crate::plan::{Plan, arena};
-    use crate::threads::Team;
     use fastrand::Rng;
     use sparsed_abi::{
         Blob, DIM_TOKENS, DT_F8_128, DT_F16, DT_F32, DT_I32, DT_Q6_0, DT_Q8_0, DT_W16, E_DATA, E_INVALID,
@@ -72,9 +71,8 @@ mod tests {
         OP_IDX_TOPK, OP_KV_APPEND, OP_SPARSE_MLA, OpSpec, Program, ProgramBuilder, SpdBucket, SpdKvDesc, SpdKvOp,
         SpdRow, StepArrays, T_INPUT, T_OUTPUT, TensorId,
     };
-    use sparsed_plugin_kit::Usage;
     use sparsed_plugin_kit::slow::rowcache::{Cipher, SLOT_OVERHEAD_BYTES, Seal, SlowKey, SlowLayout};
-    use sparsed_plugin_kit::{Device, Host, PluginError, Result, Run, SlowArea, SlowPlace, Synchronous};
+    use sparsed_plugin_kit::{Device, PluginError, Result, Run, SlowArea, SlowPlace, Synchronous};
     use sparsed_quant::Format;
     use std::fs::File;
     use std::ops::Range;
@@ -147,12 +145,7 @@ mod tests {
     impl Bed {
         /// With a slow tier of `cached` rows, or none.
         fn new(shape: Shape, cached: Option<usize>) -> Self {
-            let device = CpuDevice {
-                level: Level::detect(),
-                team: Team::new(3, &[]).unwrap(),
-                host: Host::none(),
-                usage: Arc::new(Usage::default()),
-            };
+            let device = CpuDevice::with_threads(Level::detect(), 3);
             let width = 32 * shape.groups;
             let row = |dtype| SpdRow { dtype, width };
             let desc = SpdKvDesc {

@@ -90,17 +90,15 @@ mod tests {
     use super::*;
     use crate::device::CpuDevice;
     use crate::level::Level;
-    use crate::threads::Team;
     use sparsed_abi::{Blob, DIM_TOKENS, DT_F32, DT_Q8_0, OpSpec, ProgramBuilder, SpdWeightDesc, StepArrays};
-    use sparsed_plugin_kit::{Device, Host, Run, Synchronous, Usage};
+    use sparsed_plugin_kit::{Device, Run, Synchronous};
 
     const TOKENS: usize = 100;
     const WIDTH: usize = 256;
 
     #[test]
     fn a_dry_run_packs_nothing_and_what_it_says_is_what_a_step_takes_at_most() {
-        let (team, usage) = (Team::new(1, &[]).unwrap(), Arc::new(Usage::default()));
-        let device = CpuDevice { level: Level::Scalar, team, host: Host::none(), usage };
+        let device = CpuDevice::with_threads(Level::Scalar, 1);
         let size = WIDTH as u64;
         let desc = SpdWeightDesc { dtype: DT_Q8_0, batch: 1, rows: size, cols: size, ..SpdWeightDesc::default() };
         let weights = vec![Arc::new(device.weight_create(&desc).unwrap())];
