@@ -51,6 +51,8 @@ pub(crate) struct Copied {
     pub(crate) from: u64,
     pub(crate) to: u64,
     pub(crate) bytes: u64,
+    /// They are f32 values, among which a NaN can be.
+    pub(crate) is_f32: bool,
 }
 
 impl Frame {

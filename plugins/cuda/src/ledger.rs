@@ -174,10 +174,11 @@ impl Entry {
         if self.is_cancelled {
             return Err(PluginError::new(E_CANCELLED, "the work was cancelled"));
         }
-        for &Copied { from, to, bytes } in &self.frame.scratch().outputs {
+        for &Copied { from, to, bytes, is_f32 } in &self.frame.scratch().outputs {
             // SAFETY: the frame is taken by this work, which is over; its list lies in its output part.
             let values = unsafe { self.frame.output(from, bytes) };
-            if self.guards_nan && values.as_chunks::<4>().0.iter().any(|b| f32::from_le_bytes(*b).is_nan()) {
+            let mut floats = values.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+            if self.guards_nan && is_f32 && floats.any(f32::is_nan) {
                 return Err(PluginError::new(E_DATA, "a NaN in an output"));
             }
             // SAFETY: the caller's memory was long enough, and is the plugin's until the value completes.

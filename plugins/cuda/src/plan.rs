@@ -8,7 +8,7 @@ use crate::lower::{Lowered, Parameter, lower};
 use crate::memory::{Counted, Weight};
 use crate::place::{ALIGN, Sizes, arena, place};
 use crate::pool::Pool;
-use sparsed_abi::{OP_EMBED, Program, STEP_NAN_GUARD, SpdBucket, StepArrays, T_INPUT, T_OUTPUT};
+use sparsed_abi::{DT_F32, OP_EMBED, Program, STEP_NAN_GUARD, SpdBucket, StepArrays, T_INPUT, T_OUTPUT};
 use sparsed_plugin_kit::{PlanSizes, PluginError, Result, Run, Usage};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -122,7 +122,8 @@ impl Plan {
         outputs.clear();
         let output_bytes = arena(&self.program, T_OUTPUT, sizes, |id, at, bytes| {
             addresses[id] = frame.address(layout.output + at);
-            outputs.push(Copied { from: at, to: at, bytes });
+            let is_f32 = self.program.tensors()[id].dtype == DT_F32;
+            outputs.push(Copied { from: at, to: at, bytes, is_f32 });
         })?;
         // SAFETY: the step is inside the bucket that the layout was made for; the frame is taken.
         unsafe {

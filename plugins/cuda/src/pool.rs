@@ -123,7 +123,8 @@ impl Pool {
                 KV_EXPORT => {
                     // SAFETY: a block and an image of the frame; the host looks at it once the event is over.
                     unsafe { stream.copy_out(frame.host(at), from, bytes)? };
-                    outputs.push(Copied { from: at, to: op.host_offset, bytes: self.image_bytes });
+                    let (to, bytes) = (op.host_offset, self.image_bytes);
+                    outputs.push(Copied { from: at, to, bytes, is_f32: false });
                     at += self.image_bytes;
                 }
                 KV_IMPORT => {
