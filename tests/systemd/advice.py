@@ -218,6 +218,22 @@ def the_doctors_advice_opens_the_network_to_a_service_with_a_broker():
         restart()
 
 
+def the_doctors_advice_lets_the_service_open_a_tcp_socket_of_its_own():
+    keys = "/etc/sparsed/keys"
+    with open(os.open(keys, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
+        file.write("hall 0123456789abcdef0123456789abcdef\n")
+    shutil.chown(keys, "sparsed")
+    try:
+        restart(f'tcp.listen = "127.0.0.1:11536"\ntcp.keys = "{keys}"\n', ready=False)
+        is_mended("tcp.listen", "fail", "may open no TCP socket (PrivateNetwork=yes)")
+        until_ready()
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{DROP_INS}/{os.path.basename(doors.NETWORK)}")
+        restart()
+        os.unlink(keys)
+
+
 CHECKS = [
     the_doctors_advice_shuts_a_state_folder_that_is_open_to_others,
     the_doctors_advice_makes_a_state_folder_that_is_not_there,
@@ -229,4 +245,5 @@ CHECKS = [
     the_doctors_advice_starts_a_service_that_is_switched_off,
     the_doctors_advice_lets_somebody_in_who_may_not_connect,
     the_doctors_advice_opens_the_network_to_a_service_with_a_broker,
+    the_doctors_advice_lets_the_service_open_a_tcp_socket_of_its_own,
 ]

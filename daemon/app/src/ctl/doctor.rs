@@ -151,6 +151,7 @@ impl Doctor {
         checks.extend(machine::temperature(root));
         checks.extend(access::daemon(&socket, service.as_ref())?);
         checks.extend(doors::message_bus(root, &config, service.as_ref())?);
+        checks.extend(doors::tcp(&config.tcp, service.as_ref()));
         checks.extend(doors::broker(&config.mqtt, service.as_ref()));
         Ok(checks)
     }

@@ -1,8 +1,8 @@
-//! Can what else the daemon speaks to be reached? The MQTT broker, and the message bus.
+//! Can what else the daemon speaks to be reached, and may it listen where it is to? TCP, the MQTT broker, the message bus.
 
 use super::service::Service;
 use super::{Check, sets};
-use crate::config::{Config, Mqtt};
+use crate::config::{Config, Mqtt, Tcp};
 use crate::ctl::bus;
 use serde_json::Value;
 use sparsed_surface::Bus;
@@ -17,6 +17,22 @@ const LOOK: &str = "journalctl -u sparsed -b -g D-Bus; busctl status org.sparsed
                     ls /usr/share/dbus-1/system.d/org.sparsed1.conf";
 /// Where the system's bus is.
 const SYSTEM_BUS: &str = "run/dbus/system_bus_socket";
+
+/// Whether the service may open the TCP sockets that are configured; nothing where none is, or the manager opens one.
+pub(super) fn tcp(tcp: &Tcp, service: Option<&Service>) -> Option<Check> {
+    let service = service.filter(|service| !service.has_tcp_socket)?;
+    tcp.listen.as_ref()?;
+    let other = "another way, without a network: sparsed-tcp.socket in the place of tcp.listen, `systemctl cat \
+                 sparsed-tcp.socket` says how";
+    Some(match service.opens_network() {
+        Some(fix) => {
+            let found =
+                "sparsed.service may open no TCP socket (PrivateNetwork=yes), and does not start with tcp.listen";
+            Check::fail("tcp.listen", found, format!("{fix}; {other}"))
+        }
+        None => Check::ok("tcp.listen", "sparsed.service may open TCP sockets"),
+    })
+}
 
 /// Whether the broker that is configured takes connections, and the service may make some; nothing without a broker.
 pub(super) fn broker(mqtt: &Mqtt, service: Option<&Service>) -> Option<Check> {
@@ -98,6 +114,7 @@ mod tests {
     use super::super::Verdict;
     use super::super::service::Rest;
     use super::*;
+    use crate::config::Addresses;
     use std::net::TcpListener;
 
     #[test]
@@ -113,6 +130,18 @@ mod tests {
         let gone = broker(&mqtt, None).unwrap();
         assert!(gone.verdict == Verdict::Warn && gone.found.contains("refused"), "{gone:?}");
         assert_eq!(broker(&Mqtt::default(), None), None);
+    }
+
+    #[test]
+    fn a_tcp_socket_that_the_service_may_not_open_is_told_unless_its_manager_opens_one() {
+        let listen = Tcp { listen: Some(Addresses::One("127.0.0.1:1".parse().unwrap())), keys: None };
+        let service = |is_offline, has_tcp_socket| Service { is_offline, has_tcp_socket, ..Service::default() };
+        let said = tcp(&listen, Some(&service(true, false))).unwrap();
+        assert!(said.verdict == Verdict::Fail && said.fix.as_ref().unwrap().contains("network.conf"), "{said:?}");
+        assert_eq!(tcp(&listen, Some(&service(false, false))).unwrap().verdict, Verdict::Ok);
+        assert_eq!(tcp(&listen, Some(&service(true, true))), None);
+        assert_eq!(tcp(&listen, None), None, "a daemon that is somebody's own is in no sandbox");
+        assert_eq!(tcp(&Tcp::default(), Some(&service(true, false))), None);
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// The unit.
 const UNIT: &str = "sparsed.service";
+/// The socket that the manager opens for those who want TCP.
+const TCP_SOCKET: &str = "sparsed-tcp.socket";
 /// The drop-in that lets the service reach networks.
 const NETWORK: &str = "/usr/share/sparsed/examples/network.conf";
 /// Where there is systemd.
@@ -43,6 +45,8 @@ pub(super) struct Service {
     pub(super) hides_devices: bool,
     /// `PrivateNetwork=`: it reaches nobody but by sockets that are files.
     pub(super) is_offline: bool,
+    /// `sparsed-tcp.socket` listens, and is handed over.
+    pub(super) has_tcp_socket: bool,
     /// Only the devices of `allowed` can be opened.
     pub(super) is_closed: bool,
     /// `DeviceAllow=`: paths, or `char-` and a driver's name in `/proc/devices`.
@@ -65,6 +69,7 @@ impl Service {
         }
         let said = |arguments: &[&str]| said("systemctl", arguments).ok();
         let mut service = Self::parse(&said(&["show", "--no-pager", PROPERTIES, UNIT])?)?;
+        service.has_tcp_socket = said(&["is-active", TCP_SOCKET]).is_some();
         // Not every version shows them among the properties.
         service.credentials = credentials(&said(&["cat", "--no-pager", UNIT]).unwrap_or_default());
         Some(service)
