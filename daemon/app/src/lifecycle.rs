@@ -283,11 +283,7 @@ async fn serve_mqtt(
 async fn late_mqtt(tuning: &Tuning, paths: &Paths, lock: &StateLock) -> Option<MqttDoor> {
     loop {
         tokio::time::sleep(STATE_RETRY).await;
-        let open = || {
-            lock.take(&paths.state_dir)?;
-            tuning.open(paths)
-        };
-        match tokio::task::block_in_place(open) {
+        match try_mqtt(tuning.clone(), paths.clone(), lock.clone()).await {
             Ok(door) => return door,
             Err(error) if may_mend_itself(&error) => {}
             Err(error) => {
@@ -296,6 +292,18 @@ async fn late_mqtt(tuning: &Tuning, paths: &Paths, lock: &StateLock) -> Option<M
             }
         }
     }
+}
+
+/// Tries once to open the door, on a thread of its own: on a disk that hangs it waits for ever, and neither the other
+/// doors nor the daemon's end may wait with it.
+async fn try_mqtt(tuning: Tuning, paths: Paths, lock: StateLock) -> anyhow::Result<Option<MqttDoor>> {
+    let (opened, outcome) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new().name("mqtt-open".to_owned()).spawn(move || {
+        let door = lock.take(&paths.state_dir).and_then(|()| tuning.open(&paths));
+        // Whoever waited is gone only when the daemon ends.
+        let _unheard = opened.send(door).is_err();
+    })?;
+    outcome.await.context("the thread that opens the MQTT journal")?
 }
 
 /// Lets running answers end, within the time there is. A call into a plugin that hangs is not waited for: its process

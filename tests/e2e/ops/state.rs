@@ -6,6 +6,7 @@ use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Answer, Daemon};
 use sparsed_tests::skipped;
 use sparsed_tests::small_disk::SmallDisk;
+use std::process::Command;
 
 fn chat(daemon: &Daemon, session: Option<&str>) -> Answer {
     let body = json!({ "messages": [{ "role": "user", "content": "Hi" }], "max_tokens": 4, "session_id": session });
@@ -52,6 +53,33 @@ fn a_state_folder_that_comes_late_is_taken_up_without_a_restart() {
     daemon.kill_and_restart(&sets);
     let said = daemon.get(&format!("/v1/sessions/{session}")).json();
     assert_eq!(said["messages"].as_array().map(Vec::len), Some(2), "{said}\n{}", daemon.log());
+}
+
+#[test]
+fn a_state_folder_that_comes_and_hangs_holds_up_neither_the_doors_nor_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let (state, partition) = (dir.path().join("state"), dir.path().join("partition"));
+    std::os::unix::fs::symlink(&partition, &state).unwrap();
+    let sets = [format!("state_dir={}", state.display()), "mqtt.broker=mqtt://127.0.0.1:9".to_owned()];
+    let sets: Vec<&str> = sets.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start(&chatty::write(dir.path()), &sets);
+    // Who opens this lock waits until somebody reads, as on a disk that does not answer.
+    std::fs::create_dir(dir.path().join("new")).unwrap();
+    let made = Command::new("mkfifo").arg(dir.path().join("new/lock")).status().unwrap();
+    assert!(made.success());
+    std::fs::rename(dir.path().join("new"), &partition).unwrap();
+    daemon.wait_until("waiting for the disk", || has_thread(&daemon, "mqtt-open"));
+    assert_eq!(daemon.get("/health").status, 200);
+    assert_eq!(chat(&daemon, None).status, 200);
+    assert_eq!(code(&new_session(&daemon)), (503, json!("sessions_away")));
+    daemon.signal("TERM");
+    assert!(daemon.wait().success(), "{}", daemon.log());
+}
+
+fn has_thread(daemon: &Daemon, name: &str) -> bool {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
+    let mut names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
+    names.any(|found| found.trim() == name)
 }
 
 /// Takes all of a disk's room.
