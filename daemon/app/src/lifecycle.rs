@@ -120,7 +120,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 enum Unconfigured {
     /// It stays wrong until somebody mends it.
     Wrong(anyhow::Error),
-    /// A file that it names cannot be read now.
+    /// A file of it, or one that it names, cannot be read now.
     Unread(anyhow::Error),
 }
 
@@ -129,7 +129,10 @@ enum Unconfigured {
 /// # Errors
 /// What is wrong with either.
 fn configured(source: &Source, has_tcp: bool) -> Result<(Config, Named), Unconfigured> {
-    let config = source.load().map_err(|error| Unconfigured::Wrong(error.into()))?;
+    let config = source.load().map_err(|error| match error.may_mend_itself() {
+        true => Unconfigured::Unread(error.into()),
+        false => Unconfigured::Wrong(error.into()),
+    })?;
     crate::logging::set_level(config.log.level.into());
     let named = Named::read(&config, has_tcp).map_err(|error| match may_mend_itself(&error) {
         true => Unconfigured::Unread(error),
@@ -389,4 +392,18 @@ async fn signalled() {
         #[expect(clippy::exit, reason = "asked twice, the operator wants it now")]
         std::process::exit(1);
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_configuration_on_a_disk_that_is_away_is_tried_again_and_one_that_is_nowhere_is_a_mistake() {
+        let dir = tempfile::tempdir().unwrap();
+        let (link, file) = (dir.path().join("link.toml"), dir.path().join("disk/c.toml"));
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        assert!(matches!(configured(&Source::of(&link, &[]), false), Err(Unconfigured::Unread(_))));
+        assert!(matches!(configured(&Source::of(&file, &[]), false), Err(Unconfigured::Wrong(_))));
+    }
 }

@@ -2,7 +2,7 @@
 
 use super::{Config, ConfigError, check};
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 /// Largest configuration file in bytes.
@@ -88,10 +88,10 @@ impl Layers {
 /// A folder that cannot be listed, or has too many.
 pub(super) fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     let io = |cause| ConfigError::Io { path: folder.to_owned(), cause };
-    let entries = match folder.read_dir() {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries.map_err(io)?,
-    };
+    if is_absent(folder) {
+        return Ok(Vec::new());
+    }
+    let entries = folder.read_dir().map_err(|cause| io(told(folder, cause)))?;
     let mut found = Vec::new();
     for entry in entries {
         let path = entry.map_err(io)?.path();
@@ -109,6 +109,29 @@ pub(super) fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, ConfigError> {
     Ok(found)
 }
 
+/// Whether nothing is at `path`, and no link says that something should be.
+pub(super) fn is_absent(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == ErrorKind::NotFound) && !leads_nowhere(path)
+}
+
+/// Whether `path`, or a folder above it, is a link to what is not there.
+pub(super) fn leads_nowhere(path: &Path) -> bool {
+    broken_link(path).is_some()
+}
+
+fn broken_link(path: &Path) -> Option<&Path> {
+    let is_broken = |path: &&Path| path.is_symlink() && path.metadata().is_err_and(|e| e.kind() == ErrorKind::NotFound);
+    path.ancestors().find(is_broken)
+}
+
+/// Why `path` cannot be opened: the system says of a link that leads nowhere what it says of a file that is missing.
+fn told(path: &Path, cause: std::io::Error) -> std::io::Error {
+    let Some((link, target)) = broken_link(path).and_then(|link| Some((link, link.read_link().ok()?))) else {
+        return cause;
+    };
+    std::io::Error::new(cause.kind(), format!("{} leads to {}, which is not there", link.display(), target.display()))
+}
+
 /// Puts `above` on top of `below`, key by key; a list is one value.
 fn merge(below: &mut toml::Table, above: toml::Table) {
     for (key, value) in above {
@@ -122,7 +145,7 @@ fn merge(below: &mut toml::Table, above: toml::Table) {
 pub(super) fn read(path: &Path) -> Result<String, ConfigError> {
     let io = |cause| ConfigError::Io { path: path.to_owned(), cause };
     let mut text = String::new();
-    let file = File::open(path).map_err(io)?;
+    let file = File::open(path).map_err(|cause| io(told(path, cause)))?;
     file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).map_err(io)?;
     if text.len() as u64 > FILE_BYTES_MAX {
         let reason = format!("more than {FILE_BYTES_MAX} bytes");

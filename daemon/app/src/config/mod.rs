@@ -73,6 +73,14 @@ pub enum ConfigError {
     },
 }
 
+impl ConfigError {
+    /// Whether another start may find it mended though nobody has changed a file: a link to what is not there, which
+    /// may be on a disk that comes late.
+    pub(crate) fn may_mend_itself(&self) -> bool {
+        matches!(self, Self::Io { path, .. } if layers::leads_nowhere(path))
+    }
+}
+
 /// The whole configuration.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]

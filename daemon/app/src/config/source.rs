@@ -1,6 +1,6 @@
 //! Where does the configuration come from? From the vendor, the operator and the command line.
 
-use super::layers::{drop_ins, read};
+use super::layers::{drop_ins, is_absent, read};
 use super::{Config, ConfigError, Layers, check, flatten};
 use std::path::{Path, PathBuf};
 
@@ -64,10 +64,7 @@ impl Source {
         if let Some(file) = &self.config {
             return Ok(vec![file.clone()]);
         }
-        let files = [VENDOR_FILE, CONFIG_FILE].map(PathBuf::from).into_iter();
-        let mut files: Vec<PathBuf> = files.filter(|path| path.exists()).collect();
-        files.extend(drop_ins(Path::new(DROP_INS))?);
-        Ok(files)
+        of_system([VENDOR_FILE, CONFIG_FILE].map(Path::new), Path::new(DROP_INS))
     }
 
     /// What these arguments of a command line name.
@@ -77,16 +74,55 @@ impl Source {
     }
 }
 
+/// Those of `files` that are there, and the drop-ins. One that only a link says is there counts: a daemon without the
+/// settings of a disk that comes late would serve whom it should not.
+///
+/// # Errors
+/// As [`drop_ins`].
+fn of_system(files: [&Path; 2], folder: &Path) -> Result<Vec<PathBuf>, ConfigError> {
+    let mut found: Vec<PathBuf> = files.into_iter().filter(|path| !is_absent(path)).map(Path::to_owned).collect();
+    found.extend(drop_ins(folder)?);
+    Ok(found)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
+    use std::os::unix::fs::symlink;
+
+    #[test]
+    fn what_links_to_a_disk_that_is_away_is_missed_and_not_left_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (vendors, operators) = (at("none.toml"), at("etc/config.toml"));
+        let read = || Layers::read(&of_system([&vendors, &operators], &at("etc/conf.d"))?, &[]);
+        fs::create_dir(at("etc")).unwrap();
+        assert_eq!(read().unwrap().files().count(), 0);
+        // Each time a link of another height, to a disk that comes then.
+        for (link, target) in [("etc/config.toml", "disk/c.toml"), ("etc/conf.d", "disk/more"), ("etc", "disk/etc")] {
+            if link == "etc" {
+                fs::remove_dir_all(at("etc")).unwrap();
+            }
+            symlink(at(target), at(link)).unwrap();
+            let missed = read().unwrap_err();
+            assert!(missed.may_mend_itself() && missed.to_string().contains("which is not there"), "{missed}");
+            fs::create_dir_all(at("disk/more")).unwrap();
+            fs::create_dir_all(at("disk/etc")).unwrap();
+            fs::write(at("disk/c.toml"), "[limits]\nmax_waiting = 3\n").unwrap();
+            assert!(read().is_ok());
+            fs::remove_dir_all(at("disk")).unwrap();
+        }
+        // What nobody links to is not waited for.
+        assert!(!Source::of(&vendors, &[]).load().unwrap_err().may_mend_itself());
+    }
 
     #[test]
     fn what_a_configuration_says_is_known_though_it_is_wrong() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("c.toml");
         let said = |text: &str| {
-            std::fs::write(&file, text).unwrap();
+            fs::write(&file, text).unwrap();
             let sets = ["mqtt.username=anna", "engine.set.\"a b\"=\"c d\"", "limits.stop_s=3", "nonsense"];
             let mut said = Source::of(&file, &sets).texts();
             said.retain(|(key, _)| key != "mqtt.username" && !key.starts_with("engine."));

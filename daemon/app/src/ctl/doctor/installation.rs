@@ -56,6 +56,9 @@ fn mends(error: &ConfigError) -> String {
         ConfigError::Io { path, cause } if cause.kind() == ErrorKind::PermissionDenied => {
             return format!("sudo chmod a+rX {}", path.display());
         }
+        ConfigError::Io { path, .. } if error.may_mend_itself() => {
+            return format!("ls -l {}; mount what the link leads to, or remove the link", path.display());
+        }
         ConfigError::Io { path, .. } => path.to_str(),
         ConfigError::Invalid { origin, .. } => origin.split(':').next(),
     };
