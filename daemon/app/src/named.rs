@@ -57,11 +57,13 @@ impl Named {
         Ok(Self { keys, mqtt, mqtt_comes, upstreams })
     }
 
-    /// All that is wrong, for a daemon that is handed no sockets.
-    pub(crate) fn troubles(config: &Config) -> Vec<Trouble> {
-        let keys = config.tcp.listen.as_ref().map(|_| tcp::keys(&config.tcp).map(drop));
+    /// All that is wrong, for a daemon that will be handed TCP sockets if it `has_tcp`. Whoever names API keys means to
+    /// have it handed some.
+    pub(crate) fn troubles(config: &Config, has_tcp: bool) -> Vec<Trouble> {
+        let wants_keys = has_tcp || config.tcp.listen.is_some() || config.tcp.keys.is_some();
+        let keys = wants_keys.then(|| tcp::keys(&config.tcp)).transpose();
         let reads = [
-            (TCP, keys.unwrap_or(Ok(()))),
+            (TCP, keys.map(drop)),
             (MQTT, mqtt::options(config, &Paths::of(config)).map(drop)),
             (RELAY, upstream::clients(config).map(drop)),
         ];
@@ -73,7 +75,7 @@ impl Named {
 pub(crate) fn files(config: &Config) -> Vec<(String, &Path)> {
     let (tcp, mqtt) = (&config.tcp, &config.mqtt);
     let of_doors = [
-        ("tcp.keys", tcp.listen.as_ref().and(tcp.keys.as_ref())),
+        ("tcp.keys", tcp.keys.as_ref()),
         ("mqtt.password_file", mqtt.password_file.as_ref()),
         ("mqtt.ca_file", mqtt.ca_file.as_ref()),
         ("mqtt.cert_file", mqtt.cert_file.as_ref()),
@@ -115,7 +117,7 @@ mod tests {
         ];
         for (sets, table, said, may_pass) in cases {
             let config = Config::of(sets);
-            let troubles = Named::troubles(&config);
+            let troubles = Named::troubles(&config, false);
             assert_eq!(troubles.iter().map(|trouble| trouble.table).collect::<Vec<_>>(), [table], "{troubles:?}");
             let error = Named::read(&config, false).unwrap_err();
             let read = format!("{error:#}");
@@ -124,13 +126,34 @@ mod tests {
         }
         // A password that is not there keeps no other door shut.
         let without = Config::of(&["mqtt.broker=mqtt://localhost", &absent]);
-        assert_eq!(Named::troubles(&without).len(), 1);
+        assert_eq!(Named::troubles(&without, false).len(), 1);
         let read = Named::read(&without, false).unwrap();
         assert!(read.mqtt_comes && read.mqtt.is_none());
         // What is switched off needs no file.
-        let off = Config::of(&[&open, &absent]);
-        assert!(Named::troubles(&off).is_empty() && files(&off).is_empty());
-        assert!(Named::read(&off, true).unwrap_err().to_string().contains("[tcp]"));
+        let off = Config::of(&[&absent]);
+        assert!(Named::troubles(&off, false).is_empty() && files(&off).is_empty());
+    }
+
+    #[test]
+    fn the_keys_of_a_socket_that_the_service_manager_opens_are_looked_at_before_it_is_handed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let keys = dir.path().join("keys");
+        std::fs::write(&keys, "hall 0123456789abcdef\n").unwrap();
+        std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let named = Config::of(&[format!("tcp.keys={}", keys.display())]);
+        let read = format!("{:#}", Named::read(&named, true).unwrap_err());
+        // Whoever asks need not be told that there is such a socket.
+        for has_tcp in [false, true] {
+            let troubles = Named::troubles(&named, has_tcp);
+            assert_eq!(troubles.iter().map(|trouble| trouble.table).collect::<Vec<_>>(), ["[tcp]"], "{troubles:?}");
+            assert!(read.contains("may be read by others") && read.ends_with(&format!("{:#}", troubles[0].error)));
+        }
+        assert_eq!(files(&named), [("tcp.keys".to_owned(), keys.as_path())]);
+        // Without a name they are a credential's, which such a socket wants alone.
+        assert_eq!(
+            (Named::troubles(&Config::default(), true).len(), Named::troubles(&Config::default(), false).len()),
+            (1, 0)
+        );
     }
 
     #[test]

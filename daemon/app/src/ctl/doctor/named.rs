@@ -14,7 +14,8 @@ const SEEN: &str = "/etc/sparsed";
 
 /// What is wrong with them for whoever asks, and with those that he may read and the daemon's user may not.
 pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service>) -> Vec<Check> {
-    let troubles = Named::troubles(config).into_iter().map(|Trouble { table, error }| {
+    let has_tcp = service.is_some_and(|service| service.has_tcp_socket);
+    let troubles = Named::troubles(config, has_tcp).into_iter().map(|Trouble { table, error }| {
         let (title, found) = (format!("files of {table}"), format!("{error:#}"));
         let missing = error.chain().find_map(|cause| cause.downcast_ref::<Missing>());
         match missing {
@@ -56,6 +57,14 @@ mod tests {
         assert!(missing.verdict == Verdict::Fail && missing.found.contains("set tcp.keys"), "{missing:?}");
         let handed = Service { credentials: vec!["sparsed.api-keys".to_owned()], ..Service::default() };
         assert_eq!(said(&handed).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_tcp_socket_of_the_service_manager_needs_keys_though_the_configuration_says_nothing_of_it() {
+        let said = |service: &Service| named_files(Path::new("/nowhere"), &Config::default(), Some(service));
+        let missing = said(&Service { has_tcp_socket: true, ..Service::default() }).remove(0);
+        assert!(missing.verdict == Verdict::Fail && missing.found.contains("set tcp.keys"), "{missing:?}");
+        assert!(said(&Service::default()).is_empty());
     }
 
     #[test]
