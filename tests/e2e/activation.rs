@@ -3,6 +3,7 @@
 
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Answer, read_answer};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
@@ -29,7 +30,8 @@ fn manager(folder: &Path, sets: &[String]) -> Child {
     // It is not listened on: the passed one is.
     let elsewhere = "socket.path=/nonexistent/sparsed/api.sock".to_owned();
     command.args([&state, &elsewhere].into_iter().chain(sets).flat_map(|set| ["--set", set]));
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap()
+    let log = File::create(folder.join("log")).unwrap();
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log).spawn().unwrap()
 }
 
 /// Asks until the model is loaded.
@@ -60,6 +62,8 @@ fn clients_that_come_before_the_daemon_or_while_it_restarts_are_answered() {
     until_served(&socket);
     drop(manager.stdin.take());
     manager.wait().unwrap();
+    let log = std::fs::read_to_string(folder.path().join("log")).unwrap();
+    assert!(log.contains("socket.path is not used: the service manager has opened another socket"), "{log}");
 }
 
 #[test]

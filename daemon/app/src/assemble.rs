@@ -81,7 +81,7 @@ impl Assembly {
             .then(|| SlowTier { dir: paths.state_dir.clone(), hot_share: config.memory.hot_share });
         let absent = Absent::of(config, &paths, &configured);
         let models = model_options(config, &paths, configured, &absent, &budget, slow_tier.as_ref());
-        let door = Door::open(&paths.socket, passed.api)?;
+        let door = Door::open(&config.socket, &paths.socket, passed.api)?;
         let tcp = TcpSockets::open(&config.tcp, passed.tcp, named.keys)?;
         let (mqtt, cannot_open) = open_mqtt(named.mqtt, &paths, has_state)?;
         let (mqtt_comes, tuning) = (named.mqtt_comes || cannot_open, Tuning::new(config, mqtt.as_ref()));

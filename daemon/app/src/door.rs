@@ -3,6 +3,7 @@
 //! A socket of the service manager's (`sparsed.socket`) is there before the daemon and after it: a client that comes
 //! while the daemon is restarted waits, and is not refused.
 
+use crate::config::Socket;
 use anyhow::{Context, bail};
 use std::fs::Permissions;
 use std::net::TcpListener;
@@ -49,17 +50,30 @@ pub struct Door {
 }
 
 impl Door {
-    /// The service manager's socket, or one at `path`.
+    /// The service manager's socket, or one at `path`. Says so where the former is not the one that is configured.
     ///
     /// # Errors
     /// A path that something else has.
-    pub fn open(path: &Path, passed: Option<UnixListener>) -> anyhow::Result<Self> {
+    pub fn open(config: &Socket, path: &Path, passed: Option<UnixListener>) -> anyhow::Result<Self> {
         let listener = match passed {
-            Some(listener) => Self { listener, path: None },
+            Some(listener) => {
+                if let Some((wanted, socket)) = overruled(config, &listener) {
+                    log::warn!(
+                        wanted:% = wanted.display(), socket;
+                        "socket.path is not used: the service manager has opened another socket"
+                    );
+                }
+                Self { listener, path: None }
+            }
             None => Self { listener: listen(path)?, path: Some(path.to_owned()) },
         };
         listener.listener.set_nonblocking(true)?;
         Ok(listener)
+    }
+
+    /// Whether the service manager has opened it: where it is, its unit decides.
+    pub(crate) fn is_passed(&self) -> bool {
+        self.path.is_none()
     }
 
     /// What clients connect to.
@@ -85,6 +99,19 @@ impl Closing {
             log::debug!(reason:% = error; "socket not removed");
         }
     }
+}
+
+/// The configured path and the address of a socket that was passed, where they differ.
+fn overruled<'a>(config: &'a Socket, passed: &UnixListener) -> Option<(&'a Path, String)> {
+    let wanted = config.path.as_deref()?;
+    let address = passed.local_addr().ok()?;
+    let Some(path) = address.as_pathname() else { return Some((wanted, "one without a path".to_owned())) };
+    (!is_same(wanted, path)).then(|| (wanted, path.display().to_string()))
+}
+
+/// Whether both name one file, as `/var/run` and `/run` do.
+pub(crate) fn is_same(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
 /// What the service manager has passed. May be asked once: afterwards it is not known any more.
@@ -147,6 +174,21 @@ mod tests {
         let _live = listen(&path).unwrap();
         assert!(listen(&path).unwrap_err().to_string().contains("another process"));
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, SOCKET_MODE);
+    }
+
+    #[test]
+    fn a_path_that_is_configured_and_not_the_one_of_the_socket_that_was_passed_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, link) = (dir.path().join("api.sock"), dir.path().join("link.sock"));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let passed = UnixListener::bind(&path).unwrap();
+        let said = |path: Option<&Path>| {
+            let config = Socket { path: path.map(Path::to_owned) };
+            overruled(&config, &passed).map(|(wanted, socket)| (wanted.to_owned(), socket))
+        };
+        assert_eq!((said(None), said(Some(&path)), said(Some(&link))), (None, None, None));
+        let other = dir.path().join("other.sock");
+        assert_eq!(said(Some(&other)), Some((other, path.display().to_string())));
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub struct Reloader {
     mqtt: Tuning,
     /// Bytes that KV pools were laid out for.
     kv_bytes: Option<u64>,
+    /// The service manager has opened the socket.
+    has_passed_socket: bool,
 }
 
 /// What has become of a new configuration.
@@ -32,6 +34,8 @@ pub struct Reloaded {
     changed: Vec<Difference>,
     /// Waits for the next start.
     pending: Vec<Difference>,
+    /// Neither is nor will be taken up, since the service manager opens the socket.
+    unused: Vec<Difference>,
     /// API keys that were read again.
     n_keys: Option<usize>,
     /// KV pools cannot grow as far as they may now.
@@ -49,6 +53,7 @@ impl Reloader {
             keys: assembly.tcp.as_ref().map(|tcp| tcp.keys.clone()),
             mqtt: assembly.tuning.clone(),
             kv_bytes: assembly.service.budget().for_kv(),
+            has_passed_socket: assembly.door.is_passed(),
         }
     }
 
@@ -60,7 +65,10 @@ impl Reloader {
         let next = self.source.load()?;
         let keys = self.keys.as_ref().map(|_| tcp::keys(&next.tcp)).transpose()?;
         let mqtt = self.mqtt.check(&next, &self.paths).context("[mqtt]")?;
-        let (changed, pending) = self.running.differences(&next).into_iter().partition(Difference::is_live);
+        let (changed, pending): (_, Vec<_>) =
+            self.running.differences(&next).into_iter().partition(Difference::is_live);
+        let is_unused = |difference: &Difference| self.has_passed_socket && difference.key() == "socket.path";
+        let (unused, pending) = pending.into_iter().partition(is_unused);
         self.running = self.running.adopting(&next);
         logging::set_level(self.running.log.level.into());
         self.service.set_limits(engine_limits(&self.running));
@@ -76,7 +84,7 @@ impl Reloader {
         }
         self.mqtt.take_up(&self.running, mqtt.as_ref());
         let pools_stay = self.service.budget().for_kv().zip(self.kv_bytes).is_some_and(|(now, then)| now > then);
-        Ok(Reloaded { changed, pending, n_keys, pools_stay })
+        Ok(Reloaded { changed, pending, unused, n_keys, pools_stay })
     }
 }
 
@@ -95,8 +103,30 @@ impl fmt::Display for Reloaded {
             write!(f, "; {n} API keys read")?;
         }
         match self.pending.as_slice() {
-            [] => Ok(()),
-            pending => write!(f, "; a restart is needed for {}", list(pending)),
+            [] => {}
+            pending => write!(f, "; a restart is needed for {}", list(pending))?,
         }
+        match self.unused.as_slice() {
+            [] => Ok(()),
+            unused => write!(f, "; not used, as ListenStream= of the socket's unit decides: {}", list(unused)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_restart_takes_up_is_told_apart_from_what_waits_for_one() {
+        let before = Config::default();
+        let change = |set: &str| before.differences(&Config::of(&[set]));
+        let both =
+            Reloaded { pending: change("engine.threads=2"), unused: change("socket.path=/x"), ..Reloaded::default() };
+        assert_eq!(
+            both.to_string(),
+            "nothing changed that can change now; a restart is needed for engine.threads = 2 (was 0); not used, as \
+             ListenStream= of the socket's unit decides: socket.path = \"/x\" (was not set)"
+        );
     }
 }

@@ -39,10 +39,10 @@ impl ConfigCommand {
             }
             Verb::Check { source } => {
                 let layers = source.layers()?;
-                let (wrong, unseen) = doctor::named_files(&source, &layers.config()?);
+                let (wrong, remarks) = doctor::of_config(&source, &layers.config()?);
                 ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-                for one in unseen {
-                    print(&one)?;
+                for remark in remarks {
+                    print(&remark)?;
                 }
                 let files: Vec<String> = layers.files().map(|path| path.display().to_string()).collect();
                 print(&format!(

@@ -125,8 +125,9 @@ impl Doctor {
         checks.push(installation::state_folder(&paths.state_dir));
         checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
         checks.push(machine::processor());
-        let socket = match service {
-            Some(_) => paths.socket.clone(),
+        let socket = match &service {
+            // Its manager opens it: the configuration does not decide where.
+            Some(service) => service.socket.clone().unwrap_or_else(|| paths.socket.clone()),
             None => self.socket(&paths),
         };
         let pid = match &service {
@@ -150,6 +151,7 @@ impl Doctor {
         checks.push(machine::clock(root));
         checks.extend(machine::temperature(root));
         checks.extend(access::daemon(&socket, service.as_ref())?);
+        checks.extend(doors::socket_path(&config, service.as_ref()));
         checks.extend(doors::message_bus(root, &config, service.as_ref())?);
         checks.extend(doors::tcp(&config.tcp, service.as_ref()));
         checks.extend(doors::broker(&config.mqtt, service.as_ref()));
@@ -179,15 +181,16 @@ pub(super) fn has_service() -> bool {
     service::Service::ask(Path::new("/")).is_some()
 }
 
-/// What keeps a daemon from its start of the files that `config`, as `source` has it, names for its doors; and what
-/// whoever asks could not see of them.
-pub(super) fn named_files(source: &Source, config: &Config) -> (Vec<String>, Vec<String>) {
+/// What keeps a daemon from its start of the files that `config`, as `source` has it, names for its doors; and remarks:
+/// what whoever asks could not see of them, and a setting that the service does not follow.
+pub(super) fn of_config(source: &Source, config: &Config) -> (Vec<String>, Vec<String>) {
     let root = Path::new("/");
     let service = source.names_nothing().then(|| service::Service::ask(root)).flatten();
-    let checks = named::named_files(root, config, service.as_ref());
-    let (wrong, unseen): (Vec<_>, Vec<_>) = checks.into_iter().partition(|check| check.verdict == Verdict::Fail);
+    let mut checks = named::named_files(root, config, service.as_ref());
+    checks.extend(doors::socket_path(config, service.as_ref()));
+    let (wrong, remarks): (Vec<_>, Vec<_>) = checks.into_iter().partition(|check| check.verdict == Verdict::Fail);
     let said = |checks: Vec<Check>| checks.into_iter().map(|Check { name, found, .. }| format!("{name}: {found}"));
-    (said(wrong).collect(), said(unseen).collect())
+    (said(wrong).collect(), said(remarks).collect())
 }
 
 fn text(checks: &[Check]) -> String {

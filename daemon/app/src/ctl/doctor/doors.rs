@@ -1,9 +1,11 @@
-//! Can what else the daemon speaks to be reached, and may it listen where it is to? TCP, the MQTT broker, the message bus.
+//! Can what else the daemon speaks to be reached, and may it listen where it is to? TCP, the MQTT broker, the message
+//! bus, and the socket's path.
 
 use super::service::Service;
-use super::{Check, sets};
+use super::{Check, OPERATORS_FILE, sets};
 use crate::config::{Config, Mqtt, Tcp};
 use crate::ctl::bus;
+use crate::door::is_same;
 use serde_json::Value;
 use sparsed_surface::Bus;
 use std::net::{TcpStream, ToSocketAddrs};
@@ -17,6 +19,24 @@ const LOOK: &str = "journalctl -u sparsed -b -g D-Bus; busctl status org.sparsed
                     ls /usr/share/dbus-1/system.d/org.sparsed1.conf";
 /// Where the system's bus is.
 const SYSTEM_BUS: &str = "run/dbus/system_bus_socket";
+
+/// That the path that is configured for the socket is not the service's, where it is another one: its manager opens the
+/// socket.
+pub(super) fn socket_path(config: &Config, service: Option<&Service>) -> Option<Check> {
+    let (wanted, socket) = (config.socket.path.as_deref()?, service?.socket.as_deref()?);
+    let found = format!(
+        "{} is not used: ListenStream= of sparsed.socket decides, which is {}",
+        wanted.display(),
+        socket.display()
+    );
+    let fix = format!(
+        "sudoedit {OPERATORS_FILE}: no socket.path; to listen there, sudo systemctl edit sparsed.socket: [Socket], \
+         ListenStream= and ListenStream={}, each on its line; then sudo systemctl stop sparsed && sudo systemctl \
+         restart sparsed.socket && sudo systemctl start sparsed",
+        wanted.display()
+    );
+    (!is_same(wanted, socket)).then(|| Check::warn("socket.path", found, fix))
+}
 
 /// Whether the service may open the TCP sockets that are configured; nothing where none is, or the manager opens one.
 pub(super) fn tcp(tcp: &Tcp, service: Option<&Service>) -> Option<Check> {
@@ -130,6 +150,18 @@ mod tests {
         let gone = broker(&mqtt, None).unwrap();
         assert!(gone.verdict == Verdict::Warn && gone.found.contains("refused"), "{gone:?}");
         assert_eq!(broker(&Mqtt::default(), None), None);
+    }
+
+    #[test]
+    fn a_path_that_is_configured_for_a_socket_that_the_manager_opens_elsewhere_is_told() {
+        let service = Service { socket: Some("/run/sparsed/api.sock".into()), ..Service::default() };
+        let said = |sets: &[&str], service| socket_path(&Config::of(sets), service);
+        let told = said(&["socket.path=/run/x.sock"], Some(&service)).unwrap();
+        assert!(told.verdict == Verdict::Warn && told.found.ends_with("which is /run/sparsed/api.sock"), "{told:?}");
+        assert!(told.fix.as_ref().unwrap().contains("ListenStream=/run/x.sock, each"), "{told:?}");
+        assert_eq!(said(&["socket.path=/run/sparsed/api.sock"], Some(&service)), None);
+        assert_eq!(said(&[], Some(&service)), None);
+        assert_eq!(said(&["socket.path=/run/x.sock"], None), None, "a daemon that is somebody's own opens its own");
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 /// The unit.
 const UNIT: &str = "sparsed.service";
+/// The socket that the manager opens for it.
+const SOCKET: &str = "sparsed.socket";
 /// The socket that the manager opens for those who want TCP.
 const TCP_SOCKET: &str = "sparsed-tcp.socket";
 /// The drop-in that lets the service reach networks.
@@ -45,6 +47,8 @@ pub(super) struct Service {
     pub(super) hides_devices: bool,
     /// `PrivateNetwork=`: it reaches nobody but by sockets that are files.
     pub(super) is_offline: bool,
+    /// Where `sparsed.socket` listens, which is handed over: the daemon serves there, whatever `socket.path` says.
+    pub(super) socket: Option<PathBuf>,
     /// `sparsed-tcp.socket` listens, and is handed over.
     pub(super) has_tcp_socket: bool,
     /// Only the devices of `allowed` can be opened.
@@ -69,6 +73,7 @@ impl Service {
         }
         let said = |arguments: &[&str]| said("systemctl", arguments).ok();
         let mut service = Self::parse(&said(&["show", "--no-pager", PROPERTIES, UNIT])?)?;
+        service.socket = said(&["show", "--no-pager", "--property=Listen", SOCKET]).and_then(|said| listens(&said));
         service.has_tcp_socket = said(&["is-active", TCP_SOCKET]).is_some();
         // Not every version shows them among the properties.
         service.credentials = credentials(&said(&["cat", "--no-pager", UNIT]).unwrap_or_default());
@@ -166,6 +171,21 @@ impl Service {
     }
 }
 
+/// The first path at which a socket's unit listens.
+fn listens(said: &str) -> Option<PathBuf> {
+    let path = |line: &str| {
+        let (name, value) = line.split_once('=')?;
+        let path = match name {
+            "Listen" => value.strip_suffix(" (Stream)")?,
+            // As older versions have it.
+            "ListenStream" => value,
+            _ => return None,
+        };
+        Some(PathBuf::from(path)).filter(|path| path.is_absolute())
+    };
+    said.lines().find_map(path)
+}
+
 /// The credentials that lines of a unit hand over, by their names or the beginnings of such.
 fn credentials(unit: &str) -> Vec<String> {
     let settings = unit.lines().filter_map(|line| line.trim().split_once('='));
@@ -218,6 +238,14 @@ mod tests {
         let allows = |node, driver| service.allows(node, driver);
         assert!(allows("nvidiactl", None) && allows("nvhost-gpu", Some("nvhost-gpu")));
         assert!(!allows("nvmap", Some("nvmap")) && !allows("nvhost-gpu", None));
+    }
+
+    #[test]
+    fn a_units_socket_is_known_as_each_version_of_the_manager_shows_it() {
+        let expected = Some(PathBuf::from("/run/a b.sock"));
+        assert_eq!(listens("Listen=127.0.0.1:1 (Stream)\nListen=/run/a b.sock (Stream)\n"), expected);
+        assert_eq!(listens("ListenDatagram=/x\nListenStream=/run/a b.sock\n"), expected);
+        assert_eq!((listens("Listen=/run/x (FIFO)\n"), listens("")), (None, None));
     }
 
     #[test]
