@@ -6,10 +6,11 @@
 use crate::assemble::{Assembly, engine_limits};
 use crate::config::{Config, Difference, Paths, Source};
 use crate::mqtt::Tuning;
-use crate::{logging, tcp};
+use crate::{logging, tcp, upstream};
 use anyhow::Context;
 use sparsed_engine::Service;
 use sparsed_surface::ApiKeys;
+use sparsed_upstream::Client;
 use std::fmt;
 
 /// The running parts that can be changed, and what they were told last.
@@ -21,6 +22,7 @@ pub struct Reloader {
     service: Service,
     keys: Option<ApiKeys>,
     mqtt: Tuning,
+    upstreams: Vec<Client>,
     /// Bytes that KV pools were laid out for.
     kv_bytes: Option<u64>,
     /// The service manager has opened the socket.
@@ -52,6 +54,7 @@ impl Reloader {
             service: assembly.service.clone(),
             keys: assembly.tcp.as_ref().map(|tcp| tcp.keys.clone()),
             mqtt: assembly.tuning.clone(),
+            upstreams: assembly.upstreams.clone(),
             kv_bytes: assembly.service.budget().for_kv(),
             has_passed_socket: assembly.door.is_passed(),
         }
@@ -72,6 +75,7 @@ impl Reloader {
         self.running = self.running.adopting(&next);
         logging::set_level(self.running.log.level.into());
         self.service.set_limits(engine_limits(&self.running));
+        self.upstreams.iter().for_each(|client| client.set_limits(upstream::limits(&self.running.limits)));
         let bytes = |bytes: Option<crate::config::Bytes>| bytes.map(|bytes| bytes.0);
         let memory = &self.running.memory;
         self.service.set_memory(bytes(memory.total), bytes(memory.budget));

@@ -3,11 +3,11 @@
 //! A secret is a file that the configuration names, or else a credential that systemd hands over
 //! (`LoadCredential=sparsed.upstream-NAME-key:...`).
 
-use crate::config::{Config, Model};
+use crate::config::{self, Config, Model};
 use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE, credential};
 use anyhow::{Context, bail};
 use sparsed_surface::tls_config;
-use sparsed_upstream::{Address, Client, Options};
+use sparsed_upstream::{Address, Client, Limits, Options};
 use std::time::Duration;
 use zeroize::Zeroizing;
 
@@ -33,8 +33,6 @@ fn options(config: &Config, name: &str, model: &Model, upstream: &str) -> anyhow
     let address: Address = upstream.parse().map_err(|reason: &str| anyhow::anyhow!("{reason}"))?;
     let ca = relay.ca_file.clone().or_else(|| credential(&format!("sparsed.upstream-{name}-ca")));
     let tls = address.is_tls().then(|| tls_config(ca.as_deref(), None)).transpose().context("TLS")?;
-    let all = |limit: u32| if limit == 0 { u32::MAX } else { limit };
-    let limits = &config.limits;
     Ok(Options {
         name: name.to_owned(),
         address,
@@ -49,9 +47,17 @@ fn options(config: &Config, name: &str, model: &Model, upstream: &str) -> anyhow
         priority: relay.priority,
         running_max: relay.running,
         waiting_max: relay.waiting,
+        limits: limits(&config.limits),
+    })
+}
+
+/// What clients of one user may take of an engine elsewhere.
+pub(crate) fn limits(limits: &config::Limits) -> Limits {
+    let all = |limit: u32| if limit == 0 { u32::MAX } else { limit };
+    Limits {
         per_owner_max: all(limits.per_user_running).saturating_add(all(limits.per_user_waiting)),
         slow_consumer: Duration::from_secs(limits.slow_consumer_s),
-    })
+    }
 }
 
 /// The first line of the key's file, if there is one.

@@ -5,7 +5,7 @@ use crate::connection::Exchange;
 use crate::described::Described;
 use crate::ear::Ear;
 use crate::line::Line;
-use crate::options::Options;
+use crate::options::{Limits, Options};
 use crate::run;
 use crate::trouble::Trouble;
 use sparsed_engine::Stats;
@@ -32,6 +32,8 @@ pub(crate) struct Inner {
     /// Whether requests are given up.
     pub(crate) stop: AtomicBool,
     line: Arc<Line>,
+    /// As they were set last; those of the options are the first.
+    limits: Mutex<Limits>,
     found: Mutex<Found>,
     /// All but how many run and wait.
     stats: Mutex<Stats>,
@@ -50,7 +52,13 @@ impl Client {
     pub fn new(options: Options) -> Self {
         let line = Line::new(&options);
         let found = Mutex::new(Found { reach: Reach::Unknown, there: None });
-        Self(Arc::new(Inner { options, stop: AtomicBool::new(false), line, found, stats: Mutex::default() }))
+        let limits = Mutex::new(options.limits);
+        Self(Arc::new(Inner { options, stop: AtomicBool::new(false), line, limits, found, stats: Mutex::default() }))
+    }
+
+    /// Has requests keep to `limits` that come from now on; those that are there keep to the ones that they came with.
+    pub fn set_limits(&self, limits: Limits) {
+        *self.0.limits() = limits;
     }
 
     /// Looks again and again whether the engine is there; resolves never.
@@ -146,6 +154,10 @@ impl Inner {
         self.stats().tally.failed += 1;
     }
 
+    fn limits(&self) -> MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn found(&self) -> MutexGuard<'_, Found> {
         // Whole at any time, as the other.
         self.found.lock().unwrap_or_else(PoisonError::into_inner)
@@ -178,10 +190,11 @@ impl Upstream for Client {
     fn submit(&self, relay: Relay, sink: Box<dyn Sink>) -> Result<(), Failure> {
         // Doors call from their runtime; without one there is nobody to carry bytes.
         let runtime = tokio::runtime::Handle::try_current().map_err(|_| Failure::ShuttingDown)?;
-        let place = self.0.line.enter(relay.owner)?;
+        let limits = *self.0.limits();
+        let place = self.0.line.enter(relay.owner, limits.per_owner_max)?;
         let inner = Arc::clone(&self.0);
         runtime.spawn(async move {
-            let mut ear = Ear::new(sink, inner.options.slow_consumer);
+            let mut ear = Ear::new(sink, limits.slow_consumer);
             let ended = run::answer(&inner, &relay, &mut ear, place).await;
             run::conclude(&inner, &mut ear, ended).await;
         });
@@ -190,5 +203,63 @@ impl Upstream for Client {
 
     fn stop(&self) {
         self.0.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sparsed_engine::Wishes;
+    use sparsed_engine::api::{Event, Owner, Refused, RelayPrompt};
+
+    /// Has gone away.
+    struct Gone;
+
+    impl Sink for Gone {
+        fn offer(&mut self, _: Event) -> Result<(), Refused> {
+            Err(Refused::Closed)
+        }
+
+        fn is_closed(&self) -> bool {
+            true
+        }
+    }
+
+    #[tokio::test]
+    async fn limits_that_are_changed_hold_for_the_next_request() {
+        let limits = |per_owner_max| Limits { per_owner_max, slow_consumer: Duration::from_secs(1) };
+        let client = Client::new(Options {
+            name: "big".to_owned(),
+            address: "http://127.0.0.1:9/v1".parse().unwrap(),
+            model: None,
+            key: None,
+            tls: None,
+            max_context: None,
+            connect: Duration::from_secs(1),
+            first_token: Duration::from_secs(1),
+            idle: Duration::from_secs(1),
+            retries: 0,
+            priority: false,
+            running_max: 8,
+            waiting_max: 8,
+            limits: limits(1),
+        });
+        let ask = || {
+            let relay = Relay {
+                model: "big".to_owned(),
+                owner: Owner::Uid(1),
+                prompt: RelayPrompt::Text("x".to_owned()),
+                wishes: Wishes::default(),
+                logprobs: None,
+            };
+            // None of them begins before this test waits for something.
+            client.submit(relay, Box::new(Gone))
+        };
+        let full = |limit| Err(Failure::UserQueueFull { limit, retry_after_s: 1 });
+        assert_eq!((ask(), ask()), (Ok(()), full(1)));
+        client.set_limits(limits(2));
+        assert_eq!((ask(), ask()), (Ok(()), full(2)));
+        client.set_limits(limits(1));
+        assert_eq!(ask(), full(1));
     }
 }

@@ -28,4 +28,4 @@ mod trouble;
 pub use address::Address;
 pub use client::Client;
 pub use described::Described;
-pub use options::Options;
+pub use options::{Limits, Options};

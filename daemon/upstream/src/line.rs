@@ -14,16 +14,9 @@ const RETRY_AFTER_S: u32 = 1;
 #[derive(Debug)]
 pub(crate) struct Line {
     seats: Arc<Semaphore>,
-    limits: Limits,
+    waiting_max: u32,
     /// Requests that wait or are under way.
     counts: Mutex<Counts>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    running: u32,
-    waiting: u32,
-    per_owner: u32,
 }
 
 #[derive(Debug, Default)]
@@ -45,25 +38,23 @@ pub(crate) struct Place {
 
 impl Line {
     pub(crate) fn new(options: &Options) -> Arc<Self> {
-        let limits =
-            Limits { running: options.running_max, waiting: options.waiting_max, per_owner: options.per_owner_max };
-        let seats = Arc::new(Semaphore::new(limits.running as usize));
-        Arc::new(Self { seats, limits, counts: Mutex::default() })
+        let seats = Arc::new(Semaphore::new(options.running_max as usize));
+        Arc::new(Self { seats, waiting_max: options.waiting_max, counts: Mutex::default() })
     }
 
-    /// Takes a place, with a seat where one is free.
+    /// Takes a place, with a seat where one is free, for an owner who may have `per_owner_max` of them.
     ///
     /// # Errors
     /// No room.
-    pub(crate) fn enter(self: &Arc<Self>, owner: Owner) -> Result<Place, Failure> {
+    pub(crate) fn enter(self: &Arc<Self>, owner: Owner, per_owner_max: u32) -> Result<Place, Failure> {
         let mut counts = self.lock();
         let of_owner = counts.of_owner.get(&owner).copied().unwrap_or(0);
-        if of_owner >= self.limits.per_owner {
-            return Err(Failure::UserQueueFull { limit: self.limits.per_owner, retry_after_s: RETRY_AFTER_S });
+        if of_owner >= per_owner_max {
+            return Err(Failure::UserQueueFull { limit: per_owner_max, retry_after_s: RETRY_AFTER_S });
         }
         let seat = Arc::clone(&self.seats).try_acquire_owned().ok();
-        if seat.is_none() && counts.waiting >= self.limits.waiting {
-            return Err(Failure::QueueFull { limit: self.limits.waiting, retry_after_s: RETRY_AFTER_S });
+        if seat.is_none() && counts.waiting >= self.waiting_max {
+            return Err(Failure::QueueFull { limit: self.waiting_max, retry_after_s: RETRY_AFTER_S });
         }
         counts.of_owner.insert(owner, of_owner + 1);
         let ahead = counts.waiting;
@@ -117,17 +108,17 @@ impl Drop for Place {
 mod tests {
     use super::*;
 
-    fn line(running: u32, waiting: u32, per_owner: u32) -> Arc<Line> {
+    fn line(running: u32, waiting_max: u32) -> Arc<Line> {
         let seats = Arc::new(Semaphore::new(running as usize));
-        Arc::new(Line { seats, limits: Limits { running, waiting, per_owner }, counts: Mutex::default() })
+        Arc::new(Line { seats, waiting_max, counts: Mutex::default() })
     }
 
     #[tokio::test]
     async fn who_waits_sits_when_a_seat_is_free_and_who_finds_no_room_is_refused() {
-        let line = line(1, 1, 8);
-        let (first, mut second) = (line.enter(Owner::Uid(1)).unwrap(), line.enter(Owner::Uid(2)).unwrap());
+        let line = line(1, 1);
+        let (first, mut second) = (line.enter(Owner::Uid(1), 8).unwrap(), line.enter(Owner::Uid(2), 8).unwrap());
         assert!(first.has_seat() && !second.has_seat() && second.ahead == 0);
-        assert!(matches!(line.enter(Owner::Uid(3)), Err(Failure::QueueFull { limit: 1, .. })));
+        assert!(matches!(line.enter(Owner::Uid(3), 8), Err(Failure::QueueFull { limit: 1, .. })));
         assert_eq!(line.load(), (1, 1));
         drop(first);
         second.sit().await;
@@ -139,9 +130,9 @@ mod tests {
 
     #[tokio::test]
     async fn nobody_has_all_places() {
-        let line = line(8, 8, 2);
-        let _held = (line.enter(Owner::Uid(1)).unwrap(), line.enter(Owner::Uid(1)).unwrap());
-        assert!(matches!(line.enter(Owner::Uid(1)), Err(Failure::UserQueueFull { limit: 2, .. })));
-        assert!(line.enter(Owner::Uid(2)).is_ok());
+        let line = line(8, 8);
+        let _held = (line.enter(Owner::Uid(1), 2).unwrap(), line.enter(Owner::Uid(1), 2).unwrap());
+        assert!(matches!(line.enter(Owner::Uid(1), 2), Err(Failure::UserQueueFull { limit: 2, .. })));
+        assert!(line.enter(Owner::Uid(2), 2).is_ok());
     }
 }

@@ -36,6 +36,13 @@ pub struct Options {
     pub running_max: u32,
     /// Most further requests that wait here.
     pub waiting_max: u32,
+    /// What of it may change while the client is used.
+    pub limits: Limits,
+}
+
+/// What a listener may take of an engine elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
     /// Most requests of one owner, waiting or under way.
     pub per_owner_max: u32,
     /// How long a listener may take nothing.

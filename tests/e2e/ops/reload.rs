@@ -5,7 +5,7 @@ use sparsed_tests::broker::Broker;
 use sparsed_tests::chatty;
 use sparsed_tests::daemon::{Daemon, read_answer};
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -89,6 +89,56 @@ fn a_limit_that_is_changed_holds_for_the_next_request_and_the_rest_waits_for_a_r
     );
     assert!(said.contains("did you mean 'limits.max_waiting'"), "{said}");
     assert_eq!(here.daemon.post("/v1/completions", &endless()).status, 429);
+}
+
+/// An engine elsewhere that lists a model and begins no answer; answers its port.
+fn silent_engine() -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        let mut held = Vec::new();
+        for mut stream in listener.incoming().flatten() {
+            let mut head = [0; 4096];
+            if stream.read(&mut head).is_ok() && head.starts_with(b"GET ") {
+                let list = r#"{"object":"list","data":[{"id":"m","object":"model"}]}"#;
+                let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", list.len());
+                // Whoever asked may be gone.
+                let _gone = stream.write_all((head + list).as_bytes()).is_err();
+            } else {
+                held.push(stream);
+            }
+        }
+    });
+    port
+}
+
+#[test]
+fn a_limit_of_one_user_that_is_changed_holds_for_engines_elsewhere_too() {
+    let text = |waiting: u32| format!("[limits]\nper_user_running = 1\nper_user_waiting = {waiting}\n");
+    let upstream = format!("model.big.upstream=http://127.0.0.1:{}/v1", silent_engine());
+    let mut here = Operated::start(&text(1), &[&upstream], &[]);
+    let body = json!({ "model": "big", "messages": [{ "role": "user", "content": "Hi" }] });
+    let runs = |here: &Operated, n: u64| {
+        here.daemon.wait_until("under way", || {
+            let status = here.daemon.get("/v1/status").json();
+            let big = status["models"].as_array().unwrap().iter().find(|model| model["name"] == "big");
+            big.is_some_and(|big| big["running"] == n)
+        });
+    };
+    let ask = |here: &Operated| here.daemon.open("/v1/chat/completions", &body);
+    let _first = [ask(&here), ask(&here)];
+    runs(&here, 2);
+    let refused = here.daemon.post("/v1/chat/completions", &body);
+    assert_eq!(
+        (refused.status, &refused.json()["error"]["code"]),
+        (429, &json!("user_queue_full")),
+        "{}",
+        refused.body
+    );
+    let said = here.reload(&text(2));
+    assert!(said.contains("limits.per_user_waiting = 2 (was 1)"), "{said}");
+    let _third = ask(&here);
+    runs(&here, 3);
 }
 
 #[test]
