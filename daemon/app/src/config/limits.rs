@@ -1,6 +1,6 @@
 //! `[limits]`: how much may requests ask for, and how is the device divided among them?
 
-use super::Bytes;
+use super::{BYTES_MAX, Bytes};
 use serde::{Deserialize, Serialize};
 
 /// `[limits]`
@@ -80,7 +80,7 @@ impl Limits {
             ("per_user_waiting", self.per_user_waiting.into(), 0, 65536),
             ("per_user_requests", self.per_user_requests.into(), 1, 65536),
             ("per_user_queued_tokens", self.per_user_queued_tokens, 0, 1 << 40),
-            ("per_user_kv", self.per_user_kv.0, 0, 1 << 50),
+            ("per_user_kv", self.per_user_kv.0, 0, BYTES_MAX),
             ("max_batched_tokens", self.max_batched_tokens.into(), self.max_running.into(), 65536),
             ("tpot_target_ms", self.tpot_target_ms, 0, 60_000),
             ("connections", self.connections.into(), 1, 65536),

@@ -50,6 +50,8 @@ const PAUSES_MAX: usize = 16;
 const DAY_MS: u64 = 24 * HOUR_MS;
 /// The longest time of a call.
 const HOUR_MS: u64 = 3600 * 1000;
+/// Most bytes of anything: more than a box has, and so few that sums of them are numbers, in TOML too.
+const BYTES_MAX: u64 = 1 << 50;
 
 /// What is wrong with a configuration.
 #[derive(Debug, thiserror::Error)]
@@ -125,18 +127,30 @@ pub struct Socket {
 }
 
 impl Config {
-    /// The first value out of its range, and what it must be.
-    fn wrong_value(&self) -> Option<(String, String)> {
-        let plugins = &self.plugins;
+    /// The numbers with their keys and ranges, but for those of models and the pauses of a ladder.
+    fn ranges(&self) -> Vec<(String, u64, u64, u64)> {
+        let (engine, memory) = (&self.engine, &self.memory);
+        let bytes = |bytes: Option<Bytes>| bytes.map_or(0, |bytes| bytes.0);
         let mut ranges = self.limits.ranges();
         ranges.extend([
-            ("engine.threads".to_owned(), self.engine.threads.into(), 0, 1024),
-            ("engine.watchdog_ms".to_owned(), self.engine.watchdog_ms, 1, DAY_MS),
-            ("engine.retry.forget_ms".to_owned(), self.engine.retry.forget_ms, 0, DAY_MS),
-            ("engine.step_timeout_ms".to_owned(), self.engine.step_timeout_ms, 1, HOUR_MS),
+            ("engine.device_memory".to_owned(), bytes(engine.device_memory), 0, BYTES_MAX),
+            ("engine.threads".to_owned(), engine.threads.into(), 0, 1024),
+            ("engine.watchdog_ms".to_owned(), engine.watchdog_ms, 1, DAY_MS),
+            ("engine.retry.forget_ms".to_owned(), engine.retry.forget_ms, 0, DAY_MS),
+            ("engine.step_timeout_ms".to_owned(), engine.step_timeout_ms, 1, HOUR_MS),
+            ("memory.total".to_owned(), bytes(memory.total), 0, BYTES_MAX),
+            ("memory.budget".to_owned(), bytes(memory.budget), 0, BYTES_MAX),
+            ("models.max_bytes".to_owned(), self.models.max_bytes.0, 0, BYTES_MAX),
         ]);
-        ranges.extend(plugins.ranges());
+        ranges.extend(self.plugins.ranges());
         ranges.extend(self.mqtt.ranges());
+        ranges.extend(self.sessions.ranges());
+        ranges
+    }
+
+    /// The first value out of its range, and what it must be.
+    fn wrong_value(&self) -> Option<(String, String)> {
+        let mut ranges = self.ranges();
         let pauses = &self.engine.retry.backoff_ms;
         if !(1..=PAUSES_MAX).contains(&pauses.len()) {
             let reason = format!("has {} pauses, must have 1 to {PAUSES_MAX}", pauses.len());
@@ -310,6 +324,12 @@ mod tests {
         assert_eq!(said, "--set limits.stop_s: limits.stop_s is 9999, must be 0 to 3600");
         let said = load("[plugins]\nquarantine_ms = 9\n", &["plugins.quarantine_max_ms=8"]).unwrap_err();
         assert_eq!(said, "FILE:2: plugins.quarantine_ms is 9, must be 1 to 8");
+        let said = load("[sessions]\nretention_days = 999999999999999\n", &[]).unwrap_err();
+        assert_eq!(said, "FILE:2: sessions.retention_days is 999999999999999, must be 0 to 36500");
+        for key in ["sessions.kv", "sessions.journals_per_user", "memory.total", "memory.budget", "models.max_bytes"] {
+            let said = load("", &[&format!("{key}=8388608TiB")]).unwrap_err();
+            assert!(said.ends_with("is 9223372036854775808, must be 0 to 1125899906842624"), "{said}");
+        }
         assert!(load("", &["plugins.strikes=0"]).unwrap_err().contains("must be 1 to 16"));
         assert!(load("", &["plugins.step_failures=1"]).unwrap_err().contains("must be 2 to 1024"));
         assert!(load("", &["plugins.call_timeout_ms=0"]).unwrap_err().contains("must be 1 to 3600000"));

@@ -1,7 +1,10 @@
 //! `[sessions]`: what is kept of conversations, and how much of it?
 
-use super::Bytes;
+use super::{BYTES_MAX, Bytes};
 use serde::{Deserialize, Serialize};
+
+/// The longest that a session which nobody uses is kept; who wants longer says 0.
+const RETENTION_DAYS_MAX: u64 = 36_500;
 
 /// `[sessions]`
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -72,5 +75,20 @@ impl Default for Sessions {
             retention_days: 0,
             background: 4,
         }
+    }
+}
+
+impl Sessions {
+    /// The ranges of its numbers: key, value, least, greatest.
+    pub(super) fn ranges(&self) -> Vec<(String, u64, u64, u64)> {
+        [
+            ("journals_per_user", self.journals_per_user.0, BYTES_MAX),
+            ("journals", self.journals.0, BYTES_MAX),
+            ("kv_per_user", self.kv_per_user.0, BYTES_MAX),
+            ("kv", self.kv.0, BYTES_MAX),
+            ("retention_days", self.retention_days, RETENTION_DAYS_MAX),
+        ]
+        .map(|(key, value, greatest)| (format!("sessions.{key}"), value, 0, greatest))
+        .into()
     }
 }
