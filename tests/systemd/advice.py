@@ -14,8 +14,8 @@ import stat
 
 import doors
 from box import (
-    CAPITAL, CONFIG, DROP_INS, PARIS, as_user, ask, curl, group_file, heard, restart, run, served, shown, text_of, until,
-    until_ready, wish,
+    CAPITAL, CONFIG, DROP_INS, PARIS, as_user, ask, curl, group_file, heard, new_session, restart, run, served, shown,
+    text_of, until, until_ready, wish,
 )
 
 MODEL = "/usr/share/sparsed/models/smollm2-135m-dsa.gguf"
@@ -81,6 +81,32 @@ def the_doctors_advice_makes_a_state_folder_that_is_not_there():
         os.rename(f"{STATE}.away", STATE)
         run("systemctl", "enable", "--now", "sparsed.socket", "sparsed.service")
         restart()
+
+
+def the_doctors_advice_moves_conversations_to_another_folder_and_lets_the_service_write_there():
+    elsewhere = "/srv/sparsed"
+    restart()
+    session = new_session()
+    kept = set(os.listdir(STATE))
+    # Not merely a restart: it would serve without conversations.
+    restart(f'state_dir = "{elsewhere}"\n')
+    status, value = ask("alice", "/v1/sessions", {})
+    assert (status, value["error"]["code"]) == (503, "sessions_away"), f"{status} {value}"
+    try:
+        is_mended("state folder", "fail", "cannot be written by sparsed.service (ProtectSystem=strict)")
+        until_ready()
+        assert ask("alice", f"/v1/sessions/{session}")[0] == 200
+        assert os.listdir(STATE) == ["models"], os.listdir(STATE)
+        assert kept <= {*os.listdir(elsewhere), "models"}, os.listdir(elsewhere)
+        assert ask("alice", f"/v1/sessions/{new_session()}")[0] == 200
+    finally:
+        run("systemctl", "stop", "sparsed.service")
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{DROP_INS}/state.conf")
+            run("cp", "-a", f"{elsewhere}/.", STATE)
+            shutil.rmtree(elsewhere)
+        restart()
+    assert ask("alice", f"/v1/sessions/{session}")[0] == 200
 
 
 def the_doctors_advice_brings_a_model_that_the_sandbox_hides_into_the_store():
@@ -237,6 +263,7 @@ def the_doctors_advice_lets_the_service_open_a_tcp_socket_of_its_own():
 CHECKS = [
     the_doctors_advice_shuts_a_state_folder_that_is_open_to_others,
     the_doctors_advice_makes_a_state_folder_that_is_not_there,
+    the_doctors_advice_moves_conversations_to_another_folder_and_lets_the_service_write_there,
     the_doctors_advice_brings_a_model_that_the_sandbox_hides_into_the_store,
     the_doctors_advice_gives_keys_that_are_roots_alone_to_the_daemons_user,
     the_doctors_advice_brings_a_file_that_the_sandbox_hides_to_where_the_service_sees_it,

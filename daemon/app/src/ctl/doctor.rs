@@ -10,6 +10,7 @@ mod named;
 mod people;
 mod plugins;
 mod service;
+mod state;
 
 use super::client::{own_socket, socket_or_default};
 use super::{print, print_json};
@@ -122,8 +123,8 @@ impl Doctor {
         let config = config.unwrap_or_else(Config::default);
         checks.extend(named::named_files(root, &config, service.as_ref()));
         let paths = if service.is_some() { Paths::of_service(&config) } else { Paths::of(&config) };
-        checks.push(installation::state_folder(&paths.state_dir));
-        checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0));
+        checks.push(state::folder(&paths.state_dir, service.as_ref()));
+        checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0, service.as_ref()));
         checks.push(machine::processor());
         let socket = match &service {
             // Its manager opens it: the configuration does not decide where.

@@ -1,4 +1,4 @@
-//! Is what was installed and configured whole? Configuration, state folder, models.
+//! Is what was installed and configured whole? Configuration, models.
 
 use super::machine::Memory;
 use super::people::shut_at;
@@ -13,7 +13,6 @@ use rustix::io::Errno;
 use sparsed_model::Inspection;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// Stands for whichever hub there is.
@@ -143,42 +142,12 @@ fn pulls_again(is_of_service: bool, name: &str, source: &str) -> String {
 }
 
 /// A word for the shell.
-fn quoted(word: &str) -> String {
+pub(super) fn quoted(word: &str) -> String {
     let is_plain = |letter: char| letter.is_ascii_alphanumeric() || "/:._-@%+,=".contains(letter);
     match word.chars().all(is_plain) {
         true => word.to_owned(),
         false => format!("'{}'", word.replace('\'', "'\\''")),
     }
-}
-
-/// Whether the daemon could keep its state, if it ran as whoever asks.
-pub(super) fn state_folder(dir: &Path) -> Check {
-    const NAME: &str = "state folder";
-    let shown = dir.display();
-    let Ok(found) = dir.metadata() else {
-        // The daemon makes it where it may.
-        let above = dir.ancestors().skip(1).find(|above| above.exists()).unwrap_or_else(|| Path::new("/"));
-        return match rustix::fs::access(above, Access::WRITE_OK) {
-            Ok(()) => Check::ok(NAME, format!("{shown} is not there yet; the daemon makes it")),
-            Err(_) => {
-                let found = format!("{shown} is not there, and you may not make it");
-                Check::fail(NAME, found, format!("sudo install -d -m 0700 -o sparsed -g sparsed {shown}"))
-            }
-        };
-    };
-    if !found.is_dir() {
-        return Check::fail(NAME, format!("{shown} is no folder"), format!("sudo mv {shown} {shown}.away"));
-    }
-    if rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_err() {
-        let found = format!("{shown} cannot be written by you");
-        // Right for other users; what the daemon may do, its own user sees.
-        return Check::warn(NAME, found, "sudo -u sparsed sparsectl doctor");
-    }
-    if found.permissions().mode() & 0o077 != 0 {
-        let found = format!("{shown} is open to others (mode {:o})", found.permissions().mode() & 0o777);
-        return Check::warn(NAME, found, format!("chmod 0700 {shown}"));
-    }
-    Check::ok(NAME, shown.to_string())
 }
 
 /// Whether each configured model can be read and served, and whether it fits; with `full` whether all of it can be
@@ -307,19 +276,7 @@ mod tests {
     use super::*;
     use crate::config::Model;
     use std::fs;
-
-    #[test]
-    fn an_open_state_folder_and_a_file_in_its_place_are_told() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let open = state_folder(dir.path());
-        assert_eq!((open.verdict, open.fix), (Verdict::Warn, Some(format!("chmod 0700 {}", dir.path().display()))));
-        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        assert_eq!(state_folder(dir.path()).verdict, Verdict::Ok);
-        fs::write(dir.path().join("file"), "").unwrap();
-        assert_eq!(state_folder(&dir.path().join("file")).verdict, Verdict::Fail);
-        assert_eq!(state_folder(&dir.path().join("not/yet")).verdict, Verdict::Ok);
-    }
+    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn a_model_that_is_absent_or_cut_is_told_by_name() {

@@ -3,7 +3,8 @@
 //! What the kernel says is read below a root folder, so that tests can have another machine.
 
 use super::service::Service;
-use super::{Check, sets, size};
+use super::state::{ELSEWHERE, moves};
+use super::{Check, OPERATORS_FILE, sets, size};
 use crate::memory::{kib_in, room};
 use sparsed_session::DATE_MIN_S;
 use std::fs;
@@ -126,7 +127,7 @@ pub(super) fn largest_model(memory: &Memory) -> Check {
 }
 
 /// Whether conversations have room, and how long a durable write takes.
-pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
+pub(super) fn disk(state_dir: &Path, kv_quota: u64, service: Option<&Service>) -> Vec<Check> {
     let Some(dir) = state_dir.ancestors().find(|dir| dir.is_dir()) else { return Vec::new() };
     let mut checks = Vec::new();
     if let Ok(found) = rustix::fs::statvfs(dir) {
@@ -147,17 +148,28 @@ pub(super) fn disk(state_dir: &Path, kv_quota: u64) -> Vec<Check> {
         file.sync_all()?;
         Ok(start.elapsed())
     });
-    match written {
-        Ok(time) if time > PROBE_SLOW => checks.push(Check::warn(
-            "disk speed",
-            format!("1 MiB takes {} ms until it is safe", time.as_millis()),
-            sets("state_dir on a faster disk, or sessions.durability = \"none\", which a power cut makes forget more"),
-        )),
-        Ok(time) => checks.push(Check::ok("disk speed", format!("1 MiB is safe after {} ms", time.as_millis()))),
-        // Whether the daemon may write is another check's matter.
-        Err(_) => {}
-    }
+    // Whether the daemon may write is another check's matter.
+    checks.extend(written.ok().map(|time| disk_speed(time, state_dir, service)));
     checks
+}
+
+/// `time`: what the probe took.
+fn disk_speed(time: Duration, state_dir: &Path, service: Option<&Service>) -> Check {
+    const NAME: &str = "disk speed";
+    let lasts = "sessions.durability = \"none\", which a power cut makes forget more";
+    if time <= PROBE_SLOW {
+        return Check::ok(NAME, format!("1 MiB is safe after {} ms", time.as_millis()));
+    }
+    let fix = match service {
+        Some(_) => format!(
+            "sudoedit {OPERATORS_FILE}: state_dir = \"{ELSEWHERE}\", then {}; another folder on a faster disk does as \
+             well; another way: {}",
+            moves(state_dir, Path::new(ELSEWHERE)),
+            sets(lasts)
+        ),
+        None => sets(&format!("state_dir on a faster disk, or {lasts}")),
+    };
+    Check::warn(NAME, format!("1 MiB takes {} ms until it is safe", time.as_millis()), fix)
 }
 
 /// Who keeps a clock right, and what shows that he runs.
@@ -331,6 +343,19 @@ pub(super) mod tests {
         assert_eq!((found.free, found.held), (800_000, 0));
         let gone = Memory::of(root.path(), None, None).unwrap();
         assert_eq!((gone.free, gone.held), (2 << 20, 0));
+    }
+
+    /// Only a setting would leave the service without its conversations: its sandbox is opened, and they are moved.
+    #[test]
+    fn a_slow_disk_is_told_with_all_that_moves_the_services_state_to_another() {
+        let fix = |time, service: Option<&Service>| disk_speed(time, Path::new("/var/lib/sparsed"), service).fix;
+        assert_eq!(fix(PROBE_SLOW, Some(&service())), None);
+        let slow = fix(2 * PROBE_SLOW, Some(&service())).unwrap();
+        let moves = moves(Path::new("/var/lib/sparsed"), Path::new("/srv/sparsed"));
+        let sets = "sudoedit /etc/sparsed/config.toml: state_dir = \"/srv/sparsed\", then ";
+        assert!(slow.starts_with(&format!("{sets}{moves}; another ")) && slow.contains("durability"), "{slow}");
+        // A daemon that is somebody's own is in no sandbox.
+        assert!(!fix(2 * PROBE_SLOW, None).unwrap().contains("ReadWritePaths"));
     }
 
     #[test]

@@ -12,16 +12,21 @@ const SOCKET: &str = "sparsed.socket";
 const TCP_SOCKET: &str = "sparsed-tcp.socket";
 /// The drop-in that lets the service reach networks.
 const NETWORK: &str = "/usr/share/sparsed/examples/network.conf";
+/// Where an operator's drop-ins of it are.
+const DROP_INS: &str = "/etc/systemd/system/sparsed.service.d";
 /// Where there is systemd.
 const MANAGER: &str = "run/systemd/system";
 /// What is asked. A property that the manager does not know is left out of its answer.
 const PROPERTIES: &str = "--property=LoadState,ActiveState,MainPID,ControlGroup,PrivateDevices,PrivateNetwork,DevicePolicy,\
                           DeviceAllow,SupplementaryGroups,ProtectHome,PrivateTmp,InaccessiblePaths,\
-                          BindPaths,BindReadOnlyPaths";
+                          BindPaths,BindReadOnlyPaths,ProtectSystem,ReadWritePaths,StateDirectory";
 /// What `ProtectHome=` hides.
 const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
 /// What `PrivateTmp=` hides.
 const TEMPORARY: [&str; 2] = ["/tmp", "/var/tmp"];
+
+/// Below it are the folders of `StateDirectory=`.
+const STATES: &str = "/var/lib";
 
 /// Why a service does not run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +66,10 @@ pub(super) struct Service {
     pub(super) hidden: Vec<(PathBuf, String)>,
     /// What is there all the same: `BindPaths=` and `BindReadOnlyPaths=`.
     pub(super) shown: Vec<PathBuf>,
+    /// `ProtectSystem=strict`: only what is below `writable` can be written.
+    pub(super) is_read_only: bool,
+    /// `ReadWritePaths=`, `StateDirectory=` and `BindPaths=`.
+    pub(super) writable: Vec<PathBuf>,
     /// Names of the credentials that it is handed.
     pub(super) credentials: Vec<String>,
 }
@@ -111,14 +120,24 @@ impl Service {
                 "ProtectHome" if matches!(value, "yes" | "tmpfs") => found.hide(&HOMES, name, value),
                 "PrivateTmp" if value != "no" => found.hide(&TEMPORARY, name, value),
                 "InaccessiblePaths" => {
-                    let paths: Vec<&str> =
-                        value.split_whitespace().map(|path| path.trim_start_matches(['-', '+'])).collect();
-                    found.hide(&paths, name, "");
+                    let paths = paths(value).map(|path| (path, format!("{name}=")));
+                    found.hidden.extend(paths);
                 }
                 // Each is SOURCE:DESTINATION:OPTIONS.
                 "BindPaths" | "BindReadOnlyPaths" => {
                     let destinations = value.split_whitespace().filter_map(|bind| bind.split(':').nth(1));
-                    found.shown.extend(destinations.map(PathBuf::from));
+                    let destinations: Vec<PathBuf> = destinations.map(PathBuf::from).collect();
+                    if name == "BindPaths" {
+                        found.writable.extend(destinations.iter().cloned());
+                    }
+                    found.shown.extend(destinations);
+                }
+                "ProtectSystem" => found.is_read_only = value == "strict",
+                "ReadWritePaths" => found.writable.extend(paths(value)),
+                // Newer versions have links to it behind a colon.
+                "StateDirectory" => {
+                    let names = value.split_whitespace().filter_map(|names| names.split(':').next());
+                    found.writable.extend(names.map(|name| Path::new(STATES).join(name)));
                 }
                 "SupplementaryGroups" => found.groups.extend(value.split_whitespace().map(str::to_owned)),
                 _ => {}
@@ -133,12 +152,13 @@ impl Service {
 
     /// The setting by which `path`, links followed, is not there for it.
     pub(super) fn hides(&self, path: &Path) -> Option<&str> {
-        let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-        let is_in = |folder: &Path| {
-            path.starts_with(folder) || folder.canonicalize().is_ok_and(|folder| path.starts_with(folder))
-        };
-        let hidden = self.hidden.iter().find(|(hidden, _)| is_in(hidden));
-        hidden.filter(|_| !self.shown.iter().any(|shown| is_in(shown))).map(|(_, setting)| setting.as_str())
+        let hidden = self.hidden.iter().find(|(hidden, _)| is_below(path, hidden));
+        hidden.filter(|_| !self.shown.iter().any(|shown| is_below(path, shown))).map(|(_, setting)| setting.as_str())
+    }
+
+    /// Whether its sandbox lets it write below `folder`, links followed.
+    pub(super) fn may_write(&self, folder: &Path) -> bool {
+        !self.is_read_only || self.writable.iter().any(|writable| is_below(folder, writable))
     }
 
     /// What keeps its user from reading `file`, as a sentence's end.
@@ -186,6 +206,17 @@ fn listens(said: &str) -> Option<PathBuf> {
     said.lines().find_map(path)
 }
 
+/// The paths of a setting, each of which may begin with signs.
+fn paths(value: &str) -> impl Iterator<Item = PathBuf> {
+    value.split_whitespace().map(|path| PathBuf::from(path.trim_start_matches(['-', '+'])))
+}
+
+/// Whether `path` is `folder` or lies below it, links of either followed.
+fn is_below(path: &Path, folder: &Path) -> bool {
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    path.starts_with(folder) || folder.canonicalize().is_ok_and(|folder| path.starts_with(folder))
+}
+
 /// The credentials that lines of a unit hand over, by their names or the beginnings of such.
 fn credentials(unit: &str) -> Vec<String> {
     let settings = unit.lines().filter_map(|line| line.trim().split_once('='));
@@ -203,10 +234,19 @@ fn credentials(unit: &str) -> Vec<String> {
     names.filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
+/// What lets the service write below `folder`, a word for the shell.
+pub(super) fn lets_write(folder: &str) -> String {
+    // What is not there is left out: the service starts without it, as it does where a disk is away.
+    format!(
+        "sudo install -d {DROP_INS} && printf '[Service]\\nReadWritePaths=\"-%s\"\\n' {folder} | \
+         sudo tee {DROP_INS}/state.conf && sudo systemctl daemon-reload && sudo systemctl restart sparsed"
+    )
+}
+
 /// What gives the service a drop-in that is shipped.
 pub(super) fn drops_in(file: &str) -> String {
     format!(
-        "sudo install -D -m 0644 -t /etc/systemd/system/sparsed.service.d {file} && sudo systemctl daemon-reload && \
+        "sudo install -D -m 0644 -t {DROP_INS} {file} && sudo systemctl daemon-reload && \
          sudo systemctl restart sparsed"
     )
 }
@@ -268,6 +308,24 @@ mod tests {
         std::os::unix::fs::symlink("/root", dir.path().join("models")).unwrap();
         let elsewhere = service("ProtectHome=tmpfs\n");
         assert_eq!(elsewhere.hides(&dir.path().join("models")), Some("ProtectHome=tmpfs"));
+    }
+
+    #[test]
+    fn what_the_sandbox_lets_it_write_is_known_by_any_of_its_settings() {
+        let service = |said: &str| Service::parse(&format!("LoadState=loaded\n{said}")).unwrap();
+        let may = |said: &str, folder: &str| service(said).may_write(Path::new(folder));
+        let packaged = "ReadWritePaths=-/var/lib/sparsed\nProtectSystem=strict\n";
+        assert!(may(packaged, "/var/lib/sparsed") && may(packaged, "/var/lib/sparsed/mqtt"));
+        assert!(!may(packaged, "/var/lib/sparsed2") && !may(packaged, "/srv/sparsed"));
+        for (more, folder) in [
+            ("ReadWritePaths=+/srv\n", "/srv/sparsed"),
+            ("StateDirectory=x:y\n", "/var/lib/x"),
+            ("BindPaths=/data:/srv:rbind\n", "/srv/sparsed"),
+        ] {
+            assert!(may(&format!("{packaged}{more}"), folder), "{more}");
+        }
+        assert!(!may(&format!("{packaged}BindReadOnlyPaths=/data:/srv:rbind\n"), "/srv"));
+        assert!(may("ProtectSystem=full\n", "/srv") && may("", "/srv"));
     }
 
     #[test]
