@@ -6,6 +6,7 @@ What is missing is taken away by a drop-in of the service; the journal's words a
 import os
 import pwd
 
+from advice import checks, typed
 from box import (
     CAPITAL, PARIS, ask, group_file, last_message, new_session, restart, run, served, shown, text_of, until, until_ready,
 )
@@ -79,6 +80,10 @@ def without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_
         assert text_of(served("alice", "/v1/chat/completions", CAPITAL)) == PARIS
         status, value = ask("alice", "/v1/sessions", {})
         assert (status, value["error"]["code"]) == (503, "sessions_away"), f"{status} {value}"
+        # The catalogue sends whoever reads the log to the doctor.
+        found = checks()
+        assert all(found[name]["verdict"] == "fail" for name in ("state folder", "sessions")), found
+        assert "is not mounted" in found["state folder"]["found"] and "disk speed" not in found, found
         # Nor is a model put where the partition would hide it.
         said = run("sparsectl", "model", "pull", f"file:{MODEL}", "--name", "below", check=False)
         assert "is not mounted" in said and not os.path.exists("/var/lib/sparsed/models/names/below.json"), said
@@ -86,8 +91,10 @@ def without_the_partition_of_its_state_it_serves_the_rest_and_has_conversations_
         with open(FSTAB, "w") as file:
             file.write(before + line.format("mode=0755"))
         run("systemctl", "daemon-reload")
-        run("systemctl", "start", mount)
+        typed(found["state folder"]["fix"])
         until("conversations are kept", lambda: ask("alice", "/v1/sessions", {})[0] == 201)
+        found = checks()
+        assert found["state folder"]["verdict"] == "ok" and "sessions" not in found, found
         stat = os.stat("/var/lib/sparsed")
         assert (stat.st_uid, stat.st_mode & 0o777) == (owner.pw_uid, 0o700), oct(stat.st_mode)
         # Those of the partition, not those that lie below it.

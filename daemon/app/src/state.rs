@@ -16,8 +16,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// What is to be mounted on this machine.
-const MOUNTS: &str = "/etc/fstab";
+/// What is to be mounted on this machine, below its root.
+const MOUNTS: &str = "etc/fstab";
 
 /// The lock of the folder, once it is there; dropped with its last clone. One daemon per state folder.
 #[derive(Clone, Debug, Default)]
@@ -97,10 +97,18 @@ impl StateLock {
 /// # Errors
 /// The mount that is away.
 pub(crate) fn check_mounted(dir: &Path) -> io::Result<()> {
-    let mounts = std::fs::read_to_string(MOUNTS).unwrap_or_default();
-    let Some(point) = bare_mount_point(&mounts, dir) else { return Ok(()) };
-    let reason = format!("{} is not mounted, which {MOUNTS} has", point.display());
-    Err(io::Error::new(io::ErrorKind::NotFound, reason))
+    let Some(point) = unmounted(Path::new("/"), dir) else { return Ok(()) };
+    Err(io::Error::new(io::ErrorKind::NotFound, is_away(&point)))
+}
+
+/// The mount point at `dir` or above it where nothing is mounted although the machine with this root has a line for it.
+pub(crate) fn unmounted(root: &Path, dir: &Path) -> Option<PathBuf> {
+    bare_mount_point(&std::fs::read_to_string(root.join(MOUNTS)).unwrap_or_default(), dir)
+}
+
+/// What is wrong with a mount point that is [`unmounted`].
+pub(crate) fn is_away(point: &Path) -> String {
+    format!("{} is not mounted, which /{MOUNTS} has", point.display())
 }
 
 fn lock(dir: &Path) -> anyhow::Result<File> {

@@ -102,6 +102,11 @@ impl Sessions {
         self.usage.look()
     }
 
+    /// Whether there are none because their disk is not there yet.
+    pub fn are_away(&self) -> bool {
+        self.absence.lasts()
+    }
+
     /// All sessions of `owner`, the one used last first.
     ///
     /// # Errors

@@ -45,9 +45,11 @@ fn a_state_folder_that_comes_late_is_taken_up_without_a_restart() {
     let refused = new_session(&daemon);
     assert_eq!(code(&refused), (503, json!("sessions_away")), "{}", refused.body);
     assert!(refused.head.to_ascii_lowercase().contains("retry-after: "), "{}", refused.head);
+    assert_eq!(daemon.get("/v1/status").json()["sessions_away"], true);
     assert!(!daemon.log().contains("connected to the MQTT broker"), "{}", daemon.log());
     std::fs::create_dir(&partition).unwrap();
     let session = first_session(&daemon);
+    assert_eq!(daemon.get("/v1/status").json()["sessions_away"], false);
     assert_eq!(chat(&daemon, Some(&session)).status, 200);
     daemon.wait_until("on MQTT", || daemon.log().contains("connected to the MQTT broker"));
     daemon.kill_and_restart(&sets);

@@ -123,8 +123,11 @@ impl Doctor {
         let config = config.unwrap_or_else(Config::default);
         checks.extend(named::named_files(root, &config, service.as_ref()));
         let paths = if service.is_some() { Paths::of_service(&config) } else { Paths::of(&config) };
-        checks.push(state::folder(&paths.state_dir, service.as_ref()));
-        checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0, service.as_ref()));
+        checks.push(state::folder(root, &paths.state_dir, service.as_ref()));
+        // Another disk's room and speed would be told.
+        if crate::state::unmounted(root, &paths.state_dir).is_none() {
+            checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0, service.as_ref()));
+        }
         checks.push(machine::processor());
         let socket = match &service {
             // Its manager opens it: the configuration does not decide where.
@@ -153,6 +156,7 @@ impl Doctor {
         checks.extend(machine::temperature(root));
         checks.extend(access::daemon(&socket, service.as_ref())?);
         checks.extend(doors::socket_path(&config, service.as_ref()));
+        checks.extend(status.as_ref().and_then(state::sessions_away));
         checks.extend(doors::message_bus(root, &config, service.as_ref())?);
         checks.extend(doors::tcp(&config.tcp, service.as_ref()));
         checks.extend(doors::broker(&config.mqtt, service.as_ref()));

@@ -4,7 +4,9 @@ use super::load;
 use crate::refusal::Refusal;
 use serde_json::{Value, json};
 use sparsed_engine::api::{Failure, Owner, Reach, UpstreamStatus};
-use sparsed_engine::{DEFAULT_MODEL, DeviceState, DeviceStatus, Held, ModelState, ModelStatus, ServedModel, Service};
+use sparsed_engine::{
+    DEFAULT_MODEL, DeviceState, DeviceStatus, Held, ModelState, ModelStatus, ServedModel, Service, Sessions,
+};
 
 /// The model `name` of this box for `owner`, loaded if it is not there, and kept as long as what this answers. Dropped,
 /// nobody waits any more.
@@ -130,6 +132,7 @@ pub(crate) fn status(service: &Service, asker: Owner) -> Value {
         "device": device_status(&service.device()),
         "memory": load::memory(service),
         "sessions": load::sessions(service),
+        "sessions_away": service.sessions().is_ok_and(Sessions::are_away),
         "models": models,
     })
 }

@@ -1,10 +1,12 @@
-//! Has the daemon a folder for what must survive?
+//! Has the daemon a folder for what must survive, and does it keep conversations there?
 
 use super::installation::{AS_DAEMON, quoted};
 use super::people::USER;
 use super::service::{Service, lets_write};
 use super::{Check, sets};
+use crate::state::{is_away, unmounted};
 use rustix::fs::Access;
+use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -25,9 +27,13 @@ pub(super) fn moves(from: &Path, to: &Path) -> String {
 }
 
 /// Whether the service could keep its state in `dir`, or else a daemon that whoever asks runs.
-pub(super) fn folder(dir: &Path, service: Option<&Service>) -> Check {
+pub(super) fn folder(root: &Path, dir: &Path, service: Option<&Service>) -> Check {
     const NAME: &str = "state folder";
     let shown = dir.display();
+    if let Some(point) = unmounted(root, dir) {
+        let fix = format!("sudo mount {}, or mend its line: sudoedit /etc/fstab", quoted(&point.display().to_string()));
+        return Check::fail(NAME, is_away(&point), fix);
+    }
     if let Some(service) = service {
         if let Some(setting) = service.hides(dir) {
             let found = format!("{shown} is not there for sparsed.service ({setting})");
@@ -70,9 +76,17 @@ fn absent(name: &str, dir: &Path, service: Option<&Service>) -> Check {
     }
 }
 
+/// What a daemon says that keeps no conversations, since it cannot use its folder.
+pub(super) fn sessions_away(status: &Value) -> Option<Check> {
+    let found = "the daemon keeps none, and answers 503 sessions_away: it cannot use its state folder";
+    let why = "sudo journalctl -u sparsed -b -g 'state folder'; sudo -u sparsed sparsectl doctor";
+    (status["sessions_away"] == true).then(|| Check::fail("sessions", found, why))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
+    use super::super::machine::tests::machine;
     use super::*;
     use std::fs;
     use std::path::PathBuf;
@@ -81,13 +95,33 @@ mod tests {
     fn an_open_state_folder_and_a_file_in_its_place_are_told() {
         let dir = tempfile::tempdir().unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        let open = folder(dir.path(), None);
+        let open = folder(Path::new("/"), dir.path(), None);
         assert_eq!((open.verdict, open.fix), (Verdict::Warn, Some(format!("chmod 0700 {}", dir.path().display()))));
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o700)).unwrap();
-        assert_eq!(folder(dir.path(), None).verdict, Verdict::Ok);
+        assert_eq!(folder(Path::new("/"), dir.path(), None).verdict, Verdict::Ok);
         fs::write(dir.path().join("file"), "").unwrap();
-        assert_eq!(folder(&dir.path().join("file"), None).verdict, Verdict::Fail);
-        assert_eq!(folder(&dir.path().join("not/yet"), None).verdict, Verdict::Ok);
+        assert_eq!(folder(Path::new("/"), &dir.path().join("file"), None).verdict, Verdict::Fail);
+        assert_eq!(folder(Path::new("/"), &dir.path().join("not/yet"), None).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_folder_whose_partition_is_away_fails_with_what_mounts_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path().canonicalize().unwrap();
+        let root = machine(&[("etc/fstab", &format!("LABEL=state {} ext4 nofail 0 2\n", top.display()))]);
+        fs::set_permissions(&top, fs::Permissions::from_mode(0o700)).unwrap();
+        let away = folder(root.path(), &top, None);
+        assert_eq!((away.verdict, folder(machine(&[]).path(), &top, None).verdict), (Verdict::Fail, Verdict::Ok));
+        assert_eq!(away.found, format!("{} is not mounted, which /etc/fstab has", top.display()));
+        assert!(away.fix.unwrap().starts_with(&format!("sudo mount {}, or ", top.display())));
+    }
+
+    #[test]
+    fn a_daemon_that_keeps_no_conversations_for_want_of_its_folder_fails() {
+        let said = sessions_away(&serde_json::json!({ "sessions_away": true, "sessions": null })).unwrap();
+        assert_eq!((said.name.as_str(), said.verdict), ("sessions", Verdict::Fail));
+        assert_eq!(sessions_away(&serde_json::json!({ "sessions_away": false, "sessions": null })), None);
+        assert_eq!(sessions_away(&Value::Null), None);
     }
 
     #[test]
@@ -95,20 +129,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let to = dir.path().join("a b");
         let mut service = Service { is_read_only: true, writable: vec![PathBuf::from(OWN)], ..Service::default() };
-        let said = folder(&to, Some(&service));
+        let said = folder(Path::new("/"), &to, Some(&service));
         assert_eq!(said.verdict, Verdict::Fail);
         let (fix, to_word) = (said.fix.unwrap(), format!("'{}'", to.display()));
         assert!(fix.starts_with("sudo systemctl stop sparsed && ") && fix.ends_with("restart sparsed"), "{fix}");
         assert!(fix.contains("find -H /var/lib/sparsed ") && fix.contains(&format!("mv -n -t {to_word} ")), "{fix}");
         assert!(fix.contains(&format!("ReadWritePaths=\"-%s\"\\n' {to_word} | ")), "{fix}");
         service.writable.push(to.clone());
-        let missing = folder(&to, Some(&service));
+        let missing = folder(Path::new("/"), &to, Some(&service));
         assert!(missing.verdict == Verdict::Fail && missing.fix.unwrap().ends_with("restart sparsed"));
         fs::create_dir(&to).unwrap();
         fs::set_permissions(&to, fs::Permissions::from_mode(0o700)).unwrap();
-        assert_eq!(folder(&to, Some(&service)).verdict, Verdict::Ok);
+        assert_eq!(folder(Path::new("/"), &to, Some(&service)).verdict, Verdict::Ok);
         service.hidden.push((dir.path().to_owned(), "ProtectHome=yes".to_owned()));
-        let hidden = folder(&to, Some(&service));
+        let hidden = folder(Path::new("/"), &to, Some(&service));
         assert!(hidden.verdict == Verdict::Fail && hidden.found.contains("(ProtectHome=yes)"), "{hidden:?}");
     }
 }
