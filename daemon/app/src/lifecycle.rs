@@ -198,7 +198,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
         // Longer than running answers have, so that clients hear why theirs was cut off.
         stop_timeout: Duration::from_secs(config.limits.stop_s) + 2 * LAST_TASKS,
     };
-    log::info!(socket:% = address, state_dir:% = paths.state_dir.display(); "listening");
+    log::info!(address:%, state_dir:% = paths.state_dir.display(); "listening");
     // The engine thread is waited for on a thread of its own: a blocking-pool place would be lost to tokenizing.
     let (ended, mut engine_end) = tokio::sync::oneshot::channel();
     std::thread::Builder::new().name("engine-end".to_owned()).spawn(move || {

@@ -46,7 +46,7 @@ impl TcpSockets {
             addresses.push(address);
         }
         for address in addresses {
-            log::info!(tcp:% = address; "listening");
+            log::info!(address:%; "listening");
         }
         Ok(Some(Self { listeners, keys }))
     }

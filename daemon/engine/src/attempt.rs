@@ -147,7 +147,9 @@ pub(crate) fn compute(executor: &mut dyn Executor, batch: &Batch) -> Result<Comp
         if !nobody || !executor.examine(is_call)? {
             return Ok(computed);
         }
-        log::warn!("step failed for all its sequences, which may be the device's fault: trying again");
+        // Of sequences that fail together one says what all would.
+        let reason = computed.failed.first().map(|(_, error)| error.to_string()).unwrap_or_default();
+        log::warn!(reason:%; "step failed for all its sequences, which may be the device's fault: trying again");
     }
 }
 

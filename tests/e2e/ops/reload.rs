@@ -184,7 +184,7 @@ fn api_keys_are_exchanged_without_a_restart_and_broken_ones_leave_the_old() {
     let text = format!("[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n", keys.display());
     let mut here = Operated::start(&text, &[], &[]);
     let log = here.daemon.log();
-    let port = log.split("tcp=127.0.0.1:").nth(1).unwrap();
+    let port = log.split(" address=127.0.0.1:").nth(1).unwrap();
     let port: u16 = port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap();
     let status = |key: &str| {
         let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();

@@ -40,7 +40,7 @@ fn two_daemons(dir: &Path) -> (Daemon, Daemon) {
     let sets = ["tcp.listen=127.0.0.1:0".to_owned(), format!("tcp.keys={}", keys.display())];
     let there = Daemon::start(&chatty::write(dir), &strs(&sets));
     let log = there.log();
-    let port = log.split("tcp=127.0.0.1:").nth(1).expect("the log names the port");
+    let port = log.split(" address=127.0.0.1:").nth(1).expect("the log names the port");
     let port: String = port.chars().take_while(char::is_ascii_digit).collect();
     let sets = [
         format!("model.big.upstream=http://127.0.0.1:{port}/v1"),

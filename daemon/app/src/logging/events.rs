@@ -186,6 +186,7 @@ pub(super) const EVENTS: &[Event] = &[
 
 #[cfg(test)]
 mod tests {
+    use super::super::journal::field;
     use super::*;
     use std::collections::BTreeSet;
     use std::path::{Path, PathBuf};
@@ -226,28 +227,78 @@ mod tests {
         assert_eq!(entries.next(), None);
     }
 
-    /// Texts of lines in a source file from `macros` on: the last string of each call.
-    fn logged(source: &str, macros: &[&str]) -> Vec<String> {
+    /// A call that logs, as it is written.
+    #[derive(Debug, Default)]
+    struct Logged {
+        /// Its last string.
+        text: String,
+        /// Names of its values; what else stands before the semicolon may be among them.
+        keys: Vec<String>,
+    }
+
+    /// The calls in a source file that begin with one of `macros`.
+    fn logged(source: &str, macros: &[&str]) -> Vec<Logged> {
         let code = source.split("#[cfg(test)]\nmod tests").next().unwrap();
-        let mut texts = Vec::new();
+        let mut calls = Vec::new();
         for (at, name) in macros.iter().flat_map(|name| code.match_indices(name)) {
-            let (mut depth, mut text, mut last) = (1, None::<String>, String::new());
+            let (mut depth, mut text, mut call) = (1, None::<String>, Logged::default());
+            let (mut value, mut values) = (String::new(), Vec::new());
             let mut letters = code[at + name.len()..].chars();
             while depth > 0 {
                 let letter = letters.next().unwrap();
                 match (&mut text, letter) {
                     (Some(inside), '\\') => inside.extend(letters.next()),
-                    (Some(_), '"') => last = text.take().unwrap(),
+                    (Some(_), '"') => call.text = text.take().unwrap(),
                     (Some(inside), letter) => inside.push(letter),
                     (None, '"') => text = Some(String::new()),
-                    (None, '(') => depth += 1,
-                    (None, ')') => depth -= 1,
-                    (None, _) => {}
+                    (None, '(' | '[' | '{') => depth += 1,
+                    (None, ')' | ']' | '}') => depth -= 1,
+                    (None, ',' | ';') if depth == 1 => values.push(std::mem::take(&mut value)),
+                    (None, letter) => value.push(letter),
+                }
+                if letter == ';' && depth == 1 && text.is_none() {
+                    call.keys = values.iter().map(|value| key_of(value)).collect();
                 }
             }
-            texts.push(last);
+            calls.push(call);
         }
-        texts
+        calls
+    }
+
+    /// The name of a value in a call that logs, as `reason:% = error`.
+    fn key_of(value: &str) -> String {
+        value.trim().chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect()
+    }
+
+    /// The fields whose values the text of an event in the catalogue has.
+    fn quoted(event: &Event) -> Vec<&'static str> {
+        let entry = CATALOGUE.split("\n-- ").find(|entry| entry.starts_with(event.id)).unwrap();
+        entry.split('@').filter(|word| word.starts_with("SPARSED_")).collect()
+    }
+
+    /// The journal shows a field's name where its value is to be and there is none.
+    #[test]
+    fn each_line_has_the_values_that_its_explanation_quotes() {
+        let macros = ["log::error!(", "log::warn!(", "log::info!(", "log::debug!(", "log::log!("];
+        let mut files = Vec::new();
+        sources(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/..")), &mut files);
+        let mut n = 0;
+        for path in &files {
+            for call in logged(&std::fs::read_to_string(path).unwrap(), &macros) {
+                let Some(event) = EVENTS.iter().find(|event| event.text == call.text) else { continue };
+                n += 1;
+                let fields: Vec<String> = call.keys.iter().map(|key| field(key)).collect();
+                for quoted in quoted(event) {
+                    assert!(fields.iter().any(|field| field == quoted), "{}: {call:?}: {quoted}", path.display());
+                }
+            }
+        }
+        assert!(n > 100, "{n} lines were found");
+        // What a plugin says has no values.
+        let relayed = |event: &&Event| RELAYED.contains(&event.text);
+        assert!(EVENTS.iter().filter(relayed).all(|event| quoted(event).is_empty()));
+        let call = logged("log::log!(level, a:% = f(x, \"y; z\"), b; \"c\")", &macros).remove(0);
+        assert_eq!((call.keys.as_slice(), call.text.as_str()), (&["level", "a", "b"].map(str::to_owned)[..], "c"));
     }
 
     /// What is wrong is explained, whoever says it. Below `warn` it is whoever writes a line who decides.
@@ -261,7 +312,7 @@ mod tests {
             let source = std::fs::read_to_string(path).unwrap();
             // A macro under another name would not be seen.
             assert!(!source.contains(" warn!(") && !source.contains(" error!("), "{}", path.display());
-            for text in logged(&source, &macros) {
+            for Logged { text, .. } in logged(&source, &macros) {
                 n += 1;
                 // What plugins say.
                 let is_relayed = ["{message}", "{line}"].contains(&text.as_str());
@@ -271,7 +322,7 @@ mod tests {
         }
         assert!(n > 60, "{n} lines were found");
         let found = logged("log::warn!(a = f(\")\"); \"a \\\"b\"); #[cfg(test)]\nmod tests log::warn!(", &macros);
-        assert_eq!(found, ["a \"b"]);
+        assert!(found.len() == 1 && found[0].text == "a \"b", "{found:?}");
     }
 
     /// The text of an event is what some line says, so that a line that is worded anew does not lose its id unseen.

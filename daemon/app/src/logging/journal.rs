@@ -37,6 +37,15 @@ impl Log for Journal {
     fn flush(&self) {}
 }
 
+/// The field that a value called `key` is.
+pub(super) fn field(key: &str) -> String {
+    let name = match key {
+        "request" => "REQUEST_ID".to_owned(),
+        key => key.to_ascii_uppercase(),
+    };
+    format!("{PREFIX}{name}")
+}
+
 /// A line as the journal has it.
 #[derive(Debug, Default)]
 struct Line {
@@ -67,11 +76,7 @@ impl<'kvs> VisitSource<'kvs> for Line {
         }
         // A String takes all.
         let _whole = write!(self.text, " {key}={value}").is_ok();
-        let name = match key.as_str() {
-            "request" => "REQUEST_ID".to_owned(),
-            key => key.to_ascii_uppercase(),
-        };
-        self.fields.push((format!("{PREFIX}{name}"), value));
+        self.fields.push((field(key.as_str()), value));
         Ok(())
     }
 }
