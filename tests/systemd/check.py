@@ -143,6 +143,18 @@ def the_tcp_socket_is_opt_in_and_asks_for_a_key():
     door = ("-H", "Authorization: Bearer 0123456789abcdef0123456789abcdef", "-H", "Content-Type: application/json", address)
     said = text_of(served("mallory", "/v1/chat/completions", CAPITAL, door=door))
     assert said == PARIS, said
+    # It is taken back: after a reload either that holds, or the log does not claim it.
+    with open(keys, "w") as file:
+        file.write("hall fedcba9876543210fedcba9876543210\n")
+    told = journal().count("configuration reloaded")
+    run("systemctl", "reload", "sparsed.service")
+    until("it has reloaded", lambda: journal().count("configuration reloaded") > told)
+    last = journal().rpartition("configuration reloaded")[2]
+    is_good = ask("mallory", "/v1/models", door=door)[0] == 200
+    assert is_good == ("a restart is needed for API keys" in last), last
+    run("systemctl", "restart", "sparsed.service")
+    until_ready()
+    assert ask("mallory", "/v1/models", door=door)[0] == 401
     run("systemctl", "stop", "sparsed.service", "sparsed-tcp.socket")
     os.remove(keys)
     restart()

@@ -6,6 +6,7 @@
 use crate::assemble::{Assembly, engine_limits};
 use crate::config::{Config, Difference, Paths, Source};
 use crate::mqtt::Tuning;
+use crate::tcp::CREDENTIAL;
 use crate::{logging, tcp, upstream};
 use anyhow::Context;
 use sparsed_engine::Service;
@@ -40,6 +41,8 @@ pub struct Reloaded {
     unused: Vec<Difference>,
     /// API keys that were read again.
     n_keys: Option<usize>,
+    /// They are a credential's, and what they were: others would be handed over at the next start only.
+    keys_stay: bool,
     /// KV pools cannot grow as far as they may now.
     pools_stay: bool,
 }
@@ -83,36 +86,42 @@ impl Reloader {
             sessions.set_limits(crate::sessions::limits(&self.running.sessions));
         }
         let n_keys = keys.as_ref().map(ApiKeys::len);
+        // What has changed there, the service manager has refreshed.
+        let are_same = self.keys.as_ref().zip(keys.as_ref()).is_some_and(|(held, keys)| held.are(keys));
+        let keys_stay = are_same && next.tcp.keys.is_none();
         if let (Some(held), Some(keys)) = (&self.keys, &keys) {
             held.replace(keys);
         }
         self.mqtt.take_up(&self.running, mqtt.as_ref());
         let pools_stay = self.service.budget().for_kv().zip(self.kv_bytes).is_some_and(|(now, then)| now > then);
-        Ok(Reloaded { changed, pending, unused, n_keys, pools_stay })
+        Ok(Reloaded { changed, pending, unused, n_keys, keys_stay, pools_stay })
     }
 }
 
 impl fmt::Display for Reloaded {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let list = |list: &[Difference]| list.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        let list = |list: &[Difference]| list.iter().map(ToString::to_string).collect::<Vec<_>>();
         match self.changed.as_slice() {
             [] => f.write_str("nothing changed that can change now")?,
-            changed => f.write_str(&list(changed))?,
+            changed => f.write_str(&list(changed).join(", "))?,
         }
         let is_memory = |difference: &Difference| difference.key().starts_with("memory.");
         if self.pools_stay && self.changed.iter().any(is_memory) {
             f.write_str("; KV pools do not grow beyond their size at the start")?;
         }
-        if let Some(n) = self.n_keys {
-            write!(f, "; {n} API keys read")?;
+        let mut pending = list(&self.pending);
+        match self.n_keys {
+            Some(_) if self.keys_stay => pending.push(format!("API keys that are new in the credential {CREDENTIAL}")),
+            Some(n) => write!(f, "; {n} API keys read")?,
+            None => {}
         }
-        match self.pending.as_slice() {
+        match pending.as_slice() {
             [] => {}
-            pending => write!(f, "; a restart is needed for {}", list(pending))?,
+            pending => write!(f, "; a restart is needed for {}", pending.join(", "))?,
         }
-        match self.unused.as_slice() {
+        match list(&self.unused).as_slice() {
             [] => Ok(()),
-            unused => write!(f, "; not used, as ListenStream= of the socket's unit decides: {}", list(unused)),
+            unused => write!(f, "; not used, as ListenStream= of the socket's unit decides: {}", unused.join(", ")),
         }
     }
 }

@@ -7,7 +7,7 @@ use sparsed_surface::ApiKeys;
 use std::net::{SocketAddr, TcpListener};
 
 /// The credential's name.
-const CREDENTIAL: &str = "sparsed.api-keys";
+pub(crate) const CREDENTIAL: &str = "sparsed.api-keys";
 /// Most bytes of the keys' file.
 const KEYS_BYTES_MAX: u64 = 256 << 10;
 

@@ -86,6 +86,11 @@ impl ApiKeys {
         self.keys().len()
     }
 
+    /// Whether these are the same keys, and of the same owners.
+    pub fn are(&self, others: &Self) -> bool {
+        *self.keys() == *others.keys()
+    }
+
     /// Takes the place of all keys there are, for every clone: requests that come from now on need one of these.
     pub fn replace(&self, keys: &Self) {
         let keys = keys.keys().clone();

@@ -172,6 +172,23 @@ fn what_is_reloaded_before_mqtt_can_be_served_holds_once_it_is() {
     assert!(said.contains("not reloaded") && said.contains("the MQTT password in"), "{said}");
 }
 
+/// Where its log says that it listens.
+fn port(daemon: &Daemon) -> u16 {
+    let log = daemon.log();
+    let port = log.split(" address=127.0.0.1:").nth(1).unwrap();
+    port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
+}
+
+/// What a request with this key is answered with.
+fn status(port: u16, key: &str) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let head = "GET /v1/models HTTP/1.1\r\nconnection: close\r\nhost: localhost\r\nauthorization: Bearer";
+    stream.write_all(format!("{head} {key}\r\n\r\n").as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.split_whitespace().nth(1).unwrap().to_owned()
+}
+
 #[test]
 fn api_keys_are_exchanged_without_a_restart_and_broken_ones_leave_the_old() {
     let dir = tempfile::tempdir().unwrap();
@@ -183,17 +200,8 @@ fn api_keys_are_exchanged_without_a_restart_and_broken_ones_leave_the_old() {
     write(&format!("hall {OLD_KEY}\n"));
     let text = format!("[tcp]\nlisten = \"127.0.0.1:0\"\nkeys = \"{}\"\n", keys.display());
     let mut here = Operated::start(&text, &[], &[]);
-    let log = here.daemon.log();
-    let port = log.split(" address=127.0.0.1:").nth(1).unwrap();
-    let port: u16 = port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap();
-    let status = |key: &str| {
-        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
-        let head = "GET /v1/models HTTP/1.1\r\nconnection: close\r\nhost: localhost\r\nauthorization: Bearer";
-        stream.write_all(format!("{head} {key}\r\n\r\n").as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer.split_whitespace().nth(1).unwrap().to_owned()
-    };
+    let port = port(&here.daemon);
+    let status = |key: &str| status(port, key);
     assert_eq!((status(OLD_KEY), status(NEW_KEY)), ("200".to_owned(), "401".to_owned()));
     write("hall short\n");
     let said = here.reload(&text);
@@ -203,6 +211,32 @@ fn api_keys_are_exchanged_without_a_restart_and_broken_ones_leave_the_old() {
     let said = here.reload(&text);
     assert!(said.contains("1 API keys read") && !said.contains(NEW_KEY), "{said}");
     assert_eq!((status(OLD_KEY), status(NEW_KEY)), ("401".to_owned(), "200".to_owned()));
+}
+
+/// A service manager copies a credential when it starts the service; most leave that copy alone when it is reloaded.
+#[test]
+fn a_reload_does_not_claim_to_have_read_keys_of_a_credential_that_is_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let keys = dir.path().join("sparsed.api-keys");
+    let write = |key: &str| {
+        std::fs::write(&keys, format!("hall {key}\n")).unwrap();
+        std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(0o400)).unwrap();
+    };
+    write(OLD_KEY);
+    let text = |threads: u32| format!("[tcp]\nlisten = \"127.0.0.1:0\"\n[engine]\nthreads = {threads}\n");
+    let mut here = Operated::start(&text(1), &[], &[("CREDENTIALS_DIRECTORY", dir.path())]);
+    let port = port(&here.daemon);
+    let said = here.reload(&text(1));
+    let needs = "a restart is needed for API keys that are new in the credential sparsed.api-keys";
+    assert!(said.contains(needs) && !said.contains("API keys read"), "{said}");
+    let said = here.reload(&text(2));
+    assert!(said.contains("for engine.threads = 2 (was 1), API keys that are new in"), "{said}");
+    // A manager that refreshes it has other keys taken up.
+    std::fs::remove_file(&keys).unwrap();
+    write(NEW_KEY);
+    let said = here.reload(&text(1));
+    assert!(said.contains("1 API keys read") && !said.contains("restart"), "{said}");
+    assert_eq!((status(port, OLD_KEY), status(port, NEW_KEY)), ("401".to_owned(), "200".to_owned()));
 }
 
 #[test]
