@@ -66,7 +66,7 @@ pub use service::{
 };
 pub use sessions::{
     Change, ContextFull, Durability, LateStore, SaidTurn, Session, SessionId, SessionState, SessionStore,
-    SessionSummary, SessionUsage, Sessions, Settings, Trial, TurnEnd, Wishes,
+    SessionSummary, SessionUsage, Sessions, Settings, Standing, Trial, TurnEnd, Wishes,
 };
 pub use tenants::{Admission, Tenants};
 

@@ -18,6 +18,7 @@ mod open;
 mod readers;
 mod recorded;
 mod retention;
+mod standing;
 mod trial;
 mod usage;
 mod verbs;
@@ -33,6 +34,7 @@ pub use sparsed_session::{
     ContextFull, Durability, SessionId, Settings, State as SessionState, Summary as SessionSummary,
     Usage as SessionUsage,
 };
+pub use standing::Standing;
 pub use trial::Trial;
 pub(crate) use verbs::CutTurn;
 pub use wishes::Wishes;

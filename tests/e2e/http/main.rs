@@ -1,4 +1,4 @@
-//! The real daemon over HTTP: fields of requests, clients of others, loopback TCP, and what no client should send.
+//! The real daemon over HTTP: fields of requests, clients of others, responses that are kept, loopback TCP, and what no client should send.
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "a test")]
 
 mod abuse;
@@ -8,5 +8,6 @@ mod large;
 mod quotas;
 mod schema;
 mod shapes;
+mod stored;
 mod strangers;
 mod tcp;

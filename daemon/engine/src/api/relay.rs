@@ -2,7 +2,8 @@
 //! stands behind a trait, since it needs a network, which this crate does not know.
 
 use super::{Failure, Generate, Owner, Sink};
-use crate::{ChatRequest, SessionId, Stats, Wishes};
+use crate::sessions::Recorder;
+use crate::{ChatRequest, SessionId, Standing, Stats, Wishes};
 use std::sync::Arc;
 
 /// A request by who computes its answer.
@@ -37,6 +38,15 @@ impl Request {
             Self::Here(request) => request.session(),
             Self::Elsewhere(_) => None,
         }
+    }
+
+    /// Tells whether its session still has the turn that it is.
+    pub fn standing(&self) -> Standing {
+        let recorder = match self {
+            Self::Here(request) => request.turn.as_ref().and_then(|turn| turn.recorder.as_ref()),
+            Self::Elsewhere(_) => None,
+        };
+        recorder.map(Recorder::standing).unwrap_or_default()
     }
 }
 

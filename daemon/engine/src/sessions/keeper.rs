@@ -14,6 +14,7 @@ use super::listener::Listener;
 use super::readers::{Hearers, Readers};
 use super::recorded::{Recorder, TurnId};
 use super::retention::{EXPIRY, Retention};
+use super::standing::Standings;
 use super::trial::OnTrial;
 use super::usage::{Board, Posts};
 use crate::api::{Failure, Turn};
@@ -60,6 +61,8 @@ pub(crate) struct Keeper {
     unwritten: HashSet<(u64, SessionId)>,
     /// Blocks have found no room beside what is left for what is said, and not enough more since.
     pub(super) is_tight: bool,
+    /// Turns that are kept in memory elsewhere.
+    pub(super) standings: Standings,
     pub(super) retention: Retention,
     pub(super) posts: Posts,
 }
@@ -143,6 +146,7 @@ impl Keeper {
             failing: HashSet::new(),
             unwritten: HashSet::new(),
             is_tight: false,
+            standings: Standings::default(),
             retention: Retention::default(),
             posts: Posts::default(),
         }
@@ -320,7 +324,9 @@ impl Keeper {
         for (session, fault) in self.store.take_dropped() {
             log::info!(session:%, reason:% = fault; "blocks of a session are of no use here, they are computed again");
         }
-        let recorder = Recorder::new(self.asks.clone(), turn, id);
+        let number = self.store.summary(owner, id).map_or(0, |summary| summary.n_turns.saturating_sub(1));
+        let standing = self.standings.begin(id, number);
+        let recorder = Recorder::new(self.asks.clone(), turn, id, standing);
         Turn { file, n_saved: n_saved.min(n_kept / BLOCK_TOKENS), resumed: tokens, recorder: Some(recorder) }
     }
 }
@@ -849,13 +855,39 @@ mod tests {
         keeper.flush();
         keeper.deliver();
         keeper.alone.insert(id);
+        let kept = keeper.standings.begin(id, 0);
         // The clock is believed after an hour; the session was used before it was set, which is then.
         for (at, is_there) in [(0, true), (4000, true), (4700, false)] {
             now.store(at, Ordering::Relaxed);
             keeper.expire();
-            assert_eq!(keeper.store.summary(1, id).is_ok(), is_there, "{at}");
+            assert_eq!([keeper.store.summary(1, id).is_ok(), kept.lasts()], [is_there; 2], "{at}");
         }
         assert!(keeper.numbers.is_empty() && keeper.files.is_empty() && keeper.alone.is_empty());
+    }
+
+    #[test]
+    fn what_somebody_keeps_of_a_turn_ends_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let answered = |keeper: &mut Keeper| {
+            let turn = begin(keeper, id, 0, &[1; 3]);
+            keeper.store.append_tokens(1, id, &[4]).unwrap();
+            keeper.store.end_turn(1, id, Outcome::Cancelled, b"", 0).unwrap();
+            keeper.let_go(1, id);
+            turn.recorder.unwrap().standing()
+        };
+        let first = answered(&mut keeper);
+        let second = answered(&mut keeper);
+        keeper.truncate(1, id, 1).unwrap();
+        assert_eq!([&first, &second].map(|turn| turn.lasts()), [true, false]);
+        let second = answered(&mut keeper);
+        let cut = CutTurn { n_prompt: 3, answered: vec![4], cancelled: Some(Vec::new()) };
+        let resumed = keeper.resume(1, id, &SHAPE, cut).unwrap().recorder.unwrap().standing();
+        assert_eq!([&first, &second, &resumed].map(|turn| turn.lasts()), [true, false, true]);
+        keeper.gone(TurnId(keeper.n_turns - 1));
+        assert!(keeper.delete(2, id).is_err() && first.lasts(), "it is not theirs");
+        keeper.delete(1, id).unwrap();
+        assert!(!first.lasts() && !resumed.lasts());
     }
 
     #[test]

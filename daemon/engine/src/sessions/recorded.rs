@@ -7,6 +7,7 @@
 
 use super::SessionId;
 use super::asks::{Ask, Asks};
+use super::standing::Standing;
 use crate::api::{Event, Refused, Sink};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -24,16 +25,22 @@ pub(crate) struct Recorder {
     asks: Asks,
     turn: TurnId,
     session: SessionId,
+    standing: Standing,
 }
 
 impl Recorder {
-    pub(super) fn new(asks: Asks, turn: TurnId, session: SessionId) -> Self {
-        Self { asks, turn, session }
+    pub(super) fn new(asks: Asks, turn: TurnId, session: SessionId, standing: Standing) -> Self {
+        Self { asks, turn, session, standing }
     }
 
     /// Whose turn it is.
     pub(crate) fn session(&self) -> SessionId {
         self.session
+    }
+
+    /// Whether the session still has the turn.
+    pub(crate) fn standing(&self) -> Standing {
+        self.standing.clone()
     }
 
     /// A sink for the engine that leads to `sink`.
@@ -116,7 +123,7 @@ mod tests {
     fn a_full_way_is_the_clients_fault_only_when_somebody_has_looked_at_it_since() {
         let (asks, _asked) = Asks::new();
         let flow = Arc::new(Flow::default());
-        let recorder = Recorder::new(asks, TurnId(0), SessionId::from_bytes([0; 16]));
+        let recorder = Recorder::new(asks, TurnId(0), SessionId::from_bytes([0; 16]), Standing::default());
         let mut recorded = Recorded { recorder, flow: Arc::clone(&flow), n_unread: 0 };
         let event = Event::Sampled { token: 1 };
         for _ in 0..EVENTS_MAX {

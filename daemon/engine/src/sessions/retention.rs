@@ -71,6 +71,7 @@ impl Keeper {
         if !self.store.is_expired(owner, id, now) {
             return;
         }
+        self.retract(owner, id, 0);
         // Those behind it go all the same; this one is found again.
         if let Err(error) = self.remove(owner, id) {
             log::warn!(session:% = id, reason:% = error; "sessions past their retention could not be deleted");

@@ -101,6 +101,7 @@ impl Keeper {
     /// Forgets all but the first turns, and says so to the disk.
     pub(crate) fn truncate(&mut self, owner: u64, id: SessionId, n_turns: u32) -> Result<Summary, Failure> {
         self.check_free(id)?;
+        self.retract(owner, id, n_turns);
         let mut truncate = || {
             self.store.truncate(owner, id, n_turns)?;
             self.forget_file(id);
@@ -128,6 +129,7 @@ impl Keeper {
 
     pub(crate) fn delete(&mut self, owner: u64, id: SessionId) -> Result<(), Failure> {
         self.check_free(id)?;
+        self.retract(owner, id, 0);
         self.remove(owner, id).map_err(|error| failure(id, &error))
     }
 

@@ -12,7 +12,7 @@ use crate::bodies::sessions;
 use crate::refusal::Refusal;
 use serde_json::Value;
 use sparsed_engine::api::{Owner, Request};
-use sparsed_engine::{Admission, Service, SessionId};
+use sparsed_engine::{Admission, Service, SessionId, Standing};
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::sync::watch;
@@ -38,6 +38,8 @@ pub(crate) struct Runs {
 struct Entry {
     owner: Owner,
     id: ResponseId,
+    /// What is over is told from memory only as long as the session still says it.
+    standing: Standing,
     run: Arc<Run>,
 }
 
@@ -141,9 +143,10 @@ impl Runs {
         Ok(Found::Run(self.start(service, (owner, admission), id, head, request.into()).await?))
     }
 
-    /// The run of a response, if it goes on or was over not long ago.
+    /// The run of a response, if it goes on or was over not long ago, and its session has it still.
     pub(crate) fn get(&self, owner: Owner, id: ResponseId) -> Option<Arc<Run>> {
-        let runs = self.lock();
+        let mut runs = self.lock();
+        runs.retain(|entry| entry.standing.lasts());
         runs.iter().rfind(|entry| entry.owner == owner && entry.id == id).map(|entry| Arc::clone(&entry.run))
     }
 
@@ -159,10 +162,11 @@ impl Runs {
         head: Head,
         request: Request,
     ) -> Result<Arc<Run>, Refusal> {
+        let standing = request.standing();
         let listening = Listening::begin(service, &head.id, [request], 1).await?;
         let mut script = Script::begin(head, None);
         let run = Arc::new(Run::new(script.response("in_progress"), &script.take()));
-        self.lock().push_back(Entry { owner, id, run: Arc::clone(&run) });
+        self.lock().push_back(Entry { owner, id, standing, run: Arc::clone(&run) });
         let (task, runs) = (Arc::clone(&run), self.clone());
         tokio::spawn(async move {
             task.carry_out(listening, script).await;
@@ -191,6 +195,7 @@ impl Runs {
     /// none as long as there are others, which the journal can tell.
     fn forget_some(&self) {
         let mut runs = self.lock();
+        runs.retain(|entry| entry.standing.lasts());
         loop {
             let over = runs.iter().enumerate().filter_map(|(at, entry)| Some((at, entry.run.over()?)));
             let over: Vec<(usize, Over)> = over.collect();
@@ -359,12 +364,28 @@ mod tests {
 
     /// Has `runs` remember response number `turn`, which is over with `last` if that is an event.
     fn remember(runs: &Runs, turn: u32, last: Option<Value>) {
+        remember_as(runs, turn, last, Standing::default());
+    }
+
+    fn remember_as(runs: &Runs, turn: u32, last: Option<Value>, standing: Standing) {
         let run = Arc::new(Run::new(json!({}), &[]));
         if let Some(last) = last {
             run.tell(&[last], true);
         }
-        runs.lock().push_back(Entry { owner: OWNER, id: id(turn), run });
+        runs.lock().push_back(Entry { owner: OWNER, id: id(turn), standing, run });
         runs.forget_some();
+    }
+
+    #[test]
+    fn what_the_session_does_not_say_any_more_is_not_told_from_memory() {
+        let runs = Runs::default();
+        let standing = Standing::default();
+        remember_as(&runs, 0, Some(event(1)), standing.clone());
+        remember(&runs, 1, Some(event(1)));
+        assert!(runs.get(OWNER, id(0)).is_some());
+        standing.end();
+        assert!(runs.get(OWNER, id(0)).is_none() && runs.get(OWNER, id(1)).is_some());
+        assert_eq!(runs.lock().len(), 1);
     }
 
     #[test]
