@@ -178,7 +178,7 @@ impl Run {
         let exported = self.store().export(owner, id);
         let Some(file) = self.done(exported)? else { return Ok(()) };
         let other = OWNERS[self.rng.usize(..2)];
-        let answer = self.store().import(other, &file, &|_| {});
+        let answer = self.store().import(other, &file, 6, &|_| {});
         self.is_made(other, answer, said)
     }
 

@@ -31,7 +31,8 @@ impl Keeper {
     }
 
     pub(crate) fn import(&mut self, owner: u64, file: &[u8]) -> Result<SessionId, StoreError> {
-        let made = self.with_room(|store| store.import(owner, file, &foreground));
+        let now = self.seconds();
+        let made = self.with_room(|store| store.import(owner, file, now, &foreground));
         self.made(owner, made)
     }
 

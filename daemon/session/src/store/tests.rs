@@ -237,7 +237,7 @@ fn a_fork_and_an_import_are_sessions_of_their_own() {
     say(&mut store, id, &[3], &[4]);
     let fork = store.fork(OWNER, id, Some(1), 50, &|_| {}).unwrap();
     let file = store.export(OWNER, id).unwrap();
-    let import = store.import(77, &file, &|_| {}).unwrap();
+    let import = store.import(77, &file, 60, &|_| {}).unwrap();
     say(&mut store, id, &[5], &[6]);
     say(&mut store, fork, &[7], &[8]);
     drop(store);
@@ -246,13 +246,15 @@ fn a_fork_and_an_import_are_sessions_of_their_own() {
     assert_eq!(store.history(OWNER, id).unwrap().tokens, [1, 2, 3, 4, 5, 6]);
     assert_eq!(store.history(OWNER, fork).unwrap().tokens, [1, 2, 7, 8]);
     assert_eq!(store.history(77, import).unwrap().tokens, [1, 2, 3, 4]);
+    // One is as old as its last use here, whatever the file says.
+    assert_eq!(store.summary(77, import).unwrap().used, 60);
     for n_bytes in 0..file.len() {
-        assert!(store.import(77, &file[..n_bytes], &|_| {}).is_err(), "{n_bytes} bytes");
+        assert!(store.import(77, &file[..n_bytes], 60, &|_| {}).is_err(), "{n_bytes} bytes");
     }
     for at in 0..file.len() {
         let mut flipped = file.clone();
         flipped[at] ^= 1;
-        assert!(store.import(77, &flipped, &|_| {}).is_err(), "byte {at}");
+        assert!(store.import(77, &flipped, 60, &|_| {}).is_err(), "byte {at}");
     }
 }
 
@@ -280,16 +282,16 @@ fn an_import_keeps_to_the_limits_of_what_is_made_here() {
     let (mut store, _) = open(folder.path(), 1);
     let file = |title: usize, model: usize| exported("t".repeat(title), "m".repeat(model));
     let limit = |what| Err(StoreError::LimitReached { what, limit: 1024 });
-    assert_eq!(store.import(OWNER, &file(1025, 3), &|_| {}), limit("bytes of a title"));
-    assert_eq!(store.import(OWNER, &file(3, 1025), &|_| {}), limit("bytes of a model's name"));
+    assert_eq!(store.import(OWNER, &file(1025, 3), 6, &|_| {}), limit("bytes of a title"));
+    assert_eq!(store.import(OWNER, &file(3, 1025), 6, &|_| {}), limit("bytes of a model's name"));
     // As large as a record can be, and too large for what encryption adds.
     let largest = crate::limits::RECORD_BYTES_MAX;
     let damaged = Err(StoreError::Damaged { what: "the exported session" });
     for n_bytes in [largest - 100, largest - 60, largest] {
-        let refused = store.import(OWNER, &file(n_bytes, 3), &|_| {});
+        let refused = store.import(OWNER, &file(n_bytes, 3), 6, &|_| {});
         assert!(refused == damaged || refused == limit("bytes of a title"), "{n_bytes} bytes: {refused:?}");
     }
-    let id = store.import(OWNER, &file(1024, 1024), &|_| {}).unwrap();
+    let id = store.import(OWNER, &file(1024, 1024), 6, &|_| {}).unwrap();
     assert_eq!(store.summary(OWNER, id).unwrap().title.len(), 1024);
 }
 

@@ -70,18 +70,18 @@ impl<D: Disk> Store<D> {
     }
 
     /// Makes a session of an exported one, whoever's it was, with each turn as `adopt` makes it. It keeps the time it
-    /// was made at, and is not pinned.
+    /// was made at, and is not pinned; who brings it uses it now, so its retention begins anew.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] or [`StoreError::UnknownVersion`] for a file that cannot be read, a limit, or the disk.
-    pub fn import(&mut self, owner: u64, file: &[u8], adopt: &dyn Fn(&mut TurnHistory)) -> Result<SessionId> {
+    pub fn import(&mut self, owner: u64, file: &[u8], now: u64, adopt: &dyn Fn(&mut TurnHistory)) -> Result<SessionId> {
         let limit = self.limits.journal_bytes;
         if file.len() as u64 > limit {
             return Err(StoreError::LimitReached { what: "bytes of an exported session", limit });
         }
         let mut history = parse(file)?;
         check_names(&history.title, &history.model)?;
-        (history.owner, history.pinned) = (owner, false);
+        (history.owner, history.used, history.pinned) = (owner, now, false);
         history.turns.iter_mut().for_each(adopt);
         self.build(history)
     }
