@@ -477,7 +477,8 @@ def a_session_under_a_credential():
     with open(os.open(key, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
         file.write(os.urandom(32))
     credential = f"[Service]\nLoadCredential=sparsed.master-key:{key}\n"
-    restart(drop_in=credential)
+    # Another key than the one that is there would be refused.
+    run("systemctl", "stop", "sparsed.service")
     run("rm", "-rf", "/var/lib/sparsed/store", "/var/lib/sparsed/master.key")
     restart(drop_in=credential)
     session = new_session()

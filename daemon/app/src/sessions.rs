@@ -52,13 +52,37 @@ pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<
 /// The key of all that is kept; made if there is none.
 ///
 /// # Errors
-/// A key that cannot be read or made.
+/// A key that cannot be read or made; one that the service manager hands over where the state folder has another one.
 pub(crate) fn master_key(state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_BYTES]>> {
-    let key = match private::credential(CREDENTIAL) {
-        Some(path) => read_key(&path, FORBIDDEN_OF_CREDENTIAL)?,
-        None => key_of(state_dir)?,
-    };
-    Ok(Zeroizing::new(key))
+    match private::credential(CREDENTIAL) {
+        Some(path) => credential_of(&path, state_dir),
+        None => key_of(state_dir).map(Zeroizing::new),
+    }
+}
+
+/// The key that the service manager has put at `path`, which is the one that what is kept was written with, as far as
+/// the state folder tells. Another one would open nothing of it, and nobody would know why.
+fn credential_of(path: &Path, state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_BYTES]>> {
+    let key = Zeroizing::new(read_key(path, FORBIDDEN_OF_CREDENTIAL)?);
+    let file = state_dir.join(KEY_FILE);
+    if let Err(error) = file.symlink_metadata()
+        && error.kind() == ErrorKind::NotFound
+    {
+        return Ok(key);
+    }
+    let about = || file.display().to_string();
+    // Who else may read it is no matter here: it is compared, not used.
+    let old = Zeroizing::new(private::read(&file, 0, FILE_BYTES_MAX).with_context(about)?);
+    if old[..] != key[..] {
+        bail!(
+            "the credential {CREDENTIAL} is another key than {file}, and what was written with that one cannot be read \
+             with it. Encrypt that very key: `systemd-creds encrypt --name={CREDENTIAL} {file} PATH`; once the daemon \
+             has started with it, remove {file}. To do without all that was kept, move {file} and {store} away",
+            file = file.display(),
+            store = state_dir.join(STORE_DIR).display()
+        );
+    }
+    Ok(key)
 }
 
 /// What the store keeps to.
@@ -91,6 +115,13 @@ fn tell(report: &Report, dir: &Path) {
         sessions = report.sessions, interrupted = report.interrupted, dir:% = dir.display();
         "sessions found"
     );
+    let n_foreign = report.findings.iter().filter(|finding| finding.kind == FindingKind::ForeignKey).count();
+    if n_foreign > 0 {
+        log::error!(
+            sessions = n_foreign, dir:% = dir.display();
+            "sessions have another master key and are not listed; start with the key that they were written with"
+        );
+    }
     for finding in &report.findings {
         let owner = finding.owner.map_or_else(|| "-".to_owned(), |owner| owner.to_string());
         match finding.kind {
@@ -103,6 +134,8 @@ fn tell(report: &Report, dir: &Path) {
                 owner:%, session:% = finding.name, what:? = finding.kind;
                 "the last record of a session was not whole and is cut off"
             ),
+            // Said of all of them at once: nothing is wrong with any.
+            FindingKind::ForeignKey => log::debug!(owner:%, session:% = finding.name; "session of another master key"),
             FindingKind::UnknownVersion { .. } | FindingKind::UnknownRecord => log::warn!(
                 owner:%, session:% = finding.name, what:? = finding.kind;
                 "session of another version of this program: it is kept as it is, for that one, and not listed"
@@ -239,6 +272,22 @@ mod tests {
         // The folder of a user who has no session any more is no reason.
         std::fs::remove_file(&key).unwrap();
         assert_eq!(state().unwrap().unwrap().usage().sessions, 0);
+    }
+
+    #[test]
+    fn a_credential_that_is_another_key_than_the_folders_is_refused_and_the_same_one_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let (credential, file) = (dir.path().join(CREDENTIAL), dir.path().join(KEY_FILE));
+        std::fs::write(&credential, [7; KEY_BYTES]).unwrap();
+        std::fs::set_permissions(&credential, std::fs::Permissions::from_mode(0o440)).unwrap();
+        let taken = || credential_of(&credential, dir.path());
+        assert_eq!(*taken().unwrap(), [7; KEY_BYTES], "there is no other one");
+        let key = key_of(dir.path()).unwrap();
+        let refused = taken().unwrap_err();
+        assert!(refused.to_string().contains(&format!("systemd-creds encrypt --name={CREDENTIAL}")), "{refused:#}");
+        assert!(!crate::state::may_mend_itself(&refused) && !refused.to_string().contains("  "), "{refused:#}");
+        std::fs::write(&credential, key).unwrap();
+        assert_eq!(*taken().unwrap(), key);
     }
 
     #[test]

@@ -84,6 +84,26 @@ fn has_thread(daemon: &Daemon, name: &str) -> bool {
     names.any(|found| found.trim() == name)
 }
 
+#[test]
+fn sessions_under_another_key_are_told_of_once_and_are_there_again_with_theirs() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    (0..3).for_each(|_| drop(first_session(&daemon)));
+    let key = daemon.state_dir().join("master.key");
+    let old = std::fs::read(&key).unwrap();
+    let n_listed = |daemon: &Daemon| daemon.get("/v1/sessions").json()["data"].as_array().map(Vec::len);
+    std::fs::write(&key, [7; 32]).unwrap();
+    daemon.kill_and_restart(&[]);
+    let log = daemon.log();
+    let lines: Vec<&str> = log.lines().filter(|line| line.contains("another master key")).collect();
+    assert!(lines.len() == 1 && lines[0].contains("sessions=3"), "{lines:?}");
+    assert!(!log.contains("not as it was written"), "{log}");
+    assert_eq!(n_listed(&daemon), Some(0));
+    std::fs::write(&key, old).unwrap();
+    daemon.kill_and_restart(&[]);
+    assert_eq!(n_listed(&daemon), Some(3));
+}
+
 /// Takes all of a disk's room.
 fn fill(disk: &SmallDisk) {
     let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();

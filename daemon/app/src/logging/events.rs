@@ -61,6 +61,10 @@ pub(super) const EVENTS: &[Event] = &[
     event("671b5a965693463285c30e119edb8d92", "sessions found"),
     event("92d254d7fe0340e4808f532c9af26054", "session is not as it was written"),
     event(
+        "caa7ec24b5ea409085e3496e3c1a7c33",
+        "sessions have another master key and are not listed; start with the key that they were written with",
+    ),
+    event(
         "78398c8af5244c7b9711f802d223223c",
         "session of another version of this program: it is kept as it is, for that one, and not listed",
     ),
