@@ -54,7 +54,7 @@ enum Verb {
     Checkpoint { id: String },
     /// The last answer once more from its first token, and on from where it was cut.
     Continue { id: String },
-    /// Writes one into a file, which anybody can read.
+    /// Writes one into a file, not encrypted; nobody but you may read it.
     Export {
         id: String,
         /// The file; there must be none yet.
@@ -177,8 +177,10 @@ fn begins_so(id: &str, beginning: &str) -> bool {
 
 fn export(bytes: &[u8], file: &PathBuf) -> anyhow::Result<()> {
     use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt;
     let whole = || file.display().to_string();
-    let mut new = std::fs::File::create_new(file).with_context(whole)?;
+    // What the daemon keeps encrypted: whoever else is on this box is not to read it because of a mask.
+    let mut new = std::fs::File::options().write(true).create_new(true).mode(0o600).open(file).with_context(whole)?;
     new.write_all(bytes).and_then(|()| new.sync_all()).with_context(whole)
 }
 
@@ -233,6 +235,17 @@ mod tests {
     fn a_session_is_named_by_the_beginning_of_its_id() {
         assert!(begins_so("sess_12ab", "sess_1") && begins_so("sess_12ab", "12"));
         assert!(!begins_so("sess_12ab", "2ab") && !begins_so("sess_12ab", ""));
+    }
+
+    #[test]
+    fn an_export_is_its_owners_alone_and_replaces_no_file() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("exported");
+        export(b"said", &file).unwrap();
+        assert_eq!((std::fs::read(&file).unwrap(), file.metadata().unwrap().mode() & 0o777), (b"said".to_vec(), 0o600));
+        assert!(export(b"other", &file).is_err());
+        assert_eq!(std::fs::read(&file).unwrap(), b"said");
     }
 
     #[test]
