@@ -26,14 +26,10 @@ impl Keeper {
             } else {
                 Err(StoreError::DiskFull)
             };
-            match saved {
-                // It was cut meanwhile.
-                Ok(()) | Err(StoreError::NotFound | StoreError::Invalid { .. }) => {}
-                // Said once, not for each block.
-                Err(StoreError::DiskFull) if was_tight => {}
-                Err(error) => {
-                    log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
-                }
+            if self.is_news(id, saved, was_tight)
+                && let Err(error) = saved
+            {
+                log::warn!(session:% = id, block = save.index, reason:% = error; "block not saved, it would be computed again");
             }
             // Writing it has read the session again, as the next one would.
             let is_theirs = |file: FileId| self.files.get(&file).is_some_and(|&(_, other)| other == id);
@@ -42,6 +38,21 @@ impl Keeper {
             }
         }
         self.tell_engine(Command::Written { slot });
+    }
+
+    /// Whether what became of an image is worth a line: a want of room is said once, not for each block.
+    pub(super) fn is_news(&mut self, id: SessionId, saved: Result<(), StoreError>, was_tight: bool) -> bool {
+        match saved {
+            Ok(()) => {
+                self.over_quota.remove(&id);
+                false
+            }
+            // It was cut meanwhile.
+            Err(StoreError::NotFound | StoreError::Invalid { .. }) => false,
+            Err(StoreError::DiskFull) => !was_tight,
+            Err(StoreError::LimitReached { .. }) => self.over_quota.insert(id),
+            Err(_) => true,
+        }
     }
 
     /// Whether the disk has room for an image of a session beside what is left for what is said. Others' go for it.

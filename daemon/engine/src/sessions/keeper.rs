@@ -61,6 +61,8 @@ pub(crate) struct Keeper {
     unwritten: HashSet<(u64, SessionId)>,
     /// Blocks have found no room beside what is left for what is said, and not enough more since.
     pub(super) is_tight: bool,
+    /// Sessions whose last block has found no room within the quotas.
+    pub(super) over_quota: HashSet<SessionId>,
     /// Turns that are kept in memory elsewhere.
     pub(super) standings: Standings,
     pub(super) retention: Retention,
@@ -146,6 +148,7 @@ impl Keeper {
             failing: HashSet::new(),
             unwritten: HashSet::new(),
             is_tight: false,
+            over_quota: HashSet::new(),
             standings: Standings::default(),
             retention: Retention::default(),
             posts: Posts::default(),
@@ -455,6 +458,30 @@ mod tests {
         // What others have filled the disk with: nothing is gained by removing all there is.
         set(RESERVE_BYTES / 2);
         assert_eq!(save(&mut keeper, ids[0]), [0, 1, 1]);
+    }
+
+    #[test]
+    fn a_session_that_finds_no_room_within_its_quota_says_so_once_until_there_was_some() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut keeper, id, _commands) = keeper(dir.path());
+        let turn = begin(&mut keeper, id, 0, &[1; 64]);
+        let full = Err(StoreError::LimitReached { what: "bytes of all KV files", limit: 1 });
+        for (kv_bytes, is_over) in [(1, true), (1, true), (1 << 20, false)] {
+            keeper.store.set_limits(Limits { kv_bytes, ..Limits::default() });
+            let save = Save { file: turn.file, index: 0, block: sparsed_kv::BlockId(0) };
+            keeper.take(Ask::Save { slot: 0, shape: SHAPE, save, image: vec![9; 8] });
+            keeper.write_image();
+            assert_eq!(keeper.over_quota.contains(&id), is_over, "{kv_bytes}");
+        }
+        assert_eq!(
+            [full, full, Ok(()), full].map(|saved| keeper.is_news(id, saved, false)),
+            [true, false, false, true]
+        );
+        let failed = Err(StoreError::Io(std::io::ErrorKind::Other));
+        assert!(keeper.is_news(id, failed, false) && keeper.is_news(id, failed, false), "the disk is another matter");
+        end(&mut keeper, id);
+        keeper.delete(1, id).unwrap();
+        assert!(keeper.over_quota.is_empty());
     }
 
     #[test]

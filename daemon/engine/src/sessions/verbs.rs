@@ -138,6 +138,7 @@ impl Keeper {
     pub(super) fn remove(&mut self, owner: u64, id: SessionId) -> Result<(), StoreError> {
         self.forget_file(id);
         self.alone.remove(&id);
+        self.over_quota.remove(&id);
         self.on_trial.remove(&id);
         self.store.delete(owner, id)
     }
