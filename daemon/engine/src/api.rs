@@ -278,8 +278,9 @@ pub struct Finished {
     pub timings: Timings,
 }
 
-/// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Why an answer ended. Sessions' journals have it by these names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// The model ended it, or a stop string.
     Stop,

@@ -1,7 +1,7 @@
 //! What was said in a session, as messages, and which of it still fits the context?
 
-use super::wishes::{Asked, Wishes, answer};
-use crate::api::{ChatPrompt, Failure, Reading};
+use super::wishes::{Asked, Wishes, answer, finish_reason};
+use crate::api::{ChatPrompt, Failure, FinishReason, Reading};
 use crate::service::ServedModel;
 use crate::{ChatMessage, ChatRequest, Role};
 use sparsed_session::{ContextFull, History, Outcome, TurnHistory};
@@ -31,6 +31,8 @@ pub struct SaidTurn {
     pub answer: Option<ChatMessage>,
     /// How it ended.
     pub end: TurnEnd,
+    /// Why the answer ended; of one that an earlier version has journaled that is not known.
+    pub reason: Option<FinishReason>,
     /// Tokens of its prompt, the conversation before it included.
     pub prompt_tokens: u32,
     /// Tokens of its answer so far.
@@ -78,8 +80,9 @@ impl SaidTurn {
         };
         let Wishes { max_tokens, in_background, .. } = asked.wishes;
         let Said { messages, answer, .. } = Said::of(turn)?;
+        let reason = finish_reason(&turn.answer);
         let (prompt_tokens, answer_tokens) = (turn.prompt_end, turn.end_token.saturating_sub(turn.prompt_end));
-        Ok(Self { at: turn.at, messages, answer, end, prompt_tokens, answer_tokens, max_tokens, in_background })
+        Ok(Self { at: turn.at, messages, answer, end, reason, prompt_tokens, answer_tokens, max_tokens, in_background })
     }
 }
 

@@ -1,6 +1,6 @@
 //! What is journaled of a request? All that its answer depends on, so that a cut answer can go on in another process.
 
-use crate::api::{CacheSalt, Event, Failure, Generate, Owner, Urgency};
+use crate::api::{CacheSalt, Event, Failure, FinishReason, Generate, Owner, Urgency};
 use crate::{ChatMessage, ChatRequest, Grammar, GrammarSpec, Role, Sampling, ServedModel, checked_stops};
 use serde::{Deserialize, Serialize};
 use sparsed_model::ToolCall;
@@ -148,6 +148,18 @@ pub(super) struct AnswerParts {
     content: String,
     reasoning: String,
     calls: Vec<ToolCall>,
+    /// Why it has ended, if it has.
+    reason: Option<FinishReason>,
+}
+
+/// An answer as the journal has it: the message, and beside its members why it ended. Who reads the message alone does
+/// not see that; of answers that earlier versions have written, and of those that were cut, nothing is known.
+#[derive(Serialize)]
+struct Ended<'a> {
+    #[serde(flatten)]
+    message: &'a ChatMessage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    finish_reason: Option<FinishReason>,
 }
 
 impl AnswerParts {
@@ -160,6 +172,7 @@ impl AnswerParts {
                 let [id, name, arguments] = [id, name, arguments].map(String::clone);
                 self.calls.push(ToolCall { id, name, arguments });
             }
+            Event::Finished(finished) => self.reason = Some(finished.reason),
             _ => {}
         }
     }
@@ -168,12 +181,13 @@ impl AnswerParts {
         let some = |text: &String| (!text.is_empty()).then(|| text.clone());
         let content = some(&self.content).or_else(|| self.calls.is_empty().then(String::new));
         let message = ChatMessage::new(Role::Assistant, "");
-        json(&ChatMessage {
+        let message = ChatMessage {
             content,
             reasoning_content: some(&self.reasoning),
             tool_calls: self.calls.clone(),
             ..message
-        })
+        };
+        json(&Ended { message: &message, finish_reason: self.reason })
     }
 }
 
@@ -183,6 +197,15 @@ impl AnswerParts {
 /// [`Failure::SessionDamaged`] for a record of another version.
 pub(super) fn answer(bytes: &[u8]) -> Result<ChatMessage, Failure> {
     read(bytes, "an answer")
+}
+
+/// Why the answer of an earlier turn ended, where the journal says so in words that are known here.
+pub(super) fn finish_reason(bytes: &[u8]) -> Option<FinishReason> {
+    #[derive(Deserialize)]
+    struct Reason {
+        finish_reason: Option<FinishReason>,
+    }
+    serde_json::from_slice::<Reason>(bytes).ok()?.finish_reason
 }
 
 fn json<T: Serialize>(value: &T) -> Vec<u8> {
@@ -197,6 +220,26 @@ fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8], what: &str) -> Result<T, Failur
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::{Finished, Timings, Usage};
+
+    #[test]
+    fn an_answer_says_why_it_ended_and_is_read_with_and_without_that() {
+        let delta = Event::Delta { text: "Ho".to_owned(), tokens: Vec::new() };
+        for reason in [FinishReason::Stop, FinishReason::Length, FinishReason::ToolCalls] {
+            let mut parts = AnswerParts::default();
+            parts.hear(&delta);
+            let cut = parts.encode();
+            let (usage, timings) = (Usage::default(), Timings::default());
+            parts.hear(&Event::Finished(Finished { reason, stopped_by: None, usage, timings }));
+            let whole = parts.encode();
+            assert_eq!((finish_reason(&cut), finish_reason(&whole)), (None, Some(reason)));
+            let message = ChatMessage::new(Role::Assistant, "Ho");
+            assert_eq!(cut, json(&message), "as journals were before");
+            assert_eq!([answer(&cut), answer(&whole)], [Ok(message.clone()), Ok(message)]);
+        }
+        let newer = br#"{ "role": "assistant", "content": "Ho", "finish_reason": "bored" }"#;
+        assert_eq!((finish_reason(newer), answer(newer).is_ok()), (None, true));
+    }
 
     #[test]
     fn an_answer_goes_on_with_the_weights_that_have_begun_it_and_with_any_where_nobody_has_noted_them() {

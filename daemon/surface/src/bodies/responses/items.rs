@@ -169,8 +169,8 @@ mod tests {
 
     fn turn(messages: Vec<ChatMessage>) -> SaidTurn {
         let (answer, end) = (Some(ChatMessage::new(Role::Assistant, "Yes.")), TurnEnd::Complete);
-        let (max_tokens, in_background) = (None, false);
-        SaidTurn { at: 0, messages, answer, end, prompt_tokens: 1, answer_tokens: 1, max_tokens, in_background }
+        let (reason, max_tokens, in_background) = (None, None, false);
+        SaidTurn { at: 0, messages, answer, end, reason, prompt_tokens: 1, answer_tokens: 1, max_tokens, in_background }
     }
 
     fn id(turn: u32) -> ResponseId {

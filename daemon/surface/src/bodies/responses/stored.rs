@@ -7,7 +7,7 @@ use crate::bodies::figures::Telling;
 use crate::bodies::{ChatAsk, models, sessions, size};
 use crate::refusal::{AtDoor, Refusal};
 use serde_json::{Value, json};
-use sparsed_engine::api::{Failure, Owner, Request};
+use sparsed_engine::api::{Failure, FinishReason, Owner, Request};
 use sparsed_engine::{Change, ChatMessage, Role, SaidTurn, Service, SessionId, Trial, TurnEnd};
 use std::fmt;
 use std::str::FromStr;
@@ -233,8 +233,12 @@ pub(super) fn head(id: ResponseId, model: &str, turn: &SaidTurn) -> Head {
 /// How the response of a turn ended.
 pub(super) fn end(turn: &SaidTurn) -> End {
     match turn.end {
-        TurnEnd::Complete if turn.max_tokens == Some(turn.answer_tokens) => End::Incomplete,
-        TurnEnd::Complete => End::Completed,
+        TurnEnd::Complete => {
+            // An answer that an earlier version has journaled says nothing of it, but how long it is.
+            let by_length = || turn.max_tokens == Some(turn.answer_tokens);
+            let is_cut = turn.reason.map_or_else(by_length, |reason| reason == FinishReason::Length);
+            if is_cut { End::Incomplete } else { End::Completed }
+        }
         TurnEnd::Cancelled => End::Cancelled,
         TurnEnd::Failed | TurnEnd::Cut | TurnEnd::Running => {
             End::Failed { code: "cut_off".to_owned(), message: "the answer was given up".to_owned() }
@@ -290,6 +294,22 @@ impl FromStr for ResponseId {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_stored_response_ends_as_it_was_told_and_an_old_one_by_its_length() {
+        let end = |reason, answer_tokens, max_tokens| {
+            let answer = Some(ChatMessage::new(Role::Assistant, "Ho"));
+            let (at, prompt_tokens) = (0, 1);
+            let (messages, end, in_background) = (Vec::new(), TurnEnd::Complete, false);
+            let turn =
+                SaidTurn { at, messages, answer, end, reason, prompt_tokens, answer_tokens, max_tokens, in_background };
+            super::end(&turn)
+        };
+        let (stop, length) = (Some(FinishReason::Stop), Some(FinishReason::Length));
+        assert_eq!(end(length, 7, None), End::Incomplete, "the context has ended it");
+        assert_eq!(end(stop, 7, Some(7)), End::Completed, "its last token was the end");
+        assert_eq!([end(None, 7, Some(7)), end(None, 6, Some(7))], [End::Incomplete, End::Completed]);
+    }
 
     #[test]
     fn a_name_tells_the_session_and_the_turn() {
