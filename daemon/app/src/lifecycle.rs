@@ -18,7 +18,7 @@ use crate::watchdog;
 use anyhow::{Context, anyhow, bail};
 use clap::Parser;
 use sparsed_engine::{ModelState, Service};
-use sparsed_surface::{DbusOptions, MqttDoor, ServeOptions, TcpDoor, serve_dbus};
+use sparsed_surface::{DbusOptions, MqttDoor, ServeOptions, TcpDoor, VERBS_AT_A_TIME, serve_dbus};
 use std::future::Future;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,8 +28,8 @@ use tokio::time::Instant;
 
 /// Threads that carry bytes between sockets and engine; they never compute.
 const SURFACE_THREADS: usize = 2;
-/// Most prompts that are tokenized at a time.
-const BLOCKING_THREADS_MAX: usize = 4;
+/// Most prompts that are tokenized at a time, beside those of sessions.
+const PROMPTS_AT_A_TIME: usize = 4;
 
 /// sparsed serves DSA models to the apps on this box.
 #[derive(Debug, Parser)]
@@ -164,7 +164,7 @@ fn run(source: Source, config: Config, passed: Passed, named: Named) -> anyhow::
 pub fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(SURFACE_THREADS)
-        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .max_blocking_threads(PROMPTS_AT_A_TIME + VERBS_AT_A_TIME)
         .thread_name("surface")
         .enable_all()
         .build()

@@ -3,9 +3,11 @@
 use serde_json::{Value, json};
 use sparsed_tests::broker::Broker;
 use sparsed_tests::chatty;
-use sparsed_tests::daemon::{Answer, Daemon};
+use sparsed_tests::daemon::{Answer, Daemon, read_answer};
 use sparsed_tests::skipped;
 use sparsed_tests::small_disk::SmallDisk;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 
 fn chat(daemon: &Daemon, session: Option<&str>) -> Answer {
@@ -57,6 +59,42 @@ fn a_state_folder_that_comes_late_is_taken_up_without_a_restart() {
     assert_eq!(said["messages"].as_array().map(Vec::len), Some(2), "{said}\n{}", daemon.log());
 }
 
+/// How many threads of the daemon have this name.
+fn threads(daemon: &Daemon, name: &str) -> usize {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|comm| comm.trim() == name).count()
+}
+
+#[test]
+fn while_the_disk_of_sessions_does_not_answer_requests_without_one_are_served() {
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start(&chatty::write(dir.path()), &[]);
+    let session = first_session(&daemon);
+    let owner = std::fs::read_dir(daemon.state_dir().join("store/sessions")).unwrap().next().unwrap().unwrap();
+    // Whoever opens it to read waits for somebody who writes.
+    let journal = owner.path().join(&session).join("journal");
+    std::fs::rename(&journal, journal.with_extension("aside")).unwrap();
+    assert!(Command::new("mkfifo").arg(&journal).status().unwrap().success());
+    let request = format!("GET /v1/sessions/{session} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let ask = |_| {
+        let mut stream = UnixStream::connect(daemon.socket()).unwrap();
+        stream.write_all(request.as_bytes()).unwrap();
+        stream
+    };
+    let waiting: Vec<UnixStream> = (0..20).map(ask).collect();
+    // Two of them carry bytes.
+    daemon.wait_until("verbs have their threads", || threads(&daemon, "surface") >= 4);
+    assert_eq!(chat(&daemon, None).status, 200);
+    let _answers = std::fs::File::options().write(true).open(&journal).unwrap();
+    for stream in waiting {
+        assert_eq!(code(&read_answer(stream).unwrap()), (507, json!("disk_failed")));
+    }
+    std::fs::remove_file(&journal).unwrap();
+    std::fs::rename(journal.with_extension("aside"), &journal).unwrap();
+    assert_eq!(chat(&daemon, Some(&session)).status, 200);
+}
+
 #[test]
 fn a_state_folder_that_comes_and_hangs_holds_up_neither_the_doors_nor_the_end() {
     let dir = tempfile::tempdir().unwrap();
@@ -70,18 +108,12 @@ fn a_state_folder_that_comes_and_hangs_holds_up_neither_the_doors_nor_the_end() 
     let made = Command::new("mkfifo").arg(dir.path().join("new/lock")).status().unwrap();
     assert!(made.success());
     std::fs::rename(dir.path().join("new"), &partition).unwrap();
-    daemon.wait_until("waiting for the disk", || has_thread(&daemon, "mqtt-open"));
+    daemon.wait_until("waiting for the disk", || threads(&daemon, "mqtt-open") == 1);
     assert_eq!(daemon.get("/health").status, 200);
     assert_eq!(chat(&daemon, None).status, 200);
     assert_eq!(code(&new_session(&daemon)), (503, json!("sessions_away")));
     daemon.signal("TERM");
     assert!(daemon.wait().success(), "{}", daemon.log());
-}
-
-fn has_thread(daemon: &Daemon, name: &str) -> bool {
-    let threads = std::fs::read_dir(format!("/proc/{}/task", daemon.pid())).unwrap().flatten();
-    let mut names = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("comm")).ok());
-    names.any(|found| found.trim() == name)
 }
 
 #[test]
@@ -107,7 +139,7 @@ fn sessions_under_another_key_are_told_of_once_and_are_there_again_with_theirs()
 /// Takes all of a disk's room.
 fn fill(disk: &SmallDisk) {
     let mut filler = std::fs::File::create(disk.path().join("filler")).unwrap();
-    while std::io::Write::write_all(&mut filler, &[1; 4096]).is_ok() {}
+    while filler.write_all(&[1; 4096]).is_ok() {}
 }
 
 fn empty(disk: &SmallDisk) {

@@ -15,6 +15,18 @@ use sparsed_engine::{
     Change, ChatRequest, ContextFull, DEFAULT_MODEL, Durability, Held, Service, Session, SessionId, SessionState,
     SessionSummary, Sessions, Settings, Wishes,
 };
+use std::time::Duration;
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+/// Most threads that verbs of sessions take at a time, of those that may wait. All of them wait for one thread, and that
+/// one for the disk: one that does not answer holds up no request that needs no session, if there are more threads.
+pub const VERBS_AT_A_TIME: usize = 2;
+/// How long a verb waits for one of them.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// When a disk that does not answer may be asked again.
+const RETRY_S: u32 = 10;
+
+static THREADS: Semaphore = Semaphore::const_new(VERBS_AT_A_TIME);
 
 /// What may be said of a session when it is made or changed.
 #[derive(Debug, Default, Deserialize)]
@@ -240,9 +252,26 @@ pub(super) async fn verb<T: Send + 'static>(
     service: &Service,
     verb: impl FnOnce(&Service) -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Refusal> {
+    let thread = place(&THREADS, PATIENCE).await?;
     let service = service.clone();
-    let done = tokio::task::spawn_blocking(move || verb(&service)).await;
+    let done = tokio::task::spawn_blocking(move || {
+        // As long as the verb takes: who asked for it may be gone before.
+        let _thread = thread;
+        verb(&service)
+    });
+    let done = done.await;
     Ok(done.map_err(|_| Failure::SessionDamaged { reason: "the verb ended early".to_owned() })??)
+}
+
+/// A place among the threads of verbs.
+///
+/// # Errors
+/// [`Failure::SessionsAway`] where none has become free for so long: verbs wait for their disk.
+async fn place(threads: &Semaphore, patience: Duration) -> Result<SemaphorePermit<'_>, Failure> {
+    let away = || Failure::SessionsAway { retry_after_s: RETRY_S };
+    let place = tokio::time::timeout(patience, threads.acquire()).await;
+    // Nobody closes it.
+    place.map_err(|_| away())?.map_err(|_| away())
 }
 
 fn session_id(text: &str) -> Result<SessionId, Refusal> {
@@ -286,4 +315,19 @@ fn whole(session: &Session) -> Value {
     });
     object["messages"] = json!(session.messages);
     object
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_verb_that_finds_all_threads_waiting_is_told_to_come_again() {
+        let threads = Semaphore::new(1);
+        let first = place(&threads, Duration::ZERO).await.unwrap();
+        let refused = place(&threads, Duration::ZERO).await.map(drop);
+        assert!(matches!(refused, Err(Failure::SessionsAway { .. })), "{refused:?}");
+        let (second, ()) = tokio::join!(place(&threads, PATIENCE), async { drop(first) });
+        assert!(second.is_ok(), "its turn has come");
+    }
 }
