@@ -235,6 +235,7 @@ impl CpuDevice {
 
 impl Synchronous for CpuDevice {
     fn run(&self, plan: &Plan, run: Run<'_>) -> Result<()> {
+        let _turn = self.team.turns.take();
         self.heed_quota();
         execute::run(self, plan, run)
     }

@@ -17,6 +17,7 @@ mod plan;
 mod simd;
 mod tensor;
 mod threads;
+mod turns;
 mod validate;
 
 sparsed_plugin_kit::export_plugin!(device::CpuPlugin);

@@ -1,4 +1,6 @@
 //! Where do packed weights live? In one anonymous mapping per compiled plan, beside the weights as they were uploaded.
+//!
+//! All of a file is read for it, from whatever disk it is on. Steps of other plans have their turns between its pieces.
 
 use crate::kernels::packed::{TILE_ROWS, can_pack, pack_tile, tile_bytes};
 use crate::memory::Weight;
@@ -10,6 +12,11 @@ use sparsed_plugin_kit::{Held, PluginError, Result, Usage};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+
+/// Packed bytes between two turns of others: some milliseconds where the file is in memory, a fifth of a second where
+/// it comes from a card. A step waits for one piece at most, and much smaller ones would have the whole wait for a step
+/// each.
+const PIECE_BYTES: usize = 8 << 20;
 
 /// A weight's matrices as tiles of 16 rows; see `kernels::packed`.
 #[derive(Debug)]
@@ -75,14 +82,19 @@ fn fill(weight: &Weight, to: &mut [u8], team: &Team) {
     let n0 = tiles * weight.batch;
     assert!(to.len() >= n0 * n2, "room for every tile");
     let to = Tensor { at: to.as_mut_ptr(), n0, n1: 1, n2, s0: n2, s1: 0, life: PhantomData::<&u8> };
-    team.run(&|number| {
-        for unit in part(n0, number, team.len()) {
-            let (batch, first) = (unit / tiles, unit % tiles * TILE_ROWS);
-            let row = |lane: usize| (first + lane < weight.rows).then(|| weight.row(batch, first + lane));
-            // SAFETY: each tile belongs to one thread.
-            pack_tile(weight.format, weight.cols, row, unsafe { to.row_mut(unit, 0) });
-        }
-    });
+    let piece = (PIECE_BYTES / n2).max(1);
+    for done in (0..n0).step_by(piece) {
+        let n = piece.min(n0 - done);
+        let _turn = team.turns.take();
+        team.run(&|number| {
+            for unit in part(n, number, team.len()).map(|unit| done + unit) {
+                let (batch, first) = (unit / tiles, unit % tiles * TILE_ROWS);
+                let row = |lane: usize| (first + lane < weight.rows).then(|| weight.row(batch, first + lane));
+                // SAFETY: each tile belongs to one thread.
+                pack_tile(weight.format, weight.cols, row, unsafe { to.row_mut(unit, 0) });
+            }
+        });
+    }
 }
 
 impl Packed {
@@ -96,5 +108,32 @@ impl Packed {
     pub(crate) fn tiles_in_cache(&self) -> usize {
         const HALF_CACHE_BYTES: usize = 512 << 10;
         (HALF_CACHE_BYTES / self.tile_bytes).max(1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use fastrand::Rng;
+    use sparsed_abi::{DT_Q8_0, SpdWeightDesc};
+
+    #[test]
+    fn a_large_weight_is_packed_in_pieces_and_whoever_waits_has_a_turn_between_them() {
+        let (team, usage) = (Team::new(2, &[]).expect("threads"), Arc::new(Usage::default()));
+        let (rows, cols, mut random) = (4096 - 3, 4096 + 32, Rng::with_seed(1));
+        let desc = SpdWeightDesc { dtype: DT_Q8_0, batch: 1, rows, cols, ..SpdWeightDesc::default() };
+        let block = |_| [&[0, 0x20][..], &std::array::from_fn::<u8, 32, _>(|_| random.u8(..))].concat();
+        let weight = Weight::uploaded(&desc, (0..rows * cols / 32).flat_map(block).collect(), &usage);
+        pack(&[&weight], &team, &usage).expect("memory");
+        let packed = weight.packed.get().expect("a format that is packed");
+        let n_pieces = packed.tiles.div_ceil(PIECE_BYTES / packed.tile_bytes);
+        assert_eq!((team.turns.n_taken(), n_pieces), (3, 3));
+        let mut expected = vec![0; packed.tile_bytes];
+        for tile in 0..packed.tiles {
+            let first = tile * TILE_ROWS;
+            let row = |lane: usize| (first + lane < weight.rows).then(|| weight.row(0, first + lane));
+            pack_tile(weight.format, weight.cols, row, &mut expected);
+            assert!(packed.tile(0, tile) == expected, "tile {tile}");
+        }
     }
 }

@@ -5,6 +5,7 @@
 //! nobody has begun: on a machine with other work a thread may not be running when there is a part for it, and waiting
 //! for it costs more than the part.
 
+use crate::turns::Turns;
 use std::any::Any;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -97,6 +98,8 @@ pub(crate) struct Team {
     workers: Vec<JoinHandle<()>>,
     /// One job at a time.
     turn: Mutex<()>,
+    /// For whoever has many jobs, one after another.
+    pub(crate) turns: Turns,
 }
 
 impl Team {
@@ -109,7 +112,8 @@ impl Team {
         cpus.iter().for_each(|&cpu| set.set(cpu));
         let set = (!cpus.is_empty()).then_some(set);
         // Where one cannot be started, those that were end with the team.
-        let mut team = Self { shared: Arc::new(Shared::new(parts)), workers: Vec::new(), turn: Mutex::new(()) };
+        let shared = Arc::new(Shared::new(parts));
+        let mut team = Self { shared, workers: Vec::new(), turn: Mutex::new(()), turns: Turns::default() };
         for number in 1..parts {
             let shared = Arc::clone(&team.shared);
             let builder = std::thread::Builder::new().name(format!("spd-cpu-{number}"));
@@ -293,7 +297,7 @@ mod tests {
         let asleep = Arc::clone(&shared);
         let worker =
             std::thread::spawn(move || wait_for(|| (asleep.state.load(Ordering::Acquire) == END).then_some(())));
-        let team = Team { shared, workers: vec![worker], turn: Mutex::new(()) };
+        let team = Team { shared, workers: vec![worker], turn: Mutex::new(()), turns: Turns::default() };
         let done = Mutex::new(Vec::new());
         team.run(&|part| lock(&done).push((part, std::thread::current().id())));
         let own = std::thread::current().id();
