@@ -8,7 +8,7 @@ mod link;
 pub use keeper::kill_plugin_hosts;
 
 use crate::remote::HostOptions;
-use crate::remote::arena::{KIND_KV, KIND_RUN};
+use crate::remote::arena::{KIND_KV, KIND_RUN, Layout};
 use crate::remote::wire::{Object, Plain, PoolShape, Reply, Request, SlowShape, Source as From, Start};
 use crate::slow::is_memory;
 use crate::{BackendError, Found, Plugin as Loaded, taint};
@@ -29,10 +29,13 @@ use std::ffi::CStr;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Smallest lane in bytes.
 const LANE_BYTES_MIN: usize = 1 << 20;
+/// Of a step's arrays at most, for each token and for each sequence, with what is there once.
+const STEP_BYTES: [u64; 2] = [20, 256];
 /// What goes through a host. Its queues are synchronous, and weights are not read where they lie in the daemon's
 /// memory: the host has its own mapping of the file.
 const FEATURES: u64 = FEAT_GRAPH
@@ -117,7 +120,13 @@ impl Plugin for RemotePlugin {
         let OpenOptions { n_threads, mem_budget, .. } = *options;
         let request = Request::Open { device: id, index, n_threads, mem_budget };
         self.link.done(self.link.call_within(&request, &[], self.link.options().start_timeout)?)?;
-        Ok(RemoteDevice { link: Arc::clone(&self.link), id, lanes: Mutex::default(), files: Mutex::default() })
+        Ok(RemoteDevice {
+            link: Arc::clone(&self.link),
+            id,
+            lanes: Mutex::default(),
+            image_bytes: AtomicU64::new(0),
+            files: Mutex::default(),
+        })
     }
 }
 
@@ -128,6 +137,8 @@ struct RemoteDevice {
     id: u32,
     /// Lanes that carry no job; as many are made as queues run at a time.
     lanes: Mutex<Vec<Lane>>,
+    /// Bytes of the largest image of a block.
+    image_bytes: AtomicU64,
     /// Files that the host has mapped, by device and inode.
     files: Mutex<HashMap<(u64, u64), u32>>,
 }
@@ -154,14 +165,33 @@ impl RemoteDevice {
     /// Does a job on a lane that is free and large enough, or on a new one.
     fn run_job(&self, mut job: Job<'_>) -> Result<()> {
         let bytes = job.layout()?.total;
-        let free = lock(&self.lanes).pop();
-        let mut lane = match free.filter(|lane| lane.capacity() >= bytes) {
-            Some(lane) => lane,
-            None => self.new_lane(bytes)?,
-        };
+        let mut lane = self.lane(bytes)?;
         let outcome = lane.run(&mut job);
         lock(&self.lanes).push(lane);
         outcome
+    }
+
+    /// A lane with room for `bytes` that carries no job: a free one, or a new one.
+    fn lane(&self, bytes: usize) -> Result<Lane> {
+        let mut lanes = lock(&self.lanes);
+        let free = lanes.iter().position(|lane| lane.capacity() >= bytes).map(|at| lanes.swap_remove(at));
+        drop(lanes);
+        free.map_or_else(|| self.new_lane(bytes), Ok)
+    }
+
+    /// Has a lane ready for whatever a plan's steps carry, and for a block's image: one that a step has to open waits
+    /// for the control call that is under way, which may be the compilation of another plan.
+    fn provide_lane(&self, bucket: &SpdBucket, sizes: &PlanSizes) {
+        let most = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+        // Blocks have 16 tokens at least.
+        let (token, sequence) = (STEP_BYTES[0], STEP_BYTES[1] + u64::from(bucket.max_context) / 16 * 4);
+        let step = u64::from(bucket.max_tokens) * token + u64::from(bucket.max_seqs) * sequence;
+        let output = sizes.output.max(self.image_bytes.load(Ordering::Relaxed));
+        let bytes = Layout::of([step, sizes.input, output].map(most)).map_or(usize::MAX, |layout| layout.total);
+        // A step that has none tries again, and says why.
+        if let Ok(lane) = self.lane(bytes) {
+            lock(&self.lanes).push(lane);
+        }
     }
 
     fn new_lane(&self, bytes: usize) -> Result<Lane> {
@@ -258,7 +288,10 @@ impl Device for RemoteDevice {
         let fds: Vec<BorrowedFd<'_>> = file.iter().map(AsFd::as_fd).collect();
         let pool = self.link.new_id();
         match self.link.call(&Request::CreateKv { device: self.id, pool, shape, slow }, &fds)? {
-            Reply::Pool(Plain(info)) => Ok((self.remote(Object::Pool(pool)), info)),
+            Reply::Pool(Plain(info)) => {
+                self.image_bytes.fetch_max(info.image_bytes, Ordering::Relaxed);
+                Ok((self.remote(Object::Pool(pool)), info))
+            }
             _ => Err(self.link.nonsense()),
         }
     }
@@ -284,7 +317,9 @@ impl Device for RemoteDevice {
         };
         match self.link.call(&request, &[blob.as_fd()])? {
             Reply::Plan { workspace, input, output } => {
-                Ok((self.remote(Object::Plan(plan)), PlanSizes { workspace, input, output }))
+                let (plan, sizes) = (self.remote(Object::Plan(plan)), PlanSizes { workspace, input, output });
+                self.provide_lane(&bucket, &sizes);
+                Ok((plan, sizes))
             }
             _ => Err(self.link.nonsense()),
         }
