@@ -13,7 +13,7 @@ use crate::ladder::Conduct;
 use crate::orders::Orders;
 use crate::residence::{Left, ModelSource, RETRY_AFTER, Residence, Resident, Take};
 use crate::room::SlowTier;
-use crate::scheduler::{Limits, Load, Scheduler};
+use crate::scheduler::{Company, Limits, Load, Scheduler};
 use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats, lock};
 use crate::step::{Done, step};
@@ -76,6 +76,8 @@ pub(crate) struct Live {
     orders: Orders,
     /// Where the slow tier's file is, if there is one.
     slow_dir: Option<PathBuf>,
+    /// What its last turn took.
+    turn_time: Duration,
     stats: Stats,
     take: Take,
 }
@@ -240,6 +242,7 @@ impl Live {
             batch: Batch::default(),
             orders,
             slow_dir: opened.slow_dir,
+            turn_time: Duration::ZERO,
             stats,
             take,
         })
@@ -287,15 +290,22 @@ impl Live {
         clock: &dyn Fn() -> Duration,
     ) -> Result<Option<Done>, ExecutorError> {
         let Some(device) = &mut self.device else { return Ok(None) };
+        let began = clock();
         let vocabulary = vocabulary(&self.served);
         let mut watched = Watched { device, conduct, clock };
         let done = step(&mut self.scheduler, &mut watched, &mut self.orders, &mut self.batch, vocabulary, clock)?;
+        self.turn_time = clock().saturating_sub(began);
         if let Some(done) = done {
             self.stats.steps += 1;
             self.stats.computed_tokens += done.computed as u64;
             self.stats.sampled_tokens += done.sampled as u64;
         }
         Ok(done)
+    }
+
+    /// What it does in a round of the models, for the others.
+    pub(crate) fn as_company(&self) -> Company {
+        self.scheduler.as_company(self.turn_time)
     }
 
     /// What it has done and holds.

@@ -15,7 +15,7 @@ use crate::lane::{Lane, Live, ModelOptions, Opened, Unopened};
 use crate::memory::{Budget, Outlook};
 use crate::orders::{Links, SlowWriter};
 use crate::progress::Progress;
-use crate::scheduler::{Limits, Scheduler};
+use crate::scheduler::{Company, Limits, Scheduler};
 use crate::sequence::{Sequence, SequenceId};
 use crate::service::{Command, Service, Shared, Slot, lock};
 use crate::sessions::{self, Ask, Clocks, SessionStore};
@@ -226,14 +226,16 @@ impl Engine {
         }
     }
 
-    /// One step of each model.
+    /// One step of each model, which all their answers wait for.
     fn turn(&mut self) {
         let clock = clock(&self.shared);
+        let all = self.lives().map(Live::as_company).fold(Company::default(), Company::with);
         for lane in &mut self.lanes {
             let Some(live) = &mut lane.live else { continue };
             if live.scheduler.has_work() {
                 lock(&self.shared.progress).stepping(clock());
             }
+            live.scheduler.run_beside(all.without(live.as_company()));
             match live.turn(self.devices.conduct(), &clock) {
                 Ok(None) => {}
                 Ok(Some(done)) if done.computed == 0 => {

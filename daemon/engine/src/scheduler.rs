@@ -25,6 +25,7 @@ mod share;
 mod tiers;
 
 pub(crate) use leaving::Leaves;
+pub(crate) use pace::Company;
 pub use queue::OwnerLoad;
 pub(crate) use relief::Footprint;
 
@@ -135,6 +136,7 @@ pub(crate) struct Scheduler {
     /// What was read for a sequence has no place until a block has moved.
     arrivals_wait: bool,
     pace: Pace,
+    company: Company,
     shares: Shares,
     throughput: Throughput,
     relief: Relief,
@@ -174,6 +176,7 @@ impl Scheduler {
             without_new_blocks: false,
             arrivals_wait: false,
             pace: Pace::new(limits.tpot_target, limits.max_batched_tokens),
+            company: Company::default(),
             shares: Shares::default(),
             throughput: Throughput::default(),
             relief: Relief::new(limits.max_running),
@@ -328,17 +331,6 @@ impl Scheduler {
         is_end
     }
 
-    /// The last scheduled step took so long, all in all.
-    pub(crate) fn took(&mut self, time: Duration) {
-        let is_decode = |&&(_, n): &&(usize, u32)| n == 1;
-        let n_decodes = count(self.scheduled.iter().filter(is_decode).count());
-        let n_tokens: u32 = self.scheduled.iter().map(|&(_, n)| n).sum();
-        self.pace.took(time, n_decodes, n_tokens - n_decodes);
-        self.tally.step_sequences += self.scheduled.len() as u64;
-        self.throughput.took(time, n_tokens);
-        self.shares.took(time, n_tokens);
-    }
-
     pub(crate) fn running_mut(&mut self, index: usize) -> &mut Sequence {
         &mut self.running[index]
     }
@@ -374,7 +366,7 @@ impl Scheduler {
             }
         }
         self.prefills.sort_unstable();
-        left = left.min(self.pace.chunk(count(self.scheduled.len())));
+        left = left.min(self.pace.chunk(count(self.scheduled.len()) + self.company.n_decodes));
         for &(_, index) in &self.prefills {
             let sequence = &self.running[index];
             let n = sequence.n_pending().min(left).min(self.shares.left(sequence.owner()));

@@ -1,11 +1,13 @@
 //! How large may a step be, and how fast is work done? Measured times to numbers of tokens.
 //!
-//! While answers run, every token of a prompt in a step makes all of them wait. Where a time per token is wanted, the
-//! part of a step that reads prompts follows the measured times: down at once in proportion when a step took longer, up
-//! by an eighth when a full one took less. Without running answers a step reads as much as it can.
+//! While answers run, every token of a prompt in a step makes all of them wait: those of other models on the device,
+//! too, which have a step each in turn. Where a time per token is wanted, the part of a step that reads prompts follows
+//! the measured times of a round: down at once in proportion when it took longer, up by an eighth when one with a full
+//! step took less. Without running answers a step reads as much as it can.
 //!
 //! Knows no clock: times are arguments.
 
+use super::{Scheduler, count};
 use std::time::Duration;
 
 /// Least tokens of a prompt in a step: it gets on whatever the target.
@@ -18,13 +20,60 @@ const MEAN_SHIFT: f64 = 16.0;
 /// Longest time that is asked to be waited, in seconds.
 const RETRY_S_MAX: f64 = 600.0;
 
+/// What other models do on the device between two steps of this one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Company {
+    /// Answers that run.
+    pub(crate) n_decodes: u32,
+    /// The time of their last steps, together.
+    pub(crate) time: Duration,
+}
+
 /// The part of a step that reads prompts.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
-    /// Time that a step beside running answers is to take.
+    /// Time that a round beside running answers is to take.
     aim: Option<Duration>,
     most: u32,
     chunk: u32,
+}
+
+impl Company {
+    /// What both do, one after the other.
+    pub(crate) fn with(self, other: Self) -> Self {
+        Self { n_decodes: self.n_decodes + other.n_decodes, time: self.time + other.time }
+    }
+
+    /// What all but one of them do.
+    pub(crate) fn without(self, one: Self) -> Self {
+        let n_decodes = self.n_decodes.saturating_sub(one.n_decodes);
+        Self { n_decodes, time: self.time.saturating_sub(one.time) }
+    }
+}
+
+impl Scheduler {
+    /// What this model does in a round, for the others: its last step took so long.
+    pub(crate) fn as_company(&self, time: Duration) -> Company {
+        let decodes = self.running.iter().filter(|sequence| sequence.is_ready() && sequence.n_pending() == 1);
+        if self.has_work() { Company { n_decodes: count(decodes.count()), time } } else { Company::default() }
+    }
+
+    /// Reckons with what the other models on the device do until the next step.
+    pub(crate) fn run_beside(&mut self, company: Company) {
+        self.company = company;
+    }
+
+    /// The last scheduled step took so long, all in all.
+    pub(crate) fn took(&mut self, time: Duration) {
+        let is_decode = |&&(_, n): &&(usize, u32)| n == 1;
+        let n_decodes = count(self.scheduled.iter().filter(is_decode).count());
+        let n_tokens: u32 = self.scheduled.iter().map(|&(_, n)| n).sum();
+        let round = Company { n_decodes, time }.with(self.company);
+        self.pace.took(round.time, round.n_decodes, n_tokens - n_decodes);
+        self.tally.step_sequences += self.scheduled.len() as u64;
+        self.throughput.took(time, n_tokens);
+        self.shares.took(time, n_tokens);
+    }
 }
 
 impl Pace {
@@ -50,12 +99,13 @@ impl Pace {
         }
     }
 
-    /// Tokens of prompts that a step beside `n_decodes` running answers may carry.
+    /// Tokens of prompts that a step may carry while `n_decodes` answers run, whichever models'.
     pub(super) fn chunk(&self, n_decodes: u32) -> u32 {
         if n_decodes == 0 { self.most } else { self.chunk }
     }
 
-    /// A step took so long.
+    /// A round took so long, in which `n_decodes` answers ran and a step of this model read `n_prefill` tokens of
+    /// prompts.
     pub(super) fn took(&mut self, time: Duration, n_decodes: u32, n_prefill: u32) {
         let Some(aim) = self.aim else { return };
         if n_decodes == 0 || n_prefill == 0 {
@@ -130,6 +180,8 @@ fn aim(target: Option<Duration>) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scheduler::{Leaves, Limits};
+    use crate::testing::{Bench, Listener, VOCAB, VOCABULARY, limits, prompt};
     use rand_chacha::ChaCha8Rng;
     use rand_chacha::rand_core::{RngCore, SeedableRng};
 
@@ -179,6 +231,52 @@ mod tests {
         assert_eq!((pace.chunk(0), pace.chunk(1)), (256, 128));
         pace.bound(64);
         assert_eq!((pace.chunk(0), pace.chunk(1)), (64, 64));
+    }
+
+    /// A step of a model on a device that takes 10 ms, and one for each token; answers its time.
+    fn step(bench: &mut Bench) -> Duration {
+        let (scheduler, now) = (&mut bench.scheduler, bench.now.get());
+        scheduler.tend(now);
+        if !scheduler.schedule(&mut bench.batch, now) {
+            return Duration::ZERO;
+        }
+        scheduler.computed(&[], now);
+        let sampled = scheduler.take_sampled();
+        let at_end = |&index: &usize| scheduler.advance(index, &mut [0.0; VOCAB], VOCABULARY, now);
+        let leaving: Vec<_> = sampled.into_iter().filter(at_end).map(|index| (index, Leaves::ForGood)).collect();
+        let time = ms(10 + bench.batch.n_tokens() as u64);
+        scheduler.took(time);
+        scheduler.finish(&leaving, now);
+        scheduler.tend(now);
+        time
+    }
+
+    /// A step of each model, as the engine has them.
+    fn round(models: &mut [Bench; 2], times: &mut [Duration; 2]) -> Duration {
+        let own = [0, 1].map(|model| models[model].scheduler.as_company(times[model]));
+        let all = own[0].with(own[1]);
+        for (model, bench) in models.iter_mut().enumerate() {
+            bench.scheduler.run_beside(all.without(own[model]));
+            times[model] = step(bench);
+        }
+        times.iter().sum()
+    }
+
+    #[test]
+    fn answers_keep_their_time_beside_another_models_long_prompts_which_are_read_in_full_steps_without_them() {
+        let limits = Limits { max_batched_tokens: 256, tpot_target: Some(ms(100)), max_waiting: 100, ..limits() };
+        let mut models = [Bench::new(32, limits), Bench::new(32, limits)];
+        let listener = Listener::with_room(1000);
+        models[0].submit(prompt(1, 4), 60, &listener);
+        (0..40).for_each(|seed| models[1].submit(prompt(seed, 390), 1, &Listener::with_room(10)));
+        let (mut times, mut rounds) = ([Duration::ZERO; 2], Vec::new());
+        while listener.heard().1.is_none() {
+            rounds.push(round(&mut models, &mut times));
+        }
+        assert_eq!(rounds.len(), 60);
+        assert!(rounds[5..].iter().all(|&round| (ms(60)..ms(100)).contains(&round)), "{rounds:?}");
+        let alone: Vec<_> = (0..5).map(|_| round(&mut models, &mut times)).collect();
+        assert!(alone.contains(&ms(10 + 256)), "{alone:?}");
     }
 
     #[test]
