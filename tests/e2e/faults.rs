@@ -262,43 +262,115 @@ fn requests_wait_while_there_is_no_device_and_the_daemon_can_be_stopped() {
     assert!(answer.body.contains("\"tokens\"") && !answer.body.contains("[DONE]"), "{}", answer.body);
 }
 
+/// What the daemon tells its service manager.
+struct Manager {
+    dir: tempfile::TempDir,
+    socket: UnixDatagram,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+        Self { dir, socket }
+    }
+
+    /// A daemon that it watches, with looks at every 20 ms.
+    fn start(&self, sets: &[&str]) -> Daemon {
+        let path = self.dir.path().join("notify");
+        faulty(&[("NOTIFY_SOCKET", path.as_path()), ("WATCHDOG_USEC", Path::new("80000"))], sets)
+    }
+
+    fn hear(&self) -> std::io::Result<String> {
+        let mut bytes = [0; 512];
+        self.socket.recv(&mut bytes).map(|n| String::from_utf8_lossy(&bytes[..n]).into_owned())
+    }
+
+    fn hear_until(&self, what: &str) -> String {
+        let mut heard = Vec::new();
+        while !heard.last().is_some_and(|last: &String| last.starts_with(what)) {
+            heard.push(self.hear().unwrap_or_else(|_| panic!("no {what} after {heard:?}")));
+        }
+        heard.pop().unwrap()
+    }
+
+    fn hears_nothing(&self) {
+        self.socket.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
+        assert!(self.hear().is_err(), "the watchdog is fed though nothing works");
+        self.socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    }
+}
+
 #[test]
 fn the_watchdog_is_fed_until_the_engine_has_had_no_device_for_too_long() {
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("notify");
-    let socket = UnixDatagram::bind(&path).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
-    let environment = [("NOTIFY_SOCKET", path.as_path()), ("WATCHDOG_USEC", Path::new("80000"))];
+    let manager = Manager::new();
     let sets = [
         "engine.set.broken_from=\"5\"",
         "engine.failover=false",
         "engine.retry.backoff_ms=[5]",
         "engine.watchdog_ms=300",
     ];
-    let mut daemon = faulty(&environment, &sets);
-    let hear = || {
-        let mut bytes = [0; 512];
-        socket.recv(&mut bytes).map(|n| String::from_utf8_lossy(&bytes[..n]).into_owned())
-    };
-    let hear_until = |what: &str| -> Vec<String> {
-        let mut heard = Vec::new();
-        while !heard.last().is_some_and(|last: &String| last.starts_with(what)) {
-            heard.push(hear().unwrap_or_else(|_| panic!("no {what} after {heard:?}")));
-        }
-        heard
-    };
-    hear_until("READY=1");
+    let mut daemon = manager.start(&sets);
+    manager.hear_until("READY=1");
     // Longer than the watchdog's time, at every 20 ms: an idle engine is a healthy one.
-    (0..30).for_each(|_| drop(hear_until("WATCHDOG=1")));
+    (0..30).for_each(|_| drop(manager.hear_until("WATCHDOG=1")));
     let waiting = daemon.open("/v1/completions", &requests()[0]);
-    hear_until("STATUS=stuck: no device, faulty is next");
-    socket.set_read_timeout(Some(Duration::from_millis(400))).unwrap();
-    assert!(hear().is_err(), "the watchdog is fed though nothing works");
-    socket.set_read_timeout(Some(Duration::from_secs(120))).unwrap();
+    manager.hear_until("STATUS=stuck: no device, faulty is next");
+    manager.hears_nothing();
     drop(waiting);
     daemon.signal("TERM");
-    let stop = hear_until("STOPPING=1").pop().unwrap();
+    let stop = manager.hear_until("STOPPING=1");
     // limits.stop_s and ten seconds, so that the service's own limit does not end running answers.
     assert!(stop.contains("EXTEND_TIMEOUT_USEC=30000000"), "{stop}");
+    assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
+}
+
+/// Settings of a second model, loaded on demand.
+fn second() -> [String; 2] {
+    [format!("model.b.path={}", tiny().display()), "model.b.load=demand".to_owned()]
+}
+
+fn of_second(request: &Value) -> Value {
+    let mut request = request.clone();
+    request["model"] = json!("b");
+    request
+}
+
+#[test]
+fn a_models_answers_go_on_while_another_one_is_compiled() {
+    for isolation in ["none", "process"] {
+        let ([path, load], isolation) = (second(), format!("engine.isolation={isolation}"));
+        let daemon = faulty(&[], &[&path, &load, &isolation, "engine.set.late_compile=\"200\""]);
+        let expected = streamed_tokens(&daemon.post("/v1/completions", &requests()[0]).body);
+        let asking = daemon.open("/v1/completions", &of_second(&requests()[0]));
+        let is_there = || daemon.get("/v1/status").json()["models"][1]["state"] == "ready";
+        let mut n_answers = 0;
+        daemon.wait_until("compiled", || {
+            let answer = daemon.post("/v1/completions", &requests()[0]);
+            assert_eq!(streamed_tokens(&answer.body), expected, "{isolation}: {}", daemon.log());
+            n_answers += 1;
+            is_there()
+        });
+        // Each is 80 steps.
+        assert!(n_answers > 2, "{isolation}: {n_answers}");
+        assert_eq!(streamed_tokens(&read_answer(asking).unwrap().body), expected, "{isolation}");
+    }
+}
+
+#[test]
+fn a_compilation_that_hangs_stops_nobodys_answers_and_the_watchdogs_food_and_keeps_no_daemon_from_stopping() {
+    let (manager, [path, load]) = (Manager::new(), second());
+    let hangs = ["engine.set.hang_compile=yes", "engine.watchdog_ms=300", "limits.stop_s=0"];
+    let mut daemon = manager.start(&[&hangs[..], &[&path, &load]].concat());
+    manager.hear_until("READY=1");
+    let expected = streamed_tokens(&daemon.post("/v1/completions", &requests()[0]).body);
+    let waiting = daemon.open("/v1/completions", &of_second(&requests()[0]));
+    manager.hear_until("STATUS=stuck: serving on faulty");
+    let answer = daemon.post("/v1/completions", &requests()[0]);
+    assert_eq!(streamed_tokens(&answer.body), expected, "{}", daemon.log());
+    manager.hears_nothing();
+    drop(waiting);
+    daemon.signal("TERM");
     assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.log());
 }

@@ -1,20 +1,17 @@
 //! How does a model run on a device? Weights uploaded, program compiled, batches stepped through.
 
 mod error;
+mod load;
 
 pub use error::ExecutorError;
+pub(crate) use load::upload;
 
 use crate::batch::Batch;
 use crate::warm::{ReclaimJob, WriteJob};
-use sparsed_abi::{
-    E_ABI, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_SLOW, SpdBucket, SpdKvOp,
-};
-use sparsed_backend::{
-    Arena, Backend, BackendError, Cipher, KvDesc, KvPool, Plan, Queue, SlowArea, Weight, WeightFile, WeightUpload,
-};
+use sparsed_abi::{E_ABI, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_SLOW, SpdKvOp};
+use sparsed_backend::{Arena, Backend, BackendError, KvPool, Plan, Queue, SlowArea};
 use sparsed_kv::{BLOCK_TOKENS, BlockId};
 use sparsed_model::{Model, Program, ProgramOptions};
-use std::path::Path;
 use std::sync::Arc;
 
 /// How a model is put on a device.
@@ -88,37 +85,9 @@ impl DeviceModel {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, ExecutorError> {
         let program = model.program(&options.program)?;
-        Self::load_program(backend, Arc::new(program), options, None, progress)
-    }
-
-    /// As [`load`](Self::load), with the model's program at hand.
-    pub(crate) fn load_program(
-        backend: &Backend,
-        program: Arc<Program>,
-        options: LoadOptions,
-        slow_dir: Option<&Path>,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<Self, ExecutorError> {
+        let program = Arc::new(program);
         let weights = upload(backend, &program, progress)?;
-        let (mut options, wanted) = (options, options.n_blocks);
-        let (slow, pool, plan) = loop {
-            match place(backend, &program, &weights, options, slow_dir) {
-                Err(error) if error.is_out_of_memory() => {
-                    let block_bytes = program.kv.bytes_per_token()?.saturating_mul(u64::from(BLOCK_TOKENS));
-                    options.n_blocks = fewer_blocks(options, block_bytes, backend.memory()?.free).ok_or(error)?;
-                    options.n_fast = options.n_blocks;
-                }
-                placed => break placed?,
-            }
-        };
-        if options.n_blocks < wanted {
-            let (tokens, wanted) = (options.n_blocks * BLOCK_TOKENS, wanted * BLOCK_TOKENS);
-            log::warn!(tokens, wanted; "the device has no room for all tokens wanted at a time, its pool is made smaller");
-        }
-        let queue = backend.queue()?;
-        let (input, output) = (Arena::default(), Arena::default());
-        let backend = backend.clone();
-        Ok(Self { backend, program, plan, queue, pool, slow, has_left: false, options, step_id: 0, input, output })
+        Self::place(backend, program, &weights, options, None)
     }
 
     /// Tokens that attention selects, `None` when it reads all.
@@ -306,122 +275,10 @@ fn grow(arena: &mut Arena, backend: &Backend, length: usize) {
     }
 }
 
-/// What a model needs beside its weights: the slow tier, if any, the pool, and the compiled program.
-type Placed = (Option<Arc<SlowArea>>, KvPool, Plan);
-
-fn place(
-    backend: &Backend,
-    program: &Program,
-    weights: &[Weight],
-    options: LoadOptions,
-    slow_dir: Option<&Path>,
-) -> Result<Placed, ExecutorError> {
-    let desc = KvDesc {
-        block_tokens: BLOCK_TOKENS,
-        n_blocks: options.n_blocks,
-        n_layers: program.kv.n_layers,
-        n_index_layers: program.kv.n_index_layers,
-        latent: program.kv.latent,
-        rope: program.kv.rope,
-        index: program.kv.index,
-    };
-    let slow = match slow_dir {
-        Some(dir) if options.n_fast < options.n_blocks => {
-            let (row_bytes, cache_bytes) = (program.kv.latent_row_bytes()?, options.slow_cache_bytes);
-            Some(Arc::new(match backend.info().takes_slow_file() {
-                true => SlowArea::create(dir, cipher(), &desc, row_bytes, cache_bytes)?,
-                false => SlowArea::in_memory(&desc, row_bytes, cache_bytes)?,
-            }))
-        }
-        _ => None,
-    };
-    let pool = backend.create_kv(&desc, slow.as_deref())?;
-    let bucket = SpdBucket {
-        max_tokens: options.max_step_tokens,
-        max_seqs: options.max_seqs,
-        max_logits: options.max_logits,
-        max_context: options.max_context,
-    };
-    let plan = backend.compile(&program.blob, &weights.iter().collect::<Vec<_>>(), &[&pool], bucket)?;
-    Ok((slow, pool, plan))
-}
-
-/// What a slow tier is encrypted with: the faster one on this machine.
-fn cipher() -> Cipher {
-    if sparsed_session::has_aes() { Cipher::Aes256Gcm } else { Cipher::ChaCha20Poly1305 }
-}
-
-/// Blocks to try next on a device that has no room for these, of whose memory `free` bytes are left beside the weights;
-/// the program's workspace has to fit as well, so that the last ones are given up in eighths. `None` where nothing
-/// smaller is of use, or where part of the pool is slow: then memory is not what bounds it.
-fn fewer_blocks(options: LoadOptions, block_bytes: u64, free: u64) -> Option<u32> {
-    if options.n_fast < options.n_blocks {
-        return None;
-    }
-    let fit = u32::try_from(free / block_bytes.max(1)).unwrap_or(u32::MAX);
-    let fewer = fit.min(options.n_blocks - options.n_blocks.div_ceil(8));
-    (fewer >= 2).then_some(fewer)
-}
-
-fn upload(
-    backend: &Backend,
-    program: &Program,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Vec<Weight>, ExecutorError> {
-    let total = program.weights.iter().map(|weight| weight.bytes.len() as u64).sum();
-    let (mut weights, mut done) = (Vec::with_capacity(program.weights.len()), 0);
-    for weight in &program.weights {
-        if !backend.info().takes_weights(weight.dtype) {
-            return Err(ExecutorError::Dtype { name: weight.name.clone(), dtype: weight.dtype });
-        }
-        weights.push(backend.upload(&WeightUpload {
-            name: weight.name.clone(),
-            dtype: weight.dtype,
-            batch: weight.batch,
-            rows: weight.rows,
-            cols: weight.cols,
-            bytes: weight.bytes.clone(),
-            file: weight.file.clone().map(|(file, offset)| WeightFile { file, offset }),
-        })?);
-        done += weight.bytes.len() as u64;
-        progress(done, total);
-    }
-    Ok(weights)
-}
-
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|chunk| f32::from_le_bytes(*chunk)).collect()
 }
 
 fn integers(bytes: &[u8]) -> Vec<i32> {
     bytes.as_chunks::<4>().0.iter().map(|chunk| i32::from_le_bytes(*chunk)).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use sparsed_model::ProgramOptions;
-
-    fn options(n_blocks: u32, n_fast: u32) -> LoadOptions {
-        LoadOptions {
-            program: ProgramOptions::default(),
-            max_context: 64,
-            max_step_tokens: 8,
-            max_seqs: 1,
-            max_logits: 1,
-            n_blocks,
-            n_fast,
-            slow_cache_bytes: 0,
-        }
-    }
-
-    #[test]
-    fn a_pool_that_does_not_fit_is_made_as_large_as_the_memory_then_smaller_by_eighths_and_never_useless() {
-        assert_eq!(fewer_blocks(options(1000, 1000), 64, 64 * 100), Some(100));
-        assert_eq!(fewer_blocks(options(100, 100), 64, 64 * 100), Some(87));
-        assert_eq!(fewer_blocks(options(3, 3), 64, u64::MAX), Some(2));
-        assert_eq!(fewer_blocks(options(2, 2), 64, u64::MAX), None);
-        assert_eq!(fewer_blocks(options(1000, 1000), 64, 100), None);
-        assert_eq!(fewer_blocks(options(1000, 10), 64, 64 * 100), None, "a slow tier is not bounded by the device");
-    }
 }

@@ -8,7 +8,7 @@ pub(crate) use opened::{Opened, Unopened};
 use crate::api::Failure;
 use crate::attempt::Watched;
 use crate::batch::Batch;
-use crate::executor::{DeviceModel, ExecutorError, LoadOptions};
+use crate::executor::{self, DeviceModel, ExecutorError, LoadOptions};
 use crate::ladder::Conduct;
 use crate::orders::Orders;
 use crate::residence::{Left, ModelSource, RETRY_AFTER, Residence, Resident, Take};
@@ -18,7 +18,7 @@ use crate::sequence::{Sequence, Vocabulary};
 use crate::service::{ServedModel, Slot, Stats, lock};
 use crate::step::{Done, step};
 use crate::telemetry::Board;
-use sparsed_backend::Backend;
+use sparsed_backend::{Backend, Weight};
 use sparsed_kv::{BLOCK_TOKENS, Pool, PrefixHasher};
 use sparsed_model::{Program, ProgramOptions};
 use std::path::PathBuf;
@@ -135,22 +135,8 @@ impl Lane {
         }
     }
 
-    /// Puts the model on a device; it takes the place of the one in use with [`Live::attach`]. `None` for a model that
-    /// is not in memory. `uploading` is called again and again meanwhile.
-    pub(crate) fn load(
-        &self,
-        backend: &Backend,
-        uploading: &mut dyn FnMut(),
-    ) -> Result<Option<DeviceModel>, ExecutorError> {
-        let Some(upload) = self.upload(backend) else { return Ok(None) };
-        let mut progress = |done: u64, total: u64| {
-            self.slot.uploaded(done, total);
-            uploading();
-        };
-        upload.run(backend, &mut progress).map(Some)
-    }
-
-    /// What is to be put on a device.
+    /// What is to be put on a device, where it takes the place of the one in use with [`Live::attach`]. `None` for a
+    /// model that is not in memory.
     pub(crate) fn upload(&self, backend: &Backend) -> Option<Upload> {
         let live = self.live.as_ref()?;
         let load = live.load_options(&self.slot, backend);
@@ -213,13 +199,25 @@ impl Lane {
 }
 
 impl Upload {
-    /// Puts it on a device. `progress` hears (bytes uploaded, bytes in all).
-    pub(crate) fn run(
-        self,
+    /// Gives the device its weights. `progress` hears (bytes uploaded, bytes in all).
+    pub(crate) fn weights(
+        &self,
         backend: &Backend,
         progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<DeviceModel, ExecutorError> {
-        DeviceModel::load_program(backend, self.program, self.load, self.slow_dir.as_deref(), progress)
+    ) -> Result<Vec<Weight>, ExecutorError> {
+        executor::upload(backend, &self.program, progress)
+    }
+
+    /// Bytes that the device may read while it makes the rest.
+    pub(crate) fn weights_bytes(&self) -> u64 {
+        self.program.weights.iter().map(|weight| weight.bytes.len() as u64).sum()
+    }
+
+    /// Has the device make the rest, in calls that may take long.
+    pub(crate) fn place(self, backend: &Backend, weights: &[Weight]) -> Result<DeviceModel, ExecutorError> {
+        let mut model = DeviceModel::place(backend, self.program, weights, self.load, self.slow_dir.as_deref())?;
+        model.provide();
+        Ok(model)
     }
 }
 

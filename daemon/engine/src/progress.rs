@@ -1,11 +1,16 @@
 //! Does the engine get anywhere? What the service's watchdog is fed by.
 //!
-//! It does while steps are done, while there is nothing to do, and while weights are being uploaded. It does not when
-//! for the watchdog's time every step has failed, no device could be had, or one call has not come back.
+//! It does while steps are done, while there is nothing to do, and while a model is put on the device. It does not when
+//! for the watchdog's time every step has failed, no device could be had, or one call has not come back. The call that
+//! compiles a model has longer: a device may read all weights in it, from a disk that is slow.
 //!
 //! Knows no clock: time is an argument.
 
 use std::time::Duration;
+
+/// Bytes of weights in a second that a device reads at least while it compiles: what an SD card of class 4 is sure of.
+/// Those of higher classes give more than twice as much, and laying weights out otherwise is faster than any of them.
+const COMPILED_BYTES_PER_S: u64 = 4 << 20;
 
 /// What the engine has told of itself.
 #[derive(Clone, Copy, Debug)]
@@ -18,6 +23,8 @@ pub(crate) struct Progress {
     failed: Option<Duration>,
     /// The last sign of an upload that is going on.
     upload: Option<Duration>,
+    /// How much longer than the limit the next sign may take, where a compilation is what comes next.
+    compile: Option<Duration>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +39,7 @@ enum Doing {
 
 impl Progress {
     pub(crate) fn new(limit: Duration) -> Self {
-        Self { limit, doing: Doing::Idle, sound: Duration::ZERO, failed: None, upload: None }
+        Self { limit, doing: Doing::Idle, sound: Duration::ZERO, failed: None, upload: None, compile: None }
     }
 
     /// A usable device has nothing to do.
@@ -66,17 +73,29 @@ impl Progress {
     pub(crate) fn lost(&mut self, now: Duration) {
         self.stepping(now);
         self.failed(now);
-        (self.doing, self.upload) = (Doing::Recovering, None);
+        (self.doing, self.upload, self.compile) = (Doing::Recovering, None, None);
     }
 
     /// A weight has been uploaded: the time from the first to the last is not counted, however long it takes.
     pub(crate) fn uploading(&mut self, now: Duration) {
         let since = self.upload.replace(now).unwrap_or(now);
-        self.sound += now.saturating_sub(since);
+        // Steps of others may have been done since.
+        self.sound = now.min(self.sound + now.saturating_sub(since));
+        self.compile = None;
     }
 
-    /// All weights are there.
-    pub(crate) fn uploaded(&mut self) {
+    /// All weights are uploaded, `bytes` of them; the device compiles, and there is no sign of it until it has. What
+    /// others compute meanwhile is none.
+    pub(crate) fn compiling(&mut self, bytes: u64, now: Duration) {
+        self.uploading(now);
+        self.compile = Some(Duration::from_secs(bytes / COMPILED_BYTES_PER_S));
+    }
+
+    /// The model is on the device, or will not be.
+    pub(crate) fn uploaded(&mut self, now: Duration) {
+        if self.upload.is_some() {
+            self.uploading(now);
+        }
         self.upload = None;
     }
 
@@ -88,6 +107,10 @@ impl Progress {
     /// Whether the watchdog may be fed.
     pub(crate) fn is_alive(&self, now: Duration) -> bool {
         let within = |since: Duration| now.saturating_sub(since) < self.limit;
+        if let (Some(began), Some(longer)) = (self.upload, self.compile) {
+            let was_sound = self.doing == Doing::Idle || began.saturating_sub(self.sound) < self.limit;
+            return was_sound && now.saturating_sub(began) < self.limit + longer;
+        }
         match (self.doing, self.failed) {
             (Doing::Idle, None) => true,
             // Requests that come and fail, one after another: idle only in between.
@@ -192,6 +215,58 @@ mod tests {
     }
 
     #[test]
+    fn a_compilation_may_take_as_long_as_a_slow_disk_needs_for_its_weights_and_one_that_hangs_is_found() {
+        const GIB: u64 = 1 << 30;
+        let longer = GIB / COMPILED_BYTES_PER_S;
+        for begin in [Progress::lost, Progress::idle, Progress::stepping] {
+            let mut progress = progress();
+            begin(&mut progress, s(0));
+            progress.uploading(s(10));
+            progress.compiling(GIB, s(20));
+            assert!(progress.is_alive(s(79 + longer)) && !progress.is_alive(s(80 + longer)));
+            // Answers of other models are no sign of it.
+            progress.stepping(s(80 + longer));
+            progress.done(s(80 + longer));
+            assert!(!progress.is_alive(s(80 + longer)));
+            progress.uploaded(s(81 + longer));
+            assert!(progress.is_alive(s(82 + longer)));
+        }
+    }
+
+    #[test]
+    fn the_time_of_a_compilation_is_not_counted_and_lends_nothing_to_what_follows() {
+        let mut progress = progress();
+        progress.lost(s(0));
+        progress.uploading(s(0));
+        progress.compiling(1 << 30, s(0));
+        progress.uploading(s(300));
+        assert!(progress.is_alive(s(359)) && !progress.is_alive(s(360)));
+    }
+
+    #[test]
+    fn an_engine_that_had_nothing_to_do_for_long_may_compile_and_is_alive_when_it_has() {
+        let mut progress = progress();
+        progress.idle(s(0));
+        progress.compiling(0, s(1000));
+        assert!(progress.is_alive(s(1059)) && !progress.is_alive(s(1060)));
+        progress.stepping(s(1001)); // somebody else's, and nothing after it
+        progress.done(s(1002));
+        progress.uploaded(s(1059));
+        assert!(progress.is_alive(s(1060)) && !progress.is_alive(s(1119)), "no more than the limit is lent");
+    }
+
+    #[test]
+    fn devices_that_compile_only_to_fail_are_no_life_not_even_meanwhile() {
+        let mut progress = progress();
+        progress.stepping(s(0));
+        for now in (0..200).step_by(20) {
+            progress.lost(s(now));
+            progress.compiling(1 << 40, s(now + 19));
+        }
+        assert!(!progress.is_alive(s(200)));
+    }
+
+    #[test]
     fn a_long_upload_is_progress_and_a_stuck_one_is_not() {
         let mut progress = progress();
         progress.lost(s(0));
@@ -200,7 +275,7 @@ mod tests {
         }
         assert!(progress.is_alive(s(349)) && !progress.is_alive(s(360)));
         progress.uploading(s(300));
-        progress.uploaded();
+        progress.uploaded(s(300));
         progress.stepping(s(300));
         assert!(progress.is_alive(s(340)), "ten seconds of it were no upload");
         assert!(!progress.is_alive(s(350)));

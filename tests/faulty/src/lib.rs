@@ -11,12 +11,15 @@
 //! - `slow_host`, with which its slow tier is taken in host memory only;
 //! - `host_memory`, `none`: it gives none; `only`: steps whose arenas lie in other memory fail;
 //! - `hang_open`, with which it does not come back from being opened;
+//! - `late_compile`, the steps that all compilations but the first wait for; `hang_compile`, with which these do not
+//!   come back (`compile.rs`);
 //! - `hog_at`, the step that wants more memory than there is.
 //!
 //! As a real device does, a lost queue fails until there is a new one, and a lost device until it is opened again.
 //! Every other step of `faults` has done its work before it fails, and leaves nonsense in its output.
 #![allow(unsafe_code, reason = "the plugin's side of the C ABI")]
 
+mod compile;
 mod slow;
 
 use slow::SlowFault;
@@ -66,6 +69,8 @@ struct Planted {
     /// None is given, or only what was given is taken.
     host_memory: Option<String>,
     hangs: bool,
+    late_compile: u64,
+    hangs_in_compile: bool,
     hog_at: Option<u64>,
 }
 
@@ -93,6 +98,7 @@ fn wrap() -> Option<(&'static SpdApi, SpdApi)> {
         self_test: Some(self_test),
         host_alloc: Some(host_alloc),
         kv_create: Some(slow::kv_create),
+        plan_compile: Some(compile::plan_compile),
         queue_create: Some(queue_create),
         queue_run: Some(queue_run),
         queue_kv: Some(queue_kv),
@@ -157,6 +163,8 @@ fn parse(setting: impl Fn(&CStr) -> Option<String>) -> Option<Planted> {
         slow: number(setting(c"slow"))?,
         host_memory: setting(c"host_memory"),
         hangs: setting(c"hang_open").is_some(),
+        late_compile: number(setting(c"late_compile"))?.unwrap_or(0),
+        hangs_in_compile: setting(c"hang_compile").is_some(),
         hog_at: number(setting(c"hog_at"))?,
     })
 }
@@ -319,6 +327,7 @@ unsafe extern "C" fn queue_run(
         return unsafe { refuse(error, status, "still lost") };
     }
     let number = RUNS.fetch_add(1, Ordering::Relaxed) + 1;
+    compile::stepped();
     let planted = PLANTED.get().expect("set by instance_create");
     // SAFETY: the daemon's struct.
     if planted.host_memory.as_deref() == Some("only") && !unsafe { has_our_arenas(run) } {

@@ -51,6 +51,12 @@ pub enum ExecutorError {
         /// In its own words.
         reason: String,
     },
+    /// The thread that was to have the device compile.
+    #[error("no thread to compile it: {reason}")]
+    NoThread {
+        /// In the system's words.
+        reason: String,
+    },
     /// Steps fail, though the device finds nothing wrong with itself.
     #[error("steps failed for all their sequences ({failures} lately), and the device finds nothing wrong with itself")]
     Unreliable {
@@ -85,9 +91,12 @@ impl ExecutorError {
             Self::Backend(error) => error.fault(),
             Self::NotANumber => Fault::Step,
             Self::Unfit { .. } | Self::Unreliable { .. } => Fault::Device,
-            Self::Model(_) | Self::Kv(_) | Self::Dtype { .. } | Self::StepTooLarge { .. } | Self::Image { .. } => {
-                Fault::Caller
-            }
+            Self::Model(_)
+            | Self::Kv(_)
+            | Self::Dtype { .. }
+            | Self::StepTooLarge { .. }
+            | Self::Image { .. }
+            | Self::NoThread { .. } => Fault::Caller,
         }
     }
 }

@@ -48,7 +48,7 @@ impl Engine {
             Err(NotUp::Failed(error) | NotUp::Refused(error)) => self.devices.not_yet(&error, self.now()),
             Err(NotUp::Ending) => {}
         }
-        lock(&self.shared.progress).uploaded();
+        lock(&self.shared.progress).uploaded(self.now());
     }
 
     pub(super) fn go_on(&mut self, device: usize, backend: Backend, models: Vec<Option<DeviceModel>>) {
@@ -60,7 +60,7 @@ impl Engine {
         self.backend = Some(backend);
         self.reckon();
         let now = self.now();
-        lock(&self.shared.progress).uploaded();
+        lock(&self.shared.progress).uploaded(now);
         self.devices.up(device, now);
         self.announced = true;
         self.lanes.iter().for_each(Lane::announce);
@@ -85,10 +85,10 @@ impl Engine {
             if self.is_ending() {
                 return Err(NotUp::Ending);
             }
-            let lane = &mut self.lanes[index];
-            let mut uploading = || lock(&self.shared.progress).uploading(clock());
             let is_first = !self.announced && self.devices.is_last(device);
-            match lane.load(&backend, &mut uploading) {
+            let loaded = self.load(index, &backend);
+            let lane = &mut self.lanes[index];
+            match loaded {
                 Ok(model) => models.push(model),
                 Err(error) if is_first && !concerns_device(&error) => {
                     lane.refuse(error.to_string());
@@ -108,6 +108,20 @@ impl Engine {
         }
         self.log_up(&backend, clock().saturating_sub(began));
         Ok((backend, models))
+    }
+
+    /// Puts a model on a device that serves nobody yet; `None` for one that is not in memory.
+    fn load(&self, index: usize, backend: &Backend) -> Result<Option<DeviceModel>, ExecutorError> {
+        let (lane, progress) = (&self.lanes[index], &self.shared.progress);
+        let Some(upload) = lane.upload(backend) else { return Ok(None) };
+        let weights = upload.weights(backend, &mut |done, total| {
+            lane.slot.uploaded(done, total);
+            lock(progress).uploading(self.now());
+        })?;
+        lock(progress).compiling(upload.weights_bytes(), self.now());
+        let model = upload.place(backend, &weights)?;
+        lock(progress).uploading(self.now());
+        Ok(Some(model))
     }
 
     pub(super) fn log_up(&self, backend: &Backend, took: Duration) {

@@ -2,14 +2,18 @@
 //!
 //! A model that somebody asks for is opened on a thread of its own, since its file may have to be read as a whole. Then
 //! it takes its place: models that nobody needs leave for it, the one first that was used least recently. Between two
-//! of its weights those that are loaded have a step each, so that nobody's answer stands still for a whole upload.
+//! of its weights those that are loaded have a step each, so that nobody's answer stands still for a whole upload. What
+//! the device makes of the weights then comes of calls that may take as long, on a thread of their own: the engine goes
+//! on beside them, and calls nothing itself that would have to wait for their end.
 
 use super::bring_up::concerns_device;
-use super::{Engine, lock, seconds};
+use super::{Engine, PARKED_PAUSE, lock, seconds};
+use crate::executor::{DeviceModel, ExecutorError};
 use crate::lane::{Lane, Opened, Unopened, Upload};
 use crate::memory::Pressure;
 use crate::residence::{Left, Take, has_room, least_recent};
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use sparsed_backend::{Backend, Weight};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -173,11 +177,17 @@ impl Engine {
         let Some(backend) = self.backend.clone() else { return };
         let Some(upload) = self.lanes[index].upload(&backend) else { return };
         let (began, slot) = (self.now(), Arc::clone(&self.lanes[index].slot));
-        let loaded = Upload::run(upload, &backend, &mut |done, total| {
+        let weights = upload.weights(&backend, &mut |done, total| {
             slot.uploaded(done, total);
+            lock(&self.shared.progress).uploading(self.now());
             self.meanwhile();
         });
-        lock(&self.shared.progress).uploaded();
+        let loaded = match weights {
+            // On a device that was lost meanwhile the rest would be made in vain.
+            Ok(_) if self.backend.is_none() => return lock(&self.shared.progress).uploaded(self.now()),
+            weights => weights.and_then(|weights| self.place(upload, &backend, &weights)),
+        };
+        lock(&self.shared.progress).uploaded(self.now());
         match loaded {
             // The device was lost meanwhile: the next one takes this model with the others.
             _ if self.backend.is_none() => {}
@@ -195,12 +205,42 @@ impl Engine {
         }
     }
 
-    /// What is done for the others between two weights of a model.
+    /// Has the device make the rest of a model, on a thread that has ended when this answers, whatever becomes of the
+    /// device or the engine meanwhile. Those that are loaded go on beside it. Their steps and blocks are calls that a
+    /// device takes at any time; models come, leave and are weighed later. Only a queue or device that is lost has the
+    /// engine wait for the thread, as what was made there is given back one call at a time.
+    fn place(&mut self, upload: Upload, backend: &Backend, weights: &[Weight]) -> Result<DeviceModel, ExecutorError> {
+        lock(&self.shared.progress).compiling(upload.weights_bytes(), self.now());
+        std::thread::scope(|scope| {
+            let compile = std::thread::Builder::new().name("compile".to_owned());
+            let thread = compile.spawn_scoped(scope, move || upload.place(backend, weights));
+            let thread = thread.map_err(|error| ExecutorError::NoThread { reason: error.to_string() })?;
+            while !thread.is_finished() {
+                self.beside();
+            }
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
+        })
+    }
+
+    /// One turn of the others while the device compiles, or a look at the inbox if they have nothing to do.
+    fn beside(&mut self) {
+        let is_busy = self.devices.due().is_none() && self.lives().any(|live| live.scheduler.has_work());
+        if (!is_busy || self.is_ending())
+            && let Ok(command) = self.inbox.recv_timeout(PARKED_PAUSE)
+        {
+            self.heed(command);
+        }
+        if !self.is_ending() {
+            self.meanwhile();
+        }
+    }
+
+    /// What is done for the others while a model is put on the device.
     fn meanwhile(&mut self) {
-        lock(&self.shared.progress).uploading(self.now());
         while let Ok(command) = self.inbox.try_recv() {
             self.heed(command);
         }
+        self.look(self.now());
         if self.devices.due().is_none() {
             self.turn();
         }
