@@ -277,7 +277,7 @@ mod tests {
     #[test]
     fn a_credential_that_is_another_key_than_the_folders_is_refused_and_the_same_one_is_taken() {
         let dir = tempfile::tempdir().unwrap();
-        let (credential, file) = (dir.path().join(CREDENTIAL), dir.path().join(KEY_FILE));
+        let credential = dir.path().join(CREDENTIAL);
         std::fs::write(&credential, [7; KEY_BYTES]).unwrap();
         std::fs::set_permissions(&credential, std::fs::Permissions::from_mode(0o440)).unwrap();
         let taken = || credential_of(&credential, dir.path());

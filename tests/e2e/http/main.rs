@@ -1,4 +1,5 @@
-//! The real daemon over HTTP: fields of requests, clients of others, responses that are kept, loopback TCP, and what no client should send.
+//! The real daemon over HTTP: fields of requests, clients of others, responses that are kept, loopback TCP, and what no
+//! client should send.
 #![allow(clippy::unwrap_used, clippy::print_stderr, missing_docs, reason = "a test")]
 
 mod abuse;

@@ -18,8 +18,8 @@ use sparsed_engine::{
 use std::time::Duration;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-/// Most threads that verbs of sessions take at a time, of those that may wait. All of them wait for one thread, and that
-/// one for the disk: one that does not answer holds up no request that needs no session, if there are more threads.
+/// Most threads that verbs of sessions take at a time, of those that may wait. All of them wait for one thread, and
+/// that one for the disk: one that does not answer holds up no request without a session, if there are more threads.
 pub const VERBS_AT_A_TIME: usize = 2;
 /// How long a verb waits for one of them.
 const PATIENCE: Duration = Duration::from_secs(30);
