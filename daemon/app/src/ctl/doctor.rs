@@ -194,8 +194,12 @@ pub(super) fn of_config(source: &Source, config: &Config) -> (Vec<String>, Vec<S
     let mut checks = named::named_files(root, config, service.as_ref());
     checks.extend(doors::socket_path(config, service.as_ref()));
     let (wrong, remarks): (Vec<_>, Vec<_>) = checks.into_iter().partition(|check| check.verdict == Verdict::Fail);
-    let said = |checks: Vec<Check>| checks.into_iter().map(|Check { name, found, .. }| format!("{name}: {found}"));
-    (said(wrong).collect(), said(remarks).collect())
+    let said = |check: &Check| format!("{}: {}", check.name, check.found);
+    let with_fix = |check: &Check| match &check.fix {
+        Some(fix) => format!("{} -> {fix}", said(check)),
+        None => said(check),
+    };
+    (wrong.iter().map(said).collect(), remarks.iter().map(with_fix).collect())
 }
 
 fn text(checks: &[Check]) -> String {

@@ -32,7 +32,8 @@ pub(super) fn socket_path(config: &Config, service: Option<&Service>) -> Option<
     let fix = format!(
         "sudoedit {OPERATORS_FILE}: no socket.path; to listen there, sudo systemctl edit sparsed.socket: [Socket], \
          ListenStream= and ListenStream={}, each on its line; then sudo systemctl stop sparsed && sudo systemctl \
-         restart sparsed.socket && sudo systemctl start sparsed",
+         restart sparsed.socket && sudo systemctl start sparsed, and SPARSED_SOCKET={} for sparsectl",
+        wanted.display(),
         wanted.display()
     );
     (!is_same(wanted, socket)).then(|| Check::warn("socket.path", found, fix))
