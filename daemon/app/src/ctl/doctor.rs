@@ -2,6 +2,7 @@
 
 mod accelerators;
 mod access;
+mod disk;
 mod doors;
 mod elsewhere;
 mod installation;
@@ -126,7 +127,7 @@ impl Doctor {
         checks.push(state::folder(root, &paths.state_dir, service.as_ref()));
         // Another disk's room and speed would be told.
         if crate::state::unmounted(root, &paths.state_dir).is_none() {
-            checks.extend(machine::disk(&paths.state_dir, config.sessions.kv.0, service.as_ref()));
+            checks.extend(disk::disk(&paths.state_dir, config.sessions.kv.0, service.as_ref()));
         }
         checks.push(machine::processor());
         let socket = match &service {
