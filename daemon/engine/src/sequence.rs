@@ -261,7 +261,7 @@ impl Sequence {
         self.deliver(now);
     }
 
-    /// Notes how long it may get in a context of so many tokens.
+    /// Notes how long it may get in a context of so many tokens; its answer ends there.
     pub(crate) fn bound(&mut self, max_context: u32) {
         let wanted = self.max_tokens.map_or(max_context, |max| count(self.n_prompt).saturating_add(max));
         self.n_longest = wanted.min(max_context);
@@ -328,8 +328,7 @@ impl Sequence {
         let complete = self.sampler.is_complete();
         let ended = (complete || !self.ignore_end) && vocabulary.ends(token);
         let stopped = self.answer.take(token, ended, vocabulary.tokenizer, &mut self.outbox);
-        let full = self.tokens.len() >= vocabulary.max_context as usize
-            || self.max_tokens.is_some_and(|max| self.n_answered() >= max as usize);
+        let full = self.tokens.len() >= self.n_longest as usize;
         if !ended && !complete && !stopped && !full {
             return false;
         }

@@ -18,6 +18,7 @@ use fastrand::Rng;
 use sparsed_engine::api::{Failure, Owner};
 use sparsed_engine::simulation::{Device, Machine, Setup};
 use sparsed_engine::{Limits, SessionId};
+use sparsed_kv::BLOCK_TOKENS;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
@@ -224,11 +225,17 @@ impl World {
         let mut prompt: Vec<u32> = (0..n_tokens).map(|at| (beginning * 13 + at * 7) % VOCAB).collect();
         prompt.extend(self.tokens(0..9));
         let wishes = self.rng.u64(..);
-        let (request, expected) = answer_of(OWNERS[self.rng.usize(..2)], prompt, wishes);
+        let (request, expected) = answer_of(OWNERS[self.rng.usize(..2)], prompt, wishes, self.stateless_context());
         let client = self.client(expected);
         self.machine.generate(request, client.ear());
         self.requests.push(client);
         Ok(())
+    }
+
+    /// Tokens that a request without a session may come to.
+    fn stateless_context(&self) -> u32 {
+        let Setup { limits, n_fast, .. } = self.setup;
+        if limits.slow_stateless { CONTEXT } else { CONTEXT.min(n_fast * BLOCK_TOKENS) }
     }
 
     /// A client, which may be slow to read.
@@ -370,7 +377,10 @@ impl World {
             Failure::MemoryShort { .. } => self.n_looks > 0,
             Failure::SlowConsumer { .. } => client.was_full(),
             Failure::BackendFailed { .. } | Failure::DiskFailed { .. } => !self.is_calm,
-            Failure::ContextTooLong { .. } => !self.setup.limits.slow_stateless && self.setup.n_fast < 9,
+            // At once, and only where the prompt could never fit.
+            Failure::ContextTooLong { have_tokens, max_tokens } => {
+                *max_tokens == self.stateless_context() && *have_tokens >= *max_tokens as usize && client.n_heard() == 0
+            }
             _ => false,
         };
         if may { Ok(()) } else { wrong(format!("a request failed: {failure}")) }

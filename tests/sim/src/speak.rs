@@ -56,7 +56,7 @@ impl World {
         let new = self.tokens(1..80);
         let wishes = self.rng.u64(..);
         said.begin(kept, &new, &wishes.to_le_bytes());
-        let (request, expected) = answer_of(owner, said.tokens.clone(), wishes);
+        let (request, expected) = answer_of(owner, said.tokens.clone(), wishes, CONTEXT);
         let n_kept = u32::try_from(kept).expect("few");
         let turn = self.machine.begin(owner, id, n_kept, new, wishes.to_le_bytes().to_vec());
         // Not all of what an attempt has left behind need be on the disk.
@@ -71,7 +71,7 @@ impl World {
             Ok((prompt, wishes, turn)) => {
                 let n_tokens = said.tokens.len() - prompt.len();
                 let wishes = u64::from_le_bytes(wishes.try_into().expect("as it was written"));
-                let (request, expected) = answer_of(owner, prompt, wishes);
+                let (request, expected) = answer_of(owner, prompt, wishes, CONTEXT);
                 self.talks[at].0.answer(said, Arc::clone(&expected), n_tokens);
                 self.listen(at, Ok(turn), request, expected, true)
             }

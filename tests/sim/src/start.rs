@@ -1,7 +1,6 @@
 //! What is a daemon started with, and what are requests made of?
 
 use crate::age::{Clock, RETENTION_S};
-use crate::daemon::CONTEXT;
 use crate::device::logits_of;
 use crate::disk::FakeDisk;
 use crate::run::Violation;
@@ -13,8 +12,8 @@ use sparsed_session::{AnyDisk, Limits as Quotas, MasterKey, Store};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A request, and what a model answers that has the device to itself.
-pub(crate) fn answer_of(owner: Owner, prompt: Vec<u32>, wishes: u64) -> (Generate, Arc<[u32]>) {
+/// A request, and what a model with so many tokens of context answers that has the device to itself.
+pub(crate) fn answer_of(owner: Owner, prompt: Vec<u32>, wishes: u64, context: u32) -> (Generate, Arc<[u32]>) {
     let mut rng = Rng::with_seed(wishes);
     let sampling = Sampling {
         temperature: [0.0, 0.9][rng.usize(..2)],
@@ -23,7 +22,7 @@ pub(crate) fn answer_of(owner: Owner, prompt: Vec<u32>, wishes: u64) -> (Generat
         ..Sampling::default()
     };
     let max_tokens = rng.usize(1..90);
-    let n_tokens = max_tokens.min(CONTEXT as usize - prompt.len());
+    let n_tokens = max_tokens.min((context as usize).saturating_sub(prompt.len()));
     let expected = naive_answer(&prompt, sampling.clone(), n_tokens, |tokens| logits_of(tokens.iter().copied()));
     let wishes = Wishes { max_tokens: u32::try_from(max_tokens).ok(), sampling, ..Wishes::default() };
     (Generate { model: "m".to_owned(), prompt, ..wishes.request(owner) }, expected.into())

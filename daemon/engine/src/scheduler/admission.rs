@@ -4,6 +4,9 @@
 //! begins while there is a place and room for its prompt. Where a step finds no room, the owner that holds more than
 //! its share of the blocks gives way first, the least urgent and youngest of its sequences; never the oldest one of
 //! all, so somebody always gets to the end.
+//!
+//! Who may not be slow finds room in fast memory only, so blocks are counted twice: all of them, and those that stay
+//! fast.
 
 use super::queue::{Admits, Queue};
 use super::quota::blocks_per_owner;
@@ -27,6 +30,13 @@ impl Scheduler {
     /// Queues a request and tells its listener its place, or why it is not taken.
     pub(crate) fn submit(&mut self, mut sequence: Sequence, vocabulary: Vocabulary<'_>, now: Duration) {
         self.relieve(now);
+        let (have_tokens, max_tokens) = (sequence.tokens.len(), self.context_of(&sequence, vocabulary));
+        // The service knows what the pool was meant to be; the device's may be smaller.
+        if have_tokens >= max_tokens as usize {
+            sequence.fail(Failure::ContextTooLong { have_tokens, max_tokens });
+            return self.leave(sequence, now);
+        }
+        sequence.bound(max_tokens);
         if let Some((what, failure)) = self.refusal(&sequence) {
             let reason = format!("{}: {failure}", owner_name(sequence.owner()));
             self.decisions.note(what, Some(sequence.owner()), reason, &mut self.tally, now);
@@ -37,7 +47,6 @@ impl Scheduler {
         if sequence.resume(vocabulary, now) {
             return self.leave(sequence, now);
         }
-        sequence.bound(vocabulary.max_context);
         sequence.hash(&self.hasher);
         self.queue.push(sequence);
     }
@@ -118,11 +127,11 @@ impl Scheduler {
         // What has begun goes on, if need be alone and beyond what short memory allows.
         let may_exceed = self.running.is_empty() && next.has_begun();
         let beyond = (self.pool.n_blocks() - self.pool.n_used()).saturating_sub(self.pool.n_available());
-        short == 0 || (may_exceed && short <= beyond)
+        short == Short::default() || (may_exceed && short.blocks <= beyond)
     }
 
     /// The sequence that is next, if there is a place for it, and the blocks that are missing for its prompt.
-    fn next_and_short(&self) -> Option<(&Sequence, u32)> {
+    fn next_and_short(&self) -> Option<(&Sequence, Short)> {
         let n_running = count(self.running.len());
         if n_running >= self.relief.running_max() {
             return None;
@@ -132,40 +141,48 @@ impl Scheduler {
         // One more block, so that the first tokens of the answer do not push somebody out at once.
         let needed = blocks_for(next.n_pending()) - found + u32::from(n_running > 0);
         let promised: u32 = self.running.iter().map(|s| s.table.blocks_needed(s.n_pending())).sum();
-        Some((next, (needed + idle + promised).saturating_sub(self.pool.n_available())))
+        let blocks = (needed + idle + promised).saturating_sub(self.pool.n_available());
+        Some((next, Short { blocks, fast: self.fast_short(next, needed + idle) }))
     }
 
     /// Has the owner that holds most make room for one who has nothing that runs: its youngest sequences wait, as long
     /// as it holds more than its share and has others. Blocks of theirs that nobody needs are found again.
     fn make_way(&mut self, now: Duration) {
-        let Some((next, mut short)) = self.next_and_short().filter(|&(_, short)| short > 0) else { return };
+        let Some((next, mut short)) = self.next_and_short().filter(|(_, short)| *short != Short::default()) else {
+            return;
+        };
         let is_theirs = |owner: Owner| move |sequence: &&Sequence| sequence.owner() == owner;
         let is_alone = self.running.iter().all(|sequence| sequence.owner() != next.owner());
         if !is_alone || next.waits_for(now) < PATIENCE {
             return;
         }
+        let only_fast = short.blocks == 0;
+        let helps = |sequence: &&Sequence| !only_fast || !self.may_be_slow(sequence);
         let held = |owner: Owner| -> usize {
-            self.running.iter().filter(is_theirs(owner)).map(|sequence| sequence.table.blocks().len()).sum()
+            let helping = self.running.iter().filter(is_theirs(owner)).filter(helps);
+            helping.map(|sequence| sequence.table.blocks().len()).sum()
         };
-        let share = self.pool.bounds().blocks as usize / (self.queue.n_running_owners() + 1);
+        let bounds = self.pool.bounds();
+        let all = if only_fast { bounds.fast } else { bounds.blocks };
+        let share = all as usize / (self.queue.n_running_owners() + 1);
         let Some(most) = self.running.iter().map(Sequence::owner).max_by_key(|&owner| held(owner)) else { return };
         let (mut left, mut victims) = (held(most), Vec::new());
         // Never the oldest of all, nor an owner's last one.
         let n_theirs = self.running.iter().filter(is_theirs(most)).count();
         let younger = (1..self.running.len()).rev().filter(|&index| self.running[index].owner() == most);
-        for index in younger.take(n_theirs - 1) {
-            if short == 0 || left <= share {
+        for index in younger.take(n_theirs - 1).filter(|&index| helps(&&self.running[index])) {
+            if short == Short::default() || left <= share {
                 break;
             }
             let blocks = self.running[index].table.blocks();
             // What others hold as well is not free then; what it was promised is.
             let own = blocks.iter().filter(|&&block| self.pool.ref_count(block) == 1).count();
             let promised = self.running[index].table.blocks_needed(self.running[index].n_pending());
-            short = short.saturating_sub(count(own) + promised);
+            short = short.less(count(own) + promised, !self.may_be_slow(&self.running[index]));
             left -= blocks.len();
             victims.push(index);
         }
-        if short == 0 {
+        if short == Short::default() {
             for index in victims {
                 self.send_to_wait(index, What::Preempt, "another user's first request has no room", now);
             }
@@ -182,7 +199,9 @@ impl Scheduler {
         if moves && !self.without_new_blocks {
             self.without_new_blocks = true;
         } else if self.running.len() > 1 {
-            self.preempt(What::Preempt, "the pool is short", now);
+            // Of what may be slow, all that can go is on its way or gone.
+            let only_fast = matches!(error, KvError::OutOfFast { .. });
+            self.send_to_wait(self.victim(only_fast), What::Preempt, "the pool is short", now);
         } else if !self.exceed_bounds(now) {
             // A lone sequence fits, unless the slow tier has failed it or the device has none.
             let mut sequence = self.release(0);
@@ -201,7 +220,7 @@ impl Scheduler {
 
     /// Sends a running sequence back to wait.
     pub(super) fn preempt(&mut self, what: What, why: &str, now: Duration) {
-        self.send_to_wait(self.victim(), what, why, now);
+        self.send_to_wait(self.victim(false), what, why, now);
     }
 
     /// Sends the sequence at `index` of those that run back to wait.
@@ -214,8 +233,8 @@ impl Scheduler {
         self.send_back(sequence);
     }
 
-    /// Who gives way, of two or more that run.
-    fn victim(&self) -> usize {
+    /// Who gives way, of two or more that run; `only_fast`: one that holds fast blocks, if any does.
+    fn victim(&self, only_fast: bool) -> usize {
         let mut shares: Vec<(Owner, usize)> = Vec::new();
         for sequence in &self.running {
             let n = sequence.table.blocks().len();
@@ -227,10 +246,29 @@ impl Scheduler {
         let fair = shares.iter().map(|&(_, n)| n).sum::<usize>() / shares.len().max(1);
         let over = shares.iter().filter(|&&(_, n)| n > fair).max_by_key(|&&(_, n)| n).map(|&(owner, _)| owner);
         let urgency = |index: &usize| (self.running[*index].urgency().priority, *index);
-        let younger = || 1..self.running.len();
+        let holds_fast = |index: &usize| !self.may_be_slow(&self.running[*index]);
+        let only_fast = only_fast && (1..self.running.len()).any(|index| holds_fast(&index));
+        let younger = || (1..self.running.len()).filter(|index| !only_fast || holds_fast(index));
         let of_owner = |index: &usize| over.is_some_and(|owner| self.running[*index].owner() == owner);
         let victim = younger().filter(of_owner).max_by_key(urgency).or_else(|| younger().max_by_key(urgency));
         victim.expect("two or more run")
+    }
+}
+
+/// Blocks that are missing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Short {
+    /// Of any kind.
+    blocks: u32,
+    /// With room for their latent plane in fast memory.
+    fast: u32,
+}
+
+impl Short {
+    /// What is missing once somebody has given up `n` blocks.
+    fn less(self, n: u32, are_fast: bool) -> Self {
+        let fast = if are_fast { n } else { 0 };
+        Self { blocks: self.blocks.saturating_sub(n), fast: self.fast.saturating_sub(fast) }
     }
 }
 
@@ -364,8 +402,14 @@ mod tests {
 
     #[test]
     fn a_user_whose_answers_fill_the_pool_makes_way_for_another_ones_first_request() {
-        // Four with two blocks each, one block is left.
-        let mut bench = Bench::new(9, Limits { max_running: 8, ..limits() });
+        // Four with two blocks each, one block is left: of all, or of the fast ones.
+        let limits = Limits { max_running: 8, slow_stateless: false, ..limits() };
+        for mut bench in [Bench::new(9, limits), Bench::with_slow_tier(40, 9, limits)] {
+            makes_way(&mut bench);
+        }
+    }
+
+    fn makes_way(bench: &mut Bench) {
         let theirs: Vec<Listener> = (0..4).map(|_| Listener::with_room(1000)).collect();
         for (seed, listener) in (0..).zip(&theirs) {
             bench.submit_of(Owner::Uid(1), None, prompt(seed, 70), 55, listener);

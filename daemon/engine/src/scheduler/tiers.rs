@@ -5,9 +5,9 @@
 
 use super::{Scheduler, count};
 use crate::durable::{Restore, Restored};
-use crate::sequence::{Sequence, SequenceId};
+use crate::sequence::{Sequence, SequenceId, Vocabulary};
 use crate::warm::{Demote, Demoted};
-use sparsed_kv::{BLOCK_TOKENS, BlockId, KvError, Place, Released, Save};
+use sparsed_kv::{BLOCK_TOKENS, BlockId, KvError, Place, Released, Save, blocks_for};
 use std::collections::{HashMap, VecDeque};
 
 /// Blocks that are on their way to the slow tier at most: each has an image in memory meanwhile.
@@ -182,6 +182,35 @@ impl Scheduler {
         self.limits.slow_stateless || sequence.durable.is_some()
     }
 
+    /// Tokens of prompt and answer that the sequence may come to, on the pool that there is.
+    pub(super) fn context_of(&self, sequence: &Sequence, vocabulary: Vocabulary<'_>) -> u32 {
+        let n_blocks = if self.may_be_slow(sequence) { self.pool.n_blocks() } else { self.pool.fast_max() };
+        vocabulary.max_context.min(n_blocks.saturating_mul(BLOCK_TOKENS))
+    }
+
+    /// Fast blocks that are missing for `next` to begin beside those that run; `needed` are all that its prompt takes.
+    /// Full blocks of whoever may be slow can move away; what is left of them is where they write, and one step's.
+    pub(super) fn fast_short(&self, next: &Sequence, needed: u32) -> u32 {
+        let has_slow_tier = self.pool.fast_max() < self.pool.n_blocks();
+        if self.running.is_empty() || self.limits.slow_stateless || !has_slow_tier {
+            return 0;
+        }
+        let (mut stays, mut any_slow) = (self.pool.n_used(), false);
+        for sequence in &self.running {
+            if self.may_be_slow(sequence) {
+                let n_full = count(sequence.computed_blocks().len());
+                let n_begun = count(sequence.table.blocks().len()) - n_full;
+                stays = stays.saturating_sub(n_full) + 1_u32.saturating_sub(n_begun);
+                any_slow = true;
+            } else {
+                stays += sequence.table.blocks_needed(sequence.n_pending());
+            }
+        }
+        let (needed, any_slow) = if self.may_be_slow(next) { (1, true) } else { (needed, any_slow) };
+        let step = if any_slow { blocks_for(self.limits.max_batched_tokens) } else { 0 };
+        (stays + needed + step).saturating_sub(self.pool.bounds().fast)
+    }
+
     pub(crate) fn take_demotes(&mut self) -> Vec<Demote> {
         std::mem::take(&mut self.demotions.orders)
     }
@@ -230,4 +259,96 @@ impl Scheduler {
 
 fn restoring(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> {
     running.iter_mut().find(|sequence| sequence.id == id && sequence.durable.is_some())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::api::{Event, Failure, FinishReason, Generate, Owner, Turn};
+    use crate::scheduler::Limits;
+    use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt, request};
+    use sparsed_kv::FileId;
+
+    const OWNER: Owner = Owner::Uid(1);
+
+    /// As the default is: only sessions' blocks may be slow.
+    fn sessions() -> Limits {
+        Limits { slow_stateless: false, ..limits() }
+    }
+
+    fn listeners<const N: usize>() -> [Listener; N] {
+        std::array::from_fn(|_| Listener::with_room(1000))
+    }
+
+    /// A turn of a session that was never saved.
+    fn turn(file: u64, tokens: Vec<u32>, max_tokens: u32) -> Generate {
+        let turn = Turn { file: FileId(file), n_saved: 0, resumed: Vec::new(), recorder: None };
+        Generate { turn: Some(turn), ..request(OWNER, None, tokens, max_tokens) }
+    }
+
+    #[test]
+    fn who_may_not_be_slow_begins_only_where_there_are_fast_blocks_for_it() {
+        // Three with three blocks each, of which two fit.
+        let mut bench = Bench::with_slow_tier(40, 8, sessions());
+        let listeners: [Listener; 3] = listeners();
+        for (seed, listener) in (0..).zip(&listeners) {
+            bench.submit(prompt(seed, 140), 40, listener);
+        }
+        bench.steps(12);
+        let load = bench.scheduler.load();
+        assert_eq!((load.running, load.waiting), (2, 1));
+        bench.run();
+        assert_eq!(bench.scheduler.tally().preempted, 0);
+        for (seed, listener) in (0..).zip(&listeners) {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 140), 40));
+        }
+    }
+
+    #[test]
+    fn a_session_begins_only_where_it_has_room_to_write_beside_who_may_not_be_slow() {
+        let mut bench = Bench::with_slow_tier(40, 4, sessions());
+        let [long, session]: [Listener; 2] = listeners();
+        bench.submit(prompt(1, 200), 30, &long);
+        bench.steps(6);
+        bench.submit_request(turn(1, prompt(2, 300), 20), &session);
+        bench.run();
+        assert_eq!(bench.scheduler.tally().preempted, 0, "it had nothing to write into, and was sent back");
+        assert_eq!(long.heard().0, naive(prompt(1, 200), 30));
+        assert_eq!(session.heard().0, naive(prompt(2, 300), 20));
+    }
+
+    #[test]
+    fn a_request_without_a_session_has_a_context_of_the_fast_blocks() {
+        let mut bench = Bench::with_slow_tier(20, 3, sessions());
+        let [cut, refused, session]: [Listener; 3] = listeners();
+        bench.submit(prompt(1, 150), 100, &cut);
+        bench.submit(prompt(2, 3 * BLOCK as u32), 10, &refused);
+        bench.submit_request(turn(1, prompt(2, 3 * BLOCK as u32), 100), &session);
+        let failure = Failure::ContextTooLong { have_tokens: 3 * BLOCK, max_tokens: 3 * BLOCK as u32 };
+        assert_eq!(refused.heard(), (Vec::new(), Some(Event::Failed(failure))), "before anything was computed");
+        bench.run();
+        let (tokens, end) = cut.heard();
+        assert_eq!(tokens, naive(prompt(1, 150), 3 * BLOCK as u32 - 150));
+        let Some(Event::Finished(finished)) = end else { panic!("{end:?}") };
+        assert_eq!(finished.reason, FinishReason::Length);
+        assert_eq!(session.heard().0, naive(prompt(2, 3 * BLOCK as u32), 100));
+    }
+
+    #[test]
+    fn where_fast_blocks_are_short_a_session_whose_blocks_are_slow_goes_on() {
+        // Two that grow to four blocks each, and a session that is younger.
+        let mut bench = Bench::with_slow_tier(40, 8, sessions());
+        let [older, younger, session]: [Listener; 3] = listeners();
+        bench.submit(prompt(1, 100), 140, &older);
+        bench.submit(prompt(2, 100), 140, &younger);
+        bench.steps(6);
+        bench.submit_request(turn(1, prompt(3, 100), 250), &session);
+        while bench.scheduler.tally().preempted == 0 {
+            assert!(bench.step().is_some() || !bench.scheduler.is_idle(), "there was room for all");
+        }
+        assert!(bench.scheduler.queue.waiting().all(|sequence| sequence.durable.is_none()));
+        bench.run();
+        assert_eq!(older.heard().0, naive(prompt(1, 100), 140));
+        assert_eq!(younger.heard().0, naive(prompt(2, 100), 140));
+        assert_eq!(session.heard().0, naive(prompt(3, 100), 250));
+    }
 }
