@@ -271,7 +271,7 @@ def written(home):
         folder.mkdir(exist_ok=True)
         daemon = Daemon(folder, *alone(tokens), *sets)
         per_token = daemon.ask("GET", "/v1/models")["data"][0]["meta"]["kv_bytes_per_token"]
-        # What has no session has no slow tier, and no room here.
+        # By itself what has no session has no slow tier.
         for durability in ["none", "turn", "token"] if sets else [None, "none", "turn", "token"]:
             session = daemon.session(durability=durability) if durability else None
             if session:
@@ -328,9 +328,12 @@ def planes():
 
 
 def tight(tokens, left_bytes):
-    """Settings for which so many bytes are left beside the index planes of one session."""
+    """Settings for which so many bytes are left beside the index planes of one session.
+
+    Half of what memory holds would be for requests without a session, were they not slow as well.
+    """
     _, index = planes()
-    return [f"memory.budget={(tokens + 1024) * index + int(left_bytes)}"]
+    return [f"memory.budget={(tokens + 1024) * index + int(left_bytes)}", "memory.slow_tier=all"]
 
 
 def least():

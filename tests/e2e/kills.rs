@@ -7,9 +7,15 @@ use std::fs;
 use std::io::Read;
 use std::path::Path;
 
-/// Memory for a part of a long conversation: the rest of it lies in the slow tier.
-const TIGHT: &[&str] =
-    &["limits.max_running=4", "limits.max_batched_tokens=64", "memory.budget=5632KiB", "memory.hot_share=0"];
+/// Memory for a part of a long conversation: the rest of it lies in the slow tier. Nothing is kept for requests without
+/// a session: they would have all of so little.
+const TIGHT: &[&str] = &[
+    "limits.max_running=4",
+    "limits.max_batched_tokens=64",
+    "memory.budget=5632KiB",
+    "memory.hot_share=0",
+    "memory.slow_tier=all",
+];
 
 #[test]
 fn every_kill_leaves_all_that_was_sent_and_the_answer_goes_on_alike() {

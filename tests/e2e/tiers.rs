@@ -120,3 +120,48 @@ fn a_plugin_host_that_dies_with_blocks_in_the_slow_tier_costs_no_answer() {
     tight.wait_until("blocks are slow again", || tight.status()["kv_blocks_slow"].as_u64() > Some(20));
     assert_eq!(finish(streams), *EXPECTED, "log:\n{}", tight.log());
 }
+
+#[test]
+fn with_little_memory_a_request_without_a_session_gets_the_context_that_is_published_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = chatty::write(folder.path());
+    let start = |budget: &str| {
+        let sets = ["engine.threads=1", "limits.max_running=4", "limits.max_batched_tokens=64"];
+        Daemon::start(&model, &[&sets[..], &["model.default.max_context=16384", budget]].concat())
+    };
+    let roomy = start("memory.budget=256MiB");
+    let listed = |daemon: &Daemon| daemon.get("/v1/models").json()["data"][0].clone();
+    let per_token = listed(&roomy)["meta"]["kv_bytes_per_token"].as_u64().unwrap();
+    // Nine tenths of a context, and the slow tier as it is where nothing is configured.
+    let small = start(&format!("memory.budget={}", 14_745 * per_token));
+    let lengths =
+        |daemon: &Daemon| ["max_model_len", "max_session_len"].map(|name| listed(daemon)[name].as_u64().unwrap());
+    assert_eq!(lengths(&roomy), [16_384, 16_384]);
+    let [limit, of_session] = lengths(&small);
+    assert!(limit >= 14_745 / 2 - 64 && limit + 1024 < of_session, "{limit}, {of_session}; log:\n{}", small.log());
+
+    let mut whole = request(5, usize::try_from(limit).unwrap() / 2 - 100);
+    whole["max_tokens"] = json!(limit);
+    let answer = small.post("/v1/chat/completions", &whole).json();
+    assert_eq!(answer["usage"]["total_tokens"], limit, "{answer}");
+    assert_eq!(answer["choices"][0]["finish_reason"], "length", "{answer}");
+    whole["max_tokens"] = answer["usage"]["completion_tokens"].clone();
+    let expected = roomy.post("/v1/chat/completions", &whole).json();
+    assert_eq!(answer["choices"][0]["message"], expected["choices"][0]["message"]);
+
+    let mut long = request(6, usize::try_from(limit).unwrap() / 2);
+    let refused = small.post("/v1/chat/completions", &long);
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
+    assert!(refused.body.contains(&format!("the context holds {limit}")), "{}", refused.body);
+    long["session_id"] = small.post("/v1/sessions", &json!({})).json()["id"].clone();
+    let in_session = said(&small.post("/v1/chat/completions", &long).body);
+    long.as_object_mut().unwrap().remove("session_id");
+    assert_eq!(in_session, said(&roomy.post("/v1/chat/completions", &long).body));
+
+    let short: Vec<Value> = (1..5).map(|seed| request(seed, usize::try_from(limit).unwrap() / 10)).collect();
+    let streams = short.iter().map(|request| small.open("/v1/chat/completions", request)).collect();
+    let expected = short.iter().map(|request| said(&roomy.post("/v1/chat/completions", request).body));
+    assert_eq!(finish(streams), expected.collect::<Vec<_>>());
+    let metrics = small.get("/metrics").body;
+    assert!(metrics.contains(r#"decision="preempt"} 0"#), "{metrics}");
+}

@@ -128,13 +128,16 @@ fn models_text(status: &Value, _socket: &str) -> String {
     for model in status["models"].as_array().into_iter().flatten() {
         let meta = &model["detail"]["meta"];
         let label = meta["label"].as_str().map_or(String::new(), |label| format!("  ({label})"));
+        let (context, stateless) = (&model["detail"]["max_context"], &model["detail"]["stateless_context"]);
+        let shorter = stateless.as_u64().filter(|_| stateless != context);
+        let shorter = shorter.map_or(String::new(), |n| format!("  (context {n} without a session)"));
         let size = meta["size"].as_u64().map_or_else(|| "-".to_owned(), |bytes| format!("{} MB", bytes / 1_000_000));
         let written = writeln!(
             text,
-            "{:<16} {:<24} {:>8} {:>10} {:>8} {:>9}{label}",
+            "{:<16} {:<24} {:>8} {:>10} {:>8} {:>9}{shorter}{label}",
             word(&model["name"]),
             state(model),
-            super::number(&model["detail"]["max_context"]),
+            super::number(context),
             size,
             super::number(&meta["top_k"]),
             super::number(&meta["kv_bytes_per_token"]),
@@ -201,6 +204,17 @@ mod tests {
         assert_eq!(status_text(&status, "/s"), "sparsed 1 (pid 7) on /s");
         status["third_party_plugins"] = json!(["acme 2.0"]);
         assert!(status_text(&status, "/s").ends_with("\n  tainted by third-party plugins: acme 2.0"));
+    }
+
+    #[test]
+    fn the_list_says_where_requests_without_a_session_have_a_shorter_context() {
+        let row = |stateless: u32| {
+            let detail = json!({ "max_context": 8192, "stateless_context": stateless, "meta": {} });
+            let text = models_text(&json!({ "models": [{ "name": "a", "state": "ready", "detail": detail }] }), "");
+            text.lines().nth(1).unwrap().to_owned()
+        };
+        assert!(row(4096).ends_with("(context 4096 without a session)"), "{}", row(4096));
+        assert!(!row(8192).contains("session"), "{}", row(8192));
     }
 
     #[test]

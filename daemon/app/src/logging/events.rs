@@ -42,6 +42,10 @@ pub(super) const EVENTS: &[Event] = &[
     event("3994693ea3ae4e689323451b4a95902a", "model ready"),
     event("1aa615a94b6a4551a061ae14a1dbf721", "model not served"),
     event("8b3a15353f134b709856c32a687b253b", "memory.budget holds a shorter context"),
+    event(
+        "67e9a780ab5c4b6c987a891004b9209a",
+        "requests without a session get a shorter context, as their rows may not be in the slow tier",
+    ),
     event("a7213dfe89324293a0dd5386c9cf0800", "nothing says how much memory there is; set memory.budget"),
     event("67d1191fda8040bd919e9bc7f4a02d92", "decided"),
     event("fd95588c5e4e410bb14cf51964cd1715", "request answered"),

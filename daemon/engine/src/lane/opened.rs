@@ -76,6 +76,7 @@ impl Opened {
         let served = ServedModel {
             model,
             max_context,
+            stateless_context: room.stateless_context(limits),
             kv_bytes_per_token,
             top_k,
             created,
@@ -119,10 +120,11 @@ fn wanted_context(name: &str, model: &Model, options: &ModelOptions) -> u32 {
 /// What fits the memory there is.
 fn room(name: &str, need: &Need, budget: u64, limits: Limits, slow: Option<&SlowTier>) -> Result<Room, String> {
     let room = match slow {
-        Some(tier) => need.with_slow_tier(budget, limits, tier.hot_share)?,
+        Some(tier) => need.with_slow_tier(budget, limits, tier.hot_share),
         None => need.without_slow_tier(budget, limits),
     };
     let Room { max_context, n_blocks, n_fast, cache_bytes, .. } = room;
+    let without_session = room.stateless_context(limits);
     if n_blocks < 2 {
         let needed = 2 * need.block_bytes();
         return Err(format!("{budget} bytes are left for its KV cache, {needed} are the least; raise memory.budget"));
@@ -130,8 +132,15 @@ fn room(name: &str, need: &Need, budget: u64, limits: Limits, slow: Option<&Slow
     if max_context < need.context {
         log::warn!(model:% = name, max_context, wanted = need.context; "memory.budget holds a shorter context");
     }
+    if without_session < max_context {
+        log::warn!(
+            model:% = name, max_context, without_session;
+            "requests without a session get a shorter context, as their rows may not be in the slow tier"
+        );
+    }
     log::info!(
-        model:% = name, max_context, kv_blocks = n_blocks, fast_blocks = n_fast, slow_cache_mib = cache_bytes >> 20;
+        model:% = name, max_context, without_session, kv_blocks = n_blocks, fast_blocks = n_fast,
+        slow_cache_mib = cache_bytes >> 20;
         "model open"
     );
     Ok(room)

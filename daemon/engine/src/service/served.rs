@@ -13,8 +13,10 @@ use sparsed_session::ImageShape;
 pub struct ServedModel {
     /// The file.
     pub model: Model,
-    /// Tokens of prompt and answer together.
+    /// Tokens of prompt and answer together, in a session.
     pub max_context: u32,
+    /// Of them, those that a request without a session may have: its rows may not be in the slow tier.
+    pub stateless_context: u32,
     /// Bytes that one token holds in the KV pool.
     pub kv_bytes_per_token: u64,
     /// Tokens that attention selects, `None` when it reads all.
@@ -146,16 +148,17 @@ impl ServedModel {
         if request.logprobs.is_some_and(|n| n > ALTERNATIVES_MAX) {
             return Err(Failure::invalid("top_logprobs", format!("must be 0 to {ALTERNATIVES_MAX}")));
         }
-        self.check_prompt(&request.prompt)
+        self.check_prompt(&request.prompt, is_turn)
     }
 
     /// That a prompt has tokens, all of this model, and leaves room for an answer.
-    pub(crate) fn check_prompt(&self, prompt: &[u32]) -> Result<(), Failure> {
+    pub(crate) fn check_prompt(&self, prompt: &[u32], is_turn: bool) -> Result<(), Failure> {
         if prompt.is_empty() {
             return Err(Failure::invalid("prompt", "is empty"));
         }
-        if prompt.len() >= self.max_context as usize {
-            return Err(Failure::ContextTooLong { have_tokens: prompt.len(), max_tokens: self.max_context });
+        let max_tokens = if is_turn { self.max_context } else { self.stateless_context };
+        if prompt.len() >= max_tokens as usize {
+            return Err(Failure::ContextTooLong { have_tokens: prompt.len(), max_tokens });
         }
         self.check_tokens("prompt", prompt)
     }

@@ -45,7 +45,7 @@ impl OpenSession {
     ) -> Result<(ChatPrompt, Turn), Failure> {
         self.check(model)?;
         let (prompt, n_left_out) = self.conversation.prompt(model, &chat, wishes.max_tokens)?;
-        model.check_prompt(&prompt.tokens)?;
+        model.check_prompt(&prompt.tokens, true)?;
         let n_kept = common(&self.conversation.tokens, &prompt.tokens);
         let at_turn = wishes.at_turn;
         let wishes = Wishes { weights: Some(model.weights), ..wishes.clone() };

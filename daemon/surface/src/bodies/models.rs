@@ -202,14 +202,16 @@ fn meta_elsewhere(upstream: &UpstreamStatus) -> Value {
     })
 }
 
-/// A model that answers as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`.
+/// A model that answers as OpenAI lists it, with vLLM's `max_model_len` and llama.cpp's `meta`. Who lists models knows
+/// no sessions, so that `max_model_len` is for requests without one.
 fn entry(id: &str, served: &ServedModel) -> Value {
     json!({
         "id": id,
         "object": "model",
         "created": served.created,
         "owned_by": "sparsed",
-        "max_model_len": served.max_context,
+        "max_model_len": served.stateless_context,
+        "max_session_len": served.max_context,
         "meta": meta(served),
     })
 }
@@ -253,7 +255,9 @@ fn model_status(service: &Service, status: &ModelStatus, asker: Owner) -> Value 
     let detail = match &status.state {
         ModelState::Unloaded => json!({}),
         ModelState::Loading { progress_permille } => json!({ "progress_permille": progress_permille }),
-        ModelState::Ready(served) => json!({ "max_context": served.max_context, "meta": meta(served) }),
+        ModelState::Ready(served) => json!({
+            "max_context": served.max_context, "stateless_context": served.stateless_context, "meta": meta(served),
+        }),
         ModelState::Failed(reason) => json!({ "reason": reason }),
         ModelState::Elsewhere(upstream) => {
             let meta = meta_elsewhere(upstream);

@@ -84,7 +84,7 @@ fn counted(model: &ServedModel, tokens: &[u32], with_names: bool) -> Result<Valu
     let names = || tokens.iter().map(|&id| model.text_of(&[id])).collect::<Result<Vec<_>, _>>();
     let names = with_names.then(names).transpose()?;
     Ok(json!({
-        "count": tokens.len(), "max_model_len": model.max_context, "tokens": tokens, "token_strs": names,
+        "count": tokens.len(), "max_model_len": model.stateless_context, "tokens": tokens, "token_strs": names,
     }))
 }
 

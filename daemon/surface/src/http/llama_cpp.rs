@@ -66,7 +66,7 @@ pub(crate) async fn props(State(shared): State<Shared>) -> Result<Json<Value>, R
     let tokenizer = served.model.tokenizer();
     let name = |id: Option<u32>| id.and_then(|id| tokenizer?.token_name(id)).unwrap_or_default();
     Ok(Json(json!({
-        "default_generation_settings": { "n_ctx": served.max_context },
+        "default_generation_settings": { "n_ctx": served.stateless_context },
         "model_alias": DEFAULT_MODEL,
         "model_path": served.model.name(),
         "modalities": { "vision": false, "audio": false },

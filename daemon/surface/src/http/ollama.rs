@@ -117,7 +117,7 @@ pub(crate) async fn running(State(shared): State<Shared>) -> Json<Value> {
         let until = stays
             .and_then(|stays| jiff::Timestamp::now().checked_add(jiff::SignedDuration::try_from(stays).ok()?).ok());
         let expires_at = until.map_or_else(|| NEVER.to_owned(), |until| until.to_string());
-        json!({ "expires_at": expires_at, "size_vram": 0, "context_length": served.max_context })
+        json!({ "expires_at": expires_at, "size_vram": 0, "context_length": served.stateless_context })
     };
     Json(json!({ "models": listed(&shared.service, more) }))
 }
@@ -182,7 +182,7 @@ pub(crate) async fn show(
             "general.architecture": family,
             "general.basename": served.model.name(),
             "general.parameter_count": summary.parameters,
-            format!("{family}.context_length"): served.max_context,
+            format!("{family}.context_length"): served.stateless_context,
             format!("{family}.embedding_length"): spec.hidden_size,
             format!("{family}.block_count"): spec.n_layers,
         },

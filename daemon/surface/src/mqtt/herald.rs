@@ -69,6 +69,7 @@ fn info(service: &Service, options: &MqttOptions) -> Value {
     let model = |(name, state): (String, ModelState)| match state {
         ModelState::Ready(served) => Some(json!({
             "id": name, "name": served.model.name(), "max_context": served.max_context,
+            "stateless_context": served.stateless_context,
             "chat": served.model.chat_format().is_some(), "label": served.model.label(),
         })),
         ModelState::Unloaded => Some(json!({ "id": name, "loaded": false })),
