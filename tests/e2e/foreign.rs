@@ -68,7 +68,7 @@ fn rows_of_another_arithmetic_are_not_used_again() {
     }
     let manifest = folder.join("plugin.toml");
     let text = fs::read_to_string(&manifest).unwrap();
-    fs::write(&manifest, text.replace("\narithmetic = 1\n", "\narithmetic = 2\n")).unwrap();
+    fs::write(&manifest, text.replace("\narithmetic = ", "\narithmetic = 1")).unwrap();
     let dir = format!("plugins.dir={}", plugins.path().display());
     bench.daemon.kill_and_restart(&[&bench.sets[..], &[&dir]].concat());
     let answer = bench.turn(&id, "Go on.", 50);

@@ -3,6 +3,8 @@
 //! A thread's share is a function of its number; a row's arithmetic is a function of the row.
 
 mod attention;
+#[cfg(test)]
+mod bits;
 mod blocked;
 #[cfg(test)]
 mod invariance;

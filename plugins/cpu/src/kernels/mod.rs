@@ -1,7 +1,7 @@
 //! What does each operator do to its rows? Leaf functions without state: slices in, slices out.
 //!
-//! Float kernels are written once, in lanes of [`LANES`], and compiled per level; a level above scalar may fuse a
-//! multiplication and an addition, so levels differ in the last bits and each is constant in itself.
+//! Float kernels are written once, in lanes of [`LANES`], and compiled per level. All levels multiply and add with one
+//! rounding, so that a row has the same bits at each: KV rows outlive the processor that they were made on.
 
 pub(crate) mod activations;
 pub(crate) mod attention;
@@ -18,23 +18,23 @@ pub(crate) mod route;
 pub(crate) mod rows;
 pub(crate) mod select;
 
+use crate::simd::{Portable, portable_mul_add};
+
 /// Independent sums of every float reduction: one AVX-512 register, two of AVX2, four of NEON.
 pub(crate) const LANES: usize = 16;
 
-/// How a level multiplies and adds.
+/// How a level multiplies and adds: rounded once, to the same bits.
 pub(crate) trait Arithmetic {
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
 }
 
-/// Two roundings: what portable Rust does.
-pub(crate) struct Plain;
-/// One rounding: the FMA instruction.
+/// By the FMA instruction.
 pub(crate) struct Fused;
 
-impl Arithmetic for Plain {
+impl Arithmetic for Portable {
     #[inline(always)]
     fn mul_add(a: f32, b: f32, c: f32) -> f32 {
-        a * b + c
+        portable_mul_add(a, b, c)
     }
 }
 
@@ -74,7 +74,7 @@ macro_rules! leveled {
                 return $body::<$crate::kernels::Fused>($($arg),*);
             }
             let _ = level;
-            $body::<$crate::kernels::Plain>($($arg),*)
+            $body::<$crate::simd::Portable>($($arg),*)
         }
     };
 }

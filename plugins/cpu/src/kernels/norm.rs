@@ -42,13 +42,9 @@ fn layer_body<A: Arithmetic>(x: &[f32], gain: &[f32], bias: &[f32], eps: f32, y:
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::Fused;
     use crate::kernels::inputs::{bits, cases, values};
     use crate::level::Level;
     use proptest::prelude::*;
-
-    /// How far two levels are apart, of a value before the bias: what 300 squares' sums are rounded by.
-    const CLOSE: f32 = 3e-6;
 
     #[test]
     fn a_layer_norm_has_mean_bias_and_unit_variance() {
@@ -75,7 +71,7 @@ mod tests {
     proptest! {
         #![proptest_config(cases(256))]
         #[test]
-        fn every_level_is_close_to_scalar_and_has_the_bits_of_its_portable_twin(
+        fn norms_have_the_same_bits_at_every_level(
             inputs in values(100.0), n in 1usize..300, eps in 1e-6f32..1e-4,
         ) {
             let mut row = inputs.rows();
@@ -83,14 +79,8 @@ mod tests {
             let run = |job: &dyn Fn(&mut [f32])| {
                 let mut y = vec![0.0; x.len()];
                 job(&mut y);
-                y
+                bits(&y)
             };
-            let no_bias = vec![0.0; x.len()];
-            let twins = [
-                run(&|y| rms_body::<Fused>(&x, &gain, eps, y)),
-                run(&|y| rms_body::<Fused>(&x, &[], eps, y)),
-                run(&|y| layer_body::<Fused>(&x, &gain, &bias, eps, y)),
-            ];
             let at = |level| [
                 run(&|y| rms(level, &x, &gain, eps, y)),
                 run(&|y| rms(level, &x, &[], eps, y)),
@@ -98,18 +88,7 @@ mod tests {
             ];
             let scalar = at(Level::Scalar);
             for level in Level::all() {
-                let found = at(level);
-                if level != Level::Scalar {
-                    prop_assert_eq!(bits(&found.concat()), bits(&twins.concat()), "{:?}", level);
-                }
-                for ((found, scalar), bias) in found.iter().zip(&scalar).zip([&no_bias, &no_bias, &bias]) {
-                    for ((found, scalar), bias) in found.iter().zip(scalar).zip(bias) {
-                        // Adding the bias rounds once more, and what is subnormal on the way by more of itself.
-                        let rounding = f32::EPSILON * (scalar.abs() + bias.abs()) + 1e-42;
-                        let allowed = CLOSE * (scalar - bias).abs() + rounding;
-                        prop_assert!((found - scalar).abs() <= allowed, "{level:?}: {found} {scalar}");
-                    }
-                }
+                prop_assert_eq!(&at(level), &scalar, "{:?}", level);
             }
         }
     }

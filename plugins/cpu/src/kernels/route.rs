@@ -1,7 +1,7 @@
 //! Which experts does a token go to?
 
-use super::Plain;
 use super::elementwise::exp;
+use crate::simd::Portable;
 
 /// The attributes of MOE_ROUTE.
 #[derive(Clone, Copy, Debug)]
@@ -18,9 +18,9 @@ pub(crate) struct Routing {
 pub(crate) fn route(r: Routing, logits: &[f32], bias: &[f32], ids: &mut [i32], weights: &mut [f32]) {
     let mut p: Vec<f32> = if r.softmax {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        logits.iter().map(|x| exp::<Plain>(x - largest)).collect()
+        logits.iter().map(|x| exp::<Portable>(x - largest)).collect()
     } else {
-        logits.iter().map(|x| 1.0 / (1.0 + exp::<Plain>(-x))).collect()
+        logits.iter().map(|x| 1.0 / (1.0 + exp::<Portable>(-x))).collect()
     };
     if r.softmax {
         let sum: f32 = p.iter().sum();

@@ -20,7 +20,7 @@ pub(crate) use avx2::Avx2;
 pub(crate) use avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::{Base, Dotprod, I8mm, Neon};
-pub(crate) use portable::Portable;
+pub(crate) use portable::{Portable, portable_mul_add};
 pub(crate) use products::Products;
 pub(crate) use words::Words;
 

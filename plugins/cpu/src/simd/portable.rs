@@ -8,6 +8,26 @@ use half::f16;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Portable;
 
+/// `a b + c`, rounded once. In f64 the product has no rounding, and the sum one that can be found: where it has left
+/// something out, its last bit is set to 1. 53 bits of which the last says "and more" round to 24 as all bits do.
+/// Where the target has no instruction for it `f32::mul_add` is a call, and takes several times as long.
+#[inline(always)]
+#[allow(clippy::cast_possible_truncation, reason = "the one rounding")]
+pub(crate) fn portable_mul_add(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+        return a.mul_add(b, c);
+    }
+    let (product, c) = (f64::from(a) * f64::from(b), f64::from(c));
+    let sum = product + c;
+    let of_c = sum - product;
+    let left_out = (product - (sum - of_c)) + (c - of_c); // a NaN where the sum is not finite
+    let bits = sum.to_bits();
+    let is_even_and_inexact = u64::from((left_out > 0.0) | (left_out < 0.0)) & !bits;
+    // One up in magnitude where something of the sum's sign is left out, else one down: to an odd last bit.
+    let step = if (left_out > 0.0) == (sum > 0.0) { 1 } else { u64::MAX };
+    f64::from_bits(bits.wrapping_add(step.wrapping_mul(is_even_and_inexact))) as f32
+}
+
 type F = [f32; LANES];
 type I = [i32; LANES];
 
@@ -81,7 +101,7 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     fn mul_add(self, a: F, b: F, c: F) -> F {
-        std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+        std::array::from_fn(|i| portable_mul_add(a[i], b[i], c[i]))
     }
     #[inline(always)]
     fn max(self, a: F, b: F) -> F {
@@ -302,5 +322,34 @@ impl Words for Portable {
     #[inline(always)]
     fn as_float(self, v: I) -> F {
         v.map(|v| f32::from_bits(v.cast_unsigned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::inputs::bits;
+    use fastrand::Rng;
+
+    /// A number with an exponent near that of 1, and in some few bits set at the end: else sums are seldom halfway.
+    fn near_one(random: &mut Rng) -> f32 {
+        let fraction = random.u32(..1 << 23) & u32::MAX << random.u32(..23);
+        f32::from_bits(u32::from(random.bool()) << 31 | random.u32(97..157) << 23 | fraction)
+    }
+
+    #[test]
+    fn a_portable_multiplication_and_addition_is_rounded_once() {
+        let mut random = Rng::with_seed(1);
+        for case in 0..1_000_000 {
+            // All there is, subnormal and infinite ones too; then such that meet in their last bits.
+            let [a, b, c] = std::array::from_fn(|_| match case % 2 {
+                0 => f32::from_bits(random.u32(..)),
+                _ => near_one(&mut random),
+            });
+            let (found, expected) = (portable_mul_add(a, b, c), a.mul_add(b, c));
+            assert_eq!(bits(&[found]), bits(&[expected]), "{a:e} {b:e} {c:e}: {found:e}, not {expected:e}");
+        }
+        assert_eq!(portable_mul_add(f32::MAX, 2.0, f32::NEG_INFINITY), f32::NEG_INFINITY);
+        assert!(portable_mul_add(f32::INFINITY, 1.0, f32::NEG_INFINITY).is_nan());
     }
 }
