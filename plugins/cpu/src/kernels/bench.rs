@@ -24,10 +24,12 @@ struct Measured {
     ns: f64,
     /// Time of the limit's loop by time of the kernel.
     share: f64,
+    /// What one call has to do at least, and of what.
+    work: (usize, &'static str),
 }
 
 /// Calls `kernel`, which does `units` of what `limit` is a loop of.
-fn measure(units: usize, mut limit: impl FnMut(usize), mut kernel: impl FnMut()) -> Measured {
+fn measure(units: usize, mut limit: Limit<'_>, mut kernel: impl FnMut()) -> Measured {
     /// Shorter times would be the clock's.
     const SECONDS: f64 = 25e-6;
     let time = |job: &mut dyn FnMut()| {
@@ -39,12 +41,13 @@ fn measure(units: usize, mut limit: impl FnMut(usize), mut kernel: impl FnMut())
     let repeats = (SECONDS / once).ceil().max(1.0) as usize;
     let (mut times, mut ratios) = (Vec::new(), Vec::new());
     for _ in 0..if once > 4.0 * SECONDS { 60 } else { 400 } {
-        let bound = time(&mut || limit(units * repeats));
+        let bound = time(&mut || (limit.run)(units * repeats));
         let own = time(&mut || (0..repeats).for_each(|_| kernel()));
         times.push(own / repeats as f64 * 1e9);
         ratios.push(bound / own);
     }
-    Measured { ns: median(&mut times), share: median(&mut ratios) }
+    let work = (units * limit.of_unit.0, limit.of_unit.1);
+    Measured { ns: median(&mut times), share: median(&mut ratios), work }
 }
 
 fn median(values: &mut [f64]) -> f64 {
@@ -52,8 +55,19 @@ fn median(values: &mut [f64]) -> f64 {
     values[values.len() / 2]
 }
 
-/// As many units of work as it is told.
-type Limit = Box<dyn FnMut(usize)>;
+/// Nothing but what bounds a kernel.
+struct Limit<'a> {
+    /// As many units of work as it is told.
+    run: Box<dyn FnMut(usize) + 'a>,
+    /// What is in a unit, and of what.
+    of_unit: (usize, &'static str),
+}
+
+impl<'a> Limit<'a> {
+    fn new(of_unit: (usize, &'static str), run: impl FnMut(usize) + 'a) -> Self {
+        Self { run: Box::new(run), of_unit }
+    }
+}
 
 /// Chains of dependent instructions of a loop: with their operands they fit into the level's registers.
 fn wide(level: Level) -> bool {
@@ -61,8 +75,8 @@ fn wide(level: Level) -> bool {
 }
 
 /// Products of bytes, in [`Products::dot`]s of one plane: of 8 values of 16 rows each. `small`: of codes up to 63.
-fn byte_products(level: Level, small: bool) -> Limit {
-    Box::new(move |n| match (wide(level), small) {
+fn byte_products(level: Level, small: bool) -> Limit<'static> {
+    Limit::new((8 * LANES, "byte products"), move |n| match (wide(level), small) {
         (true, true) => bytes::<12, true>(level, n),
         (true, false) => bytes::<12, false>(level, n),
         (false, true) => bytes::<3, true>(level, n),
@@ -71,24 +85,26 @@ fn byte_products(level: Level, small: bool) -> Limit {
 }
 
 /// Products of words, two to each of 16 lanes.
-fn word_products(level: Level) -> Limit {
-    Box::new(move |n| if wide(level) { words::<12>(level, n) } else { words::<3>(level, n) })
+fn word_products(level: Level) -> Limit<'static> {
+    let run = move |n| if wide(level) { words::<12>(level, n) } else { words::<3>(level, n) };
+    Limit::new((2 * LANES, "word products"), run)
 }
 
 /// Multiplications and additions of 16 floats.
-fn float_products(level: Level) -> Limit {
-    Box::new(move |n| if wide(level) { floats::<12>(level, n) } else { floats::<5>(level, n) })
+fn float_products(level: Level) -> Limit<'static> {
+    Limit::new((LANES, "FMAs"), move |n| if wide(level) { floats::<12>(level, n) } else { floats::<5>(level, n) })
 }
 
 /// Divisions of 16 floats.
-fn divisions(level: Level) -> Limit {
-    Box::new(move |n| if wide(level) { quotients::<8>(level, n) } else { quotients::<4>(level, n) })
+fn divisions(level: Level) -> Limit<'static> {
+    let run = move |n| if wide(level) { quotients::<8>(level, n) } else { quotients::<4>(level, n) };
+    Limit::new((LANES, "divisions"), run)
 }
 
 /// Copies of a cache line, between buffers of `lines` of them.
-fn copies(level: Level, lines: usize) -> Limit {
+fn copies(level: Level, lines: usize) -> Limit<'static> {
     let (from, mut to) = (vec![[7.0; LANES]; lines], vec![[0.0; LANES]; lines]);
-    Box::new(move |n| {
+    Limit::new((64, "bytes written"), move |n| {
         for _ in 0..n / lines {
             copy(level, black_box(&from), &mut to);
             black_box(&to);
@@ -97,9 +113,10 @@ fn copies(level: Level, lines: usize) -> Limit {
 }
 
 /// Reads of cache lines, all of `data` as often as there are so many.
-fn reads(level: Level, data: &[u8]) -> impl FnMut(usize) {
+fn reads(level: Level, data: &[u8]) -> Limit<'_> {
     let lines = data.as_chunks::<64>().0;
-    move |n| (0..n / lines.len()).for_each(|_| read(level, black_box(lines)))
+    let run = move |n| (0..n / lines.len()).for_each(|_| read(level, black_box(lines)));
+    Limit::new((64, "bytes read"), run)
 }
 
 on_level! {
@@ -246,8 +263,8 @@ fn kernels_beside_their_limits() {
         println!("\n| | {} |\n|---{}|", names.join(" | "), "|---".repeat(levels.len()));
         for (i, (kernel, _)) in columns[0].iter().enumerate() {
             let cell = |column: &Vec<Found>| {
-                let Measured { ns, share } = column[i].1;
-                format!("{ns:.0} ns, {:.0} %", 100.0 * share)
+                let Measured { ns, share, work: (n, of) } = column[i].1;
+                format!("{n} {of}, {ns:.0} ns, {:.0} %", 100.0 * share)
             };
             println!("| {kernel} | {} |", columns.iter().map(cell).collect::<Vec<_>>().join(" | "));
         }

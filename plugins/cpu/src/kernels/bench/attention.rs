@@ -1,6 +1,6 @@
 //! Attention over a block of 64 rows in the second cache, what is made of such a block before, and rows from anywhere.
 
-use super::{Found, copies, encoded, float_products, in_memory, measure, reads, word_products};
+use super::{Found, Limit, copies, encoded, float_products, in_memory, measure, reads, word_products};
 use crate::kernels::blocked::{
     Bytes, ColumnBlock, Formats, HEADS_MAX, Heads, Line, ROWS, Row, Softmax, StoredBlock, StoredUnits,
     WIDENED_HEADS_MAX, WORD_HEADS_MAX, Widened, Widths, WordBlock, WordHeads, attend, attend_columns, attend_stored,
@@ -181,11 +181,11 @@ fn gathered(level: Level, found: &mut Vec<Found>) {
     let at = |row_number: usize| &pool[row_number * row.len()..][..row.len()];
     let (mut units, mut turn, mut place) = (StoredUnits::default(), 0, 0);
     let (mut states, mut out) = (bed.states.clone(), bed.out.clone());
-    let limit = |n: usize| {
+    let limit = Limit::new((64, "bytes read"), |n| {
         let bytes = n * 64;
         place = (place + 37 * bytes) % (pool.len() - bytes) / 64 * 64;
-        reads(level, &pool[place..place + bytes])(n);
-    };
+        (reads(level, &pool[place..place + bytes]).run)(n);
+    });
     let measured = measure(SELECTED * row.len() / 64, limit, || {
         turn = (turn + 1) % selections.len();
         let rows: Vec<&[u8]> = selections[turn].iter().map(|&row| at(row)).collect();

@@ -4,9 +4,10 @@ use super::{Found, byte_products, encoded, in_memory, measure, reads};
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
 use crate::kernels::inputs::Values;
 use crate::kernels::packed::{
-    KeyTiles, NIBBLES, Sums, TILE_ROWS, pack_tile, product, score_keys, tile_bytes, tokens_at_once,
+    KeyTiles, NIBBLES, Sums, TILE_ROWS, TOKENS_MAX, pack_tile, product, score_keys, tile_bytes, tokens_at_once,
 };
 use crate::level::Level;
+use fastrand::Rng;
 use sparsed_quant::Format;
 use std::hint::black_box;
 
@@ -70,7 +71,47 @@ pub(super) fn all(level: Level) -> Vec<Found> {
         });
         found.push((format!("{}, Int16, 1 token, weight in memory", format.name()), measured));
     }
+    found.extend([1, 2, 8].map(|tokens| experts(level, tokens)));
     found
+}
+
+/// As MOE_LINEAR: weights of many experts in memory, each read for the few of 256 tokens that go to it, whose blocks
+/// are put beside each other before.
+fn experts(level: Level, tokens: usize) -> Found {
+    const EXPERTS: usize = 64;
+    const BATCH: usize = 256;
+    const HALF_CACHE: usize = 512 << 10;
+    let tile = tile(Format::Q4_K);
+    let experts = in_memory(&tile, BYTES);
+    let (x, mut random) = (rounded(level, Rounding::Int16, BATCH, COLUMNS), Rng::with_seed(11));
+    let lists: Vec<Vec<usize>> = (0..EXPERTS).map(|_| (0..tokens).map(|_| random.usize(..BATCH)).collect()).collect();
+    let tiles = experts.len() / tile.len() / EXPERTS;
+    let (mut beside, mut sums) = (Vec::new(), [Sums::default(); TOKENS_MAX]);
+    let (units, limit, what) = match tokens {
+        1 => (experts.len() / 64, reads(level, &experts), "reads"),
+        _ => (EXPERTS * tiles * COLUMNS / 8 * tokens * planes(Rounding::Int16), byte_products(level, true), "products"),
+    };
+    let measured = measure(units, limit, || {
+        let expert = |(expert, list)| {
+            let parts = <[u8]>::chunks(expert, HALF_CACHE / tile.len() * tile.len());
+            parts.map(move |part| (part, list))
+        };
+        for (part, list) in experts.chunks_exact(tiles * tile.len()).zip(&lists).flat_map(expert) {
+            let mut list = &list[..];
+            while !list.is_empty() {
+                let now;
+                (now, list) = list.split_at(tokens_at_once(level, Rounding::Int16, list.len()));
+                beside.clear();
+                let blocks = (0..COLUMNS / BLOCK).flat_map(|block| now.iter().map(move |token| block * BATCH + token));
+                beside.extend(blocks.map(|block| x[block]));
+                for tile in part.chunks_exact(tile.len()) {
+                    product(level, Format::Q4_K, Rounding::Int16, tile, &beside, &mut sums[..now.len()]);
+                    black_box(&sums);
+                }
+            }
+        }
+    });
+    (format!("Q4_K, Int16, {EXPERTS} experts in memory, {tokens} of the tokens each, beside {what}"), measured)
 }
 
 /// `packed::score_keys` of 64 keys.

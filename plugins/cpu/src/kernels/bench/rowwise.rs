@@ -1,11 +1,12 @@
 //! What is done to a row: norms, SiLU, rounding, how it is stored, the best of many scores.
 
-use super::{Found, copies, divisions, encoded, measure, reads};
+use super::{Found, copies, divisions, encoded, float_products, measure, reads};
 use crate::kernels::activations::{BLOCK, Block, Rounding, round_row};
+use crate::kernels::dot::dots;
 use crate::kernels::elementwise::silu_mul;
 use crate::kernels::inputs::Values;
 use crate::kernels::norm::rms;
-use crate::kernels::rows::encode;
+use crate::kernels::rows::{encode, hadamard, rope};
 use crate::kernels::select::{Scratch, top_k};
 use crate::level::Level;
 use crate::memory::Pool;
@@ -47,6 +48,27 @@ fn floats(level: Level, found: &mut Vec<Found>) {
     found.push(("top_k, 512 of 32768, beside reads".to_owned(), measured));
 }
 
+/// One row of a weight in f32 against as many rows as go together; heads' slices that are rotated.
+fn products(level: Level, found: &mut Vec<Found>) {
+    const ROWS: usize = 4;
+    const HEAD: usize = 64;
+    let mut values = Values::seeded(7).rows();
+    let (w, x, mut out) = (values(WIDTH), values(ROWS * WIDTH), [0.0; ROWS]);
+    let rows: Vec<&[f32]> = x.chunks_exact(WIDTH).collect();
+    let measured = measure(ROWS * WIDTH / LANES, float_products(level), || dots(level, black_box(&w), &rows, &mut out));
+    found.push((format!("dots, {ROWS} rows of {WIDTH} values"), measured));
+    let (head, key, angles) = (values(HEAD), values(2 * HEAD), values(HEAD));
+    let (mut y, mut rotated) = (vec![0.0; HEAD], vec![0.0; 2 * HEAD]);
+    for (half_split, layout) in [(false, "interleaved"), (true, "half-split")] {
+        let lines = HEAD / LANES;
+        let measured = measure(lines, copies(level, lines), || rope(black_box(&head), &angles, 0, half_split, &mut y));
+        found.push((format!("rope, {HEAD} values, {layout}, beside copies"), measured));
+    }
+    let lines = 2 * HEAD / LANES;
+    let measured = measure(lines, copies(level, lines), || hadamard(black_box(&key), &mut rotated));
+    found.push((format!("hadamard, {} values, beside copies", 2 * HEAD), measured));
+}
+
 fn stored(level: Level, found: &mut Vec<Found>) {
     let values = Values::seeded(6).rows()(WIDTH);
     let lines = WIDTH / LANES;
@@ -84,6 +106,7 @@ fn stored(level: Level, found: &mut Vec<Found>) {
 pub(super) fn all(level: Level) -> Vec<Found> {
     let mut found = Vec::new();
     floats(level, &mut found);
+    products(level, &mut found);
     stored(level, &mut found);
     found
 }
