@@ -126,13 +126,18 @@ pub struct CachedRows {
 }
 
 impl CachedRows {
+    /// Blocks as they came, of all layers, with the indexer's keys; of the last one some rows may be nothing's.
+    pub fn images(&self) -> impl Iterator<Item = &[u8]> {
+        self.images.chunks_exact(self.image_bytes)
+    }
+
     /// The rows of one layer.
     ///
     /// # Errors
     /// A layer that is not there.
     pub fn layer(&self, layer: u32) -> Result<LayerRows, ExecutorError> {
         let (mut rows, block) = (LayerRows::default(), BLOCK_TOKENS as usize);
-        for (first, image) in (0..self.n_tokens).step_by(block).zip(self.images.chunks_exact(self.image_bytes)) {
+        for (first, image) in (0..self.n_tokens).step_by(block).zip(self.images()) {
             let n_tokens = block.min(self.n_tokens - first);
             self.shape.decode_image(image, block, layer, n_tokens, &mut rows)?;
         }
