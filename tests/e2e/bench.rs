@@ -15,8 +15,11 @@ fn tiny() -> PathBuf {
     sparsed_tests::root().join("tests/golden/tiny/v32/model.gguf")
 }
 
-/// What the tool says of the tiny model, and what each of its rows is a measurement of.
-fn measured(arguments: &[&str]) -> (Value, Vec<(String, [Option<u64>; 3])>) {
+/// What a row is a measurement of: its kind, then tokens, depth and sequences.
+type Row = (String, [Option<u64>; 3]);
+
+/// What the tool says of the tiny model, and its rows.
+fn measured(arguments: &[&str]) -> (Value, Vec<Row>) {
     let mut command = Command::new(sparsed_tests::sparsectl());
     command.args(["bench", "--json", "-p", "8", "-n", "2", "-r", "1", "-t", "1", "--model"]).arg(tiny());
     let done = command.args(arguments).output().unwrap();
