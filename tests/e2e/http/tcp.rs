@@ -29,7 +29,7 @@ pub(super) fn start_with(more: &[&str]) -> (Daemon, u16, tempfile::TempDir) {
 
 /// Where it listens at this address.
 fn port_of(log: &str, address: &str) -> u16 {
-    let port = log.split(&format!("tcp={address}:")).nth(1).expect("the log names the port");
+    let port = log.split(&format!(" address={address}:")).nth(1).expect("the log names the port");
     port.chars().take_while(char::is_ascii_digit).collect::<String>().parse().unwrap()
 }
 
