@@ -183,6 +183,11 @@ impl Machine {
         self.keeper.round(&self.asked, n_max);
     }
 
+    /// Whether sessions were found that are past their retention: one of them goes in each turn.
+    pub fn is_expiring(&self) -> bool {
+        self.keeper.is_expiring()
+    }
+
     /// The slow tier's thread writes a block; answers whether there was one.
     pub fn slow_turn(&mut self) -> bool {
         let Ok(write) = self.writes.try_recv() else { return false };

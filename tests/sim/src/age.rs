@@ -102,8 +102,9 @@ impl World {
                 OWNERS.into_iter().flat_map(|owner| self.machine.summaries(owner)).collect();
             let in_use: Vec<SessionId> = self.in_use();
             let believed = self.age.pass(seconds);
-            // One goes in each turn.
-            for _ in 0..=before.len() {
+            self.machine.sessions_turn(usize::MAX);
+            // Of those that could not be removed before, which nobody sees any more, each takes a turn, too.
+            while self.machine.is_expiring() {
                 self.machine.sessions_turn(usize::MAX);
             }
             self.look_for_old(believed, &before, &in_use, is_sure)?;

@@ -157,7 +157,7 @@ impl Keeper {
 
     fn run(mut self, asks: &Receiver<Ask>) {
         while !self.stopping {
-            if self.images.is_empty() && !self.retention.is_at_work() {
+            if self.images.is_empty() && !self.is_expiring() {
                 let pause = match (self.answers.is_empty(), self.failing.is_empty()) {
                     (false, _) => LOOK,
                     (true, false) => RETRY,

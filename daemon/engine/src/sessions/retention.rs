@@ -55,6 +55,11 @@ impl Retention {
 }
 
 impl Keeper {
+    /// Whether sessions were found that are past their retention, and not all of them are deleted.
+    pub(crate) fn is_expiring(&self) -> bool {
+        self.retention.is_at_work()
+    }
+
     /// Deletes one session that is past its retention: each takes the disk several syncs, and answers wait meanwhile.
     pub(super) fn expire(&mut self) {
         let (uptime, now) = ((self.clocks.uptime)(), self.seconds());
