@@ -267,6 +267,8 @@ impl World {
                 self.talks[at].0.unseen = Some(may_be_lost);
                 return Ok(());
             }
+            // It was past its retention before anybody looked at it again.
+            Err(Failure::SessionNotFound { .. }) if self.talks[at].0.doomed => return Ok(()),
             Err(failure) => return wrong(format!("{id} cannot be read: {failure}")),
         };
         let talk = &mut self.talks[at].0;

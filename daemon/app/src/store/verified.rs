@@ -138,7 +138,7 @@ fn verify_files(
         if !all.contains(&known) {
             hash(&file, name, piece, &mut |read| progress(done + read))?;
             done += piece.bytes;
-            log::info!(model:% = name, sha256:% = piece.sha256; "model file verified");
+            log::info!(model:% = name, digest:% = piece.sha256; "model file verified");
             all.push(known);
         }
     }

@@ -236,7 +236,7 @@ async fn tell(
 ) -> Ended {
     let (last, ended) = match outcome {
         Ok(model) => {
-            log::info!(model:% = name, sha256:% = model.sha256, bytes = model.bytes, uid; "model added to the store");
+            log::info!(model:% = name, digest:% = model.sha256, bytes = model.bytes, uid; "model added to the store");
             (last_line(&model), Ended { reason: "added".to_owned(), usage: Dict::new() })
         }
         Err(failure) => {
