@@ -39,8 +39,8 @@ fn nothing_is_lost_or_leaked_and_no_answer_is_wrong() {
 }
 
 /// The first two gave a wrong token once: a block of a turn that could not be journaled was kept as one of what was
-/// said before. In the third what a start had cut off a journal was back after a power cut. In the last ones the model was
-/// wrong about sessions past their retention, of which some could not be removed before or were not settled.
+/// said before. In the third what a start had cut off a journal was back after a power cut. In the last ones the model
+/// was wrong about sessions past their retention, of which some could not be removed before or were not settled.
 #[test]
 fn seeds_that_have_failed_once_are_clean() {
     for seed in [1930, 2135, 302_037, 9_003_925, 9_007_361, 9_011_608] {
