@@ -37,10 +37,14 @@ use pace::{Pace, Throughput};
 use queue::Queue;
 use relief::Relief;
 use share::Shares;
-use sparsed_kv::{Archive, BlockId, Pool, PrefixHasher, Reservation};
+use sparsed_kv::{Archive, BLOCK_TOKENS, BlockId, Pool, PrefixHasher, Reservation};
 use std::collections::VecDeque;
 use std::time::Duration;
 use tiers::Demotions;
+
+/// Sequences whose block has become full and is hashed in a step, or two in a block's tokens of those that run where
+/// that is more; the others' turn comes in the next steps. A prompt's hashes are made before it is taken up.
+const HASHES_PER_STEP: usize = 8;
 
 /// What the scheduler may use.
 #[derive(Clone, Copy, Debug)]
@@ -284,9 +288,14 @@ impl Scheduler {
 
     /// Notes that the last scheduled step's rows are computed, but for the sequences `failed`, given by index.
     pub(crate) fn computed(&mut self, failed: &[usize], now: Duration) {
+        let mut n_may_hash = HASHES_PER_STEP.max(self.scheduled.len() * 2 / BLOCK_TOKENS as usize);
         for &(index, n) in self.scheduled.iter().filter(|(index, _)| !failed.contains(index)) {
             let sequence = &mut self.running[index];
-            sequence.seal(&self.hasher, &mut self.pool);
+            sequence.computed();
+            if n_may_hash > 0 && sequence.hash(&self.hasher) {
+                n_may_hash -= 1;
+            }
+            sequence.seal(&mut self.pool);
             sequence.save(&mut self.archive, &mut self.pool);
             sequence.tell_read(now);
             let (new, again) = sequence.gained(sequence.table.n_tokens() - n);

@@ -53,7 +53,8 @@ pub(crate) struct Sequence {
     n_had: u32,
     /// What each full block of `tokens` contains, as far as that was asked.
     hashes: Vec<BlockHash>,
-    /// Blocks of the table whose content the pool has been told.
+    /// Blocks of the table that are full and computed, and those of them whose content the pool has been told.
+    n_full: usize,
     n_sealed: usize,
     /// Times that its rows were not what was written.
     n_spoilt: u32,
@@ -114,6 +115,7 @@ impl Sequence {
             urgency: request.urgency,
             n_had: 0,
             hashes: Vec::new(),
+            n_full: 0,
             n_sealed: 0,
             n_spoilt: 0,
             n_cached: None,
@@ -171,9 +173,11 @@ impl Sequence {
         &self.hashes[..self.hashes.len().min((self.tokens.len() - 1) / BLOCK_TOKENS as usize)]
     }
 
-    /// Makes the hashes of the blocks that have become full.
-    pub(crate) fn hash(&mut self, hasher: &PrefixHasher) {
+    /// Makes the hashes of the blocks that have become full. Answers whether there were any to make.
+    pub(crate) fn hash(&mut self, hasher: &PrefixHasher) -> bool {
+        let n_before = self.hashes.len();
         hasher.extend(self.realm, &self.tokens, &mut self.hashes);
+        self.hashes.len() > n_before
     }
 
     /// Takes what the pool has of the sequence's beginning behind the full blocks that are there.
@@ -181,17 +185,24 @@ impl Sequence {
         let before = self.table.n_tokens();
         let mut table = std::mem::take(&mut self.table);
         let all = table.adopt(self.beginning(), pool);
-        (self.n_sealed, self.table) = (table.blocks().len(), table);
+        self.n_full = table.blocks().len();
+        (self.n_sealed, self.table) = (self.n_full, table);
         // Rows that it has had itself come back, or are computed again: they were not there.
         if self.n_had == 0 || self.n_cached.is_none() {
             self.n_cached = Some(self.n_cached.unwrap_or(0) + all - before);
         }
     }
 
-    /// Tells the pool what the blocks contain that have become full; their rows are computed.
-    pub(crate) fn seal(&mut self, hasher: &PrefixHasher, pool: &mut Pool) {
-        self.hash(hasher);
-        self.n_sealed = self.table.seal(self.n_sealed, &self.hashes, self.owner.number(), pool);
+    /// The rows of all tokens in the table are computed.
+    pub(crate) fn computed(&mut self) {
+        self.n_full = (self.table.n_tokens() / BLOCK_TOKENS) as usize;
+    }
+
+    /// Tells the pool what the full blocks contain, as far as their hashes are made.
+    pub(crate) fn seal(&mut self, pool: &mut Pool) {
+        let hashes = &self.hashes[..self.hashes.len().min(self.n_full)];
+        self.table.seal(self.n_sealed, hashes, self.owner.number(), pool);
+        self.n_sealed = hashes.len();
     }
 
     /// Orders those full blocks to be saved that are not in the session's file yet.
@@ -228,15 +239,17 @@ impl Sequence {
 
     /// The table's blocks are filled from the file: they are sealed, and count as cached.
     pub(crate) fn restored(&mut self, hasher: &PrefixHasher, pool: &mut Pool) {
-        self.seal(hasher, pool);
+        self.computed();
+        self.hash(hasher);
+        self.seal(pool);
         // Only the first time that it is taken up: later its own rows come back.
         if self.times.first_token.is_none() {
             self.n_cached = Some(self.table.n_tokens());
         }
     }
 
-    /// Blocks that are full and computed, from the beginning on.
-    pub(crate) fn computed_blocks(&self) -> &[BlockId] {
+    /// Blocks that are full and computed, from the beginning on, and known to the pool.
+    pub(crate) fn sealed_blocks(&self) -> &[BlockId] {
         &self.table.blocks()[..self.n_sealed]
     }
 
@@ -249,7 +262,7 @@ impl Sequence {
     /// Gives all blocks back; the tokens stay.
     pub(crate) fn leave_pool(&mut self, pool: &mut Pool, freed: &mut Vec<BlockId>) {
         self.table.truncate(0, pool, freed);
-        self.n_sealed = 0;
+        (self.n_full, self.n_sealed) = (0, 0);
         if let Some(durable) = &mut self.durable {
             durable.leave_pool();
         }

@@ -122,7 +122,7 @@ mod tests {
         table.append(n * 64, &mut pool, &mut reservation, &mut Vec::new());
         pool.forfeit(reservation);
         PrefixHasher::new([1; 32]).extend(Realm::new(1, None), &tokens, &mut hashes);
-        assert_eq!(table.seal(0, &hashes, 1, &mut pool), n as usize);
+        table.seal(0, &hashes, 1, &mut pool);
         (pool, table)
     }
 

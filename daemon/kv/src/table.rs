@@ -82,17 +82,17 @@ impl BlockTable {
         self.n_tokens
     }
 
-    /// Tells the pool what the full blocks from `first` on contain and whose they are; their rows are computed. Answers
-    /// how many blocks of the table are sealed then.
+    /// Tells the pool what the blocks from `first` on contain that have one of the table's `hashes`, and whose they are;
+    /// their rows are computed.
     ///
     /// # Panics
-    /// When there are fewer hashes than full blocks.
-    pub fn seal(&self, first: usize, hashes: &[BlockHash], owner: u64, pool: &mut Pool) -> usize {
-        let full = (self.n_tokens / BLOCK_TOKENS) as usize;
-        for (&block, &hash) in self.blocks[first..full].iter().zip(&hashes[first..full]) {
+    /// When there are fewer hashes than `first`, or more than full blocks.
+    pub fn seal(&self, first: usize, hashes: &[BlockHash], owner: u64, pool: &mut Pool) {
+        let n_full = (self.n_tokens / BLOCK_TOKENS) as usize;
+        assert!(hashes.len() <= n_full, "{} hashes of {n_full} full blocks", hashes.len());
+        for (&block, &hash) in self.blocks[first..].iter().zip(&hashes[first..]) {
             pool.seal(block, hash, owner);
         }
-        full
     }
 
     /// Forgets all tokens from `n_tokens` on; blocks that nobody else holds go to `freed`, to be discarded.

@@ -22,11 +22,11 @@ pub(super) fn waits(running: &[Sequence], index: usize) -> bool {
     let sequence = &running[index];
     let Some(hash) = next_hash(sequence) else { return false };
     // A hash stands for all tokens up to the block's end, and for the owner.
-    let at = sequence.computed_blocks().len();
+    let at = sequence.sealed_blocks().len();
     running[..index].iter().any(|other| {
         other.n_pending() > 1
             && other.is_ready()
-            && other.computed_blocks().len() <= at
+            && other.sealed_blocks().len() <= at
             && other.beginning().get(at) == Some(hash)
     })
 }
@@ -34,7 +34,7 @@ pub(super) fn waits(running: &[Sequence], index: usize) -> bool {
 /// What the next block of the prompt would contain, where one could be taken from somebody else now. Blocks of sessions
 /// come from their files.
 fn next_hash(sequence: &Sequence) -> Option<&BlockHash> {
-    let n_blocks = sequence.computed_blocks().len();
+    let n_blocks = sequence.sealed_blocks().len();
     let is_at_block_end = sequence.table.n_tokens() as usize == n_blocks * BLOCK_TOKENS as usize;
     if sequence.n_pending() <= 1 || sequence.durable.is_some() || !is_at_block_end {
         return None;

@@ -2,7 +2,7 @@
 #![expect(clippy::disallowed_methods, clippy::print_stderr, reason = "a measurement")]
 
 use super::Limits;
-use crate::api::{Generate, Owner, Turn};
+use crate::api::{Event, Generate, Owner, Turn};
 use crate::durable::SAVES_PER_STEP;
 use crate::telemetry::Board;
 use crate::testing::{BLOCK, Bench, Listener, VOCAB, VOCABULARY, prompt, request};
@@ -10,7 +10,7 @@ use sparsed_kv::FileId;
 use std::time::{Duration, Instant};
 
 /// Tokens that a sequence has when it is measured for the first time: all lists have been as long as they get.
-const FROM: u32 = BLOCK as u32 + 10;
+const FROM: u32 = 2 * BLOCK as u32 - 12;
 /// Steps that are measured: each sequence fills a block three times.
 const STEPS: u32 = 3 * BLOCK as u32;
 
@@ -154,4 +154,46 @@ fn scheduling_a_step_takes_no_memory_and_its_time_grows_no_faster_than_the_seque
             }
         }
     }
+}
+
+#[test]
+fn blocks_that_become_full_together_are_hashed_over_several_steps() {
+    let mut bench = bench(64, Fill::Together, false);
+    let sealed = |bench: &Bench| bench.scheduler.running.iter().filter(|one| one.sealed_blocks().len() == 1).count();
+    while sealed(&bench) == 0 {
+        bench.step();
+    }
+    assert!(bench.scheduler.running.iter().all(|one| one.table.n_tokens() as usize == BLOCK));
+    let mut counts = vec![sealed(&bench)];
+    while counts.last() < Some(&64) {
+        bench.step();
+        counts.push(sealed(&bench));
+    }
+    assert_eq!(counts, [8, 16, 24, 32, 40, 48, 56, 64]);
+}
+
+#[test]
+fn a_full_block_is_found_again_though_its_sequence_ended_before_its_hash_was_due() {
+    let limits = Limits { max_running: 32, max_waiting: 32, max_batched_tokens: 2048, ..Limits::default() };
+    let mut bench = Bench::new(128, limits);
+    let ask = |bench: &mut Bench, prompts: &[Vec<u32>], n: u32| -> Vec<(Vec<u32>, u32)> {
+        let listeners = prompts.iter().map(|prompt| {
+            let listener = Listener::with_room(1000);
+            bench.submit_request(request(Owner::Uid(1), None, prompt.clone(), n), &listener);
+            listener
+        });
+        let listeners: Vec<Listener> = listeners.collect();
+        bench.run();
+        let heard = listeners.iter().map(|listener| match listener.heard() {
+            (tokens, Some(Event::Finished(finished))) => (tokens, finished.usage.cached_tokens),
+            (_, end) => panic!("{end:?}"),
+        });
+        heard.collect()
+    };
+    let prompts: Vec<Vec<u32>> = (0..32).map(|seed| prompt(seed, 4)).collect();
+    let answers = ask(&mut bench, &prompts, BLOCK as u32 - 3);
+    let whole = prompts.into_iter().zip(answers).map(|(prompt, (answer, _))| [prompt, answer].concat());
+    let whole: Vec<Vec<u32>> = whole.collect();
+    assert!(whole.iter().all(|tokens| tokens.len() == BLOCK + 1), "the last token has no rows");
+    assert!(ask(&mut bench, &whole, 1).iter().all(|&(_, n_cached)| n_cached == BLOCK as u32));
 }

@@ -116,9 +116,12 @@ impl Scheduler {
         self.freed = freed;
     }
 
-    /// Takes a sequence out of the pool.
+    /// Takes a sequence out of the pool, which keeps what is full and computed.
     pub(super) fn release(&mut self, index: usize) -> Sequence {
         let mut sequence = self.running.remove(index);
+        sequence.hash(&self.hasher);
+        sequence.seal(&mut self.pool);
+        sequence.save(&mut self.archive, &mut self.pool);
         sequence.leave_pool(&mut self.pool, &mut self.freed);
         sequence
     }

@@ -134,7 +134,7 @@ impl Scheduler {
     /// The blocks that [`place`](Self::place) gave are filled.
     pub(crate) fn placed(&mut self, id: SequenceId) {
         if let Some(sequence) = restoring(&mut self.running, id) {
-            let before = count(sequence.computed_blocks().len()) * BLOCK_TOKENS;
+            let before = count(sequence.sealed_blocks().len()) * BLOCK_TOKENS;
             sequence.restored(&self.hasher, &mut self.pool);
             let (new, again) = sequence.gained(before);
             self.relief.note(new, again);
@@ -158,7 +158,7 @@ impl Scheduler {
             let may = |&index: &usize| self.may_be_slow(&self.running[index]);
             let mut longest: Vec<usize> = (0..self.running.len()).filter(may).collect();
             longest.sort_by_key(|&index| std::cmp::Reverse(self.running[index].tokens.len()));
-            let blocks = longest.iter().flat_map(|&index| self.running[index].computed_blocks());
+            let blocks = longest.iter().flat_map(|&index| self.running[index].sealed_blocks());
             let mut fast: Vec<BlockId> = Vec::new();
             for &block in blocks {
                 let room = (short as usize).min(DEMOTIONS_MAX) > self.demotions.under_way.len() + fast.len();
@@ -198,7 +198,7 @@ impl Scheduler {
         let (mut stays, mut any_slow) = (self.pool.n_used(), false);
         for sequence in &self.running {
             if self.may_be_slow(sequence) {
-                let n_full = count(sequence.computed_blocks().len());
+                let n_full = count(sequence.sealed_blocks().len());
                 let n_begun = count(sequence.table.blocks().len()) - n_full;
                 stays = stays.saturating_sub(n_full) + 1_u32.saturating_sub(n_begun);
                 any_slow = true;
