@@ -6,6 +6,7 @@
 # PACKAGES=rpm: those of target/rpm instead, by rpm. BUS=dbus-broker: with it for the system's bus. ROOT=read-only: nothing
 # but the state folder and what is in memory can be written in the tree, and what it is like then is the only claim.
 # Usage: run.sh [WORD...]: only the claims with such a word in their names. CHECKS_S: seconds for all of them together.
+# LONG=1: claims that take minutes (long.py) before them.
 # The bare tree is kept in target/systemd for the next run.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -107,7 +108,7 @@ case "${state:-none}" in
   *) tail -n 5 "$work/boot.log" >&2; skip "the tree does not boot here (state: ${state:-none})" ;;
 esac
 status=0
-timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" ${BUS:+BUS="$BUS"} ${ROOT:+ROOT="$ROOT"} \
+timeout "$CHECKS_S" nsenter -t "$leader" -a env PACKAGES="$PACKAGES" ${BUS:+BUS="$BUS"} ${ROOT:+ROOT="$ROOT"} ${LONG:+LONG="$LONG"} \
   python3 -B /opt/checks/check.py "$@" || status=$?
 if [ "$status" != 0 ]; then
   inside journalctl --no-pager -o short-precise -u sparsed.service -u sparsed.socket >"$work/journal.log" || true
