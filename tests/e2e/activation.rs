@@ -64,6 +64,9 @@ fn clients_that_come_before_the_daemon_or_while_it_restarts_are_answered() {
     manager.wait().unwrap();
     let log = std::fs::read_to_string(folder.path().join("log")).unwrap();
     assert!(log.contains("socket.path is not used: the service manager has opened another socket"), "{log}");
+    let listening: Vec<&str> = log.lines().filter(|line| line.contains("listening")).collect();
+    let where_it_is = format!("address={}", socket.display());
+    assert!(!listening.is_empty() && listening.iter().all(|line| line.contains(&where_it_is)), "{listening:?}");
 }
 
 #[test]

@@ -348,6 +348,9 @@ def a_reload_takes_up_what_it_can_and_the_journal_explains_it():
     assert "a restart is needed for limits.connections = 100" in told[0]["MESSAGE"], told[0]["MESSAGE"]
     explained = run("journalctl", "--no-pager", "-x", f"MESSAGE_ID={told[0]['MESSAGE_ID']}")
     assert "Subject: The configuration was read again" in explained, explained
+    # "listening".
+    explained = run("journalctl", "--no-pager", "-x", "MESSAGE_ID=9fb93534081c4253b1e273a87984a8ab")
+    assert "The daemon takes requests at /run/sparsed/api.sock." in explained, explained
     restart()
     with open(CONFIG, "w") as file:
         file.write("[limits]\nmax_waitin = 7\n")

@@ -76,9 +76,9 @@ impl Door {
         self.path.is_none()
     }
 
-    /// What clients connect to.
+    /// What clients connect to, whoever has opened it: people read it in the log, and type it.
     pub fn address(&self) -> String {
-        self.path.as_ref().map_or_else(|| "the service manager's".to_owned(), |path| path.display().to_string())
+        self.path.as_ref().map_or_else(|| name_of(&self.listener), |path| path.display().to_string())
     }
 
     /// Takes the listener; what is given back removes a socket of our own.
@@ -105,8 +105,15 @@ impl Closing {
 fn overruled<'a>(config: &'a Socket, passed: &UnixListener) -> Option<(&'a Path, String)> {
     let wanted = config.path.as_deref()?;
     let address = passed.local_addr().ok()?;
-    let Some(path) = address.as_pathname() else { return Some((wanted, "one without a path".to_owned())) };
-    (!is_same(wanted, path)).then(|| (wanted, path.display().to_string()))
+    let is_wanted = address.as_pathname().is_some_and(|path| is_same(wanted, path));
+    (!is_wanted).then(|| (wanted, name_of(passed)))
+}
+
+/// The path of a socket, whoever has bound it.
+fn name_of(listener: &UnixListener) -> String {
+    let address = listener.local_addr().ok();
+    let path = address.as_ref().and_then(|address| address.as_pathname());
+    path.map_or_else(|| "a socket without a path".to_owned(), |path| path.display().to_string())
 }
 
 /// Whether both name one file, as `/var/run` and `/run` do.
@@ -189,6 +196,20 @@ mod tests {
         assert_eq!((said(None), said(Some(&path)), said(Some(&link))), (None, None, None));
         let other = dir.path().join("other.sock");
         assert_eq!(said(Some(&other)), Some((other, path.display().to_string())));
+    }
+
+    #[test]
+    fn a_socket_that_was_passed_is_called_by_its_path_as_one_of_our_own_is() {
+        use std::os::linux::net::SocketAddrExt;
+        use std::os::unix::net::SocketAddr;
+        let dir = tempfile::tempdir().unwrap();
+        let (path, own) = (dir.path().join("api.sock"), dir.path().join("own.sock"));
+        let open = |passed| Door::open(&Socket::default(), &own, passed).unwrap();
+        let passed = open(Some(UnixListener::bind(&path).unwrap()));
+        assert!(passed.is_passed() && !open(None).is_passed());
+        assert_eq!((passed.address(), open(None).address()), (path.display().to_string(), own.display().to_string()));
+        let nameless = SocketAddr::from_abstract_name(own.as_os_str().as_encoded_bytes()).unwrap();
+        assert_eq!(open(Some(UnixListener::bind_addr(&nameless).unwrap())).address(), "a socket without a path");
     }
 
     #[test]
