@@ -203,6 +203,7 @@ fn name(failure: &Failure) -> Name {
         Failure::BackendFailed { .. } => (500, SERVER, "backend_failed"),
         Failure::SessionsOff => (501, INVALID, "sessions_off"),
         Failure::SessionsAway { .. } => (503, SERVER, "sessions_away"),
+        Failure::SessionsOverloaded { .. } => (503, SERVER, "sessions_overloaded"),
         Failure::SessionNotFound { .. } => (404, INVALID, "session_not_found"),
         Failure::SessionBusy { .. } | Failure::SessionCut { .. } => (409, INVALID, "session_busy"),
         Failure::SessionWentOn { .. } => (409, INVALID, SESSION_WENT_ON),
@@ -286,6 +287,7 @@ impl From<Failure> for Refusal {
             | Failure::UserTokensFull { retry_after_s, .. }
             | Failure::TooManyRequests { retry_after_s, .. }
             | Failure::SessionsAway { retry_after_s }
+            | Failure::SessionsOverloaded { retry_after_s, .. }
             | Failure::MemoryShort { retry_after_s } => Some(*retry_after_s),
             Failure::ModelLoading { .. } => Some(LOADING_RETRY_S),
             _ => None,

@@ -194,6 +194,22 @@ pub enum Failure {
         /// When to try again.
         retry_after_s: u32,
     },
+    /// The few threads that carry verbs of sessions out did not come to this one.
+    #[error(
+        "sessions are busy: {waiting} request{} for their disk, of which {limit} are carried out at a time, and this \
+         one has waited for {waited_s} s; try again in {retry_after_s} s",
+        if *waiting == 1 { " waits" } else { "s wait" }
+    )]
+    SessionsOverloaded {
+        /// Requests that wait, this one among them.
+        waiting: usize,
+        /// How many are carried out at a time.
+        limit: usize,
+        /// How long this one has waited.
+        waited_s: u64,
+        /// When to try again.
+        retry_after_s: u32,
+    },
     /// The caller has no such session.
     #[error("there is no session '{id}'")]
     SessionNotFound {
@@ -280,6 +296,7 @@ impl Failure {
             | Self::CutOff
             | Self::ShuttingDown
             | Self::SessionsAway { .. }
+            | Self::SessionsOverloaded { .. }
             | Self::SessionBusy { .. }
             | Self::SessionCut { .. }
             | Self::SessionWentOn { .. }

@@ -14,6 +14,7 @@ mod missing;
 pub(crate) mod models;
 pub(crate) mod native;
 pub(crate) mod ollama;
+mod places;
 pub(crate) mod responses;
 mod sampling;
 pub(crate) mod sessions;

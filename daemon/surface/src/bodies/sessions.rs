@@ -7,6 +7,7 @@ use super::chat::ChatWire;
 use super::figures::Telling;
 use super::listen::finish;
 use super::models;
+use super::places::{Place, Places};
 use crate::refusal::Refusal;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -16,17 +17,16 @@ use sparsed_engine::{
     SessionSummary, Sessions, Settings, Wishes,
 };
 use std::time::Duration;
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Most threads that verbs of sessions take at a time, of those that may wait. All of them wait for one thread, and
 /// that one for the disk: one that does not answer holds up no request without a session, if there are more threads.
 pub const VERBS_AT_A_TIME: usize = 2;
 /// How long a verb waits for one of them.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// When a disk that does not answer may be asked again.
+/// When a verb that has found none may be asked for again.
 const RETRY_S: u32 = 10;
 
-static THREADS: Semaphore = Semaphore::const_new(VERBS_AT_A_TIME);
+static THREADS: Places = Places::new(VERBS_AT_A_TIME);
 
 /// What may be said of a session when it is made or changed.
 #[derive(Debug, Default, Deserialize)]
@@ -82,18 +82,18 @@ pub(crate) async fn create(service: &Service, owner: Owner, fields: SessionField
     let model = service.canonical(fields.model.as_deref().unwrap_or(DEFAULT_MODEL)).to_owned();
     let change = fields.change()?;
     let _held = models::held(service, owner, &model).await?;
-    Ok(summary(&verb(service, move |service| service.create_session(owner, &model, change)).await?))
+    Ok(summary(&verb(service, Some(owner), move |service| service.create_session(owner, &model, change)).await?))
 }
 
 /// All sessions of the caller, the one used last first.
 pub(crate) async fn list(service: &Service, owner: Owner) -> Result<Value, Refusal> {
-    let list = verb(service, move |service| service.sessions()?.list(owner)).await?;
+    let list = verb(service, Some(owner), move |service| service.sessions()?.list(owner)).await?;
     Ok(json!({ "object": "list", "data": list.iter().map(summary).collect::<Vec<_>>() }))
 }
 
 /// One session with its messages.
 pub(crate) async fn get(service: &Service, owner: Owner, id: &str) -> Result<Value, Refusal> {
-    Ok(whole(&on(service, id, move |sessions, id| sessions.get(owner, id)).await?))
+    Ok(whole(&on(service, owner, id, move |sessions, id| sessions.get(owner, id)).await?))
 }
 
 /// Changes what `fields` name.
@@ -102,36 +102,36 @@ pub(crate) async fn change(service: &Service, owner: Owner, id: &str, fields: Se
         return Err(Refusal::invalid("model", "cannot be changed; make a new session"));
     }
     let change = fields.change()?;
-    Ok(summary(&on(service, id, move |sessions, id| sessions.change(owner, id, change)).await?))
+    Ok(summary(&on(service, owner, id, move |sessions, id| sessions.change(owner, id, change)).await?))
 }
 
 /// Pins a session, or lets it go with `"pinned": false`.
 pub(crate) async fn pin(service: &Service, owner: Owner, id: &str, fields: SessionFields) -> Result<Value, Refusal> {
     let change = Change { pinned: Some(fields.pinned.unwrap_or(true)), ..Change::default() };
-    Ok(summary(&on(service, id, move |sessions, id| sessions.change(owner, id, change)).await?))
+    Ok(summary(&on(service, owner, id, move |sessions, id| sessions.change(owner, id, change)).await?))
 }
 
 /// Deletes a session and its key.
 pub(crate) async fn delete(service: &Service, owner: Owner, id: &str) -> Result<Value, Refusal> {
-    on(service, id, move |sessions, id| sessions.delete(owner, id)).await?;
+    on(service, owner, id, move |sessions, id| sessions.delete(owner, id)).await?;
     Ok(json!({ "id": id, "object": "session.deleted", "deleted": true }))
 }
 
 /// A new session that begins as this one.
 pub(crate) async fn fork(service: &Service, owner: Owner, id: &str, fields: TurnsField) -> Result<Value, Refusal> {
-    Ok(summary(&on(service, id, move |sessions, id| sessions.fork(owner, id, fields.turns)).await?))
+    Ok(summary(&on(service, owner, id, move |sessions, id| sessions.fork(owner, id, fields.turns)).await?))
 }
 
 /// Forgets all turns but the first ones.
 pub(crate) async fn truncate(service: &Service, owner: Owner, id: &str, fields: TurnsField) -> Result<Value, Refusal> {
     let missing = || Refusal::invalid("turns", "is missing: how many of the first turns stay");
     let turns = fields.turns.ok_or_else(missing)?;
-    Ok(summary(&on(service, id, move |sessions, id| sessions.truncate(owner, id, turns)).await?))
+    Ok(summary(&on(service, owner, id, move |sessions, id| sessions.truncate(owner, id, turns)).await?))
 }
 
 /// Has all that was said on the disk.
 pub(crate) async fn checkpoint(service: &Service, owner: Owner, id: &str) -> Result<Value, Refusal> {
-    Ok(summary(&on(service, id, move |sessions, id| sessions.checkpoint(owner, id)).await?))
+    Ok(summary(&on(service, owner, id, move |sessions, id| sessions.checkpoint(owner, id)).await?))
 }
 
 /// The last answer once more from its first token, and on from where it was cut.
@@ -149,12 +149,12 @@ pub(crate) async fn resume(
 
 /// A session as one file.
 pub(crate) async fn export(service: &Service, owner: Owner, id: &str) -> Result<Vec<u8>, Refusal> {
-    on(service, id, move |sessions, id| sessions.export(owner, id)).await
+    on(service, owner, id, move |sessions, id| sessions.export(owner, id)).await
 }
 
 /// A session from such a file.
 pub(crate) async fn import(service: &Service, owner: Owner, file: Vec<u8>) -> Result<Value, Refusal> {
-    Ok(summary(&verb(service, move |service| service.sessions()?.import(owner, file)).await?))
+    Ok(summary(&verb(service, Some(owner), move |service| service.sessions()?.import(owner, file)).await?))
 }
 
 /// A turn of a session as a request. An answer that was cut before it is finished first, or, where it would fail again,
@@ -199,7 +199,7 @@ pub(crate) async fn turn(
 /// Whether a turn of a session has something before it: an answer that was cut, or a model that is to be loaded. Not of
 /// one that is not there.
 pub(crate) async fn turn_waits(service: &Service, owner: Owner, id: &str) -> bool {
-    let summary = on(service, id, move |sessions, id| sessions.summary(owner, id)).await;
+    let summary = on(service, owner, id, move |sessions, id| sessions.summary(owner, id)).await;
     summary.is_ok_and(|found| found.state == SessionState::Interrupted || models::is_absent(service, &found.model))
 }
 
@@ -213,17 +213,18 @@ pub(crate) async fn model_is_absent(service: &Service, owner: Owner, id: &str) -
 /// # Errors
 /// The session's.
 pub(super) async fn model_of(service: &Service, owner: Owner, id: &str) -> Result<String, Refusal> {
-    on(service, id, move |sessions, id| Ok(sessions.summary(owner, id)?.model)).await
+    on(service, owner, id, move |sessions, id| Ok(sessions.summary(owner, id)?.model)).await
 }
 
 /// Has a thread that may wait carry out `action` on the session that is called `id`.
 async fn on<T: Send + 'static>(
     service: &Service,
+    owner: Owner,
     id: &str,
     action: impl FnOnce(&Sessions, SessionId) -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Refusal> {
     let id = session_id(id)?;
-    verb(service, move |service| action(service.sessions()?, id)).await
+    verb(service, Some(owner), move |service| action(service.sessions()?, id)).await
 }
 
 /// As [`verb`], and once more when the model that it needs is loaded. Whose turn has begun has a lease of its own.
@@ -236,7 +237,7 @@ pub(super) async fn with_model<T: Send + 'static>(
     loop {
         let verb = verb.clone();
         let is_first = held.is_none();
-        let done = self::verb(service, move |service| match verb(service) {
+        let done = self::verb(service, Some(owner), move |service| match verb(service) {
             Err(Failure::ModelUnloaded { name } | Failure::ModelLoading { name }) if is_first => Ok(Err(name)),
             done => done.map(Ok),
         });
@@ -247,12 +248,13 @@ pub(super) async fn with_model<T: Send + 'static>(
     }
 }
 
-/// Has a thread that may wait carry out `verb`.
+/// Has a thread that may wait carry out `verb`, which `owner` asks for, or else the daemon itself.
 pub(super) async fn verb<T: Send + 'static>(
     service: &Service,
+    owner: Option<Owner>,
     verb: impl FnOnce(&Service) -> Result<T, Failure> + Send + 'static,
 ) -> Result<T, Refusal> {
-    let thread = place(&THREADS, PATIENCE).await?;
+    let thread = place(&THREADS, owner, PATIENCE).await?;
     let service = service.clone();
     let done = tokio::task::spawn_blocking(move || {
         // As long as the verb takes: who asked for it may be gone before.
@@ -266,12 +268,16 @@ pub(super) async fn verb<T: Send + 'static>(
 /// A place among the threads of verbs.
 ///
 /// # Errors
-/// [`Failure::SessionsAway`] where none has become free for so long: verbs wait for their disk.
-async fn place(threads: &Semaphore, patience: Duration) -> Result<SemaphorePermit<'_>, Failure> {
-    let away = || Failure::SessionsAway { retry_after_s: RETRY_S };
-    let place = tokio::time::timeout(patience, threads.acquire()).await;
-    // Nobody closes it.
-    place.map_err(|_| away())?.map_err(|_| away())
+/// [`Failure::SessionsOverloaded`] where it did not come to that for so long: the disk is slow, or others want much of
+/// it. Whether it can be used is not known here.
+async fn place(threads: &'static Places, owner: Option<Owner>, patience: Duration) -> Result<Place, Failure> {
+    let overloaded = |waiting| Failure::SessionsOverloaded {
+        waiting,
+        limit: VERBS_AT_A_TIME,
+        waited_s: patience.as_secs(),
+        retry_after_s: RETRY_S,
+    };
+    threads.take(owner, patience).await.map_err(overloaded)
 }
 
 fn session_id(text: &str) -> Result<SessionId, Refusal> {
@@ -322,12 +328,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_verb_that_finds_all_threads_waiting_is_told_to_come_again() {
-        let threads = Semaphore::new(1);
-        let first = place(&threads, Duration::ZERO).await.unwrap();
-        let refused = place(&threads, Duration::ZERO).await.map(drop);
-        assert!(matches!(refused, Err(Failure::SessionsAway { .. })), "{refused:?}");
-        let (second, ()) = tokio::join!(place(&threads, PATIENCE), async { drop(first) });
+    async fn a_verb_that_finds_all_threads_waiting_hears_that_they_are_many_and_not_that_the_disk_is_away() {
+        static ONE: Places = Places::new(1);
+        let owner = Some(Owner::Uid(1));
+        let first = place(&ONE, owner, Duration::ZERO).await.unwrap();
+        let refused = Refusal::from(place(&ONE, owner, Duration::ZERO).await.unwrap_err());
+        assert_eq!((refused.name().status, refused.name().code), (503, "sessions_overloaded"));
+        assert!(refused.may_pass() && refused.retry_after_s() == Some(RETRY_S));
+        assert!(refused.message().starts_with("sessions are busy: 1 request waits"), "{}", refused.message());
+        let (second, ()) = tokio::join!(place(&ONE, owner, PATIENCE), async { drop(first) });
         assert!(second.is_ok(), "its turn has come");
     }
 }

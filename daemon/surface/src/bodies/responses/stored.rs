@@ -116,7 +116,7 @@ async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(
     let Some(previous) = &fields.previous_response_id else {
         let model = service.canonical(fields.model()).to_owned();
         let _held = models::held(service, owner, &model).await?;
-        let made = sessions::verb(service, move |service| {
+        let made = sessions::verb(service, Some(owner), move |service| {
             let change = Change { title: Some(TITLE.to_owned()), ..Change::default() };
             tried_out(service, service.create_session(owner, &model, change)?.id)
         });
@@ -138,7 +138,7 @@ async fn place(service: &Service, owner: Owner, fields: &mut Fields) -> Result<(
     }
     let fork =
         move |service: &Service| tried_out(service, service.sessions()?.fork(owner, previous.session, Some(turn))?.id);
-    let (session, trial) = sessions::verb(service, fork).await?;
+    let (session, trial) = sessions::verb(service, Some(owner), fork).await?;
     Ok((ResponseId { session, turn }, Some(trial)))
 }
 
@@ -189,7 +189,7 @@ pub(crate) async fn delete(service: &Service, owner: Owner, id: ResponseId) -> R
     turns(service, owner, id, "response_id").await?;
     // In one with the look: another one may go on from it at any time.
     let is_last = move |service: &Service| service.sessions()?.forget_turn(owner, id.session, id.turn);
-    if !sessions::verb(service, is_last).await? {
+    if !sessions::verb(service, Some(owner), is_last).await? {
         let message = format!("another response goes on from '{id}'; delete that one first");
         return Err(Refusal::at_door(AtDoor::ResponseInUse, Some("response_id"), message));
     }
@@ -202,10 +202,11 @@ pub(super) async fn turns(
     id: ResponseId,
     param: &str,
 ) -> Result<(String, Vec<SaidTurn>), Refusal> {
-    let turns = sessions::verb(service, move |service| match service.sessions()?.turns(owner, id.session) {
-        Err(Failure::SessionNotFound { .. }) => Ok(None),
-        turns => turns.map(Some),
-    });
+    let turns =
+        sessions::verb(service, Some(owner), move |service| match service.sessions()?.turns(owner, id.session) {
+            Err(Failure::SessionNotFound { .. }) => Ok(None),
+            turns => turns.map(Some),
+        });
     turns.await?.filter(|(_, turns)| (id.turn as usize) < turns.len()).ok_or_else(|| not_found(param, &id.to_string()))
 }
 

@@ -30,7 +30,7 @@ pub(crate) async fn finish_all(service: &Service, runs: &Runs, at_a_time: usize)
         tokio::time::sleep(LOOK).await;
     }
     let cut = loop {
-        match sessions::verb(service, |service| service.sessions()?.interrupted()).await {
+        match sessions::verb(service, None, |service| service.sessions()?.interrupted()).await {
             Ok(cut) => break cut,
             // Their disk comes late.
             Err(refusal) => match refusal.retry_after_s() {
@@ -51,7 +51,9 @@ pub(crate) async fn finish_all(service: &Service, runs: &Runs, at_a_time: usize)
 /// session counts how often.
 async fn finish_one(service: &Service, runs: &Runs, owner: Owner, session: SessionId) -> Result<(), Refusal> {
     loop {
-        let turn = sessions::verb(service, move |service| service.sessions()?.goes_on_alone(owner, session)).await?;
+        let turn =
+            sessions::verb(service, Some(owner), move |service| service.sessions()?.goes_on_alone(owner, session))
+                .await?;
         let Some(turn) = turn else { return Ok(()) };
         let Some(run) = begun(service, runs, owner, ResponseId { session, turn }).await? else { return Ok(()) };
         log::info!(session:%; "answer that was cut goes on by itself");
