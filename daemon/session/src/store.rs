@@ -58,6 +58,8 @@ pub struct Store<D> {
     dirty: BTreeSet<SessionId>,
     /// Orders uses without a clock.
     n_uses: u64,
+    /// Sessions that another master key has wrapped.
+    n_of_other_key: u64,
     journal_bytes_written: u64,
     kv_bytes_written: u64,
     /// Whose KV file was of no use and is gone.
@@ -173,6 +175,7 @@ impl<D: Disk> Store<D> {
         let sum = |bytes: fn(&Session) -> u64| self.sessions.values().map(bytes).sum();
         Usage {
             sessions: self.sessions.values().filter(|session| !session.is_doomed()).count() as u64,
+            of_other_key: self.n_of_other_key,
             loaded: self.sessions.values().filter(|session| session.history.is_some()).count() as u64,
             journal_bytes: sum(Session::journal_bytes),
             kv_bytes: sum(|session| session.kv.n_bytes),

@@ -152,9 +152,11 @@ fn sessions_under_another_key_are_told_of_once_and_are_there_again_with_theirs()
     assert!(lines.len() == 1 && lines[0].contains("sessions=3"), "{lines:?}");
     assert!(!log.contains("not as it was written"), "{log}");
     assert_eq!(n_listed(&daemon), Some(0));
+    assert_eq!(daemon.get("/v1/status").json()["sessions_of_other_key"], 3);
+    assert!(daemon.get("/metrics").body.contains("sparsed_sessions_of_other_key 3\n"));
     std::fs::write(&key, old).unwrap();
     daemon.kill_and_restart(&[]);
-    assert_eq!(n_listed(&daemon), Some(3));
+    assert_eq!((n_listed(&daemon), &daemon.get("/v1/status").json()["sessions_of_other_key"]), (Some(3), &json!(0)));
 }
 
 /// Takes all of a disk's room.

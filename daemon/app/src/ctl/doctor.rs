@@ -158,6 +158,7 @@ impl Doctor {
         checks.extend(access::daemon(&socket, service.as_ref())?);
         checks.extend(doors::socket_path(&config, service.as_ref()));
         checks.extend(status.as_ref().and_then(state::sessions_away));
+        checks.extend(status.as_ref().and_then(state::other_key));
         checks.extend(doors::message_bus(root, &config, service.as_ref())?);
         checks.extend(doors::tcp(&config.tcp, service.as_ref()));
         checks.extend(doors::broker(&config.mqtt, service.as_ref()));

@@ -105,7 +105,9 @@ impl Report {
 pub struct Usage {
     /// Sessions.
     pub sessions: u64,
-    /// Of them, those whose history is in memory.
+    /// Sessions beside these whose keys are wrapped under another master key: nobody sees them.
+    pub of_other_key: u64,
+    /// Of the sessions, those whose history is in memory.
     pub loaded: u64,
     /// Bytes of journals.
     pub journal_bytes: u64,

@@ -58,6 +58,7 @@ impl<D: Disk> Store<D> {
             sessions,
             dirty: BTreeSet::new(),
             n_uses,
+            n_of_other_key: report.count(|kind| kind == FindingKind::ForeignKey) as u64,
             journal_bytes_written: 0,
             kv_bytes_written: 0,
             dropped: Vec::new(),

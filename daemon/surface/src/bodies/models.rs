@@ -124,6 +124,7 @@ fn listed(status: &ModelStatus) -> Value {
 pub(crate) fn status(service: &Service, asker: Owner) -> Value {
     let models: Vec<Value> = service.models().iter().map(|model| model_status(service, model, asker)).collect();
     let third_party = service.third_party_plugins();
+    let usage = service.sessions().ok().and_then(Sessions::usage);
     json!({
         "version": env!("CARGO_PKG_VERSION"),
         "pid": std::process::id(),
@@ -133,6 +134,7 @@ pub(crate) fn status(service: &Service, asker: Owner) -> Value {
         "memory": load::memory(service),
         "sessions": load::sessions(service),
         "sessions_away": service.sessions().is_ok_and(Sessions::are_away),
+        "sessions_of_other_key": usage.map_or(0, |usage| usage.of_other_key),
         "models": models,
     })
 }

@@ -220,6 +220,8 @@ impl Scrape {
         let Some(usage) = self.sessions else { return Ok(()) };
         let (name, help) = ("sparsed_sessions", "Sessions");
         encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&signed(usage.sessions))?;
+        let (name, help) = ("sparsed_sessions_of_other_key", "Sessions of another master key, which nobody sees");
+        encoder.encode_descriptor(name, help, None, MetricType::Gauge)?.encode_gauge(&signed(usage.of_other_key))?;
         let (name, help) = ("sparsed_session_disk_bytes", "Bytes of sessions' files");
         let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
         for (file, n_bytes) in [("journal", usage.journal_bytes), ("kv", usage.kv_bytes)] {
@@ -328,9 +330,9 @@ mod tests {
         };
         let mut budget = Budget::default();
         budget.bind(Limit::CgroupHigh, 1000);
-        let sessions =
-            Some(SessionUsage { sessions: 2, kv_bytes: 900, kv_bytes_written: 5000, ..SessionUsage::default() });
-        Scrape { models: vec![model], device, budget, outlook: Outlook::default(), sessions }
+        let (kv_bytes, kv_bytes_written) = (900, 5000);
+        let kept = SessionUsage { sessions: 2, of_other_key: 3, kv_bytes, kv_bytes_written, ..SessionUsage::default() };
+        Scrape { models: vec![model], device, budget, outlook: Outlook::default(), sessions: Some(kept) }
     }
 
     fn text_of(scrape: Scrape) -> String {
@@ -359,6 +361,7 @@ mod tests {
             "sparsed_memory_limit_bytes{limit=\"cgroup_high\"} 1000",
             "sparsed_device_faults_total 4",
             "sparsed_sessions 2",
+            "sparsed_sessions_of_other_key 3",
             "sparsed_session_disk_bytes{file=\"kv\"} 900",
             "sparsed_session_written_bytes_total{file=\"kv\"} 5000",
             "sparsed_session_written_bytes_total{file=\"journal\"} 0",

@@ -83,6 +83,16 @@ pub(super) fn sessions_away(status: &Value) -> Option<Check> {
     (status["sessions_away"] == true).then(|| Check::fail("sessions", found, why))
 }
 
+/// What a daemon says that was started with another master key than conversations were written with.
+pub(super) fn other_key(status: &Value) -> Option<Check> {
+    let n = status["sessions_of_other_key"].as_u64().filter(|n| *n > 0)?;
+    let found = format!("{n} were written with another master key than the daemon's, and nobody sees them");
+    let fix = "give the daemon the key that they were written with, the credential sparsed.master-key or master.key in the \
+               state folder, then: sudo systemctl restart sparsed. Until then keep every key there is (man sparsed, \
+               CREDENTIALS)";
+    Some(Check::fail("sessions", found, fix))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
@@ -122,6 +132,16 @@ mod tests {
         assert_eq!((said.name.as_str(), said.verdict), ("sessions", Verdict::Fail));
         assert_eq!(sessions_away(&serde_json::json!({ "sessions_away": false, "sessions": null })), None);
         assert_eq!(sessions_away(&Value::Null), None);
+    }
+
+    #[test]
+    fn conversations_of_another_key_fail_with_how_many_they_are() {
+        let said = other_key(&serde_json::json!({ "sessions_away": false, "sessions_of_other_key": 3 })).unwrap();
+        assert_eq!((said.name.as_str(), said.verdict), ("sessions", Verdict::Fail));
+        assert!(said.found.starts_with("3 were") && said.fix.unwrap().contains("keep every key"), "{}", said.found);
+        for sound in [serde_json::json!({ "sessions_of_other_key": 0 }), Value::Null] {
+            assert_eq!(other_key(&sound), None);
+        }
     }
 
     #[test]

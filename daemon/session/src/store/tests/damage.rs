@@ -33,8 +33,10 @@ fn what_cannot_be_used_is_reported_and_left_alone() {
     drop(store);
     // The master key is named in the file: what it is not the key of is not damage.
     let master = MasterKey::new([2; 32]);
-    let (_, report) = Store::open(OsDisk::open(folder.path()).unwrap(), random(3), master, Limits::default()).unwrap();
+    let (store, report) =
+        Store::open(OsDisk::open(folder.path()).unwrap(), random(3), master, Limits::default()).unwrap();
     assert_eq!(report.count(|kind| kind == FindingKind::ForeignKey), 3);
+    assert_eq!((store.usage().sessions, store.usage().of_other_key), (0, 3));
 }
 
 #[test]
