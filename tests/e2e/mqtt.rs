@@ -8,6 +8,7 @@ use sparsed_tests::chatty;
 use sparsed_tests::daemon::Daemon;
 use sparsed_tests::small_disk::SmallDisk;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
@@ -154,6 +155,33 @@ fn each_request_has_one_result_though_brokers_and_daemons_die() {
     let summary = flood.summary(&last, &node.daemon.log());
     assert_eq!(summary["results"], n, "{summary}");
     assert!(blows > 5, "{blows} blows");
+}
+
+#[test]
+fn what_is_kept_under_the_key_in_the_state_folder_is_kept_under_a_credential_that_is_given_later() {
+    let broker = Broker::start("");
+    let mut node = Node::on(&broker, &["mqtt.keep_s=3600"]);
+    let asked = Flood::start(broker.port(), "sparsed/v1/box", 8).summary("", "");
+    assert_eq!(asked["results"], 8, "{asked}");
+    let credentials = tempfile::tempdir().unwrap();
+    let key = credentials.path().join("sparsed.master-key");
+    std::fs::write(&key, [7; 32]).unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o400)).unwrap();
+    node.daemon.signal("KILL");
+    node.daemon.wait();
+    let environment = [("CREDENTIALS_DIRECTORY", credentials.path())];
+    node.daemon.restart_in(&environment, &strs(&node.sets));
+    let log = || node.daemon.log();
+    node.daemon.wait_until("MQTT is served", || log().matches("connected to the MQTT broker").count() == 2);
+    assert!(log().contains("which nothing needs that is kept") && !log().contains("MQTT is not served"), "{}", log());
+    // Then the file may go.
+    std::fs::remove_file(node.daemon.state_dir().join("master.key")).unwrap();
+    node.daemon.signal("KILL");
+    node.daemon.wait();
+    node.daemon.restart_in(&environment, &strs(&node.sets));
+    let log = || node.daemon.log();
+    node.daemon.wait_until("MQTT is served", || log().matches("connected to the MQTT broker").count() == 3);
+    assert!(!log().contains("another key;") && !log().contains("MQTT is not served"), "{}", log());
 }
 
 #[test]

@@ -107,8 +107,16 @@ impl Daemon {
     /// # Panics
     /// When it does not, or the one before has not ended: that would answer in its place.
     pub fn restart(&mut self, sets: &[&str]) {
+        self.restart_in(&[], sets);
+    }
+
+    /// As [`restart`](Self::restart), with these variables in its environment.
+    ///
+    /// # Panics
+    /// As [`restart`](Self::restart).
+    pub fn restart_in(&mut self, environment: &[(&str, &Path)], sets: &[&str]) {
         assert!(self.child.try_wait().is_ok_and(|ended| ended.is_some()), "the one before still runs");
-        self.child = run_at(self.home.path(), &self.program, &[], self.model.as_deref(), sets);
+        self.child = run_at(self.home.path(), &self.program, environment, self.model.as_deref(), sets);
         self.wait_until("ready", || self.try_get("/health").is_some_and(|answer| answer.status == 200));
     }
 

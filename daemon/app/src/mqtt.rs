@@ -30,11 +30,28 @@ const KEY_CONTEXT: &[u8] = b"sparsed mqtt journal 1";
 /// A journal that cannot be opened, or of another key.
 pub(crate) fn open(mut options: MqttOptions, paths: &Paths) -> anyhow::Result<MqttDoor> {
     let master = crate::sessions::master_key(&paths.state_dir)?;
-    let key = Sha256::new().chain_update(KEY_CONTEXT).chain_update(master.as_slice()).finalize();
-    *options.key = key.into();
+    *options.key = *journal_key(&master);
     make_dir(&options.dir, 0o700)?;
     let dir = options.dir.display().to_string();
     MqttDoor::open(options).with_context(|| format!("the MQTT journal in {dir}"))
+}
+
+/// Has the journal in the state folder, if there is one that was written under the master key `from`, go on under `to`.
+/// No door has it open: that one would not know the key.
+///
+/// # Errors
+/// The disk's.
+pub(crate) fn change_key(state_dir: &Path, from: &[u8; 32], to: &[u8; 32]) -> anyhow::Result<()> {
+    static CHANGING: Mutex<()> = Mutex::new(());
+    let _alone = CHANGING.lock().unwrap_or_else(PoisonError::into_inner);
+    let dir = state_dir.join(DIR);
+    sparsed_surface::seal_journal_anew(&dir, &journal_key(from), &journal_key(to))
+        .with_context(|| format!("the MQTT journal in {} under another key", dir.display()))
+}
+
+/// The journal's key under a master key.
+fn journal_key(master: &[u8; 32]) -> Zeroizing<[u8; 32]> {
+    Zeroizing::new(Sha256::new().chain_update(KEY_CONTEXT).chain_update(master).finalize().into())
 }
 
 /// What reloads and a door that may open after the start know of each other; clones are the same door's.

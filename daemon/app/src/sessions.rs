@@ -2,7 +2,8 @@
 //!
 //! The master key comes from systemd's credentials (`LoadCredentialEncrypted=sparsed.master-key:...`, then it is not on
 //! this disk in the clear), or from a file that only the daemon's user may read, which is made at the first start, but
-//! not where sessions are that have another one. Whoever loses it loses all sessions.
+//! not where sessions are that have another one. Whoever loses it loses all sessions. Where both are there and differ,
+//! the credential goes before, unless sessions were written with the file's: nobody would see them any more.
 
 use crate::assemble::make_dir;
 use crate::config::{ContextFull, Durability, Sessions};
@@ -10,7 +11,7 @@ use crate::private::{self, FORBIDDEN_OF_CREDENTIAL, FORBIDDEN_OF_FILE};
 use crate::store::sync_dir;
 use anyhow::{Context, anyhow, bail};
 use rustix::fs::{Mode, OFlags};
-use sparsed_session::{AnyDisk, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
+use sparsed_session::{AnyDisk, Finding, FindingKind, Limits, MasterKey, OsDisk, Report, Settings, Store};
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::Path;
@@ -23,6 +24,8 @@ const CREDENTIAL: &str = "sparsed.master-key";
 const KEY_FILE: &str = "master.key";
 /// The store's folder in the state folder.
 const STORE_DIR: &str = "store";
+/// Names of sessions that a line has at most.
+const NAMES_MAX: usize = 5;
 /// Bytes of the key.
 const KEY_BYTES: usize = 32;
 /// Of a file that is no key, only so much is read.
@@ -33,56 +36,101 @@ const DAY: u64 = 86_400;
 /// Opens the store, if sessions are to be kept.
 ///
 /// # Errors
-/// A key that cannot be read or made, a store of another process, a disk that fails.
+/// A key that cannot be read or made, or that is not the sessions'; a store of another process, a disk that fails.
 pub fn open(config: &Sessions, state_dir: &Path) -> anyhow::Result<Option<Store<AnyDisk>>> {
     if !config.enabled {
         return Ok(None);
     }
-    let master = master_key(state_dir)?;
+    open_under(&Keys::of(state_dir)?, config, state_dir).map(Some)
+}
+
+fn open_under(keys: &Keys, config: &Sessions, state_dir: &Path) -> anyhow::Result<Store<AnyDisk>> {
     let dir = state_dir.join(STORE_DIR);
     make_dir(&dir, 0o700)?;
     let disk: AnyDisk = Box::new(OsDisk::open(&dir).with_context(|| dir.display().to_string())?);
     let random = Box::new(|bytes: &mut [u8]| getrandom::fill(bytes).expect("the system gave random bytes before"));
-    let (store, report) = Store::open(disk, random, MasterKey::new(*master), limits(config))
+    let (mut store, report) = Store::open(disk, random, MasterKey::new(*keys.used), limits(config))
         .with_context(|| format!("sessions in {}", dir.display()))?;
+    if let Some(other) = &keys.other {
+        let file = state_dir.join(KEY_FILE);
+        let theirs = store.of_key(&report, &MasterKey::new(**other));
+        if !theirs.is_empty() {
+            bail!("{}", needs_file(&theirs, report.sessions, &file, &dir));
+        }
+        crate::mqtt::change_key(state_dir, other, &keys.used)?;
+        log::warn!(file:% = file.display(); "the credential is another key than the file's, which nothing needs that is kept");
+    }
     tell(&report, &dir);
-    Ok(Some(store))
+    Ok(store)
 }
 
-/// The key of all that is kept; made if there is none.
+/// The key of what is not sessions; made if there is none.
 ///
 /// # Errors
-/// A key that cannot be read or made; one that the service manager hands over where the state folder has another one.
+/// A key that cannot be read or made.
 pub(crate) fn master_key(state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_BYTES]>> {
-    match private::credential(CREDENTIAL) {
-        Some(path) => credential_of(&path, state_dir),
-        None => key_of(state_dir).map(Zeroizing::new),
+    let Keys { used, other } = Keys::of(state_dir)?;
+    // Where there are sessions it is they who say whether the credential is the right one.
+    if let Some(other) = other
+        && !has_sessions(&state_dir.join(STORE_DIR))?
+    {
+        crate::mqtt::change_key(state_dir, &other, &used)?;
+    }
+    Ok(used)
+}
+
+/// The key of all that is kept.
+struct Keys {
+    used: Zeroizing<[u8; KEY_BYTES]>,
+    /// The state folder's, where the service manager hands over another one, which is used.
+    other: Option<Zeroizing<[u8; KEY_BYTES]>>,
+}
+
+impl Keys {
+    /// Those that there are; one is made if there is none.
+    fn of(state_dir: &Path) -> anyhow::Result<Self> {
+        match private::credential(CREDENTIAL) {
+            Some(path) => Self::of_credential(&path, state_dir),
+            None => Ok(Self { used: Zeroizing::new(key_of(state_dir)?), other: None }),
+        }
+    }
+
+    /// With the key that the service manager has put at `path`.
+    fn of_credential(path: &Path, state_dir: &Path) -> anyhow::Result<Self> {
+        let used = Zeroizing::new(read_key(path, FORBIDDEN_OF_CREDENTIAL)?);
+        let file = state_dir.join(KEY_FILE);
+        if let Err(error) = file.symlink_metadata()
+            && error.kind() == ErrorKind::NotFound
+        {
+            return Ok(Self { used, other: None });
+        }
+        // Who else may read it is no matter here: nothing is written with it.
+        let old = private::read(&file, 0, FILE_BYTES_MAX).map(Zeroizing::new);
+        let old = old.with_context(|| file.display().to_string())?;
+        // What is no key has written nothing.
+        let other = <[u8; KEY_BYTES]>::try_from(&old[..]).ok().map(Zeroizing::new);
+        Ok(Self { other: other.filter(|other| **other != *used), used })
     }
 }
 
-/// The key that the service manager has put at `path`, which is the one that what is kept was written with, as far as
-/// the state folder tells. Another one would open nothing of it, and nobody would know why.
-fn credential_of(path: &Path, state_dir: &Path) -> anyhow::Result<Zeroizing<[u8; KEY_BYTES]>> {
-    let key = Zeroizing::new(read_key(path, FORBIDDEN_OF_CREDENTIAL)?);
-    let file = state_dir.join(KEY_FILE);
-    if let Err(error) = file.symlink_metadata()
-        && error.kind() == ErrorKind::NotFound
-    {
-        return Ok(key);
+/// Why the daemon does not start with the credential: `theirs` have the file's key, and `n_own` have the credential's.
+/// Whatever is done of what this says, no key is lost.
+fn needs_file(theirs: &[&Finding], n_own: u32, file: &Path, store: &Path) -> String {
+    let name = |finding: &&Finding| format!("{}/{}", finding.owner.unwrap_or_default(), finding.name);
+    let mut names = theirs.iter().take(NAMES_MAX).map(name).collect::<Vec<_>>().join(", ");
+    if theirs.len() > NAMES_MAX {
+        names.push_str(", ...");
     }
-    let about = || file.display().to_string();
-    // Who else may read it is no matter here: it is compared, not used.
-    let old = Zeroizing::new(private::read(&file, 0, FILE_BYTES_MAX).with_context(about)?);
-    if old[..] != key[..] {
-        bail!(
-            "the credential {CREDENTIAL} is another key than {file}, and what was written with that one cannot be read \
-             with it. Encrypt that very key: `systemd-creds encrypt --name={CREDENTIAL} {file} PATH`; once the daemon \
-             has started with it, remove {file}. To do without all that was kept, move {file} and {store} away",
-            file = file.display(),
-            store = state_dir.join(STORE_DIR).display()
-        );
-    }
-    Ok(key)
+    format!(
+        "the credential {CREDENTIAL} is another key than {file}. Sessions of the file's key: {n} ({names}, in {store}); \
+         of the credential's: {n_own}. Nobody would see the former, so nothing was begun or changed. To go on with the \
+         former, take the credential's line out of the unit and restart. To go on with the latter, move {file} to a \
+         safe place and restart: the others stay on the disk for the day it is put back. Keep both keys, and let no \
+         command write over either (man sparsed, CREDENTIALS)",
+        n = theirs.len(),
+        file = file.display(),
+        store = store.display()
+    )
 }
 
 /// What the store keeps to.
@@ -221,7 +269,12 @@ fn make_key(path: &Path) -> anyhow::Result<[u8; KEY_BYTES]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sparsed_session::NewSession;
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    fn new() -> NewSession<'static> {
+        NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false }
+    }
 
     #[test]
     fn a_key_is_made_once_and_only_its_owner_may_read_it() {
@@ -256,9 +309,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let state = || open(&Sessions::default(), dir.path());
         let mut store = state().unwrap().unwrap();
-        let new =
-            sparsed_session::NewSession { model: "m", fingerprint: [0; 32], title: "", settings: None, pinned: false };
-        let id = store.create(1000, &new, 5).unwrap();
+        let id = store.create(1000, &new(), 5).unwrap();
         drop(store);
         let key = dir.path().join(KEY_FILE);
         std::fs::rename(&key, dir.path().join("aside")).unwrap();
@@ -274,20 +325,67 @@ mod tests {
         assert_eq!(state().unwrap().unwrap().usage().sessions, 0);
     }
 
-    #[test]
-    fn a_credential_that_is_another_key_than_the_folders_is_refused_and_the_same_one_is_taken() {
-        let dir = tempfile::tempdir().unwrap();
-        let credential = dir.path().join(CREDENTIAL);
-        std::fs::write(&credential, [7; KEY_BYTES]).unwrap();
-        std::fs::set_permissions(&credential, std::fs::Permissions::from_mode(0o440)).unwrap();
-        let taken = || credential_of(&credential, dir.path());
-        assert_eq!(*taken().unwrap(), [7; KEY_BYTES], "there is no other one");
-        let key = key_of(dir.path()).unwrap();
-        let refused = taken().unwrap_err();
-        assert!(refused.to_string().contains(&format!("systemd-creds encrypt --name={CREDENTIAL}")), "{refused:#}");
-        assert!(!crate::state::may_mend_itself(&refused) && !refused.to_string().contains("  "), "{refused:#}");
+    /// The keys with this one as the credential.
+    fn with_credential(dir: &Path, key: [u8; KEY_BYTES]) -> Keys {
+        let credential = dir.join(CREDENTIAL);
         std::fs::write(&credential, key).unwrap();
-        assert_eq!(*taken().unwrap(), key);
+        std::fs::set_permissions(&credential, std::fs::Permissions::from_mode(0o440)).unwrap();
+        Keys::of_credential(&credential, dir).unwrap()
+    }
+
+    fn opened(dir: &Path, keys: &Keys) -> anyhow::Result<Store<AnyDisk>> {
+        open_under(keys, &Sessions::default(), dir)
+    }
+
+    #[test]
+    fn a_credential_beside_another_key_is_taken_where_no_session_has_that_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = with_credential(dir.path(), [7; KEY_BYTES]);
+        assert!(first.other.is_none(), "there is no file");
+        let file = key_of(dir.path()).unwrap();
+        assert!(with_credential(dir.path(), file).other.is_none(), "it is the same one");
+        // As on a box whose first start has made a key before the operator has given one.
+        let keys = with_credential(dir.path(), [7; KEY_BYTES]);
+        assert_eq!((*keys.used, **keys.other.as_ref().unwrap()), ([7; KEY_BYTES], file));
+        let mut store = opened(dir.path(), &keys).unwrap();
+        store.create(1000, &new(), 5).unwrap();
+        drop(store);
+        // And where the credential has the sessions and the file was made by nobody knows whom.
+        assert_eq!(opened(dir.path(), &keys).unwrap().usage().sessions, 1);
+        std::fs::write(dir.path().join(KEY_FILE), "no key").unwrap();
+        assert!(with_credential(dir.path(), [7; KEY_BYTES]).other.is_none());
+        // A third key's sessions are told of, and are no reason to keep the others down.
+        std::fs::write(dir.path().join(KEY_FILE), file).unwrap();
+        let usage = opened(dir.path(), &with_credential(dir.path(), [8; KEY_BYTES])).unwrap().usage();
+        assert_eq!((usage.sessions, usage.of_other_key), (0, 1));
+    }
+
+    #[test]
+    fn a_credential_is_refused_where_sessions_have_the_files_key_and_what_it_says_to_do_loses_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = Keys { used: Zeroizing::new(key_of(dir.path()).unwrap()), other: None };
+        let mut store = opened(dir.path(), &file).unwrap();
+        let ids: Vec<String> = (0..7).map(|_| store.create(1000, &new(), 5).unwrap().to_string()).collect();
+        drop(store);
+        let refused = opened(dir.path(), &with_credential(dir.path(), [7; KEY_BYTES])).unwrap_err();
+        let said = refused.to_string();
+        assert!(said.contains("of the file's key: 7 (1000/") && said.contains("of the credential's: 0."), "{said}");
+        assert_eq!(ids.iter().filter(|id| said.contains(&format!("1000/{id}"))).count(), NAMES_MAX, "{said}");
+        assert!(!said.contains("systemd-creds") && !said.contains("  ") && !said.contains("remove"), "{said}");
+        assert!(!crate::state::may_mend_itself(&refused), "{refused:#}");
+        // The first thing that it says.
+        assert_eq!(opened(dir.path(), &file).unwrap().usage().sessions, 7);
+        // The second, and back again.
+        std::fs::rename(dir.path().join(KEY_FILE), dir.path().join("safe")).unwrap();
+        let keys = with_credential(dir.path(), [7; KEY_BYTES]);
+        let mut store = opened(dir.path(), &keys).unwrap();
+        assert_eq!((store.usage().sessions, store.usage().of_other_key), (0, 7));
+        store.create(1000, &new(), 5).unwrap();
+        drop(store);
+        std::fs::rename(dir.path().join("safe"), dir.path().join(KEY_FILE)).unwrap();
+        let said = opened(dir.path(), &with_credential(dir.path(), [7; KEY_BYTES])).unwrap_err().to_string();
+        assert!(said.contains("of the file's key: 7 (") && said.contains("of the credential's: 1."), "{said}");
+        assert_eq!(opened(dir.path(), &file).unwrap().usage().sessions, 7);
     }
 
     #[test]

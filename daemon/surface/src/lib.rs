@@ -26,7 +26,9 @@ pub use accept::ServeOptions;
 pub use additions::{AddFailure, AddStage, AddStep, AddedModel, ModelStore, NewModel};
 pub use bodies::sessions::VERBS_AT_A_TIME;
 pub use dbus::{Bus, DbusOptions, sealed, serve_dbus};
-pub use mqtt::{MqttDoor, MqttOptions, MqttProbe, MqttProbeError, MqttSettings, TlsError, mqtt_probe, tls_config};
+pub use mqtt::{
+    MqttDoor, MqttOptions, MqttProbe, MqttProbeError, MqttSettings, TlsError, mqtt_probe, seal_journal_anew, tls_config,
+};
 pub use tcp::{ApiKeys, TcpDoor};
 
 use sparsed_engine::Service;

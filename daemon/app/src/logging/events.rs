@@ -80,6 +80,10 @@ pub(super) const EVENTS: &[Event] = &[
     event("884f31660a434e8899ef1e6ea55cafd9", "sessions past their retention are deleted"),
     event("8e71e249e05046ee8adb2a053379959f", "made the key of all sessions; back it up with them"),
     event(
+        "e5275c25f552420592bb5da96465fd77",
+        "the credential is another key than the file's, which nothing needs that is kept",
+    ),
+    event(
         "c48f6f41a4504d59ab87a4dc157a8060",
         "the slow tier takes no more blocks: long contexts have to wait for each other now",
     ),

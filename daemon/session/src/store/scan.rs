@@ -66,6 +66,15 @@ impl<D: Disk> Store<D> {
         };
         Ok((store, report))
     }
+
+    /// Those of the sessions that the report says have another master key which have this one.
+    pub fn of_key<'a>(&mut self, report: &'a Report, master: &MasterKey) -> Vec<&'a Finding> {
+        let mut is_of_key = |finding: &&Finding| {
+            let Some((owner, id)) = finding.owner.zip(finding.name.parse().ok()) else { return false };
+            finding.kind == FindingKind::ForeignKey && key(&mut self.disk, master, owner, id).is_ok()
+        };
+        report.findings.iter().filter(|finding| is_of_key(finding)).collect()
+    }
 }
 
 struct Scan<'a, D> {
@@ -124,7 +133,7 @@ impl<D: Disk> Scan<'_, D> {
         id: SessionId,
         folder: &Folder,
     ) -> std::result::Result<(Session, Option<FindingKind>), Unusable> {
-        let key = self.key(owner, id, folder)?;
+        let key = key(self.disk, self.master, owner, id)?;
         let file = folder.journal();
         check("bytes of a file", self.disk.len(&file)?, self.limits.journal_file_bytes())?;
         let replayed = journal::replay(&mut |offset, bytes| self.disk.read_at(&file, offset, bytes), &key, owner, id);
@@ -152,17 +161,6 @@ impl<D: Disk> Scan<'_, D> {
         Ok((session, kind))
     }
 
-    fn key(&mut self, owner: u64, id: SessionId, folder: &Folder) -> std::result::Result<SessionKey, Unusable> {
-        // One byte more, to see that there is none.
-        let mut file = [0; KEY_FILE_BYTES + 1];
-        let n_bytes = self.disk.read_at(&folder.key(), 0, &mut file)?;
-        SessionKey::unwrap(&file[..n_bytes], self.master, owner, id).map_err(|fault| match fault {
-            KeyFault::Foreign => Unusable(FindingKind::ForeignKey),
-            KeyFault::Version(version) => Unusable(FindingKind::UnknownVersion { version }),
-            KeyFault::Damaged => Unusable(FindingKind::Unreadable),
-        })
-    }
-
     fn note(&mut self, owner: Option<u64>, name: String, kind: FindingKind) {
         self.report.findings.push(Finding { owner, name, kind });
     }
@@ -184,6 +182,23 @@ impl From<DiskError> for Unusable {
     fn from(error: DiskError) -> Self {
         StoreError::from(error).into()
     }
+}
+
+/// A session's key, unwrapped.
+fn key(
+    disk: &mut impl Disk,
+    master: &MasterKey,
+    owner: u64,
+    id: SessionId,
+) -> std::result::Result<SessionKey, Unusable> {
+    // One byte more, to see that there is none.
+    let mut file = [0; KEY_FILE_BYTES + 1];
+    let n_bytes = disk.read_at(&Folder::of(owner, id).key(), 0, &mut file)?;
+    SessionKey::unwrap(&file[..n_bytes], master, owner, id).map_err(|fault| match fault {
+        KeyFault::Foreign => Unusable(FindingKind::ForeignKey),
+        KeyFault::Version(version) => Unusable(FindingKind::UnknownVersion { version }),
+        KeyFault::Damaged => Unusable(FindingKind::Unreadable),
+    })
 }
 
 /// A folder named by a number as the store writes it.

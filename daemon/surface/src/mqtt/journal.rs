@@ -10,7 +10,7 @@
 use chacha20poly1305::aead::{AeadInPlace, KeyInit};
 use chacha20poly1305::{Key, Tag, XChaCha20Poly1305, XNonce};
 use std::fs::{File, OpenOptions};
-use std::io::{Error, Read, Result, Seek, SeekFrom, Write};
+use std::io::{Error, ErrorKind, Read, Result, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -111,8 +111,9 @@ impl Journal {
         }
         let (mut records, mut at) = (Vec::new(), MAGIC.len());
         while let Some(sealed) = sealed(&bytes[at..]) {
-            let foreign =
-                || Error::other("the MQTT journal was written with another key; restore the key, or move it away");
+            let foreign = || {
+                Error::other("the MQTT journal was written with another key; restore the key, or move the journal away")
+            };
             records.push(journal.seal.open(sealed, at as u64).ok_or_else(foreign)?);
             at += HEAD_BYTES + sealed.len();
         }
@@ -211,6 +212,24 @@ impl Journal {
     }
 }
 
+/// Writes the file below `dir` anew for another key, if what it has is `from`'s; any other file is left as it is.
+///
+/// # Errors
+/// The disk's: the file is as it was then, or has the other key already.
+pub(super) fn seal_anew(dir: &Path, from: Seal, to: Seal) -> Result<()> {
+    let bytes = match std::fs::read(dir.join(FILE_NAME)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        bytes => bytes?,
+    };
+    let first = bytes.strip_prefix(MAGIC).and_then(sealed);
+    if first.and_then(|first| from.open(first, MAGIC.len() as u64)).is_none() {
+        return Ok(());
+    }
+    let (mut journal, records) = Journal::open(dir, from)?;
+    journal.seal = to;
+    journal.rewrite(records)
+}
+
 /// Only the daemon's user may read what was said.
 fn options() -> OpenOptions {
     let mut options = OpenOptions::new();
@@ -288,6 +307,23 @@ mod tests {
         std::fs::write(dir.path().join(FILE_NAME), &bytes).unwrap();
         assert!(Journal::open(dir.path(), Seal::new(&[8; 32])).is_err());
         assert_eq!(open(dir.path()).1.len(), 2);
+    }
+
+    #[test]
+    fn a_file_gets_another_key_only_from_the_one_it_has_and_loses_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let seal = |key| Seal::new(&[key; 32]);
+        seal_anew(dir.path(), seal(7), seal(8)).unwrap();
+        assert!(!dir.path().join(FILE_NAME).exists());
+        open(dir.path()).0.append(&[record(1), record(2)]).unwrap();
+        let before = std::fs::read(dir.path().join(FILE_NAME)).unwrap();
+        seal_anew(dir.path(), seal(9), seal(8)).unwrap();
+        assert_eq!(std::fs::read(dir.path().join(FILE_NAME)).unwrap(), before);
+        seal_anew(dir.path(), seal(7), seal(8)).unwrap();
+        assert!(Journal::open(dir.path(), seal(7)).is_err());
+        // A second time there is nothing to do.
+        seal_anew(dir.path(), seal(7), seal(8)).unwrap();
+        assert_eq!(Journal::open(dir.path(), seal(8)).unwrap().1, [record(1), record(2)]);
     }
 
     #[test]

@@ -27,11 +27,13 @@ pub use probe::{MqttProbe, MqttProbeError, mqtt_probe};
 
 use crate::beat::Beat;
 use desk::{Act, Desk, Input, Limits, Line};
+use journal::Seal;
 use ledger::Ledger;
 use link::{Command, Deltas, Told};
 use message::{Key, Request};
 use sparsed_engine::Service;
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::runtime::Handle;
@@ -49,6 +51,14 @@ const QUIET_BEATS: u32 = 2;
 const GOODBYE: Duration = Duration::from_secs(1);
 /// A broker that acknowledges nothing for so many keepalives is left.
 const STALL_KEEPALIVES: u32 = 3;
+
+/// Has the journal in `dir`, which no door has open, another key from now on, if there is one and it has `from`.
+///
+/// # Errors
+/// The disk's.
+pub fn seal_journal_anew(dir: &Path, from: &[u8; 32], to: &[u8; 32]) -> std::io::Result<()> {
+    journal::seal_anew(dir, Seal::new(from), Seal::new(to))
+}
 
 /// A door whose journal is open.
 #[derive(Debug)]

@@ -33,10 +33,13 @@ fn what_cannot_be_used_is_reported_and_left_alone() {
     drop(store);
     // The master key is named in the file: what it is not the key of is not damage.
     let master = MasterKey::new([2; 32]);
-    let (store, report) =
+    let (mut store, report) =
         Store::open(OsDisk::open(folder.path()).unwrap(), random(3), master, Limits::default()).unwrap();
     assert_eq!(report.count(|kind| kind == FindingKind::ForeignKey), 3);
     assert_eq!((store.usage().sessions, store.usage().of_other_key), (0, 3));
+    // One of them is damaged in its key.
+    let of = |store: &mut Store<OsDisk>, key: u8| store.of_key(&report, &MasterKey::new([key; 32])).len();
+    assert_eq!((of(&mut store, 1), of(&mut store, 2), of(&mut store, 4)), (2, 0, 0));
 }
 
 #[test]
