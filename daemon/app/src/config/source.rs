@@ -5,11 +5,11 @@ use super::{Config, ConfigError, Layers, check, flatten};
 use std::path::{Path, PathBuf};
 
 /// What the vendor of an image or a package says.
-const VENDOR_FILE: &str = "/usr/lib/sparsed/config.toml";
+const VENDOR_FILE: &str = "usr/lib/sparsed/config.toml";
 /// What the operator says.
-const CONFIG_FILE: &str = "/etc/sparsed/config.toml";
+const CONFIG_FILE: &str = "etc/sparsed/config.toml";
 /// What further packages and tools say; in the order of their names.
-const DROP_INS: &str = "/etc/sparsed/conf.d";
+const DROP_INS: &str = "etc/sparsed/conf.d";
 
 /// The configuration of a command.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -21,6 +21,9 @@ pub struct Source {
     /// A setting on top of the configuration, key=value; may be repeated. The value is TOML, or else a bare string.
     #[arg(long = "set", value_name = "KEY=VALUE", global = true)]
     sets: Vec<String>,
+    /// Below it are the system's files; empty: below `/`.
+    #[arg(skip)]
+    root: PathBuf,
 }
 
 impl Source {
@@ -46,9 +49,15 @@ impl Source {
     }
 
     /// Texts that are said, with their keys, dotted, whether the configuration is right or not; of a file that is no
-    /// TOML what its lines say.
+    /// TOML what its lines say, and of a folder that cannot be listed nothing.
     pub(crate) fn texts(&self) -> Vec<(String, String)> {
-        let files = self.files().unwrap_or_default();
+        let files = match &self.config {
+            Some(file) => vec![file.clone()],
+            None => {
+                let drop_ins = drop_ins(&self.at(DROP_INS)).unwrap_or_default();
+                [VENDOR_FILE, CONFIG_FILE].map(|file| self.at(file)).into_iter().chain(drop_ins).collect()
+            }
+        };
         let of_files = files.iter().filter_map(|path| read(path).ok());
         let tables = of_files.flat_map(|text| check::readable_tables(&text));
         let mut texts = Vec::new();
@@ -64,13 +73,25 @@ impl Source {
         if let Some(file) = &self.config {
             return Ok(vec![file.clone()]);
         }
-        of_system([VENDOR_FILE, CONFIG_FILE].map(Path::new), Path::new(DROP_INS))
+        of_system([&self.at(VENDOR_FILE), &self.at(CONFIG_FILE)], &self.at(DROP_INS))
+    }
+
+    /// A file of the system.
+    fn at(&self, file: &str) -> PathBuf {
+        Path::new("/").join(&self.root).join(file)
     }
 
     /// What these arguments of a command line name.
     #[cfg(test)]
     pub(crate) fn of(config: &Path, sets: &[&str]) -> Self {
-        Self { config: Some(config.to_owned()), sets: sets.iter().map(|&set| set.to_owned()).collect() }
+        let sets = sets.iter().map(|&set| set.to_owned()).collect();
+        Self { config: Some(config.to_owned()), sets, ..Self::default() }
+    }
+
+    /// What a command line names that names nothing, on a system below `root`.
+    #[cfg(test)]
+    pub(crate) fn of_system_below(root: &Path) -> Self {
+        Self { root: root.to_owned(), ..Self::default() }
     }
 }
 

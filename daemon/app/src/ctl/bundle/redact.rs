@@ -134,6 +134,22 @@ mod tests {
         }
     }
 
+    /// The folder of drop-ins may be on the disk that is away, for which somebody is to help.
+    #[test]
+    fn secrets_of_a_systems_files_are_known_though_its_drop_ins_are_away() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        std::fs::create_dir_all(at("etc/sparsed")).unwrap();
+        std::fs::write(at("keys"), "hall 0123456789abcdef\n").unwrap();
+        let says = format!("[tcp]\nkeys = \"{}\"\n[engine.set]\nlicence = \"licence-key\"\n", at("keys").display());
+        std::fs::write(at("etc/sparsed/config.toml"), says).unwrap();
+        std::os::unix::fs::symlink(at("disk/conf.d"), at("etc/sparsed/conf.d")).unwrap();
+        let source = Source::of_system_below(root.path());
+        assert!(source.layers().unwrap_err().to_string().contains("which is not there"));
+        let said = Redactor::of(&source).clean("x 0123456789abcdef y licence-key");
+        assert_eq!(said, "x [redacted] y [redacted]");
+    }
+
     #[test]
     fn settings_that_may_be_secret_are_not_shown_and_others_are() {
         let hidden = ["engine.set.licence", "engine.set.\"a b\"", "mqtt.username", "mqtt.client_id"];
