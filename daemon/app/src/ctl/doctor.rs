@@ -16,6 +16,7 @@ mod state;
 use super::client::{own_socket, socket_or_default};
 use super::{print, print_json};
 use crate::config::{Config, Paths, Source};
+use crate::door::is_same;
 use anyhow::bail;
 use serde_json::{Value, json};
 use sparsed_backend::SearchPath;
@@ -116,9 +117,7 @@ impl Doctor {
 
     fn checks(&self) -> anyhow::Result<Vec<Check>> {
         let root = Path::new("/");
-        // Who names a configuration or a socket, or runs a daemon of his own, asks for another one than the service.
-        let is_service = self.source.names_nothing() && self.socket.is_none() && own_socket().is_none();
-        let service = is_service.then(|| service::Service::ask(root)).flatten();
+        let service = self.service(|| service::Service::ask(root), own_socket().is_some());
         let (check, config) = installation::configuration(root, &self.source, service.as_ref());
         let mut checks = vec![check];
         let config = config.unwrap_or_else(Config::default);
@@ -165,6 +164,21 @@ impl Doctor {
         Ok(checks)
     }
 
+    /// The service, of which `ask` knows, unless another daemon is asked for: with a configuration that is named, a
+    /// socket that is not the service's, or where nothing is named and whoever asks `has_own`.
+    fn service(&self, ask: impl FnOnce() -> Option<service::Service>, has_own: bool) -> Option<service::Service> {
+        let service = self.source.names_nothing().then(ask).flatten()?;
+        let is_meant = match &self.socket {
+            None => !has_own,
+            // Where its manager opens none, the configuration decides.
+            Some(named) => match &service.socket {
+                Some(socket) => is_same(named, socket),
+                None => is_same(named, &Paths::of_service(&self.source.load().unwrap_or_default()).socket),
+            },
+        };
+        is_meant.then_some(service)
+    }
+
     /// Where the daemon that is asked for listens.
     fn socket(&self, paths: &Paths) -> PathBuf {
         self.socket.clone().unwrap_or_else(|| match self.source.names_nothing() {
@@ -174,7 +188,7 @@ impl Doctor {
     }
 }
 
-/// All checks as JSON, for a daemon at `socket`.
+/// All checks as JSON, for a daemon at `socket` where one is named.
 ///
 /// # Errors
 /// As the command's.
@@ -221,6 +235,24 @@ fn size(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The advice for `socket.path` names the service's socket by the environment, and the support bundle by its path.
+    #[test]
+    fn who_names_the_services_socket_asks_for_the_service() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, link) = (dir.path().join("api.sock"), dir.path().join("link.sock"));
+        std::fs::write(&socket, "").unwrap();
+        std::os::unix::fs::symlink(&socket, &link).unwrap();
+        let service = service::Service { socket: Some(socket.clone()), ..service::Service::default() };
+        let meant = |source: Source, named: Option<&Path>, has_own| {
+            let doctor = Doctor { source, socket: named.map(Path::to_owned), full: false, json: true };
+            doctor.service(|| Some(service.clone()), has_own).is_some()
+        };
+        let asked = |named: Option<&Path>, has_own| meant(Source::default(), named, has_own);
+        assert!(asked(None, false) && asked(Some(&socket), false) && asked(Some(&link), true));
+        assert!(!asked(None, true) && !asked(Some(&dir.path().join("mine.sock")), false));
+        assert!(!meant(Source::of(Path::new("/c.toml"), &[]), Some(&socket), false));
+    }
 
     #[test]
     fn each_line_says_what_mends_it() {

@@ -69,8 +69,8 @@ impl Collected {
     }
 
     /// Collects everything.
-    pub(super) fn all(&mut self, source: &Source, config: &Config, socket: Option<&Path>) {
-        let socket = socket_of(source, config, socket);
+    pub(super) fn all(&mut self, source: &Source, config: &Config, named: Option<&Path>) {
+        let socket = socket_of(source, config, named);
         self.add("versions.txt", Ok(versions()));
         let settings = source.layers().map_err(Into::into);
         self.add("config.toml", settings.and_then(|layers| config::with_origins(&layers, redact::shown)));
@@ -78,7 +78,7 @@ impl Collected {
         let pid = status.as_deref().ok().and_then(|text| serde_json::from_str::<Value>(text).ok()?["pid"].as_u64());
         self.add("status.json", status);
         self.add("metrics.txt", get(&socket, "/metrics"));
-        self.add("doctor.json", doctor::report(source, Some(&socket)).and_then(|report| pretty(&report)));
+        self.add("doctor.json", doctor::report(source, named).and_then(|report| pretty(&report)));
         let scan = SearchPath::standard(config.plugins.dir.as_deref()).scan();
         self.add("plugins.json", pretty(&plugins::report(config, &scan, &quarantine(config), now_ms())));
         let log = ["--unit", UNIT, "--lines", LOG_LINES, "--no-pager", "--output", "short-iso"];
