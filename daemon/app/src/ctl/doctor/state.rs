@@ -3,27 +3,97 @@
 use super::installation::{AS_DAEMON, quoted};
 use super::people::USER;
 use super::service::{Service, lets_write};
-use super::{Check, sets};
+use super::{Check, Verdict, sets};
+use crate::door::is_same;
 use crate::state::{is_away, unmounted};
 use rustix::fs::Access;
 use serde_json::Value;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The service's own, which its unit lets it write and tmpfiles makes.
 const OWN: &str = "/var/lib/sparsed";
 /// One on another disk, for advice to people who have not chosen any.
 pub(super) const ELSEWHERE: &str = "/srv/sparsed";
+/// What only a folder has that a daemon has kept conversations in.
+const KEPT: [&str; 2] = ["store", "master.key"];
 
 /// What moves the service's state, once `state_dir` is `to`, and lets it write there. Who connects meanwhile is served
 /// without conversations. Models stay where they are found, and what is at `to` already is left as it is.
 pub(super) fn moves(from: &Path, to: &Path) -> String {
+    // Into itself a folder cannot be moved.
+    let within = to.strip_prefix(from).ok().and_then(|path| path.iter().next());
+    let spared = within.map_or(String::new(), |name| format!("! -name {} ", quoted(&name.to_string_lossy())));
     let (from, to) = (quoted(&from.display().to_string()), quoted(&to.display().to_string()));
     format!(
         "sudo systemctl stop sparsed && sudo install -d -m 0700 -o {USER} -g {USER} {to} && \
-         sudo find -H {from} -mindepth 1 -maxdepth 1 ! -name models -exec mv -n -t {to} {{}} + && {}",
+         sudo find -H {from} -mindepth 1 -maxdepth 1 ! -name models {spared}-exec mv -n -t {to} {{}} + && {}",
         lets_write(&to)
     )
+}
+
+/// Where conversations are besides `dir`.
+#[derive(Debug, PartialEq, Eq)]
+enum Left {
+    Nowhere,
+    In(PathBuf),
+    /// In one of several folders that whoever asks may not look into.
+    Unseen,
+}
+
+impl Left {
+    /// Among the folders that the service may write; the one that was named last goes first.
+    fn behind(dir: &Path, service: &Service) -> Self {
+        let others: Vec<&PathBuf> = service.writable.iter().rev().filter(|other| !is_same(other, dir)).collect();
+        let has = |other: &Path| KEPT.map(|name| other.join(name).symlink_metadata());
+        if let Some(found) = others.iter().find(|other| has(other).iter().any(Result::is_ok)) {
+            return Self::In((*found).clone());
+        }
+        let is_shut = |found: &std::io::Result<_>| {
+            found.as_ref().is_err_and(|error: &std::io::Error| error.kind() == ErrorKind::PermissionDenied)
+        };
+        let shut: Vec<&&PathBuf> = others.iter().filter(|other| has(other).iter().any(is_shut)).collect();
+        match shut.as_slice() {
+            [] => Self::Nowhere,
+            [only] => Self::In((**only).clone()),
+            _ => Self::Unseen,
+        }
+    }
+}
+
+/// Whether a daemon has kept conversations in `dir`.
+fn has_kept(dir: &Path) -> bool {
+    KEPT.iter().any(|name| dir.join(name).exists())
+}
+
+/// What brings the service's conversations to `dir`, which it may not write.
+fn moves_all(dir: &Path, service: &Service) -> String {
+    match Left::behind(dir, service) {
+        Left::In(from) => moves(&from, dir),
+        Left::Nowhere => moves(Path::new(OWN), dir),
+        Left::Unseen => format!("{AS_DAEMON}, which sees where conversations are that have to move"),
+    }
+}
+
+/// That conversations lie in another folder than `dir`, which the service uses and may write.
+fn left_behind(name: &str, dir: &Path, service: &Service) -> Option<Check> {
+    let Left::In(other) = Left::behind(dir, service) else { return None };
+    // What only the daemon's user sees may as well be nothing.
+    if !has_kept(&other) {
+        return None;
+    }
+    let (shown, there) = (dir.display(), other.display());
+    let found = format!("conversations are in {there} too, and the service uses {shown}");
+    let fix = match has_kept(dir) {
+        false => moves(&other, dir),
+        true => {
+            let [store, key] = KEPT.map(|name| quoted(&other.join(name).display().to_string()));
+            let back = sets(&format!("state_dir = \"{there}\""));
+            format!("to have those in the place of these, {back}; where nobody wants them, sudo rm -r {store} {key}")
+        }
+    };
+    Some(Check::warn(name, found, fix))
 }
 
 /// Whether the service could keep its state in `dir`, or else a daemon that whoever asks runs.
@@ -41,23 +111,35 @@ pub(super) fn folder(root: &Path, dir: &Path, service: Option<&Service>) -> Chec
         }
         if !service.may_write(dir) {
             let found = format!("{shown} cannot be written by sparsed.service (ProtectSystem=strict)");
-            return Check::fail(NAME, found, moves(Path::new(OWN), dir));
+            return Check::fail(NAME, found, moves_all(dir, service));
         }
     }
-    let Ok(found) = dir.metadata() else { return absent(NAME, dir, service) };
+    let check = usable(NAME, dir, service);
+    match service.and_then(|service| left_behind(NAME, dir, service)) {
+        Some(left) if check.verdict != Verdict::Fail || !dir.exists() => {
+            Check { verdict: left.verdict.max(check.verdict), ..left }
+        }
+        _ => check,
+    }
+}
+
+/// Whether a folder that the service's sandbox lets it write can be used.
+fn usable(name: &str, dir: &Path, service: Option<&Service>) -> Check {
+    let shown = dir.display();
+    let Ok(found) = dir.metadata() else { return absent(name, dir, service) };
     if !found.is_dir() {
-        return Check::fail(NAME, format!("{shown} is no folder"), format!("sudo mv {shown} {shown}.away"));
+        return Check::fail(name, format!("{shown} is no folder"), format!("sudo mv {shown} {shown}.away"));
     }
     if rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_err() {
         let found = format!("{shown} cannot be written by you");
         // Right for other users; what the daemon may do, its own user sees.
-        return Check::warn(NAME, found, AS_DAEMON);
+        return Check::warn(name, found, AS_DAEMON);
     }
     if found.permissions().mode() & 0o077 != 0 {
         let found = format!("{shown} is open to others (mode {:o})", found.permissions().mode() & 0o777);
-        return Check::warn(NAME, found, format!("chmod 0700 {shown}"));
+        return Check::warn(name, found, format!("chmod 0700 {shown}"));
     }
-    Check::ok(NAME, shown.to_string())
+    Check::ok(name, shown.to_string())
 }
 
 /// A folder that is not there, which the daemon makes where it may.
@@ -95,11 +177,9 @@ pub(super) fn other_key(status: &Value) -> Option<Check> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Verdict;
     use super::super::machine::tests::machine;
     use super::*;
     use std::fs;
-    use std::path::PathBuf;
 
     #[test]
     fn an_open_state_folder_and_a_file_in_its_place_are_told() {
@@ -142,6 +222,39 @@ mod tests {
         for sound in [serde_json::json!({ "sessions_of_other_key": 0 }), Value::Null] {
             assert_eq!(other_key(&sound), None);
         }
+    }
+
+    #[test]
+    fn what_moves_is_what_the_service_has_kept_in_whichever_folder_it_is() {
+        let top = tempfile::tempdir().unwrap();
+        let at = |name: &str| top.path().join(name);
+        let (own, second, third) = (at("own"), at("second"), at("third"));
+        fs::create_dir(&own).unwrap();
+        fs::create_dir(&second).unwrap();
+        fs::write(second.join("master.key"), "").unwrap();
+        // As it is once the state has moved from the first folder to the second one.
+        let mut service =
+            Service { is_read_only: true, writable: vec![own.clone(), second.clone()], ..Service::default() };
+        let said = |service: &Service, dir: &Path| folder(Path::new("/"), dir, Some(service));
+        let moved = said(&service, &third);
+        let starts = |from: &Path| format!("find -H {} ", from.display());
+        assert_eq!(moved.verdict, Verdict::Fail);
+        assert!(moved.fix.as_ref().unwrap().contains(&starts(&second)), "{moved:?}");
+        // A sandbox that is open already must not have it begin anew either, without a word.
+        service.writable.push(third.clone());
+        let told = said(&service, &third);
+        assert!(told.found.starts_with("conversations are in "), "{told:?}");
+        assert!(told.verdict == Verdict::Fail && told.fix.as_ref().unwrap().contains(&starts(&second)), "{told:?}");
+        fs::create_dir(&third).unwrap();
+        fs::set_permissions(&third, fs::Permissions::from_mode(0o700)).unwrap();
+        fs::write(third.join("master.key"), "").unwrap();
+        let both = said(&service, &third);
+        let back = format!("state_dir = \"{}\"; then", second.display());
+        assert!(both.verdict == Verdict::Warn && both.fix.as_ref().unwrap().contains(&back), "{both:?}");
+        fs::remove_file(second.join("master.key")).unwrap();
+        assert_eq!(said(&service, &third).verdict, Verdict::Ok);
+        let below = moves(&own, &own.join("state/sparsed"));
+        assert!(below.contains("! -name models ! -name state -exec mv"), "{below}");
     }
 
     #[test]
