@@ -180,7 +180,7 @@ pub async fn serve_until(assembly: Assembly, config: &Config, stop: impl Future<
     let address = door.address();
     let (listener, closing) = door.split();
     let listener = tokio::net::UnixListener::from_std(listener)?;
-    let tcp = tcp.map(|TcpSockets { listeners, keys }| {
+    let tcp = tcp.map(|TcpSockets { listeners, keys, .. }| {
         let listeners = listeners.into_iter().map(tokio::net::TcpListener::from_std);
         Ok::<_, std::io::Error>(TcpDoor { listeners: listeners.collect::<Result<_, _>>()?, keys })
     });

@@ -26,8 +26,8 @@ pub struct Reloader {
     upstreams: Vec<Client>,
     /// Bytes that KV pools were laid out for.
     kv_bytes: Option<u64>,
-    /// The service manager has opened the socket.
-    has_passed_socket: bool,
+    /// Keys that say where a socket is which the service manager has opened.
+    unused: Vec<&'static str>,
 }
 
 /// What has become of a new configuration.
@@ -37,7 +37,7 @@ pub struct Reloaded {
     changed: Vec<Difference>,
     /// Waits for the next start.
     pending: Vec<Difference>,
-    /// Neither is nor will be taken up, since the service manager opens the socket.
+    /// Neither is nor will be taken up, since the service manager opens the sockets.
     unused: Vec<Difference>,
     /// API keys that were read again.
     n_keys: Option<usize>,
@@ -59,7 +59,7 @@ impl Reloader {
             mqtt: assembly.tuning.clone(),
             upstreams: assembly.upstreams.clone(),
             kv_bytes: assembly.service.budget().for_kv(),
-            has_passed_socket: assembly.door.is_passed(),
+            unused: unused(assembly.door.is_passed(), assembly.tcp.as_ref().is_some_and(|tcp| tcp.are_passed)),
         }
     }
 
@@ -73,7 +73,7 @@ impl Reloader {
         let mqtt = self.mqtt.check(&next, &self.paths).context("[mqtt]")?;
         let (changed, pending): (_, Vec<_>) =
             self.running.differences(&next).into_iter().partition(Difference::is_live);
-        let is_unused = |difference: &Difference| self.has_passed_socket && difference.key() == "socket.path";
+        let is_unused = |difference: &Difference| self.unused.contains(&difference.key());
         let (unused, pending) = pending.into_iter().partition(is_unused);
         self.running = self.running.adopting(&next);
         logging::set_level(self.running.log.level.into());
@@ -96,6 +96,12 @@ impl Reloader {
         let pools_stay = self.service.budget().for_kv().zip(self.kv_bytes).is_some_and(|(now, then)| now > then);
         Ok(Reloaded { changed, pending, unused, n_keys, keys_stay, pools_stay })
     }
+}
+
+/// The keys that are not used where the service manager has opened the socket, or those of TCP.
+fn unused(has_socket: bool, has_tcp: bool) -> Vec<&'static str> {
+    let keys = [(has_socket, "socket.path"), (has_tcp, "tcp.listen")];
+    keys.into_iter().filter_map(|(has, key)| has.then_some(key)).collect()
 }
 
 impl fmt::Display for Reloaded {
@@ -141,5 +147,6 @@ mod tests {
             "nothing changed that can change now; a restart is needed for engine.threads = 2 (was 0); not used, as \
              ListenStream= of the socket's unit decides: socket.path = \"/x\" (was not set)"
         );
+        assert_eq!((unused(true, false), unused(false, true)), (vec!["socket.path"], vec!["tcp.listen"]));
     }
 }

@@ -18,11 +18,14 @@ pub struct TcpSockets {
     pub listeners: Vec<TcpListener>,
     /// The keys.
     pub keys: ApiKeys,
+    /// The service manager has opened them: where they are, its unit decides.
+    pub(crate) are_passed: bool,
 }
 
 impl TcpSockets {
     /// The service manager's sockets, or those that are configured, for whoever has one of these keys; `None` where
-    /// nobody has.
+    /// nobody has. Says so where the former are not those that are configured: to open those too, the service would
+    /// need a network, and one that is in a sandbox would not start.
     ///
     /// # Errors
     /// An address that is taken, or not of this box alone.
@@ -31,8 +34,15 @@ impl TcpSockets {
         let bind = |address: &SocketAddr| {
             TcpListener::bind(address).with_context(|| format!("cannot listen on tcp.listen {address}"))
         };
+        let are_passed = !passed.is_empty();
+        if are_passed {
+            let held: Vec<SocketAddr> = passed.iter().filter_map(|socket| socket.local_addr().ok()).collect();
+            if let Some((wanted, sockets)) = overruled(config, &held) {
+                log::warn!(wanted, sockets; "tcp.listen is not used: the service manager has opened other TCP sockets");
+            }
+        }
         let listeners = match &config.listen {
-            _ if !passed.is_empty() => passed,
+            _ if are_passed => passed,
             Some(addresses) => addresses.all().iter().map(bind).collect::<anyhow::Result<_>>()?,
             None => return Ok(None),
         };
@@ -48,8 +58,16 @@ impl TcpSockets {
         for address in addresses {
             log::info!(address:%; "listening");
         }
-        Ok(Some(Self { listeners, keys }))
+        Ok(Some(Self { listeners, keys, are_passed }))
     }
+}
+
+/// The addresses of `tcp.listen` that are none of `held`, which the service manager has opened, and the latter.
+pub(crate) fn overruled(config: &Tcp, held: &[SocketAddr]) -> Option<(String, String)> {
+    let wanted = config.listen.as_ref()?.all().iter().filter(|wanted| !held.contains(wanted));
+    let [wanted, held] = [wanted.map(ToString::to_string).collect(), held.iter().map(ToString::to_string).collect()]
+        .map(|addresses: Vec<String>| addresses.join(" and "));
+    (!wanted.is_empty()).then_some((wanted, held))
 }
 
 /// The keys that the configuration names, or the service manager's credential.
@@ -96,5 +114,17 @@ mod tests {
         let here = TcpListener::bind("127.0.0.1:0").unwrap();
         let refused = open(vec![here, everywhere]).unwrap_err();
         assert!(refused.to_string().contains("other boxes"));
+    }
+
+    #[test]
+    fn addresses_that_are_configured_and_not_those_of_the_sockets_that_were_passed_are_told() {
+        let held: Vec<SocketAddr> = ["127.0.0.1:11535", "[::1]:11535"].map(|address| address.parse().unwrap()).into();
+        let said = |listen: &[&str]| {
+            let listen = Addresses::Several(listen.iter().map(|address| address.parse().unwrap()).collect());
+            overruled(&Tcp { listen: Some(listen), keys: None }, &held)
+        };
+        assert_eq!((said(&["127.0.0.1:11535"]), overruled(&Tcp::default(), &held)), (None, None));
+        let expected = Some(("127.0.0.1:8080".to_owned(), "127.0.0.1:11535 and [::1]:11535".to_owned()));
+        assert_eq!(said(&["[::1]:11535", "127.0.0.1:8080"]), expected);
     }
 }

@@ -159,6 +159,7 @@ impl Doctor {
         checks.extend(status.as_ref().and_then(state::sessions_away));
         checks.extend(status.as_ref().and_then(state::other_key));
         checks.extend(doors::message_bus(root, &config, service.as_ref())?);
+        checks.extend(doors::tcp_unused(&config.tcp, service.as_ref()));
         checks.extend(doors::tcp(&config.tcp, service.as_ref()));
         checks.extend(doors::broker(&config.mqtt, service.as_ref()));
         Ok(checks)
@@ -209,6 +210,7 @@ pub(super) fn of_config(source: &Source, config: &Config) -> (Vec<String>, Vec<S
     let service = source.names_nothing().then(|| service::Service::ask(root)).flatten();
     let mut checks = named::named_files(root, config, service.as_ref());
     checks.extend(doors::socket_path(config, service.as_ref()));
+    checks.extend(doors::tcp_unused(&config.tcp, service.as_ref()));
     let (wrong, remarks): (Vec<_>, Vec<_>) = checks.into_iter().partition(|check| check.verdict == Verdict::Fail);
     let said = |check: &Check| format!("{}: {}", check.name, check.found);
     let with_fix = |check: &Check| match &check.fix {

@@ -115,6 +115,10 @@ pub(super) const EVENTS: &[Event] = &[
     event("f6adb0d2d4c7491f8d87868708650ccc", "the model is there now"),
     event("2f7629e08cf8492486cdbcaafc6a9550", "none of the sockets that were passed is ours"),
     event("48468e575cda49119c2f869a0f91b1d4", "socket.path is not used: the service manager has opened another socket"),
+    event(
+        "107423170340468b9ab3b283aeb92d01",
+        "tcp.listen is not used: the service manager has opened other TCP sockets",
+    ),
     event("09ff9760d5da4799a15fd3b954b63889", "signals cannot be caught: they end the daemon at once"),
     event("942c774d1e674420b1b7080d06bdde51", "connections were cut off: the time to stop is over"),
     event("bd87d943ea1f4f1db472976332a12e3b", "answers were still running when the time to stop was over"),

@@ -6,6 +6,7 @@ use super::{Check, OPERATORS_FILE, sets};
 use crate::config::{Config, Mqtt, Tcp};
 use crate::ctl::bus;
 use crate::door::is_same;
+use crate::tcp::overruled;
 use serde_json::Value;
 use sparsed_surface::Bus;
 use std::net::{TcpStream, ToSocketAddrs};
@@ -37,6 +38,22 @@ pub(super) fn socket_path(config: &Config, service: Option<&Service>) -> Option<
         wanted.display()
     );
     (!is_same(wanted, socket)).then(|| Check::warn("socket.path", found, fix))
+}
+
+/// That addresses that are configured for TCP are not the service's, where its manager opens others.
+pub(super) fn tcp_unused(tcp: &Tcp, service: Option<&Service>) -> Option<Check> {
+    let service = service.filter(|service| service.has_tcp_socket)?;
+    let (wanted, sockets) = overruled(tcp, &service.tcp_addresses)?;
+    let found = format!("{wanted} is not used: ListenStream= of sparsed-tcp.socket decides, which is {sockets}");
+    let lines: Vec<String> =
+        tcp.listen.as_ref()?.all().iter().map(|address| format!("ListenStream={address}")).collect();
+    let fix = format!(
+        "sudoedit {OPERATORS_FILE}: no tcp.listen; to listen there, sudo systemctl edit sparsed-tcp.socket: [Socket], \
+         ListenStream= and {}, each on its line; then sudo systemctl stop sparsed && sudo systemctl restart \
+         sparsed-tcp.socket && sudo systemctl start sparsed",
+        lines.join(" and ")
+    );
+    Some(Check::warn("tcp.listen", found, fix))
 }
 
 /// Whether the service may open the TCP sockets that are configured; nothing where none is, or the manager opens one.
@@ -163,6 +180,20 @@ mod tests {
         assert_eq!(said(&["socket.path=/run/sparsed/api.sock"], Some(&service)), None);
         assert_eq!(said(&[], Some(&service)), None);
         assert_eq!(said(&["socket.path=/run/x.sock"], None), None, "a daemon that is somebody's own opens its own");
+    }
+
+    #[test]
+    fn addresses_that_are_configured_for_tcp_beside_the_managers_are_told() {
+        let addresses = vec!["127.0.0.1:11535".parse().unwrap()];
+        let service = Service { has_tcp_socket: true, tcp_addresses: addresses, ..Service::default() };
+        let without = Service::default();
+        let said = |sets: &[&str], service| tcp_unused(&Config::of(sets).tcp, service);
+        let told = said(&["tcp.listen=127.0.0.1:8080"], Some(&service)).unwrap();
+        assert!(told.verdict == Verdict::Warn && told.found.ends_with("which is 127.0.0.1:11535"), "{told:?}");
+        assert!(told.fix.as_ref().unwrap().contains("ListenStream=127.0.0.1:8080, each"), "{told:?}");
+        assert_eq!(said(&["tcp.listen=127.0.0.1:11535"], Some(&service)), None);
+        assert_eq!(said(&["tcp.listen=127.0.0.1:8080"], Some(&without)), None);
+        assert_eq!((said(&[], Some(&service)), said(&["tcp.listen=127.0.0.1:8080"], None)), (None, None));
     }
 
     #[test]

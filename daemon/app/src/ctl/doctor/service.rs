@@ -2,6 +2,7 @@
 
 use super::people::shut_at;
 use crate::ctl::system::said;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 /// The unit.
@@ -56,6 +57,8 @@ pub(super) struct Service {
     pub(super) socket: Option<PathBuf>,
     /// `sparsed-tcp.socket` listens, and is handed over.
     pub(super) has_tcp_socket: bool,
+    /// Where it listens.
+    pub(super) tcp_addresses: Vec<SocketAddr>,
     /// Only the devices of `allowed` can be opened.
     pub(super) is_closed: bool,
     /// `DeviceAllow=`: paths, or `char-` and a driver's name in `/proc/devices`.
@@ -82,8 +85,11 @@ impl Service {
         }
         let said = |arguments: &[&str]| said("systemctl", arguments).ok();
         let mut service = Self::parse(&said(&["show", "--no-pager", PROPERTIES, UNIT])?)?;
-        service.socket = said(&["show", "--no-pager", "--property=Listen", SOCKET]).and_then(|said| listens(&said));
+        let sockets = said(&["show", "--no-pager", "--property=Listen", SOCKET]).unwrap_or_default();
+        service.socket = listens(&sockets).map(PathBuf::from).find(|path| path.is_absolute());
         service.has_tcp_socket = said(&["is-active", TCP_SOCKET]).is_some();
+        let tcp = said(&["show", "--no-pager", "--property=Listen", TCP_SOCKET]).unwrap_or_default();
+        service.tcp_addresses = listens(&tcp).filter_map(|address| address.parse().ok()).collect();
         // Not every version shows them among the properties.
         service.credentials = credentials(&said(&["cat", "--no-pager", UNIT]).unwrap_or_default());
         Some(service)
@@ -191,19 +197,14 @@ impl Service {
     }
 }
 
-/// The first path at which a socket's unit listens.
-fn listens(said: &str) -> Option<PathBuf> {
-    let path = |line: &str| {
-        let (name, value) = line.split_once('=')?;
-        let path = match name {
-            "Listen" => value.strip_suffix(" (Stream)")?,
-            // As older versions have it.
-            "ListenStream" => value,
-            _ => return None,
-        };
-        Some(PathBuf::from(path)).filter(|path| path.is_absolute())
-    };
-    said.lines().find_map(path)
+/// The paths and addresses at which a socket's unit listens.
+fn listens(said: &str) -> impl Iterator<Item = &str> {
+    said.lines().filter_map(|line| match line.split_once('=')? {
+        ("Listen", value) => value.strip_suffix(" (Stream)"),
+        // As older versions have it.
+        ("ListenStream", value) => Some(value),
+        _ => None,
+    })
 }
 
 /// The paths of a setting, each of which may begin with signs.
@@ -282,10 +283,13 @@ mod tests {
 
     #[test]
     fn a_units_socket_is_known_as_each_version_of_the_manager_shows_it() {
-        let expected = Some(PathBuf::from("/run/a b.sock"));
-        assert_eq!(listens("Listen=127.0.0.1:1 (Stream)\nListen=/run/a b.sock (Stream)\n"), expected);
-        assert_eq!(listens("ListenDatagram=/x\nListenStream=/run/a b.sock\n"), expected);
-        assert_eq!((listens("Listen=/run/x (FIFO)\n"), listens("")), (None, None));
+        let listens = |said| listens(said).collect::<Vec<_>>();
+        assert_eq!(
+            listens("Listen=127.0.0.1:1 (Stream)\nListen=/run/a b.sock (Stream)\n"),
+            ["127.0.0.1:1", "/run/a b.sock"]
+        );
+        assert_eq!(listens("ListenDatagram=/x\nListenStream=/run/a b.sock\n"), ["/run/a b.sock"]);
+        assert_eq!((listens("Listen=/run/x (FIFO)\n").len(), listens("").len()), (0, 0));
     }
 
     #[test]
