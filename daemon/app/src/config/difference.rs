@@ -192,4 +192,16 @@ mod tests {
             assert_eq!(left.is_empty(), differences[0].is_live(), "{key}: {left:?}");
         }
     }
+
+    /// The commented file lists what holds at once, a table on each line.
+    #[test]
+    fn what_is_live_is_what_the_example_says() {
+        let text = include_str!("../../../../packaging/config.toml");
+        let lines = text.lines().take_while(|line| line.starts_with('#')).filter_map(|line| line.strip_prefix("#   ["));
+        let tables = lines.map(|line| line.split_once("] ").expect("a table and its keys"));
+        let mut said: Vec<String> =
+            tables.flat_map(|(table, keys)| keys.split(", ").map(move |key| format!("{table}.{key}"))).collect();
+        said.sort();
+        assert_eq!(said, LIVE);
+    }
 }
