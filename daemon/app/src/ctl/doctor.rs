@@ -8,6 +8,7 @@ mod elsewhere;
 mod installation;
 mod machine;
 mod named;
+mod network;
 mod people;
 mod plugins;
 mod service;

@@ -1,6 +1,7 @@
 //! Can what else the daemon speaks to be reached, and may it listen where it is to? TCP, the MQTT broker, the message
 //! bus, and the socket's path.
 
+use super::network::opens_network;
 use super::service::Service;
 use super::{Check, OPERATORS_FILE, sets};
 use crate::config::{Config, Mqtt, Tcp};
@@ -59,14 +60,18 @@ pub(super) fn tcp_unused(tcp: &Tcp, service: Option<&Service>) -> Option<Check> 
 /// Whether the service may open the TCP sockets that are configured; nothing where none is, or the manager opens one.
 pub(super) fn tcp(tcp: &Tcp, service: Option<&Service>) -> Option<Check> {
     let service = service.filter(|service| !service.has_tcp_socket)?;
-    tcp.listen.as_ref()?;
+    let shut = tcp.listen.as_ref()?.all().iter().find_map(|address| Some((address, service.shuts(address.ip())?)));
     let other = "another way, without a network: sparsed-tcp.socket in the place of tcp.listen, `systemctl cat \
                  sparsed-tcp.socket` says how";
-    Some(match service.opens_network() {
-        Some(fix) => {
+    Some(match shut {
+        Some((address, "IPAddressDeny=")) => {
+            let found = format!("whom sparsed.service hears at {address} it may not answer (IPAddressDeny=)");
+            Check::fail("tcp.listen", found, format!("{}; {other}", opens_network()))
+        }
+        Some((_, setting)) => {
             let found =
-                "sparsed.service may open no TCP socket (PrivateNetwork=yes), and does not start with tcp.listen";
-            Check::fail("tcp.listen", found, format!("{fix}; {other}"))
+                format!("sparsed.service may open no TCP socket ({setting}), and does not start with tcp.listen");
+            Check::fail("tcp.listen", found, format!("{}; {other}", opens_network()))
         }
         None => Check::ok("tcp.listen", "sparsed.service may open TCP sockets"),
     })
@@ -89,12 +94,10 @@ pub(super) fn broker(mqtt: &Mqtt, service: Option<&Service>) -> Option<Check> {
         }
         Err(refused)
     };
-    let shut = service.and_then(Service::opens_network);
     Some(match connect() {
-        Ok(()) if let Some(fix) = shut => {
-            let found =
-                format!("{shown} takes connections from here, sparsed.service has no network (PrivateNetwork=yes)");
-            Check::fail(NAME, found, fix)
+        Ok(()) if let Some(setting) = service.and_then(|service| service.has_no_way_to(host, broker.port)) => {
+            let found = format!("{shown} takes connections from here, sparsed.service has no network ({setting})");
+            Check::fail(NAME, found, opens_network())
         }
         Ok(()) => Check::ok(NAME, format!("{shown} takes connections; `sparsectl mqtt test` asks a question by it")),
         Err(error) => {
@@ -162,8 +165,12 @@ mod tests {
         let mqtt = Mqtt { broker: format!("mqtt://127.0.0.1:{port}"), ..Mqtt::default() };
         assert_eq!(broker(&mqtt, None).unwrap().verdict, Verdict::Ok);
         let shut = Service { is_offline: true, ..Service::default() };
-        let said = broker(&mqtt, Some(&shut)).unwrap();
-        assert!(said.verdict == Verdict::Fail && said.fix.as_ref().unwrap().contains("network.conf"), "{said:?}");
+        let unanswered = Service { denied: vec!["0.0.0.0/0".to_owned()], ..Service::default() };
+        for (shut, setting) in [(shut, "(PrivateNetwork=yes)"), (unanswered, "(IPAddressDeny=)")] {
+            let said = broker(&mqtt, Some(&shut)).unwrap();
+            assert!(said.verdict == Verdict::Fail && said.found.ends_with(setting), "{said:?}");
+            assert!(said.fix.as_ref().unwrap().contains("network.conf"), "{said:?}");
+        }
         drop(listener);
         let gone = broker(&mqtt, None).unwrap();
         assert!(gone.verdict == Verdict::Warn && gone.found.contains("refused"), "{gone:?}");
@@ -203,6 +210,9 @@ mod tests {
         let said = tcp(&listen, Some(&service(true, false))).unwrap();
         assert!(said.verdict == Verdict::Fail && said.fix.as_ref().unwrap().contains("network.conf"), "{said:?}");
         assert_eq!(tcp(&listen, Some(&service(false, false))).unwrap().verdict, Verdict::Ok);
+        let of_files = Service { families: Some("AF_UNIX".to_owned()), ..Service::default() };
+        let said = tcp(&listen, Some(&of_files)).unwrap();
+        assert!(said.verdict == Verdict::Fail && said.found.contains("(RestrictAddressFamilies=)"), "{said:?}");
         assert_eq!(tcp(&listen, Some(&service(true, true))), None);
         assert_eq!(tcp(&listen, None), None, "a daemon that is somebody's own is in no sandbox");
         assert_eq!(tcp(&Tcp::default(), Some(&service(true, false))), None);

@@ -1,9 +1,11 @@
 //! Do the engines elsewhere answer that models are configured with?
 
+use super::network::opens_network;
 use super::service::Service;
 use super::{Check, sets};
 use crate::config::{Config, dotted};
 use crate::upstream;
+use sparsed_upstream::Address;
 
 /// Whether each engine can be reached from here and has its model, and the service may reach it; asks all at a time.
 pub(super) fn upstreams(config: &Config, service: Option<&Service>) -> Vec<Check> {
@@ -18,9 +20,9 @@ pub(super) fn upstreams(config: &Config, service: Option<&Service>) -> Vec<Check
             let title = format!("model {name}");
             let fix = format!("start that engine, or {}", sets(&dotted(&["model", &name, "upstream"])));
             checks.push(match task.await {
-                Ok(Ok(_)) if let Some(fix) = service.and_then(Service::opens_network) => {
-                    let found = "its engine answers from here, sparsed.service has no network (PrivateNetwork=yes)";
-                    Check::fail(title, found, fix)
+                Ok(Ok(_)) if let Some(setting) = service.and_then(|service| shut(service, config, &name)) => {
+                    let found = format!("its engine answers from here, sparsed.service has no network ({setting})");
+                    Check::fail(title, found, opens_network())
                 }
                 Ok(Ok(there)) => {
                     let context = there.max_context.map_or(String::new(), |n| format!(", context {n}"));
@@ -32,6 +34,12 @@ pub(super) fn upstreams(config: &Config, service: Option<&Service>) -> Vec<Check
         }
         checks
     })
+}
+
+/// The setting by which the service has no way to the engine of the model `name`.
+fn shut(service: &Service, config: &Config, name: &str) -> Option<&'static str> {
+    let address: Address = config.model.get(name)?.upstream.as_ref()?.parse().ok()?;
+    service.has_no_way_to(address.host(), address.port())
 }
 
 #[cfg(test)]

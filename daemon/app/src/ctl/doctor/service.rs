@@ -11,8 +11,6 @@ const UNIT: &str = "sparsed.service";
 const SOCKET: &str = "sparsed.socket";
 /// The socket that the manager opens for those who want TCP.
 const TCP_SOCKET: &str = "sparsed-tcp.socket";
-/// The drop-in that lets the service reach networks.
-const NETWORK: &str = "/usr/share/sparsed/examples/network.conf";
 /// Where an operator's drop-ins of it are.
 const DROP_INS: &str = "/etc/systemd/system/sparsed.service.d";
 /// Where there is systemd.
@@ -20,7 +18,8 @@ const MANAGER: &str = "run/systemd/system";
 /// What is asked. A property that the manager does not know is left out of its answer.
 const PROPERTIES: &str = "--property=LoadState,ActiveState,MainPID,ControlGroup,PrivateDevices,PrivateNetwork,DevicePolicy,\
                           DeviceAllow,SupplementaryGroups,ProtectHome,PrivateTmp,InaccessiblePaths,\
-                          BindPaths,BindReadOnlyPaths,ProtectSystem,ReadWritePaths,StateDirectory";
+                          BindPaths,BindReadOnlyPaths,ProtectSystem,ReadWritePaths,StateDirectory,\
+                          RestrictAddressFamilies,IPAddressAllow,IPAddressDeny";
 /// What `ProtectHome=` hides.
 const HOMES: [&str; 3] = ["/home", "/root", "/run/user"];
 /// What `PrivateTmp=` hides.
@@ -53,6 +52,11 @@ pub(super) struct Service {
     pub(super) hides_devices: bool,
     /// `PrivateNetwork=`: it reaches nobody but by sockets that are files.
     pub(super) is_offline: bool,
+    /// `RestrictAddressFamilies=`: the only families of sockets, or, behind a `~`, those that it may not open.
+    pub(super) families: Option<String>,
+    /// `IPAddressDeny=` but for `IPAddressAllow=`: with whom packets are not exchanged.
+    pub(super) denied: Vec<String>,
+    pub(super) let_through: Vec<String>,
     /// Where `sparsed.socket` listens, which is handed over: the daemon serves there, whatever `socket.path` says.
     pub(super) socket: Option<PathBuf>,
     /// `sparsed-tcp.socket` listens, and is handed over.
@@ -116,6 +120,9 @@ impl Service {
                 "ControlGroup" => found.group = Some(value.to_owned()).filter(|path| path.starts_with('/')),
                 "PrivateDevices" => found.hides_devices = value == "yes",
                 "PrivateNetwork" => found.is_offline = value == "yes",
+                "RestrictAddressFamilies" => found.families = Some(value.to_owned()),
+                "IPAddressDeny" => found.denied.extend(value.split_whitespace().map(str::to_owned)),
+                "IPAddressAllow" => found.let_through.extend(value.split_whitespace().map(str::to_owned)),
                 "DevicePolicy" => found.is_closed |= matches!(value, "closed" | "strict"),
                 // `auto` is closed as well once one is named.
                 "DeviceAllow" => {
@@ -180,11 +187,6 @@ impl Service {
     /// Whether it is handed the credential `name`.
     pub(super) fn is_handed(&self, name: &str) -> bool {
         self.credentials.iter().any(|start| name.starts_with(start))
-    }
-
-    /// What must be typed before it reaches anything on a network, if so.
-    pub(super) fn opens_network(&self) -> Option<String> {
-        self.is_offline.then(|| drops_in(NETWORK))
     }
 
     /// Whether its device policy lets it open `/dev/{node}`, whose driver is called so in `/proc/devices`.
@@ -273,7 +275,7 @@ mod tests {
                     PrivateNetwork=yes\nDevicePolicy=closed\nSupplementaryGroups=video render\n";
         let service = Service::parse(said).unwrap();
         assert!(service.is_active && !service.hides_devices, "{service:?}");
-        assert!(service.opens_network().unwrap().contains("/network.conf && "), "{service:?}");
+        assert_eq!(service.shuts([127, 0, 0, 1].into()), Some("PrivateNetwork=yes"));
         assert_eq!((service.pid, service.group.as_deref()), (Some(12), Some("/system.slice/sparsed.service")));
         assert_eq!(service.groups, ["video", "render"]);
         let allows = |node, driver| service.allows(node, driver);
@@ -349,7 +351,7 @@ mod tests {
         let rest = |state: &str| Service::parse(&format!("LoadState=loaded\nActiveState={state}\n")).unwrap().rest;
         assert_eq!((stopped.rest, rest("failed"), rest("activating")), (Some(Rest::Stopped), Some(Rest::Failed), None));
         // Nothing is closed there.
-        assert_eq!(stopped.opens_network(), None);
+        assert_eq!(stopped.shuts([127, 0, 0, 1].into()), None);
         assert!(stopped.allows("anything", None));
         assert_eq!(Service::ask(Path::new("/nowhere")), None);
     }
