@@ -34,7 +34,7 @@ pub(crate) struct Trouble {
     pub(crate) error: anyhow::Error,
 }
 
-const TCP: &str = "[tcp]";
+pub(crate) const TCP: &str = "[tcp]";
 const MQTT: &str = "[mqtt]";
 const RELAY: &str = "[model.NAME.relay]";
 

@@ -5,7 +5,7 @@ use super::people::USER;
 use super::service::Service;
 use super::{Check, sets};
 use crate::config::Config;
-use crate::named::{Named, Trouble, files};
+use crate::named::{Named, TCP, Trouble, files};
 use crate::private::Missing;
 use std::path::Path;
 
@@ -15,6 +15,8 @@ const SEEN: &str = "/etc/sparsed";
 /// What is wrong with them for whoever asks, and with those that he may read and the daemon's user may not.
 pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service>) -> Vec<Check> {
     let has_tcp = service.is_some_and(|service| service.has_tcp_socket);
+    // The daemon reads no keys for a door that it has not.
+    let keeps_none = |table: &str| table == TCP && !has_tcp && config.tcp.listen.is_none();
     let troubles = Named::troubles(config, has_tcp).into_iter().map(|Trouble { table, error }| {
         let (title, found) = (format!("files of {table}"), format!("{error:#}"));
         let missing = error.chain().find_map(|cause| cause.downcast_ref::<Missing>());
@@ -23,6 +25,7 @@ pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service
                 Check::ok(title, format!("sparsed.service is handed {credential}, which is not looked at here"))
             }
             _ if is_closed(&error) => Check::warn(title, found, AS_DAEMON),
+            _ if keeps_none(table) => Check::warn(title, format!("{found}; no TCP socket is open yet"), sets(table)),
             _ => Check::fail(title, found, format!("{}; man sparsed, CREDENTIALS", sets(table))),
         }
     });
@@ -37,7 +40,10 @@ pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service
             }
             None => format!("sudo chown {USER}: {shown} && sudo systemctl restart sparsed"),
         };
-        Some(Check::fail(key, format!("{shown} {why}"), fix))
+        Some(match key == "tcp.keys" && keeps_none(TCP) {
+            true => Check::warn(key, format!("{shown} {why}; no TCP socket is open yet"), fix),
+            false => Check::fail(key, format!("{shown} {why}"), fix),
+        })
     });
     troubles.chain(shut).collect()
 }
@@ -68,6 +74,21 @@ mod tests {
     }
 
     #[test]
+    fn keys_that_no_tcp_socket_wants_yet_are_a_remark() {
+        let keys = ["tcp.keys=/no/such/keys", "tcp.listen=127.0.0.1:0"];
+        let (no_socket, socket) = (Service::default(), Service { has_tcp_socket: true, ..Service::default() });
+        let said = |sets: &[&str], service| named_files(Path::new("/nowhere"), &Config::of(sets), service).remove(0);
+        for service in [None, Some(&no_socket)] {
+            let remark = said(&keys[..1], service);
+            assert!(remark.verdict == Verdict::Warn && remark.found.contains("no TCP socket is open"), "{remark:?}");
+            assert!(Named::read(&Config::of(&keys[..1]), false).is_ok(), "the daemon starts");
+        }
+        for (sets, service) in [(&keys[..], None), (&keys[..1], Some(&socket))] {
+            assert_eq!(said(sets, service).verdict, Verdict::Fail);
+        }
+    }
+
+    #[test]
     fn keys_that_only_root_may_read_are_told_with_what_gives_them_to_the_daemons_user() {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("etc")).unwrap();
@@ -80,6 +101,8 @@ mod tests {
         assert!(named_files(root.path(), &config, None).is_empty());
         let said = named_files(root.path(), &config, Some(&Service::default())).remove(0);
         assert_eq!((said.name.as_str(), said.verdict), ("tcp.keys", Verdict::Fail));
+        let unused = Config { tcp: crate::config::Tcp { listen: None, ..config.tcp.clone() }, ..config.clone() };
+        assert_eq!(named_files(root.path(), &unused, Some(&Service::default())).remove(0).verdict, Verdict::Warn);
         assert!(said.fix.unwrap().starts_with("sudo chown sparsed: /"), "{}", said.found);
         let hidden = vec![(root.path().to_owned(), "PrivateTmp=yes".to_owned())];
         let said = named_files(root.path(), &config, Some(&Service { hidden, ..Service::default() })).remove(0);
