@@ -678,7 +678,17 @@ def removing_leaves_conversations_and_settings_and_purging_only_what_is_mounted_
     for path in theirs:
         with open(path, "w"):
             pass
-    run("dpkg", "--purge", "sparsed", "sparsed-model-smollm2-dsa")
+    # As the doctor has the operator move conversations to another folder.
+    moved = "/srv/moved conversations"
+    os.makedirs(f"{moved}/store")
+    os.makedirs(DROP_INS, exist_ok=True)
+    with open(f"{DROP_INS}/state.conf", "w") as file:
+        file.write(f'[Service]\nReadWritePaths="-{moved}"\n')
+    said = run("dpkg", "--purge", "sparsed", "sparsed-model-smollm2-dsa")
+    assert f"{moved} stays, with conversations and their key" in said, said
+    assert os.path.exists(f"{moved}/store")
+    shutil.rmtree(moved)
+    os.unlink(f"{DROP_INS}/state.conf")
     run("umount", below)
     run("umount", state)
     for path in theirs:
