@@ -169,7 +169,7 @@ pub(crate) fn carry_out(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Event, Generate, Owner, Turn};
+    use crate::api::{Event, FinishReason, Generate, Owner, Turn};
     use crate::scheduler::Limits;
     use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt, request};
     use proptest::prelude::*;
@@ -342,6 +342,26 @@ mod tests {
             let sampled = listener.sampled();
             assert_eq!((listener.heard().0, sampled), (whole.clone(), whole[n..].to_vec()), "cut at {n}");
             assert!(bench.scheduler.is_idle());
+        }
+    }
+
+    #[test]
+    fn a_cut_answer_that_there_is_no_room_for_any_more_is_said_again_and_ends_as_at_a_limit() {
+        let whole = naive(prompt(1, 180), 60);
+        // Pools that are smaller than its prompt, and than what it has said, with a full queue; and one with room.
+        for (n_blocks, max_waiting, n_expected) in [(2, 0, 40), (3, 0, 40), (4, 8, 60)] {
+            let mut bench = Bench::new(n_blocks, Limits { max_waiting, ..limits() });
+            let turn = Some(Turn { file: FILE, n_saved: 0, resumed: whole[..40].to_vec(), recorder: None });
+            let listener = Listener::with_room(1000);
+            let request = request(Owner::Uid(1), None, prompt(1, 180), 60);
+            bench.submit_request(Generate { turn, ..request }, &listener);
+            bench.run();
+            let (tokens, end) = listener.heard();
+            assert_eq!(tokens, whole[..n_expected], "{n_blocks} blocks");
+            let Some(Event::Finished(finished)) = end else { panic!("{end:?}") };
+            let n_answered = finished.usage.completion_tokens as usize;
+            assert_eq!((finished.reason, n_answered), (FinishReason::Length, n_expected));
+            assert_eq!(bench.executor.computed > 0, n_expected > 40, "{n_blocks} blocks");
         }
     }
 

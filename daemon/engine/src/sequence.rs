@@ -274,10 +274,16 @@ impl Sequence {
         self.deliver(now);
     }
 
-    /// Notes how long it may get in a context of so many tokens; its answer ends there.
+    /// Notes how long it may get in a context of so many tokens; its answer ends there. What it had said before it was
+    /// cut is said again in any case: the context may have been longer then.
     pub(crate) fn bound(&mut self, max_context: u32) {
         let wanted = self.max_tokens.map_or(max_context, |max| count(self.n_prompt).saturating_add(max));
-        self.n_longest = wanted.min(max_context);
+        self.n_longest = wanted.min(max_context).max(count(self.n_prompt + self.resumed.len()));
+    }
+
+    /// Whether it was cut, and ends with what it had said: nothing is left to be computed.
+    pub(crate) fn is_only_retold(&self) -> bool {
+        !self.resumed.is_empty() && self.n_prompt + self.resumed.len() >= self.n_longest as usize
     }
 
     /// Notes that the engine took the sequence up; the first time counts, and answers the time that it waited. Its

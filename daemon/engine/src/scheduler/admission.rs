@@ -31,13 +31,15 @@ impl Scheduler {
     pub(crate) fn submit(&mut self, mut sequence: Sequence, vocabulary: Vocabulary<'_>, now: Duration) {
         self.relieve(now);
         let (have_tokens, max_tokens) = (sequence.tokens.len(), self.context_of(&sequence, vocabulary));
+        sequence.bound(max_tokens);
+        // What was said is not lost where there is no room to go on, and takes none to be said again.
+        let needs_room = !sequence.is_only_retold();
         // The service knows what the pool was meant to be; the device's may be smaller.
-        if have_tokens >= max_tokens as usize {
+        if needs_room && have_tokens >= max_tokens as usize {
             sequence.fail(Failure::ContextTooLong { have_tokens, max_tokens });
             return self.leave(sequence, now);
         }
-        sequence.bound(max_tokens);
-        if let Some((what, failure)) = self.refusal(&sequence) {
+        if needs_room && let Some((what, failure)) = self.refusal(&sequence) {
             let reason = format!("{}: {failure}", owner_name(sequence.owner()));
             self.decisions.note(what, Some(sequence.owner()), reason, &mut self.tally, now);
             sequence.fail(failure);
