@@ -325,7 +325,8 @@ impl Machine {
                 let cut = CutTurn {
                     n_prompt: turn.prompt_end,
                     answered: answered.to_vec(),
-                    cancelled: (turn.outcome == Some(Outcome::Cancelled)).then(|| turn.answer.clone()),
+                    said: turn.answer.clone(),
+                    is_cancelled: turn.outcome == Some(Outcome::Cancelled),
                 };
                 let (prompt, request) = (prompt.to_vec(), turn.request.clone());
                 Ok((prompt, request, keeper.resume(owner.number(), id, &shape, cut)?))

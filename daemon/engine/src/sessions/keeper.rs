@@ -81,12 +81,18 @@ pub(crate) struct Clocks {
 pub(super) struct Resumed {
     /// Its answer so far.
     pub(super) tokens: Vec<u32>,
-    /// What it had said, if its client went away.
+    /// How it had ended.
     pub(super) before: Before,
 }
 
-/// The message of an answer whose client went away; `None` where the daemon did.
-pub(super) type Before = Option<Vec<u8>>;
+/// How a turn that goes on had ended.
+#[derive(Clone, Debug)]
+pub(super) struct Before {
+    /// Whether its client went away; otherwise the daemon did.
+    pub(super) is_cancelled: bool,
+    /// The message of its answer so far.
+    pub(super) said: Vec<u8>,
+}
 
 /// Ends the daemon with this thread: without it no session would answer, and nobody would know.
 struct Alarm(SyncSender<Command>);
@@ -544,7 +550,7 @@ mod tests {
             let (mut keeper, _) = keeper_of(open());
             let n_before = whims.n_syncs.load(Ordering::Relaxed);
             keeper.take_session(1, id).unwrap();
-            let cut = CutTurn { n_prompt: 3, answered: vec![4, 5], cancelled: None };
+            let cut = CutTurn { n_prompt: 3, answered: vec![4, 5], said: Vec::new(), is_cancelled: false };
             keeper.resume(1, id, &SHAPE, cut).unwrap();
             assert_eq!(whims.n_syncs.load(Ordering::Relaxed) - n_before, n_expected, "{durability:?}");
         }
@@ -667,13 +673,17 @@ mod tests {
         let (mut keeper, id, _commands) = keeper(dir.path());
         let full = || Failure::QueueFull { limit: 1, retry_after_s: 1 };
         let impossible = || Failure::GrammarFailed { reason: String::new() };
-        let (cut, given_up) = (None, Some(b"Some words".to_vec()));
-        for (before, failure, state) in [
-            (cut.clone(), full(), State::Interrupted),
-            (given_up, full(), State::Idle),
-            (cut, impossible(), State::Idle),
+        let too_long = || Failure::ContextTooLong { have_tokens: 3, max_tokens: 2 };
+        let broken = || Failure::BackendFailed { reason: String::new() };
+        for (is_cancelled, failure, state) in [
+            (false, full(), State::Interrupted),
+            (true, full(), State::Idle),
+            (false, impossible(), State::Idle),
+            (false, too_long(), State::Idle),
+            (true, too_long(), State::Idle),
+            (false, broken(), State::Idle),
         ] {
-            let said = before.clone();
+            let before = Before { is_cancelled, said: b"Some words".to_vec() };
             keeper.take_session(1, id).unwrap();
             let turn = NewTurn { keep_tokens: 0, prompt: &[1; 3], request: b"", sampling: b"" };
             keeper.store.begin_turn(1, id, &turn, 0).unwrap();
@@ -684,13 +694,16 @@ mod tests {
             let turn = TurnId(keeper.n_turns - 1);
             let sink = Box::new(crate::testing::Listener::with_room(9));
             keeper.take(Ask::Listen { turn, sink, flow: Arc::default() });
+            // Of what it had said a part may be on its way again.
+            keeper.event(turn, crate::api::Event::Delta { text: "Some".to_owned(), tokens: Vec::new() });
             keeper.event(turn, crate::api::Event::Failed(failure.clone()));
             keeper.deliver();
             assert_eq!(keeper.store.summary(1, id).unwrap().state, state, "{failure}");
             let history = keeper.store.history(1, id).unwrap();
             assert_eq!(history.tokens, [1, 1, 1, 4, 5], "{failure}");
-            let answer = &history.turns.last().unwrap().answer;
-            assert!(said.is_none_or(|said| said == *answer), "{failure}: {}", String::from_utf8_lossy(answer));
+            let answer = String::from_utf8_lossy(&history.turns.last().unwrap().answer);
+            // One that is to be finished is told from its tokens.
+            assert!(state == State::Interrupted || answer == "Some words", "{failure}: {answer}");
             keeper.store.release(1, id).unwrap();
         }
     }
@@ -782,7 +795,8 @@ mod tests {
             assert_eq!(keeper.goes_on_alone(1, id), Ok(Some(0)));
             keeper.take_session(1, id).unwrap();
             keeper.store.resume_turn(1, id).unwrap();
-            keeper.turn(1, id, &SHAPE, 4, Some(Resumed { tokens: vec![4], before: None }));
+            let before = Before { is_cancelled: false, said: Vec::new() };
+            keeper.turn(1, id, &SHAPE, 4, Some(Resumed { tokens: vec![4], before }));
             let turn = TurnId(keeper.n_turns - 1);
             if let Some(failure) = failure {
                 let sink = Box::new(crate::testing::Listener::with_room(9));
@@ -908,7 +922,7 @@ mod tests {
         keeper.truncate(1, id, 1).unwrap();
         assert_eq!([&first, &second].map(|turn| turn.lasts()), [true, false]);
         let second = answered(&mut keeper);
-        let cut = CutTurn { n_prompt: 3, answered: vec![4], cancelled: Some(Vec::new()) };
+        let cut = CutTurn { n_prompt: 3, answered: vec![4], said: Vec::new(), is_cancelled: true };
         let resumed = keeper.resume(1, id, &SHAPE, cut).unwrap().recorder.unwrap().standing();
         assert_eq!([&first, &second, &resumed].map(|turn| turn.lasts()), [true, false, true]);
         keeper.gone(TurnId(keeper.n_turns - 1));

@@ -25,7 +25,7 @@ pub(super) struct Listener {
 pub(super) enum Ending {
     /// That it ended so, with what it has said.
     Of(Outcome),
-    /// That its client went away, and this is what it had said before.
+    /// That nobody goes on with it unless its client asks, and this is what it had said before.
     As(Vec<u8>),
     /// Nothing: there was no answer, and its client was told why.
     TakenBack,
@@ -47,10 +47,15 @@ impl Ending {
     /// its first new token.
     pub(super) fn unheard(resumed: Option<&Before>) -> Self {
         match resumed {
-            None => Self::TakenBack,
-            Some(None) => Self::Of(Outcome::Interrupted),
-            Some(Some(before)) => Self::As(before.clone()),
+            Some(before) if !before.is_cancelled => Self::Of(Outcome::Interrupted),
+            _ => Self::failed(resumed),
         }
+    }
+
+    /// Of an answer without a new token that would fail again: what a `resumed` one had said before stays, whatever of
+    /// it was sent again, and the next turn is not held up by it.
+    fn failed(resumed: Option<&Before>) -> Self {
+        resumed.map_or(Self::TakenBack, |before| Self::As(before.said.clone()))
     }
 }
 
@@ -87,7 +92,7 @@ impl Listener {
         Some(match self.end? {
             End::Finished => Ending::Of(Outcome::Complete),
             End::Refused if self.n_tokens == 0 => Ending::unheard(resumed),
-            End::Failed if self.n_tokens == 0 && resumed.is_none() => Ending::TakenBack,
+            End::Failed if self.n_tokens == 0 => Ending::failed(resumed),
             // What was said stays, and the next turn is not held up by an answer that would fail again.
             End::Refused | End::Failed => Ending::Of(Outcome::Cancelled),
             End::Cut => Ending::Of(Outcome::Interrupted),

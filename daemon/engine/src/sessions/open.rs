@@ -68,27 +68,30 @@ impl OpenSession {
         let none = || Failure::SessionBusy { id: self.id.to_string(), state: "idle: its last answer was not cut" };
         let cut = self.conversation.cut.take().ok_or_else(none)?;
         let reading = self.conversation.reading(model, &cut.asked);
-        let request = match again(self.owner, model, &cut, &reading) {
+        let request = again(self.owner, model, &cut, &reading);
+        let said = cut.cancelled.clone().unwrap_or_else(|| self.said(model, &cut, reading.ok()));
+        let (owner, id, shape) = (self.owner.number(), self.id, model.images);
+        let request = match request {
             Err(failure) if !failure.may_pass() && cut.cancelled.is_none() => {
-                self.give_up(model, &cut, reading.ok())?;
+                ask(&self.asks, move |keeper| keeper.give_up(owner, id, &said))?;
                 return Err(failure);
             }
             request => request?,
         };
-        let (owner, id, shape) = (self.owner.number(), self.id, model.images);
-        let cut = CutTurn { n_prompt: count(cut.prompt.len()), answered: cut.answered, cancelled: cut.cancelled };
+        let (n_prompt, is_cancelled) = (count(cut.prompt.len()), cut.cancelled.is_some());
+        let cut = CutTurn { n_prompt, answered: cut.answered, said, is_cancelled };
         let turn = ask(&self.asks, move |keeper| keeper.resume(owner, id, &shape, cut))?;
         self.is_begun = true;
         Ok(Generate { turn: Some(turn), ..request })
     }
 
-    fn give_up(&self, model: &ServedModel, cut: &Cut, reading: Option<Reading>) -> Result<(), Failure> {
+    /// The message of an answer that the daemon has cut: it has journaled its tokens only.
+    fn said(&self, model: &ServedModel, cut: &Cut, reading: Option<Reading>) -> Vec<u8> {
         let request = cut.asked.wishes.request(self.owner);
         let mut parts = AnswerParts::default();
         let said = retold(&cut.answered, cut.prompt.len(), &request, reading, model.model.tokenizer());
         said.iter().for_each(|event| parts.hear(event));
-        let (owner, id, answer) = (self.owner.number(), self.id, parts.encode());
-        ask(&self.asks, move |keeper| keeper.give_up(owner, id, &answer))
+        parts.encode()
     }
 
     fn check(&self, model: &ServedModel) -> Result<(), Failure> {

@@ -2,7 +2,7 @@
 
 use super::Change;
 use super::conversation::SaidTurn;
-use super::keeper::{Keeper, Resumed, failure};
+use super::keeper::{Before, Keeper, Resumed, failure};
 use super::wishes::foreground;
 use crate::api::{Failure, Turn};
 #[cfg(feature = "simulation")]
@@ -19,8 +19,10 @@ pub(crate) struct CutTurn {
     pub(crate) n_prompt: u32,
     /// Tokens of its answer so far.
     pub(crate) answered: Vec<u32>,
-    /// What it had said when its client went away; `None` where the daemon did.
-    pub(crate) cancelled: Option<Vec<u8>>,
+    /// The message of its answer so far.
+    pub(crate) said: Vec<u8>,
+    /// Whether its client went away; otherwise the daemon did.
+    pub(crate) is_cancelled: bool,
 }
 
 impl Keeper {
@@ -204,7 +206,8 @@ impl Keeper {
         });
         resumed.map_err(|error| failure(id, &error))?;
         let n_kept = cut.n_prompt + super::count(cut.answered.len());
-        Ok(self.turn(owner, id, shape, n_kept, Some(Resumed { tokens: cut.answered, before: cut.cancelled })))
+        let before = Before { is_cancelled: cut.is_cancelled, said: cut.said };
+        Ok(self.turn(owner, id, shape, n_kept, Some(Resumed { tokens: cut.answered, before })))
     }
 }
 
