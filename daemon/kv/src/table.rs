@@ -13,12 +13,22 @@ use crate::{BLOCK_TOKENS, BlockHash, BlockId, Pool, Released, Reservation, block
 pub struct BlockTable {
     blocks: Vec<BlockId>,
     n_tokens: u32,
+    stays_fast: bool,
 }
 
 impl BlockTable {
     /// A table without tokens.
     pub const fn new() -> Self {
-        Self { blocks: Vec::new(), n_tokens: 0 }
+        Self { blocks: Vec::new(), n_tokens: 0, stays_fast: false }
+    }
+
+    /// Notes that its owner may not be slow: its blocks are to stay in fast memory, as far as they are there.
+    ///
+    /// # Panics
+    /// When the table has blocks.
+    pub fn stay_fast(&mut self) {
+        assert!(self.blocks.is_empty(), "whether a table stays fast is known before it has blocks");
+        self.stays_fast = true;
     }
 
     /// The blocks, the first tokens' first.
@@ -60,7 +70,11 @@ impl BlockTable {
         for token in self.n_tokens..end {
             let offset = token % BLOCK_TOKENS;
             if offset == 0 {
-                self.blocks.push(pool.acquire(reservation));
+                let block = pool.acquire(reservation);
+                self.blocks.push(block);
+                if self.stays_fast {
+                    pool.places_mut().stay(block);
+                }
             }
             let block = self.blocks.last().expect("a token past the start has a block");
             slots.push(block.slot(offset));
@@ -76,7 +90,11 @@ impl BlockTable {
     /// When the table's last block is not full.
     pub fn adopt(&mut self, hashes: &[BlockHash], pool: &mut Pool) -> u32 {
         assert!(self.n_tokens.is_multiple_of(BLOCK_TOKENS), "a beginning is adopted in whole blocks");
-        self.blocks.extend(hashes.iter().skip(self.blocks.len()).map_while(|&hash| pool.share(hash)));
+        let n_before = self.blocks.len();
+        self.blocks.extend(hashes.iter().skip(n_before).map_while(|&hash| pool.share(hash)));
+        if self.stays_fast {
+            self.blocks[n_before..].iter().for_each(|&block| pool.places_mut().stay(block));
+        }
         self.n_tokens = self.n_blocks() * BLOCK_TOKENS;
         self.assert_shape();
         self.n_tokens
@@ -103,6 +121,9 @@ impl BlockTable {
         assert!(n_tokens <= self.n_tokens, "{} tokens cannot be cut to {n_tokens}", self.n_tokens);
         // The last first: of what is kept, the end of a sequence goes before its beginning.
         for block in self.blocks.drain(blocks_for(n_tokens) as usize..).rev() {
+            if self.stays_fast {
+                pool.places_mut().go(block);
+            }
             if pool.release(block) == Released::Freed {
                 freed.push(block);
             }

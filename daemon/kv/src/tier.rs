@@ -25,12 +25,17 @@ pub(crate) struct Places {
     n_slow: u32,
     /// Of them, those that nobody holds.
     n_slow_kept: u32,
+    /// How many tables hold each block that are to stay in fast memory.
+    n_stayers: Vec<u32>,
+    /// Blocks in fast memory with such a holder.
+    n_staying: u32,
     fast_max: u32,
 }
 
 impl Places {
     pub(crate) fn new(n_blocks: usize, fast_max: u32) -> Self {
-        Self { of: vec![Place::Fast; n_blocks], n_slow: 0, n_slow_kept: 0, fast_max }
+        let (of, n_stayers) = (vec![Place::Fast; n_blocks], vec![0; n_blocks]);
+        Self { of, n_slow: 0, n_slow_kept: 0, n_stayers, n_staying: 0, fast_max }
     }
 
     pub(crate) fn of(&self, block: BlockId) -> Place {
@@ -66,11 +71,34 @@ impl Places {
         self.n_slow_kept -= u32::from(self.of(block) == Place::Slow);
     }
 
+    /// A table that is to stay in fast memory holds the block.
+    pub(crate) fn stay(&mut self, block: BlockId) {
+        let n = &mut self.n_stayers[block.0 as usize];
+        *n += 1;
+        let is_first = *n == 1;
+        self.n_staying += u32::from(is_first && self.of(block) != Place::Slow);
+    }
+
+    /// One of them does not hold it any more.
+    ///
+    /// # Panics
+    /// When none did.
+    pub(crate) fn go(&mut self, block: BlockId) {
+        let n = &mut self.n_stayers[block.0 as usize];
+        assert!(*n > 0, "block {} had not to stay for anybody", block.0);
+        *n -= 1;
+        let was_last = *n == 0;
+        self.n_staying -= u32::from(was_last && self.of(block) != Place::Slow);
+    }
+
     fn set(&mut self, block: BlockId, from: Place, to: Place) {
         let place = &mut self.of[block.0 as usize];
         assert!(*place == from, "block {} is {place:?}, not {from:?}", block.0);
         *place = to;
-        self.n_slow += u32::from(to == Place::Slow);
+        if to == Place::Slow {
+            self.n_slow += 1;
+            self.n_staying -= u32::from(self.n_stayers[block.0 as usize] > 0);
+        }
     }
 }
 
@@ -83,6 +111,12 @@ impl Pool {
     /// Blocks whose latent plane is in the slow tier.
     pub fn n_slow(&self) -> u32 {
         self.places().n_slow()
+    }
+
+    /// Blocks whose latent plane is in fast memory, and that a table holds which
+    /// [stays there](crate::BlockTable::stay_fast); each counts once, however many do.
+    pub fn n_staying(&self) -> u32 {
+        self.places().n_staying
     }
 
     /// Begins to move a held block's latent plane to the slow tier. The block is held until [`Pool::moved`] or
@@ -117,7 +151,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{KvError, PrefixHasher, Realm};
+    use crate::{BlockTable, KvError, PrefixHasher, Realm};
 
     /// A pool of 8 blocks of which 4 may be fast, and `n` held ones.
     fn pool(n: u32) -> (Pool, Vec<BlockId>) {
@@ -169,6 +203,40 @@ mod tests {
         let reservation = pool.reserve(1, &mut Vec::new()).unwrap();
         assert_eq!(pool.n_fast_beyond(), 0);
         pool.forfeit(reservation);
+    }
+
+    #[test]
+    fn a_block_that_several_tables_hold_stays_once_and_not_once_it_is_slow() {
+        let (mut pool, mut hashes, mut freed) = (Pool::with_slow_tier(8, 4), Vec::new(), Vec::new());
+        PrefixHasher::new([1; 32]).extend(Realm::new(1, None), &(0..128).collect::<Vec<_>>(), &mut hashes);
+        let mut tables = [true, true, false].map(|stays| {
+            let mut table = BlockTable::new();
+            if stays {
+                table.stay_fast();
+            }
+            table
+        });
+        let mut reservation = pool.reserve(3, &mut freed).unwrap();
+        tables[0].append(2 * 64 + 1, &mut pool, &mut reservation, &mut Vec::new());
+        pool.forfeit(reservation);
+        tables[0].seal(0, &hashes, 1, &mut pool);
+        assert_eq!(pool.n_staying(), 3);
+        tables[1..].iter_mut().for_each(|table| assert_eq!(table.adopt(&hashes, &mut pool), 128));
+        assert_eq!(pool.n_staying(), 3, "two of them by two tables");
+        let [first, second] = [0, 1].map(|at| tables[0].blocks()[at]);
+        pool.leave(first);
+        assert_eq!((pool.n_staying(), pool.moved(first)), (3, Released::Shared));
+        assert_eq!((pool.n_staying(), pool.place(second)), (2, Place::Fast));
+        tables[0].truncate(0, &mut pool, &mut freed);
+        assert_eq!((pool.n_staying(), pool.n_used()), (1, 2));
+        tables[1].truncate(0, &mut pool, &mut freed);
+        assert_eq!((pool.n_staying(), pool.n_used()), (0, 2), "the last table may be slow");
+        tables[2].truncate(0, &mut pool, &mut freed);
+        // Kept, and slow as before.
+        assert_eq!(tables[0].adopt(&hashes, &mut pool), 128);
+        assert_eq!(pool.n_staying(), 1);
+        tables[0].truncate(0, &mut pool, &mut freed);
+        assert_eq!(pool.n_staying(), 0);
     }
 
     #[test]

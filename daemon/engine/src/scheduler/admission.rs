@@ -30,6 +30,9 @@ impl Scheduler {
     /// Queues a request and tells its listener its place, or why it is not taken.
     pub(crate) fn submit(&mut self, mut sequence: Sequence, vocabulary: Vocabulary<'_>, now: Duration) {
         self.relieve(now);
+        if !self.may_be_slow(&sequence) {
+            sequence.table.stay_fast();
+        }
         let (have_tokens, max_tokens) = (sequence.tokens.len(), self.context_of(&sequence, vocabulary));
         sequence.bound(max_tokens);
         // What was said is not lost where there is no room to go on, and takes none to be said again.

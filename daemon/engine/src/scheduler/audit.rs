@@ -1,13 +1,15 @@
 //! Does everybody who holds a block still know of it? For simulations, which ask after every step.
 
 use super::Scheduler;
-use sparsed_kv::BlockId;
+use sparsed_kv::{BlockId, Place};
+use std::collections::HashSet;
 
 impl Scheduler {
     /// Counts the holders of every block anew: sequences that run, the archive, and what moves to the slow tier.
     ///
     /// # Errors
-    /// The first block that is held by more or by fewer than the pool counts: it is leaked, or used twice.
+    /// The first block that is held by more or by fewer than the pool counts: it is leaked, or used twice. Or that
+    /// others are to stay in fast memory than the pool counts.
     pub(crate) fn audit(&self) -> Result<(), String> {
         let mut holders = vec![0; self.pool.n_blocks() as usize];
         let tables = self.running.iter().flat_map(|sequence| sequence.table.blocks()).copied();
@@ -19,6 +21,12 @@ impl Scheduler {
             if counted != known {
                 return Err(format!("block {} has {counted} holders, {known} are known", block.0));
             }
+        }
+        let stays = |block: &BlockId| self.pool.place(*block) != Place::Slow;
+        let stayers = self.running.iter().filter(|sequence| !self.may_be_slow(sequence));
+        let staying: HashSet<BlockId> = stayers.flat_map(|one| one.table.blocks()).copied().filter(stays).collect();
+        if self.pool.n_staying() as usize != staying.len() {
+            return Err(format!("{} blocks are to stay fast, {} are known", self.pool.n_staying(), staying.len()));
         }
         let mut outside = self.queue.waiting().chain(&self.leaving);
         match outside.find(|sequence| !sequence.table.blocks().is_empty()) {

@@ -51,10 +51,32 @@ impl Kind {
     }
 }
 
+/// Whose answers they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Whose {
+    Requests,
+    Sessions,
+    /// On a pool with a slow tier, where there are places for those that wait, and no fast block: what is short is
+    /// reckoned in each step.
+    SessionsInTiers,
+}
+
+impl Whose {
+    const ALL: [Self; 3] = [Self::Requests, Self::Sessions, Self::SessionsInTiers];
+}
+
 /// `n` answers that run and `n` requests that wait, of four owners; a step schedules all that run.
-fn bench(n: u32, fill: Fill, is_session: bool) -> Bench {
+fn bench(n: u32, fill: Fill, whose: Whose) -> Bench {
+    let (is_session, n_blocks) = (whose != Whose::Requests, BLOCKS as u32 * n);
     let limits = Limits { max_running: n, max_waiting: n, max_batched_tokens: 68 * n, ..Limits::default() };
-    let mut bench = Bench::new(BLOCKS as u32 * n, limits);
+    let mut bench = match whose {
+        // Each writes into one block, and a step takes all the others.
+        Whose::SessionsInTiers => {
+            let max_batched_tokens = (n_blocks - n) * BLOCK as u32;
+            Bench::with_slow_tier(2 * n_blocks, n_blocks, Limits { max_running: 2 * n, max_batched_tokens, ..limits })
+        }
+        _ => Bench::new(n_blocks, limits),
+    };
     for seed in 0..2 * n {
         let listener = Listener::with_room(10_000);
         let n_prompt = if fill == Fill::InTurn { 4 + seed % BLOCK as u32 } else { 4 };
@@ -71,8 +93,8 @@ fn bench(n: u32, fill: Fill, is_session: bool) -> Bench {
 }
 
 /// Times of steps with what they had to do, and allocations in all of them.
-fn measure(n: u32, fill: Fill, is_session: bool) -> (Vec<(Kind, Duration)>, u64) {
-    let mut bench = bench(n, fill, is_session);
+fn measure(n: u32, fill: Fill, whose: Whose) -> (Vec<(Kind, Duration)>, u64) {
+    let mut bench = bench(n, fill, whose);
     // A step is never longer than the longest one was: here none has been yet.
     bench.batch.block_ids.reserve(BLOCKS * n as usize);
     let (mut board, mut logits) = (Board::default(), vec![0.0; VOCAB]);
@@ -135,16 +157,16 @@ fn summary(steps: &[(Kind, Duration)]) -> Vec<(Kind, [Duration; 2])> {
 
 #[test]
 fn scheduling_a_step_takes_no_memory_and_its_time_grows_no_faster_than_the_sequences() {
-    for (fill, is_session) in [Fill::Together, Fill::InTurn].into_iter().flat_map(|fill| [(fill, false), (fill, true)])
-    {
+    let fills = [Fill::Together, Fill::InTurn].into_iter();
+    for (fill, whose) in fills.flat_map(|fill| Whose::ALL.map(|whose| (fill, whose))) {
         let mut alone = Vec::new();
         for n in [1, 16, 64, 256] {
-            let (steps, allocations) = measure(n, fill, is_session);
-            assert_eq!(allocations, 0, "{n} sequences, {fill:?}, of sessions: {is_session}");
+            let (steps, allocations) = measure(n, fill, whose);
+            assert_eq!(allocations, 0, "{n} sequences, {fill:?}, {whose:?}");
             let kinds = summary(&steps);
             for &(kind, [median, least]) in &kinds {
                 let us = median.as_secs_f64() * 1e6;
-                eprintln!("{n} sequences, {fill:?}, of sessions: {is_session}: {kind:?} {us:.1} us a step");
+                eprintln!("{n} sequences, {fill:?}, {whose:?}: {kind:?} {us:.1} us a step");
                 // One has what it needs in the nearest cache.
                 let one = alone.iter().find(|(of, _)| *of == kind).map(|&(_, one)| one);
                 assert!(one.is_none_or(|one| least < 4 * n * one), "{n} sequences, {kind:?}: {least:?}, one {one:?}");
@@ -158,7 +180,7 @@ fn scheduling_a_step_takes_no_memory_and_its_time_grows_no_faster_than_the_seque
 
 #[test]
 fn blocks_that_become_full_together_are_hashed_over_several_steps() {
-    let mut bench = bench(64, Fill::Together, false);
+    let mut bench = bench(64, Fill::Together, Whose::Requests);
     let sealed = |bench: &Bench| bench.scheduler.running.iter().filter(|one| one.sealed_blocks().len() == 1).count();
     while sealed(&bench) == 0 {
         bench.step();

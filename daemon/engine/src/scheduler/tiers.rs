@@ -189,18 +189,21 @@ impl Scheduler {
     }
 
     /// Fast blocks that are missing for `next` to begin beside those that run; `needed` are all that its prompt takes.
-    /// Full blocks of whoever may be slow can move away; what is left of them is where they write, and one step's.
+    /// Full blocks of whoever may be slow can move away; what is left of them is where they write, and one step's. What
+    /// only waits to be saved goes as soon as its place is needed.
     pub(super) fn fast_short(&self, next: &Sequence, needed: u32) -> u32 {
         let has_slow_tier = self.pool.fast_max() < self.pool.n_blocks();
         if self.running.is_empty() || self.limits.slow_stateless || !has_slow_tier {
             return 0;
         }
-        let (mut stays, mut any_slow) = (self.pool.n_used(), false);
+        // Of whoever has ended, as long as the disk takes.
+        let is_left = |block: &&BlockId| self.pool.ref_count(**block) == 1;
+        let n_left = count(self.demotions.under_way.values().filter(is_left).count());
+        let (mut stays, mut any_slow) = (self.pool.n_staying() + n_left, false);
         for sequence in &self.running {
             if self.may_be_slow(sequence) {
-                let n_full = count(sequence.sealed_blocks().len());
-                let n_begun = count(sequence.table.blocks().len()) - n_full;
-                stays = stays.saturating_sub(n_full) + 1_u32.saturating_sub(n_begun);
+                let n_begun = sequence.table.blocks().len() - sequence.sealed_blocks().len();
+                stays += count(n_begun).max(1);
                 any_slow = true;
             } else {
                 stays += sequence.table.blocks_needed(sequence.n_pending());
@@ -264,6 +267,7 @@ fn restoring(running: &mut [Sequence], id: SequenceId) -> Option<&mut Sequence> 
 #[cfg(test)]
 mod tests {
     use crate::api::{Event, Failure, FinishReason, Generate, Owner, Turn};
+    use crate::durable::IMAGES_MAX;
     use crate::scheduler::Limits;
     use crate::testing::{BLOCK, Bench, Listener, limits, naive, prompt, request};
     use sparsed_kv::FileId;
@@ -331,6 +335,51 @@ mod tests {
         let Some(Event::Finished(finished)) = end else { panic!("{end:?}") };
         assert_eq!(finished.reason, FinishReason::Length);
         assert_eq!(session.heard().0, naive(prompt(2, 3 * BLOCK as u32), 100));
+    }
+
+    #[test]
+    fn what_waits_to_be_saved_on_a_disk_that_stalls_holds_up_no_request_without_a_session() {
+        let mut bench = Bench::with_slow_tier(40, 10, sessions());
+        bench.files.delay = usize::MAX / 2; // nothing is ever written
+        let [session, parked, request]: [Listener; 3] = listeners();
+        for seed in 0..4 {
+            bench.submit_request(turn(seed, prompt(seed as u32, 390), 5), &session);
+            bench.run();
+        }
+        let n_waiting = bench.scheduler.archive.waiting().count();
+        assert_eq!(n_waiting, 4 * 6 - IMAGES_MAX as usize, "they hold most of the fast blocks");
+        parked.set(1, false);
+        bench.submit_request(turn(9, prompt(9, 20), 5), &parked);
+        bench.steps(4);
+        bench.submit(prompt(5, 150), 20, &request);
+        bench.steps(40);
+        assert_eq!(request.heard().0, naive(prompt(5, 150), 20));
+        assert_eq!(bench.scheduler.load().running, 1, "the other one is still there");
+    }
+
+    #[test]
+    fn blocks_that_two_sessions_share_make_room_once() {
+        let mut bench = Bench::with_slow_tier(40, 8, sessions());
+        let [older, first, second, younger]: [Listener; 4] = listeners();
+        bench.submit(prompt(1, 140), 40, &older);
+        bench.steps(4);
+        bench.submit_request(turn(1, prompt(2, 300), 90), &first);
+        bench.steps(9);
+        bench.submit_request(turn(2, prompt(2, 300), 90), &second);
+        bench.steps(3);
+        bench.submit(prompt(3, 140), 40, &younger);
+        bench.steps(3);
+        // Of three blocks, and two where sessions write, two and a step's are left.
+        let load = bench.scheduler.load();
+        assert_eq!((load.running, load.waiting), (3, 1));
+        bench.run();
+        assert_eq!(bench.scheduler.tally().preempted, 0);
+        for (seed, listener) in [(1, &older), (3, &younger)] {
+            assert_eq!(listener.heard().0, naive(prompt(seed, 140), 40));
+        }
+        for listener in [first, second] {
+            assert_eq!(listener.heard().0, naive(prompt(2, 300), 90));
+        }
     }
 
     #[test]
