@@ -330,10 +330,12 @@ def planes():
 def tight(tokens, left_bytes):
     """Settings for which so many bytes are left beside the index planes of one session.
 
-    Half of what memory holds would be for requests without a session, were they not slow as well.
+    Half of what memory holds would be for requests without a session, were they not slow as well. What --set says of
+    memory.slow_tier holds all the same: with `sessions`, the default, that half is not left for the session's rows.
     """
     _, index = planes()
-    return [f"memory.budget={(tokens + 1024) * index + int(left_bytes)}", "memory.slow_tier=all"]
+    is_set = any(pair.startswith("memory.slow_tier=") for pair in ARGUMENTS.set)
+    return [f"memory.budget={(tokens + 1024) * index + int(left_bytes)}"] + ([] if is_set else ["memory.slow_tier=all"])
 
 
 def least():
@@ -502,7 +504,8 @@ if __name__ == "__main__":
     PARSER.add_argument("--answer", type=int, default=96, help="`slow`, `written`: tokens of an answer")
     PARSER.add_argument("--text", help="a pattern of files whose text is read instead of a sentence again and again")
     PARSER.add_argument("--keep", help="a folder for sessions that are read once")
-    PARSER.add_argument("--set", nargs="*", default=[], help="`many`, `restore`, `kill`, `slow`: more settings")
+    PARSER.add_argument("--set", nargs="*", default=[], help="more settings, of all but `start` and `host`; with "
+                        "memory.slow_tier=sessions `slow`, `bounded` and `written` measure that, the default, not `all`")
     PARSER.add_argument("--home", help="a folder on the disk that is to be measured")
     ARGUMENTS = PARSER.parse_args()
     MODEL = pathlib.Path(ARGUMENTS.model).resolve()
