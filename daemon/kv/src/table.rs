@@ -100,8 +100,8 @@ impl BlockTable {
         self.n_tokens
     }
 
-    /// Tells the pool what the blocks from `first` on contain that have one of the table's `hashes`, and whose they are;
-    /// their rows are computed.
+    /// Tells the pool what the blocks from `first` on contain that have one of the table's `hashes`, and whose they
+    /// are; their rows are computed.
     ///
     /// # Panics
     /// When there are fewer hashes than `first`, or more than full blocks.
