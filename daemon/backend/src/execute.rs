@@ -9,9 +9,19 @@ use sparsed_plugin_kit::struct_size;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
+use std::time::Duration;
 
 /// How long one wait lasts before it is asked again, in nanoseconds. Only a pause between questions, not a limit.
 const WAIT_NS: u64 = 1_000_000_000;
+/// Bytes of weights in a second that a device reads at least while it compiles: what an SD card of class 4 is sure of.
+/// Those of higher classes give more than twice as much, and laying weights out otherwise is faster than any of them.
+const COMPILED_BYTES_PER_S: u64 = 4 << 20;
+
+/// How long a device that does nothing else may take to compile weights of so many bytes, all of which it may read then
+/// from a disk that is slow. Beside others' steps it may take twice as long and a step: they have half of its time.
+pub fn compile_time(weights_bytes: u64) -> Duration {
+    Duration::from_secs(weights_bytes / COMPILED_BYTES_PER_S)
+}
 
 /// A compiled program, bound to its weights and pools.
 #[derive(Debug)]

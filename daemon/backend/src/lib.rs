@@ -35,7 +35,7 @@ pub use device::{Backend, DeviceInfo, DeviceKind, MemoryInfo, OpenOptions};
 pub use discover::{Found, Refusal, Scan, SearchPath};
 pub use elf::ElfFacts;
 pub use error::{BackendError, Fault};
-pub use execute::{Plan, PlanInfo, Queue};
+pub use execute::{Plan, PlanInfo, Queue, compile_time};
 pub use library::inspect_library;
 pub use load::{Plugin, entry_point};
 pub use manifest::{AbiSection, LibrarySection, Manifest};

@@ -2,15 +2,13 @@
 //!
 //! It does while steps are done, while there is nothing to do, and while a model is put on the device. It does not when
 //! for the watchdog's time every step has failed, no device could be had, or one call has not come back. The call that
-//! compiles a model has longer: a device may read all weights in it, from a disk that is slow.
+//! compiles a model has longer: a device may read all weights in it, from a disk that is slow, and have steps of other
+//! models between, which take half of its time.
 //!
 //! Knows no clock: time is an argument.
 
+use sparsed_backend::compile_time;
 use std::time::Duration;
-
-/// Bytes of weights in a second that a device reads at least while it compiles: what an SD card of class 4 is sure of.
-/// Those of higher classes give more than twice as much, and laying weights out otherwise is faster than any of them.
-const COMPILED_BYTES_PER_S: u64 = 4 << 20;
 
 /// What the engine has told of itself.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +23,10 @@ pub(crate) struct Progress {
     upload: Option<Duration>,
     /// How much longer than the limit the next sign may take, where a compilation is what comes next.
     compile: Option<Duration>,
+    /// When the step began that is under way.
+    step: Option<Duration>,
+    /// What steps of others have taken since the compilation began.
+    beside: Duration,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +41,8 @@ enum Doing {
 
 impl Progress {
     pub(crate) fn new(limit: Duration) -> Self {
-        Self { limit, doing: Doing::Idle, sound: Duration::ZERO, failed: None, upload: None, compile: None }
+        let (doing, sound, beside) = (Doing::Idle, Duration::ZERO, Duration::ZERO);
+        Self { limit, doing, sound, failed: None, upload: None, compile: None, step: None, beside }
     }
 
     /// A usable device has nothing to do.
@@ -56,17 +59,26 @@ impl Progress {
         if self.doing == Doing::Idle && !is_failing {
             (self.sound, self.failed) = (now, None);
         }
-        self.doing = Doing::Stepping;
+        (self.doing, self.step) = (Doing::Stepping, Some(now));
     }
 
     /// A step was done for at least one sequence.
     pub(crate) fn done(&mut self, now: Duration) {
         (self.sound, self.failed) = (now, None);
+        self.stepped(now);
     }
 
     /// A step failed for all its sequences.
     pub(crate) fn failed(&mut self, now: Duration) {
         self.failed = Some(now);
+        self.stepped(now);
+    }
+
+    fn stepped(&mut self, now: Duration) {
+        let began = self.step.take().unwrap_or(now);
+        if self.compile.is_some() {
+            self.beside += now.saturating_sub(began);
+        }
     }
 
     /// The device is lost, or could not be had.
@@ -85,10 +97,10 @@ impl Progress {
     }
 
     /// All weights are uploaded, `bytes` of them; the device compiles, and there is no sign of it until it has. What
-    /// others compute meanwhile is none.
+    /// others compute meanwhile is none, but keeps the device from it: as long again as it may take, at most.
     pub(crate) fn compiling(&mut self, bytes: u64, now: Duration) {
         self.uploading(now);
-        self.compile = Some(Duration::from_secs(bytes / COMPILED_BYTES_PER_S));
+        (self.compile, self.beside) = (Some(compile_time(bytes)), Duration::ZERO);
     }
 
     /// The model is on the device, or will not be.
@@ -109,6 +121,7 @@ impl Progress {
         let within = |since: Duration| now.saturating_sub(since) < self.limit;
         if let (Some(began), Some(longer)) = (self.upload, self.compile) {
             let was_sound = self.doing == Doing::Idle || began.saturating_sub(self.sound) < self.limit;
+            let longer = longer + self.beside.min(longer);
             return was_sound && now.saturating_sub(began) < self.limit + longer;
         }
         match (self.doing, self.failed) {
@@ -217,7 +230,7 @@ mod tests {
     #[test]
     fn a_compilation_may_take_as_long_as_a_slow_disk_needs_for_its_weights_and_one_that_hangs_is_found() {
         const GIB: u64 = 1 << 30;
-        let longer = GIB / COMPILED_BYTES_PER_S;
+        let longer = compile_time(GIB).as_secs();
         for begin in [Progress::lost, Progress::idle, Progress::stepping] {
             let mut progress = progress();
             begin(&mut progress, s(0));
@@ -230,6 +243,22 @@ mod tests {
             assert!(!progress.is_alive(s(80 + longer)));
             progress.uploaded(s(81 + longer));
             assert!(progress.is_alive(s(82 + longer)));
+        }
+    }
+
+    #[test]
+    fn a_compilation_may_take_longer_by_the_steps_that_others_do_beside_it_but_no_more_than_twice_as_long() {
+        let longer = compile_time(1 << 30).as_secs();
+        for (n_steps, beside) in [(0, 0), (30, 60), (longer, longer)] {
+            let mut progress = progress();
+            progress.compiling(1 << 30, s(0));
+            for step in 0..n_steps {
+                progress.stepping(s(2 * step));
+                progress.done(s(2 * step + 2));
+            }
+            progress.idle(s(2 * n_steps));
+            let end = 60 + longer + beside;
+            assert!(progress.is_alive(s(end - 1)) && !progress.is_alive(s(end)), "{n_steps} steps");
         }
     }
 

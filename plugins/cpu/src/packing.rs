@@ -1,22 +1,24 @@
 //! Where do packed weights live? In one anonymous mapping per compiled plan, beside the weights as they were uploaded.
 //!
-//! All of a file is read for it, from whatever disk it is on. Steps of other plans have their turns between its pieces.
+//! All of a file is read for it, from whatever disk it is on. Steps of other plans have half of the time meanwhile, in
+//! turns: packing takes twice as long beside them, however long they are and however small the weights.
 
 use crate::kernels::packed::{TILE_ROWS, can_pack, pack_tile, tile_bytes};
 use crate::memory::Weight;
 use crate::tensor::Tensor;
 use crate::threads::{Team, part};
+use crate::turns::Shift;
 use memmap2::{Advice, MmapMut};
 use sparsed_abi::E_NOMEM_DEVICE;
 use sparsed_plugin_kit::{Held, PluginError, Result, Usage};
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-/// Packed bytes between two turns of others: some milliseconds where the file is in memory, a fifth of a second where
-/// it comes from a card. A step waits for one piece at most, and much smaller ones would have the whole wait for a step
-/// each.
-const PIECE_BYTES: usize = 8 << 20;
+/// Packed bytes between two looks at the time: a millisecond or two where the file is in memory, half a second where it
+/// comes from a disk that gives 4 MiB/s. A step waits for one piece at most and as long as packing has waited itself.
+const PIECE_BYTES: usize = 2 << 20;
 
 /// A weight's matrices as tiles of 16 rows; see `kernels::packed`.
 #[derive(Debug)]
@@ -38,6 +40,11 @@ struct Slab {
 
 /// Packs those of `weights` that are not packed yet and whose format can be.
 pub(crate) fn pack(weights: &[&Weight], team: &Team, usage: &Arc<Usage>) -> Result<()> {
+    let began = Instant::now();
+    pack_by(&|| began.elapsed(), weights, team, usage)
+}
+
+fn pack_by(clock: &dyn Fn() -> Duration, weights: &[&Weight], team: &Team, usage: &Arc<Usage>) -> Result<()> {
     let mut ranges: Vec<(&Weight, Range<usize>)> = Vec::new();
     let mut end = 0usize;
     for &weight in weights {
@@ -60,9 +67,11 @@ pub(crate) fn pack(weights: &[&Weight], team: &Team, usage: &Arc<Usage>) -> Resu
     let mut map = MmapMut::map_anon(end).map_err(no_memory)?;
     // A refusal costs speed only.
     let _refused = map.advise(Advice::HugePage);
+    let mut shift = Shift::new(&team.turns, clock);
     for (weight, range) in &ranges {
-        fill(weight, &mut map[range.clone()], team);
+        fill(weight, &mut map[range.clone()], team, &mut shift);
     }
+    drop(shift);
     let slab = Arc::new(Slab { map, _held: held });
     for (weight, range) in ranges {
         let packed = Packed {
@@ -77,7 +86,7 @@ pub(crate) fn pack(weights: &[&Weight], team: &Team, usage: &Arc<Usage>) -> Resu
     Ok(())
 }
 
-fn fill(weight: &Weight, to: &mut [u8], team: &Team) {
+fn fill(weight: &Weight, to: &mut [u8], team: &Team, shift: &mut Shift<'_>) {
     let (n2, tiles) = (tile_bytes(weight.format, weight.cols), weight.rows.div_ceil(TILE_ROWS));
     let n0 = tiles * weight.batch;
     assert!(to.len() >= n0 * n2, "room for every tile");
@@ -85,7 +94,7 @@ fn fill(weight: &Weight, to: &mut [u8], team: &Team) {
     let piece = (PIECE_BYTES / n2).max(1);
     for done in (0..n0).step_by(piece) {
         let n = piece.min(n0 - done);
-        let _turn = team.turns.take();
+        shift.next_piece();
         team.run(&|number| {
             for unit in part(n, number, team.len()).map(|unit| done + unit) {
                 let (batch, first) = (unit / tiles, unit % tiles * TILE_ROWS);
@@ -116,6 +125,7 @@ mod tests {
     use super::*;
     use fastrand::Rng;
     use sparsed_abi::{DT_Q8_0, SpdWeightDesc};
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     #[test]
     fn a_large_weight_is_packed_in_pieces_and_whoever_waits_has_a_turn_between_them() {
@@ -127,7 +137,7 @@ mod tests {
         pack(&[&weight], &team, &usage).expect("memory");
         let packed = weight.packed.get().expect("a format that is packed");
         let n_pieces = packed.tiles.div_ceil(PIECE_BYTES / packed.tile_bytes);
-        assert_eq!((team.turns.n_taken(), n_pieces), (3, 3));
+        assert_eq!((team.turns.n_taken(), n_pieces), (9, 9));
         let mut expected = vec![0; packed.tile_bytes];
         for tile in 0..packed.tiles {
             let first = tile * TILE_ROWS;
@@ -135,5 +145,29 @@ mod tests {
             pack_tile(weight.format, weight.cols, row, &mut expected);
             assert!(packed.tile(0, tile) == expected, "tile {tile}");
         }
+    }
+
+    #[test]
+    fn small_weights_do_not_wait_for_a_step_each_but_are_packed_as_long_as_the_first_one_has_waited() {
+        let (team, usage) = (Team::new(2, &[]).expect("threads"), Arc::new(Usage::default()));
+        let desc = SpdWeightDesc { dtype: DT_Q8_0, batch: 1, rows: 16, cols: 32, ..SpdWeightDesc::default() };
+        let weights: Vec<_> = (0..50).map(|_| Weight::uploaded(&desc, vec![0; 16 * 34], &usage)).collect();
+        // Each look at the time is a millisecond later.
+        let ms = AtomicU64::new(0);
+        let clock = || Duration::from_millis(ms.fetch_add(1, Ordering::Relaxed));
+        std::thread::scope(|scope| {
+            let step = team.turns.take();
+            let weights: Vec<_> = weights.iter().collect();
+            let (clock, team, usage) = (&clock, &team, &usage);
+            let packs = scope.spawn(move || pack_by(clock, &weights, team, usage).is_ok());
+            while team.turns.n_taken() < 2 {
+                std::thread::yield_now();
+            }
+            ms.fetch_add(100, Ordering::Relaxed);
+            drop(step);
+            assert!(packs.join().expect("no panic"));
+        });
+        assert_eq!(team.turns.n_taken(), 2, "the step's and one for all weights");
+        assert!(weights.iter().all(|weight| weight.packed.get().is_some()));
     }
 }

@@ -15,6 +15,7 @@ pub use client::kill_plugin_hosts;
 pub(crate) use server::matching_devices;
 pub use server::{confine, run_plugin_host};
 
+use crate::execute::compile_time;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -25,7 +26,7 @@ pub struct HostOptions {
     pub program: PathBuf,
     /// For starting, loading the library and creating its instance, and for opening a device.
     pub start_timeout: Duration,
-    /// For any other control call: an upload, a compilation.
+    /// For any other control call, as an upload. A compilation may take longer: [`Self::compile_timeout`].
     pub call_timeout: Duration,
     /// For a step or a list of KV operations; then it is cancelled.
     pub step_timeout: Duration,
@@ -48,7 +49,26 @@ impl Default for HostOptions {
     }
 }
 
+impl HostOptions {
+    /// For a compilation of weights of so many bytes, beside steps of others.
+    pub(crate) fn compile_timeout(&self, weights_bytes: u64) -> Duration {
+        self.call_timeout.max(2 * compile_time(weights_bytes) + self.step_timeout)
+    }
+}
+
 /// A time as poll(2) takes it.
 fn timespec(time: Duration) -> rustix::time::Timespec {
     rustix::time::Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: time.subsec_nanos().into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_compilation_may_take_as_long_as_its_weights_need_beside_steps_and_never_less_than_another_call() {
+        let options = HostOptions::default();
+        assert_eq!(options.compile_timeout(100 << 20), options.call_timeout);
+        assert_eq!(options.compile_timeout(8 << 30), Duration::from_secs(2 * 2048 + 60));
+    }
 }

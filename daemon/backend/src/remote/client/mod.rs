@@ -150,11 +150,11 @@ struct Remote {
     object: Object,
 }
 
-/// A weight before its bytes have gone to the host, and after.
+/// A weight before its bytes have gone to the host, and after; then with how many there are.
 #[derive(Debug)]
 struct RemoteWeight {
     desc: SpdWeightDesc,
-    made: Option<Remote>,
+    made: Option<(Remote, u64)>,
 }
 
 impl RemoteDevice {
@@ -264,9 +264,9 @@ impl Device for RemoteDevice {
         if first_batch != 0 || n_batch != weight.desc.batch || weight.made.is_some() {
             return Err(PluginError::unsupported("a weight goes to a plugin host in one piece"));
         }
-        let (id, desc) = (self.link.new_id(), Plain(weight.desc));
+        let (id, desc, bytes) = (self.link.new_id(), Plain(weight.desc), source.bytes().len() as u64);
         self.send_weight(|source| Request::Upload { device: self.id, weight: id, desc, source }, source)?;
-        weight.made = Some(self.remote(Object::Weight(id)));
+        weight.made = Some((self.remote(Object::Weight(id)), bytes));
         Ok(())
     }
 
@@ -303,19 +303,19 @@ impl Device for RemoteDevice {
         pools: Vec<Arc<Remote>>,
         bucket: SpdBucket,
     ) -> Result<(Remote, PlanSizes)> {
-        let blob = memory_file(program.bytes())?;
-        let plan = self.link.new_id();
-        let made = weights.iter().map(|weight| weight.made.as_ref());
-        let weights = made.map(|made| made.map(|made| made.object.id())).collect::<Option<Vec<u32>>>();
+        let (plan, blob) = (self.link.new_id(), memory_file(program.bytes())?);
+        let made = weights.iter().map(|weight| weight.made.as_ref()).collect::<Option<Vec<_>>>();
+        let made = made.ok_or_else(|| PluginError::invalid("a weight is not committed"))?;
+        let limit = self.link.options().compile_timeout(made.iter().map(|(_, bytes)| bytes).sum());
         let request = Request::Compile {
             device: self.id,
             plan,
-            weights: weights.ok_or_else(|| PluginError::invalid("a weight is not committed"))?,
+            weights: made.iter().map(|(weight, _)| weight.object.id()).collect(),
             pools: pools.iter().map(|pool| pool.object.id()).collect(),
             bucket: Plain(bucket),
             blob_bytes: program.bytes().len() as u64,
         };
-        match self.link.call(&request, &[blob.as_fd()])? {
+        match self.link.call_within(&request, &[blob.as_fd()], limit)? {
             Reply::Plan { workspace, input, output } => {
                 let (plan, sizes) = (self.remote(Object::Plan(plan)), PlanSizes { workspace, input, output });
                 self.provide_lane(&bucket, &sizes);
