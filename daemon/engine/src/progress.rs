@@ -88,6 +88,13 @@ impl Progress {
         (self.doing, self.upload, self.compile) = (Doing::Recovering, None, None);
     }
 
+    /// Nothing steps any more: the device is being let go of, which waits for the end of a compilation on it.
+    pub(crate) fn letting_go(&mut self) {
+        if self.doing == Doing::Stepping {
+            self.doing = Doing::Recovering;
+        }
+    }
+
     /// A weight has been uploaded: the time from the first to the last is not counted, however long it takes.
     pub(crate) fn uploading(&mut self, now: Duration) {
         let since = self.upload.replace(now).unwrap_or(now);
@@ -121,8 +128,10 @@ impl Progress {
         let within = |since: Duration| now.saturating_sub(since) < self.limit;
         if let (Some(began), Some(longer)) = (self.upload, self.compile) {
             let was_sound = self.doing == Doing::Idle || began.saturating_sub(self.sound) < self.limit;
+            // A step is as long as ever, whatever is compiled beside it.
+            let steps_end = self.doing != Doing::Stepping || within(self.sound.max(began));
             let longer = longer + self.beside.min(longer);
-            return was_sound && now.saturating_sub(began) < self.limit + longer;
+            return was_sound && steps_end && now.saturating_sub(began) < self.limit + longer;
         }
         match (self.doing, self.failed) {
             (Doing::Idle, None) => true,
@@ -231,7 +240,7 @@ mod tests {
     fn a_compilation_may_take_as_long_as_a_slow_disk_needs_for_its_weights_and_one_that_hangs_is_found() {
         const GIB: u64 = 1 << 30;
         let longer = compile_time(GIB).as_secs();
-        for begin in [Progress::lost, Progress::idle, Progress::stepping] {
+        for begin in [Progress::lost, Progress::idle] {
             let mut progress = progress();
             begin(&mut progress, s(0));
             progress.uploading(s(10));
@@ -244,6 +253,33 @@ mod tests {
             progress.uploaded(s(81 + longer));
             assert!(progress.is_alive(s(82 + longer)));
         }
+    }
+
+    #[test]
+    fn a_step_that_does_not_come_back_is_no_life_though_a_compilation_may_still_take_long() {
+        let mut progress = progress();
+        progress.stepping(s(0));
+        progress.done(s(1));
+        progress.compiling(1 << 40, s(50));
+        assert!(progress.is_alive(s(109)) && !progress.is_alive(s(110)), "one that began before it");
+        progress.done(s(70));
+        progress.idle(s(70));
+        assert!(progress.is_alive(s(1000)), "nobody asks for anything");
+        progress.stepping(s(1000));
+        assert!(progress.is_alive(s(1059)) && !progress.is_alive(s(1060)));
+    }
+
+    #[test]
+    fn a_device_that_is_lost_is_let_go_of_for_as_long_as_a_compilation_on_it_may_take() {
+        let longer = compile_time(1 << 30).as_secs();
+        let mut progress = progress();
+        progress.compiling(1 << 30, s(0));
+        progress.stepping(s(10));
+        progress.letting_go();
+        assert!(progress.is_alive(s(59 + longer)) && !progress.is_alive(s(60 + longer)));
+        progress.uploaded(s(200));
+        progress.lost(s(200));
+        assert!(progress.is_alive(s(259)) && !progress.is_alive(s(270)));
     }
 
     #[test]

@@ -20,10 +20,16 @@ pub(super) enum NotUp {
 impl Engine {
     /// The device in use is lost: everything waits, and the device is let go of.
     pub(super) fn lose(&mut self, error: &ExecutorError) {
+        lock(&self.shared.progress).letting_go();
         self.lives_mut().for_each(Live::detach);
-        self.backend = None;
+        let was_in_use = self.backend.take().is_some();
         let now = self.now();
-        lock(&self.shared.progress).lost(now);
+        let mut progress = lock(&self.shared.progress);
+        if was_in_use {
+            progress.uploaded(now);
+        }
+        progress.lost(now);
+        drop(progress);
         self.devices.lost(error, now);
     }
 

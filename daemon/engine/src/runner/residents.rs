@@ -224,11 +224,15 @@ impl Engine {
 
     /// One turn of the others while the device compiles, or a look at the inbox if they have nothing to do.
     fn beside(&mut self) {
-        let is_busy = self.devices.due().is_none() && self.lives().any(|live| live.scheduler.has_work());
-        if (!is_busy || self.is_ending())
-            && let Ok(command) = self.inbox.recv_timeout(PARKED_PAUSE)
-        {
-            self.heed(command);
+        let has_device = self.devices.due().is_none();
+        let is_busy = has_device && self.lives().any(|live| live.scheduler.has_work());
+        if !is_busy || self.is_ending() {
+            if has_device {
+                lock(&self.shared.progress).idle(self.now());
+            }
+            if let Ok(command) = self.inbox.recv_timeout(PARKED_PAUSE) {
+                self.heed(command);
+            }
         }
         if !self.is_ending() {
             self.meanwhile();
