@@ -8,7 +8,7 @@ use crate::slow::{SlowArea, SlowSource};
 use crate::{BackendError, Plan, Plugin, Queue};
 use sparsed_abi::{
     Blob, DEV_CPU, DEV_GPU, DEV_NPU, FEAT_DETERMINISTIC, FEAT_HOST_WEIGHTS, FEAT_INVARIANT, FEAT_SLOW_FILE,
-    FEAT_SLOW_HOST, FEAT_SLOW_SEALED, SpdApi, SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo,
+    FEAT_SLOW_HOST, FEAT_SLOW_SEALED, HEALTH_LOST, SpdApi, SpdBucket, SpdDevice, SpdDeviceInfo, SpdHealth, SpdMemInfo,
     SpdOpenOptions, dtype_bit,
 };
 use sparsed_plugin_kit::struct_size;
@@ -200,6 +200,26 @@ impl Backend {
     /// The plugin's own.
     pub fn self_test(&self, level: u32) -> Result<(), BackendError> {
         let _control = self.device.plugin.control();
+        self.test(level)
+    }
+
+    /// Whether the device is well by its own word and by its test; an error says what is wrong. `None` while a control
+    /// call is under way: both answers would come after its end, and a compilation may take minutes.
+    pub fn examine(&self) -> Option<Result<(), String>> {
+        let _control = self.device.plugin.try_control()?;
+        match self.health() {
+            Ok(health) if health.state == HEALTH_LOST => return Some(Err("it says that it is lost".to_owned())),
+            Err(error) if !error.is_unsupported() => return Some(Err(error.to_string())),
+            Ok(_) | Err(_) => {}
+        }
+        match self.test(0) {
+            Err(error) if !error.is_unsupported() => Some(Err(format!("it fails its test: {error}"))),
+            Ok(()) | Err(_) => Some(Ok(())),
+        }
+    }
+
+    /// [`Self::self_test`], for whoever holds the plugin's lock.
+    fn test(&self, level: u32) -> Result<(), BackendError> {
         let call = self.device.api().self_test.expect("checked at load");
         // SAFETY: the device is alive; the error is ours.
         checked("self_test", |e| unsafe { call(self.device.raw.as_ptr(), level, e) })
@@ -351,4 +371,21 @@ fn device_info(plugin: &Plugin, api: &SpdApi, index: u32) -> Result<DeviceInfo, 
         max_context: out.max_context,
         limits: Limits::of(&out),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::Fixture;
+
+    #[test]
+    fn a_device_is_not_examined_while_a_control_call_is_under_way_that_would_be_waited_for() {
+        let plugin = Fixture::build(&["-DDEVICE"]).load().unwrap();
+        let backend = Backend::open(&plugin, 0, &OpenOptions::default()).unwrap();
+        let compiles = plugin.control();
+        assert_eq!(backend.examine(), None);
+        drop(compiles);
+        let said = backend.examine().unwrap().unwrap_err();
+        assert!(said.starts_with("it fails its test: self_test"), "{said}");
+    }
 }

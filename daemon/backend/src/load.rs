@@ -14,7 +14,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
 /// Length of the first minor's table: `spd_api` up to and including `extension`.
 const TABLE_BYTES_MIN: usize = std::mem::offset_of!(SpdApi, extension) + size_of::<usize>();
@@ -148,6 +148,15 @@ impl Plugin {
     /// Held during every `[control]` call. A panic elsewhere while it was held leaves nothing half-done here.
     pub(crate) fn control(&self) -> MutexGuard<'_, ()> {
         self.control.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// As [`Self::control`]; `None` while such a call is under way.
+    pub(crate) fn try_control(&self) -> Option<MutexGuard<'_, ()>> {
+        match self.control.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(panicked)) => Some(panicked.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 }
 

@@ -58,8 +58,9 @@ impl Executor for Watched<'_> {
     }
 
     fn examine(&mut self, is_call: bool) -> Result<bool, ExecutorError> {
-        self.device.examine()?;
-        match self.conduct.failed(is_call, (self.clock)()) {
+        // One that is not free for a question is not free to be opened again for a single step either.
+        let is_free = self.device.examine()?;
+        match self.conduct.failed(is_call && is_free, (self.clock)()) {
             Blame::Device(failures) => Err(ExecutorError::Unreliable { failures }),
             blame => Ok(blame == Blame::Open),
         }

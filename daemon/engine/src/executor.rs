@@ -8,7 +8,7 @@ pub(crate) use load::upload;
 
 use crate::batch::Batch;
 use crate::warm::{ReclaimJob, WriteJob};
-use sparsed_abi::{E_ABI, HEALTH_LOST, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_SLOW, SpdKvOp};
+use sparsed_abi::{E_ABI, KV_DISCARD, KV_EXPORT, KV_IMPORT, KV_LIMIT_CACHE, KV_TO_SLOW, SpdKvOp};
 use sparsed_backend::{Arena, Backend, BackendError, KvPool, Plan, Queue, SlowArea};
 use sparsed_kv::{BLOCK_TOKENS, BlockId};
 use sparsed_model::{Model, Program, ProgramOptions};
@@ -149,21 +149,15 @@ impl DeviceModel {
         Ok(())
     }
 
-    /// Asks the device whether it is well, after a step that it may be to blame for.
+    /// Asks the device whether it is well, after a step that it may be to blame for. Answers whether it was asked:
+    /// not while it compiles another model, as everybody would wait for that.
     ///
     /// # Errors
     /// [`ExecutorError::Unfit`] with its own word.
-    pub fn examine(&self) -> Result<(), ExecutorError> {
-        let unfit = |reason: String| Err(ExecutorError::Unfit { reason });
-        match self.backend.health() {
-            Ok(health) if health.state == HEALTH_LOST => return unfit("it says that it is lost".to_owned()),
-            Err(error) if !error.is_unsupported() => return unfit(error.to_string()),
-            Ok(_) | Err(_) => {}
-        }
-        match self.backend.self_test(0) {
-            Err(error) if !error.is_unsupported() => unfit(format!("it fails its test: {error}")),
-            Ok(()) | Err(_) => Ok(()),
-        }
+    pub fn examine(&self) -> Result<bool, ExecutorError> {
+        let word = self.backend.examine();
+        let was_asked = word.is_some();
+        word.unwrap_or(Ok(())).map(|()| was_asked).map_err(|reason| ExecutorError::Unfit { reason })
     }
 
     /// Zeroes blocks that nobody holds any more and gives their memory back.

@@ -4,7 +4,7 @@
 //! it takes its place: models that nobody needs leave for it, the one first that was used least recently. Between two
 //! of its weights those that are loaded have a step each, so that nobody's answer stands still for a whole upload. What
 //! the device makes of the weights then comes of calls that may take as long, on a thread of their own: the engine goes
-//! on beside them, and calls nothing itself that would have to wait for their end.
+//! on beside them, and calls nothing itself that would have to wait for their end, but where a queue or device is lost.
 
 use super::bring_up::concerns_device;
 use super::{Engine, PARKED_PAUSE, lock, seconds};
@@ -207,8 +207,9 @@ impl Engine {
 
     /// Has the device make the rest of a model, on a thread that has ended when this answers, whatever becomes of the
     /// device or the engine meanwhile. Those that are loaded go on beside it. Their steps and blocks are calls that a
-    /// device takes at any time; models come, leave and are weighed later. Only a queue or device that is lost has the
-    /// engine wait for the thread, as what was made there is given back one call at a time.
+    /// device takes at any time; models come, leave and are weighed later, and a device whose steps fail is not asked
+    /// whether it is well but judged by its conduct. Only a queue or device that is lost has the engine wait for the
+    /// thread, as what was made there is given back one call at a time.
     fn place(&mut self, upload: Upload, backend: &Backend, weights: &[Weight]) -> Result<DeviceModel, ExecutorError> {
         lock(&self.shared.progress).compiling(upload.weights_bytes(), self.now());
         std::thread::scope(|scope| {
