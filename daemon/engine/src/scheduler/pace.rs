@@ -5,6 +5,9 @@
 //! the measured times of a round: down at once in proportion when it took longer, up by an eighth when one with a full
 //! step took less. Without running answers a step reads as much as it can.
 //!
+//! Models that all read prompts have as much of a round each: who takes more shrinks, who takes less grows though the
+//! round is full.
+//!
 //! Knows no clock: times are arguments.
 
 use super::{Scheduler, count};
@@ -27,6 +30,9 @@ pub(crate) struct Company {
     pub(crate) n_decodes: u32,
     /// The time of their last steps, together.
     pub(crate) time: Duration,
+    /// Those whose last steps read prompts, and the part of the time that is theirs.
+    n_readers: u32,
+    reading: Duration,
 }
 
 /// The part of a step that reads prompts.
@@ -41,21 +47,42 @@ pub(super) struct Pace {
 impl Company {
     /// What both do, one after the other.
     pub(crate) fn with(self, other: Self) -> Self {
-        Self { n_decodes: self.n_decodes + other.n_decodes, time: self.time + other.time }
+        Self {
+            n_decodes: self.n_decodes + other.n_decodes,
+            time: self.time + other.time,
+            n_readers: self.n_readers + other.n_readers,
+            reading: self.reading + other.reading,
+        }
     }
 
     /// What all but one of them do.
     pub(crate) fn without(self, one: Self) -> Self {
-        let n_decodes = self.n_decodes.saturating_sub(one.n_decodes);
-        Self { n_decodes, time: self.time.saturating_sub(one.time) }
+        Self {
+            n_decodes: self.n_decodes.saturating_sub(one.n_decodes),
+            time: self.time.saturating_sub(one.time),
+            n_readers: self.n_readers.saturating_sub(one.n_readers),
+            reading: self.reading.saturating_sub(one.reading),
+        }
+    }
+
+    /// The time that a step has beside them which reads prompts, where a round is to take `aim`: what they leave, and
+    /// no less than those who read prompts as well are to have.
+    fn leave(self, aim: Duration) -> Duration {
+        let others = self.time.saturating_sub(self.reading);
+        aim.saturating_sub(self.time).max(aim.saturating_sub(others) / (self.n_readers + 1))
     }
 }
 
 impl Scheduler {
     /// What this model does in a round, for the others: its last step took so long.
     pub(crate) fn as_company(&self, time: Duration) -> Company {
+        if !self.has_work() {
+            return Company::default();
+        }
         let decodes = self.running.iter().filter(|sequence| sequence.is_ready() && sequence.n_pending() == 1);
-        if self.has_work() { Company { n_decodes: count(decodes.count()), time } } else { Company::default() }
+        let reads = self.scheduled.iter().any(|&(_, n)| n > 1);
+        let reading = if reads { time } else { Duration::ZERO };
+        Company { n_decodes: count(decodes.count()), time, n_readers: u32::from(reads), reading }
     }
 
     /// Reckons with what the other models on the device do until the next step.
@@ -68,8 +95,7 @@ impl Scheduler {
         let is_decode = |&&(_, n): &&(usize, u32)| n == 1;
         let n_decodes = count(self.scheduled.iter().filter(is_decode).count());
         let n_tokens: u32 = self.scheduled.iter().map(|&(_, n)| n).sum();
-        let round = Company { n_decodes, time }.with(self.company);
-        self.pace.took(round.time, round.n_decodes, n_tokens - n_decodes);
+        self.pace.took(time, n_decodes, n_tokens - n_decodes, self.company);
         self.tally.step_sequences += self.scheduled.len() as u64;
         self.throughput.took(time, n_tokens);
         self.shares.took(time, n_tokens);
@@ -104,18 +130,19 @@ impl Pace {
         if n_decodes == 0 { self.most } else { self.chunk }
     }
 
-    /// A round took so long, in which `n_decodes` answers ran and a step of this model read `n_prefill` tokens of
-    /// prompts.
-    pub(super) fn took(&mut self, time: Duration, n_decodes: u32, n_prefill: u32) {
+    /// A step took so long, in which `n_decodes` answers ran and `n_prefill` tokens of prompts were read; in its round
+    /// the other models did what `company` says.
+    pub(super) fn took(&mut self, time: Duration, n_decodes: u32, n_prefill: u32, company: Company) {
         let Some(aim) = self.aim else { return };
-        if n_decodes == 0 || n_prefill == 0 {
+        if n_decodes + company.n_decodes == 0 || n_prefill == 0 {
             return;
         }
-        if time > aim {
-            let ratio = aim.as_secs_f64() / time.as_secs_f64();
+        let own = company.leave(aim);
+        if time > own {
+            let ratio = own.as_secs_f64() / time.as_secs_f64();
             // Not below half at once: one late step says little.
-            self.chunk = scaled(n_prefill, ratio.max(0.5)).max(CHUNK_MIN).min(self.most);
-        } else if n_prefill >= self.chunk && time + time / 8 < aim {
+            self.chunk = scaled(self.chunk, ratio.max(0.5)).max(CHUNK_MIN).min(self.most);
+        } else if n_prefill >= self.chunk && time + time / 8 < own {
             self.chunk = (self.chunk + (self.chunk / 8).max(1)).min(self.most);
         }
     }
@@ -198,7 +225,7 @@ mod tests {
             let us = (base + each * u64::from(n)) * (900 + u64::from(random.next_u32() % 201)) / 1000;
             let time = Duration::from_micros(us);
             late += u32::from(step >= 200 && time > ms(100));
-            pace.took(time, 4, n);
+            pace.took(time, 4, n, Company::default());
         }
         (late, pace.chunk(4))
     }
@@ -224,10 +251,10 @@ mod tests {
     #[test]
     fn without_a_target_or_running_answers_a_step_is_full() {
         let mut pace = Pace::new(None, 256);
-        pace.took(ms(9999), 4, 256);
+        pace.took(ms(9999), 4, 256, Company::default());
         assert_eq!(pace.chunk(4), 256);
         let mut pace = Pace::new(Some(ms(1)), 256);
-        pace.took(ms(9999), 4, 256);
+        pace.took(ms(9999), 4, 256, Company::default());
         assert_eq!((pace.chunk(0), pace.chunk(1)), (256, 128));
         pace.bound(64);
         assert_eq!((pace.chunk(0), pace.chunk(1)), (64, 64));
@@ -277,6 +304,47 @@ mod tests {
         assert!(rounds[5..].iter().all(|&round| (ms(60)..ms(100)).contains(&round)), "{rounds:?}");
         let alone: Vec<_> = (0..5).map(|_| round(&mut models, &mut times)).collect();
         assert!(alone.contains(&ms(10 + 256)), "{alone:?}");
+    }
+
+    /// Rounds of two models that read so many tokens of prompts in a step at most, each step 10 ms and one for each
+    /// token; answers the time of the last one.
+    fn read_both(paces: &mut [Pace; 2], wanted: [u32; 2], n_rounds: u32) -> Duration {
+        let mut did = [Company::default(); 2];
+        for _ in 0..n_rounds {
+            let before = did;
+            for (model, pace) in paces.iter_mut().enumerate() {
+                let n = pace.chunk(2).min(wanted[model]);
+                let time = ms(10 + u64::from(n));
+                pace.took(time, 1, n, before[0].with(before[1]).without(before[model]));
+                did[model] = Company { n_decodes: 1, time, n_readers: 1, reading: time };
+            }
+        }
+        did[0].time + did[1].time
+    }
+
+    #[test]
+    fn two_models_that_read_prompts_come_to_have_about_as_much_of_a_round_each_whoever_had_all_of_it() {
+        let new = || Pace::new(Some(ms(100)), 256);
+        for (chunks, first) in [([256; 2], [256, 12]), ([256; 2], [12, 256]), ([62, 8], [256; 2]), ([8; 2], [256; 2])] {
+            let mut paces = [new(), new()];
+            [paces[0].chunk, paces[1].chunk] = chunks;
+            read_both(&mut paces, first, 40);
+            let round = read_both(&mut paces, [256, 256], 100);
+            let [a, b] = paces.map(|pace| pace.chunk(2));
+            assert!(a.min(b) * 2 >= a.max(b), "{chunks:?}, {first:?}: {a} and {b} tokens");
+            assert!((ms(75)..ms(100)).contains(&round), "{chunks:?}, {first:?}: {round:?}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_prompt_in_a_round_that_others_made_long_is_no_reason_to_read_less() {
+        let mut pace = Pace::new(Some(ms(100)), 64);
+        let other = Company { n_decodes: 1, time: ms(80), n_readers: 1, reading: ms(80) };
+        pace.took(ms(22), 1, 12, other);
+        assert_eq!(pace.chunk(1), 64);
+        // What only answers take is not to be divided.
+        pace.took(ms(74), 1, 64, Company { n_readers: 0, reading: ms(0), ..other });
+        assert_eq!(pace.chunk(1), 32);
     }
 
     #[test]
