@@ -76,8 +76,8 @@ pub(crate) struct Live {
     orders: Orders,
     /// Where the slow tier's file is, if there is one.
     slow_dir: Option<PathBuf>,
-    /// What its last turn took.
-    turn_time: Duration,
+    /// What it does in a round of the models, for the others: as its last turn was.
+    pub(crate) company: Company,
     stats: Stats,
     take: Take,
 }
@@ -240,7 +240,7 @@ impl Live {
             batch: Batch::default(),
             orders,
             slow_dir: opened.slow_dir,
-            turn_time: Duration::ZERO,
+            company: Company::default(),
             stats,
             take,
         })
@@ -277,7 +277,7 @@ impl Live {
 
     /// Lets go of a device that is lost.
     pub(crate) fn detach(&mut self) {
-        self.device = None;
+        (self.device, self.company) = (None, Company::default());
         self.scheduler.requeue();
     }
 
@@ -292,18 +292,13 @@ impl Live {
         let vocabulary = vocabulary(&self.served);
         let mut watched = Watched { device, conduct, clock };
         let done = step(&mut self.scheduler, &mut watched, &mut self.orders, &mut self.batch, vocabulary, clock)?;
-        self.turn_time = clock().saturating_sub(began);
+        self.company = self.scheduler.as_company(clock().saturating_sub(began));
         if let Some(done) = done {
             self.stats.steps += 1;
             self.stats.computed_tokens += done.computed as u64;
             self.stats.sampled_tokens += done.sampled as u64;
         }
         Ok(done)
-    }
-
-    /// What it does in a round of the models, for the others.
-    pub(crate) fn as_company(&self) -> Company {
-        self.scheduler.as_company(self.turn_time)
     }
 
     /// What it has done and holds.

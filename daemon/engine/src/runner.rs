@@ -229,13 +229,13 @@ impl Engine {
     /// One step of each model, which all their answers wait for.
     fn turn(&mut self) {
         let clock = clock(&self.shared);
-        let all = self.lives().map(Live::as_company).fold(Company::default(), Company::with);
+        let all = self.lives().map(|live| live.company).fold(Company::default(), Company::with);
         for lane in &mut self.lanes {
             let Some(live) = &mut lane.live else { continue };
             if live.scheduler.has_work() {
                 lock(&self.shared.progress).stepping(clock());
             }
-            live.scheduler.run_beside(all.without(live.as_company()));
+            live.scheduler.run_beside(all.without(live.company));
             match live.turn(self.devices.conduct(), &clock) {
                 Ok(None) => {}
                 Ok(Some(done)) if done.computed == 0 => {
