@@ -90,6 +90,9 @@ def the_units_are_valid_and_confined_enough():
         newer = [line for line in complaints.splitlines() if "10-newer-systemd.conf" in line and "nknown" in line]
         # Of the system's own units an older one says much, too.
         others = [line for line in complaints.splitlines() if "sparsed" in line and line not in newer]
+        if systemd_version() < 250:
+            # It takes what `Alias=` makes for suspicious, and as an alias all the same.
+            others = [line for line in others if not re.search("Suspicious symlink .*, treating as alias", line)]
         assert not others, f"{manager}: {others}"
         assert not newer or systemd_version() < 254, newer
     if not is_confined(EXPOSURE_TENTHS):
@@ -337,13 +340,18 @@ def entries(*matches):
 
 
 def a_reload_takes_up_what_it_can_and_the_journal_explains_it():
-    restart(drop_in="[Service]\nType=notify-reload\nExecReload=\n")
+    is_told = systemd_version() >= 253
+    restart(drop_in="[Service]\nType=notify-reload\nExecReload=\n" if is_told else "")
     old = pid()
     with open(CONFIG, "w") as file:
         file.write("[limits]\nmax_waiting = 7\nconnections = 100\n")
     run("systemctl", "reload", "sparsed.service")
-    # With this type the reload is over when the command is.
-    told = [entry for entry in entries("-u", "sparsed.service") if entry["MESSAGE"].startswith("configuration reloaded")]
+
+    def changes():
+        return [entry for entry in entries("-u", "sparsed.service") if entry["MESSAGE"].startswith("configuration reloaded")]
+
+    # With this type, which older versions do not know, the reload is over when the command is.
+    told = changes() if is_told else until("it is told", changes)
     assert len(told) == 1 and "limits.max_waiting = 7 (was 256)" in told[0]["SPARSED_CHANGES"], told
     assert "a restart is needed for limits.connections = 100" in told[0]["MESSAGE"], told[0]["MESSAGE"]
     explained = run("journalctl", "--no-pager", "-x", f"MESSAGE_ID={told[0]['MESSAGE_ID']}")
@@ -696,7 +704,8 @@ def removing_leaves_conversations_and_settings_and_purging_only_what_is_mounted_
     assert os.listdir(state) == [os.path.basename(below)], os.listdir(state)
     shutil.rmtree(state)
     left = [path for top in ("/etc", "/usr", "/var", "/run") for path in glob.glob(f"{top}/**/*sparsed*", recursive=True)]
-    ours = ("/etc/systemd/system/sparsed.service.d", "/usr/share/doc")
+    # Older managers keep a folder of each unit that has run.
+    ours = ("/etc/systemd/system/sparsed.service.d", "/usr/share/doc", "/run/systemd", "/var/run/systemd")
     left = [path for path in left if not path.startswith(ours)]
     assert not left, left
 

@@ -22,7 +22,7 @@ bare=$work/$suite tree=$work/tree-$suite name=sparsed-check-$$
 packages=systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,curl,python3,rpm
 # What some doors are tried with, where the suite has it.
 case $suite in
-  focal | jammy) ;;
+  focal | jammy) packages=$packages,apt ;;
   bullseye) packages=$packages,policykit-1,mosquitto,mosquitto-clients ;;
   *) packages=$packages,polkitd,dbus-broker,mosquitto,mosquitto-clients,zsh,fish ;;
 esac
