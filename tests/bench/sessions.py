@@ -23,7 +23,6 @@ import http.client
 import json
 import os
 import pathlib
-import random
 import signal
 import socket
 import statistics
@@ -443,10 +442,7 @@ def many(home):
     before = scheduling(daemon)
     # The first turns find an empty pool, and the last ones run beside fewer and fewer others: a round at either end is
     # not counted, or sessions would differ by whose turn was first or last.
-    # In another order in each round, or the same one would come last into a full pool each time.
-    order = random.Random(7)
-    rounds = [order.sample(range(n_sessions), n_sessions) for _ in range(n_rounds + 2)]
-    turns, lock = iter([(at, n) for n, round in enumerate(rounds) for at in round]), threading.Lock()
+    turns, lock = iter([(at, n) for n in range(n_rounds + 2) for at in range(n_sessions)]), threading.Lock()
 
     def client():
         while True:
