@@ -51,13 +51,7 @@ impl Source {
     /// Texts that are said, with their keys, dotted, whether the configuration is right or not; of a file that is no
     /// TOML what its lines say, and of a folder that cannot be listed nothing.
     pub(crate) fn texts(&self) -> Vec<(String, String)> {
-        let files = match &self.config {
-            Some(file) => vec![file.clone()],
-            None => {
-                let drop_ins = drop_ins(&self.at(DROP_INS)).unwrap_or_default();
-                [VENDOR_FILE, CONFIG_FILE].map(|file| self.at(file)).into_iter().chain(drop_ins).collect()
-            }
-        };
+        let files = self.files_and(self.drop_ins().unwrap_or_default());
         let of_files = files.iter().filter_map(|path| read(path).ok());
         let tables = of_files.flat_map(|text| check::readable_tables(&text));
         let mut texts = Vec::new();
@@ -69,11 +63,29 @@ impl Source {
         texts
     }
 
+    /// The files that are read, the weakest first.
+    ///
+    /// # Errors
+    /// As [`drop_ins`].
     fn files(&self) -> Result<Vec<PathBuf>, ConfigError> {
+        Ok(self.files_and(self.drop_ins()?))
+    }
+
+    /// The file that is named, or those of the system that are there and `drop_ins`. One that only a link says is there
+    /// counts: a daemon without the settings of a disk that comes late would serve whom it should not.
+    fn files_and(&self, drop_ins: Vec<PathBuf>) -> Vec<PathBuf> {
         if let Some(file) = &self.config {
-            return Ok(vec![file.clone()]);
+            return vec![file.clone()];
         }
-        of_system([&self.at(VENDOR_FILE), &self.at(CONFIG_FILE)], &self.at(DROP_INS))
+        let files = [VENDOR_FILE, CONFIG_FILE].map(|file| self.at(file)).into_iter().filter(|path| !is_absent(path));
+        files.chain(drop_ins).collect()
+    }
+
+    fn drop_ins(&self) -> Result<Vec<PathBuf>, ConfigError> {
+        match self.config {
+            Some(_) => Ok(Vec::new()),
+            None => drop_ins(&self.at(DROP_INS)),
+        }
     }
 
     /// A file of the system.
@@ -95,17 +107,6 @@ impl Source {
     }
 }
 
-/// Those of `files` that are there, and the drop-ins. One that only a link says is there counts: a daemon without the
-/// settings of a disk that comes late would serve whom it should not.
-///
-/// # Errors
-/// As [`drop_ins`].
-fn of_system(files: [&Path; 2], folder: &Path) -> Result<Vec<PathBuf>, ConfigError> {
-    let mut found: Vec<PathBuf> = files.into_iter().filter(|path| !is_absent(path)).map(Path::to_owned).collect();
-    found.extend(drop_ins(folder)?);
-    Ok(found)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -116,14 +117,14 @@ mod tests {
     fn what_links_to_a_disk_that_is_away_is_missed_and_not_left_out() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        let (vendors, operators) = (at("none.toml"), at("etc/config.toml"));
-        let read = || Layers::read(&of_system([&vendors, &operators], &at("etc/conf.d"))?, &[]);
-        fs::create_dir(at("etc")).unwrap();
+        let read = || Source::of_system_below(dir.path()).layers();
+        fs::create_dir_all(at("etc/sparsed")).unwrap();
         assert_eq!(read().unwrap().files().count(), 0);
         // Each time a link of another height, to a disk that comes then.
-        for (link, target) in [("etc/config.toml", "disk/c.toml"), ("etc/conf.d", "disk/more"), ("etc", "disk/etc")] {
-            if link == "etc" {
-                fs::remove_dir_all(at("etc")).unwrap();
+        let (file, drop_ins) = (("etc/sparsed/config.toml", "disk/c.toml"), ("etc/sparsed/conf.d", "disk/more"));
+        for (link, target) in [file, drop_ins, ("etc/sparsed", "disk/etc")] {
+            if link == "etc/sparsed" {
+                fs::remove_dir_all(at(link)).unwrap();
             }
             symlink(at(target), at(link)).unwrap();
             let missed = read().unwrap_err();
@@ -135,7 +136,7 @@ mod tests {
             fs::remove_dir_all(at("disk")).unwrap();
         }
         // What nobody links to is not waited for.
-        assert!(!Source::of(&vendors, &[]).load().unwrap_err().may_mend_itself());
+        assert!(!Source::of(&at("none.toml"), &[]).load().unwrap_err().may_mend_itself());
     }
 
     #[test]
