@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use sparsed_engine::api::Owner;
 use sparsed_engine::memory::Outlook;
 use sparsed_engine::telemetry::{Decision, OwnerLoad};
-use sparsed_engine::{Left, ModelStatus, Service, Sessions};
+use sparsed_engine::{Left, ModelStatus, Service, SessionUsage};
 use std::time::{Duration, Instant};
 
 /// What memory there is and which limit binds.
@@ -33,8 +33,7 @@ pub(crate) fn headroom(outlook: &Outlook) -> Option<u64> {
 }
 
 /// What all sessions take of the disk and what was written for them since the start; null where there are none.
-pub(crate) fn sessions(service: &Service) -> Value {
-    let usage = service.sessions().ok().and_then(Sessions::usage);
+pub(crate) fn sessions(usage: Option<SessionUsage>) -> Value {
     usage.map_or(Value::Null, |usage| {
         json!({
             "count": usage.sessions,

@@ -132,7 +132,7 @@ pub(crate) fn status(service: &Service, asker: Owner) -> Value {
         "third_party_plugins": third_party,
         "device": device_status(&service.device()),
         "memory": load::memory(service),
-        "sessions": load::sessions(service),
+        "sessions": load::sessions(usage),
         "sessions_away": service.sessions().is_ok_and(Sessions::are_away),
         "sessions_of_other_key": usage.map_or(0, |usage| usage.of_other_key),
         "models": models,
