@@ -90,6 +90,7 @@ mod tests {
         // A daemon that is somebody's own is in no sandbox.
         assert!(!fix(2 * PROBE_SLOW, None).unwrap().contains("ReadWritePaths"));
     }
+
     #[test]
     fn a_slow_disks_state_is_not_sent_to_the_same_disk() {
         let disk = tempfile::tempdir().unwrap();

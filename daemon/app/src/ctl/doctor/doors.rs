@@ -1,7 +1,7 @@
 //! Can what else the daemon speaks to be reached, and may it listen where it is to? TCP, the MQTT broker, the message
 //! bus, and the socket's path.
 
-use super::network::opens_network;
+use super::network::{DENIES, opens_network};
 use super::service::Service;
 use super::{Check, OPERATORS_FILE, sets};
 use crate::config::{Config, Mqtt, Tcp};
@@ -64,8 +64,8 @@ pub(super) fn tcp(tcp: &Tcp, service: Option<&Service>) -> Option<Check> {
     let other = "another way, without a network: sparsed-tcp.socket in the place of tcp.listen, `systemctl cat \
                  sparsed-tcp.socket` says how";
     Some(match shut {
-        Some((address, "IPAddressDeny=")) => {
-            let found = format!("whom sparsed.service hears at {address} it may not answer (IPAddressDeny=)");
+        Some((address, DENIES)) => {
+            let found = format!("whom sparsed.service hears at {address} it may not answer ({DENIES})");
             Check::fail("tcp.listen", found, format!("{}; {other}", opens_network()))
         }
         Some((_, setting)) => {

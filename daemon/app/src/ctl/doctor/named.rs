@@ -16,7 +16,7 @@ const SEEN: &str = "/etc/sparsed";
 pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service>) -> Vec<Check> {
     let has_tcp = service.is_some_and(|service| service.has_tcp_socket);
     // The daemon reads no keys for a door that it has not.
-    let keeps_none = |table: &str| table == TCP && !has_tcp && config.tcp.listen.is_none();
+    let has_no_tcp = !has_tcp && config.tcp.listen.is_none();
     let troubles = Named::troubles(config, has_tcp).into_iter().map(|Trouble { table, error }| {
         let (title, found) = (format!("files of {table}"), format!("{error:#}"));
         let missing = error.chain().find_map(|cause| cause.downcast_ref::<Missing>());
@@ -25,7 +25,9 @@ pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service
                 Check::ok(title, format!("sparsed.service is handed {credential}, which is not looked at here"))
             }
             _ if is_closed(&error) => Check::warn(title, found, AS_DAEMON),
-            _ if keeps_none(table) => Check::warn(title, format!("{found}; no TCP socket is open yet"), sets(table)),
+            _ if has_no_tcp && table == TCP => {
+                Check::warn(title, format!("{found}; no TCP socket is open yet"), sets(table))
+            }
             _ => Check::fail(title, found, format!("{}; man sparsed, CREDENTIALS", sets(table))),
         }
     });
@@ -40,7 +42,7 @@ pub(super) fn named_files(root: &Path, config: &Config, service: Option<&Service
             }
             None => format!("sudo chown {USER}: {shown} && sudo systemctl restart sparsed"),
         };
-        Some(match key == "tcp.keys" && keeps_none(TCP) {
+        Some(match has_no_tcp && key == "tcp.keys" {
             true => Check::warn(key, format!("{shown} {why}; no TCP socket is open yet"), fix),
             false => Check::fail(key, format!("{shown} {why}"), fix),
         })

@@ -5,6 +5,8 @@ use std::net::{IpAddr, ToSocketAddrs};
 
 /// The drop-in that lets the service reach networks.
 const NETWORK: &str = "/usr/share/sparsed/examples/network.conf";
+/// The setting by which sockets may be opened, and nothing comes through.
+pub(super) const DENIES: &str = "IPAddressDeny=";
 
 impl Service {
     /// The setting by which it reaches nobody at `address`, its own box's included.
@@ -19,7 +21,7 @@ impl Service {
             () if self.is_offline => Some("PrivateNetwork=yes"),
             () if self.families.as_ref().is_some_and(closes) => Some("RestrictAddressFamilies="),
             // The manager lets through before it denies.
-            () if is_among(&self.denied) && !is_among(&self.let_through) => Some("IPAddressDeny="),
+            () if is_among(&self.denied) && !is_among(&self.let_through) => Some(DENIES),
             () => None,
         }
     }
